@@ -1,0 +1,53 @@
+# dimat: `make demo` and `make test` do everything on a fresh machine with Python 3.11+ and make.
+# PIP_ARGS is handed to pip, e.g. make demo PIP_ARGS="--index-url https://mirror.example.org/simple"
+
+PYTHON ?= python3
+PIP_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+
+.PHONY: help setup demo test lint format bench bench-quick clean
+
+help:  ## Show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+# two set-ups: running needs less than developing does
+$(VENV)/.run: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[plots]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	@touch $@ $(VENV)/.run
+
+setup: $(VENV)/.dev  ## Make the virtual environment with everything for development
+
+demo: $(VENV)/.run  ## Set up, then run the main job on bundled data (about two minutes; offline)
+	$(BIN)/dimat demo $(DEMO_ARGS)
+
+test: $(VENV)/.dev  ## Set up, then run all tests
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev  ## Check style, types and the import floors
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports --no-cache
+
+format: $(VENV)/.dev  ## Put the code into the house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.dev  ## Run all benchmarks (about an hour; see benchmarks/README.md)
+	@for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+bench-quick: $(VENV)/.dev  ## Run all benchmarks in their quick form (under a minute each)
+	@for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python $$file --quick || exit 1; done
+
+clean:  ## Remove what was built and measured, runs too
+	rm -rf $(VENV) build dist runs benchmarks/cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,39 @@
+"""dimat: a peer-to-peer agent that trains and merges neural networks.
+
+The six names below are the library's stable interface. They are handed out lazily, so that `import dimat`
+and the command line answer before torch is loaded.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0.dev0"
+
+_HOME = {
+    "derive_symmetry": "dimat.symmetry",
+    "verify_symmetry": "dimat.symmetry",
+    "permute_weights": "dimat.symmetry",
+    "align_weights": "dimat.merge",
+    "merge_weights": "dimat.merge",
+    "run_simulation": "dimat.simulate",
+}
+
+__all__ = [  # noqa: RUF022  (the order in which they are used)
+    "derive_symmetry",
+    "verify_symmetry",
+    "permute_weights",
+    "align_weights",
+    "merge_weights",
+    "run_simulation",
+]
+
+if TYPE_CHECKING:
+    from dimat.merge import align_weights, merge_weights
+    from dimat.simulate import run_simulation
+    from dimat.symmetry import derive_symmetry, permute_weights, verify_symmetry
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'dimat' has no attribute {name!r}")

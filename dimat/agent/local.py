@@ -1,0 +1,195 @@
+"""What one agent does on its own machine when the round machine asks: train, record, adopt a basis, merge.
+
+`LocalAgent` holds the model, the optimizer and the data of one agent and knows no peers beyond the files of
+their snapshots. Every driver (simulator, daemon) has one per agent.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dimat.config import ExperimentConfig
+from dimat.merge import MergeContext, MergePlan, Peer, Permutations, adopt, merge, open_weights, plan_merge
+from dimat.seeds import torch_generator
+from dimat.snapshot import Payload, record, schema_hash, write_weights
+from dimat.symmetry import Observer, SymmetrySpec
+from dimat.task import Data, Task
+from dimat.tasks import Subset
+from dimat.train import Trainer
+
+HOLD_OUT = 0.1  # share of an agent's samples that `accept = no-worse` on "local" keeps from training
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedReport:
+    """Outcome of `train`. `payload`: address of the recorded weights; CPU times in seconds."""
+
+    loss: float
+    samples: int
+    payload: Payload
+    schema: str
+    train_s: float
+    record_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class MergeReport:
+    """Outcome of `merge`: who was refused and why, test metrics around it, CPU-seconds by activity."""
+
+    refused: Mapping[str, str]
+    accepted: float
+    before: Mapping[str, float]
+    after: Mapping[str, float]
+    notes: tuple[str, ...]
+    merge_s: float
+    evaluate_s: float
+    checkpoint_s: float = 0.0
+
+
+@dataclass(slots=True)
+class LocalAgent:
+    """One agent: its trainer, its part of the data, and its merge pipeline.
+
+    `indices`: the agent's samples in the task's training split; `store`: folder of the snapshots; `spec`: symmetry
+    groups of the task's model, None where the method aligns nothing; `observers`: traced models, which agents of
+    one process may share because tracing takes longer than a merge.
+    """
+
+    name: str
+    config: ExperimentConfig
+    task: Task
+    indices: Tensor
+    store: Path
+    spec: SymmetrySpec | None
+    durable: bool = True
+    observers: dict[str, Observer] = field(default_factory=dict[str, Observer])
+    trainer: Trainer = field(init=False)
+    _plan: MergePlan = field(init=False)
+    _hold_out: Data | None = field(init=False, default=None)
+    _own: Data = field(init=False)
+
+    def __post_init__(self) -> None:
+        config = self.config
+        self._plan = plan_merge(config.merge)
+        train = self.task.data("train")
+        indices = self.indices
+        if self._plan.accept.name == "no-worse" and self._plan.accept.options.get("on", "local") == "local":
+            order = torch.randperm(len(indices), generator=torch_generator(config.seed, "hold-out", self.name))
+            cut = max(1, int(len(indices) * HOLD_OUT))
+            self._hold_out = Subset(train, indices[order[:cut]])
+            indices = indices[order[cut:]]
+        self._own = Subset(train, indices)
+        self.trainer = Trainer(
+            self.task,
+            self._own,
+            config.train,
+            seed=config.seed,
+            path=("agent", self.name),
+            rounds_total=config.schedule.rounds,
+        )
+
+    def train(self, number: int, learn: bool) -> TrainedReport:
+        """Train for round `number` (not if `learn` is false) and record the weights as a snapshot."""
+        start = time.thread_time()
+        report = self.trainer.train(number) if learn else None
+        trained = time.thread_time()
+        weights = self.trainer.weights()
+        payload = record(self.store, weights, durable=self.durable)
+        return TrainedReport(
+            loss=report.loss if report else float("nan"),
+            samples=report.samples if report else 0,
+            payload=payload,
+            schema=schema_hash(weights),
+            train_s=trained - start,
+            record_s=time.thread_time() - trained,
+        )
+
+    def adopt(self, number: int, peer: str, snapshot: Path) -> float:
+        """Permute weights, buffers and optimizer into the basis of a peer's snapshot; return the share of units moved.
+        Without symmetry groups nothing is permuted: all bases are one then."""
+        if self.spec is None:
+            return 0.0
+        source = Peer(peer, open_weights(snapshot), weight=0.0)
+        permutations = adopt(self.trainer.weights(), source, self._plan, self._context(number))
+        self.trainer.permute(self.spec, permutations)
+        return share_moved(permutations)
+
+    def merge(
+        self, number: int, own_weight: float, peers: Sequence[tuple[str, Path, float, bool]], evaluate: str
+    ) -> MergeReport:
+        """Merge own weights with peers' snapshots, given as (name, file, weight, already in our basis).
+
+        `evaluate`: "all" (test metrics before and after), "after" or "none".
+        """
+        start = time.thread_time()
+        before = self.evaluate() if evaluate == "all" else {}
+        ready = time.thread_time()
+        parts = [Peer(name, open_weights(file), weight, same) for name, file, weight, same in peers]
+        outcome = merge(self.trainer.weights(), own_weight, parts, self._plan, self._context(number))
+        changed = outcome.accepted > 0 and bool(outcome.mixing)
+        if changed:
+            self.trainer.load_weights(outcome.weights)
+        merged = time.thread_time()
+        after = before
+        if evaluate != "none" and (changed or not before):
+            after = self.evaluate()
+        return MergeReport(
+            refused=outcome.refused,
+            accepted=outcome.accepted,
+            before=before,
+            after=after,
+            notes=outcome.notes,
+            merge_s=merged - ready,
+            evaluate_s=(ready - start) + (time.thread_time() - merged),
+        )
+
+    def evaluate(self) -> dict[str, float]:
+        """Return the test metrics of the current weights."""
+        return self.trainer.evaluate(self.task.data("test"))
+
+    def save(self, file: Path) -> None:
+        """Write the current weights as plain safetensors."""
+        write_weights(file, self.trainer.weights(), durable=self.durable)
+
+    def _context(self, number: int) -> MergeContext:
+        order = torch_generator(self.config.seed, "align", self.name, number)
+        batches = self.trainer.input_batches(self._shared_inputs(), self.config.train.eval_batch_size, order)
+        return MergeContext(
+            model=self.trainer.model,
+            spec=self.spec,
+            data=batches,
+            score=self._score(),
+            generator=torch_generator(self.config.seed, "merge", self.name, number),
+            observer_cache=self.observers,
+        )
+
+    def _shared_inputs(self) -> Data:
+        """Return the examples on which networks are compared and BatchNorm is re-estimated."""
+        if self._plan.align_data == "local":
+            return self._own
+        if self._plan.align_data == "pooled":
+            return self.task.data("train")
+        return self._probe()
+
+    def _probe(self) -> Data:
+        probe = self.task.data("probe")
+        return Subset(probe, torch.arange(min(self._plan.probe_samples, len(probe))))
+
+    def _score(self) -> Callable[[Mapping[str, Tensor]], float] | None:
+        if self._plan.accept.name != "no-worse":
+            return None
+        data = self._hold_out if self._hold_out is not None else self._probe()
+        return lambda weights: self.trainer.evaluate(data, weights)[self.task.metric]
+
+
+def share_moved(permutations: Permutations) -> float:
+    """Return the share of units whose place a set of permutations changes."""
+    units = sum(p.numel() for p in permutations.values())
+    moved = sum(int((p != torch.arange(p.numel())).sum()) for p in permutations.values())
+    return moved / units if units else 0.0

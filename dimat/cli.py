@@ -1,0 +1,356 @@
+"""The command line: each command parses, calls one function and prints.
+
+Results go to stdout, everything for a person to stderr. Heavy modules (torch above all) are imported inside the
+commands, so that `dimat --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import App, CycloptsError, Group, Parameter
+
+from dimat import __version__
+from dimat.errors import ConfigError, DataError, DimatError
+
+if TYPE_CHECKING:
+    from dimat.config import ExperimentConfig
+    from dimat.simulate.compare import Case
+    from dimat.ui.console import ConsoleListener
+
+app = App(
+    name="dimat",
+    help="Train, align and merge neural networks among peers, without a server.",
+    version=f"dimat {__version__}",
+    help_on_error=False,
+)
+topology = App(name="topology", help="Graphs, schedules and mixing weights.")
+symmetry = App(name="symmetry", help="Which axes of a model's tensors move together.")
+app.command(topology)
+app.command(symmetry)
+_OPTIONS = Group("Options")
+app["--help"].group = _OPTIONS
+app["--version"].group = _OPTIONS
+
+Json = Annotated[bool, Parameter(name="--json", negative="", help="Print one JSON object on stdout.")]
+Overrides = Annotated[
+    tuple[str, ...],
+    Parameter(
+        name="--set",
+        negative="",
+        consume_multiple=False,
+        help="Set a key of the experiment, e.g. --set train.optimizer.lr=0.01. Repeatable.",
+    ),
+]
+Out = Annotated[Path | None, Parameter(help="Folder for results.")]
+Workers = Annotated[int | None, Parameter(help="Worker processes; default: one per core. Results do not depend on it.")]
+Overwrite = Annotated[bool, Parameter(negative="", help="Replace results of the same experiment.")]
+Quiet = Annotated[bool, Parameter(negative="", help="No progress, only results and warnings.")]
+
+
+@app.command
+def demo(
+    *,
+    quick: Annotated[bool, Parameter(negative="", help="One seed, fewer rounds: under 20 seconds.")] = False,
+    seeds: Annotated[int, Parameter(help="Runs per method and split; the table is their mean.")] = 3,
+    out: Out = None,
+    workers: Workers = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> int:
+    """Five agents on a ring learn handwritten digits: alone, averaged, aligned and merged, side by side."""
+    from dimat.simulate.demo import demo_cases
+
+    folder = out or Path("runs/demo-quick" if quick else "runs/demo")
+    # the demo's own default folder may be replaced: its experiments are fixed
+    cases = demo_cases(folder, quick=quick, seeds=seeds)
+    return _compare(cases, folder, workers, overwrite or out is None, quiet, as_json, pages=not quick)
+
+
+@app.command
+def init(
+    file: Annotated[Path, Parameter(help="File to write.")] = Path("experiment.toml"),
+    /,
+    *,
+    force: Annotated[bool, Parameter(negative="", help="Replace an existing file.")] = False,
+) -> int:
+    """Write an experiment file that works, with the settings that one changes first."""
+    from dimat.simulate.starter import write_starter
+
+    write_starter(file, force=force)
+    _say(f"wrote {file}; run it with: dimat simulate {file}")
+    return 0
+
+
+@app.command
+def simulate(
+    file: Annotated[Path, Parameter(help="Experiment file (TOML).")],
+    /,
+    *,
+    set_: Overrides = (),
+    compare: Annotated[str | None, Parameter(help="Methods to run side by side, e.g. isolated,average,dimat.")] = None,
+    seeds: Annotated[int, Parameter(help="With --compare: runs per method, seeds counted up from the file's.")] = 1,
+    out: Out = None,
+    workers: Workers = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> int:
+    """Simulate an experiment on this host: real training, real merging, no network."""
+    from dimat.config import load_experiment
+
+    if not file.exists():
+        raise ConfigError(f"no experiment file {file}; write one with: dimat init {file}")
+    config = load_experiment(file, set_)
+    folder = out or Path("runs") / config.run
+    if compare is not None:
+        from dimat.simulate.compare import cases_of
+
+        chosen = range(config.seed, config.seed + seeds)
+        names = [name.strip() for name in compare.split(",") if name.strip()]
+        cases = cases_of(config, names, {config.task.partition.kind: config.task.partition}, chosen, folder)
+        return _compare(cases, folder, workers, overwrite, quiet, as_json)
+    return _simulate(config, folder, workers, overwrite, quiet, as_json)
+
+
+@app.command
+def report(
+    run_dir: Annotated[Path, Parameter(help="Folder of a finished run.")],
+    /,
+) -> int:
+    """Write tables, pictures and a self-contained HTML page into a run folder."""
+    from dimat.ui.console import ConsoleListener
+    from dimat.ui.report import write_report
+
+    with ConsoleListener() as console:
+        files = write_report(run_dir, console)
+    _say(f"wrote {len(files)} files; open {run_dir / 'report.html'}")
+    return 0
+
+
+@app.command
+def evaluate(
+    weights: Annotated[Path, Parameter(help="Weights (safetensors), e.g. runs/digits-ring/final/agent-0.safetensors.")],
+    /,
+    *,
+    task: Annotated[str, Parameter(help="Bundled task, `module:function` or `file.py:function`.")] = "digits",
+    file: Annotated[Path | None, Parameter(help="Experiment file to take the task from, instead of --task.")] = None,
+    set_: Overrides = (),
+    as_json: Json = False,
+) -> int:
+    """Test metrics of a weights file on a task's test data."""
+    from dimat.config import load_experiment
+    from dimat.simulate.evaluate import evaluate_file
+
+    chosen = f"task.hook={json.dumps(task)}" if ":" in task else f"task.name={json.dumps(task)}"
+    config = load_experiment(file, [*([] if file else [chosen]), *set_])
+    metrics = evaluate_file(weights, config)
+    _print(metrics if as_json else "\n".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+    return 0
+
+
+# ── topology ─────────────────────────────────────────────────────────────────────────────────────────────────────
+Spec = Annotated[str, Parameter(help="Name of a graph (see `dimat topology list`) or a file.")]
+Agents = Annotated[int | None, Parameter(name=["--agents", "-n"], help="Number of agents.")]
+Options = Annotated[
+    tuple[str, ...],
+    Parameter(name="--set", negative="", consume_multiple=False, help="Key of [topology], e.g. options.degree=4."),
+]
+
+
+@topology.command(name="list")
+def topology_list(*, as_json: Json = False) -> int:
+    """Graphs, schedules and mixing rules, with their options."""
+    from dimat.ui.topology import catalogue
+
+    _print(catalogue(as_json=as_json))
+    return 0
+
+
+@topology.command(name="show")
+def topology_show(
+    spec: Spec,
+    /,
+    *,
+    agents: Agents = None,
+    set_: Options = (),
+    draw: Annotated[Path | None, Parameter(help="Write a picture (PNG or SVG) to this file.")] = None,
+    as_json: Json = False,
+) -> int:
+    """Degree, diameter, spectral gap, rounds to consensus and cost of a topology."""
+    from dimat.ui.topology import describe, draw_topology, open_topology
+
+    opened = open_topology(spec, agents, set_)
+    if draw is not None:
+        draw_topology(opened, draw)
+        _say(f"wrote {draw}")
+    _print(describe(opened, as_json=as_json))
+    return 0
+
+
+@topology.command(name="check")
+def topology_check(spec: Spec, /, *, agents: Agents = None, set_: Options = ()) -> int:
+    """Check that a topology can be used: connected, rows of the mixing matrix sum to 1, weights on edges only."""
+    from dimat.ui.topology import check_topology, open_topology
+
+    _say(check_topology(open_topology(spec, agents, set_)))
+    return 0
+
+
+@topology.command(name="export")
+def topology_export(
+    spec: Spec,
+    file: Annotated[Path, Parameter(help="File to write; its ending tells the format.")],
+    /,
+    *,
+    agents: Agents = None,
+    set_: Options = (),
+) -> int:
+    """Write a topology as a file: TOML map, GraphML, GML, node-link JSON, edge list."""
+    from dimat.ui.topology import export_topology, open_topology
+
+    export_topology(open_topology(spec, agents, set_), file)
+    _say(f"wrote {file}")
+    return 0
+
+
+# ── symmetry ─────────────────────────────────────────────────────────────────────────────────────────────────────
+@symmetry.command(name="show")
+def symmetry_show(
+    hook: Annotated[
+        str,
+        Parameter(
+            help="`module:function` or `file.py:function` that returns a task, or a model and its example inputs; "
+            "or the name of a bundled task."
+        ),
+    ],
+    /,
+    *,
+    verify: Annotated[bool, Parameter(help="Prove the groups by random permutations in float64.")] = True,
+    as_json: Json = False,
+) -> int:
+    """Derive a model's symmetry groups and show them: sizes, tensors, observation points, what is frozen and why."""
+    from dimat.ui.symmetry import show_symmetry
+
+    _print(show_symmetry(hook, verify=verify, as_json=as_json))
+    return 0
+
+
+# ── helpers ──────────────────────────────────────────────────────────────────────────────────────────────────────
+def _simulate(
+    config: ExperimentConfig, folder: Path, workers: int | None, overwrite: bool, quiet: bool, as_json: bool
+) -> int:
+    from dimat.simulate.folder import RunFolder
+    from dimat.simulate.run import run_scenario
+    from dimat.simulate.scenario import prepare
+    from dimat.ui.console import print_results
+    from dimat.ui.jsonl import JsonlListener
+    from dimat.ui.report import write_report
+
+    if workers is not None:
+        config = config.model_copy(update={"simulate": config.simulate.model_copy(update={"workers": workers})})
+    scenario = prepare(config)
+    opened = RunFolder(folder, config, overwrite=overwrite)
+    with _console(quiet) as console, closing(JsonlListener(opened.events)) as log:
+        results = run_scenario(scenario, opened, [console, log])
+        write_report(folder, console)
+    if as_json:
+        _print(results.model_dump(mode="json"))
+    else:
+        print_results(results, sys.stdout)
+        _say(f"report: {folder / 'report.html'}")
+    return 130 if results.status == "stopped" else 0
+
+
+def _compare(
+    cases: Sequence[Case],
+    folder: Path,
+    workers: int | None,
+    overwrite: bool,
+    quiet: bool,
+    as_json: bool,
+    *,
+    pages: bool = True,
+) -> int:
+    from dimat.simulate.compare import compare
+    from dimat.ui.console import print_comparison
+    from dimat.ui.report import write_comparison_report, write_report
+
+    with _console(quiet) as console:
+        outcome = compare(cases, folder, workers=workers, listeners=[console], overwrite=overwrite)
+        # one seed's runs get pages of their own; `dimat report` makes those of the others
+        shown = {name: run for name, run in outcome.runs.items() if pages and name in outcome.first_seed}
+        for run in shown.values():
+            write_report(run, console)
+        write_comparison_report(outcome.comparison, shown, folder, console)
+    if as_json:
+        _print(outcome.comparison.to_plain())
+    else:
+        print_comparison(outcome.comparison, sys.stdout)
+        _say(f"report: {folder / 'report.html'}")
+    return 0 if outcome.complete else 130
+
+
+def _console(quiet: bool) -> ConsoleListener:
+    from dimat.ui.console import ConsoleListener
+
+    return ConsoleListener(sys.stderr, verbosity=-1 if quiet else 0)
+
+
+def _print(value: Any) -> None:
+    text = value if isinstance(value, str) else json.dumps(value)
+    sys.stdout.write(text + "\n")
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text + "\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; faults become one line on stderr."""
+
+    terminated = False
+
+    def terminate(*_: object) -> None:
+        nonlocal terminated
+        terminated = True
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        code = app(
+            sys.argv[1:] if arguments is None else arguments,
+            exit_on_error=False,
+            print_error=False,
+            result_action="return_int_as_exit_code_else_zero",
+        )
+        return 143 if terminated else code
+    except CycloptsError as error:
+        _say(f"dimat: {' '.join(str(error).split())} (see --help)")
+        return ConfigError.exit_code
+    except DimatError as error:
+        _say(f"dimat: {error}")
+        return error.exit_code
+    except KeyboardInterrupt:
+        _say("dimat: stopped")
+        return 143 if terminated else 130
+    except BrokenPipeError:
+        # whoever read our output has had enough; keep the interpreter from complaining when it flushes
+        sys.stdout = None
+        return 0
+    except OSError as error:
+        _say(f"dimat: {error}")
+        return DataError.exit_code
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

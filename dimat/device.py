@@ -1,0 +1,48 @@
+"""Devices, and the global random generators that forward passes on them draw from."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from dimat.errors import ConfigError
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device that `train.device` names; "auto" is cuda where there is one, else cpu.
+
+    Raises ConfigError where it cannot be used.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"train.device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def seeded_streams(seed: int, device: torch.device) -> dict[str, Tensor]:
+    """Return states of the generators that a forward pass draws from (dropout), seeded."""
+    states = {"cpu": torch.Generator().manual_seed(seed).get_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.Generator(device).manual_seed(seed).get_state()
+    return states
+
+
+@contextmanager
+def own_streams(states: dict[str, Tensor], device: torch.device) -> Generator[None]:
+    """Let torch's global generators draw from `states`, which are brought up to date, and put them back."""
+    cuda = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if cuda else []):
+        torch.set_rng_state(states["cpu"])
+        if cuda:
+            torch.cuda.set_rng_state(states["cuda"], device)
+        yield
+        states["cpu"] = torch.get_rng_state()
+        if cuda:
+            states["cuda"] = torch.cuda.get_rng_state(device)

@@ -1,0 +1,81 @@
+"""All errors that dimat raises on purpose, each with the exit code of the command that meets it.
+
+A message is one line: what is wrong, where, and what to do next. Exit codes are part of the interface
+(scripts and service managers read them): 0 ok, 1 runtime, 2 usage or configuration, 3 network or peers,
+4 security, 5 checkpoint or data, 130 and 143 for signals.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import ClassVar
+
+
+class DimatError(Exception):
+    """Base of all errors raised on purpose. `exit_code` is what a command that fails with it returns."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class TrainingError(DimatError):
+    """Local training went wrong: a loss or weights that are not finite."""
+
+
+class MergeError(DimatError):
+    """A merge could not be computed; own weights are untouched."""
+
+
+class SymmetryError(DimatError):
+    """A model's symmetry groups could not be derived, or a permutation does not fit them."""
+
+
+class ConfigError(DimatError):
+    """A configuration value, flag or file is wrong."""
+
+    exit_code = 2
+
+
+class TopologyError(ConfigError):
+    """A graph, schedule or mixing matrix that cannot exist or cannot be used."""
+
+
+class HookError(ConfigError):
+    """A user's `module:function` or `file.py:function` cannot be imported or called."""
+
+
+class PartitionError(ConfigError):
+    """A data set cannot be split among the agents as asked."""
+
+
+class NetworkError(DimatError):
+    """The network or all peers are out of reach."""
+
+    exit_code = 3
+
+
+class PeerError(NetworkError):
+    """A peer sent something that cannot be used (missing or mis-shaped tensors, non-finite values)."""
+
+
+class SecurityError(DimatError):
+    """A key, certificate or signature is missing or wrong."""
+
+    exit_code = 4
+
+
+class DataError(DimatError):
+    """A data file, snapshot, checkpoint or run folder is missing, damaged or another's."""
+
+    exit_code = 5
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return `; did you mean 'x'?` for the known name closest to `name`, or an empty string."""
+    matches = get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {matches[0]!r}?" if matches else ""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str], where: str = "") -> str:
+    """Compose the message for a name that is not among the known ones, e.g. a graph or merge method."""
+    names = sorted(known)
+    place = f" in {where}" if where else ""
+    return f"unknown {kind} {name!r}{place}{nearest(name, names)} (known: {', '.join(names)})"

@@ -1,0 +1,188 @@
+"""Typed facts about a run. Everything that is shown, logged, counted or drawn is made from these.
+
+The round machine, the simulator and (later) the daemon emit events; listeners in `dimat.ui` receive them.
+An event states what happened; it carries no formatting and no live object. `to_dict` is the JSONL form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """Base of all events. `run`: name of the run; `time_s`: virtual (simulator) or wall-clock seconds."""
+
+    run: str = ""
+    time_s: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the event as a plain dictionary, its class name under `event` first."""
+        return {"event": type(self).__name__, **asdict(self)}
+
+
+Listener = Callable[[Event], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunStarted(Event):
+    """A run begins. `edges`: undirected or directed pairs of agent names of the first round's graph;
+    `histogram`: samples per class that each agent holds; `parameters`: elements of one model. Estimates are for the
+    whole run on this host: memory of all processes, run folder, and what all agents send."""
+
+    method: str
+    seed: int
+    agents: tuple[str, ...]
+    edges: tuple[tuple[str, str], ...]
+    rounds: int
+    parameters: int
+    snapshot_bytes: int
+    histogram: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
+    metric: str = "accuracy"
+    estimated_memory_mb: float = 0.0
+    estimated_disk_mb: float = 0.0
+    estimated_mb_sent: float = 0.0
+    workers: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentEvent(Event):
+    """Base of events about one agent's round (`round` counts from 1)."""
+
+    agent: str
+    round: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundStarted(AgentEvent):
+    """An agent begins a round."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trained(AgentEvent):
+    """Local training of a round is over. `loss`: mean training loss; `samples`: examples seen in it."""
+
+    loss: float
+    samples: int
+    train_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Published(AgentEvent):
+    """A snapshot is durable and offered to the peers."""
+
+    snapshot: str
+    bytes: int
+    basis: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SnapshotFetched(AgentEvent):
+    """A peer's snapshot is here, whole and checked. `bytes`: what crossed the network for it."""
+
+    peer: str
+    snapshot: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerLate(AgentEvent):
+    """A peer's snapshot did not arrive in time; its weight goes to self. `reason`: "deadline", or why it failed."""
+
+    peer: str
+    reason: str = "deadline"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerRefused(AgentEvent):
+    """A peer's snapshot was not merged; `reason` names the tensor and the fault."""
+
+    peer: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BasisAdopted(AgentEvent):
+    """The agent permuted itself into a peer's basis. `moved`: share of units whose place changed."""
+
+    peer: str
+    basis: str
+    moved: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contribution:
+    """One part of a merge: whose snapshot of which round entered with what weight."""
+
+    agent: str
+    snapshot: str
+    round: int
+    weight: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Merged(AgentEvent):
+    """A merge is done. `contributions` list self first; their weights sum to 1. `before` and `after` are
+    test metrics where they were evaluated; `accepted` is the share of the way from own to merged weights."""
+
+    contributions: tuple[Contribution, ...]
+    before: Mapping[str, float] = field(default_factory=dict[str, float])
+    after: Mapping[str, float] = field(default_factory=dict[str, float])
+    accepted: float = 1.0
+    merge_s: float = 0.0
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpointed(AgentEvent):
+    """State is durable. `stage`: "trained" (before publishing) or "merged"."""
+
+    stage: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundFinished(AgentEvent):
+    """An agent's round is over. `heard` of `expected` peers came in time."""
+
+    heard: int
+    expected: int
+    bytes_sent: int
+    bytes_received: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundSummary(Event):
+    """All agents ended a round (simulator only): the line that a person reads. Metrics are over the agents;
+    `mb_sent`: megabytes sent by all agents since the start."""
+
+    round: int
+    rounds: int
+    loss: float | None
+    before_mean: float | None
+    after_mean: float | None
+    after_min: float | None
+    after_max: float | None
+    consensus_distance: float
+    bases: int
+    heard: int
+    expected: int
+    mb_sent: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Warned(Event):
+    """Something that a person should know and that does not stop the run."""
+
+    message: str
+    agent: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFinished(Event):
+    """A run ended. `reason`: "done" or "stopped"."""
+
+    reason: str
+    rounds_done: int
+    wall_s: float

@@ -1,0 +1,30 @@
+"""Merging: pure tensor maths over state dicts. No network, no event loop, no I/O but mapped safetensors files."""
+
+from dimat.merge.api import align_weights, merge_weights
+from dimat.merge.context import MergeContext
+from dimat.merge.pipeline import PRESETS, MergeOutcome, MergePlan, Peer, adopt, merge, plan_merge
+from dimat.merge.registry import accept_registry, align_registry, combine_registry, repair_registry
+from dimat.merge.stages import Accepted, Aligned, Permutations, Repaired
+from dimat.merge.weights import open_weights
+
+__all__ = [
+    "PRESETS",
+    "Accepted",
+    "Aligned",
+    "MergeContext",
+    "MergeOutcome",
+    "MergePlan",
+    "Peer",
+    "Permutations",
+    "Repaired",
+    "accept_registry",
+    "adopt",
+    "align_registry",
+    "align_weights",
+    "combine_registry",
+    "merge",
+    "merge_weights",
+    "open_weights",
+    "plan_merge",
+    "repair_registry",
+]

@@ -1,0 +1,58 @@
+"""Keep a merge only if it serves: a metric on a named set may not fall by more than a tolerance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import isnan
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from dimat.errors import MergeError
+from dimat.merge.registry import accept_registry
+from dimat.merge.stages import Accepted, Score, Weights
+
+SHARES = (1.0, 0.5, 0.25)
+"""Points tried on the segment from own (0) to merged (1) weights, in this order."""
+
+
+@accept_registry.register("no-worse")
+def no_worse(
+    own: Weights,
+    merged: Weights,
+    *,
+    score: Score | None,
+    repair: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
+    on: Literal["local", "probe"] = "local",
+    tolerance: Annotated[float, Field(ge=0)] = 0.02,
+) -> Accepted:
+    """Return the first of own + t (merged − own), t = 1, ½, ¼, with score ≥ score(own) − tolerance; else own.
+
+    `score`: higher is better, a share in [0, 1] for accuracies; a NaN counts as −∞. Points inside the segment
+    are repaired like any merge before they are scored. `on` names the set that the caller scores on: "local" is
+    the agent's own hold-out, and on skewed data it refuses merges that are good for the network, since what an
+    agent learns from its peers does not show on its own classes; "probe" is the agreed public set.
+    Raises MergeError where no score was handed in.
+    """
+    if score is None:
+        raise MergeError('accept = "no-worse" needs a score: hand one in, or choose accept = "always"')
+    bar = _number(score(own)) - tolerance
+    for share in SHARES:
+        candidate = dict(merged)
+        if share < 1:
+            candidate = {name: _between(tensor, merged[name], share) for name, tensor in own.items()}
+            candidate = repair(candidate) if repair else candidate
+        if _number(score(candidate)) >= bar:
+            notes = () if share == 1 else (f"score on the {on} set fell: went {share:g} of the way to the merge",)
+            return Accepted(candidate, share, notes)
+    return Accepted(dict(own), 0.0, (f"score on the {on} set fell by more than {tolerance:g}: kept own weights",))
+
+
+def _number(score: float) -> float:
+    return float("-inf") if isnan(score) else score
+
+
+def _between(own: Tensor, merged: Tensor, share: float) -> Tensor:
+    return torch.lerp(own, merged.to(own.device), share) if own.is_floating_point() else own

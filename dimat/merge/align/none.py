@@ -1,0 +1,14 @@
+"""No alignment: peers are taken to be in our basis."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dimat.merge.registry import align_registry
+from dimat.merge.stages import Aligned, Weights
+
+
+@align_registry.register("none")
+def none(own: Weights, peers: Sequence[Weights]) -> Aligned:
+    """Return no permutations."""
+    return Aligned([{} for _ in peers])

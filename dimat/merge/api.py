@@ -1,0 +1,130 @@
+"""Aligning and merging in one call, for use from Python: `align_weights` and `merge_weights`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dimat.config import MergeConfig, NamedConfig, build
+from dimat.errors import ConfigError, MergeError, nearest
+from dimat.merge.batches import as_data, first_inputs
+from dimat.merge.context import MergeContext
+from dimat.merge.pipeline import MergePlan, Peer, check_mixing, merge, plan_merge
+from dimat.merge.registry import Registry, accept_registry, align_registry, combine_registry, repair_registry
+from dimat.merge.stages import Permutations, Points, Score, Weights
+from dimat.merge.weights import open_weights
+from dimat.symmetry import derive_symmetry
+from dimat.symmetry.spec import SymmetrySpec
+
+Source = Weights | str | PathLike[str]
+"""Weights: a state dict, or the path of a safetensors file."""
+
+Batches = Iterable[Tensor | Sequence[Tensor]] | Tensor
+"""Model inputs: one tensor, or an iterable of batches, each a tensor or a tuple of the model's arguments."""
+
+STAGES: Mapping[str, Registry[Any]] = {
+    "align": align_registry,
+    "combine": combine_registry,
+    "repair": repair_registry,
+    "accept": accept_registry,
+}
+
+
+def align_weights(
+    model: nn.Module,
+    own: Source,
+    peer: Source,
+    spec: SymmetrySpec,
+    data: Batches | None = None,
+    using: str = "activations",
+    points: Points | None = None,
+    **options: Any,
+) -> Permutations:
+    """Return the permutations that bring a peer's weights into own's order of units.
+
+    For each group id an int64 tensor p of shape (units,): merged unit j <- peer's unit p[j], which is what
+    `permute_weights(peer, spec, permutations)` applies. `using` names the align method ("activations" needs
+    `data`), `options` are its options. `points` pins where groups are observed: {group id: points of the spec or
+    names of their nodes}. Raises ConfigError for unknown names and options, DataError for unreadable files.
+
+        spec = derive_symmetry(model, (images,))
+        permutations = align_weights(model, own, peer, spec, data=[images])
+        aligned = permute_weights(peer, spec, permutations)
+    """
+    context = MergeContext(model, spec, as_data(data), points=points)
+    config = NamedConfig(name=using, options=options)
+    aligned = align_registry.call(config, open_weights(own), [open_weights(peer)], **context.offered())
+    return aligned.permutations[0]
+
+
+def merge_weights(
+    own: Source,
+    peers: Sequence[Source],
+    mixing: Sequence[float],
+    method: str = "dimat",
+    *,
+    model: nn.Module | None = None,
+    data: Batches | None = None,
+    base: Source | None = None,
+    aux: Mapping[str, Weights] | None = None,
+    spec: SymmetrySpec | None = None,
+    points: Points | None = None,
+    score: Score | None = None,
+    generator: torch.Generator | None = None,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """Return own weights merged with peers': θ = Σ_k w_k θ'_k over aligned weights, then repaired.
+
+    `mixing`: own weight first, then the peers'; sums to 1. `method`: a preset. `model` gives the architecture
+    and is left as it is; `data`: batches of its inputs, for methods that align or re-estimate BatchNorm. The
+    symmetry spec is derived from the model unless handed in. `score` serves accept = "no-worse".
+    `options`: `align`, `combine`, `repair`, `accept` replace a stage of the preset (a name, or {"name": …,
+    "options": {…}}), `screen` sets the screen's options; any other is an option of the chosen methods, handed to
+    every stage whose method has one of that name, e.g. `max_images=500`.
+    Raises ConfigError (names, options), MergeError (mixing, own weights, missing model or data), PeerError
+    (a peer's tensors do not fit or are not finite), DataError (unreadable files). Own weights are untouched.
+
+        merged = merge_weights(mine, ["lab-b.safetensors"], [0.5, 0.5], model=model, data=[images])
+    """
+    plan = _plan(method, options)
+    if len(mixing) != len(peers) + 1:
+        raise MergeError(f"{len(peers)} peers need {len(peers) + 1} mixing weights, own first; got {len(mixing)}")
+    check_mixing(mixing)
+    batches = as_data(data)
+    if spec is None and plan.align.name != "none":
+        if model is None or batches is None:
+            raise MergeError(f"method {method!r} with align = {plan.align.name!r} needs model= and data=")
+        spec = derive_symmetry(model, first_inputs(batches))
+    context = MergeContext(
+        model, spec, batches, score, None if base is None else open_weights(base), aux, generator, points=points
+    )
+    named = [Peer(_name(i, peer), open_weights(peer), w) for i, (peer, w) in enumerate(zip(peers, mixing[1:]))]
+    return merge(open_weights(own), mixing[0], named, plan, context, refuse=False).weights
+
+
+def _name(index: int, source: Source) -> str:
+    return f"peer {index}" if isinstance(source, Mapping) else f"peer {index} ({source})"
+
+
+def _plan(method: str, options: Mapping[str, Any]) -> MergePlan:
+    """Return the plan of a preset with whole stages and single options replaced."""
+    stages = {key: value for key, value in options.items() if key in STAGES or key == "screen"}
+    plan = plan_merge(build(MergeConfig, {"method": method, **stages}, "merge_weights"))
+    chosen = {stage: getattr(plan, stage) for stage in STAGES}
+    extra: dict[str, dict[str, Any]] = {stage: {} for stage in STAGES}
+    for key, value in options.items():
+        if key in stages:
+            continue
+        owners = [stage for stage, registry in STAGES.items() if key in registry.options(chosen[stage].name)]
+        if not owners:
+            known = {name for stage, registry in STAGES.items() for name in registry.options(chosen[stage].name)}
+            raise ConfigError(f"merge_weights has no option {key!r} with method {method!r}{nearest(key, known)}")
+        for stage in owners:
+            extra[stage][key] = value
+    tables = {s: {"name": c.name, "options": {**c.options, **extra[s]}} for s, c in chosen.items()}
+    screen = {"screen": stages["screen"]} if "screen" in stages else {}
+    return plan_merge(build(MergeConfig, {"method": method, **tables, **screen}, "merge_weights"))

@@ -1,0 +1,42 @@
+"""Assignment problems: which unit of a peer is which of ours, given how well each pair goes together."""
+
+from __future__ import annotations
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+
+def assign(scores: Tensor) -> Tensor:
+    """Return the permutation p that maximises Σ_j scores[j, p[j]].
+
+    scores: (units, units), finite; row = own unit, column = peer's unit. p: (units,) int64. Where several
+    permutations are best, which of them is returned depends on scipy alone (the same input gives the same p).
+    """
+    _, columns = linear_sum_assignment(scores.numpy(force=True), maximize=True)
+    return torch.from_numpy(columns).long()
+
+
+def assignment_value(scores: Tensor, permutation: Tensor) -> float:
+    """Return Σ_j scores[j, p[j]]."""
+    return float(scores.gather(1, permutation.to(scores.device).unsqueeze(1)).sum())
+
+
+def margin(scores: Tensor, permutation: Tensor) -> float:
+    """Return the mean over units of the assigned score minus the best other score in the same row.
+
+    Small or negative: many units of the peer go with one of ours about as well, and the match means little.
+    A group of one unit has margin 0.
+    """
+    if scores.shape[0] < 2:
+        return 0.0
+    index = permutation.to(scores.device).unsqueeze(1)
+    others = scores.scatter(1, index, -torch.inf).amax(1)
+    return float((scores.gather(1, index).squeeze(1) - others).mean())
+
+
+def moved_share(permutations: dict[str, Tensor]) -> float:
+    """Return the share of units whose place changes; 0 where there are none."""
+    units = sum(p.numel() for p in permutations.values())
+    changed = sum(int((p != torch.arange(p.shape[-1], device=p.device)).sum()) for p in permutations.values())
+    return changed / units if units else 0.0

@@ -1,0 +1,231 @@
+"""The merge pipeline: screen → align → combine → repair → accept, and the presets that fill it.
+
+    plan = plan_merge(MergeConfig(method="dimat"))
+    outcome = merge(own, 0.5, [Peer("lab-b", weights, 0.5)], plan, MergeContext(model, spec, data))
+
+Nothing that is handed in is changed: not the model, its mode and BatchNorm momentum, nor any weights, nor the
+global random state. A peer that cannot be trusted is refused whole, and its weight goes to self.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import isclose, isfinite
+from typing import Any
+
+from torch import Tensor
+
+from dimat.config import MergeConfig, NamedConfig
+from dimat.errors import ConfigError, DimatError, MergeError, unknown_name
+from dimat.merge.clock import Clock
+from dimat.merge.context import MergeContext
+from dimat.merge.matching import moved_share
+from dimat.merge.registry import accept_registry, align_registry, check_options, combine_registry, repair_registry
+from dimat.merge.screen import norm_of, screen
+from dimat.merge.stages import Aligned, Permutations, Weights
+from dimat.merge.weights import PermutedWeights
+
+MIXING_TOLERANCE = 1e-6
+"""Mixing weights sum to 1 within this."""
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """A merge configuration with every stage filled in and checked."""
+
+    align: NamedConfig
+    combine: NamedConfig
+    repair: NamedConfig
+    accept: NamedConfig
+    align_to: str = "shared"
+    align_data: str = "local"
+    probe_samples: int = 100
+    screen: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+def _preset(align: str, repair: str, align_to: str = "shared") -> MergePlan:
+    names = [NamedConfig(name=name) for name in (align, "average", repair, "always")]
+    return MergePlan(*names, align_to=align_to)
+
+
+PRESETS: Mapping[str, MergePlan] = {
+    "isolated": _preset("none", "none"),  # never merges: such agents are given no peers
+    "centralised": _preset("none", "none"),  # nor does the one agent that holds all data
+    "average": _preset("none", "none"),
+    "dimat": _preset("activations", "batchnorm"),
+    "dimat-paper": _preset("activations", "batchnorm", align_to="self"),
+}
+"""Method name → plan. `average` is the paper's baseline WA, whole state dicts; `dimat` aligns once into a shared
+basis (basis gossip); `dimat-paper` aligns peers to self at every merge, as published."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A neighbour's weights and their mixing weight. `same_basis`: its units are already in our order."""
+
+    name: str
+    weights: Weights
+    weight: float
+    same_basis: bool = False
+
+
+@dataclass(frozen=True)
+class MergeOutcome:
+    """What a merge did. `own_weight` and `mixing` are after refusals, whose mass went to self; `permutations`
+    and `moved` (share of units that moved) list the peers that were aligned; `accepted`: how far the weights
+    are on the way from own (0) to merged (1); `cpu_s`: CPU seconds by stage; `images`: examples by stage."""
+
+    weights: dict[str, Tensor]
+    own_weight: float
+    mixing: dict[str, float]
+    refused: dict[str, str] = field(default_factory=dict[str, str])
+    permutations: dict[str, Permutations] = field(default_factory=dict[str, Permutations])
+    moved: dict[str, float] = field(default_factory=dict[str, float])
+    accepted: float = 1.0
+    notes: tuple[str, ...] = ()
+    cpu_s: dict[str, float] = field(default_factory=dict[str, float])
+    images: dict[str, int] = field(default_factory=dict[str, int])
+
+
+def plan_merge(config: MergeConfig) -> MergePlan:
+    """Return the plan of a configuration: its preset with what it overrides, all names and options checked.
+
+    Raises ConfigError that names the first fault and the nearest known name.
+    """
+    if config.method not in PRESETS:
+        raise ConfigError(unknown_name("merge method", config.method, PRESETS))
+    preset = PRESETS[config.method]
+    plan = MergePlan(
+        align=config.align or preset.align,
+        combine=config.combine or preset.combine,
+        repair=config.repair or preset.repair,
+        accept=config.accept or preset.accept,
+        align_to=config.align_to or preset.align_to,
+        align_data=config.align_data,
+        probe_samples=config.probe_samples,
+        screen=dict(config.screen),
+    )
+    align_registry.check(plan.align)
+    combine_registry.check(plan.combine)
+    repair_registry.check(plan.repair)
+    accept_registry.check(plan.accept)
+    check_options(screen, plan.screen, "merge.screen")
+    return plan
+
+
+def merge(
+    own: Weights,
+    own_weight: float,
+    peers: Sequence[Peer],
+    plan: MergePlan,
+    context: MergeContext,
+    *,
+    refuse: bool = True,
+) -> MergeOutcome:
+    """Merge peers' weights into own: θ = repair(combine(own, align(peers))), kept if it is accepted.
+
+    `own_weight` and the peers' weights are this agent's row of the mixing matrix. Peers of weight 0 play no
+    part; with weight 1 on self, or no peer left after the screen, own weights come back bit for bit.
+    `refuse`: a peer that the screen does not pass is left out and its weight goes to self; False raises instead.
+    Raises MergeError for mixing weights that are negative or do not sum to 1, own weights that are not finite
+    or not the model's, and stages that lack what they need; own weights are untouched whatever happens.
+    """
+    check_mixing([own_weight, *(peer.weight for peer in peers)])
+    clock = Clock()
+    own_norm = _check_own(own, context)
+    refused: dict[str, str] = {}
+    kept: list[Peer] = []
+    for peer in peers:
+        try:
+            screen(own, peer.weights, peer.name, own_norm, **plan.screen)
+        except DimatError as error:
+            if not refuse:
+                raise
+            refused[peer.name] = str(error)
+        else:
+            kept.append(peer)
+    clock.lap("screen")
+    own_weight += sum(peer.weight for peer in peers if peer.name in refused)
+    mixing = {peer.name: peer.weight for peer in kept}
+    merging = [peer for peer in kept if peer.weight > 0]
+    if not merging:
+        return MergeOutcome(_copy(own), own_weight, mixing, refused, cpu_s=clock.seconds)
+
+    foreign = [peer for peer in merging if not peer.same_basis]
+    aligned = _align(own, [peer.weights for peer in foreign], plan, context)
+    permutations = dict(zip((peer.name for peer in foreign), aligned.permutations))
+    views = [_view(peer.weights, permutations.get(peer.name), context) for peer in merging]
+    clock.lap("align")
+    combined = combine_registry.call(
+        plan.combine, own, views, [own_weight, *(peer.weight for peer in merging)], **context.offered()
+    )
+    clock.lap("combine")
+    repaired = repair_registry.call(plan.repair, combined, **context.offered())
+    clock.lap("repair")
+
+    def repair_again(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        return repair_registry.call(plan.repair, weights, **context.offered()).weights
+
+    accepted = accept_registry.call(plan.accept, own, repaired.weights, **context.offered(), repair=repair_again)
+    clock.lap("accept")
+    return MergeOutcome(
+        weights=accepted.weights if accepted.share else _copy(own),
+        own_weight=own_weight,
+        mixing=mixing,
+        refused=refused,
+        permutations=permutations,
+        moved={name: moved_share(p) for name, p in permutations.items()},
+        accepted=accepted.share,
+        notes=(*aligned.notes, *repaired.notes, *accepted.notes),
+        cpu_s=clock.seconds | {f"align.{part}": s for part, s in aligned.cpu_s.items()},
+        images={"align": aligned.images, "repair": repaired.images},
+    )
+
+
+def adopt(own: Weights, peer: Peer, plan: MergePlan, context: MergeContext) -> Permutations:
+    """Return the permutations that bring OWN weights into the peer's basis (basis gossip).
+
+    `permute_weights(own, spec, adopt(...))`, and the optimizer's state likewise, then stand in the peer's order
+    of units. Empty where the plan does not align or the model has no symmetry groups.
+    Raises PeerError for weights that the screen refuses, MergeError as `merge` does.
+    """
+    screen(own, peer.weights, peer.name, _check_own(own, context), **plan.screen)
+    return _align(peer.weights, [own], plan, context).permutations[0]
+
+
+def check_mixing(weights: Sequence[float]) -> None:
+    """Raise MergeError unless the weights are finite, not negative, and sum to 1."""
+    if not all(isfinite(w) and w >= 0 for w in weights):
+        raise MergeError(f"mixing weights must be finite and not negative, got {[*weights]}")
+    if not isclose(sum(weights), 1.0, rel_tol=0, abs_tol=MIXING_TOLERANCE):
+        raise MergeError(f"mixing weights must sum to 1, got {[*weights]} with sum {sum(weights):.6g}")
+
+
+def _align(own: Weights, peers: Sequence[Weights], plan: MergePlan, context: MergeContext) -> Aligned:
+    if plan.align.name == "none" or not peers:
+        return Aligned([{} for _ in peers])
+    if context.spec is None or not context.spec.groups:
+        return Aligned([{} for _ in peers], notes=("no symmetry groups are known: averaged without alignment",))
+    return align_registry.call(plan.align, own, peers, **context.offered())
+
+
+def _view(weights: Weights, permutations: Permutations | None, context: MergeContext) -> Weights:
+    return PermutedWeights(weights, context.spec, permutations) if permutations and context.spec else weights
+
+
+def _check_own(own: Weights, context: MergeContext) -> float:
+    """Check that own weights are finite and the model's, and return their norm."""
+    if context.model is not None:
+        expected = context.model.state_dict()
+        for name in expected.keys() ^ own.keys():
+            side = "missing from own weights" if name in expected else "not in the model"
+            raise MergeError(f"tensor {name!r} is {side}; hand in the model that the weights belong to")
+        for name, tensor in expected.items():
+            if tensor.shape != own[name].shape:
+                raise MergeError(f"tensor {name!r} is {[*own[name].shape]}, in the model {[*tensor.shape]}")
+    return norm_of(own)
+
+
+def _copy(weights: Weights) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in weights.items()}

@@ -1,0 +1,12 @@
+"""No repair."""
+
+from __future__ import annotations
+
+from dimat.merge.registry import repair_registry
+from dimat.merge.stages import Repaired, Weights
+
+
+@repair_registry.register("none")
+def none(weights: Weights) -> Repaired:
+    """Return the weights as they are."""
+    return Repaired(dict(weights))

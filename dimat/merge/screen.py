@@ -1,0 +1,83 @@
+"""Screen: what a peer sent is checked before anything of it is trusted."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from dimat.errors import MergeError, PeerError, nearest
+from dimat.merge.stages import Weights
+
+
+def screen(
+    own: Weights,
+    peer: Weights,
+    name: str,
+    own_norm: float,
+    *,
+    max_norm_ratio: Annotated[float, Field(gt=0)] = 10.0,
+) -> None:
+    """Check a peer's weights against own: names, shapes, dtypes, finite values, and size.
+
+    `name`: the peer, for messages; `own_norm`: `norm_of(own)`. The 2-norm of all the peer's floating-point
+    tensors may not exceed `max_norm_ratio` times own's (a bound that no permutation of units changes).
+    Reads one tensor at a time. Raises PeerError naming the agent and the tensor.
+    """
+    for key in own:
+        if key not in peer:
+            raise PeerError(f"{name}: tensor {key!r} is missing{nearest(key, peer)}; do the architectures agree?")
+    for key in peer:
+        if key not in own:
+            raise PeerError(f"{name}: tensor {key!r} is not in our model{nearest(key, own)}")
+    squares: dict[str, float] = {}
+    for key, ours in own.items():
+        theirs = peer[key]
+        if theirs.shape != ours.shape or theirs.dtype != ours.dtype:
+            raise PeerError(f"{name}: tensor {key!r} is {_describe(theirs)}, ours {_describe(ours)}")
+        norm = _norm(theirs)
+        if norm is None:
+            raise PeerError(f"{name}: tensor {key!r} holds {_count_non_finite(theirs)} values that are not finite")
+        squares[key] = norm * norm
+    total = sum(squares.values()) ** 0.5
+    if own_norm and total > max_norm_ratio * own_norm:
+        largest = max(squares, key=squares.__getitem__)
+        raise PeerError(
+            f"{name}: weights of norm {total:.3g} exceed {max_norm_ratio:g} times ours ({own_norm:.3g}); "
+            f"largest tensor {largest!r}"
+        )
+
+
+def norm_of(own: Weights) -> float:
+    """Return the 2-norm of all floating-point tensors; MergeError names one that is not finite."""
+    total = 0.0
+    for key, tensor in own.items():
+        norm = _norm(tensor)
+        if norm is None:
+            raise MergeError(
+                f"own weights: tensor {key!r} holds {_count_non_finite(tensor)} values that are not finite"
+            )
+        total += norm * norm
+    return total**0.5
+
+
+def _norm(tensor: Tensor) -> float | None:
+    """2-norm in double precision, 0 for integers, None where a value is not finite."""
+    if not tensor.is_floating_point() and not tensor.is_complex():
+        return 0.0
+    values = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    wide = torch.float32 if tensor.device.type == "mps" else torch.float64
+    norm = float(torch.linalg.vector_norm(values, dtype=wide))
+    if norm < float("inf"):
+        return norm
+    return None if _count_non_finite(tensor) else torch.finfo(torch.float64).max ** 0.5
+
+
+def _count_non_finite(tensor: Tensor) -> int:
+    return int((~torch.isfinite(tensor)).sum())
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"

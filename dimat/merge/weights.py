@@ -1,0 +1,97 @@
+"""Weights as mappings that are read one tensor at a time: safetensors files, weights in another basis, or
+on another device.
+
+Merging streams over tensor names, so that its peak memory is own model + one tensor per peer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from os import PathLike, fspath
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from dimat.errors import DataError
+from dimat.merge.stages import Permutations, Weights
+from dimat.symmetry import permute_weights
+from dimat.symmetry.spec import AxisRef, SymmetrySpec
+
+
+def open_weights(source: Weights | str | PathLike[str]) -> Weights:
+    """Return weights as a mapping from tensor name to tensor; a safetensors file is mapped, not read.
+
+    A mapping is returned as it is. Raises DataError, naming the file, where it is missing, truncated or damaged.
+    """
+    return source if isinstance(source, Mapping) else SafetensorsFile(source)
+
+
+class SafetensorsFile(Mapping[str, Tensor]):
+    """A safetensors file as a mapping: each access reads one tensor, and nothing is kept."""
+
+    def __init__(self, path: str | PathLike[str]) -> None:
+        self.path = fspath(path)
+        try:
+            self._file = safe_open(self.path, framework="pt")
+            self._names = tuple(self._file.keys())
+        except (OSError, SafetensorError) as error:
+            raise DataError(f"cannot read weights from {self.path}: {error}") from error
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        try:
+            return self._file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise DataError(f"cannot read tensor {name!r} from {self.path}: {error}") from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class PermutedWeights(Mapping[str, Tensor]):
+    """Weights in another basis: each access permutes one tensor."""
+
+    def __init__(self, weights: Weights, spec: SymmetrySpec, permutations: Permutations) -> None:
+        self._weights = weights
+        self._spec = replace(spec, axes=(), tied=())
+        self._permutations = permutations
+        aliases = {name: names for names in spec.tied for name in names}
+        self._axes: dict[str, list[AxisRef]] = {}
+        for axis in spec.axes:
+            for name in aliases.get(axis.tensor, (axis.tensor,)):
+                self._axes.setdefault(name, []).append(replace(axis, tensor=name))
+
+    def __getitem__(self, name: str) -> Tensor:
+        axes = tuple(self._axes.get(name, ()))
+        groups = {factor.group for axis in axes for segment in axis.layout for factor in segment}
+        permutations = {group: p for group, p in self._permutations.items() if group in groups}
+        return permute_weights({name: self._weights[name]}, replace(self._spec, axes=axes), permutations)[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+
+class WeightsOn(Mapping[str, Tensor]):
+    """Weights on a device: each access moves one tensor."""
+
+    def __init__(self, weights: Weights, device: torch.device) -> None:
+        self._weights = weights
+        self._device = device
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._weights[name].to(self._device)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)

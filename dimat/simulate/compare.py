@@ -1,0 +1,189 @@
+"""Methods side by side on the same data: the same agents, parts and first trainings, then each method its own way.
+
+The first round's training is the same for all methods of one split and seed; it is done once and kept, and each
+method branches off from it. Runs of different seeds go on side by side, so that all workers are busy.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Generator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from dimat.config import ExperimentConfig, MergeConfig, PartitionConfig
+from dimat.errors import DataError, DimatError
+from dimat.events import Event, Listener
+from dimat.results import Comparison, MethodCurve, Results
+from dimat.simulate.engine import Simulation
+from dimat.simulate.folder import RunFolder
+from dimat.simulate.pool import WorkerPool, default_workers
+from dimat.simulate.scenario import prepare
+
+SIDE_BY_SIDE = 3  # runs at a time per pool: enough to even out how agents fall on workers
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Case:
+    """One run of a comparison, told from others by identity."""
+
+    split: str
+    method: str
+    seed: int
+    config: ExperimentConfig
+    folder: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A comparison and the folders of the runs behind it; `complete` is false if it was stopped."""
+
+    comparison: Comparison
+    runs: Mapping[str, Path]
+    first_seed: frozenset[str]
+    """The runs of the first seed, one for each method and split."""
+    complete: bool
+
+
+def cases_of(
+    base: ExperimentConfig,
+    methods: Sequence[str],
+    splits: Mapping[str, PartitionConfig],
+    seeds: Sequence[int],
+    out: Path,
+) -> list[Case]:
+    """Return the runs of a comparison: every method on every split with every seed, all else as in `base`.
+
+    "centralised" holds all data whatever the split, so it runs for the first split only and counts for all.
+    """
+    cases: list[Case] = []
+    for split, partition in splits.items():
+        for method in methods:
+            if method == "centralised" and split != next(iter(splits)):
+                continue
+            for seed in seeds:
+                run = f"{split} {method} seed {seed}"
+                config = base.model_copy(
+                    update={
+                        "run": run,
+                        "seed": seed,
+                        "task": base.task.model_copy(update={"partition": partition}),
+                        "merge": base.merge.model_copy(update={"method": method})
+                        if method == base.merge.method
+                        else MergeConfig(
+                            method=method,
+                            align_data=base.merge.align_data,
+                            probe_samples=base.merge.probe_samples,
+                        ),
+                    }
+                )
+                cases.append(Case(split, method, seed, config, out / split / method / f"seed{seed}"))
+    return cases
+
+
+def compare(
+    cases: Sequence[Case],
+    out: Path,
+    *,
+    workers: int | None = None,
+    listeners: Sequence[Listener] = (),
+    overwrite: bool = False,
+) -> Outcome:
+    """Run all cases and return their comparison. Ctrl-C ends it with the runs that were complete."""
+    scenarios = {case: prepare(case.config) for case in cases}  # whatever is impossible is refused before any work
+    agents = max(len(scenario.agents) for scenario in scenarios.values())
+    together = min(SIDE_BY_SIDE, len(cases))
+    size = min(workers or default_workers(), agents * together)
+    if size == 1:
+        together = 1  # with one worker everything happens in this process, one thing at a time
+    tell = _serialised(listeners)
+    done: dict[Case, Results] = {}
+    complete = True
+    with _warm_folder(out) as warm, WorkerPool(size) as pool, ThreadPoolExecutor(together) as threads:
+        running: dict[Future[Results], tuple[Case, Simulation]] = {}
+        waiting = list(cases)
+        try:
+            while waiting or running:
+                while waiting and len(running) < together:
+                    case = waiting.pop(0)
+                    folder = RunFolder(case.folder, case.config, overwrite=overwrite)
+                    simulation = Simulation(scenarios[case], folder, pool, tell, warm)
+                    if together == 1:
+                        done[case] = simulation.run()
+                        if done[case].status != "done":
+                            raise KeyboardInterrupt
+                    else:
+                        running[threads.submit(simulation.run)] = (case, simulation)
+                finished, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED) if running else (set(), None)
+                for future in finished:
+                    case, _ = running.pop(future)
+                    done[case] = future.result()
+        except KeyboardInterrupt:
+            complete = False
+        finally:
+            for _, simulation in running.values():
+                simulation.stop()
+            if running:
+                pool.terminate()
+    finished_runs = {case: results for case, results in done.items() if results.status == "done"}
+    if not finished_runs:
+        raise DimatError("the comparison was stopped before its first run was complete; nothing to compare")
+    runs = {case.config.run: case.folder for case in finished_runs}
+    first = frozenset(case.config.run for case in finished_runs if case.seed == cases[0].seed)
+    return Outcome(summarise(finished_runs), runs, first, complete)
+
+
+def summarise(done: Mapping[Case, Results]) -> Comparison:
+    """Return mean and standard deviation over seeds of each method's curve on each split."""
+    curves: dict[tuple[str, str], list[tuple[int, Results]]] = {}
+    for case, results in done.items():
+        curves.setdefault((case.split, case.method), []).append((case.seed, results))
+    splits: dict[str, dict[str, MethodCurve]] = {}
+    for (split, method), runs in curves.items():
+        rows = [results.after_merge() for _, results in runs]
+        columns = list(zip(*rows, strict=True))
+        means = [sum(column) / len(column) for column in columns]
+        splits.setdefault(split, {})[method] = MethodCurve(
+            after_merge=means,
+            std=[
+                (sum((v - mean) ** 2 for v in column) / max(len(column) - 1, 1)) ** 0.5
+                for mean, column in zip(means, columns, strict=True)
+            ],
+            mb_sent_per_agent=sum(results.mb_sent_per_agent for _, results in runs) / len(runs),
+            seeds=[seed for seed, _ in runs],
+            curves=rows,
+        )
+    ceiling = next((methods["centralised"] for methods in splits.values() if "centralised" in methods), None)
+    if ceiling is not None:
+        splits = {split: {**methods, "centralised": ceiling} for split, methods in splits.items()}
+    metric = next(iter(done.values())).metric
+    return Comparison(metric=metric, splits=splits)
+
+
+def _serialised(listeners: Sequence[Listener]) -> list[Listener]:
+    """Runs tell events from threads of their own; listeners hear one at a time."""
+    lock = threading.Lock()
+
+    def tell(event: Event) -> None:
+        with lock:
+            for listener in listeners:
+                listener(event)
+
+    return [tell]
+
+
+@contextmanager
+def _warm_folder(out: Path) -> Generator[Path]:
+    folder = out / ".first-rounds"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"cannot write to {out}: {error.strerror or error}") from error
+    try:
+        yield folder
+    finally:
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()

@@ -1,0 +1,53 @@
+"""One simulated experiment, from configuration to results."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dimat.config import ExperimentConfig, build, load_experiment
+from dimat.events import Listener
+from dimat.results import Results
+from dimat.simulate.engine import Simulation
+from dimat.simulate.folder import RunFolder
+from dimat.simulate.pool import WorkerPool, default_workers
+from dimat.simulate.scenario import Scenario, prepare
+
+
+def run_simulation(
+    config: ExperimentConfig | Mapping[str, Any] | str | Path,
+    *,
+    out: str | Path | None = None,
+    listeners: Sequence[Listener] = (),
+    overwrite: bool = False,
+) -> Results:
+    """Simulate an experiment on this host and return its results.
+
+    `config`: an `ExperimentConfig`, the same as nested dictionaries, or the path of a TOML file. `out`: run folder,
+    for `results.json` and each agent's final weights; without one nothing is kept but what is returned.
+    `listeners` are told every event (`dimat.events`). Results depend on `config` alone, not on how many worker
+    processes (`simulate.workers`) compute them.
+
+    Raises ConfigError for an experiment that cannot be, DataError for a run folder that cannot be used.
+
+    >>> results = run_simulation({"topology": {"agents": 3}, "schedule": {"rounds": 2}})  # doctest: +SKIP
+    >>> results.after_merge()  # doctest: +SKIP
+    [0.71, 0.93]
+    """
+    if isinstance(config, str | Path):
+        config = load_experiment(config)
+    elif not isinstance(config, ExperimentConfig):
+        config = build(ExperimentConfig, config, "the configuration")
+    scenario = prepare(config)
+    with tempfile.TemporaryDirectory(prefix="dimat-") as scratch:
+        folder = RunFolder(Path(out) if out is not None else Path(scratch) / "run", config, overwrite=overwrite)
+        return run_scenario(scenario, folder, listeners)
+
+
+def run_scenario(scenario: Scenario, folder: RunFolder, listeners: Sequence[Listener] = ()) -> Results:
+    """Run a prepared experiment into its folder; what `run_simulation` does once both are there."""
+    workers = min(scenario.config.simulate.workers or default_workers(), len(scenario.agents))
+    with WorkerPool(workers) as pool:
+        return Simulation(scenario, folder, pool, listeners).run()

@@ -1,0 +1,160 @@
+"""The simulator's side of a worker process: the agents that live in it, by key, and what can be asked of them.
+
+Imported by the clean server process from which workers are forked, so that torch is loaded once.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from blake3 import blake3
+
+from dimat.agent.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from dimat.agent.local import LocalAgent, MergeReport, TrainedReport
+from dimat.config import ExperimentConfig
+from dimat.merge import plan_merge
+from dimat.seeds import torch_generator
+from dimat.symmetry import Observer, SymmetrySpec, derive_symmetry, verify_symmetry
+from dimat.task import Task
+from dimat.tasks import load_task
+from dimat.train import TrainerState
+
+INVARIANCE = 1e-9  # relative output change that counts as none, in float64; 1e-5 where a model computes in fp32
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What a worker needs to make an agent. `warm`: folder in which first rounds of training are kept and found."""
+
+    key: str
+    agent: str
+    config: ExperimentConfig
+    indices: torch.Tensor
+    store: Path
+    warm: Path | None
+
+
+@dataclass(slots=True)
+class Kit:
+    """A task as loaded in this process, with its symmetry groups once somebody needs them."""
+
+    task: Task
+    spec: SymmetrySpec | None = None
+    observers: dict[str, Observer] = field(default_factory=dict[str, Observer])
+    warnings: tuple[str, ...] = ()
+
+
+_kits: dict[str, Kit] = {}
+_agents: dict[str, tuple[LocalAgent, Setup]] = {}
+
+
+def kit_for(config: ExperimentConfig, *, symmetry: bool) -> Kit:
+    """Return the task of an experiment, loaded once per process; with its verified symmetry spec if asked for."""
+    key = f"{config.task.model_dump_json(exclude={'partition'})}@{config.folder}"
+    if key not in _kits:
+        _kits[key] = Kit(load_task(config.task, Path(config.folder)))
+    kit = _kits[key]
+    if symmetry and kit.spec is None:
+        kit.spec, kit.warnings = derive_checked(kit.task)
+    return kit
+
+
+def derive_checked(task: Task) -> tuple[SymmetrySpec, tuple[str, ...]]:
+    """Derive a task's symmetry groups and prove them on its model; return them with the warnings that arose."""
+    model = task.build_model(torch_generator(0, "symmetry", "model"))
+    inputs = task.example_inputs()
+    with warnings.catch_warnings(record=True):
+        warnings.simplefilter("always")
+        spec = derive_symmetry(model, inputs)
+        notes = spec.warnings
+        if spec.groups:
+            error = verify_symmetry(model, spec, inputs, torch_generator(0, "symmetry", "verify"))
+            if not error <= INVARIANCE:
+                spec = SymmetrySpec(groups=(), axes=(), trace_kind="none", arch_hash=spec.arch_hash)
+                notes = (*notes, f"SYM-E03 symmetry groups failed the invariance check (err={error:.1e}); not used")
+    return spec, notes
+
+
+def create(setup: Setup) -> tuple[str, ...]:
+    """Make an agent in this process; return the warnings of its symmetry derivation."""
+    plan = plan_merge(setup.config.merge)
+    kit = kit_for(setup.config, symmetry=plan.align.name != "none")
+    spec = kit.spec if plan.align.name != "none" else None
+    agent = LocalAgent(
+        setup.agent,
+        setup.config,
+        kit.task,
+        setup.indices,
+        setup.store,
+        spec,
+        durable=False,
+        observers=kit.observers,
+    )
+    _agents[setup.key] = (agent, setup)
+    return kit.warnings if spec is not None else ()
+
+
+def train(key: str, number: int, learn: bool) -> TrainedReport:
+    """Train an agent; the first round is taken from the warm folder if an equal one was trained before."""
+    agent, setup = _agents[key]
+    if number != 1 or not learn or setup.warm is None:
+        return agent.train(number, learn)
+    file = setup.warm / f"{_first_round_key(setup)}.safetensors"
+    if file.exists():
+        kept = read_checkpoint(file)
+        values = dict(kept.values)
+        loss, samples = float(values.pop("report/loss")), int(values.pop("report/samples"))
+        agent.trainer.load_state(TrainerState(dict(kept.tensors), values))
+        report = agent.train(number, learn=False)
+        return TrainedReport(loss, samples, report.payload, report.schema, 0.0, report.record_s)
+    report = agent.train(number, learn)
+    state = agent.trainer.state()
+    values = {**state.values, "report/loss": report.loss, "report/samples": report.samples}
+    write_checkpoint(file, Checkpoint(state.tensors, values), durable=False)
+    return report
+
+
+def adopt(key: str, number: int, peer: str, snapshot: Path) -> float:
+    """Bring an agent into the basis of a peer's snapshot; return the share of units that moved."""
+    return _agents[key][0].adopt(number, peer, snapshot)
+
+
+def merge(
+    key: str,
+    number: int,
+    own_weight: float,
+    peers: Sequence[tuple[str, Path, float, bool]],
+    evaluate: str,
+    file: Path,
+) -> MergeReport:
+    """Merge an agent with its peers' snapshots and write the merged weights to `file`."""
+    agent = _agents[key][0]
+    report = agent.merge(number, own_weight, peers, evaluate)
+    start = time.thread_time()
+    agent.save(file)
+    return replace(report, checkpoint_s=time.thread_time() - start)
+
+
+def drop(key: str) -> None:
+    """Forget an agent."""
+    _agents.pop(key, None)
+
+
+def _first_round_key(setup: Setup) -> str:
+    """Name everything that the outcome of the first round of training depends on, and nothing else."""
+    config = setup.config
+    parts = [
+        config.task.model_dump_json(),
+        config.train.model_dump_json(),
+        str(config.schedule.rounds),  # the learning rate may fall over the whole run
+        str(config.seed),
+        setup.agent,
+        blake3(setup.indices.numpy().tobytes()).hexdigest(),
+        str(plan_merge(config.merge).accept),  # an agent's hold-out is not trained on
+    ]
+    return blake3("\x1f".join(parts).encode()).hexdigest()

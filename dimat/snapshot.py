@@ -1,0 +1,200 @@
+"""Snapshots: one agent's weights at one round, immutable and content-addressed, and the store that keeps them.
+
+A snapshot is a safetensors payload and a manifest. The payload's address is its root hash: blake3 over the
+concatenated blake3 hashes of its blocks and its length, so that a reader can check block by block and equal
+content has one address. Payloads appear under their address by rename, so a reader never sees half of one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from blake3 import blake3
+from safetensors.torch import save as encode_safetensors
+from torch import Tensor
+
+from dimat.errors import DataError
+
+BLOCK_BYTES = 4 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """Address and checksums of a payload. `blocks`: hex blake3 of each block of `block_bytes` (the last is shorter)."""
+
+    root: str
+    bytes: int
+    blocks: tuple[str, ...]
+    block_bytes: int = BLOCK_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What an agent says about a snapshot that it offers. `parents`: (agent, root, round, weight) of each part of
+    the merge that training started from; `schema`: hash of names, shapes and dtypes (`schema_hash`)."""
+
+    run: str
+    agent: str
+    round: int
+    basis: str
+    schema: str
+    payload: Payload
+    encoding: str = "fp32"
+    base: str = ""
+    samples: int = 0
+    parents: tuple[tuple[str, str, int, float], ...] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict[str, float])
+
+
+def schema_hash(weights: Mapping[str, Tensor]) -> str:
+    """Return a hex blake3 of names, shapes and dtypes: equal for models that can be merged without alignment."""
+    lines = [f"{name} {tuple(t.shape)} {t.dtype}" for name, t in sorted(weights.items())]
+    return blake3("\n".join(lines).encode()).hexdigest()
+
+
+def checksum(data: bytes | memoryview, block_bytes: int = BLOCK_BYTES) -> Payload:
+    """Return the payload record of `data`."""
+    view = memoryview(data)
+    blocks = [blake3(view[i : i + block_bytes]).digest() for i in range(0, len(view), block_bytes)]
+    root = blake3(b"".join(blocks) + len(view).to_bytes(8, "big")).hexdigest()
+    return Payload(root, len(view), tuple(b.hex() for b in blocks), block_bytes)
+
+
+def write_weights(path: Path, weights: Mapping[str, Tensor], *, durable: bool = True) -> None:
+    """Write a state dict as safetensors under a temporary name, then rename; DataError where that fails."""
+    write_bytes(path, encode(weights), durable=durable)
+
+
+def write_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:
+    """Write a file under a temporary name, then rename. `durable`: fsync file and folder, to survive power loss."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        temporary.replace(path)
+        if durable:
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise DataError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def record(folder: Path, weights: Mapping[str, Tensor], *, durable: bool = True) -> Payload:
+    """Write weights into a store folder under their address and return it; content already there is not rewritten."""
+    data = encode(weights)
+    payload = checksum(data)
+    path = folder / f"{payload.root}.safetensors"
+    if not path.exists():
+        write_bytes(path, data, durable=durable)
+    return payload
+
+
+def encode(weights: Mapping[str, Tensor]) -> bytes:
+    """Return a state dict as the bytes of a safetensors file: the same for equal weights, wherever they lie."""
+    # safetensors refuses tensors that share memory; views and tied tensors are written out, each under its name
+    plain: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in weights.items():
+        t = tensor.detach().to("cpu").contiguous()
+        pointer = t.untyped_storage().data_ptr()
+        if pointer in seen or t.untyped_storage().nbytes() != t.numel() * t.element_size():
+            t = t.clone(memory_format=torch.contiguous_format)
+        seen.add(pointer)
+        plain[name] = t
+    return encode_safetensors(plain)
+
+
+class SnapshotStore:
+    """Payload files of one run and who still needs them.
+
+    An agent's newest `keep` snapshots are held, and those that somebody reads (`reading`) until the last reader
+    is through. Payload files are removed as soon as neither holds, so disk use is bounded.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2) -> None:
+        self.folder = folder
+        self._keep = keep
+        self._published: dict[str, list[Manifest]] = {}
+        self._holds: Counter[str] = Counter()
+        self._verified: set[str] = set()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"cannot make the snapshot store {folder}: {error.strerror or error}") from error
+
+    def path(self, root: str) -> Path:
+        """Return where the payload with this address lies, or would."""
+        return self.folder / f"{root}.safetensors"
+
+    def publish(self, manifest: Manifest) -> None:
+        """Offer a recorded snapshot; the agent's oldest one beyond `keep` is let go."""
+        held = self._published.setdefault(manifest.agent, [])
+        held.append(manifest)
+        self._holds[manifest.payload.root] += 1
+        while len(held) > self._keep:
+            self._release(held.pop(0).payload.root)
+
+    def find(self, agent: str, round_: int) -> Manifest | None:
+        """Return the manifest that `agent` published for a round, if it is still held."""
+        return next((m for m in self._published.get(agent, ()) if m.round == round_), None)
+
+    def verify(self, payload: Payload) -> Path:
+        """Check length and every block of a payload file; DataError says what is wrong. Checked once per address."""
+        path = self.path(payload.root)
+        if payload.root not in self._verified:
+            verify_file(path, payload)
+            self._verified.add(payload.root)
+        return path
+
+    def hold(self, root: str) -> None:
+        """Keep a payload until `release`, whatever its publisher does."""
+        self._holds[root] += 1
+
+    def release(self, root: str) -> None:
+        """Undo one `hold`."""
+        self._release(root)
+
+    @contextmanager
+    def reading(self, roots: Sequence[str]) -> Generator[None]:
+        """Hold payloads for the length of a block."""
+        for root in roots:
+            self.hold(root)
+        try:
+            yield
+        finally:
+            for root in roots:
+                self._release(root)
+
+    def _release(self, root: str) -> None:
+        self._holds[root] -= 1
+        if self._holds[root] <= 0:
+            del self._holds[root]
+            self._verified.discard(root)
+            self.path(root).unlink(missing_ok=True)
+
+
+def verify_file(path: Path, payload: Payload) -> None:
+    """Check a payload file against its record, block by block; DataError where it is missing, cut short or altered."""
+    try:
+        size = path.stat().st_size
+        if size != payload.bytes:
+            raise DataError(f"snapshot {path} is damaged: {size} bytes, its manifest says {payload.bytes}")
+        with path.open("rb") as file:
+            for number, expected in enumerate(payload.blocks):
+                if blake3(file.read(payload.block_bytes)).hexdigest() != expected:
+                    raise DataError(f"snapshot {path} is damaged: block {number} does not match its hash")
+    except OSError as error:
+        raise DataError(f"cannot read snapshot {path}: {error.strerror or error}") from error

@@ -1,0 +1,62 @@
+"""Symmetry groups of a module, derived from its graph: which units can be permuted without changing it.
+
+`derive_symmetry` gives a `SymmetrySpec`; `permute_weights` and `permute_optimizer` apply permutations of its
+groups; `verify_symmetry` checks it by numbers; `Observer` reads activations at its observation points.
+No architecture is described by hand: the module is traced, and one transfer rule for each operation says how
+axes relate. `register_rule` adds rules.
+"""
+
+from dimat.symmetry.derive import derive_symmetry, observation_points
+from dimat.symmetry.observe import Observer, points_at
+from dimat.symmetry.permute import (
+    Permutations,
+    compose_permutations,
+    invert_permutations,
+    permute_optimizer,
+    permute_weights,
+    random_permutations,
+)
+from dimat.symmetry.rules import Call, NoRule, Value, register_rule
+from dimat.symmetry.spec import (
+    AxisRef,
+    Factor,
+    FrozenAxis,
+    Group,
+    Layout,
+    ObservationPoint,
+    Segment,
+    SymmetrySpec,
+    UnknownOp,
+)
+from dimat.symmetry.trace import SymmetryWarning, Trace, trace
+from dimat.symmetry.verify import verify_symmetry
+
+__all__ = [
+    "AxisRef",
+    "Call",
+    "Factor",
+    "FrozenAxis",
+    "Group",
+    "Layout",
+    "NoRule",
+    "ObservationPoint",
+    "Observer",
+    "Permutations",
+    "Segment",
+    "SymmetrySpec",
+    "SymmetryWarning",
+    "Trace",
+    "UnknownOp",
+    "Value",
+    "compose_permutations",
+    "derive_symmetry",
+    "invert_permutations",
+    "observation_points",
+    "permute_optimizer",
+    "permute_weights",
+    "points_at",
+    "random_permutations",
+    "register_rule",
+    "trace",
+    "verify_symmetry",
+]

@@ -1,0 +1,226 @@
+"""From a module to its `SymmetrySpec`: trace, interpret, name the groups, find where to observe them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+from blake3 import blake3
+from torch import nn
+
+from dimat.errors import SymmetryError
+from dimat.symmetry.interpret import Analysis, interpret
+from dimat.symmetry.layout import Atom, Frozen, Layout, segment_size
+from dimat.symmetry.points import find_points
+from dimat.symmetry.spec import AxisRef, Factor, FrozenAxis, Group, ObservationPoint, SymmetrySpec, UnknownOp
+from dimat.symmetry.trace import SymmetryWarning, Trace, location_of, trace
+
+POINTS_PER_GROUP = 6
+"""How many observation points a spec lists of each group."""
+
+
+def derive_symmetry(model: nn.Module, example_inputs: Any, outputs: Sequence[int | str] | None = None) -> SymmetrySpec:
+    """Derive which axes of a module's parameters and buffers can be permuted together.
+
+    `example_inputs` is a tensor, a tuple of positional arguments, or a mapping of keyword arguments; only
+    shapes and dtypes matter. `outputs` selects the outputs that must not change, by flat index or by name
+    (`"logits"`, `"hidden.0"`, or `"hidden"` for all under it); all by default. The module is traced in eval
+    mode and left as it was.
+
+    A module that cannot be traced gets a spec without groups (`trace_kind` "none") and a `SymmetryWarning`;
+    an operation without a transfer rule freezes what it touches, with a `SymmetryWarning`.
+    Raises SymmetryError where `outputs` names no output.
+    """
+    try:
+        traced = trace(model, example_inputs)
+    except SymmetryError as error:
+        message = f"SYM-E01 cannot trace: {error}; averaging without alignment"
+        warnings.warn(message, SymmetryWarning, stacklevel=2)
+        return _untraced(model, message)
+    spec, loud = describe(traced, traced.select_outputs(outputs), all_outputs=outputs is None)
+    for message in loud:
+        warnings.warn(message, SymmetryWarning, stacklevel=2)
+    return spec
+
+
+def observation_points(
+    model: nn.Module, example_inputs: Any, outputs: Sequence[int | str] | None = None
+) -> dict[str, tuple[ObservationPoint, ...]]:
+    """Return every observation point of every group, in graph order, also those that the spec leaves out."""
+    traced = trace(model, example_inputs)
+    spec, _ = describe(traced, traced.select_outputs(outputs), most_points=None)
+    return {group.id: group.points for group in spec.groups}
+
+
+def describe(
+    traced: Trace,
+    outputs: tuple[int, ...],
+    *,
+    all_outputs: bool = False,
+    most_points: int | None = POINTS_PER_GROUP,
+) -> tuple[SymmetrySpec, list[str]]:
+    """Return the spec of a traced module, and those of its warnings that should be raised as such."""
+    analysis = interpret(traced, outputs)
+    unused = [name for name in analysis.tensors if name not in analysis.used]
+    for name in unused:
+        for layout in analysis.tensors[name].dims:
+            analysis.domain.freeze(layout, Frozen("unused in trace"))
+    layouts = _resolved(analysis)
+    occurrences = _occurrences(layouts)
+    group_of = _named(occurrences)
+    points = find_points(traced.nodes, analysis, group_of, most_points)
+    groups = tuple(
+        Group(
+            id=name,
+            size=atom.size,
+            axes=tuple(dict.fromkeys((tensor, dim) for tensor, dim, _, _ in occurrences[atom])),
+            points=points.get(name, ()),
+            method="activation" if points.get(name) else "weight",
+        )
+        for atom, name in group_of.items()
+    )
+    axes = tuple(
+        AxisRef(tensor, dim, _spec_layout(layout, group_of))
+        for (tensor, dim), layout in layouts.items()
+        if any(atom in group_of for segment in layout for atom in segment)
+    )
+    moved = {axis.tensor for axis in axes}
+    sizes = {name: prod(traced.shapes[name]) for name in _parameters(traced)}
+    total = max(sum(sizes.values()), 1)
+    unknown, loud = _unknown(analysis, layouts, sizes)
+    if all_outputs:
+        loud.extend(_pinning(traced, layouts))
+    quiet = [f"SYM-W04 no observation point for {group.id}; weight matching" for group in groups if not group.points]
+    quiet += [f"SYM-W06 parameter {name} unused in trace; left unpermuted" for name in unused if name in sizes]
+    spec = SymmetrySpec(
+        groups=groups,
+        axes=axes,
+        frozen=_frozen(layouts),
+        unknown_ops=unknown,
+        tied=traced.tied,
+        trace_kind="export",
+        coverage=sum(size for name, size in sizes.items() if name in moved) / total,
+        warnings=(*loud, *quiet),
+        outputs=outputs,
+    )
+    return _with_hash(spec, traced.digest), loud
+
+
+def fits(spec: SymmetrySpec, traced: Trace) -> bool:
+    """Tell whether a spec was derived from this architecture, traced in this way."""
+    return spec.arch_hash == _hash(spec, traced.digest)
+
+
+_Layouts = Mapping[tuple[str, int], Layout]
+_Occurrence = tuple[str, int, int, int]
+"""(tensor, dim, offset of the segment, position of the factor)"""
+
+
+def _resolved(analysis: Analysis) -> dict[tuple[str, int], Layout]:
+    return {
+        (name, dim): analysis.domain.resolve(layout)
+        for name, value in sorted(analysis.tensors.items())
+        for dim, layout in enumerate(value.dims)
+    }
+
+
+def _occurrences(layouts: _Layouts) -> dict[Atom, list[_Occurrence]]:
+    """Return where each free atom occurs; keys in the order of their smallest occurrence."""
+    found: dict[Atom, list[_Occurrence]] = {}
+    for (tensor, dim), layout in layouts.items():
+        offset = 0
+        for segment in layout:
+            for position, atom in enumerate(segment):
+                if atom.frozen is None:
+                    found.setdefault(atom, []).append((tensor, dim, offset, position))
+            offset += segment_size(segment)
+    return found
+
+
+def _named(occurrences: Mapping[Atom, Sequence[_Occurrence]]) -> dict[Atom, str]:
+    names: dict[Atom, str] = {}
+    for atom, places in occurrences.items():
+        tensor, dim, offset, position = places[0]
+        names[atom] = f"{tensor}/{dim}" + (f"+{offset}" if offset else "") + (f".{position}" if position else "")
+    return names
+
+
+def _spec_layout(layout: Layout, group_of: Mapping[Atom, str]) -> tuple[tuple[Factor, ...], ...]:
+    return tuple(tuple(Factor(atom.size, group_of.get(atom)) for atom in segment) or (Factor(1),) for segment in layout)
+
+
+def _frozen(layouts: _Layouts) -> tuple[FrozenAxis, ...]:
+    found: dict[FrozenAxis, None] = {}
+    for (tensor, dim), layout in layouts.items():
+        for segment in layout:
+            for atom in segment:
+                if atom.frozen is not None:
+                    found[FrozenAxis(tensor, dim, atom.frozen.reason, atom.frozen.node)] = None
+    return tuple(found)
+
+
+def _parameters(traced: Trace) -> list[str]:
+    kinds = (source for source in traced.sources.values() if source.kind == "parameter")
+    return sorted({traced.canonical(source.name) for source in kinds})
+
+
+def _unknown(
+    analysis: Analysis, layouts: _Layouts, sizes: Mapping[str, int]
+) -> tuple[tuple[UnknownOp, ...], list[str]]:
+    """Return the unknown operations, and one warning for each kind of them."""
+    blamed: dict[str, set[tuple[str, int]]] = {}
+    for frozen in _frozen(layouts):
+        blamed.setdefault(frozen.node, set()).add((frozen.tensor, frozen.dim))
+    total = max(sum(sizes.values()), 1)
+    listed: list[UnknownOp] = []
+    kinds: dict[str, tuple[str, set[tuple[str, int]]]] = {}
+    for node, (op, _) in analysis.unknown.items():
+        axes = {axis for axis in blamed.get(node.name, set()) if axis[0] in sizes}
+        share = sum(sizes[name] for name in {name for name, _ in axes}) / total
+        place = location_of(node)
+        listed.append(UnknownOp(op, node.name, place, share))
+        kinds.setdefault(op, (place, set()))[1].update(axes)
+    messages: list[str] = []
+    for op, (place, axes) in kinds.items():
+        percent = 100 * sum(sizes[name] for name in {name for name, _ in axes}) / total
+        messages.append(
+            f"SYM-W02 no rule for {op} at {place}; froze {len(axes)} axes ({percent:.1f} % of parameters); "
+            "see register_rule"
+        )
+    return tuple(listed), messages
+
+
+def _pinning(traced: Trace, layouts: _Layouts) -> list[str]:
+    """Return a warning for every output after the first that keeps axes in place."""
+    messages: list[str] = []
+    frozen = _frozen(layouts)
+    for name, _ in traced.outputs[1:]:
+        pinned = [f"{axis.tensor}/{axis.dim}" for axis in frozen if axis.reason == f"model output '{name}'"]
+        if pinned:
+            more = f" and {len(pinned) - 3} more" if len(pinned) > 3 else ""
+            messages.append(f"SYM-W05 output '{name}' pins {', '.join(pinned[:3])}{more}; pass outputs=")
+    return messages
+
+
+def _untraced(model: nn.Module, message: str) -> SymmetrySpec:
+    state = model.state_dict()
+    frozen = tuple(
+        FrozenAxis(name, dim, "not traced")
+        for name, value in sorted(state.items())
+        for dim in range(getattr(value, "ndim", 0))
+    )
+    shapes = "\n".join(f"{name} {tuple(getattr(v, 'shape', ()))}" for name, v in sorted(state.items()))
+    spec = SymmetrySpec((), (), frozen=frozen, trace_kind="none", warnings=(message,))
+    return _with_hash(spec, blake3(shapes.encode()).hexdigest())
+
+
+def _hash(spec: SymmetrySpec, digest: str) -> str:
+    groups = [(group.id, group.size) for group in spec.groups]
+    return blake3(repr((digest, spec.outputs, groups, spec.axes)).encode()).hexdigest()
+
+
+def _with_hash(spec: SymmetrySpec, digest: str) -> SymmetrySpec:
+    return replace(spec, arch_hash=_hash(spec, digest))

@@ -1,0 +1,233 @@
+"""Abstract interpretation: run a traced graph over layouts instead of numbers.
+
+Every node gets an abstract value; running the rules relates the axes of parameters through the domain. An
+operation without a rule, or one whose rule declines, freezes all axes of its tensor inputs and outputs.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from dimat.symmetry.layout import Domain, Frozen, Layout, LayoutError
+from dimat.symmetry.rules import Call, NoRule, Value, find_rule
+from dimat.symmetry.rules.call import Abstract, op_name
+from dimat.symmetry.trace import Trace, shape_of
+
+_LARGEST_CONSTANT = 1 << 26
+"""Constants with more entries than this are frozen without a look at their values."""
+
+_TRANSPARENT = ("wrap_with_set_grad_enabled", "wrap_with_autocast", "wrap_with_disable_saved_tensors_hooks")
+"""Higher-order operations that just run a sub-graph; the sub-graph is interpreted in their place."""
+
+
+@dataclass(slots=True)
+class Analysis:
+    """Layouts of everything in a graph: of parameters and buffers by canonical name, and of nodes.
+
+    `unknown` maps nodes without a rule to (operation, reason). `used` holds the names of tensors that some
+    node uses, `from_input` the nodes of the top graph whose value depends on a model input.
+    """
+
+    domain: Domain = field(default_factory=Domain)
+    tensors: dict[str, Value] = field(default_factory=dict)
+    values: dict[fx.Node, Abstract] = field(default_factory=dict)
+    unknown: dict[fx.Node, tuple[str, str]] = field(default_factory=dict)
+    used: set[str] = field(default_factory=set)
+    from_input: set[fx.Node] = field(default_factory=set)
+
+    def layouts(self) -> list[Layout]:
+        """Return the layouts of all tensors and all node values."""
+        values: list[Abstract] = [*self.tensors.values()]
+        for value in self.values.values():
+            values.extend(value if isinstance(value, list) else [value])
+        return [layout for value in values if isinstance(value, Value) for layout in value.dims]
+
+
+def interpret(trace: Trace, outputs: tuple[int, ...]) -> Analysis:
+    """Derive the layouts of a traced module whose outputs of the given indices must not change."""
+    analysis = Analysis()
+    for node in trace.nodes:
+        if node.op == "placeholder":
+            analysis.values[node] = _placeholder(analysis, trace, node)
+        elif node.op == "output":
+            _freeze_outputs(analysis, trace, outputs)
+        else:
+            _visit(analysis, trace.module, node)
+            if any(source in analysis.from_input for source in node.all_input_nodes):
+                analysis.from_input.add(node)
+    # resolving may still freeze what cannot be written down, and that may reach other layouts
+    for _ in range(2):
+        for layout in analysis.layouts():
+            analysis.domain.resolve(layout)
+    return analysis
+
+
+def _placeholder(analysis: Analysis, trace: Trace, node: fx.Node) -> Abstract:
+    source = trace.sources.get(node.name)
+    shape = shape_of(node.meta.get("val"))
+    if source is None or shape is None:
+        return None
+    if source.kind == "input":
+        analysis.from_input.add(node)
+        return _fixed(analysis.domain, shape, Frozen(f"model input '{source.name}'", node.name))
+    if source.kind == "constant":
+        return _constant(analysis.domain, trace.constants.get(node.name), shape, node.name)
+    if node.users:
+        analysis.used.add(trace.canonical(source.name))
+    name = trace.canonical(source.name)
+    if name not in analysis.tensors:
+        analysis.tensors[name] = _parameter(analysis.domain, trace, name, node.name)
+    return analysis.tensors[name]
+
+
+def _parameter(domain: Domain, trace: Trace, name: str, node: str) -> Value:
+    shape, dtype = trace.shapes[name], trace.dtypes[name]
+    if not (dtype.is_floating_point or dtype.is_complex):
+        return _fixed(domain, shape, Frozen("integer tensor", node))
+    if name in trace.entangled:
+        return _fixed(domain, shape, Frozen("shares memory with another tensor in part", node))
+    return Value(tuple(domain.fresh(size) for size in shape))
+
+
+def _fixed(domain: Domain, shape: tuple[int, ...], why: Frozen) -> Value:
+    return Value(tuple(domain.fixed(size, why) for size in shape))
+
+
+def _constant(domain: Domain, value: torch.Tensor | None, shape: tuple[int, ...], node: str) -> Value:
+    """Axes along which the constant does not change are free; others are fixed."""
+    why = Frozen("constant", node)
+    if value is None or tuple(value.shape) != shape or value.numel() > _LARGEST_CONSTANT or value.is_meta:
+        return _fixed(domain, shape, why)
+    dims = [
+        domain.fresh(size) if bool((value == value.narrow(d, 0, min(size, 1))).all()) else domain.fixed(size, why)
+        for d, size in enumerate(shape)
+    ]
+    return Value(tuple(dims))
+
+
+def _freeze_outputs(analysis: Analysis, trace: Trace, outputs: tuple[int, ...]) -> None:
+    for index in outputs:
+        name, node = trace.outputs[index]
+        value = analysis.values.get(node) if node is not None else None
+        for layout in value.dims if isinstance(value, Value) else ():
+            analysis.domain.freeze(layout, Frozen(f"model output '{name}'", node.name if node else ""))
+
+
+def _visit(analysis: Analysis, module: fx.GraphModule, node: fx.Node) -> None:
+    if node.op == "get_attr":
+        analysis.values[node] = _attribute(analysis, module, node)
+    elif node.target is operator.getitem:
+        analysis.values[node] = _item(analysis, node)
+    elif str(node.target) in _TRANSPARENT and _inline(analysis, module, node):
+        return
+    elif op_name(node.target):
+        _apply_rule(analysis, node)
+    elif any(isinstance(analysis.values.get(source), (Value, list)) for source in node.all_input_nodes):
+        _freeze_all(analysis, node, f"no rule for {node.target}")
+    else:
+        analysis.values[node] = None
+
+
+def _apply_rule(analysis: Analysis, node: fx.Node) -> None:
+    function = find_rule(node.target)
+    name = op_name(node.target)
+    if function is None:
+        _freeze_all(analysis, node, f"no rule for {name}")
+        return
+    if any(_is_lost(analysis, source) for source in node.all_input_nodes):
+        _freeze_all(analysis, node, "shape depends on data")
+        return
+    try:
+        result = function(Call(node, analysis.domain, analysis.values))
+        _check_shape(node, result)
+    except (NoRule, LayoutError) as error:
+        _freeze_all(analysis, node, f"no rule for {name}: {error}")
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        # a call in a form that the rule was not written for, e.g. an argument that has no abstract value
+        _freeze_all(analysis, node, f"no rule for this call of {name} ({type(error).__name__}: {error})")
+    else:
+        analysis.values[node] = result
+
+
+def _is_lost(analysis: Analysis, source: fx.Node) -> bool:
+    """Tell whether a node makes a tensor about which nothing is known."""
+    return analysis.values.get(source) is None and isinstance(source.meta.get("val"), torch.Tensor)
+
+
+def _check_shape(node: fx.Node, result: Abstract) -> None:
+    """Raise LayoutError where a rule's result does not have the shape that the operation returned."""
+    expected: Any = node.meta.get("val")
+    pairs = zip(result, expected) if isinstance(result, list) else [(result, expected)]
+    for value, tensor in pairs:
+        shape = shape_of(tensor)
+        if value is not None and value.shape != shape:
+            raise LayoutError(f"the rule gave shape {value.shape}, the operation {shape}")
+        if value is None and shape is not None:
+            raise LayoutError("the rule gave no tensor, the operation did")
+
+
+def _freeze_all(analysis: Analysis, node: fx.Node, reason: str) -> None:
+    """Freeze all tensors that a node touches, and record it as an unknown operation."""
+    why = Frozen(reason, node.name)
+    analysis.unknown[node] = (op_name(node.target) or str(node.target), reason)
+    for source in node.all_input_nodes:
+        value = analysis.values.get(source)
+        for tensor in value if isinstance(value, list) else [value]:
+            for layout in tensor.dims if tensor is not None else ():
+                analysis.domain.freeze(layout, why)
+
+    def fixed(value: Any) -> Value | None:
+        shape = shape_of(value)
+        return None if shape is None else _fixed(analysis.domain, shape, why)
+
+    made = node.meta.get("val")
+    analysis.values[node] = [fixed(v) for v in made] if isinstance(made, (list, tuple)) else fixed(made)
+
+
+def _attribute(analysis: Analysis, module: fx.GraphModule, node: fx.Node) -> Abstract:
+    value = getattr(module, str(node.target), None)
+    if not isinstance(value, torch.Tensor):
+        return None
+    return _constant(analysis.domain, value.detach(), tuple(value.shape), node.name)
+
+
+def _item(analysis: Analysis, node: fx.Node) -> Abstract:
+    source, position = node.args
+    value = analysis.values.get(source) if isinstance(source, fx.Node) else None
+    return value[position] if isinstance(value, list) and isinstance(position, int) else None
+
+
+def _inline(analysis: Analysis, module: fx.GraphModule, node: fx.Node) -> bool:
+    """Interpret the sub-graph that a node runs; return False where its form is not the expected one."""
+    position = next((i for i, arg in enumerate(node.args) if _graph_of(module, arg) is not None), None)
+    if position is None:
+        return False
+    inner = _graph_of(module, node.args[position])
+    placeholders = [n for n in inner.graph.nodes if n.op == "placeholder"] if inner else []
+    given = node.args[position + 1 :]
+    if inner is None or len(given) != len(placeholders):
+        return False
+    for placeholder, arg in zip(placeholders, given):
+        analysis.values[placeholder] = analysis.values.get(arg) if isinstance(arg, fx.Node) else None
+    for sub in inner.graph.nodes:
+        if sub.op == "output":
+            made = sub.args[0]
+            sequence = list(made) if isinstance(made, (tuple, list)) else [made]
+            found = [analysis.values.get(n) if isinstance(n, fx.Node) else None for n in sequence]
+            tensors = [value if isinstance(value, Value) else None for value in found]
+            analysis.values[node] = tensors if isinstance(made, (tuple, list)) else tensors[0]
+        elif sub.op != "placeholder":
+            _visit(analysis, inner, sub)
+    return True
+
+
+def _graph_of(module: fx.GraphModule, arg: Any) -> fx.GraphModule | None:
+    if not isinstance(arg, fx.Node) or arg.op != "get_attr":
+        return None
+    part = getattr(module, str(arg.target), None)
+    return part if isinstance(part, fx.GraphModule) else None

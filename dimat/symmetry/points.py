@@ -1,0 +1,134 @@
+"""Where in the traced graph the units of a group can be seen, for matching by activations.
+
+A node shows a group where exactly one axis of its output, or a run of that axis, is made of the group's
+units once and otherwise of nothing that any group moves, and where the value depends on a model input.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import fx
+
+from dimat.symmetry.interpret import Analysis
+from dimat.symmetry.layout import Atom, segment_size
+from dimat.symmetry.rules import Value, find_rule, join, pointwise, reduce, shape, spatial
+from dimat.symmetry.rules.call import op_name
+from dimat.symmetry.spec import ObservationPoint
+from dimat.symmetry.trace import shape_of
+
+_LINEAR = {"add", "sub", "rsub", "mul", "div", "neg", "copy", "where", "masked_fill", "fill", "addcmul", "lerp"}
+_BENT = {"softmax", "log_softmax", "_softmax", "_log_softmax", "glu", "prelu"}
+
+
+_COPYING = {module.__name__ for module in (join, shape, spatial)}
+"""Rules of operations that move or copy values, or blend neighbouring ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """A point with what is needed to choose among many: does its node bend, copy, or average its input?"""
+
+    point: ObservationPoint
+    bends: bool
+    repeats: bool
+
+
+def find_points(
+    nodes: Sequence[fx.Node], analysis: Analysis, group_of: Mapping[Atom, str], most: int | None
+) -> dict[str, tuple[ObservationPoint, ...]]:
+    """Return the observation points of every group, in graph order; at most `most` of each (None: all).
+
+    Left out, unless a group has no others or `most` is None, are nodes that only view, copy or summarise what
+    another point shows: averages over positions, pooling to a single one, resizing, concatenation.
+    Where more than `most` remain, the outputs of non-linearities towards the end are preferred.
+    """
+    seen: dict[str, list[_Seen]] = {}
+    for node in nodes:
+        value = analysis.values.get(node)
+        if node not in analysis.from_input or not isinstance(value, Value):
+            continue
+        bends, repeats = _bends(node), _repeats(node)
+        for group, point in _points_of(node, value, analysis, group_of).items():
+            seen.setdefault(group, []).append(_Seen(point, bends, repeats))
+    return {group: _choose(_mark(found), most) for group, found in seen.items()}
+
+
+def shows_again(node: fx.Node) -> bool:
+    """Tell whether a node holds the very values of its first input, viewed or copied."""
+    return find_rule(node.target) in (pointwise.identity, shape.reshape, shape.ones, shape.permute)
+
+
+def _points_of(
+    node: fx.Node, value: Value, analysis: Analysis, group_of: Mapping[Atom, str]
+) -> dict[str, ObservationPoint]:
+    made = node.meta.get("val")
+    if not isinstance(made, torch.Tensor) or not made.is_floating_point():
+        return {}
+    layouts = [analysis.domain.resolve(layout) for layout in value.dims]
+    moving = [any(atom in group_of for segment in layout for atom in segment) for layout in layouts]
+    if moving.count(True) != 1:
+        return {}
+    dim = moving.index(True)
+    if isinstance(made.shape[dim], torch.SymInt):  # pyright: ignore[reportUnnecessaryIsInstance]
+        return {}  # the axis grows with the batch
+    count: dict[str, int] = {}
+    for segment in layouts[dim]:
+        for atom in segment:
+            if atom in group_of:
+                count[group_of[atom]] = count.get(group_of[atom], 0) + 1
+    points: dict[str, ObservationPoint] = {}
+    start = 0
+    for segment in layouts[dim]:
+        length = segment_size(segment)
+        groups = [(position, group_of[atom]) for position, atom in enumerate(segment) if atom in group_of]
+        if len(groups) == 1 and count[groups[0][1]] == 1:
+            position, group = groups[0]
+            factors = tuple(atom.size for atom in segment)
+            points[group] = ObservationPoint(node.name, dim, start, length, factors, position)
+        start += length
+    return points
+
+
+def _bends(node: fx.Node) -> bool:
+    """Tell whether a node is a non-linearity."""
+    name = op_name(node.target).split(".")[1].rstrip("_") if op_name(node.target) else ""
+    return name in _BENT or (find_rule(node.target) is pointwise.pointwise and name not in _LINEAR)
+
+
+def _repeats(node: fx.Node) -> bool:
+    """Tell whether a node only shows again what its input showed, or a summary of it."""
+    function = find_rule(node.target)
+    if function is None:
+        return node.target is operator.getitem
+    made = shape_of(node.meta.get("val"))
+    if function is spatial.over_positions and "max_pool" in op_name(node.target):
+        return made is not None and prod(made[2:]) == 1
+    return function is reduce.reduction or function.__module__ in _COPYING or function is pointwise.identity
+
+
+def _mark(found: Sequence[_Seen]) -> list[_Seen]:
+    """Mark the points before the first non-linearity (all of them where there is none)."""
+    first = next((number for number, seen in enumerate(found) if seen.bends), len(found))
+    marked: list[_Seen] = []
+    for number, seen in enumerate(found):
+        p = seen.point
+        point = ObservationPoint(p.node, p.dim, p.start, p.length, p.factors, p.position, number < first)
+        marked.append(_Seen(point, seen.bends, seen.repeats))
+    return marked
+
+
+def _choose(found: Sequence[_Seen], most: int | None) -> tuple[ObservationPoint, ...]:
+    if most is None:
+        return tuple(seen.point for seen in found)
+    kept = [seen for seen in found if not seen.repeats] or list(found[:1])
+    if len(kept) > most:
+        order = list(range(len(kept)))
+        bent = [number for number in order if kept[number].bends]
+        wanted = dict.fromkeys([order[-1], *bent[::-1][: most - 2], 0, *order[::-1]])
+        kept = [kept[number] for number in sorted(list(wanted)[:most])]
+    return tuple(seen.point for seen in kept)

@@ -1,0 +1,219 @@
+"""What a transfer rule sees (`Call`), what it returns (`Value`), and the table of rules.
+
+A rule is a function of one `Call`. It relates axes through `call.domain` and returns the value of the
+operation's output: a `Value`, a list of them (None for what is no tensor) where it has several outputs, or
+None where it has none. Where it cannot tell what the operation does with its axes, it raises `NoRule`, and
+the operation is treated as unknown: everything that it touches is frozen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.node import map_arg
+
+from dimat.errors import SymmetryError
+from dimat.symmetry.layout import Domain, Frozen, Layout, layout_size
+from dimat.symmetry.trace import hint, shape_of
+
+
+class NoRule(Exception):
+    """Raised by a rule for a call that it does not cover; the message is the reason to freeze."""
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """An abstract tensor: one layout for each of its axes."""
+
+    dims: tuple[Layout, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(layout_size(layout) for layout in self.dims)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.dims)
+
+
+Result = Value | list[Value | None] | None
+Abstract = Value | list[Value | None] | None
+
+
+class Call:
+    """One operation of the graph: its arguments by schema name, its values, its output shapes."""
+
+    def __init__(self, node: fx.Node, domain: Domain, values: Mapping[fx.Node, Abstract]) -> None:
+        self.node = node
+        self.domain = domain
+        self._values = values
+        self.arguments = _bind(node)
+
+    def value(self, name: str) -> Value:
+        """Return the tensor given for argument `name`. Raises NoRule where there is none."""
+        found = self.optional(name)
+        if found is None:
+            raise NoRule(f"argument {name} is not a tensor")
+        return found
+
+    def optional(self, name: str) -> Value | None:
+        """Return the tensor given for argument `name`, or None where none was given."""
+        given = self.arguments.get(name)
+        return self._of(given) if isinstance(given, fx.Node) else None
+
+    def tensors(self, name: str | None = None) -> list[Value]:
+        """Return the tensors in list argument `name`, or among all arguments."""
+        given: list[fx.Node] = []
+        map_arg(self.arguments[name] if name else list(self.arguments.values()), given.append)
+        found = [self._of(node) for node in given]
+        return [value for value in found if value is not None]
+
+    def constant(self, name: str, default: Any = None) -> Any:
+        """Return a non-tensor argument; symbolic sizes get the value they had for the example inputs."""
+        given = self.arguments.get(name)
+        return default if given is None else _plain(given)
+
+    def dim(self, name: str, ndim: int) -> int:
+        """Return an axis argument as an index in [0, ndim)."""
+        return int(self.constant(name, 0)) % max(ndim, 1)
+
+    def dims(self, name: str, ndim: int) -> list[int]:
+        """Return an argument that lists axes; all axes where it is None or empty."""
+        given = self.constant(name)
+        listed = [given] if isinstance(given, int) else list(given or range(ndim))
+        return [int(d) % max(ndim, 1) for d in listed]
+
+    def shape(self, output: int = 0) -> tuple[int, ...]:
+        """Return the shape of an output of the operation."""
+        shape = shape_of(_outputs(self.node)[output])
+        if shape is None:
+            raise NoRule("output shape depends on data")
+        return shape
+
+    @property
+    def output_count(self) -> int:
+        return len(_outputs(self.node))
+
+    @property
+    def result_names(self) -> list[str]:
+        """Names of the outputs in the operation's schema."""
+        schema = getattr(self.node.target, "_schema", None)
+        return [result.name for result in schema.returns] if schema else []
+
+    def why(self, reason: str) -> Frozen:
+        """Return a reason to freeze, at this node."""
+        return Frozen(reason, self.node.name)
+
+    def freeze(self, layouts: Iterable[Layout], reason: str) -> None:
+        """Freeze axes for a reason, at this node."""
+        for layout in layouts:
+            self.domain.freeze(layout, self.why(reason))
+
+    def fixed(self, size: int, reason: str) -> Layout:
+        """Return a new axis that never moves, for a reason, at this node."""
+        return self.domain.fixed(size, self.why(reason))
+
+    def broadcast(self, values: Sequence[Value], shape: Sequence[int]) -> tuple[Layout, ...]:
+        """Unify axes of tensors that are broadcast to `shape`, and return the axes of the result."""
+        dims: list[Layout] = []
+        for position, size in enumerate(shape):
+            meeting: list[Layout] = []
+            for value in values:
+                own = position - (len(shape) - value.ndim)
+                if own >= 0 and layout_size(value.dims[own]) == size:
+                    meeting.append(value.dims[own])
+            for other in meeting[1:]:
+                self.domain.unify(meeting[0], other)
+            dims.append(meeting[0] if meeting else self.domain.fresh(size))
+        return tuple(dims)
+
+    def _of(self, node: fx.Node) -> Value | None:
+        value = self._values.get(node)
+        return value if isinstance(value, Value) else None
+
+
+Rule = Callable[[Call], Result]
+_RULES: dict[str, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register the decorated function for operations, named as in `aten.linear` or `aten.add.Tensor`."""
+
+    def register(function: Rule) -> Rule:
+        for name in names:
+            _RULES[name] = function
+        return function
+
+    return register
+
+
+def register_rule(op: Any, function: Rule) -> None:
+    """Register a transfer rule for an operation, or replace the one it has.
+
+    `op` is what `torch.ops` holds (an overload, or a packet for all its overloads) or its name, as in
+    `mylib.scan`. `function` takes a `Call` and returns a `Value`, a list of values, or None.
+    A wrong rule makes wrong permutations: check with `verify_symmetry`.
+    Raises SymmetryError where `op` is neither an operation nor a name.
+    """
+    name = op.replace("::", ".") if isinstance(op, str) else op_name(op)
+    if not name or "." not in name:
+        raise SymmetryError(f"register_rule: {op!r} is not an operation; pass torch.ops.<library>.<name>")
+    _RULES[name] = function
+
+
+def op_name(target: Any) -> str:
+    """Return `library.name.overload` of an operation, `library.name` of a packet, else an empty string."""
+    if isinstance(target, torch._ops.OpOverload):  # pyright: ignore[reportPrivateUsage]
+        return str(target)
+    if isinstance(target, torch._ops.OpOverloadPacket):  # pyright: ignore[reportPrivateUsage]
+        return str(target)
+    return ""
+
+
+def find_rule(target: Any) -> Rule | None:
+    """Return the rule of an operation: its overload's, its name's, or that of its out-of-place sibling."""
+    full = op_name(target)
+    name, _, overload = full.rpartition(".")
+    for candidate in (full, name, f"{name.removesuffix('_')}.{overload}", name.removesuffix("_")):
+        if candidate in _RULES:
+            return _RULES[candidate]
+    tags: set[Any] = set(getattr(target, "tags", ()))
+    if torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags:
+        return _RULES.get("pointwise")
+    return None
+
+
+def _bind(node: fx.Node) -> dict[str, Any]:
+    """Return the arguments of a node by the names of its operation's schema, defaults filled in."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return {**{str(i): value for i, value in enumerate(node.args)}, **node.kwargs}
+    bound: dict[str, Any] = {}
+    for position, argument in enumerate(schema.arguments):
+        if position < len(node.args):
+            bound[argument.name] = node.args[position]
+        else:
+            default = argument.default_value if argument.has_default_value() else None
+            bound[argument.name] = node.kwargs.get(argument.name, default)
+    return bound
+
+
+def _outputs(node: fx.Node) -> list[Any]:
+    value = node.meta.get("val")
+    return list(value) if isinstance(value, (tuple, list)) else [value]
+
+
+def _plain(given: Any) -> Any:
+    if isinstance(given, (list, tuple)):
+        return [_plain(item) for item in given]
+    if isinstance(given, fx.Node):
+        value = given.meta.get("val")
+        size = hint(value)
+        if size is None and not isinstance(value, float):
+            raise NoRule("an argument depends on data")
+        return value if size is None else size
+    return hint(given) if isinstance(given, torch.SymInt) else given

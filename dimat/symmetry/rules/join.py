@@ -1,0 +1,124 @@
+"""Concatenation, and its inverses: split, chunk, slice, select, unbind; stack; constant padding."""
+
+from __future__ import annotations
+
+from dimat.symmetry.layout import Layout, layout_size
+from dimat.symmetry.rules.call import Call, NoRule, Result, Value, rule
+
+
+@rule("aten.cat", "aten.concat", "aten.concatenate")
+def cat(call: Call) -> Result:
+    """One axis is the concatenation of the inputs'; the others are permuted alike."""
+    values = [value for value in call.tensors("tensors") if value.shape != (0,)]
+    axis = call.dim("dim", values[0].ndim)
+    dims = list(values[0].dims)
+    for value in values[1:]:
+        for position, layout in enumerate(value.dims):
+            if position != axis:
+                call.domain.unify(dims[position], layout)
+    dims[axis] = call.domain.concat(value.dims[axis] for value in values)
+    return Value(tuple(dims))
+
+
+@rule("aten.stack")
+def stack(call: Call) -> Result:
+    """A new axis that numbers the inputs, whose axes are permuted alike."""
+    values = call.tensors("tensors")
+    axis = call.dim("dim", values[0].ndim + 1)
+    dims = list(call.broadcast(values, values[0].shape))
+    dims.insert(axis, call.fixed(len(values), "numbers stacked tensors"))
+    return Value(tuple(dims))
+
+
+@rule(
+    "aten.split",
+    "aten.split_with_sizes",
+    "aten.chunk",
+    "aten.tensor_split",
+    "aten.unsafe_chunk",
+    "aten.unsafe_split",
+    "aten.unsafe_split_with_sizes",
+)
+def split(call: Call) -> Result:
+    """An axis is cut into pieces, one after the other."""
+    x = call.value("self")
+    axis = call.dim("dim", x.ndim)
+    pieces: list[Value | None] = []
+    rest = x.dims[axis]
+    for number in range(call.output_count):
+        piece, rest = call.domain.cut(rest, call.shape(number)[axis])
+        pieces.append(_with(x, axis, piece))
+    if layout_size(rest):
+        raise NoRule("pieces do not cover the axis")
+    return pieces
+
+
+@rule("aten.unbind")
+def unbind(call: Call) -> Result:
+    """Every index of an axis becomes a tensor of its own, so the axis stays as it is."""
+    x = call.value("self")
+    axis = call.dim("dim", x.ndim)
+    call.freeze([x.dims[axis]], "axis taken apart by index")
+    return [_with(x, axis, None) for _ in range(call.output_count)]
+
+
+@rule("aten.select")
+def select(call: Call) -> Result:
+    """One index of an axis is taken: that index stays, the rest of the axis is free."""
+    x = call.value("self")
+    axis = call.dim("dim", x.ndim)
+    size = x.shape[axis]
+    index = int(call.constant("index")) % max(size, 1)
+    call.domain.slice(x.dims[axis], index, index + 1)
+    return _with(x, axis, None)
+
+
+@rule("aten.slice", "aten.narrow")
+def slice_(call: Call) -> Result:
+    """A run of an axis; with a step, the axis stays as it is."""
+    x = call.value("self")
+    axis = call.dim("dim", x.ndim)
+    size, length = x.shape[axis], call.shape()[axis]
+    if int(call.constant("step", 1)) != 1:
+        call.freeze([x.dims[axis]], "slice with a step")
+        return _with(x, axis, call.fixed(length, "slice with a step"))
+    start = int(call.constant("start", 0))
+    start = min(max(start + size if start < 0 else start, 0), size)
+    return _with(x, axis, call.domain.slice(x.dims[axis], start, start + length))
+
+
+@rule("aten.pad", "aten.constant_pad_nd")
+def pad(call: Call) -> Result:
+    """Constant entries before and after an axis are all equal: a free piece each (negative pads cut)."""
+    x = call.value("self")
+    if call.constant("mode", "constant") != "constant":
+        return _pad_positions(call, x)
+    widths = [int(width) for width in call.constant("pad")]
+    dims = list(x.dims)
+    for back, (before, after) in enumerate(zip(widths[::2], widths[1::2])):
+        axis = x.ndim - 1 - back
+        layout = dims[axis]
+        size = layout_size(layout)
+        layout = call.domain.slice(layout, max(-before, 0), size - max(-after, 0))
+        parts = (call.domain.fresh(max(before, 0)), layout, call.domain.fresh(max(after, 0)))
+        dims[axis] = call.domain.concat(parts)
+    return Value(tuple(dims))
+
+
+@rule("aten.slice_scatter", "aten.select_scatter")
+def scatter(call: Call) -> Result:
+    """Not covered: rare, and in-place assignment is traced as a copy into a slice."""
+    raise NoRule("scatter into a slice")
+
+
+def _pad_positions(call: Call, x: Value) -> Result:
+    """Reflection and the like: the padded axes are positions."""
+    kept = x.ndim - len(call.constant("pad")) // 2
+    call.freeze(x.dims[kept:], "padded by its own entries")
+    fixed = (call.fixed(size, "padded by its own entries") for size in call.shape()[kept:])
+    return Value((*x.dims[:kept], *fixed))
+
+
+def _with(x: Value, axis: int, layout: Layout | None) -> Value:
+    """Return `x` with one axis replaced, or dropped."""
+    return Value((*x.dims[:axis], *(() if layout is None else (layout,)), *x.dims[axis + 1 :]))

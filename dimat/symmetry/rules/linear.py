@@ -1,0 +1,86 @@
+"""Products of matrices: contracted axes are permuted alike, the others pass to the result."""
+
+from __future__ import annotations
+
+from dimat.symmetry.layout import Layout, layout_size
+from dimat.symmetry.rules.call import Call, NoRule, Result, Value, rule
+
+
+@rule("aten.linear")
+def linear(call: Call) -> Result:
+    """y = x Wᵀ + b with W of shape (out, in)."""
+    x, weight, bias = call.value("input"), call.value("weight"), call.optional("bias")
+    call.domain.unify(x.dims[-1], weight.dims[-1])
+    out = weight.dims[:-1]
+    if bias is not None and out:
+        call.domain.unify(out[0], bias.dims[0])
+    return Value((*x.dims[:-1], *out))
+
+
+@rule("aten.mm", "aten.bmm", "aten.matmul", "aten.dot", "aten.mv")
+def matmul(call: Call) -> Result:
+    """The last axis of the first with the last but one of the second (its only one, if a vector)."""
+    a, b = call.tensors()
+    return Value(_matmul(call, a, b))
+
+
+@rule("aten.addmm", "aten.baddbmm", "aten.addmv")
+def addmm(call: Call) -> Result:
+    """A matrix product plus a tensor that is broadcast to it."""
+    added, a, b = call.tensors()
+    product = Value(_matmul(call, a, b))
+    return Value(call.broadcast([product, added], call.shape()))
+
+
+@rule("aten.outer", "aten.ger")
+def outer(call: Call) -> Result:
+    """All pairs of entries of two vectors."""
+    a, b = call.tensors()
+    return Value((*a.dims, *b.dims))
+
+
+@rule("aten.bilinear")
+def bilinear(call: Call) -> Result:
+    """y_o = x1ᵀ W_o x2 + b_o."""
+    x1, x2, weight = call.value("input1"), call.value("input2"), call.value("weight")
+    bias = call.optional("bias")
+    call.domain.unify(x1.dims[-1], weight.dims[1])
+    call.domain.unify(x2.dims[-1], weight.dims[2])
+    if bias is not None:
+        call.domain.unify(weight.dims[0], bias.dims[0])
+    leading = call.broadcast([Value(x1.dims[:-1]), Value(x2.dims[:-1])], call.shape()[:-1])
+    return Value((*leading, weight.dims[0]))
+
+
+@rule("aten.einsum")
+def einsum(call: Call) -> Result:
+    """Axes with the same letter are permuted alike (no ellipsis, no letter twice in one operand)."""
+    equation = str(call.constant("equation")).replace(" ", "")
+    inputs, arrow, output = equation.partition("->")
+    terms = inputs.split(",")
+    if not arrow:
+        letters = sorted({letter for term in terms for letter in term})
+        output = "".join(letter for letter in letters if inputs.count(letter) == 1)
+    values = call.tensors("tensors")
+    if "." in equation or any(len(set(term)) < len(term) for term in terms) or len(values) != len(terms):
+        raise NoRule("einsum with an ellipsis or a diagonal")
+    axes: dict[str, Layout] = {}
+    for term, value in zip(terms, values):
+        for letter, layout in zip(term, value.dims, strict=True):
+            known = axes.get(letter)
+            if known is None or layout_size(known) == 1:
+                axes[letter] = layout
+            elif layout_size(layout) != 1:
+                call.domain.unify(known, layout)
+    return Value(tuple(axes[letter] for letter in output))
+
+
+def _matmul(call: Call, a: Value, b: Value) -> tuple[Layout, ...]:
+    call.domain.unify(a.dims[-1], b.dims[-2] if b.ndim > 1 else b.dims[-1])
+    rows = a.dims[-2:-1] if a.ndim > 1 else ()
+    columns = b.dims[-1:] if b.ndim > 1 else ()
+    leading = [Value(value.dims[:-2]) for value in (a, b)]
+    count = max(value.ndim for value in leading)
+    padded = [(1,) * (count - value.ndim) + value.shape for value in leading]
+    shape = [one if other == 1 else other for one, other in zip(*padded)]
+    return (*call.broadcast(leading, shape), *rows, *columns)

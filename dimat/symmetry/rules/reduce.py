@@ -1,0 +1,125 @@
+"""Reductions drop an axis; what depends on the order along an axis freezes it; look-ups freeze the index."""
+
+from __future__ import annotations
+
+from dimat.symmetry.layout import ONE
+from dimat.symmetry.rules.call import Call, NoRule, Result, Value, rule
+
+
+@rule(
+    *(f"aten.{name}" for name in ("mean", "sum", "amax", "amin", "prod", "var", "std", "logsumexp", "norm")),
+    *(f"aten.{name}" for name in ("any", "all", "max", "min", "linalg_vector_norm", "nansum", "nanmean")),
+    "aten.var_mean",
+    "aten.std_mean",
+    "aten.count_nonzero",
+)
+def reduction(call: Call) -> Result:
+    """The order of what is summed up does not matter."""
+    x = call.tensors()[0]
+    if "other" in call.arguments:
+        return Value(call.broadcast(call.tensors(), call.shape()))
+    axes = call.dims("dim", x.ndim)
+    if call.output_count > 1 and "indices" in call.result_names:
+        call.freeze([x.dims[d] for d in axes], "the index of an entry is used")
+    keep = bool(call.constant("keepdim", False))
+    dims = tuple(ONE if d in axes else layout for d, layout in enumerate(x.dims) if keep or d not in axes)
+    return Value(dims) if call.output_count == 1 else [Value(dims) for _ in range(call.output_count)]
+
+
+@rule("aten.argmax", "aten.argmin", "aten.topk", "aten.sort", "aten.argsort", "aten.kthvalue", "aten.median")
+@rule("aten.mode")
+def by_rank(call: Call) -> Result:
+    """Entries are named by their place along the axis."""
+    x = call.tensors()[0]
+    axes = [call.dim("dim", x.ndim)] if call.constant("dim") is not None or "k" in call.arguments else None
+    if "dim" in call.arguments and axes is None:
+        axes = list(range(x.ndim)) if call.constant("dim") is None else [call.dim("dim", x.ndim)]
+    return _ordered(call, x, axes if axes is not None else list(range(x.ndim)))
+
+
+@rule("aten.cumsum", "aten.cumprod", "aten.logcumsumexp", "aten.cummax", "aten.cummin", "aten.diff")
+def along(call: Call) -> Result:
+    """Entries are taken up one after the other."""
+    x = call.tensors()[0]
+    return _ordered(call, x, [call.dim("dim", x.ndim)])
+
+
+@rule("aten.flip", "aten.roll")
+def moved(call: Call) -> Result:
+    """Entries change places by a fixed rule."""
+    x = call.tensors()[0]
+    return _ordered(call, x, call.dims("dims", x.ndim))
+
+
+@rule("aten.tril", "aten.triu")
+def triangle(call: Call) -> Result:
+    """Rows and columns are compared by place."""
+    x = call.tensors()[0]
+    return _ordered(call, x, [x.ndim - 2, x.ndim - 1])
+
+
+@rule("aten.embedding")
+def embedding(call: Call) -> Result:
+    """Rows are looked up by number, so their order is fixed; columns pass."""
+    weight, indices = call.value("weight"), call.value("indices")
+    call.freeze([weight.dims[0]], "looked up by index")
+    return Value((*indices.dims, *weight.dims[1:]))
+
+
+@rule("aten.index_select")
+def index_select(call: Call) -> Result:
+    """As an embedding, along any axis."""
+    x, index = call.value("self"), call.value("index")
+    axis = call.dim("dim", x.ndim)
+    call.freeze([x.dims[axis]], "looked up by index")
+    return Value((*x.dims[:axis], *index.dims, *x.dims[axis + 1 :]))
+
+
+@rule("aten.index")
+def index(call: Call) -> Result:
+    """Index tensors for some neighbouring axes: those are fixed, the others pass."""
+    x = call.value("self")
+    given = call.arguments["indices"]
+    indexed = [position for position, entry in enumerate(given) if entry is not None]
+    indices = call.tensors("indices")
+    if not indexed or len(indices) != len(indexed) or indexed[-1] - indexed[0] + 1 != len(indexed):
+        raise NoRule("advanced indexing of axes that are not neighbours")
+    shape = call.shape()
+    call.freeze([x.dims[d] for d in indexed], "looked up by index")
+    count = len(shape) - (x.ndim - len(indexed))
+    if max(value.ndim for value in indices) != count:
+        raise NoRule("indexing by a mask")
+    first = indexed[0]
+    looked_up = call.broadcast(indices, shape[first : first + count])
+    return Value((*x.dims[:first], *looked_up, *x.dims[indexed[-1] + 1 :]))
+
+
+@rule("aten.gather")
+def gather(call: Call) -> Result:
+    """Along one axis entries are looked up by number; the others are permuted alike, where sizes agree."""
+    x, numbers = call.value("self"), call.value("index")
+    axis = call.dim("dim", x.ndim)
+    call.freeze([x.dims[axis]], "looked up by index")
+    for d in range(x.ndim):
+        if d == axis:
+            continue
+        if x.shape[d] == numbers.shape[d]:
+            call.domain.unify(x.dims[d], numbers.dims[d])
+        else:
+            call.freeze([x.dims[d], numbers.dims[d]], "looked up by index")
+    return numbers
+
+
+def _ordered(call: Call, x: Value, axes: list[int]) -> Result:
+    """Freeze axes; outputs keep the others, and fixed axes (of the output's size, if any) for these."""
+    reason = "order along the axis matters"
+    call.freeze([x.dims[d] for d in axes], reason)
+    outputs: list[Value | None] = []
+    for number in range(call.output_count):
+        shape = call.shape(number)
+        if len(shape) == x.ndim:
+            dims = [call.fixed(shape[d], reason) if d in axes else x.dims[d] for d in range(x.ndim)]
+        else:
+            dims = [layout for d, layout in enumerate(x.dims) if d not in axes]
+        outputs.append(Value(tuple(dims)))
+    return outputs[0] if len(outputs) == 1 else outputs

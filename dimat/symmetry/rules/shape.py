@@ -1,0 +1,93 @@
+"""Views and moves of axes: no value changes, so axes are only regrouped or reordered."""
+
+from __future__ import annotations
+
+from dimat.symmetry.layout import ONE, Layout, layout_size
+from dimat.symmetry.rules.call import Call, NoRule, Result, Value, rule
+
+
+@rule(
+    "aten.view",
+    "aten.reshape",
+    "aten.flatten",
+    "aten.unflatten",
+    "aten._unsafe_view",
+    "aten.view_as",
+    "aten.reshape_as",
+    "aten.ravel",
+)
+def reshape(call: Call) -> Result:
+    """A row-major view of another shape."""
+    x = call.tensors()[0]
+    if "dtype" in call.arguments:
+        raise NoRule("view of the memory as another dtype")
+    return Value(tuple(call.domain.reshape(x.dims, call.shape())))
+
+
+@rule("aten.squeeze", "aten.unsqueeze")
+def ones(call: Call) -> Result:
+    """Axes of size 1 come or go; the others keep their order."""
+    others = iter(layout for layout in call.value("self").dims if layout_size(layout) != 1)
+    return Value(tuple(ONE if size == 1 else next(others) for size in call.shape()))
+
+
+@rule("aten.permute", "aten.movedim", "aten.transpose", "aten.swapaxes", "aten.t", "aten.numpy_T", "aten.mT")
+def permute(call: Call) -> Result:
+    """Axes change places."""
+    x = call.value("self")
+    order = list(range(x.ndim))
+    arguments = call.arguments
+    if "dims" in arguments:
+        order = call.dims("dims", x.ndim)
+    elif "source" in arguments:
+        source, target = call.dims("source", x.ndim), call.dims("destination", x.ndim)
+        order = [d for d in order if d not in source]
+        for to, place in sorted(zip(target, source)):
+            order.insert(to, place)
+    elif len(arguments) == 1:
+        order = order[::-1] if x.ndim < 3 else order
+        if x.ndim > 2:
+            raise NoRule("transpose of more than two axes without naming them")
+    else:
+        names = ("axis0", "axis1") if "axis0" in arguments else ("dim0", "dim1")
+        first, second = (call.dim(name, x.ndim) for name in names)
+        order[first], order[second] = order[second], order[first]
+    return Value(tuple(x.dims[d] for d in order))
+
+
+@rule("aten.expand", "aten.expand_as", "aten.broadcast_to")
+def expand(call: Call) -> Result:
+    """An axis of size 1 repeated: its entries are equal, so any permutation of them does nothing."""
+    return Value(call.broadcast([call.tensors()[0]], call.shape()))
+
+
+@rule("aten.repeat", "aten.tile")
+def repeat(call: Call) -> Result:
+    """An axis repeated as a whole: (copies, axis), the copies being equal."""
+    x = call.value("self")
+    shape = call.shape()
+    dims: list[Layout] = []
+    for position, size in enumerate(shape):
+        own = position - (len(shape) - x.ndim)
+        axis = x.dims[own] if own >= 0 else ONE
+        dims.append(call.domain.merge([call.domain.fresh(size // layout_size(axis)), axis]))
+    return Value(tuple(dims))
+
+
+@rule("aten.repeat_interleave.self_int")
+def repeat_interleave(call: Call) -> Result:
+    """Every entry repeated: (axis, copies)."""
+    x = call.value("self")
+    if call.constant("dim") is None:
+        raise NoRule("repeat_interleave of a flattened tensor")
+    axis = call.dim("dim", x.ndim)
+    copies = call.domain.fresh(int(call.constant("repeats")))
+    dims = list(x.dims)
+    dims[axis] = call.domain.merge([x.dims[axis], copies])
+    return Value(tuple(dims))
+
+
+@rule("aten.diagonal", "aten.unfold")
+def never(call: Call) -> Result:
+    """Not covered: axes would overlap."""
+    raise NoRule("overlapping view")

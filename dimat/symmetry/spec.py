@@ -1,0 +1,166 @@
+"""The result of a symmetry derivation: which axes of which tensors move together.
+
+Plain frozen data, JSON-serialisable, so that a spec can be cached, compared between peers and shown. What
+derives it is in `derive.py`, what applies it in `permute.py`. Terms are those of the design page: a *unit*
+is one channel, neuron or head; a *group* is the set of (tensor, axis) pairs that must be permuted together.
+
+An axis has a **layout**: an ordered concatenation of segments, each a row-major product of factors. A
+factor belongs to a group (`Factor.group`) or is frozen (`None`). `("a", 3) × ("b", 4)` followed by a frozen
+factor of size 2 describes an axis of 14 entries: 12 indexed as `i_a * 4 + i_b`, then 2 that never move.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from math import prod
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Factor:
+    """One factor of a segment: `size` indices that move as group `group`, or never (`None`)."""
+
+    size: int
+    group: str | None = None
+
+
+Segment = tuple[Factor, ...]
+Layout = tuple[Segment, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AxisRef:
+    """Axis `dim` of the parameter or buffer named `tensor`, and how its indices are made of group units."""
+
+    tensor: str
+    dim: int
+    layout: Layout
+
+    @property
+    def size(self) -> int:
+        return sum(prod(f.size for f in segment) for segment in self.layout)
+
+
+@dataclass(frozen=True, slots=True)
+class ObservationPoint:
+    """A place in the traced graph where the units of a group can be seen.
+
+    The output of graph node `node` (its first, where it has several) is narrowed to `length` entries from
+    `start` along `dim`; that axis is then viewed as `factors` (row-major), of which number `position` runs
+    over the group's units. All other axes and factors are samples. `pre_activation` tells whether the node
+    comes before the group's first non-linearity.
+    """
+
+    node: str
+    dim: int
+    start: int
+    length: int
+    factors: tuple[int, ...]
+    position: int
+    pre_activation: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A symmetry group: `size` units that may be permuted freely, everywhere at once.
+
+    `id` is `<tensor>/<dim>`, or `<tensor>/<dim>+<offset>`, of the group's smallest (tensor, dim, offset), so
+    it is the same at every peer; `.<k>` is appended where the group is factor k > 0 of a product there.
+    `parents` names groups per whose unit this one has a permutation of its own (heads); empty for plain
+    groups. `axes` lists every (tensor, dim) in which the group occurs.
+    """
+
+    id: str
+    size: int
+    axes: tuple[tuple[str, int], ...]
+    parents: tuple[str, ...] = ()
+    points: tuple[ObservationPoint, ...] = ()
+    method: Literal["activation", "weight"] = "activation"
+
+
+@dataclass(frozen=True, slots=True)
+class FrozenAxis:
+    """An axis (or part of it) of a parameter or buffer that never moves, and why (`node`: where it was decided)."""
+
+    tensor: str
+    dim: int
+    reason: str
+    node: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class UnknownOp:
+    """An operation without a transfer rule: all axes it touched were frozen."""
+
+    op: str
+    node: str
+    location: str
+    parameters_share: float
+
+
+@dataclass(frozen=True, slots=True)
+class SymmetrySpec:
+    """Symmetry groups of one architecture.
+
+    `axes` has one entry for each (tensor, dim) that holds at least one group; tensors not named there are
+    never permuted. `tied` lists sets of names that are one tensor (permuted once). `arch_hash` is a hex
+    blake3 of names, shapes, dtypes and the traced graph: equal hashes mean that specs are interchangeable.
+    `coverage` is the share of parameter elements that lie in a tensor with at least one moved axis.
+    `outputs` are the flat indices of the model outputs that the groups leave unchanged.
+    """
+
+    groups: tuple[Group, ...]
+    axes: tuple[AxisRef, ...]
+    frozen: tuple[FrozenAxis, ...] = ()
+    unknown_ops: tuple[UnknownOp, ...] = ()
+    tied: tuple[tuple[str, ...], ...] = ()
+    trace_kind: Literal["export", "make_fx", "none"] = "export"
+    arch_hash: str = ""
+    coverage: float = 0.0
+    warnings: tuple[str, ...] = field(default=())
+    outputs: tuple[int, ...] = ()
+
+    def group(self, group_id: str) -> Group:
+        """Return the group with this id, or raise KeyError."""
+        for group in self.groups:
+            if group.id == group_id:
+                return group
+        raise KeyError(group_id)
+
+    def to_json(self) -> str:
+        """Return the spec as JSON text; `from_json` is its inverse."""
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+    @staticmethod
+    def from_json(text: str) -> SymmetrySpec:
+        """Rebuild a spec from `to_json` text."""
+        raw: dict[str, Any] = json.loads(text)
+        return SymmetrySpec(
+            groups=tuple(_group(g) for g in raw["groups"]),
+            axes=tuple(AxisRef(a["tensor"], a["dim"], _layout(a["layout"])) for a in raw["axes"]),
+            frozen=tuple(FrozenAxis(**f) for f in raw["frozen"]),
+            unknown_ops=tuple(UnknownOp(**u) for u in raw["unknown_ops"]),
+            tied=tuple(tuple(t) for t in raw["tied"]),
+            trace_kind=raw["trace_kind"],
+            arch_hash=raw["arch_hash"],
+            coverage=raw["coverage"],
+            warnings=tuple(raw["warnings"]),
+            outputs=tuple(raw["outputs"]),
+        )
+
+
+def _layout(raw: Sequence[Sequence[Mapping[str, Any]]]) -> Layout:
+    return tuple(tuple(Factor(f["size"], f["group"]) for f in segment) for segment in raw)
+
+
+def _group(raw: Mapping[str, Any]) -> Group:
+    points = tuple(_point(point) for point in raw["points"])
+    axes = tuple((tensor, dim) for tensor, dim in raw["axes"])
+    return Group(raw["id"], raw["size"], axes, tuple(raw["parents"]), points, raw["method"])
+
+
+def _point(raw: Mapping[str, Any]) -> ObservationPoint:
+    known: dict[str, Any] = {**raw, "factors": tuple(raw["factors"])}
+    return ObservationPoint(**known)

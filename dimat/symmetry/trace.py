@@ -1,0 +1,282 @@
+"""Tracing: a module becomes a graph of aten operations, with what each placeholder stands for.
+
+`torch.export.export(strict=False)` in eval mode, the batch axis left open where the model allows. The graph
+is the training IR: in-place operations survive in it. All knowledge of torch.export's objects is in this
+file; the rest of the package sees `Trace` and plain `torch.fx` nodes.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from blake3 import blake3
+from torch import fx, nn
+from torch.fx.node import map_arg
+
+from dimat.errors import SymmetryError, unknown_name
+from dimat.symmetry import tree
+
+
+class SymmetryWarning(UserWarning):
+    """Part of a model, or all of it, is left unpermuted; the message says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What a placeholder of the graph stands for; `name` is a state-dict name or an input's name."""
+
+    kind: Literal["parameter", "buffer", "constant", "input"]
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """A traced module.
+
+    `sources` maps placeholder names to what they stand for, in order. `constants` holds the values of
+    placeholders of kind `constant` (lifted constants and non-persistent buffers), by placeholder name.
+    `outputs` gives, for each flat output, its name and node (None where it is no tensor). `shapes` and
+    `dtypes` are those of parameters and persistent buffers; `tied` are sets of names of one tensor, and
+    `entangled` names whose memory overlaps another tensor's in part. `digest` is a hex blake3 of all that.
+    """
+
+    module: fx.GraphModule
+    sources: Mapping[str, Source]
+    constants: Mapping[str, torch.Tensor]
+    outputs: tuple[tuple[str, fx.Node | None], ...]
+    shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, torch.dtype]
+    tied: tuple[tuple[str, ...], ...]
+    entangled: frozenset[str]
+    digest: str
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        return list(self.module.graph.nodes)
+
+    def canonical(self, name: str) -> str:
+        """Return the first name of the tensor that `name` is tied to, or itself."""
+        return next((names[0] for names in self.tied if name in names), name)
+
+    def select_outputs(self, outputs: Sequence[int | str] | None) -> tuple[int, ...]:
+        """Return the indices of the outputs that a selector names: flat indices, names, or name prefixes.
+
+        Raises SymmetryError naming a selector that fits nothing.
+        """
+        if outputs is None:
+            return tuple(range(len(self.outputs)))
+        names = [name for name, _ in self.outputs]
+        chosen: set[int] = set()
+        for wanted in outputs:
+            if isinstance(wanted, int) and -len(names) <= wanted < len(names):
+                chosen.add(wanted % len(names))
+            elif hits := {i for i, name in enumerate(names) if f"{name}.".startswith(f"{wanted}.")}:
+                chosen |= hits
+            else:
+                raise SymmetryError(unknown_name("output", str(wanted), names, "outputs="))
+        return tuple(sorted(chosen))
+
+
+def trace(model: nn.Module, example_inputs: Any) -> Trace:
+    """Trace a module in eval mode; the mode of every submodule is restored.
+
+    `example_inputs` is a tensor, a tuple of arguments, or a mapping of keyword arguments. A batch axis of
+    size 1 is doubled for tracing, since export would take the 1 for part of the architecture.
+    Raises SymmetryError where the module cannot be traced; its message is the cause.
+    """
+    args, kwargs = tree.as_arguments(example_inputs)
+    tensors = [leaf for leaf in tree.leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    tries: list[tuple[Any, bool]] = [((args, kwargs), True), ((args, kwargs), False)]
+    if tensors and all(t.ndim and t.shape[0] == 1 for t in tensors):
+        tries.insert(0, (tree.map_tensors(_doubled, (args, kwargs)), True))
+    causes: list[Exception] = []
+    for (these_args, these_kwargs), dynamic in tries:
+        try:
+            program = _export(model, these_args, these_kwargs, dynamic)
+        except Exception as error:  # export raises whatever the model's code does
+            causes.append(error)
+        else:
+            traced = _read(model, program)
+            _RECENT[model] = (_look(model, example_inputs), traced)
+            return traced
+    raise SymmetryError(f"{type(causes[-1]).__name__}: {_first_line(causes[-1])}") from causes[-1]
+
+
+_RECENT: WeakKeyDictionary[nn.Module, tuple[Any, Trace]] = WeakKeyDictionary()
+
+
+def retrace(model: nn.Module, example_inputs: Any) -> Trace:
+    """Return the latest trace of this module if neither it nor the inputs seem to have changed, else trace.
+
+    Seen are changes of printed structure, of tensor shapes and of input shapes; a flag that alters `forward`
+    and is not printed is not. Raises SymmetryError where the module cannot be traced.
+    """
+    known = _RECENT.get(model)
+    if known is not None and known[0] == _look(model, example_inputs):
+        return known[1]
+    return trace(model, example_inputs)
+
+
+def _look(model: nn.Module, example_inputs: Any) -> Any:
+    given = tuple(
+        (tuple(leaf.shape), leaf.dtype, leaf.device) if isinstance(leaf, torch.Tensor) else repr(leaf)
+        for leaf in tree.leaves(tree.as_arguments(example_inputs))
+    )
+    return repr(model), tuple((name, tuple(p.shape), p.dtype) for name, p in model.named_parameters()), given
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Generator[None]:
+    """Put a module in eval mode, and every submodule back into its own mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def shape_of(value: Any) -> tuple[int, ...] | None:
+    """Return the sizes that a traced tensor had for the example inputs, or None where they are not known."""
+    if not isinstance(value, torch.Tensor):
+        return None
+    sizes = [hint(size) for size in value.shape]
+    return None if None in sizes else tuple(size for size in sizes if size is not None)
+
+
+def hint(size: Any) -> int | None:
+    """Return the example's value of a symbolic size, or None where it depends on data."""
+    if isinstance(size, torch.SymInt):
+        size = size.node.hint
+    return int(size) if isinstance(size, (int, bool)) else None
+
+
+def location_of(node: fx.Node) -> str:
+    """Return `file:line` of the user's code behind a node, as far as export recorded it."""
+    place = ""
+    for line in str(node.meta.get("stack_trace") or "").splitlines():
+        file, _, rest = line.strip().removeprefix("File ").partition(", line ")
+        if rest and ("/torch/nn/" not in file or not place):
+            place = f"{file.strip(chr(34))}:{rest.partition(',')[0]}"
+    return place or "unknown place"
+
+
+def _doubled(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.cat([tensor, tensor])
+
+
+def _export(model: nn.Module, args: Any, kwargs: Any, dynamic: bool) -> torch.export.ExportedProgram:
+    shapes: Any = None
+    if dynamic:
+        shapes = torch.export.ShapesCollection()
+        for leaf in tree.leaves((args, kwargs)):
+            if isinstance(leaf, torch.Tensor) and leaf.ndim:
+                shapes[leaf] = {0: torch.export.Dim.AUTO}
+    with eval_mode(model), warnings.catch_warnings(), torch.enable_grad():
+        # export warns about its own internals and about models' caches; neither is the user's to mend
+        warnings.simplefilter("ignore")
+        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+
+
+def _read(model: nn.Module, program: torch.export.ExportedProgram) -> Trace:
+    state = model.state_dict(keep_vars=True)
+    signature = program.graph_signature
+    sources: dict[str, Source] = {}
+    constants: dict[str, torch.Tensor] = {}
+    for spec in signature.input_specs:
+        placeholder = spec.arg.name
+        kind = spec.kind.name
+        name = spec.target or placeholder
+        if kind in ("PARAMETER", "BUFFER") and name in state:
+            sources[placeholder] = Source("parameter" if kind == "PARAMETER" else "buffer", name)
+        elif kind == "USER_INPUT":
+            sources[placeholder] = Source("input", name)
+        else:
+            sources[placeholder] = Source("constant", name)
+            value = program.constants.get(name)
+            if isinstance(value, torch.Tensor):
+                constants[placeholder] = value.detach()
+    nodes = {node.name: node for node in program.graph.nodes}
+    flat = [nodes.get(str(getattr(spec.arg, "name", ""))) for spec in signature.output_specs]
+    users = [node for node, spec in zip(flat, signature.output_specs) if spec.kind.name == "USER_OUTPUT"]
+    structure: Any = program.call_spec.out_spec
+    shell = structure.unflatten(list(range(len(users))))
+    outputs = tuple((name, users[index]) for name, index in tree.named_leaves(shell) if index is not None)
+    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    tied, entangled = _aliases(tensors)
+    shapes = {name: tuple(value.shape) for name, value in tensors.items()}
+    dtypes = {name: value.dtype for name, value in tensors.items()}
+    digest = _digest(program.graph_module, sources, constants, shapes, dtypes, tied)
+    module = program.graph_module
+    return Trace(module, sources, constants, outputs, shapes, dtypes, tied, entangled, digest)
+
+
+def _aliases(tensors: Mapping[str, torch.Tensor]) -> tuple[tuple[tuple[str, ...], ...], frozenset[str]]:
+    """Return sets of names of the very same tensor, and names that share memory in any other way."""
+    views: dict[Any, list[str]] = {}
+    memories: dict[int, set[Any]] = {}
+    for name, value in sorted(tensors.items()):
+        if value.numel() == 0 or value.is_meta:
+            continue
+        view = (value.data_ptr(), tuple(value.shape), value.stride(), value.dtype)
+        views.setdefault(view, []).append(name)
+        memories.setdefault(value.untyped_storage().data_ptr(), set()).add(view)
+    tied = tuple(tuple(names) for names in views.values() if len(names) > 1)
+    entangled: set[str] = set()
+    for group in memories.values():
+        spans = sorted((view[0], view[0] + _extent(view), view) for view in group)
+        for (_, stop, one), (start, _, other) in pairwise(spans):
+            if start < stop:
+                entangled.update(views[one], views[other])
+    return tied, frozenset(entangled)
+
+
+def _extent(view: Any) -> int:
+    _, shape, stride, dtype = view
+    return (1 + sum((size - 1) * step for size, step in zip(shape, stride))) * dtype.itemsize
+
+
+def _digest(
+    module: fx.GraphModule,
+    sources: Mapping[str, Source],
+    constants: Mapping[str, torch.Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, torch.dtype],
+    tied: tuple[tuple[str, ...], ...],
+) -> str:
+    """Hash what the module is, and nothing that changes between processes, batch sizes or weights."""
+    digest = blake3()
+
+    def add(*words: Any) -> None:
+        digest.update("\x1f".join(map(str, words)).encode() + b"\x1e")
+
+    for name, shape in sorted(shapes.items()):
+        add(name, shape, dtypes[name])
+    add(tied)
+    number: dict[fx.Node, str] = {}
+    label: Callable[[fx.Node], Any] = lambda node: f"%{number.get(node, node.name)}"  # noqa: E731
+    for count, node in enumerate(module.graph.nodes):
+        number[node] = str(count)
+        source = sources.get(node.name) if node.op == "placeholder" else None
+        target = (source.kind, source.name) if source else ("output",) if node.op == "output" else (node.target,)
+        given = f"{map_arg(node.args, label)} {map_arg(node.kwargs, label)}"
+        add(node.op, *target, re.sub(r"device\(.*?\)", "device", given))
+        part = getattr(module, str(node.target), None) if node.op == "get_attr" else None
+        if isinstance(part, fx.GraphModule):
+            add(part.code)
+    for name, value in sorted(constants.items()):
+        add(name, tuple(value.shape), value.dtype)
+    return digest.hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")[:300]

@@ -1,0 +1,48 @@
+"""Nested inputs and outputs of models, flattened in the order that `torch.export` uses.
+
+This is the package's only use of `torch.utils._pytree` (an underscore, but what export itself is built on).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree  # pyright: ignore[reportPrivateUsage]
+
+
+def leaves(tree: Any) -> list[Any]:
+    """Return all leaves of nested tuples, lists, dicts and registered output classes."""
+    return pytree.tree_leaves(tree)
+
+
+def named_leaves(tree: Any) -> list[tuple[str, Any]]:
+    """Return (path, leaf) pairs; a path is keys joined by dots, or `output` for a bare leaf."""
+    pairs = pytree.tree_flatten_with_path(tree)[0]
+    return [(".".join(_key(key) for key in path) or "output", leaf) for path, leaf in pairs]
+
+
+def map_tensors(function: Any, tree: Any) -> Any:
+    """Return the same structure with `function` applied to every tensor in it."""
+
+    def apply(leaf: Any) -> Any:
+        return function(leaf) if isinstance(leaf, torch.Tensor) else leaf
+
+    return pytree.tree_map(apply, tree)
+
+
+def as_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return (args, kwargs) for what a user gives as inputs: one tensor, a sequence, or a mapping of names."""
+    if isinstance(example_inputs, Mapping):
+        return (), {str(name): value for name, value in example_inputs.items()}
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs), {}
+    return (example_inputs,), {}
+
+
+def _key(key: Any) -> str:
+    for attribute in ("key", "idx", "name"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)

@@ -1,0 +1,27 @@
+"""Tasks: what is trained. Bundled ones by name, a user's own by hook, and the pieces to build them from."""
+
+from dimat.tasks.classification import ClassificationTask
+from dimat.tasks.data import InputBatches, Subset, TensorData, from_dataset, input_batches
+from dimat.tasks.models import DigitsCNN, ImageCNN, ResNet20, mlp, resnet20, seeded
+from dimat.tasks.partition import histogram, partition
+from dimat.tasks.registry import list_tasks, load_task, task
+
+__all__ = [
+    "ClassificationTask",
+    "DigitsCNN",
+    "ImageCNN",
+    "InputBatches",
+    "ResNet20",
+    "Subset",
+    "TensorData",
+    "from_dataset",
+    "histogram",
+    "input_batches",
+    "list_tasks",
+    "load_task",
+    "mlp",
+    "partition",
+    "resnet20",
+    "seeded",
+    "task",
+]

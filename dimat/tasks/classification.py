@@ -1,0 +1,47 @@
+"""The task that most people have: inputs, classes, a model that returns logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dimat.task import Data, Split
+
+
+@dataclass(frozen=True)
+class ClassificationTask:
+    """A task of cross-entropy over classes. The model returns logits, (B, classes).
+
+    `model`: called with a generator, returns a freshly initialised model (`seeded` wraps a factory that draws
+    from torch's global generator); `probe`: a small public set apart from both train and test; `classes`: names
+    in label order. Metrics: "accuracy" (the one that counts) and "nll", the negative log-likelihood in nats.
+    """
+
+    name: str
+    model: Callable[[torch.Generator], nn.Module]
+    train: Data
+    test: Data
+    probe: Data
+    classes: tuple[str, ...]
+    metric: str = "accuracy"
+
+    def build_model(self, generator: torch.Generator) -> nn.Module:
+        return self.model(generator)
+
+    def example_inputs(self) -> tuple[Tensor, ...]:
+        return self.train.batch(torch.arange(min(2, len(self.train)))).inputs
+
+    def data(self, split: Split) -> Data:
+        return {"train": self.train, "test": self.test, "probe": self.probe}[split]
+
+    def loss(self, outputs: Any, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, targets)
+
+    def metrics(self, outputs: Any, targets: Tensor) -> Mapping[str, Tensor]:
+        nll = F.cross_entropy(outputs.float(), targets, reduction="none")
+        return {"accuracy": (outputs.argmax(1) == targets).float(), "nll": nll}

@@ -1,0 +1,137 @@
+"""Small networks for the bundled tasks. All are built through `seeded`, so that two agents' initialisations
+differ or agree exactly as their generators do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dimat.tasks.data import draw_seed
+
+
+def seeded(factory: Callable[[], nn.Module]) -> Callable[[torch.Generator], nn.Module]:
+    """Return `factory` as a function of a generator: its global draws are seeded from it and leave no trace."""
+
+    def build(generator: torch.Generator) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            # Not torch.manual_seed: that would reseed every GPU as well.
+            torch.default_generator.manual_seed(draw_seed(generator))
+            return factory()
+
+    return build
+
+
+def mlp(sizes: Sequence[int]) -> nn.Sequential:
+    """Return a multilayer perceptron with ReLU between layers; `sizes` are units from inputs to logits.
+
+    Inputs of any shape (B, …) are flattened to (B, sizes[0]).
+    """
+    layers: list[nn.Module] = [nn.Flatten()]
+    for fan_in, fan_out in pairwise(sizes):
+        layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def _conv(fan_in: int, fan_out: int, stride: int = 1, kernel: int = 3) -> nn.Conv2d:
+    return nn.Conv2d(fan_in, fan_out, kernel, stride, kernel // 2, bias=False)
+
+
+class DigitsCNN(nn.Module):
+    """Three 3×3 convolutions with BatchNorm for (B, 1, 8, 8) images: 8×8, 4×4, 2×2, mean, logits."""
+
+    def __init__(self, classes: int = 10, width: int = 16) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = _conv(1, width), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = _conv(width, 2 * width, stride=2), nn.BatchNorm2d(2 * width)
+        self.conv3, self.bn3 = _conv(2 * width, 2 * width, stride=2), nn.BatchNorm2d(2 * width)
+        self.fc = nn.Linear(2 * width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn2(self.conv2(x)))
+        x = F.relu(self.bn3(self.conv3(x)))
+        return self.fc(x.mean((2, 3)))
+
+
+class ImageCNN(nn.Module):
+    """Four 3×3 convolutions with BatchNorm for images of any size from 8×8: the three after the first halve it."""
+
+    def __init__(self, channels: int = 3, classes: int = 10, width: int = 32) -> None:
+        super().__init__()
+        sizes = (channels, width, 2 * width, 4 * width, 4 * width)
+        self.convs = nn.ModuleList(_conv(sizes[i], sizes[i + 1], stride=1 if i == 0 else 2) for i in range(4))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(size) for size in sizes[1:])
+        self.fc = nn.Linear(sizes[-1], classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = F.relu(norm(conv(x)))
+        return self.fc(x.mean((2, 3)))
+
+
+Shortcut = Literal["A", "B"]
+
+
+class Block(nn.Module):
+    """A basic residual block. Where shape changes, shortcut "A" takes every second pixel and pads channels with
+    zeros (no parameters), "B" is a strided 1×1 convolution with BatchNorm."""
+
+    def __init__(self, fan_in: int, fan_out: int, stride: int, shortcut: Shortcut) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = _conv(fan_in, fan_out, stride), nn.BatchNorm2d(fan_out)
+        self.conv2, self.bn2 = _conv(fan_out, fan_out), nn.BatchNorm2d(fan_out)
+        self.stride, self.padding = stride, fan_out - fan_in
+        self.shortcut: nn.Module | None = None
+        if shortcut == "B" and (stride != 1 or fan_in != fan_out):
+            self.shortcut = nn.Sequential(_conv(fan_in, fan_out, stride, kernel=1), nn.BatchNorm2d(fan_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
+        if self.shortcut is not None:
+            x = self.shortcut(x)
+        elif self.stride != 1 or self.padding:
+            before = self.padding // 2
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, before, self.padding - before))
+        return F.relu(y + x)
+
+
+class ResNet20(nn.Module):
+    """He et al.'s CIFAR ResNet-20: three stages of three blocks with 16, 32, 64 channels times `width`."""
+
+    def __init__(self, width: int = 1, shortcut: Shortcut = "A", classes: int = 10, channels: int = 3) -> None:
+        super().__init__()
+        sizes = (16 * width, 32 * width, 64 * width)
+        self.conv1, self.bn1 = _conv(channels, sizes[0]), nn.BatchNorm2d(sizes[0])
+        fan_in = sizes[0]
+        stages: list[nn.Module] = []
+        for size in sizes:
+            stride = 1 if size == fan_in else 2
+            stages.append(
+                nn.Sequential(
+                    Block(fan_in, size, stride, shortcut),
+                    Block(size, size, 1, shortcut),
+                    Block(size, size, 1, shortcut),
+                )
+            )
+            fan_in = size
+        self.layer1, self.layer2, self.layer3 = stages
+        self.fc = nn.Linear(fan_in, classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.fc(x.mean((2, 3)))
+
+
+def resnet20(width: int = 1, shortcut: Shortcut = "A", classes: int = 10, channels: int = 3) -> ResNet20:
+    """Return a CIFAR ResNet-20 (0.27 M parameters at width 1); shortcuts as in `Block`."""
+    return ResNet20(width, shortcut, classes, channels)

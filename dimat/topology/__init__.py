@@ -1,0 +1,111 @@
+"""Who exchanges weights with whom: graphs, schedules over rounds, mixing weights, and how fast they mix.
+
+    topology = build_topology(TopologyConfig(graph="torus", agents=16), seed=0)
+    topology.schedule.row(1, "agent-0")            # {"agent-0": 0.2, "agent-1": 0.2, …}
+    summarise(topology.schedule).spectral_gap
+
+Names are handed out lazily: importing this package loads neither networkx nor numpy.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+_HOME = {
+    "BaseK": "base_k",
+    "CycleSchedule": "rounds",
+    "Entry": "registry",
+    "Mixer": "mixing",
+    "NetworkMap": "maps",
+    "Schedule": "rounds",
+    "Setting": "schedule",
+    "Summary": "analysis",
+    "Topology": "maps",
+    "build_graph": "graphs",
+    "build_topology": "maps",
+    "check": "maps",
+    "check_graph": "graphs",
+    "check_matrix": "mixing",
+    "check_schedule": "rounds",
+    "diameter": "analysis",
+    "draw_graph": "draw",
+    "export": "write",
+    "lambda_2": "analysis",
+    "list_graphs": "graphs",
+    "list_mixings": "mixing",
+    "list_schedules": "schedule",
+    "load_map": "maps",
+    "make_schedule": "schedule",
+    "mixing_matrix": "mixing",
+    "models_sent": "analysis",
+    "push_sum_matrix": "mixing",
+    "read_graph": "files",
+    "renormalise": "mixing",
+    "rounds_bound": "analysis",
+    "rounds_to_consensus": "analysis",
+    "spectral_gap": "analysis",
+    "summarise": "analysis",
+}
+
+__all__ = [
+    "BaseK",
+    "CycleSchedule",
+    "Entry",
+    "Mixer",
+    "NetworkMap",
+    "Schedule",
+    "Setting",
+    "Summary",
+    "Topology",
+    "build_graph",
+    "build_topology",
+    "check",
+    "check_graph",
+    "check_matrix",
+    "check_schedule",
+    "diameter",
+    "draw_graph",
+    "export",
+    "lambda_2",
+    "list_graphs",
+    "list_mixings",
+    "list_schedules",
+    "load_map",
+    "make_schedule",
+    "mixing_matrix",
+    "models_sent",
+    "push_sum_matrix",
+    "read_graph",
+    "renormalise",
+    "rounds_bound",
+    "rounds_to_consensus",
+    "spectral_gap",
+    "summarise",
+]
+
+if TYPE_CHECKING:
+    from dimat.topology.analysis import (
+        Summary,
+        diameter,
+        lambda_2,
+        models_sent,
+        rounds_bound,
+        rounds_to_consensus,
+        spectral_gap,
+        summarise,
+    )
+    from dimat.topology.base_k import BaseK
+    from dimat.topology.draw import draw_graph
+    from dimat.topology.files import read_graph
+    from dimat.topology.graphs import build_graph, check_graph, list_graphs
+    from dimat.topology.maps import NetworkMap, Topology, build_topology, check, load_map
+    from dimat.topology.mixing import Mixer, check_matrix, list_mixings, mixing_matrix, push_sum_matrix, renormalise
+    from dimat.topology.registry import Entry
+    from dimat.topology.rounds import CycleSchedule, Schedule, check_schedule
+    from dimat.topology.schedule import Setting, list_schedules, make_schedule
+    from dimat.topology.write import export
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"dimat.topology.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'dimat.topology' has no attribute {name!r}")

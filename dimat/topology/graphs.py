@@ -1,0 +1,267 @@
+"""Named graphs: generators that an operator picks by name, and the checks that every graph has to pass.
+
+A generator takes the number of agents and keyword options and returns a networkx graph on 0 … n-1; `build_graph`
+names the agents. An edge u -> v of a directed graph means that u sends to v. Random graphs are drawn from a derived
+seed and redrawn until they are connected.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from dimat.errors import TopologyError
+from dimat.seeds import derive_seed
+from dimat.topology.registry import Entry, Registry
+
+if TYPE_CHECKING:
+    import networkx as nx
+
+    IntGraph = nx.Graph[int]
+
+MAX_DRAWS = 100
+"""Draws of a random graph before giving up on a connected one."""
+
+GRAPHS: Registry[IntGraph] = Registry("graph")
+
+
+def list_graphs() -> list[Entry]:
+    """Return the generators: name, one line on what they make, options with defaults."""
+    return GRAPHS.entries()
+
+
+def agent_names(n: int) -> tuple[str, ...]:
+    """Return the default names `agent-0` … `agent-(n-1)`."""
+    return tuple(f"agent-{i}" for i in range(n))
+
+
+def build_graph(
+    name: str,
+    agents: int | Sequence[str],
+    seed: int = 0,
+    options: Mapping[str, Any] | None = None,
+) -> nx.Graph[str]:
+    """Return the graph `name` on `agents` (a number, or names in order), checked.
+
+    `seed` is the experiment's; random graphs draw from a stream of their own under it, unless `options` holds a
+    `seed`. The graph attribute `generator` holds the name. Raises TopologyError for what cannot exist.
+    """
+    names = agent_names(agents) if isinstance(agents, int) else tuple(agents)
+    if not names:
+        raise TopologyError("a topology needs at least one agent")
+    drawn = GRAPHS.call(name, options or {}, len(names), seed=derive_seed(seed, "topology", name))
+    graph = rename(drawn, names)
+    graph.graph["generator"] = name
+    check_graph(graph)
+    return graph
+
+
+def rename(graph: nx.Graph[int], names: Sequence[str]) -> nx.Graph[str]:
+    """Return a copy with node i called names[i], nodes in that order."""
+    import networkx as nx
+
+    named: nx.Graph[str] = nx.DiGraph() if graph.is_directed() else nx.Graph()
+    named.add_nodes_from(names)
+    edges: list[tuple[int, int]] = sorted(graph.edges())
+    named.add_edges_from([(names[u], names[v]) for u, v in edges])
+    return named
+
+
+def check_graph(graph: nx.Graph[Any]) -> None:
+    """Raise TopologyError unless the graph is simple, without self-loops, not empty and connected.
+
+    A directed graph has to be strongly connected: otherwise some agent's weights never reach some other.
+    """
+    import networkx as nx
+
+    if graph.is_multigraph():
+        raise TopologyError("the graph has parallel edges (a multigraph); give each link once")
+    if graph.number_of_nodes() == 0:
+        raise TopologyError("a topology needs at least one agent")
+    loop = next((u for u, v in graph.edges() if u == v), None)
+    if loop is not None:
+        raise TopologyError(f"agent {loop!r} is linked to itself; an agent always keeps a share of its own weights")
+    parts: Iterable[set[Any]]
+    if isinstance(graph, nx.DiGraph):
+        parts, tie = nx.strongly_connected_components(graph), "strongly connected "
+    else:
+        parts, tie = nx.connected_components(graph), ""
+    groups = list(parts)
+    if len(groups) > 1:
+        order = {node: i for i, node in enumerate(graph)}
+        shown = sorted((sorted(group, key=order.__getitem__) for group in groups), key=lambda g: order[g[0]])
+        raise TopologyError(f"the graph falls into {len(groups)} {tie}components: {_show(shown)}; link them")
+
+
+def _show(groups: list[list[Any]], limit: int = 4) -> str:
+    texts: list[str] = []
+    for group in groups[:limit]:
+        names = ", ".join(map(str, group[:limit]))
+        texts.append(f"{{{names}{', …' if len(group) > limit else ''}}}")
+    return ", ".join(texts) + (", …" if len(groups) > limit else "")
+
+
+def _graph(n: int, edges: Iterable[tuple[int, int]], directed: bool = False) -> nx.Graph[int]:
+    import networkx as nx
+
+    graph: nx.Graph[int] = nx.DiGraph() if directed else nx.Graph()
+    graph.add_nodes_from(range(n))
+    graph.add_edges_from(edges)
+    return graph
+
+
+def _connected(draw: Callable[[int], nx.Graph[int]], seed: int, what: str) -> nx.Graph[int]:
+    import networkx as nx
+
+    for attempt in range(MAX_DRAWS):
+        graph = draw(derive_seed(seed, "draw", attempt))
+        if nx.is_connected(graph):
+            return graph
+    raise TopologyError(f"{what}: none of {MAX_DRAWS} draws is connected; ask for more edges")
+
+
+@GRAPHS.register("complete")
+def complete(n: int) -> nx.Graph[int]:
+    """Everyone is linked to everyone: n(n-1)/2 edges, one merge is the exact average."""
+    return _graph(n, ((i, j) for i in range(n) for j in range(i + 1, n)))
+
+
+@GRAPHS.register("ring")
+def ring(n: int) -> nx.Graph[int]:
+    """Agents in a circle, two neighbours each: n edges, diameter floor(n/2)."""
+    return _graph(n, ((i, (i + 1) % n) for i in range(n) if n > 1))
+
+
+@GRAPHS.register("path")
+def path(n: int) -> nx.Graph[int]:
+    """Agents in a line: n-1 edges, diameter n-1."""
+    return _graph(n, ((i, i + 1) for i in range(n - 1)))
+
+
+@GRAPHS.register("star")
+def star(n: int) -> nx.Graph[int]:
+    """The first agent is linked to all others: n-1 edges, diameter 2."""
+    return _graph(n, ((0, i) for i in range(1, n)))
+
+
+@GRAPHS.register("torus")
+def torus(n: int, *, rows: int | None = None, cols: int | None = None) -> nx.Graph[int]:
+    """Two-dimensional grid that wraps around, up to four neighbours each; as square as n allows, or rows × cols.
+
+    Agent r·cols + c sits in row r, column c. TopologyError where rows × cols is not n, or n is prime.
+    """
+    if n == 1:
+        return _graph(1, ())
+    for given in (rows, cols):
+        if given is not None and (given < 1 or n % given):
+            raise TopologyError(f"a torus of {n} agents cannot have {given} rows or columns: it does not divide {n}")
+    if rows is None and cols is None:
+        rows = max(r for r in range(1, math.isqrt(n) + 1) if n % r == 0)
+    height = rows if rows is not None else n // (cols or 1)
+    width = cols if cols is not None else n // height
+    if height * width != n:
+        raise TopologyError(f"a torus of {height} × {width} has {height * width} agents, not {n}")
+    if min(height, width) < 2:
+        raise TopologyError(f"a torus needs two rows and two columns, {n} agents do not fill them; use graph 'ring'")
+    right = ((r * width + c, r * width + (c + 1) % width) for r in range(height) for c in range(width))
+    down = ((r * width + c, (r + 1) % height * width + c) for r in range(height) for c in range(width))
+    return _graph(n, (*right, *down))
+
+
+@GRAPHS.register("hypercube")
+def hypercube(n: int) -> nx.Graph[int]:
+    """Agents whose numbers differ in one binary digit are linked: log2 n neighbours each; n a power of two."""
+    if n & (n - 1):
+        below = 1 << (n.bit_length() - 1)
+        raise TopologyError(f"a hypercube needs a power of two agents, not {n}; use {below} or {2 * below}")
+    return _graph(n, ((i, i ^ 1 << k) for i in range(n) for k in range(n.bit_length() - 1) if not i >> k & 1))
+
+
+@GRAPHS.register("exponential")
+def exponential(n: int) -> nx.Graph[int]:
+    """Directed: i sends to i + 2^k mod n for all 2^k < n; ceil(log2 n) neighbours (Ying et al. 2021)."""
+    hops = [1 << k for k in range((n - 1).bit_length())]
+    return _graph(n, ((i, (i + hop) % n) for i in range(n) for hop in hops), directed=n > 1)
+
+
+@GRAPHS.register("random-regular")
+def random_regular(n: int, *, degree: int = 4, seed: int = 0) -> nx.Graph[int]:
+    """A random graph in which every agent has `degree` neighbours; n·degree even."""
+    import networkx as nx
+
+    if n == 1:
+        return _graph(1, ())
+    if not 1 <= degree < n:
+        raise TopologyError(f"degree {degree} is impossible with {n} agents; use 1 to {n - 1}")
+    if n * degree % 2:
+        raise TopologyError(f"no graph of {n} agents is {degree}-regular: {n} × {degree} is odd; use an even degree")
+    if degree == 1 and n > 2:
+        raise TopologyError(f"a 1-regular graph of {n} agents is not connected; use degree 2 or more")
+
+    def draw(s: int) -> nx.Graph[int]:
+        return nx.random_regular_graph(degree, n, seed=s)
+
+    return _connected(draw, seed, f"random-regular, degree {degree}")
+
+
+@GRAPHS.register("erdos-renyi")
+def erdos_renyi(n: int, *, p: float | None = None, seed: int = 0) -> nx.Graph[int]:
+    """Every pair is linked with probability p (default min(1, 2 ln n / n)); redrawn until connected."""
+    import networkx as nx
+
+    if n == 1:
+        return _graph(1, ())
+    chance = min(1.0, 2 * math.log(n) / n) if p is None else p
+    if not 0 < chance <= 1:
+        raise TopologyError(f"option 'p' of graph 'erdos-renyi' must be in (0, 1], not {p}")
+
+    def draw(s: int) -> nx.Graph[int]:
+        return nx.gnp_random_graph(n, chance, seed=s)
+
+    return _connected(draw, seed, f"erdos-renyi, p = {chance:.3g}")
+
+
+@GRAPHS.register("watts-strogatz")
+def watts_strogatz(n: int, *, k: int = 4, p: float = 0.2, seed: int = 0) -> nx.Graph[int]:
+    """Small world: a ring with k nearest neighbours, each edge rewired with probability p; redrawn until connected."""
+    import networkx as nx
+
+    if n == 1:
+        return _graph(1, ())
+    if not 2 <= k < n or k % 2:
+        raise TopologyError(f"option 'k' of graph 'watts-strogatz' must be even, from 2 to {n - 1}, not {k}")
+    if not 0 <= p <= 1:
+        raise TopologyError(f"option 'p' of graph 'watts-strogatz' must be in [0, 1], not {p}")
+
+    def draw(s: int) -> nx.Graph[int]:
+        return nx.watts_strogatz_graph(n, k, p, seed=s)
+
+    return _connected(draw, seed, f"watts-strogatz, k = {k}, p = {p}")
+
+
+@GRAPHS.register("bipartite")
+def bipartite(n: int, *, left: int | None = None) -> nx.Graph[int]:
+    """Two sides, everyone linked to everyone of the other side; `left` agents on the first (default half)."""
+    if n == 1:
+        return _graph(1, ())
+    size = n // 2 if left is None else left
+    if not 1 <= size < n:
+        raise TopologyError(f"option 'left' of graph 'bipartite' must be from 1 to {n - 1}, not {left}")
+    return _graph(n, ((i, j) for i in range(size) for j in range(size, n)))
+
+
+@GRAPHS.register("two-clusters")
+def two_clusters(n: int, *, left: int | None = None, bridges: int = 1) -> nx.Graph[int]:
+    """Two complete clusters, joined by `bridges` links; `left` agents in the first (default half, rounded up)."""
+    if n == 1:
+        return _graph(1, ())
+    size = (n + 1) // 2 if left is None else left
+    if not 1 <= size < n:
+        raise TopologyError(f"option 'left' of graph 'two-clusters' must be from 1 to {n - 1}, not {left}")
+    if not 1 <= bridges <= min(size, n - size):
+        most = min(size, n - size)
+        raise TopologyError(f"option 'bridges' of graph 'two-clusters' must be from 1 to {most}, not {bridges}")
+    inside = ((i, j) for i in range(n) for j in range(i + 1, n) if (i < size) == (j < size))
+    across = ((size - 1 - b, size + b) for b in range(bridges))
+    return _graph(n, (*inside, *across))

@@ -1,0 +1,117 @@
+"""Writing topologies: GraphML, GML, node-link JSON, edge list, {connectivity, pi} JSON, TOML map."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from dimat.errors import TopologyError
+from dimat.topology.files import format_of
+from dimat.topology.maps import Topology
+from dimat.topology.mixing import Mixer, links_of, mixing_matrix
+
+if TYPE_CHECKING:
+    import networkx as nx
+
+
+def export(target: nx.Graph[str] | Topology, path: str | Path, format: str | None = None) -> Path:
+    """Write a graph or topology and return the path; `format` (graphml, gml, json, edges, dimat, toml) or the suffix.
+
+    `dimat` is {"connectivity": 0/1 rows, "pi": mixing rows} with row i for what agent i hears, under round 1's weights
+    of a topology, Metropolis weights of a graph. `toml` is a network map with addresses, samples, schedule and mixing
+    where the topology has them; it holds undirected links only. A graph reads back with the same names, order and
+    links. Raises TopologyError for an unknown format or what a format cannot hold.
+    """
+    kind = format_of(path, format)
+    graph = target.graph if isinstance(target, Topology) else target
+    try:
+        if kind in ("graphml", "gml"):
+            _library(graph, Path(path), kind)
+        else:
+            Path(path).write_text(_text(target, graph, kind), encoding="utf-8")
+    except OSError as error:
+        raise TopologyError(f"cannot write {path}: {error.strerror or error}") from error
+    return Path(path)
+
+
+def _library(graph: nx.Graph[str], path: Path, kind: str) -> None:
+    import networkx as nx
+
+    bare: nx.Graph[str] = nx.DiGraph() if graph.is_directed() else nx.Graph()
+    bare.add_nodes_from(list(graph))  # names and links only: attributes of ours need not fit the format
+    bare.add_edges_from(list(graph.edges()))
+    if kind == "graphml":
+        nx.write_graphml(bare, path)
+    else:
+        nx.write_gml(bare, path)
+
+
+def _text(target: nx.Graph[str] | Topology, graph: nx.Graph[str], kind: str) -> str:
+    if kind == "toml":
+        return _toml(target, graph)
+    if kind == "edges":
+        arrow = " -> " if graph.is_directed() else " "
+        return "\n".join([*graph, *(f"{u}{arrow}{v}" for u, v in graph.edges())]) + "\n"
+    if kind == "dimat":
+        return _dimat(target, graph)
+    tree = {
+        "directed": graph.is_directed(),
+        "multigraph": False,
+        "graph": {},
+        "nodes": [{"id": name} for name in graph],
+        "edges": [{"source": u, "target": v} for u, v in graph.edges()],
+    }
+    return json.dumps(tree, indent=1) + "\n"
+
+
+def _dimat(target: nx.Graph[str] | Topology, graph: nx.Graph[str]) -> str:
+    if isinstance(target, Topology):
+        links, pi = target.schedule.links(1), target.schedule.mixing(1)
+    else:
+        links, pi = links_of(graph), mixing_matrix(graph, Mixer())
+    n = len(links.names)
+    heard = [set(sources) for sources in links.sources]
+    rows = [[int(j in who) for j in range(n)] for who in heard]
+    lines = [f' "connectivity": {_rows(rows)}', f' "pi": {_rows(pi.tolist())}']
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def _rows(rows: Sequence[Sequence[float]]) -> str:
+    return "[\n" + ",\n".join(f"  {json.dumps(row)}" for row in rows) + "\n ]"
+
+
+def _toml(target: nx.Graph[str] | Topology, graph: nx.Graph[str]) -> str:
+    lines = ["# Network map of dimat: who is in the network, who exchanges with whom."]
+    given = target.base if isinstance(target, Topology) else graph
+    if given is not None:
+        if given.is_directed():
+            raise TopologyError("a network map holds undirected links only; export a directed graph as graphml or json")
+        lines += ["edges = [", *(f"  [{_value(u)}, {_value(v)}]," for u, v in given.edges()), "]"]
+    if isinstance(target, Topology):
+        mixing: dict[str, Any] = {"name": target.mixing_config.name, "options": dict(target.mixing_config.options)}
+        if mixing["name"] == "matrix":
+            mixing["options"] = {"values": target.schedule.mixing(1).tolist()}
+        schedule = {"name": target.schedule_config.name, "options": dict(target.schedule_config.options)}
+        lines += [f"schedule = {_value(schedule)}", f"mixing = {_value(mixing)}"]
+    for name in graph:
+        lines += ["", "[[agents]]", f"name = {_value(name)}"]
+        if isinstance(target, Topology):
+            if name in target.addresses:
+                lines.append(f"addresses = {_value(target.addresses[name])}")
+            if name in target.samples:
+                lines.append(f"samples = {target.samples[name]}")
+    return "\n".join(lines) + "\n"
+
+
+def _value(value: Any) -> str:
+    """Return a plain value as TOML; tables inline."""
+    if isinstance(value, str | bool):  # JSON's strings, true and false are TOML's too
+        return json.dumps(value, ensure_ascii=False)
+    if isinstance(value, Mapping):
+        table = cast("Mapping[str, Any]", value)
+        return "{ " + ", ".join(f"{json.dumps(key)} = {_value(item)}" for key, item in table.items()) + " }"
+    if isinstance(value, Sequence):
+        return "[" + ", ".join(_value(item) for item in cast("Sequence[Any]", value)) + "]"
+    return repr(value)

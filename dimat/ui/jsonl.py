@@ -1,0 +1,128 @@
+"""Events as JSON Lines: a file that a person can grep, a program can follow, and a killed process leaves readable."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from dimat.errors import DataError
+from dimat.events import Event
+
+HEADER = {"format": 1, "kind": "dimat.events"}
+_HEADER_LINE = json.dumps(HEADER).encode() + b"\n"
+
+
+class JsonlListener:
+    """Writes each event as one line, flushed at once; a listener that any thread may call.
+
+    An existing log is continued. A last line that was torn by a kill is cut off first, so that it cannot run into
+    the next one. Non-finite numbers become null, as JSON has none. Raises DataError where the file cannot be
+    written or is not an event log.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._lock = threading.Lock()
+        try:
+            self._file = open(self.path, "a+b")
+        except OSError as error:
+            raise self._unwritable(error) from error
+        try:
+            _mend(self._file, self.path)
+        except OSError as error:
+            self._file.close()
+            raise self._unwritable(error) from error
+        except DataError:
+            self._file.close()
+            raise
+
+    def __call__(self, event: Event) -> None:
+        """Append one event."""
+        line = json.dumps(_finite(event.to_dict()), allow_nan=False, separators=(",", ":")).encode() + b"\n"
+        with self._lock:
+            if self._file.closed:
+                raise DataError(f"cannot write to {self.path}: the log is closed")
+            try:
+                self._file.write(line)
+                self._file.flush()
+            except OSError as error:
+                raise self._unwritable(error) from error
+
+    def close(self) -> None:
+        """Close the file; closing twice is allowed."""
+        with self._lock:
+            try:
+                self._file.close()
+            except OSError as error:  # what a full disk refused before is tried once more here
+                raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> DataError:
+        return DataError(f"cannot write events to {self.path}: {error.strerror or error}")
+
+
+def read_events(path: str | Path) -> Iterator[dict[str, Any]]:
+    """Yield the events of a log as dictionaries, without the header. A torn last line, as kill -9 leaves it, is
+    passed over; any other damage is a DataError that names the line."""
+    try:
+        with open(path, "rb") as file:
+            if not _is_header(file.readline()):
+                raise DataError(f"{path} is not a dimat event log: its first line is not {json.dumps(HEADER)}")
+            for number, line in enumerate(file, 2):
+                event = _parsed(line)
+                if event is not None:
+                    yield event
+                elif line.endswith(b"\n"):
+                    raise DataError(f"{path}, line {number}: not a JSON object; the file is damaged")
+    except OSError as error:
+        raise DataError(f"cannot read events from {path}: {error.strerror or error}") from error
+
+
+def _mend(file: BinaryIO, path: Path) -> None:
+    """Leave the file, open for appending, with a header and a whole last line."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    start = file.read(len(_HEADER_LINE))
+    if size < len(_HEADER_LINE) and _HEADER_LINE.startswith(start):  # new, empty, or torn within the header
+        file.truncate(0)
+        file.write(_HEADER_LINE)
+    elif start != _HEADER_LINE:
+        raise DataError(f"{path} exists and is not a dimat event log: choose another name or remove it")
+    else:
+        end, tail = size, b""
+        while b"\n" not in tail:  # ends at the latest at the header's own newline
+            end = max(end - 65536, 0)
+            file.seek(end)
+            tail = file.read()
+        keep = end + tail.rindex(b"\n") + 1
+        if keep < size and _parsed(tail[keep - end :]) is not None:  # whole but for its newline
+            file.write(b"\n")
+        elif keep < size:
+            file.truncate(keep)
+    file.flush()
+
+
+def _is_header(line: bytes) -> bool:
+    return _parsed(line) == HEADER
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line)
+    except ValueError:  # covers bytes that are not UTF-8
+        return None
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else None
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in cast("dict[Any, Any]", value).items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in cast("list[Any]", value)]
+    return value

@@ -1,0 +1,112 @@
+"""`dimat topology …`: graphs and schedules opened from the command line, described, checked, drawn and written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dimat.config import TopologyConfig, load_experiment
+from dimat.errors import ConfigError
+from dimat.topology import (
+    build_topology,
+    check,
+    draw_graph,
+    export,
+    list_graphs,
+    list_mixings,
+    list_schedules,
+    summarise,
+)
+from dimat.ui.text import Table, as_text
+
+if TYPE_CHECKING:
+    from dimat.topology import Topology
+
+FILES = {".graphml", ".gml", ".json", ".edges", ".edgelist", ".txt", ".csv"}
+
+
+def open_topology(spec: str, agents: int | None, settings: Sequence[str]) -> Topology:
+    """Build a topology from a graph's name, a map (TOML), a graph file, or `file.py:function`.
+
+    `settings`: keys of [topology] as KEY=VALUE. Raises ConfigError and its kin.
+    """
+    path = Path(spec)
+    if spec.rpartition(":")[0].endswith(".py"):
+        source = f"python={json.dumps(spec)}"
+    elif path.suffix == ".toml":
+        source = f"map={json.dumps(spec)}"
+    elif path.suffix in FILES or path.exists():
+        source = f"file={json.dumps(spec)}"
+    else:
+        source = f"graph={json.dumps(spec)}"
+    count = [f"topology.agents={agents}"] if agents is not None else []
+    config: TopologyConfig = load_experiment(
+        None, [f"topology.{source}", *count, *(f"topology.{item}" for item in settings)], env={}
+    ).topology
+    return build_topology(config)
+
+
+def describe(topology: Topology, *, as_json: bool) -> str:
+    """Return the figures of a topology as text or JSON."""
+    summary = summarise(topology.schedule)
+    if as_json:
+        return json.dumps({"agents": list(topology.names), **asdict(summary), "count": summary.agents})
+
+    def shown(value: float | None) -> str:
+        return "-" if value is None else f"{value:.4g}"
+
+    peers = (
+        f"{summary.min_peers}"
+        if summary.min_peers == summary.max_peers
+        else (f"{summary.min_peers} to {summary.max_peers}")
+    )
+    rows = (
+        ("agents", str(summary.agents)),
+        ("links", f"{summary.links} {'one-way' if summary.directed else 'undirected'}"),
+        ("schedule", topology.schedule_config.name + (f", period {summary.period}" if summary.period else "")),
+        ("mixing", topology.mixing_config.name),
+        ("peers heard per round", peers),
+        ("models sent per agent and round", shown(summary.models_sent)),
+        ("diameter", str(summary.diameter)),
+        ("|λ₂|", shown(summary.lambda_2)),
+        ("spectral gap", shown(summary.spectral_gap)),
+        ("rounds to 1e-3 consensus", shown(summary.rounds_to_consensus)),
+        ("keeps the mean", "yes" if summary.doubly_stochastic else "no (not doubly stochastic)"),
+    )
+    return "\n".join(as_text(Table("", ("", ""), rows, left=frozenset({0, 1})))).strip("\n")
+
+
+def check_topology(topology: Topology) -> str:
+    """Check a topology and say so; TopologyError names what is wrong."""
+    check(topology)
+    return f"{len(topology.names)} agents, connected; mixing rows sum to 1 and lie on the links"
+
+
+def draw_topology(topology: Topology, file: Path) -> None:
+    """Draw the base graph, or the union of a schedule's links, into a PNG or SVG file."""
+    if file.suffix not in (".png", ".svg"):
+        raise ConfigError(f"cannot draw to {file}: the name must end in .png or .svg")
+    draw_graph(topology.graph, file)
+
+
+def export_topology(topology: Topology, file: Path) -> None:
+    """Write a topology in the format that the file's ending names."""
+    export(topology, file)
+
+
+def catalogue(*, as_json: bool) -> str:
+    """Return all graphs, schedules and mixing rules with their options."""
+    kinds = {"graphs": list_graphs(), "schedules": list_schedules(), "mixing rules": list_mixings()}
+    if as_json:
+        return json.dumps({kind: [asdict(entry) for entry in entries] for kind, entries in kinds.items()}, default=str)
+    lines: list[str] = []
+    for kind, entries in kinds.items():
+        rows = tuple(
+            (entry.name, ", ".join(f"{k}={v}" for k, v in entry.options.items()), entry.summary) for entry in entries
+        )
+        lines += as_text(Table(kind, ("name", "options", "what it is"), rows, left=frozenset({0, 1, 2})))
+        lines.append("")
+    return "\n".join(lines).strip("\n")

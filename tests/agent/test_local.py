@@ -1,0 +1,114 @@
+"""What one agent does with its own machine and its peers' files. References: exact formulas, real damaged files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dimat.agent.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from dimat.agent.local import LocalAgent, share_moved
+from dimat.errors import DataError
+from dimat.simulate.scenario import prepare
+from dimat.simulate.worker import derive_checked
+
+from ..simulate.helpers import tiny_experiment
+
+
+def agents(tmp_path: Path, **changes: object) -> tuple[LocalAgent, LocalAgent]:
+    config = tiny_experiment(tmp_path, **changes)
+    scenario = prepare(config)
+    spec, notes = derive_checked(scenario.task)
+    assert notes == ()
+    store = tmp_path / "store"
+    store.mkdir()
+    one, two = (
+        LocalAgent(name, config, scenario.task, part, store, spec, durable=False)
+        for name, part in zip(scenario.agents[:2], scenario.parts[:2], strict=True)
+    )
+    return one, two
+
+
+def test_merge_with_nobody_keeps_own_weights_bit_for_bit(tmp_path: Path) -> None:
+    """Exactness rule: weight 1 on self returns own weights bit for bit, and nothing else changes either."""
+    one, _ = agents(tmp_path)
+    one.train(1, learn=True)
+    before, state = one.trainer.weights(), one.trainer.state()
+    report = one.merge(1, 1.0, [], "all")
+    assert report.before == report.after
+    assert all(torch.equal(v, before[k]) for k, v in one.trainer.weights().items())
+    assert all(torch.equal(v, state.tensors[k]) for k, v in one.trainer.state().tensors.items())
+
+
+def test_a_peer_with_nan_is_refused_and_named(tmp_path: Path) -> None:
+    """Bad input: a NaN in a peer's weights; its mass goes to self, the other peer is merged, own weights live."""
+    one, two = agents(tmp_path, merge__method="average")
+    good = two.train(1, learn=True).payload
+    own = one.train(1, learn=True).payload
+    bad = two.trainer.weights()
+    name = next(k for k in bad if k.endswith("bias"))
+    bad[name][3] = float("nan")
+    save_file(bad, tmp_path / "bad.safetensors")
+    parts = [
+        ("eve", tmp_path / "bad.safetensors", 0.4, True),
+        ("two", one.store / f"{good.root}.safetensors", 0.4, True),
+    ]
+    expected = {k: 0.6 * v + 0.4 * two.trainer.weights()[k] for k, v in one.trainer.weights().items()}
+    report = one.merge(1, 0.2, parts, "none")
+    assert set(report.refused) == {"eve"}
+    assert name in report.refused["eve"]
+    for key, tensor in one.trainer.weights().items():
+        torch.testing.assert_close(tensor, expected[key])
+    assert own.root != good.root
+
+
+def test_adopting_a_permuted_copys_basis_gives_that_copy(tmp_path: Path) -> None:
+    """Planted permutation: an agent aligned to a permuted copy of itself becomes that copy; outputs stay."""
+    from dimat.symmetry import permute_weights, random_permutations
+
+    one, _ = agents(tmp_path)
+    one.train(1, learn=True)
+    assert one.spec is not None
+    planted = random_permutations(one.spec, torch.Generator().manual_seed(5))
+    copy = permute_weights(one.trainer.weights(), one.spec, planted)
+    save_file({k: v.contiguous() for k, v in copy.items()}, tmp_path / "copy.safetensors")
+    metrics = one.evaluate()
+    moved = one.adopt(1, "copy", tmp_path / "copy.safetensors")
+    assert moved == pytest.approx(share_moved(planted))
+    for key, tensor in one.trainer.weights().items():
+        torch.testing.assert_close(tensor, copy[key])
+    assert one.evaluate() == pytest.approx(metrics, abs=1e-6)
+
+
+def test_checkpoint_holds_a_trainer(tmp_path: Path) -> None:
+    """Train 2 rounds = train 1, checkpoint file, new agent, train 1: bit for bit, through the file."""
+    from dimat.train import TrainerState
+
+    one, _ = agents(tmp_path)
+    one.train(1, learn=True)
+    state = one.trainer.state()
+    write_checkpoint(tmp_path / "c", Checkpoint(state.tensors, state.values))
+    one.train(2, learn=True)
+    kept = read_checkpoint(tmp_path / "c")
+    again = LocalAgent("agent-0", one.config, one.task, one.indices, one.store, one.spec, durable=False)
+    again.trainer.load_state(TrainerState(dict(kept.tensors), dict(kept.values)))
+    again.train(2, learn=True)
+    ours, theirs = one.trainer.state(), again.trainer.state()
+    assert ours.values == theirs.values
+    assert all(torch.equal(v, theirs.tensors[k]) for k, v in ours.tensors.items())
+
+
+def test_damaged_checkpoints_are_refused(tmp_path: Path) -> None:
+    """Missing, cut and foreign files: DataError with the path."""
+    file = tmp_path / "c"
+    with pytest.raises(DataError, match="cannot read checkpoint"):
+        read_checkpoint(file)
+    write_checkpoint(file, Checkpoint({"t": torch.ones(3)}, {"x": 1}))
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(DataError, match="cannot read checkpoint"):
+        read_checkpoint(file)
+    save_file({"t": torch.ones(3)}, file)
+    with pytest.raises(DataError, match="no checkpoint that this dimat reads"):
+        read_checkpoint(file)

@@ -1,0 +1,88 @@
+"""Methods by name: unknown names and options are configuration errors with a suggestion."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from dimat.config import MergeConfig, NamedConfig
+from dimat.errors import ConfigError
+from dimat.merge import accept_registry, align_registry, combine_registry, plan_merge, repair_registry
+from dimat.merge.registry import CONTEXT, Registry
+
+
+def test_every_stage_finds_its_methods() -> None:
+    """The folders are scanned: each file's method is known by its name."""
+    assert {"activations", "none"} <= set(align_registry.names())
+    assert {"average"} <= set(combine_registry.names())
+    assert {"batchnorm", "none"} <= set(repair_registry.names())
+    assert {"always", "no-worse"} <= set(accept_registry.names())
+
+
+def test_context_is_never_an_option() -> None:
+    """What the pipeline hands in (model, data, score, …) cannot be set from a configuration."""
+    for registry in (align_registry, combine_registry, repair_registry, accept_registry):
+        for name in registry.names():
+            assert not set(registry.options(name)) & CONTEXT
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"method": "dimatt"}, "unknown merge method 'dimatt'; did you mean 'dimat'"),
+        ({"align": "activation"}, "unknown align method 'activation'; did you mean 'activations'"),
+        ({"combine": "avarage"}, "did you mean 'average'"),
+        ({"repair": "batch-norm"}, "did you mean 'batchnorm'"),
+        ({"accept": "no_worse"}, "did you mean 'no-worse'"),
+        ({"align": {"name": "activations", "options": {"position": 3}}}, "did you mean 'positions'"),
+        ({"align": {"name": "activations", "options": {"positions": "many"}}}, "'positions': .*got 'many'"),
+        ({"align": {"name": "activations", "options": {"positions": 0}}}, "greater than or equal to 1"),
+        ({"align": {"name": "activations", "options": {"max_images": True}}}, "valid integer"),
+        ({"align": {"name": "activations", "options": {"model": 1}}}, "no option 'model'"),
+        ({"repair": {"name": "batchnorm", "options": {"estimator": "median"}}}, "'pooled' or 'batch-mean'"),
+        ({"repair": {"name": "none", "options": {"x": 1}}}, "it has none"),
+        ({"accept": {"name": "no-worse", "options": {"tolerance": -0.1}}}, "tolerance"),
+        ({"screen": {"max_norm_ration": 3}}, "did you mean 'max_norm_ratio'"),
+        ({"screen": {"max_norm_ratio": 0}}, "greater than 0"),
+    ],
+)
+def test_faults_name_what_is_wrong_and_the_nearest_known(config: dict[str, Any], message: str) -> None:
+    """One-line messages; exit code 2."""
+    with pytest.raises(ConfigError, match=message) as error:
+        plan_merge(MergeConfig.model_validate(config))
+    assert "\n" not in str(error.value)
+    assert error.value.exit_code == 2
+
+
+def test_whole_numbers_serve_as_floats() -> None:
+    """TOML writes `tolerance = 0`."""
+    plan_merge(MergeConfig.model_validate({"align": {"name": "activations", "options": {"tolerance": 0}}}))
+
+
+def test_presets_and_overrides() -> None:
+    """Reference: the design's table of presets; what is set replaces its stage alone."""
+    dimat, paper, average = (plan_merge(MergeConfig(method=m)) for m in ("dimat", "dimat-paper", "average"))
+    assert (dimat.align.name, dimat.combine.name, dimat.repair.name) == ("activations", "average", "batchnorm")
+    assert (dimat.align_to, paper.align_to) == ("shared", "self")
+    assert (average.align.name, average.combine.name, average.repair.name) == ("none", "average", "none")
+    assert {p.accept.name for p in (dimat, paper, average)} == {"always"}
+    changed = plan_merge(MergeConfig(method="dimat", repair=NamedConfig(name="none"), align_data="probe"))
+    assert (changed.align.name, changed.repair.name, changed.align_data) == ("activations", "none", "probe")
+    for method in ("isolated", "centralised"):
+        plan_merge(MergeConfig(method=method))
+
+
+def test_a_method_is_called_with_its_options_and_the_context_it_asks_for() -> None:
+    """Only what the function names arrives; a second method of the same name is refused."""
+    registry: Registry[dict[str, Any]] = Registry("toy", "dimat.merge.align")
+
+    @registry.register("toy")
+    def toy(value: int, *, data: str, factor: float = 2.0) -> dict[str, Any]:
+        return {"value": value, "data": data, "factor": factor}
+
+    called = registry.call(NamedConfig(name="toy", options={"factor": 3}), 1, data="d", model="m")
+    assert called == {"value": 1, "data": "d", "factor": 3}
+    assert registry.options("toy") == {"factor": 2.0}
+    with pytest.raises(ConfigError, match="twice"):
+        registry.register("toy")(test_presets_and_overrides)

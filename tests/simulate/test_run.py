@@ -1,0 +1,221 @@
+"""Whole simulated runs: determinism, exactness against a hand-written loop, and what a run leaves behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dimat import events as facts
+from dimat.config import ExperimentConfig
+from dimat.errors import ConfigError, DataError, PartitionError, TopologyError
+from dimat.events import Event
+from dimat.results import Results, read_results
+from dimat.simulate import run_simulation
+from dimat.simulate.scenario import prepare
+from dimat.tasks import Subset
+from dimat.train import Trainer
+
+from .helpers import tiny_experiment
+
+
+def run(config: ExperimentConfig, out: Path) -> tuple[Results, list[Event], dict[str, dict[str, torch.Tensor]]]:
+    heard: list[Event] = []
+    results = run_simulation(config, out=out, listeners=[heard.append])
+    weights = {file.stem: load_file(file) for file in sorted((out / "final").iterdir())}
+    return results, heard, weights
+
+
+def same(a: dict[str, dict[str, torch.Tensor]], b: dict[str, dict[str, torch.Tensor]]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[n][k], b[n][k]) for n in a for k in a[n])
+
+
+@pytest.mark.parametrize("method", ["dimat", "dimat-paper", "average"])
+def test_equal_seeds_give_equal_bits_for_any_number_of_workers(tmp_path: Path, method: str) -> None:
+    """Standard: two simulations with one seed are bit-equal, for any number of worker processes."""
+    outcomes = []
+    for name, workers in (("one", 1), ("two", 2), ("again", 2), ("three", 3)):
+        config = tiny_experiment(tmp_path, merge__method=method, simulate__workers=workers)
+        outcomes.append(run(config, tmp_path / name))
+    first, _, weights = outcomes[0]
+    for results, _, others in outcomes[1:]:
+        assert same(weights, others)
+        assert results.rows == first.rows
+    other, _, others = run(tiny_experiment(tmp_path, seed=1, merge__method=method), tmp_path / "other")
+    assert not same(weights, others)
+    assert other.rows != first.rows
+
+
+def test_average_is_the_hand_written_loop(tmp_path: Path) -> None:
+    """Method `average`: train alone, then θ_i ← Σ_j W_ij θ_j with Metropolis weights, as plain torch computes it."""
+    config = tiny_experiment(tmp_path, merge__method="average")
+    _, _, weights = run(config, tmp_path / "run")
+    scenario = prepare(config)
+    torch.set_num_threads(1)
+    data = scenario.task.data("train")
+    trainers = [
+        Trainer(scenario.task, Subset(data, part), config.train, seed=0, path=("agent", name), rounds_total=3)
+        for name, part in zip(scenario.agents, scenario.parts, strict=True)
+    ]
+    mixing = torch.tensor([[2, 1, 0], [1, 1, 1], [0, 1, 2]], dtype=torch.float64) / 3
+    for number in (1, 2, 3):
+        for trainer in trainers:
+            trainer.train(number)
+        held = [trainer.weights() for trainer in trainers]
+        for trainer, row in zip(trainers, mixing, strict=True):
+            mixed = {k: sum(w * h[k].double() for w, h in zip(row, held, strict=True)) for k in held[0]}
+            trainer.load_weights({k: v.float() for k, v in mixed.items()})
+    for name, trainer in zip(scenario.agents, trainers, strict=True):
+        for key, tensor in trainer.weights().items():
+            torch.testing.assert_close(weights[name][key], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_bases_agree_after_diameter_rounds_and_contributions_are_exact(tmp_path: Path) -> None:
+    """Basis gossip over a path of three (diameter 2); every merge lists self and its peers with Metropolis weights."""
+    results, heard, _ = run(tiny_experiment(tmp_path), tmp_path / "run")
+    bases = {n: {row.basis for row in results.rows if row.round == n} for n in (1, 2, 3)}
+    assert len(bases[2]) == 1
+    assert bases[3] == bases[2]
+    for merged in (event for event in heard if isinstance(event, facts.Merged)):
+        expected = {"agent-0": 2 / 3, "agent-1": 1 / 3, "agent-2": 2 / 3}[merged.agent]
+        assert merged.contributions[0].agent == merged.agent
+        assert merged.contributions[0].weight == pytest.approx(expected)
+        assert sum(part.weight for part in merged.contributions) == pytest.approx(1)
+    published = {(e.agent, e.round): e.snapshot for e in heard if isinstance(e, facts.Published)}
+    parts = [part for e in heard if isinstance(e, facts.Merged) for part in e.contributions]
+    assert all(published[part.agent, part.round] == part.snapshot for part in parts)
+
+
+def test_shared_basis_keeps_the_function_and_the_optimizer(tmp_path: Path) -> None:
+    """Adopting a basis permutes weights and optimizer alike: test metrics right before the merge do not change."""
+    dimat, _, _ = run(tiny_experiment(tmp_path), tmp_path / "dimat")
+    paper, _, _ = run(tiny_experiment(tmp_path, merge__method="dimat-paper"), tmp_path / "paper")
+    first = [[row.before for row in results.rows if row.round == 1] for results in (dimat, paper)]
+    assert first[0] == first[1]
+
+
+def test_bytes_are_those_of_the_snapshots(tmp_path: Path) -> None:
+    """A path of three agents: two edges, so the middle one sends and receives twice a snapshot per round."""
+    results, heard, _ = run(tiny_experiment(tmp_path), tmp_path / "run")
+    size = next(e.bytes for e in heard if isinstance(e, facts.Published))
+    rows = [row for row in results.rows if row.round == 2]
+    assert [(row.bytes_sent, row.bytes_received) for row in rows] == [(size, size), (2 * size, 2 * size), (size, size)]
+    assert results.mb_sent_per_agent == pytest.approx(4 * size * 3 / 3 / 1e6)
+
+
+def test_isolated_and_centralised(tmp_path: Path) -> None:
+    """`isolated` exchanges nothing; `centralised` is one model on all data, whatever the topology says."""
+    alone, heard, weights = run(tiny_experiment(tmp_path, merge__method="isolated"), tmp_path / "isolated")
+    assert alone.mb_sent_per_agent == 0
+    assert all(row.before == row.after and row.expected == 0 for row in alone.rows)
+    assert not [e for e in heard if isinstance(e, facts.SnapshotFetched | facts.Warned)]
+    assert len(weights) == 3
+    ceiling, _, weights = run(tiny_experiment(tmp_path, merge__method="centralised"), tmp_path / "centralised")
+    assert list(weights) == ["centralised"]
+    assert sum(ceiling.histogram["centralised"]) == 160
+
+
+@pytest.mark.parametrize("agents", [3, 5, 6])
+def test_final_merge_is_the_exact_average(tmp_path: Path, agents: int) -> None:
+    """Base-(k+1) (arXiv 2305.11420): after one cycle without training, all agents hold the exact mean."""
+    changes = {"topology": {"graph": "ring", "agents": agents}, "merge__method": "average"}
+    plain, _, _ = run(tiny_experiment(tmp_path, **changes), tmp_path / "plain")
+    final = tiny_experiment(tmp_path, **changes, schedule={"rounds": 3, "final_merge": True})
+    results, _, weights = run(final, tmp_path / "final")
+    last = [row for row in results.rows if row.round == max(r.round for r in results.rows)]
+    assert max(row.round for row in results.rows) > 3
+    assert all(row.loss is None for row in last)
+    assert max(row.consensus_distance for row in last) < 1e-6
+    _, _, before = run(tiny_experiment(tmp_path, **changes), tmp_path / "before")
+    for key, tensor in weights["agent-0"].items():
+        mean = torch.stack([w[key].double() for w in before.values()]).mean(0).float()
+        torch.testing.assert_close(tensor, mean, rtol=1e-5, atol=1e-6)
+    assert plain.after_merge() == results.after_merge()[:3]
+
+
+def test_run_folder_holds_results_and_final_weights(tmp_path: Path) -> None:
+    """What a run leaves behind, and that nothing else is left: no snapshots, no state of single rounds."""
+    out = tmp_path / "run"
+    results, _, weights = run(tiny_experiment(tmp_path), out)
+    assert read_results(out) == results
+    assert sorted(p.name for p in out.iterdir()) == ["experiment.json", "final", "results.json"]
+    assert results.status == "done"
+    assert [len([r for r in results.rows if r.round == n]) for n in (1, 2, 3)] == [3, 3, 3]
+    model = prepare(tiny_experiment(tmp_path)).task.build_model(torch.Generator())
+    model.load_state_dict(weights["agent-1"])
+
+
+def test_run_folders_are_guarded(tmp_path: Path) -> None:
+    """Nothing is lost by accident: other folders, other experiments and old results are refused, each in one line."""
+    out = tmp_path / "run"
+    config = tiny_experiment(tmp_path, schedule={"rounds": 1})
+    run_simulation(config, out=out)
+    kept = (out / "results.json").read_bytes()
+    with pytest.raises(DataError, match="already holds results"):
+        run_simulation(config, out=out)
+    with pytest.raises(DataError, match=r"another experiment \(differs in seed\)"):
+        run_simulation(config.model_copy(update={"seed": 4}), out=out, overwrite=True)
+    assert (out / "results.json").read_bytes() == kept
+    run_simulation(config, out=out, overwrite=True)
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("years of work")
+    with pytest.raises(DataError, match="no run folder of dimat"):
+        run_simulation(config, out=foreign, overwrite=True)
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(DataError, match="is a file"):
+        run_simulation(config, out=file)
+    with pytest.raises(DataError, match="cannot write"):
+        run_simulation(config, out=Path("/proc/dimat"))
+
+
+def test_impossible_experiments_are_refused_before_a_folder_exists(tmp_path: Path) -> None:
+    """Bad input: more agents than samples, impossible graph, unknown method."""
+    out = tmp_path / "run"
+    with pytest.raises(PartitionError, match="500 agents cannot share 160"):
+        run_simulation(tiny_experiment(tmp_path, topology={"graph": "ring", "agents": 500}), out=out)
+    graph = {"graph": "random-regular", "agents": 5, "options": {"degree": 3}}
+    with pytest.raises(TopologyError):
+        run_simulation(tiny_experiment(tmp_path, topology=graph), out=out)
+    with pytest.raises(ConfigError, match="did you mean 'dimat'"):
+        run_simulation(tiny_experiment(tmp_path, merge={"method": "dimatt"}), out=out)
+    assert not out.exists()
+
+
+def test_time_varying_schedule(tmp_path: Path) -> None:
+    """One-peer exponential on four agents: one model sent per agent and round, and the mean is exact after two."""
+    topology = {"agents": 4, "schedule": {"name": "one-peer-exponential"}}
+    config = tiny_experiment(tmp_path, topology=topology, merge__method="average", schedule={"rounds": 2})
+    results, heard, _ = run(config, tmp_path / "run")
+    sizes = {e.bytes for e in heard if isinstance(e, facts.Published)}
+    assert {row.bytes_sent for row in results.rows} == sizes
+    assert all(row.expected == row.heard == 1 for row in results.rows)
+
+
+def test_mixing_by_samples_and_skewed_parts(tmp_path: Path) -> None:
+    """Mixing "samples" takes the counts of the partition that was drawn."""
+    config = tiny_experiment(
+        tmp_path,
+        topology={"graph": "complete", "agents": 3, "mixing": "samples"},
+        task={"hook": "tiny_task.py:task", "partition": {"kind": "dirichlet", "alpha": 0.3}},
+    )
+    results, heard, _ = run(config, tmp_path / "run")
+    counts = {agent: sum(row) for agent, row in results.histogram.items()}
+    merged = next(e for e in heard if isinstance(e, facts.Merged))
+    assert {p.agent: p.weight for p in merged.contributions} == pytest.approx(
+        {agent: count / 160 for agent, count in counts.items()}
+    )
+
+
+def test_no_worse_accepts_on_a_local_hold_out(tmp_path: Path) -> None:
+    """accept = no-worse: a tenth of the agent's samples is kept from training and judges merges."""
+    merge = {"method": "average", "accept": {"name": "no-worse", "options": {"tolerance": 0.0}}}
+    results, heard, _ = run(tiny_experiment(tmp_path, merge=merge), tmp_path / "run")
+    trained = [e for e in heard if isinstance(e, facts.Trained) and e.round == 1]
+    assert {e.samples for e in trained} <= {2 * (n - max(1, n // 10)) for n in (53, 54)}
+    assert any(row.accepted < 1 for row in results.rows), "averaging unaligned networks must be refused somewhere"
+    for merged in (e for e in heard if isinstance(e, facts.Merged)):
+        assert sum(p.weight for p in merged.contributions) == pytest.approx(1)

@@ -1,0 +1,175 @@
+"""How fast topologies mix: the table of reference/peers.md, spectral gaps, summaries."""
+
+from __future__ import annotations
+
+from math import log, sqrt
+from statistics import mean
+
+import networkx as nx
+import numpy as np
+import pytest
+
+from dimat.errors import TopologyError
+from dimat.topology import (
+    CycleSchedule,
+    Mixer,
+    Schedule,
+    Setting,
+    build_graph,
+    diameter,
+    lambda_2,
+    make_schedule,
+    mixing_matrix,
+    models_sent,
+    rounds_bound,
+    rounds_to_consensus,
+    spectral_gap,
+    summarise,
+)
+
+# peers.md: rounds until the consensus error is 1e-3 (Base-k: see test_base_k)
+ROUNDS = [
+    ("ring", {5: 11, 8: 30, 10: 45, 25: 268, 100: 3771}),
+    ("torus", {8: 10, 10: 15, 25: 19, 100: 67, 1000: 762}),
+    ("exponential", {5: 5, 8: 9, 10: 12, 25: 9, 100: 16, 1000: 18}),
+    ("one-peer-exponential", {5: 13, 8: 3, 10: 15, 25: 19, 100: 25, 1000: 19}),
+]
+DRAWN = [
+    ("random-matching", {5: 16, 8: 12, 10: 15, 25: 19, 100: 20, 1000: 20}),
+    ("epidemic", {8: 6, 10: 7, 25: 8, 100: 9}),
+]
+GAPS = [
+    ("ring", {10: 0.127, 100: 0.0013, 1000: 1.3e-5}),
+    ("torus", {10: 0.345, 100: 0.076}),
+    ("exponential", {10: 0.400, 100: 0.250, 1000: 0.182}),
+]
+
+
+def cells(table: list) -> list[tuple[str, int, float]]:
+    return [(name, n, value) for name, row in table for n, value in row.items()]
+
+
+def plan(name: str, n: int, seed: int = 0) -> Schedule:
+    names = tuple(f"agent-{i}" for i in range(n))
+    if name in ("ring", "torus", "exponential"):
+        return make_schedule(Setting(names, build_graph(name, n)))
+    return make_schedule(Setting(names, seed=seed), name, {"s": 4} if name == "epidemic" else {})
+
+
+def regular(n: int) -> Schedule:
+    """The random 4-regular graph of the table: networkx's with seed 1."""
+    graph = nx.relabel_nodes(nx.random_regular_graph(4, n, seed=1), str)
+    return CycleSchedule([graph], Mixer())
+
+
+@pytest.mark.parametrize(("name", "n", "rounds"), cells(ROUNDS))
+def test_rounds_to_consensus(name: str, n: int, rounds: int) -> None:
+    """Reference: peers.md, within its 15 %."""
+    assert rounds_to_consensus(plan(name, n)) == pytest.approx(rounds, rel=0.15)
+
+
+@pytest.mark.parametrize(("n", "rounds"), [(8, 9), (10, 10), (25, 25), (100, 35), (1000, 37)])
+def test_rounds_of_random_regular_graphs(n: int, rounds: int) -> None:
+    """Reference: peers.md, within its 15 %."""
+    assert rounds_to_consensus(regular(n)) == pytest.approx(rounds, rel=0.15)
+
+
+@pytest.mark.parametrize(("name", "n", "rounds"), cells(DRAWN))
+def test_rounds_of_drawn_schedules(name: str, n: int, rounds: int) -> None:
+    """Reference: peers.md, within its 15 %. The table has medians of 3 draws, which scatter in small networks
+    (matching, n = 8: from 3 to 20 rounds), so this takes the mean of 25."""
+    draws = 3 if n == 1000 else 25
+    counts = [rounds_to_consensus(plan(name, n, seed), seed=seed) or 0 for seed in range(draws)]
+    assert mean(counts) == pytest.approx(rounds, rel=0.15)
+
+
+@pytest.mark.parametrize(("name", "n", "gap"), cells(GAPS))
+def test_spectral_gap(name: str, n: int, gap: float) -> None:
+    """Reference: peers.md, to the digits it prints."""
+    assert spectral_gap(plan(name, n)) == pytest.approx(gap, rel=0.015 if gap > 1e-4 else 0.03, abs=5e-5 * (n == 100))
+
+
+@pytest.mark.parametrize(("n", "gap"), [(10, 0.465), (100, 0.128), (1000, 0.111)])
+def test_spectral_gap_of_random_regular_graphs(n: int, gap: float) -> None:
+    """Reference: peers.md, to the digits it prints."""
+    assert spectral_gap(regular(n)) == pytest.approx(gap, abs=0.0005)
+
+
+def test_ring_of_a_thousand() -> None:
+    """Reference: peers.md's 524,925 is the worst start, ln(1000) / -ln lambda_2; from a Gaussian start two of 999
+    modes are that slow, so sqrt(2/999) lambda_2^t = 1e-3 gives about 289,000 rounds (derived here)."""
+    ring = plan("ring", 1000)
+    assert rounds_bound(ring) == 524_925
+    second = lambda_2(ring)
+    assert second is not None
+    expected = log(1000 * sqrt(2 / 999)) / -log(second)
+    assert rounds_to_consensus(ring) == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 12])
+def test_ring_in_closed_form(n: int) -> None:
+    """Reference: eigenvalues (1 + 2 cos(2 pi k / n)) / 3 of the ring with weights 1/3 (n > 2)."""
+    values = sorted(abs((1 + 2 * np.cos(2 * np.pi * k / n)) / 3) for k in range(n)) if n > 2 else [0.0, 1.0]
+    assert lambda_2(plan("ring", n)) == pytest.approx(values[-2], abs=1e-12)
+
+
+def test_spectrum_and_running_agree() -> None:
+    """Law: the count from the spectrum is the count of running it; seen on a graph run with two equal matrices."""
+    graph = build_graph("two-clusters", 10)
+    static, twice = CycleSchedule([graph], Mixer()), CycleSchedule([graph, graph], Mixer())
+    assert rounds_to_consensus(static) == rounds_to_consensus(twice)
+    assert lambda_2(static) == pytest.approx(lambda_2(twice))
+    assert rounds_to_consensus(twice, max_rounds=3) is None
+
+
+def test_no_consensus_and_no_spectrum() -> None:
+    """Reference: definitions; a drawn schedule has no lambda_2, an exact one has gap 1, one agent needs no round."""
+    assert spectral_gap(plan("random-matching", 6)) is None
+    assert rounds_bound(plan("random-matching", 6)) is None
+    assert spectral_gap(plan("base-k", 7)) == 1.0
+    assert rounds_bound(plan("base-k", 7)) == plan("base-k", 7).period
+    alone = plan("ring", 1)
+    assert (rounds_to_consensus(alone), spectral_gap(alone), models_sent(alone)) == (0, 1.0, 0.0)
+    swap = CycleSchedule([build_graph("ring", 4)], Mixer("matrix", {"values": _almost_periodic()}))
+    assert (rounds_to_consensus(swap) or 0) > 1e6
+
+
+def _almost_periodic() -> list[list[float]]:
+    keep = 1e-6  # an eigenvalue 2·keep − 1: agents swap sides and hardly agree
+    side = (1 - keep) / 2
+    return [[keep if i == j else side if (i - j) % 2 else 0.0 for j in range(4)] for i in range(4)]
+
+
+def test_directed_irregular_spectrum() -> None:
+    """Reference: numpy's eigenvalues of the same matrix."""
+    graph = nx.DiGraph([("a", "b"), ("b", "c"), ("c", "a"), ("a", "c")])
+    schedule = CycleSchedule([graph], Mixer("uniform"))
+    values = np.sort(abs(np.linalg.eigvals(mixing_matrix(graph, Mixer("uniform")))))
+    assert lambda_2(schedule) == pytest.approx(values[-2])
+
+
+def test_traffic_and_diameter() -> None:
+    """Reference: out-degrees by definition; networkx for a diameter over the block size of 256."""
+    assert models_sent(plan("ring", 9)) == 2
+    assert models_sent(plan("random-matching", 9)) == pytest.approx(8 / 9)
+    assert models_sent(plan("epidemic", 9)) == 4
+    assert models_sent(plan("base-k", 8)) == 1
+    graph = build_graph("ring", 301)
+    assert diameter(graph) == 150
+    assert diameter(build_graph("exponential", 10)) == nx.diameter(build_graph("exponential", 10))
+    with pytest.raises(TopologyError, match="not connected"):
+        diameter(nx.empty_graph(2))
+
+
+def test_summary() -> None:
+    """Reference: the figures of the single functions."""
+    ring = summarise(plan("ring", 5))
+    assert (ring.agents, ring.links, ring.diameter, ring.models_sent, ring.rounds_to_consensus) == (5, 5, 2, 2, 11)
+    assert (ring.min_peers, ring.max_peers, ring.directed, ring.doubly_stochastic) == (2, 2, False, True)
+    epidemic = summarise(plan("epidemic", 10))
+    assert (epidemic.directed, epidemic.doubly_stochastic, epidemic.spectral_gap) == (True, False, None)
+    assert epidemic.links == 45
+    large = summarise(plan("ring", 2001), max_rounds=1)
+    assert (large.diameter, large.spectral_gap, large.rounds_to_consensus) == (1000, None, None)
+    with pytest.raises(TopologyError, match="up to 2000 agents"):
+        spectral_gap(plan("ring", 2001))
