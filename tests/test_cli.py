@@ -16,7 +16,7 @@ import pytest
 from dimat import __version__
 from dimat.cli import main
 
-from .simulate.helpers import TINY_TASK
+from tests.simulate.helpers import TINY_TASK
 
 TINY = """
 run = "tiny"

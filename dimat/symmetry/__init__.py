@@ -29,7 +29,7 @@ from dimat.symmetry.spec import (
     UnknownOp,
 )
 from dimat.symmetry.trace import SymmetryWarning, Trace, trace
-from dimat.symmetry.verify import verify_symmetry
+from dimat.symmetry.verify import freeze_failing, verify_symmetry
 
 __all__ = [
     "AxisRef",
@@ -50,6 +50,7 @@ __all__ = [
     "Value",
     "compose_permutations",
     "derive_symmetry",
+    "freeze_failing",
     "invert_permutations",
     "observation_points",
     "permute_optimizer",

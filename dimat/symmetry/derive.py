@@ -106,7 +106,7 @@ def describe(
         warnings=(*loud, *quiet),
         outputs=outputs,
     )
-    return _with_hash(spec, traced.digest), loud
+    return with_hash(spec, traced.digest), loud
 
 
 def fits(spec: SymmetrySpec, traced: Trace) -> bool:
@@ -214,7 +214,7 @@ def _untraced(model: nn.Module, message: str) -> SymmetrySpec:
     )
     shapes = "\n".join(f"{name} {tuple(getattr(v, 'shape', ()))}" for name, v in sorted(state.items()))
     spec = SymmetrySpec((), (), frozen=frozen, trace_kind="none", warnings=(message,))
-    return _with_hash(spec, blake3(shapes.encode()).hexdigest())
+    return with_hash(spec, blake3(shapes.encode()).hexdigest())
 
 
 def _hash(spec: SymmetrySpec, digest: str) -> str:
@@ -222,5 +222,6 @@ def _hash(spec: SymmetrySpec, digest: str) -> str:
     return blake3(repr((digest, spec.outputs, groups, spec.axes)).encode()).hexdigest()
 
 
-def _with_hash(spec: SymmetrySpec, digest: str) -> SymmetrySpec:
+def with_hash(spec: SymmetrySpec, digest: str) -> SymmetrySpec:
+    """Return the spec with the hash that its groups and the digest of its trace give."""
     return replace(spec, arch_hash=_hash(spec, digest))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 
 from dimat.errors import SymmetryError
 from dimat.symmetry import tree
+from dimat.symmetry.derive import with_hash
 from dimat.symmetry.permute import permute_weights, random_permutations
-from dimat.symmetry.spec import SymmetrySpec
+from dimat.symmetry.spec import AxisRef, Factor, FrozenAxis, SymmetrySpec
+from dimat.symmetry.trace import SymmetryWarning, retrace
 
 _TRIALS = 2
 
@@ -44,6 +47,65 @@ def verify_symmetry(model: nn.Module, spec: SymmetrySpec, example_inputs: Any, g
     return worst
 
 
+def freeze_failing(
+    model: nn.Module,
+    spec: SymmetrySpec,
+    example_inputs: Any,
+    generator: torch.Generator,
+    tolerance: float = 1e-9,
+) -> SymmetrySpec:
+    """Return the spec without the groups that fail `verify_symmetry`, found by halving; itself if none does.
+
+    Each failing group is listed in `warnings`, with a `SymmetryWarning` (SYM-E03), and its axes as frozen.
+    Raises SymmetryError as `verify_symmetry` does.
+    """
+
+    def error_of(kept: set[str]) -> float:
+        others = {group.id for group in spec.groups} - kept
+        return verify_symmetry(model, without_groups(spec, others, ""), example_inputs, generator)
+
+    def failing(groups: list[str]) -> dict[str, float]:
+        error = error_of(set(groups))
+        if error <= tolerance:
+            return {}
+        if len(groups) == 1:
+            return {groups[0]: error}
+        half = len(groups) // 2
+        # groups that fail together only are all given up
+        return {**failing(groups[:half]), **failing(groups[half:])} or dict.fromkeys(groups, error)
+
+    culprits = failing([group.id for group in spec.groups])
+    if not culprits:
+        return spec
+    messages = [f"SYM-E03 group {name} failed invariance (err={err:.1e}); frozen" for name, err in culprits.items()]
+    for message in messages:
+        warnings.warn(message, SymmetryWarning, stacklevel=2)
+    kept = without_groups(spec, set(culprits), "failed the invariance check")
+    moved = {axis.tensor for axis in kept.axes}
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    coverage = sum(size for name, size in sizes.items() if name in moved) / max(sum(sizes.values()), 1)
+    kept = replace(kept, warnings=(*kept.warnings, *messages), coverage=coverage)
+    return with_hash(kept, retrace(model, example_inputs).digest)
+
+
+def without_groups(spec: SymmetrySpec, gone: set[str], reason: str) -> SymmetrySpec:
+    """Return the spec with the factors of some groups frozen."""
+    axes = tuple(
+        AxisRef(
+            axis.tensor,
+            axis.dim,
+            tuple(
+                tuple(Factor(f.size, None if f.group in gone else f.group) for f in segment) for segment in axis.layout
+            ),
+        )
+        for axis in spec.axes
+    )
+    moving = tuple(axis for axis in axes if any(f.group for segment in axis.layout for f in segment))
+    frozen = tuple(FrozenAxis(t, d, reason) for group in spec.groups if group.id in gone for t, d in group.axes)
+    groups = tuple(group for group in spec.groups if group.id not in gone)
+    return replace(spec, groups=groups, axes=moving, frozen=spec.frozen + frozen)
+
+
 def randomised(state: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
     """Return a state dict in which no two units are alike: vectors get noise, constant tensors new values."""
     result = dict(state)
@@ -64,9 +126,10 @@ def randomised(state: dict[str, Tensor], generator: torch.Generator) -> dict[str
 def _run(model: nn.Module, weights: dict[str, Tensor], args: Any, kwargs: Any, spec: SymmetrySpec) -> list[Tensor]:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        # in-place operations of the module must not reach the inputs of the next run
+        # what the module writes in place (inputs, buffers) must not reach the next run
         args, kwargs = tree.map_tensors(torch.clone, (args, kwargs))
-        result = torch.func.functional_call(model, weights, args, kwargs, tie_weights=False)
+        buffers = {name: weights[name].clone() for name, _ in model.named_buffers() if name in weights}
+        result = torch.func.functional_call(model, {**weights, **buffers}, args, kwargs, tie_weights=False)
     leaves = tree.leaves(result)
     chosen = [leaves[index] for index in spec.outputs] if spec.outputs else leaves
     tensors = [leaf.double() for leaf in chosen if isinstance(leaf, Tensor) and leaf.is_floating_point()]

@@ -14,7 +14,7 @@ from dimat.errors import DataError
 from dimat.simulate.scenario import prepare
 from dimat.simulate.worker import derive_checked
 
-from ..simulate.helpers import tiny_experiment
+from tests.simulate.helpers import tiny_experiment
 
 
 def agents(tmp_path: Path, **changes: object) -> tuple[LocalAgent, LocalAgent]:

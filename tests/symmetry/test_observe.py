@@ -19,6 +19,7 @@ from dimat.symmetry import (
     permute_weights,
     points_at,
     random_permutations,
+    verify_symmetry,
 )
 
 from .zoo import SMALL, ResNet20, case, derived
@@ -149,6 +150,8 @@ def test_weights_and_inputs_are_never_written_to() -> None:
     second = observer.run(weights, (inputs,), points)
     assert torch.equal(inputs, kept)
     assert all(torch.equal(weights[key], before[key]) for key in weights)
+    assert verify_symmetry(model, spec, inputs, generator()) < 1e-9
+    assert torch.equal(inputs, kept)
     (group,) = [group for group in spec.groups if group.size == 5]
     assert all(torch.equal(a, b) for a, b in zip(first[group.id], second[group.id]))
     expected = (model.one(kept.relu()) + 1).detach()

@@ -9,7 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from dimat.errors import SymmetryError
-from dimat.symmetry import SymmetryWarning, derive_symmetry, permute_weights, register_rule, trace, verify_symmetry
+from dimat.symmetry import (
+    Observer,
+    SymmetryWarning,
+    derive_symmetry,
+    freeze_failing,
+    permute_weights,
+    register_rule,
+    trace,
+    verify_symmetry,
+)
 from dimat.symmetry.derive import describe
 from dimat.symmetry.rules import Call, Value
 from dimat.symmetry.rules import call as rule_table
@@ -103,6 +112,32 @@ def test_rule_that_gives_a_wrong_shape_is_not_trusted(monkeypatch: pytest.Monkey
     with pytest.warns(SymmetryWarning, match="SYM-W02 no rule for aten.renorm"):
         spec = derive_symmetry(Odd(), torch.randn(4, 3))
     assert [group.size for group in spec.groups] == [7]
+
+
+def test_failing_groups_are_found_and_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reference: a wrong rule (a shift of units taken for nothing) spoils one group of three, by hand."""
+    monkeypatch.setattr(rule_table, "_RULES", {**rule_table._RULES, "aten.roll": rule_table._RULES["aten.clone"]})
+    model, inputs = Shifted(), torch.randn(4, 3)
+    spec = derive_symmetry(model, inputs)
+    assert [group.size for group in spec.groups] == [9, 6, 7]
+    with pytest.warns(SymmetryWarning, match=r"SYM-E03 group three.weight/1 failed invariance \(err=.+\); frozen"):
+        mended = freeze_failing(model, spec, inputs, generator())
+    assert [group.size for group in mended.groups] == [9, 6]
+    assert mended.arch_hash != spec.arch_hash
+    assert verify_symmetry(model, mended, inputs, generator()) < 1e-9
+    assert freeze_failing(model, mended, inputs, generator()) is mended
+    Observer(model, mended, inputs)
+
+
+class Shifted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.three = nn.Linear(3, 6), nn.Linear(6, 7), nn.Linear(7, 9)
+        self.four = nn.Linear(9, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.two(torch.relu(self.one(x))))
+        return self.four(torch.relu(self.three(x.roll(2, 1))))
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -50,8 +50,9 @@ def test_every_moved_axis_is_needed(name: str) -> None:
     chosen = random.Random(0).sample(spec.axes, min(len(spec.axes), 25))
     for axis in chosen:
         broken = replace(spec, axes=tuple(other for other in spec.axes if other != axis))
-        change = verify_symmetry(case(name).model, broken, case(name).inputs, generator(1))
-        assert change > 1e-6, f"{axis.tensor} axis {axis.dim} was left out and nothing changed"
+        # a small group may draw the identity, so there are a few tries
+        changes = (verify_symmetry(case(name).model, broken, case(name).inputs, generator(s)) for s in range(8))
+        assert any(change > 1e-6 for change in changes), f"{axis.tensor} axis {axis.dim} left out, nothing changed"
 
 
 @pytest.mark.parametrize("name", ["mlp", "lenet", "vgg", "resnet20-B", "text"])
