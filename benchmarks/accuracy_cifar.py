@@ -48,6 +48,7 @@ def experiment(data: Path, images: int, tests: int, alone: int, rounds: int) -> 
                 "optimizer_state": "fresh",
             },
             "schedule": {"rounds": rounds},
+            "simulate": {"evaluate": "after"},
             "folder": "/",
         },
         "the benchmark",
@@ -57,7 +58,7 @@ def experiment(data: Path, images: int, tests: int, alone: int, rounds: int) -> 
 def main() -> int:
     parser = options(__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=DATA, help="folder with the CIFAR-10 parquet files")
-    parser.add_argument("--images", type=int, default=4000, help="training images in all (default 4000)")
+    parser.add_argument("--images", type=int, default=3000, help="training images in all (default 3000)")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=6)
     arguments = parser.parse_args()
@@ -67,8 +68,8 @@ def main() -> int:
     quick = arguments.quick
     base = experiment(
         arguments.data.resolve(),
-        images=500 if quick else arguments.images,
-        tests=300 if quick else 2000,
+        images=300 if quick else arguments.images,
+        tests=100 if quick else 1000,
         alone=1 if quick else 8,
         rounds=2 if quick else arguments.rounds,
     )

@@ -15,7 +15,6 @@ import pytest
 
 from dimat import __version__
 from dimat.cli import main
-
 from tests.simulate.helpers import TINY_TASK
 
 TINY = """

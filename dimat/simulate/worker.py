@@ -19,12 +19,10 @@ from dimat.agent.local import LocalAgent, MergeReport, TrainedReport
 from dimat.config import ExperimentConfig
 from dimat.merge import plan_merge
 from dimat.seeds import torch_generator
-from dimat.symmetry import Observer, SymmetrySpec, derive_symmetry, verify_symmetry
+from dimat.symmetry import Observer, SymmetrySpec, derive_symmetry, freeze_failing
 from dimat.task import Task
 from dimat.tasks import load_task
 from dimat.train import TrainerState
-
-INVARIANCE = 1e-9  # relative output change that counts as none, in float64; 1e-5 where a model computes in fp32
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +44,6 @@ class Kit:
     task: Task
     spec: SymmetrySpec | None = None
     observers: dict[str, Observer] = field(default_factory=dict[str, Observer])
-    warnings: tuple[str, ...] = ()
 
 
 _kits: dict[str, Kit] = {}
@@ -60,24 +57,19 @@ def kit_for(config: ExperimentConfig, *, symmetry: bool) -> Kit:
         _kits[key] = Kit(load_task(config.task, Path(config.folder)))
     kit = _kits[key]
     if symmetry and kit.spec is None:
-        kit.spec, kit.warnings = derive_checked(kit.task)
+        kit.spec = derive_checked(kit.task)
     return kit
 
 
-def derive_checked(task: Task) -> tuple[SymmetrySpec, tuple[str, ...]]:
-    """Derive a task's symmetry groups and prove them on its model; return them with the warnings that arose."""
+def derive_checked(task: Task) -> SymmetrySpec:
+    """Derive a task's symmetry groups, freeze those that fail the proof on its model, and return what is left;
+    its `warnings` say what was given up."""
     model = task.build_model(torch_generator(0, "symmetry", "model"))
     inputs = task.example_inputs()
     with warnings.catch_warnings(record=True):
         warnings.simplefilter("always")
         spec = derive_symmetry(model, inputs)
-        notes = spec.warnings
-        if spec.groups:
-            error = verify_symmetry(model, spec, inputs, torch_generator(0, "symmetry", "verify"))
-            if not error <= INVARIANCE:
-                spec = SymmetrySpec(groups=(), axes=(), trace_kind="none", arch_hash=spec.arch_hash)
-                notes = (*notes, f"SYM-E03 symmetry groups failed the invariance check (err={error:.1e}); not used")
-    return spec, notes
+        return freeze_failing(model, spec, inputs, torch_generator(0, "symmetry", "verify"))
 
 
 def create(setup: Setup) -> tuple[str, ...]:
@@ -96,7 +88,7 @@ def create(setup: Setup) -> tuple[str, ...]:
         observers=kit.observers,
     )
     _agents[setup.key] = (agent, setup)
-    return kit.warnings if spec is not None else ()
+    return spec.warnings if spec is not None else ()
 
 
 def train(key: str, number: int, learn: bool) -> TrainedReport:

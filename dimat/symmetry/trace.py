@@ -7,11 +7,13 @@ file; the rest of the package sees `Trace` and plain `torch.fx` nodes.
 
 from __future__ import annotations
 
+import logging
 import re
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from itertools import pairwise
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -181,10 +183,23 @@ def _export(model: nn.Module, args: Any, kwargs: Any, dynamic: bool) -> torch.ex
         for leaf in tree.leaves((args, kwargs)):
             if isinstance(leaf, torch.Tensor) and leaf.ndim:
                 shapes[leaf] = {0: torch.export.Dim.AUTO}
-    with eval_mode(model), warnings.catch_warnings(), torch.enable_grad():
-        # export warns about its own internals and about models' caches; neither is the user's to mend
-        warnings.simplefilter("ignore")
+    with eval_mode(model), _quiet(), torch.enable_grad():
         return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+
+
+@contextmanager
+def _quiet() -> Generator[None]:
+    """Keep to ourselves what export says beside the error that it raises: warnings about its own internals and about
+    models' caches, a log line, and graphs printed on stdout, where a command's JSON goes."""
+    log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    before = log.disabled
+    with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        warnings.simplefilter("ignore")
+        log.disabled = True
+        try:
+            yield
+        finally:
+            log.disabled = before
 
 
 def _read(model: nn.Module, program: torch.export.ExportedProgram) -> Trace:

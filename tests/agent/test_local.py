@@ -13,15 +13,14 @@ from dimat.agent.local import LocalAgent, share_moved
 from dimat.errors import DataError
 from dimat.simulate.scenario import prepare
 from dimat.simulate.worker import derive_checked
-
 from tests.simulate.helpers import tiny_experiment
 
 
 def agents(tmp_path: Path, **changes: object) -> tuple[LocalAgent, LocalAgent]:
     config = tiny_experiment(tmp_path, **changes)
     scenario = prepare(config)
-    spec, notes = derive_checked(scenario.task)
-    assert notes == ()
+    spec = derive_checked(scenario.task)
+    assert spec.warnings == ()
     store = tmp_path / "store"
     store.mkdir()
     one, two = (
