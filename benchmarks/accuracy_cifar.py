@@ -58,9 +58,9 @@ def experiment(data: Path, images: int, tests: int, alone: int, rounds: int) -> 
 def main() -> int:
     parser = options(__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=DATA, help="folder with the CIFAR-10 parquet files")
-    parser.add_argument("--images", type=int, default=3000, help="training images in all (default 3000)")
+    parser.add_argument("--images", type=int, default=2500, help="training images in all (default 2500)")
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     if not (arguments.data / "cifar10-train.parquet").exists():
         print(f"no cifar10-train.parquet in {arguments.data}; name its folder with --data", file=sys.stderr)

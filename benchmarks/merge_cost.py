@@ -130,8 +130,8 @@ def measure(size: Size, agents: int, all_images: bool, folder: Path) -> dict[str
     traced = process_time() - began
     config = MergeConfig(method="dimat-paper")
     if all_images:
-        align = NamedConfig(name="activations", options={"tolerance": None})
-        repair = NamedConfig(name="batchnorm", options={"tolerance": None})
+        align = NamedConfig(name="activations", options={"stable_within": None})
+        repair = NamedConfig(name="batchnorm", options={"stable_within": None})
         config = MergeConfig(method="dimat-paper", align=align, repair=repair)
     own = load_file(checkpoint(size, 0))
     share = 1 / agents

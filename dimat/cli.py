@@ -14,7 +14,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from cyclopts import App, CycloptsError, Group, Parameter
+from cyclopts import App, CycloptsError, Group, Parameter, validators
 
 from dimat import __version__
 from dimat.errors import ConfigError, DataError, DimatError
@@ -49,7 +49,11 @@ Overrides = Annotated[
     ),
 ]
 Out = Annotated[Path | None, Parameter(help="Folder for results.")]
-Workers = Annotated[int | None, Parameter(help="Worker processes; default: one per core. Results do not depend on it.")]
+AtLeastOne = validators.Number(gte=1)
+Workers = Annotated[
+    int | None,
+    Parameter(validator=AtLeastOne, help="Worker processes; default: one per core. Results do not depend on it."),
+]
 Overwrite = Annotated[bool, Parameter(negative="", help="Replace results of the same experiment.")]
 Quiet = Annotated[bool, Parameter(negative="", help="No progress, only results and warnings.")]
 
@@ -58,7 +62,9 @@ Quiet = Annotated[bool, Parameter(negative="", help="No progress, only results a
 def demo(
     *,
     quick: Annotated[bool, Parameter(negative="", help="One seed, fewer rounds: under 20 seconds.")] = False,
-    seeds: Annotated[int, Parameter(help="Runs per method and split; the table is their mean.")] = 3,
+    seeds: Annotated[
+        int, Parameter(validator=AtLeastOne, help="Runs per method and split; the table is their mean.")
+    ] = 3,
     out: Out = None,
     workers: Workers = None,
     overwrite: Overwrite = False,
@@ -69,7 +75,7 @@ def demo(
     from dimat.simulate.demo import demo_cases
 
     folder = out or Path("runs/demo-quick" if quick else "runs/demo")
-    # the demo's own default folder may be replaced: its experiments are fixed
+    # its own default folder may be replaced: the same command gives the same runs
     cases = demo_cases(folder, quick=quick, seeds=seeds)
     return _compare(cases, folder, workers, overwrite or out is None, quiet, as_json, pages=not quick)
 
@@ -96,7 +102,9 @@ def simulate(
     *,
     set_: Overrides = (),
     compare: Annotated[str | None, Parameter(help="Methods to run side by side, e.g. isolated,average,dimat.")] = None,
-    seeds: Annotated[int, Parameter(help="With --compare: runs per method, seeds counted up from the file's.")] = 1,
+    seeds: Annotated[
+        int, Parameter(validator=AtLeastOne, help="With --compare: runs per method, seeds counted up from the file's.")
+    ] = 1,
     out: Out = None,
     workers: Workers = None,
     overwrite: Overwrite = False,
@@ -109,12 +117,14 @@ def simulate(
     if not file.exists():
         raise ConfigError(f"no experiment file {file}; write one with: dimat init {file}")
     config = load_experiment(file, set_)
-    folder = out or Path("runs") / config.run
+    folder = out or Path("runs") / (config.run if compare is None else f"{config.run}-compared")
+    if compare is None and seeds != 1:
+        raise ConfigError("--seeds goes with --compare; one run's seed is set with --set seed=N")
     if compare is not None:
         from dimat.simulate.compare import cases_of
 
         chosen = range(config.seed, config.seed + seeds)
-        names = [name.strip() for name in compare.split(",") if name.strip()]
+        names = list(dict.fromkeys(name.strip() for name in compare.split(",") if name.strip()))
         cases = cases_of(config, names, {config.task.partition.kind: config.task.partition}, chosen, folder)
         return _compare(cases, folder, workers, overwrite, quiet, as_json)
     return _simulate(config, folder, workers, overwrite, quiet, as_json)
@@ -140,7 +150,9 @@ def evaluate(
     weights: Annotated[Path, Parameter(help="Weights (safetensors), e.g. runs/digits-ring/final/agent-0.safetensors.")],
     /,
     *,
-    task: Annotated[str, Parameter(help="Bundled task, `module:function` or `file.py:function`.")] = "digits",
+    task: Annotated[
+        str | None, Parameter(help="Bundled task (default: digits), `module:function` or `file.py:function`.")
+    ] = None,
     file: Annotated[Path | None, Parameter(help="Experiment file to take the task from, instead of --task.")] = None,
     set_: Overrides = (),
     as_json: Json = False,
@@ -149,8 +161,10 @@ def evaluate(
     from dimat.config import load_experiment
     from dimat.simulate.evaluate import evaluate_file
 
-    chosen = f"task.hook={json.dumps(task)}" if ":" in task else f"task.name={json.dumps(task)}"
-    config = load_experiment(file, [*([] if file else [chosen]), *set_])
+    if file is not None and task is not None:
+        raise ConfigError("give --task or --file, not both")
+    chosen = [f"task.{'hook' if ':' in task else 'name'}={json.dumps(task)}"] if task is not None else []
+    config = load_experiment(file, [*chosen, *set_])
     metrics = evaluate_file(weights, config)
     _print(metrics if as_json else "\n".join(f"{name} {value:.4f}" for name, value in metrics.items()))
     return 0
@@ -281,10 +295,18 @@ def _compare(
 ) -> int:
     from dimat.simulate.compare import compare
     from dimat.ui.console import print_comparison
+    from dimat.ui.jsonl import JsonlListener
     from dimat.ui.report import write_comparison_report, write_report
 
     with _console(quiet) as console:
-        outcome = compare(cases, folder, workers=workers, listeners=[console], overwrite=overwrite)
+        outcome = compare(
+            cases,
+            folder,
+            workers=workers,
+            listeners=[console],
+            log=lambda file: closing(JsonlListener(file)),
+            overwrite=overwrite,
+        )
         # one seed's runs get pages of their own; `dimat report` makes those of the others
         shown = {name: run for name, run in outcome.runs.items() if pages and name in outcome.first_seed}
         for run in shown.values():
@@ -338,8 +360,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DimatError as error:
         _say(f"dimat: {error}")
         return error.exit_code
-    except KeyboardInterrupt:
-        _say("dimat: stopped")
+    except KeyboardInterrupt as stop:
+        _say(f"dimat: {stop}" if str(stop) else "dimat: stopped")
         return 143 if terminated else 130
     except BrokenPipeError:
         # whoever read our output has had enough; keep the interpreter from complaining when it flushes

@@ -18,7 +18,6 @@ from dimat.errors import ConfigError, nearest
 
 Options = dict[str, Any]
 T = TypeVar("T", bound=BaseModel)
-METHODS = ("isolated", "average", "dimat", "dimat-paper", "centralised")
 
 
 class Tree(BaseModel):
@@ -219,7 +218,7 @@ class SimulateConfig(Tree):
 class ExperimentConfig(Tree):
     """One experiment."""
 
-    run: str = "run"
+    run: Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, int) else value)] = "run"
     """Name of the run; names its folder."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Root of all random draws: initialisations, partition, batches, augmentation, schedules."""
@@ -238,10 +237,6 @@ class ExperimentConfig(Tree):
     folder: Annotated[str, Field(exclude=True)] = "."
     """Folder that relative paths are taken from; set when a file is read."""
 
-    def path(self, relative: str) -> Path:
-        """Return a path of this configuration as seen from the working directory."""
-        return Path(self.folder) / relative
-
 
 def load_experiment(
     file: str | Path | None = None,
@@ -253,22 +248,26 @@ def load_experiment(
     `overrides` and variables name a key by its path (`train.optimizer.lr=0.01`, `DIMAT_TRAIN__OPTIMIZER__LR`);
     values are TOML, or plain text where that is not TOML. Raises ConfigError with file, key and nearest match.
     """
-    tree: dict[str, Any] = {}
-    where = "the command line"
-    if file is not None:
-        tree = read_toml(file)
-        where = str(file)
+    tree: dict[str, Any] = {} if file is None else read_toml(file)
+    origins: dict[str, str] = {}
     for name, text in sorted((os.environ if env is None else env).items()):
         path = name.removeprefix("DIMAT_").lower().split("__")
-        if name.startswith("DIMAT_") and path[0] in ExperimentConfig.model_fields:
+        # DIMAT_ variables with one level may be somebody else's; a table and a key are meant for us
+        if name.startswith("DIMAT_") and (path[0] in ExperimentConfig.model_fields or len(path) > 1):
             _put(tree, path, text, name)
+            origins[".".join(path)] = name
     for item in overrides:
         key, sign, text = item.partition("=")
+        key = key.strip()
         if not sign:
             raise ConfigError(f"--set {item!r}: expected KEY=VALUE, e.g. --set train.batch_size=64")
-        _put(tree, key.strip().split("."), text.strip(), f"--set {key}")
+        _put(tree, key.split("."), text.strip(), f"--set {key}")
+        origins[key] = f"--set {key}"
+    where = str(file) if file is not None else "the command line"
+    if "folder" in tree:
+        raise ConfigError(f"unknown key 'folder' in {origins.get('folder', where)}: it is the file's own folder")
     tree["folder"] = str(Path(file).parent) if file is not None else "."
-    return build(ExperimentConfig, tree, where)
+    return build(ExperimentConfig, tree, where, origins)
 
 
 def read_toml(file: str | Path) -> dict[str, Any]:
@@ -281,12 +280,15 @@ def read_toml(file: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{file} is not valid TOML: {error}") from error
 
 
-def build(kind: type[T], tree: Mapping[str, Any], where: str) -> T:
-    """Validate a tree of plain values; the first fault becomes a one-line ConfigError."""
+def build(kind: type[T], tree: Mapping[str, Any], where: str, origins: Mapping[str, str] | None = None) -> T:
+    """Validate a tree of plain values; the first fault becomes a one-line ConfigError.
+
+    `where` says where the values are from, `origins` where single keys are from that came from elsewhere.
+    """
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(_explain(kind, error, where)) from None
+        raise ConfigError(_explain(kind, error, where, origins or {})) from None
 
 
 def _put(tree: dict[str, Any], path: Sequence[str], text: str, where: str) -> None:
@@ -305,11 +307,14 @@ def _put(tree: dict[str, Any], path: Sequence[str], text: str, where: str) -> No
     tree[path[-1]] = value
 
 
-def _explain(kind: type[BaseModel], error: ValidationError, where: str) -> str:
+def _explain(kind: type[BaseModel], error: ValidationError, where: str, origins: Mapping[str, str]) -> str:
     faults = error.errors(include_url=False)
     first = next((fault for fault in faults if fault["type"] == "extra_forbidden"), faults[0])
     location = [str(part) for part in first["loc"] if not str(part).startswith("function-")]
     key = ".".join(location) or "(top level)"
+    for path, origin in origins.items():
+        if f"{key}.".startswith(f"{path}.") or f"{path}.".startswith(f"{key}."):
+            where = origin
     if first["type"] == "extra_forbidden":
         return f"unknown key {key!r} in {where}{nearest(location[-1], _known(kind, location[:-1]))}"
     message = first["msg"].removeprefix("Value error, ")

@@ -71,7 +71,7 @@ class Trained(AgentEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Published(AgentEvent):
-    """A snapshot is durable and offered to the peers."""
+    """A snapshot is recorded and offered to the peers."""
 
     snapshot: str
     bytes: int
@@ -124,10 +124,13 @@ class Contribution:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Merged(AgentEvent):
-    """A merge is done. `contributions` list self first; their weights sum to 1. `before` and `after` are
-    test metrics where they were evaluated; `accepted` is the share of the way from own to merged weights."""
+    """A merge is done. `contributions` list self first; their weights sum to 1; `heard` of `expected` peers came in
+    time, refused ones among them. `before` and `after` are test metrics where they were evaluated; `accepted` is
+    the share of the way from own to merged weights."""
 
     contributions: tuple[Contribution, ...]
+    heard: int = 0
+    expected: int = 0
     before: Mapping[str, float] = field(default_factory=dict[str, float])
     after: Mapping[str, float] = field(default_factory=dict[str, float])
     accepted: float = 1.0
@@ -137,7 +140,8 @@ class Merged(AgentEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpointed(AgentEvent):
-    """State is durable. `stage`: "trained" (before publishing) or "merged"."""
+    """State is written. `stage`: "trained" (before publishing) or "merged". A daemon's survives power loss; the
+    simulator keeps weights alone, and does not wait for the disk."""
 
     stage: str
 

@@ -37,7 +37,7 @@ class AgentRound(Record):
     basis: str
     accepted: float
     consensus_distance: float
-    """‖θ_agent − θ̄‖₂ / ‖θ̄‖₂ after the merge, over floating-point parameters."""
+    """‖θ_agent − θ̄‖₂ / ‖θ̄‖₂ after the merge, over all floating-point tensors."""
     samples: int
     time_s: float
     """Virtual seconds at the end of the round."""
@@ -152,7 +152,7 @@ class Comparison(Record):
     def target(self, split: str, share: float = 0.9) -> float | None:
         """Return `share` of the ceiling's best mean metric; None where the ceiling was not run."""
         ceiling = self.splits[split].get("centralised")
-        return None if ceiling is None else share * max(ceiling.after_merge)
+        return share * max(ceiling.after_merge) if ceiling is not None and ceiling.after_merge else None
 
     def to_plain(self) -> dict[str, dict[str, dict[str, object]]]:
         """Return {split: {method: {"after_merge", "std", "mb_sent_per_agent"}}}: the form of `demo --json`."""

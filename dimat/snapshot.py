@@ -145,7 +145,7 @@ class SnapshotStore:
         held.append(manifest)
         self._holds[manifest.payload.root] += 1
         while len(held) > self._keep:
-            self._release(held.pop(0).payload.root)
+            self.release(held.pop(0).payload.root)
 
     def find(self, agent: str, round_: int) -> Manifest | None:
         """Return the manifest that `agent` published for a round, if it is still held."""
@@ -163,10 +163,6 @@ class SnapshotStore:
         """Keep a payload until `release`, whatever its publisher does."""
         self._holds[root] += 1
 
-    def release(self, root: str) -> None:
-        """Undo one `hold`."""
-        self._release(root)
-
     @contextmanager
     def reading(self, roots: Sequence[str]) -> Generator[None]:
         """Hold payloads for the length of a block."""
@@ -176,9 +172,10 @@ class SnapshotStore:
             yield
         finally:
             for root in roots:
-                self._release(root)
+                self.release(root)
 
-    def _release(self, root: str) -> None:
+    def release(self, root: str) -> None:
+        """Undo one `hold`; a payload that nobody holds any more is removed."""
         self._holds[root] -= 1
         if self._holds[root] <= 0:
             del self._holds[root]

@@ -67,7 +67,7 @@ def test_help_and_version_do_not_load_torch() -> None:
 def test_init_simulate_report_evaluate(tmp_path: Path) -> None:
     """The path of a newcomer, with the written starter file and real processes: init → simulate → report → evaluate."""
     assert run("init", cwd=tmp_path).returncode == 0
-    short = ["--set", "schedule.rounds=2", "--set", "train.first_round_epochs=2", "--workers", "2"]
+    short = ["--set", "schedule.rounds=2", "--set", "train.first_round_epochs=2", "--workers", "1"]
     simulated = run("simulate", "experiment.toml", *short, cwd=tmp_path)
     assert simulated.returncode == 0, simulated.stderr
     rounds = [line for line in simulated.stderr.splitlines() if " round " in line and "->" in line]
@@ -97,8 +97,10 @@ def test_compare_and_json(tiny: Path, capsys: pytest.CaptureFixture[str]) -> Non
         assert set(curve) == {"after_merge", "std", "mb_sent_per_agent"}
         assert len(curve["after_merge"]) == len(curve["std"]) == 2
     assert split["isolated"]["mb_sent_per_agent"] == 0 < split["dimat"]["mb_sent_per_agent"]
-    assert (Path("runs/tiny/report.html")).exists()
-    assert not list(Path("runs/tiny").glob(".first-rounds*"))
+    folder = Path("runs/tiny-compared")
+    assert (folder / "report.html").exists()
+    assert (folder / "iid" / "dimat" / "seed1" / "events.jsonl").exists()
+    assert not list(folder.glob(".first-rounds*"))
 
 
 def test_comparison_equals_single_runs(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,11 +118,18 @@ def test_comparison_equals_single_runs(tiny: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
-        ("trian.lr=1", "unknown key 'trian' in tiny.toml; did you mean 'train'?"),
-        ("train.optimiser.lr=1", "unknown key 'train.optimiser' in tiny.toml; did you mean 'optimizer'?"),
-        ("train.batch_size=0", "tiny.toml: train.batch_size: Input should be greater than or equal to 1 (got 0)"),
-        ("merge.method=dimatt", "unknown merge method 'dimatt' in merge.method; did you mean 'dimat'?"),
+        ("trian.lr=1", "unknown key 'trian' in --set trian.lr; did you mean 'train'?"),
+        (
+            "train.optimiser.lr=1",
+            "unknown key 'train.optimiser' in --set train.optimiser.lr; did you mean 'optimizer'?",
+        ),
+        (
+            "train.batch_size=0",
+            "--set train.batch_size: train.batch_size: Input should be greater than or equal to 1 (got 0)",
+        ),
+        ("merge.method=dimatt", "unknown merge method 'dimatt'; did you mean 'dimat'?"),
         ("merge.combine=avrage", "did you mean 'average'?"),
+        ("schedule.round_deadline_s=0.5", "every peer would be late"),
         ("topology.graph=rign", "did you mean 'ring'?"),
         ("topology.agents=500", "500 agents cannot share 160 training samples"),
         ("task.hook=nowhere.py:task", "there is no file"),
@@ -152,7 +161,13 @@ def test_missing_and_foreign_files(tiny: Path, capsys: pytest.CaptureFixture[str
     assert "dimat init nope.toml" in fails(capsys, 2, "simulate", "nope.toml")
     assert "see --help" in fails(capsys, 2, "simulate")
     assert "see --help" in fails(capsys, 2, "simulat")
+    for numbers in (["--workers", "-1"], ["--compare", "average", "--seeds", "0"]):
+        assert "see --help" in fails(capsys, 2, "simulate", "tiny.toml", *numbers)
+    assert "nothing to compare" in fails(capsys, 2, "simulate", "tiny.toml", "--compare", " ,")
+    assert "--compare" in fails(capsys, 2, "simulate", "tiny.toml", "--seeds", "2")
     assert "cannot read" in fails(capsys, 5, "report", ".")
+    Path("typo.toml").write_text(TINY + "[trian]\nlr = 1\n")
+    assert "unknown key 'trian' in typo.toml; did you mean 'train'?" in fails(capsys, 2, "simulate", "typo.toml")
     Path("broken.toml").write_text("run = ")
     assert "not valid TOML" in fails(capsys, 2, "simulate", "broken.toml")
     assert main(["init"]) == 0
@@ -237,7 +252,13 @@ def start_long_run(tiny: Path, workers: int) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "dimat.cli", "simulate", "tiny.toml", "--set", "schedule.rounds=100000"]
     log = tiny.parent / "log"
     with log.open("wb") as stream:
-        process = subprocess.Popen([*command, "--workers", str(workers)], cwd=tiny.parent, stderr=stream, stdout=stream)
+        process = subprocess.Popen(
+            [*command, "--workers", str(workers)],
+            cwd=tiny.parent,
+            stderr=stream,
+            stdout=stream,
+            start_new_session=True,
+        )
     deadline = time.monotonic() + 60
     while not re.search(r"round +3/", log.read_text()):
         assert process.poll() is None, log.read_text()
@@ -269,11 +290,12 @@ def alive(pid: int) -> bool:
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for orphans in /proc")
 @pytest.mark.parametrize(("sent", "code", "workers"), [(signal.SIGINT, 130, 2), (signal.SIGTERM, 143, 1)])
 def test_a_stopped_run_keeps_its_complete_rounds(tiny: Path, sent: int, code: int, workers: int) -> None:
-    """Ctrl-C (to the whole process group's leader) and SIGTERM: exit code, results, final weights, no orphans."""
+    """Ctrl-C and SIGTERM, to the whole process group as a terminal sends them: results, weights, no orphans."""
     process = start_long_run(tiny, workers)
     children = descendants(process.pid)
-    process.send_signal(sent)
+    os.killpg(process.pid, sent)
     assert process.wait(timeout=60) == code
+    assert "Traceback" not in (tiny.parent / "log").read_text()
     folder = tiny.parent / "runs" / "tiny"
     results = json.loads((folder / "results.json").read_text())
     assert results["status"] == "stopped"
@@ -286,6 +308,52 @@ def test_a_stopped_run_keeps_its_complete_rounds(tiny: Path, sent: int, code: in
     while any(map(alive, children)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not [pid for pid in children if alive(pid)]
+
+
+def test_faults_in_a_users_code_name_the_agent(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A loss that raises, a model that cannot be built, training that diverges: one line, exit 1 or 2, and a run
+    folder that says "failed" and holds no leavings."""
+    Path("tiny_task.py").write_text(
+        TINY_TASK
+        + """
+class Broken(ClassificationTask):
+    def loss(self, outputs, targets):
+        raise RuntimeError("shapes do not match")
+
+def broken():
+    made = task()
+    return Broken(made.name, made.model, made.train, made.test, made.probe, made.classes)
+
+def unbuilt():
+    made = task()
+    return ClassificationTask("x", lambda generator: 1 / 0, made.train, made.test, made.probe, made.classes)
+"""
+    )
+    run_it = ["simulate", "tiny.toml", "--quiet", "--set"]
+    said = fails(capsys, 1, *run_it, "task.hook=tiny_task.py:broken")
+    assert said == "dimat: the work of agent-0 failed: RuntimeError: shapes do not match"
+    assert "ZeroDivisionError" in fails(capsys, 2, *run_it, "task.hook=tiny_task.py:unbuilt", "--out", "runs/unbuilt")
+    diverges = ["train.optimizer.lr=1e38", "--set", "train.optimizer.name=sgd", "--out", "runs/diverged"]
+    said = fails(capsys, 1, *run_it, *diverges)
+    assert "the work of agent-0: " in said
+    assert "lower train.optimizer.lr" in said
+    folder = Path("runs/diverged")
+    assert json.loads((folder / "results.json").read_text())["status"] == "failed"
+    assert not (folder / "snapshots").exists()
+    assert not (folder / "state").exists()
+
+
+def test_a_script_without_a_main_guard(tiny: Path) -> None:
+    """`run_simulation` with worker processes from a plain script: workers must not run the script again."""
+    script = tiny.parent / "script.py"
+    script.write_text(
+        "from dimat import run_simulation\n"
+        "tree = {'task': {'hook': 'tiny_task.py:task'}, 'simulate': {'workers': 2}, 'schedule': {'rounds': 2}}\n"
+        "print('rounds', len(run_simulation(tree).after_merge()))\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=110, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "rounds 2\n"
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for orphans in /proc")

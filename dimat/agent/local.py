@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dimat.config import ExperimentConfig
+from dimat.errors import PeerError
 from dimat.merge import MergeContext, MergePlan, Peer, Permutations, adopt, merge, open_weights, plan_merge
 from dimat.seeds import torch_generator
 from dimat.snapshot import Payload, record, schema_hash, write_weights
@@ -110,13 +111,17 @@ class LocalAgent:
             record_s=time.thread_time() - trained,
         )
 
-    def adopt(self, number: int, peer: str, snapshot: Path) -> float:
+    def adopt(self, number: int, peer: str, snapshot: Path) -> float | None:
         """Permute weights, buffers and optimizer into the basis of a peer's snapshot; return the share of units moved.
-        Without symmetry groups nothing is permuted: all bases are one then."""
+        None, and nothing changed, where the snapshot is not fit to align to. Without symmetry groups nothing is
+        permuted: all bases are one then."""
         if self.spec is None:
             return 0.0
         source = Peer(peer, open_weights(snapshot), weight=0.0)
-        permutations = adopt(self.trainer.weights(), source, self._plan, self._context(number))
+        try:
+            permutations = adopt(self.trainer.weights(), source, self._plan, self._context(number))
+        except PeerError:
+            return None  # the merge's own screen refuses this peer, and says why
         self.trainer.permute(self.spec, permutations)
         return share_moved(permutations)
 

@@ -267,6 +267,8 @@ class RoundMachine:
         self._fetching: set[str] = set()
         self._ready: dict[str, PeerPublished] = {}
         self._lost: dict[str, str] = {}
+        self._adopting = ""
+        self._unfit: set[str] = set()  # peers of this round whose snapshots cannot be aligned to
         self._silent: set[str] = set()  # missed a deadline and have not been heard since
         self._expired = False
         self._merge: Merge | None = None
@@ -305,7 +307,7 @@ class RoundMachine:
         self.round = number
         self.phase = Phase.TRAINING
         self._current = self._plan(number)
-        self._ready, self._merge = {}, None
+        self._ready, self._merge, self._unfit = {}, None, set()
         # a dead peer costs its neighbours one deadline, not one in every round
         self._lost = dict.fromkeys(self._silent, "silent since an earlier round")
         self._fetching = set()
@@ -347,7 +349,10 @@ class RoundMachine:
         known = offers.get(event.round)
         if known is not None:
             if known.root == event.root:
-                return []
+                # a peer that was given up and is back: one more try, which the deadline bounds
+                again = event.round == self.round and event.peer in self._lost
+                gathering = self.phase in (Phase.TRAINING, Phase.GATHERING)
+                return self._fetch(event) if again and gathering else []
             message = (
                 f"{event.peer} offers another snapshot for round {event.round} ({event.root[:12]}…) than before "
                 f"({known.root[:12]}…); the first one counts"
@@ -379,6 +384,7 @@ class RoundMachine:
         if not self._awaits(event):
             return []
         self._fetching.discard(event.peer)
+        self._silent.discard(event.peer)
         self._ready[event.peer] = self._offers[event.peer][self.round]
         self._lost.pop(event.peer, None)
         return self._maybe_merge()
@@ -417,32 +423,36 @@ class RoundMachine:
         if expected and not self._ready:
             message = f"no peer was heard in round {self.round}; own weights are kept"
             actions.append(Report(facts.Warned(message=message, agent=self.agent)))
+        return actions + self._adopt_or_merge()
+
+    def _adopt_or_merge(self) -> list[Action]:
         best = self._best_basis()
-        if best is not None:
-            self.phase = Phase.ADOPTING
-            return [*actions, AdoptBasis(self.round, best.peer, best.root, best.basis)]
-        return actions + self._start_merge()
+        if best is None:
+            return self._start_merge()
+        self.phase = Phase.ADOPTING
+        self._adopting = best.peer
+        return [AdoptBasis(self.round, best.peer, best.root, best.basis)]
 
     def _best_basis(self) -> PeerPublished | None:
         """Return the peer whose basis is to be adopted: the smallest id, of equals the one with most weight."""
         if not self._gossip:
             return None
-        better = [offer for offer in self._ready.values() if offer.basis < self.basis]
+        fit = (offer for offer in self._ready.values() if offer.peer not in self._unfit)
+        better = [offer for offer in fit if offer.basis < self.basis]
         weight = self._current.mixing
         return min(better, key=lambda offer: (offer.basis, -weight[offer.peer], offer.peer), default=None)
 
     def _rebased(self, event: BasisChanged) -> list[Action]:
         if event.round != self.round or self.phase is not Phase.ADOPTING:
             return []
-        actions: list[Action] = []
-        if event.basis != self.basis:
-            source = next(o.peer for o in self._ready.values() if o.basis == event.basis)
-            self.basis = event.basis
-            adopted = facts.BasisAdopted(
-                agent=self.agent, round=self.round, peer=source, basis=str(event.basis), moved=event.moved
-            )
-            actions.append(Report(adopted))
-        return actions + self._start_merge()
+        if event.basis == self.basis:
+            self._unfit.add(self._adopting)
+            return self._adopt_or_merge()
+        self.basis = event.basis
+        adopted = facts.BasisAdopted(
+            agent=self.agent, round=self.round, peer=self._adopting, basis=str(event.basis), moved=event.moved
+        )
+        return [Report(adopted), *self._start_merge()]
 
     def _start_merge(self) -> list[Action]:
         self.phase = Phase.MERGING
@@ -478,6 +488,8 @@ class RoundMachine:
             agent=self.agent,
             round=self.round,
             contributions=self._parents,
+            heard=len(merge.parts),
+            expected=len(self._expected()),
             before=event.before or {},
             after=event.after or {},
             accepted=event.accepted,

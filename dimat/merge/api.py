@@ -80,8 +80,9 @@ def merge_weights(
     """Return own weights merged with peers': θ = Σ_k w_k θ'_k over aligned weights, then repaired.
 
     `mixing`: own weight first, then the peers'; sums to 1. `method`: a preset. `model` gives the architecture
-    and is left as it is; `data`: batches of its inputs, for methods that align or re-estimate BatchNorm. The
-    symmetry spec is derived from the model unless handed in. `score` serves accept = "no-worse".
+    and is left as it is; `data`: batches of its inputs in random order (passes over them stop early, see
+    `stable_within` of the methods), for methods that align or re-estimate BatchNorm. The symmetry spec is
+    derived from the model unless handed in. `score` serves accept = "no-worse".
     `options`: `align`, `combine`, `repair`, `accept` replace a stage of the preset (a name, or {"name": …,
     "options": {…}}), `screen` sets the screen's options; any other is an option of the chosen methods, handed to
     every stage whose method has one of that name, e.g. `max_images=500`.

@@ -6,19 +6,21 @@ method branches off from it. Runs of different seeds go on side by side, so that
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 import threading
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from dimat.config import ExperimentConfig, MergeConfig, PartitionConfig
-from dimat.errors import DataError, DimatError
+from dimat.config import ExperimentConfig, PartitionConfig
+from dimat.errors import ConfigError, DataError, DimatError
 from dimat.events import Event, Listener
 from dimat.results import Comparison, MethodCurve, Results
 from dimat.simulate.engine import Simulation
-from dimat.simulate.folder import RunFolder
+from dimat.simulate.folder import RunFolder, check_folder
 from dimat.simulate.pool import WorkerPool, default_workers
 from dimat.simulate.scenario import prepare
 
@@ -54,7 +56,10 @@ def cases_of(
     seeds: Sequence[int],
     out: Path,
 ) -> list[Case]:
-    """Return the runs of a comparison: every method on every split with every seed, all else as in `base`.
+    """Return the runs of a comparison: every method on every split with every seed.
+
+    All else is as in `base`, but for methods other than its own the stages that make a method (align, combine,
+    repair) are those of the method's preset.
 
     "centralised" holds all data whatever the split, so it runs for the first split only and counts for all.
     """
@@ -70,12 +75,10 @@ def cases_of(
                         "run": run,
                         "seed": seed,
                         "task": base.task.model_copy(update={"partition": partition}),
-                        "merge": base.merge.model_copy(update={"method": method})
+                        "merge": base.merge
                         if method == base.merge.method
-                        else MergeConfig(
-                            method=method,
-                            align_data=base.merge.align_data,
-                            probe_samples=base.merge.probe_samples,
+                        else base.merge.model_copy(
+                            update={"method": method, **dict.fromkeys(("align", "align_to", "combine", "repair"))}
                         ),
                     }
                 )
@@ -89,18 +92,34 @@ def compare(
     *,
     workers: int | None = None,
     listeners: Sequence[Listener] = (),
+    log: Callable[[Path], AbstractContextManager[Listener]] | None = None,
     overwrite: bool = False,
 ) -> Outcome:
-    """Run all cases and return their comparison. Ctrl-C ends it with the runs that were complete."""
+    """Run all cases and return their comparison. Ctrl-C ends it with the runs that were complete; before the first
+    one is, KeyboardInterrupt is raised. `log`: opens a listener of one run's own events for a file."""
+    if not cases:
+        raise ConfigError("nothing to compare: name at least one method and one seed")
     scenarios = {case: prepare(case.config) for case in cases}  # whatever is impossible is refused before any work
+    for case in cases:
+        check_folder(case.folder, case.config, overwrite=overwrite)
     agents = max(len(scenario.agents) for scenario in scenarios.values())
     together = min(SIDE_BY_SIDE, len(cases))
-    size = min(workers or default_workers(), agents * together)
+    size = min(workers or cases[0].config.simulate.workers or default_workers(), agents * together)
     if size == 1:
         together = 1  # with one worker everything happens in this process, one thing at a time
     tell = _serialised(listeners)
     done: dict[Case, Results] = {}
     complete = True
+
+    def run(case: Case, simulation: Simulation, folder: RunFolder) -> Results:
+        with log(folder.events) if log is not None else nullcontext() as own:
+            if own is not None:
+                simulation.listeners.append(own)
+            try:
+                return simulation.run()
+            except DimatError as error:
+                raise type(error)(f"{case.config.run}: {error}") from error
+
     with _warm_folder(out) as warm, WorkerPool(size) as pool, ThreadPoolExecutor(together) as threads:
         running: dict[Future[Results], tuple[Case, Simulation]] = {}
         waiting = list(cases)
@@ -111,11 +130,11 @@ def compare(
                     folder = RunFolder(case.folder, case.config, overwrite=overwrite)
                     simulation = Simulation(scenarios[case], folder, pool, tell, warm)
                     if together == 1:
-                        done[case] = simulation.run()
+                        done[case] = run(case, simulation, folder)
                         if done[case].status != "done":
                             raise KeyboardInterrupt
                     else:
-                        running[threads.submit(simulation.run)] = (case, simulation)
+                        running[threads.submit(run, case, simulation, folder)] = (case, simulation)
                 finished, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED) if running else (set(), None)
                 for future in finished:
                     case, _ = running.pop(future)
@@ -129,7 +148,7 @@ def compare(
                 pool.terminate()
     finished_runs = {case: results for case, results in done.items() if results.status == "done"}
     if not finished_runs:
-        raise DimatError("the comparison was stopped before its first run was complete; nothing to compare")
+        raise KeyboardInterrupt("stopped before the first run was complete; each run's folder keeps its rounds")
     runs = {case.config.run: case.folder for case in finished_runs}
     first = frozenset(case.config.run for case in finished_runs if case.seed == cases[0].seed)
     return Outcome(summarise(finished_runs), runs, first, complete)
@@ -176,14 +195,13 @@ def _serialised(listeners: Sequence[Listener]) -> list[Listener]:
 
 @contextmanager
 def _warm_folder(out: Path) -> Generator[Path]:
-    folder = out / ".first-rounds"
+    # a fresh one each time: what a task's code or data were when an older one was filled, nobody knows
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=".first-rounds-", dir=out))
     except OSError as error:
         raise DataError(f"cannot write to {out}: {error.strerror or error}") from error
     try:
         yield folder
     finally:
-        for file in folder.iterdir():
-            file.unlink()
-        folder.rmdir()
+        shutil.rmtree(folder, ignore_errors=True)

@@ -30,10 +30,8 @@ from dimat.simulate import worker
 from dimat.simulate.consensus import consensus_distances
 from dimat.simulate.folder import RunFolder, describe
 from dimat.simulate.pool import WorkerPool, result_of
-from dimat.simulate.scenario import Scenario
+from dimat.simulate.scenario import TRAIN_S, Scenario
 from dimat.snapshot import Manifest, SnapshotStore
-
-TRAIN_S = 1.0  # virtual seconds of a round's local training, alike for all agents
 
 
 @dataclass(slots=True)
@@ -74,7 +72,7 @@ class Simulation:
         self._config = scenario.config
         self._folder = folder
         self._pool = pool
-        self._listeners = listeners
+        self.listeners = list(listeners)
         self._warm = warm
         self._store = SnapshotStore(folder.snapshots, keep=self._config.simulate.keep_snapshots)
         self._network = MemoryNetwork(self._store)
@@ -85,6 +83,8 @@ class Simulation:
         self._merged: dict[int, dict[str, AgentRound]] = {}
         self._rows: list[AgentRound] = []
         self._warnings: list[str] = []
+        self._refused: set[tuple[str, str]] = set()
+        self._written = 0.0
         self._cpu_s: defaultdict[str, float] = defaultdict(float)
         self._mb_sent = 0.0
         self._stopping = threading.Event()
@@ -101,16 +101,21 @@ class Simulation:
         try:
             self._begin()
             self._loop()
-            for name in self._agents:
-                self._pool.submit(self._slot(name), worker.drop, self._key(name))
         except KeyboardInterrupt:
             status = "stopped"
             self._pool.terminate()
         except (DimatError, CancelledError):
             if not self._stopping.is_set():
+                self._close("failed", time.perf_counter() - started)
                 raise
             status = "stopped"
-        wall = time.perf_counter() - started
+        return self._close(status, time.perf_counter() - started)
+
+    def _close(self, status: str, wall: float) -> Results:
+        """Keep the complete rounds, whatever ended the run, and let the workers forget its agents."""
+        for name in self._agents:
+            if not self._pool.ended:
+                self._pool.submit(self._slot(name), worker.drop, self._key(name))
         complete = max((row.round for row in self._rows), default=0)
         self._folder.finish(list(self._agents), complete)
         results = self._results(status, wall)
@@ -202,7 +207,14 @@ class Simulation:
             case rounds.AdoptBasis():
                 path = state.fetched[action.peer]
                 job = self._submit(name, worker.adopt, action.round, action.peer, path)
-                self._put_job(name, job, lambda moved: rounds.BasisChanged(action.round, action.basis, moved))
+                own = state.machine.basis
+                self._put_job(
+                    name,
+                    job,
+                    lambda moved: rounds.BasisChanged(
+                        action.round, own if moved is None else action.basis, moved or 0.0
+                    ),
+                )
             case rounds.Merge():
                 self._merge(name, state, action)
             case rounds.SetTimer(round=number, seconds=seconds):
@@ -298,6 +310,9 @@ class Simulation:
         self._emit(fact)
         if isinstance(fact, facts.Warned):
             self._warnings.append(f"{name}: {fact.message}")
+        if isinstance(fact, facts.PeerRefused) and (name, fact.peer) not in self._refused:
+            self._refused.add((name, fact.peer))
+            self._warn(f"{name} refused {fact.peer} in round {fact.round}: {fact.reason}")
         if not isinstance(fact, facts.Merged):
             return
         for note in fact.notes:
@@ -309,8 +324,8 @@ class Simulation:
             loss=state.report.loss if state.report and fact.round <= self._config.schedule.rounds else None,
             before=fact.before.get(metric),
             after=fact.after.get(metric),
-            heard=len(fact.contributions) - 1,
-            expected=len(self._scenario.round_plan(name, fact.round).mixing) - 1,
+            heard=fact.heard,
+            expected=fact.expected,
             bytes_sent=0,
             bytes_received=0,
             basis=str(state.machine.basis),
@@ -356,7 +371,9 @@ class Simulation:
             self._folder.state_file(agent, number - 1).unlink(missing_ok=True)
         self._mb_sent += sum(row.bytes_sent for row in finished) / 1e6
         self._emit(round_summary(self._config.run, finished, self._scenario.rounds, self._mb_sent))
-        self._folder.write_results(self._results("stopped", 0.0))
+        if time.perf_counter() - self._written > 1:  # what kill -9 leaves; not once a round where rounds are short
+            self._folder.write_results(self._results("stopped", 0.0))
+            self._written = time.perf_counter()
 
     def _results(self, status: str, wall_s: float) -> Results:
         scenario = self._scenario
@@ -410,5 +427,5 @@ class Simulation:
 
     def _emit(self, fact: facts.Event) -> None:
         stamped = replace(fact, run=self._config.run, time_s=self._now)
-        for listener in self._listeners:
+        for listener in self.listeners:
             listener(stamped)

@@ -32,8 +32,7 @@ class RunFolder:
         self.state = path / "state"
         self.final = path / "final"
         self.events = path / "events.jsonl"
-        described = describe(config)
-        self._check(described, overwrite=overwrite)
+        described = check_folder(path, config, overwrite=overwrite)
         try:
             for folder in (self.snapshots, self.state, self.final):
                 shutil.rmtree(folder, ignore_errors=True)
@@ -44,28 +43,6 @@ class RunFolder:
         except OSError as error:
             raise DataError(f"cannot write to run folder {path}: {error.strerror or error}") from error
         write_bytes(path / MARK, (json.dumps(described, indent=1) + "\n").encode())
-
-    def _check(self, described: dict[str, object], *, overwrite: bool) -> None:
-        path = self.path
-        if path.exists() and not path.is_dir():
-            raise DataError(f"run folder {path} is a file; choose another with --out")
-        if not path.exists() or not any(path.iterdir()):
-            return
-        mark = path / MARK
-        if not mark.exists():
-            raise DataError(f"folder {path} is not empty and no run folder of dimat; choose another with --out")
-        try:
-            kept = json.loads(mark.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise DataError(f"cannot read {mark}: {error}") from error
-        if kept != described:
-            keys = sorted(_differences(kept, described))
-            raise DataError(
-                f"run folder {path} holds another experiment (differs in {', '.join(keys[:4])}); "
-                "choose another with --out"
-            )
-        if (path / "results.json").exists() and not overwrite:
-            raise DataError(f"run folder {path} already holds results of this experiment; --overwrite replaces them")
 
     def write_results(self, results: Results) -> None:
         """Write `results.json`, by rename."""
@@ -83,6 +60,30 @@ class RunFolder:
                 source.replace(self.final / f"{agent}.safetensors")
         for folder in (self.snapshots, self.state):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_folder(path: Path, config: ExperimentConfig, *, overwrite: bool) -> dict[str, object]:
+    """Return the experiment's description if `path` may become its run folder; DataError says why it may not."""
+    described = describe(config)
+    if path.exists() and not path.is_dir():
+        raise DataError(f"run folder {path} is a file; choose another with --out")
+    if not path.exists() or not any(path.iterdir()):
+        return described
+    mark = path / MARK
+    if not mark.exists():
+        raise DataError(f"folder {path} is not empty and no run folder of dimat; choose another with --out")
+    try:
+        kept = json.loads(mark.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {mark}: {error}") from error
+    if kept != described:
+        keys = sorted(_differences(kept, described))
+        raise DataError(
+            f"run folder {path} holds another experiment (differs in {', '.join(keys[:4])}); choose another with --out"
+        )
+    if (path / "results.json").exists() and not overwrite:
+        raise DataError(f"run folder {path} already holds results of this experiment; --overwrite replaces them")
+    return described
 
 
 def describe(config: ExperimentConfig) -> dict[str, object]:

@@ -10,15 +10,19 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
-from collections.abc import Callable
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Generator
+from concurrent.futures import CancelledError, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing.connection import wait
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
-from dimat.errors import DimatError
+from dimat.errors import ConfigError, DimatError
+
+WORKER_ENDED = "a worker process has ended; if memory ran out, use fewer --workers or a smaller model"
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -36,7 +40,10 @@ class WorkerPool:
     """
 
     def __init__(self, size: int) -> None:
+        if size < 1:
+            raise ConfigError(f"a pool of {size} workers cannot work; give at least one")
         self.size = size
+        self.ended = False
         self._executors: list[ProcessPoolExecutor] = []
         self._threads_before = 0
 
@@ -55,6 +62,9 @@ class WorkerPool:
                 ProcessPoolExecutor(max_workers=1, mp_context=context, initializer=_prepare_worker)
                 for _ in range(self.size)
             ]
+            with _hidden_main(), _ignored_interrupts():
+                for executor in self._executors:
+                    executor.submit(int)  # starts the process
         return self
 
     def __exit__(
@@ -70,16 +80,22 @@ class WorkerPool:
 
     def terminate(self) -> None:
         """End all workers at once, whatever they are doing; the pool takes no more jobs."""
+        self.ended = True
         for executor in self._executors:
             processes = list((executor._processes or {}).values())  # pyright: ignore[reportPrivateUsage]
             executor.shutdown(wait=False, cancel_futures=True)
             for process in processes:
                 process.terminate()
+            for process in processes:
+                process.join(5)  # one that still writes would do so behind the back of whoever tidies up
 
     def submit(self, slot: int, job: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> Future[R]:
         """Run `job` in the worker of a slot. In this process, if there is one worker: then it has run on return."""
         if self._executors:
-            return self._executors[slot % self.size].submit(job, *args, **kwargs)
+            try:
+                return self._executors[slot % self.size].submit(job, *args, **kwargs)
+            except RuntimeError as error:  # a broken pool, or one that was ended
+                raise DimatError(WORKER_ENDED) from error
         future: Future[R] = Future()
         try:
             future.set_result(job(*args, **kwargs))
@@ -89,13 +105,46 @@ class WorkerPool:
 
 
 def result_of(future: Future[Any], what: str) -> Any:
-    """Wait for a job; a worker that died (out of memory, killed) becomes a DimatError that names the job."""
+    """Wait for a job. Whatever goes wrong in it becomes an error in one line that names the job: a worker that
+    died (out of memory, killed), and faults in a user's model, loss or data."""
     try:
         return future.result()
     except BrokenProcessPool as error:
-        raise DimatError(
-            f"a worker process died during {what}; if memory ran out, use fewer --workers or a smaller model"
-        ) from error
+        raise DimatError(f"{what}: {WORKER_ENDED}") from error
+    except DimatError as error:
+        raise type(error)(f"{what}: {error}") from error
+    except CancelledError:
+        raise
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise DimatError(f"{what} failed: {type(error).__name__}: {first}") from error
+
+
+@contextmanager
+def _hidden_main() -> Generator[None]:
+    """Let processes start without the user's script: they need nothing of it, and would run it a second time."""
+    main = sys.modules["__main__"]
+    file, spec = main.__dict__.pop("__file__", None), main.__spec__
+    main.__spec__ = None
+    try:
+        yield
+    finally:
+        main.__spec__ = spec
+        if file is not None:
+            main.__file__ = file
+
+
+@contextmanager
+def _ignored_interrupts() -> Generator[None]:
+    """Let processes inherit that Ctrl-C, which reaches the whole group, is none of their business."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _prepare_worker() -> None:

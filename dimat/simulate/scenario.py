@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from dimat.agent.round import RoundPlan
-from dimat.config import METHODS, ExperimentConfig, NamedConfig
+from dimat.config import ExperimentConfig, NamedConfig
 from dimat.device import resolve_device
-from dimat.errors import ConfigError, PartitionError, unknown_name
+from dimat.errors import ConfigError, DimatError, HookError, PartitionError
 from dimat.merge import MergePlan, plan_merge
 from dimat.seeds import derive_seed, numpy_generator, torch_generator
 from dimat.simulate import worker
@@ -25,6 +25,7 @@ from dimat.tasks import histogram, partition
 from dimat.topology import BaseK, Schedule, build_topology
 
 MB = 1e6
+TRAIN_S = 1.0  # virtual seconds of a round's local training, alike for all agents
 PROCESS_MB = 260.0  # resident memory of a process with torch and this package loaded
 
 
@@ -75,8 +76,12 @@ class Scenario:
     def estimate(self, workers: int) -> tuple[float, float, float]:
         """Return estimates of (memory of all processes, disk, sent by all agents over the run), in MB."""
         weights = self.snapshot_bytes / MB
+        # every process loads the data; with workers there is also the one that they are forked from
+        processes = 1 if workers == 1 else workers + 2
+        example = sum(t[0].numel() * t[0].element_size() for t in self.task.example_inputs()) / MB
+        data = example * (len(self.task.data("train")) + len(self.task.data("test")))
         # weights, gradients, two optimizer moments, and a merged copy that exists during a merge
-        memory = PROCESS_MB * (1 + (workers if workers > 1 else 0)) + 5.5 * weights * len(self.agents)
+        memory = processes * (PROCESS_MB + data) + 5.5 * weights * len(self.agents)
         per_round = [sum(len(self.readers(a, r)) for a in self.agents) for r in range(1, min(self.rounds, 16) + 1)]
         sent = weights * sum(per_round) / len(per_round) * self.rounds
         disk = weights * len(self.agents) * (self.config.simulate.keep_snapshots + 2)
@@ -85,12 +90,22 @@ class Scenario:
 
 def prepare(config: ExperimentConfig) -> Scenario:
     """Resolve an experiment; raises ConfigError and its kin for what cannot be run."""
-    if config.merge.method not in METHODS:
-        raise ConfigError(unknown_name("merge method", config.merge.method, METHODS, "merge.method"))
+    if config.schedule.round_deadline_s <= TRAIN_S:
+        raise ConfigError(
+            f"schedule.round_deadline_s is {config.schedule.round_deadline_s:g}, but a simulated round trains for "
+            f"{TRAIN_S:g} s of virtual time: every peer would be late; give it more"
+        )
     plan = plan_merge(config.merge)
     resolve_device(config.train.device)
     task = worker.kit_for(config, symmetry=False).task
-    train = task.data("train")
+    try:
+        train = task.data("train")
+        task.data("test")
+        model = task.build_model(torch_generator(config.seed, "measure"))
+    except DimatError:
+        raise
+    except Exception as error:  # a user's code may fail in any way
+        raise HookError(f"task {task.name} failed: {type(error).__name__}: {error}; mend its code") from error
     folder = Path(config.folder)
     seed = derive_seed(config.seed, "topology")
     by_samples = config.topology.mixing.name == "samples" and config.topology.map is None
@@ -117,7 +132,6 @@ def prepare(config: ExperimentConfig) -> Scenario:
         if by_samples:
             counts = {agent: len(part) for agent, part in zip(agents, parts, strict=True)}
             topology = build_topology(config.topology, seed, folder, counts)
-    model = task.build_model(torch_generator(config.seed, "measure"))
     state = model.state_dict()
     final = None
     rounds = config.schedule.rounds

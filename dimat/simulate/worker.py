@@ -52,7 +52,7 @@ _agents: dict[str, tuple[LocalAgent, Setup]] = {}
 
 def kit_for(config: ExperimentConfig, *, symmetry: bool) -> Kit:
     """Return the task of an experiment, loaded once per process; with its verified symmetry spec if asked for."""
-    key = f"{config.task.model_dump_json(exclude={'partition'})}@{config.folder}"
+    key = f"{config.task.model_dump_json(exclude={'partition'})}@{Path(config.folder).resolve()}"
     if key not in _kits:
         _kits[key] = Kit(load_task(config.task, Path(config.folder)))
     kit = _kits[key]
@@ -111,8 +111,8 @@ def train(key: str, number: int, learn: bool) -> TrainedReport:
     return report
 
 
-def adopt(key: str, number: int, peer: str, snapshot: Path) -> float:
-    """Bring an agent into the basis of a peer's snapshot; return the share of units that moved."""
+def adopt(key: str, number: int, peer: str, snapshot: Path) -> float | None:
+    """Bring an agent into the basis of a peer's snapshot; return the share of units that moved, None if it cannot."""
     return _agents[key][0].adopt(number, peer, snapshot)
 
 

@@ -38,7 +38,7 @@ def open_topology(spec: str, agents: int | None, settings: Sequence[str]) -> Top
         source = f"python={json.dumps(spec)}"
     elif path.suffix == ".toml":
         source = f"map={json.dumps(spec)}"
-    elif path.suffix in FILES or path.exists():
+    elif path.suffix in FILES or path.is_file():
         source = f"file={json.dumps(spec)}"
     else:
         source = f"graph={json.dumps(spec)}"

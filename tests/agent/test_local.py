@@ -63,6 +63,19 @@ def test_a_peer_with_nan_is_refused_and_named(tmp_path: Path) -> None:
     assert own.root != good.root
 
 
+def test_a_peer_with_nan_cannot_be_aligned_to(tmp_path: Path) -> None:
+    """Bad input, for basis gossip: nothing is adopted and nothing changes; the merge then refuses the peer."""
+    one, two = agents(tmp_path)
+    one.train(1, learn=True)
+    before = one.trainer.weights()
+    bad = {k: torch.full_like(v, float("nan")) for k, v in two.trainer.weights().items()}
+    save_file(bad, tmp_path / "bad.safetensors")
+    assert one.adopt(1, "eve", tmp_path / "bad.safetensors") is None
+    report = one.merge(1, 0.5, [("eve", tmp_path / "bad.safetensors", 0.5, False)], "none")
+    assert set(report.refused) == {"eve"}
+    assert all(torch.equal(v, before[k]) for k, v in one.trainer.weights().items())
+
+
 def test_adopting_a_permuted_copys_basis_gives_that_copy(tmp_path: Path) -> None:
     """Planted permutation: an agent aligned to a permuted copy of itself becomes that copy; outputs stay."""
     from dimat.symmetry import permute_weights, random_permutations

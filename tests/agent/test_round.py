@@ -323,6 +323,41 @@ def test_smallest_basis_is_adopted_and_only_a_smaller_one() -> None:
     assert [(p.peer, p.same_basis) for p in merge.parts] == [("b", False), ("c", True)]
 
 
+def test_a_peer_that_cannot_be_aligned_to_does_not_block_the_next_best() -> None:
+    """A snapshot that is unfit (not finite, say) is skipped for adoption; the next smallest basis is tried."""
+    m = machine()
+    m.handle(r.Started())
+    m.handle(r.TrainingDone(1, "own"))
+    first, second = BasisId(0, "a", "0"), BasisId(0, "b", "0")
+    m.handle(offer("b", 1, basis=first))
+    m.handle(offer("c", 1, basis=second))
+    m.handle(r.SnapshotReady("b", 1, "b1"))
+    (adopt,) = m.handle(r.SnapshotReady("c", 1, "c1"))
+    assert adopt == r.AdoptBasis(1, "b", "b1", first)
+    (adopt,) = m.handle(r.BasisChanged(1, MINE))
+    assert adopt == r.AdoptBasis(1, "c", "c1", second)
+    (merge,) = m.handle(r.BasisChanged(1, MINE))
+    assert isinstance(merge, r.Merge)
+    assert m.basis == MINE
+    assert not any(part.same_basis for part in merge.parts)
+
+
+def test_a_peer_that_was_lost_and_is_back_is_tried_again() -> None:
+    """After a failed fetch, the same offer again (a new connection) is fetched again, within the same deadline."""
+    m = machine()
+    m.handle(r.Started())
+    m.handle(r.TrainingDone(1, "own"))
+    m.handle(offer("b", 1))
+    m.handle(r.FetchFailed("b", 1, "b1", "connection reset"))
+    assert kinds(m.handle(offer("b", 1))) == ["Fetch"]
+    assert m.handle(offer("b", 1)) == [], "not twice at once"
+    m.handle(r.PeerLost("c"))
+    actions = m.handle(r.SnapshotReady("b", 1, "b1"))
+    merge = actions[-1]
+    assert isinstance(merge, r.Merge)
+    assert [part.peer for part in merge.parts] == ["b"]
+
+
 def test_stop_ends_at_once() -> None:
     """Stop leaves in any phase, and nothing is done after it."""
     m = machine()

@@ -146,8 +146,8 @@ def test_max_images_and_early_stop() -> None:
     """`max_images` cuts a batch; on identical batches only N − 1 changes, and the second look is content."""
     model, data = network(), images([64]) * 20
     assert batchnorm(model.state_dict(), model=model, data=images([40, 40]), max_images=50).images == 50
-    assert batchnorm(model.state_dict(), model=model, data=data, tolerance=1e-2).images == 256
-    assert batchnorm(model.state_dict(), model=model, data=data).images == 1280
+    assert batchnorm(model.state_dict(), model=model, data=data, stable_within=1e-2).images == 256
+    assert batchnorm(model.state_dict(), model=model, data=data, stable_within=None).images == 1280
 
 
 def test_a_last_batch_of_one_joins_the_one_before() -> None:

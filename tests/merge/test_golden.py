@@ -132,7 +132,7 @@ def test_assignments_are_worth_what_the_reference_found(net: str, run: str) -> N
             data=network.batches,
             points={group: [node] for group, node in points.values()},
             positions=None,
-            tolerance=None,
+            stable_within=None,
         )
         assert ours.keys() == {group.id for group in network.spec.groups}
         theirs = reference_permutations(net, run, peer)
@@ -205,7 +205,7 @@ def test_merge_weights_end_to_end(net: str, run: str) -> None:
         data=network.batches,
         spec=network.spec,
         points={group: [node] for group, node in points_of(network, net, run).values()},
-        align={"name": "activations", "options": {"positions": None, "tolerance": None}},
-        repair={"name": "batchnorm", "options": {"estimator": "batch-mean", "tolerance": None}},
+        align={"name": "activations", "options": {"positions": None, "stable_within": None}},
+        repair={"name": "batchnorm", "options": {"estimator": "batch-mean", "stable_within": None}},
     )
     torch.testing.assert_close(logits(network, weights), network.tensors[f"{run}.logits_bnreset"], rtol=1e-3, atol=1e-3)

@@ -236,7 +236,9 @@ def test_merging_twice_gives_the_same() -> None:
 
 def test_repair_reestimates_the_merged_model() -> None:
     """Reference: the repaired merge normalises its own activations: first layer's statistics are its inputs'."""
-    outcome = run(state(0), [Peer("b", state(1), 0.5)], repair={"name": "batchnorm", "options": {"tolerance": None}})
+    outcome = run(
+        state(0), [Peer("b", state(1), 0.5)], repair={"name": "batchnorm", "options": {"stable_within": None}}
+    )
     x = torch.cat([inputs[0] for inputs in setting().data])
     w = outcome.weights
     inputs = nn.functional.conv2d(x, w["features.0.weight"], w["features.0.bias"], padding=1)
@@ -401,7 +403,7 @@ def test_align_weights_checks_its_options_and_points() -> None:
 
 
 def test_alignment_stops_when_it_is_stable_and_not_before() -> None:
-    """A permuted copy correlates perfectly: the assignment stands at 64, 128 and 256 images. Without a tolerance
+    """A permuted copy correlates perfectly: the assignment stands at 64, 128 and 256 images. Without `stable_within`
     all images are taken, and `max_images` caps them."""
     s, own = setting(), state(0)
     peers = [Peer("b", permuted(own, 1), 0.5)]
@@ -413,5 +415,5 @@ def test_alignment_stops_when_it_is_stable_and_not_before() -> None:
         return merge(own, 0.5, peers, plan, MergeContext(s.model, s.spec, many)).images["align"]
 
     assert images() == 256
-    assert images(tolerance=None) == 960
+    assert images(stable_within=None) == 960
     assert images(max_images=100) == 100

@@ -56,8 +56,8 @@ def test_faults_name_what_is_wrong_and_the_nearest_known(config: dict[str, Any],
 
 
 def test_whole_numbers_serve_as_floats() -> None:
-    """TOML writes `tolerance = 0`."""
-    plan_merge(MergeConfig.model_validate({"align": {"name": "activations", "options": {"tolerance": 0}}}))
+    """TOML writes `stable_within = 0`."""
+    plan_merge(MergeConfig.model_validate({"align": {"name": "activations", "options": {"stable_within": 0}}}))
 
 
 def test_presets_and_overrides() -> None:

@@ -43,7 +43,7 @@ def activations(
     max_images: Annotated[int, Field(ge=1)] | None = None,
     positions: Annotated[int, Field(ge=1)] | None = 64,
     points_per_group: Annotated[int, Field(ge=1)] = 2,
-    tolerance: Annotated[float, Field(ge=0)] | None = 0.01,
+    stable_within: Annotated[float, Field(ge=0)] | None = 0.01,
 ) -> Aligned:
     """Return, for each peer and group, the permutation p that maximises Σ_j corr[j, p[j]].
 
@@ -54,10 +54,10 @@ def activations(
     consistency). Groups that cannot be observed stay as they are, with a note.
 
     `max_images`: look at no more images than this (None: all). `positions`: positions per image, drawn from
-    `generator` (or from a fixed seed) anew for each batch; None: all. `tolerance`: stop once the assignments are
+    `generator` (or from a fixed seed) anew for each batch; None: all. `stable_within`: stop once the assignments are
     stable, that is once those of the last look are worth, under the newest statistics, at most this share less
     than the newest ones, for every group and peer, at two looks in a row, each at twice the images of the one
-    before; None: never stop early.
+    before; batches must then come in random order. None: never stop early.
     Raises MergeError where there are no data.
 
     Paper: Saadati et al., "DIMAT: Decentralized Iterative Merging-And-Training", CVPR 2024, arXiv 2404.08079;
@@ -83,13 +83,14 @@ def activations(
         for weights in networks:
             outputs = watch.run(weights, inputs, chosen)
             clock.lap("forward")
-            seen.append({g: [sampler(t, count(inputs)) for t in tensors] for g, tensors in outputs.items()})
+            # popped, so that no more than one model's activations are held whole
+            seen.append({group: [sampler(t, count(inputs)) for t in outputs.pop(group)] for group in chosen})
             clock.lap("statistics")
         images += count(inputs)
         pairs.update(seen)
         clock.lap("statistics")
-        if tolerance is not None and checks.due(images):
-            steady = steady + 1 if pairs.match() <= tolerance else 0
+        if stable_within is not None and checks.due(images):
+            steady = steady + 1 if pairs.match() <= stable_within else 0
             clock.lap("matching")
             if steady == 2:
                 break

@@ -36,7 +36,7 @@ def batchnorm(
     data: Data | None,
     estimator: Literal["pooled", "batch-mean"] = "pooled",
     max_images: Annotated[int, Field(ge=2)] | None = None,
-    tolerance: Annotated[float, Field(ge=0)] | None = None,
+    stable_within: Annotated[float, Field(ge=0)] | None = 0.03,
 ) -> Repaired:
     """Return the weights with BatchNorm running statistics re-estimated from `data`.
 
@@ -45,9 +45,10 @@ def batchnorm(
     in float64. "batch-mean": plain means over batches of m_b and n_b/(n_b − 1) v_b, which is what torch computes
     with `momentum=None` and what DIMAT's authors use.
 
-    `max_images`: take no more examples than this. `tolerance`: stop once the statistics change by less than
+    `max_images`: take no more examples than this. `stable_within`: stop once the statistics change by less than
     this between two looks, each at twice the images of the one before (root mean square over channels, in units
-    of the channel's standard deviation; worst layer); about the standard error that is left.
+    of the channel's standard deviation; worst layer), which is about the standard error that is left; batches
+    must then come in random order. None: take them all.
     `model` gives the architecture: its weights, buffers, mode and momentum are as before, and so is the random
     state. All other layers run in evaluation mode. Models without running statistics cost nothing.
     Raises MergeError where there is no model or no data, or only one value per channel.
@@ -69,8 +70,8 @@ def batchnorm(
         for inputs in join_single(take(data, max_images)):
             _forward(model, tensors, on_device(inputs, device))
             images += count(inputs)
-            if tolerance is not None and checks.due(images):
-                if max(layer.change() for layer in layers.values()) <= tolerance:
+            if stable_within is not None and checks.due(images):
+                if max(layer.change() for layer in layers.values()) <= stable_within:
                     break
     if not images:
         raise MergeError("the data to re-estimate BatchNorm on are empty: hand in at least one batch")
