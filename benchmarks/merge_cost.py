@@ -123,17 +123,18 @@ def measure(size: Size, agents: int, all_images: bool, folder: Path) -> dict[str
     """Merge once, in this process; keep the result in `folder`, which holds the images; return what it cost."""
     torch.set_num_threads(1)
     data, model = batches(load_file(folder / "images.safetensors")["images"]), network()
+    own = load_file(checkpoint(size, 0))
     began = process_time()
     spec = derive_symmetry(model, (data[0][0][:2],))
     context = MergeContext(model, spec, data)
-    context.observer(data[0])
+    points, _ = choose_points(spec, None, 2)
+    context.observer(data[0]).run(own, (data[0][0][:2],), points)  # its first run finds out what the graph writes to
     traced = process_time() - began
     config = MergeConfig(method="dimat-paper")
     if all_images:
         align = NamedConfig(name="activations", options={"stable_within": None})
         repair = NamedConfig(name="batchnorm", options={"stable_within": None})
         config = MergeConfig(method="dimat-paper", align=align, repair=repair)
-    own = load_file(checkpoint(size, 0))
     share = 1 / agents
     peers = [Peer(str(k), open_weights(checkpoint(size, k)), share) for k in range(1, agents)]
     torch.nn.functional.conv2d(data[0][0], own["conv1.weight"])  # set the library up before the clock runs

@@ -19,9 +19,10 @@ from typing import Any
 
 from dimat import __version__
 from dimat import events as facts
-from dimat.agent import round as rounds
+from dimat.agent import messages
 from dimat.agent.basis import BasisId
 from dimat.agent.local import MergeReport, TrainedReport
+from dimat.agent.round import RoundMachine
 from dimat.errors import DataError, DimatError, NetworkError
 from dimat.net.memory import MemoryNetwork
 from dimat.results import AgentRound, Results, round_summary
@@ -39,7 +40,7 @@ class AgentState:
     """What the simulator keeps of one agent beside its machine."""
 
     index: int
-    machine: rounds.RoundMachine
+    machine: RoundMachine
     manifest: Manifest | None = None
     report: TrainedReport | None = None
     held: list[str] = field(default_factory=list[str])
@@ -54,7 +55,7 @@ class Queued:
     time_s: float
     sequence: int
     agent: str = field(compare=False)
-    event: Callable[[], rounds.Event] = field(compare=False)
+    event: Callable[[], messages.Event] = field(compare=False)
 
 
 class Simulation:
@@ -145,7 +146,7 @@ class Simulation:
         )
         for index, name in enumerate(scenario.agents):
             nonce = f"{derive_seed(self._config.seed, 'basis', name):016x}"
-            machine = rounds.RoundMachine(
+            machine = RoundMachine(
                 name,
                 lambda number, agent=name: scenario.round_plan(agent, number),
                 rounds=scenario.rounds,
@@ -172,7 +173,7 @@ class Simulation:
         for name, setup in zip(self._agents, setups, strict=True):
             for message in result_of(setup, f"the set-up of {name}"):
                 self._warn(message)
-            self._put(0.0, name, rounds.Started())
+            self._put(0.0, name, messages.Started())
 
     def _loop(self) -> None:
         while self._queue:
@@ -191,41 +192,41 @@ class Simulation:
         raise DimatError(f"the simulation has nothing left to do, yet agents wait: {', '.join(stuck)}")
 
     # ── carrying actions out ─────────────────────────────────────────────────────────────────────────────────
-    def _perform(self, name: str, state: AgentState, action: rounds.Action) -> None:
+    def _perform(self, name: str, state: AgentState, action: messages.Action) -> None:
         match action:
-            case rounds.Train():
+            case messages.Train():
                 self._train(name, state, action)
-            case rounds.Checkpoint(round=number, stage=stage):
+            case messages.Checkpoint(round=number, stage=stage):
                 # written by the job before it: the training job records weights, the merging job saves them
                 self._emit(facts.Checkpointed(agent=name, round=number, stage=stage))
                 if stage == "merged":
                     self._finish_round(name, number)
-            case rounds.Publish():
+            case messages.Publish():
                 self._publish(name, state, action)
-            case rounds.Fetch():
+            case messages.Fetch():
                 self._fetch(name, state, action)
-            case rounds.AdoptBasis():
+            case messages.AdoptBasis():
                 path = state.fetched[action.peer]
                 job = self._submit(name, worker.adopt, action.round, action.peer, path)
                 own = state.machine.basis
                 self._put_job(
                     name,
                     job,
-                    lambda moved: rounds.BasisChanged(
+                    lambda moved: messages.BasisChanged(
                         action.round, own if moved is None else action.basis, moved or 0.0
                     ),
                 )
-            case rounds.Merge():
+            case messages.Merge():
                 self._merge(name, state, action)
-            case rounds.SetTimer(round=number, seconds=seconds):
-                self._put(seconds, name, rounds.Deadline(number))
-            case rounds.Report(fact=fact):
+            case messages.SetTimer(round=number, seconds=seconds):
+                self._put(seconds, name, messages.Deadline(number))
+            case messages.Report(fact=fact):
                 self._report(name, state, fact)
-            case rounds.Exit():
+            case messages.Exit():
                 state.done = True
 
-    def _train(self, name: str, state: AgentState, action: rounds.Train) -> None:
-        def outcome(report: TrainedReport) -> rounds.Event:
+    def _train(self, name: str, state: AgentState, action: messages.Train) -> None:
+        def outcome(report: TrainedReport) -> messages.Event:
             state.report = report
             self._cpu_s["train"] += report.train_s
             self._cpu_s["publish"] += report.record_s
@@ -239,12 +240,12 @@ class Simulation:
                         train_s=report.train_s,
                     )
                 )
-            return rounds.TrainingDone(action.round, report.payload.root)
+            return messages.TrainingDone(action.round, report.payload.root)
 
         job = self._submit(name, worker.train, action.round, action.learn)
         self._put_job(name, job, outcome, TRAIN_S if action.learn else 0.0)
 
-    def _publish(self, name: str, state: AgentState, action: rounds.Publish) -> None:
+    def _publish(self, name: str, state: AgentState, action: messages.Publish) -> None:
         report = state.report
         if report is None or report.payload.root != action.root:
             raise DimatError(f"{name} was asked to publish a snapshot that it has not recorded")
@@ -264,13 +265,13 @@ class Simulation:
         )
         self._emit(published)
         for reader in self._scenario.readers(name, action.round):
-            self._put(0.0, reader, rounds.PeerPublished(name, action.round, action.root, action.basis))
+            self._put(0.0, reader, messages.PeerPublished(name, action.round, action.root, action.basis))
 
-    def _fetch(self, name: str, state: AgentState, action: rounds.Fetch) -> None:
+    def _fetch(self, name: str, state: AgentState, action: messages.Fetch) -> None:
         try:
             manifest, path, moved = self._network.fetch(name, action.peer, action.round)
         except (NetworkError, DataError) as error:
-            self._put(0.0, name, rounds.FetchFailed(action.peer, action.round, action.root, str(error)))
+            self._put(0.0, name, messages.FetchFailed(action.peer, action.round, action.root, str(error)))
             return
         self._store.hold(manifest.payload.root)
         state.held.append(manifest.payload.root)
@@ -279,10 +280,10 @@ class Simulation:
             agent=name, round=action.round, peer=action.peer, snapshot=action.root, bytes=moved
         )
         self._emit(fetched)
-        self._put(0.0, name, rounds.SnapshotReady(action.peer, action.round, action.root))
+        self._put(0.0, name, messages.SnapshotReady(action.peer, action.round, action.root))
 
-    def _merge(self, name: str, state: AgentState, action: rounds.Merge) -> None:
-        def outcome(report: MergeReport) -> rounds.Event:
+    def _merge(self, name: str, state: AgentState, action: messages.Merge) -> None:
+        def outcome(report: MergeReport) -> messages.Event:
             self._cpu_s["merge"] += report.merge_s
             self._cpu_s["evaluate"] += report.evaluate_s
             self._cpu_s["checkpoint"] += report.checkpoint_s
@@ -290,7 +291,7 @@ class Simulation:
                 self._store.release(root)
             state.held.clear()
             state.fetched.clear()
-            return rounds.MergeDone(
+            return messages.MergeDone(
                 action.round,
                 report.refused,
                 accepted=report.accepted,
@@ -408,15 +409,15 @@ class Simulation:
     def _submit(self, name: str, job: Callable[..., Any], *args: Any) -> Future[Any]:
         return self._pool.submit(self._slot(name), job, self._key(name), *args)
 
-    def _put(self, delay_s: float, name: str, event: rounds.Event) -> None:
+    def _put(self, delay_s: float, name: str, event: messages.Event) -> None:
         self._push(delay_s, name, lambda: event)
 
     def _put_job(
-        self, name: str, job: Future[Any], outcome: Callable[[Any], rounds.Event], delay_s: float = 0.0
+        self, name: str, job: Future[Any], outcome: Callable[[Any], messages.Event], delay_s: float = 0.0
     ) -> None:
         self._push(delay_s, name, lambda: outcome(result_of(job, f"the work of {name}")))
 
-    def _push(self, delay_s: float, name: str, event: Callable[[], rounds.Event]) -> None:
+    def _push(self, delay_s: float, name: str, event: Callable[[], messages.Event]) -> None:
         self._sequence += 1
         heapq.heappush(self._queue, Queued(self._now + delay_s, self._sequence, name, event))
 

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dimat import events as facts
-from dimat.agent import round as r
+from dimat.agent import messages as r
 from dimat.agent.basis import BasisId
+from dimat.agent.round import OFFERS_KEPT, Phase, RoundMachine, RoundPlan
 
 
 def metropolis_row(graph: nx.Graph, agent: str) -> dict[str, float]:
@@ -45,9 +46,9 @@ class Network:
         self.done: dict[str, str] = {}
         self.merges: dict[tuple[str, int], r.Merge] = {}
         self.machines = {
-            a: r.RoundMachine(
+            a: RoundMachine(
                 a,
-                lambda _, a=a: r.RoundPlan(metropolis_row(self.graph, a)),
+                lambda _, a=a: RoundPlan(metropolis_row(self.graph, a)),
                 rounds=self.rounds,
                 basis=BasisId(0, a, "0"),
                 basis_gossip=True,
@@ -203,9 +204,9 @@ ROW = {"me": 0.5, "b": 0.25, "c": 0.25}
 MINE = BasisId(0, "me", "0")
 
 
-def machine(**changes: object) -> r.RoundMachine:
+def machine(**changes: object) -> RoundMachine:
     settings = {"rounds": 3, "basis": MINE, "basis_gossip": True, "deadline_s": 10.0, **changes}
-    return r.RoundMachine("me", lambda _: r.RoundPlan(ROW), **settings)  # type: ignore[arg-type]
+    return RoundMachine("me", lambda _: RoundPlan(ROW), **settings)  # type: ignore[arg-type]
 
 
 def offer(peer: str, number: int, root: str | None = None, basis: BasisId | None = None) -> r.PeerPublished:
@@ -255,7 +256,7 @@ def test_messages_of_no_concern_change_nothing() -> None:
     m.handle(r.SnapshotReady("b", 1, "b1"))
     assert m.handle(r.SnapshotReady("b", 1, "b1")) == []
     m.handle(r.PeerLost("c"))
-    assert m.phase is r.Phase.MERGING
+    assert m.phase is Phase.MERGING
     assert all(m.handle(event) == [] for event in noise if not isinstance(event, r.MergeDone))
 
 
@@ -298,7 +299,7 @@ def test_early_offers_wait_for_their_round_and_are_bounded() -> None:
     m.handle(r.Started())
     for number in range(2, 60):
         assert m.handle(offer("b", number)) == []
-    assert len(m._offers["b"]) == r.OFFERS_KEPT
+    assert len(m._offers["b"]) == OFFERS_KEPT
     m.handle(r.TrainingDone(1, "own"))
     m.handle(r.Deadline(1))
     actions = m.handle(r.MergeDone(1, {}))

@@ -22,8 +22,11 @@ from dimat.merge.weights import WeightsOn
 from dimat.symmetry import Observer
 from dimat.symmetry.spec import ObservationPoint, SymmetrySpec
 
-PIECE = 64
-"""Images per forward pass: bounds memory, and how far apart stopping can be."""
+PIECE = 32
+"""Images per forward pass: bounds memory, and is no slower than more."""
+
+FIRST_LOOK = 64
+"""Images after which assignments are first made, to see whether they are stable."""
 
 NEGLIGIBLE = 1e-9
 """Assignments worth less than this are worth nothing (constant units)."""
@@ -71,7 +74,7 @@ def activations(
     watch = observer(first_inputs(data))
     pairs = _Pairs(chosen, len(peers))
     sampler = PositionSampler(positions, generator or torch.Generator().manual_seed(0))
-    checks = GeometricChecks(PIECE)
+    checks = GeometricChecks(FIRST_LOOK)
     clock = Clock()
     device = device_of(model)
     networks = [WeightsOn(weights, device) for weights in (own, *peers)]
