@@ -9,7 +9,8 @@ CPU-seconds are time.process_time with one torch thread, in a fresh process for 
 reported. Tracing the model, which an agent does once and not at every merge, is listed apart. The networks are
 trained when the benchmark first runs (2 epochs on 10,000 images each, from different seeds) and kept under
 benchmarks/cache/. `--data` holds cifar10-train.parquet and cifar10-test.parquet; without them: exit code 5.
-`--quick`: n = 2, networks trained on 2,000 images for one epoch, accuracy on 1,000 test images.
+`--quick`: n = 2, networks trained on 1,500 images, merged with 1,000 (the reference's cost grows in proportion),
+accuracy on 1,000 test images: it shows that all works; networks that have learned little match less well.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ from dimat.symmetry import Observer, derive_symmetry
 from dimat.tasks.image_files import decode_images, open_images
 from dimat.tasks.models import ResNet20, resnet20
 
-REFERENCE_S = {2: 18.8, 5: 50.0}
-IMAGES = 2000
+REFERENCE_S = {2: 18.8, 5: 50.0}  # for REFERENCE_IMAGES
+REFERENCE_IMAGES = 2000
 BATCH = 125
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 STAGES = {
@@ -58,17 +59,18 @@ SPEED, QUALITY, POINTS, MEMORY_MB = 0.2, 0.99, 0.5, 600
 
 @dataclass(frozen=True)
 class Size:
-    """How much is trained and tested."""
+    """How much is trained, merged with, and tested."""
 
     name: str
     train: int
     epochs: int
+    images: int
     test: int
     agents: tuple[int, ...]
 
 
-FULL = Size("full", 10_000, 2, 10_000, (2, 5))
-QUICK = Size("quick", 2_000, 1, 1_000, (2,))
+FULL = Size("full", 10_000, 2, 2000, 10_000, (2, 5))
+QUICK = Size("quick", 1500, 2, 1000, 1000, (2,))
 
 
 def images(folder: Path, split: str, indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,9 +111,9 @@ def train(folder: Path, size: Size, agent: int) -> None:
     save_file(model.state_dict(), checkpoint(size, agent))
 
 
-def merge_images(folder: Path) -> Tensor:
-    """The 2,000 training images that are merged with."""
-    indices = torch.randperm(50_000, generator=torch_generator(0, "merge_cost", "merge"))[:IMAGES]
+def merge_images(folder: Path, size: Size) -> Tensor:
+    """The training images that are merged with."""
+    indices = torch.randperm(50_000, generator=torch_generator(0, "merge_cost", "merge"))[: size.images]
     return images(folder, "train", indices)[0]
 
 
@@ -211,7 +213,7 @@ def run(folder: Path, size: Size) -> Result:
         if not checkpoint(size, agent).exists():
             print(f"training network {agent + 1} of {max(size.agents)} …", file=sys.stderr)
             train(folder, size, agent)
-    pixels = merge_images(folder)
+    pixels = merge_images(folder, size)
     test = images(folder, "test", torch.arange(size.test))
     ratios: list[float] = []
     good = True
@@ -221,11 +223,14 @@ def run(folder: Path, size: Size) -> Result:
         share = quality(pixels, size, agents, ours["permutations"])
         hits, bar = accuracy(ours["weights"], *test), accuracy(full["weights"], *test)
         rows = [[name, ours["stages"].get(key, 0.0), full["stages"].get(key, 0.0), ""] for name, key in STAGES.items()]
-        ratios.append(ours["total"] / REFERENCE_S[agents])
-        rows.append(["merge", ours["total"], full["total"], REFERENCE_S[agents]])
-        rows.append(["ratio to the reference", ratios[-1], full["total"] / REFERENCE_S[agents], 1.0])
+        reference = REFERENCE_S[agents] * size.images / REFERENCE_IMAGES
+        ratios.append(ours["total"] / reference)
+        rows.append(["merge", ours["total"], full["total"], reference])
+        rows.append(["ratio to the reference", ratios[-1], full["total"] / reference, 1.0])
         rows.append(["trace (once per agent)", ours["trace"], full["trace"], ""])
-        rows += [[f"images: {stage}", ours["images"][stage], full["images"][stage], IMAGES] for stage in ours["images"]]
+        rows += [
+            [f"images: {stage}", ours["images"][stage], full["images"][stage], size.images] for stage in ours["images"]
+        ]
         rows.append(["assignment value, worst group", share, "", 1.0])
         rows.append(["test accuracy, %", hits, bar, ""])
         rows.append(["peak memory, MB", ours["memory_mb"], full["memory_mb"], ""])
@@ -235,7 +240,7 @@ def run(folder: Path, size: Size) -> Result:
         measured = ours["total"]
     target = f"ratio <= {SPEED:g}, assignment >= {QUALITY:.0%}, accuracy within {POINTS:g}, <= {MEMORY_MB} MB"
     met = good and max(ratios) <= SPEED
-    return Result("merge_cost", round(measured, 3), REFERENCE_S[agents], round(max(ratios), 4), target, met)
+    return Result("merge_cost", round(measured, 3), reference, round(max(ratios), 4), target, met)
 
 
 def main() -> int:

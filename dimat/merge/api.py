@@ -14,9 +14,10 @@ from dimat.errors import ConfigError, MergeError, nearest
 from dimat.merge.batches import as_data, first_inputs
 from dimat.merge.context import MergeContext
 from dimat.merge.pipeline import MergePlan, Peer, check_mixing, merge, plan_merge
-from dimat.merge.registry import Registry, accept_registry, align_registry, combine_registry, repair_registry
+from dimat.merge.registry import accept_registry, align_registry, combine_registry, repair_registry
 from dimat.merge.stages import Permutations, Points, Score, Weights
 from dimat.merge.weights import open_weights
+from dimat.registry import Registry
 from dimat.symmetry import derive_symmetry
 from dimat.symmetry.spec import SymmetrySpec
 
@@ -57,7 +58,9 @@ def align_weights(
     """
     context = MergeContext(model, spec, as_data(data), points=points)
     config = NamedConfig(name=using, options=options)
-    aligned = align_registry.call(config, open_weights(own), [open_weights(peer)], **context.offered())
+    aligned = align_registry.call(
+        config.name, config.options, open_weights(own), [open_weights(peer)], **context.offered()
+    )
     return aligned.permutations[0]
 
 

@@ -21,10 +21,11 @@ from dimat.errors import ConfigError, DimatError, MergeError, unknown_name
 from dimat.merge.clock import Clock
 from dimat.merge.context import MergeContext
 from dimat.merge.matching import moved_share
-from dimat.merge.registry import accept_registry, align_registry, check_options, combine_registry, repair_registry
+from dimat.merge.registry import CONTEXT, accept_registry, align_registry, combine_registry, repair_registry
 from dimat.merge.screen import norm_of, screen
 from dimat.merge.stages import Aligned, Permutations, Weights
 from dimat.merge.weights import PermutedWeights
+from dimat.registry import check_options
 
 MIXING_TOLERANCE = 1e-6
 """Mixing weights sum to 1 within this."""
@@ -106,11 +107,11 @@ def plan_merge(config: MergeConfig) -> MergePlan:
         probe_samples=config.probe_samples,
         screen=dict(config.screen),
     )
-    align_registry.check(plan.align)
-    combine_registry.check(plan.combine)
-    repair_registry.check(plan.repair)
-    accept_registry.check(plan.accept)
-    check_options(screen, plan.screen, "merge.screen")
+    align_registry.check(plan.align.name, plan.align.options)
+    combine_registry.check(plan.combine.name, plan.combine.options)
+    repair_registry.check(plan.repair.name, plan.repair.options)
+    accept_registry.check(plan.accept.name, plan.accept.options)
+    check_options(screen, plan.screen, "merge.screen", context=CONTEXT)
     return plan
 
 
@@ -158,16 +159,23 @@ def merge(
     views = [_view(peer.weights, permutations.get(peer.name), context) for peer in merging]
     clock.lap("align")
     combined = combine_registry.call(
-        plan.combine, own, views, [own_weight, *(peer.weight for peer in merging)], **context.offered()
+        plan.combine.name,
+        plan.combine.options,
+        own,
+        views,
+        [own_weight, *(peer.weight for peer in merging)],
+        **context.offered(),
     )
     clock.lap("combine")
-    repaired = repair_registry.call(plan.repair, combined, **context.offered())
+    repaired = repair_registry.call(plan.repair.name, plan.repair.options, combined, **context.offered())
     clock.lap("repair")
 
     def repair_again(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        return repair_registry.call(plan.repair, weights, **context.offered()).weights
+        return repair_registry.call(plan.repair.name, plan.repair.options, weights, **context.offered()).weights
 
-    accepted = accept_registry.call(plan.accept, own, repaired.weights, **context.offered(), repair=repair_again)
+    accepted = accept_registry.call(
+        plan.accept.name, plan.accept.options, own, repaired.weights, **context.offered(), repair=repair_again
+    )
     clock.lap("accept")
     return MergeOutcome(
         weights=accepted.weights if accepted.share else _copy(own),
@@ -207,7 +215,7 @@ def _align(own: Weights, peers: Sequence[Weights], plan: MergePlan, context: Mer
         return Aligned([{} for _ in peers])
     if context.spec is None or not context.spec.groups:
         return Aligned([{} for _ in peers], notes=("no symmetry groups are known: averaged without alignment",))
-    return align_registry.call(plan.align, own, peers, **context.offered())
+    return align_registry.call(plan.align.name, plan.align.options, own, peers, **context.offered())
 
 
 def _view(weights: Weights, permutations: Permutations | None, context: MergeContext) -> Weights:

@@ -4,9 +4,10 @@ from dimat.tasks.classification import ClassificationTask
 from dimat.tasks.data import InputBatches, Subset, TensorData, from_dataset, input_batches
 from dimat.tasks.models import DigitsCNN, ImageCNN, ResNet20, mlp, resnet20, seeded
 from dimat.tasks.partition import histogram, partition
-from dimat.tasks.registry import list_tasks, load_task, task
+from dimat.tasks.registry import TASKS, list_tasks, load_task
 
 __all__ = [
+    "TASKS",
     "ClassificationTask",
     "DigitsCNN",
     "ImageCNN",
@@ -23,5 +24,4 @@ __all__ = [
     "partition",
     "resnet20",
     "seeded",
-    "task",
 ]

@@ -15,15 +15,15 @@ from dimat.errors import ConfigError, DataError
 from dimat.tasks.classification import ClassificationTask
 from dimat.tasks.data import Subset, TensorData, balanced_draw
 from dimat.tasks.models import DigitsCNN, mlp, seeded
-from dimat.tasks.registry import task
+from dimat.tasks.registry import TASKS
 
 TEST_SAMPLES = 360
 MAX_PROBE = 1000
 
 
-@task("digits")
+@TASKS.register("digits")
 def digits(
-    model: Literal["cnn", "mlp"] = "cnn", width: int = 16, hidden: tuple[int, ...] = (64, 64), probe: int = 100
+    *, model: Literal["cnn", "mlp"] = "cnn", width: int = 16, hidden: tuple[int, ...] = (64, 64), probe: int = 100
 ) -> ClassificationTask:
     """Handwritten digits, 8×8, bundled with scikit-learn.
 

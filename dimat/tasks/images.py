@@ -17,14 +17,15 @@ from dimat.tasks.classification import ClassificationTask
 from dimat.tasks.data import TensorData, balanced_draw
 from dimat.tasks.image_files import ImageSource, PixelFormat, decode_images, open_images
 from dimat.tasks.models import ImageCNN, Shortcut, resnet20, seeded
-from dimat.tasks.registry import task
+from dimat.tasks.registry import TASKS
 
 CROP_PADDING = 4
 Count = Annotated[int, Field(ge=1)]
 
 
-@task("images")
+@TASKS.register("images")
 def images(
+    *,
     train: str,
     test: str,
     model: Literal["resnet20", "cnn"] = "resnet20",

@@ -1,43 +1,29 @@
-"""Tasks by name: a decorator, and the functions that find and call what it registered."""
+"""Tasks by name, bundled ones and hooks."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from importlib import import_module
 from pathlib import Path
-from pkgutil import iter_modules
-from typing import Any, TypeVar
-
-from pydantic import ConfigDict, ValidationError, validate_call
+from typing import Any
 
 from dimat.config import TaskConfig
-from dimat.errors import ConfigError, DimatError, HookError, nearest, unknown_name
+from dimat.errors import ConfigError, DimatError, HookError, nearest
 from dimat.hooks import load_hook
+from dimat.registry import Registry
 from dimat.task import Task
 
-TaskFunction = Callable[..., Task]
-F = TypeVar("F", bound=TaskFunction)
-
-_TASKS: dict[str, TaskFunction] = {}
 MEMBERS = ("name", "metric", "classes", "build_model", "example_inputs", "data", "loss", "metrics")
 FOLDER = "folder"
 
-
-def task(name: str) -> Callable[[F], F]:
-    """Register a function that returns a Task. Its keyword arguments are the task's options; one named `folder`
-    is given the folder that relative paths are taken from."""
-
-    def register(function: F) -> F:
-        _TASKS[name] = function
-        return function
-
-    return register
+TASKS: Registry[Task] = Registry("task", "dimat.tasks", context=frozenset({FOLDER}))
+"""The bundled tasks. A function's keyword arguments are the task's options; one named `folder` is given the folder
+that relative paths are taken from."""
 
 
 def list_tasks() -> dict[str, str]:
     """Return the bundled tasks: name → first line of the documentation."""
-    return {name: (inspect.getdoc(function) or "").partition("\n")[0] for name, function in sorted(_found().items())}
+    return {entry.name: entry.summary for entry in TASKS.entries()}
 
 
 def load_task(config: TaskConfig, folder: Path = Path()) -> Task:
@@ -48,31 +34,10 @@ def load_task(config: TaskConfig, folder: Path = Path()) -> Task:
     """
     if config.hook is not None:
         return _hooked(config.hook, config.options, folder)
-    name = config.name or "digits"
-    known = _found()
-    if name not in known:
-        raise ConfigError(unknown_name("task", name, known))
-    function = known[name]
-    where = f"task {name!r}"
-    options = _with_folder(function, config.options, folder, where)
-    try:
-        return validate_call(config=ConfigDict(arbitrary_types_allowed=True))(function)(**options)
-    except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        option = ".".join(map(str, fault["loc"]))
-        if fault["type"] == "missing_argument":
-            raise ConfigError(f"{where} needs the option {option!r}") from None
-        raise ConfigError(f"{where}, option {option!r}: {fault['msg']} (got {fault['input']!r})") from None
+    return TASKS.call(config.name or "digits", config.options, folder=folder)
 
 
-def _found() -> Mapping[str, TaskFunction]:
-    """Import every module of this folder once, so that each task registers itself."""
-    for module in iter_modules([str(Path(__file__).parent)]):
-        import_module(f"{__package__}.{module.name}")
-    return _TASKS
-
-
-def _with_folder(function: TaskFunction, options: Mapping[str, Any], folder: Path, where: str) -> dict[str, Any]:
+def _with_folder(function: Callable[..., Any], options: Mapping[str, Any], folder: Path, where: str) -> dict[str, Any]:
     """Check option names against the function's keyword arguments and add the folder where it takes one."""
     parameters = inspect.signature(function).parameters.values()
     named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]

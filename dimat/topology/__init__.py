@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 _HOME = {
     "BaseK": "base_k",
     "CycleSchedule": "rounds",
-    "Entry": "registry",
     "Mixer": "mixing",
     "NetworkMap": "maps",
     "Schedule": "rounds",
@@ -49,7 +48,6 @@ _HOME = {
 __all__ = [
     "BaseK",
     "CycleSchedule",
-    "Entry",
     "Mixer",
     "NetworkMap",
     "Schedule",
@@ -99,7 +97,6 @@ if TYPE_CHECKING:
     from dimat.topology.graphs import build_graph, check_graph, list_graphs
     from dimat.topology.maps import NetworkMap, Topology, build_topology, check, load_map
     from dimat.topology.mixing import Mixer, check_matrix, list_mixings, mixing_matrix, push_sum_matrix, renormalise
-    from dimat.topology.registry import Entry
     from dimat.topology.rounds import CycleSchedule, Schedule, check_schedule
     from dimat.topology.schedule import Setting, list_schedules, make_schedule
     from dimat.topology.write import export

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dimat.errors import TopologyError
+from dimat.registry import Entry, Registry
 from dimat.seeds import derive_seed
-from dimat.topology.registry import Entry, Registry
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 MAX_DRAWS = 100
 """Draws of a random graph before giving up on a connected one."""
 
-GRAPHS: Registry[IntGraph] = Registry("graph")
+GRAPHS: Registry[IntGraph] = Registry("graph", error=TopologyError)
 
 
 def list_graphs() -> list[Entry]:

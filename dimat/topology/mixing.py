@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dimat.errors import TopologyError
-from dimat.topology.registry import Entry, Registry
+from dimat.registry import Entry, Registry
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -54,7 +54,7 @@ def links_of(graph: nx.Graph[str]) -> Links:
     return Links(names, both, both)
 
 
-MIXINGS: Registry[RowOf] = Registry("mixing")
+MIXINGS: Registry[RowOf] = Registry("mixing", error=TopologyError)
 PUSH_SUM = "push-sum"
 
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dimat.errors import TopologyError
+from dimat.registry import Entry, Registry
 from dimat.topology.base_k import BaseK
 from dimat.topology.mixing import Mixer
-from dimat.topology.registry import Entry, Registry
 from dimat.topology.rounds import CycleSchedule, Schedule, check_schedule
 from dimat.topology.varying import Epidemic, OnePeerExponential, RandomMatching
 
@@ -33,7 +33,7 @@ class Setting:
     """Makes a graph from an entry of option `graphs` (a name or a table)."""
 
 
-SCHEDULES: Registry[Schedule] = Registry("schedule")
+SCHEDULES: Registry[Schedule] = Registry("schedule", error=TopologyError)
 
 
 def list_schedules() -> list[Entry]:

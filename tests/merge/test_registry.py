@@ -75,13 +75,13 @@ def test_presets_and_overrides() -> None:
 
 def test_a_method_is_called_with_its_options_and_the_context_it_asks_for() -> None:
     """Only what the function names arrives; a second method of the same name is refused."""
-    registry: Registry[dict[str, Any]] = Registry("toy", "dimat.merge.align")
+    registry: Registry[dict[str, Any]] = Registry("toy", context=frozenset({"data", "model"}))
 
     @registry.register("toy")
     def toy(value: int, *, data: str, factor: float = 2.0) -> dict[str, Any]:
         return {"value": value, "data": data, "factor": factor}
 
-    called = registry.call(NamedConfig(name="toy", options={"factor": 3}), 1, data="d", model="m")
+    called = registry.call("toy", {"factor": 3}, 1, data="d", model="m")
     assert called == {"value": 1, "data": "d", "factor": 3}
     assert registry.options("toy") == {"factor": 2.0}
     with pytest.raises(ConfigError, match="twice"):

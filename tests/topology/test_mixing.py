@@ -158,7 +158,7 @@ def test_wrong_shapes_and_columns() -> None:
     [
         (Mixer("metropolitan"), "unknown mixing 'metropolitan'; did you mean 'metropolis'"),
         (Mixer("metropolis", {"lazy": 1.0}), r"'lazy' of mixing 'metropolis' must be in \[0, 1\), not 1.0"),
-        (Mixer("metropolis", {"lazi": 0.5}), "unknown option 'lazi'"),
+        (Mixer("metropolis", {"lazi": 0.5}), "mixing 'metropolis' has no option 'lazi'"),
         (Mixer("samples"), "needs the samples of each agent"),
         (Mixer("samples", samples={"a": 1, "b": 2}), "samples of agent 'c', not None"),
         (Mixer("samples", samples={"a": 1, "b": 2, "c": 0}), "samples of agent 'c', not 0"),

@@ -167,10 +167,10 @@ def test_ten_thousand_agents_need_no_matrix() -> None:
     ("name", "graph", "options", "mixer", "message"),
     [
         ("statics", "ring", {}, Mixer(), "unknown schedule 'statics'; did you mean 'static'"),
-        ("static", "ring", {"k": 2}, Mixer(), "schedule 'static' takes no options"),
+        ("static", "ring", {"k": 2}, Mixer(), "schedule 'static' has no option 'k'"),
         ("static", None, {}, Mixer(), "needs a graph"),
         ("base-k", None, {"k": 0}, Mixer(), "at least 1, not 0"),
-        ("base-k", None, {"k": 1.5}, Mixer(), "must be int"),
+        ("base-k", None, {"k": 1.5}, Mixer(), "Input should be a valid integer"),
         ("base-k", None, {}, Mixer("uniform"), "weights of its own; leave out mixing 'uniform'"),
         ("one-peer-exponential", None, {}, Mixer("metropolis", {"lazy": 0.5}), "weights of its own"),
         ("epidemic", None, {"s": 7}, Mixer(), "from 1 to 6, not 7"),
