@@ -73,6 +73,7 @@ class Simulation:
         self._config = scenario.config
         self._folder = folder
         self._pool = pool
+        self._first_slot = pool.take_slots(len(scenario.agents))
         self.listeners = list(listeners)
         self._warm = warm
         self._store = SnapshotStore(folder.snapshots, keep=self._config.simulate.keep_snapshots)
@@ -403,8 +404,7 @@ class Simulation:
         return f"{self._folder.path}:{name}"
 
     def _slot(self, name: str) -> int:
-        # neighbours in the list go to different workers; runs side by side start at different ones
-        return self._agents[name].index + derive_seed(self._config.seed, "slot") % self._pool.size
+        return self._first_slot + self._agents[name].index
 
     def _submit(self, name: str, job: Callable[..., Any], *args: Any) -> Future[Any]:
         return self._pool.submit(self._slot(name), job, self._key(name), *args)

@@ -44,6 +44,7 @@ class WorkerPool:
             raise ConfigError(f"a pool of {size} workers cannot work; give at least one")
         self.size = size
         self.ended = False
+        self._slots_taken = 0
         self._executors: list[ProcessPoolExecutor] = []
         self._threads_before = 0
 
@@ -88,6 +89,12 @@ class WorkerPool:
                 process.terminate()
             for process in processes:
                 process.join(5)  # one that still writes would do so behind the back of whoever tidies up
+
+    def take_slots(self, count: int) -> int:
+        """Return the first of `count` slots in a row that nobody else has: runs side by side even out over workers."""
+        first = self._slots_taken
+        self._slots_taken += count
+        return first
 
     def submit(self, slot: int, job: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> Future[R]:
         """Run `job` in the worker of a slot. In this process, if there is one worker: then it has run on return."""
