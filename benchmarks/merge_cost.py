@@ -3,14 +3,16 @@
 Reference: DIMAT's program (arXiv 2404.08079) needs 18.8 (n = 2) and 50 (n = 5) CPU-seconds for 2,000 images on
 one thread, a fifth of the 94 and 250 s measured for 10,000. Ours may look at fewer images, so the saving counts
 only where the result is as good: the assignment, judged on all positions of all images, must be worth 99 % of the
-best one there is, and the merge must be within 0.5 points of test accuracy of one that used every image.
+best one there is (in sum over groups and peers; the worst single group of all merges is shown beside it), and the
+merge must be within 0.5 points of test accuracy of one that used every image. Right after a merge that accuracy
+swings by a point or two between assignments of equal value, so every network takes its turn as self: costs and
+accuracies are means over five merges, memory and assignment value the worst of them.
 
-CPU-seconds are time.process_time with one torch thread, in a fresh process for each n whose peak memory is
+CPU-seconds are time.process_time with one torch thread, in a fresh process for each merge, whose peak memory is
 reported. Tracing the model, which an agent does once and not at every merge, is listed apart. The networks are
 trained when the benchmark first runs (2 epochs on 10,000 images each, from different seeds) and kept under
 benchmarks/cache/. `--data` holds cifar10-train.parquet and cifar10-test.parquet; without them: exit code 5.
-`--quick`: n = 2, networks trained on 1,500 images, merged with 1,000 (the reference's cost grows in proportion),
-accuracy on 1,000 test images: it shows that all works; networks that have learned little match less well.
+`--quick`: n = 2, networks trained on 2,500 images for two epochs, cost alone: quality is not judged.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 from time import process_time
@@ -42,8 +44,8 @@ from dimat.symmetry import Observer, derive_symmetry
 from dimat.tasks.image_files import decode_images, open_images
 from dimat.tasks.models import ResNet20, resnet20
 
-REFERENCE_S = {2: 18.8, 5: 50.0}  # for REFERENCE_IMAGES
-REFERENCE_IMAGES = 2000
+REFERENCE_S = {2: 18.8, 5: 50.0}
+IMAGES = 2000
 BATCH = 125
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 STAGES = {
@@ -59,18 +61,20 @@ SPEED, QUALITY, POINTS, MEMORY_MB = 0.2, 0.99, 0.5, 600
 
 @dataclass(frozen=True)
 class Size:
-    """How much is trained, merged with, and tested."""
+    """How much is trained and tested; `turns`: merges for each n, each with another network
+    as self; `quality`: whether the result is judged too."""
 
     name: str
     train: int
     epochs: int
-    images: int
     test: int
     agents: tuple[int, ...]
+    turns: int
+    quality: bool
 
 
-FULL = Size("full", 10_000, 2, 2000, 10_000, (2, 5))
-QUICK = Size("quick", 1500, 2, 1000, 1000, (2,))
+FULL = Size("full", 10_000, 2, 5_000, (2, 5), 5, quality=True)
+QUICK = Size("quick", 2500, 2, 0, (2,), 1, quality=False)
 
 
 def images(folder: Path, split: str, indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,7 +99,7 @@ def train(folder: Path, size: Size, agent: int) -> None:
     inputs, labels = images(folder, "train", mine)
     g = torch_generator(0, "merge_cost", agent)
     torch.manual_seed(derive_seed(0, "merge_cost", "init", agent))
-    model = network()
+    model = network().to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     steps = size.epochs * (size.train // BATCH)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
@@ -108,12 +112,13 @@ def train(folder: Path, size: Size, agent: int) -> None:
             optimizer.step()
             rate.step()
     CACHE.mkdir(exist_ok=True)
-    save_file(model.state_dict(), checkpoint(size, agent))
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(weights, checkpoint(size, agent))
 
 
-def merge_images(folder: Path, size: Size) -> Tensor:
-    """The training images that are merged with."""
-    indices = torch.randperm(50_000, generator=torch_generator(0, "merge_cost", "merge"))[: size.images]
+def merge_images(folder: Path) -> Tensor:
+    """The 2,000 training images that are merged with."""
+    indices = torch.randperm(50_000, generator=torch_generator(0, "merge_cost", "merge"))[:IMAGES]
     return images(folder, "train", indices)[0]
 
 
@@ -121,11 +126,11 @@ def batches(pixels: Tensor) -> list[tuple[Tensor]]:
     return [(batch,) for batch in pixels.split(BATCH)]
 
 
-def measure(size: Size, agents: int, all_images: bool, folder: Path) -> dict[str, Any]:
-    """Merge once, in this process; keep the result in `folder`, which holds the images; return what it cost."""
+def measure(size: Size, members: list[int], all_images: bool, folder: Path) -> dict[str, Any]:
+    """Merge networks, self first; keep the result in `folder`, which holds the images; return what it cost."""
     torch.set_num_threads(1)
     data, model = batches(load_file(folder / "images.safetensors")["images"]), network()
-    own = load_file(checkpoint(size, 0))
+    own = load_file(checkpoint(size, members[0]))
     began = process_time()
     spec = derive_symmetry(model, (data[0][0][:2],))
     context = MergeContext(model, spec, data)
@@ -137,8 +142,8 @@ def measure(size: Size, agents: int, all_images: bool, folder: Path) -> dict[str
         align = NamedConfig(name="activations", options={"stable_within": None})
         repair = NamedConfig(name="batchnorm", options={"stable_within": None})
         config = MergeConfig(method="dimat-paper", align=align, repair=repair)
-    share = 1 / agents
-    peers = [Peer(str(k), open_weights(checkpoint(size, k)), share) for k in range(1, agents)]
+    share = 1 / len(members)
+    peers = [Peer(str(k), open_weights(checkpoint(size, k)), share) for k in members[1:]]
     torch.nn.functional.conv2d(data[0][0], own["conv1.weight"])  # set the library up before the clock runs
     began = process_time()
     outcome = merge(own, share, peers, plan_merge(config), context)
@@ -149,8 +154,8 @@ def measure(size: Size, agents: int, all_images: bool, folder: Path) -> dict[str
     return {
         "total": total,
         "trace": traced,
-        "stages": outcome.cpu_s,
-        "images": outcome.images,
+        **{key: outcome.cpu_s[key] for key in STAGES.values()},
+        **{f"images.{stage}": count for stage, count in outcome.images.items()},
         "memory_mb": peak_memory_mb(),
     }
 
@@ -164,11 +169,11 @@ def peak_memory_mb() -> float:
     return getrusage(RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
 
 
-def in_fresh_process(pixels: Tensor, size: Size, agents: int, all_images: bool) -> dict[str, Any]:
+def in_fresh_process(pixels: Tensor, size: Size, members: list[int], all_images: bool) -> dict[str, Any]:
     """Run `measure` in a process of its own; return what it says, with weights and permutations."""
     with tempfile.TemporaryDirectory() as folder:
         save_file({"images": pixels}, Path(folder) / "images.safetensors")
-        command = [sys.executable, __file__, "--measure", str(agents), "--folder", folder]
+        command = [sys.executable, __file__, "--measure", *map(str, members), "--folder", folder]
         command += ["--quick"] * (size is QUICK) + ["--all-images"] * all_images
         said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         found: dict[str, Any] = json.loads(said.splitlines()[-1])
@@ -177,26 +182,28 @@ def in_fresh_process(pixels: Tensor, size: Size, agents: int, all_images: bool) 
     return found
 
 
-def quality(pixels: Tensor, size: Size, agents: int, permutations: dict[str, Tensor]) -> float:
-    """Value of the assignments over that of the best ones, on all positions of all images; worst group and peer."""
+def quality(pixels: Tensor, size: Size, members: list[int], permutations: dict[str, Tensor]) -> dict[str, float]:
+    """Value of the assignments over that of the best ones, on all positions of all images: of a merge as a whole
+    (summed over groups and peers), and of its worst group."""
     data, model = batches(pixels), network()
     spec = derive_symmetry(model, (data[0][0][:2],))
     observer = Observer(model, spec, (data[0][0][:2],))
     points, _ = choose_points(spec, None, 2)
-    states = [load_file(checkpoint(size, k)) for k in range(agents)]
-    statistics = {group: [CrossStatistics(agents - 1) for _ in at] for group, at in points.items()}
+    states = [load_file(checkpoint(size, k)) for k in members]
+    statistics = {group: [CrossStatistics(len(members) - 1) for _ in at] for group, at in points.items()}
     for inputs in data:
         own, *others = [observer.run(state, inputs, points) for state in states]
         for group, listed in statistics.items():
             for i, point in enumerate(listed):
                 point.update(own[group][i], [other[group][i] for other in others])
-    worst = 1.0
+    values: list[float] = []
+    best: list[float] = []
     for group, listed in statistics.items():
-        for peer in range(agents - 1):
+        for peer, name in enumerate(members[1:]):
             scores = average_correlation(listed, peer)
-            best = assignment_value(scores, assign(scores))
-            worst = min(worst, assignment_value(scores, permutations[f"{peer + 1}:{group}"]) / best)
-    return worst
+            values.append(assignment_value(scores, permutations[f"{name}:{group}"]))
+            best.append(assignment_value(scores, assign(scores)))
+    return {"value": sum(values) / sum(best), "value_group": min(v / b for v, b in zip(values, best))}
 
 
 def accuracy(weights: dict[str, Tensor], inputs: Tensor, labels: Tensor) -> float:
@@ -209,44 +216,73 @@ def accuracy(weights: dict[str, Tensor], inputs: Tensor, labels: Tensor) -> floa
 
 
 def run(folder: Path, size: Size) -> Result:
-    for agent in range(max(size.agents)):
+    count = max(size.agents)
+    for agent in range(count):
         if not checkpoint(size, agent).exists():
-            print(f"training network {agent + 1} of {max(size.agents)} …", file=sys.stderr)
+            print(f"training network {agent + 1} of {count} …", file=sys.stderr)
             train(folder, size, agent)
-    pixels = merge_images(folder, size)
-    test = images(folder, "test", torch.arange(size.test))
-    ratios: list[float] = []
-    good = True
+    pixels = merge_images(folder)
+    test = images(folder, "test", torch.arange(size.test)) if size.quality else None
+    worst = Result("merge_cost", 0.0, 1.0, 0.0, "", met=True)
     for agents in size.agents:
-        ours = in_fresh_process(pixels, size, agents, all_images=False)
-        full = in_fresh_process(pixels, size, agents, all_images=True)
-        share = quality(pixels, size, agents, ours["permutations"])
-        hits, bar = accuracy(ours["weights"], *test), accuracy(full["weights"], *test)
-        rows = [[name, ours["stages"].get(key, 0.0), full["stages"].get(key, 0.0), ""] for name, key in STAGES.items()]
-        reference = REFERENCE_S[agents] * size.images / REFERENCE_IMAGES
-        ratios.append(ours["total"] / reference)
-        rows.append(["merge", ours["total"], full["total"], reference])
-        rows.append(["ratio to the reference", ratios[-1], full["total"] / reference, 1.0])
-        rows.append(["trace (once per agent)", ours["trace"], full["trace"], ""])
-        rows += [
-            [f"images: {stage}", ours["images"][stage], full["images"][stage], size.images] for stage in ours["images"]
-        ]
-        rows.append(["assignment value, worst group", share, "", 1.0])
-        rows.append(["test accuracy, %", hits, bar, ""])
-        rows.append(["peak memory, MB", ours["memory_mb"], full["memory_mb"], ""])
-        print(f"\nn = {agents}")
-        table(["CPU-seconds, one thread", "dimat", "every image", "reference"], rows)
-        good = good and share >= QUALITY and hits >= bar - POINTS and ours["memory_mb"] <= MEMORY_MB
-        measured = ours["total"]
-    target = f"ratio <= {SPEED:g}, assignment >= {QUALITY:.0%}, accuracy within {POINTS:g}, <= {MEMORY_MB} MB"
-    met = good and max(ratios) <= SPEED
-    return Result("merge_cost", round(measured, 3), reference, round(max(ratios), 4), target, met)
+        ours: list[dict[str, Any]] = []
+        full: list[dict[str, Any]] = []
+        for turn in range(size.turns):
+            members = [(turn + k) % count for k in range(agents)]
+            ours.append(in_fresh_process(pixels, size, members, all_images=False))
+            if test is not None:
+                full.append(in_fresh_process(pixels, size, members, all_images=True))
+                ours[-1] |= quality(pixels, size, members, ours[-1]["permutations"])
+                for each in (ours[-1], full[-1]):
+                    each["accuracy"] = accuracy(each["weights"], *test)
+        column, bar = summary(ours), summary(full)
+        report(agents, [column, bar][: 1 + size.quality])
+        ratio = column["total"] / REFERENCE_S[agents]
+        good = ratio <= SPEED and column["memory_mb"] <= MEMORY_MB and worst.met
+        if size.quality:
+            good = good and column["value"] >= QUALITY and column["accuracy"] >= bar["accuracy"] - POINTS
+        if ratio >= worst.ratio:
+            worst = Result("merge_cost", round(column["total"], 3), REFERENCE_S[agents], round(ratio, 4), "", good)
+        worst = replace(worst, met=good)
+    target = f"ratio <= {SPEED:g}, <= {MEMORY_MB} MB"
+    if size.quality:
+        target += f", assignment >= {QUALITY:.0%}, accuracy within {POINTS:g} points"
+    return replace(worst, target=target)
+
+
+def summary(merges: list[dict[str, Any]]) -> dict[str, float]:
+    """Return means over merges of costs, images and accuracy, and the worst memory and assignment value."""
+    worst = {"memory_mb": max, "value": min, "value_group": min}
+    numbers = [key for key, value in merges[0].items() if isinstance(value, int | float)] if merges else []
+    return {
+        key: worst[key](m[key] for m in merges) if key in worst else sum(m[key] for m in merges) / len(merges)
+        for key in numbers
+    }
+
+
+def report(agents: int, columns: list[dict[str, float]]) -> None:
+    """Print one column for the default merge and, where it was measured, one for a merge that uses every image."""
+    reference = REFERENCE_S[agents]
+    rows: list[list[object]] = [[name, *(c[key] for c in columns), ""] for name, key in STAGES.items()]
+    rows.append(["merge", *(c["total"] for c in columns), reference])
+    rows.append(["ratio to the reference", *(c["total"] / reference for c in columns), 1.0])
+    rows.append(["trace (once per agent)", *(c["trace"] for c in columns), ""])
+    rows += [
+        [f"images: {stage}", *(round(c[f"images.{stage}"]) for c in columns), IMAGES] for stage in ("align", "repair")
+    ]
+    if "accuracy" in columns[0]:
+        rows.append(["assignment value, worst merge", columns[0]["value"], "", 1.0])
+        rows.append(["assignment value, worst group", columns[0]["value_group"], "", 1.0])
+        rows.append(["test accuracy, %", *(c["accuracy"] for c in columns), ""])
+    rows.append(["peak memory, MB", *(c["memory_mb"] for c in columns), ""])
+    print(f"\nn = {agents}")
+    table(["CPU-seconds, one thread", *("dimat", "every image")[: len(columns)], "reference"], rows)
 
 
 def main() -> int:
     parser = options("CPU-seconds of a merge of 2 and 5 CIFAR ResNet-20, against DIMAT's own program.")
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the two CIFAR-10 parquet files")
-    parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", type=int, nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--all-images", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -254,6 +290,7 @@ def main() -> int:
     if given.measure:
         print(json.dumps(measure(size, given.measure, given.all_images, given.folder)))
         return 0
+    torch.set_num_threads(1)  # two on a busy machine spin more than they compute
     if not all((given.data / f"cifar10-{split}.parquet").exists() for split in ("train", "test")):
         print(
             f"no cifar10-train.parquet, cifar10-test.parquet in {given.data}: name a folder by --data", file=sys.stderr

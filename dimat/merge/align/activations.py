@@ -46,7 +46,7 @@ def activations(
     max_images: Annotated[int, Field(ge=1)] | None = None,
     positions: Annotated[int, Field(ge=1)] | None = 64,
     points_per_group: Annotated[int, Field(ge=1)] = 2,
-    stable_within: Annotated[float, Field(ge=0)] | None = 0.01,
+    stable_within: Annotated[float, Field(ge=0)] | None = 0.02,
 ) -> Aligned:
     """Return, for each peer and group, the permutation p that maximises Σ_j corr[j, p[j]].
 
