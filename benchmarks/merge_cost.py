@@ -3,10 +3,10 @@
 Reference: DIMAT's program (arXiv 2404.08079) needs 18.8 (n = 2) and 50 (n = 5) CPU-seconds for 2,000 images on
 one thread, a fifth of the 94 and 250 s measured for 10,000. Ours may look at fewer images, so the saving counts
 only where the result is as good: the assignment, judged on all positions of all images, must be worth 99 % of the
-best one there is (in sum over groups and peers; the worst single group of all merges is shown beside it), and the
-merge must be within 0.5 points of test accuracy of one that used every image. Right after a merge that accuracy
-swings by a point or two between assignments of equal value, so every network takes its turn as self: costs and
-accuracies are means over five merges, memory and assignment value the worst of them.
+best one there is, summed over groups and peers (the worst single group is shown beside it), and the merge must be
+within 0.5 points of test accuracy of one that used every image. Right after a merge that accuracy swings by a
+point or two between assignments of equal value, so every network takes its turn as self: costs and accuracies are
+means over five merges, memory and assignment value are those of the worst.
 
 CPU-seconds are time.process_time with one torch thread, in a fresh process for each merge, whose peak memory is
 reported. Tracing the model, which an agent does once and not at every merge, is listed apart. The networks are
