@@ -14,6 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -115,14 +116,14 @@ class Simulation:
 
     def _close(self, status: str, wall: float) -> Results:
         """Keep the complete rounds, whatever ended the run, and let the workers forget its agents."""
-        for name in self._agents:
-            if not self._pool.ended:
-                self._pool.submit(self._slot(name), worker.drop, self._key(name))
         complete = max((row.round for row in self._rows), default=0)
         self._folder.finish(list(self._agents), complete)
         results = self._results(status, wall)
         self._folder.write_results(results)
         self._emit(facts.RunFinished(reason=status, rounds_done=complete, wall_s=wall))
+        for name in self._agents:
+            with suppress(DimatError):  # a worker that has ended remembers nothing
+                self._pool.submit(self._slot(name), worker.drop, self._key(name))
         return results
 
     def _begin(self) -> None:

@@ -43,7 +43,6 @@ class WorkerPool:
         if size < 1:
             raise ConfigError(f"a pool of {size} workers cannot work; give at least one")
         self.size = size
-        self.ended = False
         self._slots_taken = 0
         self._executors: list[ProcessPoolExecutor] = []
         self._threads_before = 0
@@ -81,7 +80,6 @@ class WorkerPool:
 
     def terminate(self) -> None:
         """End all workers at once, whatever they are doing; the pool takes no more jobs."""
-        self.ended = True
         for executor in self._executors:
             processes = list((executor._processes or {}).values())  # pyright: ignore[reportPrivateUsage]
             executor.shutdown(wait=False, cancel_futures=True)
