@@ -97,23 +97,40 @@ def init(
 
 @app.command
 def simulate(
-    file: Annotated[Path, Parameter(help="Experiment file (TOML).")],
+    file: Annotated[Path | None, Parameter(help="Experiment file (TOML).")] = None,
     /,
     *,
     set_: Overrides = (),
-    compare: Annotated[str | None, Parameter(help="Methods to run side by side, e.g. isolated,average,dimat.")] = None,
+    compare: Annotated[
+        str | None,
+        Parameter(
+            help="Methods, or variants of the file, to run side by side, e.g. average,dimat; all = all variants."
+        ),
+    ] = None,
     seeds: Annotated[
         int, Parameter(validator=AtLeastOne, help="With --compare: runs per method, seeds counted up from the file's.")
     ] = 1,
     out: Out = None,
     workers: Workers = None,
     overwrite: Overwrite = False,
+    replay: Annotated[
+        Path | None,
+        Parameter(
+            help="Instead of FILE: folder of a run with a trace (simulate.trace). Does this dimat still do the same?"
+        ),
+    ] = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> int:
-    """Simulate an experiment on this host: real training, real merging, no network."""
+    """Simulate an experiment on this host: real training, real merging, a network in virtual time."""
     from dimat.config import load_experiment
 
+    if replay is not None:
+        if file is not None or set_ or compare is not None or out is not None:
+            raise ConfigError("--replay takes the experiment of its run; leave out FILE, --set, --compare and --out")
+        return _replay(replay, as_json)
+    if file is None:
+        raise ConfigError("simulate needs an experiment file, or --replay RUN_DIR (see --help)")
     if not file.exists():
         raise ConfigError(f"no experiment file {file}; write one with: dimat init {file}")
     config = load_experiment(file, set_)
@@ -281,6 +298,18 @@ def _simulate(
         print_results(results, sys.stdout)
         _say(f"report: {folder / 'report.html'}")
     return 130 if results.status == "stopped" else 0
+
+
+def _replay(run_dir: Path, as_json: bool) -> int:
+    from dimat.simulate.replay import replay_run
+
+    found = replay_run(run_dir)
+    if as_json:
+        _print({"events": found.steps, "actions": found.actions, "difference": found.difference})
+    else:
+        same = found.difference or "all the same"
+        _print(f"{found.steps:,} events, {found.actions:,} actions: {same}")
+    return 1 if found.difference else 0
 
 
 def _compare(

@@ -5,7 +5,7 @@ A message is one line: what is wrong, where, and what to do next. Exit codes are
 4 security, 5 checkpoint or data, 130 and 143 for signals.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import ClassVar
 
@@ -79,3 +79,9 @@ def unknown_name(kind: str, name: str, known: Iterable[str], where: str = "") ->
     names = sorted(known)
     place = f" in {where}" if where else ""
     return f"unknown {kind} {name!r}{place}{nearest(name, names)} (known: {', '.join(names)})"
+
+
+def unknown_agent(where: str, name: str, agents: Sequence[str]) -> str:
+    """Compose the message for a name at `where` that is not among the topology's agents, of which there may be many."""
+    advice = nearest(name, agents) or f"; use one of its {len(agents)} agents, e.g. {agents[0]!r}"
+    return f"{where}: no agent {name!r} in the topology{advice}"

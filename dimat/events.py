@@ -114,19 +114,22 @@ class BasisAdopted(AgentEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contribution:
-    """One part of a merge: whose snapshot of which round entered with what weight."""
+    """One part of a merge: whose snapshot of which round entered with what weight. `verdict`: "own", "same basis"
+    (units were in our order), "other basis" (aligned where the method aligns), or "adopted" (taken over whole)."""
 
     agent: str
     snapshot: str
     round: int
     weight: float
+    verdict: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Merged(AgentEvent):
     """A merge is done. `contributions` list self first; their weights sum to 1; `heard` of `expected` peers came in
     time, refused ones among them. `before` and `after` are test metrics where they were evaluated; `accepted` is
-    the share of the way from own to merged weights."""
+    the share of the way from own to merged weights. `push_weight`: own push-sum weight after the merge, where one is
+    kept."""
 
     contributions: tuple[Contribution, ...]
     heard: int = 0
@@ -136,12 +139,64 @@ class Merged(AgentEvent):
     accepted: float = 1.0
     merge_s: float = 0.0
     notes: tuple[str, ...] = ()
+    push_weight: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundsSkipped(AgentEvent):
+    """An agent goes on with `round` and leaves out the rounds from `first` on: the network is ahead, or other content
+    may have been published under them before a checkpoint was lost."""
+
+    first: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Joined(AgentEvent):
+    """A newcomer takes part from `round` on. `how`: "adopt" (it has taken over the weights of `peer`), "align" (it
+    keeps its own), or "found" (nobody was heard: it begins a network)."""
+
+    how: str
+    peer: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resumed(AgentEvent):
+    """An agent goes on from its checkpoint of `round`. `stage`: "trained", "merged" or "joined"."""
+
+    stage: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentCrashed(AgentEvent):
+    """An agent is gone without a word (simulator only). `back_s`: when it comes back, None for never."""
+
+    back_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentLeft(AgentEvent):
+    """An agent has left. `reason`: "done", "target", "time", or why it was stopped."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinksCut(Event):
+    """The network falls apart into groups that do not hear each other (simulator only)."""
+
+    groups: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinksHealed(Event):
+    """A partition is over (simulator only)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpointed(AgentEvent):
-    """State is written. `stage`: "trained" (before publishing) or "merged". A daemon's survives power loss; the
-    simulator keeps weights alone, and does not wait for the disk."""
+    """State is written. `stage`: "trained" (before publishing), "merged" or "joined". A daemon's survives power
+    loss; the simulator writes them where agents may crash, and does not wait for the disk."""
 
     stage: str
 

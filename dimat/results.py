@@ -5,7 +5,9 @@ Kept on the lowest floor because both sides need it and must not know each other
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,26 @@ class AgentRound(Record):
     samples: int
     time_s: float
     """Virtual seconds at the end of the round."""
+    push_weight: float | None = None
+    """Push-sum weight after the merge, where the mixing keeps one."""
+
+
+class Timeline(Record):
+    """A metric over virtual time and over traffic. From `time_s[i]` on it is `value[i]`, the mean over agents of the
+    newest merged model that each has, and an agent has fetched `mb[i]` megabytes (10⁶ bytes) on average."""
+
+    time_s: list[float] = []
+    mb: list[float] = []
+    value: list[float] = []
+
+    def reaches(self, target: float) -> int | None:
+        """Return the place at which the metric is first at least `target`; None if it never is."""
+        return next((i for i, value in enumerate(self.value) if value >= target), None)
+
+    @property
+    def a_second_a_round(self) -> bool:
+        """Whether time tells no more than the number of the merge does."""
+        return all(abs(time - number) < 1e-6 for number, time in enumerate(self.time_s, 1))
 
 
 class Results(Record):
@@ -75,6 +97,22 @@ class Results(Record):
             if values:
                 means.append(sum(values) / len(values))
         return means
+
+    def timeline(self) -> Timeline:
+        """Return the metric over virtual time; an agent counts from its first merge on, with what it fetched."""
+        newest: dict[str, float] = {}
+        total = fetched = 0.0
+        points: list[tuple[float, float, float]] = []
+        rows = sorted(self.rows, key=lambda row: row.time_s)
+        for time_s, together in groupby(rows, key=lambda row: row.time_s):
+            for row in together:
+                fetched += row.bytes_received
+                if row.after is not None:
+                    total += row.after - newest.get(row.agent, 0.0)
+                    newest[row.agent] = row.after
+            if newest:
+                points.append((time_s, fetched / max(len(self.agents), 1) / 1e6, total / len(newest)))
+        return _timeline(points)
 
     @property
     def mb_sent_per_agent(self) -> float:
@@ -123,24 +161,48 @@ def read_results(run_dir: str | Path) -> Results:
     return results
 
 
+def mean_timeline(runs: Sequence[Timeline]) -> Timeline:
+    """Return the mean of several runs' timelines, from when each of them has begun."""
+    times = sorted({time for run in runs for time in run.time_s})
+    begun = max((run.time_s[0] for run in runs if run.time_s), default=0.0)
+    points: list[tuple[float, float, float]] = []
+    for time in times if all(run.time_s for run in runs) else ():
+        if time >= begun:
+            at = [bisect_right(run.time_s, time) - 1 for run in runs]
+            mb = sum(run.mb[i] for run, i in zip(runs, at, strict=True)) / len(runs)
+            value = sum(run.value[i] for run, i in zip(runs, at, strict=True)) / len(runs)
+            points.append((time, mb, value))
+    return _timeline(points)
+
+
+def _timeline(points: Sequence[tuple[float, float, float]]) -> Timeline:
+    return Timeline(time_s=[p[0] for p in points], mb=[p[1] for p in points], value=[p[2] for p in points])
+
+
 class MethodCurve(Record):
     """One method on one split: test metric after merge 1, 2, …, mean and standard deviation over `seeds` runs
-    of the mean over agents. `curves` holds the runs themselves."""
+    of the mean over agents; `timeline` is their mean. `curves` holds the runs themselves."""
 
     after_merge: list[float]
     std: list[float]
     mb_sent_per_agent: float
     seeds: list[int] = []
     curves: list[list[float]] = []
+    timeline: Timeline = Timeline()
 
     def rounds_to(self, target: float) -> int | None:
         """Return the first merge after which the mean metric is at least `target`; None if it never is."""
         return next((i for i, value in enumerate(self.after_merge, 1) if value >= target), None)
 
+    def time_to(self, target: float) -> float | None:
+        """Return the virtual seconds until `target` is reached; None if it never is."""
+        place = self.timeline.reaches(target)
+        return None if place is None else self.timeline.time_s[place]
+
     def mb_to(self, target: float) -> float | None:
-        """Return the megabytes sent per agent until `target` is reached; None if it never is."""
-        rounds = self.rounds_to(target)
-        return None if rounds is None else self.mb_sent_per_agent * rounds / len(self.after_merge)
+        """Return the megabytes fetched per agent until `target` is reached; None if it never is."""
+        place = self.timeline.reaches(target)
+        return None if place is None else self.timeline.mb[place]
 
 
 class Comparison(Record):

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,7 +36,8 @@ class Payload:
 @dataclass(frozen=True, slots=True)
 class Manifest:
     """What an agent says about a snapshot that it offers. `parents`: (agent, root, round, weight) of each part of
-    the merge that training started from; `schema`: hash of names, shapes and dtypes (`schema_hash`)."""
+    the merge that training started from; `pushed`: by reader, all push-sum weight ever sent to it; `schema`: hash of
+    names, shapes and dtypes (`schema_hash`)."""
 
     run: str
     agent: str
@@ -49,6 +49,7 @@ class Manifest:
     base: str = ""
     samples: int = 0
     parents: tuple[tuple[str, str, int, float], ...] = ()
+    pushed: Mapping[str, float] = field(default_factory=dict[str, float])
     metrics: Mapping[str, float] = field(default_factory=dict[str, float])
 
 
@@ -120,7 +121,7 @@ def encode(weights: Mapping[str, Tensor]) -> bytes:
 class SnapshotStore:
     """Payload files of one run and who still needs them.
 
-    An agent's newest `keep` snapshots are held, and those that somebody reads (`reading`) until the last reader
+    An agent's newest `keep` snapshots are held, and those that somebody reads (`hold`) until the last reader
     is through. Payload files are removed as soon as neither holds, so disk use is bounded.
     """
 
@@ -147,6 +148,10 @@ class SnapshotStore:
         while len(held) > self._keep:
             self.release(held.pop(0).payload.root)
 
+    def offered(self, agent: str) -> Sequence[Manifest]:
+        """Return the manifests of an agent that are still held, oldest first."""
+        return self._published.get(agent, [])
+
     def find(self, agent: str, round_: int) -> Manifest | None:
         """Return the manifest that `agent` published for a round, if it is still held."""
         return next((m for m in self._published.get(agent, ()) if m.round == round_), None)
@@ -162,17 +167,6 @@ class SnapshotStore:
     def hold(self, root: str) -> None:
         """Keep a payload until `release`, whatever its publisher does."""
         self._holds[root] += 1
-
-    @contextmanager
-    def reading(self, roots: Sequence[str]) -> Generator[None]:
-        """Hold payloads for the length of a block."""
-        for root in roots:
-            self.hold(root)
-        try:
-            yield
-        finally:
-            for root in roots:
-                self.release(root)
 
     def release(self, root: str) -> None:
         """Undo one `hold`; a payload that nobody holds any more is removed."""

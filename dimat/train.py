@@ -105,13 +105,12 @@ class Trainer:
 
     def steps_in(self, round: int) -> int:
         """Return the optimizer steps of a round (rounds count from 1)."""
-        if round == 1 and self.config.first_round_epochs is not None:
-            epochs = self.config.first_round_epochs
-        elif self.config.steps_per_round is not None:
-            return self.config.steps_per_round
-        else:
-            epochs = self.config.epochs_per_round or DEFAULT_EPOCHS
-        return max(1, math.floor(epochs * (len(self._bounds) - 1) + 0.5))
+        return round_steps(self.config, self.batches, round)
+
+    @property
+    def batches(self) -> int:
+        """Batches in an epoch."""
+        return len(self._bounds) - 1
 
     def train(self, round: int) -> TrainReport:
         """Train for one round and return what it took.
@@ -286,6 +285,12 @@ class Trainer:
             for name, tensor in own.items():
                 tensor.copy_(weights[name])
 
+    def start_from(self, weights: Mapping[str, Tensor]) -> None:
+        """Take over another agent's weights whole, with an optimizer that knows nothing of before. DataError where
+        they do not fit."""
+        self.load_weights(weights)
+        self.optimizer = build_optimizer(self.model, self.config.optimizer)
+
     def state(self) -> TrainerState:
         """Return everything that is needed to go on bit for bit, as copies on the CPU."""
         tensors = {f"model/{name}": tensor for name, tensor in self.weights().items()}
@@ -368,6 +373,17 @@ class Trainer:
             held.setdefault(names.index(name), {})[key] = tensor.clone()
         self.optimizer = build_optimizer(self.model, self.config.optimizer)
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": held})
+
+
+def round_steps(config: TrainConfig, batches: int, round: int) -> int:
+    """Return the optimizer steps of a round (from 1) of an agent whose epochs have so many batches."""
+    if round == 1 and config.first_round_epochs is not None:
+        epochs = config.first_round_epochs
+    elif config.steps_per_round is not None:
+        return config.steps_per_round
+    else:
+        epochs = config.epochs_per_round or DEFAULT_EPOCHS
+    return max(1, math.floor(epochs * batches + 0.5))
 
 
 def _copied(tensor: Tensor) -> Tensor:

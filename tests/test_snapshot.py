@@ -98,10 +98,11 @@ def test_store_keeps_the_newest_and_what_is_read(tmp_path: Path) -> None:
     assert store.find("a", 1) is None
     found = store.find("a", 2)
     assert found is not None
-    with store.reading([found.payload.root]):
-        store.publish(manifest(payloads[3], number=4))
-        assert store.find("a", 2) is None
-        store.verify(found.payload)
+    store.hold(found.payload.root)
+    store.publish(manifest(payloads[3], number=4))
+    assert store.find("a", 2) is None
+    store.verify(found.payload)
+    store.release(found.payload.root)
     assert not store.path(found.payload.root).exists()
     store.publish(manifest(payloads[3], agent="b"))
     for number in (5, 6):
@@ -116,18 +117,21 @@ def test_network_counts_each_payload_once_per_reader(tmp_path: Path) -> None:
     payload = record(store.folder, weights())
     network.publish(manifest(payload))
     for reader in ("b", "c", "b"):
-        _, path, _ = network.fetch(reader, "a", 1)
-        assert load_file(path).keys() == weights().keys()
+        offered, size = network.ask(reader, "a", 1)
+        assert load_file(network.receive(reader, offered)).keys() == weights().keys()
+        network.moved(reader, 1, offered, size)
+        network.release(offered.payload.root)
     assert network.sent["a", 1] == 2 * payload.bytes
     assert network.received["b", 1] == payload.bytes
     with pytest.raises(NetworkError, match="no snapshot of round 2"):
-        network.fetch("b", "a", 2)
+        network.ask("b", "a", 2)
     other = record(store.folder, weights(1))
     network.publish(manifest(other, number=2))
     file = store.path(other.root)
     file.write_bytes(file.read_bytes()[:-1])
+    offered, _ = network.ask("b", "a", 2)
     with pytest.raises(DataError, match="damaged"):
-        network.fetch("b", "a", 2)
+        network.receive("b", offered)
 
 
 def test_files_appear_whole(tmp_path: Path) -> None:

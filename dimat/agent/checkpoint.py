@@ -1,44 +1,162 @@
-"""An agent's state as one file: named tensors and plain values in a safetensors payload, without pickle.
+"""Checkpoints: all that an agent needs to go on after a crash, and the store on disk that keeps the last few.
 
-Files appear by rename, so a reader sees the old state or the new one, never half of one.
+A checkpoint is plain tensors and plain values in a safetensors file, without pickle. Files appear by rename, after
+fsync, and carry the hash of their content in their name, so that a reader sees a whole checkpoint or knows that it
+does not. A damaged one is passed over for the one before.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
+from blake3 import blake3
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as encode_safetensors
 from torch import Tensor
 
+from dimat.agent.state import MachineState
 from dimat.errors import DataError
 from dimat.snapshot import write_bytes
+from dimat.train import TrainerState
 
-FORMAT = "1"
+FORMAT = "2"
+NAME = re.compile(r"(\d{9})-(\d{9})-([a-z]+)\.([0-9a-f]{32})\.safetensors")
 
 Value = int | float | str
 
 
 @dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """What a checkpoint file holds: tensors by name, and plain values by name."""
+class Stored:
+    """Tensors by name, and plain values by name, as they lie in a file."""
 
     tensors: Mapping[str, Tensor]
-    values: Mapping[str, Value]
+    values: Mapping[str, Any]
 
 
-def write_checkpoint(path: Path, checkpoint: Checkpoint, *, durable: bool = True) -> None:
-    """Write a checkpoint; DataError where it cannot be written."""
-    metadata = {"dimat.checkpoint": FORMAT, "values": json.dumps(dict(checkpoint.values))}
-    write_bytes(path, encode_safetensors(dict(checkpoint.tensors), metadata), durable=durable)
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """An agent at the end of a step of its round.
+
+    `machine`: the round machine (round, basis, own snapshot, push-sum weight, peers' offers); `trainer`: weights,
+    optimizer, random streams, position in the data; `method_tensors`, `method_values`: what the merge method carries
+    from merge to merge; `schema`: hash of the model's tensor names, shapes and types.
+    """
+
+    machine: MachineState
+    trainer: TrainerState
+    schema: str
+    method_tensors: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    method_values: Mapping[str, Value] = field(default_factory=dict[str, Value])
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
-    """Read what `write_checkpoint` wrote; DataError where it is missing, damaged or of another format."""
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """The newest checkpoint that can be read. `published`: the last round that a checkpoint of stage "trained" was
+    ever made for, readable or not; `passed_over`: why newer ones could not be read."""
+
+    checkpoint: Checkpoint
+    published: int
+    passed_over: tuple[str, ...] = ()
+
+
+class CheckpointStore:
+    """The last `keep` checkpoints of one agent in a folder of their own. `durable`: they survive power loss."""
+
+    def __init__(self, folder: Path, keep: int = 3, *, durable: bool = True) -> None:
+        self.folder = folder
+        self._keep = keep
+        self._durable = durable
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for left_behind in folder.glob(".*.tmp"):
+                left_behind.unlink()
+        except OSError as error:
+            raise DataError(f"cannot make the checkpoint folder {folder}: {error.strerror or error}") from error
+
+    def save(self, checkpoint: Checkpoint) -> Path:
+        """Write a checkpoint, then remove those beyond `keep`; DataError where it cannot be written."""
+        machine, trainer = checkpoint.machine, checkpoint.trainer
+        tensors = {f"trainer/{name}": tensor for name, tensor in trainer.tensors.items()}
+        tensors |= {f"method/{name}": tensor for name, tensor in checkpoint.method_tensors.items()}
+        values = {
+            "machine": machine.to_dict(),
+            "trainer": dict(trainer.values),
+            "method": dict(checkpoint.method_values),
+            "schema": checkpoint.schema,
+        }
+        data = encode(Stored(tensors, values))
+        names = self._names()
+        number = int(names[-1][0]) + 1 if names else 1
+        path = self.folder / f"{number:09d}-{machine.round:09d}-{machine.stage}.{digest(data)}.safetensors"
+        write_bytes(path, data, durable=self._durable)
+        for old in names[: max(len(names) + 1 - self._keep, 0)]:
+            (self.folder / old[4]).unlink(missing_ok=True)
+        return path
+
+    def newest(self, run: str, agent: str, schema: str) -> Loaded | None:
+        """Return the newest checkpoint that can be read, None where none was ever written.
+
+        Raises DataError where all are damaged, and where it is another run's, agent's or model's, naming both.
+        """
+        names = self._names()
+        passed_over: list[str] = []
+        published = max((int(name[1]) for name in names if name[2] == "trained"), default=0)
+        for name in reversed(names):
+            path = self.folder / name[4]
+            try:
+                checkpoint = _decode(path, name[3])
+            except DataError as error:
+                passed_over.append(str(error))
+                continue
+            machine = checkpoint.machine
+            if (machine.run, machine.agent) != (run, agent):
+                raise DataError(
+                    f"checkpoint {path} is of agent {machine.agent!r} in run {machine.run!r}, this is agent {agent!r} "
+                    f"in run {run!r}; choose another folder"
+                )
+            if checkpoint.schema != schema:
+                raise DataError(
+                    f"checkpoint {path} is of another architecture ({checkpoint.schema[:12]}…) than the task's model "
+                    f"({schema[:12]}…); restore the model's settings or choose another folder"
+                )
+            return Loaded(checkpoint, published, tuple(passed_over))
+        if passed_over:
+            raise DataError(
+                f"no checkpoint in {self.folder} can be read: {passed_over[0]}; restore one from a backup, or remove "
+                "the folder to begin as a newcomer"
+            )
+        return None
+
+    def _names(self) -> list[tuple[str, str, str, str, str]]:
+        """Return (number, round, stage, hash, file name) of the files, oldest first."""
+        matches = (NAME.fullmatch(path.name) for path in self.folder.iterdir())
+        return sorted((m[1], m[2], m[3], m[4], m[0]) for m in matches if m is not None)
+
+
+def digest(data: bytes) -> str:
+    """Return the part of a file's name that vouches for its content."""
+    return blake3(data).hexdigest()[:32]
+
+
+def encode(stored: Stored) -> bytes:
+    """Return tensors and values as the bytes of a safetensors file."""
+    return encode_safetensors(
+        dict(stored.tensors), {"dimat.checkpoint": FORMAT, "values": json.dumps(dict(stored.values))}
+    )
+
+
+def write_state(path: Path, stored: Stored, *, durable: bool = True) -> None:
+    """Write tensors and values as one file, by rename; DataError where it cannot be written."""
+    write_bytes(path, encode(stored), durable=durable)
+
+
+def read_state(path: Path) -> Stored:
+    """Read what `write_state` wrote; DataError where it is missing, damaged or of another format."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = cast("dict[str, str]", file.metadata() or {})
@@ -46,6 +164,31 @@ def read_checkpoint(path: Path) -> Checkpoint:
             if found != FORMAT:
                 raise DataError(f"{path} is no checkpoint that this dimat reads (format {found}, expected {FORMAT})")
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-            return Checkpoint(tensors, json.loads(metadata["values"]))
+            return Stored(tensors, json.loads(metadata["values"]))
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise DataError(f"cannot read checkpoint {path}: {error}") from error
+
+
+def _decode(path: Path, expected: str) -> Checkpoint:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read checkpoint {path}: {error.strerror or error}") from error
+    if digest(data) != expected:
+        raise DataError(f"checkpoint {path} is damaged: its content does not match the hash in its name")
+    stored = read_state(path)
+    values = stored.values
+
+    def under(prefix: str) -> dict[str, Tensor]:
+        return {n.removeprefix(prefix): t for n, t in stored.tensors.items() if n.startswith(prefix)}
+
+    try:
+        return Checkpoint(
+            machine=MachineState.from_dict(values["machine"]),
+            trainer=TrainerState(under("trainer/"), dict(values["trainer"])),
+            schema=str(values["schema"]),
+            method_tensors=under("method/"),
+            method_values=dict(values["method"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"cannot read checkpoint {path}: {type(error).__name__}: {error}") from error

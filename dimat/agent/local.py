@@ -10,13 +10,17 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dimat.agent.checkpoint import Checkpoint
+from dimat.agent.state import MachineState
 from dimat.config import ExperimentConfig
-from dimat.errors import PeerError
+from dimat.errors import DataError, DimatError, PeerError
 from dimat.merge import MergeContext, MergePlan, Peer, Permutations, adopt, merge, open_weights, plan_merge
+from dimat.merge.screen import norm_of, screen
 from dimat.seeds import torch_generator
 from dimat.snapshot import Payload, record, schema_hash, write_weights
 from dimat.symmetry import Observer, SymmetrySpec
@@ -70,7 +74,11 @@ class LocalAgent:
     spec: SymmetrySpec | None
     durable: bool = True
     observers: dict[str, Observer] = field(default_factory=dict[str, Observer])
+    method: dict[str, Any] = field(default_factory=dict[str, Any])
+    """What the merge method carries from merge to merge: tensors and plain values by name."""
     trainer: Trainer = field(init=False)
+    base: dict[str, Tensor] | None = field(init=False)
+    """Weights that task vectors are taken from, where the configuration names any."""
     _plan: MergePlan = field(init=False)
     _hold_out: Data | None = field(init=False, default=None)
     _own: Data = field(init=False)
@@ -78,6 +86,7 @@ class LocalAgent:
     def __post_init__(self) -> None:
         config = self.config
         self._plan = plan_merge(config.merge)
+        self.base = load_base(config, self.task)
         train = self.task.data("train")
         indices = self.indices
         if self._plan.accept.name == "no-worse" and self._plan.accept.options.get("on", "local") == "local":
@@ -92,7 +101,7 @@ class LocalAgent:
             config.train,
             seed=config.seed,
             path=("agent", self.name),
-            rounds_total=config.schedule.rounds,
+            rounds_total=max(config.schedule.rounds, 1),
         )
 
     def train(self, number: int, learn: bool) -> TrainedReport:
@@ -110,6 +119,33 @@ class LocalAgent:
             train_s=trained - start,
             record_s=time.thread_time() - trained,
         )
+
+    def take_over(self, peer: str, snapshot: Path) -> str:
+        """Take over a peer's weights whole (a newcomer that adopts). Returns why it could not be, with nothing changed,
+        or an empty string."""
+        weights = open_weights(snapshot)
+        try:
+            own = self.trainer.weights()
+            screen(own, weights, peer, norm_of(own), **self._plan.screen)
+        except DimatError as error:
+            return str(error)
+        self.trainer.start_from({name: weights[name] for name in own})
+        return ""
+
+    def checkpoint(self, machine: MachineState) -> Checkpoint:
+        """Return all that this agent needs to go on, with the round machine's state."""
+        tensors = {name: value for name, value in self.method.items() if isinstance(value, Tensor)}
+        values = {name: value for name, value in self.method.items() if name not in tensors}
+        return Checkpoint(machine, self.trainer.state(), self.schema(), tensors, values)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint; DataError where it does not fit the task or the training's settings."""
+        self.trainer.load_state(checkpoint.trainer)
+        self.method = {**checkpoint.method_tensors, **checkpoint.method_values}
+
+    def schema(self) -> str:
+        """Return the hash of the model's tensor names, shapes and types."""
+        return schema_hash(self.trainer.model.state_dict())
 
     def adopt(self, number: int, peer: str, snapshot: Path) -> float | None:
         """Permute weights, buffers and optimizer into the basis of a peer's snapshot; return the share of units moved.
@@ -171,6 +207,8 @@ class LocalAgent:
             data=batches,
             score=self._score(),
             generator=torch_generator(self.config.seed, "merge", self.name, number),
+            base=self.base,
+            state=self.method,
             observer_cache=self.observers,
         )
 
@@ -191,6 +229,22 @@ class LocalAgent:
             return None
         data = self._hold_out if self._hold_out is not None else self._probe()
         return lambda weights: self.trainer.evaluate(data, weights)[self.task.metric]
+
+
+def load_base(config: ExperimentConfig, task: Task) -> dict[str, Tensor] | None:
+    """Return the weights that task vectors are taken from; DataError for a file that cannot be read or does not fit
+    the task's model."""
+    base = config.merge.base
+    if base is None:
+        return None
+    own = task.build_model(torch_generator(base.seed or 0, "base")).state_dict()
+    if base.file is None:
+        return {name: tensor.clone() for name, tensor in own.items()}
+    path = Path(config.folder) / base.file
+    weights = dict(open_weights(path))
+    if schema_hash(weights) != schema_hash(own):
+        raise DataError(f"merge.base: {path} does not fit the task's model (other tensor names, shapes or types)")
+    return weights
 
 
 def share_moved(permutations: Permutations) -> float:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dimat import events as facts
 from dimat.agent.basis import BasisId
+from dimat.agent.lineage import MergeRecord
+from dimat.agent.offers import PeerPublished
+from dimat.agent.plan import Plan
+from dimat.agent.state import MachineState, Stage
 
 
 # ── what the machine is told ─────────────────────────────────────────────────────────────────────────────────
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The agent is up and begins at `round`."""
+    """The agent is up. It goes on from its checkpoint if the machine was given one, else it begins at round 1; with
+    `join` it first listens for a network that lives already."""
 
-    round: int = 1
+    join: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,16 +28,6 @@ class TrainingDone:
 
     round: int
     root: str
-
-
-@dataclass(frozen=True, slots=True)
-class PeerPublished:
-    """`peer` offers the snapshot `root`, its weights of `round`, written in `basis`."""
-
-    peer: str
-    round: int
-    root: str
-    basis: BasisId
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +51,19 @@ class FetchFailed:
 
 @dataclass(frozen=True, slots=True)
 class PeerLost:
-    """`peer` is out of reach; do not wait for it in this round."""
+    """`peer` has left or is out of reach: nobody waits for it until it is heard again.
+
+    `last`: the last round that it published, where it said so when it left; up to that one it is waited for.
+    """
 
     peer: str
+    reason: str = "out of reach"
+    last: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Deadline:
-    """The timer that was set for `round` has run out."""
+    """The timer that was set for `round` has run out (round 0: the wait for a network to join)."""
 
     round: int
 
@@ -75,6 +75,14 @@ class BasisChanged:
     round: int
     basis: BasisId
     moved: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsAdopted:
+    """The agent has taken over the weights of the snapshot `root` whole; not if it could not and says why (`fault`)."""
+
+    root: str
+    fault: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +99,20 @@ class MergeDone:
 
 
 @dataclass(frozen=True, slots=True)
+class MapChanged:
+    """The operator has changed the network map; the new plan holds from the next round on."""
+
+    plan: Plan
+
+
+@dataclass(frozen=True, slots=True)
+class TimeUp:
+    """The time that the run was given is over: finish the round, then leave."""
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
-    """Leave as soon as possible."""
+    """Leave at once; the newest checkpoint stands."""
 
     reason: str = "stopped"
 
@@ -106,7 +126,10 @@ Event = (
     | PeerLost
     | Deadline
     | BasisChanged
+    | WeightsAdopted
     | MergeDone
+    | MapChanged
+    | TimeUp
     | Stop
 )
 
@@ -122,29 +145,59 @@ class Train:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Make the agent's state durable. `stage`: "trained" or "merged"."""
+    """Make the agent's state durable: weights, optimizer, random streams, and `state`, from which a machine goes on.
+
+    `record`: what the weights were merged from, where they were; it is made durable no later than the state.
+    """
 
     round: int
-    stage: str
+    stage: Stage
+    state: MachineState
+    record: MergeRecord | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Publish:
-    """Offer the recorded snapshot `root` to the peers."""
+    """Offer the recorded snapshot `root` to the peers, from the `Checkpoint` before on, never earlier.
+
+    `pushed`: by reader, all the push-sum weight ever sent to it.
+    """
 
     round: int
     root: str
     basis: BasisId
     parents: tuple[facts.Contribution, ...]
+    pushed: Mapping[str, float] = field(default_factory=dict[str, float])
+    base: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Fetch:
-    """Get a peer's snapshot; answer `SnapshotReady` or `FetchFailed`."""
+    """Get a peer's snapshot; answer `SnapshotReady`, or `FetchFailed` where it cannot be had for good (withdrawn,
+    damaged). While the peer is only out of reach a driver goes on trying, until `Release`."""
 
     peer: str
     round: int
     root: str
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """A snapshot that was fetched is needed no more."""
+
+    peer: str
+    root: str
+
+
+@dataclass(frozen=True, slots=True)
+class AdoptWeights:
+    """Take over a peer's weights whole, with a fresh optimizer, and its `base` if it has one; answer
+    `WeightsAdopted`."""
+
+    peer: str
+    round: int
+    root: str
+    base: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,9 +212,11 @@ class AdoptBasis:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A peer's share in a merge. `same_basis`: its units are in the order of ours, no alignment is needed."""
+    """A peer's share in a merge: its snapshot `root` of `round`. `same_basis`: its units are in the order of ours, no
+    alignment is needed."""
 
     peer: str
+    round: int
     root: str
     weight: float
     same_basis: bool
@@ -198,4 +253,4 @@ class Exit:
     reason: str
 
 
-Action = Train | Checkpoint | Publish | Fetch | AdoptBasis | Merge | SetTimer | Report | Exit
+Action = Train | Checkpoint | Publish | Fetch | Release | AdoptWeights | AdoptBasis | Merge | SetTimer | Report | Exit

@@ -5,62 +5,38 @@ driver turns `SetTimer` into a `Deadline`), opens no socket, and draws no random
 it here, a daemon will, and so does whatever test wants to delay, drop or reorder its events.
 
 What it promises: a round ends, whichever peers are dead, no later than its deadline allows; a peer's snapshot
-enters a merge whole or not at all and at most once per round; mixing weights are renormalised over what
-arrived, the missing mass going to self; late, repeated, foreign or unknown messages change nothing.
+enters a merge whole or not at all and at most once per round; mixing weights sum to 1, and what is missing goes to
+self; late, repeated, foreign or unknown messages change nothing; whatever is sent, it keeps a bounded number of
+things per peer; and a machine made from a checkpoint's state goes on as the one that wrote it would have.
 
 A driver carries actions out in the order given, and `Publish` only after the `Checkpoint` before it is durable.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
 from enum import Enum
 
 from dimat import events as facts
+from dimat.agent import messages as m
+from dimat.agent.accounts import contributions
 from dimat.agent.basis import BasisId
-from dimat.agent.messages import (
-    Action,
-    AdoptBasis,
-    BasisChanged,
-    Checkpoint,
-    Deadline,
-    Event,
-    Exit,
-    Fetch,
-    FetchFailed,
-    Merge,
-    MergeDone,
-    Part,
-    PeerLost,
-    PeerPublished,
-    Publish,
-    Report,
-    SetTimer,
-    SnapshotReady,
-    Started,
-    Stop,
-    Train,
-    TrainingDone,
-)
+from dimat.agent.inbox import Heard, Inbox
+from dimat.agent.joining import choose
+from dimat.agent.lineage import MergeRecord
+from dimat.agent.offers import PeerPublished
+from dimat.agent.plan import Plan, RoundPlan, Rules
+from dimat.agent.push_sum import PushSum
+from dimat.agent.state import MachineState, Stage
 from dimat.topology.mixing import renormalise
-
-# An honest peer is at most one round ahead in synchronous mode; the rest is room for reordering, and a bound.
-OFFERS_KEPT = 4
-
-
-@dataclass(frozen=True, slots=True)
-class RoundPlan:
-    """One round as planned. `mixing`: weight by agent, self included, summing to 1; `learn`: train before it."""
-
-    mixing: Mapping[str, float]
-    learn: bool = True
 
 
 class Phase(Enum):
     """Where in a round the machine is."""
 
     IDLE = "idle"
+    JOINING = "joining"
     TRAINING = "training"
     GATHERING = "gathering"
     ADOPTING = "adopting"
@@ -69,266 +45,404 @@ class Phase(Enum):
 
 
 class RoundMachine:
-    """The round of one agent. `plan(round)` gives mixing weights; `rounds` is the last round.
+    """The rounds of one agent in one run. `basis`: the agent's own, and `base`: address of the weights that a method
+    takes deltas from, "" for none; both where no checkpoint names others.
 
-    `basis_gossip`: adopt the smallest basis id seen among the peers of a round before merging with them.
+    `state`: of the newest readable checkpoint. `published`: the last round that a checkpoint of stage "trained" was
+    ever made for; rounds up to it may be known to peers, so none of them is published anew with other content.
     """
 
     def __init__(
         self,
         agent: str,
-        plan: Callable[[int], RoundPlan],
+        run: str,
+        plan: Plan,
+        rules: Rules,
         *,
-        rounds: int,
         basis: BasisId,
-        basis_gossip: bool,
-        deadline_s: float,
+        base: str = "",
+        state: MachineState | None = None,
+        published: int = 0,
     ) -> None:
         self.agent = agent
-        self.basis = basis
-        self.round = 0
+        self.run = run
+        self.basis = basis if state is None else state.basis
+        self.base = base if state is None else state.base
+        self.round = 0 if state is None else state.round
         self.phase = Phase.IDLE
         self._plan = plan
-        self._rounds = rounds
-        self._gossip = basis_gossip
-        self._deadline_s = deadline_s
+        self._new_plan: Plan | None = None
+        self._rules = rules
+        self._state = state
+        self._published = published
+        self._inbox = Inbox(agent, run, plan, rules)
+        self._inbox.base = self.base
+        self._other_base: set[str] = set()
         self._current = RoundPlan({agent: 1.0})
-        self._own_root = ""
-        self._offers: dict[str, dict[int, PeerPublished]] = {}
-        self._fetching: set[str] = set()
-        self._ready: dict[str, PeerPublished] = {}
-        self._lost: dict[str, str] = {}
-        self._adopting = ""
-        self._unfit: set[str] = set()  # peers of this round whose snapshots cannot be aligned to
-        self._silent: set[str] = set()  # missed a deadline and have not been heard since
+        self._own_root = "" if state is None else state.root
+        self._parents = () if state is None else state.parents
+        self._push = PushSum.from_dict(state.push) if state is not None and state.push else PushSum()
+        self._adopting: PeerPublished | None = None
+        self._unfit: set[str] = set()  # peers whose basis, or for a newcomer whose weights, could not be adopted
         self._expired = False
-        self._merge: Merge | None = None
-        self._parents: tuple[facts.Contribution, ...] = ()
+        self._time_up = False
+        self._merge: m.Merge | None = None
+        self._taking: dict[str, float] = {}
 
-    def handle(self, event: Event) -> list[Action]:
+    @property
+    def push_weight(self) -> float | None:
+        """Own push-sum weight; None where the plan has none."""
+        return self._push.weight if self._current.push is not None else None
+
+    def handle(self, event: m.Event) -> list[m.Action]:
         """Take one event in, give the actions that follow from it."""
         if self.phase is Phase.DONE:
             return []
         match event:
-            case Started():
-                return self._begin(event.round) if self.phase is Phase.IDLE else []
-            case TrainingDone():
-                return self._trained(event)
             case PeerPublished():
                 return self._offered(event)
-            case SnapshotReady():
+            case m.SnapshotReady():
                 return self._arrived(event)
-            case FetchFailed():
-                if self._awaits(event):
-                    return self._lose(event.peer, event.reason)
-                return []
-            case PeerLost():
-                return self._lose(event.peer, "lost")
-            case Deadline():
-                return self._deadline(event)
-            case BasisChanged():
-                return self._rebased(event)
-            case MergeDone():
+            case m.FetchFailed():
+                return self._failed(event)
+            case m.TrainingDone():
+                return self._trained(event)
+            case m.MergeDone():
                 return self._merged(event)
-            case Stop():
-                self.phase = Phase.DONE
-                return [Exit(event.reason)]
+            case m.Deadline():
+                return self._deadline(event)
+            case m.PeerLost():
+                return self._go_on() if self._inbox.gone(event.peer, event.reason, event.last) else []
+            case m.BasisChanged():
+                return self._rebased(event)
+            case m.WeightsAdopted():
+                return self._took_over(event)
+            case m.Started():
+                return self._start(event.join) if self.phase is Phase.IDLE else []
+            case m.MapChanged():
+                self._new_plan = event.plan
+                return []
+            case m.TimeUp():
+                self._time_up = True
+                return self._exit("time") if self.phase is Phase.JOINING else []
+            case m.Stop():
+                return self._exit(event.reason)
 
-    def _begin(self, number: int) -> list[Action]:
+    # ── beginning ────────────────────────────────────────────────────────────────────────────────────────────
+    def _start(self, join: bool) -> list[m.Action]:
+        state = self._state
+        if state is None and join:
+            self.phase = Phase.JOINING
+            # the weights that a newcomer takes over bring their base with them
+            self._inbox.base = self.base or (None if self._rules.join == "adopt" else "")
+            return [m.SetTimer(0, self._rules.join_wait_s), *self._go_on()]
+        if state is None:
+            return self._found()
+        actions: list[m.Action] = [m.Report(facts.Resumed(agent=self.agent, round=state.round, stage=state.stage))]
+        for offer in state.offers:
+            self._inbox.hear(offer)
+        if state.stage != "trained":
+            return actions + (self._through() or self._begin(state.round + 1))
+        self.phase = Phase.GATHERING
+        self._current = self._plan.of(state.round)
+        actions += [
+            m.SetTimer(state.round, self._rules.deadline_s),
+            m.Publish(state.round, state.root, state.basis, state.parents, dict(self._push.sent), self.base),
+            *self._inbox.begin(state.round, self._current),
+        ]
+        return actions + self._go_on()
+
+    def _found(self) -> list[m.Action]:
+        self._inbox.settle(self.base)
+        # durable first: an agent that crashes in its first round comes back with the same initial weights and basis
+        return [m.Checkpoint(0, "joined", self._state_now("joined")), *self._begin(1)]
+
+    def _begin(self, first: int) -> list[m.Action]:
+        """Begin the round `first`, or a later one where rounds have to be left out."""
+        actions = self._inbox.end()
+        if self._new_plan is not None:
+            self._plan, self._new_plan = self._new_plan, None
+            self._push.forget(self._plan.peers)
+            actions += self._inbox.change(self._plan)
+        number, reason = first, ""
+        if self._published >= first:
+            number, reason = self._published + 1, "these rounds were published before a checkpoint was lost"
+        front = self._inbox.network_round(number)
+        if front > number:
+            number, reason = front, "the network is ahead"
+        if self._rules.beyond(number):
+            return actions + self._exit("done")
+        if number > first:
+            skipped = facts.RoundsSkipped(agent=self.agent, round=number, first=first, reason=reason)
+            actions.append(m.Report(skipped))
         self.round = number
         self.phase = Phase.TRAINING
-        self._current = self._plan(number)
-        self._ready, self._merge, self._unfit = {}, None, set()
-        # a dead peer costs its neighbours one deadline, not one in every round
-        self._lost = dict.fromkeys(self._silent, "silent since an earlier round")
-        self._fetching = set()
-        self._expired = False
-        actions: list[Action] = [
-            Report(facts.RoundStarted(agent=self.agent, round=number)),
-            SetTimer(number, self._deadline_s),
-            Train(number, self._current.learn),
+        self._current = self._plan.of(number)
+        self._merge, self._unfit, self._expired = None, set(), False
+        return [
+            *actions,
+            m.Report(facts.RoundStarted(agent=self.agent, round=number)),
+            m.SetTimer(number, self._rules.deadline_s),
+            m.Train(number, self._current.learn),
+            *self._inbox.begin(number, self._current),
         ]
-        for peer, offers in self._offers.items():
-            for old in [r for r in offers if r < number]:
-                del offers[old]
-            if number in offers and peer in self._current.mixing:
-                actions += self._fetch(offers[number])
-        return actions
 
-    def _trained(self, event: TrainingDone) -> list[Action]:
+    def _trained(self, event: m.TrainingDone) -> list[m.Action]:
         if event.round != self.round or self.phase is not Phase.TRAINING:
             return []
         self.phase = Phase.GATHERING
         self._own_root = event.root
-        actions: list[Action] = [
-            Checkpoint(self.round, "trained"),
-            Publish(self.round, event.root, self.basis, self._parents),
+        self._published = self.round
+        if self._current.push is not None:
+            self._push.push(self._current.push)
+        actions: list[m.Action] = [
+            m.Checkpoint(self.round, "trained", self._state_now("trained")),
+            m.Publish(self.round, event.root, self.basis, self._parents, dict(self._push.sent), self.base),
         ]
-        return actions + self._maybe_merge()
+        return actions + self._go_on()
 
-    def _offered(self, event: PeerPublished) -> list[Action]:
-        """Note an offer. Only a mixing neighbour's counts, and a (peer, round) has one content for ever."""
-        if event.peer in self._silent:
-            self._silent.remove(event.peer)
-            self._lost.pop(event.peer, None)
-        if event.peer == self.agent or event.round < self.round or event.round > self._rounds:
-            return []
-        plan = self._current if event.round == self.round else self._plan(event.round)
-        if event.peer not in plan.mixing:
-            return []
-        offers = self._offers.setdefault(event.peer, {})
-        known = offers.get(event.round)
-        if known is not None:
-            if known.root == event.root:
-                # a peer that was given up and is back: one more try, which the deadline bounds
-                again = event.round == self.round and event.peer in self._lost
-                gathering = self.phase in (Phase.TRAINING, Phase.GATHERING)
-                return self._fetch(event) if again and gathering else []
+    # ── hearing ──────────────────────────────────────────────────────────────────────────────────────────────
+    def _offered(self, offer: PeerPublished) -> list[m.Action]:
+        heard, actions = self._inbox.hear(offer)
+        if heard is Heard.CONFLICT:
             message = (
-                f"{event.peer} offers another snapshot for round {event.round} ({event.root[:12]}…) than before "
-                f"({known.root[:12]}…); the first one counts"
+                f"{offer.peer} offers another snapshot for round {offer.round} ({offer.root[:12]}…) than before; "
+                "the first one counts"
             )
-            return [Report(facts.Warned(message=message, agent=self.agent))]
-        offers[event.round] = event
-        for surplus in sorted(offers)[OFFERS_KEPT:]:
-            del offers[surplus]
-        if event.round == self.round and self.phase in (Phase.TRAINING, Phase.GATHERING):
-            return self._fetch(event)
-        return []
+            return [m.Report(facts.Warned(message=message, agent=self.agent))]
+        if heard is Heard.OTHER_BASE and offer.peer not in self._other_base:
+            self._other_base.add(offer.peer)
+            reason = f"its base is {offer.base[:12] or 'none'}, ours {self.base[:12] or 'none'}; agree on merge.base"
+            refused = facts.PeerRefused(agent=self.agent, round=self.round, peer=offer.peer, reason=reason)
+            return [m.Report(refused)]
+        return actions + self._go_on() if heard is Heard.NOTED else []
 
-    def _fetch(self, offer: PeerPublished) -> list[Action]:
-        self._fetching.add(offer.peer)
-        self._lost.pop(offer.peer, None)
-        return [Fetch(offer.peer, offer.round, offer.root)]
+    def _arrived(self, event: m.SnapshotReady) -> list[m.Action]:
+        if self.phase is Phase.JOINING:
+            offer = self._adopting
+            if offer is None or (event.peer, event.root) != (offer.peer, offer.root):
+                return []
+            return [m.AdoptWeights(offer.peer, offer.round, offer.root, offer.base)]
+        actions = self._inbox.arrived(event.peer, event.round, event.root)
+        return [] if actions is None else actions + self._go_on()
 
-    def _awaits(self, event: SnapshotReady | FetchFailed) -> bool:
-        offer = self._offers.get(event.peer, {}).get(self.round)
-        return (
-            event.round == self.round
-            and event.peer in self._fetching
-            and offer is not None
-            and offer.root == event.root
-            and self.phase in (Phase.TRAINING, Phase.GATHERING)
-        )
+    def _failed(self, event: m.FetchFailed) -> list[m.Action]:
+        if self.phase is Phase.JOINING:
+            offer = self._adopting
+            if offer is None or (event.peer, event.root) != (offer.peer, offer.root):
+                return []
+            return self._unusable(offer, event.reason)
+        known = self._inbox.failed(event.peer, event.round, event.root, event.reason)
+        return self._go_on() if known else []
 
-    def _arrived(self, event: SnapshotReady) -> list[Action]:
-        if not self._awaits(event):
-            return []
-        self._fetching.discard(event.peer)
-        self._silent.discard(event.peer)
-        self._ready[event.peer] = self._offers[event.peer][self.round]
-        self._lost.pop(event.peer, None)
-        return self._maybe_merge()
-
-    def _lose(self, peer: str, reason: str) -> list[Action]:
-        if peer not in self._current.mixing or peer in self._ready or peer == self.agent:
-            return []
-        self._fetching.discard(peer)
-        self._lost[peer] = reason
-        return self._maybe_merge()
-
-    def _deadline(self, event: Deadline) -> list[Action]:
-        if event.round != self.round or self.phase not in (Phase.TRAINING, Phase.GATHERING):
+    def _deadline(self, event: m.Deadline) -> list[m.Action]:
+        waiting = Phase.JOINING if event.round == 0 else Phase.GATHERING
+        if event.round != self.round or self.phase not in (waiting, Phase.TRAINING):
             return []
         # from here on nobody is waited for; what arrives before own training ends is still welcome
         self._expired = True
-        self._silent |= {peer for peer in self._expected() if peer not in self._ready and peer not in self._lost}
-        return self._maybe_merge()
+        self._inbox.expire()
+        return self._go_on()
 
-    def _expected(self) -> list[str]:
-        return [peer for peer, weight in self._current.mixing.items() if peer != self.agent and weight > 0]
+    def _go_on(self) -> list[m.Action]:
+        """Leave the phase if what it waits for is here, given up or overdue."""
+        if self.phase is Phase.JOINING:
+            return self._maybe_join()
+        return self._maybe_merge() if self.phase is Phase.GATHERING else []
 
-    def _maybe_merge(self) -> list[Action]:
-        """Go on to the merge once every expected peer has arrived or is given up."""
-        expected = self._expected()
-        missing = [peer for peer in expected if peer not in self._ready]
-        waiting = not self._expired and any(peer not in self._lost for peer in missing)
-        if self.phase is not Phase.GATHERING or waiting:
+    # ── joining a network that lives ─────────────────────────────────────────────────────────────────────────
+    def _maybe_join(self) -> list[m.Action]:
+        """Join once all peers are heard or the wait is over: at the network's round, with a peer's weights or own."""
+        if self._adopting is not None:
             return []
-        actions: list[Action] = [
-            Report(
-                facts.PeerLate(agent=self.agent, round=self.round, peer=peer, reason=self._lost.get(peer, "deadline"))
+        choice = choose(self._inbox, self._plan, self._rules, self._unfit, waited=self._expired)
+        if choice is None:
+            return []
+        if choice.round == 0:
+            return [m.Report(facts.Joined(agent=self.agent, round=1, how="found")), *self._found()]
+        if choice.adopt is not None:
+            self._adopting = choice.adopt
+            return [m.Fetch(choice.adopt.peer, choice.adopt.round, choice.adopt.root)]
+        # the network's round, before a basis is founded: a newcomer never moves a network that lives
+        self.basis = self.basis._replace(round=choice.round)
+        self.round = choice.round
+        self._inbox.settle(self.base)
+        joined = facts.Joined(agent=self.agent, round=self.round + 1, how="align")
+        checkpoint = m.Checkpoint(self.round, "joined", self._state_now("joined"))
+        return [m.Report(joined), checkpoint, *(self._through() or self._begin(self.round + 1))]
+
+    def _took_over(self, event: m.WeightsAdopted) -> list[m.Action]:
+        offer = self._adopting
+        if self.phase is not Phase.JOINING or offer is None or event.root != offer.root:
+            return []
+        self._adopting = None
+        if event.fault:
+            return [m.Release(offer.peer, offer.root), *self._unusable(offer, event.fault)]
+        self.round, self.basis, self.base = offer.round, offer.basis, offer.base
+        self._inbox.settle(offer.base)
+        self._parents = (
+            facts.Contribution(agent=offer.peer, snapshot=offer.root, round=offer.round, weight=1.0, verdict="adopted"),
+        )
+        record = MergeRecord(self.agent, offer.round, "", self._parents, kind="join")
+        joined = facts.Joined(agent=self.agent, round=offer.round + 1, how="adopt", peer=offer.peer)
+        return [
+            m.Report(joined),
+            m.Checkpoint(offer.round, "joined", self._state_now("joined"), record),
+            m.Release(offer.peer, offer.root),
+            *(self._through() or self._begin(self.round + 1)),
+        ]
+
+    def _unusable(self, offer: PeerPublished, fault: str) -> list[m.Action]:
+        """Try another peer's weights, or keep own."""
+        self._adopting = None
+        self._unfit.add(offer.peer)
+        message = f"cannot join with the weights of {offer.peer}: {fault}"
+        return [m.Report(facts.Warned(message=message, agent=self.agent)), *self._go_on()]
+
+    # ── merging ──────────────────────────────────────────────────────────────────────────────────────────────
+    def _maybe_merge(self) -> list[m.Action]:
+        """Go on to the merge once every expected peer has arrived or is given up."""
+        inbox = self._inbox
+        expected, missing, usable = inbox.expected(), inbox.missing(), inbox.usable()
+        needed = min(self._rules.min_peers, len(expected))
+        open_ = any(peer not in inbox.lost for peer in missing) or len(usable) < needed
+        if open_ and not self._expired:
+            return []
+        inbox.open = False
+        actions: list[m.Action] = [
+            m.Report(
+                facts.PeerLate(agent=self.agent, round=self.round, peer=peer, reason=inbox.lost.get(peer, "deadline"))
             )
             for peer in missing
         ]
-        if expected and not self._ready:
-            message = f"no peer was heard in round {self.round}; own weights are kept"
-            actions.append(Report(facts.Warned(message=message, agent=self.agent)))
+        # an asynchronous agent is alone at first, until somebody else has trained
+        early = self._rules.mode == "async" and self.round <= self._rules.max_staleness + 1
+        if len(usable) < max(needed, min(1, len(expected))) and not early:
+            heard = "no peer was" if not usable else f"{len(usable)} of at least {needed} peers were"
+            message = f"{heard} heard in round {self.round}; own weights are kept"
+            actions.append(m.Report(facts.Warned(message=message, agent=self.agent)))
         return actions + self._adopt_or_merge()
 
-    def _adopt_or_merge(self) -> list[Action]:
+    def _adopt_or_merge(self) -> list[m.Action]:
         best = self._best_basis()
         if best is None:
             return self._start_merge()
         self.phase = Phase.ADOPTING
-        self._adopting = best.peer
-        return [AdoptBasis(self.round, best.peer, best.root, best.basis)]
+        self._adopting = best
+        return [m.AdoptBasis(self.round, best.peer, best.root, best.basis)]
 
     def _best_basis(self) -> PeerPublished | None:
         """Return the peer whose basis is to be adopted: the smallest id, of equals the one with most weight."""
-        if not self._gossip:
+        if not self._rules.basis_gossip:
             return None
-        fit = (offer for offer in self._ready.values() if offer.peer not in self._unfit)
-        better = [offer for offer in fit if offer.basis < self.basis]
+        usable = self._inbox.usable()
+        better = [o for o in usable.values() if o.basis < self.basis and o.peer not in self._unfit]
         weight = self._current.mixing
         return min(better, key=lambda offer: (offer.basis, -weight[offer.peer], offer.peer), default=None)
 
-    def _rebased(self, event: BasisChanged) -> list[Action]:
-        if event.round != self.round or self.phase is not Phase.ADOPTING:
+    def _rebased(self, event: m.BasisChanged) -> list[m.Action]:
+        offer = self._adopting
+        if event.round != self.round or self.phase is not Phase.ADOPTING or offer is None:
             return []
+        self._adopting = None
         if event.basis == self.basis:
-            self._unfit.add(self._adopting)
+            self._unfit.add(offer.peer)
             return self._adopt_or_merge()
         self.basis = event.basis
         adopted = facts.BasisAdopted(
-            agent=self.agent, round=self.round, peer=self._adopting, basis=str(event.basis), moved=event.moved
+            agent=self.agent, round=self.round, peer=offer.peer, basis=str(event.basis), moved=event.moved
         )
-        return [Report(adopted), *self._start_merge()]
+        return [m.Report(adopted), *self._start_merge()]
 
-    def _start_merge(self) -> list[Action]:
+    def _start_merge(self) -> list[m.Action]:
         self.phase = Phase.MERGING
-        mixing = renormalise(self._current.mixing, self._ready, self.agent)
+        usable = self._inbox.usable()
+        if len(usable) < min(self._rules.min_peers, len(self._inbox.expected())):
+            usable = {}
+        own, mixing = self._weights(usable)
         parts = tuple(
-            Part(peer, offer.root, mixing[peer], offer.basis == self.basis)
-            for peer, offer in sorted(self._ready.items())
+            m.Part(peer, offer.round, offer.root, mixing[peer], offer.basis == self.basis)
+            for peer, offer in sorted(usable.items())
             if mixing.get(peer, 0.0) > 0
         )
-        self._merge = Merge(self.round, mixing[self.agent], parts)
+        self._taking = {part.peer: usable[part.peer].pushed for part in parts}
+        self._merge = m.Merge(self.round, own, parts)
         return [self._merge]
 
-    def _merged(self, event: MergeDone) -> list[Action]:
+    def _weights(self, usable: Mapping[str, PeerPublished]) -> tuple[float, dict[str, float]]:
+        """Return own mixing weight and the peers'; they sum to 1."""
+        if self._current.push is not None:
+            return self._push.mixing({peer: offer.pushed for peer, offer in usable.items()})
+        mixing = renormalise(self._current.mixing, usable, self.agent)
+        if self._rules.mode == "sync":
+            return mixing.pop(self.agent), mixing
+        decay = self._rules.staleness_decay
+        peers = {p: mixing[p] * decay ** max(self.round - offer.round, 0) for p, offer in usable.items()}
+        return 1.0 - math.fsum(peers.values()), peers
+
+    def _merged(self, event: m.MergeDone) -> list[m.Action]:
         merge = self._merge
         if event.round != self.round or self.phase is not Phase.MERGING or merge is None:
             return []
-        actions: list[Action] = [
-            Report(facts.PeerRefused(agent=self.agent, round=self.round, peer=peer, reason=reason))
-            for peer, reason in sorted(event.refused.items())
-        ]
-        # what the accept stage backed off by belongs to self: the record says what is in the weights
-        kept = [(p, p.weight * event.accepted) for p in merge.parts if p.peer not in event.refused]
-        own = 1.0 - sum(weight for _, weight in kept)
-        self._parents = (
-            facts.Contribution(agent=self.agent, snapshot=self._own_root, round=self.round, weight=own),
-            *(
-                facts.Contribution(agent=p.peer, snapshot=p.root, round=self.round, weight=weight)
-                for p, weight in kept
-                if weight > 0
-            ),
-        )
+        # a refused peer's push-sum weight counts for self, as its mixing weight does
+        self._push.take(self._taking if self._current.push is not None else {})
+        self._parents = contributions(self.agent, self._own_root, merge, event)
         merged = facts.Merged(
             agent=self.agent,
             round=self.round,
             contributions=self._parents,
             heard=len(merge.parts),
-            expected=len(self._expected()),
+            expected=len(self._inbox.expected()),
             before=event.before or {},
             after=event.after or {},
             accepted=event.accepted,
             merge_s=event.merge_s,
             notes=event.notes,
+            push_weight=self.push_weight,
         )
-        actions += [Report(merged), Checkpoint(self.round, "merged")]
-        if self.round >= self._rounds:
-            self.phase = Phase.DONE
-            return [*actions, Exit("done")]
-        return actions + self._begin(self.round + 1)
+        record = MergeRecord(
+            self.agent,
+            self.round,
+            self._own_root,
+            self._parents,
+            refused=dict(event.refused),
+            accepted=event.accepted,
+            trained=self._current.learn,
+        )
+        actions: list[m.Action] = [
+            *(
+                m.Report(facts.PeerRefused(agent=self.agent, round=self.round, peer=peer, reason=reason))
+                for peer, reason in sorted(event.refused.items())
+            ),
+            m.Report(merged),
+            m.Checkpoint(self.round, "merged", self._state_now("merged"), record),
+        ]
+        target = self._rules.target
+        if target is not None and (event.after or {}).get(target[0], -math.inf) >= target[1]:
+            return actions + self._exit("target")
+        return actions + (self._through() or self._begin(self.round + 1))
+
+    # ── ending ───────────────────────────────────────────────────────────────────────────────────────────────
+    def _through(self) -> list[m.Action]:
+        """Leave if the round that is over was the last one."""
+        if self._rules.beyond(self.round + 1):
+            return self._exit("done")
+        return self._exit("time") if self._time_up else []
+
+    def _exit(self, reason: str) -> list[m.Action]:
+        self.phase = Phase.DONE
+        return [m.Exit(reason)]
+
+    def _state_now(self, stage: Stage) -> MachineState:
+        return MachineState(
+            run=self.run,
+            agent=self.agent,
+            round=self.round,
+            stage=stage,
+            basis=self.basis,
+            root=self._own_root,
+            parents=self._parents,
+            base=self.base,
+            push=self._push.to_dict(),
+            offers=tuple(self._inbox.offers),
+        )

@@ -54,11 +54,14 @@ PRESETS: Mapping[str, MergePlan] = {
     "isolated": _preset("none", "none"),  # never merges: such agents are given no peers
     "centralised": _preset("none", "none"),  # nor does the one agent that holds all data
     "average": _preset("none", "none"),
+    "dpsgd": _preset("none", "none"),  # what makes it more than "average" is in dimat.config.presets
+    "sgp": _preset("none", "none"),
     "dimat": _preset("activations", "batchnorm"),
     "dimat-paper": _preset("activations", "batchnorm", align_to="self"),
 }
 """Method name → plan. `average` is the paper's baseline WA, whole state dicts; `dimat` aligns once into a shared
-basis (basis gossip); `dimat-paper` aligns peers to self at every merge, as published."""
+basis (basis gossip); `dimat-paper` aligns peers to self at every merge, as published; `dpsgd` (Lian et al. 2017,
+arXiv 1705.09056) averages after every optimizer step, `sgp` (Assran et al. 2019, arXiv 1811.10792) with push-sum."""
 
 
 @dataclass(frozen=True)

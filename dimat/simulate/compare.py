@@ -14,16 +14,19 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from dimat.config import ExperimentConfig, PartitionConfig
-from dimat.errors import ConfigError, DataError, DimatError
+from dimat.config import ExperimentConfig, PartitionConfig, VariantConfig, build, changed
+from dimat.errors import ConfigError, DataError, DimatError, unknown_name
 from dimat.events import Event, Listener
-from dimat.results import Comparison, MethodCurve, Results
+from dimat.merge.pipeline import PRESETS
+from dimat.results import Comparison, MethodCurve, Results, mean_timeline
 from dimat.simulate.engine import Simulation
 from dimat.simulate.folder import RunFolder, check_folder
 from dimat.simulate.pool import WorkerPool, default_workers
 from dimat.simulate.scenario import prepare
 
+ALL, CENTRALISED = "all", "centralised"
 SIDE_BY_SIDE = 3  # runs at a time per pool: enough to even out how agents fall on workers
 
 
@@ -51,39 +54,55 @@ class Outcome:
 
 def cases_of(
     base: ExperimentConfig,
-    methods: Sequence[str],
+    names: Sequence[str],
     splits: Mapping[str, PartitionConfig],
     seeds: Sequence[int],
     out: Path,
 ) -> list[Case]:
-    """Return the runs of a comparison: every method on every split with every seed.
+    """Return the runs of a comparison: every method or variant on every split with every seed; "all" stands for all
+    variants of the experiment.
 
     All else is as in `base`, but for methods other than its own the stages that make a method (align, combine,
-    repair) are those of the method's preset.
-
-    "centralised" holds all data whatever the split, so it runs for the first split only and counts for all.
+    repair) are those of the method's preset. A variant with a group is compared under that instead of the split.
+    "centralised" holds all data whatever the split, so it runs once and counts for all.
+    Raises ConfigError for a name that is neither a method nor a variant, or both.
     """
+    forms = {variant.name: variant for variant in base.variants}
+    clash = next((name for name in forms if name in PRESETS or name == ALL), None)
+    if clash is not None:
+        raise ConfigError(f"a variant is named {clash!r}, which --compare takes for something else; rename it")
+    chosen = list(dict.fromkeys(each for name in names for each in (forms if name == ALL else (name,))))
+    for name in chosen:
+        if name not in forms and name not in PRESETS:
+            raise ConfigError(unknown_name("method or variant", name, (*PRESETS, *forms)))
+    groups = [form.group for name in chosen if (form := forms.get(name)) is not None and form.group]
     cases: list[Case] = []
     for split, partition in splits.items():
-        for method in methods:
-            if method == "centralised" and split != next(iter(splits)):
+        for name in chosen:
+            if name == CENTRALISED and split != next(iter(splits)):
                 continue
+            form = forms.get(name)
+            group = form.group if form is not None else groups[0] if groups and name == CENTRALISED else None
+            heading = group or split
+            tree = _form(base, partition, name if form is None else form)
             for seed in seeds:
-                run = f"{split} {method} seed {seed}"
-                config = base.model_copy(
-                    update={
-                        "run": run,
-                        "seed": seed,
-                        "task": base.task.model_copy(update={"partition": partition}),
-                        "merge": base.merge
-                        if method == base.merge.method
-                        else base.merge.model_copy(
-                            update={"method": method, **dict.fromkeys(("align", "align_to", "combine", "repair"))}
-                        ),
-                    }
-                )
-                cases.append(Case(split, method, seed, config, out / split / method / f"seed{seed}"))
+                run = f"{heading} {name} seed {seed}"
+                config = build(ExperimentConfig, {**tree, "run": run, "seed": seed}, f"the comparison's {name!r}")
+                cases.append(Case(heading, name, seed, config, out / heading / name / f"seed{seed}"))
     return cases
+
+
+def _form(base: ExperimentConfig, partition: PartitionConfig, form: str | VariantConfig) -> dict[str, Any]:
+    """Return the tables of an experiment on a split, as a variant or with another method."""
+    task = base.task.model_copy(update={"partition": partition})
+    if isinstance(form, VariantConfig):
+        plain = base.model_copy(update={"task": task}).model_dump(exclude_unset=True, exclude={"variants"})
+        return {**changed(plain, form.set), "folder": base.folder}
+    merge = base.merge
+    if form != merge.method:
+        stages = dict.fromkeys(("align", "align_to", "combine", "repair"))
+        merge = merge.model_copy(update={"method": form, **stages})
+    return {**dict(base), "task": task, "merge": merge, "variants": ()}
 
 
 def compare(
@@ -162,7 +181,7 @@ def summarise(done: Mapping[Case, Results]) -> Comparison:
     splits: dict[str, dict[str, MethodCurve]] = {}
     for (split, method), runs in curves.items():
         rows = [results.after_merge() for _, results in runs]
-        columns = list(zip(*rows, strict=True))
+        columns = list(zip(*rows, strict=False))  # runs that end by the clock differ in how many rounds they have
         means = [sum(column) / len(column) for column in columns]
         splits.setdefault(split, {})[method] = MethodCurve(
             after_merge=means,
@@ -173,10 +192,11 @@ def summarise(done: Mapping[Case, Results]) -> Comparison:
             mb_sent_per_agent=sum(results.mb_sent_per_agent for _, results in runs) / len(runs),
             seeds=[seed for seed, _ in runs],
             curves=rows,
+            timeline=mean_timeline([results.timeline() for _, results in runs]),
         )
-    ceiling = next((methods["centralised"] for methods in splits.values() if "centralised" in methods), None)
+    ceiling = next((methods[CENTRALISED] for methods in splits.values() if CENTRALISED in methods), None)
     if ceiling is not None:
-        splits = {split: {**methods, "centralised": ceiling} for split, methods in splits.items()}
+        splits = {split: {**methods, CENTRALISED: ceiling} for split, methods in splits.items()}
     metric = next(iter(done.values())).metric
     return Comparison(metric=metric, splits=splits)
 

@@ -2,21 +2,27 @@
 
 `experiment.json` (the resolved configuration) marks a folder as a run of that experiment; `results.json`,
 `events.jsonl`, `final/<agent>.safetensors` and the report go beside it. A folder that holds another experiment
-is never touched.
+is never touched. `origin.json` says where the experiment's relative paths are taken from: it is no part of the
+experiment, which stays one and the same wherever its file lies.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from dimat.config import ExperimentConfig
-from dimat.errors import DataError
+from dimat.config import ExperimentConfig, build
+from dimat.errors import ConfigError, DataError
 from dimat.results import Results
 from dimat.snapshot import write_bytes
 
 MARK = "experiment.json"
+ORIGIN = "origin.json"
+TRACE = "trace.jsonl"
 
 
 class RunFolder:
@@ -31,18 +37,22 @@ class RunFolder:
         self.snapshots = path / "snapshots"
         self.state = path / "state"
         self.final = path / "final"
+        self.checkpoints = path / "checkpoints"
         self.events = path / "events.jsonl"
+        self.lineage = path / "lineage.jsonl"
+        self.trace = path / TRACE
         described = check_folder(path, config, overwrite=overwrite)
         try:
-            for folder in (self.snapshots, self.state, self.final):
+            for folder in (self.snapshots, self.state, self.final, self.checkpoints):
                 shutil.rmtree(folder, ignore_errors=True)
-            for file in (self.events, path / "results.json"):
+            for file in (self.events, self.lineage, self.trace, path / "results.json"):
                 file.unlink(missing_ok=True)
             for folder in (path, self.state, self.final):
                 folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DataError(f"cannot write to run folder {path}: {error.strerror or error}") from error
-        write_bytes(path / MARK, (json.dumps(described, indent=1) + "\n").encode())
+        write_bytes(path / ORIGIN, _json(_origin(path, Path(config.folder))))
+        write_bytes(path / MARK, _json(described))
 
     def write_results(self, results: Results) -> None:
         """Write `results.json`, by rename."""
@@ -52,13 +62,14 @@ class RunFolder:
         """Return where an agent's weights after merge `number` are kept until all agents have passed it."""
         return self.state / f"{agent}.round{number}.safetensors"
 
-    def finish(self, agents: list[str], number: int) -> None:
-        """Move the weights after merge `number` to `final/`, and remove what was needed on the way only."""
-        for agent in agents:
+    def finish(self, last: Mapping[str, int]) -> None:
+        """Move each agent's weights after its merge of round `last[agent]` to `final/`, and remove what was needed on
+        the way only."""
+        for agent, number in last.items():
             source = self.state_file(agent, number)
             if source.exists():
                 source.replace(self.final / f"{agent}.safetensors")
-        for folder in (self.snapshots, self.state):
+        for folder in (self.snapshots, self.state, self.checkpoints):
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -69,15 +80,11 @@ def check_folder(path: Path, config: ExperimentConfig, *, overwrite: bool) -> di
         raise DataError(f"run folder {path} is a file; choose another with --out")
     if not path.exists() or not any(path.iterdir()):
         return described
-    mark = path / MARK
-    if not mark.exists():
+    if not (path / MARK).exists():
         raise DataError(f"folder {path} is not empty and no run folder of dimat; choose another with --out")
-    try:
-        kept = json.loads(mark.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {mark}: {error}") from error
+    kept = _read(path / MARK)
     if kept != described:
-        keys = sorted(_differences(kept, described))
+        keys = sorted(_differences(kept, described)) or ["keys that only one version of dimat knows"]
         raise DataError(
             f"run folder {path} holds another experiment (differs in {', '.join(keys[:4])}); choose another with --out"
         )
@@ -86,9 +93,41 @@ def check_folder(path: Path, config: ExperimentConfig, *, overwrite: bool) -> di
     return described
 
 
+def read_experiment(path: Path) -> ExperimentConfig:
+    """Return the experiment that a run folder holds; DataError where that cannot be read or is of another version."""
+    if not (path / MARK).exists():
+        raise DataError(f"{path} is no run folder of dimat: it has no {MARK}; give the folder of a run")
+    origin = _read(path / ORIGIN) if (path / ORIGIN).exists() else {}
+    # where the experiment was, or else beside the run folder as it was before both were moved
+    places = [Path(str(origin.get("folder", ""))), path / str(origin.get("relative", ""))]
+    folder = next((place for place in places if origin and place.is_dir()), path)
+    try:
+        return build(ExperimentConfig, {**_read(path / MARK), "folder": str(folder)}, str(path / MARK))
+    except ConfigError as error:
+        raise DataError(f"{error}; this dimat cannot read the experiment of that run") from None
+
+
 def describe(config: ExperimentConfig) -> dict[str, object]:
-    """Return what makes two experiments one and the same: all settings but those of the host."""
-    return json.loads(config.model_dump_json(exclude={"simulate": {"workers"}}))
+    """Return what makes two experiments one and the same: all settings but those that no result depends on."""
+    return json.loads(config.model_dump_json(exclude={"variants": True, "simulate": {"workers", "trace"}}))
+
+
+def _origin(path: Path, folder: Path) -> dict[str, str]:
+    return {"folder": str(folder.resolve()), "relative": os.path.relpath(folder.resolve(), path.resolve())}
+
+
+def _json(values: Mapping[str, object]) -> bytes:
+    return (json.dumps(values, indent=1) + "\n").encode()
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {file}: {error}") from error
+    if not isinstance(values, dict):
+        raise DataError(f"cannot read {file}: it holds no JSON object")
+    return values
 
 
 def _differences(a: object, b: object, path: str = "") -> set[str]:

@@ -7,25 +7,30 @@ a run folder exists.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from dimat.agent.round import RoundPlan
-from dimat.config import ExperimentConfig, NamedConfig
+from dimat.agent.local import load_base
+from dimat.agent.plan import Plan, PushShares, RoundPlan, Rules
+from dimat.config import ExperimentConfig, NamedConfig, NetworkConfig
 from dimat.device import resolve_device
 from dimat.errors import ConfigError, DimatError, HookError, PartitionError
 from dimat.merge import MergePlan, plan_merge
 from dimat.seeds import derive_seed, numpy_generator, torch_generator
 from dimat.simulate import worker
-from dimat.snapshot import encode
+from dimat.simulate.checks import alone, check_peers, check_times, listed
+from dimat.simulate.compute import Compute
+from dimat.simulate.faults import FaultPlan, plan_faults
+from dimat.snapshot import checksum, encode
 from dimat.task import Task
 from dimat.tasks import histogram, partition
-from dimat.topology import BaseK, Schedule, build_topology
+from dimat.topology import BaseK, CycleSchedule, Mixer, Schedule, Topology, build_topology
+from dimat.topology.mixing import PUSH_SUM
+from dimat.topology.rounds import LONG_PERIOD
 
 MB = 1e6
-TRAIN_S = 1.0  # virtual seconds of a round's local training, alike for all agents
 PROCESS_MB = 260.0  # resident memory of a process with torch and this package loaded
 
 
@@ -35,37 +40,89 @@ class Scenario:
 
     config: ExperimentConfig
     task: Task
-    plan: MergePlan
+    plan_of_merge: MergePlan
     agents: tuple[str, ...]
-    schedule: Schedule
+    schedules: tuple[tuple[int, Topology], ...]
+    """Topologies with the rounds from which on they hold, in order."""
     final: Schedule | None
     parts: tuple[torch.Tensor, ...]
     histogram: dict[str, tuple[int, ...]]
     parameters: int
     snapshot_bytes: int
     rounds: int
+    faults: FaultPlan
+    base: str = ""
+    """Address of the weights that task vectors are taken from."""
+    warnings: tuple[str, ...] = ()
 
     @property
     def exchanges(self) -> bool:
         """Whether agents exchange weights at all."""
         return self.config.merge.method not in ("isolated", "centralised") and len(self.agents) > 1
 
+    def schedule_at(self, number: int) -> tuple[Schedule, int]:
+        """Return the schedule that holds in a round, and the round as that schedule counts it."""
+        if self.final is not None and not self.learns(number):
+            return self.final, number - self.config.schedule.rounds
+        start, topology = next((s, t) for s, t in reversed(self.schedules) if s <= number)
+        return topology.schedule, number - start + 1
+
+    def learns(self, number: int) -> bool:
+        """Whether agents train in a round; in those of the final merge they do not."""
+        return self.config.schedule.rounds == 0 or number <= self.config.schedule.rounds
+
     def round_plan(self, agent: str, number: int) -> RoundPlan:
         """Return mixing weights of an agent for a round, and whether it trains before."""
-        learn = number <= self.config.schedule.rounds
+        learn = self.learns(number)
         if not self.exchanges:
             return RoundPlan({agent: 1.0}, learn)
-        if learn or self.final is None:
-            return RoundPlan(self.schedule.row(number, agent), learn)
-        return RoundPlan(self.final.row(number - self.config.schedule.rounds, agent), learn=False)
+        schedule, number = self.schedule_at(number)
+        if agent not in schedule.names:
+            return RoundPlan({agent: 1.0}, learn)
+        mixer = self._mixing(schedule)
+        if mixer is None:
+            return RoundPlan(schedule.row(number, agent), learn)
+        # weights come from the masses that travel with the snapshots; the row only says who is heard
+        share = (1 - mixer.lazy) / (len(schedule.out_neighbours(number, agent)) + 1)
+        to = dict.fromkeys(schedule.out_neighbours(number, agent), share)
+        heard = dict.fromkeys((agent, *schedule.in_neighbours(number, agent)), 1.0)
+        return RoundPlan(heard, learn, PushShares(1.0 - share * len(to), to))
+
+    def plan(self, agent: str) -> Plan:
+        """Return all rounds of an agent as planned."""
+        peers: set[str] = set()
+        if self.exchanges:
+            for schedule in (*(topology.schedule for _, topology in self.schedules), self.final):
+                if schedule is not None and agent in schedule.names:
+                    peers |= _sources(schedule, agent)
+        return Plan(frozenset(peers), lambda number: self.round_plan(agent, number))
+
+    def rules(self) -> Rules:
+        """Return the rules by which all agents' rounds go."""
+        schedule = self.config.schedule
+        return Rules(
+            rounds=self.rounds or None,
+            deadline_s=schedule.round_deadline_s,
+            mode=schedule.mode,
+            min_peers=schedule.min_peers,
+            max_staleness=schedule.max_staleness,
+            staleness_decay=schedule.staleness_decay,
+            basis_gossip=self.plan_of_merge.align.name != "none" and self.plan_of_merge.align_to == "shared",
+            join=schedule.join,
+            join_wait_s=schedule.join_wait_s,
+            target=None if schedule.target is None else (self.task.metric, schedule.target),
+        )
 
     def readers(self, agent: str, number: int) -> Sequence[str]:
         """Return who merges an agent's snapshot of a round."""
         if not self.exchanges:
             return ()
-        if number <= self.config.schedule.rounds or self.final is None:
-            return self.schedule.out_neighbours(number, agent)
-        return self.final.out_neighbours(number - self.config.schedule.rounds, agent)
+        schedule, number = self.schedule_at(number)
+        return schedule.out_neighbours(number, agent) if agent in schedule.names else ()
+
+    def _mixing(self, schedule: Schedule) -> Mixer | None:
+        """Return the push-sum rule of a schedule, None where its weights are fixed."""
+        return schedule.mixer if isinstance(schedule, CycleSchedule) and schedule.mixer.name == PUSH_SUM else None
 
     def edges(self) -> tuple[tuple[str, str], ...]:
         """Return (publisher, reader) pairs of the first round, each undirected edge once."""
@@ -82,20 +139,16 @@ class Scenario:
         data = example * (len(self.task.data("train")) + len(self.task.data("test")))
         # weights, gradients, two optimizer moments, and a merged copy that exists during a merge
         memory = processes * (PROCESS_MB + data) + 5.5 * weights * len(self.agents)
-        per_round = [sum(len(self.readers(a, r)) for a in self.agents) for r in range(1, min(self.rounds, 16) + 1)]
-        sent = weights * sum(per_round) / len(per_round) * self.rounds
+        shown = min(self.rounds or 16, 16)
+        per_round = [sum(len(self.readers(a, r)) for a in self.agents) for r in range(1, shown + 1)]
+        sent = weights * sum(per_round) / len(per_round) * (self.rounds or 1)
         disk = weights * len(self.agents) * (self.config.simulate.keep_snapshots + 2)
         return memory, disk, sent
 
 
 def prepare(config: ExperimentConfig) -> Scenario:
     """Resolve an experiment; raises ConfigError and its kin for what cannot be run."""
-    if config.schedule.round_deadline_s <= TRAIN_S:
-        raise ConfigError(
-            f"schedule.round_deadline_s is {config.schedule.round_deadline_s:g}, but a simulated round trains for "
-            f"{TRAIN_S:g} s of virtual time: every peer would be late; give it more"
-        )
-    plan = plan_merge(config.merge)
+    merge_plan = plan_merge(config.merge)
     resolve_device(config.train.device)
     task = worker.kit_for(config, symmetry=False).task
     try:
@@ -130,27 +183,82 @@ def prepare(config: ExperimentConfig) -> Scenario:
             samples=len(train),
         )
         if by_samples:
-            counts = {agent: len(part) for agent, part in zip(agents, parts, strict=True)}
-            topology = build_topology(config.topology, seed, folder, counts)
+            topology = build_topology(config.topology, seed, folder, counts_of(agents, parts))
+    changes: list[tuple[int, Topology]] = []
+    warnings: list[str] = []
+    for i, change in enumerate(() if centralised else config.schedule.changes):
+        draws = derive_seed(config.seed, "topology", change.round)
+        later = build_topology(change.topology, draws, folder, counts_of(agents, parts))
+        new = sorted(set(later.names) - set(agents))
+        if new:
+            raise ConfigError(
+                f"schedule.changes[{i}]: agent {new[0]!r} is not in the first topology; name all agents there, and let "
+                'those that come later join with a fault of kind "join"'
+            )
+        left_out = [agent for agent in agents if agent not in later.names]
+        if left_out:
+            warnings.append(f"from round {change.round} on the topology leaves {listed(left_out)} alone")
+        changes.append((change.round, later))
+    base = load_base(config, task)
     state = model.state_dict()
     final = None
     rounds = config.schedule.rounds
     if config.schedule.final_merge and len(agents) > 1 and config.merge.method != "isolated":
         final = BaseK(agents, config.schedule.final_merge_peers)
         rounds += final.period or 0
-    return Scenario(
-        config=config,
+    faults = plan_faults(config, agents)
+    compute = Compute(_plain(config).simulate.compute, agents, config.seed, faults.timed)
+    warnings += check_times(config, counts_of(agents, parts), compute)
+    scenario = Scenario(
+        config=_plain(config),
         task=task,
-        plan=plan,
+        plan_of_merge=merge_plan,
         agents=agents,
-        schedule=topology.schedule,
+        schedules=((1, topology), *changes),
         final=final,
         parts=tuple(parts),
         histogram=_histogram(task, agents, parts),
         parameters=sum(p.numel() for p in model.parameters()),
         snapshot_bytes=len(encode(state)),
         rounds=rounds,
+        faults=faults,
+        base="" if base is None else checksum(encode(base)).root,
     )
+    if not scenario.exchanges:
+        return replace(scenario, warnings=())
+    for _, each in scenario.schedules:
+        if config.merge.method == "sgp" and each.mixing_config.name != PUSH_SUM:
+            raise ConfigError(
+                f'method "sgp" mixes by push-sum, but the network map says {each.mixing_config.name!r}; set '
+                'topology.mixing = "push-sum", or use method "dpsgd"'
+            )
+    check_peers(config, agents, lambda agent: len(scenario.round_plan(agent, 1).mixing) - 1)
+    for _, each in scenario.schedules:
+        # the union of a schedule that draws from all pairs is dense, and nobody is alone in it
+        if each.base is not None or each.schedule.period is not None:
+            warnings += alone(each.graph, faults)
+    return replace(scenario, warnings=tuple(dict.fromkeys(warnings)))
+
+
+def counts_of(agents: Sequence[str], parts: Sequence[torch.Tensor]) -> dict[str, int]:
+    """Return the number of samples of each agent."""
+    return {agent: len(part) for agent, part in zip(agents, parts, strict=True)}
+
+
+def _plain(config: ExperimentConfig) -> ExperimentConfig:
+    """Return the experiment without the network where one model holds all data: no agent there has a name."""
+    if config.merge.method != "centralised":
+        return config
+    compute = config.simulate.compute.model_copy(update={"speeds": {}, "speed": 1.0})
+    simulate = config.simulate.model_copy(update={"network": NetworkConfig(), "compute": compute})
+    return config.model_copy(update={"simulate": simulate})
+
+
+def _sources(schedule: Schedule, agent: str) -> set[str]:
+    """Return whom an agent ever hears."""
+    if schedule.period is None or schedule.period > LONG_PERIOD:
+        return set(schedule.peers(agent))
+    return {peer for number in range(1, schedule.period + 1) for peer in schedule.in_neighbours(number, agent)}
 
 
 def _histogram(task: Task, agents: Sequence[str], parts: Sequence[torch.Tensor]) -> dict[str, tuple[int, ...]]:

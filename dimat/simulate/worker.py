@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from blake3 import blake3
 
-from dimat.agent.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from dimat.agent.checkpoint import CheckpointStore, Stored, read_state, write_state
 from dimat.agent.local import LocalAgent, MergeReport, TrainedReport
+from dimat.agent.state import MachineState
 from dimat.config import ExperimentConfig
 from dimat.merge import plan_merge
 from dimat.seeds import torch_generator
@@ -27,7 +28,8 @@ from dimat.train import TrainerState
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What a worker needs to make an agent. `warm`: folder in which first rounds of training are kept and found."""
+    """What a worker needs to make an agent. `warm`: folder in which first rounds of training are kept and found;
+    `checkpoints`: folder of the agent's checkpoints, None where it needs none."""
 
     key: str
     agent: str
@@ -35,6 +37,15 @@ class Setup:
     indices: torch.Tensor
     store: Path
     warm: Path | None
+    checkpoints: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """An agent that was set up. `batches`: in an epoch of its data; `warnings` of its symmetry derivation."""
+
+    batches: int
+    warnings: tuple[str, ...]
 
 
 @dataclass(slots=True)
@@ -72,8 +83,8 @@ def derive_checked(task: Task) -> SymmetrySpec:
         return freeze_failing(model, spec, inputs, torch_generator(0, "symmetry", "verify"))
 
 
-def create(setup: Setup) -> tuple[str, ...]:
-    """Make an agent in this process; return the warnings of its symmetry derivation."""
+def create(setup: Setup) -> Made:
+    """Make an agent in this process."""
     plan = plan_merge(setup.config.merge)
     kit = kit_for(setup.config, symmetry=plan.align.name != "none")
     spec = kit.spec if plan.align.name != "none" else None
@@ -88,7 +99,32 @@ def create(setup: Setup) -> tuple[str, ...]:
         observers=kit.observers,
     )
     _agents[setup.key] = (agent, setup)
-    return spec.warnings if spec is not None else ()
+    return Made(agent.trainer.batches, spec.warnings if spec is not None else ())
+
+
+def restore(setup: Setup) -> tuple[MachineState, int] | None:
+    """Make an agent anew from its newest checkpoint; return the round machine's state and the last round published."""
+    create(setup)
+    agent = _agents[setup.key][0]
+    found = _store(setup).newest(setup.config.run, setup.agent, agent.schema()) if setup.checkpoints else None
+    if found is None:
+        return None
+    agent.restore(found.checkpoint)
+    return found.checkpoint.machine, found.published
+
+
+def checkpoint(key: str, machine: MachineState) -> float:
+    """Write an agent's checkpoint; return the CPU-seconds that it took."""
+    start = time.thread_time()
+    agent, setup = _agents[key]
+    if setup.checkpoints is not None:
+        _store(setup).save(agent.checkpoint(machine))
+    return time.thread_time() - start
+
+
+def take_over(key: str, peer: str, snapshot: Path) -> str:
+    """Let an agent take over a peer's weights; return why it could not, or an empty string."""
+    return _agents[key][0].take_over(peer, snapshot)
 
 
 def train(key: str, number: int, learn: bool) -> TrainedReport:
@@ -98,7 +134,7 @@ def train(key: str, number: int, learn: bool) -> TrainedReport:
         return agent.train(number, learn)
     file = setup.warm / f"{_first_round_key(setup)}.safetensors"
     if file.exists():
-        kept = read_checkpoint(file)
+        kept = read_state(file)
         values = dict(kept.values)
         loss, samples = float(values.pop("report/loss")), int(values.pop("report/samples"))
         agent.trainer.load_state(TrainerState(dict(kept.tensors), values))
@@ -107,7 +143,7 @@ def train(key: str, number: int, learn: bool) -> TrainedReport:
     report = agent.train(number, learn)
     state = agent.trainer.state()
     values = {**state.values, "report/loss": report.loss, "report/samples": report.samples}
-    write_checkpoint(file, Checkpoint(state.tensors, values), durable=False)
+    write_state(file, Stored(state.tensors, values), durable=False)
     return report
 
 
@@ -135,6 +171,12 @@ def merge(
 def drop(key: str) -> None:
     """Forget an agent."""
     _agents.pop(key, None)
+
+
+def _store(setup: Setup) -> CheckpointStore:
+    assert setup.checkpoints is not None
+    # what a simulated crash must survive is the end of an object in memory, not of this machine
+    return CheckpointStore(setup.checkpoints, setup.config.simulate.checkpoints, durable=False)
 
 
 def _first_round_key(setup: Setup) -> str:

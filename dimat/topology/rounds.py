@@ -161,7 +161,7 @@ class CycleSchedule(Schedule):
         self._push_sum = mixer.name == PUSH_SUM
         super().__init__(names, None if self._push_sum else len(graphs))
         self._links = [links_of(graph) for graph in graphs]
-        self._mixer = mixer
+        self.mixer = mixer
         self._masses = {1: [1.0] * len(names)}
         if not self._push_sum:
             for number in range(1, len(graphs) + 1):  # a wrong option or matrix is told now, not in some round
@@ -169,7 +169,7 @@ class CycleSchedule(Schedule):
 
     def _round(self, number: int) -> tuple[Links, RowOf]:
         links = self._links[(number - 1) % len(self._links)]
-        return links, self._mixer.rows(links, self._mass(number) if self._push_sum else None)
+        return links, self.mixer.rows(links, self._mass(number) if self._push_sum else None)
 
     def _mass(self, number: int) -> list[float]:
         """Return the push-sum masses before round `number`: a recursion, so a far round costs all before it."""

@@ -9,24 +9,13 @@ import os
 import sys
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TextIO
 
-from dimat.events import (
-    AgentEvent,
-    BasisAdopted,
-    Event,
-    Merged,
-    PeerLate,
-    PeerRefused,
-    RoundFinished,
-    RoundSummary,
-    RunFinished,
-    RunStarted,
-    Trained,
-    Warned,
-)
+from dimat.events import Event, Merged, RoundFinished, RoundSummary, RunFinished, RunStarted, Trained
 from dimat.ui import tables, text
+from dimat.ui.lines import Repeats, lines_of
 from dimat.ui.text import Table, clean
 
 if TYPE_CHECKING:
@@ -43,17 +32,25 @@ ROWS_BESIDE_TABLE = 8
 
 @dataclass
 class _Run:
-    """What is known of one run. `stage`: agent → (round, "trained" or "merged")."""
+    """What is known of one run. `stage`: agent → (round, "trained" or "merged"); `through`: agents by the round that
+    they have ended and that is not summed up yet."""
 
     name: str
     started: RunStarted | None = None
     finished: RunFinished | None = None
     summaries: list[RoundSummary] = field(default_factory=list[RoundSummary])
+    rows: list[tuple[str, ...]] = field(default_factory=list[tuple[str, ...]])
     stage: dict[str, tuple[int, str]] = field(default_factory=dict[str, tuple[int, str]])
+    through: Counter[int] = field(default_factory=Counter[int])
+    repeats: Repeats = field(default_factory=Repeats)
 
     @property
     def metric(self) -> str:
         return clean(self.started.metric) if self.started else "accuracy"
+
+    @property
+    def agents(self) -> tuple[str, ...]:
+        return self.started.agents if self.started else ()
 
     @property
     def title(self) -> str:
@@ -64,11 +61,11 @@ class _Run:
         """The state in words: what is going on in the round that comes after the last summary."""
         if self.finished:
             return f"{clean(self.finished.reason)}, {text.seconds_text(self.finished.wall_s)}"
-        number = self.summaries[-1].round + 1 if self.summaries else 1
+        number = max((summary.round for summary in self.summaries), default=0) + 1
         rounds = self.started.rounds if self.started else 0
         if rounds and number > rounds:
             return "finishing"
-        total = len(self.started.agents) if self.started else len(self.stage)
+        total = len(self.agents) or len(self.stage)
         merged = sum(1 for at, stage in self.stage.values() if at > number or (at == number and stage == "merged"))
         trained = sum(1 for at, _ in self.stage.values() if at >= number)
         verb, count = ("merged", merged) if merged else ("trained", trained)
@@ -80,8 +77,9 @@ class ConsoleListener:
 
     On a terminal: a live table (the rounds of one run, or a row per active run), warnings above it, and a static
     table on `close`. Elsewhere: plain lines. `stream` is stderr if not given; `terminal` is found out from it.
-    `verbosity`: -1 warnings only; 0 rounds; 1 also late and refused peers, basis adoptions and notes of merges;
-    2 also every agent's own steps. A stream that breaks ends the display, never the run.
+    `verbosity`: -1 warnings only; 0 rounds, who comes and goes, partitions; 1 also late and refused peers, basis
+    adoptions and notes of merges; 2 also every agent's own steps. What comes again and again is said a few times and
+    counted at the end. A stream that breaks ends the display, never the run.
     """
 
     def __init__(self, stream: TextIO | None = None, terminal: bool | None = None, verbosity: int = 0) -> None:
@@ -121,6 +119,8 @@ class ConsoleListener:
             self._closed = True
             try:
                 self._stop_live()
+                for run in () if self._broken else self._runs.values():
+                    self._sum_up(run)
                 if self._console is not None and not self._broken and self._verbosity >= 0 and self._any_rounds():
                     table = self._table(final=True)
                     self._console.print(_rich(table), highlight=False)
@@ -133,19 +133,21 @@ class ConsoleListener:
             run = self._runs[event.run] = _Run(event.run, started=event)
             self._introduce(event)
         elif isinstance(event, RoundSummary):
+            agents = tables.some_of(run.through.pop(event.round, 0), len(run.agents))
             run.summaries.append(event)
+            run.rows.append(tables.round_cells(event, agents))
             if self._console is None and self._verbosity >= 0:
-                self._line(event.run, tables.round_line(event, run.metric))
+                self._line(event.run, tables.round_line(event, run.metric, agents))
         elif isinstance(event, RunFinished):
             run.finished = event
+            self._sum_up(run)
             if self._console is None and self._verbosity >= 0:
                 done = text.count_text(event.rounds_done, "round")
-                self._line(event.run, f"{clean(event.reason)}: {done} in {text.seconds_text(event.wall_s)}")
-        elif isinstance(event, Warned):
-            who = f"agent {event.agent}: " if event.agent else ""
-            self._line(event.run, f"warning: {who}{event.message}", style="yellow")
-        elif isinstance(event, AgentEvent):
-            self._step(run, event)
+                clock = tables.clock_text(event.time_s, event.rounds_done)
+                virtual = f", {clock} of virtual time" if clock else ""
+                self._line(event.run, f"{event.reason}: {done} in {text.seconds_text(event.wall_s)}{virtual}")
+        else:
+            self._tell(run, event)
         self._draw(soon=isinstance(event, RoundSummary | RunStarted | RunFinished))
 
     def _introduce(self, event: RunStarted) -> None:
@@ -157,7 +159,8 @@ class ConsoleListener:
         if event.estimated_memory_mb:
             needs = [f"{text.mb_text(event.estimated_memory_mb)} MB of memory"]
             needs.append(f"{text.mb_text(event.estimated_disk_mb)} MB on disk")
-            needs.append(f"{text.mb_text(event.estimated_mb_sent)} MB sent in all")
+            sent = "in all" if event.rounds else "a round"
+            needs.append(f"{text.mb_text(event.estimated_mb_sent)} MB sent {sent}")
             what += f"; about {', '.join(needs)}, {text.count_text(event.workers, 'worker')}"
         histogram = "\n".join(f"  {line}" for line in text.as_text(tables.histogram_table(event.histogram)))
         known = not event.histogram or histogram in self._histograms
@@ -169,32 +172,32 @@ class ConsoleListener:
             self._line(event.run, "samples per class of each agent:")
             self._print(histogram)
 
-    def _step(self, run: _Run, event: AgentEvent) -> None:
-        where = f"round {event.round}, agent {event.agent}"
-        if isinstance(event, Trained):
-            run.stage[event.agent] = (event.round, "trained")
-            spent = f"in {text.seconds_text(event.train_s)}"
-            self._line(run.name, f"{where}: trained, loss {text.metric_text(event.loss)} {spent}", level=2)
-        elif isinstance(event, Merged):
-            run.stage[event.agent] = (event.round, "merged")
-            parts = ", ".join(f"{part.agent} {part.weight:.3f}" for part in event.contributions)
-            self._line(run.name, f"{where}: merged {parts}", level=2)
-            for note in event.notes:
-                self._line(run.name, f"{where}: {note}", level=1)
-        elif isinstance(event, PeerLate):
-            self._line(run.name, f"{where}: peer {event.peer} late, its weight goes to self", level=1)
-        elif isinstance(event, PeerRefused):
-            self._line(run.name, f"{where}: peer {event.peer} refused: {event.reason}", level=1)
-        elif isinstance(event, BasisAdopted):
-            basis, moved = event.basis[:12], f"{100 * event.moved:.0f} % of units moved"
-            self._line(run.name, f"{where}: adopted basis {basis} from {event.peer}, {moved}", level=1)
-        elif isinstance(event, RoundFinished):
-            heard = f"heard {event.heard}/{event.expected}, sent {text.bytes_text(event.bytes_sent)}"
-            self._line(run.name, f"{where}: done, {heard}", level=2)
+    def _tell(self, run: _Run, event: Event) -> None:
+        match event:
+            case Trained(agent=agent, round=number):
+                run.stage[agent] = (number, "trained")
+            case Merged(agent=agent, round=number):
+                run.stage[agent] = (number, "merged")
+            case RoundFinished(round=number):
+                run.through[number] += 1
+            case _:
+                pass
+        # of a comparison's runs, what befalls each is more than the lines above its live rows should hold
+        many = self._console is not None and len(self._runs) > 1
+        for line in lines_of(event, run.agents):
+            heard = self._verbosity >= line.level + (many and line.level == 0)
+            # who is told of rounds is told too how often what was not loud enough has happened
+            if line.what and self._verbosity >= min(line.level, 0) and not run.repeats.first(line, heard):
+                continue
+            if heard:
+                self._line(run.name, line.text, style=_style(line.text))
 
-    def _line(self, run: str, said: str, *, level: int = -1, style: str = "") -> None:
-        if self._verbosity >= level:
-            self._print(clean(f"[{run}] {said}" if run else said), style)
+    def _sum_up(self, run: _Run) -> None:
+        for said in run.repeats.rest():
+            self._line(run.name, said, style=_style(said))
+
+    def _line(self, run: str, said: str, *, style: str = "") -> None:
+        self._print(clean(f"[{run}] {said}" if run else said), style)
 
     def _print(self, said: str, style: str = "") -> None:
         if self._console is None:
@@ -239,21 +242,17 @@ class ConsoleListener:
         room = max(self._console.height - ROWS_BESIDE_TABLE, 1)
         if len(runs) == 1:
             run = runs[0]
-            summaries = run.summaries if final else run.summaries[-room:]
-            rows = [tables.round_cells(summary) for summary in summaries]
+            rows = run.rows if final else run.rows[-room:]
             table = Table(run.title, tables.ROUND_HEADERS, tuple(rows), left=frozenset(), note=run.doing)
         else:
             shown = runs if final else [run for run in runs if run.finished is None][:room]
             empty = ("",) * len(tables.ROUND_HEADERS)
-            rows = [
-                (clean(run.name), *(tables.round_cells(run.summaries[-1]) if run.summaries else empty), run.doing)
-                for run in shown
-            ]
+            rows = [(clean(run.name), *(run.rows[-1] if run.rows else empty), run.doing) for run in shown]
             done = sum(1 for run in runs if run.finished)
             note = f"{text.count_text(len(runs), 'run')}, {done} done"
             headers = ("run", *tables.ROUND_HEADERS, "state")
             table = Table("", headers, tuple(rows), left=frozenset({0, len(headers) - 1}), note=note)
-        return text.narrowed(table, self._console.width, tables.ROUND_DROP)
+        return text.narrowed(text.trimmed(table, tables.ROUND_OPTIONAL), self._console.width, tables.ROUND_DROP)
 
 
 def print_results(results: Results, stream: TextIO | None = None, terminal: bool | None = None) -> None:
@@ -280,6 +279,10 @@ def _print_tables(shown: list[Table], stream: TextIO | None, terminal: bool | No
             _write(out, "\n" * (number > 0) + "\n".join(text.as_text(table)))
         else:
             console.print(_rich(text.narrowed(table, console.width, drop)), highlight=False)
+
+
+def _style(said: str) -> str:
+    return "yellow" if said.startswith("warning: ") else ""
 
 
 def _write(stream: TextIO, said: str) -> None:

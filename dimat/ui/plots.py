@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import networkx as nx
 
 from dimat.errors import ConfigError
-from dimat.ui.tables import CEILING
+from dimat.ui.tables import CEILING, timed
 from dimat.ui.text import clean, count_text, mean
 
 if TYPE_CHECKING:
@@ -65,11 +65,13 @@ STYLE: dict[str, Any] = {
 
 
 def results_pngs(results: Results) -> dict[str, bytes]:
-    """Return the pictures of a run by name: "accuracy" (the metric per agent), "merge" (before and after), "consensus",
-    "topology", "classes". Those for which a run has no data are left out. ConfigError without matplotlib."""
+    """Return the pictures of a run by name: "accuracy" (the metric per agent), "timeline" (over virtual time and over
+    megabytes), "merge" (before and after), "consensus", "topology", "classes". Those for which a run has no data are
+    left out. ConfigError without matplotlib."""
     drawn: dict[str, bytes] = {}
     wanted: list[tuple[str, bool, Callable[[Results], Figure]]] = [
         ("accuracy", any(row.after is not None for row in results.rows), _metric_figure),
+        ("timeline", not results.timeline().a_second_a_round, _timeline_figure),
         ("merge", any(row.before is not None and row.after is not None for row in results.rows), _merge_figure),
         ("consensus", any(row.consensus_distance > 0 for row in results.rows), _consensus_figure),
         ("topology", bool(results.agents), _topology_figure),
@@ -186,6 +188,21 @@ def _metric_figure(results: Results) -> Figure:
     return figure
 
 
+def _timeline_figure(results: Results) -> Figure:
+    timeline = results.timeline()
+    figure = _figure(9.0, 3.8)
+    left, right = figure.subplots(1, 2, sharey=True)
+    left.step(timeline.time_s, timeline.value, where="post", color=BLUE)
+    right.step(timeline.mb, timeline.value, where="post", color=BLUE)
+    left.set_ylabel(f"test {clean(results.metric)}, mean of agents")
+    left.set_title("Newest models over virtual time")
+    left.set_xlabel("virtual seconds")
+    right.set_xlabel("megabytes fetched per agent")
+    for axes in (left, right):
+        axes.set_xlim(left=0)
+    return figure
+
+
 def _consensus_figure(results: Results) -> Figure:
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
@@ -280,21 +297,28 @@ def _comparison_figure(comparison: Comparison) -> Figure:
     splits = list(comparison.splits)
     names = list(dict.fromkeys(method for curves in comparison.splits.values() for method in curves))
     styles = _method_styles(names)
-    figure = _figure(10.0, 3.5 * max(len(splits), 1) + 0.5)
-    grid = figure.subplots(max(len(splits), 1), 2, sharey="row", squeeze=False)
+    clock = any(timed(curves) for curves in comparison.splits.values())
+    figure = _figure(13.0 if clock else 10.0, 3.5 * max(len(splits), 1) + 0.5)
+    grid = figure.subplots(max(len(splits), 1), 3 if clock else 2, sharey="row", squeeze=False)
     for row, split in enumerate(splits):
-        left, right = grid[row]
+        left, *middle, right = grid[row]
         for method, curve in comparison.splits[split].items():
-            _draw_curve(left, right, curve, *styles[method])
+            _draw_merges(left, curve, *styles[method])
+            _draw_over(right, curve, curve.timeline.mb, styles[method][0])
+            for axes in middle:
+                _draw_over(axes, curve, curve.timeline.time_s if method != CEILING else (), styles[method][0])
         target = comparison.target(split)
-        for axes in (left, right) if target is not None else ():
+        for axes in grid[row] if target is not None else ():
             axes.axhline(target, color="black", linewidth=0.9, linestyle=":")
         left.set_title(_label(split, 40))
         left.set_ylabel(f"test {clean(comparison.metric)}")
         _whole_rounds(left, "merges")
-        right.set_xlabel("megabytes sent per agent")
-        right.set_xlim(left=0)
-        right.tick_params(labelleft=True)
+        right.set_xlabel("megabytes fetched per agent")
+        for axes in middle:
+            axes.set_xlabel("virtual seconds")
+        for axes in (*middle, right):
+            axes.set_xlim(left=0)
+            axes.tick_params(labelleft=True)
     handles = [_handle(_label(name), *styles[name]) for name in names]
     if any(comparison.target(split) is not None for split in splits):
         handles.append(_handle("90 % of the ceiling", "black", "", ":"))
@@ -302,18 +326,20 @@ def _comparison_figure(comparison: Comparison) -> Figure:
     return figure
 
 
-def _draw_curve(left: Axes, right: Axes, curve: MethodCurve, colour: str, marker: str) -> None:
+def _draw_merges(axes: Axes, curve: MethodCurve, colour: str, marker: str) -> None:
     merges = list(range(1, len(curve.after_merge) + 1))
     low = [value - deviation for value, deviation in zip(curve.after_merge, curve.std)]
     high = [value + deviation for value, deviation in zip(curve.after_merge, curve.std)]
-    left.plot(merges, curve.after_merge, _dash(colour), color=colour, marker=marker)
-    left.fill_between(merges, low, high, color=colour, alpha=0.15, linewidth=0)
-    if curve.mb_sent_per_agent == 0:  # sends nothing: what it reaches is a level, not a curve
-        right.axhline(max(curve.after_merge, default=0.0), color=colour, linestyle="--", linewidth=1.4)
-        return
-    sent = [curve.mb_sent_per_agent * merge / len(merges) for merge in merges]
-    right.plot(sent, curve.after_merge, _dash(colour), color=colour, marker=marker)
-    right.fill_between(sent, low, high, color=colour, alpha=0.15, linewidth=0)
+    axes.plot(merges, curve.after_merge, _dash(colour), color=colour, marker=marker)
+    axes.fill_between(merges, low, high, color=colour, alpha=0.15, linewidth=0)
+
+
+def _draw_over(axes: Axes, curve: MethodCurve, x: Sequence[float], colour: str) -> None:
+    """Draw a curve over time or megabytes; one that has none there is a level that others are held against."""
+    if not any(x):
+        axes.axhline(max(curve.after_merge, default=0.0), color=colour, linestyle="--", linewidth=1.4)
+    else:
+        axes.plot(x, curve.timeline.value, _dash(colour), color=colour, linewidth=1.5)
 
 
 def _handle(name: str, colour: str, marker: str, dash: Dash | None = None) -> Line2D:

@@ -16,7 +16,8 @@ from urllib.parse import quote
 from dimat.errors import ConfigError, DataError
 from dimat.events import Listener, Warned
 from dimat.results import AgentRound, Comparison, Results, read_results
-from dimat.ui import page, plots, tables, text
+from dimat.ui import lineage, page, plots, tables, text
+from dimat.ui.lines import told_once
 from dimat.ui.text import Table
 
 ALT = {
@@ -25,15 +26,18 @@ ALT = {
     "consensus": "Line plot, logarithmic: consensus distance of each agent after each merge",
     "topology": "Graph of the agents, coloured by their final test metric",
     "classes": "Heat map: training samples per class that each agent holds",
-    "comparison": "Test metric of each method over merges and over megabytes sent per agent, for each split",
+    "timeline": "Line plots: mean test metric of the agents' newest models over virtual time and over megabytes",
+    "comparison": "Test metric of each method over merges, virtual time and megabytes per agent, for each split",
 }
 
 
 def write_report(run_dir: str | Path, listener: Listener | None = None) -> list[Path]:
-    """Write `rounds.csv`, `plots/*.png` and `report.html` into a run folder, from its `results.json`.
+    """Write `rounds.csv`, `lineage.csv`, `plots/*.png` and `report.html` into a run folder, from its `results.json`
+    and `lineage.jsonl`.
 
-    Returns what was written. Without matplotlib there are no pictures; the page says so and `listener` is sent a
-    `Warned`. Raises DataError where the results cannot be read or a file cannot be written.
+    Returns what was written. Without matplotlib there are no pictures, and without a ledger that can be read nothing
+    of who contributed what; the page says so and `listener` is sent a `Warned`. Raises DataError where the results
+    cannot be read or a file cannot be written.
     """
     folder = Path(run_dir)
     results = read_results(folder)
@@ -41,9 +45,16 @@ def write_report(run_dir: str | Path, listener: Listener | None = None) -> list[
         drawn, missing = plots.results_pngs(results), ""
     except ConfigError as error:
         drawn, missing = {}, _without_pictures(error, results.run, listener)
+    try:
+        made, unknown = lineage.contributions(folder, results), ""
+    except DataError as error:
+        made, unknown = None, _told(f"who contributed what is not known: {error}", results.run, listener)
     written = [_write(folder / "rounds.csv", rounds_csv(results))]
+    if made is not None:
+        written.append(_write(folder / "lineage.csv", _csv(lineage.HEADER, lineage.lineage_rows(made))))
     written += [_write(folder / "plots" / f"{name}.png", png) for name, png in drawn.items()]
-    return [*written, _write(folder / "report.html", _run_page(folder, results, drawn, missing).encode())]
+    notices = [message for message in (missing, unknown) if message]
+    return [*written, _write(folder / "report.html", _run_page(folder, results, drawn, made, notices).encode())]
 
 
 def write_comparison_report(
@@ -52,7 +63,7 @@ def write_comparison_report(
     out_dir: str | Path,
     listener: Listener | None = None,
 ) -> list[Path]:
-    """Write `comparison.json`, `comparison.csv`, `plots/comparison.png` and `report.html` into `out_dir`.
+    """Write `comparison.json`, `comparison.csv`, `timeline.csv`, `plots/comparison.png` and `report.html`.
 
     `run_dirs`: label → folder of each single run; those that hold a `report.html` by now are linked from the page.
     Returns what was written; matplotlib and errors as in `write_report`.
@@ -67,6 +78,7 @@ def write_comparison_report(
     return [
         _write(folder / "comparison.json", (comparison.model_dump_json(indent=2) + "\n").encode()),
         _write(folder / "comparison.csv", _csv(*tables.comparison_rows(comparison))),
+        _write(folder / "timeline.csv", _csv(*tables.timeline_rows(comparison))),
         *(_write(folder / "plots" / f"{name}.png", png) for name, png in drawn.items()),
         _write(folder / "report.html", html.encode()),
     ]
@@ -79,7 +91,10 @@ def rounds_csv(results: Results) -> bytes:
 
 
 def _without_pictures(error: ConfigError, run: str, listener: Listener | None) -> str:
-    message = f"the report has no pictures: {error}"
+    return _told(f"the report has no pictures: {error}", run, listener)
+
+
+def _told(message: str, run: str, listener: Listener | None) -> str:
     if listener is not None:
         listener(Warned(run=run, message=message))
     return message
@@ -110,7 +125,13 @@ def _write(file: Path, content: bytes) -> Path:
 # ---- the pages
 
 
-def _run_page(folder: Path, results: Results, drawn: Mapping[str, bytes], missing: str) -> str:
+def _run_page(
+    folder: Path,
+    results: Results,
+    drawn: Mapping[str, bytes],
+    made: lineage.Contributions | None,
+    missing: Sequence[str],
+) -> str:
     summaries = tables.summarise(results)
     last = summaries[-1] if summaries else None
     head = tables.run_line(
@@ -121,10 +142,12 @@ def _run_page(folder: Path, results: Results, drawn: Mapping[str, bytes], missin
         results.parameters,
         results.snapshot_bytes,
     )
+    clock = tables.clock_text(max(row.time_s for row in results.rows), last.round) if last else ""
     numbers = [
         (f"{results.metric} at the end, mean of agents", text.metric_text(last.after_mean if last else None)),
         ("least and greatest agent", text.range_text(last.after_min, last.after_max) if last else text.NONE),
-        ("rounds", f"{last.round}/{last.rounds}" if last else "0"),
+        ("rounds", tables.round_text(last.round, last.rounds) if last else "0"),
+        *([("virtual time", clock)] if clock else []),
         ("consensus distance at the end", text.distance_text(last.consensus_distance) if last else text.NONE),
         ("MB sent per agent", text.mb_text(results.mb_sent_per_agent)),
         ("wall clock", text.seconds_text(results.wall_s)),
@@ -134,18 +157,27 @@ def _run_page(folder: Path, results: Results, drawn: Mapping[str, bytes], missin
     settings = Table("", ("key", "value"), tuple(tables.flattened(results.config)), left=frozenset({0, 1}))
     pieces = [
         page.heading(results.run, head),
-        page.notices([*status, *([missing] if missing else []), *results.warnings]),
+        page.notices([*status, *missing, *told_once(results.warnings)]),
         page.facts(numbers),
         page.section("Pictures", page.pictures((ALT[name], png) for name, png in drawn.items())),
         page.section("Rounds", page.table(tables.round_table(results))),
         page.section("Agents at the end", page.table(tables.final_table(results))),
         page.section("Who holds what", page.table(classes) if results.histogram else ""),
+        page.section("Who contributed what", _contributions(made)),
         page.section("Cost", page.table(tables.cost_table(results))),
         page.section("Load a model", _loading(folder, results)),
         page.section("Configuration", page.folded("all settings", page.table(settings)) if settings.rows else ""),
         _footer(results.version),
     ]
     return page.document(f"{results.run}: dimat report", pieces)
+
+
+def _contributions(made: lineage.Contributions | None) -> str:
+    if made is None or len(made.agents) == 1:
+        return ""
+    note = made.note()
+    initial = page.folded("of whose first networks", page.table(lineage.initial_table(made)))
+    return page.table(lineage.training_table(made)) + initial + (page.paragraph(note) if note else "")
 
 
 def _loading(folder: Path, results: Results) -> str:

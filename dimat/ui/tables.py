@@ -6,7 +6,9 @@ Everything here is pure; `text` says how a number is written.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from dimat.events import RoundSummary
@@ -22,6 +24,7 @@ from dimat.ui.text import (
     metric_text,
     range_text,
     seconds_text,
+    trimmed,
 )
 
 if TYPE_CHECKING:
@@ -32,7 +35,7 @@ MERGES_SHOWN = (1, 2, 3, 5, 10)
 MAX_CLASSES = 20
 MAX_AGENTS = 16
 # the orders in which narrow terminals lose columns
-ROUND_DROP = ("bases", "heard", "MB sent", "min–max", "distance", "loss", "before merge")
+ROUND_DROP = ("bases", "heard", "MB sent", "min–max", "distance", "loss", "before merge", "time", "agents")
 FINAL_DROP = ("round", "heard", "MB received", "loss", "samples", "distance", "MB sent", "before merge")
 COMPARISON_DROP = ("merge 3", "merge 2", "merge 5", "MB in all", "MB to 90 %", "rounds to 90 %")
 
@@ -47,7 +50,8 @@ def summarise(results: Results) -> list[RoundSummary]:
     by_round: dict[int, list[AgentRound]] = {}
     for row in results.rows:
         by_round.setdefault(row.round, []).append(row)
-    rounds = max([_rounds(results), *by_round])
+    planned = _rounds(results)
+    rounds = max([planned, *by_round]) if planned else 0
     sent, summaries = 0, list[RoundSummary]()
     for _, rows in sorted(by_round.items()):
         sent += sum(row.bytes_sent for row in rows)
@@ -61,13 +65,40 @@ def _rounds(results: Results) -> int:
     return planned if isinstance(planned, int) else 0
 
 
-ROUND_HEADERS = ("round", "loss", "before merge", "after merge", "min–max", "distance", "bases", "heard", "MB sent")
+ROUND_HEADERS = (
+    "round",
+    "time",
+    "agents",
+    "loss",
+    "before merge",
+    "after merge",
+    "min–max",
+    "distance",
+    "bases",
+    "heard",
+    "MB sent",
+)
+ROUND_OPTIONAL = ("time", "agents")
+"""Columns that are left out where no round has anything to say there."""
 
 
-def round_cells(summary: RoundSummary) -> tuple[str, ...]:
-    """Return the cells of one round under `ROUND_HEADERS`."""
+def round_text(number: int, rounds: int) -> str:
+    """Return e.g. `3/10`, or the number alone of a run without end (`rounds` = 0)."""
+    return f"{number}/{rounds}" if rounds else str(number)
+
+
+def clock_text(time_s: float, rounds: int) -> str:
+    """Return the virtual time after so many rounds, and nothing where the clock only counts them: neither a network
+    nor computers nor faults are simulated then."""
+    return "" if time_s == 0 or math.isclose(time_s, rounds) else seconds_text(time_s)
+
+
+def round_cells(summary: RoundSummary, agents: str = "") -> tuple[str, ...]:
+    """Return the cells of one round under `ROUND_HEADERS`. `agents`: how many took part, where not all did."""
     return (
-        f"{summary.round}/{summary.rounds}",
+        round_text(summary.round, summary.rounds),
+        clock_text(summary.time_s, summary.round),
+        agents,
         metric_text(summary.loss),
         metric_text(summary.before_mean),
         metric_text(summary.after_mean),
@@ -79,10 +110,14 @@ def round_cells(summary: RoundSummary) -> tuple[str, ...]:
     )
 
 
-def round_line(summary: RoundSummary, metric: str) -> str:
-    """Return one round as one plain line; columns stay aligned from round to round."""
-    width = len(str(summary.rounds))
-    parts = [f"round {summary.round:>{width}}/{summary.rounds}", f"loss {metric_text(summary.loss):<5}"]
+def round_line(summary: RoundSummary, metric: str, agents: str = "") -> str:
+    """Return one round as one plain line; columns stay aligned from round to round. `agents`: as in `round_cells`."""
+    width = len(str(summary.rounds)) if summary.rounds else 3
+    number = f"{summary.round:>{width}}"
+    clock = clock_text(summary.time_s, summary.round)
+    parts = [f"round {number}/{summary.rounds}" if summary.rounds else f"round {number}"]
+    parts += [f"at {clock:<7}"] if clock else []
+    parts.append(f"loss {metric_text(summary.loss):<5}")
     if summary.after_mean is not None:
         before = "" if summary.before_mean is None else f"{metric_text(summary.before_mean)} -> "
         spread = f"({metric_text(summary.after_min)} to {metric_text(summary.after_max)})"
@@ -93,14 +128,21 @@ def round_line(summary: RoundSummary, metric: str) -> str:
         f"heard {summary.heard}/{summary.expected}",
         f"sent {mb_text(summary.mb_sent)} MB",
     ]
-    return "  ".join(parts)
+    return "  ".join([*parts, f"{agents} agents"] if agents else parts)
+
+
+def some_of(part: int, total: int) -> str:
+    """Return e.g. `14 of 16`, and nothing where all take part or it is not known."""
+    return f"{part} of {total}" if 0 < part < total else ""
 
 
 def round_table(results: Results) -> Table:
     """Return the means over agents, one row a round."""
-    rows = tuple(round_cells(summary) for summary in summarise(results))
+    took = Counter(row.round for row in results.rows)
+    rows = [round_cells(s, some_of(took[s.round], len(results.agents))) for s in summarise(results)]
     note = f"{results.metric} on the test set, mean over agents; MB sent by all agents so far"
-    return Table("Rounds", ROUND_HEADERS, rows, left=frozenset(), note=note)
+    table = trimmed(Table("Rounds", ROUND_HEADERS, tuple(rows), left=frozenset(), note=note), ROUND_OPTIONAL)
+    return replace(table, note=f"{note}; virtual time") if "time" in table.headers else table
 
 
 def final_table(results: Results) -> Table:
@@ -231,9 +273,11 @@ def _split_table(comparison: Comparison, split: str) -> Table:
     longest = max((len(curve.after_merge) for curve in curves.values()), default=0)
     merges = sorted({merge for merge in (*MERGES_SHOWN, longest) if 1 <= merge <= longest})
     target = comparison.target(split)
+    clock = timed(curves)
     columns: list[list[float | None]] = [  # smaller is better in each, for `_best`
         *([-c.after_merge[m - 1] if m <= len(c.after_merge) else None for c in curves.values()] for m in merges),
         [None if target is None else c.rounds_to(target) for c in curves.values()],
+        *([[None if target is None else c.time_to(target) for c in curves.values()]] if clock else []),
         [None if target is None else (c.mb_to(target) or None) for c in curves.values()],
         [c.mb_sent_per_agent or None for c in curves.values()],
     ]
@@ -244,7 +288,7 @@ def _split_table(comparison: Comparison, split: str) -> Table:
         for i, column in enumerate(columns, 1)
         for row in _best(column, senders if i == len(columns) else contenders)
     )
-    rows = tuple(_method_row(method, curve, merges, target) for method, curve in curves.items())
+    rows = tuple(_method_row(method, curve, merges, target, clock) for method, curve in curves.items())
     seeds = max((len(curve.seeds) for curve in curves.values()), default=0)
     spread = f", mean ± standard deviation over {seeds} seeds" if seeds > 1 else ""
     ceiling = "" if target is None else f"90 % of the ceiling ({CEILING}) is {metric_text(target)}"
@@ -252,16 +296,24 @@ def _split_table(comparison: Comparison, split: str) -> Table:
         "method",
         *(f"merge {merge}" for merge in merges),
         "rounds to 90 %",
+        *(("time to 90 %",) if clock else ()),
         "MB to 90 %",
         "MB in all",
     )
-    note = "; ".join(part for part in (ceiling, "MB sent per agent") if part)
+    note = "; ".join(part for part in (ceiling, "MB sent per agent", "virtual time" if clock else "") if part)
     return Table(
         f"{clean(split)}: {clean(comparison.metric)} after a merge{spread}", headers, rows, best=best, note=note
     )
 
 
-def _method_row(method: str, curve: MethodCurve, merges: Sequence[int], target: float | None) -> tuple[str, ...]:
+def timed(curves: Mapping[str, MethodCurve]) -> bool:
+    """Whether virtual time tells more of some method than the count of its merges does."""
+    return any(name != CEILING and not curve.timeline.a_second_a_round for name, curve in curves.items())
+
+
+def _method_row(
+    method: str, curve: MethodCurve, merges: Sequence[int], target: float | None, clock: bool
+) -> tuple[str, ...]:
     several = len(curve.seeds) > 1 or any(curve.std)
     values = [
         NONE
@@ -269,10 +321,13 @@ def _method_row(method: str, curve: MethodCurve, merges: Sequence[int], target: 
         else f"{metric_text(curve.after_merge[merge - 1])}" + (f" ± {curve.std[merge - 1]:.3f}" if several else "")
         for merge in merges
     ]
-    rounds = None if target is None else curve.rounds_to(target)
+    rounds = time = mb = None
+    if target is not None:
+        rounds, time, mb = curve.rounds_to(target), curve.time_to(target), curve.mb_to(target)
     reached = NONE if target is None else "never" if rounds is None else str(rounds)
-    megabytes = NONE if target is None or rounds is None else mb_text(curve.mb_to(target))
-    return (clean(method), *values, reached, megabytes, mb_text(curve.mb_sent_per_agent))
+    took = NONE if time is None or method == CEILING else seconds_text(time)
+    megabytes = NONE if mb is None else mb_text(mb)
+    return (clean(method), *values, reached, *((took,) if clock else ()), megabytes, mb_text(curve.mb_sent_per_agent))
 
 
 def _best(column: Sequence[float | None], contenders: Sequence[int]) -> list[int]:
@@ -281,6 +336,17 @@ def _best(column: Sequence[float | None], contenders: Sequence[int]) -> list[int
     if not known or (len(known) == len(values) and min(known) == max(known)):
         return []  # no one is best where all are equal
     return [i for i in contenders if column[i] == min(known)]
+
+
+def timeline_rows(comparison: Comparison) -> tuple[tuple[str, ...], list[tuple[object, ...]]]:
+    """Return header and rows of `timeline.csv`: the metric of each split and method over time and megabytes."""
+    rows: list[tuple[object, ...]] = [
+        (split, method, time, mb, value)
+        for split, curves in comparison.splits.items()
+        for method, curve in curves.items()
+        for time, mb, value in zip(curve.timeline.time_s, curve.timeline.mb, curve.timeline.value, strict=True)
+    ]
+    return ("split", "method", "time_s", "mb_fetched_per_agent", f"{comparison.metric}_mean"), rows
 
 
 def comparison_rows(comparison: Comparison) -> tuple[tuple[str, ...], list[tuple[object, ...]]]:

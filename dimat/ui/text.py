@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import unicodedata
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 NONE = "-"
 
@@ -87,6 +87,12 @@ def count_text(number: int, what: str) -> str:
     return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
+def listed(names: Sequence[str], most: int) -> str:
+    """Return names with commas between them, the ones beyond `most` as a number."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 def mean(values: Iterable[float | None]) -> float | None:
     """Return the mean of what was measured, or None of nothing."""
     known = [value for value in values if value is not None]
@@ -122,12 +128,20 @@ def narrowed(table: Table, width: int, drop: Sequence[str], gap: int = 3) -> Tab
         if sum(sizes[i] + gap for i in keep) <= width:
             break
         keep = [i for i in keep if table.headers[i] != header]
-    return Table(
-        title=table.title,
+    return _with_columns(table, keep)
+
+
+def trimmed(table: Table, columns: Sequence[str]) -> Table:
+    """Return the table without those of the named columns that are empty in every row."""
+    empty = [i for i, header in enumerate(table.headers) if header in columns and not any(r[i] for r in table.rows)]
+    return _with_columns(table, [i for i in range(len(table.headers)) if i not in empty])
+
+
+def _with_columns(table: Table, keep: Sequence[int]) -> Table:
+    return replace(
+        table,
         headers=tuple(table.headers[i] for i in keep),
         rows=tuple(tuple(row[i] for i in keep) for row in table.rows),
         left=frozenset(new for new, old in enumerate(keep) if old in table.left),
         best=frozenset((row, keep.index(column)) for row, column in table.best if column in keep),
-        foot=table.foot,
-        note=table.note,
     )

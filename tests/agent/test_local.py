@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dimat.agent.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from dimat.agent.checkpoint import Stored, read_state, write_state
 from dimat.agent.local import LocalAgent, share_moved
 from dimat.errors import DataError
 from dimat.simulate.scenario import prepare
@@ -101,9 +101,9 @@ def test_checkpoint_holds_a_trainer(tmp_path: Path) -> None:
     one, _ = agents(tmp_path)
     one.train(1, learn=True)
     state = one.trainer.state()
-    write_checkpoint(tmp_path / "c", Checkpoint(state.tensors, state.values))
+    write_state(tmp_path / "c", Stored(state.tensors, state.values))
     one.train(2, learn=True)
-    kept = read_checkpoint(tmp_path / "c")
+    kept = read_state(tmp_path / "c")
     again = LocalAgent("agent-0", one.config, one.task, one.indices, one.store, one.spec, durable=False)
     again.trainer.load_state(TrainerState(dict(kept.tensors), dict(kept.values)))
     again.train(2, learn=True)
@@ -116,11 +116,11 @@ def test_damaged_checkpoints_are_refused(tmp_path: Path) -> None:
     """Missing, cut and foreign files: DataError with the path."""
     file = tmp_path / "c"
     with pytest.raises(DataError, match="cannot read checkpoint"):
-        read_checkpoint(file)
-    write_checkpoint(file, Checkpoint({"t": torch.ones(3)}, {"x": 1}))
+        read_state(file)
+    write_state(file, Stored({"t": torch.ones(3)}, {"x": 1}))
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(DataError, match="cannot read checkpoint"):
-        read_checkpoint(file)
+        read_state(file)
     save_file({"t": torch.ones(3)}, file)
     with pytest.raises(DataError, match="no checkpoint that this dimat reads"):
-        read_checkpoint(file)
+        read_state(file)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import random
 from dataclasses import dataclass, field
+from typing import Any
 
 import networkx as nx
 import numpy as np
@@ -15,7 +16,9 @@ from hypothesis import strategies as st
 from dimat import events as facts
 from dimat.agent import messages as r
 from dimat.agent.basis import BasisId
-from dimat.agent.round import OFFERS_KEPT, Phase, RoundMachine, RoundPlan
+from dimat.agent.offers import ROUNDS_KEPT
+from dimat.agent.plan import Plan, RoundPlan, Rules
+from dimat.agent.round import Phase, RoundMachine
 
 
 def metropolis_row(graph: nx.Graph, agent: str) -> dict[str, float]:
@@ -48,11 +51,10 @@ class Network:
         self.machines = {
             a: RoundMachine(
                 a,
-                lambda _, a=a: RoundPlan(metropolis_row(self.graph, a)),
-                rounds=self.rounds,
+                "run",
+                Plan(frozenset(self.graph[a]), lambda _, a=a: RoundPlan(metropolis_row(self.graph, a))),
+                Rules(self.rounds, self.deadline_s, basis_gossip=True),
                 basis=BasisId(0, a, "0"),
-                basis_gossip=True,
-                deadline_s=self.deadline_s,
             )
             for a in self.graph
         }
@@ -81,7 +83,7 @@ class Network:
                 self.published[root] = self.values[a]
                 for b in self.graph[a]:
                     if b not in self.dead:
-                        self.put(soon(), b, r.PeerPublished(a, n, root, basis))
+                        self.put(soon(), b, r.PeerPublished(a, n, root, basis, run="run", oldest=max(1, n - 1)))
             case r.Fetch(peer=peer, round=n, root=root):
                 self.put(soon(), a, r.SnapshotReady(peer, n, root))
             case r.AdoptBasis(round=n, basis=basis):
@@ -205,12 +207,13 @@ MINE = BasisId(0, "me", "0")
 
 
 def machine(**changes: object) -> RoundMachine:
-    settings = {"rounds": 3, "basis": MINE, "basis_gossip": True, "deadline_s": 10.0, **changes}
-    return RoundMachine("me", lambda _: RoundPlan(ROW), **settings)  # type: ignore[arg-type]
+    rules: dict[str, Any] = {"rounds": 3, "basis_gossip": True, "deadline_s": 10.0, **changes}
+    plan = Plan(frozenset(ROW) - {"me"}, lambda _: RoundPlan(ROW))
+    return RoundMachine("me", "run", plan, Rules(**rules), basis=MINE)
 
 
 def offer(peer: str, number: int, root: str | None = None, basis: BasisId | None = None) -> r.PeerPublished:
-    return r.PeerPublished(peer, number, root or f"{peer}{number}", basis or BasisId(0, "z" + peer, "0"))
+    return r.PeerPublished(peer, number, root or f"{peer}{number}", basis or BasisId(0, "z" + peer, "0"), "run", number)
 
 
 def kinds(actions: list[r.Action]) -> list[str]:
@@ -220,14 +223,14 @@ def kinds(actions: list[r.Action]) -> list[str]:
 def test_order_of_actions_in_a_round() -> None:
     """Design: train → record → publish → gather → merge → checkpoint; durable before published."""
     m = machine(basis_gossip=False)
-    assert kinds(m.handle(r.Started())) == ["Report", "SetTimer", "Train"]
+    assert kinds(m.handle(r.Started())) == ["Checkpoint", "Report", "SetTimer", "Train"]
     assert kinds(m.handle(offer("b", 1))) == ["Fetch"], "fetching begins during training"
     assert kinds(m.handle(r.TrainingDone(1, "own1"))) == ["Checkpoint", "Publish"]
     assert m.handle(r.SnapshotReady("b", 1, "b1")) == []
     assert kinds(m.handle(offer("c", 1))) == ["Fetch"]
     assert kinds(m.handle(r.SnapshotReady("c", 1, "c1"))) == ["Merge"]
     after = m.handle(r.MergeDone(1, {}))
-    assert kinds(after) == ["Report", "Checkpoint", "Report", "SetTimer", "Train"]
+    assert kinds(after) == ["Report", "Checkpoint", "Release", "Release", "Report", "SetTimer", "Train"]
 
 
 def test_messages_of_no_concern_change_nothing() -> None:
@@ -299,7 +302,7 @@ def test_early_offers_wait_for_their_round_and_are_bounded() -> None:
     m.handle(r.Started())
     for number in range(2, 60):
         assert m.handle(offer("b", number)) == []
-    assert len(m._offers["b"]) == OFFERS_KEPT
+    assert len(list(m._inbox.offers)) <= ROUNDS_KEPT
     m.handle(r.TrainingDone(1, "own"))
     m.handle(r.Deadline(1))
     actions = m.handle(r.MergeDone(1, {}))

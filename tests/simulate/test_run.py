@@ -152,7 +152,13 @@ def test_run_folder_holds_results_and_final_weights(tmp_path: Path) -> None:
     out = tmp_path / "run"
     results, _, weights = run(tiny_experiment(tmp_path), out)
     assert read_results(out) == results
-    assert sorted(p.name for p in out.iterdir()) == ["experiment.json", "final", "results.json"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "experiment.json",
+        "final",
+        "lineage.jsonl",
+        "origin.json",
+        "results.json",
+    ]
     assert results.status == "done"
     assert [len([r for r in results.rows if r.round == n]) for n in (1, 2, 3)] == [3, 3, 3]
     model = prepare(tiny_experiment(tmp_path)).task.build_model(torch.Generator())

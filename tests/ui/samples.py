@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from dimat.events import Event, RoundSummary, RunFinished, RunStarted, Trained
-from dimat.results import AgentRound, Comparison, MethodCurve, Results
+from dimat.results import AgentRound, Comparison, MethodCurve, Results, Timeline
 
 SNAPSHOT = 940_600
 
@@ -34,7 +34,7 @@ def make_results(agents: int = 5, rounds: int = 10, names: list[str] | None = No
                     accepted=1.0,
                     consensus_distance=0.6 * math.exp(-number / 2) * (1 + 0.1 * i),
                     samples=288,
-                    time_s=1.5 * number,
+                    time_s=float(number),
                 )
             )
     return Results(
@@ -68,7 +68,12 @@ def make_results(agents: int = 5, rounds: int = 10, names: list[str] | None = No
 def curve(start: float, end: float, rounds: int, std: float, mb: float) -> MethodCurve:
     points = [end - (end - start) * math.exp(-merge / 2) for merge in range(1, rounds + 1)]
     deviations = [std * (1 + 0.2 * math.cos(merge)) for merge in range(rounds)]
-    return MethodCurve(after_merge=points, std=deviations, mb_sent_per_agent=mb, seeds=[0, 1, 2])
+    timeline = Timeline(
+        time_s=[float(merge) for merge in range(1, rounds + 1)],
+        mb=[mb * merge / rounds for merge in range(1, rounds + 1)],
+        value=points,
+    )
+    return MethodCurve(after_merge=points, std=deviations, mb_sent_per_agent=mb, seeds=[0, 1, 2], timeline=timeline)
 
 
 def make_comparison(rounds: int = 10) -> Comparison:
@@ -120,7 +125,7 @@ def make_events(run: str = "digits-ring", rounds: int = 3) -> list[Event]:
         events.append(
             RoundSummary(
                 run=run,
-                time_s=1.5 * number,
+                time_s=float(number),
                 round=number,
                 rounds=rounds,
                 loss=1.2 / number,

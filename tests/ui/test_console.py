@@ -114,9 +114,13 @@ def test_verbosity_adds_one_liners() -> None:
     """Reference: written by hand; -1 leaves warnings only."""
     warned = Warned(run="r", agent="a", message="few data")
     assert shown([*make_events("r"), *STEPS, warned], verbosity=-1) == "[r] warning: agent a: few data\n"
-    assert shown([*STEPS, warned]) == "[r] warning: agent a: few data\n"
+    assert shown([*STEPS, warned]).splitlines() == [
+        "[r] warning: agent a: few data",
+        "[r] peers late or not heard: 1 time (a without b, deadline: 1)",
+        "[r] peers refused: 1 time (a without c: 1)",
+    ]
     assert shown(STEPS, verbosity=1).splitlines() == [
-        "[r] round 2, agent a: peer b late, its weight goes to self",
+        "[r] round 2, agent a: peer b late; its weight goes to self",
         "[r] round 2, agent a: peer c refused: fc.weight: not finite",
         "[r] round 2, agent a: adopted basis 0-lab-a-0011 from b, 98 % of units moved",
         "[r] round 2, agent a: merge backed off to 0.5",

@@ -86,7 +86,7 @@ def test_csv_equals_the_results(run: tuple[Path, list[Path]]) -> None:
     wanted = [row.model_dump() for row in make_results().rows]
     assert [set(row) for row in read] == [set(row) for row in wanted]
     for got, row in zip(read, wanted, strict=True):
-        assert {k: type(row[k])(v) for k, v in got.items()} == row
+        assert {k: None if row[k] is None and v == "" else type(row[k])(v) for k, v in got.items()} == row
 
 
 def test_csv_is_empty_where_nothing_was_measured(tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_without_matplotlib_the_rest_is_written(
     written = write_report(save(make_results(rounds=2), tmp_path / "run"), heard.append)
     assert [path.name for path in written] == ["rounds.csv", "report.html"]
     others = write_comparison_report(comparison, {"one": tmp_path / "run"}, tmp_path / "out", heard.append)
-    assert [path.name for path in others] == ["comparison.json", "comparison.csv", "report.html"]
+    assert [path.name for path in others] == ["comparison.json", "comparison.csv", "timeline.csv", "report.html"]
     for path in (written[-1], others[-1]):
         page = Page(path)
         assert page.named("img") == []
@@ -192,6 +192,7 @@ def test_comparison_report(tmp_path: Path, comparison: Comparison) -> None:
     assert [path.relative_to(out).as_posix() for path in written] == [
         "comparison.json",
         "comparison.csv",
+        "timeline.csv",
         "plots/comparison.png",
         "report.html",
     ]

@@ -1,45 +1,16 @@
-"""The configuration tree: every setting that dimat has, its default, its unit and what it means.
-
-One experiment is one TOML file (see `dimat init`). Precedence: flag > environment `DIMAT_*` > file > default.
-This is the only place where defaults live. Reading and overriding is at the end of the file.
-"""
+"""The main tables of an experiment: topology, task, training, merge, schedule."""
 
 from __future__ import annotations
 
-import os
-import tomllib
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from itertools import pairwise
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from dimat.errors import ConfigError, nearest
-
-Options = dict[str, Any]
-T = TypeVar("T", bound=BaseModel)
-
-
-class Tree(BaseModel):
-    """Base of all configuration tables: frozen, and unknown keys are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-def _as_stage(value: Any) -> Any:
-    return {"name": value} if isinstance(value, str) else value
-
-
-class NamedConfig(Tree):
-    """Something chosen by name with options of its own: `"adam"` or `{ name = "adam", options = { … } }`."""
-
-    name: str
-    """Registered name."""
-    options: Options = Field(default_factory=dict)
-    """Keyword options of what is named; its documentation lists them."""
-
-
-Named = Annotated[NamedConfig, BeforeValidator(_as_stage)]
+from dimat.config.presets import apply_preset
+from dimat.config.simulate import SimulateConfig
+from dimat.config.tree import Named, NamedConfig, Options, Tree, as_stage
+from dimat.config.variants import VariantConfig
 
 
 class TopologyConfig(Tree):
@@ -62,7 +33,8 @@ class TopologyConfig(Tree):
     schedule: Named = NamedConfig(name="static")
     """Time-varying schedule: "static", "one-peer-exponential", "random-matching", "epidemic", "base-k", "cycle"."""
     mixing: Named = NamedConfig(name="metropolis")
-    """Mixing weights: "metropolis", "max-degree", "uniform", "samples", "matrix"; option lazy in [0, 1)."""
+    """Mixing weights: "metropolis", "max-degree", "uniform", "samples", "matrix", "push-sum"; option lazy in
+    [0, 1)."""
 
     @model_validator(mode="after")
     def _one_source(self) -> TopologyConfig:
@@ -142,7 +114,7 @@ class TrainConfig(Tree):
     """Epochs before the first merge, where they differ from the later rounds'."""
     batch_size: Annotated[int, Field(ge=1)] = 32
     """Samples per optimizer step."""
-    optimizer: Annotated[OptimizerConfig, BeforeValidator(_as_stage)] = OptimizerConfig()
+    optimizer: Annotated[OptimizerConfig, BeforeValidator(as_stage)] = OptimizerConfig()
     """Optimizer and learning rate."""
     initialisation: Literal["own", "shared"] = "own"
     """Each agent starts from weights of its own, or all from the same."""
@@ -166,12 +138,29 @@ class TrainConfig(Tree):
         return self
 
 
+class BaseConfig(Tree):
+    """The base of task vectors: one of a file and a seed."""
+
+    file: str | None = None
+    """Weights (safetensors); a path, relative to the experiment's folder."""
+    seed: Annotated[int, Field(ge=0)] | None = None
+    """Seed of the initialisation of the task's model."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> BaseConfig:
+        if (self.file is None) == (self.seed is None):
+            raise ValueError("give file or seed")
+        return self
+
+
 class MergeConfig(Tree):
     """The merge pipeline: screen → align → combine → repair → accept. Unset stages come from the preset."""
 
     method: str = "dimat"
     """Preset: "isolated" (no exchange), "average", "dimat" (shared basis), "dimat-paper" (aligned at every merge),
-    or "centralised" (one model on all data: the ceiling)."""
+    "dpsgd" (average after every optimizer step), "sgp" (the same with push-sum mixing, for directed graphs), or
+    "centralised" (one model on all data: the ceiling). "dpsgd" and "sgp" set `train.steps_per_round` = 1 unless steps
+    or epochs per round are given; "sgp" sets `topology.mixing` = "push-sum" unless a map says how to mix."""
     align: Named | None = None
     """"none" or "activations"."""
     align_to: Literal["shared", "self"] | None = None
@@ -189,30 +178,62 @@ class MergeConfig(Tree):
     """"always" or "no-worse" (options: on = "local" | "probe", tolerance)."""
     screen: Options = Field(default_factory=dict)
     """Options of the screen, which is always on: max_norm_ratio."""
+    base: BaseConfig | None = None
+    """Weights that task-vector methods take deltas from; all agents have the same."""
+
+
+class MapChange(Tree):
+    """Another topology from some round on, as after an operator's change of the network map."""
+
+    round: Annotated[int, Field(ge=2)]
+    """First round of the new topology."""
+    topology: TopologyConfig
+    """The new topology, of the same agents."""
 
 
 class ScheduleConfig(Tree):
     """When the run merges and when it ends."""
 
-    rounds: Annotated[int, Field(ge=1)] = 10
-    """Number of rounds (a round: train, publish, gather, merge)."""
+    rounds: Annotated[int, Field(ge=0)] = 10
+    """Number of rounds (a round: train, publish, gather, merge); 0 = until `target`, `max_time_s` or Ctrl-C."""
     round_deadline_s: Annotated[float, Field(gt=0)] = 600.0
     """Seconds after which a round goes on with the peers that it has heard."""
+    mode: Literal["sync", "async"] = "sync"
+    """"sync": agents merge their peers' snapshots of the same round; "async": the newest ones, without waiting."""
+    min_peers: Annotated[int, Field(ge=0)] = 0
+    """A merge needs snapshots of at least so many peers and waits for them until the deadline; with fewer an agent
+    keeps its own weights."""
+    max_staleness: Annotated[int, Field(ge=0)] = 4
+    """Rounds that a peer's newest snapshot may be behind (mode "async")."""
+    staleness_decay: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """A peer's weight is multiplied by this for each round that it is behind; the rest goes to self (mode "async")."""
+    join: Literal["adopt", "align"] = "adopt"
+    """What a newcomer does in a living network: "adopt" a neighbour's weights, or "align": keep its own, permuted
+    into the network's basis."""
+    join_wait_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10.0
+    """Seconds for which a newcomer listens for a living network before it founds one."""
+    target: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    """An agent stops once its test metric after a merge is at least this."""
+    max_time_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Virtual time in seconds at which an agent finishes its round and stops."""
     final_merge: bool = False
-    """End with one cycle of the Base-(k+1) graph: an exact average of all agents without a server."""
+    """End with one cycle of the Base-(k+1) graph: an exact average of all agents without a server (mode "sync")."""
     final_merge_peers: Annotated[int, Field(ge=1)] = 1
     """k of that Base-(k+1) graph: peers per agent and round."""
+    changes: tuple[MapChange, ...] = ()
+    """Other topologies from later rounds on, in order of their rounds."""
 
-
-class SimulateConfig(Tree):
-    """How the simulator runs on this host."""
-
-    workers: Annotated[int, Field(ge=1)] | None = None
-    """Worker processes; default: one per core. Results do not depend on it."""
-    evaluate: Literal["all", "after", "none"] = "all"
-    """Test metrics before and after each merge, only after it, or never."""
-    keep_snapshots: Annotated[int, Field(ge=1)] = 2
-    """Snapshots kept per agent; older ones are removed as soon as nobody reads them."""
+    @model_validator(mode="after")
+    def _possible(self) -> ScheduleConfig:
+        if self.final_merge and self.mode == "async":
+            raise ValueError('final_merge needs all agents in the same round; use it with mode = "sync"')
+        if self.final_merge and self.rounds == 0:
+            raise ValueError("final_merge comes after the last round, but rounds = 0 has none; give a number of rounds")
+        starts = [change.round for change in self.changes]
+        for i, (before, after) in enumerate(pairwise(starts), start=1):
+            if after <= before:
+                raise ValueError(f"changes[{i}] is of round {after}, after one of round {before}; put them in order")
+        return self
 
 
 class ExperimentConfig(Tree):
@@ -234,104 +255,28 @@ class ExperimentConfig(Tree):
     """Rounds and deadlines."""
     simulate: SimulateConfig = SimulateConfig()
     """The simulator."""
+    variants: tuple[VariantConfig, ...] = ()
+    """Other forms of this experiment, for `--compare`."""
     folder: Annotated[str, Field(exclude=True)] = "."
     """Folder that relative paths are taken from; set when a file is read."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, values: Any) -> Any:
+        return apply_preset(values)
 
-def load_experiment(
-    file: str | Path | None = None,
-    overrides: Sequence[str] = (),
-    env: Mapping[str, str] | None = None,
-) -> ExperimentConfig:
-    """Read an experiment: TOML file, then `DIMAT_*` variables, then `key=value` overrides, the last one wins.
-
-    `overrides` and variables name a key by its path (`train.optimizer.lr=0.01`, `DIMAT_TRAIN__OPTIMIZER__LR`);
-    values are TOML, or plain text where that is not TOML. Raises ConfigError with file, key and nearest match.
-    """
-    tree: dict[str, Any] = {} if file is None else read_toml(file)
-    origins: dict[str, str] = {}
-    for name, text in sorted((os.environ if env is None else env).items()):
-        path = name.removeprefix("DIMAT_").lower().split("__")
-        # DIMAT_ variables with one level may be somebody else's; a table and a key are meant for us
-        if name.startswith("DIMAT_") and (path[0] in ExperimentConfig.model_fields or len(path) > 1):
-            _put(tree, path, text, name)
-            origins[".".join(path)] = name
-    for item in overrides:
-        key, sign, text = item.partition("=")
-        key = key.strip()
-        if not sign:
-            raise ConfigError(f"--set {item!r}: expected KEY=VALUE, e.g. --set train.batch_size=64")
-        _put(tree, key.split("."), text.strip(), f"--set {key}")
-        origins[key] = f"--set {key}"
-    where = str(file) if file is not None else "the command line"
-    if "folder" in tree:
-        raise ConfigError(f"unknown key 'folder' in {origins.get('folder', where)}: it is the file's own folder")
-    tree["folder"] = str(Path(file).parent) if file is not None else "."
-    return build(ExperimentConfig, tree, where, origins)
-
-
-def read_toml(file: str | Path) -> dict[str, Any]:
-    """Read a TOML file; ConfigError says where it cannot be read or parsed."""
-    try:
-        return tomllib.loads(Path(file).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {file}: {error.strerror or error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is not valid TOML: {error}") from error
-
-
-def build(kind: type[T], tree: Mapping[str, Any], where: str, origins: Mapping[str, str] | None = None) -> T:
-    """Validate a tree of plain values; the first fault becomes a one-line ConfigError.
-
-    `where` says where the values are from, `origins` where single keys are from that came from elsewhere.
-    """
-    try:
-        return kind.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(_explain(kind, error, where, origins or {})) from None
-
-
-def _put(tree: dict[str, Any], path: Sequence[str], text: str, where: str) -> None:
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
-    for key in path[:-1]:
-        child = tree.get(key)
-        if isinstance(child, str):  # a stage that was given by name alone
-            child = {"name": child}
-        elif child is not None and not isinstance(child, dict):
-            raise ConfigError(f"{where}: {key!r} is a value, not a table")
-        tree[key] = dict(child or {})
-        tree = tree[key]
-    tree[path[-1]] = value
-
-
-def _explain(kind: type[BaseModel], error: ValidationError, where: str, origins: Mapping[str, str]) -> str:
-    faults = error.errors(include_url=False)
-    first = next((fault for fault in faults if fault["type"] == "extra_forbidden"), faults[0])
-    location = [str(part) for part in first["loc"] if not str(part).startswith("function-")]
-    key = ".".join(location) or "(top level)"
-    for path, origin in origins.items():
-        if f"{key}.".startswith(f"{path}.") or f"{path}.".startswith(f"{key}."):
-            where = origin
-    if first["type"] == "extra_forbidden":
-        return f"unknown key {key!r} in {where}{nearest(location[-1], _known(kind, location[:-1]))}"
-    message = first["msg"].removeprefix("Value error, ")
-    given = first.get("input")
-    shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) else ""
-    return f"{where}: {key}: {message}{shown}"
-
-
-def _known(kind: type[BaseModel], path: Sequence[str]) -> list[str]:
-    """Return the keys of the table at `path`, for suggestions."""
-    for part in path:
-        field = kind.model_fields.get(part)
-        if field is None:
-            return []
-        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        kinds = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
-        if not kinds:
-            return []
-        kind = kinds[0]
-    return list(kind.model_fields)
+    @model_validator(mode="after")
+    def _fits(self) -> ExperimentConfig:
+        lr = self.train.lr_schedule.name
+        if self.schedule.rounds == 0 and lr != "constant":
+            raise ValueError(
+                f"train.lr_schedule {lr!r} goes over all rounds, but schedule.rounds = 0 has no end; "
+                'give a number of rounds or use "constant"'
+            )
+        if self.schedule.target is not None and self.simulate.evaluate == "none":
+            raise ValueError('schedule.target needs test metrics, but simulate.evaluate is "none"; use "after"')
+        names = [variant.name for variant in self.variants]
+        for i, name in enumerate(names):
+            if name in names[:i]:
+                raise ValueError(f"variants[{i}] is named {name!r} as variants[{names.index(name)}] is; rename one")
+        return self

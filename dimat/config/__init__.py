@@ -1,0 +1,72 @@
+"""The configuration tree: every setting that dimat has, its default, its unit and what it means.
+
+One experiment is one TOML file (see `dimat init`). Precedence: flag > environment `DIMAT_*` > file > default.
+This is the only place where defaults live.
+"""
+
+from dimat.config.experiment import (
+    BaseConfig,
+    ExperimentConfig,
+    LrScheduleConfig,
+    MapChange,
+    MergeConfig,
+    OptimizerConfig,
+    PartitionConfig,
+    ScheduleConfig,
+    TaskConfig,
+    TopologyConfig,
+    TrainConfig,
+)
+from dimat.config.load import (
+    build,
+    load_experiment,
+    read_toml,
+)
+from dimat.config.simulate import (
+    ComputeConfig,
+    FaultConfig,
+    LinkConfig,
+    Moment,
+    NetworkConfig,
+    RandomFaultsConfig,
+    SimulateConfig,
+    Span,
+)
+from dimat.config.tree import (
+    Named,
+    NamedConfig,
+    Options,
+    Tree,
+)
+from dimat.config.variants import VariantConfig, changed
+
+__all__ = [
+    "BaseConfig",
+    "ComputeConfig",
+    "ExperimentConfig",
+    "FaultConfig",
+    "LinkConfig",
+    "LrScheduleConfig",
+    "MapChange",
+    "MergeConfig",
+    "Moment",
+    "Named",
+    "NamedConfig",
+    "NetworkConfig",
+    "OptimizerConfig",
+    "Options",
+    "PartitionConfig",
+    "RandomFaultsConfig",
+    "ScheduleConfig",
+    "SimulateConfig",
+    "Span",
+    "TaskConfig",
+    "TopologyConfig",
+    "TrainConfig",
+    "Tree",
+    "VariantConfig",
+    "build",
+    "changed",
+    "load_experiment",
+    "read_toml",
+]

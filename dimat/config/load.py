@@ -1,0 +1,124 @@
+"""Reading an experiment: TOML file, environment, flags; and one line for what is wrong in it."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from dimat.config.experiment import ExperimentConfig
+from dimat.errors import ConfigError, nearest
+
+T = TypeVar("T", bound=BaseModel)
+
+
+def load_experiment(
+    file: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
+) -> ExperimentConfig:
+    """Read an experiment: TOML file, then `DIMAT_*` variables, then `key=value` overrides, the last one wins.
+
+    `overrides` and variables name a key by its path (`train.optimizer.lr=0.01`, `DIMAT_TRAIN__OPTIMIZER__LR`);
+    values are TOML, or plain text where that is not TOML. Raises ConfigError with file, key and nearest match.
+    """
+    tree: dict[str, Any] = {} if file is None else read_toml(file)
+    origins: dict[str, str] = {}
+    for name, text in sorted((os.environ if env is None else env).items()):
+        path = name.removeprefix("DIMAT_").lower().split("__")
+        # DIMAT_ variables with one level may be somebody else's; a table and a key are meant for us
+        if name.startswith("DIMAT_") and (path[0] in ExperimentConfig.model_fields or len(path) > 1):
+            _put(tree, path, text, name)
+            origins[".".join(path)] = name
+    for item in overrides:
+        key, sign, text = item.partition("=")
+        key = key.strip()
+        if not sign:
+            raise ConfigError(f"--set {item!r}: expected KEY=VALUE, e.g. --set train.batch_size=64")
+        _put(tree, key.split("."), text.strip(), f"--set {key}")
+        origins[key] = f"--set {key}"
+    where = str(file) if file is not None else "the command line"
+    if "folder" in tree:
+        raise ConfigError(f"unknown key 'folder' in {origins.get('folder', where)}: it is the file's own folder")
+    tree["folder"] = str(Path(file).parent) if file is not None else "."
+    return build(ExperimentConfig, tree, where, origins)
+
+
+def read_toml(file: str | Path) -> dict[str, Any]:
+    """Read a TOML file; ConfigError says where it cannot be read or parsed."""
+    try:
+        return tomllib.loads(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {file}: {error.strerror or error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not valid TOML: {error}") from error
+
+
+def build(kind: type[T], tree: Mapping[str, Any], where: str, origins: Mapping[str, str] | None = None) -> T:
+    """Validate a tree of plain values; the first fault becomes a one-line ConfigError.
+
+    `where` says where the values are from, `origins` where single keys are from that came from elsewhere.
+    """
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(kind, error, where, origins or {})) from None
+
+
+def _put(tree: dict[str, Any], path: Sequence[str], text: str, where: str) -> None:
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    for key in path[:-1]:
+        child = tree.get(key)
+        if isinstance(child, str):  # a stage that was given by name alone
+            child = {"name": child}
+        elif child is not None and not isinstance(child, dict):
+            raise ConfigError(f"{where}: {key!r} is a value, not a table")
+        tree[key] = dict(child or {})
+        tree = tree[key]
+    tree[path[-1]] = value
+
+
+def _explain(kind: type[BaseModel], error: ValidationError, where: str, origins: Mapping[str, str]) -> str:
+    faults = error.errors(include_url=False)
+    first = next((fault for fault in faults if fault["type"] == "extra_forbidden"), faults[0])
+    location = [part for part in first["loc"] if not str(part).startswith("function-")]
+    dotted = ".".join(map(str, location))
+    for path, origin in origins.items():
+        if f"{dotted}.".startswith(f"{path}.") or f"{path}.".startswith(f"{dotted}."):
+            where = origin
+    key = _shown(location)
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {key!r} in {where}{nearest(str(location[-1]), _known(kind, location[:-1]))}"
+    message = first["msg"].removeprefix("Value error, ")
+    given = first.get("input")
+    shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) else ""
+    return f"{where}: {key}: {message}{shown}" if key else f"{where}: {message}{shown}"
+
+
+def _shown(location: Sequence[str | int]) -> str:
+    """Return a key's path as one would write it: `simulate.faults[2].kind`."""
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
+    return text.removeprefix(".")
+
+
+def _known(kind: type[BaseModel], path: Sequence[str | int]) -> list[str]:
+    """Return the keys of the table at `path`, for suggestions."""
+    for part in path:
+        if isinstance(part, int):  # an entry of an array of tables, whose kind we have already
+            continue
+        field = kind.model_fields.get(part)
+        if field is None:
+            return []
+        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        kinds = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        if not kinds:
+            return []
+        kind = kinds[0]
+    return list(kind.model_fields)

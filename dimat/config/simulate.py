@@ -1,0 +1,211 @@
+"""Settings of the simulator: its host, and the network, computers and faults that it plays in virtual time."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal, cast
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from dimat.config.tree import Tree
+
+Span = float | tuple[float, float]
+"""A number, or the range [low, high] that one is drawn from."""
+
+
+def _span(value: Any) -> Any:
+    numbers: list[Any] = list(cast("list[Any]", value)) if isinstance(value, list | tuple) else [value, value]
+    if len(numbers) != 2 or any(isinstance(x, bool) or not isinstance(x, int | float) for x in numbers):
+        raise ValueError("must be a number or a range [low, high]")
+    low, high = numbers
+    if not (math.isfinite(low) and math.isfinite(high) and low >= 0):
+        raise ValueError("must be 0 or more, and finite")
+    if low > high:
+        raise ValueError(f"the range [{low:g}, {high:g}] is upside down; write [low, high]")
+    return value
+
+
+def _positive_span(value: Any) -> Any:
+    value = _span(value)
+    if (value[0] if isinstance(value, list | tuple) else value) == 0:
+        raise ValueError("must be above 0")
+    return value
+
+
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+SomeSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Factor = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Loss = Annotated[float, Field(ge=0, lt=1)]
+AnySpan = Annotated[Span, BeforeValidator(_span)]
+PositiveSpan = Annotated[Span, BeforeValidator(_positive_span)]
+
+
+class LinkConfig(Tree):
+    """One link that differs from the others; what is left out is as everywhere."""
+
+    between: tuple[str, str]
+    """The two agents; what is said holds for both directions."""
+    latency_s: Seconds | None = None
+    """One-way latency in seconds."""
+    bandwidth_mbit_s: Annotated[float, Field(gt=0)] | None = None
+    """Bandwidth of each direction in Mbit/s; inf = unlimited."""
+    loss: Loss | None = None
+    """Probability that a message or transfer is lost on its way."""
+
+    @model_validator(mode="after")
+    def _two(self) -> LinkConfig:
+        if self.between[0] == self.between[1]:
+            raise ValueError(f"a link is between two agents, not {self.between[0]!r} and itself")
+        return self
+
+
+class NetworkConfig(Tree):
+    """The simulated network. By default everything arrives at once and nothing is lost."""
+
+    latency_s: AnySpan = 0.0
+    """One-way latency of a link in seconds; a range is drawn from uniformly, once per link (both directions alike)."""
+    bandwidth_mbit_s: PositiveSpan | None = None
+    """Bandwidth of a link in Mbit/s in each direction, None = unlimited; a range is drawn from log-uniformly, once
+    per link and direction. Transfers over one link queue."""
+    uplink_mbit_s: PositiveSpan | None = None
+    """What an agent can send in all, in Mbit/s, None = unlimited; a range is drawn from log-uniformly, once per agent.
+    Transfers of one agent queue."""
+    loss: Loss = 0.0
+    """Probability in [0, 1) that a message or transfer is lost on its way."""
+    attempts: Annotated[int, Field(ge=1)] = 3
+    """How often a message or transfer is tried before it is given up."""
+    retry_s: SomeSeconds = 1.0
+    """Seconds between a loss and the next attempt."""
+    links: tuple[LinkConfig, ...] = ()
+    """Links that differ from the others."""
+
+    @model_validator(mode="after")
+    def _each_link_once(self) -> NetworkConfig:
+        seen: dict[frozenset[str], int] = {}
+        for i, link in enumerate(self.links):
+            first = seen.setdefault(frozenset(link.between), i)
+            if first != i:
+                a, b = link.between
+                raise ValueError(f"links[{i}] is between {a!r} and {b!r}, as links[{first}] is; join them in one entry")
+        return self
+
+
+class ComputeConfig(Tree):
+    """How long simulated computers take, in virtual seconds. Results do not depend on the host's speed."""
+
+    round_s: SomeSeconds = 1.0
+    """Seconds of one round's local training at speed 1."""
+    step_s: SomeSeconds | None = None
+    """Seconds of one optimizer step at speed 1; where it is given, `round_s` does not count."""
+    merge_s: Seconds = 0.0
+    """Seconds of one merge, alike for all agents."""
+    speed: PositiveSpan = 1.0
+    """Speed of an agent's training: its times are divided by it; a range is drawn from log-uniformly, once per
+    agent."""
+    speeds: dict[str, Factor] = Field(default_factory=dict)
+    """Speeds by agent, where they are to differ from `speed`."""
+
+
+FaultKind = Literal["crash", "join", "leave", "partition", "slow"]
+Moment = Literal["train", "trained", "publish", "fetch", "adopt", "merge", "merged"]
+
+_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "crash": (("agent",), ("at_s", "round", "on", "restart_after_s")),
+    "join": (("agent", "at_s"), ()),
+    "leave": (("agent", "at_s"), ()),
+    "partition": (("at_s", "groups"), ("heal_after_s",)),
+    "slow": (("agent", "at_s", "factor"), ()),
+}
+"""Kind → fields that it needs, fields that it may have."""
+
+
+class FaultConfig(Tree):
+    """One thing that happens to the simulated network, at a virtual time or at a moment of an agent's round."""
+
+    kind: FaultKind
+    """"crash": the agent's process dies, its disk stays; "join": it is not there before; "leave": it goes for good;
+    "partition": groups of agents cannot reach each other; "slow": it trains more slowly."""
+    agent: str | None = None
+    """Whom it happens to (all kinds but "partition")."""
+    at_s: Seconds | None = None
+    """Virtual time in seconds; a crash may have `round` and `on` instead."""
+    round: Annotated[int, Field(ge=1)] | None = None
+    """Round of the agent at which it crashes, with `on`."""
+    on: Moment | None = None
+    """What the agent is about to do in `round` when it crashes: "train", "publish", "fetch" a snapshot, "adopt" a
+    basis or weights, "merge", or make the checkpoint after training ("trained") or after the merge ("merged")."""
+    restart_after_s: Seconds | None = None
+    """Seconds after which a crashed agent is started again; None = never."""
+    groups: tuple[tuple[str, ...], ...] = ()
+    """Groups of a partition; agents that are not named form one more."""
+    heal_after_s: SomeSeconds | None = None
+    """Seconds after which a partition ends; None = never."""
+    factor: Factor | None = None
+    """From then on training takes so many times as long as at first (kind "slow"; 1 = as at first)."""
+
+    @model_validator(mode="after")
+    def _fields_of_kind(self) -> FaultConfig:
+        needed, allowed = _FIELDS[self.kind]
+        given = [key for key in type(self).model_fields if key != "kind" and getattr(self, key) not in (None, ())]
+        for key in given:
+            if key not in (*needed, *allowed):
+                owners = [f'"{kind}"' for kind, (some, more) in _FIELDS.items() if key in (*some, *more)]
+                raise ValueError(f'a "{self.kind}" takes no {key} (only {", ".join(owners)}); remove it')
+        for key in needed:
+            if key not in given:
+                raise ValueError(f'a "{self.kind}" needs {key}; add it')
+        if self.kind == "crash":
+            on_action = "round" in given or "on" in given
+            if on_action and "at_s" in given:
+                raise ValueError("a crash has at_s, or round and on, not both; remove one")
+            if not on_action and "at_s" not in given:
+                raise ValueError('a "crash" needs at_s, or round and on; add it')
+            if on_action and not ("round" in given and "on" in given):
+                raise ValueError(f"round and on belong together; add {'on' if 'round' in given else 'round'}")
+        return self
+
+
+class RandomFaultsConfig(Tree):
+    """Faults drawn from the experiment's seed: exponential times between them, exponential durations."""
+
+    crashes_per_hour: Rate = 0.0
+    """Mean crashes of each agent per hour of virtual time that it is up."""
+    mean_down_s: SomeSeconds = 60.0
+    """Mean seconds after which a crashed agent is started again."""
+    partitions_per_hour: Rate = 0.0
+    """Mean partitions of the whole network, into two random groups, per hour of virtual time."""
+    mean_partition_s: SomeSeconds = 60.0
+    """Mean seconds after which a partition ends."""
+    until_s: SomeSeconds | None = None
+    """No fault begins after this virtual time in seconds; needed where a rate is above 0."""
+
+    @model_validator(mode="after")
+    def _bounded(self) -> RandomFaultsConfig:
+        for key in ("crashes_per_hour", "partitions_per_hour"):
+            if getattr(self, key) > 0 and self.until_s is None:
+                raise ValueError(f"{key} needs until_s, the virtual time at which random faults end; add it")
+        return self
+
+
+class SimulateConfig(Tree):
+    """How the simulator runs on this host, and what it plays."""
+
+    workers: Annotated[int, Field(ge=1)] | None = None
+    """Worker processes; default: one per core. Results do not depend on it."""
+    evaluate: Literal["all", "after", "none"] = "all"
+    """Test metrics before and after each merge, only after it, or never."""
+    keep_snapshots: Annotated[int, Field(ge=1)] = 2
+    """Snapshots kept per agent; older ones are removed as soon as nobody reads them."""
+    checkpoints: Annotated[int, Field(ge=1)] = 3
+    """Checkpoints kept per agent, where agents may crash."""
+    trace: bool = False
+    """Write every message to and from the agents' round machines to `trace.jsonl` in the run folder."""
+    network: NetworkConfig = NetworkConfig()
+    """Latency, bandwidth and loss between agents."""
+    compute: ComputeConfig = ComputeConfig()
+    """Virtual seconds that training and merging take."""
+    faults: tuple[FaultConfig, ...] = ()
+    """What happens to the network, by script."""
+    random_faults: RandomFaultsConfig = RandomFaultsConfig()
+    """What happens to the network, by chance."""

@@ -1,0 +1,38 @@
+"""Variants: other forms of an experiment, to be run beside one another (`dimat simulate FILE --compare …`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, cast
+
+from pydantic import Field
+
+from dimat.config.tree import Options, Tree
+
+Label = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$", max_length=40)]
+
+
+class VariantConfig(Tree):
+    """The experiment with some settings changed. Only `--compare` looks at it."""
+
+    name: Label
+    """What `--compare` and its tables call it; it also names a folder."""
+    group: Label | None = None
+    """Variants of one group share a table and a row of pictures; by default that of the data's split."""
+    set: Options = Field(default_factory=dict)
+    """What is changed, as tables of the experiment, e.g. { topology = { graph = "torus" } }."""
+
+
+def changed(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a tree of plain values with changes put in, key by key; a table under another `name` replaces the one
+    there was, whose options belong to the old name."""
+    made = dict(tree)
+    for key, value in changes.items():
+        before = made.get(key)
+        if isinstance(before, Mapping) and isinstance(value, Mapping):
+            old, new = cast("Mapping[str, Any]", before), cast("Mapping[str, Any]", value)
+            renamed = "name" in new and new["name"] != old.get("name")
+            made[key] = dict(new) if renamed else changed(old, new)
+        else:
+            made[key] = value
+    return made

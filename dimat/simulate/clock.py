@@ -1,0 +1,47 @@
+"""Virtual time: what is to happen, in order of time, and at one time in the order in which it was put there."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+from typing import Any
+
+FEW = 64
+"""Entries that are called off and not worth clearing away."""
+
+
+class Clock:
+    """A queue of things to do at virtual times. `now` is the time of the one that is done."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self._queue: list[tuple[Any, ...]] = []  # time, number, what to do, its arguments
+        self._count = 0
+        self._off: set[int] = set()
+
+    def put(self, time_s: float, do: Callable[..., None], *arguments: Any) -> int:
+        """Do something at a time that is not over; return the number under which it can be called off."""
+        self._count += 1
+        heapq.heappush(self._queue, (max(time_s, self.now), self._count, do, *arguments))
+        return self._count
+
+    def call_off(self, number: int) -> None:
+        """Forget something that was put there and is not done yet."""
+        self._off.add(number)
+        # cleared away once they are most of the queue: cheap for each, and the queue holds no more than twice its due
+        if len(self._off) > FEW and 2 * len(self._off) > len(self._queue):
+            self._queue = [entry for entry in self._queue if entry[1] not in self._off]
+            heapq.heapify(self._queue)
+            self._off.clear()
+
+    def step(self) -> bool:
+        """Do what comes next; False where there is nothing."""
+        while self._queue:
+            time_s, number, do, *arguments = heapq.heappop(self._queue)
+            if number in self._off:
+                self._off.remove(number)
+                continue
+            self.now = time_s
+            do(*arguments)
+            return True
+        return False

@@ -1,0 +1,443 @@
+"""Drives the round machines of all agents on a virtual clock, over links that take time and may fail.
+
+Events wait in a queue ordered by virtual time, then by when they were put there. Work (training, merging) is
+handed out at once and its outcome is queued for the virtual time at which it ends; the loop waits for it only when
+its turn comes. So workers run ahead in parallel, while the order in which machines see events, and with it every
+result, depends on the experiment alone. What the work is, is not known here: `Work` does it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any, Protocol
+
+from dimat import events as facts
+from dimat.agent import messages as m
+from dimat.agent.basis import BasisId
+from dimat.agent.plan import Plan
+from dimat.agent.round import RoundMachine
+from dimat.agent.state import MachineState
+from dimat.errors import DimatError
+from dimat.net.memory import MemoryNetwork
+from dimat.simulate.clock import Clock
+from dimat.simulate.courier import Courier
+from dimat.simulate.faults import Crash, CrashPoint, Cut, Fault, FaultPlan, Heal, Join, Leave, Restart
+from dimat.simulate.links import Links
+from dimat.snapshot import Manifest, Payload
+
+
+class Trace(Protocol):
+    """Is told of every machine that is made, and of every step of it."""
+
+    def begin(self, time_s: float, agent: str, state: MachineState | None, published: int) -> None: ...
+    def step(self, time_s: float, agent: str, event: m.Event, actions: Sequence[m.Action]) -> None: ...
+
+
+class Recorded(Protocol):
+    """What training gives back: the snapshot that it recorded, and what to tell of it."""
+
+    @property
+    def payload(self) -> Payload: ...
+    @property
+    def schema(self) -> str: ...
+    @property
+    def loss(self) -> float: ...
+    @property
+    def samples(self) -> int: ...
+    @property
+    def train_s(self) -> float: ...
+
+
+class Work(Protocol):
+    """What agents do on their own machines. Each call begins it at once; the function that it returns waits for the
+    outcome. `source` is what the network's store gave for a snapshot. Work of one agent is done in order."""
+
+    def restore(self, agent: str) -> Callable[[], tuple[MachineState, int] | None]:
+        """Set an agent up from its newest checkpoint: the machine's state and the last round that may be published.
+        None where there is no checkpoint, and then the agent is new."""
+        ...
+
+    def crash(self, agent: str) -> None:
+        """Forget all of an agent that is not on disk."""
+        ...
+
+    def train_s(self, agent: str, action: m.Train, now: float) -> float:
+        """Return how long training that begins now takes, in virtual seconds."""
+        ...
+
+    def merge_s(self, agent: str, action: m.Merge) -> float:
+        """Return how long a merge takes, in virtual seconds."""
+        ...
+
+    def train(self, agent: str, action: m.Train) -> Callable[[], Recorded]: ...
+    def checkpoint(self, agent: str, action: m.Checkpoint) -> Callable[[], object]: ...
+    def adopt_basis(self, agent: str, action: m.AdoptBasis, source: Any) -> Callable[[], float | None]: ...
+    def adopt_weights(self, agent: str, action: m.AdoptWeights, source: Any) -> Callable[[], str]: ...
+    def merge(self, agent: str, action: m.Merge, sources: Mapping[str, Any]) -> Callable[[], m.MergeDone]: ...
+
+
+@dataclass(slots=True)
+class Node:
+    """An agent's machine in the simulated world. `state`: "absent", "up", "down", "through" (still serves) or "gone";
+    `life` counts its starts: what was meant for an earlier life is dropped. `timer`: its newest one's number in the
+    queue, 0 where it has run out."""
+
+    plan: Plan
+    make: Callable[[MachineState | None, int], RoundMachine]
+    machine: RoundMachine | None = None
+    state: str = "absent"
+    life: int = 0
+    timer: int = 0
+    recorded: dict[str, Recorded] = field(default_factory=dict[str, Recorded])
+
+
+class Driver:
+    """All agents of one run. `nodes`: by agent, its plan and how its machine is made; `emit`: is told every fact.
+
+    `joins_late`: agents that are not there at first. `max_time_s`: when all finish their round and leave.
+    """
+
+    def __init__(
+        self,
+        run: str,
+        nodes: Mapping[str, Node],
+        work: Work,
+        network: MemoryNetwork,
+        links: Links,
+        faults: FaultPlan,
+        emit: Callable[[facts.Event], None],
+        readers: Callable[[str, int], Sequence[str]],
+        *,
+        max_time_s: float | None = None,
+    ) -> None:
+        self.clock = Clock()
+        self.nodes = dict(nodes)
+        self._run = run
+        self._work = work
+        self._network = network
+        self._links = links
+        self._points: dict[tuple[str, int, str], CrashPoint] = {(p.agent, p.round, p.on): p for p in faults.on_action}
+        self._emit = emit
+        self._readers = readers
+        self.trace: Trace | None = None
+        self._late = faults.late
+        self._max_time_s = max_time_s
+        self._courier = Courier(self.clock, network, links, self._post, self._handle, emit, self._serves)
+        self._timed = faults.timed
+        self._stopping = threading.Event()
+        self._up = 0
+        self._coming = sum(isinstance(fault, Restart | Join) for fault in faults.timed)
+        for fault in faults.timed:
+            self.clock.put(fault.at_s, self._befall, fault)
+        if max_time_s is not None:
+            self.clock.put(max_time_s, self._time_up)
+
+    def stop(self) -> None:
+        """End the run as Ctrl-C does, from another thread."""
+        self._stopping.set()
+
+    @property
+    def stopping(self) -> bool:
+        """Whether `stop` was called."""
+        return self._stopping.is_set()
+
+    def run(self) -> None:
+        """Run until every agent has left or is down for good."""
+        for name in self.nodes:
+            if name not in self._late:
+                self._up += 1
+                self.clock.put(0.0, self._start, name, False)
+        while self._up or self._coming:
+            if self._stopping.is_set():
+                raise KeyboardInterrupt
+            if not self.clock.step():
+                waiting = [f"{a} ({n.machine.phase.value})" for a, n in self.nodes.items() if n.machine is not None]
+                raise DimatError(f"the simulation has nothing left to do, yet agents wait: {', '.join(waiting)}")
+
+    # ── lives ────────────────────────────────────────────────────────────────────────────────────────────────
+    def _start(self, name: str, join: bool, state: MachineState | None = None, published: int = 0) -> None:
+        node = self.nodes[name]
+        back = node.life > 0 or join
+        node.life += 1
+        node.state = "up"
+        node.machine = node.make(state, published)
+        if self.trace is not None:
+            self.trace.begin(self.clock.now, name, state, published)
+        self._handle(name, m.Started(join=join))
+        if self._max_time_s is not None and self.clock.now >= self._max_time_s:
+            self._handle(name, m.TimeUp())
+        if back:
+            for other in sorted(node.plan.peers):
+                self._introduce(other, name)
+            for other in self._listeners[name]:
+                self._introduce(name, other)
+            self._courier.retry()
+
+    @cached_property
+    def _listeners(self) -> Mapping[str, Sequence[str]]:
+        """By agent, those that may ever hear it."""
+        listeners: dict[str, list[str]] = {name: [] for name in self.nodes}
+        for name, node in self.nodes.items():
+            for peer in node.plan.peers:
+                listeners[peer].append(name)
+        return listeners
+
+    def _serves(self, name: str) -> bool:
+        return self.nodes[name].state in ("up", "through")
+
+    def _introduce(self, publisher: str, reader: str) -> None:
+        """Tell a reader what a publisher offers, as whenever a connection is made."""
+        if self._serves(publisher):
+            for manifest in self._network.offered(publisher):
+                self._tell(manifest, reader)
+
+    def _crash(self, name: str, back_s: float | None, *, planned: bool = False) -> None:
+        node = self.nodes[name]
+        if node.machine is None:
+            return
+        self._emit(facts.AgentCrashed(agent=name, round=node.machine.round, back_s=back_s))
+        self._take_down(name, "down")
+        self._work.crash(name)
+        if back_s is not None and not planned:
+            self._coming += 1
+            self.clock.put(self.clock.now + back_s, self._restart, name)
+
+    def _restart(self, name: str) -> None:
+        self._coming -= 1
+        if self.nodes[name].state != "down":
+            return
+        self._up += 1
+        found = self._work.restore(name)()
+        if found is None:
+            self._start(name, join=name in self._late)
+        else:
+            self._start(name, join=False, state=found[0], published=found[1])
+
+    def _take_down(self, name: str, state: str) -> None:
+        """End an agent's process: what was on its way to it is lost to it, what was on its way from it breaks off."""
+        node = self.nodes[name]
+        if node.state == "up":
+            self._up -= 1
+        node.state, node.machine = state, None
+        node.life += 1
+        if node.timer:
+            self.clock.call_off(node.timer)
+            node.timer = 0
+        self._courier.drop_all(name)
+        if state != "through":
+            self._courier.break_off(lambda _, publisher: publisher == name)
+
+    def _befall(self, fault: Fault) -> None:
+        match fault:
+            case Crash(agent=name, at_s=at_s):
+                # the restart, if there is one, is an entry of its own
+                back = next(
+                    (f for f in self._timed if isinstance(f, Restart) and f.agent == name and f.at_s >= at_s), None
+                )
+                self._crash(name, None if back is None else back.at_s - at_s, planned=True)
+            case Restart(agent=name):
+                self._restart(name)
+            case Join(agent=name):
+                self._coming -= 1
+                self._up += 1
+                self._start(name, join=True)
+            case Leave(agent=name):
+                self._handle(name, m.Stop("left"))
+                self._take_down(name, "gone")
+            case Cut(id=number, groups=groups):
+                self._links.cut(number, groups)
+                self._emit(facts.LinksCut(groups=groups))
+                reachable = self._links.reachable
+                self._courier.break_off(lambda a, b: not reachable(a, b))
+            case Heal(id=number):
+                self._links.heal(number)
+                self._emit(facts.LinksHealed())
+                for reader, node in self.nodes.items():
+                    for publisher in sorted(node.plan.peers):
+                        self._introduce(publisher, reader)
+                self._courier.retry()
+            case _:
+                pass  # slow-downs are the computers' affair
+
+    def _time_up(self) -> None:
+        for name in self.nodes:
+            self._handle(name, m.TimeUp())
+
+    # ── events in, actions out ───────────────────────────────────────────────────────────────────────────────
+    def _post(self, name: str, time_s: float, event: m.Event | Callable[[], m.Event]) -> None:
+        """Hand an agent an event (or what a function gives then) at a time, if it still lives the same life."""
+        self.clock.put(time_s, self._deliver, name, self.nodes[name].life, event)
+
+    def _deliver(self, name: str, life: int, event: m.Event | Callable[[], m.Event]) -> None:
+        if self.nodes[name].life == life:
+            self._handle(name, event() if callable(event) else event)
+
+    def _set_timer(self, name: str, number: int, seconds: float) -> None:
+        """Set an agent's timer; the one before is over: a machine sets its next one when the round has changed."""
+        node = self.nodes[name]
+        if node.timer:
+            self.clock.call_off(node.timer)
+        node.timer = self.clock.put(self.clock.now + seconds, self._ring, name, number)
+
+    def _ring(self, name: str, number: int) -> None:
+        self.nodes[name].timer = 0
+        self._handle(name, m.Deadline(number))
+
+    def _handle(self, name: str, event: m.Event) -> None:
+        machine = self.nodes[name].machine
+        if machine is None:
+            return
+        actions = machine.handle(event)
+        if self.trace is not None:
+            self.trace.step(self.clock.now, name, event, actions)
+        for action in actions:
+            point = self._points.pop((name, *moment(action, machine.round)), None) if self._points else None
+            if point is not None:
+                self._crash(name, point.restart_after_s)
+                return
+            self._perform(name, machine, action)
+
+    def _perform(self, name: str, machine: RoundMachine, action: m.Action) -> None:
+        now = self.clock.now
+        match action:
+            case m.Report(fact=fact):
+                self._emit(fact)
+            case m.SetTimer(round=number, seconds=seconds):
+                self._set_timer(name, number, seconds)
+            case m.Fetch():
+                self._courier.fetch(name, machine.round, action)
+            case m.Release(peer=peer, root=root):
+                self._courier.drop(name, peer, root)
+            case m.Train():
+                self._train(name, action)
+            case m.Checkpoint(round=number, stage=stage):
+                self._work.checkpoint(name, action)
+                self._emit(facts.Checkpointed(agent=name, round=number, stage=stage))
+            case m.Publish():
+                self._publish(name, action)
+            case m.AdoptBasis():
+                self._adopt_basis(name, machine.basis, action)
+            case m.AdoptWeights():
+                wait = self._work.adopt_weights(name, action, self._courier.source(name, action.peer, action.root))
+                self._post(name, now, lambda: m.WeightsAdopted(action.root, wait()))
+            case m.Merge():
+                sources = {part.peer: self._courier.source(name, part.peer, part.root) for part in action.parts}
+                self._post(name, now + self._work.merge_s(name, action), self._work.merge(name, action, sources))
+            case m.Exit(reason=reason):
+                self._exit(name, machine.round, reason)
+
+    def _train(self, name: str, action: m.Train) -> None:
+        now = self.clock.now
+        wait = self._work.train(name, action)
+        self._post(name, now + self._work.train_s(name, action, now), partial(self._trained, name, action, wait))
+
+    def _trained(self, name: str, action: m.Train, wait: Callable[[], Recorded]) -> m.Event:
+        recorded, held = wait(), self.nodes[name].recorded
+        # on disk from now on; of earlier rounds only what may be published again after a crash
+        for root in list(held)[:-1]:
+            del held[root]
+        held[recorded.payload.root] = recorded
+        if action.learn:
+            self._emit(
+                facts.Trained(
+                    agent=name,
+                    round=action.round,
+                    loss=recorded.loss,
+                    samples=recorded.samples,
+                    train_s=recorded.train_s,
+                )
+            )
+        return m.TrainingDone(action.round, recorded.payload.root)
+
+    def _publish(self, name: str, action: m.Publish) -> None:
+        recorded = self.nodes[name].recorded.get(action.root)
+        if recorded is None:
+            raise DimatError(f"{name} was asked to publish a snapshot that it has not recorded")
+        manifest = Manifest(
+            run=self._run,
+            agent=name,
+            round=action.round,
+            basis=str(action.basis),
+            schema=recorded.schema,
+            payload=recorded.payload,
+            samples=recorded.samples,
+            parents=tuple((p.agent, p.snapshot, p.round, p.weight) for p in action.parents),
+            pushed=action.pushed,
+            base=action.base,
+        )
+        self._network.publish(manifest)
+        self._emit(
+            facts.Published(
+                agent=name,
+                round=action.round,
+                snapshot=action.root,
+                bytes=recorded.payload.bytes,
+                basis=manifest.basis,
+            )
+        )
+        for reader in self._readers(name, action.round):
+            self._tell(manifest, reader, action.basis)
+
+    def _tell(self, manifest: Manifest, reader: str, basis: BasisId | None = None) -> None:
+        """Let a reader know of a snapshot, if the message comes through and finds it up."""
+        publisher = manifest.agent
+        arrives = self._links.message(self.clock.now, publisher, reader)
+        if arrives is None or self.nodes[reader].machine is None:
+            return
+        offered = self._network.offered(publisher)
+        offer = m.PeerPublished(
+            publisher,
+            manifest.round,
+            manifest.payload.root,
+            basis or BasisId.parse(manifest.basis),
+            run=manifest.run,
+            oldest=offered[0].round if offered else manifest.round,
+            pushed=manifest.pushed.get(reader, 0.0),
+            base=manifest.base,
+        )
+        self._post(reader, arrives, offer)
+
+    def _adopt_basis(self, name: str, own: BasisId, action: m.AdoptBasis) -> None:
+        wait = self._work.adopt_basis(name, action, self._courier.source(name, action.peer, action.root))
+
+        def done() -> m.Event:
+            moved = wait()
+            return m.BasisChanged(action.round, own if moved is None else action.basis, moved or 0.0)
+
+        self._post(name, self.clock.now, done)
+
+    def _exit(self, name: str, number: int, reason: str) -> None:
+        """An agent is through: it says so, unless all end with the same round, and what it offers stays to be had."""
+        self._emit(facts.AgentLeft(agent=name, round=number, reason=reason))
+        offered = self._network.offered(name)
+        self._take_down(name, "through")
+        if reason == "done":
+            return
+        lost = m.PeerLost(name, f"it has left ({reason})", offered[-1].round if offered else 0)
+        for other in self._listeners[name]:
+            arrives = self._links.message(self.clock.now, name, other)
+            if arrives is not None:
+                self._post(other, arrives, lost)
+
+
+def moment(action: m.Action, number: int) -> tuple[int, str]:
+    """Return the round (that an agent is in, where an action does not say) and the word by which a script of faults
+    names an action."""
+    match action:
+        case m.Train():
+            return action.round, "train"
+        case m.Checkpoint():
+            return action.round, action.stage
+        case m.Publish():
+            return action.round, "publish"
+        case m.Fetch():
+            return number, "fetch"
+        case m.AdoptBasis() | m.AdoptWeights():
+            return action.round, "adopt"
+        case m.Merge():
+            return action.round, "merge"
+        case _:
+            return number, ""

@@ -1,0 +1,87 @@
+"""Variants of an experiment: what they change, how `--compare` finds them, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dimat.config import ExperimentConfig, build, changed
+from dimat.errors import ConfigError
+from dimat.simulate.compare import cases_of
+from dimat.simulate.folder import describe
+
+VARIANTS = [
+    {"name": "torus", "group": "in-step", "set": {"topology": {"graph": "torus"}}},
+    {"name": "late", "set": {"schedule": {"mode": "async"}, "train": {"optimizer": {"name": "sgd", "lr": 0.1}}}},
+]
+
+
+def experiment(**tables: Any) -> ExperimentConfig:
+    return build(ExperimentConfig, {"topology": {"agents": 4}, "variants": VARIANTS, **tables}, "x.toml")
+
+
+def cases(config: ExperimentConfig, *names: str) -> list[Any]:
+    return cases_of(config, names, {"iid": config.task.partition}, (0, 1), Path("out"))
+
+
+def test_changes_go_into_tables_and_new_names_bring_their_own_options() -> None:
+    """By hand."""
+    tree = {"a": {"b": 1, "c": 2}, "mixing": {"name": "uniform", "options": {"lazy": 0.5}}, "x": "y"}
+    assert changed(tree, {"a": {"c": 3}, "x": {"name": "z"}}) == {**tree, "a": {"b": 1, "c": 3}, "x": {"name": "z"}}
+    assert changed(tree, {"mixing": {"name": "metropolis"}})["mixing"] == {"name": "metropolis"}
+    assert changed(tree, {"mixing": {"options": {"lazy": 0.1}}})["mixing"]["name"] == "uniform"
+    assert tree["a"] == {"b": 1, "c": 2}
+
+
+def test_variants_and_methods_side_by_side() -> None:
+    """Each is the experiment with its changes; groups are headings; the ceiling goes under the first one, once."""
+    config = experiment(folder="somewhere")
+    made = cases(config, "all", "average", "centralised")
+    found = [(case.split, case.method, case.seed) for case in made]
+    assert found == [
+        (split, name, seed)
+        for split, name in (("in-step", "torus"), ("iid", "late"), ("iid", "average"), ("in-step", "centralised"))
+        for seed in (0, 1)
+    ]
+    torus, late = made[0].config, made[2].config
+    assert (torus.topology.graph, torus.topology.agents, torus.schedule.mode) == ("torus", 4, "sync")
+    assert (late.topology.graph, late.schedule.mode, late.train.optimizer.name) == (None, "async", "sgd")
+    assert {case.config.folder for case in made} == {"somewhere"}
+    assert {case.config.variants for case in made} == {()}
+    assert made[4].config.merge.method == "average"
+    assert made[1].folder == Path("out/in-step/torus/seed1")
+
+
+def test_a_run_does_not_depend_on_the_variants_beside_it() -> None:
+    """A run folder is that of the same experiment after a variant was added."""
+    assert describe(experiment()) == describe(experiment(variants=[]))
+
+
+@pytest.mark.parametrize(
+    ("variants", "names", "said"),
+    [
+        ([], ["tours"], "unknown method or variant 'tours'"),
+        (VARIANTS, ["tours"], "did you mean 'torus'?"),
+        ([{"name": "dimat"}], ["dimat"], "a variant is named 'dimat', which --compare takes for something else"),
+        ([{"name": "all"}], ["all"], "a variant is named 'all'"),
+        ([{"name": "x", "set": {"topology": {"grahp": "ring"}}}], ["x"], "unknown key 'topology.grahp' in the compar"),
+        ([{"name": "x", "set": {"topology": {"edges": [["a", "b"]], "graph": "ring"}}}], ["x"], "give one of map"),
+    ],
+)
+def test_bad_variants(variants: list[Any], names: list[str], said: str) -> None:
+    """One line that names the variant or what is wrong with it."""
+    with pytest.raises(ConfigError) as error:
+        cases(experiment(variants=variants), *names)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_names_that_cannot_be_folders_or_come_twice_are_refused() -> None:
+    """At the time the file is read."""
+    for bad in ("", "../x", "a b", "x" * 41):
+        with pytest.raises(ConfigError, match=r"x\.toml: variants\[0\]\.name: "):
+            experiment(variants=[{"name": bad}])
+    with pytest.raises(ConfigError, match=r"variants\[1\] is named 'a' as variants\[0\] is; rename one"):
+        experiment(variants=[{"name": "a"}, {"name": "a"}])

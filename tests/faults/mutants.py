@@ -1,0 +1,300 @@
+"""Faults in the round machine and its driver, made on purpose: each breaks a promise that the checks must find."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest.mock import patch
+
+from dimat import events as facts
+from dimat.agent import inbox, offers, push_sum
+from dimat.agent import messages as m
+from dimat.agent import round as round_module
+from dimat.agent.offers import Known, PeerPublished
+from dimat.agent.round import RoundMachine
+from tests.faults.node import Node
+from tests.faults.world import World
+
+Rewrite = Callable[[Any, m.Event, list[m.Action]], list[m.Action]]
+Patch = tuple[Any, str, Any]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`breaks`: what is wrong with it; `world`: the driver to use while `patches` are in force."""
+
+    name: str
+    breaks: str
+    world: type[World] = World
+    patches: tuple[Patch, ...] = ()
+
+    @contextmanager
+    def alive(self) -> Iterator[type[World]]:
+        """Put the mutation in force, and undo it."""
+        with ExitStack() as stack:
+            for target, attribute, value in self.patches:
+                stack.enter_context(patch.object(target, attribute, value))
+            yield self.world
+
+
+class Kept(RoundMachine):
+    """A machine that remembers what it was made with."""
+
+    def __init__(self, agent: str, run: str, plan: Any, rules: Any, **more: Any) -> None:
+        super().__init__(agent, run, plan, rules, **more)
+        self.made_with = (plan, rules, more["basis"])
+
+
+def driving(machine: type[RoundMachine]) -> type[World]:
+    return type("Mutated", (World,), {"machine": machine})
+
+
+def rewriting(rewrite: Rewrite) -> type[World]:
+    """Return a driver of machines whose actions are rewritten."""
+
+    class Machine(Kept):
+        def handle(self, event: m.Event) -> list[m.Action]:
+            return rewrite(self, event, super().handle(event))
+
+    return driving(Machine)
+
+
+def hearing(change: Callable[[Any, m.Event], m.Event | None]) -> type[World]:
+    """Return a driver of machines that take events for others; None: for nothing."""
+
+    class Machine(Kept):
+        def handle(self, event: m.Event) -> list[m.Action]:
+            heard = change(self, event)
+            return [] if heard is None else super().handle(heard)
+
+    return driving(Machine)
+
+
+def each(change: Callable[[Any, m.Action], m.Action]) -> Rewrite:
+    return lambda machine, _, actions: [change(machine, action) for action in actions]
+
+
+# ── weights ──────────────────────────────────────────────────────────────────────────────────────────────────────
+def _missing_mass(machine: Any, action: m.Action) -> m.Action:
+    if isinstance(action, m.Merge) and machine.push_weight is None:
+        plan, _, _ = machine.made_with
+        return replace(action, own_weight=plan.of(action.round).mixing[machine.agent])
+    return action
+
+
+def _twice_in_a_merge(machine: Any, action: m.Action) -> m.Action:
+    if isinstance(action, m.Merge) and action.parts:
+        half = replace(action.parts[0], weight=action.parts[0].weight / 2)
+        return replace(action, parts=(half, half, *action.parts[1:]))
+    return action
+
+
+def _no_decay(self: Any, usable: Any) -> Any:
+    mixing = round_module.renormalise(self._current.mixing, usable, self.agent)
+    return mixing.pop(self.agent), mixing
+
+
+def _refused_counts(agent: str, root: str, merge: m.Merge, done: m.MergeDone) -> Any:
+    return _contributions(agent, root, merge, replace(done, refused={}))
+
+
+def _backing_off_forgotten(agent: str, root: str, merge: m.Merge, done: m.MergeDone) -> Any:
+    return _contributions(agent, root, merge, replace(done, accepted=1.0))
+
+
+_contributions = round_module.contributions
+
+
+# ── messages ─────────────────────────────────────────────────────────────────────────────────────────────────────
+def _stranger(machine: Any, event: m.Event) -> m.Event:
+    plan, _, _ = machine.made_with
+    if isinstance(event, PeerPublished) and event.peer not in plan.peers and plan.peers:
+        return replace(event, peer=min(plan.peers))
+    return event
+
+
+def _other_run(machine: Any, event: m.Event) -> m.Event:
+    return replace(event, run=machine.run) if isinstance(event, PeerPublished) else event
+
+
+def _other_base(machine: Any, event: m.Event) -> m.Event:
+    return replace(event, base=machine.base) if isinstance(event, PeerPublished) else event
+
+
+def _newest_content(self: Any, offer: PeerPublished) -> Known:
+    kept = self._offers.setdefault(offer.peer, {})
+    kept[offer.round] = offer
+    return Known.NEW
+
+
+def _partial(machine: Any, event: m.Event, actions: list[m.Action]) -> list[m.Action]:
+    for fetch in [a for a in actions if isinstance(a, m.Fetch)]:
+        actions = actions + machine.handle(m.SnapshotReady(fetch.peer, fetch.round, fetch.root))
+    return actions
+
+
+def _keep_late(self: Any) -> list[m.Action]:
+    self.open = False
+    self._retired, self.fetching = [], {}
+    return []
+
+
+def _deaf_to_deadlines(machine: Any, event: m.Event) -> m.Event | None:
+    return None if isinstance(event, m.Deadline) and event.round else event
+
+
+# ── what is durable ──────────────────────────────────────────────────────────────────────────────────────────────
+def _early(machine: Any, event: m.Event, actions: list[m.Action]) -> list[m.Action]:
+    return sorted(actions, key=lambda action: not isinstance(action, m.Publish))
+
+
+def _train_first(machine: Any, event: m.Event, actions: list[m.Action]) -> list[m.Action]:
+    return sorted(actions, key=lambda action: not isinstance(action, m.Train))
+
+
+def _silent_restart(machine: Any, event: m.Event, actions: list[m.Action]) -> list[m.Action]:
+    if isinstance(event, m.Started):
+        return [action for action in actions if not isinstance(action, m.Publish)]
+    return actions
+
+
+def _orphan(machine: Any, event: m.Event, actions: list[m.Action]) -> list[m.Action]:
+    if isinstance(event, m.Started):
+        return [replace(a, parents=()) if isinstance(a, m.Publish) else a for a in actions]
+    return actions
+
+
+def _state(**changes: Callable[[Any, Any], Any]) -> Rewrite:
+    """Rewrite entries of the states in checkpoints, given the machine and the state."""
+
+    def change(machine: Any, action: m.Action) -> m.Action:
+        if not isinstance(action, m.Checkpoint):
+            return action
+        values = {name: make(machine, action.state) for name, make in changes.items()}
+        return replace(action, state=replace(action.state, **values))
+
+    return each(change)
+
+
+class _NoRecord(World):
+    """A driver that loses every other record of a merge."""
+
+    def record(self, node: Node, record: Any) -> None:
+        if record.round % 2:
+            super().record(node, record)
+
+
+class _NoStream(World):
+    """A driver that restores weights and momentum and starts its random stream anew."""
+
+    def restore(self, node: Node) -> tuple[Any, Any]:
+        state, model = super().restore(node)
+        model.stream = node.initial.stream
+        return state, model
+
+
+class _NoMomentum(World):
+    """A driver that permutes weights when a basis is adopted, and leaves the optimizer as it was."""
+
+    def rebase(self, node: Node, action: m.AdoptBasis) -> m.Event:
+        momentum = node.model.momentum
+        event = super().rebase(node, action)
+        node.model.momentum = momentum
+        return event
+
+
+class _Unaware(World):
+    """A driver that does not say which rounds were published before a checkpoint was lost."""
+
+    def make(self, node: Node, state: Any) -> RoundMachine:
+        published, node.published = node.published, 0
+        machine = super().make(node, state)
+        node.published = published
+        return machine
+
+
+class _Shuffled(World):
+    """A driver that carries actions out in another order."""
+
+    def step(self, node: Node, event: m.Event, *, idle: bool = False) -> None:
+        machine = node.machine
+        if machine is not None and type(machine) is RoundMachine:
+            handle = machine.handle
+            machine.handle = lambda e: handle(e)[::-1]
+        super().step(node, event, idle=idle)
+        if machine is not None:
+            vars(machine).pop("handle", None)
+
+
+# ── push-sum, bases, joining ─────────────────────────────────────────────────────────────────────────────────────
+def _twice(self: Any, pushed: Any) -> None:
+    _take(self, pushed)
+    self.weight += math.fsum(pushed.values()) * 1e-3
+
+
+_take = push_sum.PushSum.take
+
+
+def _larger_basis(self: Any) -> Any:
+    if not self._rules.basis_gossip:
+        return None
+    found = [o for o in self._inbox.usable().values() if o.basis > self.basis and o.peer not in self._unfit]
+    return max(found, key=lambda offer: offer.basis, default=None)
+
+
+def _old_basis(machine: Any, action: m.Action) -> m.Action:
+    if isinstance(action, m.Report) and isinstance(action.fact, facts.Joined) and action.fact.how == "align":
+        machine.basis = machine.made_with[2]._replace(round=-1)
+    return action
+
+
+MUTANTS = (
+    Mutant("missing-mass", "weights are not renormalised over what arrived", rewriting(each(_missing_mass))),
+    Mutant("twice-in-a-merge", "a peer is merged twice in a round", rewriting(each(_twice_in_a_merge))),
+    Mutant("no-decay", "stale snapshots count in full", patches=((RoundMachine, "_weights", _no_decay),)),
+    Mutant("refused-counts", "refused peers are listed", patches=((round_module, "contributions", _refused_counts),)),
+    Mutant(
+        "backing-off-forgotten",
+        "a merge that was half accepted is listed in full",
+        patches=((round_module, "contributions", _backing_off_forgotten),),
+    ),
+    Mutant("strangers", "whoever offers is taken for a peer", hearing(_stranger)),
+    Mutant("other-run", "offers of another run count", hearing(_other_run)),
+    Mutant("other-base", "offers with another base count", hearing(_other_base)),
+    Mutant("newest-content", "the last content offered counts", patches=((offers.Offers, "note", _newest_content),)),
+    Mutant("partial", "a snapshot is merged before it is here", rewriting(_partial)),
+    Mutant("late-snapshots", "snapshots of the round before are merged", patches=((inbox.Inbox, "end", _keep_late),)),
+    Mutant("no-deadline", "a round waits past its deadline", hearing(_deaf_to_deadlines)),
+    Mutant("unbounded", "offers are kept without bound", patches=((offers, "ROUNDS_KEPT", 10**9),)),
+    Mutant("publish-first", "a snapshot is published before it is durable", rewriting(_early)),
+    Mutant("train-first", "training begins before the merge is durable", rewriting(_train_first)),
+    Mutant("shuffled", "actions are carried out in another order", _Shuffled),
+    Mutant("silent-restart", "what was durable is not republished", rewriting(_silent_restart)),
+    Mutant("no-parents", "a snapshot is republished with other parents", rewriting(_orphan)),
+    Mutant("no-skip", "published rounds are trained anew after a checkpoint was lost", _Unaware),
+    Mutant("no-stream", "the random stream starts anew after a crash", _NoStream),
+    Mutant("no-record", "records of merges get lost", _NoRecord),
+    Mutant(
+        "no-basis",
+        "the basis is not in the checkpoint",
+        rewriting(_state(basis=lambda machine, state: machine.made_with[2])),
+    ),
+    Mutant(
+        "no-sent",
+        "push-sum weight given away is not in the checkpoint",
+        rewriting(_state(push=lambda machine, state: {**state.push, "sent": {}})),
+    ),
+    Mutant(
+        "no-taken",
+        "push-sum weight taken in is not in the checkpoint",
+        rewriting(_state(push=lambda machine, state: {**state.push, "taken": {}})),
+    ),
+    Mutant("push-twice", "push-sum weight is taken in twice", patches=((push_sum.PushSum, "take", _twice),)),
+    Mutant("larger-basis", "the larger basis wins", patches=((RoundMachine, "_best_basis", _larger_basis),)),
+    Mutant("no-momentum", "a basis is adopted without the optimizer", _NoMomentum),
+    Mutant("old-basis", "a newcomer founds the oldest basis", rewriting(each(_old_basis))),
+)
+BY_NAME = {mutant.name: mutant for mutant in MUTANTS}

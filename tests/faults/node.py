@@ -1,0 +1,147 @@
+"""One simulated agent: what is in its memory, which a crash takes, and what is on its disk, which stays."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from dimat.agent.basis import BasisId
+from dimat.agent.lineage import MergeRecord
+from dimat.agent.messages import Merge
+from dimat.agent.offers import PeerPublished
+from dimat.agent.plan import Plan, RoundPlan
+from dimat.agent.round import RoundMachine
+from dimat.agent.state import MachineState
+from dimat.events import Contribution
+from tests.faults.model import Model, Snapshot
+from tests.faults.schedule import Fault
+
+RUN = "run"
+MESSAGE, OWN, TIMER, FAULT = range(4)
+"""What comes up in the queue: from a peer, from the process itself, a timer, something going wrong."""
+
+KEPT = 3
+"""Checkpoints on a disk."""
+
+
+class Saved(NamedTuple):
+    """A checkpoint. `text`: all that a restart reads; the rest is kept aside to compare with. `merged`: what the
+    network was merged from before its training, if it has been."""
+
+    text: str
+    state: MachineState
+    model: Model
+    merged: tuple[Contribution, ...]
+
+
+@dataclass(slots=True, eq=False)
+class Held:
+    """A snapshot that was asked for and not released. `snapshot`: None until it is here, whole."""
+
+    round: int
+    snapshot: Snapshot | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What a publisher's store says about one of its snapshots."""
+
+    round: int
+    root: str
+    basis: BasisId
+    pushed: dict[str, float]
+    base: str
+
+
+@dataclass(eq=False)
+class Node:
+    """An agent. The machine sees nothing of this; the driver and the checks do."""
+
+    name: str
+    index: int
+    plan: Plan
+    basis: BasisId
+    initial: Model
+    rng: random.Random
+    late: bool = False
+    # process
+    machine: RoundMachine | None = None
+    life: int = 0
+    up: bool = False
+    exited: str = ""
+    exited_at: float = 0.0
+    gone: bool = False  # never comes back
+    paused_until: float = -1.0
+    time_up: bool = False
+    actions: int = 0
+    crashes: dict[int, Fault] = field(default_factory=dict)
+    # memory
+    model: Model = field(init=False)
+    held: dict[tuple[str, str], list[Held]] = field(default_factory=dict)
+    timers: dict[int, tuple[float, int]] = field(default_factory=dict)
+    merging: tuple[Merge, dict[str, str], float] | None = None
+    # disk
+    disk: list[Saved] = field(default_factory=list)
+    store: dict[int, Offer] = field(default_factory=dict)
+    intact: bool = True  # whether a checkpoint was written since one was damaged: one in a row is
+    published: int = 0
+    records: list[MergeRecord] = field(default_factory=list)
+    # what the checks remember of this life
+    known: frozenset[str] = frozenset()  # peers by the plan that the machine goes by
+    row: RoundPlan | None = None
+    row_round: int = 0
+    expired: int = -1
+    timed: set[int] = field(default_factory=set)
+    asked: dict[tuple[str, int], str] = field(default_factory=dict)
+    closed: dict[str, Held] | None = None
+    unfit: bool = False
+    heard: BasisId | None = None  # the smallest
+    time_heard: bool = False
+    calm_merges: int = 0  # since faults ceased; which of them was the last without a planned peer
+    missed: dict[str, int] = field(default_factory=dict)
+    # what they remember over all lives
+    offered: dict[tuple[str, int, str], PeerPublished] = field(default_factory=dict)
+    merged: tuple[Contribution, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.model = self.initial.copy()
+
+    def save(self, state: MachineState) -> None:
+        """Write a checkpoint."""
+        text = json.dumps({"state": state.to_dict(), "model": self.model.to_dict()})
+        self.disk.append(Saved(text, state, self.model.copy(), self.merged))
+        del self.disk[:-KEPT]
+
+    def load(self) -> tuple[MachineState | None, Model]:
+        """Read the newest checkpoint, if there is one."""
+        if not self.disk:
+            return None, self.initial.copy()
+        values = json.loads(self.disk[-1].text)
+        return MachineState.from_dict(values["state"]), Model.from_dict(values["model"])
+
+    def here(self, peer: str, root: str, number: int = 0) -> Snapshot | None:
+        """Return a snapshot that is held whole (`number`: of that round)."""
+        for held in self.held.get((peer, root), ()):
+            if held.snapshot is not None and number in (0, held.round):
+                return held.snapshot
+        return None
+
+    def drop(self, peer: str, root: str, held: Held | None = None) -> bool:
+        """Let go of a snapshot, by default of the oldest of an address, here or on its way."""
+        entries = self.held.get((peer, root), [])
+        if not entries or (held is not None and held not in entries):
+            return False
+        entries.remove(held if held is not None else min(entries, key=lambda entry: entry.round))
+        if not entries:
+            del self.held[peer, root]
+        return True
+
+    def forget(self) -> None:
+        """Lose the memory."""
+        self.machine = None
+        self.held, self.timers, self.timed, self.asked = {}, {}, set(), {}
+        self.merging, self.closed = None, None
+        self.row, self.row_round, self.expired, self.unfit = None, 0, -1, False
+        self.heard, self.time_heard = None, False
