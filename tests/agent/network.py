@@ -1,0 +1,237 @@
+"""Agents without training in the simulator's driver: real machines and messages, and weights of few numbers."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import networkx as nx
+import numpy as np
+from numpy.typing import NDArray
+
+from dimat import events as facts
+from dimat.agent import messages as m
+from dimat.agent.basis import BasisId
+from dimat.agent.plan import Plan, PushShares, RoundPlan, Rules
+from dimat.agent.push_sum import PushSum
+from dimat.agent.round import RoundMachine
+from dimat.config import NetworkConfig, TopologyConfig
+from dimat.net.memory import MemoryNetwork
+from dimat.simulate.driver import Driver, Node
+from dimat.simulate.faults import FaultPlan
+from dimat.simulate.links import Links
+from dimat.snapshot import Manifest, Payload, checksum
+from dimat.topology import CycleSchedule, Mixer, Schedule, build_topology
+from dimat.topology.mixing import PUSH_SUM
+
+Values = NDArray[np.float64]
+T = TypeVar("T")
+
+
+class Store:
+    """Snapshots in memory, by address; each agent's newest `keep` are offered, and none is forgotten."""
+
+    def __init__(self, keep: int) -> None:
+        self._keep = keep
+        self._data: dict[str, bytes] = {}
+        self._published: dict[str, list[Manifest]] = {}
+
+    def record(self, data: bytes) -> Payload:
+        payload = checksum(data)
+        self._data[payload.root] = data
+        return payload
+
+    def publish(self, manifest: Manifest) -> None:
+        self._published[manifest.agent] = [*self._published.get(manifest.agent, []), manifest][-self._keep :]
+
+    def offered(self, agent: str) -> Sequence[Manifest]:
+        return self._published.get(agent, [])
+
+    def find(self, agent: str, round_: int) -> Manifest | None:
+        return next((manifest for manifest in self.offered(agent) if manifest.round == round_), None)
+
+    def verify(self, payload: Payload) -> Values:
+        return np.frombuffer(self._data[payload.root])
+
+    def hold(self, root: str) -> None:
+        pass
+
+    def release(self, root: str) -> None:
+        pass
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    payload: Payload
+    schema: str = "numbers"
+    loss: float = 0.0
+    samples: int = 0
+    train_s: float = 0.0
+
+
+class Averaging:
+    """Training changes nothing and takes between 0.5 and 1.5 virtual seconds; a merge is the weighted sum of what came.
+
+    `merged[agent][round]`, `ledgers[agent][round]`: values and push-sum ledger after the merge (round 0: at first).
+    """
+
+    def __init__(self, start: Mapping[str, Values], store: Store, seed: int) -> None:
+        self.merged = {agent: {0: values} for agent, values in start.items()}
+        self.ledgers = {agent: {0: PushSum()} for agent in start}
+        self._values = dict(start)
+        self._store = store
+        self._random = {agent: random.Random(f"{seed} {agent}") for agent in start}
+
+    def train_s(self, agent: str, action: m.Train, now: float) -> float:
+        return self._random[agent].uniform(0.5, 1.5)
+
+    def merge_s(self, agent: str, action: m.Merge) -> float:
+        return 0.0
+
+    def train(self, agent: str, action: m.Train) -> Callable[[], Trained]:
+        trained = Trained(self._store.record(self._values[agent].tobytes()))
+        return lambda: trained
+
+    def checkpoint(self, agent: str, action: m.Checkpoint) -> Callable[[], None]:
+        if action.stage == "merged":
+            self.ledgers[agent][action.round] = PushSum.from_dict(action.state.push)
+        return lambda: None
+
+    def merge(self, agent: str, action: m.Merge, sources: Mapping[str, Values]) -> Callable[[], m.MergeDone]:
+        merged = action.own_weight * self._values[agent]
+        for part in action.parts:
+            merged = merged + part.weight * sources[part.peer]
+        self._values[agent] = self.merged[agent][action.round] = merged
+        return lambda: m.MergeDone(action.round, {})
+
+    def restore(self, agent: str) -> Callable[[], None]:
+        raise NotImplementedError
+
+    def crash(self, agent: str) -> None:
+        raise NotImplementedError
+
+    def adopt_basis(self, agent: str, action: m.AdoptBasis, source: Values) -> Callable[[], float | None]:
+        raise NotImplementedError
+
+    def adopt_weights(self, agent: str, action: m.AdoptWeights, source: Values) -> Callable[[], str]:
+        raise NotImplementedError
+
+
+def make_schedule(
+    agents: int = 6,
+    *,
+    graph: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    edges: Sequence[Sequence[tuple[int, int]]] = (),
+    directed: bool = True,
+    schedule: str = "static",
+    draws: Mapping[str, Any] | None = None,
+    mixing: str = "metropolis",
+    weights: Mapping[str, Any] | None = None,
+    samples: Sequence[int] = (),
+    seed: int = 0,
+) -> Schedule:
+    """Return a schedule as an experiment has it; `options` are the graph's, `draws` the schedule's, `weights` the
+    mixing rule's. `edges`: one graph a round, directed or in parts, which experiments take from files only."""
+    names = [f"agent-{i}" for i in range(agents)]
+    if not edges:
+        tree: dict[str, Any] = {"graph": graph, "options": options or {}, "agents": agents}
+        tree["schedule"] = {"name": schedule, "options": draws or {}}
+        tree["mixing"] = {"name": mixing, "options": weights or {}}
+        counts = dict(zip(names, samples, strict=False))
+        return build_topology(TopologyConfig(**tree), seed, samples=counts).schedule
+    graphs = [nx.DiGraph() if directed else nx.Graph() for _ in edges]
+    for one, links in zip(graphs, edges, strict=True):
+        one.add_nodes_from(names)
+        one.add_edges_from((names[i], names[j]) for i, j in links)
+    return CycleSchedule(graphs, Mixer(mixing, weights or {}))
+
+
+def round_plan(schedule: Schedule, agent: str, number: int) -> RoundPlan:
+    """Return an agent's plan of a round as an experiment makes it; with mixing "push-sum" equal shares to itself and
+    each reader, after the lazy one."""
+    if not (isinstance(schedule, CycleSchedule) and schedule.mixer.name == PUSH_SUM):
+        return RoundPlan(schedule.row(number, agent))
+    readers = schedule.out_neighbours(number, agent)
+    share = (1 - schedule.mixer.lazy) / (len(readers) + 1)
+    heard = (agent, *schedule.in_neighbours(number, agent))
+    shares = PushShares(1 - share * len(readers), dict.fromkeys(readers, share))
+    return RoundPlan(dict.fromkeys(heard, 1.0), push=shares)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What came out; index 0 of each array is what was there at first, index r what is there after round r.
+
+    `values[r, i]`: agent i's numbers; `weight[r, i]`: its push-sum weight; `late[r, i, j]`: push-sum weight that i has
+    sent to j and that j has not taken in; `facts`: all that was told.
+    """
+
+    values: Values
+    weight: Values
+    late: Values
+    facts: tuple[facts.Event, ...]
+
+    @property
+    def spread(self) -> Values:
+        """By round ‖x − mean‖, the Frobenius norm over agents and numbers."""
+        return np.linalg.norm(self.values - self.values.mean(axis=1, keepdims=True), axis=(1, 2))
+
+
+def run(
+    schedule: Schedule,
+    rounds: int,
+    start: Values | None = None,
+    *,
+    network: NetworkConfig | None = None,
+    deadline_s: float = 1e6,
+    seed: int = 0,
+    keep: int = 1_000,
+) -> Run:
+    """Run `rounds` rounds from `start` (n × d), by default the identity: the values then are the product of all mixing
+    matrices so far."""
+    names = schedule.names
+    first = np.eye(len(names)) if start is None else start
+    store = Store(keep)
+    work = Averaging(dict(zip(names, first, strict=True)), store, seed)
+    rules = Rules(rounds=rounds, deadline_s=deadline_s)
+    told: list[facts.Event] = []
+
+    def node(agent: str) -> Node:
+        plan = Plan(frozenset(schedule.peers(agent)), lambda number: round_plan(schedule, agent, number))
+        return Node(plan, lambda _, __: RoundMachine(agent, "run", plan, rules, basis=BasisId(0, agent, "0")))
+
+    Driver(
+        "run",
+        {agent: node(agent) for agent in names},
+        work,
+        MemoryNetwork(store),
+        Links(network or NetworkConfig(), names, seed),
+        FaultPlan(),
+        told.append,
+        lambda agent, number: schedule.out_neighbours(number, agent),
+    ).run()
+    ledgers = [_by_round(work.ledgers[agent], rounds) for agent in names]
+    late = [
+        [
+            [mine.sent.get(b, 0.0) - theirs.taken.get(a, 0.0) for b, theirs in zip(names, row, strict=True)]
+            for a, mine in zip(names, row, strict=True)
+        ]
+        for row in zip(*ledgers, strict=True)
+    ]
+    return Run(
+        np.array([_by_round(work.merged[agent], rounds) for agent in names]).swapaxes(0, 1),
+        np.array([[ledger.weight for ledger in row] for row in zip(*ledgers, strict=True)]),
+        np.array(late),
+        tuple(told),
+    )
+
+
+def _by_round(known: Mapping[int, T], rounds: int) -> list[T]:
+    """Return what was known by round; in a round that an agent left out, what was of the round before."""
+    found = [known[0]]
+    for number in range(1, rounds + 1):
+        found.append(known.get(number, found[-1]))
+    return found
