@@ -6,11 +6,11 @@ of things per peer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 
 from dimat.agent.messages import Action, Fetch, Release
-from dimat.agent.offers import Known, Offers, PeerPublished
+from dimat.agent.offers import PATIENCE, ROUNDS_KEPT, Known, Offers, PeerPublished
 from dimat.agent.plan import Plan, RoundPlan, Rules
 
 SILENT = "silent since an earlier round"
@@ -49,11 +49,15 @@ class Inbox:
         self._number = 0
         self._current = RoundPlan({agent: 1.0})
         self._expected: list[str] = []
+        self._next: Plan | None = None
+        self._fresh: set[str] = set()  # peers heard since the round began
+        self._apart: dict[str, int] = {}  # for how many rounds in a row a living peer was out of reach ahead
 
     # ── rounds ───────────────────────────────────────────────────────────────────────────────────────────────
     def begin(self, number: int, current: RoundPlan) -> list[Action]:
         """Open a round: fetch what is offered for it."""
         self._number, self._current = number, current
+        self.offers.newest_first = self._asynchronous
         # once a round: it is asked for with every message, and a dense graph has many of both
         self._expected = [peer for peer, weight in current.mixing.items() if peer != self._agent and weight > 0]
         self.open = True
@@ -75,9 +79,13 @@ class Inbox:
         self._retired = []
         return [Release(offer.peer, offer.root) for offer in done]
 
+    def announce(self, plan: Plan) -> None:
+        """Know of a plan that holds from the next round on: what its peers offer from now on is not lost."""
+        self._next = plan
+
     def change(self, plan: Plan) -> list[Action]:
         """Take a new plan over, between rounds; what peers that it does not name have sent is dropped."""
-        self._plan = plan
+        self._plan, self._next = plan, None
         self.offers.forget_all_but(plan.peers)
         self._silent = {peer: gone for peer, gone in self._silent.items() if peer in plan.peers}
         gone = [
@@ -101,17 +109,48 @@ class Inbox:
                     self._silent[peer] = (SILENT, 0)
 
     def network_round(self, number: int) -> int:
-        """Return the round to go on with: `number`, or the network's where nobody offers `number` any more."""
-        heard = [peer for peer in self._plan.peers if peer not in self._silent]
+        """Return the round to go on with: `number`, or the network's where nobody offers `number` any more.
+
+        The network's round is a median, which one liar does not move. Where a living peer stays out of reach ahead of
+        it (two parts of a network that went on at different speeds and meet again) an agent makes up ground, a bounded
+        number of rounds at a time.
+        """
+        # who was heard in this round lives, though what it offered may not have come in time
+        heard = [peer for peer in self._plan.peers if peer not in self._silent or peer in self._fresh]
         front = self.offers.front(heard)
-        if front <= number + (self._rules.max_staleness if self._asynchronous else 0):
+        apart = self._out_of_reach(number, heard)
+        if front > number + self._slack and not self._still_offered(number, heard):
+            return front
+        if not apart:
             return number
-        if not self._asynchronous:
-            for peer in heard:
-                oldest, newest = self.offers.range(peer)
-                if self.offers.get(peer, number) is not None or oldest <= number <= newest:
-                    return number
-        return front
+        self._apart = {}
+        return max(number, min(apart[0], number + ROUNDS_KEPT))
+
+    @property
+    def _slack(self) -> int:
+        return self._rules.max_staleness if self._asynchronous else 0
+
+    def _still_offered(self, number: int, peers: Sequence[str]) -> bool:
+        """Whether a synchronous round may find a peer: its offer is known, or one that was lost may be repeated."""
+        if self._asynchronous:
+            return False
+        for peer in peers:
+            oldest, newest = self.offers.range(peer)
+            lost = oldest <= number <= newest < number + ROUNDS_KEPT
+            if lost or self.offers.get(peer, number) is not None:
+                return True
+        return False
+
+    def _out_of_reach(self, number: int, peers: Sequence[str]) -> list[int]:
+        """Return the newest rounds, in order, of living peers that have been ahead out of reach for some rounds."""
+        ahead: dict[str, int] = {}
+        for peer in peers:
+            oldest, newest = self.offers.range(peer)
+            if peer in self._fresh and (newest - self._slack if self._asynchronous else oldest) > number:
+                ahead[peer] = newest
+        self._fresh = set()
+        self._apart = {peer: self._apart.get(peer, 0) + 1 for peer in ahead}
+        return sorted(newest for peer, newest in ahead.items() if self._apart[peer] >= PATIENCE)
 
     # ── what is known for the round ──────────────────────────────────────────────────────────────────────────
     def expected(self) -> list[str]:
@@ -136,7 +175,8 @@ class Inbox:
     # ── what happens ─────────────────────────────────────────────────────────────────────────────────────────
     def hear(self, offer: PeerPublished) -> tuple[Heard, list[Action]]:
         """Note an offer. Only a neighbour's of this run counts, and a (peer, round) has one content for ever."""
-        foreign = offer.run != self._run or offer.peer not in self._plan.peers or offer.peer == self._agent
+        known_peer = offer.peer in self._plan.peers or (self._next is not None and offer.peer in self._next.peers)
+        foreign = offer.run != self._run or not known_peer or offer.peer == self._agent
         if foreign or offer.round < 1 or self._rules.beyond(offer.round):
             return Heard.IGNORED, []
         if self.base is not None and offer.base != self.base:
@@ -145,6 +185,7 @@ class Inbox:
         if offer.peer in self._silent and self._silent[offer.peer][1] < offer.round:
             del self._silent[offer.peer]
             self.lost.pop(offer.peer, None)
+        self._fresh.add(offer.peer)
         self.offers.heard(offer)
         if self._useless(offer):
             self._pass_over(offer.peer)
@@ -171,13 +212,16 @@ class Inbox:
         released: list[Action] = [Release(before.peer, before.root)] if before is not None else []
         return released + self._fetch_from(peer)
 
-    def failed(self, peer: str, number: int, root: str, reason: str) -> bool:
-        """Note that a snapshot cannot be had; False where it was not one that was asked for."""
-        if self._asked(peer, number, root) is None:
-            return False
+    def failed(self, peer: str, number: int, root: str, reason: str) -> list[Action] | None:
+        """Note that a snapshot cannot be had; None where it was not one that was asked for."""
+        offer = self._asked(peer, number, root)
+        if offer is None:
+            return None
         del self.fetching[peer]
         self.lost[peer] = reason
-        return True
+        # one that the peer replaced meanwhile
+        newer = self._asynchronous and self.open and self.offers.newest(peer) not in (None, offer)
+        return self._fetch_from(peer) if newer else []
 
     def gone(self, peer: str, reason: str, last: int) -> bool:
         """Wait no more for a peer's rounds after `last`; what is here of it, or on its way, still counts. False for a
@@ -207,7 +251,7 @@ class Inbox:
             return False
         if not self._number <= offer.round < self._number + self.offers.span:
             return True
-        plan = self._current if offer.round == self._number else self._plan.of(offer.round)
+        plan = self._current if offer.round == self._number else (self._next or self._plan).of(offer.round)
         return offer.peer not in plan.mixing
 
     def _fetch_from(self, peer: str) -> list[Action]:

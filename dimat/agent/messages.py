@@ -233,7 +233,7 @@ class Merge:
 
 @dataclass(frozen=True, slots=True)
 class SetTimer:
-    """Answer `Deadline(round)` after `seconds`."""
+    """Answer `Deadline(round)` after `seconds`; a timer that was set before is called off."""
 
     round: int
     seconds: float

@@ -11,6 +11,8 @@ from dimat.agent.basis import BasisId
 ROUNDS_KEPT = 16
 """Offers kept per peer in synchronous mode, the nearest rounds first. Undirected neighbours are at most one round
 ahead; along one-way links a peer may be ahead by as many rounds as the way back is long."""
+PATIENCE = 2
+"""Rounds in a row for which a living peer is out of reach ahead before an agent makes up ground."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,18 +45,23 @@ class Known(Enum):
 
 
 class Offers:
-    """Offers by peer and round. `newest_only`: of each peer just the newest round (asynchronous mode)."""
+    """Offers by peer and round. `newest_only`: of each peer just the newest round (asynchronous mode). `newest_first`:
+    where there are too many the oldest go, as for a newcomer, which has no round yet."""
 
     def __init__(self, *, newest_only: bool) -> None:
         self.span = 1 if newest_only else ROUNDS_KEPT
-        self._newest_only = newest_only
+        self.newest_first = True
         self._offers: dict[str, dict[int, PeerPublished]] = {}
         self._ranges: dict[str, tuple[int, int]] = {}
 
     def heard(self, offer: PeerPublished) -> None:
-        """Note which rounds a peer has got to."""
+        """Note which rounds a peer has got to, and which it offers no more."""
         oldest, newest = self._ranges.get(offer.peer, (0, 0))
-        self._ranges[offer.peer] = (max(oldest, offer.oldest), max(newest, offer.round))
+        oldest = max(oldest, offer.oldest)
+        self._ranges[offer.peer] = (oldest, max(newest, offer.round))
+        kept = self._offers.get(offer.peer, {})
+        for withdrawn in [number for number in kept if number < oldest]:
+            del kept[withdrawn]
 
     def note(self, offer: PeerPublished) -> Known:
         """Keep an offer, if it is new and there is room."""
@@ -62,8 +69,10 @@ class Offers:
         known = offers.get(offer.round)
         if known is not None:
             return Known.AGAIN if known.root == offer.root else Known.CONFLICT
+        if offer.round < self.range(offer.peer)[0]:
+            return Known.SURPLUS
         offers[offer.round] = offer
-        rounds = sorted(offers, reverse=self._newest_only)
+        rounds = sorted(offers, reverse=self.newest_first)
         for surplus in rounds[self.span :]:
             del offers[surplus]
         return Known.NEW if offer.round in offers else Known.SURPLUS

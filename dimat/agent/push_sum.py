@@ -1,4 +1,4 @@
-"""Push-sum weights: what makes averaging exact on directed graphs, also where messages get lost.
+"""Push-sum weights: what makes averaging exact on directed graphs.
 
 Every agent holds a weight y (1 at first) beside its network θ. Before it publishes it gives shares of y away, one
 to each reader, and keeps the rest; a reader that merges the snapshot takes the share in: y' = y_kept + Σ m_k and
@@ -6,13 +6,15 @@ to each reader, and keeps the rest; a reader that merges the snapshot takes the 
 Gehrke 2003; as stochastic gradient push: Assran et al. 2019, arXiv 1811.10792.
 
 Publishers state for each reader the sum of all shares so far. What a reader misses in one round it so takes in with
-the next snapshot that it gets (Hadjicostis, Vaidya & Domínguez-García 2016 call it running sums): weight is never
-lost between two agents that live, only late, and late weight counts for the newer θ.
+the next snapshot that it gets, as in the running sums of Hadjicostis, Vaidya & Domínguez-García 2016: weight is never
+lost between two agents that live, only late. They sum up y θ alike, at the price of a second network in each message;
+here late weight counts for the newer θ, so that where snapshots are missed the agreed value is off by
+1/n Σ late weight × what θ moved meanwhile (`tests/agent/test_consensus.py` measures it).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from dimat.agent.plan import PushShares
@@ -48,11 +50,6 @@ class PushSum:
             # a sum that has fallen is that of a peer which lost its disk: counting starts again from there
             self.weight += max(total - self.taken.get(peer, 0.0), 0.0)
             self.taken[peer] = total
-
-    def forget(self, peers: Collection[str]) -> None:
-        """Drop the sums of all but `peers`."""
-        self.sent = {peer: total for peer, total in self.sent.items() if peer in peers}
-        self.taken = {peer: total for peer, total in self.taken.items() if peer in peers}
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, for a checkpoint."""

@@ -15,21 +15,19 @@ A driver carries actions out in the order given, and `Publish` only after the `C
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from enum import Enum
 
 from dimat import events as facts
 from dimat.agent import messages as m
-from dimat.agent.accounts import contributions
+from dimat.agent.accounts import contributions, shares
 from dimat.agent.basis import BasisId
-from dimat.agent.inbox import Heard, Inbox
-from dimat.agent.joining import choose
+from dimat.agent.inbox import PAST, Heard, Inbox
+from dimat.agent.joining import Newcomer, better_basis
 from dimat.agent.lineage import MergeRecord
 from dimat.agent.offers import PeerPublished
 from dimat.agent.plan import Plan, RoundPlan, Rules
 from dimat.agent.push_sum import PushSum
 from dimat.agent.state import MachineState, Stage
-from dimat.topology.mixing import renormalise
 
 
 class Phase(Enum):
@@ -83,7 +81,8 @@ class RoundMachine:
         self._parents = () if state is None else state.parents
         self._push = PushSum.from_dict(state.push) if state is not None and state.push else PushSum()
         self._adopting: PeerPublished | None = None
-        self._unfit: set[str] = set()  # peers whose basis, or for a newcomer whose weights, could not be adopted
+        self._newcomer: Newcomer | None = None
+        self._unfit: set[str] = set()  # snapshots whose basis could not be adopted
         self._expired = False
         self._time_up = False
         self._merge: m.Merge | None = None
@@ -112,16 +111,15 @@ class RoundMachine:
             case m.Deadline():
                 return self._deadline(event)
             case m.PeerLost():
-                return self._go_on() if self._inbox.gone(event.peer, event.reason, event.last) else []
+                return self._lost(event)
             case m.BasisChanged():
                 return self._rebased(event)
             case m.WeightsAdopted():
-                return self._took_over(event)
+                return [] if self._newcomer is None else self._join(self._newcomer.took_over(event))
             case m.Started():
                 return self._start(event.join) if self.phase is Phase.IDLE else []
             case m.MapChanged():
-                self._new_plan = event.plan
-                return []
+                return self._remapped(event.plan)
             case m.TimeUp():
                 self._time_up = True
                 return self._exit("time") if self.phase is Phase.JOINING else []
@@ -135,10 +133,13 @@ class RoundMachine:
             self.phase = Phase.JOINING
             # the weights that a newcomer takes over bring their base with them
             self._inbox.base = self.base or (None if self._rules.join == "adopt" else "")
+            self._newcomer = Newcomer(self.agent, self._inbox, self._plan, self._rules)
             return [m.SetTimer(0, self._rules.join_wait_s), *self._go_on()]
         if state is None:
             return self._found()
         actions: list[m.Action] = [m.Report(facts.Resumed(agent=self.agent, round=state.round, stage=state.stage))]
+        if state.leaves:
+            return actions + self._exit(state.leaves)
         for offer in state.offers:
             self._inbox.hear(offer)
         if state.stage != "trained":
@@ -152,7 +153,10 @@ class RoundMachine:
         ]
         return actions + self._go_on()
 
-    def _found(self) -> list[m.Action]:
+    def _found(self, round_: int = 0) -> list[m.Action]:
+        """Begin a network. `round_`: of the basis; 1 for a newcomer that hears nobody, so that its network never moves
+        one that was there before."""
+        self.basis = self.basis._replace(round=round_)
         self._inbox.settle(self.base)
         # durable first: an agent that crashes in its first round comes back with the same initial weights and basis
         return [m.Checkpoint(0, "joined", self._state_now("joined")), *self._begin(1)]
@@ -162,7 +166,6 @@ class RoundMachine:
         actions = self._inbox.end()
         if self._new_plan is not None:
             self._plan, self._new_plan = self._new_plan, None
-            self._push.forget(self._plan.peers)
             actions += self._inbox.change(self._plan)
         number, reason = first, ""
         if self._published >= first:
@@ -186,6 +189,15 @@ class RoundMachine:
             m.Train(number, self._current.learn),
             *self._inbox.begin(number, self._current),
         ]
+
+    def _remapped(self, plan: Plan) -> list[m.Action]:
+        """Take a new map over: with the next round, or at once where there is none in progress."""
+        if self._newcomer is not None:
+            self._plan = plan
+            return self._join([*self._inbox.change(plan), *self._newcomer.remapped(plan)])
+        self._new_plan = plan
+        self._inbox.announce(plan)
+        return []
 
     def _trained(self, event: m.TrainingDone) -> list[m.Action]:
         if event.round != self.round or self.phase is not Phase.TRAINING:
@@ -218,26 +230,26 @@ class RoundMachine:
         return actions + self._go_on() if heard is Heard.NOTED else []
 
     def _arrived(self, event: m.SnapshotReady) -> list[m.Action]:
-        if self.phase is Phase.JOINING:
-            offer = self._adopting
-            if offer is None or (event.peer, event.root) != (offer.peer, offer.root):
-                return []
-            return [m.AdoptWeights(offer.peer, offer.round, offer.root, offer.base)]
+        if self._newcomer is not None:
+            return self._join(self._newcomer.arrived(event))
         actions = self._inbox.arrived(event.peer, event.round, event.root)
         return [] if actions is None else actions + self._go_on()
 
     def _failed(self, event: m.FetchFailed) -> list[m.Action]:
-        if self.phase is Phase.JOINING:
-            offer = self._adopting
-            if offer is None or (event.peer, event.root) != (offer.peer, offer.root):
-                return []
-            return self._unusable(offer, event.reason)
-        known = self._inbox.failed(event.peer, event.round, event.root, event.reason)
-        return self._go_on() if known else []
+        if self._newcomer is not None:
+            return self._join(self._newcomer.failed(event))
+        actions = self._inbox.failed(event.peer, event.round, event.root, event.reason)
+        return [] if actions is None else actions + self._go_on()
+
+    def _lost(self, event: m.PeerLost) -> list[m.Action]:
+        if not self._inbox.gone(event.peer, event.reason, event.last):
+            return []
+        return self._go_on() if self._newcomer is None else self._join(self._newcomer.lost(event))
 
     def _deadline(self, event: m.Deadline) -> list[m.Action]:
-        waiting = Phase.JOINING if event.round == 0 else Phase.GATHERING
-        if event.round != self.round or self.phase not in (waiting, Phase.TRAINING):
+        if self._newcomer is not None:
+            return self._join(self._newcomer.time_is_up()) if event.round == 0 else []
+        if event.round != self.round or self.phase not in (Phase.TRAINING, Phase.GATHERING):
             return []
         # from here on nobody is waited for; what arrives before own training ends is still welcome
         self._expired = True
@@ -246,58 +258,37 @@ class RoundMachine:
 
     def _go_on(self) -> list[m.Action]:
         """Leave the phase if what it waits for is here, given up or overdue."""
-        if self.phase is Phase.JOINING:
-            return self._maybe_join()
+        if self._newcomer is not None:
+            return self._join(self._newcomer.go_on())
         return self._maybe_merge() if self.phase is Phase.GATHERING else []
 
     # ── joining a network that lives ─────────────────────────────────────────────────────────────────────────
-    def _maybe_join(self) -> list[m.Action]:
-        """Join once all peers are heard or the wait is over: at the network's round, with a peer's weights or own."""
-        if self._adopting is not None:
-            return []
-        choice = choose(self._inbox, self._plan, self._rules, self._unfit, waited=self._expired)
-        if choice is None:
-            return []
-        if choice.round == 0:
-            return [m.Report(facts.Joined(agent=self.agent, round=1, how="found")), *self._found()]
-        if choice.adopt is not None:
-            self._adopting = choice.adopt
-            return [m.Fetch(choice.adopt.peer, choice.adopt.round, choice.adopt.root)]
-        # the network's round, before a basis is founded: a newcomer never moves a network that lives
-        self.basis = self.basis._replace(round=choice.round)
-        self.round = choice.round
+    def _join(self, actions: list[m.Action]) -> list[m.Action]:
+        """Do what the newcomer asks for, and once it is decided how, begin: at the network's round, with a peer's
+        weights or own; or found a network."""
+        done = self._newcomer.done if self._newcomer is not None else None
+        if done is None:
+            return actions
+        self._newcomer = None
+        if done.round == 0:
+            return [*actions, m.Report(facts.Joined(agent=self.agent, round=1, how="found")), *self._found(1)]
+        offer, record = done.adopt, None
+        self.round = done.round
+        if offer is None:
+            # a basis as young as the first round that it takes part in: a newcomer never moves a network that lives
+            self.basis = self.basis._replace(round=done.round + 1)
+            joined = facts.Joined(agent=self.agent, round=self.round + 1, how="align")
+        else:
+            self.basis, self.base = offer.basis, offer.base
+            taken = facts.Contribution(
+                agent=offer.peer, snapshot=offer.root, round=offer.round, weight=1.0, verdict="adopted"
+            )
+            self._parents = (taken,)
+            record = MergeRecord(self.agent, offer.round, "", self._parents, kind="join")
+            joined = facts.Joined(agent=self.agent, round=self.round + 1, how="adopt", peer=offer.peer)
         self._inbox.settle(self.base)
-        joined = facts.Joined(agent=self.agent, round=self.round + 1, how="align")
-        checkpoint = m.Checkpoint(self.round, "joined", self._state_now("joined"))
-        return [m.Report(joined), checkpoint, *(self._through() or self._begin(self.round + 1))]
-
-    def _took_over(self, event: m.WeightsAdopted) -> list[m.Action]:
-        offer = self._adopting
-        if self.phase is not Phase.JOINING or offer is None or event.root != offer.root:
-            return []
-        self._adopting = None
-        if event.fault:
-            return [m.Release(offer.peer, offer.root), *self._unusable(offer, event.fault)]
-        self.round, self.basis, self.base = offer.round, offer.basis, offer.base
-        self._inbox.settle(offer.base)
-        self._parents = (
-            facts.Contribution(agent=offer.peer, snapshot=offer.root, round=offer.round, weight=1.0, verdict="adopted"),
-        )
-        record = MergeRecord(self.agent, offer.round, "", self._parents, kind="join")
-        joined = facts.Joined(agent=self.agent, round=offer.round + 1, how="adopt", peer=offer.peer)
-        return [
-            m.Report(joined),
-            m.Checkpoint(offer.round, "joined", self._state_now("joined"), record),
-            m.Release(offer.peer, offer.root),
-            *(self._through() or self._begin(self.round + 1)),
-        ]
-
-    def _unusable(self, offer: PeerPublished, fault: str) -> list[m.Action]:
-        """Try another peer's weights, or keep own."""
-        self._adopting = None
-        self._unfit.add(offer.peer)
-        message = f"cannot join with the weights of {offer.peer}: {fault}"
-        return [m.Report(facts.Warned(message=message, agent=self.agent)), *self._go_on()]
+        checkpoint = m.Checkpoint(self.round, "joined", self._state_now("joined"), record)
+        return [m.Report(joined), checkpoint, *actions, *(self._through() or self._begin(self.round + 1))]
 
     # ── merging ──────────────────────────────────────────────────────────────────────────────────────────────
     def _maybe_merge(self) -> list[m.Action]:
@@ -305,8 +296,9 @@ class RoundMachine:
         inbox = self._inbox
         expected, missing, usable = inbox.expected(), inbox.missing(), inbox.usable()
         needed = min(self._rules.min_peers, len(expected))
-        open_ = any(peer not in inbox.lost for peer in missing) or len(usable) < needed
-        if open_ and not self._expired:
+        past = sum(inbox.lost.get(peer) == PAST for peer in missing)
+        short = len(usable) < needed <= len(expected) - past  # more may still come
+        if (short or any(peer not in inbox.lost for peer in missing)) and not self._expired:
             return []
         inbox.open = False
         actions: list[m.Action] = [
@@ -324,21 +316,13 @@ class RoundMachine:
         return actions + self._adopt_or_merge()
 
     def _adopt_or_merge(self) -> list[m.Action]:
-        best = self._best_basis()
+        usable = self._inbox.usable().values() if self._rules.basis_gossip else ()
+        best = better_basis(self.basis, [o for o in usable if o.root not in self._unfit], self._current.mixing)
         if best is None:
             return self._start_merge()
         self.phase = Phase.ADOPTING
         self._adopting = best
         return [m.AdoptBasis(self.round, best.peer, best.root, best.basis)]
-
-    def _best_basis(self) -> PeerPublished | None:
-        """Return the peer whose basis is to be adopted: the smallest id, of equals the one with most weight."""
-        if not self._rules.basis_gossip:
-            return None
-        usable = self._inbox.usable()
-        better = [o for o in usable.values() if o.basis < self.basis and o.peer not in self._unfit]
-        weight = self._current.mixing
-        return min(better, key=lambda offer: (offer.basis, -weight[offer.peer], offer.peer), default=None)
 
     def _rebased(self, event: m.BasisChanged) -> list[m.Action]:
         offer = self._adopting
@@ -346,7 +330,7 @@ class RoundMachine:
             return []
         self._adopting = None
         if event.basis == self.basis:
-            self._unfit.add(offer.peer)
+            self._unfit.add(offer.root)
             return self._adopt_or_merge()
         self.basis = event.basis
         adopted = facts.BasisAdopted(
@@ -359,7 +343,7 @@ class RoundMachine:
         usable = self._inbox.usable()
         if len(usable) < min(self._rules.min_peers, len(self._inbox.expected())):
             usable = {}
-        own, mixing = self._weights(usable)
+        own, mixing = shares(self._rules, self._current, self._push, self.agent, self.round, usable)
         parts = tuple(
             m.Part(peer, offer.round, offer.root, mixing[peer], offer.basis == self.basis)
             for peer, offer in sorted(usable.items())
@@ -368,17 +352,6 @@ class RoundMachine:
         self._taking = {part.peer: usable[part.peer].pushed for part in parts}
         self._merge = m.Merge(self.round, own, parts)
         return [self._merge]
-
-    def _weights(self, usable: Mapping[str, PeerPublished]) -> tuple[float, dict[str, float]]:
-        """Return own mixing weight and the peers'; they sum to 1."""
-        if self._current.push is not None:
-            return self._push.mixing({peer: offer.pushed for peer, offer in usable.items()})
-        mixing = renormalise(self._current.mixing, usable, self.agent)
-        if self._rules.mode == "sync":
-            return mixing.pop(self.agent), mixing
-        decay = self._rules.staleness_decay
-        peers = {p: mixing[p] * decay ** max(self.round - offer.round, 0) for p, offer in usable.items()}
-        return 1.0 - math.fsum(peers.values()), peers
 
     def _merged(self, event: m.MergeDone) -> list[m.Action]:
         merge = self._merge
@@ -409,16 +382,17 @@ class RoundMachine:
             accepted=event.accepted,
             trained=self._current.learn,
         )
+        target = self._rules.target
+        reached = target is not None and (event.after or {}).get(target[0], -math.inf) >= target[1]
         actions: list[m.Action] = [
             *(
                 m.Report(facts.PeerRefused(agent=self.agent, round=self.round, peer=peer, reason=reason))
                 for peer, reason in sorted(event.refused.items())
             ),
             m.Report(merged),
-            m.Checkpoint(self.round, "merged", self._state_now("merged"), record),
+            m.Checkpoint(self.round, "merged", self._state_now("merged", "target" if reached else ""), record),
         ]
-        target = self._rules.target
-        if target is not None and (event.after or {}).get(target[0], -math.inf) >= target[1]:
+        if reached:
             return actions + self._exit("target")
         return actions + (self._through() or self._begin(self.round + 1))
 
@@ -433,7 +407,7 @@ class RoundMachine:
         self.phase = Phase.DONE
         return [m.Exit(reason)]
 
-    def _state_now(self, stage: Stage) -> MachineState:
+    def _state_now(self, stage: Stage, leaves: str = "") -> MachineState:
         return MachineState(
             run=self.run,
             agent=self.agent,
@@ -445,4 +419,5 @@ class RoundMachine:
             base=self.base,
             push=self._push.to_dict(),
             offers=tuple(self._inbox.offers),
+            leaves=leaves,
         )

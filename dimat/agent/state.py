@@ -18,7 +18,7 @@ class MachineState:
     """The machine at a checkpoint. `stage`: "trained" (of `round`, not merged yet), "merged", or "joined" (has taken
     over a network's round, and perhaps its weights; round 0: is there from the beginning). `root`, `parents`: own
     snapshot of the round and what its training started from; `base`: address of the weights that deltas are taken from;
-    `push`: the push-sum ledger; `offers`: what peers offered."""
+    `push`: the push-sum ledger; `offers`: what peers offered; `leaves`: why the agent leaves with it, if it does."""
 
     run: str
     agent: str
@@ -30,6 +30,7 @@ class MachineState:
     base: str = ""
     push: Mapping[str, Any] = field(default_factory=dict[str, Any])
     offers: tuple[PeerPublished, ...] = ()
+    leaves: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, ready for JSON."""
@@ -44,6 +45,7 @@ class MachineState:
             "base": self.base,
             "push": dict(self.push),
             "offers": [{**asdict(offer), "basis": str(offer.basis)} for offer in self.offers],
+            "leaves": self.leaves,
         }
 
     @staticmethod
@@ -63,4 +65,5 @@ class MachineState:
             base=values["base"],
             push=dict(values["push"]),
             offers=tuple(PeerPublished(**offer) for offer in offers),
+            leaves=str(values.get("leaves", "")),
         )

@@ -105,8 +105,12 @@ class Schedule(ABC):
 
     def peers(self, agent: str) -> tuple[str, ...]:
         """Return all agents that `agent` ever exchanges with, in either direction, in agent order."""
-        i = self._number(agent)
-        return tuple(self.names[j] for j in sorted(self._partners(i)))
+        sources, targets = self._ever(self._number(agent))
+        return tuple(self.names[j] for j in sorted(sources | targets))
+
+    def sources(self, agent: str) -> tuple[str, ...]:
+        """Return all agents whose snapshots `agent` ever merges, in agent order."""
+        return tuple(self.names[j] for j in sorted(self._ever(self._number(agent))[0]))
 
     def union(self) -> nx.Graph[str]:
         """Return the undirected graph of all links that are ever used (dense for drawn schedules on all pairs)."""
@@ -114,15 +118,13 @@ class Schedule(ABC):
 
         graph: nx.Graph[str] = nx.Graph()
         graph.add_nodes_from(self.names)
-        graph.add_edges_from((u, self.names[j]) for i, u in enumerate(self.names) for j in self._partners(i) if j > i)
+        for i, u in enumerate(self.names):
+            graph.add_edges_from((u, self.names[j]) for side in self._ever(i) for j in side if j > i)
         return graph
 
-    def _partners(self, i: int) -> set[int]:
-        found: set[int] = set()
-        for number in range(1, (self.period or 1) + 1):
-            links = self.links(number)
-            found.update(links.sources[i], links.targets[i])
-        return found
+    def _ever(self, i: int) -> tuple[set[int], set[int]]:
+        """Return whom agent `i` ever hears and who ever hears it."""
+        return _union([self.links(number) for number in range(1, (self.period or 1) + 1)], i)
 
     def _number(self, agent: str) -> int:
         if agent not in self._index:
@@ -176,13 +178,18 @@ class CycleSchedule(Schedule):
         at = max(known for known in self._masses if known <= number)
         mass = self._masses[at]
         while at < number:
-            mass = push_sum_mass(self._links[(at - 1) % len(self._links)], mass)
+            mass = push_sum_mass(self._links[(at - 1) % len(self._links)], mass, self.mixer.lazy)
             at += 1
         self._masses = {1: self._masses[1], number: mass}
         return mass
 
-    def _partners(self, i: int) -> set[int]:
-        return {j for links in self._links for side in (links.sources, links.targets) for j in side[i]}
+    def _ever(self, i: int) -> tuple[set[int], set[int]]:
+        return _union(self._links, i)
+
+
+def _union(rounds: Sequence[Links], i: int) -> tuple[set[int], set[int]]:
+    """Return whom agent `i` hears in any of the rounds, and who hears it."""
+    return {j for links in rounds for j in links.sources[i]}, {j for links in rounds for j in links.targets[i]}
 
 
 def check_schedule(schedule: Schedule, rounds: int | None = None) -> None:

@@ -67,8 +67,9 @@ class RandomMatching(Schedule):
         links = Links(self.names, partner, partner)
         return links, self._mixer.rows(links)
 
-    def _partners(self, i: int) -> set[int]:
-        return set(self._base.targets[i]) if self._base else set(range(len(self.names))) - {i}
+    def _ever(self, i: int) -> tuple[set[int], set[int]]:
+        either = set(self._base.targets[i]) if self._base else set(range(len(self.names))) - {i}
+        return either, either
 
 
 class Epidemic(Schedule):
@@ -99,10 +100,11 @@ class Epidemic(Schedule):
         links = Links(self.names, sources, targets)
         return links, Mixer("uniform").rows(links)
 
-    def _partners(self, i: int) -> set[int]:
+    def _ever(self, i: int) -> tuple[set[int], set[int]]:
         if self._base is None:
-            return set(range(len(self.names))) - {i}
-        return {*self._base.sources[i], *self._base.targets[i]}
+            either = set(range(len(self.names))) - {i}
+            return either, either
+        return set(self._base.sources[i]), set(self._base.targets[i])
 
 
 def _distinct(rng: random.Random, count: int, size: int) -> list[int]:

@@ -283,10 +283,7 @@ def test_push_sum_reaches_the_true_mean(label: str) -> None:
     assert abs(got.late).max() <= EXACT
 
 
-LAZY = pytest.param("lazy", marks=pytest.mark.xfail(strict=True, reason="the schedule makes rows lazy, not shares"))
-
-
-@pytest.mark.parametrize("name", [*(name for name in PUSHED if name != "lazy"), LAZY])
+@pytest.mark.parametrize("name", PUSHED)
 def test_rows_of_push_sum_are_what_agents_do(name: str) -> None:
     """Law: where nothing is lost, the weights that travel give the matrices that the schedule states."""
     for number, (before, after) in enumerate(pairwise(result(f"pushed: {name}").values), start=1):

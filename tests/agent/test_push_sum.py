@@ -162,12 +162,3 @@ def test_weight_never_runs_out() -> None:
     assert 0 <= own <= 1
     assert own + mixing["peer"] == 1
     assert ledger.mixing({}) == (1.0, {})
-
-
-def test_forgotten_peers_leave_the_ledger() -> None:
-    """After a change of the map only the sums of those who are on it stay; own weight does."""
-    ledger = PushSum()
-    ledger.push(PushShares(0.5, {"a": 0.25, "b": 0.25}))
-    ledger.take({"a": 1.0, "c": 1.0})
-    ledger.forget({"a"})
-    assert (ledger.sent, ledger.taken, ledger.weight) == ({"a": 0.25}, {"a": 1.0}, 2.5)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import networkx as nx
@@ -301,7 +301,7 @@ def test_early_offers_wait_for_their_round_and_are_bounded() -> None:
     m = machine(rounds=100)
     m.handle(r.Started())
     for number in range(2, 60):
-        assert m.handle(offer("b", number)) == []
+        assert m.handle(replace(offer("b", number), oldest=2)) == []
     assert len(list(m._inbox.offers)) <= ROUNDS_KEPT
     m.handle(r.TrainingDone(1, "own"))
     m.handle(r.Deadline(1))

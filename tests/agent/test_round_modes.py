@@ -7,7 +7,6 @@ same under thousands of hostile schedules; here each rule is seen by itself.
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import pytest
 
@@ -17,49 +16,7 @@ from dimat.agent.basis import BasisId
 from dimat.agent.plan import Plan, PushShares, RoundPlan, Rules
 from dimat.agent.round import Phase, RoundMachine
 from dimat.agent.state import MachineState
-
-MINE = BasisId(0, "me", "0")
-ROW = {"me": 0.5, "b": 0.25, "c": 0.25}
-
-
-def machine(state: MachineState | None = None, published: int = 0, base: str = "", **rules: Any) -> RoundMachine:
-    plan = Plan(frozenset({"b", "c"}), lambda _: RoundPlan(ROW))
-    settings: dict[str, Any] = {"rounds": 100, "deadline_s": 10.0, **rules}
-    return RoundMachine("me", "run", plan, Rules(**settings), basis=MINE, base=base, state=state, published=published)
-
-
-def offer(peer: str, number: int, oldest: int | None = None, **fields: Any) -> r.PeerPublished:
-    basis = fields.pop("basis", BasisId(0, "z" + peer, "0"))
-    return r.PeerPublished(peer, number, f"{peer}{number}", basis, "run", oldest or number, **fields)
-
-
-def of(actions: list[r.Action], kind: type[Any]) -> list[Any]:
-    return [action for action in actions if isinstance(action, kind)]
-
-
-def told(actions: list[r.Action], kind: type[facts.Event]) -> list[Any]:
-    return [action.fact for action in of(actions, r.Report) if isinstance(action.fact, kind)]
-
-
-def have(m: RoundMachine, peer: str, number: int, **fields: Any) -> list[r.Action]:
-    """Offer a snapshot, and bring it if it is asked for."""
-    actions = m.handle(offer(peer, number, **fields))
-    for fetch in of(actions, r.Fetch):
-        actions += m.handle(r.SnapshotReady(fetch.peer, fetch.round, fetch.root))
-    return actions
-
-
-def go_to(m: RoundMachine, number: int, *, peers: bool = True) -> list[r.Action]:
-    """Take a synchronous machine to the beginning of a round, with everybody's snapshots or with nobody's."""
-    actions = m.handle(r.Started())
-    for current in range(1, number):
-        m.handle(r.TrainingDone(current, f"own{current}"))
-        for peer in ("b", "c") if peers else ():
-            have(m, peer, current)
-        m.handle(r.Deadline(current))
-        actions = m.handle(r.MergeDone(current, {}))
-    assert m.round == number
-    return actions
+from tests.agent.machines import MINE, go_to, have, machine, of, offer, told
 
 
 # ── asynchronous ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -164,61 +121,6 @@ def test_an_agent_that_is_behind_skips_to_the_networks_round() -> None:
     assert (skipped.first, skipped.round) == (4, 8)
 
 
-# ── joining ──────────────────────────────────────────────────────────────────────────────────────────────────────
-def test_a_newcomer_adopts_weights_round_and_basis() -> None:
-    """`join = "adopt"`: the network's round, a peer's weights, its basis and base, and the record."""
-    m = machine(join="adopt", basis_gossip=True)
-    assert of(m.handle(r.Started(join=True)), r.SetTimer) == [r.SetTimer(0, 10.0)]
-    old = BasisId(0, "a", "0")
-    assert m.handle(offer("b", 6, basis=old, base="base")) == []
-    (fetch,) = m.handle(offer("c", 7, basis=old, base="base"))
-    assert (fetch.peer, fetch.round) == ("c", 7)
-    assert m.handle(r.SnapshotReady("c", 7, "c7")) == [r.AdoptWeights("c", 7, "c7", "base")]
-    actions = m.handle(r.WeightsAdopted("c7"))
-    (checkpoint,) = of(actions, r.Checkpoint)
-    assert checkpoint.record is not None
-    assert [(p.agent, p.round, p.weight) for p in checkpoint.record.contributions] == [("c", 7, 1.0)]
-    assert of(actions, r.Train) == [r.Train(8, learn=True)]
-    assert (m.basis, m.base) == (old, "base")
-    (publish,) = of(m.handle(r.TrainingDone(8, "own8")), r.Publish)
-    assert publish.parents == checkpoint.record.contributions
-
-
-def test_a_newcomer_that_aligns_founds_a_basis_too_young_to_win() -> None:
-    """`join = "align"`: own weights; its basis is of the network's round, so the network never moves."""
-    m = machine(join="align", basis_gossip=True)
-    m.handle(r.Started(join=True))
-    m.handle(offer("b", 6, basis=BasisId(0, "zzz", "0")))
-    actions = m.handle(offer("c", 7))
-    assert of(actions, r.Train) == [r.Train(7, learn=True)], "the lower median is round 6"
-    assert m.basis == BasisId(6, "me", "0") > BasisId(0, "zzz", "0")
-
-
-def test_a_newcomer_tries_the_next_peer_and_at_last_keeps_its_own() -> None:
-    """Weights that cannot be used (not finite, say) are passed over, with a warning."""
-    m = machine(join="adopt")
-    m.handle(r.Started(join=True))
-    m.handle(offer("b", 6))
-    (fetch,) = of(m.handle(offer("c", 6)), r.Fetch)
-    m.handle(r.SnapshotReady(fetch.peer, 6, fetch.root))
-    actions = m.handle(r.WeightsAdopted(fetch.root, "not finite"))
-    assert "not finite" in told(actions, facts.Warned)[0].message
-    (second,) = of(actions, r.Fetch)
-    assert second.peer != fetch.peer
-    actions = m.handle(r.FetchFailed(second.peer, 6, second.root, "gone"))
-    assert told(actions, facts.Joined)[0].how == "align"
-    assert m.round == 7
-
-
-def test_a_newcomer_that_hears_nobody_founds_a_network() -> None:
-    """After join_wait_s without an offer."""
-    m = machine()
-    m.handle(r.Started(join=True))
-    actions = m.handle(r.Deadline(0))
-    assert told(actions, facts.Joined)[0].how == "found"
-    assert m.round == 1
-
-
 def test_peers_with_another_base_are_refused() -> None:
     """Task vectors of different bases cannot be merged: said once per peer."""
     m = machine(base="ours")
@@ -300,7 +202,8 @@ def test_push_sum_weights_follow_from_shares_and_late_ones_are_made_up_for() -> 
 
 # ── stopping, changing ───────────────────────────────────────────────────────────────────────────────────────────
 def test_stop_rules() -> None:
-    """Target: after the merge that reaches it. Time: the round is finished first. No end: it goes on."""
+    """Target: after the merge that reaches it, a crash before the end included. Time: the round is finished first. No
+    end: it goes on."""
     m = machine(target=("accuracy", 0.9))
     m.handle(r.Started())
     m.handle(r.TrainingDone(1, "own1"))
@@ -308,6 +211,9 @@ def test_stop_rules() -> None:
     actions = m.handle(r.MergeDone(1, {}, after={"accuracy": 0.9}))
     assert of(actions, r.Checkpoint)
     assert of(actions, r.Exit) == [r.Exit("target")]
+    (checkpoint,) = of(actions, r.Checkpoint)
+    resumed = again(checkpoint, published=1)
+    assert of(resumed.handle(r.Started()), r.Exit) == [r.Exit("target")]
     m = machine(rounds=None)
     go_to(m, 150)
     assert m.handle(r.TimeUp()) == []

@@ -57,7 +57,13 @@ def _network(rng: random.Random, profile: str) -> Schedule:
         in_order=rng.random() < 0.5,
         learn=rng.choices(["on", "off", "half"], [6, 2, 2])[0],
         base=rng.choice(["", "base"]),
+        slow=_slow(rng, agents) if rng.random() < 0.25 else (),
     )
+
+
+def _slow(rng: random.Random, agents: int) -> tuple[tuple[int, float], ...]:
+    chosen = rng.sample(range(agents), rng.randint(1, max(agents // 2, 1)))
+    return tuple((agent, round(rng.uniform(1.5, 5), 1)) for agent in sorted(chosen))
 
 
 def _cycle(rng: random.Random, agents: int, directed: bool, varying: bool) -> tuple[Edges, ...]:
@@ -143,6 +149,9 @@ def _partitioned(rng: random.Random, s: Schedule) -> Schedule:
     faults = [_cut(rng, s) for _ in range(rng.randint(1, 2))]
     faults += [_late(rng, s) for _ in range(rng.randint(0, 2))]
     faults += [_crash(rng, s, damaged=0.2, never=0.1, told=0.5) for _ in range(rng.randint(0, 2))]
+    if s.slow:  # a deadline that the slowest can keep, from one meeting to the next
+        slowest = max(factor for _, factor in s.slow) * s.train_s[1] * len(s.maps[0].cycle)
+        s = replace(s, rules={**s.rules, "deadline_s": max(s.rules["deadline_s"], round(1.5 * slowest, 1))})
     return _endless(rng, replace(s, faults=_sorted(faults)))
 
 
@@ -197,6 +206,7 @@ def _endless(rng: random.Random, s: Schedule) -> Schedule:
     quiet = max([_length(s), *(max(f.at, f.until if f.kind in ("cut", "pause") else 0.0) for f in s.faults)]) + 1
     cycle = max(len(m.cycle) for m in s.maps)
     settle = cycle * (s.agents + 13) if s.agents < 20 else 3
+    settle += 60 if s.slow else 12  # parts whose rounds have drifted apart first make up ground
     return replace(s, rules={**s.rules, "rounds": None}, quiet_s=quiet, settle=settle, linger_s=-1.0)
 
 

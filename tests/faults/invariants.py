@@ -56,6 +56,9 @@ class Watch:
                     node.expired = event.round
             case m.TimeUp():
                 node.time_heard = True
+            case m.MapChanged():
+                joining = node.machine is not None and node.machine.phase is Phase.JOINING
+                node.known = event.plan.peers if joining else node.known | event.plan.peers
 
     def handled(self, node: Node, event: m.Event, actions: list[m.Action], before: Phase, idle: bool) -> None:
         machine = node.machine

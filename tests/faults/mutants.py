@@ -10,7 +10,7 @@ from typing import Any
 from unittest.mock import patch
 
 from dimat import events as facts
-from dimat.agent import inbox, offers, push_sum
+from dimat.agent import inbox, joining, offers, push_sum
 from dimat.agent import messages as m
 from dimat.agent import round as round_module
 from dimat.agent.offers import Known, PeerPublished
@@ -92,9 +92,11 @@ def _twice_in_a_merge(machine: Any, action: m.Action) -> m.Action:
     return action
 
 
-def _no_decay(self: Any, usable: Any) -> Any:
-    mixing = round_module.renormalise(self._current.mixing, usable, self.agent)
-    return mixing.pop(self.agent), mixing
+def _no_decay(rules: Any, *more: Any) -> Any:
+    return _shares(replace(rules, staleness_decay=1.0), *more)
+
+
+_shares = round_module.shares
 
 
 def _refused_counts(agent: str, root: str, merge: m.Merge, done: m.MergeDone) -> Any:
@@ -238,11 +240,8 @@ def _twice(self: Any, pushed: Any) -> None:
 _take = push_sum.PushSum.take
 
 
-def _larger_basis(self: Any) -> Any:
-    if not self._rules.basis_gossip:
-        return None
-    found = [o for o in self._inbox.usable().values() if o.basis > self.basis and o.peer not in self._unfit]
-    return max(found, key=lambda offer: offer.basis, default=None)
+def _larger_basis(own: Any, offers_: Any, weight: Any) -> Any:
+    return max((o for o in offers_ if o.basis > own), key=lambda offer: offer.basis, default=None)
 
 
 def _old_basis(machine: Any, action: m.Action) -> m.Action:
@@ -251,10 +250,17 @@ def _old_basis(machine: Any, action: m.Action) -> m.Action:
     return action
 
 
+def _patient(self: Any) -> list[m.Action]:
+    return [] if self._adopting is not None else _time_is_up(self)
+
+
+_time_is_up = joining.Newcomer.time_is_up
+
+
 MUTANTS = (
     Mutant("missing-mass", "weights are not renormalised over what arrived", rewriting(each(_missing_mass))),
     Mutant("twice-in-a-merge", "a peer is merged twice in a round", rewriting(each(_twice_in_a_merge))),
-    Mutant("no-decay", "stale snapshots count in full", patches=((RoundMachine, "_weights", _no_decay),)),
+    Mutant("no-decay", "stale snapshots count in full", patches=((round_module, "shares", _no_decay),)),
     Mutant("refused-counts", "refused peers are listed", patches=((round_module, "contributions", _refused_counts),)),
     Mutant(
         "backing-off-forgotten",
@@ -293,8 +299,14 @@ MUTANTS = (
         rewriting(_state(push=lambda machine, state: {**state.push, "taken": {}})),
     ),
     Mutant("push-twice", "push-sum weight is taken in twice", patches=((push_sum.PushSum, "take", _twice),)),
-    Mutant("larger-basis", "the larger basis wins", patches=((RoundMachine, "_best_basis", _larger_basis),)),
+    Mutant("larger-basis", "the larger basis wins", patches=((round_module, "better_basis", _larger_basis),)),
     Mutant("no-momentum", "a basis is adopted without the optimizer", _NoMomentum),
     Mutant("old-basis", "a newcomer founds the oldest basis", rewriting(each(_old_basis))),
+    Mutant(
+        "patient-newcomer",
+        "a newcomer waits for ever for the weights that it chose",
+        patches=((joining.Newcomer, "time_is_up", _patient),),
+    ),
+    Mutant("no-catching-up", "parts that drifted apart do not meet again", patches=((inbox, "PATIENCE", 10**9),)),
 )
 BY_NAME = {mutant.name: mutant for mutant in MUTANTS}

@@ -49,10 +49,10 @@ class Map:
 class Schedule:
     """All that a simulated network is made of.
 
-    Spans are (least, most) seconds; chances from 0 to 1 hold until `quiet_s`. `keep`: snapshots that a publisher
-    offers; `linger_s`: how long an agent that is through still serves them (negative: for good). `learn`: "on",
-    "off", or "half" (odd rounds). `exact`: nothing is lost for good, so that the trajectory is known beforehand.
-    `settle`: rounds that an endless run goes on for after `quiet_s`.
+    Spans are (least, most) seconds; `slow`: agents that train so many times as long; chances from 0 to 1 hold until
+    `quiet_s`. `keep`: snapshots that a publisher offers; `linger_s`: how long an agent that is through still serves
+    them (negative: for good). `learn`: "on", "off", or "half" (odd rounds). `exact`: nothing is lost for good, so that
+    the trajectory is known beforehand. `settle`: rounds that an endless run goes on for after `quiet_s`.
     """
 
     seed: int
@@ -62,6 +62,7 @@ class Schedule:
     rules: Mapping[str, Any]
     message_s: Span = (0.01, 0.5)
     train_s: Span = (0.5, 1.5)
+    slow: tuple[tuple[int, float], ...] = ()
     job_s: Span = (0.0, 0.2)
     fetch_s: Span = (0.01, 0.5)
     in_order: bool = False
@@ -99,6 +100,7 @@ class Schedule:
         values["faults"] = tuple(
             Fault(**{**f, "groups": tuple(tuple(g) for g in f.get("groups", ()))}) for f in values.get("faults", ())
         )
+        values["slow"] = tuple((agent, factor) for agent, factor in values.get("slow", ()))
         for name in ("message_s", "train_s", "job_s", "fetch_s"):
             if name in values:
                 values[name] = tuple(values[name])

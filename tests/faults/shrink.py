@@ -106,7 +106,8 @@ def _without(s: Schedule, gone: int) -> Schedule:
         for m in s.maps
     )
     faults = tuple(fault(f) for f in s.faults if f.kind in ("cut", "map") or f.agent != gone)
-    return replace(s, agents=s.agents - 1, maps=maps, faults=faults)
+    slow = tuple((moved(agent), factor) for agent, factor in s.slow if agent != gone)
+    return replace(s, agents=s.agents - 1, maps=maps, faults=faults, slow=slow)
 
 
 def _sparser(s: Schedule) -> Iterator[Schedule]:
@@ -130,6 +131,8 @@ def _plainer(s: Schedule) -> Iterator[Schedule]:
     plain = {"message_s": (0.1, 0.1), "fetch_s": (0.1, 0.1), "job_s": (0.0, 0.0), "train_s": (1.0, 1.0)}
     for name, span in plain.items():
         yield replace(s, **{name: span})
+    for i in range(len(s.slow)):
+        yield replace(s, slow=(*s.slow[:i], *s.slow[i + 1 :]))
     yield replace(s, in_order=True)
     if s.learn != "off":
         yield replace(s, learn="off")

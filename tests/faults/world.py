@@ -48,6 +48,7 @@ class World:
         self._queue: list[tuple[float, int, Node | None, int, int, Any]] = []
         self._count = 0
         self._links = Links(schedule)
+        self._slow = dict(schedule.slow)
         orders = random.Random(schedule.seed ^ 0x0DE2)
         self.nodes = [self._node(i, orders) for i in range(schedule.agents)]
         self.by_name = {node.name: node for node in self.nodes}
@@ -88,7 +89,7 @@ class World:
                 self.put(node.rng.uniform(0, 0.2), None, FAULT, Fault("start", agent=node.index))
         if self.rules.rounds is None:
             self.put(self.schedule.quiet_s, None, FAULT, Fault("quiet"))
-        most = 6000 + 2500 * self.schedule.agents
+        most = 6000 + (2500 + 40 * self.schedule.settle) * self.schedule.agents
         while self._queue:
             self.now, _, node, life, what, data = heapq.heappop(self._queue)
             self.totals["events"] += 1
@@ -164,7 +165,9 @@ class World:
                 self._fetch(node, action)
             case m.Train():
                 self.watch.trains(node, action)
-                self._job(node, self.schedule.train_s, lambda: self.train(node, action))
+                low, high = self.schedule.train_s
+                slow = self._slow.get(node.index, 1.0)
+                self._job(node, (slow * low, slow * high), lambda: self.train(node, action))
             case m.Checkpoint():
                 self.checkpoint(node, action)
             case m.Publish():
@@ -187,7 +190,7 @@ class World:
 
     def set_timer(self, node: Node, number: int, seconds: float) -> None:
         self._count += 1
-        node.timers[self._count] = (self.now + seconds, number)
+        node.timers = {self._count: (self.now + seconds, number)}
         self.put(self.now + seconds, node, TIMER, self._count, life=node.life)
 
     def _job(self, node: Node, span: tuple[float, float], job: Job) -> None:
@@ -301,6 +304,8 @@ class World:
         seconds = node.rng.uniform(*self.schedule.fetch_s)
         hangs = self.chance(node, self.schedule.fetch_hangs)
         fails = self.chance(node, self.schedule.fetch_fails)
+        if hangs and self.rules.mode == "sync":
+            return  # for ever: only a deadline ends it
         if hangs:
             seconds += 3 * self.rules.deadline_s
         failing = fails or hangs

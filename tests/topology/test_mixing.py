@@ -22,6 +22,7 @@ from dimat.topology import (
     push_sum_matrix,
     renormalise,
 )
+from dimat.topology.mixing import links_of, push_sum_mass
 
 
 @st.composite
@@ -106,6 +107,47 @@ def test_push_sum_reaches_the_exact_average(graph: nx.DiGraph) -> None:
         if number % 50 == 0 and np.allclose(product, 1 / n, atol=1e-9):
             break
     assert np.allclose(product, 1 / n, atol=1e-6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(graphs(directed=True), st.sampled_from([0.0, 0.1, 0.5, 0.9]) | st.floats(0, 0.99))
+def test_lazy_push_sum_keeps_all_mass(graph: nx.DiGraph, lazy: float) -> None:
+    """Law: the shares are lazy, A <- lazy·I + (1 - lazy)·A, so in every round Σ m = n and Σ m_i x_i = Σ x_i(0), the
+    masses are A^r 1, and the product of the rows is diag(1/m) A^r."""
+    n, links = len(graph), links_of(graph)
+    columns = lazy * np.eye(n) + (1 - lazy) * push_sum_matrix(graph)
+    schedule = CycleSchedule([graph], Mixer("push-sum", {"lazy": lazy}))
+    mass, power, product = [1.0] * n, np.eye(n), np.eye(n)
+    for number in range(1, 9):
+        weights = schedule.mixing(number)
+        check_matrix(weights, graph)
+        mass, power, product = push_sum_mass(links, mass, lazy), columns @ power, weights @ product
+        assert sum(mass) == pytest.approx(n, abs=1e-12)
+        assert np.allclose(mass, power.sum(axis=1), rtol=0, atol=1e-12)
+        assert np.allclose(mass @ product, 1, rtol=0, atol=1e-12)
+        assert np.allclose(product, power / power.sum(axis=1, keepdims=True), rtol=0, atol=1e-12)
+
+
+STRONG = {
+    "one graph": [[(0, 1), (1, 2), (2, 3), (3, 0), (0, 2)]],
+    "strong only together": [[(0, 1), (2, 3), (3, 4)], [(1, 2), (4, 0), (0, 3)]],
+}
+
+
+@pytest.mark.parametrize("lazy", [0.0, 0.1, 0.25, 0.5, 0.9])
+@pytest.mark.parametrize("name", STRONG)
+def test_lazy_push_sum_reaches_the_exact_average(name: str, lazy: float) -> None:
+    """Law: lazy or not, all rows of the product tend to 1/n where out-degrees differ."""
+    n = 1 + max(map(max, STRONG[name][0]))
+    cycle = [nx.DiGraph() for _ in STRONG[name]]
+    for graph, edges in zip(cycle, STRONG[name], strict=True):
+        graph.add_nodes_from(f"agent-{i}" for i in range(n))
+        graph.add_edges_from((f"agent-{i}", f"agent-{j}") for i, j in edges)
+    schedule = CycleSchedule(cycle, Mixer("push-sum", {"lazy": lazy}))
+    product = np.eye(n)
+    for number in range(1, 1001):
+        product = schedule.mixing(number) @ product
+    assert np.allclose(product, 1 / n, rtol=0, atol=1e-9)
 
 
 def test_push_sum_rounds_in_any_order() -> None:
