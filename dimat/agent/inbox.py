@@ -14,6 +14,8 @@ from dimat.agent.offers import PATIENCE, ROUNDS_KEPT, Known, Offers, PeerPublish
 from dimat.agent.plan import Plan, RoundPlan, Rules
 
 SILENT = "silent since an earlier round"
+RECENT = 4
+"""Rounds after which a peer that was not heard again may be dead; one that is ahead and waits makes fewer of them."""
 PAST = "it is ahead and offers this round no more"
 
 
@@ -50,13 +52,14 @@ class Inbox:
         self._current = RoundPlan({agent: 1.0})
         self._expected: list[str] = []
         self._next: Plan | None = None
-        self._fresh: set[str] = set()  # peers heard since the round began
+        self._turn = 0  # counts the rounds that were begun
+        self._heard: dict[str, int] = {}  # the turn in which a peer was heard last
         self._apart: dict[str, int] = {}  # for how many rounds in a row a living peer was out of reach ahead
 
     # ── rounds ───────────────────────────────────────────────────────────────────────────────────────────────
     def begin(self, number: int, current: RoundPlan) -> list[Action]:
         """Open a round: fetch what is offered for it."""
-        self._number, self._current = number, current
+        self._number, self._current, self._turn = number, current, self._turn + 1
         self.offers.newest_first = self._asynchronous
         # once a round: it is asked for with every message, and a dense graph has many of both
         self._expected = [peer for peer, weight in current.mixing.items() if peer != self._agent and weight > 0]
@@ -88,6 +91,7 @@ class Inbox:
         self._plan, self._next = plan, None
         self.offers.forget_all_but(plan.peers)
         self._silent = {peer: gone for peer, gone in self._silent.items() if peer in plan.peers}
+        self._heard = {peer: turn for peer, turn in self._heard.items() if peer in plan.peers}
         gone = [
             offer for held in (self.ready, self.fetching) for offer in held.values() if offer.peer not in plan.peers
         ]
@@ -102,10 +106,11 @@ class Inbox:
         self.offers.forget_all_but({offer.peer for offer in self.offers if offer.base == base})
 
     def expire(self) -> None:
-        """Wait no more in this round; peers that a synchronous round waited for in vain count as silent."""
+        """Wait no more in this round. Peers of which a synchronous round heard nothing count as silent; one that is
+        late or rounds behind is waited for in the next round too: it may catch up."""
         if not self._asynchronous:
             for peer in self.expected():
-                if peer not in self.ready and peer not in self.lost:
+                if peer not in self.ready and peer not in self.lost and not self._heard_within(peer, 1):
                     self._silent[peer] = (SILENT, 0)
 
     def network_round(self, number: int) -> int:
@@ -116,7 +121,7 @@ class Inbox:
         number of rounds at a time.
         """
         # who was heard in this round lives, though what it offered may not have come in time
-        heard = [peer for peer in self._plan.peers if peer not in self._silent or peer in self._fresh]
+        heard = [peer for peer in self._plan.peers if peer not in self._silent or self._heard_within(peer, 1)]
         front = self.offers.front(heard)
         apart = self._out_of_reach(number, heard)
         if front > number + self._slack and not self._still_offered(number, heard):
@@ -129,6 +134,10 @@ class Inbox:
     @property
     def _slack(self) -> int:
         return self._rules.max_staleness if self._asynchronous else 0
+
+    def _heard_within(self, peer: str, turns: int) -> bool:
+        """Whether a peer was heard in this round or in one of so many before, this one counted."""
+        return peer in self._heard and self._turn - self._heard[peer] < turns
 
     def _still_offered(self, number: int, peers: Sequence[str]) -> bool:
         """Whether a synchronous round may find a peer: its offer is known, or one that was lost may be repeated."""
@@ -146,9 +155,8 @@ class Inbox:
         ahead: dict[str, int] = {}
         for peer in peers:
             oldest, newest = self.offers.range(peer)
-            if peer in self._fresh and (newest - self._slack if self._asynchronous else oldest) > number:
+            if self._heard_within(peer, RECENT) and (newest - self._slack if self._asynchronous else oldest) > number:
                 ahead[peer] = newest
-        self._fresh = set()
         self._apart = {peer: self._apart.get(peer, 0) + 1 for peer in ahead}
         return sorted(newest for peer, newest in ahead.items() if self._apart[peer] >= PATIENCE)
 
@@ -185,7 +193,7 @@ class Inbox:
         if offer.peer in self._silent and self._silent[offer.peer][1] < offer.round:
             del self._silent[offer.peer]
             self.lost.pop(offer.peer, None)
-        self._fresh.add(offer.peer)
+        self._heard[offer.peer] = self._turn
         self.offers.heard(offer)
         if self._useless(offer):
             self._pass_over(offer.peer)

@@ -147,6 +147,8 @@ def _partitioned(rng: random.Random, s: Schedule) -> Schedule:
     s = replace(s, rules={**s.rules, "deadline_s": rng.choice([12.0, 20.0]), "min_peers": 0, "basis_gossip": True})
     s = replace(s, message_s=(0.01, 0.3), train_s=rng.choice([(0.5, 1.5), (1.5, 1.7)]))
     faults = [_cut(rng, s) for _ in range(rng.randint(1, 2))]
+    if s.slow and rng.random() < 0.5:
+        faults = [_slow_from_quick(rng, s)]
     faults += [_late(rng, s) for _ in range(rng.randint(0, 2))]
     faults += [_crash(rng, s, damaged=0.2, never=0.1, told=0.5) for _ in range(rng.randint(0, 2))]
     if s.slow:  # a deadline that the slowest can keep, from one meeting to the next
@@ -192,7 +194,7 @@ def _careless(
         drop=chance(0.3),
         duplicate=chance(0.3),
         fetch_fails=chance(0.3),
-        fetch_hangs=chance(0.1),
+        fetch_hangs=chance(0.2),
         refuses=chance(0.3),
         backs_off=chance(0.3),
         rebase_fails=chance(0.5),
@@ -267,6 +269,13 @@ def _cut(rng: random.Random, s: Schedule) -> Fault:
         rng.choice(groups).append(agent)
     until = round(at + rng.uniform(1, 12), 3)
     return Fault("cut", at=at, until=until, groups=tuple(tuple(g) for g in groups), told=rng.random() < 0.5)
+
+
+def _slow_from_quick(rng: random.Random, s: Schedule) -> Fault:
+    """A partition between the slow and the rest, long enough for their rounds to drift far apart."""
+    slow = tuple(agent for agent, _ in s.slow)
+    rest = tuple(agent for agent in range(s.agents) if agent not in slow)
+    return Fault("cut", at=0.5, until=round(rng.uniform(25, 40), 3), groups=(slow, rest), told=rng.random() < 0.5)
 
 
 def _clock(rng: random.Random, s: Schedule) -> Fault:

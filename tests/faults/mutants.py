@@ -307,6 +307,5 @@ MUTANTS = (
         "a newcomer waits for ever for the weights that it chose",
         patches=((joining.Newcomer, "time_is_up", _patient),),
     ),
-    Mutant("no-catching-up", "parts that drifted apart do not meet again", patches=((inbox, "PATIENCE", 10**9),)),
 )
 BY_NAME = {mutant.name: mutant for mutant in MUTANTS}
