@@ -92,7 +92,7 @@ class OneAtATime(Mapping[str, Tensor]):
 
 
 def test_peers_are_read_once_tensor_by_tensor() -> None:
-    """Peak memory is one tensor per peer: each is asked for once, in the same order."""
+    """Peak memory is one tensor per peer: each that is averaged is asked for once, in the same order."""
     own, peer = state(0), OneAtATime(state(1))
     average(own, [peer], [0.5, 0.5])
-    assert peer.reads == list(own)
+    assert peer.reads == [name for name, tensor in own.items() if tensor.is_floating_point()]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
+from dimat.merge.deltas import combine_tensors
 from dimat.merge.registry import combine_registry
 from dimat.merge.stages import Weights
 
@@ -22,23 +22,12 @@ def average(own: Weights, peers: Sequence[Weights], weights: Sequence[float]) ->
     Paper: the consensus step of Lian et al., "Can Decentralized Algorithms Outperform Centralized Algorithms?",
     NeurIPS 2017, arXiv 1705.09056 (there on whole models without alignment).
     """
-    return {name: _mean(tensor, [peer[name] for peer in peers], weights[1:]) for name, tensor in own.items()}
 
+    def mean(name: str, start: Tensor, others: list[Tensor]) -> Tensor:
+        total = start.clone()
+        for other, weight in zip(others, weights[1:]):
+            if weight:
+                total.add_(other - start, alpha=weight)
+        return total
 
-def _mean(own: Tensor, peers: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    if not (own.is_floating_point() or own.is_complex()):
-        return own.detach().clone()
-    start = own.detach().to(_accumulator(own))
-    total = start.clone()
-    for peer, weight in zip(peers, weights):
-        if weight:
-            total.add_(peer.to(device=start.device, dtype=start.dtype) - start, alpha=weight)
-    return total.to(own.dtype)
-
-
-def _accumulator(tensor: Tensor) -> torch.dtype:
-    if tensor.is_complex():
-        return torch.complex128
-    if tensor.dtype in (torch.float32, torch.float64) and tensor.device.type != "mps":  # MPS has no float64
-        return torch.float64
-    return torch.float32
+    return combine_tensors(own, peers, mean)
