@@ -110,8 +110,8 @@ class Averaging:
         return 0.0
 
     def train(self, agent: str, action: m.Train) -> Callable[[], Trained]:
-        trained = Trained(self._store.record(self.values[agent].tobytes()))
-        return lambda: trained
+        data = self.values[agent].tobytes()
+        return lambda: Trained(self._store.record(data))
 
     def checkpoint(self, agent: str, action: m.Checkpoint) -> Callable[[], None]:
         return lambda: None

@@ -8,6 +8,7 @@ content has one address. Payloads appear under their address by rename, so a rea
 from __future__ import annotations
 
 import os
+from bisect import insort
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -93,6 +94,14 @@ def write_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:
         raise DataError(f"cannot write {path}: {error.strerror or error}") from error
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder for snapshots, if it is not there; DataError where that fails."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"cannot make the snapshot store {folder}: {error.strerror or error}") from error
+
+
 def record(folder: Path, weights: Mapping[str, Tensor], *, durable: bool = True) -> Payload:
     """Write weights into a store folder under their address and return it; content already there is not rewritten."""
     data = encode(weights)
@@ -121,8 +130,8 @@ def encode(weights: Mapping[str, Tensor]) -> bytes:
 class SnapshotStore:
     """Payload files of one run and who still needs them.
 
-    An agent's newest `keep` snapshots are held, and those that somebody reads (`hold`) until the last reader
-    is through. Payload files are removed as soon as neither holds, so disk use is bounded.
+    An agent's newest `keep` snapshots are held, and those that somebody has use for (`hold`): readers, and whoever is
+    yet to publish what it recorded. Payload files are removed as soon as nobody holds them, so disk use is bounded.
     """
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
@@ -131,19 +140,24 @@ class SnapshotStore:
         self._published: dict[str, list[Manifest]] = {}
         self._holds: Counter[str] = Counter()
         self._verified: set[str] = set()
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DataError(f"cannot make the snapshot store {folder}: {error.strerror or error}") from error
+        make_folder(folder)
 
     def path(self, root: str) -> Path:
         """Return where the payload with this address lies, or would."""
         return self.folder / f"{root}.safetensors"
 
+    def take_in(self, payload: Payload, folder: Path) -> None:
+        """Move a payload that was recorded in another folder of the same disk into the store. Whoever records has a
+        folder of its own, so that what is let go here meanwhile is never what it has just written."""
+        try:
+            (folder / f"{payload.root}.safetensors").replace(self.path(payload.root))
+        except OSError as error:
+            raise DataError(f"cannot move {payload.root} into {self.folder}: {error.strerror or error}") from error
+
     def publish(self, manifest: Manifest) -> None:
         """Offer a recorded snapshot; the agent's oldest one beyond `keep` is let go."""
         held = self._published.setdefault(manifest.agent, [])
-        held.append(manifest)
+        insort(held, manifest, key=lambda known: known.round)
         self._holds[manifest.payload.root] += 1
         while len(held) > self._keep:
             self.release(held.pop(0).payload.root)

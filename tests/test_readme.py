@@ -32,8 +32,9 @@ def commands(start: str) -> list[list[str]]:
 
 
 def execute(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    if not (folder / "topology").exists():
-        (folder / "topology").symlink_to(ROOT / "topology")
+    for name in ("topology", "examples"):
+        if not (folder / name).exists():
+            (folder / name).symlink_to(ROOT / name)
     done = subprocess.run(
         [sys.executable, "-m", "dimat.cli", *command[1:]],
         cwd=folder,
@@ -54,6 +55,17 @@ def test_commands_to_simulate(tmp_path: Path) -> None:
     for command in listed:
         execute(command, tmp_path)
     for run in ("digits-ring", "average", "compared"):
+        assert (tmp_path / "runs" / run / "report.html").exists()
+
+
+def test_commands_to_simulate_a_network(tmp_path: Path) -> None:
+    """README, "Simulate a network": each command in order, the replay of the trace that was recorded before."""
+    listed = commands("examples/wan")
+    assert len(listed) == 4
+    for command in listed:
+        done = execute(command, tmp_path)
+    assert "all the same" in done.stdout
+    for run in ("wan", "wan-compared", "traced"):
         assert (tmp_path / "runs" / run / "report.html").exists()
 
 

@@ -117,21 +117,87 @@ def test_network_counts_each_payload_once_per_reader(tmp_path: Path) -> None:
     payload = record(store.folder, weights())
     network.publish(manifest(payload))
     for reader in ("b", "c", "b"):
-        offered, size = network.ask(reader, "a", 1)
+        offered = network.ask("a", 1, payload.root)
+        size = network.missing(reader, offered)
+        network.moved(reader, 1, offered, size, size)
         assert load_file(network.receive(reader, offered)).keys() == weights().keys()
-        network.moved(reader, 1, offered, size)
         network.release(offered.payload.root)
     assert network.sent["a", 1] == 2 * payload.bytes
     assert network.received["b", 1] == payload.bytes
     with pytest.raises(NetworkError, match="no snapshot of round 2"):
-        network.ask("b", "a", 2)
+        network.ask("a", 2, payload.root)
     other = record(store.folder, weights(1))
     network.publish(manifest(other, number=2))
     file = store.path(other.root)
     file.write_bytes(file.read_bytes()[:-1])
-    offered, _ = network.ask("b", "a", 2)
+    offered = network.ask("a", 2, other.root)
+    network.moved("b", 2, offered, other.bytes, other.bytes)
     with pytest.raises(DataError, match="damaged"):
         network.receive("b", offered)
+    assert network.missing("b", offered) == other.bytes, "what is damaged has to be sent again"
+
+
+def test_a_transfer_goes_on_where_it_broke_off(tmp_path: Path) -> None:
+    """By hand: of what was sent 100 and then 50 bytes arrived; the rest is missing, and all of any other payload."""
+    store = SnapshotStore(tmp_path / "s")
+    network = MemoryNetwork(store)
+    payload, other = (record(store.folder, weights(i)) for i in range(2))
+    network.publish(manifest(payload))
+    network.publish(manifest(other, number=2))
+    offered = network.ask("a", 1, payload.root)
+    network.moved("b", 1, offered, 120, 100)
+    network.moved("b", 1, offered, 60, 50)
+    assert network.missing("b", offered) == payload.bytes - 150
+    assert network.missing("c", offered) == payload.bytes
+    assert network.missing("b", network.ask("a", 2, other.root)) == other.bytes
+    assert network.received["b", 1] == network.sent["a", 1] == 180
+
+
+def test_only_what_is_offered_can_be_asked_for(tmp_path: Path) -> None:
+    """Bad input: another address than that of the round is refused, and neither payload is held for it."""
+    store = SnapshotStore(tmp_path / "s", keep=1)
+    network = MemoryNetwork(store)
+    payload, other, newer = (record(store.folder, weights(i)) for i in range(3))
+    network.publish(manifest(payload))
+    network.publish(manifest(other, agent="c"))
+    with pytest.raises(NetworkError, match=f"a offers no snapshot {other.root[:12]}"):
+        network.ask("a", 1, other.root)
+    network.publish(manifest(newer, number=2))
+    assert [store.path(p.root).exists() for p in (payload, other, newer)] == [False, True, True]
+
+
+def test_what_is_recorded_is_held_until_it_is_published(tmp_path: Path) -> None:
+    """Law: equal content has one address. What one agent has recorded in its own folder, and what was taken in for it,
+    outlive that another one lets equal content go."""
+    store, own = SnapshotStore(tmp_path / "s", keep=1), tmp_path / "s" / "own"
+    network = MemoryNetwork(store)
+    network.publish(manifest(record(store.folder, weights()), agent="b"))
+    own.mkdir()
+    payload = record(own, weights())
+    network.publish(manifest(record(store.folder, weights(1)), agent="b", number=2))
+    assert not store.path(payload.root).exists()
+    store.take_in(payload, own)
+    network.hold(payload.root)
+    store.hold(payload.root)
+    store.release(payload.root)
+    store.verify(payload)
+    network.publish(manifest(payload))
+    network.release(payload.root)
+    store.verify(payload)
+    assert list(own.iterdir()) == []
+    with pytest.raises(DataError, match="cannot move"):
+        store.take_in(payload, own)
+
+
+def test_what_is_offered_again_takes_its_place_in_order(tmp_path: Path) -> None:
+    """An agent that has lost a checkpoint publishes an old round again: it is the oldest, not the newest."""
+    store = SnapshotStore(tmp_path / "s", keep=2)
+    payloads = [record(store.folder, weights(i)) for i in range(3)]
+    for number in (2, 1):
+        store.publish(manifest(payloads[number], number=number))
+    assert [m.round for m in store.offered("a")] == [1, 2]
+    store.publish(manifest(payloads[0], number=3))
+    assert [m.round for m in store.offered("a")] == [2, 3]
 
 
 def test_files_appear_whole(tmp_path: Path) -> None:

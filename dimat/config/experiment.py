@@ -158,8 +158,9 @@ class MergeConfig(Tree):
 
     method: str = "dimat"
     """Preset: "isolated" (no exchange), "average", "dimat" (shared basis), "dimat-paper" (aligned at every merge),
-    "dpsgd" (average after every optimizer step), "sgp" (the same with push-sum mixing, for directed graphs), or
-    "centralised" (one model on all data: the ceiling). "dpsgd" and "sgp" set `train.steps_per_round` = 1 unless steps
+    "opcm" (orthogonal projection of deltas from `base`, which should be where all agents start), "dpsgd" (average
+    after every optimizer step), "sgp" (the same with push-sum mixing, for directed graphs), or "centralised" (one
+    model on all data: the ceiling). "dpsgd" and "sgp" set `train.steps_per_round` = 1 unless steps
     or epochs per round are given; "sgp" sets `topology.mixing` = "push-sum" unless a map says how to mix."""
     align: Named | None = None
     """"none" or "activations"."""

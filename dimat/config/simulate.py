@@ -196,7 +196,8 @@ class SimulateConfig(Tree):
     evaluate: Literal["all", "after", "none"] = "all"
     """Test metrics before and after each merge, only after it, or never."""
     keep_snapshots: Annotated[int, Field(ge=1)] = 2
-    """Snapshots kept per agent; older ones are removed as soon as nobody reads them."""
+    """Snapshots kept per agent, at least; more where readers may be further behind (asynchronous mode, links one way,
+    time-varying graphs). Older ones are removed as soon as nobody reads them."""
     checkpoints: Annotated[int, Field(ge=1)] = 3
     """Checkpoints kept per agent, where agents may crash."""
     trace: bool = False

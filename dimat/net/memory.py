@@ -1,7 +1,7 @@
 """The network within one process: agents hand each other's snapshots over through a shared store.
 
-It moves no bytes, yet counts those that a real network would have to: a payload once per reader, and a payload
-that the reader still holds not again.
+It moves no bytes, yet counts those that a real network would have to: what a reader holds of a payload is not sent
+again.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from dimat.errors import NetworkError
+from dimat.errors import DataError, NetworkError
 from dimat.snapshot import Manifest, Payload
 
 
@@ -50,7 +50,16 @@ class MemoryNetwork:
         self.sent: Counter[tuple[str, int]] = Counter()
         self.received: Counter[tuple[str, int]] = Counter()
         self._store = store
-        self._held: dict[tuple[str, str], str] = {}
+        # by reader and publisher, the payload that was moved last and how many bytes of it are held
+        self._held: dict[tuple[str, str], tuple[str, int]] = {}
+
+    def hold(self, root: str) -> None:
+        """Keep a payload in the store until `release`."""
+        self._store.hold(root)
+
+    def release(self, root: str) -> None:
+        """Undo one `hold` or `ask`."""
+        self._store.release(root)
 
     def publish(self, manifest: Manifest) -> None:
         """Offer a recorded snapshot to whoever asks; offering it again, after a restart, changes nothing."""
@@ -61,29 +70,38 @@ class MemoryNetwork:
         """Return what `publisher` offers, oldest first."""
         return self._store.offered(publisher)
 
-    def ask(self, reader: str, publisher: str, round_: int) -> tuple[Manifest, int]:
-        """Return `publisher`'s manifest of a round, held for `reader` until `release`, and the bytes to be moved.
+    def ask(self, publisher: str, round_: int, root: str) -> Manifest:
+        """Return `publisher`'s manifest of a snapshot, held until `release`.
 
-        Raises NetworkError where it is offered no longer.
+        Raises NetworkError where it is not offered, or not any longer.
         """
         manifest = self._store.find(publisher, round_)
         if manifest is None:
             raise NetworkError(f"{publisher} holds no snapshot of round {round_} any more")
-        self._store.hold(manifest.payload.root)
-        have = self._held.get((reader, publisher)) == manifest.payload.root
-        return manifest, 0 if have else manifest.payload.bytes
+        if manifest.payload.root != root:
+            raise NetworkError(f"{publisher} offers no snapshot {root[:12]}… of round {round_}")
+        self._store.hold(root)
+        return manifest
 
-    def moved(self, reader: str, round_: int, manifest: Manifest, bytes_: int) -> None:
-        """Count bytes that were moved for `reader`'s round, those of attempts that failed too."""
-        self.sent[manifest.agent, manifest.round] += bytes_
-        self.received[reader, round_] += bytes_
+    def missing(self, reader: str, manifest: Manifest) -> int:
+        """Return how many bytes of a snapshot a reader does not hold."""
+        root, bytes_ = self._held.get((reader, manifest.agent), ("", 0))
+        return manifest.payload.bytes - (bytes_ if root == manifest.payload.root else 0)
+
+    def moved(self, reader: str, round_: int, manifest: Manifest, sent: int, there: int) -> None:
+        """Count bytes that were sent for `reader`'s round, those of attempts that failed too; `there` of them have
+        reached it."""
+        self.sent[manifest.agent, manifest.round] += sent
+        self.received[reader, round_] += sent
+        if there:
+            have = manifest.payload.bytes - self.missing(reader, manifest) + there
+            self._held[reader, manifest.agent] = (manifest.payload.root, have)
 
     def receive(self, reader: str, manifest: Manifest) -> Any:
-        """Return the payload that was asked for, or where it lies, whole and checked; DataError where it is damaged."""
-        payload = self._store.verify(manifest.payload)
-        self._held[reader, manifest.agent] = manifest.payload.root
-        return payload
-
-    def release(self, root: str) -> None:
-        """Let go of a snapshot that was asked for."""
-        self._store.release(root)
+        """Return the payload that was moved, or where it lies, whole and checked; DataError where it is damaged, and
+        then the reader holds nothing of it."""
+        try:
+            return self._store.verify(manifest.payload)
+        except DataError:
+            self._held.pop((reader, manifest.agent), None)
+            raise

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from dimat import events as facts
@@ -11,28 +12,33 @@ from dimat.agent import messages as m
 from dimat.errors import DataError, NetworkError
 from dimat.net.memory import MemoryNetwork
 from dimat.simulate.clock import Clock
-from dimat.simulate.links import Links
+from dimat.simulate.links import Links, Transfer
+from dimat.simulate.node import Node
 from dimat.snapshot import Manifest
 
 
 @dataclass(slots=True)
 class Parcel:
-    """A snapshot that a reader asked for in its round `number`. `manifest`: once it was found at its publisher;
-    `flying`: on its way; `source`: what the store gave once it was there."""
+    """A snapshot that `reader` asked for in its round `number`. `manifest`: once it was found at its publisher;
+    `transfer`: while it is on its way, and `due` is the number of its arrival in the queue; `sent`: bytes that moved
+    for it so far, those of attempts that failed too; `source`: what the store gave once it was there."""
 
+    reader: str
     number: int
     action: m.Fetch
     manifest: Manifest | None = None
-    flying: bool = False
+    transfer: Transfer | None = None
+    due: int = 0
+    sent: int = 0
     source: Any = None
 
 
 class Courier:
-    """`post(agent, time, event)` hands an agent an event later, in this life; `handle` at once; `emit` tells facts;
-    `serves(agent)`: whether an agent's snapshots can be had now.
+    """`post(agent, time, event)` hands an agent an event later, in this life; `handle` at once; `emit` tells facts.
 
-    What breaks off, or finds its publisher down or cut off, waits until it is back (`retry`); the reader's deadline
-    bounds that.
+    What breaks off, or finds its publisher down or cut off, waits until it is back (`retry`), and then goes on with
+    what is missing; the reader's deadline bounds that. Bytes are counted when a transfer ends, as many as were sent
+    until then, however it ends.
     """
 
     def __init__(
@@ -40,73 +46,35 @@ class Courier:
         clock: Clock,
         network: MemoryNetwork,
         links: Links,
+        nodes: Mapping[str, Node],
         post: Callable[[str, float, m.Event], None],
         handle: Callable[[str, m.Event], None],
         emit: Callable[[facts.Event], None],
-        serves: Callable[[str], bool],
     ) -> None:
         self._clock = clock
         self._network = network
         self._links = links
+        self._nodes = nodes
         self._post = post
         self._handle = handle
         self._emit = emit
-        self._serves = serves
-        self._parcels: dict[str, dict[tuple[str, str], Parcel]] = {}
+        self._parcels: defaultdict[str, dict[tuple[str, str], Parcel]] = defaultdict(dict)
+        # by publisher what is on its way from it, in the order in which it was asked for
+        self._flying: defaultdict[str, dict[tuple[str, str], Parcel]] = defaultdict(dict)
+        self._replanned: set[str] = set()
 
     def fetch(self, reader: str, number: int, action: m.Fetch) -> None:
         """Bring a snapshot for the reader's round `number`."""
         self.drop(reader, action.peer, action.root)
-        parcel = Parcel(number, action)
-        self._parcels.setdefault(reader, {})[action.peer, action.root] = parcel
-        self._send(reader, parcel)
+        parcel = self._parcels[reader][action.peer, action.root] = Parcel(reader, number, action)
+        self._send(parcel)
 
     def retry(self) -> None:
         """Go on with what waits for a publisher, where that can be reached by now."""
-        for reader, parcels in self._parcels.items():
+        for parcels in self._parcels.values():
             for parcel in list(parcels.values()):
-                if parcel.source is None and not parcel.flying:
-                    self._send(reader, parcel)
-
-    def _send(self, reader: str, parcel: Parcel) -> None:
-        action, now = parcel.action, self._clock.now
-        peer = action.peer
-        if not self._serves(peer) or not self._links.reachable(reader, peer):
-            return
-        if parcel.manifest is None:
-            try:
-                parcel.manifest, size = self._network.ask(reader, peer, action.round)
-            except NetworkError as error:
-                self.drop(reader, peer, action.root)
-                failed = m.FetchFailed(peer, action.round, action.root, str(error))
-                self._post(reader, now + 2 * self._links.latency(reader, peer), failed)
-                return
-        else:
-            size = parcel.manifest.payload.bytes
-        manifest = parcel.manifest
-        transfer = self._links.transfer(now, peer, reader, size)
-        self._network.moved(reader, parcel.number, manifest, transfer.bytes_sent)
-        if transfer.arrives_s is None:
-            self.drop(reader, peer, action.root)
-            failed = m.FetchFailed(peer, action.round, action.root, "it was lost on its way")
-            self._post(reader, transfer.failed_s or now, failed)
-            return
-        parcel.flying = True
-        self._clock.put(transfer.arrives_s, self._arrive, reader, parcel, manifest, transfer.bytes_sent)
-
-    def _arrive(self, reader: str, parcel: Parcel, manifest: Manifest, bytes_sent: int) -> None:
-        if not parcel.flying:
-            return
-        parcel.flying = False
-        peer, number, root = parcel.action.peer, parcel.action.round, parcel.action.root
-        try:
-            parcel.source = self._network.receive(reader, manifest)
-        except DataError as error:
-            self.drop(reader, peer, root)
-            self._handle(reader, m.FetchFailed(peer, number, root, str(error)))
-            return
-        self._emit(facts.SnapshotFetched(agent=reader, round=number, peer=peer, snapshot=root, bytes=bytes_sent))
-        self._handle(reader, m.SnapshotReady(peer, number, root))
+                if parcel.source is None and parcel.transfer is None:
+                    self._send(parcel)
 
     def source(self, reader: str, peer: str, root: str) -> Any:
         """Return a snapshot that is there."""
@@ -114,22 +82,104 @@ class Courier:
 
     def drop(self, reader: str, peer: str, root: str) -> None:
         """Let go of a snapshot, there or on its way."""
-        parcel = self._parcels.get(reader, {}).pop((peer, root), None)
-        if parcel is not None:
-            parcel.flying = False
-            if parcel.manifest is not None:
-                self._network.release(root)
+        parcel = self._parcels[reader].pop((peer, root), None)
+        if parcel is None:
+            return
+        self._break_off(parcel)
+        if parcel.manifest is not None:
+            self._network.release(root)
 
     def drop_all(self, reader: str) -> None:
         """Let go of all that a reader has or awaits."""
-        for key in list(self._parcels.get(reader, {})):
+        for key in list(self._parcels[reader]):
             self.drop(reader, *key)
 
     def break_off(self, hit: Callable[[str, str], bool]) -> None:
         """Break off what is on its way between (reader, publisher) pairs that are hit."""
-        for reader, parcels in self._parcels.items():
-            for (publisher, _), parcel in parcels.items():
-                if parcel.flying and hit(reader, publisher):
-                    # a new object, so that what is on its way finds its own one broken off when it arrives
-                    parcel.flying = False
-                    parcels[publisher, parcel.action.root] = replace(parcel)
+        for publisher, flying in self._flying.items():
+            for parcel in list(flying.values()):
+                if hit(parcel.reader, publisher):
+                    self._break_off(parcel)
+
+    # ── on its way ───────────────────────────────────────────────────────────────────────────────────────────
+    def _send(self, parcel: Parcel) -> None:
+        reader, action, now = parcel.reader, parcel.action, self._clock.now
+        publisher = self._nodes[action.peer]
+        if not self._links.reachable(reader, action.peer):
+            return
+        if publisher.state == "gone":
+            self._fail(parcel, "it has left")
+            return
+        if not publisher.serves:
+            return
+        if parcel.manifest is None:
+            try:
+                parcel.manifest = self._network.ask(action.peer, action.round, action.root)
+            except NetworkError as error:
+                self._fail(parcel, str(error))
+                return
+        missing = self._network.missing(reader, parcel.manifest)
+        parcel.transfer = self._links.transfer(now, action.peer, reader, missing)
+        self._flying[action.peer][reader, action.root] = parcel
+        parcel.due = self._clock.put(parcel.transfer.ends_s, self._end, parcel)
+
+    def _fail(self, parcel: Parcel, reason: str) -> None:
+        """The publisher says that it cannot be had."""
+        reader, action = parcel.reader, parcel.action
+        self.drop(reader, action.peer, action.root)
+        told = self._clock.now + 2 * self._links.latency(reader, action.peer)
+        self._post(reader, told, m.FetchFailed(action.peer, action.round, action.root, reason))
+
+    def _end(self, parcel: Parcel) -> None:
+        """A transfer has come to its end, well or not."""
+        reader, peer, number, root = parcel.reader, parcel.action.peer, parcel.action.round, parcel.action.root
+        manifest = parcel.manifest
+        arrived = self._land(parcel)
+        assert manifest is not None
+        fault = "" if arrived else "it was lost on its way"
+        if arrived:
+            try:
+                parcel.source = self._network.receive(reader, manifest)
+            except DataError as error:
+                fault = str(error)
+        if fault:
+            self.drop(reader, peer, root)
+            self._handle(reader, m.FetchFailed(peer, number, root, fault))
+            return
+        self._emit(facts.SnapshotFetched(agent=reader, round=number, peer=peer, snapshot=root, bytes=parcel.sent))
+        self._handle(reader, m.SnapshotReady(peer, number, root))
+
+    def _land(self, parcel: Parcel) -> bool:
+        """Count what was sent for a parcel that is on its way no more; return whether all of it is there."""
+        transfer, manifest, now = parcel.transfer, parcel.manifest, self._clock.now
+        assert transfer is not None
+        assert manifest is not None
+        del self._flying[parcel.action.peer][parcel.reader, parcel.action.root]
+        parcel.transfer = None
+        sent, there = transfer.sent(now), transfer.there(now)
+        parcel.sent += sent
+        self._network.moved(parcel.reader, parcel.number, manifest, sent, there)
+        return transfer.arrives_s is not None and now >= transfer.arrives_s
+
+    def _break_off(self, parcel: Parcel) -> None:
+        """End a transfer that is on its way before its time; what waits behind it moves up."""
+        transfer, publisher, now = parcel.transfer, parcel.action.peer, self._clock.now
+        if transfer is None:
+            return
+        self._clock.call_off(parcel.due)
+        self._land(parcel)
+        # once for all that are broken off at this time
+        if transfer.legs and transfer.legs[-1][1] > now and publisher not in self._replanned:
+            self._replanned.add(publisher)
+            self._clock.put(now, self._replan, publisher)
+
+    def _replan(self, publisher: str) -> None:
+        self._replanned.discard(publisher)
+        flying = [
+            (p, p.transfer, p.transfer.ends_s) for p in self._flying[publisher].values() if p.transfer is not None
+        ]
+        self._links.replan(self._clock.now, publisher, [transfer for _, transfer, _ in flying])
+        for parcel, transfer, ends_s in flying:
+            if transfer.ends_s != ends_s:
+                self._clock.call_off(parcel.due)
+                parcel.due = self._clock.put(transfer.ends_s, self._end, parcel)

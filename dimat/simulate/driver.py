@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, partial
-from typing import Any, Protocol
+from functools import partial
 
 from dimat import events as facts
 from dimat.agent import messages as m
 from dimat.agent.basis import BasisId
-from dimat.agent.plan import Plan
 from dimat.agent.round import RoundMachine
 from dimat.agent.state import MachineState
 from dimat.errors import DimatError
@@ -25,79 +22,16 @@ from dimat.net.memory import MemoryNetwork
 from dimat.simulate.clock import Clock
 from dimat.simulate.courier import Courier
 from dimat.simulate.faults import Crash, CrashPoint, Cut, Fault, FaultPlan, Heal, Join, Leave, Restart
+from dimat.simulate.herald import Herald
 from dimat.simulate.links import Links
-from dimat.snapshot import Manifest, Payload
-
-
-class Trace(Protocol):
-    """Is told of every machine that is made, and of every step of it."""
-
-    def begin(self, time_s: float, agent: str, state: MachineState | None, published: int) -> None: ...
-    def step(self, time_s: float, agent: str, event: m.Event, actions: Sequence[m.Action]) -> None: ...
-
-
-class Recorded(Protocol):
-    """What training gives back: the snapshot that it recorded, and what to tell of it."""
-
-    @property
-    def payload(self) -> Payload: ...
-    @property
-    def schema(self) -> str: ...
-    @property
-    def loss(self) -> float: ...
-    @property
-    def samples(self) -> int: ...
-    @property
-    def train_s(self) -> float: ...
-
-
-class Work(Protocol):
-    """What agents do on their own machines. Each call begins it at once; the function that it returns waits for the
-    outcome. `source` is what the network's store gave for a snapshot. Work of one agent is done in order."""
-
-    def restore(self, agent: str) -> Callable[[], tuple[MachineState, int] | None]:
-        """Set an agent up from its newest checkpoint: the machine's state and the last round that may be published.
-        None where there is no checkpoint, and then the agent is new."""
-        ...
-
-    def crash(self, agent: str) -> None:
-        """Forget all of an agent that is not on disk."""
-        ...
-
-    def train_s(self, agent: str, action: m.Train, now: float) -> float:
-        """Return how long training that begins now takes, in virtual seconds."""
-        ...
-
-    def merge_s(self, agent: str, action: m.Merge) -> float:
-        """Return how long a merge takes, in virtual seconds."""
-        ...
-
-    def train(self, agent: str, action: m.Train) -> Callable[[], Recorded]: ...
-    def checkpoint(self, agent: str, action: m.Checkpoint) -> Callable[[], object]: ...
-    def adopt_basis(self, agent: str, action: m.AdoptBasis, source: Any) -> Callable[[], float | None]: ...
-    def adopt_weights(self, agent: str, action: m.AdoptWeights, source: Any) -> Callable[[], str]: ...
-    def merge(self, agent: str, action: m.Merge, sources: Mapping[str, Any]) -> Callable[[], m.MergeDone]: ...
-
-
-@dataclass(slots=True)
-class Node:
-    """An agent's machine in the simulated world. `state`: "absent", "up", "down", "through" (still serves) or "gone";
-    `life` counts its starts: what was meant for an earlier life is dropped. `timer`: its newest one's number in the
-    queue, 0 where it has run out."""
-
-    plan: Plan
-    make: Callable[[MachineState | None, int], RoundMachine]
-    machine: RoundMachine | None = None
-    state: str = "absent"
-    life: int = 0
-    timer: int = 0
-    recorded: dict[str, Recorded] = field(default_factory=dict[str, Recorded])
+from dimat.simulate.node import Node, Recorded, Trace, Work
+from dimat.snapshot import Manifest
 
 
 class Driver:
     """All agents of one run. `nodes`: by agent, its plan and how its machine is made; `emit`: is told every fact.
 
-    `joins_late`: agents that are not there at first. `max_time_s`: when all finish their round and leave.
+    `max_time_s`: when all finish their round and leave.
     """
 
     def __init__(
@@ -125,11 +59,16 @@ class Driver:
         self.trace: Trace | None = None
         self._late = faults.late
         self._max_time_s = max_time_s
-        self._courier = Courier(self.clock, network, links, self._post, self._handle, emit, self._serves)
-        self._timed = faults.timed
+        self._herald = Herald(self.clock, network, links, self.nodes, self._post)
+        self._courier = Courier(self.clock, network, links, self.nodes, self._post, self._handle, emit)
         self._stopping = threading.Event()
         self._up = 0
-        self._coming = sum(isinstance(fault, Restart | Join) for fault in faults.timed)
+        self._through = 0
+        self._coming = len(faults.late)  # newcomers, and agents that are down and will be back
+        for name in self.nodes:
+            if name not in self._late:
+                self._up += 1
+                self.clock.put(0.0, self._start, name, False)
         for fault in faults.timed:
             self.clock.put(fault.at_s, self._befall, fault)
         if max_time_s is not None:
@@ -146,16 +85,22 @@ class Driver:
 
     def run(self) -> None:
         """Run until every agent has left or is down for good."""
-        for name in self.nodes:
-            if name not in self._late:
-                self._up += 1
-                self.clock.put(0.0, self._start, name, False)
         while self._up or self._coming:
             if self._stopping.is_set():
                 raise KeyboardInterrupt
             if not self.clock.step():
                 waiting = [f"{a} ({n.machine.phase.value})" for a, n in self.nodes.items() if n.machine is not None]
                 raise DimatError(f"the simulation has nothing left to do, yet agents wait: {', '.join(waiting)}")
+
+    @property
+    def spared(self) -> Sequence[CrashPoint]:
+        """Crashes that never came about, because their agent never did what they wait for."""
+        return list(self._points.values())
+
+    @property
+    def deserted(self) -> bool:
+        """Whether all agents went for good before they were through."""
+        return not self._through
 
     # ── lives ────────────────────────────────────────────────────────────────────────────────────────────────
     def _start(self, name: str, join: bool, state: MachineState | None = None, published: int = 0) -> None:
@@ -170,45 +115,26 @@ class Driver:
         if self._max_time_s is not None and self.clock.now >= self._max_time_s:
             self._handle(name, m.TimeUp())
         if back:
-            for other in sorted(node.plan.peers):
-                self._introduce(other, name)
-            for other in self._listeners[name]:
-                self._introduce(name, other)
+            self._herald.connect(name)
             self._courier.retry()
 
-    @cached_property
-    def _listeners(self) -> Mapping[str, Sequence[str]]:
-        """By agent, those that may ever hear it."""
-        listeners: dict[str, list[str]] = {name: [] for name in self.nodes}
-        for name, node in self.nodes.items():
-            for peer in node.plan.peers:
-                listeners[peer].append(name)
-        return listeners
-
-    def _serves(self, name: str) -> bool:
-        return self.nodes[name].state in ("up", "through")
-
-    def _introduce(self, publisher: str, reader: str) -> None:
-        """Tell a reader what a publisher offers, as whenever a connection is made."""
-        if self._serves(publisher):
-            for manifest in self._network.offered(publisher):
-                self._tell(manifest, reader)
-
-    def _crash(self, name: str, back_s: float | None, *, planned: bool = False) -> None:
+    def _crash(self, name: str, cause: Crash | CrashPoint) -> None:
         node = self.nodes[name]
         if node.machine is None:
             return
-        self._emit(facts.AgentCrashed(agent=name, round=node.machine.round, back_s=back_s))
+        self._emit(facts.AgentCrashed(agent=name, round=node.machine.round, back_s=cause.restart_after_s))
         self._take_down(name, "down")
         self._work.crash(name)
-        if back_s is not None and not planned:
+        if cause.restart_after_s is not None:
+            node.outage = cause
             self._coming += 1
-            self.clock.put(self.clock.now + back_s, self._restart, name)
 
-    def _restart(self, name: str) -> None:
+    def _restart(self, name: str, cause: Crash | CrashPoint) -> None:
+        node = self.nodes[name]
+        if node.outage is not cause:
+            return  # that crash found it down already, or it has left meanwhile
+        node.outage = None
         self._coming -= 1
-        if self.nodes[name].state != "down":
-            return
         self._up += 1
         found = self._work.restore(name)()
         if found is None:
@@ -216,37 +142,52 @@ class Driver:
         else:
             self._start(name, join=False, state=found[0], published=found[1])
 
+    def _leave(self, name: str) -> None:
+        """An agent goes for good: in the middle of its rounds, while it still serves, or while it is down."""
+        node = self.nodes[name]
+        node.leaves = True
+        if node.state == "up":
+            self._handle(name, m.Stop("left"))
+        elif node.state == "through":
+            self._take_down(name, "gone")
+            self._herald.farewell(name, "left", 0)
+        elif node.state == "down":
+            # it can tell nobody, and will not be back
+            self._coming -= node.outage is not None
+            node.outage = None
+            self._emit(facts.AgentLeft(agent=name, round=node.round, reason="left"))
+
     def _take_down(self, name: str, state: str) -> None:
         """End an agent's process: what was on its way to it is lost to it, what was on its way from it breaks off."""
         node = self.nodes[name]
+        node.settle()
         if node.state == "up":
             self._up -= 1
+        if node.machine is not None:
+            node.round = node.machine.round
         node.state, node.machine = state, None
         node.life += 1
         if node.timer:
             self.clock.call_off(node.timer)
             node.timer = 0
         self._courier.drop_all(name)
-        if state != "through":
+        if not node.serves:
             self._courier.break_off(lambda _, publisher: publisher == name)
+        if state == "gone":
+            self._courier.retry()  # whoever waits for what it offered has to know that it will not come
 
     def _befall(self, fault: Fault) -> None:
         match fault:
-            case Crash(agent=name, at_s=at_s):
-                # the restart, if there is one, is an entry of its own
-                back = next(
-                    (f for f in self._timed if isinstance(f, Restart) and f.agent == name and f.at_s >= at_s), None
-                )
-                self._crash(name, None if back is None else back.at_s - at_s, planned=True)
-            case Restart(agent=name):
-                self._restart(name)
+            case Crash(agent=name):
+                self._crash(name, fault)
+            case Restart(agent=name, crash=crash):
+                self._restart(name, crash)
             case Join(agent=name):
                 self._coming -= 1
                 self._up += 1
                 self._start(name, join=True)
             case Leave(agent=name):
-                self._handle(name, m.Stop("left"))
-                self._take_down(name, "gone")
+                self._leave(name)
             case Cut(id=number, groups=groups):
                 self._links.cut(number, groups)
                 self._emit(facts.LinksCut(groups=groups))
@@ -255,9 +196,7 @@ class Driver:
             case Heal(id=number):
                 self._links.heal(number)
                 self._emit(facts.LinksHealed())
-                for reader, node in self.nodes.items():
-                    for publisher in sorted(node.plan.peers):
-                        self._introduce(publisher, reader)
+                self._herald.connect_all()
                 self._courier.retry()
             case _:
                 pass  # slow-downs are the computers' affair
@@ -287,16 +226,21 @@ class Driver:
         self._handle(name, m.Deadline(number))
 
     def _handle(self, name: str, event: m.Event) -> None:
-        machine = self.nodes[name].machine
+        node = self.nodes[name]
+        machine = node.machine
         if machine is None:
             return
+        if node.unsure is not None:
+            node.settle()
         actions = machine.handle(event)
         if self.trace is not None:
             self.trace.step(self.clock.now, name, event, actions)
         for action in actions:
             point = self._points.pop((name, *moment(action, machine.round)), None) if self._points else None
             if point is not None:
-                self._crash(name, point.restart_after_s)
+                self._crash(name, point)
+                if point.restart_after_s is not None:
+                    self.clock.put(self.clock.now + point.restart_after_s, self._restart, name, point)
                 return
             self._perform(name, machine, action)
 
@@ -314,7 +258,8 @@ class Driver:
             case m.Train():
                 self._train(name, action)
             case m.Checkpoint(round=number, stage=stage):
-                self._work.checkpoint(name, action)
+                # not waited for here: agents' work goes on side by side until one of them is to act on its checkpoint
+                self.nodes[name].unsure = self._work.checkpoint(name, action)
                 self._emit(facts.Checkpointed(agent=name, round=number, stage=stage))
             case m.Publish():
                 self._publish(name, action)
@@ -335,11 +280,8 @@ class Driver:
         self._post(name, now + self._work.train_s(name, action, now), partial(self._trained, name, action, wait))
 
     def _trained(self, name: str, action: m.Train, wait: Callable[[], Recorded]) -> m.Event:
-        recorded, held = wait(), self.nodes[name].recorded
-        # on disk from now on; of earlier rounds only what may be published again after a crash
-        for root in list(held)[:-1]:
-            del held[root]
-        held[recorded.payload.root] = recorded
+        recorded = wait()
+        self._keep(self.nodes[name].recorded, recorded)
         if action.learn:
             self._emit(
                 facts.Trained(
@@ -352,7 +294,19 @@ class Driver:
             )
         return m.TrainingDone(action.round, recorded.payload.root)
 
+    def _keep(self, held: dict[str, Recorded], recorded: Recorded) -> None:
+        """Hold a snapshot that was recorded, whoever else lets equal content go, and the one before: an agent whose
+        newest checkpoint is damaged publishes that again."""
+        root = recorded.payload.root
+        self._network.hold(root)
+        over = [root] if root in held else list(held)[:-1]
+        for old in over:
+            del held[old]
+            self._network.release(old)
+        held[root] = recorded
+
     def _publish(self, name: str, action: m.Publish) -> None:
+        self.nodes[name].settle()
         recorded = self.nodes[name].recorded.get(action.root)
         if recorded is None:
             raise DimatError(f"{name} was asked to publish a snapshot that it has not recorded")
@@ -379,26 +333,7 @@ class Driver:
             )
         )
         for reader in self._readers(name, action.round):
-            self._tell(manifest, reader, action.basis)
-
-    def _tell(self, manifest: Manifest, reader: str, basis: BasisId | None = None) -> None:
-        """Let a reader know of a snapshot, if the message comes through and finds it up."""
-        publisher = manifest.agent
-        arrives = self._links.message(self.clock.now, publisher, reader)
-        if arrives is None or self.nodes[reader].machine is None:
-            return
-        offered = self._network.offered(publisher)
-        offer = m.PeerPublished(
-            publisher,
-            manifest.round,
-            manifest.payload.root,
-            basis or BasisId.parse(manifest.basis),
-            run=manifest.run,
-            oldest=offered[0].round if offered else manifest.round,
-            pushed=manifest.pushed.get(reader, 0.0),
-            base=manifest.base,
-        )
-        self._post(reader, arrives, offer)
+            self._herald.tell(manifest, reader, action.basis)
 
     def _adopt_basis(self, name: str, own: BasisId, action: m.AdoptBasis) -> None:
         wait = self._work.adopt_basis(name, action, self._courier.source(name, action.peer, action.root))
@@ -410,17 +345,15 @@ class Driver:
         self._post(name, self.clock.now, done)
 
     def _exit(self, name: str, number: int, reason: str) -> None:
-        """An agent is through: it says so, unless all end with the same round, and what it offers stays to be had."""
+        """An agent is through. It says so, unless all end with the same round, and what it offers stays to be had as
+        long as its process serves."""
         self._emit(facts.AgentLeft(agent=name, round=number, reason=reason))
         offered = self._network.offered(name)
-        self._take_down(name, "through")
-        if reason == "done":
-            return
-        lost = m.PeerLost(name, f"it has left ({reason})", offered[-1].round if offered else 0)
-        for other in self._listeners[name]:
-            arrives = self._links.message(self.clock.now, name, other)
-            if arrives is not None:
-                self._post(other, arrives, lost)
+        leaves = self.nodes[name].leaves
+        self._through += not leaves
+        self._take_down(name, "gone" if leaves else "through")
+        if reason != "done":
+            self._herald.farewell(name, reason, offered[-1].round if offered and not leaves else 0)
 
 
 def moment(action: m.Action, number: int) -> tuple[int, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
 from contextlib import ExitStack, suppress
 from dataclasses import replace
@@ -47,8 +47,8 @@ class Simulation:
         self._folder = folder
         self._pool = pool
         self.listeners = list(listeners)
-        self._work = PoolWork(scenario, folder, pool, warm)
-        store = SnapshotStore(folder.snapshots, keep=self._config.simulate.keep_snapshots)
+        store = SnapshotStore(folder.snapshots, keep=scenario.snapshots_kept)
+        self._work = PoolWork(scenario, folder, pool, store, warm)
         self._network = MemoryNetwork(store)
         self._driver = Driver(
             self._config.run,
@@ -58,7 +58,7 @@ class Simulation:
             Links(self._config.simulate.network, scenario.agents, self._config.seed),
             scenario.faults,
             self._told,
-            scenario.readers,
+            _told(scenario),
             max_time_s=self._config.schedule.max_time_s,
         )
         self._trained: dict[str, facts.Trained] = {}
@@ -89,6 +89,7 @@ class Simulation:
                     self._driver.trace = stack.enter_context(TraceWriter(self._folder.trace))
                 self._driver.run()
             self._finish_rounds(everything=True)
+            self._look_back()
         except KeyboardInterrupt:
             status = "stopped"
             self._pool.terminate()
@@ -254,6 +255,20 @@ class Simulation:
             self._folder.write_results(self._results("stopped", 0.0))
             self._written = time.perf_counter()
 
+    def _look_back(self) -> None:
+        """Say what did not come about that the experiment is about."""
+        for point in self._driver.spared:
+            self._warn(
+                f"{point.entry}: this crash never came about: {point.agent} did not get to {point.on!r} in round "
+                f"{point.round}"
+            )
+        if self._driver.deserted:
+            done = max((row.round for row in self._rows), default=0)
+            self._warn(
+                f"nobody is left at {self._driver.clock.now:g} s: all agents have crashed or left for good, "
+                + (f"the last round that any of them completed is {done}" if done else "and none completed a round")
+            )
+
     def _results(self, status: str, wall_s: float) -> Results:
         scenario = self._scenario
         sent, received = self._network.sent, self._network.received
@@ -296,6 +311,18 @@ class Simulation:
         stamped = replace(fact, run=self._config.run, time_s=self._driver.clock.now)
         for listener in self.listeners:
             listener(stamped)
+
+
+def _told(scenario: Scenario) -> Callable[[str, int], Sequence[str]]:
+    """Return who is told of an agent's snapshot of a round: who merges it; in asynchronous mode all who ever hear the
+    agent, since the newest snapshot counts there in whatever round."""
+    if scenario.config.schedule.mode == "sync":
+        return scenario.readers
+    hearing: dict[str, list[str]] = {agent: [] for agent in scenario.agents}
+    for reader in scenario.agents:
+        for peer in scenario.plan(reader).peers:
+            hearing[peer].append(reader)
+    return lambda agent, number: hearing[agent]
 
 
 def machine_for(scenario: Scenario, agent: str, state: MachineState | None, published: int) -> RoundMachine:

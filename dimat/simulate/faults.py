@@ -29,14 +29,6 @@ class Heal:
 
 
 @dataclass(frozen=True, slots=True)
-class Restart:
-    """A crashed agent is started again, from its newest checkpoint."""
-
-    at_s: float
-    agent: str
-
-
-@dataclass(frozen=True, slots=True)
 class Join:
     """A newcomer starts."""
 
@@ -72,10 +64,20 @@ class Leave:
 
 @dataclass(frozen=True, slots=True)
 class Crash:
-    """An agent's process dies; what is on its disk stays."""
+    """An agent's process dies; what is on its disk stays. `restart_after_s`: None = never."""
 
     at_s: float
     agent: str
+    restart_after_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Restart:
+    """An agent is started again from its newest checkpoint, if `crash` is what it is down by."""
+
+    at_s: float
+    agent: str
+    crash: Crash
 
 
 Fault = Heal | Restart | Join | Slow | Cut | Leave | Crash
@@ -85,12 +87,14 @@ ORDER = (Heal, Restart, Join, Slow, Cut, Leave, Crash)
 
 @dataclass(frozen=True, slots=True)
 class CrashPoint:
-    """A crash of `agent` when it is asked to do `on` in `round`, and its restart so many seconds later, or never."""
+    """A crash of `agent` when it is asked to do `on` in `round`, and its restart so many seconds later, or never.
+    `entry`: what names it in messages."""
 
     agent: str
     round: int
     on: Moment
     restart_after_s: float | None = None
+    entry: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +102,8 @@ class FaultPlan:
     """All that befalls a network. `timed`: in the order in which it happens; `on_action`: crashes that wait for an
     agent's action; `late`: agents that join later and are not there at first.
 
-    When a crash point strikes is not known beforehand: a timed crash may then find its agent down, a restart find it
-    up, and comes to nothing; one that leaves while it is down stays away.
+    When a crash point strikes is not known beforehand: a timed crash may then find its agent down, and comes to
+    nothing, as does its restart; one that leaves while it is down stays away.
     """
 
     timed: tuple[Fault, ...] = ()
@@ -203,7 +207,7 @@ def _timed(script: Sequence[FaultConfig]) -> Iterator[tuple[int, Fault]]:
         if at_s is None:
             continue
         if fault.kind == "crash":
-            yield i, Crash(at_s, agent)
+            yield i, Crash(at_s, agent, fault.restart_after_s)
         elif fault.kind == "join":
             yield i, Join(at_s, agent)
         elif fault.kind == "leave":
@@ -245,8 +249,8 @@ def _play(script: Sequence[FaultConfig], lives: dict[str, _Life]) -> list[Fault]
                     why = {"down": "it is down", "gone": "it has left"}.get(life.state, "it has not joined yet")
                     raise _contradiction(i, fault.agent, verb, at_s, why)
                 life.ends(at_s, "down" if isinstance(fault, Crash) else "gone")
-                if isinstance(fault, Crash) and entry.restart_after_s is not None:
-                    then(Restart(at_s + entry.restart_after_s, fault.agent), i)
+                if isinstance(fault, Crash) and fault.restart_after_s is not None:
+                    then(Restart(at_s + fault.restart_after_s, fault.agent, fault), i)
     for life in lives.values():
         if life.state == "up":
             life.ends(math.inf, "up")
@@ -269,7 +273,7 @@ def _crash_points(script: Sequence[FaultConfig]) -> tuple[CrashPoint, ...]:
             raise ConfigError(f"{_entry(i)}: is the same crash as {_entry(first)}; remove one")
         if fault.restart_after_s is None:
             ends[fault.agent] = min(ends.get(fault.agent, (fault.round, i)), (fault.round, i))
-        points.append(CrashPoint(fault.agent, fault.round, fault.on, fault.restart_after_s))
+        points.append(CrashPoint(fault.agent, fault.round, fault.on, fault.restart_after_s, _entry(i)))
     for (agent, number, _), i in seen.items():
         last, by = ends.get(agent, (number, i))
         if number > last:
@@ -292,8 +296,9 @@ def _random_crashes(chance: RandomFaultsConfig, lives: dict[str, _Life], seed: i
             time = begin + rng.exponential(gap)
             while time < min(end, chance.until_s):
                 back = min(time + rng.exponential(chance.mean_down_s), end)
-                yield Crash(time, agent)
-                yield Restart(back, agent)
+                crash = Crash(time, agent, back - time)
+                yield crash
+                yield Restart(back, agent, crash)
                 time = back + rng.exponential(gap)
 
 

@@ -58,6 +58,10 @@ class RunFolder:
         """Write `results.json`, by rename."""
         write_bytes(self.path / "results.json", results.model_dump_json(indent=1).encode(), durable=False)
 
+    def recorded(self, agent: str) -> Path:
+        """Return where an agent records its snapshots; from there they are moved to where all find them."""
+        return self.snapshots / "recorded" / agent
+
     def state_file(self, agent: str, number: int) -> Path:
         """Return where an agent's weights after merge `number` are kept until all agents have passed it."""
         return self.state / f"{agent}.round{number}.safetensors"

@@ -4,7 +4,8 @@ A small control message takes a link's latency. A snapshot is asked for (latency
 and for the link in its direction, takes its size over the narrower of the two, and travels (latency). The uplink is
 busy for size / uplink alone: where the link is narrower, the network beyond the uplink holds what is on its way.
 Transfers over one link direction follow one another in the order in which they were asked for, lost ones with all
-their attempts; on the uplink a transfer takes the first gap that it fits into.
+their attempts; on the uplink a transfer takes the first gap that it fits into. All this is booked when a transfer is
+asked for; where one is given up, what its publisher has not begun to send by then is planned anew (`replan`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -23,15 +24,47 @@ from dimat.seeds import numpy_generator
 BYTES_PER_MBIT = 125_000.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Transfer:
     """What becomes of a transfer. `arrives_s`: virtual time at which its last byte arrives, or None, and then
-    `failed_s` is the time at which the reader gives up; `bytes_sent`: of all attempts, those that were lost too."""
+    `failed_s` is the time at which the reader gives up; `bytes_sent`: of all attempts, those that were lost too.
+
+    `route` (publisher, reader), `asked_s`, `size`: what was asked for, where and when; `latency_s`: of the link;
+    `legs`: for each attempt when its bytes begin to pass and when the last one has. Without legs all is there at once.
+    """
 
     arrives_s: float | None
     bytes_sent: int
     attempts: int
     failed_s: float | None = None
+    route: tuple[str, str] = field(default=("", ""), compare=False)
+    asked_s: float = field(default=0.0, compare=False)
+    size: int = field(default=0, compare=False)
+    latency_s: float = field(default=0.0, compare=False)
+    legs: list[tuple[float, float]] = field(default_factory=list[tuple[float, float]], compare=False)
+
+    @property
+    def ends_s(self) -> float:
+        """When the reader has it, or gives up."""
+        end = self.arrives_s if self.arrives_s is not None else self.failed_s
+        assert end is not None
+        return end
+
+    def sent(self, now: float) -> int:
+        """Return how many bytes have been sent by `now`, those of lost attempts too."""
+        return sum(self._passed(leg, now) for leg in self.legs) if self.legs else self.bytes_sent
+
+    def there(self, now: float) -> int:
+        """Return how many bytes have reached the reader by `now`: nothing of an attempt that is lost."""
+        if self.arrives_s is None:
+            return 0
+        return self.size if now >= self.arrives_s else self._passed(self.legs[-1], now - self.latency_s)
+
+    def _passed(self, leg: tuple[float, float], now: float) -> int:
+        start, end = leg
+        if now >= end:
+            return self.size
+        return 0 if now <= start else int(self.size * ((now - start) / (end - start)))
 
 
 @dataclass(slots=True)
@@ -49,6 +82,11 @@ class _Uplink:
             over += 1
         if over:
             del self.starts[:over], self.ends[:over]
+
+    def clear(self) -> None:
+        """Drop all intervals."""
+        self.starts.clear()
+        self.ends.clear()
 
     def reserve(self, ready: float, duration: float) -> float:
         """Take the first gap of this duration from `ready` on; return its start."""
@@ -103,7 +141,7 @@ class Links:
         self._latencies: dict[tuple[str, str], float] = {}
         self._bandwidths: dict[tuple[str, str], float] = {}
         self._uplinks: dict[str, _Uplink] = {}
-        self._free: dict[tuple[str, str], float] = {}
+        self._free: dict[str, dict[str, float]] = {}  # by publisher and reader, when their link has nothing to send
         self._losses: dict[tuple[str, str], np.random.Generator] = {}
         self._cuts: dict[str, dict[str, int]] = {}
 
@@ -192,24 +230,51 @@ class Links:
         if self._cuts and not self.reachable(publisher, reader):
             return Transfer(None, 0, attempts, now + attempts * self._config.retry_s)
         if self._instant:
-            return Transfer(now, size_bytes, 1)
+            return Transfer(now, size_bytes, 1, size=size_bytes)
         lost = self._lost(publisher, reader)
+        tries = min(lost + 1, attempts)
         latency = self.latency(publisher, reader)
-        asked = now
-        for attempt in range(1, attempts + 1):
-            there = self._send(now, asked + latency, publisher, reader, size_bytes) + latency
-            if attempt > lost:
-                return Transfer(there, attempt * size_bytes, attempt)
-            asked = there + self._config.retry_s
-        return Transfer(None, attempts * size_bytes, attempts, asked - self._config.retry_s)
+        arrives = None if lost == attempts else now  # to be planned
+        made = Transfer(arrives, tries * size_bytes, tries, None, (publisher, reader), now, size_bytes, latency)
+        self._plan(now, made)
+        return made
 
-    def _send(self, now: float, ready: float, publisher: str, reader: str, size: int) -> float:
-        """Queue bytes that are asked for at `ready`; return when the last one is on its way."""
+    def replan(self, now: float, publisher: str, asked: Sequence[Transfer]) -> None:
+        """Plan a publisher's transfers anew, some others having been given up: what has begun goes on, and the rest
+        follows in the order of `asked`, as if nothing else had been asked for."""
+        if self._instant:
+            return
+        self._free.pop(publisher, None)
+        if publisher in self._uplinks:
+            self._uplinks[publisher].clear()
+        for transfer in asked:
+            transfer.legs = [leg for leg in transfer.legs if leg[0] < now]
+            for start, _ in transfer.legs:
+                self._book(now, start, transfer)
+        for transfer in asked:
+            self._plan(now, transfer)
+
+    def _plan(self, now: float, transfer: Transfer) -> None:
+        """Book the attempts of a transfer that have not begun."""
+        latency, retry = transfer.latency_s, self._config.retry_s
+        while len(transfer.legs) < transfer.attempts:
+            asked = transfer.legs[-1][1] + latency + retry if transfer.legs else transfer.asked_s
+            transfer.legs.append(self._book(now, max(asked + latency, now), transfer))
+        end = transfer.legs[-1][1] + latency
+        if transfer.arrives_s is None:
+            transfer.failed_s = end
+        else:
+            transfer.arrives_s = end
+
+    def _book(self, now: float, ready: float, transfer: Transfer) -> tuple[float, float]:
+        """Queue bytes that are asked for at `ready`; return when they begin to pass, and when the last one has."""
+        (publisher, reader), size = transfer.route, transfer.size
         bandwidth = self.bandwidth(publisher, reader)
         limited = self._config.uplink_mbit_s is not None
         if bandwidth == math.inf and not limited and self.loss(publisher, reader) == 0:
-            return ready  # nothing to wait for, not even another's repeats
-        start = max(ready, self._free.get((publisher, reader), ready))
+            return ready, ready  # nothing to wait for, not even another's repeats
+        free = self._free.setdefault(publisher, {})
+        start = max(ready, free.get(reader, ready))
         rate = bandwidth
         if limited:
             uplink = self._uplink(publisher)
@@ -217,8 +282,8 @@ class Links:
             start = uplink.reserve(start, size / uplink.rate)
             rate = min(bandwidth, uplink.rate)
         end = start + size / rate
-        self._free[publisher, reader] = end
-        return end
+        free[reader] = end
+        return start, end
 
     def _uplink(self, agent: str) -> _Uplink:
         found = self._uplinks.get(agent)

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from dimat.agent.local import load_base
+from dimat.agent.offers import ROUNDS_KEPT
 from dimat.agent.plan import Plan, PushShares, RoundPlan, Rules
 from dimat.config import ExperimentConfig, NamedConfig, NetworkConfig
 from dimat.device import resolve_device
@@ -20,15 +21,15 @@ from dimat.errors import ConfigError, DimatError, HookError, PartitionError
 from dimat.merge import MergePlan, plan_merge
 from dimat.seeds import derive_seed, numpy_generator, torch_generator
 from dimat.simulate import worker
-from dimat.simulate.checks import alone, check_peers, check_times, listed
+from dimat.simulate.checks import Pace, alone, check_crash_points, check_peers, check_times, listed
 from dimat.simulate.compute import Compute
 from dimat.simulate.faults import FaultPlan, plan_faults
 from dimat.snapshot import checksum, encode
 from dimat.task import Task
 from dimat.tasks import histogram, partition
 from dimat.topology import BaseK, CycleSchedule, Mixer, Schedule, Topology, build_topology
+from dimat.topology.lead import longest_lead
 from dimat.topology.mixing import PUSH_SUM
-from dimat.topology.rounds import LONG_PERIOD
 
 MB = 1e6
 PROCESS_MB = 260.0  # resident memory of a process with torch and this package loaded
@@ -94,7 +95,7 @@ class Scenario:
         if self.exchanges:
             for schedule in (*(topology.schedule for _, topology in self.schedules), self.final):
                 if schedule is not None and agent in schedule.names:
-                    peers |= _sources(schedule, agent)
+                    peers.update(schedule.sources(agent))
         return Plan(frozenset(peers), lambda number: self.round_plan(agent, number))
 
     def rules(self) -> Rules:
@@ -130,6 +131,17 @@ class Scenario:
         both = set(pairs)
         return tuple((a, b) for a, b in pairs if (b, a) not in both or a < b)
 
+    @property
+    def snapshots_kept(self) -> int:
+        """How many snapshots an agent offers: those that a reader which is as far behind as may be still merges."""
+        kept = self.config.simulate.keep_snapshots
+        if not self.exchanges:
+            return kept
+        if self.config.schedule.mode == "async":
+            return max(kept, self.config.schedule.max_staleness + 1)
+        schedules = [topology.schedule for _, topology in self.schedules]
+        return max(kept, *(1 + longest_lead(schedule, ROUNDS_KEPT - 1) for schedule in schedules))
+
     def estimate(self, workers: int) -> tuple[float, float, float]:
         """Return estimates of (memory of all processes, disk, sent by all agents over the run), in MB."""
         weights = self.snapshot_bytes / MB
@@ -142,7 +154,7 @@ class Scenario:
         shown = min(self.rounds or 16, 16)
         per_round = [sum(len(self.readers(a, r)) for a in self.agents) for r in range(1, shown + 1)]
         sent = weights * sum(per_round) / len(per_round) * (self.rounds or 1)
-        disk = weights * len(self.agents) * (self.config.simulate.keep_snapshots + 2)
+        disk = weights * len(self.agents) * (self.snapshots_kept + 2)
         return memory, disk, sent
 
 
@@ -187,6 +199,11 @@ def prepare(config: ExperimentConfig) -> Scenario:
     changes: list[tuple[int, Topology]] = []
     warnings: list[str] = []
     for i, change in enumerate(() if centralised else config.schedule.changes):
+        if 0 < config.schedule.rounds < change.round:
+            raise ConfigError(
+                f"schedule.changes[{i}]: holds from round {change.round} on, but the last one is "
+                f"{config.schedule.rounds}; remove it, or give schedule.rounds more"
+            )
         draws = derive_seed(config.seed, "topology", change.round)
         later = build_topology(change.topology, draws, folder, counts_of(agents, parts))
         new = sorted(set(later.names) - set(agents))
@@ -207,8 +224,11 @@ def prepare(config: ExperimentConfig) -> Scenario:
         final = BaseK(agents, config.schedule.final_merge_peers)
         rounds += final.period or 0
     faults = plan_faults(config, agents)
-    compute = Compute(_plain(config).simulate.compute, agents, config.seed, faults.timed)
-    warnings += check_times(config, counts_of(agents, parts), compute)
+    pace = Pace(
+        config,
+        counts_of(agents, parts),
+        Compute(_plain(config).simulate.compute, agents, config.seed, faults.timed),
+    )
     scenario = Scenario(
         config=_plain(config),
         task=task,
@@ -224,8 +244,17 @@ def prepare(config: ExperimentConfig) -> Scenario:
         faults=faults,
         base="" if base is None else checksum(encode(base)).root,
     )
-    if not scenario.exchanges:
+    check_crash_points(
+        config,
+        faults,
+        rounds,
+        pace,
+        lambda agent, number: len(scenario.round_plan(agent, number).mixing) > 1,
+        gossips=scenario.rules().basis_gossip,
+    )
+    if not scenario.exchanges:  # nobody waits for anybody, and nobody can be left alone
         return replace(scenario, warnings=())
+    warnings += check_times(config, pace, scenario.snapshot_bytes)
     for _, each in scenario.schedules:
         if config.merge.method == "sgp" and each.mixing_config.name != PUSH_SUM:
             raise ConfigError(
@@ -252,13 +281,6 @@ def _plain(config: ExperimentConfig) -> ExperimentConfig:
     compute = config.simulate.compute.model_copy(update={"speeds": {}, "speed": 1.0})
     simulate = config.simulate.model_copy(update={"network": NetworkConfig(), "compute": compute})
     return config.model_copy(update={"simulate": simulate})
-
-
-def _sources(schedule: Schedule, agent: str) -> set[str]:
-    """Return whom an agent ever hears."""
-    if schedule.period is None or schedule.period > LONG_PERIOD:
-        return set(schedule.peers(agent))
-    return {peer for number in range(1, schedule.period + 1) for peer in schedule.in_neighbours(number, agent)}
 
 
 def _histogram(task: Task, agents: Sequence[str], parts: Sequence[torch.Tensor]) -> dict[str, tuple[int, ...]]:

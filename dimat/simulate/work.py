@@ -17,18 +17,28 @@ from dimat.simulate.compute import Compute
 from dimat.simulate.folder import RunFolder
 from dimat.simulate.pool import WorkerPool, result_of
 from dimat.simulate.scenario import Scenario
+from dimat.snapshot import SnapshotStore
 from dimat.train import round_steps
 
 
 class PoolWork:
-    """The work of a scenario's agents. `warm`: folder of first rounds shared by runs. `cpu_s`: seconds by activity."""
+    """The work of a scenario's agents. `store`: takes their snapshots in; `warm`: folder of first rounds shared by
+    runs. `cpu_s`: seconds by activity."""
 
-    def __init__(self, scenario: Scenario, folder: RunFolder, pool: WorkerPool, warm: Path | None = None) -> None:
+    def __init__(
+        self,
+        scenario: Scenario,
+        folder: RunFolder,
+        pool: WorkerPool,
+        store: SnapshotStore,
+        warm: Path | None = None,
+    ) -> None:
         self.cpu_s: defaultdict[str, float] = defaultdict(float)
         self._scenario = scenario
         self._config = scenario.config
         self._folder = folder
         self._pool = pool
+        self._store = store
         self._slots = {name: i for i, name in enumerate(scenario.agents, pool.take_slots(len(scenario.agents)))}
         self._batches: dict[str, int] = {}
         self._compute = Compute(
@@ -40,7 +50,7 @@ class PoolWork:
                 name,
                 self._config,
                 part,
-                folder.snapshots,
+                folder.recorded(name),
                 warm,
                 folder.checkpoints / name if scenario.faults.crashes else None,
             )
@@ -84,6 +94,7 @@ class PoolWork:
         """Train for a round and record the weights."""
 
         def outcome(report: TrainedReport) -> TrainedReport:
+            self._store.take_in(report.payload, self._setups[agent].store)
             self.cpu_s["train"] += report.train_s
             self.cpu_s["publish"] += report.record_s
             return report

@@ -20,6 +20,7 @@ from dimat.agent.state import MachineState
 from dimat.config import ExperimentConfig
 from dimat.merge import plan_merge
 from dimat.seeds import torch_generator
+from dimat.snapshot import make_folder
 from dimat.symmetry import Observer, SymmetrySpec, derive_symmetry, freeze_failing
 from dimat.task import Task
 from dimat.tasks import load_task
@@ -28,8 +29,9 @@ from dimat.train import TrainerState
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What a worker needs to make an agent. `warm`: folder in which first rounds of training are kept and found;
-    `checkpoints`: folder of the agent's checkpoints, None where it needs none."""
+    """What a worker needs to make an agent. `store`: folder in which it alone records its snapshots; `warm`: folder in
+    which first rounds of training are kept and found; `checkpoints`: folder of the agent's checkpoints, None where it
+    needs none."""
 
     key: str
     agent: str
@@ -85,6 +87,7 @@ def derive_checked(task: Task) -> SymmetrySpec:
 
 def create(setup: Setup) -> Made:
     """Make an agent in this process."""
+    make_folder(setup.store)
     plan = plan_merge(setup.config.merge)
     kit = kit_for(setup.config, symmetry=plan.align.name != "none")
     spec = kit.spec if plan.align.name != "none" else None

@@ -65,9 +65,9 @@ def test_a_script_in_the_order_in_which_it_happens() -> None:
         Join(3, "lab-d"),
         Cut(5, "simulate.faults[1]", (("lab-a", "lab-b"),)),
         Cut(6, "simulate.faults[4]", (("lab-a",), ("lab-c",))),
-        Crash(10, "lab-a"),
+        Crash(10, "lab-a", 7),
         Leave(12, "lab-d"),
-        Restart(17, "lab-a"),
+        Restart(17, "lab-a", Crash(10, "lab-a", 7)),
         Crash(20, "lab-a"),
         Heal(25, "simulate.faults[1]"),
         Slow(30, "lab-c", 2.5),
@@ -81,9 +81,11 @@ def test_a_script_in_the_order_in_which_it_happens() -> None:
 def test_at_the_same_time_what_mends_comes_first() -> None:
     """A restart at the moment of the next crash is no contradiction, nor is one without delay, nor a join at once."""
     made = plan([entry("crash", "lab-a", 10), entry("crash", "lab-a", 5, restart_after_s=5)])
-    assert made.timed == (Crash(5, "lab-a"), Restart(10, "lab-a"), Crash(10, "lab-a"))
+    first = Crash(5, "lab-a", 5)
+    assert made.timed == (first, Restart(10, "lab-a", first), Crash(10, "lab-a"))
     made = plan([entry("crash", "lab-a", 5, restart_after_s=0)] * 2)
-    assert made.timed == (Crash(5, "lab-a"), Restart(5, "lab-a")) * 2
+    first = Crash(5, "lab-a", 0)
+    assert made.timed == (first, Restart(5, "lab-a", first)) * 2
     made = plan([entry("leave", "lab-a", 5), entry("join", "lab-a", 5)])
     assert made.timed == (Join(5, "lab-a"), Leave(5, "lab-a"))
 
@@ -188,12 +190,10 @@ def test_random_crashes_are_a_poisson_process_of_time_up() -> None:
     mean, variance = 600 + 300, 600**2 + 300**2
     sigma = (4 * hours * 3600 * variance / mean**3) ** 0.5
     assert abs(len(crashes) - 4 * hours * 3600 / mean) < 4 * sigma
-    downs = [
-        later.at_s - fault.at_s
-        for i, fault in enumerate(made.timed)
-        if isinstance(fault, Crash)
-        for later in [next(f for f in made.timed[i:] if isinstance(f, Restart) and f.agent == fault.agent)]
-    ]
+    restarts = [fault for fault in made.timed if isinstance(fault, Restart)]
+    downs = [fault.at_s - fault.crash.at_s for fault in restarts]
+    assert downs == pytest.approx([fault.crash.restart_after_s for fault in restarts])
+    assert sorted(fault.crash.at_s for fault in restarts) == [fault.at_s for fault in crashes]
     assert sum(downs) / len(downs) == pytest.approx(300, abs=4 * 300 / len(downs) ** 0.5)
 
 
@@ -226,10 +226,11 @@ SCRIPT = [
 
 @given(st.integers(0, 10_000), st.sampled_from([1, 30, 300]), st.sampled_from([1, 100, 10_000]))
 def test_random_faults_fit_into_the_script(seed: int, rate: float, down: float) -> None:
-    """Law: only who is up crashes, only who is down restarts; the script happens as written; nothing random begins
-    after until_s; times do not fall."""
+    """Law: only who is up crashes, only who is down restarts, from the crash that it is down by; the script
+    happens as written; nothing random begins after until_s; times do not fall."""
     made = plan(SCRIPT, seed=seed, crashes_per_hour=rate, mean_down_s=down, partitions_per_hour=rate, until_s=1200)
     state = {name: "late" if name in made.late else "up" for name in AGENTS}
+    by: dict[str, Crash] = {}
     cut: set[str] = set()
     assert [fault.at_s for fault in made.timed] == sorted(fault.at_s for fault in made.timed)
     for fault in made.timed:
@@ -238,8 +239,10 @@ def test_random_faults_fit_into_the_script(seed: int, rate: float, down: float) 
                 assert state[fault.agent] == "up"
                 assert fault.at_s < 1200
                 state[fault.agent] = "down"
+                by[fault.agent] = fault
             case Restart():
                 assert state[fault.agent] == "down"
+                assert fault.crash is by[fault.agent]
                 state[fault.agent] = "up"
             case Join():
                 assert state[fault.agent] == "late"
@@ -257,8 +260,8 @@ def test_random_faults_fit_into_the_script(seed: int, rate: float, down: float) 
     assert state["lab-b"] == "gone"
     assert not cut
     written = {
-        Crash(300, "lab-a"),
-        Restart(500, "lab-a"),
+        Crash(300, "lab-a", 200),
+        Restart(500, "lab-a", Crash(300, "lab-a", 200)),
         Crash(900, "lab-a"),
         Join(400, "lab-b"),
         Leave(1000, "lab-b"),

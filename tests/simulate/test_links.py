@@ -183,6 +183,36 @@ def test_partitions() -> None:
     assert made.message(1, "a", "b") == 1
 
 
+def test_what_was_sent_by_hand() -> None:
+    """1 MB takes 4 s (2 Mbit/s) after a request of 0.5 s; a byte is there 0.5 s after it was sent. Of an attempt that
+    is lost nothing is there."""
+    sure = links(latency_s=0.5, bandwidth_mbit_s=2).transfer(10, "a", "b", MB)
+    assert [sure.sent(t) for t in (10, 10.5, 11.5, 14.5, 20)] == [0, 0, MB // 4, MB, MB]
+    assert [sure.there(t) for t in (11, 12, 14.5, 15)] == [0, MB // 4, MB * 7 // 8, MB]
+    made = links(loss=0.5, attempts=2, retry_s=3, latency_s=0.5, bandwidth_mbit_s=8)
+    for start in range(0, 5000, 100):
+        done = made.transfer(start, "a", "b", MB)
+        assert done.sent(start + 1) == MB // 2
+        assert done.sent(done.ends_s) == done.bytes_sent
+        assert done.there(start + 1.5) == (MB // 2 if done.attempts == 1 else 0)
+        assert done.there(done.ends_s) == (MB if done.arrives_s is not None else 0)
+    assert links().transfer(3.5, "a", "b", MB).there(3.5) == MB
+
+
+def test_those_behind_an_abandoned_transfer_move_up() -> None:
+    """By hand: 1 MB takes 1 s of an uplink. The first of three is given up halfway: the second, then the third follow
+    from there; what has begun stays, and what is asked for later comes last."""
+    made = links(uplink_mbit_s=8)
+    first, second, third = (made.transfer(0, "a", reader, MB) for reader in "bcd")
+    assert (first.ends_s, second.ends_s, third.ends_s) == (1, 2, 3)
+    made.replan(0.5, "a", [second, third])
+    assert (second.ends_s, third.ends_s) == (1.5, 2.5)
+    made.replan(1.0, "a", [second])
+    assert second.ends_s == 1.5
+    assert made.transfer(1.0, "a", "b", MB).ends_s == 2.5
+    assert made.transfer(1.0, "b", "a", MB).ends_s == 2, "other uplinks are as they were"
+
+
 PAIRS = [(a, b) for a in AGENTS for b in AGENTS if a != b]
 asked = st.lists(
     st.tuples(st.floats(0, 5), st.sampled_from(PAIRS), st.integers(0, 10 * MB)),
@@ -263,3 +293,38 @@ def test_an_uplink_serves_one_at_a_time(requests: list[tuple[float, float, str]]
         busy.append((end - round(seconds * MB) / MB, end))
     busy = sorted(slot for slot in busy if slot[1] > slot[0])
     assert all(end <= start + 1e-9 for (_, end), (start, _) in pairwise(busy))
+
+
+@given(settings_of, asked, st.integers(0, 3), st.floats(0, 60))
+def test_planning_anew_changes_nothing_by_itself(
+    settings: dict[str, Any], requests: list[Any], seed: int, later: float
+) -> None:
+    """Law: nothing having been given up, every transfer comes out as it was, whenever that is looked at."""
+    made = links(seed, **settings)
+    now, asked_for = 0.0, list[Transfer]()
+    for wait, (_, reader), size in requests:
+        now += wait
+        if reader != "a":
+            asked_for.append(made.transfer(now, "a", reader, size))
+    before = [(t.arrives_s, t.failed_s, list(t.legs)) for t in asked_for]
+    now += later
+    made.replan(now, "a", [t for t in asked_for if t.ends_s >= now])
+    assert [(t.arrives_s, t.failed_s, t.legs) for t in asked_for] == before
+
+
+@given(settings_of, asked, st.integers(0, 3), st.data())
+def test_what_is_given_up_before_it_begins_was_never_asked_for(
+    settings: dict[str, Any], requests: list[Any], seed: int, data: st.DataObject
+) -> None:
+    """Law: all being asked for at once and some given up at once, the others fare as without them; and then no link
+    or uplink serves two at a time."""
+    settings = {**settings, "loss": 0}  # whose draws are those of the order of asking
+    wanted = [(reader, size) for _, (_, reader), size in requests if reader != "a"]
+    kept = [data.draw(st.booleans()) for _ in wanted]
+    made, apart = links(seed, **settings), links(seed, **settings)
+    all_of_them = [made.transfer(1.0, "a", reader, size) for reader, size in wanted]
+    rest = [transfer for transfer, keep in zip(all_of_them, kept, strict=True) if keep]
+    made.replan(1.0, "a", rest)
+    assert rest == [
+        apart.transfer(1.0, "a", reader, size) for (reader, size), keep in zip(wanted, kept, strict=True) if keep
+    ]
