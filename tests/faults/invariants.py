@@ -59,6 +59,9 @@ class Watch:
             case m.MapChanged():
                 joining = node.machine is not None and node.machine.phase is Phase.JOINING
                 node.known = event.plan.peers if joining else node.known | event.plan.peers
+                if joining:  # what only agents that are on the map no more have offered does not count
+                    heard = [offer.basis for offer in node.offered.values() if offer.peer in node.known]
+                    node.heard = min(heard, default=None)
 
     def handled(self, node: Node, event: m.Event, actions: list[m.Action], before: Phase, idle: bool) -> None:
         machine = node.machine
