@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from dimat.config import TrainConfig
 from dimat.device import own_streams, resolve_device, seeded_streams
 from dimat.errors import DataError, TrainingError
+from dimat.merge.functional import call_with
 from dimat.optim import build_optimizer, lr_factor
 from dimat.seeds import derive_seed, torch_generator
 from dimat.symmetry import Permutations, SymmetrySpec, permute_optimizer, permute_weights
@@ -254,7 +255,7 @@ class Trainer:
                         if held is None:
                             outputs = self.model(*inputs)
                         else:
-                            outputs = torch.func.functional_call(self.model, held, inputs)
+                            outputs = call_with(self.model, held, inputs)
                         loss = self.task.loss(outputs, targets)
                         values = {name: value.sum() for name, value in self.task.metrics(outputs, targets).items()}
                     for name, value in {"loss": loss * (stop - start), **values}.items():

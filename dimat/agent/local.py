@@ -237,7 +237,8 @@ def load_base(config: ExperimentConfig, task: Task) -> dict[str, Tensor] | None:
     base = config.merge.base
     if base is None:
         return None
-    own = task.build_model(torch_generator(base.seed or 0, "base")).state_dict()
+    # the stream of `train.initialisation = "shared"`: a base of the run's own seed is where its agents start
+    own = task.build_model(torch_generator(base.seed or 0, "init")).state_dict()
     if base.file is None:
         return {name: tensor.clone() for name, tensor in own.items()}
     path = Path(config.folder) / base.file

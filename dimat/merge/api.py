@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dimat.config import MergeConfig, NamedConfig, build
 from dimat.errors import ConfigError, MergeError, nearest
+from dimat.merge.auxiliary import OWN
 from dimat.merge.batches import as_data, first_inputs
 from dimat.merge.context import MergeContext
 from dimat.merge.pipeline import MergePlan, Peer, check_mixing, merge, plan_merge
@@ -73,7 +74,7 @@ def merge_weights(
     model: nn.Module | None = None,
     data: Batches | None = None,
     base: Source | None = None,
-    aux: Mapping[str, Weights] | None = None,
+    aux: Sequence[Source] | None = None,
     spec: SymmetrySpec | None = None,
     points: Points | None = None,
     score: Score | None = None,
@@ -86,6 +87,8 @@ def merge_weights(
     and is left as it is; `data`: batches of its inputs in random order (passes over them stop early, see
     `stable_within` of the methods), for methods that align or re-estimate BatchNorm. The symmetry spec is
     derived from the model unless handed in. `score` serves accept = "no-worse".
+    `aux`: statistics for "fisher" and "regmean", own's first and then the peers' (`fisher.empirical_fisher`,
+    `gram.gram_matrices`). `base`: for methods that merge deltas.
     `options`: `align`, `combine`, `repair`, `accept` replace a stage of the preset (a name, or {"name": …,
     "options": {…}}), `screen` sets the screen's options; any other is an option of the chosen methods, handed to
     every stage whose method has one of that name, e.g. `max_images=500`.
@@ -103,10 +106,12 @@ def merge_weights(
         if model is None or batches is None:
             raise MergeError(f"method {method!r} with align = {plan.align.name!r} needs model= and data=")
         spec = derive_symmetry(model, first_inputs(batches))
-    context = MergeContext(
-        model, spec, batches, score, None if base is None else open_weights(base), aux, generator, points=points
-    )
+    if aux is not None and len(aux) != len(mixing):
+        raise MergeError(f"{len(peers)} peers need {len(mixing)} sets of statistics, own first; got {len(aux)}")
     named = [Peer(_name(i, peer), open_weights(peer), w) for i, (peer, w) in enumerate(zip(peers, mixing[1:]))]
+    statistics = None if aux is None else dict(zip([OWN, *(p.name for p in named)], map(open_weights, aux)))
+    start = None if base is None else open_weights(base)
+    context = MergeContext(model, spec, batches, score, start, statistics, generator, points=points)
     return merge(open_weights(own), mixing[0], named, plan, context, refuse=False).weights
 
 

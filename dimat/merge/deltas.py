@@ -5,7 +5,9 @@ A task vector (delta) is τ_k = θ_k − θ_base. Own's counts among them, first
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -15,6 +17,11 @@ from dimat.merge.stages import Weights
 
 MergeTensor = Callable[[str, Tensor, list[Tensor]], Tensor]
 """(name, own, peers) → merged, all of one shape and in the accumulating type."""
+
+Receiver = Callable[[str, Tensor], None]
+"""Takes a merged tensor as soon as it is there."""
+
+_receiver: ContextVar[Receiver | None] = ContextVar("receiver", default=None)
 
 
 def accumulator(tensor: Tensor) -> torch.dtype:
@@ -26,19 +33,33 @@ def accumulator(tensor: Tensor) -> torch.dtype:
     return torch.float32
 
 
+@contextmanager
+def handing_on(receive: Receiver) -> Generator[None]:
+    """Inside, `combine_tensors` hands each merged tensor to `receive` and keeps none, so that a merge of files needs
+    memory for single tensors only. What a combine method still returns is what it made without `combine_tensors`."""
+    token = _receiver.set(receive)
+    try:
+        yield
+    finally:
+        _receiver.reset(token)
+
+
 def combine_tensors(own: Weights, peers: Sequence[Weights], merge: MergeTensor) -> dict[str, Tensor]:
     """Return own's tensors merged with the peers' one after the other, in own's types and on own's devices.
 
-    Only one tensor of each peer is in memory at a time. Integer and boolean tensors are own's.
+    Only one tensor of each peer is in memory at a time. Integer and boolean tensors are own's. It is the last thing
+    that a method does, as its result may be handed on (see `handing_on`) instead of returned.
     """
     merged: dict[str, Tensor] = {}
+    receive = _receiver.get() or merged.__setitem__
     for name, tensor in own.items():
         if not (tensor.is_floating_point() or tensor.is_complex()):
-            merged[name] = tensor.detach().clone()
+            receive(name, tensor.detach().clone())
             continue
         start = tensor.detach().to(accumulator(tensor))
         others = [peer[name].detach().to(device=start.device, dtype=start.dtype) for peer in peers]
-        merged[name] = merge(name, start, others).to(tensor.dtype)
+        receive(name, merge(name, start, others).to(tensor.dtype))
+        del start, others  # before the next ones are read
     return merged
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dimat.config import MergeConfig, NamedConfig
 from dimat.errors import ConfigError, DimatError, MergeError, unknown_name
+from dimat.merge.auxiliary import check_statistics, in_order
 from dimat.merge.clock import Clock
 from dimat.merge.context import MergeContext
 from dimat.merge.matching import moved_share
@@ -45,8 +46,8 @@ class MergePlan:
     screen: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
-def _preset(align: str, repair: str, align_to: str = "shared") -> MergePlan:
-    names = [NamedConfig(name=name) for name in (align, "average", repair, "always")]
+def _preset(align: str, repair: str, align_to: str = "shared", combine: str = "average") -> MergePlan:
+    names = [NamedConfig(name=name) for name in (align, combine, repair, "always")]
     return MergePlan(*names, align_to=align_to)
 
 
@@ -56,11 +57,13 @@ PRESETS: Mapping[str, MergePlan] = {
     "average": _preset("none", "none"),
     "dpsgd": _preset("none", "none"),  # what makes it more than "average" is in dimat.config.presets
     "sgp": _preset("none", "none"),
+    "opcm": _preset("none", "none", combine="opcm"),
     "dimat": _preset("activations", "batchnorm"),
     "dimat-paper": _preset("activations", "batchnorm", align_to="self"),
 }
 """Method name → plan. `average` is the paper's baseline WA, whole state dicts; `dimat` aligns once into a shared
-basis (basis gossip); `dimat-paper` aligns peers to self at every merge, as published; `dpsgd` (Lian et al. 2017,
+basis (basis gossip); `dimat-paper` aligns peers to self at every merge, as published; `opcm` (Tang et al. 2025,
+arXiv 2501.09522) folds deltas from a common base; `dpsgd` (Lian et al. 2017,
 arXiv 1705.09056) averages after every optimizer step, `sgp` (Assran et al. 2019, arXiv 1811.10792) with push-sum."""
 
 
@@ -143,6 +146,7 @@ def merge(
     for peer in peers:
         try:
             screen(own, peer.weights, peer.name, own_norm, **plan.screen)
+            check_statistics(peer.name, (context.aux or {}).get(peer.name, {}), own)
         except DimatError as error:
             if not refuse:
                 raise
@@ -161,13 +165,14 @@ def merge(
     permutations = dict(zip((peer.name for peer in foreign), aligned.permutations))
     views = [_view(peer.weights, permutations.get(peer.name), context) for peer in merging]
     clock.lap("align")
+    aux = in_order(context.aux, [peer.name for peer in merging], permutations, context.spec)
     combined = combine_registry.call(
         plan.combine.name,
         plan.combine.options,
         own,
         views,
         [own_weight, *(peer.weight for peer in merging)],
-        **context.offered(),
+        **(context.offered() | {"aux": aux, "names": [peer.name for peer in merging]}),
     )
     clock.lap("combine")
     repaired = repair_registry.call(plan.repair.name, plan.repair.options, combined, **context.offered())

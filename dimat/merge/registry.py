@@ -12,7 +12,7 @@ from dimat.merge.stages import Accepted, Aligned, Repaired
 from dimat.registry import Registry
 
 CONTEXT = frozenset(
-    {"base", "aux", "generator", "state", "model", "spec", "data", "score", "points", "observer", "repair"}
+    {"base", "aux", "names", "generator", "state", "model", "spec", "data", "score", "points", "observer", "repair"}
 )
 """Keyword arguments that the pipeline fills; they can never be options."""
 

@@ -14,10 +14,10 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from dimat.errors import MergeError
 from dimat.merge.batches import count, device_of, join_single, on_device, take
+from dimat.merge.functional import call_with
 from dimat.merge.registry import repair_registry
 from dimat.merge.stages import Data, Inputs, Repaired, Weights
 from dimat.merge.stopping import GeometricChecks
@@ -179,7 +179,7 @@ def _with_fresh_buffers(weights: Weights, model: nn.Module, device: torch.device
 
 def _forward(model: nn.Module, tensors: dict[str, Tensor], inputs: Inputs) -> None:
     try:
-        functional_call(model, tensors, inputs)
+        call_with(model, tensors, inputs)
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise

@@ -1,0 +1,101 @@
+"""DARE: drop most of a delta at random and rescale the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dimat.merge.deltas import needs_base
+from dimat.merge.fusion import (
+    SMALLEST_SHARE,
+    Coefficients,
+    Density,
+    Number,
+    cast_of,
+    copy_of,
+    elect,
+    merge_deltas,
+    weighted_sum,
+)
+from dimat.merge.registry import combine_registry
+from dimat.merge.sparsify import drop, root_of
+from dimat.merge.stages import Weights
+
+
+@combine_registry.register("dare-linear")
+def dare_linear(
+    own: Weights,
+    peers: Sequence[Weights],
+    mixing: Sequence[float],
+    *,
+    base: Weights | None = None,
+    generator: torch.Generator | None = None,
+    density: Density = 0.5,
+    rescale: bool = True,
+    scaling: Number = 1.0,
+    normalize: bool = False,
+    weights: Coefficients | None = None,
+) -> dict[str, Tensor]:
+    """Return θ = θ_base + scaling · Σ_k w_k m_k τ_k / density, where each element of m_k is 1 with probability density.
+
+    The expectation is task arithmetic's. One seed is drawn from `generator` for a merge; the masks follow from it,
+    the tensor's name and the delta's content, so equal generators give equal bits, the order of peers does not
+    matter, and equal deltas are masked alike. `rescale` = False leaves out the division by density.
+
+    `mixing`: own first, sum 1, as in task-arithmetic; equal models merge to themselves at density 1.
+    `normalize`: divide by the sum of the coefficients; `weights`: coefficients instead of the mixing weights.
+    Raises MergeError as task-arithmetic does, and without a generator.
+
+    Paper: Yu et al., "Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free Lunch",
+    ICML 2024, arXiv 2311.03099.
+    """
+    base = needs_base(base, "dare-linear")
+    cast = cast_of(own, peers, mixing, weights)
+    if cast is None:
+        return copy_of(own)
+    total = sum(cast.coefficients)
+    if normalize and abs(total) >= SMALLEST_SHARE:
+        scaling /= total
+    root = root_of(generator, "dare-linear")
+
+    def merge(name: str, deltas: list[Tensor]) -> Tensor:
+        return weighted_sum([drop(delta, density, root, name) for delta in deltas], cast.coefficients)
+
+    return merge_deltas(cast, base, merge, scaling / density if rescale else scaling)
+
+
+@combine_registry.register("dare-ties")
+def dare_ties(
+    own: Weights,
+    peers: Sequence[Weights],
+    mixing: Sequence[float],
+    *,
+    base: Weights | None = None,
+    generator: torch.Generator | None = None,
+    density: Density = 0.5,
+    rescale: bool = True,
+    scaling: Number = 1.0,
+    normalize: bool = False,
+    weights: Coefficients | None = None,
+) -> dict[str, Tensor]:
+    """Return θ = θ_base + scaling · Σ_k w_k m_k τ_k / density over those k whose sign is elected as in TIES.
+
+    Masks, options and errors are dare-linear's. `normalize` = True divides at each element by the weights of the
+    models that are added (TIES' mean), which together with `rescale` goes further than the deltas do.
+
+    Paper: Yu et al., "Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free Lunch",
+    ICML 2024, arXiv 2311.03099.
+    """
+    base = needs_base(base, "dare-ties")
+    cast = cast_of(own, peers, mixing, weights)
+    if cast is None:
+        return copy_of(own)
+    root = root_of(generator, "dare-ties")
+
+    def merge(name: str, deltas: list[Tensor]) -> Tensor:
+        dropped = [drop(delta, density, root, name) for delta in deltas]
+        return elect(dropped, cast.coefficients, "mean" if normalize else "sum")
+
+    return merge_deltas(cast, base, merge, scaling / density if rescale else scaling)

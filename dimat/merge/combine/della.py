@@ -1,0 +1,84 @@
+"""DELLA: drop at random, small changes more often than large ones, then elect signs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from dimat.errors import ConfigError
+from dimat.merge.deltas import needs_base
+from dimat.merge.fusion import Coefficients, Density, Number, cast_of, copy_of, elect, merge_deltas, weighted_sum
+from dimat.merge.registry import combine_registry
+from dimat.merge.sparsify import drop, root_of
+from dimat.merge.stages import Weights
+
+
+def keep_probability(delta: Tensor, density: float, epsilon: float) -> Tensor:
+    """Return each element's probability to stay: density − ε/2 for the smallest magnitude of a row, density + ε/2
+    for the largest, in equal steps between. A vector is one row; a row of one element has density."""
+    rows = (delta.flatten(1) if delta.ndim > 1 else delta.reshape(1, -1)).abs()
+    columns = rows.shape[1]
+    if columns == 1:
+        return torch.full_like(delta, density)
+    rank = torch.empty_like(rows)
+    steps = torch.arange(columns, dtype=rows.dtype, device=rows.device).expand_as(rows)
+    rank.scatter_(1, rows.argsort(dim=1, stable=True), steps)
+    return rank.mul_(epsilon / (columns - 1)).add_(density - epsilon / 2).reshape(delta.shape)
+
+
+@combine_registry.register("della")
+def della(
+    own: Weights,
+    peers: Sequence[Weights],
+    mixing: Sequence[float],
+    *,
+    base: Weights | None = None,
+    generator: torch.Generator | None = None,
+    density: Density = 0.5,
+    epsilon: Annotated[float, Field(ge=0, lt=1)] = 0.1,
+    rescale: bool = True,
+    merge_func: Literal["mean", "sum", "linear"] = "mean",
+    scaling: Number = 1.0,
+    weights: Coefficients | None = None,
+) -> dict[str, Tensor]:
+    """Return θ = θ_base + scaling · M(m_k τ_k / q_k), where each element stays with probability q_k.
+
+    MagPrune: within each row (output unit; a vector is one row) elements are ranked by magnitude, and q goes in
+    equal steps from density − epsilon/2 for the smallest to density + epsilon/2 for the largest (mergekit's window
+    is twice as wide: its epsilon e is `epsilon` = 2e here). What stays is divided by q where `rescale`. Then signs are
+    elected as in TIES and merged over those that agree: `merge_func` = "mean" (the paper's), "sum" (mergekit's
+    `normalize` = false), or "linear": all signs, Σ_k w_k. Draws are as in dare-linear: equal generators give equal
+    bits, and the order of peers does not matter.
+
+    `mixing`: own first, sum 1; equal models merge to themselves at density 1 and epsilon 0. `weights`: coefficients
+    instead of the mixing weights. Raises MergeError as dare-linear does, ConfigError where q would leave (0, 1].
+
+    Paper: Deep et al., "DELLA-Merging: Reducing Interference in Model Merging through Magnitude-Based Sampling",
+    2024, arXiv 2406.11617.
+    """
+    if not (density - epsilon / 2 > 0 and density + epsilon / 2 <= 1 + 1e-9):
+        raise ConfigError(
+            f"combine method 'della': density {density:g} and epsilon {epsilon:g} make probabilities from "
+            f"{density - epsilon / 2:g} to {density + epsilon / 2:g}; choose epsilon so that they lie in (0, 1]"
+        )
+    base = needs_base(base, "della")
+    cast = cast_of(own, peers, mixing, weights)
+    if cast is None:
+        return copy_of(own)
+    root = root_of(generator, "della")
+
+    def merge(name: str, deltas: list[Tensor]) -> Tensor:
+        pruned: list[Tensor] = []
+        for delta in deltas:
+            keep = keep_probability(delta, density, epsilon)
+            kept = drop(delta, keep, root, name)
+            pruned.append(kept.div_(keep) if rescale else kept)
+        if merge_func == "linear":
+            return weighted_sum(pruned, cast.coefficients)
+        return elect(pruned, cast.coefficients, merge_func)
+
+    return merge_deltas(cast, base, merge, scaling)

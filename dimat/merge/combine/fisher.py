@@ -1,0 +1,78 @@
+"""Fisher-weighted average: each coordinate counts by how much its model depends on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from dimat.merge.auxiliary import FISHER, needs_aux, statistic
+from dimat.merge.deltas import combine_tensors
+from dimat.merge.registry import combine_registry
+from dimat.merge.stages import Weights
+
+
+@combine_registry.register("fisher")
+def fisher(
+    own: Weights,
+    peers: Sequence[Weights],
+    weights: Sequence[float],
+    *,
+    aux: Sequence[Weights] | None,
+    normalise: bool = True,
+    minimal: Annotated[float, Field(ge=0)] = 1e-6,
+) -> dict[str, Tensor]:
+    """Return θ[i] = Σ_k c_k (F_k[i] + m) θ_k[i] / Σ_k c_k (F_k[i] + m), m = `minimal`.
+
+    F_k, `fisher.<tensor>` of `aux` (own first), is the diagonal of model k's Fisher information, of the tensor's
+    shape; `dimat.merge.fisher.empirical_fisher` computes it. c_k = w_k, or with `normalise` w_k/‖F_k‖, norms over
+    the whole model and c scaled to sum to 1, so that a model with larger gradients does not outweigh the rest;
+    one whose F is zero everywhere gets the others' mean factor. `minimal` decides where no model has information:
+    there the result is Σ_k c_k θ_k. (Some implementations add it after normalising: the same but where F ≲ m.)
+    Tensors without a diagonal (running statistics) are averaged; integer and boolean ones are own's.
+    `weights` (own first, sum 1): prior weight of a model, before its information. Breakdown point: 0, and a peer
+    also chooses its own F: between labs that do not trust each other take a robust method.
+    Two passes over the diagonals, one over the weights. Raises MergeError where own or a peer has no diagonals.
+
+    Paper: Matena, Raffel, "Merging Models with Fisher-Weighted Averaging", NeurIPS 2022, arXiv 2111.09832.
+    """
+    if not any(weights[1:]):
+        return combine_tensors(own, [], lambda name, start, others: start)
+    statistics = needs_aux(aux, FISHER, "fisher", "dimat.merge.fisher.empirical_fisher")
+    taking = [k for k, weight in enumerate(weights) if weight]
+    scales = _scales(statistics, weights, taking) if normalise else [*weights]
+
+    def merge(name: str, start: Tensor, others: list[Tensor]) -> Tensor:
+        found = statistic(statistics, FISHER + name, start)
+        models = [start, *others]
+        if found is None:
+            factors = [torch.as_tensor(weight, dtype=start.dtype, device=start.device) for weight in weights]
+        else:
+            factors = [scale * (f + minimal) for scale, f in zip(scales, found)]
+        anchor = models[taking[0]]
+        total, moved = factors[taking[0]].clone(), torch.zeros_like(anchor)
+        for k in taking[1:]:
+            total = total + factors[k]
+            moved += factors[k] * (models[k] - anchor)
+        return anchor + torch.where(total > 0, moved / total.clamp_min(torch.finfo(total.dtype).tiny), 0.0)
+
+    return combine_tensors(own, peers, merge)
+
+
+def _scales(statistics: Sequence[Weights], weights: Sequence[float], taking: Sequence[int]) -> list[float]:
+    """Return w_k/‖F_k‖, scaled to sum to 1: one for each model."""
+    norms = [_norm(diagonals) for diagonals in statistics]
+    known = [norms[k] for k in taking if norms[k] > 0]
+    fill = sum(known) / len(known) if known else 1.0
+    raw = [weight / (norm or fill) for weight, norm in zip(weights, norms)]
+    return [scale / sum(raw) for scale in raw]
+
+
+def _norm(diagonals: Weights) -> float:
+    names = [name for name in diagonals if name.startswith(FISHER)]
+    return (
+        sum(float(torch.linalg.vector_norm(diagonals[name].cpu(), dtype=torch.float64)) ** 2 for name in names) ** 0.5
+    )

@@ -1,0 +1,39 @@
+"""MagMax: of each parameter, the change of largest magnitude."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from dimat.merge.deltas import needs_base
+from dimat.merge.fusion import Coefficients, Number, cast_of, copy_of, loudest, merge_deltas
+from dimat.merge.registry import combine_registry
+from dimat.merge.stages import Weights
+
+
+@combine_registry.register("magmax")
+def magmax(
+    own: Weights,
+    peers: Sequence[Weights],
+    mixing: Sequence[float],
+    *,
+    base: Weights | None = None,
+    scaling: Number = 1.0,
+    weights: Coefficients | None = None,
+) -> dict[str, Tensor]:
+    """Return θ = θ_base + scaling · τ_{k*}, element by element, with k* = argmax_k w_k |τ_k|.
+
+    `mixing`: own first, sum 1; a weight says how loud a model is, not how far the result goes: equal weights give
+    the published rule, weight 0 is never heard. Equal scores take the larger value, so the order of peers does not
+    matter. `weights`: coefficients instead of the mixing weights; only their ratios count.
+    Raises MergeError as task-arithmetic does.
+
+    Paper: Marczak et al., "MagMax: Leveraging Model Merging for Seamless Continual Learning", ECCV 2024,
+    arXiv 2407.06322.
+    """
+    base = needs_base(base, "magmax")
+    cast = cast_of(own, peers, mixing, weights)
+    if cast is None:
+        return copy_of(own)
+    return merge_deltas(cast, base, lambda _, deltas: loudest(deltas, cast.coefficients), scaling)

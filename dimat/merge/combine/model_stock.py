@@ -1,0 +1,73 @@
+"""Model stock: how far to go from the base to the average, read off the angle between the models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dimat.merge.deltas import needs_base
+from dimat.merge.fusion import Coefficients, cast_of, copy_of, merge_deltas, weighted_sum
+from dimat.merge.registry import combine_registry
+from dimat.merge.stages import Weights
+
+
+def ratio(cosine: Tensor, squares: float, clamp: bool) -> Tensor:
+    """Return t = c / (S + (1 − S) c) for the mean cosine c and the sum S of squared weights; 0 where it has no
+    finite value. `clamp` keeps it in [0, 1]."""
+    below = squares + (1 - squares) * cosine
+    t = torch.where(below.abs() > 1e-9, cosine / torch.where(below.abs() > 1e-9, below, 1.0), 0.0)
+    return torch.where((cosine > 0), t.clamp(0, 1), 0.0) if clamp else t
+
+
+@combine_registry.register("model-stock")
+def model_stock(
+    own: Weights,
+    peers: Sequence[Weights],
+    mixing: Sequence[float],
+    *,
+    base: Weights | None = None,
+    filter_wise: bool = False,
+    clamp: bool = True,
+    weights: Coefficients | None = None,
+) -> dict[str, Tensor]:
+    """Return θ = θ_base + t · Σ_k w_k τ_k with t = N cos Ω / (1 + (N − 1) cos Ω), tensor by tensor.
+
+    cos Ω is the mean cosine between the deltas of pairs of models, weighted with w_i w_j, and N = 1/Σ_k w_k² the number
+    of models that weights count for; with equal weights both are the published ones. Orthogonal deltas (noise around a
+    common centre) give t = 0, equal ones t = 1, so that equal models merge to themselves. `filter_wise`: one Ω and t
+    for each index of the first axis. `clamp` keeps t in [0, 1]; published and in mergekit it is not kept there, and
+    deltas that oppose each other (certain for tensors of one element and unequal signs) then give a step away from
+    the average, or, at the pole cos Ω = −1/(N − 1), none.
+
+    `mixing`: own first, sum 1; `weights`: coefficients instead of the mixing weights, only their ratios count. With one
+    model t is 1. Raises MergeError as task-arithmetic does.
+
+    Paper: Jang et al., "Model Stock: All we need is just a few fine-tuned models", ECCV 2024, arXiv 2403.19522.
+    """
+    base = needs_base(base, "model-stock")
+    cast = cast_of(own, peers, mixing, weights)
+    if cast is None:
+        return copy_of(own)
+    count = len(cast.coefficients)
+    shares = [r / count for r in cast.relative]
+    squares = sum(w * w for w in shares)
+
+    def merge(_: str, deltas: list[Tensor]) -> Tensor:
+        mean = weighted_sum(deltas, shares)
+        if count == 1:
+            return mean
+        rows = [delta.flatten(1) if filter_wise and delta.ndim > 1 else delta.reshape(1, -1) for delta in deltas]
+        norms = [row.square().sum(1).sqrt() for row in rows]
+        total, pairs = torch.zeros_like(norms[0]), 0.0
+        for j in range(count):
+            for i in range(j):
+                product = norms[i] * norms[j]
+                cosine = (rows[i] * rows[j]).sum(1) / torch.where(product > 0, product, 1.0)
+                total += shares[i] * shares[j] * cosine
+                pairs += shares[i] * shares[j]
+        t = ratio(total / pairs, squares, clamp)
+        return mean * (t.reshape(-1, *[1] * (mean.ndim - 1)) if len(t) > 1 else t.reshape(()))
+
+    return merge_deltas(cast, base, merge)

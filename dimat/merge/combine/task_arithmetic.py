@@ -1,0 +1,43 @@
+"""Task arithmetic: deltas from a base, added up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from dimat.merge.deltas import needs_base
+from dimat.merge.fusion import SMALLEST_SHARE, Coefficients, Number, cast_of, copy_of, merge_deltas, weighted_sum
+from dimat.merge.registry import combine_registry
+from dimat.merge.stages import Weights
+
+
+@combine_registry.register("task-arithmetic")
+def task_arithmetic(
+    own: Weights,
+    peers: Sequence[Weights],
+    mixing: Sequence[float],
+    *,
+    base: Weights | None = None,
+    scaling: Number = 1.0,
+    normalize: bool = False,
+    weights: Coefficients | None = None,
+) -> dict[str, Tensor]:
+    """Return θ = θ_base + scaling · Σ_k w_k τ_k with τ_k = θ_k − θ_base.
+
+    `mixing`: own first, sum 1; with `scaling` 1 the result is the weighted average. The paper's λ Σ_k τ_k over n
+    models is `scaling` = λ·n with equal weights.
+    Options: `weights`: coefficients instead of the mixing weights, any sum and sign (a negative one takes a task
+    away); `normalize`: divide by their sum. Shapes: any; element by element, one tensor of each model at a time.
+    Raises MergeError without a base, where its tensors do not fit, or where `weights` is not one number per model.
+
+    Paper: Ilharco et al., "Editing Models with Task Arithmetic", ICLR 2023, arXiv 2212.04089.
+    """
+    base = needs_base(base, "task-arithmetic")
+    cast = cast_of(own, peers, mixing, weights)
+    if cast is None:
+        return copy_of(own)
+    total = sum(cast.coefficients)
+    if normalize and abs(total) >= SMALLEST_SHARE:
+        scaling /= total
+    return merge_deltas(cast, base, lambda _, deltas: weighted_sum(deltas, cast.coefficients), scaling)

@@ -1,0 +1,65 @@
+"""TIES: trim, elect signs, merge what agrees."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from torch import Tensor
+
+from dimat.merge.deltas import needs_base
+from dimat.merge.fusion import Coefficients, Density, Number, cast_of, copy_of, elect, merge_deltas, read_deltas
+from dimat.merge.registry import combine_registry
+from dimat.merge.sparsify import keep_largest, magnitudes, order_statistics
+from dimat.merge.stages import Weights
+
+
+@combine_registry.register("ties")
+def ties(
+    own: Weights,
+    peers: Sequence[Weights],
+    mixing: Sequence[float],
+    *,
+    base: Weights | None = None,
+    density: Density = 0.2,
+    trim: Literal["tensor", "vector"] = "tensor",
+    merge_func: Literal["mean", "sum", "max"] = "mean",
+    scaling: Number = 1.0,
+    weights: Coefficients | None = None,
+) -> dict[str, Tensor]:
+    """Return θ = θ_base + scaling · M(τ̂), where each τ̂_k keeps its largest magnitudes and M merges agreeing signs.
+
+    Trim: τ̂_k = τ_k where |τ_k| reaches a threshold, else 0. `trim` = "tensor": in each tensor of n elements the
+    ⌊density·n⌋ largest stay, at least one (as mergekit has it); "vector": over the whole model of d elements,
+    |τ| ≥ the (d − ⌊density·d⌋)-th smallest stays (as the authors' program has it; it includes the threshold
+    itself). Equal magnitudes at a threshold all stay. All floating-point tensors count, running statistics too.
+    Elect: γ = sign(Σ_k w_k τ̂_k), a tie is +. Merge, over the k whose τ̂_k has the sign γ, `merge_func`:
+    "mean": Σ w_k τ̂_k / Σ w_k, "sum": Σ w_k τ̂_k, "max": the τ̂_k of the largest w_k |τ̂_k|.
+
+    `mixing`: own first, sum 1; with equal weights these are the published formulas, except that the published
+    sum over n models is `scaling` = n. mergekit's `normalize` is "mean" where true, "sum" where false. Equal models
+    merge to themselves at density 1; below, small deltas fall back to the base. `weights`: coefficients instead of
+    the mixing weights. "vector" reads the models three times. Raises MergeError as task-arithmetic does.
+
+    Paper: Yadav et al., "TIES-Merging: Resolving Interference When Merging Models", NeurIPS 2023, arXiv 2306.01708.
+    """
+    base = needs_base(base, "ties")
+    cast = cast_of(own, peers, mixing, weights)
+    if cast is None:
+        return copy_of(own)
+    thresholds: list[float] = []
+    if trim == "vector" and density < 1:
+        found = order_statistics(
+            lambda: ([magnitudes(delta) for delta in deltas] for _, deltas in read_deltas(cast, base)),
+            lambda d: [max(0, d - int(density * d) - 1)],
+        )
+        thresholds = [values[0] for values in found]
+
+    def merge(_: str, deltas: list[Tensor]) -> Tensor:
+        if thresholds:
+            trimmed = [delta.masked_fill(magnitudes(delta) < t, 0.0) for delta, t in zip(deltas, thresholds)]
+        else:
+            trimmed = [keep_largest(delta, density if trim == "tensor" else 1.0) for delta in deltas]
+        return elect(trimmed, cast.coefficients, merge_func)
+
+    return merge_deltas(cast, base, merge, scaling)

@@ -1,0 +1,66 @@
+"""Gram matrices of linear layers' inputs, for RegMean."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dimat.errors import MergeError
+from dimat.merge.auxiliary import GRAM
+from dimat.merge.batches import device_of, on_device, take
+from dimat.merge.functional import aliases, call_with
+from dimat.merge.stages import Data, Weights
+
+
+def gram_matrices(
+    model: nn.Module, data: Data, weights: Weights | None = None, *, max_examples: int | None = None
+) -> dict[str, Tensor]:
+    """Return G = (1/N) Σ_n x_n x_nᵀ over the inputs of each linear layer: {"gram.<weight>": (in, in)}, float32.
+
+    `data`: batches of the model's arguments. N counts rows: every position of every example. Sums are in
+    float64. `weights`: at which to run, the model's own if None. The model runs in evaluation mode and is left as
+    it was. A layer that never runs as a module of its own (the projections of torch's attention) has none. A
+    layer that runs several times gathers all its inputs, under every name it has.
+    Raises MergeError where there are no data or the inputs of a layer are not finite.
+
+    Paper: Jin et al., ICLR 2023, arXiv 2212.09849.
+    """
+    device = device_of(model)
+    sums: dict[str, Tensor] = {}
+    rows: dict[str, int] = {}
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Linear):
+            names.setdefault(module, []).append(f"{GRAM}{name}.weight" if name else f"{GRAM}weight")
+
+    def read(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        x: Tensor = inputs[0].detach().flatten(0, -2)
+        x = x.cpu().double() if x.device.type == "mps" else x.double()
+        key = names[module][0]
+        product = (x.mT @ x).cpu()
+        sums[key] = sums[key] + product if key in sums else product
+        rows[key] = rows.get(key, 0) + x.shape[0]
+
+    given = dict(model.state_dict() if weights is None else weights)
+    firsts = set(aliases(model).values())
+    tensors = {name: given[name].detach().to(device, copy=True) for name in firsts if name in given}
+    modes = [(module, module.training) for module in model.modules()]
+    handles = [module.register_forward_pre_hook(read) for module in names]
+    try:
+        model.eval()
+        with torch.no_grad():
+            for inputs in take(data, max_examples):
+                call_with(model, tensors, on_device(inputs, device))
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes:
+            module.training = training
+    if names and not sums:
+        raise MergeError("there are no data to take Gram matrices on: hand in at least one batch of model inputs")
+    for key, total in sums.items():
+        if not total.isfinite().all():
+            raise MergeError(f"the inputs of {key.removeprefix(GRAM)!r} are not finite: are the weights and data?")
+    return {key: (sums[keys[0]] / rows[keys[0]]).float() for keys in names.values() if keys[0] in sums for key in keys}
