@@ -11,8 +11,8 @@ from torch import Tensor
 from dimat.errors import ConfigError
 
 
-def resolve_device(name: str) -> torch.device:
-    """Return the device that `train.device` names; "auto" is cuda where there is one, else cpu.
+def resolve_device(name: str, key: str = "train.device") -> torch.device:
+    """Return the device that the setting `key` names; "auto" is cuda where there is one, else cpu.
 
     Raises ConfigError where it cannot be used.
     """
@@ -22,7 +22,7 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"train.device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{key} {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
     return device
 
 

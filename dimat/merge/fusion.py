@@ -40,8 +40,9 @@ MergeDeltas = Callable[[str, list[Tensor]], Tensor]
 SMALLEST_SHARE = 1e-8
 """Sums of coefficients below this divide nothing."""
 
-CHUNK = 1 << 16
-"""Elements that are worked on at a time on the CPU."""
+CHUNK = 1 << 15
+"""Elements that are worked on at a time on the CPU: the most that torch leaves to one thread. Short operations on
+several threads wait for each other far longer than they work wherever a processor is busy with something else."""
 
 
 @dataclass(frozen=True)

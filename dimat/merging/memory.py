@@ -1,0 +1,45 @@
+"""How much memory a merge of files needs, told before it begins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil
+
+from dimat.merging.header import TensorInfo
+
+HOLD_ALL = frozenset({"opcm"})
+"""Methods that do not hand on tensor by tensor: they hold the merged delta and the result of the whole model. All
+others, those included that first read the whole model for a norm or a threshold, hold one tensor of each model."""
+
+PROCESS = 300_000_000
+"""Bytes of Python, torch and its libraries."""
+
+WORK = 3
+"""Tensors that a method holds besides its inputs, in the type in which it sums."""
+
+
+def holds_all(method: str) -> bool:
+    """Tell whether a method needs memory for the whole model."""
+    return method in HOLD_ALL
+
+
+def peak_memory(method: str, tensors: Sequence[TensorInfo], models: int, base: bool) -> int:
+    """Return about how many bytes a merge needs besides mapped files: the largest tensor in the type in which it is
+    summed, once for each model (twice where deltas are taken, and once for the base), and for the work."""
+    largest = max((info.elements * _sum_width(info) for info in tensors), default=0)
+    held = largest * ((2 * models + 1 if base else models) + WORK)
+    whole = sum(info.elements * 4 + info.bytes for info in tensors) if holds_all(method) else 0
+    return PROCESS + held + whole
+
+
+def shown(count: int) -> str:
+    """Return a number of bytes as one reads it: 1.5 GB."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{ceil(count / size * 10) / 10:,} {unit}"
+    return f"{count} bytes"
+
+
+def _sum_width(info: TensorInfo) -> int:
+    """Return the bytes per element in which tensors like this are summed."""
+    return max(8 if info.dtype.itemsize >= 4 else 4, info.dtype.itemsize)

@@ -1,0 +1,277 @@
+"""Merging model files by a recipe: everything is checked first, then tensors are merged and written one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dimat.config.tree import Options
+from dimat.device import resolve_device
+from dimat.errors import ConfigError
+from dimat.merge.auxiliary import check_statistics
+from dimat.merge.deltas import handing_on
+from dimat.merge.registry import CONTEXT, combine_registry
+from dimat.merge.stages import Weights
+from dimat.merge.weights import open_weights
+from dimat.merging.card import config_of, model_card, provenance
+from dimat.merging.files import ModelFiles, check_alike, open_model
+from dimat.merging.header import TensorInfo
+from dimat.merging.memory import peak_memory
+from dimat.merging.recipe import DTYPES, Recipe
+from dimat.merging.write import Output, check_output, is_file_name, lay_out, weights_name
+from dimat.registry import keywords
+
+Progress = Callable[[int, int], None]
+"""Told after each tensor: (bytes merged, bytes in all)."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tensors that are merged alike."""
+
+    names: tuple[str, ...]
+    method: str
+    options: Options
+    mixing: list[float]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A merge that is checked and ready to run. `infos`: what is written; `layout`: its files and their tensors."""
+
+    recipe: Recipe
+    models: tuple[ModelFiles, ...]
+    base: ModelFiles | None
+    statistics: tuple[Weights, ...] | None
+    parts: tuple[Part, ...]
+    infos: dict[str, TensorInfo]
+    layout: dict[str, list[str]]
+    out: Path
+    device: torch.device
+
+    @property
+    def bytes(self) -> int:
+        return sum(info.bytes for info in self.infos.values())
+
+    @property
+    def adapter(self) -> bool:
+        return self.models[0].adapter
+
+    def peak_memory(self) -> int:
+        """Return about how many bytes of memory the merge needs; mapped files are not counted."""
+        models = len(self.models)
+        return max(
+            peak_memory(part.method, [self._merged_as(name) for name in part.names], models, self.base is not None)
+            for part in self.parts
+        )
+
+    def plan(self) -> dict[str, Any]:
+        """Return what the merge would do, as plain values."""
+        return {
+            "method": self.recipe.method,
+            "options": self.recipe.options,
+            "models": [
+                {"path": str(model.path), "weight": weight} for model, weight in zip(self.models, self.recipe.mixing)
+            ],
+            "base": None if self.base is None else str(self.base.path),
+            "rules": [
+                {"method": part.method, "options": part.options, "weights": part.mixing, "tensors": len(part.names)}
+                for part in self.parts
+            ],
+            "out": str(self.out),
+            "files": [*self.layout],
+            "tensors": len(self.infos),
+            "bytes": self.bytes,
+            "peak_memory": self.peak_memory(),
+        }
+
+    def _merged_as(self, name: str) -> TensorInfo:
+        """Return own's tensor in the type in which the method sees it: never narrower than what is written."""
+        own, written = self.models[0].infos[name], self.infos[name]
+        return replace(own, dtype=torch.promote_types(own.dtype, written.dtype)) if own.dtype != written.dtype else own
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a merge did: its plan, and the blake3 of each input file by model."""
+
+    plan: Mapping[str, Any]
+    inputs: Mapping[str, Mapping[str, str]]
+
+    def to_plain(self) -> dict[str, Any]:
+        return {**self.plan, "inputs": self.inputs}
+
+
+class View(Mapping[str, Tensor]):
+    """Some tensors of a model, on a device, and own's in the type in which they are merged."""
+
+    def __init__(
+        self,
+        weights: Weights,
+        names: Sequence[str],
+        device: torch.device,
+        dtypes: Mapping[str, torch.dtype] | None = None,
+    ) -> None:
+        self._weights = weights
+        self._names = dict.fromkeys(names)
+        self._device = device
+        self._dtypes = dtypes or {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._weights[name].to(self._device, self._dtypes.get(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def prepare(recipe: Recipe, *, overwrite: bool = False) -> Job:
+    """Open and check everything that a recipe names.
+
+    Raises ConfigError (what the recipe lacks, an output that is there), DataError (models that cannot be read or do
+    not fit together); nothing is written.
+    """
+    if recipe.out is None:
+        raise ConfigError("where to? give an output with -o, a name in .safetensors or a folder")
+    out = Path(recipe.out)
+    check_output(out, overwrite)
+    device = resolve_device(recipe.device, "device")
+    models = tuple(open_model(Path(model.path)) for model in recipe.models)
+    base = None if recipe.base is None else open_model(Path(recipe.base))
+    inputs = [*models, *([] if base is None else [base])]
+    for model in inputs:
+        if out.resolve() in (model.path.resolve(), *(file.resolve() for file in model.files)):
+            raise ConfigError(f"{out} is one of the inputs; write the merged model elsewhere")
+    check_alike(inputs)
+    statistics = _open_statistics(recipe, models)
+    parts = _parts(recipe, models[0])
+    for part in parts:
+        _check_needs(part, base, statistics)
+    infos = _written(recipe, models[0])
+    single = is_file_name(out)
+    name = out.name if single else weights_name(models[0].adapter)
+    shard_bytes = None if single or models[0].adapter else recipe.shard_size
+    return Job(recipe, models, base, statistics, parts, infos, lay_out(infos, shard_bytes, name), out, device)
+
+
+def merge_files(job: Job, *, version: str, overwrite: bool = False, progress: Progress | None = None) -> Report:
+    """Merge and write; the output appears under its name when it is whole. `version`: dimat's, for the record.
+
+    Raises MergeError (the method cannot merge these), DataError (values that are not finite, a full disk); nothing
+    is left under the output's name then.
+    """
+    inputs = {str(model.path): model.hashes() for model in (*job.models, *([job.base] if job.base else []))}
+    record = provenance(version, job.recipe, inputs)
+    report = Report(job.plan(), inputs)
+    done = 0
+    with Output(job.out, job.layout, job.infos, {"format": "pt", "dimat": record}, overwrite=overwrite) as output:
+
+        def receive(name: str, tensor: Tensor) -> None:
+            nonlocal done
+            output.put(name, tensor)
+            done += job.infos[name].bytes
+            if progress is not None:
+                progress(done, job.bytes)
+
+        for part in job.parts:
+            with handing_on(receive), torch.no_grad():
+                rest = _combine(job, part)
+            for name in [*rest]:  # what a method returns whole
+                receive(name, rest.pop(name))
+        if not output.single:
+            for file in _companions(job):
+                output.add(file.name, config_of(file, job.recipe.dtype))
+            output.add("README.md", model_card(job.out.name, report.plan, inputs, record))
+    return report
+
+
+def _combine(job: Job, part: Part) -> dict[str, Tensor]:
+    """Call the method on some tensors of all models; what it hands on is written, what it returns is returned."""
+    dtypes = {
+        name: torch.promote_types(job.models[0].infos[name].dtype, job.infos[name].dtype)
+        for name in part.names
+        if job.infos[name].dtype != job.models[0].infos[name].dtype
+    }
+    own, *peers = (
+        View(model, part.names, job.device, None if model is not job.models[0] else dtypes) for model in job.models
+    )
+    known = keywords(combine_registry.get(part.method))
+    context: dict[str, Any] = {
+        "base": None if job.base is None else View(job.base, part.names, job.device),
+        "aux": job.statistics,
+        "generator": torch.Generator().manual_seed(job.recipe.seed),
+        "names": [str(model.path) for model in job.models[1:]],
+    }
+    # what is not here (a model, data, a state) is None, for methods that can do without
+    return combine_registry.call(
+        part.method, part.options, own, peers, part.mixing, **(dict.fromkeys(known.keys() & CONTEXT) | context)
+    )
+
+
+def _parts(recipe: Recipe, own: ModelFiles) -> tuple[Part, ...]:
+    """Return which tensors are merged how; ConfigError where a rule matches none."""
+    names: dict[int, list[str]] = {}
+    for name in own:
+        names.setdefault(next((i for i, rule in enumerate(recipe.rules) if rule.fits(name)), -1), []).append(name)
+    for i, rule in enumerate(recipe.rules):
+        if i not in names:
+            earlier = any(rule.fits(name) for name in own)
+            why = "earlier rules take all that it matches" if earlier else f"names are like {next(iter(own))!r}"
+            raise ConfigError(f"rule {i + 1} ({rule.pattern!r}) applies to no tensor: {why}")
+    return tuple(
+        Part(tuple(found), *recipe.method_of(None if i < 0 else recipe.rules[i])) for i, found in sorted(names.items())
+    )
+
+
+def _check_needs(part: Part, base: ModelFiles | None, statistics: Sequence[Weights] | None) -> None:
+    """Raise ConfigError where a method lacks the base or the statistics that it rests on."""
+    known = keywords(combine_registry.get(part.method))
+    optional = part.method == "nuslerp" and not part.options.get("deltas")
+    if "base" in known and base is None and not optional:
+        raise ConfigError(f"method {part.method!r} merges deltas from a base, and there is none: give one with --base")
+    if "aux" in known and statistics is None:
+        raise ConfigError(
+            f"method {part.method!r} needs statistics of every model: write them as statistics = FILE "
+            "in the recipe's [[models]]"
+        )
+
+
+def _open_statistics(recipe: Recipe, models: Sequence[ModelFiles]) -> tuple[Weights, ...] | None:
+    given = [model.statistics for model in recipe.models]
+    paths = [path for path in given if path is not None]
+    if not paths:
+        return None
+    if len(paths) < len(given):
+        raise ConfigError(f"model {given.index(None) + 1} has no statistics: give every model some, or none of them")
+    opened = tuple(open_weights(path) for path in paths)
+    for path, found in zip(paths, opened):
+        check_statistics(path, found, models[0])
+    return opened
+
+
+def _written(recipe: Recipe, own: ModelFiles) -> dict[str, TensorInfo]:
+    """Return what is written: own's tensors, real ones in the recipe's type."""
+    if recipe.dtype is None:
+        return dict(own.infos)
+    dtype = DTYPES[recipe.dtype]
+    return {
+        name: replace(info, dtype=dtype) if info.dtype.is_floating_point else info for name, info in own.infos.items()
+    }
+
+
+def _companions(job: Job) -> list[Path]:
+    """Return the files that go with the weights: the base's, else those of the first model that has some."""
+    for model in (*([job.base] if job.base else []), *job.models):
+        carried = model.carried()
+        if carried:
+            return carried
+    return []
