@@ -296,7 +296,7 @@ def _classes_figure(results: Results) -> Figure:
 def _comparison_figure(comparison: Comparison) -> Figure:
     splits = list(comparison.splits)
     names = list(dict.fromkeys(method for curves in comparison.splits.values() for method in curves))
-    styles = _method_styles(names)
+    styles = _method_styles(comparison)
     clock = any(timed(curves) for curves in comparison.splits.values())
     figure = _figure(13.0 if clock else 10.0, 3.5 * max(len(splits), 1) + 0.5)
     grid = figure.subplots(max(len(splits), 1), 3 if clock else 2, sharey="row", squeeze=False)
@@ -352,7 +352,14 @@ def _dash(colour: str) -> Dash:
     return "--" if colour == METHOD_STYLE[CEILING][0] else "-"
 
 
-def _method_styles(names: Sequence[str]) -> dict[str, tuple[str, str]]:
-    left = ((RED, "v"), (PINK, "P"), (SKY, "*"), ("#8C6D1F", "<"))
-    others = [name for name in names if name not in METHOD_STYLE]
-    return {**METHOD_STYLE, **{name: left[i % len(left)] for i, name in enumerate(others)}}
+def _method_styles(comparison: Comparison) -> dict[str, tuple[str, str]]:
+    """Return colour and marker by name; names that no comparison knows get what is left, anew in each split."""
+    names = {name for curves in comparison.splits.values() for name in curves}
+    known = {name: style for name, style in METHOD_STYLE.items() if name in names}
+    pool = ((RED, "v"), (BLUE, "o"), (GREEN, "^"), (ORANGE, "s"), (PINK, "P"), (SKY, "*"), ("#8C6D1F", "<"))
+    left = [style for style in pool if style[0] not in {colour for colour, _ in known.values()}]
+    styles = dict(known)
+    for curves in comparison.splits.values():
+        others = [name for name in curves if name not in METHOD_STYLE]
+        styles |= {name: left[i % len(left)] for i, name in enumerate(others) if name not in styles}
+    return styles
