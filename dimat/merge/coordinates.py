@@ -1,4 +1,4 @@
-"""Robust statistics of each coordinate over models: sorted values with their weights, a block at a time."""
+"""Robust statistics of each coordinate over models: sorted values with their weights, a piece at a time."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from dimat.merge.deltas import combine_tensors
+from dimat.merge.deltas import combine_elements
 from dimat.merge.participants import taking_part
+from dimat.merge.pieces import alike
 from dimat.merge.stages import Weights
-
-BLOCK = 1 << 18
-"""Coordinates that are sorted at a time, so that sorting needs no copy of whole tensors."""
 
 Rule = Callable[[Tensor, Tensor], Tensor]
 """(values, shares), both (models, coordinates) and sorted by value -> (coordinates,). `shares` are running sums of
@@ -26,21 +24,14 @@ def by_coordinate(own: Weights, peers: Sequence[Weights], weights: Sequence[floa
     """
     peers, weights = taking_part(peers, weights)
 
-    def merge(name: str, start: Tensor, others: list[Tensor]) -> Tensor:
-        if not others:
-            return start
-        real = [torch.view_as_real(t) if t.is_complex() else t for t in (start, *others)]
-        flat = [t.reshape(-1) for t in real]
-        merged = torch.empty_like(flat[0])
-        mass = torch.tensor(weights, dtype=merged.dtype, device=merged.device)
-        for first in range(0, merged.numel(), BLOCK):
-            block = slice(first, first + BLOCK)
-            values, order = torch.stack([t[block] for t in flat]).sort(0)
-            merged[block] = rule(values, mass[order].cumsum(0))
-        merged = merged.view(real[0].shape)
-        return torch.view_as_complex(merged) if start.is_complex() else merged
+    def merge(values: list[Tensor]) -> Tensor:
+        if len(values) == 1:
+            return values[0]
+        ordered, order = torch.stack(values).sort(0)
+        mass = torch.tensor(weights, dtype=ordered.dtype, device=ordered.device)
+        return rule(ordered, mass[order].cumsum(0))
 
-    return combine_tensors(own, peers, merge)
+    return combine_elements(own, peers, alike(merge))
 
 
 def at_share(values: Tensor, shares: Tensor, share: float) -> Tensor:

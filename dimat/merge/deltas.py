@@ -1,5 +1,8 @@
 """What combine methods share: going through tensors one at a time, in a type that sums do not suffer in; task vectors.
 
+A method takes tensors whole (`combine_tensors`), or, where it works element by element, in pieces
+(`combine_elements`), which costs less memory and time.
+
 A task vector (delta) is τ_k = θ_k − θ_base. Own's counts among them, first, as its mixing weight does.
 """
 
@@ -9,10 +12,10 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-import torch
 from torch import Tensor
 
 from dimat.errors import MergeError
+from dimat.merge.pieces import Pieces, PlanPieces, accumulator
 from dimat.merge.stages import Weights
 
 MergeTensor = Callable[[str, Tensor, list[Tensor]], Tensor]
@@ -22,15 +25,6 @@ Receiver = Callable[[str, Tensor], None]
 """Takes a merged tensor as soon as it is there."""
 
 _receiver: ContextVar[Receiver | None] = ContextVar("receiver", default=None)
-
-
-def accumulator(tensor: Tensor) -> torch.dtype:
-    """Return the type in which tensors like this are summed: float64 for float32 and above, float32 for half types."""
-    if tensor.is_complex():
-        return torch.complex128
-    if tensor.dtype in (torch.float32, torch.float64) and tensor.device.type != "mps":  # MPS has no float64
-        return torch.float64
-    return torch.float32
 
 
 @contextmanager
@@ -44,8 +38,8 @@ def handing_on(receive: Receiver) -> Generator[None]:
         _receiver.reset(token)
 
 
-def combine_tensors(own: Weights, peers: Sequence[Weights], merge: MergeTensor) -> dict[str, Tensor]:
-    """Return own's tensors merged with the peers' one after the other, in own's types and on own's devices.
+def each_tensor(own: Weights, peers: Sequence[Weights], merge: MergeTensor) -> dict[str, Tensor]:
+    """Return own's tensors merged with the peers' one after the other; `merge` gets each in the type it has.
 
     Only one tensor of each peer is in memory at a time. Integer and boolean tensors are own's. It is the last thing
     that a method does, as its result may be handed on (see `handing_on`) instead of returned.
@@ -53,14 +47,39 @@ def combine_tensors(own: Weights, peers: Sequence[Weights], merge: MergeTensor) 
     merged: dict[str, Tensor] = {}
     receive = _receiver.get() or merged.__setitem__
     for name, tensor in own.items():
-        if not (tensor.is_floating_point() or tensor.is_complex()):
-            receive(name, tensor.detach().clone())
+        own_tensor = tensor.detach()
+        if not tensor.numel() or not (tensor.is_floating_point() or tensor.is_complex()):
+            receive(name, own_tensor.clone())
             continue
-        start = tensor.detach().to(accumulator(tensor))
-        others = [peer[name].detach().to(device=start.device, dtype=start.dtype) for peer in peers]
-        receive(name, merge(name, start, others).to(tensor.dtype))
-        del start, others  # before the next ones are read
+        others = [peer[name].detach() for peer in peers]
+        receive(name, merge(name, own_tensor, others))
+        del own_tensor, tensor, others  # before the next ones are read
     return merged
+
+
+def combine_tensors(own: Weights, peers: Sequence[Weights], merge: MergeTensor) -> dict[str, Tensor]:
+    """Return own's tensors merged with the peers', each whole in the accumulating type on own's device; the results
+    are in own's types. Otherwise as `each_tensor`."""
+
+    def one(name: str, tensor: Tensor, peer_tensors: list[Tensor]) -> Tensor:
+        start = tensor.to(accumulator(tensor))
+        others = [peer.to(device=start.device, dtype=start.dtype) for peer in peer_tensors]
+        return merge(name, start, others).to(tensor.dtype)
+
+    return each_tensor(own, peers, one)
+
+
+def combine_elements(
+    own: Weights, peers: Sequence[Weights], plan: PlanPieces, with_own: bool = True
+) -> dict[str, Tensor]:
+    """Return own's tensors merged with the peers' in pieces, merge = plan(name, values of own and peers), complex
+    ones as two reals each. Otherwise as `each_tensor`. `with_own`: own's values are among those merged."""
+
+    def one(name: str, tensor: Tensor, others: list[Tensor]) -> Tensor:
+        pieces = Pieces([tensor, *others] if with_own else others, tensor)
+        return pieces.merged(plan(name, pieces))
+
+    return each_tensor(own, peers, one)
 
 
 def needs_base(base: Weights | None, method: str) -> Weights:
@@ -72,11 +91,17 @@ def needs_base(base: Weights | None, method: str) -> Weights:
     return base
 
 
-def task_vectors(name: str, own: Tensor, peers: Sequence[Tensor], base: Weights) -> tuple[Tensor, list[Tensor]]:
-    """Return a tensor of the base, and what own and the peers add to it, own first; MergeError where shapes differ."""
+def base_tensor(name: str, own: Tensor, base: Weights) -> Tensor:
+    """Return a tensor of the base on own's device, in its own type; MergeError where it is none of own's shape."""
     if name not in base:
         raise MergeError(f"the base has no tensor {name!r}; it must be of the same architecture")
-    start = base[name].detach().to(device=own.device, dtype=own.dtype)
+    start = base[name].detach().to(own.device)
     if start.shape != own.shape:
         raise MergeError(f"tensor {name!r} is {[*own.shape]}, in the base {[*start.shape]}")
+    return start
+
+
+def task_vectors(name: str, own: Tensor, peers: Sequence[Tensor], base: Weights) -> tuple[Tensor, list[Tensor]]:
+    """Return a tensor of the base, and what own and the peers add to it, own first; MergeError where shapes differ."""
+    start = base_tensor(name, own, base).to(own.dtype)
     return start, [tensor - start for tensor in (own, *peers)]

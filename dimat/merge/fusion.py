@@ -12,7 +12,7 @@ weights r_k = n·w_k/Σw, which are 1 for equal weights. A model of weight 0 tak
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from typing import Annotated, Literal
@@ -22,7 +22,8 @@ from pydantic import Field
 from torch import Tensor
 
 from dimat.errors import MergeError
-from dimat.merge.deltas import accumulator, combine_tensors, task_vectors
+from dimat.merge.deltas import base_tensor, each_tensor
+from dimat.merge.pieces import PIECE, Pieces, PlanPieces, real
 from dimat.merge.stages import Weights
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -34,15 +35,11 @@ Density = Annotated[float, Field(gt=0, le=1)]
 Coefficients = Annotated[list[Number], Field(min_length=1)]
 """One number per model, own first."""
 
-MergeDeltas = Callable[[str, list[Tensor]], Tensor]
-"""(name, deltas of those that take part) → merged delta, all real and of one shape."""
-
 SMALLEST_SHARE = 1e-8
 """Sums of coefficients below this divide nothing."""
 
-CHUNK = 1 << 15
-"""Elements that are worked on at a time on the CPU: the most that torch leaves to one thread. Short operations on
-several threads wait for each other far longer than they work wherever a processor is busy with something else."""
+LARGE = 1 << 18
+"""Elements of a piece where values are counted, which has a cost for each piece."""
 
 
 @dataclass(frozen=True)
@@ -86,35 +83,44 @@ def cast_of(
 
 def copy_of(own: Weights) -> dict[str, Tensor]:
     """Return own tensors as they are, in memory of their own."""
-    return combine_tensors(own, [], lambda _, start, __: start.clone())
+    return each_tensor(own, [], lambda _, start, __: start.clone())
 
 
-def real(tensor: Tensor) -> Tensor:
-    """Return a tensor of real numbers: complex ones get a last axis of real and imaginary parts."""
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-
-
-def read_deltas(cast: Cast, base: Weights) -> Iterator[tuple[str, list[Tensor]]]:
+def read_deltas(cast: Cast, base: Weights) -> Iterator[Pieces]:
     """Yield the deltas of all floating-point tensors, one tensor at a time: a pass for what is global."""
     for name, tensor in cast.own.items():
         if tensor.numel() and (tensor.is_floating_point() or tensor.is_complex()):
-            start = tensor.detach().to(accumulator(tensor))
-            others = [peer[name].detach().to(device=start.device, dtype=start.dtype) for peer in cast.peers]
-            deltas = task_vectors(name, start, others, base)[1]
-            yield name, [real(delta) for delta in deltas[0 if cast.with_own else 1 :]]
+            own = tensor.detach()
+            taking = [*([own] if cast.with_own else []), *(peer[name] for peer in cast.peers)]
+            yield Pieces(taking, own, base_tensor(name, own, base), LARGE)
 
 
-def merge_deltas(cast: Cast, base: Weights, merge: MergeDeltas, scaling: float = 1.0) -> dict[str, Tensor]:
-    """Return θ_base + scaling · merge(τ), tensor by tensor, in own's types; integer and boolean tensors are own's."""
+def merge_elements(
+    cast: Cast, base: Weights, plan: PlanPieces, scaling: float = 1.0, *, rows: bool = False, ordered: bool = False
+) -> dict[str, Tensor]:
+    """Return θ_base + scaling · merge(τ), merge = plan(name, τ), in own's types; integer and boolean tensors are own's.
+
+    Pieces of deltas come each once and may be written to; in order, one at a time, where `ordered`, else several at a
+    time. `rows`: pieces are of whole rows, one for each index of the first axis (a vector is one row).
+    """
 
     def one(name: str, own: Tensor, others: list[Tensor]) -> Tensor:
-        if not own.numel():
-            return own
-        start, deltas = task_vectors(name, own, others, base)
-        merged = merge(name, [real(delta) for delta in deltas[0 if cast.with_own else 1 :]])
-        return start + scaling * (torch.view_as_complex(merged.contiguous()) if own.is_complex() else merged)
+        taking = [own, *others] if cast.with_own else others
+        pieces = Pieces(taking, own, base_tensor(name, own, base), rows_of(own) if rows else PIECE)
+        return pieces.merged(plan(name, pieces), scaling, ordered)
 
-    return combine_tensors(cast.own, cast.peers, one)
+    return each_tensor(cast.own, cast.peers, one)
+
+
+def row_length(tensor: Tensor) -> int:
+    """Return the elements of a row, the real ones of complex tensors."""
+    return real(tensor)[0].numel() if tensor.ndim > 1 else real(tensor).numel()
+
+
+def rows_of(tensor: Tensor) -> int:
+    """Return the size of pieces that hold whole rows."""
+    length = row_length(tensor)
+    return max(1, PIECE // length) * length
 
 
 def weighted_sum(tensors: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
@@ -125,30 +131,21 @@ def weighted_sum(tensors: Sequence[Tensor], coefficients: Sequence[float]) -> Te
     return total
 
 
-def in_chunks(function: Callable[[Sequence[Tensor]], Tensor], tensors: Sequence[Tensor]) -> Tensor:
-    """Return an element-by-element function of tensors of one shape; on the CPU it is computed some elements at a time,
-    so that what it holds in between stays in the processor's cache."""
-    if tensors[0].device.type != "cpu" or tensors[0].numel() <= CHUNK:
-        return function(tensors)
-    result = torch.empty(tensors[0].shape, dtype=tensors[0].dtype)
-    parts = zip(*(tensor.reshape(-1).split(CHUNK) for tensor in (result, *tensors)))
-    for out, *chunk in parts:
-        out.copy_(function(chunk))
-    return result
-
-
 def elected_sign(deltas: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
     """Return the sign of Σ_k c_k τ_k at each element as 1 or −1; a tie is 1.
 
     A sum within rounding of zero is a tie, so that neither the order of models nor the type of numbers decides.
     """
-    total, spread = torch.zeros_like(deltas[0]), torch.zeros_like(deltas[0])
-    for delta, c in zip(deltas, coefficients):
-        vote = delta * c
+    return _sign_of([delta * c for delta, c in zip(deltas, coefficients)])
+
+
+def _sign_of(votes: Sequence[Tensor]) -> Tensor:
+    total, spread = votes[0].clone(), votes[0].abs()
+    for vote in votes[1:]:
         total.add_(vote)
-        spread.add_(vote.abs_())
-    positive = total >= spread.mul_(-len(deltas) * torch.finfo(total.dtype).eps)
-    return positive.to(total.dtype).mul_(2).sub_(1)
+        spread.add_(vote.abs())
+    total.add_(spread, alpha=len(votes) * torch.finfo(total.dtype).eps)
+    return torch.copysign(spread.fill_(1.0), total)
 
 
 def elect(
@@ -159,32 +156,28 @@ def elect(
     The sign is that of Σ_k c_k τ_k (a tie elects +); zeros agree with neither. Over the k that agree:
     "mean": Σ c_k τ_k / Σ c_k, "sum": Σ c_k τ_k, "max": the τ_k of the largest |c_k τ_k|.
     """
-
-    def chosen(deltas: Sequence[Tensor]) -> Tensor:
-        sign = elected_sign(deltas, coefficients)
-        if how == "max":
-            heard = [delta.masked_fill((delta * c).mul_(sign) <= 0, 0.0) for delta, c in zip(deltas, coefficients)]
-            return _loudest(heard, coefficients)
-        merged, share = torch.zeros_like(sign), torch.zeros_like(sign)
-        for delta, c in zip(deltas, coefficients):
-            vote = (delta * c).mul_(sign).clamp_(min=0)
-            merged.add_(vote)
-            if how == "mean":
-                share.add_(vote > 0, alpha=c)
+    votes = [delta * c for delta, c in zip(deltas, coefficients)]
+    sign = _sign_of(votes)
+    if how == "max":
+        heard = [delta.masked_fill(vote.mul_(sign) <= 0, 0.0) for delta, vote in zip(deltas, votes)]
+        return loudest(heard, coefficients)
+    merged, share = torch.zeros_like(sign), torch.zeros_like(sign)
+    for vote, c in zip(votes, coefficients):
+        merged.add_(vote.mul_(sign).clamp_(min=0))
         if how == "mean":
-            merged.div_(share.masked_fill_(share.abs() < SMALLEST_SHARE, 1.0))
-        return merged.mul_(sign)
-
-    return in_chunks(chosen, deltas)
+            share.add_(vote.sign_(), alpha=c)
+    if how == "mean":
+        if min(coefficients) >= SMALLEST_SHARE:
+            share.clamp_(min=SMALLEST_SHARE)
+        else:  # some may cancel
+            share.masked_fill_(share.abs() < SMALLEST_SHARE, 1.0)
+        merged.div_(share)
+    return merged.mul_(sign)
 
 
 def loudest(deltas: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
     """Return at each element the τ_k of the largest |c_k τ_k|, whatever its sign; of equal ones the larger τ_k,
     so that the order of models does not matter."""
-    return in_chunks(lambda parts: _loudest(parts, coefficients), deltas)
-
-
-def _loudest(deltas: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
     merged, best = torch.zeros_like(deltas[0]), torch.zeros_like(deltas[0])
     for delta, c in zip(deltas, coefficients):
         score = (delta * c).abs_()

@@ -7,14 +7,19 @@ over the upper and the lower half of the bits of float32, whose order as integer
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from blake3 import blake3
 from torch import Tensor
+from torch.nn.functional import hardshrink
 
 from dimat.errors import MergeError
+from dimat.merge.pieces import Pieces, in_threads
 from dimat.seeds import torch_generator
 
 BINS = 1 << 16
@@ -46,14 +51,74 @@ def ranked(values: Tensor, rank: int) -> Tensor:
     return flat.kthvalue(rank + 1).values
 
 
-def keep_largest(delta: Tensor, density: float) -> Tensor:
-    """Return a tensor with all but the `density` share of largest magnitude set to zero. A tensor is never cut away
-    whole: at least one element stays."""
-    kept = kept_of(density, delta.numel())
-    if kept == delta.numel():
-        return delta
-    size = magnitudes(delta)
-    return delta.masked_fill(size < ranked(size, delta.numel() - kept), 0.0)
+def ranked_among(values: Callable[[], Iterable[Tensor]], sample: Tensor, elements: int, rank: int) -> float:
+    """Return the value of a 0-based ascending rank among float32 values that come in pieces.
+
+    `values` starts a pass over all of them; `sample` is some of them. Exact: what lies in the range that the sample
+    points to is collected, a few in a hundred; where the rank is not among that, the whole is counted.
+    """
+    if sample.device.type != "cpu" or elements <= 4 * sample.numel():
+        return float(ranked(torch.cat([*values()]), rank))
+    low, high = _range_of(sample, rank / elements)
+    below, near, room = 0, list[np.ndarray[Any, Any]](), elements // 8
+    for piece in values():
+        numbers = piece.numpy()
+        above = numbers >= low
+        below += numbers.size - int(np.count_nonzero(above))
+        near.append(numbers[above & (numbers <= high)])
+        room -= near[-1].size
+        if room < 0:
+            break
+    found = sum(part.size for part in near)
+    if room < 0 or not below <= rank < below + found:
+        return order_statistics(lambda: ([piece] for piece in values()), lambda _: [rank])[0][0]
+    return float(np.partition(np.concatenate(near), rank - below)[rank - below])
+
+
+def _range_of(sample: Tensor, share: float) -> tuple[float, float]:
+    """Return a range that holds, by the look of a sample, the value up to which this share of all values lies."""
+    ordered, size = sample.sort().values, sample.numel()
+    margin = 4 * (share * (1 - share) * size) ** 0.5 + 2
+    places = int(share * size - margin), int(share * size + margin) + 1
+    low, high = (float(ordered[min(max(place, 0), size - 1)]) for place in places)
+    return (low if places[0] > 0 else -math.inf), (high if places[1] < size else math.inf)
+
+
+def smallest_kept(pieces: Pieces, density: float) -> list[float]:
+    """Return for each model the magnitude that its `density` share of largest elements reaches, 0 where all stay. A
+    tensor is never cut away whole: at least one element stays."""
+    kept = kept_of(density, pieces.elements)
+    if kept == pieces.elements:
+        return [0.0] * len(pieces)
+    return magnitude_ranks(pieces, pieces.elements - kept)
+
+
+def trimmed(delta: Tensor, low: float, high: float = math.inf) -> Tensor:
+    """Return a delta without the magnitudes, in float32, below `low` or above `high`, which are float32 numbers."""
+    # comparing and masking would be five operations, each slower than the one that shrinks
+    kept = delta if low <= 0 else hardshrink(delta, _last_below(low, delta.dtype))
+    if high == math.inf:
+        return kept
+    beyond = float(np.nextafter(np.float32(high), np.float32(math.inf)))
+    return kept - hardshrink(kept, _last_below(beyond, delta.dtype))
+
+
+def _last_below(value: float, dtype: torch.dtype) -> float:
+    """Return the largest number of a type that, as a float32, is below a float32 value."""
+    before = float(np.nextafter(np.float32(value), np.float32(-math.inf)))
+    if dtype != torch.float64 or value == math.inf:
+        return before
+    middle = before + (value - before) / 2
+    return middle if float(np.float32(middle)) < value else math.nextafter(middle, -math.inf)
+
+
+def magnitude_ranks(pieces: Pieces, rank: int) -> list[float]:
+    """Return for each model the magnitude of a 0-based ascending rank."""
+
+    def found(model: int, sample: Tensor) -> float:
+        return ranked_among(lambda: map(magnitudes, pieces.of(model)), magnitudes(sample), pieces.elements, rank)
+
+    return in_threads([partial(found, k, sample) for k, sample in enumerate(pieces.sample())])
 
 
 def order_statistics(passes: Passes, ranks: Ranks) -> list[list[float]]:
@@ -110,13 +175,27 @@ def root_of(generator: torch.Generator | None, method: str) -> int:
     return int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
 
 
-def drop(delta: Tensor, keep: float | Tensor, root: int, name: str) -> Tensor:
-    """Return a delta with each element kept with probability `keep` and zero otherwise.
+def draws(pieces: Pieces, root: int, name: str) -> list[Iterator[Tensor]]:
+    """Return for each model random numbers in [0, 1), float32, in the pieces of its delta.
 
-    The draw is fixed by `root`, the tensor's name and the delta's own content, so it does not matter which place
+    They are fixed by `root`, the tensor's name and the delta's own content, so it does not matter which place
     among the models a delta has, and equal deltas are dropped alike.
     """
-    content = delta.detach().to("cpu", torch.float32).contiguous()
-    digest = blake3(content.reshape(-1).numpy().data.cast("B")).hexdigest()
-    draw = torch.rand(content.shape, generator=torch_generator(root, "drop", name, digest))
-    return delta * (draw.to(delta.device) < keep)
+
+    def drawn(model: int) -> Iterator[Tensor]:
+        content = blake3()
+        for piece in pieces.of(model):
+            content.update(piece.to("cpu", torch.float32).numpy().data.cast("B"))
+        generator = torch_generator(root, "drop", name, content.hexdigest())
+        for piece in pieces.of(model):
+            yield torch.rand(piece.shape, generator=generator).to(piece.device)
+
+    return [drawn(k) for k in range(len(pieces))]
+
+
+def dropped(
+    deltas: Sequence[Tensor], drawn: Sequence[Iterator[Tensor]], keep: Sequence[float | Tensor]
+) -> list[Tensor]:
+    """Return the pieces of deltas with each element kept with its model's probability `keep` and zero otherwise, by
+    what the models' draws give next; the deltas are written to."""
+    return [delta.mul_(next(draw) < limit) for delta, draw, limit in zip(deltas, drawn, keep)]

@@ -1,4 +1,4 @@
-"""Great circles: interpolation between two tensors taken as vectors, and inner products."""
+"""Great circles: interpolation between two tensors taken as vectors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dimat.errors import MergeError
-from dimat.merge.fusion import real
+from dimat.merge.pieces import MergePieces, Pieces
 from dimat.merge.stages import Weights
 
 
@@ -32,41 +32,42 @@ def two_models(
     return peer, weight / (mixing[0] + weight) if t is None else t
 
 
-def inner(a: Tensor, b: Tensor) -> float:
-    """Return Σ a_i b_i."""
-    return float((a * b).sum())
-
-
-def interpolate(
-    start: Tensor,
-    end: Tensor,
-    t: float,
-    *,
-    lerp_above: float = 1.0,
-    smallest_sine: float = 1e-6,
-    dim: int | None = None,
-) -> Tensor:
-    """Return [sin((1−t)Ω) start + sin(tΩ) end] / sin Ω, with Ω the angle between the two; t = 0 and 1 are exact.
-
-    Both are one vector each, or one vector along `dim` at every other index. Where |cos Ω| > `lerp_above`,
-    sin Ω < `smallest_sine`, or one vector is zero: start + t (end − start). Of complex numbers, parts are entries.
-    """
-    if t in (0.0, 1.0):
-        return end if t else start
+def interpolate(start: Tensor, end: Tensor, t: float, dim: int, smallest_sine: float = 1e-6) -> Tensor:
+    """Return [sin((1−t)Ω) start + sin(tΩ) end] / sin Ω, with Ω the angle between the two vectors along `dim` at every
+    other index; see `around`. Of complex numbers, parts are entries."""
     if start.is_complex():
-        return torch.view_as_complex(
-            interpolate(
-                real(start), real(end), t, lerp_above=lerp_above, smallest_sine=smallest_sine, dim=dim
-            ).contiguous()
-        )
-    axes = tuple(range(start.ndim)) if dim is None else (dim,)
-    norms = (start.square().sum(axes, keepdim=True) * end.square().sum(axes, keepdim=True)).sqrt()
-    cosine = ((start * end).sum(axes, keepdim=True) / torch.where(norms > 0, norms, 1.0)).clamp(-1.0, 1.0)
+        first, second = (torch.view_as_real(tensor.resolve_conj()) for tensor in (start, end))
+        axes = (dim, -1)
+    else:
+        first, second, axes = start, end, (dim,)
+    sums = [(x * y).sum(axes, keepdim=True) for x, y in ((first, first), (second, second), (first, second))]
+    a, b, straight = _arc(sums[0], sums[1], sums[2], t, 1.0, smallest_sine)
+    curved = torch.where(straight, first + t * (second - first), a * first + b * second)
+    return torch.view_as_complex(curved) if start.is_complex() else curved
+
+
+def around(pieces: Pieces, t: float, *, lerp_above: float = 1.0, smallest_sine: float = 1e-6) -> MergePieces:
+    """Return how the pieces of two tensors, each taken as one vector, are interpolated at t, 0 < t < 1:
+    [sin((1−t)Ω) start + sin(tΩ) end] / sin Ω, with Ω the angle between them.
+
+    Where |cos Ω| > `lerp_above`, sin Ω < `smallest_sine`, or one vector is zero: start + t (end − start).
+    """
+    products = pieces.products()
+    a, b, straight = _arc(products[0, 0], products[1, 1], products[0, 1], t, lerp_above, smallest_sine)
+    first, second = float(a), float(b)
+    if straight:
+        return lambda values: values[0].add_(values[1].sub_(values[0]), alpha=t)
+    return lambda values: values[0].mul_(first).add_(values[1], alpha=second)
+
+
+def _arc(
+    first: Tensor, second: Tensor, product: Tensor, t: float, lerp_above: float, smallest_sine: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return sin((1−t)Ω) / sin Ω, sin(tΩ) / sin Ω, and where they are of no use, from squared norms and products."""
+    norms = (first * second).sqrt()
+    cosine = (product / torch.where(norms > 0, norms, 1.0)).clamp(-1.0, 1.0)
     angle = cosine.acos()
     sine = angle.sin()
     straight = (cosine.abs() > lerp_above) | (sine < smallest_sine) | (norms == 0)
     sine = torch.where(straight, 1.0, sine)
-    first = torch.where(straight, 1 - t, ((1 - t) * angle).sin() / sine)
-    second = torch.where(straight, t, (t * angle).sin() / sine)
-    curved = first * start + second * end
-    return torch.where(straight, start + t * (end - start), curved)
+    return ((1 - t) * angle).sin() / sine, (t * angle).sin() / sine, straight

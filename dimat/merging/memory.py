@@ -11,6 +11,37 @@ HOLD_ALL = frozenset({"opcm"})
 """Methods that do not hand on tensor by tensor: they hold the merged delta and the result of the whole model. All
 others, those included that first read the whole model for a norm or a threshold, hold one tensor of each model."""
 
+PIECEWISE = frozenset(
+    {
+        "average",
+        "breadcrumbs",
+        "clipped-gossip",
+        "consensus",
+        "coordinate-median",
+        "dare-linear",
+        "dare-ties",
+        "della",
+        "emr",
+        "geometric-median",
+        "karcher",
+        "krum",
+        "layer-swap",
+        "magmax",
+        "model-stock",
+        "pcb-merging",
+        "sce",
+        "slerp",
+        "task-arithmetic",
+        "ties",
+        "trimmed-mean",
+    }
+)
+"""Methods that go through tensors in pieces: they hold the merged tensor, and a few of all values while they look for
+a threshold. The others hold one tensor of each model in the type in which they sum."""
+
+NEAR = 1 / 8
+"""Most of a tensor's values that a search for a threshold collects, as float32, of each model."""
+
 PROCESS = 300_000_000
 """Bytes of Python, torch and its libraries."""
 
@@ -24,8 +55,11 @@ def holds_all(method: str) -> bool:
 
 
 def peak_memory(method: str, tensors: Sequence[TensorInfo], models: int, base: bool) -> int:
-    """Return about how many bytes a merge needs besides mapped files: the largest tensor in the type in which it is
-    summed, once for each model (twice where deltas are taken, and once for the base), and for the work."""
+    """Return about how many bytes a merge needs besides mapped files: the merged tensor where a method works in pieces,
+    else the largest tensor in the type in which it is summed, once for each model (twice where deltas are taken, and
+    once for the base), and for the work."""
+    if method in PIECEWISE:
+        return PROCESS + max((info.bytes + int(NEAR * 4 * models * info.elements) for info in tensors), default=0)
     largest = max((info.elements * _sum_width(info) for info in tensors), default=0)
     held = largest * ((2 * models + 1 if base else models) + WORK)
     whole = sum(info.elements * 4 + info.bytes for info in tensors) if holds_all(method) else 0

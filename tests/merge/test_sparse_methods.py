@@ -16,13 +16,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dimat.errors import ConfigError, MergeError
-from dimat.merge.combine.breadcrumbs import breadcrumbs, cut_both_ends
+from dimat.merge.combine.breadcrumbs import breadcrumbs, ends
 from dimat.merge.combine.dare import dare_linear, dare_ties
 from dimat.merge.combine.della import della, keep_probability
 from dimat.merge.combine.sce import sce
 from dimat.merge.combine.task_arithmetic import task_arithmetic
 from dimat.merge.combine.ties import ties
-from dimat.merge.sparsify import drop, keep_largest, order_statistics
+from dimat.merge.pieces import SAMPLE, Pieces
+from dimat.merge.sparsify import draws, magnitudes, order_statistics, ranked_among, smallest_kept, trimmed
 
 from .test_task_vectors import MERGEKIT_WEIGHTS, THIRDS, assert_golden, delta_of, llama, mlp, part, toy
 
@@ -61,7 +62,8 @@ def test_order_statistics_of_nothing_is_an_error() -> None:
 def test_keep_largest_keeps_the_largest(n: int, density: float, seed: int) -> None:
     """⌊density n⌋ elements, at least one; the smallest kept is no smaller than the largest dropped."""
     delta = torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    kept = keep_largest(delta, density)
+    [least] = smallest_kept(Pieces([delta], delta), density)
+    kept = trimmed(delta.clone(), least)
     mask = kept != 0
     assert int(mask.sum()) == max(1, int(density * n))
     assert torch.equal(kept[mask], delta[mask])
@@ -71,8 +73,33 @@ def test_keep_largest_keeps_the_largest(n: int, density: float, seed: int) -> No
 
 def test_equal_magnitudes_stay_together() -> None:
     """So that nothing depends on the order of units."""
-    assert keep_largest(torch.tensor([1.0, -1.0, 1.0, 0.5]), 0.25).tolist() == [1.0, -1.0, 1.0, 0.0]
-    assert keep_largest(torch.zeros(4), 0.25).tolist() == [0.0] * 4
+    for delta, kept in ((torch.tensor([1.0, -1.0, 1.0, 0.5]), [1.0, -1.0, 1.0, 0.0]), (torch.zeros(4), [0.0] * 4)):
+        [least] = smallest_kept(Pieces([delta], delta), 0.25)
+        assert trimmed(delta, least).tolist() == kept
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    n=st.integers(70_000, 200_000),
+    share=st.floats(0, 1),
+    kind=st.sampled_from(["normal", "rounded", "few", "sorted", "striped"]),
+    seed=st.integers(0, 99),
+)
+def test_ranks_among_many_values_are_exact(n: int, share: float, kind: str, seed: int) -> None:
+    """Reference: sorting everything. Whatever a sample says: many equal values, order, values that it never shows."""
+    values = torch.randn(n, generator=generator(seed)).abs()
+    if kind == "rounded":
+        values = values.bfloat16().float()
+    elif kind == "few":
+        values = values.round()
+    elif kind == "sorted":
+        values = values.sort().values
+    elif kind == "striped":
+        values[:: n // SAMPLE] += 10
+    rank = min(n - 1, int(share * n))
+    pieces = Pieces([values], values)
+    got = ranked_among(lambda: map(magnitudes, pieces.of(0)), magnitudes(pieces.sample()[0]), n, rank)
+    assert got == float(values.sort().values[rank])
 
 
 def test_whole_vector_trim_keeps_small_tensors_small() -> None:
@@ -109,9 +136,14 @@ def test_breadcrumbs_golden() -> None:
 )
 def test_breadcrumbs_cut_by_hand(density: float, gamma: float, expected: list[int]) -> None:
     """Magnitudes 1 to 10."""
-    assert cut_both_ends(torch.arange(1.0, 11.0), density, gamma).tolist() == expected
-    assert cut_both_ends(-torch.arange(1.0, 11.0), density, gamma).neg().tolist() == expected
-    assert cut_both_ends(torch.tensor(3.0), density, gamma).item() == 3.0
+
+    def cut(delta: Tensor) -> Tensor:
+        [bounds] = ends(Pieces([delta], delta), density, gamma)
+        return trimmed(delta.clone(), *bounds)
+
+    assert cut(torch.arange(1.0, 11.0)).tolist() == expected
+    assert cut(-torch.arange(1.0, 11.0)).neg().tolist() == expected
+    assert cut(torch.tensor(3.0)).item() == 3.0
 
 
 def test_breadcrumbs_with_signs_is_ties_without_outliers() -> None:
@@ -188,12 +220,19 @@ def test_dare_at_density_one_is_task_arithmetic_and_ties() -> None:
 
 def test_draws_depend_on_content_and_name_alone() -> None:
     """Equal deltas are dropped alike wherever they stand; another name, root or content draws anew."""
+
+    def draw(delta: Tensor, root: int, name: str, size: int = 1 << 15) -> Tensor:
+        [first, second] = draws(Pieces([delta, delta.mT.contiguous().mT], delta, size=size), root, name)
+        numbers = torch.cat([*first])
+        assert torch.equal(numbers, torch.cat([*second]))
+        return numbers
+
     delta = torch.randn(50, 50, generator=generator())
-    mask = drop(delta, 0.5, 1, "a") != 0
-    assert torch.equal(mask, drop(delta.clone(), 0.5, 1, "a") != 0)
-    assert torch.equal(mask, drop(delta.mT.contiguous().mT, 0.5, 1, "a") != 0)
-    others = (drop(delta, 0.5, 1, "b"), drop(delta, 0.5, 2, "a"), drop(delta + 1, 0.5, 1, "a"))
-    assert all(0.4 < ((other != 0) == mask).double().mean() < 0.6 for other in others)
+    drawn = draw(delta, 1, "a")
+    assert torch.equal(drawn, draw(delta.clone(), 1, "a"))
+    assert 0.45 < drawn.mean() < 0.55
+    for other in (draw(delta, 1, "b"), draw(delta, 2, "a"), draw(delta + 1, 1, "a")):
+        assert torch.corrcoef(torch.stack([drawn, other]))[0, 1].abs() < 0.1
 
 
 def test_the_global_random_state_is_left_alone() -> None:

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from dimat.merge.deltas import combine_tensors
+from dimat.merge.deltas import combine_elements
+from dimat.merge.participants import taking_part
+from dimat.merge.pieces import alike
 from dimat.merge.registry import combine_registry
 from dimat.merge.stages import Weights
 
@@ -23,11 +25,13 @@ def average(own: Weights, peers: Sequence[Weights], weights: Sequence[float]) ->
     NeurIPS 2017, arXiv 1705.09056 (there on whole models without alignment).
     """
 
-    def mean(name: str, start: Tensor, others: list[Tensor]) -> Tensor:
-        total = start.clone()
-        for other, weight in zip(others, weights[1:]):
-            if weight:
-                total.add_(other - start, alpha=weight)
-        return total
+    peers, weights = taking_part(peers, weights)
 
-    return combine_tensors(own, peers, mean)
+    def mean(values: list[Tensor]) -> Tensor:
+        start, *others = values
+        moves = [other.sub_(start) for other in others]
+        for move, weight in zip(moves, weights[1:]):
+            start.add_(move, alpha=weight)
+        return start
+
+    return combine_elements(own, peers, alike(mean))

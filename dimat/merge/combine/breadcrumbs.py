@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 from typing import Annotated
 
 from pydantic import Field
@@ -17,26 +18,25 @@ from dimat.merge.fusion import (
     cast_of,
     copy_of,
     elect,
-    merge_deltas,
+    merge_elements,
     weighted_sum,
 )
+from dimat.merge.pieces import MergePieces, Pieces
 from dimat.merge.registry import combine_registry
-from dimat.merge.sparsify import kept_of, magnitudes, ranked
+from dimat.merge.sparsify import kept_of, magnitude_ranks, trimmed
 from dimat.merge.stages import Weights
 
 
-def cut_both_ends(delta: Tensor, density: float, gamma: float) -> Tensor:
-    """Return a delta with its ⌊gamma·n⌋ largest magnitudes, and of the rest all but the ⌊density·n⌋ largest,
-    set to zero. Where both do not fit, fewer of the largest go; at least one element always stays."""
-    elements = delta.numel()
+def ends(pieces: Pieces, density: float, gamma: float) -> list[tuple[float, float]]:
+    """Return for each model the smallest and the largest magnitude that stay: the ⌊gamma·n⌋ largest go, and of the
+    rest all but the ⌊density·n⌋ largest. Where both do not fit, fewer of the largest go; at least one element stays."""
+    elements = pieces.elements
     kept = kept_of(density, elements)
     top = min(int(gamma * elements), elements - kept)
     bottom = elements - kept - top
-    if not top and not bottom:
-        return delta
-    size = magnitudes(delta)
-    low, high = ranked(size, bottom), ranked(size, elements - top - 1)
-    return delta.masked_fill((size < low) | (size > high), 0.0)
+    low = magnitude_ranks(pieces, bottom) if bottom else [0.0] * len(pieces)
+    high = magnitude_ranks(pieces, elements - top - 1) if top else [inf] * len(pieces)
+    return [*zip(low, high)]
 
 
 @combine_registry.register("breadcrumbs")
@@ -75,10 +75,15 @@ def breadcrumbs(
     if normalize and not elect_signs and abs(total) >= SMALLEST_SHARE:
         scaling /= total
 
-    def merge(_: str, deltas: list[Tensor]) -> Tensor:
-        cut = [cut_both_ends(delta, density, gamma) for delta in deltas]
-        if elect_signs:
-            return elect(cut, cast.coefficients, "mean" if normalize else "sum")
-        return weighted_sum(cut, cast.coefficients)
+    def plan(_: str, pieces: Pieces) -> MergePieces:
+        kept = ends(pieces, density, gamma)
 
-    return merge_deltas(cast, base, merge, scaling)
+        def merge(deltas: list[Tensor]) -> Tensor:
+            cut = [trimmed(delta, *bounds) for delta, bounds in zip(deltas, kept)]
+            if elect_signs:
+                return elect(cut, cast.coefficients, "mean" if normalize else "sum")
+            return weighted_sum(cut, cast.coefficients)
+
+        return merge
+
+    return merge_elements(cast, base, plan, scaling)

@@ -10,7 +10,8 @@ from pydantic import Field
 from torch import Tensor
 
 from dimat.merge.deltas import needs_base
-from dimat.merge.fusion import Coefficients, Number, cast_of, copy_of, merge_deltas, weighted_sum
+from dimat.merge.fusion import Coefficients, Number, cast_of, copy_of, merge_elements, weighted_sum
+from dimat.merge.pieces import alike
 from dimat.merge.registry import combine_registry
 from dimat.merge.stages import Weights
 
@@ -55,7 +56,7 @@ def consensus(
         return copy_of(own)
     needed = min(k, len(cast.coefficients))
 
-    def merge(_: str, deltas: list[Tensor]) -> Tensor:
+    def merge(deltas: list[Tensor]) -> Tensor:
         total = weighted_sum(deltas, cast.coefficients)
         if not needed:
             return total
@@ -64,4 +65,4 @@ def consensus(
             count += mask
         return total * (count >= needed)
 
-    return merge_deltas(cast, base, merge, scaling)
+    return merge_elements(cast, base, alike(merge), scaling)

@@ -16,11 +16,12 @@ from dimat.merge.fusion import (
     cast_of,
     copy_of,
     elect,
-    merge_deltas,
+    merge_elements,
     weighted_sum,
 )
+from dimat.merge.pieces import MergePieces, Pieces
 from dimat.merge.registry import combine_registry
-from dimat.merge.sparsify import drop, root_of
+from dimat.merge.sparsify import draws, dropped, root_of
 from dimat.merge.stages import Weights
 
 
@@ -60,10 +61,11 @@ def dare_linear(
         scaling /= total
     root = root_of(generator, "dare-linear")
 
-    def merge(name: str, deltas: list[Tensor]) -> Tensor:
-        return weighted_sum([drop(delta, density, root, name) for delta in deltas], cast.coefficients)
+    def plan(name: str, pieces: Pieces) -> MergePieces:
+        drawn = draws(pieces, root, name)
+        return lambda deltas: weighted_sum(dropped(deltas, drawn, [density] * len(deltas)), cast.coefficients)
 
-    return merge_deltas(cast, base, merge, scaling / density if rescale else scaling)
+    return merge_elements(cast, base, plan, scaling / density if rescale else scaling, ordered=True)
 
 
 @combine_registry.register("dare-ties")
@@ -94,8 +96,9 @@ def dare_ties(
         return copy_of(own)
     root = root_of(generator, "dare-ties")
 
-    def merge(name: str, deltas: list[Tensor]) -> Tensor:
-        dropped = [drop(delta, density, root, name) for delta in deltas]
-        return elect(dropped, cast.coefficients, "mean" if normalize else "sum")
+    def plan(name: str, pieces: Pieces) -> MergePieces:
+        drawn = draws(pieces, root, name)
+        how = "mean" if normalize else "sum"
+        return lambda deltas: elect(dropped(deltas, drawn, [density] * len(deltas)), cast.coefficients, how)
 
-    return merge_deltas(cast, base, merge, scaling / density if rescale else scaling)
+    return merge_elements(cast, base, plan, scaling / density if rescale else scaling, ordered=True)

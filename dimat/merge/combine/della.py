@@ -11,9 +11,20 @@ from torch import Tensor
 
 from dimat.errors import ConfigError
 from dimat.merge.deltas import needs_base
-from dimat.merge.fusion import Coefficients, Density, Number, cast_of, copy_of, elect, merge_deltas, weighted_sum
+from dimat.merge.fusion import (
+    Coefficients,
+    Density,
+    Number,
+    cast_of,
+    copy_of,
+    elect,
+    merge_elements,
+    row_length,
+    weighted_sum,
+)
+from dimat.merge.pieces import MergePieces, Pieces
 from dimat.merge.registry import combine_registry
-from dimat.merge.sparsify import drop, root_of
+from dimat.merge.sparsify import draws, dropped, root_of
 from dimat.merge.stages import Weights
 
 
@@ -71,14 +82,19 @@ def della(
         return copy_of(own)
     root = root_of(generator, "della")
 
-    def merge(name: str, deltas: list[Tensor]) -> Tensor:
-        pruned: list[Tensor] = []
-        for delta in deltas:
-            keep = keep_probability(delta, density, epsilon)
-            kept = drop(delta, keep, root, name)
-            pruned.append(kept.div_(keep) if rescale else kept)
-        if merge_func == "linear":
-            return weighted_sum(pruned, cast.coefficients)
-        return elect(pruned, cast.coefficients, merge_func)
+    def plan(name: str, pieces: Pieces) -> MergePieces:
+        drawn = draws(pieces, root, name)
+        columns = row_length(own[name])
 
-    return merge_deltas(cast, base, merge, scaling)
+        def merge(deltas: list[Tensor]) -> Tensor:
+            keep = [keep_probability(delta.view(-1, columns), density, epsilon).flatten() for delta in deltas]
+            pruned = dropped(deltas, drawn, keep)
+            if rescale:
+                pruned = [delta.div_(share) for delta, share in zip(pruned, keep)]
+            if merge_func == "linear":
+                return weighted_sum(pruned, cast.coefficients)
+            return elect(pruned, cast.coefficients, merge_func)
+
+        return merge
+
+    return merge_elements(cast, base, plan, scaling, rows=True, ordered=True)

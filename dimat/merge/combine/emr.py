@@ -8,7 +8,8 @@ from typing import Literal
 from torch import Tensor
 
 from dimat.merge.deltas import needs_base
-from dimat.merge.fusion import Cast, Coefficients, Number, cast_of, copy_of, elect, merge_deltas, read_deltas
+from dimat.merge.fusion import Cast, Coefficients, Number, cast_of, copy_of, elect, merge_elements, read_deltas
+from dimat.merge.pieces import alike
 from dimat.merge.registry import combine_registry
 from dimat.merge.stages import Weights
 
@@ -44,16 +45,17 @@ def emr(
     if cast is None:
         return copy_of(own)
     if output == "unified":
-        return merge_deltas(cast, base, lambda _, deltas: elect(deltas, cast.coefficients, "max"), scaling)
+        return merge_elements(cast, base, alike(lambda deltas: elect(deltas, cast.coefficients, "max")), scaling)
     if not cast.with_own:  # it has no vote, but the mask and the scale are its own
         cast = Cast(own, cast.peers, True, [0.0, *cast.coefficients])
     ours, theirs = 0.0, 0.0
-    for _, deltas in read_deltas(cast, base):
-        size = deltas[0].numel() if balance == "tensor" else 1
-        ours += float(deltas[0].abs().sum()) / size
-        theirs += float(_masked(deltas, cast.coefficients).abs().sum()) / size
+    for pieces in read_deltas(cast, base):
+        size = pieces.elements if balance == "tensor" else 1
+        for deltas in pieces:
+            ours += float(deltas[0].abs().sum()) / size
+            theirs += float(_masked(deltas, cast.coefficients).abs().sum()) / size
     scale = ours / theirs if theirs else 1.0
-    return merge_deltas(cast, base, lambda _, deltas: _masked(deltas, cast.coefficients), scaling * scale)
+    return merge_elements(cast, base, alike(lambda deltas: _masked(deltas, cast.coefficients)), scaling * scale)
 
 
 def _masked(deltas: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:

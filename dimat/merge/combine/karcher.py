@@ -9,10 +9,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dimat.merge.deltas import combine_tensors
-from dimat.merge.fusion import cast_of, copy_of, real, weighted_sum
+from dimat.merge.deltas import combine_elements
+from dimat.merge.fusion import cast_of, copy_of, weighted_sum
+from dimat.merge.pieces import MergePieces, Pieces
 from dimat.merge.registry import combine_registry
-from dimat.merge.spheres import inner
 from dimat.merge.stages import Weights
 
 
@@ -71,22 +71,19 @@ def karcher(
     total = sum(cast.coefficients)
     shares = [c / total for c in cast.coefficients]
 
-    def merge(_: str, ours: Tensor, others: list[Tensor]) -> Tensor:
-        models = [ours, *others] if cast.with_own else others
-        vectors = [real(model) for model in models]
-        norms = [inner(v, v) ** 0.5 for v in vectors]
-        used = [i for i, norm in enumerate(norms) if norm > 0]
+    def plan(_: str, pieces: Pieces) -> MergePieces:
+        products = pieces.products()
+        norms = products.diagonal().clamp_min(0).sqrt()
+        used = [i for i, norm in enumerate(norms.tolist()) if norm > 0]
         if not used:
-            return models[0]
-        gram = torch.eye(len(used), dtype=torch.float64)
-        for j, p in enumerate(used):
-            for k, q in enumerate(used[:j]):
-                gram[j, k] = gram[k, j] = inner(vectors[p], vectors[q]) / (norms[p] * norms[q])
+            return lambda values: values[0]
+        gram = products[used][:, used] / torch.outer(norms[used], norms[used])
         weights = torch.tensor([shares[i] for i in used], dtype=torch.float64)
-        a = mean_direction(gram, weights / weights.sum(), iterations, tolerance)
+        a = mean_direction(gram.fill_diagonal_(1.0), weights / weights.sum(), iterations, tolerance)
         if a is None:
-            return weighted_sum(models, shares)
-        scale = sum(w * norm for w, norm in zip(shares, norms))
-        return weighted_sum([models[i] for i in used], [float(x) * scale / norms[i] for x, i in zip(a, used)])
+            return lambda values: weighted_sum(values, shares)
+        scale = sum(w * norm for w, norm in zip(shares, norms.tolist()))
+        factors = [float(x) * scale / float(norms[i]) for x, i in zip(a, used)]
+        return lambda values: weighted_sum([values[i] for i in used], factors)
 
-    return combine_tensors(cast.own, cast.peers, merge)
+    return combine_elements(own, cast.peers, plan, cast.with_own)

@@ -10,8 +10,9 @@ from pydantic import Field
 from torch import Tensor
 
 from dimat.errors import MergeError
-from dimat.merge.deltas import combine_tensors
+from dimat.merge.deltas import combine_elements
 from dimat.merge.fusion import copy_of, weighted_sum
+from dimat.merge.pieces import MergePieces, Pieces
 from dimat.merge.registry import combine_registry
 from dimat.merge.stages import Weights
 
@@ -51,10 +52,10 @@ def layer_swap(
         if isinstance(choice, int) and choice > len(peers):
             raise MergeError(f"layer-swap: {where!r} takes model {choice}, there are own (0) and {len(peers)} peers")
 
-    def merge(name: str, ours: Tensor, others: list[Tensor]) -> Tensor:
+    def plan(name: str, _: Pieces) -> MergePieces:
         choice = next((choice for pattern, choice in rules.items() if fnmatchcase(name, pattern)), rest)
         if isinstance(choice, int):
-            return [ours, *others][choice]
-        return ours + weighted_sum([other - ours for other in others], mixing[1:])
+            return lambda values: values[choice]
+        return lambda values: values[0] + weighted_sum([other - values[0] for other in values[1:]], mixing[1:])
 
-    return combine_tensors(own, peers, merge)
+    return combine_elements(own, peers, plan)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from dimat.merge.deltas import needs_base
-from dimat.merge.fusion import Coefficients, Number, cast_of, copy_of, loudest, merge_deltas
+from dimat.merge.fusion import Coefficients, Number, cast_of, copy_of, loudest, merge_elements
+from dimat.merge.pieces import alike
 from dimat.merge.registry import combine_registry
 from dimat.merge.stages import Weights
 
@@ -36,4 +37,4 @@ def magmax(
     cast = cast_of(own, peers, mixing, weights)
     if cast is None:
         return copy_of(own)
-    return merge_deltas(cast, base, lambda _, deltas: loudest(deltas, cast.coefficients), scaling)
+    return merge_elements(cast, base, alike(lambda deltas: loudest(deltas, cast.coefficients)), scaling)

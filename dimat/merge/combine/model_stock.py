@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from dimat.merge.deltas import needs_base
-from dimat.merge.fusion import Coefficients, cast_of, copy_of, merge_deltas, weighted_sum
+from dimat.merge.fusion import Coefficients, cast_of, copy_of, merge_elements, row_length, weighted_sum
+from dimat.merge.pieces import MergePieces, Pieces
 from dimat.merge.registry import combine_registry
 from dimat.merge.stages import Weights
 
@@ -54,20 +55,36 @@ def model_stock(
     shares = [r / count for r in cast.relative]
     squares = sum(w * w for w in shares)
 
-    def merge(_: str, deltas: list[Tensor]) -> Tensor:
-        mean = weighted_sum(deltas, shares)
-        if count == 1:
-            return mean
-        rows = [delta.flatten(1) if filter_wise and delta.ndim > 1 else delta.reshape(1, -1) for delta in deltas]
-        norms = [row.square().sum(1).sqrt() for row in rows]
+    def cosine_of(products: Tensor) -> Tensor:
+        """Mean cosine between pairs of models, from inner products (models, models, rows): (rows,)."""
+        norms = products.diagonal().mT.clamp_min(0).sqrt()
         total, pairs = torch.zeros_like(norms[0]), 0.0
         for j in range(count):
             for i in range(j):
                 product = norms[i] * norms[j]
-                cosine = (rows[i] * rows[j]).sum(1) / torch.where(product > 0, product, 1.0)
-                total += shares[i] * shares[j] * cosine
+                total += shares[i] * shares[j] * products[i, j] / torch.where(product > 0, product, 1.0)
                 pairs += shares[i] * shares[j]
-        t = ratio(total / pairs, squares, clamp)
-        return mean * (t.reshape(-1, *[1] * (mean.ndim - 1)) if len(t) > 1 else t.reshape(()))
+        return total / pairs
 
-    return merge_deltas(cast, base, merge)
+    def share_of(deltas: Iterable[Sequence[Tensor]], columns: int | None) -> Tensor:
+        """Return t of each row, whose inner products are summed over `deltas`."""
+        return ratio(cosine_of(torch.stack([_products(part, columns) for part in deltas]).sum(0)), squares, clamp)
+
+    def plan(name: str, pieces: Pieces) -> MergePieces:
+        if count == 1:
+            return lambda deltas: weighted_sum(deltas, shares)
+        if not filter_wise:
+            t = share_of(pieces, None)
+            return lambda deltas: weighted_sum(deltas, shares) * t
+        columns = row_length(own[name])
+        return lambda deltas: (
+            weighted_sum(deltas, shares).view(-1, columns) * share_of([deltas], columns)[:, None]
+        ).flatten()
+
+    return merge_elements(cast, base, plan, rows=filter_wise)
+
+
+def _products(deltas: Sequence[Tensor], columns: int | None) -> Tensor:
+    """Return inner products between models, over rows of `columns` elements or over all: (models, models, rows)."""
+    rows = torch.stack([delta.view(-1, columns or delta.numel()) for delta in deltas])
+    return torch.einsum("irc,jrc->ijr", rows, rows)

@@ -8,10 +8,11 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import Tensor
 
-from dimat.merge.deltas import combine_tensors, needs_base, task_vectors
+from dimat.merge.deltas import base_tensor, each_tensor, needs_base
 from dimat.merge.fusion import copy_of
+from dimat.merge.pieces import Pieces, accumulator
 from dimat.merge.registry import combine_registry
-from dimat.merge.spheres import interpolate, two_models
+from dimat.merge.spheres import around, interpolate, two_models
 from dimat.merge.stages import Weights
 
 
@@ -45,16 +46,19 @@ def nuslerp(
     if peer is None or not share:
         return copy_of(own)
 
-    def between(ours: Tensor, theirs: Tensor) -> Tensor:
-        if along == "tensor" or ours.ndim < 2:
-            return interpolate(ours, theirs, share)
-        dim = 1 if along == "rows" else 0
-        return interpolate(ours.flatten(1), theirs.flatten(1), share, dim=dim).reshape(ours.shape)
-
     def merge(name: str, ours: Tensor, others: list[Tensor]) -> Tensor:
-        if start is None or not ours.numel():
-            return between(ours, others[0])
-        origin, (first, second) = task_vectors(name, ours, others, start)
-        return others[0] if share == 1 else origin + between(first, second)
+        origin = None if start is None else base_tensor(name, ours, start)
+        if share == 1:
+            return others[0].to(device=ours.device, dtype=ours.dtype, copy=True)
+        if along == "tensor" or ours.ndim < 2:
+            pieces = Pieces([ours, *others], ours, origin)
+            return pieces.merged(around(pieces, share))
+        dtype = accumulator(ours)
+        first, second = (tensor.to(ours.device, dtype) for tensor in (ours, *others))
+        if origin is not None:
+            first, second = first - origin, second - origin
+        turned = interpolate(first.flatten(1), second.flatten(1), share, 1 if along == "rows" else 0)
+        turned = turned.reshape(ours.shape)
+        return (turned if origin is None else turned + origin).to(ours.dtype)
 
-    return combine_tensors(own, [peer], merge)
+    return each_tensor(own, [peer], merge)

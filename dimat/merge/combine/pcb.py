@@ -10,7 +10,17 @@ from pydantic import Field
 from torch import Tensor
 
 from dimat.merge.deltas import needs_base
-from dimat.merge.fusion import Coefficients, Density, Number, cast_of, copy_of, merge_deltas, read_deltas, weighted_sum
+from dimat.merge.fusion import (
+    Coefficients,
+    Density,
+    Number,
+    cast_of,
+    copy_of,
+    merge_elements,
+    read_deltas,
+    weighted_sum,
+)
+from dimat.merge.pieces import alike
 from dimat.merge.registry import combine_registry
 from dimat.merge.sparsify import magnitudes, order_statistics
 from dimat.merge.stages import Weights
@@ -54,7 +64,7 @@ def pcb_merging(
         return copy_of(own)
     count, relative = len(cast.coefficients), cast.relative
     bounds = order_statistics(
-        lambda: ([magnitudes(delta) for delta in deltas] for _, deltas in read_deltas(cast, base)),
+        lambda: ([magnitudes(delta) for delta in deltas] for pieces in read_deltas(cast, base) for deltas in pieces),
         lambda d: (int(d * clip), max(0, int(d * (1 - clip) - 1))),
     )
     bounds = [(min(low, high), high) for low, high in bounds]
@@ -68,11 +78,11 @@ def pcb_merging(
         ]
 
     tops = order_statistics(
-        lambda: (strengths(deltas) for _, deltas in read_deltas(cast, base)),
+        lambda: (strengths(deltas) for pieces in read_deltas(cast, base) for deltas in pieces),
         lambda d: (min(d - 1, int(d * (1 - ratio))), d - 1),
     )
 
-    def merge(_: str, deltas: list[Tensor]) -> Tensor:
+    def merge(deltas: list[Tensor]) -> Tensor:
         merged, share = torch.zeros_like(deltas[0]), torch.zeros_like(deltas[0])
         for delta, strength, bound, top, w in zip(deltas, strengths(deltas), bounds, tops, relative):
             score = scaled(strength.to(delta.dtype), *top).mul_(w)
@@ -80,4 +90,4 @@ def pcb_merging(
             share.add_(score)
         return merged.div_(torch.where(share > 1e-12, share, 1.0))
 
-    return merge_deltas(cast, base, merge, scaling)
+    return merge_elements(cast, base, alike(merge), scaling)

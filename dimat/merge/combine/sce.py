@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 
 import torch
 from torch import Tensor
 
 from dimat.merge.deltas import needs_base
-from dimat.merge.fusion import (
-    Coefficients,
-    Density,
-    Number,
-    cast_of,
-    copy_of,
-    elected_sign,
-    merge_deltas,
-)
+from dimat.merge.fusion import Coefficients, Density, Number, cast_of, copy_of, elected_sign, merge_elements
+from dimat.merge.pieces import MergePieces, Pieces
 from dimat.merge.registry import combine_registry
-from dimat.merge.sparsify import kept_of, ranked
+from dimat.merge.sparsify import kept_of, ranked_among
 from dimat.merge.stages import Weights
 
 
@@ -49,31 +43,42 @@ def sce(
     if cast is None:
         return copy_of(own)
 
-    def merge(_: str, deltas: list[Tensor]) -> Tensor:
-        kept = kept_of(select_topk, deltas[0].numel())
-        if kept < deltas[0].numel() and len(deltas) > 1:
-            spread = _variance(deltas).to(torch.float32)
-            selected = spread >= ranked(spread, spread.numel() - kept)
-            deltas = [delta * selected for delta in deltas]
-        sign = elected_sign(deltas, cast.coefficients)
-        merged, share = torch.zeros_like(deltas[0]), torch.zeros_like(deltas[0])
-        energies = [float(delta.square().mean()) for delta in deltas]
+    def plan(_: str, pieces: Pieces) -> MergePieces:
+        count, kept = pieces.elements, kept_of(select_topk, pieces.elements)
+        least = -inf
+        if kept < count and len(pieces) > 1:
+            least = ranked_among(lambda: map(_spread, pieces), _spread(pieces.sample()), count, count - kept)
+
+        def selected(deltas: list[Tensor]) -> list[Tensor]:
+            return deltas if least == -inf else [delta * (_spread(deltas) >= least) for delta in deltas]
+
+        energies = [0.0] * len(pieces)
+        for deltas in pieces:
+            for k, delta in enumerate(selected(deltas)):
+                energies[k] += float(delta.square().sum())
         total = sum(energies) or 1.0
-        for delta, c, r, energy in zip(deltas, cast.coefficients, cast.relative, energies):
-            agrees = (delta * c).mul_(sign) > 0
-            merged.add_(delta * agrees, alpha=r * energy / total)
-            share.add_(agrees, alpha=r * energy / total)
-        return merged.div_(torch.where(share == 0, 1.0, share))
 
-    return merge_deltas(cast, base, merge, scaling)
+        def merge(deltas: list[Tensor]) -> Tensor:
+            deltas = selected(deltas)
+            sign = elected_sign(deltas, cast.coefficients)
+            merged, share = torch.zeros_like(deltas[0]), torch.zeros_like(deltas[0])
+            for delta, c, r, energy in zip(deltas, cast.coefficients, cast.relative, energies):
+                agrees = (delta * c).mul_(sign) > 0
+                merged.add_(delta * agrees, alpha=r * energy / total)
+                share.add_(agrees, alpha=r * energy / total)
+            return merged.div_(torch.where(share == 0, 1.0, share))
+
+        return merge
+
+    return merge_elements(cast, base, plan, scaling)
 
 
-def _variance(deltas: Sequence[Tensor]) -> Tensor:
-    """Variance over the models, element by element, without holding them stacked."""
+def _spread(deltas: Sequence[Tensor]) -> Tensor:
+    """Variance over the models, element by element, in float32, without holding them stacked."""
     mean = torch.zeros_like(deltas[0])
     for delta in deltas:
         mean.add_(delta, alpha=1 / len(deltas))
     spread = torch.zeros_like(mean)
     for delta in deltas:
         spread.add_((delta - mean).square_(), alpha=1 / len(deltas))
-    return spread
+    return spread.to(torch.float32)

@@ -8,10 +8,11 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor
 
-from dimat.merge.deltas import combine_tensors
+from dimat.merge.deltas import combine_elements
 from dimat.merge.fusion import copy_of
+from dimat.merge.pieces import MergePieces, Pieces
 from dimat.merge.registry import combine_registry
-from dimat.merge.spheres import interpolate, two_models
+from dimat.merge.spheres import around, two_models
 from dimat.merge.stages import Weights
 
 
@@ -39,7 +40,7 @@ def slerp(
     if peer is None or not share:
         return copy_of(own)
 
-    def merge(_: str, ours: Tensor, others: list[Tensor]) -> Tensor:
-        return interpolate(ours, others[0], share, lerp_above=lerp_above)
+    def plan(_: str, pieces: Pieces) -> MergePieces:
+        return (lambda values: values[1]) if share == 1 else around(pieces, share, lerp_above=lerp_above)
 
-    return combine_tensors(own, [peer], merge)
+    return combine_elements(own, [peer], plan)

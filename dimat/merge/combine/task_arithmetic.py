@@ -7,7 +7,16 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from dimat.merge.deltas import needs_base
-from dimat.merge.fusion import SMALLEST_SHARE, Coefficients, Number, cast_of, copy_of, merge_deltas, weighted_sum
+from dimat.merge.fusion import (
+    SMALLEST_SHARE,
+    Coefficients,
+    Number,
+    cast_of,
+    copy_of,
+    merge_elements,
+    weighted_sum,
+)
+from dimat.merge.pieces import alike
 from dimat.merge.registry import combine_registry
 from dimat.merge.stages import Weights
 
@@ -40,4 +49,4 @@ def task_arithmetic(
     total = sum(cast.coefficients)
     if normalize and abs(total) >= SMALLEST_SHARE:
         scaling /= total
-    return merge_deltas(cast, base, lambda _, deltas: weighted_sum(deltas, cast.coefficients), scaling)
+    return merge_elements(cast, base, alike(lambda deltas: weighted_sum(deltas, cast.coefficients)), scaling)

@@ -8,9 +8,10 @@ from typing import Literal
 from torch import Tensor
 
 from dimat.merge.deltas import needs_base
-from dimat.merge.fusion import Coefficients, Density, Number, cast_of, copy_of, elect, merge_deltas, read_deltas
+from dimat.merge.fusion import Coefficients, Density, Number, cast_of, copy_of, elect, merge_elements, read_deltas
+from dimat.merge.pieces import MergePieces, Pieces
 from dimat.merge.registry import combine_registry
-from dimat.merge.sparsify import keep_largest, magnitudes, order_statistics
+from dimat.merge.sparsify import magnitudes, order_statistics, smallest_kept, trimmed
 from dimat.merge.stages import Weights
 
 
@@ -47,19 +48,22 @@ def ties(
     cast = cast_of(own, peers, mixing, weights)
     if cast is None:
         return copy_of(own)
-    thresholds: list[float] = []
+    whole: list[float] = []
     if trim == "vector" and density < 1:
         found = order_statistics(
-            lambda: ([magnitudes(delta) for delta in deltas] for _, deltas in read_deltas(cast, base)),
+            lambda: (
+                [magnitudes(delta) for delta in deltas] for pieces in read_deltas(cast, base) for deltas in pieces
+            ),
             lambda d: [max(0, d - int(density * d) - 1)],
         )
-        thresholds = [values[0] for values in found]
+        whole = [values[0] for values in found]
 
-    def merge(_: str, deltas: list[Tensor]) -> Tensor:
-        if thresholds:
-            trimmed = [delta.masked_fill(magnitudes(delta) < t, 0.0) for delta, t in zip(deltas, thresholds)]
-        else:
-            trimmed = [keep_largest(delta, density if trim == "tensor" else 1.0) for delta in deltas]
-        return elect(trimmed, cast.coefficients, merge_func)
+    def plan(_: str, pieces: Pieces) -> MergePieces:
+        thresholds = whole or smallest_kept(pieces, density)
 
-    return merge_deltas(cast, base, merge, scaling)
+        def merge(deltas: list[Tensor]) -> Tensor:
+            return elect([trimmed(delta, t) for delta, t in zip(deltas, thresholds)], cast.coefficients, merge_func)
+
+        return merge
+
+    return merge_elements(cast, base, plan, scaling)
