@@ -47,9 +47,11 @@ def tensors_for(model: nn.Module, weights: Weights, device: torch.device) -> dic
     The types are those in which the model takes its inputs, whatever weights are stored in.
     """
     types = {name: tensor.dtype for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-    return {
-        name: weights[name].detach().to(device, dtype, copy=True) for name, dtype in types.items() if name in weights
-    }
+    tensors: dict[str, Tensor] = {}
+    for name, first in aliases(model).items():
+        if name in weights and first not in tensors:
+            tensors[first] = weights[name].detach().to(device, types[first], copy=True)
+    return tensors
 
 
 @contextmanager

@@ -55,10 +55,10 @@ def zipit(
     models only. Two models are then merged one to one, as by align and average, but matched greedily.
 
     **Merging** (see `merge_units`). Where a layer makes the units (rows, biases, norms, and running statistics, which
-    repair = "batchnorm" then measures anew), a merged unit is the mean of its members: unit i of model k enters with w_k
-    over the sum of w over the members; with equal weights 1 / members, and pairs of two models with w_own and w_peer.
-    Where a layer takes the units in, its columns add up. Axes without units keep the weights w_k. A merged unit stands
-    where its lowest unit of own's stood, so that results go on in own's basis.
+    repair = "batchnorm" then measures anew), a merged unit is the mean of its members: unit i of model k enters with
+    w_k over the sum of w over the members; with equal weights 1 / members, and pairs of two models with w_own and
+    w_peer. Where a layer takes the units in, its columns add up. Axes without units keep the weights w_k. A merged
+    unit stands where its lowest unit of own's stood, so that results go on in own's basis.
 
     Groups that cannot be observed are paired by index, and so are all where the model has no groups: an average.
     Models that are equal, bit by bit, are one with their weights' sum; a model of weight 0 takes no part. Integers
