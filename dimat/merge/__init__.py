@@ -2,7 +2,7 @@
 
 from dimat.merge.api import align_weights, merge_weights
 from dimat.merge.context import MergeContext
-from dimat.merge.pipeline import PRESETS, MergeOutcome, MergePlan, Peer, adopt, merge, plan_merge
+from dimat.merge.pipeline import PRESETS, MergeOutcome, MergePlan, Peer, adopt, merge, needs_symmetry, plan_merge
 from dimat.merge.registry import accept_registry, align_registry, combine_registry, repair_registry
 from dimat.merge.stages import Accepted, Aligned, Permutations, Repaired
 from dimat.merge.weights import open_weights
@@ -24,6 +24,7 @@ __all__ = [
     "combine_registry",
     "merge",
     "merge_weights",
+    "needs_symmetry",
     "open_weights",
     "plan_merge",
     "repair_registry",

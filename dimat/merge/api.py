@@ -14,7 +14,7 @@ from dimat.errors import ConfigError, MergeError, nearest
 from dimat.merge.auxiliary import OWN
 from dimat.merge.batches import as_data, first_inputs
 from dimat.merge.context import MergeContext
-from dimat.merge.pipeline import MergePlan, Peer, check_mixing, merge, plan_merge
+from dimat.merge.pipeline import MergePlan, Peer, check_mixing, merge, needs_symmetry, plan_merge
 from dimat.merge.registry import accept_registry, align_registry, combine_registry, repair_registry
 from dimat.merge.stages import Permutations, Points, Score, Weights
 from dimat.merge.weights import open_weights
@@ -102,9 +102,10 @@ def merge_weights(
         raise MergeError(f"{len(peers)} peers need {len(peers) + 1} mixing weights, own first; got {len(mixing)}")
     check_mixing(mixing)
     batches = as_data(data)
-    if spec is None and plan.align.name != "none":
+    if spec is None and needs_symmetry(plan):
         if model is None or batches is None:
-            raise MergeError(f"method {method!r} with align = {plan.align.name!r} needs model= and data=")
+            stages = f"align = {plan.align.name!r} and combine = {plan.combine.name!r}"
+            raise MergeError(f"method {method!r} with {stages} needs model= and data=")
         spec = derive_symmetry(model, first_inputs(batches))
     if aux is not None and len(aux) != len(mixing):
         raise MergeError(f"{len(peers)} peers need {len(mixing)} sets of statistics, own first; got {len(aux)}")

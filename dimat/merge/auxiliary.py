@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dimat.errors import MergeError, PeerError
 from dimat.merge.stages import Permutations, Weights
-from dimat.merge.weights import PermutedWeights
+from dimat.merge.weights import PermutedWeights, axes_by_name
 from dimat.symmetry.spec import AxisRef, SymmetrySpec
 
 OWN = ""
@@ -92,11 +92,7 @@ def needs_aux(aux: Sequence[Weights] | None, prefix: str, method: str, how: str)
 
 def _spec_for(aux: Weights, spec: SymmetrySpec) -> SymmetrySpec:
     """Return a spec whose axes are those of the statistics: a Gram matrix moves as its weight's inputs, twice."""
-    aliases = {name: names for names in spec.tied for name in names}
-    by_name: dict[str, list[AxisRef]] = {}
-    for axis in spec.axes:
-        for name in aliases.get(axis.tensor, (axis.tensor,)):
-            by_name.setdefault(name, []).append(axis)
+    by_name = axes_by_name(spec)
     axes: list[AxisRef] = []
     for key in aux:
         moving = by_name.get(key.partition(".")[2], [])

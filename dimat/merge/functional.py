@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call  # pyright: ignore[reportPrivateImportUsage]
+
+from dimat.merge.stages import Weights
 
 
 def aliases(model: nn.Module) -> dict[str, str]:
@@ -35,3 +39,37 @@ def call_with(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Sequence[
             if names[whole] in tensors:
                 given[whole] = tensors[names[whole]]
     return functional_call(model, given, tuple(inputs), tie_weights=False)
+
+
+def tensors_for(model: nn.Module, weights: Weights, device: torch.device) -> dict[str, Tensor]:
+    """Return copies of the weights on a device, in the model's own types, one for each first name: for `call_with`.
+
+    The types are those in which the model takes its inputs, whatever weights are stored in.
+    """
+    types = {name: tensor.dtype for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    tensors: dict[str, Tensor] = {}
+    for name, first in aliases(model).items():
+        if name in weights and first not in tensors:
+            tensors[first] = weights[name].detach().to(device, types[first], copy=True)
+    return tensors
+
+
+@contextmanager
+def reading_inputs(model: nn.Module, readers: Mapping[nn.Module, Callable[[Tensor], None]]) -> Generator[None]:
+    """Inside, the model is in evaluation mode without gradients, and each of these modules hands its first input to its
+    reader whenever it runs. After that the model is as it was."""
+
+    def hook(read: Callable[[Tensor], None]) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        return lambda _, inputs, named: read((inputs[0] if inputs else named["input"]).detach())
+
+    modes = [(module, module.training) for module in model.modules()]
+    handles = [module.register_forward_pre_hook(hook(read), with_kwargs=True) for module, read in readers.items()]
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes:
+            module.training = training

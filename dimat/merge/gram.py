@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 from dimat.errors import MergeError
 from dimat.merge.auxiliary import GRAM
 from dimat.merge.batches import device_of, on_device, take
-from dimat.merge.functional import aliases, call_with
+from dimat.merge.functional import call_with, reading_inputs, tensors_for
 from dimat.merge.stages import Data, Weights
 
 
@@ -35,29 +34,20 @@ def gram_matrices(
         if isinstance(module, nn.Linear):
             names.setdefault(module, []).append(f"{GRAM}{name}.weight" if name else f"{GRAM}weight")
 
-    def read(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        x: Tensor = inputs[0].detach().flatten(0, -2)
-        x = x.cpu().double() if x.device.type == "mps" else x.double()
-        key = names[module][0]
-        product = (x.mT @ x).cpu()
-        sums[key] = sums[key] + product if key in sums else product
-        rows[key] = rows.get(key, 0) + x.shape[0]
+    def reader(key: str) -> Callable[[Tensor], None]:
+        def read(inputs: Tensor) -> None:
+            x = inputs.flatten(0, -2)
+            x = x.cpu().double() if x.device.type == "mps" else x.double()
+            product = (x.mT @ x).cpu()
+            sums[key] = sums[key] + product if key in sums else product
+            rows[key] = rows.get(key, 0) + x.shape[0]
 
-    given = dict(model.state_dict() if weights is None else weights)
-    firsts = set(aliases(model).values())
-    tensors = {name: given[name].detach().to(device, copy=True) for name in firsts if name in given}
-    modes = [(module, module.training) for module in model.modules()]
-    handles = [module.register_forward_pre_hook(read) for module in names]
-    try:
-        model.eval()
-        with torch.no_grad():
-            for inputs in take(data, max_examples):
-                call_with(model, tensors, on_device(inputs, device))
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, training in modes:
-            module.training = training
+        return read
+
+    tensors = tensors_for(model, dict(model.state_dict() if weights is None else weights), device)
+    with reading_inputs(model, {module: reader(keys[0]) for module, keys in names.items()}):
+        for inputs in take(data, max_examples):
+            call_with(model, tensors, on_device(inputs, device))
     if names and not sums:
         raise MergeError("there are no data to take Gram matrices on: hand in at least one batch of model inputs")
     for key, total in sums.items():

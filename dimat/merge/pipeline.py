@@ -26,7 +26,7 @@ from dimat.merge.registry import CONTEXT, accept_registry, align_registry, combi
 from dimat.merge.screen import norm_of, screen
 from dimat.merge.stages import Aligned, Permutations, Weights
 from dimat.merge.weights import PermutedWeights
-from dimat.registry import check_options
+from dimat.registry import check_options, keywords
 
 MIXING_TOLERANCE = 1e-6
 """Mixing weights sum to 1 within this."""
@@ -60,10 +60,14 @@ PRESETS: Mapping[str, MergePlan] = {
     "opcm": _preset("none", "none", combine="opcm"),
     "dimat": _preset("activations", "batchnorm"),
     "dimat-paper": _preset("activations", "batchnorm", align_to="self"),
+    "zipit": _preset("none", "batchnorm", combine="zipit"),
+    "pleas": _preset("activations", "batchnorm", combine="pleas"),
 }
 """Method name → plan. `average` is the paper's baseline WA, whole state dicts; `dimat` aligns once into a shared
 basis (basis gossip); `dimat-paper` aligns peers to self at every merge, as published; `opcm` (Tang et al. 2025,
-arXiv 2501.09522) folds deltas from a common base; `dpsgd` (Lian et al. 2017,
+arXiv 2501.09522) folds deltas from a common base; `zipit` (Stoica et al. 2024, arXiv 2305.03053) pairs units anew at
+every merge, also within a model; `pleas` (Nasery et al. 2025, arXiv 2407.02447) is `dimat` with layers fitted to the
+models' mean activations in the average's place; `dpsgd` (Lian et al. 2017,
 arXiv 1705.09056) averages after every optimizer step, `sgp` (Assran et al. 2019, arXiv 1811.10792) with push-sum."""
 
 
@@ -119,6 +123,11 @@ def plan_merge(config: MergeConfig) -> MergePlan:
     accept_registry.check(plan.accept.name, plan.accept.options)
     check_options(screen, plan.screen, "merge.screen", context=CONTEXT)
     return plan
+
+
+def needs_symmetry(plan: MergePlan) -> bool:
+    """Tell whether a plan rests on the model's symmetry groups: because it aligns, or its combine method asks."""
+    return plan.align.name != "none" or "spec" in keywords(combine_registry.get(plan.combine.name))
 
 
 def merge(

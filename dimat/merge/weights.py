@@ -54,6 +54,16 @@ class SafetensorsFile(Mapping[str, Tensor]):
         return len(self._names)
 
 
+def axes_by_name(spec: SymmetrySpec) -> dict[str, list[AxisRef]]:
+    """Return the axes that hold units by the names of their tensors, all names of tied ones."""
+    aliases = {name: names for names in spec.tied for name in names}
+    found: dict[str, list[AxisRef]] = {}
+    for axis in spec.axes:
+        for name in aliases.get(axis.tensor, (axis.tensor,)):
+            found.setdefault(name, []).append(replace(axis, tensor=name))
+    return found
+
+
 class PermutedWeights(Mapping[str, Tensor]):
     """Weights in another basis: each access permutes one tensor."""
 
@@ -61,11 +71,7 @@ class PermutedWeights(Mapping[str, Tensor]):
         self._weights = weights
         self._spec = replace(spec, axes=(), tied=())
         self._permutations = permutations
-        aliases = {name: names for names in spec.tied for name in names}
-        self._axes: dict[str, list[AxisRef]] = {}
-        for axis in spec.axes:
-            for name in aliases.get(axis.tensor, (axis.tensor,)):
-                self._axes.setdefault(name, []).append(replace(axis, tensor=name))
+        self._axes = axes_by_name(spec)
 
     def __getitem__(self, name: str) -> Tensor:
         axes = tuple(self._axes.get(name, ()))

@@ -18,7 +18,7 @@ from dimat.agent.checkpoint import CheckpointStore, Stored, read_state, write_st
 from dimat.agent.local import LocalAgent, MergeReport, TrainedReport
 from dimat.agent.state import MachineState
 from dimat.config import ExperimentConfig
-from dimat.merge import plan_merge
+from dimat.merge import needs_symmetry, plan_merge
 from dimat.seeds import torch_generator
 from dimat.snapshot import make_folder
 from dimat.symmetry import Observer, SymmetrySpec, derive_symmetry, freeze_failing
@@ -89,8 +89,9 @@ def create(setup: Setup) -> Made:
     """Make an agent in this process."""
     make_folder(setup.store)
     plan = plan_merge(setup.config.merge)
-    kit = kit_for(setup.config, symmetry=plan.align.name != "none")
-    spec = kit.spec if plan.align.name != "none" else None
+    symmetry = needs_symmetry(plan)
+    kit = kit_for(setup.config, symmetry=symmetry)
+    spec = kit.spec if symmetry else None
     agent = LocalAgent(
         setup.agent,
         setup.config,

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dimat.config import MergeConfig, NamedConfig
 from dimat.errors import ConfigError, DimatError, MergeError
@@ -19,6 +21,7 @@ from dimat.merge import MergeContext, Peer, merge, plan_merge
 from dimat.merge.auxiliary import FISHER, GRAM, OWN
 from dimat.merge.registry import combine_registry
 from dimat.registry import keywords
+from dimat.symmetry import derive_symmetry
 
 Model = dict[str, Tensor]
 
@@ -67,7 +70,7 @@ def model(seed: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> 
         "conv.weight": (4, 3, 3, 3),
         "norm.weight": (5,),
         "one": (1,),
-        "one.by.one": (1, 1),
+        "one_by_one": (1, 1),
         "scalar": (),
         "empty": (0, 3),
     }
@@ -101,6 +104,44 @@ def statistics(seed: int) -> Model:
     return aux | {GRAM + "fc.weight": x.T @ x / 20}
 
 
+class Network(nn.Module):
+    """A network whose state dict has the tensors of `model`, all of them in use; `tied`: with a second name for one.
+
+    Its units are the four channels of the convolution, each of which the linear layer reads twice.
+    """
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 6)
+        self.conv = nn.Conv2d(3, 4, 3, bias=False)
+        self.norm = nn.Module()
+        self.norm.weight = nn.Parameter(torch.ones(5))
+        self.one = nn.Parameter(torch.ones(1))
+        self.one_by_one = nn.Parameter(torch.ones(1, 1))
+        self.scalar = nn.Parameter(torch.ones(()))
+        self.empty = nn.Parameter(torch.zeros(0, 3))
+        self.register_buffer("count", torch.tensor(0))
+        self.register_buffer("mask", torch.tensor([True, True]))
+        if tied:
+            self.head = nn.Linear(8, 6, bias=False)
+            self.head.weight = self.fc.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.conv(x)).amax((2, 3))
+        y = torch.cat([y, y], 1) + self.empty.sum()
+        y = self.fc(y) + (self.head(y) if hasattr(self, "head") else 0)
+        return torch.cat([y[:, :5] * self.norm.weight * self.one, y[:, 5:] * self.one_by_one], 1) + self.scalar
+
+
+@cache
+def network(tied: bool) -> MergeContext:
+    """Return a network and data for it, which methods that look at activations or outputs ask for."""
+    g = torch.Generator().manual_seed(5)
+    data = [(torch.randn(16, 3, 6, 6, generator=g),) for _ in range(4)]
+    built = Network(tied).eval()
+    return MergeContext(built, derive_symmetry(built, data[0]), data)
+
+
 def mixing(peers: int) -> list[float]:
     return [0.5, 0.5] if peers == 1 else [0.4, 0.35, 0.25]
 
@@ -120,6 +161,8 @@ def combine(
         "generator": torch.Generator().manual_seed(7),
         "state": None,
     }
+    if "data" in keywords(combine_registry.get(name)):
+        context = network("head.weight" in own).offered() | context
     return combine_registry.call(name, options or {}, own, peers, weights, **context)
 
 
@@ -232,13 +275,13 @@ def test_half_types_merge_as_their_values_do(name: str) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_one_element_tensors_are_not_cut_away(name: str) -> None:
     """Reference: what all models have in common, which no threshold within such a tensor may take."""
-    own = near(0) | {"one": torch.tensor([2.0]), "scalar": torch.tensor(-3.0), "one.by.one": torch.tensor([[0.5]])}
-    peers = [near(k) | {key: own[key] for key in ("one", "scalar", "one.by.one")} for k in (1, 2)]
+    own = near(0) | {"one": torch.tensor([2.0]), "scalar": torch.tensor(-3.0), "one_by_one": torch.tensor([[0.5]])}
+    peers = [near(k) | {key: own[key] for key in ("one", "scalar", "one_by_one")} for k in (1, 2)]
     options = needs(name).equal if name in RANDOM else {}  # at random anything may go
     result = merged(name, own, peers, options=options)
     assert_finite(result, own)
     if not needs(name).rescales:
-        for key in ("one", "scalar", "one.by.one"):
+        for key in ("one", "scalar", "one_by_one"):
             torch.testing.assert_close(result[key], own[key], rtol=1e-5, atol=1e-6)
 
 
@@ -325,7 +368,10 @@ def test_values_that_are_not_finite_are_errors_or_refused(name: str, value: floa
     own, good, bad = near(0), near(1), near(2)
     bad["conv.weight"][0, 0, 0, 0] = value
     aux = {OWN: statistics(0), "good": statistics(1), "bad": statistics(2)}
-    context = MergeContext(base=BASE, aux=aux, generator=torch.Generator().manual_seed(0))
+    seen = network(False)
+    context = MergeContext(
+        seen.model, seen.spec, seen.data, base=BASE, aux=aux, generator=torch.Generator().manual_seed(0)
+    )
     peers = [Peer("good", good, 0.3), Peer("bad", bad, 0.2)]
     with pytest.raises(DimatError, match=r"bad: tensor 'conv\.weight'"):
         merge(own, 0.5, peers, plan, context, refuse=False)

@@ -10,7 +10,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dimat.errors import MergeError
-from dimat.merge.batches import count, device_of, first_inputs, on_device, take
+from dimat.merge.activity import activity
+from dimat.merge.batches import device_of, first_inputs
 from dimat.merge.clock import Clock
 from dimat.merge.matching import assign, assignment_value
 from dimat.merge.points import choose_points
@@ -21,9 +22,6 @@ from dimat.merge.stopping import GeometricChecks
 from dimat.merge.weights import WeightsOn
 from dimat.symmetry import Observer
 from dimat.symmetry.spec import ObservationPoint, SymmetrySpec
-
-PIECE = 32
-"""Images per forward pass: bounds memory, and is no slower than more."""
 
 FIRST_LOOK = 64
 """Images after which assignments are first made, to see whether they are stable."""
@@ -79,17 +77,9 @@ def activations(
     device = device_of(model)
     networks = [WeightsOn(weights, device) for weights in (own, *peers)]
     images = steady = 0
-    for batch in take(data, max_images, PIECE):
-        sampler.next_batch()
-        seen: list[dict[str, list[Tensor]]] = []
-        inputs = on_device(batch, device)
-        for weights in networks:
-            outputs = watch.run(weights, inputs, chosen)
-            clock.lap("forward")
-            # popped, so that no more than one model's activations are held whole
-            seen.append({group: [sampler(t, count(inputs)) for t in outputs.pop(group)] for group in chosen})
-            clock.lap("statistics")
-        images += count(inputs)
+    shown = activity(watch, networks, data, chosen, device=device, sampler=sampler, max_images=max_images, clock=clock)
+    for examples, seen in shown:
+        images += examples
         pairs.update(seen)
         clock.lap("statistics")
         if stable_within is not None and checks.due(images):

@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dimat.errors import MergeError
+from dimat.merge.content import absorb
 from dimat.merge.deltas import needs_base
 from dimat.merge.projection import Layout, Split
 from dimat.merge.registry import combine_registry
@@ -164,11 +165,11 @@ class Fold:
         for name in self.layout.folded:
             base = self.read(self.base, name, "the base")
             if of_base is not None:
-                _absorb(of_base, name, base)
+                absorb(of_base, name, base)
             wide = self.wide(base, name)
             for party, digest, found in zip(parties, digests, squares):
                 tensor = self.read(party.weights, name, party.title)
-                _absorb(digest, name, tensor)
+                absorb(digest, name, tensor)
                 norm = float(torch.linalg.vector_norm(self.wide(tensor, name) - wide))
                 if not isfinite(norm):
                     title = party.title if torch.isfinite(wide).all() else "the base"
@@ -266,7 +267,7 @@ class Stream:
         returned = blake3()
         for name in fold.layout.folded:
             results[name] = fold.result(name, tensors.get(f"opcm/merged/{name}", self._merged(name)))
-            _absorb(returned, name, results[name])
+            absorb(returned, name, results[name])
         for party in surveyed:  # one that sent what another had sent is known by it from now on
             if party.name != OWN and (party.digest in fresh or party.name not in peers):
                 if party.name not in peers:
@@ -338,16 +339,6 @@ def _stored(tensor: torch.dtype, wanted: torch.dtype) -> torch.dtype:
     if tensor.is_complex:
         return torch.complex64 if wanted == torch.float32 and tensor != torch.complex128 else torch.complex128
     return torch.float64 if torch.float64 in (tensor, wanted) else torch.float32
-
-
-def _absorb(digest: Any, name: str, tensor: Tensor) -> None:
-    """Take a tensor's name, shape and values into a hash, whatever its strides and device. Half types count as the
-    float32 that they are exactly, so that all agents have one order."""
-    values = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor.resolve_neg()
-    dense = values.to("cpu", torch.float32 if values.element_size() < 4 else values.dtype).contiguous()
-    digest.update(f"{name}\0{dense.dtype}{[*dense.shape]}\0".encode())
-    if dense.numel():
-        digest.update(dense.as_strided((dense.numel(),), (1,)).view(torch.uint8).numpy().data)
 
 
 def _averaged(fold: Fold, name: str, tensor: Tensor, parties: Sequence[tuple[str, Weights, float]]) -> Tensor:

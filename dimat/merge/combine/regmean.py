@@ -11,11 +11,9 @@ from torch import Tensor
 
 from dimat.merge.auxiliary import GRAM, needs_aux, statistic
 from dimat.merge.deltas import combine_tensors
+from dimat.merge.least_squares import solve_semidefinite
 from dimat.merge.registry import combine_registry
 from dimat.merge.stages import Weights
-
-SINGULAR = 1e-6
-"""Inputs that hold less than this of their own, apart from what others tell of them, count as dependent."""
 
 
 @combine_registry.register("regmean")
@@ -62,21 +60,6 @@ def regmean(
                 gram = gram.mul(off_diagonal).fill_diagonal_(0).add_(gram.diagonal().diag())
                 left.add_(gram, alpha=weight)
                 right.add_(gram @ (model.to(wide) - wide).mT, alpha=weight)
-        return (wide + _solve(left, right).mT).to(mean)
+        return (wide + solve_semidefinite(left, right).mT).to(mean)
 
     return combine_tensors(own, peers, merge)
-
-
-def _solve(matrix: Tensor, right: Tensor) -> Tensor:
-    """Return the smallest X, in units of the matrix's diagonal, with matrix · X = right; the matrix is symmetric and
-    positive semidefinite, and rows of zeros in it give rows of zeros."""
-    scale = matrix.diagonal().clamp_min(0).rsqrt()
-    scale = torch.where(scale.isfinite(), scale, 0.0)[:, None]
-    scaled, right = scale * matrix * scale.mT, scale * right
-    dead = (scale[:, 0] == 0).to(matrix.dtype)
-    factor, fault = torch.linalg.cholesky_ex(scaled + dead.diag())
-    if not fault and float(factor.diagonal().min()) > SINGULAR:
-        return scale * torch.cholesky_solve(right, factor)
-    values, vectors = torch.linalg.eigh(scaled)
-    inverse = torch.where(values > SINGULAR**2 * values[-1], 1 / values, 0.0)
-    return scale * (vectors @ (inverse[:, None] * (vectors.mT @ right)))
