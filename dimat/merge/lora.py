@@ -163,8 +163,9 @@ def compressed(factors: Factors, rank: int) -> Factors:
     right, core_a = torch.linalg.qr(factors.a.mT)
     u, sigma, v = torch.linalg.svd(core_b @ core_a.mT, full_matrices=False)
     kept = min(rank, len(sigma))
-    size, sigma = sigma[:1], sigma[:kept]
-    known = sigma > size * max(factors.b.shape[0], factors.a.shape[1]) * torch.finfo(sigma.dtype).eps
+    rounding = factors.rank * torch.finfo(sigma.dtype).eps * core_b.norm() * core_a.norm()
+    sigma = sigma[:kept]
+    known = sigma > rounding
     root = torch.where(known, sigma, 0.0).sqrt()
     spare = root[known][-1:].expand(kept) if known.any() else torch.zeros_like(root)
     a = torch.zeros(rank, factors.a.shape[1], dtype=sigma.dtype, device=sigma.device)

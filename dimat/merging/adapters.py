@@ -16,7 +16,7 @@ from torch import Tensor
 from dimat.errors import ConfigError, DataError, MergeError
 from dimat.merge.lora import Pair, find_pairs, merged_rank
 from dimat.merge.stages import Weights
-from dimat.merging.files import ModelFiles, check_alike, tell_differences
+from dimat.merging.files import ADAPTER_CONFIG, ModelFiles, check_alike, tell_differences
 from dimat.merging.header import TensorInfo
 from dimat.merging.parts import Part
 from dimat.merging.peft import Settings, module_of, read_settings
@@ -45,19 +45,16 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Merged:
-    """Adapters that fit together. `infos`: the merged adapter's tensors; `views`: what combine methods see, own's
-    first; `pairs`, `biases`: those of the merged adapter by module; `ranks`: likewise."""
+    """Adapters that fit together. `settings`: own's; `others`: those of peers that have a weight; `pairs`, `biases`,
+    `ranks`: of the merged adapter by module; `infos`: its tensors; `views`: what combine methods see, own's first."""
 
-    adapters: tuple[Adapter, ...]
+    settings: Settings
+    others: tuple[Settings, ...]
     pairs: Mapping[str, Pair]
     biases: Mapping[str, str]
     ranks: Mapping[str, int]
     infos: dict[str, TensorInfo]
     views: tuple[Weights, ...]
-
-    @property
-    def settings(self) -> Settings:
-        return self.adapters[0].settings
 
     def scale(self, key: str) -> float:
         """Return the scale of a module's merged factors."""
@@ -66,11 +63,11 @@ class Merged:
     def config(self) -> bytes:
         """Return the merged adapter's adapter_config.json."""
         ranks = {module_of(key): rank for key, rank in self.ranks.items()}
-        return self.settings.merged(ranks, [adapter.settings for adapter in self.adapters[1:]])
+        return self.settings.merged(ranks, self.others)
 
     def bases(self) -> list[str]:
         """Return the names of the base models that the adapters were trained on, each once."""
-        named = (adapter.settings.config.get("base_model_name_or_path") for adapter in self.adapters)
+        named = (settings.config.get("base_model_name_or_path") for settings in (self.settings, *self.others))
         return sorted({str(name) for name in named if name})
 
 
@@ -136,7 +133,9 @@ def fit_together(
         a, b, rank = names[pair.a], names[pair.b], ranks[key]
         infos[pair.a] = replace(a, shape=(rank, *a.shape[1:]))
         infos[pair.b] = replace(b, shape=(b.shape[0], rank, *b.shape[2:]))
-    merged = Merged(adapters, pairs, biases, ranks, infos, ())
+    heard = [any(part.mixing[k] for part in parts) for k in range(len(adapters))]
+    others = tuple(adapter.settings for adapter, counts in zip(adapters[1:], heard[1:]) if counts)
+    merged = Merged(adapters[0].settings, others, pairs, biases, ranks, infos, ())
     views = tuple(AdapterView(adapter, merged, shown, k, device) for k, adapter in enumerate(adapters))
     return replace(merged, views=views)
 
@@ -213,7 +212,7 @@ def _open(model: ModelFiles) -> Adapter:
         if b.shape[1] != a.shape[0] or any(size != 1 for size in b.shape[2:]):
             raise DataError(f"{model.path}: {pair.a!r} {a} and {pair.b!r} {b} have no product B·A")
         if a.shape[0] != rank:
-            raise DataError(f"{settings.path}: rank {rank} in adapter_config.json, but {pair.a!r} is {a}")
+            raise DataError(f"{settings.path / ADAPTER_CONFIG}: the rank of {key!r} is {rank}, but its lora_A is {a}")
     return Adapter(model, settings, pairs, biases, others)
 
 

@@ -27,7 +27,12 @@ the base into the factors, so that a delta is none from the base that its name s
 UNFIT = {
     "use_dora": "is DoRA: its magnitudes scale the base's weights too",
     "use_qalora": "is QALoRA: its A sees pooled inputs",
+    "use_bdlora": "is BD-LoRA: its factors are blocks of a diagonal",
+    "kasa_config": "is KaSA: it changes the base's weights too",
+    "monteclora_config": "is MonteCLoRA: its factors are drawn at random",
+    "alora_invocation_tokens": "is aLoRA: it adds to a part of the text only",
     "target_parameters": "adapts single parameters: the factors of several experts lie in one tensor",
+    "trainable_token_indices": "trains the embeddings of single tokens",
 }
 """Settings under which ΔW = s·B·A is not what an adapter adds, and why."""
 
