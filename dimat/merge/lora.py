@@ -130,7 +130,8 @@ def _merge_pair(
                 )
             parts.append(theirs)
     merged = merge(mine, parts, [weight for weight in weights if weight])
-    return merged.a.reshape(merged.rank, *a.shape[1:]), merged.b.reshape(b.shape[0], merged.rank, *b.shape[2:])
+    shapes = (merged.rank, *a.shape[1:]), (b.shape[0], merged.rank, *b.shape[2:])
+    return merged.a.reshape(shapes[0]).clone(), merged.b.reshape(shapes[1]).clone()  # never memory of a model's
 
 
 def merged_rank(rank: int | None, own: int, ranks: Sequence[int]) -> int:

@@ -149,6 +149,8 @@ def test_exactness(method: str, dtype: torch.dtype) -> None:
         assert relative(product(same), product(own)) < {torch.bfloat16: 2**-8, torch.float16: 2**-11}.get(dtype, 1e-6)
     else:
         assert_same_bits(same, own)
+    alone = merged(method, [own], [1.0])
+    assert all(alone[name].data_ptr() != tensor.data_ptr() for name, tensor in own.items())
     found = merged(method, [own, other], [0.5, 0.5])
     assert all(tensor.dtype == dtype and tensor.isfinite().all() for tensor in found.values())
     assert_same_bits(merged(method, [own, other, wild], [0.5, 0.5, 0.0]), found)
