@@ -193,7 +193,10 @@ def merge(
         Path, Parameter(help="A recipe (TOML); or models: safetensors files, folders. The first is own.")
     ],
     method: Annotated[str | None, Parameter(help="Combine method; default: average.")] = None,
-    base: Annotated[Path | None, Parameter(help="Model that deltas are taken from.")] = None,
+    base: Annotated[Path | None, Parameter(help="Model that deltas are taken from, or adapters merged into.")] = None,
+    into_base: Annotated[
+        bool, Parameter(negative="", help="Merge PEFT adapters into the base: a whole model comes out.")
+    ] = False,
     out: Annotated[
         Path | None, Parameter(name=["--out", "-o"], help="Where to: a name in .safetensors, or a folder.")
     ] = None,
@@ -219,7 +222,7 @@ def merge(
 
     flags = {"method": method, "base": base, "out": out, "dtype": dtype, "device": device, "seed": seed}
     changes = {key: str(value) if isinstance(value, Path) else value for key, value in flags.items()}
-    changes |= {"shard_size": shard_size, "weights": parse_weights(weights)}
+    changes |= {"shard_size": shard_size, "weights": parse_weights(weights), "into_base": into_base or None}
     job = prepare(recipe_of(inputs, changes, set_, from_mergekit), overwrite=overwrite)
     if dry_run:
         _print(job.plan() if as_json else plan_lines(job))

@@ -183,6 +183,7 @@ def merge(
         [own_weight, *(peer.weight for peer in merging)],
         **(context.offered() | {"aux": aux, "names": [peer.name for peer in merging]}),
     )
+    _check_shapes(own, combined, plan.combine.name)
     clock.lap("combine")
     repaired = repair_registry.call(plan.repair.name, plan.repair.options, combined, **context.offered())
     clock.lap("repair")
@@ -250,6 +251,16 @@ def _check_own(own: Weights, context: MergeContext) -> float:
             if tensor.shape != own[name].shape:
                 raise MergeError(f"tensor {name!r} is {[*own[name].shape]}, in the model {[*tensor.shape]}")
     return norm_of(own)
+
+
+def _check_shapes(own: Weights, combined: Weights, method: str) -> None:
+    """Raise MergeError where a method changed shapes, as those that merge LoRA adapters on disk to another rank do."""
+    for name, tensor in combined.items():
+        if name in own and tensor.shape != own[name].shape:
+            raise MergeError(
+                f"combine method {method!r} makes tensor {name!r} {[*tensor.shape]}, own is {[*own[name].shape]}: "
+                "models in training keep their shapes; take lora-svd without its option rank"
+            )
 
 
 def _copy(weights: Weights) -> dict[str, Tensor]:

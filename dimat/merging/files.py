@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -151,36 +151,46 @@ def read_json(path: Path) -> dict[str, Any]:
     return cast("dict[str, Any]", value)
 
 
-def check_alike(models: Sequence[ModelFiles]) -> None:
+def check_alike(models: Sequence[ModelFiles], apart: Collection[str] = ()) -> None:
     """Check that all models have the tensors of the first, of its shapes; integers and reals do not mix.
 
-    Raises DataError with the number of differences and the first ten in full.
+    Tensors named in `apart` may differ. Raises DataError with the number of differences and the first ten in full.
     """
     first, found = models[0], list[str]()
     for other in models[1:]:
         for name, info in first.infos.items():
             theirs = other.infos.get(name)
+            if name in apart:
+                continue
             if theirs is None:
                 found.append(f"{name!r} is missing from {other.path}")
             elif theirs.shape != info.shape or _is_real(theirs.dtype) != _is_real(info.dtype):
                 found.append(f"{name!r} is {info} in {first.path}, {theirs} in {other.path}")
-        found += [f"{name!r} is in {other.path} alone" for name in other.infos if name not in first.infos]
+        alone = [name for name in other.infos if name not in first.infos and name not in apart]
+        found += [f"{name!r} is in {other.path} alone" for name in alone]
+    tell_differences(found)
+
+
+def tell_differences(found: Sequence[str]) -> None:
+    """Raise DataError with the number of differences between models and the first ten in full; none is no error."""
     if found:
         more = f"; and {len(found) - SHOWN:,} more" if len(found) > SHOWN else ""
         count = f"{len(found):,} difference{'s' if len(found) > 1 else ''}"
         raise DataError(f"the models do not fit together, {count}: {'; '.join(found[:SHOWN])}{more}")
-    _check_adapters([model for model in models if model.adapter])
 
 
-def _check_adapters(models: Sequence[ModelFiles]) -> None:
-    """Check that adapters scale their factors alike, as factors are merged like any other tensors."""
+def check_factors(models: Sequence[ModelFiles]) -> None:
+    """Check that adapters scale their factors alike, where factors are merged like any other tensors."""
+    models = [model for model in models if model.adapter]
     settings = [read_json(model.path / ADAPTER_CONFIG) for model in models]
     for key in ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
         for model, setting in zip(models[1:], settings[1:]):
             if setting.get(key) != settings[0].get(key):
+                plain = key not in ("peft_type", "use_dora")
                 raise DataError(
                     f"adapters differ in {key!r}: {settings[0].get(key)!r} in {models[0].path}, "
-                    f"{setting.get(key)!r} in {model.path}; merge them into their base models first"
+                    f"{setting.get(key)!r} in {model.path}; merge "
+                    + ("their products with --method lora-svd" if plain else "them into their base models first")
                 )
 
 

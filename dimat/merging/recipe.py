@@ -103,7 +103,9 @@ class Recipe(Tree):
     models: tuple[ModelEntry, ...] = Field(min_length=1)
     """The models; the first is own, which gives names, types and integer tensors."""
     base: str | None = None
-    """Model that deltas are taken from, for methods that merge deltas."""
+    """Model that deltas are taken from, for methods that merge deltas; or that adapters are merged into."""
+    into_base: bool = False
+    """Merge PEFT adapters into the base: a whole model comes out, W + ΔW (method: lora-concat if left out)."""
     method: str = "average"
     """Combine method."""
     options: Options = Field(default_factory=dict)
@@ -186,6 +188,8 @@ def build_recipe(tree: Mapping[str, Any], changes: Mapping[str, Any], options: M
         merged["options"] = {}  # those of another method
     if options:
         merged["options"] = {**merged.get("options", {}), **options}
+    if merged.get("into_base") and "method" not in merged:
+        merged["method"] = "lora-concat"
     recipe = build(Recipe, merged, where)
     if weights is not None:
         checked_mixing(weights, len(recipe.models))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dimat.config.tree import Options
 from dimat.device import resolve_device
 from dimat.errors import ConfigError
 from dimat.merge.auxiliary import check_statistics
@@ -18,10 +17,13 @@ from dimat.merge.deltas import handing_on
 from dimat.merge.registry import CONTEXT, combine_registry
 from dimat.merge.stages import Weights
 from dimat.merge.weights import open_weights
+from dimat.merging.adapters import Merged, fit_together, names_of, open_adapters
 from dimat.merging.card import config_of, model_card, provenance
-from dimat.merging.files import ModelFiles, check_alike, open_model
+from dimat.merging.files import ADAPTER_CONFIG, ModelFiles, check_alike, check_factors, open_model
 from dimat.merging.header import TensorInfo
+from dimat.merging.into_base import IntoBase, target
 from dimat.merging.memory import peak_memory
+from dimat.merging.parts import Part
 from dimat.merging.recipe import DTYPES, Recipe
 from dimat.merging.write import Output, check_output, is_file_name, lay_out, weights_name
 from dimat.registry import keywords
@@ -31,18 +33,11 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Part:
-    """Tensors that are merged alike."""
-
-    names: tuple[str, ...]
-    method: str
-    options: Options
-    mixing: list[float]
-
-
-@dataclass(frozen=True)
 class Job:
-    """A merge that is checked and ready to run. `infos`: what is written; `layout`: its files and their tensors."""
+    """A merge that is checked and ready to run. `infos`: what is written; `layout`: its files and their tensors.
+
+    `adapters`: PEFT adapters whose products are merged; `into`: the base that they are merged into.
+    """
 
     recipe: Recipe
     models: tuple[ModelFiles, ...]
@@ -53,6 +48,18 @@ class Job:
     layout: dict[str, list[str]]
     out: Path
     device: torch.device
+    adapters: Merged | None = None
+    into: IntoBase | None = None
+
+    @property
+    def views(self) -> tuple[Weights, ...]:
+        """The models as methods see them, own's first."""
+        return self.models if self.adapters is None else self.adapters.views
+
+    @property
+    def merged(self) -> dict[str, TensorInfo]:
+        """What the methods make, in own's types."""
+        return self.models[0].infos if self.adapters is None else self.adapters.infos
 
     @property
     def bytes(self) -> int:
@@ -65,8 +72,10 @@ class Job:
     def peak_memory(self) -> int:
         """Return about how many bytes of memory the merge needs; mapped files are not counted."""
         models = len(self.models)
+        if self.into is not None:
+            return self.into.peak_memory(self.merged)
         return max(
-            peak_memory(part.method, [self._merged_as(name) for name in part.names], models, self.base is not None)
+            peak_memory(part.method, [self.merged_as(name) for name in part.names], models, self.base is not None)
             for part in self.parts
         )
 
@@ -79,6 +88,7 @@ class Job:
                 {"path": str(model.path), "weight": weight} for model, weight in zip(self.models, self.recipe.mixing)
             ],
             "base": None if self.base is None else str(self.base.path),
+            "into_base": self.into is not None,
             "rules": [
                 {"method": part.method, "options": part.options, "weights": part.mixing, "tensors": len(part.names)}
                 for part in self.parts
@@ -90,10 +100,16 @@ class Job:
             "peak_memory": self.peak_memory(),
         }
 
-    def _merged_as(self, name: str) -> TensorInfo:
-        """Return own's tensor in the type in which the method sees it: never narrower than what is written."""
-        own, written = self.models[0].infos[name], self.infos[name]
-        return replace(own, dtype=torch.promote_types(own.dtype, written.dtype)) if own.dtype != written.dtype else own
+    def merged_as(self, name: str) -> TensorInfo:
+        """Return a tensor in the type in which the method sees own's: never narrower than what is written, and wide
+        where it is added to a base."""
+        own = self.merged[name]
+        wide = torch.float32 if self.device.type == "mps" else torch.float64
+        if self.into is None:
+            written = self.infos[name].dtype
+        else:
+            written = wide if own.dtype.is_floating_point else own.dtype
+        return replace(own, dtype=torch.promote_types(own.dtype, written)) if own.dtype != written else own
 
 
 @dataclass(frozen=True)
@@ -151,16 +167,22 @@ def prepare(recipe: Recipe, *, overwrite: bool = False) -> Job:
     for model in inputs:
         if out.resolve() in (model.path.resolve(), *(file.resolve() for file in model.files)):
             raise ConfigError(f"{out} is one of the inputs; write the merged model elsewhere")
-    check_alike(inputs)
+    opened = open_adapters(recipe, models)
+    if opened is None:
+        check_factors(inputs)
+        check_alike(inputs)
+    names = models[0].infos if opened is None else names_of(recipe, opened)
     statistics = _open_statistics(recipe, models)
-    parts = _parts(recipe, models[0])
+    parts = _parts(recipe, names)
     for part in parts:
         _check_needs(part, base, statistics)
-    infos = _written(recipe, models[0])
-    single = is_file_name(out)
-    name = out.name if single else weights_name(models[0].adapter)
-    shard_bytes = None if single or models[0].adapter else recipe.shard_size
-    return Job(recipe, models, base, statistics, parts, infos, lay_out(infos, shard_bytes, name), out, device)
+    adapters = None if opened is None else fit_together(opened, names, parts, device)
+    into = target(recipe, adapters, base, out)
+    infos = _written(recipe, base if into and base else models[0] if adapters is None else adapters)
+    single, adapter = is_file_name(out), models[0].adapter and into is None
+    name = out.name if single else weights_name(adapter)
+    layout = lay_out(infos, None if single or adapter else recipe.shard_size, name)
+    return Job(recipe, models, base, statistics, parts, infos, layout, out, device, adapters, into)
 
 
 def merge_files(job: Job, *, version: str, overwrite: bool = False, progress: Progress | None = None) -> Report:
@@ -182,28 +204,30 @@ def merge_files(job: Job, *, version: str, overwrite: bool = False, progress: Pr
             if progress is not None:
                 progress(done, job.bytes)
 
+        added: dict[str, Tensor] = {}
+        take = receive if job.into is None else added.__setitem__
         for part in job.parts:
-            with handing_on(receive), torch.no_grad():
+            with handing_on(take), torch.no_grad():
                 rest = _combine(job, part)
             for name in [*rest]:  # what a method returns whole
-                receive(name, rest.pop(name))
+                take(name, rest.pop(name))
+        if job.into is not None:
+            for name in job.infos:
+                receive(name, job.into.tensor(name, added, job.device))
         if not output.single:
             for file in _companions(job):
                 output.add(file.name, config_of(file, job.recipe.dtype))
+            if job.adapters is not None and job.into is None:
+                output.add(ADAPTER_CONFIG, job.adapters.config())
             output.add("README.md", model_card(job.out.name, report.plan, inputs, record))
     return report
 
 
 def _combine(job: Job, part: Part) -> dict[str, Tensor]:
     """Call the method on some tensors of all models; what it hands on is written, what it returns is returned."""
-    dtypes = {
-        name: torch.promote_types(job.models[0].infos[name].dtype, job.infos[name].dtype)
-        for name in part.names
-        if job.infos[name].dtype != job.models[0].infos[name].dtype
-    }
-    own, *peers = (
-        View(model, part.names, job.device, None if model is not job.models[0] else dtypes) for model in job.models
-    )
+    seen = {name: job.merged_as(name).dtype for name in part.names}
+    dtypes = {name: dtype for name, dtype in seen.items() if dtype != job.merged[name].dtype}
+    own, *peers = (View(model, part.names, job.device, None if i else dtypes) for i, model in enumerate(job.views))
     known = keywords(combine_registry.get(part.method))
     context: dict[str, Any] = {
         "base": None if job.base is None else View(job.base, part.names, job.device),
@@ -217,7 +241,7 @@ def _combine(job: Job, part: Part) -> dict[str, Tensor]:
     )
 
 
-def _parts(recipe: Recipe, own: ModelFiles) -> tuple[Part, ...]:
+def _parts(recipe: Recipe, own: Collection[str]) -> tuple[Part, ...]:
     """Return which tensors are merged how; ConfigError where a rule matches none."""
     names: dict[int, list[str]] = {}
     for name in own:
@@ -258,7 +282,7 @@ def _open_statistics(recipe: Recipe, models: Sequence[ModelFiles]) -> tuple[Weig
     return opened
 
 
-def _written(recipe: Recipe, own: ModelFiles) -> dict[str, TensorInfo]:
+def _written(recipe: Recipe, own: ModelFiles | Merged) -> dict[str, TensorInfo]:
     """Return what is written: own's tensors, real ones in the recipe's type."""
     if recipe.dtype is None:
         return dict(own.infos)

@@ -16,7 +16,7 @@ def plan_lines(job: Job) -> str:
     for model, weight in zip(job.models, job.recipe.mixing):
         lines.append(f"model    {model.path}  weight {weight:g}, {len(model.files)} files")
     if job.base is not None:
-        lines.append(f"base     {job.base.path}")
+        lines.append(f"base     {job.base.path}{'' if job.into is None else ', which the adapters are merged into'}")
     if job.recipe.rules:
         for part in job.parts:
             weights = ", ".join(f"{weight:g}" for weight in part.mixing)
@@ -25,8 +25,17 @@ def plan_lines(job: Job) -> str:
     lines.append(f"output   {job.out}: {len(job.layout)} files of weights")
     whole = "; this method holds the whole model" if any(holds_all(part.method) for part in job.parts) else ""
     lines.append(f"memory   about {shown(job.peak_memory())} besides mapped files{whole}")
-    if job.adapter:
-        lines.append("note     adapters: factors are merged one by one, which is not the merge of their products")
+    if job.adapters is not None:
+        ranks = sorted({*job.adapters.ranks.values()})
+        lines.append(f"ranks    {', '.join(map(str, ranks))}, of {len(job.adapters.ranks):,} modules")
+        bases = job.adapters.bases()
+        if len(bases) > 1:
+            lines.append(f"note     the adapters name different base models: {', '.join(bases)}")
+    elif job.adapter:
+        lines.append(
+            "note     adapters: factors are merged one by one, which is not the merge of their products; "
+            "for that take --method lora-svd"
+        )
     return "\n".join(lines)
 
 
