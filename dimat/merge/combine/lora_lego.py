@@ -30,8 +30,8 @@ def lora_lego(
     unit counts as its direction v = [a/‖a‖; b/‖b‖]/√2 up to a sign, and a strength p = ‖a‖‖b‖. k-means over all
     models' units, with weights w_k p_i, finds r clusters and signs (Ward's clusters are where it begins: no draws, and
     the order of models does not matter). A cluster's unit is its centroid [a; b], brought back to the mean √p of its
-    units, weighted by w_k, as averages of different directions are short (the paper's parameter reweighting); and all
-    are scaled by (r̄/n)^½ (its output reweighting), where r̄ is the mean number of units of the models that have some,
+    units, weighted by w_k, as averages of different directions are short (parameter reweighting); and all
+    are scaled by (r̄/n)^½ (output reweighting), where r̄ is the mean number of units of the models that have some,
     weighted by w_k, and n ≤ r counts the clusters.
 
     `weights` (own first, sum 1) say how much a model's units count in their cluster. They are no shares of the
@@ -45,7 +45,8 @@ def lora_lego(
     "lora-concat" does.
 
     Paper: Zhao et al., "Merging LoRAs like Playing LEGO: Pushing the Modularity of LoRA to Extremes Through Rank-Wise
-    Clustering", ICLR 2025, arXiv 2409.16167, which has no mixing weights, and takes [a; b] as they are stored.
+    Clustering", ICLR 2025, arXiv 2409.16167, which has no mixing weights, and takes [a; b] as they are stored. That
+    there are two reweightings, and against what, is the paper's; the formulas for them above are ours.
     """
 
     def merge(mine: Factors, parts: list[Factors], mixing: list[float]) -> Factors:
