@@ -49,6 +49,18 @@ def test_equal_seeds_give_equal_bits_for_any_number_of_workers(tmp_path: Path, m
     assert other.rows != first.rows
 
 
+@pytest.mark.parametrize("method", ["zipit", "pleas"])
+def test_combine_methods_that_run_the_model_are_given_it_with_its_symmetry_and_data(
+    tmp_path: Path, method: str
+) -> None:
+    """Aligned or not: equal seeds give equal bits, and it is no average. Without a spec or data ZipIt would refuse."""
+    first, again = (run(tiny_experiment(tmp_path, merge__method=method), tmp_path / name) for name in ("one", "two"))
+    assert same(first[2], again[2])
+    plain = {"method": method, "combine": "average"}
+    _, _, averaged = run(tiny_experiment(tmp_path, merge=plain), tmp_path / "average")
+    assert not same(first[2], averaged)
+
+
 def test_average_is_the_hand_written_loop(tmp_path: Path) -> None:
     """Method `average`: train alone, then θ_i ← Σ_j W_ij θ_j with Metropolis weights, as plain torch computes it."""
     config = tiny_experiment(tmp_path, merge__method="average")
