@@ -89,8 +89,8 @@ def create(setup: Setup) -> Made:
     """Make an agent in this process."""
     make_folder(setup.store)
     plan = plan_merge(setup.config.merge)
-    kit = kit_for(setup.config, symmetry=plan.align.name != "none")
-    spec = kit.spec if plan.align.name != "none" else None
+    kit = kit_for(setup.config, symmetry=plan.needs_symmetry)
+    spec = kit.spec if plan.needs_symmetry else None
     agent = LocalAgent(
         setup.agent,
         setup.config,
@@ -142,7 +142,7 @@ def train(key: str, number: int, learn: bool) -> TrainedReport:
         loss, samples = float(values.pop("report/loss")), int(values.pop("report/samples"))
         agent.trainer.load_state(TrainerState(dict(kept.tensors), values))
         report = agent.train(number, learn=False)
-        return TrainedReport(loss, samples, report.payload, report.schema, 0.0, report.record_s)
+        return replace(report, loss=loss, samples=samples, train_s=0.0)
     report = agent.train(number, learn)
     state = agent.trainer.state()
     values = {**state.values, "report/loss": report.loss, "report/samples": report.samples}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dimat.merge.auxiliary import GRAM, needs_aux, statistic
 from dimat.merge.deltas import combine_tensors
+from dimat.merge.gram import gram_of_examples
 from dimat.merge.registry import combine_registry
 from dimat.merge.stages import Weights
 
@@ -18,7 +19,7 @@ SINGULAR = 1e-6
 """Inputs that hold less than this of their own, apart from what others tell of them, count as dependent."""
 
 
-@combine_registry.register("regmean")
+@combine_registry.register("regmean", statistics=gram_of_examples)
 def regmean(
     own: Weights,
     peers: Sequence[Weights],
