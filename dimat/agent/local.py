@@ -67,7 +67,7 @@ class LocalAgent:
     """One agent: its trainer, its part of the data, and its merge pipeline.
 
     `indices`: the agent's samples in the task's training split; `store`: folder of the snapshots; `spec`: symmetry
-    groups of the task's model, None where the merge needs none; `observers`: traced models, which agents of
+    groups of the task's model, None where the method aligns nothing; `observers`: traced models, which agents of
     one process may share because tracing takes longer than a merge.
     """
 

@@ -26,7 +26,7 @@ from dimat.merge.registry import CONTEXT, accept_registry, align_registry, combi
 from dimat.merge.screen import norm_of, screen
 from dimat.merge.stages import Aligned, Permutations, Weights
 from dimat.merge.weights import PermutedWeights
-from dimat.registry import check_options, keywords
+from dimat.registry import check_options
 
 MIXING_TOLERANCE = 1e-6
 """Mixing weights sum to 1 within this."""
@@ -50,11 +50,6 @@ class MergePlan:
     def statistics(self) -> TakeStatistics | None:
         """How an agent takes the statistics that the combine method rests on; None where it rests on none."""
         return combine_registry.declared(self.combine.name, "statistics")
-
-    @property
-    def needs_symmetry(self) -> bool:
-        """Whether the merge rests on the model's symmetry groups: it aligns, or its combine method asks for them."""
-        return self.align.name != "none" or "spec" in keywords(combine_registry.get(self.combine.name))
 
 
 def _preset(align: str, repair: str, align_to: str = "shared", combine: str = "average") -> MergePlan:

@@ -89,8 +89,8 @@ def create(setup: Setup) -> Made:
     """Make an agent in this process."""
     make_folder(setup.store)
     plan = plan_merge(setup.config.merge)
-    kit = kit_for(setup.config, symmetry=plan.needs_symmetry)
-    spec = kit.spec if plan.needs_symmetry else None
+    kit = kit_for(setup.config, symmetry=plan.align.name != "none")
+    spec = kit.spec if plan.align.name != "none" else None
     agent = LocalAgent(
         setup.agent,
         setup.config,
