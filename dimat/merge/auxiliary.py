@@ -26,6 +26,8 @@ OWN = ""
 AUX = "aux."
 FISHER = "fisher."
 GRAM = "gram."
+GRAM_TOLERANCE = 1e-3
+"""What sums in single precision may be off by, of the product of two units' root mean squares."""
 
 Examples = Iterable[tuple[Inputs, Tensor]]
 """Batches of (the model's arguments, targets), examples along dim 0; read once."""
@@ -102,7 +104,8 @@ def check_statistics(name: str, aux: Weights, own: Weights, expected: Weights | 
 
     `expected`: own's statistics where the merge rests on them; then the peer must have sent the same ones, no more and
     no less. Fisher diagonals must have the shape of our tensor, Gram matrices that of its inputs; both must be finite,
-    with no negative value (on the diagonal). Where none are expected, other names are left alone.
+    with no negative value (on the diagonal), and a Gram matrix symmetric, with G[i, j]² ≤ G[i, i] G[j, j]. Where none
+    are expected, other names are left alone.
     """
     if expected and not aux:
         raise PeerError(
@@ -127,6 +130,15 @@ def check_statistics(name: str, aux: Weights, own: Weights, expected: Weights | 
         values = found if key.startswith(FISHER) else found.diagonal()
         if not found.is_floating_point() or not found.isfinite().all() or (values < 0).any():
             raise PeerError(f"{name}: statistic {key!r} holds values that are negative or not finite")
+        if key.startswith(GRAM) and not _is_gram(found):
+            raise PeerError(f"{name}: statistic {key!r} is no Gram matrix: not symmetric, or too large off its diagonal")
+
+
+def _is_gram(found: Tensor) -> bool:
+    wide = found.cpu().double()
+    scale = wide.diagonal().sqrt()
+    bound = torch.outer(scale, scale) * GRAM_TOLERANCE + torch.finfo(torch.float32).tiny
+    return bool(((wide - wide.mT).abs() <= bound).all() and (wide.abs() <= bound + torch.outer(scale, scale)).all())
 
 
 def statistic(aux: Sequence[Weights], key: str, like: Tensor) -> list[Tensor] | None:
