@@ -7,8 +7,10 @@
 
 A keyword-only argument of a registered function is an **option**, settable in the configuration and checked against
 its annotation (any type that pydantic knows: `Annotated[int, Field(ge=1)] | None`, `Literal["a", "b"]`, …), or, if
-the registry names it so, **context** that the caller hands in where the function asks for it. With a package, a
-registry fills itself by importing the package's modules, so that a new function touches no other file.
+the registry names it so, **context** that the caller hands in where the function asks for it. What callers have to
+know before they call a function stands beside its name, `register("fisher", statistics=…)`, and `declared` returns it.
+With a package, a registry fills itself by importing the package's modules, so that a new function touches no other
+file.
 """
 
 from __future__ import annotations
@@ -53,15 +55,18 @@ class Registry(Generic[R]):
         self.context = context
         self.error = error
         self._functions: dict[str, Callable[..., R]] = {}
+        self._declared: dict[str, dict[str, Any]] = {}
         self._scanned = not package
 
-    def register(self, name: str) -> Callable[[F], F]:
-        """Return a decorator that makes a function known as `name`; an error where the name is taken."""
+    def register(self, name: str, **declared: Any) -> Callable[[F], F]:
+        """Return a decorator that makes a function known as `name`; an error where the name is taken. `declared`: what
+        is to be known of it beyond its signature."""
 
         def enter(function: F) -> F:
             if self._functions.get(name, function) is not function:
                 raise self.error(f"{self.kind} {name!r} is registered twice; choose another name")
             self._functions[name] = function
+            self._declared[name] = declared
             return function
 
         return enter
@@ -77,6 +82,11 @@ class Registry(Generic[R]):
         if name not in self._functions:
             raise self.error(unknown_name(self.kind, name, self._functions))
         return self._functions[name]
+
+    def declared(self, name: str, key: str) -> Any:
+        """Return what the function `name` was registered with under `key`; None where that is nothing."""
+        self.get(name)
+        return self._declared[name].get(key)
 
     def options(self, name: str) -> dict[str, Any]:
         """Return the options of a function and their defaults (`inspect.Parameter.empty` where it has none)."""

@@ -1,8 +1,9 @@
 """Snapshots: one agent's weights at one round, immutable and content-addressed, and the store that keeps them.
 
-A snapshot is a safetensors payload and a manifest. The payload's address is its root hash: blake3 over the
-concatenated blake3 hashes of its blocks and its length, so that a reader can check block by block and equal
-content has one address. Payloads appear under their address by rename, so a reader never sees half of one.
+A snapshot is a safetensors payload (weights, and `aux.…` statistics where a merge asks for them) and a manifest. The
+payload's address is its root hash: blake3 over the concatenated blake3 hashes of its blocks and its length, so that a
+reader can check block by block and equal content has one address. Payloads appear under their address by rename, so a
+reader never sees half of one.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ class Payload:
 class Manifest:
     """What an agent says about a snapshot that it offers. `parents`: (agent, root, round, weight) of each part of
     the merge that training started from; `pushed`: by reader, all push-sum weight ever sent to it; `schema`: hash of
-    names, shapes and dtypes (`schema_hash`)."""
+    names, shapes and dtypes of the weights (`schema_hash`): statistics are no part of it, so that it says whether two
+    models fit whatever their agents merge by."""
 
     run: str
     agent: str

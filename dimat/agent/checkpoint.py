@@ -44,7 +44,8 @@ class Checkpoint:
 
     `machine`: the round machine (round, basis, own snapshot, push-sum weight, peers' offers); `trainer`: weights,
     optimizer, random streams, position in the data; `method_tensors`, `method_values`: what the merge method carries
-    from merge to merge; `schema`: hash of the model's tensor names, shapes and types.
+    from merge to merge; `schema`: hash of the model's tensor names, shapes and types; `statistics`: what the merge to
+    come rests on beside weights, as it was published with them (stage "trained").
     """
 
     machine: MachineState
@@ -52,6 +53,7 @@ class Checkpoint:
     schema: str
     method_tensors: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     method_values: Mapping[str, Value] = field(default_factory=dict[str, Value])
+    statistics: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,7 @@ class CheckpointStore:
         machine, trainer = checkpoint.machine, checkpoint.trainer
         tensors = {f"trainer/{name}": tensor for name, tensor in trainer.tensors.items()}
         tensors |= {f"method/{name}": tensor for name, tensor in checkpoint.method_tensors.items()}
+        tensors |= {f"statistics/{name}": tensor for name, tensor in checkpoint.statistics.items()}
         values = {
             "machine": machine.to_dict(),
             "trainer": dict(trainer.values),
@@ -189,6 +192,7 @@ def _decode(path: Path, expected: str) -> Checkpoint:
             schema=str(values["schema"]),
             method_tensors=under("method/"),
             method_values=dict(values["method"]),
+            statistics=under("statistics/"),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"cannot read checkpoint {path}: {type(error).__name__}: {error}") from error

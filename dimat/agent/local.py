@@ -17,10 +17,13 @@ from torch import Tensor
 
 from dimat.agent.checkpoint import Checkpoint
 from dimat.agent.state import MachineState
+from dimat.agent.statistics import take_statistics
 from dimat.config import ExperimentConfig
 from dimat.errors import DataError, DimatError, PeerError
 from dimat.merge import MergeContext, MergePlan, Peer, Permutations, adopt, merge, open_weights, plan_merge
+from dimat.merge.auxiliary import OWN, apart, beside, permuted
 from dimat.merge.screen import norm_of, screen
+from dimat.merge.stages import Weights
 from dimat.seeds import torch_generator
 from dimat.snapshot import Payload, record, schema_hash, write_weights
 from dimat.symmetry import Observer, SymmetrySpec
@@ -33,7 +36,8 @@ HOLD_OUT = 0.1  # share of an agent's samples that `accept = no-worse` on "local
 
 @dataclass(frozen=True, slots=True)
 class TrainedReport:
-    """Outcome of `train`. `payload`: address of the recorded weights; CPU times in seconds."""
+    """Outcome of `train`. `payload`: address of the recorded weights, and statistics beside them; `schema`: hash of
+    names, shapes and types of the weights; CPU times in seconds."""
 
     loss: float
     samples: int
@@ -41,6 +45,7 @@ class TrainedReport:
     schema: str
     train_s: float
     record_s: float
+    statistics_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +85,9 @@ class LocalAgent:
     base: dict[str, Tensor] | None = field(init=False)
     """Weights that task vectors are taken from, where the configuration names any."""
     _plan: MergePlan = field(init=False)
+    _statistics: dict[str, Tensor] = field(init=False, default_factory=dict[str, Tensor])
+    """What the combine method rests on beside weights, from the end of training to the merge; in the basis of the
+    weights."""
     _hold_out: Data | None = field(init=False, default=None)
     _own: Data = field(init=False)
 
@@ -105,25 +113,36 @@ class LocalAgent:
         )
 
     def train(self, number: int, learn: bool) -> TrainedReport:
-        """Train for round `number` (not if `learn` is false) and record the weights as a snapshot."""
+        """Train for round `number` (not if `learn` is false) and record the weights as a snapshot, with the statistics
+        that the merge asks peers for."""
         start = time.thread_time()
         report = self.trainer.train(number) if learn else None
         trained = time.thread_time()
         weights = self.trainer.weights()
-        payload = record(self.store, weights, durable=self.durable)
+        self._statistics = take_statistics(
+            self._plan,
+            self.task,
+            self.trainer.model,
+            self._own,
+            self.config.train.eval_batch_size,
+            torch_generator(self.config.seed, "statistics", self.name, number),
+        )
+        taken = time.thread_time()
+        payload = record(self.store, beside(weights, self._statistics), durable=self.durable)
         return TrainedReport(
             loss=report.loss if report else float("nan"),
             samples=report.samples if report else 0,
             payload=payload,
             schema=schema_hash(weights),
             train_s=trained - start,
-            record_s=time.thread_time() - trained,
+            record_s=time.thread_time() - taken,
+            statistics_s=taken - trained if self._statistics else 0.0,
         )
 
     def take_over(self, peer: str, snapshot: Path) -> str:
         """Take over a peer's weights whole (a newcomer that adopts). Returns why it could not be, with nothing changed,
         or an empty string."""
-        weights = open_weights(snapshot)
+        weights, _ = self._open(snapshot)
         try:
             own = self.trainer.weights()
             screen(own, weights, peer, norm_of(own), **self._plan.screen)
@@ -136,12 +155,13 @@ class LocalAgent:
         """Return all that this agent needs to go on, with the round machine's state."""
         tensors = {name: value for name, value in self.method.items() if isinstance(value, Tensor)}
         values = {name: value for name, value in self.method.items() if name not in tensors}
-        return Checkpoint(machine, self.trainer.state(), self.schema(), tensors, values)
+        return Checkpoint(machine, self.trainer.state(), self.schema(), tensors, values, self._statistics)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint; DataError where it does not fit the task or the training's settings."""
         self.trainer.load_state(checkpoint.trainer)
         self.method = {**checkpoint.method_tensors, **checkpoint.method_values}
+        self._statistics = dict(checkpoint.statistics)
 
     def schema(self) -> str:
         """Return the hash of the model's tensor names, shapes and types."""
@@ -153,12 +173,13 @@ class LocalAgent:
         permuted: all bases are one then."""
         if self.spec is None:
             return 0.0
-        source = Peer(peer, open_weights(snapshot), weight=0.0)
+        source = Peer(peer, self._open(snapshot)[0], weight=0.0)
         try:
             permutations = adopt(self.trainer.weights(), source, self._plan, self._context(number))
         except PeerError:
             return None  # the merge's own screen refuses this peer, and says why
         self.trainer.permute(self.spec, permutations)
+        self._statistics = dict(permuted(self._statistics, self.spec, permutations))
         return share_moved(permutations)
 
     def merge(
@@ -171,8 +192,14 @@ class LocalAgent:
         start = time.thread_time()
         before = self.evaluate() if evaluate == "all" else {}
         ready = time.thread_time()
-        parts = [Peer(name, open_weights(file), weight, same) for name, file, weight, same in peers]
-        outcome = merge(self.trainer.weights(), own_weight, parts, self._plan, self._context(number))
+        parts: list[Peer] = []
+        statistics: dict[str, Weights] = {OWN: self._statistics}
+        for name, file, weight, same in peers:
+            weights, statistics[name] = self._open(file)
+            parts.append(Peer(name, weights, weight, same))
+        context = self._context(number, statistics if self._plan.statistics is not None else None)
+        outcome = merge(self.trainer.weights(), own_weight, parts, self._plan, context)
+        self._statistics = {}  # they are of the weights before
         changed = outcome.accepted > 0 and bool(outcome.mixing)
         if changed:
             self.trainer.load_weights(outcome.weights)
@@ -198,7 +225,13 @@ class LocalAgent:
         """Write the current weights as plain safetensors."""
         write_weights(file, self.trainer.weights(), durable=self.durable)
 
-    def _context(self, number: int) -> MergeContext:
+    def _open(self, snapshot: Path) -> tuple[Weights, Weights]:
+        """Return a snapshot's weights and, where the combine method rests on statistics, those. Elsewhere they are
+        tensors too many, which the screen refuses."""
+        held = open_weights(snapshot)
+        return (held, {}) if self._plan.statistics is None else apart(held, self.trainer.model.state_dict())
+
+    def _context(self, number: int, aux: Mapping[str, Weights] | None = None) -> MergeContext:
         order = torch_generator(self.config.seed, "align", self.name, number)
         batches = self.trainer.input_batches(self._shared_inputs(), self.config.train.eval_batch_size, order)
         return MergeContext(
@@ -208,6 +241,7 @@ class LocalAgent:
             score=self._score(),
             generator=torch_generator(self.config.seed, "merge", self.name, number),
             base=self.base,
+            aux=aux,
             state=self.method,
             observer_cache=self.observers,
         )

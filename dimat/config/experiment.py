@@ -171,6 +171,9 @@ class MergeConfig(Tree):
     set, or everyone's training data (in simulation only)."""
     probe_samples: Annotated[int, Field(ge=2)] = 100
     """Size of the probe set, for align_data = "probe" and accept sets named "probe"."""
+    statistics_samples: Annotated[int, Field(ge=1)] = 256
+    """Examples of its training data, at most, on which an agent takes the statistics that combine = "fisher" and
+    "regmean" rest on and that travel with its weights."""
     combine: Named | None = None
     """"average"."""
     repair: Named | None = None

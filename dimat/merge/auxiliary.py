@@ -2,27 +2,77 @@
 
 In a snapshot they are tensors `aux.…`, in `MergeContext.aux` a mapping per agent of the names without `aux.`
 (own's under `OWN`): `fisher.<tensor>` has the tensor's shape, `gram.<tensor>` (in, in) for a weight (out, in).
-A combine method that asks for `aux` gets them as it gets weights: in the order own, peers, in own's basis.
+A combine method that asks for `aux` gets them as it gets weights: in the order own, peers, in own's basis. How an agent
+takes them is registered with the method: `combine_registry.register("fisher", statistics=empirical_fisher)`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dimat.errors import MergeError, PeerError
-from dimat.merge.stages import Permutations, Weights
+from dimat.errors import MergeError, PeerError, nearest
+from dimat.merge.stages import Inputs, Permutations, Weights
 from dimat.merge.weights import PermutedWeights, axes_by_name
 from dimat.symmetry.spec import AxisRef, SymmetrySpec
 
 OWN = ""
 """Name under which an agent's own statistics stand beside its peers'; no agent can be called so."""
 
+AUX = "aux."
 FISHER = "fisher."
 GRAM = "gram."
+GRAM_TOLERANCE = 1e-3
+"""What sums in single precision may be off by, of the product of two units' root mean squares."""
+
+Examples = Iterable[tuple[Inputs, Tensor]]
+"""Batches of (the model's arguments, targets), examples along dim 0; read once."""
+
+
+class TakeStatistics(Protocol):
+    """Takes the statistics of a model at its own weights: {"fisher.<tensor>" or "gram.<tensor>": tensor}.
+
+    `loss`: (output, targets) of a batch → its mean loss. The model is left as it was, and so are global draws.
+    """
+
+    def __call__(self, model: nn.Module, examples: Examples, *, loss: Callable[[Any, Tensor], Tensor]) -> Weights: ...
+
+
+def beside(weights: Weights, aux: Weights) -> dict[str, Tensor]:
+    """Return what a snapshot holds: weights, and statistics under `aux.…`; MergeError where a name is taken."""
+    extras = {AUX + name: tensor for name, tensor in aux.items()}
+    for name in extras.keys() & weights.keys():
+        raise MergeError(f"the model's tensor {name!r} has the name of a statistic; call its module something else")
+    return {**weights, **extras}
+
+
+def apart(snapshot: Weights, own: Weights) -> tuple[Weights, Weights]:
+    """Return a snapshot's weights, and the statistics beside them: what is named `aux.…` and is no tensor of own's (a
+    model may have a module of that name). Nothing is read yet."""
+    aux = {name.removeprefix(AUX): name for name in snapshot if name.startswith(AUX) and name not in own}
+    weights = {name: name for name in snapshot if name.removeprefix(AUX) not in aux}
+    return _Renamed(snapshot, weights), _Renamed(snapshot, aux)
+
+
+class _Renamed(Mapping[str, Tensor]):
+    """Some tensors of a mapping, under names of their own: each access reads one."""
+
+    def __init__(self, held: Weights, names: Mapping[str, str]) -> None:
+        self._held = held
+        self._names = names
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._held[self._names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def in_order(
@@ -40,31 +90,57 @@ def in_order(
     listed: list[Weights] = [aux.get(OWN, {})]
     for name in names:
         theirs, moves = aux.get(name, {}), permutations.get(name)
-        if moves and spec is not None:
-            theirs = PermutedWeights(theirs, _spec_for(theirs, spec), moves)
-        listed.append(theirs)
+        listed.append(permuted(theirs, spec, moves) if moves and spec is not None else theirs)
     return listed
 
 
-def check_statistics(name: str, aux: Weights, own: Weights) -> None:
+def permuted(aux: Weights, spec: SymmetrySpec, permutations: Permutations) -> Weights:
+    """Return the statistics of weights that these permutations move."""
+    return PermutedWeights(aux, _spec_for(aux, spec), permutations)
+
+
+def check_statistics(name: str, aux: Weights, own: Weights, expected: Weights | None = None) -> None:
     """Check what a peer sent beside its weights; PeerError names the peer and the tensor.
 
-    Fisher diagonals must have the shape of our tensor, Gram matrices that of its inputs; both must be finite, with
-    no negative value (on the diagonal). Other names are of no use to any method here and are left alone.
+    `expected`: own's statistics where the merge rests on them; then the peer must have sent the same ones, no more and
+    no less. Fisher diagonals must have the shape of our tensor, Gram matrices that of its inputs; both must be finite,
+    with no negative value (on the diagonal), and a Gram matrix symmetric, with G[i, j]² ≤ G[i, i] G[j, j]. Where none
+    are expected, other names are left alone.
     """
+    if expected and not aux:
+        raise PeerError(
+            f"{name}: came without statistics ({next(iter(expected))!r} and others); agents must merge by the same "
+            "merge.combine"
+        )
+    for key in expected or ():
+        if key not in aux:
+            raise PeerError(f"{name}: statistic {key!r} is missing{nearest(key, aux)}")
     for key in aux:
+        if expected and key not in expected:
+            raise PeerError(f"{name}: statistic {key!r} is none of ours{nearest(key, expected)}")
         if not key.startswith((FISHER, GRAM)):
             continue
         target = key.partition(".")[2]
         if target not in own:
             raise PeerError(f"{name}: statistic {key!r} is of no tensor of our model")
         found, ours = aux[key], own[target].shape
-        expected = ours if key.startswith(FISHER) else torch.Size([ours[1], ours[1]] if len(ours) == 2 else [])
-        if found.shape != expected:
-            raise PeerError(f"{name}: statistic {key!r} is {[*found.shape]}, expected {[*expected]}")
+        shape = ours if key.startswith(FISHER) else torch.Size([ours[1], ours[1]] if len(ours) == 2 else [])
+        if found.shape != shape:
+            raise PeerError(f"{name}: statistic {key!r} is {[*found.shape]}, expected {[*shape]}")
         values = found if key.startswith(FISHER) else found.diagonal()
         if not found.is_floating_point() or not found.isfinite().all() or (values < 0).any():
             raise PeerError(f"{name}: statistic {key!r} holds values that are negative or not finite")
+        if key.startswith(GRAM) and not _is_gram(found):
+            raise PeerError(
+                f"{name}: statistic {key!r} is no Gram matrix: not symmetric, or too large off its diagonal"
+            )
+
+
+def _is_gram(found: Tensor) -> bool:
+    wide = found.cpu().double()
+    scale = wide.diagonal().sqrt()
+    bound = torch.outer(scale, scale) * GRAM_TOLERANCE + torch.finfo(torch.float32).tiny
+    return bool(((wide - wide.mT).abs() <= bound).all() and (wide.abs() <= bound + torch.outer(scale, scale)).all())
 
 
 def statistic(aux: Sequence[Weights], key: str, like: Tensor) -> list[Tensor] | None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
 from dimat.errors import MergeError
-from dimat.merge.auxiliary import GRAM
+from dimat.merge.auxiliary import GRAM, Examples
 from dimat.merge.batches import device_of, on_device, take
 from dimat.merge.functional import call_with, reading_inputs, tensors_for
 from dimat.merge.stages import Data, Weights
@@ -54,3 +55,10 @@ def gram_matrices(
         if not total.isfinite().all():
             raise MergeError(f"the inputs of {key.removeprefix(GRAM)!r} are not finite: are the weights and data?")
     return {key: (sums[keys[0]] / rows[keys[0]]).float() for keys in names.values() if keys[0] in sums for key in keys}
+
+
+def gram_of_examples(
+    model: nn.Module, examples: Examples, *, loss: Callable[[Any, Tensor], Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Return `gram_matrices` as agents take them; targets and loss play no part."""
+    return gram_matrices(model, (inputs for inputs, _ in examples))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dimat.config import MergeConfig, NamedConfig
 from dimat.errors import ConfigError, DimatError, MergeError, unknown_name
-from dimat.merge.auxiliary import check_statistics, in_order
+from dimat.merge.auxiliary import OWN, TakeStatistics, check_statistics, in_order
 from dimat.merge.clock import Clock
 from dimat.merge.context import MergeContext
 from dimat.merge.matching import moved_share
@@ -43,7 +43,13 @@ class MergePlan:
     align_to: str = "shared"
     align_data: str = "local"
     probe_samples: int = 100
+    statistics_samples: int = 256
     screen: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    @property
+    def statistics(self) -> TakeStatistics | None:
+        """How an agent takes the statistics that the combine method rests on; None where it rests on none."""
+        return combine_registry.declared(self.combine.name, "statistics")
 
 
 def _preset(align: str, repair: str, align_to: str = "shared", combine: str = "average") -> MergePlan:
@@ -115,6 +121,7 @@ def plan_merge(config: MergeConfig) -> MergePlan:
         align_to=config.align_to or preset.align_to,
         align_data=config.align_data,
         probe_samples=config.probe_samples,
+        statistics_samples=config.statistics_samples,
         screen=dict(config.screen),
     )
     align_registry.check(plan.align.name, plan.align.options)
@@ -150,12 +157,14 @@ def merge(
     check_mixing([own_weight, *(peer.weight for peer in peers)])
     clock = Clock()
     own_norm = _check_own(own, context)
+    statistics = context.aux or {}
+    expected = statistics.get(OWN) if plan.statistics is not None else None
     refused: dict[str, str] = {}
     kept: list[Peer] = []
     for peer in peers:
         try:
             screen(own, peer.weights, peer.name, own_norm, **plan.screen)
-            check_statistics(peer.name, (context.aux or {}).get(peer.name, {}), own)
+            check_statistics(peer.name, statistics.get(peer.name, {}), own, expected)
         except DimatError as error:
             if not refuse:
                 raise

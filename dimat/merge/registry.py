@@ -2,6 +2,10 @@
 
 @combine_registry.register("median")
 def median(own, peers, weights, *, alpha: float = 0.5): ...
+
+A combine method that asks for `aux` says how agents take its statistics (see `dimat.merge.auxiliary.TakeStatistics`):
+
+@combine_registry.register("fisher", statistics=empirical_fisher)
 """
 
 from __future__ import annotations

@@ -97,6 +97,8 @@ class PoolWork:
             self._store.take_in(report.payload, self._setups[agent].store)
             self.cpu_s["train"] += report.train_s
             self.cpu_s["publish"] += report.record_s
+            if report.statistics_s:
+                self.cpu_s["statistics"] += report.statistics_s
             return report
 
         return self._outcome(agent, self._submit(agent, worker.train, action.round, action.learn), outcome)

@@ -143,7 +143,7 @@ def train(key: str, number: int, learn: bool) -> TrainedReport:
         loss, samples = float(values.pop("report/loss")), int(values.pop("report/samples"))
         agent.trainer.load_state(TrainerState(dict(kept.tensors), values))
         report = agent.train(number, learn=False)
-        return TrainedReport(loss, samples, report.payload, report.schema, 0.0, report.record_s)
+        return replace(report, loss=loss, samples=samples, train_s=0.0)
     report = agent.train(number, learn)
     state = agent.trainer.state()
     values = {**state.values, "report/loss": report.loss, "report/samples": report.samples}

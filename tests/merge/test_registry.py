@@ -9,7 +9,9 @@ import pytest
 from dimat.config import MergeConfig, NamedConfig
 from dimat.errors import ConfigError
 from dimat.merge import accept_registry, align_registry, combine_registry, plan_merge, repair_registry
+from dimat.merge.fisher import empirical_fisher
 from dimat.merge.registry import CONTEXT, Registry
+from dimat.registry import keywords
 
 
 def test_every_stage_finds_its_methods() -> None:
@@ -53,6 +55,15 @@ def test_faults_name_what_is_wrong_and_the_nearest_known(config: dict[str, Any],
         plan_merge(MergeConfig.model_validate(config))
     assert "\n" not in str(error.value)
     assert error.value.exit_code == 2
+
+
+def test_a_method_that_rests_on_statistics_says_how_agents_take_them() -> None:
+    """Whoever asks for `aux` declares it, and nobody else does: agents know a method by its registration alone."""
+    for name in combine_registry.names():
+        plan = plan_merge(MergeConfig.model_validate({"combine": name}))
+        assert ("aux" in keywords(combine_registry.get(name))) == (plan.statistics is not None), name
+    assert combine_registry.declared("fisher", "statistics") is empirical_fisher
+    assert combine_registry.declared("fisher", "other") is None
 
 
 def test_whole_numbers_serve_as_floats() -> None:

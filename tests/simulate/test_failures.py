@@ -49,18 +49,22 @@ def learned(results: Results) -> dict[tuple[str, int], AgentRound]:
     [
         *(("average", moment) for moment in ("train", "trained", "publish", "fetch", "merge", "merged")),
         *(("dimat", moment) for moment in ("train", "trained", "publish", "fetch", "adopt", "merge", "merged")),
+        *(("fisher", moment) for moment in ("trained", "adopt", "merge")),
+        ("regmean", "merge"),
     ],
 )
 def test_a_crash_at_any_action_changes_no_bit(tmp_path: Path, method: str, moment: str) -> None:
     """An agent killed when it is asked to do anything, and restarted within the deadline, ends with the same bits, and
-    so do all others: weights, metrics, bases and contributions equal the uninterrupted run's."""
-    plain = tiny_experiment(tmp_path, merge__method=method, simulate=BUSY)
+    so do all others: weights, metrics, bases and contributions equal the uninterrupted run's. "fisher" and "regmean"
+    align, and merge with statistics that travel with the weights."""
+    merge = {"method": "dimat", "combine": method} if method in ("fisher", "regmean") else {"method": method}
+    plain = tiny_experiment(tmp_path, merge=merge, simulate=BUSY)
     reference, _, weights = run(plain, tmp_path / "reference")
     hit = 0
     for number in (1, 2):
         for agent in ("agent-1", "agent-2"):
             fault = {"kind": "crash", "agent": agent, "round": number, "on": moment, "restart_after_s": 0.4}
-            config = tiny_experiment(tmp_path, merge__method=method, simulate={**BUSY, "faults": [fault]})
+            config = tiny_experiment(tmp_path, merge=merge, simulate={**BUSY, "faults": [fault]})
             out = tmp_path / f"{agent}-{number}"
             results, heard, others = run(config, out)
             assert not told(heard, facts.PeerLate)

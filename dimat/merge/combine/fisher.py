@@ -11,11 +11,12 @@ from torch import Tensor
 
 from dimat.merge.auxiliary import FISHER, needs_aux, statistic
 from dimat.merge.deltas import combine_tensors
+from dimat.merge.fisher import empirical_fisher
 from dimat.merge.registry import combine_registry
 from dimat.merge.stages import Weights
 
 
-@combine_registry.register("fisher")
+@combine_registry.register("fisher", statistics=empirical_fisher)
 def fisher(
     own: Weights,
     peers: Sequence[Weights],

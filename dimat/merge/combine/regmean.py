@@ -11,12 +11,13 @@ from torch import Tensor
 
 from dimat.merge.auxiliary import GRAM, needs_aux, statistic
 from dimat.merge.deltas import combine_tensors
+from dimat.merge.gram import gram_of_examples
 from dimat.merge.least_squares import solve_semidefinite
 from dimat.merge.registry import combine_registry
 from dimat.merge.stages import Weights
 
 
-@combine_registry.register("regmean")
+@combine_registry.register("regmean", statistics=gram_of_examples)
 def regmean(
     own: Weights,
     peers: Sequence[Weights],
