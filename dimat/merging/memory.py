@@ -7,8 +7,8 @@ from math import ceil
 
 from dimat.merging.header import TensorInfo
 
-HOLD_ALL = frozenset({"opcm"})
-"""Methods that do not hand on tensor by tensor: they hold the merged delta and the result of the whole model. All
+HOLD_ALL = frozenset({"adamerging", "opcm", "self-positioning"})
+"""Methods that hold the whole model: OPCM the merged delta and the result, those that learn coefficients all deltas. All
 others, those included that first read the whole model for a norm or a threshold, hold one tensor of each model."""
 
 PROCESS = 300_000_000

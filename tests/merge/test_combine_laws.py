@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dimat.config import MergeConfig, NamedConfig
 from dimat.errors import ConfigError, DimatError, MergeError
@@ -46,6 +46,8 @@ NEEDS = {
     "pcb-merging": Needs(equal=None, rescales=True),
     "emr": Needs(rescales=True),
     "opcm": Needs(rescales=True),
+    "adamerging": Needs(equal=None),
+    "self-positioning": Needs(equal=None, rescales=True),
 }
 
 METHODS = combine_registry.names()
@@ -67,7 +69,7 @@ def model(seed: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> 
         "conv.weight": (4, 3, 3, 3),
         "norm.weight": (5,),
         "one": (1,),
-        "one.by.one": (1, 1),
+        "one_by_one": (1, 1),
         "scalar": (),
         "empty": (0, 3),
     }
@@ -78,6 +80,28 @@ def model(seed: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> 
 
 
 BASE = model(100)
+
+
+class Network(nn.Module):
+    """A network with these weights, for methods that run it. Single elements and what is empty are not used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(5, bias=False)
+        self.conv = nn.Conv2d(3, 4, 3, bias=False)
+        self.fc = nn.Linear(8, 6)
+        for name in ("one", "one_by_one", "scalar", "empty"):
+            self.register_parameter(name, nn.Parameter(torch.zeros_like(BASE[name])))
+        for name in ("count", "mask"):
+            self.register_buffer(name, torch.zeros_like(BASE[name]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = torch.tanh(self.conv(self.norm(x)))
+        return self.fc(torch.cat([seen.mean((2, 3)), seen.amax((2, 3))], 1))
+
+
+NETWORK = Network()
+DATA = [(torch.randn(16, 3, 5, 5, generator=torch.Generator().manual_seed(0)),)]
 
 
 def near(seed: int, dtype: torch.dtype = torch.float32, base: Model = BASE) -> Model:
@@ -113,9 +137,12 @@ def combine(
     options: Mapping[str, Any] | None = None,
     base: Model | None = BASE,
     aux: list[Model] | None = None,
+    network: nn.Module = NETWORK,
 ) -> Model:
     context = {
         "base": base,
+        "model": network,
+        "data": DATA,
         "aux": aux or [statistics(k) for k in range(len(peers) + 1)],
         "generator": torch.Generator().manual_seed(7),
         "state": None,
@@ -232,13 +259,13 @@ def test_half_types_merge_as_their_values_do(name: str) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_one_element_tensors_are_not_cut_away(name: str) -> None:
     """Reference: what all models have in common, which no threshold within such a tensor may take."""
-    own = near(0) | {"one": torch.tensor([2.0]), "scalar": torch.tensor(-3.0), "one.by.one": torch.tensor([[0.5]])}
-    peers = [near(k) | {key: own[key] for key in ("one", "scalar", "one.by.one")} for k in (1, 2)]
+    own = near(0) | {"one": torch.tensor([2.0]), "scalar": torch.tensor(-3.0), "one_by_one": torch.tensor([[0.5]])}
+    peers = [near(k) | {key: own[key] for key in ("one", "scalar", "one_by_one")} for k in (1, 2)]
     options = needs(name).equal if name in RANDOM else {}  # at random anything may go
     result = merged(name, own, peers, options=options)
     assert_finite(result, own)
     if not needs(name).rescales:
-        for key in ("one", "scalar", "one.by.one"):
+        for key in ("one", "scalar", "one_by_one"):
             torch.testing.assert_close(result[key], own[key], rtol=1e-5, atol=1e-6)
 
 
@@ -271,7 +298,9 @@ def test_tied_tensors_stay_equal(name: str) -> None:
     options: dict[str, Any] = {"density": 1.0, "epsilon": 0.0} if name == "della" else {}
     if name.startswith("dare"):
         options = {"density": 1.0}  # draws go by name, so ties do not last where they are drawn
-    result = combine(name, tied[0], tied[1 : count + 1], mixing(count), options, tied[3], aux[: count + 1])
+    network = Network()
+    network.head = network.fc
+    result = combine(name, tied[0], tied[1 : count + 1], mixing(count), options, tied[3], aux[: count + 1], network)
     assert torch.equal(result["fc.weight"], result["head.weight"])
 
 
@@ -325,7 +354,7 @@ def test_values_that_are_not_finite_are_errors_or_refused(name: str, value: floa
     own, good, bad = near(0), near(1), near(2)
     bad["conv.weight"][0, 0, 0, 0] = value
     aux = {OWN: statistics(0), "good": statistics(1), "bad": statistics(2)}
-    context = MergeContext(base=BASE, aux=aux, generator=torch.Generator().manual_seed(0))
+    context = MergeContext(NETWORK, data=DATA, base=BASE, aux=aux, generator=torch.Generator().manual_seed(0))
     peers = [Peer("good", good, 0.3), Peer("bad", bad, 0.2)]
     with pytest.raises(DimatError, match=r"bad: tensor 'conv\.weight'"):
         merge(own, 0.5, peers, plan, context, refuse=False)
