@@ -203,6 +203,17 @@ def merge(
     ] = (),
     weights: Annotated[str | None, Parameter(help="Mixing weights, e.g. 0.5,0.3,0.2; default: equal.")] = None,
     dtype: Annotated[str | None, Parameter(help="Type to write: fp32, bf16, fp16, fp64; default: own's.")] = None,
+    model: Annotated[
+        str | None,
+        Parameter(help="Architecture, for merges that run the models: `module:function`, `file.py:function`."),
+    ] = None,
+    data: Annotated[
+        str | None, Parameter(help="Inputs to run the models on: a safetensors file, or a function as in --model.")
+    ] = None,
+    align: Annotated[
+        str | None, Parameter(help="Bring units into own's order first: activations; default: none.")
+    ] = None,
+    repair: Annotated[str | None, Parameter(help="Re-estimate afterwards: batchnorm; default: none.")] = None,
     device: Annotated[str | None, Parameter(help="Where to merge: cpu (default), cuda, auto.")] = None,
     seed: Annotated[int | None, Parameter(help="Seed of methods that draw at random; default: 0.")] = None,
     shard_size: Annotated[str | None, Parameter(help="Bytes per file of a folder; default: 5GB.")] = None,
@@ -218,6 +229,7 @@ def merge(
     from dimat.merging.show import plan_lines, progress_bar
 
     flags = {"method": method, "base": base, "out": out, "dtype": dtype, "device": device, "seed": seed}
+    flags |= {"model": model, "data": data, "align": align, "repair": repair}
     changes = {key: str(value) if isinstance(value, Path) else value for key, value in flags.items()}
     changes |= {"shard_size": shard_size, "weights": parse_weights(weights)}
     job = prepare(recipe_of(inputs, changes, set_, from_mergekit), overwrite=overwrite)
@@ -229,6 +241,10 @@ def merge(
     if as_json:
         _print(report.to_plain())
     elif not quiet:
+        for path, share in report.moved.items():
+            _say(f"aligned {path}: {share:.0%} of its units moved")
+        for note in report.notes:
+            _say(f"note: {note}")
         _say(f"wrote {job.out}: {len(job.infos):,} tensors, {job.bytes:,} bytes")
     return 0
 

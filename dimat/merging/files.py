@@ -158,18 +158,28 @@ def check_alike(models: Sequence[ModelFiles]) -> None:
     """
     first, found = models[0], list[str]()
     for other in models[1:]:
-        for name, info in first.infos.items():
-            theirs = other.infos.get(name)
-            if theirs is None:
-                found.append(f"{name!r} is missing from {other.path}")
-            elif theirs.shape != info.shape or _is_real(theirs.dtype) != _is_real(info.dtype):
-                found.append(f"{name!r} is {info} in {first.path}, {theirs} in {other.path}")
-        found += [f"{name!r} is in {other.path} alone" for name in other.infos if name not in first.infos]
+        found += differences(first.infos, str(first.path), other.infos, str(other.path))
     if found:
-        more = f"; and {len(found) - SHOWN:,} more" if len(found) > SHOWN else ""
-        count = f"{len(found):,} difference{'s' if len(found) > 1 else ''}"
-        raise DataError(f"the models do not fit together, {count}: {'; '.join(found[:SHOWN])}{more}")
+        raise DataError(f"the models do not fit together, {told(found)}")
     _check_adapters([model for model in models if model.adapter])
+
+
+def differences(first: Mapping[str, TensorInfo], where: str, other: Mapping[str, TensorInfo], there: str) -> list[str]:
+    """Return in words where tensors of the same names differ in shape or kind, or are in one of two places only."""
+    found: list[str] = []
+    for name, info in first.items():
+        theirs = other.get(name)
+        if theirs is None:
+            found.append(f"{name!r} is missing from {there}")
+        elif theirs.shape != info.shape or _is_real(theirs.dtype) != _is_real(info.dtype):
+            found.append(f"{name!r} is {info} in {where}, {theirs} in {there}")
+    return found + [f"{name!r} is in {there} alone" for name in other if name not in first]
+
+
+def told(found: Sequence[str]) -> str:
+    """Return differences in one line: their number and the first ten."""
+    more = f"; and {len(found) - SHOWN:,} more" if len(found) > SHOWN else ""
+    return f"{len(found):,} difference{'s' if len(found) > 1 else ''}: {'; '.join(found[:SHOWN])}{more}"
 
 
 def _check_adapters(models: Sequence[ModelFiles]) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dimat.config.tree import Options
 from dimat.device import resolve_device
 from dimat.errors import ConfigError
 from dimat.merge.auxiliary import check_statistics
@@ -21,8 +20,10 @@ from dimat.merge.weights import open_weights
 from dimat.merging.card import config_of, model_card, provenance
 from dimat.merging.files import ModelFiles, check_alike, open_model
 from dimat.merging.header import TensorInfo
-from dimat.merging.memory import peak_memory
-from dimat.merging.recipe import DTYPES, Recipe
+from dimat.merging.memory import peak_memory, whole_memory
+from dimat.merging.network import Network, open_network
+from dimat.merging.recipe import DTYPES, Part, Recipe
+from dimat.merging.whole import Merged, merge_whole
 from dimat.merging.write import Output, check_output, is_file_name, lay_out, weights_name
 from dimat.registry import keywords
 
@@ -31,18 +32,9 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Part:
-    """Tensors that are merged alike."""
-
-    names: tuple[str, ...]
-    method: str
-    options: Options
-    mixing: list[float]
-
-
-@dataclass(frozen=True)
 class Job:
-    """A merge that is checked and ready to run. `infos`: what is written; `layout`: its files and their tensors."""
+    """A merge that is checked and ready to run. `infos`: what is written; `layout`: its files and their tensors;
+    `network`: what the models are run with, None where tensors are merged by themselves."""
 
     recipe: Recipe
     models: tuple[ModelFiles, ...]
@@ -53,6 +45,7 @@ class Job:
     layout: dict[str, list[str]]
     out: Path
     device: torch.device
+    network: Network | None = None
 
     @property
     def bytes(self) -> int:
@@ -65,6 +58,10 @@ class Job:
     def peak_memory(self) -> int:
         """Return about how many bytes of memory the merge needs; mapped files are not counted."""
         models = len(self.models)
+        if self.network is not None:
+            methods = [part.method for part in self.parts]
+            infos = [*self.models[0].infos.values()]
+            return whole_memory(methods, infos, models, self.base is not None, self.network.dtype.itemsize)
         return max(
             peak_memory(part.method, [self._merged_as(name) for name in part.names], models, self.base is not None)
             for part in self.parts
@@ -83,11 +80,20 @@ class Job:
                 {"method": part.method, "options": part.options, "weights": part.mixing, "tensors": len(part.names)}
                 for part in self.parts
             ],
+            **({} if self.network is None else self._run_with(self.network)),
             "out": str(self.out),
             "files": [*self.layout],
             "tensors": len(self.infos),
             "bytes": self.bytes,
             "peak_memory": self.peak_memory(),
+        }
+
+    def _run_with(self, network: Network) -> dict[str, Any]:
+        return {
+            "model": self.recipe.model,
+            "data": self.recipe.data,
+            "align": self.recipe.align.model_dump() | ({"finds": network.coverage} if network.spec else {}),
+            "repair": self.recipe.repair.model_dump(),
         }
 
     def _merged_as(self, name: str) -> TensorInfo:
@@ -98,13 +104,17 @@ class Job:
 
 @dataclass(frozen=True)
 class Report:
-    """What a merge did: its plan, and the blake3 of each input file by model."""
+    """What a merge did: its plan, the blake3 of each input file by model, and of a merge that ran the models, by model
+    the share of units that moved, and notes."""
 
     plan: Mapping[str, Any]
     inputs: Mapping[str, Mapping[str, str]]
+    moved: Mapping[str, float] = field(default_factory=dict[str, float])
+    notes: tuple[str, ...] = ()
 
     def to_plain(self) -> dict[str, Any]:
-        return {**self.plan, "inputs": self.inputs}
+        more = {"moved": self.moved, "notes": self.notes} if self.moved or self.notes else {}
+        return {**self.plan, "inputs": self.inputs, **more}
 
 
 class View(Mapping[str, Tensor]):
@@ -154,13 +164,17 @@ def prepare(recipe: Recipe, *, overwrite: bool = False) -> Job:
     check_alike(inputs)
     statistics = _open_statistics(recipe, models)
     parts = _parts(recipe, models[0])
+    methods = [part.method for part in parts]
     for part in parts:
         _check_needs(part, base, statistics)
+        if len(parts) > 1 and "model" in keywords(combine_registry.get(part.method)):
+            raise ConfigError(f"method {part.method!r} runs the whole model: it cannot merge some tensors by a rule")
+    network = open_network(recipe, methods, models[0], device)
     infos = _written(recipe, models[0])
     single = is_file_name(out)
     name = out.name if single else weights_name(models[0].adapter)
     shard_bytes = None if single or models[0].adapter else recipe.shard_size
-    return Job(recipe, models, base, statistics, parts, infos, lay_out(infos, shard_bytes, name), out, device)
+    return Job(recipe, models, base, statistics, parts, infos, lay_out(infos, shard_bytes, name), out, device, network)
 
 
 def merge_files(job: Job, *, version: str, overwrite: bool = False, progress: Progress | None = None) -> Report:
@@ -170,8 +184,11 @@ def merge_files(job: Job, *, version: str, overwrite: bool = False, progress: Pr
     is left under the output's name then.
     """
     inputs = {str(model.path): model.hashes() for model in (*job.models, *([job.base] if job.base else []))}
+    if job.network is not None:
+        inputs |= {source: dict(files) for source, files in job.network.sources.items()}
     record = provenance(version, job.recipe, inputs)
     report = Report(job.plan(), inputs)
+    merged = None if job.network is None else _merge_whole(job, job.network)
     done = 0
     with Output(job.out, job.layout, job.infos, {"format": "pt", "dimat": record}, overwrite=overwrite) as output:
 
@@ -182,16 +199,26 @@ def merge_files(job: Job, *, version: str, overwrite: bool = False, progress: Pr
             if progress is not None:
                 progress(done, job.bytes)
 
-        for part in job.parts:
+        for part in job.parts if merged is None else ():
             with handing_on(receive), torch.no_grad():
                 rest = _combine(job, part)
             for name in [*rest]:  # what a method returns whole
                 receive(name, rest.pop(name))
+        if merged is not None:
+            for name in job.infos:
+                receive(name, merged.weights.pop(name))
+            moved = {str(model.path): share for model, share in zip(job.models[1:], merged.moved) if share is not None}
+            report = replace(report, moved=moved, notes=merged.notes)
         if not output.single:
             for file in _companions(job):
                 output.add(file.name, config_of(file, job.recipe.dtype))
             output.add("README.md", model_card(job.out.name, report.plan, inputs, record))
     return report
+
+
+def _merge_whole(job: Job, network: Network) -> Merged:
+    with torch.no_grad():
+        return merge_whole(job.recipe, network, job.models, job.base, job.statistics, job.parts, job.device)
 
 
 def _combine(job: Job, part: Part) -> dict[str, Tensor]:
