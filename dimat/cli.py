@@ -203,6 +203,7 @@ def merge(
     ] = (),
     weights: Annotated[str | None, Parameter(help="Mixing weights, e.g. 0.5,0.3,0.2; default: equal.")] = None,
     dtype: Annotated[str | None, Parameter(help="Type to write: fp32, bf16, fp16, fp64; default: own's.")] = None,
+    input_dtype: Annotated[str | None, Parameter(help="Type to read in; default: each tensor's own.")] = None,
     model: Annotated[
         str | None,
         Parameter(help="Architecture, for merges that run the models: `module:function`, `file.py:function`."),
@@ -229,7 +230,7 @@ def merge(
     from dimat.merging.show import plan_lines, progress_bar
 
     flags = {"method": method, "base": base, "out": out, "dtype": dtype, "device": device, "seed": seed}
-    flags |= {"model": model, "data": data, "align": align, "repair": repair}
+    flags |= {"model": model, "data": data, "align": align, "repair": repair, "input_dtype": input_dtype}
     changes = {key: str(value) if isinstance(value, Path) else value for key, value in flags.items()}
     changes |= {"shard_size": shard_size, "weights": parse_weights(weights)}
     job = prepare(recipe_of(inputs, changes, set_, from_mergekit), overwrite=overwrite)

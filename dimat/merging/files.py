@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dimat.errors import DataError
-from dimat.merging.header import TensorInfo, read_header
+from dimat.merging.header import NAMES, TensorInfo, read_header
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -48,6 +50,7 @@ class ModelFiles(Mapping[str, Tensor]):
         if not self.infos:
             raise DataError(f"{path} holds no tensors")
         self._where = where
+        self._dtype: torch.dtype | None = None
         self._opened: dict[Path, Any] = {}
         self._checked: set[str] = set()
 
@@ -59,6 +62,8 @@ class ModelFiles(Mapping[str, Tensor]):
             tensor: Tensor = self._opened[file].get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise DataError(f"cannot read tensor {name!r} from {file}: {error}") from error
+        if self._dtype is not None and tensor.is_floating_point():
+            tensor = tensor.to(self._dtype)  # before the check: what a narrow type cannot hold becomes infinite
         if name not in self._checked:
             _check_finite(tensor, name, file)
             self._checked.add(name)
@@ -69,6 +74,17 @@ class ModelFiles(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._where)
+
+    def read_in(self, dtype: torch.dtype) -> ModelFiles:
+        """Return the same model whose real tensors are rounded to a type as they are read."""
+        model = copy(self)
+        model._dtype = dtype
+        model._checked = set()
+        model.infos = {
+            name: replace(info, dtype=dtype) if info.dtype.is_floating_point else info
+            for name, info in self.infos.items()
+        }
+        return model
 
     def hashes(self) -> dict[str, str]:
         """Return the blake3 of each file that holds tensors, by its name."""
@@ -206,4 +222,4 @@ def _check_finite(tensor: Tensor, name: str, file: Path) -> None:
     low, high = torch.aminmax(values)  # both are NaN where one value is
     if not (torch.isfinite(low) and torch.isfinite(high)):
         count = int((~torch.isfinite(values)).sum())
-        raise DataError(f"{file}: tensor {name!r} holds {count:,} values that are not finite")
+        raise DataError(f"{file}: tensor {name!r} holds {count:,} values that are not finite in {NAMES[tensor.dtype]}")

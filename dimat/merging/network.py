@@ -35,8 +35,11 @@ from dimat.tasks import input_batches, list_tasks, load_task
 BATCH = 256
 """Examples of a file in one batch."""
 
-SPEC = {"spec", "observer"}
-"""Context of methods that work along symmetry groups."""
+RUNS = {"data", "observer"}
+"""Context of methods that run the models."""
+
+GROUPS = {"spec", "observer"}
+"""Context of methods that can use symmetry groups; some do without."""
 
 
 @dataclass(frozen=True)
@@ -64,19 +67,17 @@ def runs_models(recipe: Recipe, methods: Sequence[str]) -> list[str]:
     found: list[str] = []
     if align_registry.get(recipe.align.name) is not no_alignment:
         found.append(f"align = {recipe.align.name!r}")
-    found += [f"method {name!r}" for name in dict.fromkeys(methods) if _asks(name) & {"model", *SPEC}]
+    found += [f"method {name!r}" for name in dict.fromkeys(methods) if runs(name)]
     if recipe.repair.name != no_repair.__name__:
         found.append(f"repair = {recipe.repair.name!r}")
     return found
 
 
-def open_network(
-    recipe: Recipe, methods: Sequence[str], own: ModelFiles, device: torch.device, dtype: torch.dtype | None = None
-) -> Network | None:
+def open_network(recipe: Recipe, methods: Sequence[str], own: ModelFiles, device: torch.device) -> Network | None:
     """Return what the recipe's models are run with, checked against own tensors; None where nothing runs them.
 
-    `dtype`: type that tensors are read in. Raises ConfigError where the recipe lacks model or data, HookError (a hook
-    that fails or returns something else), DataError (tensors that are not the model's, data that it cannot run on).
+    Raises ConfigError where the recipe lacks model or data, HookError (a hook that fails or returns something else),
+    DataError (tensors that are not the model's, data that it cannot run on).
     """
     why = runs_models(recipe, methods)
     if recipe.model is None:
@@ -91,14 +92,14 @@ def open_network(
         return None
     if recipe.data is None:
         raise ConfigError(f"{why[0]} runs the models on data: give inputs with --data, a safetensors file or a hook")
-    types = [dtype or info.dtype for info in own.infos.values() if info.dtype.is_floating_point]
+    types = [info.dtype for info in own.infos.values() if info.dtype.is_floating_point]
     kind = torch.float64 if torch.float64 in types else torch.float32
     model = model.to(device=device, dtype=kind).eval()
     data, sources = _data_of(recipe, kind)
     inputs = first_inputs(data)
     _try_out(model, inputs, recipe.data)
     spec = None
-    if align_registry.get(recipe.align.name) is not no_alignment or any(_asks(name) & SPEC for name in methods):
+    if align_registry.get(recipe.align.name) is not no_alignment or any(_asks(name) & GROUPS for name in methods):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they are in the spec, and told as notes
             spec = derive_symmetry(model, inputs)
@@ -106,6 +107,11 @@ def open_network(
         file = Path(recipe.folder) / recipe.model.rpartition(":")[0]
         sources = {str(file): {file.name: _hash(file)}, **sources}
     return Network(model, kind, data, spec, sources)
+
+
+def runs(method: str) -> bool:
+    """Tell whether a combine method runs the models."""
+    return bool(_asks(method) & RUNS)
 
 
 def _asks(method: str) -> set[str]:

@@ -135,7 +135,10 @@ class Recipe(Tree):
     out: str | None = None
     """Where the merged model goes: a name in .safetensors, or a folder."""
     dtype: Annotated[str | None, AfterValidator(_known_dtype)] = None
-    """Type of the merged model's real tensors; each tensor's own if left out."""
+    """Type of the merged model's real tensors; that in which own tensor is read if left out."""
+    input_dtype: Annotated[str | None, AfterValidator(_known_dtype)] = None
+    """Type that the models' real tensors, and the base's, are rounded to as they are read; each tensor's own if left
+    out. Sums are wider than either."""
     device: str = "cpu"
     """Where tensors are merged: cpu, cuda, cuda:1, auto."""
     seed: Annotated[int, Field(ge=0)] = 0

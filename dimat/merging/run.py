@@ -21,7 +21,7 @@ from dimat.merging.card import config_of, model_card, provenance
 from dimat.merging.files import ModelFiles, check_alike, open_model
 from dimat.merging.header import TensorInfo
 from dimat.merging.memory import peak_memory, whole_memory
-from dimat.merging.network import Network, open_network
+from dimat.merging.network import Network, open_network, runs
 from dimat.merging.recipe import DTYPES, Part, Recipe
 from dimat.merging.whole import Merged, merge_whole
 from dimat.merging.write import Output, check_output, is_file_name, lay_out, weights_name
@@ -162,12 +162,15 @@ def prepare(recipe: Recipe, *, overwrite: bool = False) -> Job:
         if out.resolve() in (model.path.resolve(), *(file.resolve() for file in model.files)):
             raise ConfigError(f"{out} is one of the inputs; write the merged model elsewhere")
     check_alike(inputs)
+    if recipe.input_dtype is not None:
+        models = tuple(model.read_in(DTYPES[recipe.input_dtype]) for model in models)
+        base = None if base is None else base.read_in(DTYPES[recipe.input_dtype])
     statistics = _open_statistics(recipe, models)
     parts = _parts(recipe, models[0])
     methods = [part.method for part in parts]
     for part in parts:
         _check_needs(part, base, statistics)
-        if len(parts) > 1 and "model" in keywords(combine_registry.get(part.method)):
+        if len(parts) > 1 and runs(part.method):
             raise ConfigError(f"method {part.method!r} runs the whole model: it cannot merge some tensors by a rule")
     network = open_network(recipe, methods, models[0], device)
     infos = _written(recipe, models[0])
@@ -211,7 +214,7 @@ def merge_files(job: Job, *, version: str, overwrite: bool = False, progress: Pr
             report = replace(report, moved=moved, notes=merged.notes)
         if not output.single:
             for file in _companions(job):
-                output.add(file.name, config_of(file, job.recipe.dtype))
+                output.add(file.name, config_of(file, job.recipe.dtype or job.recipe.input_dtype))
             output.add("README.md", model_card(job.out.name, report.plan, inputs, record))
     return report
 
