@@ -7,6 +7,8 @@ from a global stream in tensor order, which no other program can repeat: their m
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -254,3 +256,40 @@ def test_della_probabilities_outside_one_are_errors(density: float, epsilon: flo
     base, models = mlp()
     with pytest.raises(ConfigError, match="choose epsilon"):
         della(models[0], models[1:], [0.25] * 4, base=base, generator=generator(), density=density, epsilon=epsilon)
+
+
+Method = Callable[..., dict[str, Tensor]]
+SPARSE: dict[str, tuple[Method, dict[str, Any]]] = {
+    "ties": (ties, {}),
+    "ties over the vector": (ties, {"trim": "vector"}),
+    "breadcrumbs": (breadcrumbs, {"gamma": 0.1}),
+    "dare-linear": (dare_linear, {}),
+    "dare-ties": (dare_ties, {"normalize": True}),
+    "della": (della, {"epsilon": 0.2}),
+}
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_a_density_for_each_model(name: str) -> None:
+    """A list of equal densities is that density; with others each model is cut by its own, whoever is left out.
+
+    Reference: merges in which one model alone has a coefficient.
+    """
+    method, options = SPARSE[name]
+    g = torch.Generator().manual_seed(0)
+    base = {"w": torch.zeros(4, 60)}
+    drawn = torch.randn(3, 4, 60, generator=g)
+    models = [{"w": drawn[k]} for k in range(3)]
+    given: dict[str, Any] = {"base": base, "weights": [1.0, 0.5, 0.25], **options}
+
+    def merged(density: Any, **changes: Any) -> Tensor:
+        more = {"generator": generator()} if "generator" in inspect.signature(method).parameters else {}
+        return method(models[0], models[1:], THIRDS, density=density, **{**given, **more, **changes})["w"]
+
+    assert torch.equal(merged([0.5, 0.5, 0.5]), merged(0.5))
+    assert not torch.equal(merged([0.5, 0.5, 0.8]), merged(0.5))
+    for k, density in enumerate((0.3, 0.5, 0.8)):
+        alone = [float(j == k) for j in range(3)]
+        assert torch.equal(merged([0.3, 0.5, 0.8], weights=alone), merged(density, weights=alone))
+    with pytest.raises(MergeError, match="option density has 2 numbers for 3 models; give one each, own first"):
+        merged([0.5, 0.5])

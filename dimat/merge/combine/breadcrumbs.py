@@ -12,10 +12,11 @@ from dimat.merge.deltas import needs_base
 from dimat.merge.fusion import (
     SMALLEST_SHARE,
     Coefficients,
-    Density,
+    Densities,
     Number,
     cast_of,
     copy_of,
+    densities_of,
     elect,
     merge_deltas,
     weighted_sum,
@@ -46,7 +47,7 @@ def breadcrumbs(
     mixing: Sequence[float],
     *,
     base: Weights | None = None,
-    density: Density = 0.9,
+    density: Densities = 0.9,
     gamma: Annotated[float, Field(ge=0, lt=1)] = 0.01,
     elect_signs: bool = False,
     scaling: Number = 1.0,
@@ -61,8 +62,8 @@ def breadcrumbs(
 
     `mixing`: own first, sum 1; the paper's α Σ_k over n models is `scaling` = α·n with equal weights. Equal models
     merge to themselves at density 1. `elect_signs`: merge only the signs that TIES elects; `normalize`: divide by
-    the weights of those that are added; `weights`: coefficients instead of the mixing weights. Raises MergeError as
-    task-arithmetic does.
+    the weights of those that are added; `weights`: coefficients instead of the mixing weights; `density` may be a
+    list too, one for each model, own first. Raises MergeError as task-arithmetic does.
 
     Paper: Davari and Belilovsky, "Model Breadcrumbs: Scaling Multi-Task Model Merging with Sparse Masks", ECCV 2024,
     arXiv 2312.06795.
@@ -71,12 +72,13 @@ def breadcrumbs(
     cast = cast_of(own, peers, mixing, weights)
     if cast is None:
         return copy_of(own)
+    kept = densities_of(density, cast, weights or mixing)
     total = sum(cast.coefficients)
     if normalize and not elect_signs and abs(total) >= SMALLEST_SHARE:
         scaling /= total
 
     def merge(_: str, deltas: list[Tensor]) -> Tensor:
-        cut = [cut_both_ends(delta, density, gamma) for delta in deltas]
+        cut = [cut_both_ends(delta, share, gamma) for delta, share in zip(deltas, kept)]
         if elect_signs:
             return elect(cut, cast.coefficients, "mean" if normalize else "sum")
         return weighted_sum(cut, cast.coefficients)

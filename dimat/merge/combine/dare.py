@@ -11,10 +11,11 @@ from dimat.merge.deltas import needs_base
 from dimat.merge.fusion import (
     SMALLEST_SHARE,
     Coefficients,
-    Density,
+    Densities,
     Number,
     cast_of,
     copy_of,
+    densities_of,
     elect,
     merge_deltas,
     weighted_sum,
@@ -32,7 +33,7 @@ def dare_linear(
     *,
     base: Weights | None = None,
     generator: torch.Generator | None = None,
-    density: Density = 0.5,
+    density: Densities = 0.5,
     rescale: bool = True,
     scaling: Number = 1.0,
     normalize: bool = False,
@@ -45,7 +46,8 @@ def dare_linear(
     matter, and equal deltas are masked alike. `rescale` = False leaves out the division by density.
 
     `mixing`: own first, sum 1, as in task-arithmetic; equal models merge to themselves at density 1.
-    `normalize`: divide by the sum of the coefficients; `weights`: coefficients instead of the mixing weights.
+    `normalize`: divide by the sum of the coefficients; `weights`: coefficients instead of the mixing weights;
+    `density` may be a list too, one for each model, own first.
     Raises MergeError as task-arithmetic does, and without a generator.
 
     Paper: Yu et al., "Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free Lunch",
@@ -58,12 +60,13 @@ def dare_linear(
     total = sum(cast.coefficients)
     if normalize and abs(total) >= SMALLEST_SHARE:
         scaling /= total
+    kept = densities_of(density, cast, weights or mixing)
     root = root_of(generator, "dare-linear")
 
     def merge(name: str, deltas: list[Tensor]) -> Tensor:
-        return weighted_sum([drop(delta, density, root, name) for delta in deltas], cast.coefficients)
+        return weighted_sum(_dropped(name, deltas, kept, root, rescale), cast.coefficients)
 
-    return merge_deltas(cast, base, merge, scaling / density if rescale else scaling)
+    return merge_deltas(cast, base, merge, scaling)
 
 
 @combine_registry.register("dare-ties")
@@ -74,7 +77,7 @@ def dare_ties(
     *,
     base: Weights | None = None,
     generator: torch.Generator | None = None,
-    density: Density = 0.5,
+    density: Densities = 0.5,
     rescale: bool = True,
     scaling: Number = 1.0,
     normalize: bool = False,
@@ -92,10 +95,17 @@ def dare_ties(
     cast = cast_of(own, peers, mixing, weights)
     if cast is None:
         return copy_of(own)
+    kept = densities_of(density, cast, weights or mixing)
     root = root_of(generator, "dare-ties")
 
     def merge(name: str, deltas: list[Tensor]) -> Tensor:
-        dropped = [drop(delta, density, root, name) for delta in deltas]
+        dropped = _dropped(name, deltas, kept, root, rescale)
         return elect(dropped, cast.coefficients, "mean" if normalize else "sum")
 
-    return merge_deltas(cast, base, merge, scaling / density if rescale else scaling)
+    return merge_deltas(cast, base, merge, scaling)
+
+
+def _dropped(name: str, deltas: Sequence[Tensor], densities: Sequence[float], root: int, rescale: bool) -> list[Tensor]:
+    """Return deltas with elements dropped, each by its density, and the rest divided by it."""
+    dropped = [drop(delta, density, root, name) for delta, density in zip(deltas, densities)]
+    return [delta.div_(density) for delta, density in zip(dropped, densities)] if rescale else dropped

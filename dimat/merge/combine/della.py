@@ -11,7 +11,17 @@ from torch import Tensor
 
 from dimat.errors import ConfigError
 from dimat.merge.deltas import needs_base
-from dimat.merge.fusion import Coefficients, Density, Number, cast_of, copy_of, elect, merge_deltas, weighted_sum
+from dimat.merge.fusion import (
+    Coefficients,
+    Densities,
+    Number,
+    cast_of,
+    copy_of,
+    densities_of,
+    elect,
+    merge_deltas,
+    weighted_sum,
+)
 from dimat.merge.registry import combine_registry
 from dimat.merge.sparsify import drop, root_of
 from dimat.merge.stages import Weights
@@ -38,7 +48,7 @@ def della(
     *,
     base: Weights | None = None,
     generator: torch.Generator | None = None,
-    density: Density = 0.5,
+    density: Densities = 0.5,
     epsilon: Annotated[float, Field(ge=0, lt=1)] = 0.1,
     rescale: bool = True,
     merge_func: Literal["mean", "sum", "linear"] = "mean",
@@ -55,26 +65,29 @@ def della(
     bits, and the order of peers does not matter.
 
     `mixing`: own first, sum 1; equal models merge to themselves at density 1 and epsilon 0. `weights`: coefficients
-    instead of the mixing weights. Raises MergeError as dare-linear does, ConfigError where q would leave (0, 1].
+    instead of the mixing weights; `density` may be a list too, one for each model, own first. Raises MergeError as
+    dare-linear does, ConfigError where q would leave (0, 1].
 
     Paper: Deep et al., "DELLA-Merging: Reducing Interference in Model Merging through Magnitude-Based Sampling",
     2024, arXiv 2406.11617.
     """
-    if not (density - epsilon / 2 > 0 and density + epsilon / 2 <= 1 + 1e-9):
-        raise ConfigError(
-            f"combine method 'della': density {density:g} and epsilon {epsilon:g} make probabilities from "
-            f"{density - epsilon / 2:g} to {density + epsilon / 2:g}; choose epsilon so that they lie in (0, 1]"
-        )
+    for share in [density] if isinstance(density, int | float) else density:
+        if not (share - epsilon / 2 > 0 and share + epsilon / 2 <= 1 + 1e-9):
+            raise ConfigError(
+                f"combine method 'della': density {share:g} and epsilon {epsilon:g} make probabilities from "
+                f"{share - epsilon / 2:g} to {share + epsilon / 2:g}; choose epsilon so that they lie in (0, 1]"
+            )
     base = needs_base(base, "della")
     cast = cast_of(own, peers, mixing, weights)
     if cast is None:
         return copy_of(own)
+    shares = densities_of(density, cast, weights or mixing)
     root = root_of(generator, "della")
 
     def merge(name: str, deltas: list[Tensor]) -> Tensor:
         pruned: list[Tensor] = []
-        for delta in deltas:
-            keep = keep_probability(delta, density, epsilon)
+        for delta, share in zip(deltas, shares):
+            keep = keep_probability(delta, share, epsilon)
             kept = drop(delta, keep, root, name)
             pruned.append(kept.div_(keep) if rescale else kept)
         if merge_func == "linear":
