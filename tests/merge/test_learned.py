@@ -108,7 +108,7 @@ def test_entropy_falls_and_no_steps_are_task_arithmetic(granularity: str) -> Non
     model, x = network(), inputs()
     base = state(model)
     own, peers = changed(base, 1), [changed(base, 2), changed(base, 3)]
-    given: dict[str, Any] = {"base": base, "model": model, "data": [(x,)], "granularity": granularity}
+    given: dict[str, Any] = {"base": base, "model": model, "data": [(x,)], "granularity": granularity, "lr": 0.01}
     start = adamerging(own, peers, MIXING, steps=0, scaling=1.5, **given)
     assert worst(start, task_arithmetic(own, peers, MIXING, base=base, scaling=1.5)) < 1e-12
     steps = [entropy(model, adamerging(own, peers, MIXING, steps=n, **given), x) for n in (0, 10, 40)]
@@ -151,7 +151,7 @@ def share_of(found: Model, base: Model, good: Model, bad: Model, name: str) -> t
 def test_adamerging_leaves_a_peer_of_noise_out(granularity: str) -> None:
     """Planted: own is trained, the peer is noise; its coefficient ends at about 0, own's does not."""
     model, base, good, bad, x, y = planted()
-    given: dict[str, Any] = {"base": base, "model": model, "data": [(x,)], "granularity": granularity}
+    given: dict[str, Any] = {"base": base, "model": model, "data": [(x,)], "granularity": granularity, "lr": 0.01}
     found = adamerging(good, [bad], [0.5, 0.5], steps=300, **given)
     for name in ("0.weight", "2.weight"):
         kept, left = share_of(found, base, good, bad, name)
