@@ -22,6 +22,7 @@ from dimat.config import ExperimentConfig
 from dimat.errors import DataError, DimatError, PeerError
 from dimat.merge import MergeContext, MergePlan, Peer, Permutations, adopt, merge, open_weights, plan_merge
 from dimat.merge.auxiliary import OWN, apart, beside, permuted
+from dimat.merge.registry import combine_registry
 from dimat.merge.screen import norm_of, screen
 from dimat.merge.stages import Weights
 from dimat.seeds import torch_generator
@@ -259,7 +260,9 @@ class LocalAgent:
         return Subset(probe, torch.arange(min(self._plan.probe_samples, len(probe))))
 
     def _score(self) -> Callable[[Mapping[str, Tensor]], float] | None:
-        if self._plan.accept.name != "no-worse":
+        combine = self._plan.combine
+        judged = combine_registry.options(combine.name) | combine.options  # a combine method may judge by score too
+        if self._plan.accept.name != "no-worse" and judged.get("objective") != "score":
             return None
         data = self._hold_out if self._hold_out is not None else self._probe()
         return lambda weights: self.trainer.evaluate(data, weights)[self.task.metric]

@@ -32,6 +32,9 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 Density = Annotated[float, Field(gt=0, le=1)]
 """The share of a delta's elements that is kept."""
 
+Densities = Density | Annotated[list[Density], Field(min_length=1)]
+"""A density for all models, or one for each, own first."""
+
 Coefficients = Annotated[list[Number], Field(min_length=1)]
 """One number per model, own first."""
 
@@ -79,6 +82,20 @@ def cast_of(
         raise MergeError(f"weights must be finite and not all 0, got {[*weights]}")
     kept = [peer for peer, c in zip(peers, weights[1:]) if c]
     return Cast(own, kept, bool(weights[0]), [c for c in weights if c])
+
+
+def densities_of(density: float | Sequence[float], cast: Cast, mixing: Sequence[float]) -> list[float]:
+    """Return the density of each model that takes part; `mixing`: what decided who does (see `cast_of`).
+
+    Raises MergeError where `density` is a list that does not have one number per model.
+    """
+    if isinstance(density, int | float):
+        return [density] * len(cast.coefficients)
+    if len(density) != len(mixing):
+        raise MergeError(
+            f"option density has {len(density)} numbers for {len(mixing)} models; give one each, own first"
+        )
+    return [d for d, c in zip(density, mixing) if c]
 
 
 def copy_of(own: Weights) -> dict[str, Tensor]:

@@ -84,13 +84,11 @@ def _range_of(sample: Tensor, share: float) -> tuple[float, float]:
     return (low if places[0] > 0 else -math.inf), (high if places[1] < size else math.inf)
 
 
-def smallest_kept(pieces: Pieces, density: float) -> list[float]:
-    """Return for each model the magnitude that its `density` share of largest elements reaches, 0 where all stay. A
-    tensor is never cut away whole: at least one element stays."""
-    kept = kept_of(density, pieces.elements)
-    if kept == pieces.elements:
-        return [0.0] * len(pieces)
-    return magnitude_ranks(pieces, pieces.elements - kept)
+def smallest_kept(pieces: Pieces, densities: Sequence[float]) -> list[float]:
+    """Return for each model the magnitude that the share of largest elements reaches that its density says, 0 where all
+    stay. A tensor is never cut away whole: at least one element stays."""
+    ranks = [pieces.elements - kept_of(density, pieces.elements) for density in densities]
+    return [0.0 if found is None else found for found in magnitude_ranks(pieces, [rank or None for rank in ranks])]
 
 
 def trimmed(delta: Tensor, low: float, high: float = math.inf) -> Tensor:
@@ -112,13 +110,18 @@ def _last_below(value: float, dtype: torch.dtype) -> float:
     return middle if float(np.float32(middle)) < value else math.nextafter(middle, -math.inf)
 
 
-def magnitude_ranks(pieces: Pieces, rank: int) -> list[float]:
-    """Return for each model the magnitude of a 0-based ascending rank."""
+def magnitude_ranks(pieces: Pieces, ranks: Sequence[int | None]) -> list[float | None]:
+    """Return for each model the magnitude of its 0-based ascending rank; None for None, which costs nothing."""
+    if not any(rank is not None for rank in ranks):
+        return [None] * len(ranks)
 
-    def found(model: int, sample: Tensor) -> float:
+    def found(model: int, sample: Tensor, rank: int | None) -> float | None:
+        if rank is None:
+            return None
         return ranked_among(lambda: map(magnitudes, pieces.of(model)), magnitudes(sample), pieces.elements, rank)
 
-    return in_threads([partial(found, k, sample) for k, sample in enumerate(pieces.sample())])
+    parts = enumerate(zip(pieces.sample(), ranks))
+    return in_threads([partial(found, k, sample, rank) for k, (sample, rank) in parts])
 
 
 def order_statistics(passes: Passes, ranks: Ranks) -> list[list[float]]:

@@ -33,7 +33,7 @@ def model_card(name: str, plan: Mapping[str, Any], inputs: Mapping[str, Mapping[
     weights = {model["path"]: f"{model['weight']:g}" for model in plan["models"]}
     rows: list[str] = []
     for model, files in inputs.items():
-        role = weights.get(model, "base")
+        role = weights.get(model, "base" if model == plan["base"] else "run with")
         rows += [f"| `{model}` | {role} | `{file}` | `{digest}` |" for file, digest in files.items()]
     options = "".join(f", `{key}` = {value}" for key, value in plan["options"].items())
     known = json.loads(record)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dimat.errors import DataError
-from dimat.merging.header import TensorInfo, read_header
+from dimat.merging.header import NAMES, TensorInfo, read_header
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -48,6 +50,7 @@ class ModelFiles(Mapping[str, Tensor]):
         if not self.infos:
             raise DataError(f"{path} holds no tensors")
         self._where = where
+        self._dtype: torch.dtype | None = None
         self._opened: dict[Path, Any] = {}
         self._checked: set[str] = set()
 
@@ -59,6 +62,8 @@ class ModelFiles(Mapping[str, Tensor]):
             tensor: Tensor = self._opened[file].get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise DataError(f"cannot read tensor {name!r} from {file}: {error}") from error
+        if self._dtype is not None and tensor.is_floating_point():
+            tensor = tensor.to(self._dtype)  # before the check: what a narrow type cannot hold becomes infinite
         if name not in self._checked:
             _check_finite(tensor, name, file)
             self._checked.add(name)
@@ -69,6 +74,17 @@ class ModelFiles(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._where)
+
+    def read_in(self, dtype: torch.dtype) -> ModelFiles:
+        """Return the same model whose real tensors are rounded to a type as they are read."""
+        model = copy(self)
+        model._dtype = dtype
+        model._checked = set()
+        model.infos = {
+            name: replace(info, dtype=dtype) if info.dtype.is_floating_point else info
+            for name, info in self.infos.items()
+        }
+        return model
 
     def hashes(self) -> dict[str, str]:
         """Return the blake3 of each file that holds tensors, by its name."""
@@ -158,25 +174,33 @@ def check_alike(models: Sequence[ModelFiles], apart: Collection[str] = ()) -> No
     """
     first, found = models[0], list[str]()
     for other in models[1:]:
-        for name, info in first.infos.items():
-            theirs = other.infos.get(name)
-            if name in apart:
-                continue
-            if theirs is None:
-                found.append(f"{name!r} is missing from {other.path}")
-            elif theirs.shape != info.shape or _is_real(theirs.dtype) != _is_real(info.dtype):
-                found.append(f"{name!r} is {info} in {first.path}, {theirs} in {other.path}")
-        alone = [name for name in other.infos if name not in first.infos and name not in apart]
-        found += [f"{name!r} is in {other.path} alone" for name in alone]
+        mine, theirs = ({n: i for n, i in m.infos.items() if n not in apart} for m in (first, other))
+        found += differences(mine, str(first.path), theirs, str(other.path))
     tell_differences(found)
 
 
+def differences(first: Mapping[str, TensorInfo], where: str, other: Mapping[str, TensorInfo], there: str) -> list[str]:
+    """Return in words where tensors of the same names differ in shape or kind, or are in one of two places only."""
+    found: list[str] = []
+    for name, info in first.items():
+        theirs = other.get(name)
+        if theirs is None:
+            found.append(f"{name!r} is missing from {there}")
+        elif theirs.shape != info.shape or _is_real(theirs.dtype) != _is_real(info.dtype):
+            found.append(f"{name!r} is {info} in {where}, {theirs} in {there}")
+    return found + [f"{name!r} is in {there} alone" for name in other if name not in first]
+
+
+def told(found: Sequence[str]) -> str:
+    """Return differences in one line: their number and the first ten."""
+    more = f"; and {len(found) - SHOWN:,} more" if len(found) > SHOWN else ""
+    return f"{len(found):,} difference{'s' if len(found) > 1 else ''}: {'; '.join(found[:SHOWN])}{more}"
+
+
 def tell_differences(found: Sequence[str]) -> None:
-    """Raise DataError with the number of differences between models and the first ten in full; none is no error."""
+    """Raise DataError that tells the differences between models; none is no error."""
     if found:
-        more = f"; and {len(found) - SHOWN:,} more" if len(found) > SHOWN else ""
-        count = f"{len(found):,} difference{'s' if len(found) > 1 else ''}"
-        raise DataError(f"the models do not fit together, {count}: {'; '.join(found[:SHOWN])}{more}")
+        raise DataError(f"the models do not fit together, {told(found)}")
 
 
 def check_factors(models: Sequence[ModelFiles]) -> None:
@@ -206,4 +230,4 @@ def _check_finite(tensor: Tensor, name: str, file: Path) -> None:
     low, high = torch.aminmax(values)  # both are NaN where one value is
     if not (torch.isfinite(low) and torch.isfinite(high)):
         count = int((~torch.isfinite(values)).sum())
-        raise DataError(f"{file}: tensor {name!r} holds {count:,} values that are not finite")
+        raise DataError(f"{file}: tensor {name!r} holds {count:,} values that are not finite in {NAMES[tensor.dtype]}")

@@ -7,9 +7,9 @@ from math import ceil
 
 from dimat.merging.header import TensorInfo
 
-HOLD_ALL = frozenset({"opcm"})
-"""Methods that do not hand on tensor by tensor: they hold the merged delta and the result of the whole model. All
-others, those included that first read the whole model for a norm or a threshold, hold one tensor of each model."""
+HOLD_ALL = frozenset({"adamerging", "opcm", "self-positioning"})
+"""Methods that hold the whole model: OPCM the merged delta and the result, those that learn coefficients all deltas.
+All others, those included that first read the whole model for a norm or a threshold, hold one tensor of each model."""
 
 PIECEWISE = frozenset(
     {
@@ -64,6 +64,13 @@ def peak_memory(method: str, tensors: Sequence[TensorInfo], models: int, base: b
     held = largest * ((2 * models + 1 if base else models) + WORK)
     whole = sum(info.elements * 4 + info.bytes for info in tensors) if holds_all(method) else 0
     return PROCESS + held + whole
+
+
+def whole_memory(methods: Sequence[str], tensors: Sequence[TensorInfo], models: int, base: bool, width: int) -> int:
+    """Return about how many bytes a merge needs that runs its models: all of them, the network, what is merged, and
+    deltas where a method holds them, at `width` bytes per number. Activations come on top."""
+    held = models + base + 2 + (models if any(map(holds_all, methods)) else 0)
+    return PROCESS + held * width * sum(info.elements for info in tensors)
 
 
 def shown(count: int) -> str:

@@ -14,9 +14,9 @@ import torch
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from dimat.config.load import build, read_toml
-from dimat.config.tree import Options, Tree
+from dimat.config.tree import Named, NamedConfig, Options, Tree
 from dimat.errors import ConfigError, nearest
-from dimat.merge.registry import combine_registry
+from dimat.merge.registry import align_registry, combine_registry, repair_registry
 
 DTYPES: Mapping[str, torch.dtype] = {
     "fp64": torch.float64,
@@ -112,16 +112,32 @@ class Recipe(Tree):
     """Options of the method."""
     rules: tuple[Rule, ...] = ()
     """Other methods, weights or options for some tensors."""
+    model: str | None = None
+    """Architecture of the models, for merges that run them: `module:function` or `file.py:function` that returns a
+    torch module or a task, or the name of a bundled task."""
+    data: str | None = None
+    """Inputs to run the models on: a safetensors file of examples stacked along the first axis (one tensor, or the
+    model's arguments in the order of their names, e.g. input.0, input.1), a hook that returns a tensor of them or
+    batches, or a task, whose probe set is taken."""
+    align: Named = NamedConfig(name="none")
+    """How peers' units are brought into own's order before they are combined: "none" or "activations"."""
+    repair: Named = NamedConfig(name="none")
+    """What is re-estimated on the data afterwards: "none" or "batchnorm"."""
     out: str | None = None
     """Where the merged model goes: a name in .safetensors, or a folder."""
     dtype: Annotated[str | None, AfterValidator(_known_dtype)] = None
-    """Type of the merged model's real tensors; each tensor's own if left out."""
+    """Type of the merged model's real tensors; that in which own tensor is read if left out."""
+    input_dtype: Annotated[str | None, AfterValidator(_known_dtype)] = None
+    """Type that the models' real tensors, and the base's, are rounded to as they are read; each tensor's own if left
+    out. Sums are wider than either."""
     device: str = "cpu"
     """Where tensors are merged: cpu, cuda, cuda:1, auto."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of methods that draw at random."""
     shard_size: Annotated[int, BeforeValidator(as_bytes), Field(ge=1)] = 5 * 10**9
     """Bytes per file of a folder, e.g. "5GB"."""
+    folder: str = "."
+    """The recipe's own folder, from which hooks are looked up; not for writing in it."""
 
     @field_validator("models", mode="before")
     @classmethod
@@ -168,7 +184,11 @@ def load_recipe(file: Path, changes: Mapping[str, Any], options: Mapping[str, An
     """Read a recipe from TOML; paths in it are relative to its folder. `changes` replace its keys, `options` are put
     over its options. ConfigError says what is wrong in it."""
     tree = read_toml(file)
-    for key in ("base", "out"):
+    if "folder" in tree:
+        raise ConfigError(f"unknown key 'folder' in {file}: it is the file's own folder")
+    tree["folder"] = str(file.parent)
+    moved_keys = ("base", "out", *([] if ":" in str(tree.get("data", "")) else ["data"]))
+    for key in moved_keys:
         if isinstance(tree.get(key), str):
             tree[key] = str(file.parent / tree[key])
     for i, model in enumerate(tree.get("models", []) if isinstance(tree.get("models"), list) else []):
@@ -198,6 +218,8 @@ def build_recipe(tree: Mapping[str, Any], changes: Mapping[str, Any], options: M
     for rule in (None, *recipe.rules):
         method, chosen, _ = recipe.method_of(rule)
         combine_registry.check(method, chosen)
+    align_registry.check(recipe.align.name, recipe.align.options)
+    repair_registry.check(recipe.repair.name, recipe.repair.options)
     return recipe
 
 

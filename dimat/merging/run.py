@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,11 @@ from dimat.merging.card import config_of, model_card, provenance
 from dimat.merging.files import ADAPTER_CONFIG, ModelFiles, check_alike, check_factors, open_model
 from dimat.merging.header import TensorInfo
 from dimat.merging.into_base import IntoBase, target
-from dimat.merging.memory import peak_memory
+from dimat.merging.memory import peak_memory, whole_memory
+from dimat.merging.network import Network, open_network, runs
 from dimat.merging.parts import Part
 from dimat.merging.recipe import DTYPES, Recipe
+from dimat.merging.whole import Outcome, merge_whole
 from dimat.merging.write import Output, check_output, is_file_name, lay_out, weights_name
 from dimat.registry import keywords
 
@@ -34,10 +36,9 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Job:
-    """A merge that is checked and ready to run. `infos`: what is written; `layout`: its files and their tensors.
-
-    `adapters`: PEFT adapters whose products are merged; `into`: the base that they are merged into.
-    """
+    """A merge that is checked and ready to run. `infos`: what is written; `layout`: its files and their tensors;
+    `network`: what the models are run with, None where tensors are merged by themselves; `adapters`: PEFT adapters
+    whose products are merged; `into`: the base that they are merged into."""
 
     recipe: Recipe
     models: tuple[ModelFiles, ...]
@@ -48,6 +49,7 @@ class Job:
     layout: dict[str, list[str]]
     out: Path
     device: torch.device
+    network: Network | None = None
     adapters: Merged | None = None
     into: IntoBase | None = None
 
@@ -74,6 +76,10 @@ class Job:
         models = len(self.models)
         if self.into is not None:
             return self.into.peak_memory(self.merged)
+        if self.network is not None:
+            methods = [part.method for part in self.parts]
+            infos = [*self.models[0].infos.values()]
+            return whole_memory(methods, infos, models, self.base is not None, self.network.dtype.itemsize)
         return max(
             peak_memory(part.method, [self.merged_as(name) for name in part.names], models, self.base is not None)
             for part in self.parts
@@ -93,6 +99,7 @@ class Job:
                 {"method": part.method, "options": part.options, "weights": part.mixing, "tensors": len(part.names)}
                 for part in self.parts
             ],
+            **({} if self.network is None else self._run_with(self.network)),
             "out": str(self.out),
             "files": [*self.layout],
             "tensors": len(self.infos),
@@ -111,16 +118,28 @@ class Job:
             written = wide if own.dtype.is_floating_point else own.dtype
         return replace(own, dtype=torch.promote_types(own.dtype, written)) if own.dtype != written else own
 
+    def _run_with(self, network: Network) -> dict[str, Any]:
+        return {
+            "model": self.recipe.model,
+            "data": self.recipe.data,
+            "align": self.recipe.align.model_dump() | ({"finds": network.coverage} if network.spec else {}),
+            "repair": self.recipe.repair.model_dump(),
+        }
+
 
 @dataclass(frozen=True)
 class Report:
-    """What a merge did: its plan, and the blake3 of each input file by model."""
+    """What a merge did: its plan, the blake3 of each input file by model, and of a merge that ran the models, by model
+    the share of units that moved, and notes."""
 
     plan: Mapping[str, Any]
     inputs: Mapping[str, Mapping[str, str]]
+    moved: Mapping[str, float] = field(default_factory=dict[str, float])
+    notes: tuple[str, ...] = ()
 
     def to_plain(self) -> dict[str, Any]:
-        return {**self.plan, "inputs": self.inputs}
+        more = {"moved": self.moved, "notes": self.notes} if self.moved or self.notes else {}
+        return {**self.plan, "inputs": self.inputs, **more}
 
 
 class View(Mapping[str, Tensor]):
@@ -167,6 +186,9 @@ def prepare(recipe: Recipe, *, overwrite: bool = False) -> Job:
     for model in inputs:
         if out.resolve() in (model.path.resolve(), *(file.resolve() for file in model.files)):
             raise ConfigError(f"{out} is one of the inputs; write the merged model elsewhere")
+    if recipe.input_dtype is not None:
+        models = tuple(model.read_in(DTYPES[recipe.input_dtype]) for model in models)
+        base = None if base is None else base.read_in(DTYPES[recipe.input_dtype])
     opened = open_adapters(recipe, models)
     if opened is None:
         check_factors(inputs)
@@ -174,15 +196,21 @@ def prepare(recipe: Recipe, *, overwrite: bool = False) -> Job:
     names = models[0].infos if opened is None else names_of(recipe, opened)
     statistics = _open_statistics(recipe, models)
     parts = _parts(recipe, names)
+    methods = [part.method for part in parts]
     for part in parts:
         _check_needs(part, base, statistics)
+        if len(parts) > 1 and runs(part.method):
+            raise ConfigError(f"method {part.method!r} runs the whole model: it cannot merge some tensors by a rule")
+    network = open_network(recipe, methods, models[0], device)
+    if network is not None and models[0].adapter:
+        raise ConfigError("adapters are no models that could be run: merge them without model, align and repair")
     adapters = None if opened is None else fit_together(opened, names, parts, device)
     into = target(recipe, adapters, base, out)
     infos = _written(recipe, base if into and base else models[0] if adapters is None else adapters)
     single, adapter = is_file_name(out), models[0].adapter and into is None
     name = out.name if single else weights_name(adapter)
     layout = lay_out(infos, None if single or adapter else recipe.shard_size, name)
-    return Job(recipe, models, base, statistics, parts, infos, layout, out, device, adapters, into)
+    return Job(recipe, models, base, statistics, parts, infos, layout, out, device, network, adapters, into)
 
 
 def merge_files(job: Job, *, version: str, overwrite: bool = False, progress: Progress | None = None) -> Report:
@@ -192,8 +220,11 @@ def merge_files(job: Job, *, version: str, overwrite: bool = False, progress: Pr
     is left under the output's name then.
     """
     inputs = {str(model.path): model.hashes() for model in (*job.models, *([job.base] if job.base else []))}
+    if job.network is not None:
+        inputs |= {source: dict(files) for source, files in job.network.sources.items()}
     record = provenance(version, job.recipe, inputs)
     report = Report(job.plan(), inputs)
+    merged = None if job.network is None else _merge_whole(job, job.network)
     done = 0
     with Output(job.out, job.layout, job.infos, {"format": "pt", "dimat": record}, overwrite=overwrite) as output:
 
@@ -206,7 +237,7 @@ def merge_files(job: Job, *, version: str, overwrite: bool = False, progress: Pr
 
         added: dict[str, Tensor] = {}
         take = receive if job.into is None else added.__setitem__
-        for part in job.parts:
+        for part in job.parts if merged is None else ():
             with handing_on(take), torch.no_grad():
                 rest = _combine(job, part)
             for name in [*rest]:  # what a method returns whole
@@ -214,13 +245,23 @@ def merge_files(job: Job, *, version: str, overwrite: bool = False, progress: Pr
         if job.into is not None:
             for name in job.infos:
                 receive(name, job.into.tensor(name, added, job.device))
+        if merged is not None:
+            for name in job.infos:
+                receive(name, merged.weights.pop(name))
+            moved = {str(model.path): share for model, share in zip(job.models[1:], merged.moved) if share is not None}
+            report = replace(report, moved=moved, notes=merged.notes)
         if not output.single:
             for file in _companions(job):
-                output.add(file.name, config_of(file, job.recipe.dtype))
+                output.add(file.name, config_of(file, job.recipe.dtype or job.recipe.input_dtype))
             if job.adapters is not None and job.into is None:
                 output.add(ADAPTER_CONFIG, job.adapters.config())
             output.add("README.md", model_card(job.out.name, report.plan, inputs, record))
     return report
+
+
+def _merge_whole(job: Job, network: Network) -> Outcome:
+    with torch.no_grad():
+        return merge_whole(job.recipe, network, job.models, job.base, job.statistics, job.parts, job.device)
 
 
 def _combine(job: Job, part: Part) -> dict[str, Tensor]:

@@ -21,9 +21,16 @@ def plan_lines(job: Job) -> str:
         for part in job.parts:
             weights = ", ".join(f"{weight:g}" for weight in part.mixing)
             lines.append(f"part     {len(part.names):,} tensors: {_method(part.method, part.options)}, {weights}")
+    if job.network is not None:
+        lines.append(f"network  {job.recipe.model}, run on {job.recipe.data}")
+        if job.network.spec is not None:
+            lines.append(f"align    {_method(job.recipe.align.name, job.recipe.align.options)}: {job.network.coverage}")
+        lines.append(f"repair   {_method(job.recipe.repair.name, job.recipe.repair.options)}")
     lines.append(f"tensors  {len(job.infos):,}, {shown(job.bytes)}")
     lines.append(f"output   {job.out}: {len(job.layout)} files of weights")
     whole = "; this method holds the whole model" if any(holds_all(part.method) for part in job.parts) else ""
+    if job.network is not None:
+        whole = " and activations: models are held whole"
     lines.append(f"memory   about {shown(job.peak_memory())} besides mapped files{whole}")
     if job.adapters is not None:
         ranks = sorted({*job.adapters.ranks.values()})

@@ -49,6 +49,8 @@ NEEDS = {
     "pcb-merging": Needs(equal=None, rescales=True),
     "emr": Needs(rescales=True),
     "opcm": Needs(rescales=True),
+    "adamerging": Needs(equal=None),
+    "self-positioning": Needs(equal=None, rescales=True),
 }
 
 METHODS = combine_registry.names()

@@ -7,6 +7,8 @@ from a global stream in tensor order, which no other program can repeat: their m
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -59,10 +61,10 @@ def test_order_statistics_of_nothing_is_an_error() -> None:
 
 @settings(max_examples=60)
 @given(n=st.integers(1, 50), density=st.floats(0.01, 1), seed=st.integers(0, 99))
-def test_keep_largest_keeps_the_largest(n: int, density: float, seed: int) -> None:
+def test_the_largest_are_kept(n: int, density: float, seed: int) -> None:
     """⌊density n⌋ elements, at least one; the smallest kept is no smaller than the largest dropped."""
     delta = torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    [least] = smallest_kept(Pieces([delta], delta), density)
+    [least] = smallest_kept(Pieces([delta], delta), [density])
     kept = trimmed(delta.clone(), least)
     mask = kept != 0
     assert int(mask.sum()) == max(1, int(density * n))
@@ -74,7 +76,7 @@ def test_keep_largest_keeps_the_largest(n: int, density: float, seed: int) -> No
 def test_equal_magnitudes_stay_together() -> None:
     """So that nothing depends on the order of units."""
     for delta, kept in ((torch.tensor([1.0, -1.0, 1.0, 0.5]), [1.0, -1.0, 1.0, 0.0]), (torch.zeros(4), [0.0] * 4)):
-        [least] = smallest_kept(Pieces([delta], delta), 0.25)
+        [least] = smallest_kept(Pieces([delta], delta), [0.25])
         assert trimmed(delta, least).tolist() == kept
 
 
@@ -138,7 +140,7 @@ def test_breadcrumbs_cut_by_hand(density: float, gamma: float, expected: list[in
     """Magnitudes 1 to 10."""
 
     def cut(delta: Tensor) -> Tensor:
-        [bounds] = ends(Pieces([delta], delta), density, gamma)
+        [bounds] = ends(Pieces([delta], delta), [density], gamma)
         return trimmed(delta.clone(), *bounds)
 
     assert cut(torch.arange(1.0, 11.0)).tolist() == expected
@@ -293,3 +295,40 @@ def test_della_probabilities_outside_one_are_errors(density: float, epsilon: flo
     base, models = mlp()
     with pytest.raises(ConfigError, match="choose epsilon"):
         della(models[0], models[1:], [0.25] * 4, base=base, generator=generator(), density=density, epsilon=epsilon)
+
+
+Method = Callable[..., dict[str, Tensor]]
+SPARSE: dict[str, tuple[Method, dict[str, Any]]] = {
+    "ties": (ties, {}),
+    "ties over the vector": (ties, {"trim": "vector"}),
+    "breadcrumbs": (breadcrumbs, {"gamma": 0.1}),
+    "dare-linear": (dare_linear, {}),
+    "dare-ties": (dare_ties, {"normalize": True}),
+    "della": (della, {"epsilon": 0.2}),
+}
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_a_density_for_each_model(name: str) -> None:
+    """A list of equal densities is that density; with others each model is cut by its own, whoever is left out.
+
+    Reference: merges in which one model alone has a coefficient.
+    """
+    method, options = SPARSE[name]
+    g = torch.Generator().manual_seed(0)
+    base = {"w": torch.zeros(4, 60)}
+    drawn = torch.randn(3, 4, 60, generator=g)
+    models = [{"w": drawn[k]} for k in range(3)]
+    given: dict[str, Any] = {"base": base, "weights": [1.0, 0.5, 0.25], **options}
+
+    def merged(density: Any, **changes: Any) -> Tensor:
+        more = {"generator": generator()} if "generator" in inspect.signature(method).parameters else {}
+        return method(models[0], models[1:], THIRDS, density=density, **{**given, **more, **changes})["w"]
+
+    assert torch.equal(merged([0.5, 0.5, 0.5]), merged(0.5))
+    assert not torch.equal(merged([0.5, 0.5, 0.8]), merged(0.5))
+    for k, density in enumerate((0.3, 0.5, 0.8)):
+        alone = [float(j == k) for j in range(3)]
+        assert torch.equal(merged([0.3, 0.5, 0.8], weights=alone), merged(density, weights=alone))
+    with pytest.raises(MergeError, match="option density has 2 numbers for 3 models; give one each, own first"):
+        merged([0.5, 0.5])

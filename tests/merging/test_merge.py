@@ -23,9 +23,9 @@ from tests.merge.methods import assert_same_bits
 from tests.merging.models import metadata, read_model, weights, write_folder
 from tests.test_readme import blocks, commands
 
-METHODS = [
-    name for name in combine_registry.names() if not {"aux", "data"} & keywords(combine_registry.get(name)).keys()
-]
+WANTED = {"aux", "data", "observer"}
+"""What methods may ask for that is in no model's file."""
+METHODS = [name for name in combine_registry.names() if not WANTED & keywords(combine_registry.get(name)).keys()]
 TWO_MODELS = {"slerp", "nuslerp"}
 
 
@@ -184,6 +184,33 @@ def test_output_types(dtype: str, tmp_path: Path) -> None:
     short = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(dtype, dtype)
     assert str(found["norm.weight"].dtype) == f"torch.{short}"
     assert found["steps"].tolist() == [0, 7]
+
+
+@pytest.mark.parametrize(("read", "written"), [("bf16", None), ("fp16", "fp32"), ("fp64", "bf16"), ("fp32", "fp64")])
+def test_input_types(read: str, written: str | None, models: list[Path]) -> None:
+    """Tensors are rounded to the type as they are read, the base's too; what is written is of that type, or of
+    `dtype`. Reference: the rounded tensors merged in float64."""
+    flags = ["--input-dtype", read, *(["--dtype", written] if written else [])]
+    merge(*models[:2], "--method", "task-arithmetic", "--base", "base", "--set", "scaling=2.0", *flags, "-o", "out")
+    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+    own, peer, base = (weights(k)["embed.weight"].to(kinds[read]).double() for k in (0, 1, 3))
+    found = read_model(Path("out"))["embed.weight"]
+    assert found.dtype == kinds[written or read]
+    exact = base + (own - base) + (peer - base)
+    narrow = {torch.bfloat16: 2**-8, torch.float16: 2**-11}.get(found.dtype, 1e-6)
+    assert float((found.double() - exact).abs().max()) <= narrow * float(exact.abs().max())
+    assert read_model(Path("out"))["steps"].tolist() == [0, 7]
+    name = str(kinds[written or read]).removeprefix("torch.")
+    assert json.loads(Path("out/config.json").read_text())["torch_dtype"] == name
+
+
+def test_values_that_the_input_type_cannot_hold(models: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """1e6 is infinite in fp16: an error that says so, and nothing is written."""
+    save_file({**weights(1), "scale": torch.tensor(1e6)}, "large.safetensors")
+    arguments = ["a.safetensors", "large.safetensors", "--input-dtype", "fp16", "-o", "out"]
+    assert main(["merge", *arguments]) == 5
+    assert "tensor 'scale' holds 1 values that are not finite in F16" in capsys.readouterr().err
+    assert not Path("out").exists()
 
 
 def test_a_recipe_with_rules(models: list[Path]) -> None:

@@ -13,10 +13,11 @@ from dimat.merge.deltas import needs_base
 from dimat.merge.fusion import (
     SMALLEST_SHARE,
     Coefficients,
-    Density,
+    Densities,
     Number,
     cast_of,
     copy_of,
+    densities_of,
     elect,
     merge_elements,
     weighted_sum,
@@ -27,16 +28,15 @@ from dimat.merge.sparsify import kept_of, magnitude_ranks, trimmed
 from dimat.merge.stages import Weights
 
 
-def ends(pieces: Pieces, density: float, gamma: float) -> list[tuple[float, float]]:
+def ends(pieces: Pieces, densities: Sequence[float], gamma: float) -> list[tuple[float, float]]:
     """Return for each model the smallest and the largest magnitude that stay: the ⌊gamma·n⌋ largest go, and of the
     rest all but the ⌊density·n⌋ largest. Where both do not fit, fewer of the largest go; at least one element stays."""
     elements = pieces.elements
-    kept = kept_of(density, elements)
-    top = min(int(gamma * elements), elements - kept)
-    bottom = elements - kept - top
-    low = magnitude_ranks(pieces, bottom) if bottom else [0.0] * len(pieces)
-    high = magnitude_ranks(pieces, elements - top - 1) if top else [inf] * len(pieces)
-    return [*zip(low, high)]
+    kept = [kept_of(density, elements) for density in densities]
+    top = [min(int(gamma * elements), elements - k) for k in kept]
+    low = magnitude_ranks(pieces, [elements - k - t or None for k, t in zip(kept, top)])
+    high = magnitude_ranks(pieces, [elements - t - 1 if t else None for t in top])
+    return [(0.0 if x is None else x, inf if y is None else y) for x, y in zip(low, high)]
 
 
 @combine_registry.register("breadcrumbs")
@@ -46,7 +46,7 @@ def breadcrumbs(
     mixing: Sequence[float],
     *,
     base: Weights | None = None,
-    density: Density = 0.9,
+    density: Densities = 0.9,
     gamma: Annotated[float, Field(ge=0, lt=1)] = 0.01,
     elect_signs: bool = False,
     scaling: Number = 1.0,
@@ -61,8 +61,8 @@ def breadcrumbs(
 
     `mixing`: own first, sum 1; the paper's α Σ_k over n models is `scaling` = α·n with equal weights. Equal models
     merge to themselves at density 1. `elect_signs`: merge only the signs that TIES elects; `normalize`: divide by
-    the weights of those that are added; `weights`: coefficients instead of the mixing weights. Raises MergeError as
-    task-arithmetic does.
+    the weights of those that are added; `weights`: coefficients instead of the mixing weights; `density` may be a
+    list too, one for each model, own first. Raises MergeError as task-arithmetic does.
 
     Paper: Davari and Belilovsky, "Model Breadcrumbs: Scaling Multi-Task Model Merging with Sparse Masks", ECCV 2024,
     arXiv 2312.06795.
@@ -71,15 +71,16 @@ def breadcrumbs(
     cast = cast_of(own, peers, mixing, weights)
     if cast is None:
         return copy_of(own)
+    kept = densities_of(density, cast, weights or mixing)
     total = sum(cast.coefficients)
     if normalize and not elect_signs and abs(total) >= SMALLEST_SHARE:
         scaling /= total
 
     def plan(_: str, pieces: Pieces) -> MergePieces:
-        kept = ends(pieces, density, gamma)
+        bounds = ends(pieces, kept, gamma)
 
         def merge(deltas: list[Tensor]) -> Tensor:
-            cut = [trimmed(delta, *bounds) for delta, bounds in zip(deltas, kept)]
+            cut = [trimmed(delta, *ends) for delta, ends in zip(deltas, bounds)]
             if elect_signs:
                 return elect(cut, cast.coefficients, "mean" if normalize else "sum")
             return weighted_sum(cut, cast.coefficients)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -11,10 +11,11 @@ from dimat.merge.deltas import needs_base
 from dimat.merge.fusion import (
     SMALLEST_SHARE,
     Coefficients,
-    Density,
+    Densities,
     Number,
     cast_of,
     copy_of,
+    densities_of,
     elect,
     merge_elements,
     weighted_sum,
@@ -33,7 +34,7 @@ def dare_linear(
     *,
     base: Weights | None = None,
     generator: torch.Generator | None = None,
-    density: Density = 0.5,
+    density: Densities = 0.5,
     rescale: bool = True,
     scaling: Number = 1.0,
     normalize: bool = False,
@@ -46,7 +47,8 @@ def dare_linear(
     matter, and equal deltas are masked alike. `rescale` = False leaves out the division by density.
 
     `mixing`: own first, sum 1, as in task-arithmetic; equal models merge to themselves at density 1.
-    `normalize`: divide by the sum of the coefficients; `weights`: coefficients instead of the mixing weights.
+    `normalize`: divide by the sum of the coefficients; `weights`: coefficients instead of the mixing weights;
+    `density` may be a list too, one for each model, own first.
     Raises MergeError as task-arithmetic does, and without a generator.
 
     Paper: Yu et al., "Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free Lunch",
@@ -59,13 +61,14 @@ def dare_linear(
     total = sum(cast.coefficients)
     if normalize and abs(total) >= SMALLEST_SHARE:
         scaling /= total
+    kept = densities_of(density, cast, weights or mixing)
     root = root_of(generator, "dare-linear")
 
     def plan(name: str, pieces: Pieces) -> MergePieces:
         drawn = draws(pieces, root, name)
-        return lambda deltas: weighted_sum(dropped(deltas, drawn, [density] * len(deltas)), cast.coefficients)
+        return lambda deltas: weighted_sum(_dropped(deltas, drawn, kept, rescale), cast.coefficients)
 
-    return merge_elements(cast, base, plan, scaling / density if rescale else scaling, ordered=True)
+    return merge_elements(cast, base, plan, scaling, ordered=True)
 
 
 @combine_registry.register("dare-ties")
@@ -76,7 +79,7 @@ def dare_ties(
     *,
     base: Weights | None = None,
     generator: torch.Generator | None = None,
-    density: Density = 0.5,
+    density: Densities = 0.5,
     rescale: bool = True,
     scaling: Number = 1.0,
     normalize: bool = False,
@@ -94,11 +97,20 @@ def dare_ties(
     cast = cast_of(own, peers, mixing, weights)
     if cast is None:
         return copy_of(own)
+    kept = densities_of(density, cast, weights or mixing)
     root = root_of(generator, "dare-ties")
 
     def plan(name: str, pieces: Pieces) -> MergePieces:
         drawn = draws(pieces, root, name)
         how = "mean" if normalize else "sum"
-        return lambda deltas: elect(dropped(deltas, drawn, [density] * len(deltas)), cast.coefficients, how)
+        return lambda deltas: elect(_dropped(deltas, drawn, kept, rescale), cast.coefficients, how)
 
-    return merge_elements(cast, base, plan, scaling / density if rescale else scaling, ordered=True)
+    return merge_elements(cast, base, plan, scaling, ordered=True)
+
+
+def _dropped(
+    deltas: Sequence[Tensor], drawn: Sequence[Iterator[Tensor]], densities: Sequence[float], rescale: bool
+) -> list[Tensor]:
+    """Return pieces of deltas with elements dropped, each by its density, and the rest divided by it."""
+    left = dropped(deltas, drawn, densities)
+    return [delta.div_(density) for delta, density in zip(left, densities)] if rescale else left

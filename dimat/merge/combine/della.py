@@ -13,10 +13,11 @@ from dimat.errors import ConfigError
 from dimat.merge.deltas import needs_base
 from dimat.merge.fusion import (
     Coefficients,
-    Density,
+    Densities,
     Number,
     cast_of,
     copy_of,
+    densities_of,
     elect,
     merge_elements,
     row_length,
@@ -49,7 +50,7 @@ def della(
     *,
     base: Weights | None = None,
     generator: torch.Generator | None = None,
-    density: Density = 0.5,
+    density: Densities = 0.5,
     epsilon: Annotated[float, Field(ge=0, lt=1)] = 0.1,
     rescale: bool = True,
     merge_func: Literal["mean", "sum", "linear"] = "mean",
@@ -66,20 +67,23 @@ def della(
     bits, and the order of peers does not matter.
 
     `mixing`: own first, sum 1; equal models merge to themselves at density 1 and epsilon 0. `weights`: coefficients
-    instead of the mixing weights. Raises MergeError as dare-linear does, ConfigError where q would leave (0, 1].
+    instead of the mixing weights; `density` may be a list too, one for each model, own first. Raises MergeError as
+    dare-linear does, ConfigError where q would leave (0, 1].
 
     Paper: Deep et al., "DELLA-Merging: Reducing Interference in Model Merging through Magnitude-Based Sampling",
     2024, arXiv 2406.11617.
     """
-    if not (density - epsilon / 2 > 0 and density + epsilon / 2 <= 1 + 1e-9):
-        raise ConfigError(
-            f"combine method 'della': density {density:g} and epsilon {epsilon:g} make probabilities from "
-            f"{density - epsilon / 2:g} to {density + epsilon / 2:g}; choose epsilon so that they lie in (0, 1]"
-        )
+    for share in [density] if isinstance(density, int | float) else density:
+        if not (share - epsilon / 2 > 0 and share + epsilon / 2 <= 1 + 1e-9):
+            raise ConfigError(
+                f"combine method 'della': density {share:g} and epsilon {epsilon:g} make probabilities from "
+                f"{share - epsilon / 2:g} to {share + epsilon / 2:g}; choose epsilon so that they lie in (0, 1]"
+            )
     base = needs_base(base, "della")
     cast = cast_of(own, peers, mixing, weights)
     if cast is None:
         return copy_of(own)
+    shares = densities_of(density, cast, weights or mixing)
     root = root_of(generator, "della")
 
     def plan(name: str, pieces: Pieces) -> MergePieces:
@@ -87,7 +91,8 @@ def della(
         columns = row_length(own[name])
 
         def merge(deltas: list[Tensor]) -> Tensor:
-            keep = [keep_probability(delta.view(-1, columns), density, epsilon).flatten() for delta in deltas]
+            rows = [delta.view(-1, columns) for delta in deltas]
+            keep = [keep_probability(row, share, epsilon).flatten() for row, share in zip(rows, shares)]
             pruned = dropped(deltas, drawn, keep)
             if rescale:
                 pruned = [delta.div_(share) for delta, share in zip(pruned, keep)]

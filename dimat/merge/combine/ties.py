@@ -8,7 +8,17 @@ from typing import Literal
 from torch import Tensor
 
 from dimat.merge.deltas import needs_base
-from dimat.merge.fusion import Coefficients, Density, Number, cast_of, copy_of, elect, merge_elements, read_deltas
+from dimat.merge.fusion import (
+    Coefficients,
+    Densities,
+    Number,
+    cast_of,
+    copy_of,
+    densities_of,
+    elect,
+    merge_elements,
+    read_deltas,
+)
 from dimat.merge.pieces import MergePieces, Pieces
 from dimat.merge.registry import combine_registry
 from dimat.merge.sparsify import magnitudes, order_statistics, smallest_kept, trimmed
@@ -22,7 +32,7 @@ def ties(
     mixing: Sequence[float],
     *,
     base: Weights | None = None,
-    density: Density = 0.2,
+    density: Densities = 0.2,
     trim: Literal["tensor", "vector"] = "tensor",
     merge_func: Literal["mean", "sum", "max"] = "mean",
     scaling: Number = 1.0,
@@ -40,7 +50,8 @@ def ties(
     `mixing`: own first, sum 1; with equal weights these are the published formulas, except that the published
     sum over n models is `scaling` = n. mergekit's `normalize` is "mean" where true, "sum" where false. Equal models
     merge to themselves at density 1; below, small deltas fall back to the base. `weights`: coefficients instead of
-    the mixing weights. "vector" reads the models three times. Raises MergeError as task-arithmetic does.
+    the mixing weights; `density` may be a list too, one for each model, own first. "vector" reads the models three
+    times. Raises MergeError as task-arithmetic does.
 
     Paper: Yadav et al., "TIES-Merging: Resolving Interference When Merging Models", NeurIPS 2023, arXiv 2306.01708.
     """
@@ -48,18 +59,19 @@ def ties(
     cast = cast_of(own, peers, mixing, weights)
     if cast is None:
         return copy_of(own)
+    kept = densities_of(density, cast, weights or mixing)
     whole: list[float] = []
-    if trim == "vector" and density < 1:
+    if trim == "vector" and min(kept) < 1:
         found = order_statistics(
             lambda: (
                 [magnitudes(delta) for delta in deltas] for pieces in read_deltas(cast, base) for deltas in pieces
             ),
-            lambda d: [max(0, d - int(density * d) - 1)],
+            lambda d: [max(0, d - int(share * d) - 1) for share in kept],
         )
-        whole = [values[0] for values in found]
+        whole = [values[k] if share < 1 else 0.0 for k, (values, share) in enumerate(zip(found, kept))]
 
     def plan(_: str, pieces: Pieces) -> MergePieces:
-        thresholds = whole or smallest_kept(pieces, density)
+        thresholds = whole or smallest_kept(pieces, kept)
 
         def merge(deltas: list[Tensor]) -> Tensor:
             return elect([trimmed(delta, t) for delta, t in zip(deltas, thresholds)], cast.coefficients, merge_func)

@@ -1,0 +1,59 @@
+"""The command line: each command parses, calls one function and prints.
+
+Heavy modules (torch above all) are imported inside the commands, so that `dimat --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Sequence
+
+from cyclopts import CycloptsError
+
+from dimat.cli import experiment, merge, symmetry, topology
+from dimat.cli.app import app
+from dimat.cli.shared import say
+from dimat.errors import ConfigError, DataError, DimatError
+
+COMMANDS = (experiment, merge, symmetry, topology)
+"""The modules that put their commands into `app`."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; faults become one line on stderr."""
+
+    terminated = False
+
+    def terminate(*_: object) -> None:
+        nonlocal terminated
+        terminated = True
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        code = app(
+            sys.argv[1:] if arguments is None else arguments,
+            exit_on_error=False,
+            print_error=False,
+            result_action="return_int_as_exit_code_else_zero",
+        )
+        return 143 if terminated else code
+    except CycloptsError as error:
+        say(f"dimat: {' '.join(str(error).split())} (see --help)")
+        return ConfigError.exit_code
+    except DimatError as error:
+        say(f"dimat: {error}")
+        return error.exit_code
+    except KeyboardInterrupt as stop:
+        say(f"dimat: {stop}" if str(stop) else "dimat: stopped")
+        return 143 if terminated else 130
+    except BrokenPipeError:
+        # whoever read our output has had enough; keep the interpreter from complaining when it flushes
+        sys.stdout = None
+        return 0
+    except OSError as error:
+        say(f"dimat: {error}")
+        return DataError.exit_code
+    finally:
+        signal.signal(signal.SIGTERM, before)

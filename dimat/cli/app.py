@@ -1,0 +1,21 @@
+"""The command line's tree of commands, which the other modules of this package fill."""
+
+from __future__ import annotations
+
+from cyclopts import App, Group
+
+from dimat import __version__
+
+app = App(
+    name="dimat",
+    help="Train, align and merge neural networks among peers, without a server.",
+    version=f"dimat {__version__}",
+    help_on_error=False,
+)
+topology = App(name="topology", help="Graphs, schedules and mixing weights.")
+symmetry = App(name="symmetry", help="Which axes of a model's tensors move together.")
+app.command(topology)
+app.command(symmetry)
+_OPTIONS = Group("Options")
+app["--help"].group = _OPTIONS
+app["--version"].group = _OPTIONS

@@ -1,0 +1,223 @@
+"""Commands around experiments: `demo`, `init`, `simulate`, `report`, `evaluate`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from dimat.cli.app import app
+from dimat.cli.shared import AtLeastOne, Json, Out, Overrides, Overwrite, Quiet, Workers, open_console, say, show
+from dimat.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dimat.config import ExperimentConfig
+    from dimat.simulate.compare import Case
+
+
+@app.command
+def demo(
+    *,
+    quick: Annotated[bool, Parameter(negative="", help="One seed, fewer rounds: under 20 seconds.")] = False,
+    seeds: Annotated[
+        int, Parameter(validator=AtLeastOne, help="Runs per method and split; the table is their mean.")
+    ] = 3,
+    out: Out = None,
+    workers: Workers = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> int:
+    """Five agents on a ring learn handwritten digits: alone, averaged, aligned and merged, side by side."""
+    from dimat.simulate.demo import demo_cases
+
+    folder = out or Path("runs/demo-quick" if quick else "runs/demo")
+    # its own default folder may be replaced: the same command gives the same runs
+    cases = demo_cases(folder, quick=quick, seeds=seeds)
+    return _compare(cases, folder, workers, overwrite or out is None, quiet, as_json, pages=not quick)
+
+
+@app.command
+def init(
+    file: Annotated[Path, Parameter(help="File to write.")] = Path("experiment.toml"),
+    /,
+    *,
+    force: Annotated[bool, Parameter(negative="", help="Replace an existing file.")] = False,
+) -> int:
+    """Write an experiment file that works, with the settings that one changes first."""
+    from dimat.simulate.starter import write_starter
+
+    write_starter(file, force=force)
+    say(f"wrote {file}; run it with: dimat simulate {file}")
+    return 0
+
+
+@app.command
+def simulate(
+    file: Annotated[Path | None, Parameter(help="Experiment file (TOML).")] = None,
+    /,
+    *,
+    set_: Overrides = (),
+    compare: Annotated[
+        str | None,
+        Parameter(
+            help="Methods, or variants of the file, to run side by side, e.g. average,dimat; all = all variants."
+        ),
+    ] = None,
+    seeds: Annotated[
+        int, Parameter(validator=AtLeastOne, help="With --compare: runs per method, seeds counted up from the file's.")
+    ] = 1,
+    out: Out = None,
+    workers: Workers = None,
+    overwrite: Overwrite = False,
+    replay: Annotated[
+        Path | None,
+        Parameter(
+            help="Instead of FILE: folder of a run with a trace (simulate.trace). Does this dimat still do the same?"
+        ),
+    ] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> int:
+    """Simulate an experiment on this host: real training, real merging, a network in virtual time."""
+    from dimat.config import load_experiment
+
+    if replay is not None:
+        if file is not None or set_ or compare is not None or out is not None:
+            raise ConfigError("--replay takes the experiment of its run; leave out FILE, --set, --compare and --out")
+        return _replay(replay, as_json)
+    if file is None:
+        raise ConfigError("simulate needs an experiment file, or --replay RUN_DIR (see --help)")
+    if not file.exists():
+        raise ConfigError(f"no experiment file {file}; write one with: dimat init {file}")
+    config = load_experiment(file, set_)
+    folder = out or Path("runs") / (config.run if compare is None else f"{config.run}-compared")
+    if compare is None and seeds != 1:
+        raise ConfigError("--seeds goes with --compare; one run's seed is set with --set seed=N")
+    if compare is not None:
+        from dimat.simulate.compare import cases_of
+
+        chosen = range(config.seed, config.seed + seeds)
+        names = list(dict.fromkeys(name.strip() for name in compare.split(",") if name.strip()))
+        cases = cases_of(config, names, {config.task.partition.kind: config.task.partition}, chosen, folder)
+        return _compare(cases, folder, workers, overwrite, quiet, as_json)
+    return _simulate(config, folder, workers, overwrite, quiet, as_json)
+
+
+@app.command
+def report(
+    run_dir: Annotated[Path, Parameter(help="Folder of a finished run.")],
+    /,
+) -> int:
+    """Write tables, pictures and a self-contained HTML page into a run folder."""
+    from dimat.ui.console import ConsoleListener
+    from dimat.ui.report import write_report
+
+    with ConsoleListener() as console:
+        files = write_report(run_dir, console)
+    say(f"wrote {len(files)} files; open {run_dir / 'report.html'}")
+    return 0
+
+
+@app.command
+def evaluate(
+    weights: Annotated[Path, Parameter(help="Weights (safetensors), e.g. runs/digits-ring/final/agent-0.safetensors.")],
+    /,
+    *,
+    task: Annotated[
+        str | None, Parameter(help="Bundled task (default: digits), `module:function` or `file.py:function`.")
+    ] = None,
+    file: Annotated[Path | None, Parameter(help="Experiment file to take the task from, instead of --task.")] = None,
+    set_: Overrides = (),
+    as_json: Json = False,
+) -> int:
+    """Test metrics of a weights file on a task's test data."""
+    from dimat.config import load_experiment
+    from dimat.simulate.evaluate import evaluate_file
+
+    if file is not None and task is not None:
+        raise ConfigError("give --task or --file, not both")
+    chosen = [f"task.{'hook' if ':' in task else 'name'}={json.dumps(task)}"] if task is not None else []
+    config = load_experiment(file, [*chosen, *set_])
+    metrics = evaluate_file(weights, config)
+    show(metrics if as_json else "\n".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+    return 0
+
+
+def _simulate(
+    config: ExperimentConfig, folder: Path, workers: int | None, overwrite: bool, quiet: bool, as_json: bool
+) -> int:
+    from dimat.simulate.folder import RunFolder
+    from dimat.simulate.run import run_scenario
+    from dimat.simulate.scenario import prepare
+    from dimat.ui.console import print_results
+    from dimat.ui.jsonl import JsonlListener
+    from dimat.ui.report import write_report
+
+    if workers is not None:
+        config = config.model_copy(update={"simulate": config.simulate.model_copy(update={"workers": workers})})
+    scenario = prepare(config)
+    opened = RunFolder(folder, config, overwrite=overwrite)
+    with open_console(quiet) as console, closing(JsonlListener(opened.events)) as log:
+        results = run_scenario(scenario, opened, [console, log])
+        write_report(folder, console)
+    if as_json:
+        show(results.model_dump(mode="json"))
+    else:
+        print_results(results, sys.stdout)
+        say(f"report: {folder / 'report.html'}")
+    return 130 if results.status == "stopped" else 0
+
+
+def _replay(run_dir: Path, as_json: bool) -> int:
+    from dimat.simulate.replay import replay_run
+
+    found = replay_run(run_dir)
+    if as_json:
+        show({"events": found.steps, "actions": found.actions, "difference": found.difference})
+    else:
+        same = found.difference or "all the same"
+        show(f"{found.steps:,} events, {found.actions:,} actions: {same}")
+    return 1 if found.difference else 0
+
+
+def _compare(
+    cases: Sequence[Case],
+    folder: Path,
+    workers: int | None,
+    overwrite: bool,
+    quiet: bool,
+    as_json: bool,
+    *,
+    pages: bool = True,
+) -> int:
+    from dimat.simulate.compare import compare
+    from dimat.ui.console import print_comparison
+    from dimat.ui.jsonl import JsonlListener
+    from dimat.ui.report import write_comparison_report, write_report
+
+    with open_console(quiet) as console:
+        outcome = compare(
+            cases,
+            folder,
+            workers=workers,
+            listeners=[console],
+            log=lambda file: closing(JsonlListener(file)),
+            overwrite=overwrite,
+        )
+        # one seed's runs get pages of their own; `dimat report` makes those of the others
+        shown = {name: run for name, run in outcome.runs.items() if pages and name in outcome.first_seed}
+        for run in shown.values():
+            write_report(run, console)
+        write_comparison_report(outcome.comparison, shown, folder, console)
+    if as_json:
+        show(outcome.comparison.to_plain())
+    else:
+        print_comparison(outcome.comparison, sys.stdout)
+        say(f"report: {folder / 'report.html'}")
+    return 0 if outcome.complete else 130

@@ -1,0 +1,53 @@
+"""What the commands share: flags that several have, and where they print.
+
+Results go to stdout, everything for a person to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter, validators
+
+if TYPE_CHECKING:
+    from dimat.ui.console import ConsoleListener
+
+Json = Annotated[bool, Parameter(name="--json", negative="", help="Print one JSON object on stdout.")]
+Overrides = Annotated[
+    tuple[str, ...],
+    Parameter(
+        name="--set",
+        negative="",
+        consume_multiple=False,
+        help="Set a key of the experiment, e.g. --set train.optimizer.lr=0.01. Repeatable.",
+    ),
+]
+Out = Annotated[Path | None, Parameter(help="Folder for results.")]
+AtLeastOne = validators.Number(gte=1)
+Workers = Annotated[
+    int | None,
+    Parameter(validator=AtLeastOne, help="Worker processes; default: one per core. Results do not depend on it."),
+]
+Overwrite = Annotated[bool, Parameter(negative="", help="Replace results of the same experiment.")]
+Quiet = Annotated[bool, Parameter(negative="", help="No progress, only results and warnings.")]
+
+
+def show(value: Any) -> None:
+    """Print a result on stdout, plain values as JSON."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    sys.stdout.write(text + "\n")
+
+
+def say(text: str) -> None:
+    """Tell a person something, on stderr."""
+    sys.stderr.write(text + "\n")
+
+
+def open_console(quiet: bool) -> ConsoleListener:
+    """Return what shows a run's progress on stderr."""
+    from dimat.ui.console import ConsoleListener
+
+    return ConsoleListener(sys.stderr, verbosity=-1 if quiet else 0)

@@ -1,0 +1,74 @@
+"""`dimat topology …`: graphs, schedules and mixing weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from dimat.cli.app import topology
+from dimat.cli.shared import Json, say, show
+
+Spec = Annotated[str, Parameter(help="Name of a graph (see `dimat topology list`) or a file.")]
+Agents = Annotated[int | None, Parameter(name=["--agents", "-n"], help="Number of agents.")]
+Options = Annotated[
+    tuple[str, ...],
+    Parameter(name="--set", negative="", consume_multiple=False, help="Key of [topology], e.g. options.degree=4."),
+]
+
+
+@topology.command(name="list")
+def topology_list(*, as_json: Json = False) -> int:
+    """Graphs, schedules and mixing rules, with their options."""
+    from dimat.ui.topology import catalogue
+
+    show(catalogue(as_json=as_json))
+    return 0
+
+
+@topology.command(name="show")
+def topology_show(
+    spec: Spec,
+    /,
+    *,
+    agents: Agents = None,
+    set_: Options = (),
+    draw: Annotated[Path | None, Parameter(help="Write a picture (PNG or SVG) to this file.")] = None,
+    as_json: Json = False,
+) -> int:
+    """Degree, diameter, spectral gap, rounds to consensus and cost of a topology."""
+    from dimat.ui.topology import describe, draw_topology, open_topology
+
+    opened = open_topology(spec, agents, set_)
+    if draw is not None:
+        draw_topology(opened, draw)
+        say(f"wrote {draw}")
+    show(describe(opened, as_json=as_json))
+    return 0
+
+
+@topology.command(name="check")
+def topology_check(spec: Spec, /, *, agents: Agents = None, set_: Options = ()) -> int:
+    """Check that a topology can be used: connected, rows of the mixing matrix sum to 1, weights on edges only."""
+    from dimat.ui.topology import check_topology, open_topology
+
+    say(check_topology(open_topology(spec, agents, set_)))
+    return 0
+
+
+@topology.command(name="export")
+def topology_export(
+    spec: Spec,
+    file: Annotated[Path, Parameter(help="File to write; its ending tells the format.")],
+    /,
+    *,
+    agents: Agents = None,
+    set_: Options = (),
+) -> int:
+    """Write a topology as a file: TOML map, GraphML, GML, node-link JSON, edge list."""
+    from dimat.ui.topology import export_topology, open_topology
+
+    export_topology(open_topology(spec, agents, set_), file)
+    say(f"wrote {file}")
+    return 0
