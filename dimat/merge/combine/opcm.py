@@ -185,9 +185,9 @@ class Fold:
         """Give Y = λM + C_1 + C_2 + … by tensor name, where `before` gives λM: C needs no more than M's direction,
         so that λ, which rests on all tensors, can wait until the end."""
         for names in self.layout.batches():
-            total = None if before is None else torch.stack([self._narrow(before(name), name) for name in names])
+            total = None if before is None else _stacked([self._narrow(before(name), name) for name in names])
             for party in parties:
-                delta = torch.stack([self._narrow(self._delta(party, name), name) for name in names])
+                delta = _stacked([self._narrow(self._delta(party, name), name) for name in names])
                 if total is None:
                     total = delta
                 else:
@@ -206,6 +206,11 @@ class Fold:
     def result(self, name: str, delta: Tensor) -> Tensor:
         """Return base + delta in own's type."""
         return (self.start(name) + self.wide(delta, name)).to(self.layout.meta[name].dtype)
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """Return tensors of one shape as a batch; a single one, which nobody else holds, is not copied."""
+    return tensors[0][None] if len(tensors) == 1 else torch.stack([*tensors])
 
 
 def _once(fold: Fold, parties: Sequence[Party]) -> dict[str, Tensor]:
