@@ -197,7 +197,8 @@ class Fold:
 
     def _delta(self, party: Party, name: str) -> Tensor:
         former = self.start(name) if party.former is None else self.wide(party.former(name), name)
-        return self.wide(self.read(party.weights, name, party.title), name) - former
+        own = self.read(party.weights, name, party.title)
+        return self.wide(own, name).sub_(former) if own.dtype != former.dtype else own.to(former.device) - former
 
     def _narrow(self, delta: Tensor, name: str) -> Tensor:
         exact = self.dtype == torch.float64 or delta.is_complex() or self.layout.meta[name].dtype == torch.float64
@@ -205,12 +206,16 @@ class Fold:
 
     def result(self, name: str, delta: Tensor) -> Tensor:
         """Return base + delta in own's type."""
-        return (self.start(name) + self.wide(delta, name)).to(self.layout.meta[name].dtype)
+        wide, base = self.wide(delta, name), self.read(self.base, name, "the base")
+        return (self.wide(base, name).add_(wide) if base.dtype != wide.dtype else base.to(wide.device) + wide).to(
+            self.layout.meta[name].dtype
+        )
 
 
 def _stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """Return tensors of one shape as a batch; a single one, which nobody else holds, is not copied."""
-    return tensors[0][None] if len(tensors) == 1 else torch.stack([*tensors])
+    """Return tensors of one shape as a dense batch that is worked in; a single one, held by nobody else, is not copied
+    for it."""
+    return tensors[0].contiguous()[None] if len(tensors) == 1 else torch.stack([*tensors])
 
 
 def _once(fold: Fold, parties: Sequence[Party]) -> dict[str, Tensor]:
