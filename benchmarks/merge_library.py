@@ -50,7 +50,7 @@ PARTS = ("opcm", "files", "spectral")
 
 @dataclass(frozen=True)
 class Size:
-    """`blocks`: of 12 that a ViT-B has; `spectral`: of these, what TSV-M and Iso-C merge."""
+    """`blocks`: of the 12 of a ViT-B; `spectral`: for TSV-M and Iso-C. Embeddings and projection are always there."""
 
     blocks: int
     spectral: int
@@ -59,7 +59,7 @@ class Size:
 
 
 FULL = Size(12, 2, Llama(640, 1728, 11), 3)
-QUICK = Size(2, 1, Llama(320, 896, 3), 1)
+QUICK = Size(2, 0, Llama(320, 896, 3), 1)
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def opcm(size: Size) -> list[Check]:
 
 def files(size: Size) -> list[Check]:
     python = _mergekit.environment()
-    start = _mergekit.imports(python, max(size.turns, 2))
+    start = _mergekit.imports(python, size.turns)
     rows: list[list[object]] = []
     checks: list[Check] = []
     for tool, cost in start.items():
@@ -137,7 +137,7 @@ def spectral(size: Size) -> list[Check]:
     for method in ("tsv-m", "iso-c", "pleas"):
         if method in combine_registry.names():
             cost = in_child(method, size.spectral)
-            what = "ResNet-20, 256 images" if method == "pleas" else f"{size.spectral} blocks of ViT-B/32"
+            what = f"ViT-B/32 with {size.spectral} blocks" if method != "pleas" else "ResNet-20, 256 images"
             rows.append([f"{method}, 3 models: {what}", cost["cpu_s"], round(cost["memory_mb"])])
     table(["spectral", "CPU-s", "memory, MB"], rows)
     return []
