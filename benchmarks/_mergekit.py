@@ -111,8 +111,9 @@ def apart(models: list[Path], ours: Path, theirs: Path, method: str) -> tuple[fl
     """Return the largest |ours − theirs| over what bfloat16 rounding allows, 2⁻⁷ (|base| + Σ|delta|), and
     the share of elements left out of it.
 
-    Left out are those where a delta is as large as the smallest one kept, up to bfloat16's last bit: of equal
-    magnitudes at the threshold mergekit keeps as many as fit, in the order of its sort, and dimat all of them.
+    Left out are those where a delta is as large as the smallest one kept, or where kept ones cancel, up to bfloat16's
+    last bits: of equal magnitudes at the threshold mergekit keeps as many as fit, in the order of its sort, and dimat
+    all of them; and mergekit sums in bfloat16 what dimat sums in float32.
     """
     files = [safe_open(path / "model.safetensors", "pt") for path in (ours, theirs, *models)]
     names = sorted(files[0].keys())
@@ -124,8 +125,7 @@ def apart(models: list[Path], ours: Path, theirs: Path, method: str) -> tuple[fl
         unsure = torch.zeros_like(mine, dtype=torch.bool)
         size = base.abs() + sum((tensor - base).abs() for tensor in tuned)
         if method == "ties":
-            for tensor in tuned:
-                unsure |= _at_threshold((tensor - base).abs())
+            unsure = _undecided([tensor - base for tensor in tuned])
         excess = (mine - other).abs() / (size * 2**-7).clamp(min=1e-30)
         worst = max(worst, float(excess.masked_fill(unsure, 0).max()))
         out += int(unsure.sum())
@@ -133,7 +133,15 @@ def apart(models: list[Path], ours: Path, theirs: Path, method: str) -> tuple[fl
     return worst, out / count
 
 
-def _at_threshold(size: Tensor) -> Tensor:
-    kept = max(1, int(DENSITY * size.numel()))
-    threshold = float(size.flatten().kthvalue(size.numel() - kept + 1).values)
-    return (size - threshold).abs() <= 2**-8 * threshold
+def _undecided(deltas: list[Tensor]) -> Tensor:
+    """Return where rounding decides what is kept, or which sign is elected."""
+    unsure = torch.zeros_like(deltas[0], dtype=torch.bool)
+    total, spread = torch.zeros_like(deltas[0]), torch.zeros_like(deltas[0])
+    for delta in deltas:
+        size = delta.abs()
+        kept = max(1, int(DENSITY * size.numel()))
+        threshold = float(size.flatten().kthvalue(size.numel() - kept + 1).values)
+        unsure |= (size - threshold).abs() <= 2**-7 * threshold
+        total += delta.masked_fill(size < threshold, 0)
+        spread += size.masked_fill(size < threshold, 0)
+    return unsure | ((spread > 0) & (total.abs() <= 2**-7 * spread))

@@ -127,7 +127,7 @@ def files(size: Size) -> list[Check]:
                 ratios = [times] * 2 if times == "" else [check.ratio for check in checks[-3:-1]]
                 rows.append([method, tool, cost.cpu_s, net, ratios[0], cost.anonymous_mb, ratios[1]])
             if method == "ties":
-                print(f"ties: {found.undecided:.1%} of the elements are at a threshold and are not compared")
+                print(f"ties: {found.undecided:.1%} of the elements are at a threshold or cancel, and are not compared")
     table([f"{size.llama.parameters:,} bf16, 3 models", "", "CPU-s", "net", "ratio", "MB", "ratio"], rows)
     return checks
 
