@@ -32,6 +32,7 @@ from typing import Annotated, Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 from scipy.linalg import blas, lapack
 from torch import Tensor, nn
@@ -47,8 +48,9 @@ Split = Count | tuple[Count, Annotated[int, Field(ge=0)]]
 SMALL = 48
 """Gram matrices up to this size go to a general eigensolver; what can be saved there is less than a call costs."""
 
-SUBSET = 0.18
-"""Share of the eigenvectors up to which finding them one by one is faster than finding all of the tridiagonal's."""
+SUBSET = 0.28
+"""Share of the eigenvectors up to which inverse iteration, which takes them one by one and clears each of those before
+it, is faster than finding all of the tridiagonal's."""
 
 SQUARED = 1e-3
 """Least σ_k / σ_1 for which vectors come from the Gram matrix, which knows them to ε (σ_1 / σ_k)²."""
@@ -107,6 +109,8 @@ def split_ranks(sigma: Tensor, alpha: float) -> Tensor:
     total = sigma.sum(-1, keepdim=True)
     return torch.minimum(((sigma.cumsum(-1) <= alpha * total) & (sigma > 0)).sum(-1), rank)
 
+
+Array = NDArray[np.float64]
 
 Basis = tuple[Tensor, Tensor, Tensor]
 """U (b, m, r), V (b, n, r), split ranks k (b,); columns past a matrix's own rank (or k) are zero."""
@@ -176,8 +180,11 @@ def _by_tridiagonal(matrix: Tensor, alpha: float) -> Basis | None:
     """Return σ (1, n) falling, V_k (1, n, k) and k of one real matrix on the CPU: one reduction of the Gram matrix to
     tridiagonal form gives all σ, and then as many vectors as are needed. None where LAPACK does not converge."""
     n = matrix.shape[1]
-    fortran = matrix.contiguous().numpy().T
-    reduced, d, e, tau, info = _call("dsytrd", blas.dsyrk(1.0, fortran, lower=1), lower=1, lwork=64 * n, overwrite_a=1)
+    if matrix.mT.is_contiguous():
+        gram = blas.dsyrk(1.0, matrix.numpy(), trans=1, lower=1)
+    else:
+        gram = blas.dsyrk(1.0, matrix.contiguous().numpy().T, lower=1)
+    reduced, d, e, tau, info = _call("dsytrd", gram, lower=1, lwork=64 * n, overwrite_a=1)
     values, fault = _call("dsterf", d.copy(), e.copy())
     if info or fault:
         return None
@@ -186,17 +193,26 @@ def _by_tridiagonal(matrix: Tensor, alpha: float) -> Basis | None:
     r = int(ranks)
     if r == 0:
         return sigma, matrix.new_zeros(1, n, 0), ranks
-    off_diagonal = np.append(e, 0.0)  # LAPACK works in it
-    some = r <= SUBSET * n
-    chosen = (2, 0.0, 0.0, n - r + 1, n) if some else (0, 0.0, 0.0, 1, n)
-    found, _, vectors, info = _call("dstemr", d.copy(), off_diagonal, *chosen, lwork=18 * n, liwork=10 * n)
-    if info or found != (r if some else n):
+    columns = _last_vectors(d, e, values, r)
+    if columns is None:
         return None
-    columns = np.asfortranarray(vectors[:, found - r : found])
     columns[1:], _, info = _call(
         "dormqr", "L", "N", np.asfortranarray(reduced[1:, : n - 1]), tau, columns[1:].copy("F"), 64 * max(r, 1)
     )
     return None if info else (sigma, torch.from_numpy(columns).flip(-1)[None], ranks)
+
+
+def _last_vectors(d: Array, e: Array, values: Array, r: int) -> Array | None:
+    """Return the eigenvectors of the r largest eigenvalues of a tridiagonal matrix; None where LAPACK finds none."""
+    n = len(d)
+    if r <= SUBSET * n:
+        whole = np.ones(n, dtype=np.int32)
+        vectors, info = _call("dstein", d, e, values[n - r :], whole, n * whole)  # as one block, 1 … n
+        if not info and np.abs(vectors.T @ vectors - np.eye(r)).max() <= ORTHONORMAL:
+            return vectors
+    off_diagonal = np.append(e, 0.0)  # LAPACK works in it
+    found, _, vectors, info = _call("dstemr", d.copy(), off_diagonal, 0, 0.0, 0.0, 1, n, lwork=18 * n, liwork=10 * n)
+    return None if info or found != n else np.asfortranarray(vectors[:, n - r :])
 
 
 def _call(name: str, *args: Any, **options: Any) -> tuple[Any, ...]:

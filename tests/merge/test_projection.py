@@ -153,3 +153,26 @@ def test_where_lapack_gives_up_another_solver_takes_over(monkeypatch: pytest.Mon
     expected = project(delta, merged)
     monkeypatch.setattr(projection_module, "_by_tridiagonal", lambda *_: None)
     torch.testing.assert_close(project(delta, merged), expected, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", ["blocks", "diagonal", "permuted", "few columns", "geometric", "long", "short"])
+def test_matrices_whose_tridiagonal_falls_apart(kind: str) -> None:
+    """Reference: `plain_projection`. Exact zeros next to the diagonal, clusters at 0 and lengths near overflow are
+    where inverse iteration could go wrong unseen; `long` is where it does, and is found out."""
+    n, square = 96, drawn(11, 96, 96)
+    merged = {
+        "blocks": torch.block_diag(*drawn(12, 12, 8, 8)),
+        "diagonal": torch.diag(drawn(13, n).abs()),
+        "permuted": torch.eye(n).double()[torch.randperm(n, generator=torch.Generator().manual_seed(0))]
+        * torch.linspace(1, 2, n, dtype=torch.float64),
+        "few columns": square * (torch.arange(n) % 3 == 0),
+        "geometric": square * 0.9 ** torch.arange(n, dtype=torch.float64),
+        "long": square * 1e150,
+        "short": square * 1e-150,
+    }[kind]
+    delta = drawn(14, n, n)
+    for alpha in (0.1, 0.3, 0.5):
+        expected, _ = plain_projection(delta, merged, alpha, False)
+        torch.testing.assert_close(project(delta, merged, alpha), expected, rtol=0, atol=1e-11)
+        turned = project(delta.T.contiguous(), merged.T.contiguous(), alpha)
+        torch.testing.assert_close(turned, expected.T, rtol=0, atol=1e-11)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
-from math import fsum, isfinite
+from math import fsum, hypot, isfinite
 from typing import Annotated, Any, Literal
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dimat.errors import MergeError
 from dimat.merge.content import absorb
 from dimat.merge.deltas import needs_base
+from dimat.merge.pieces import PIECE
 from dimat.merge.projection import Layout, Split
 from dimat.merge.registry import combine_registry
 from dimat.merge.stages import Weights
@@ -154,9 +155,6 @@ class Fold:
         dtype = torch.complex128 if tensor.is_complex() else torch.float64
         return tensor.to(device=self.layout.meta[name].device, dtype=dtype)
 
-    def start(self, name: str) -> Tensor:
-        return self.wide(self.read(self.base, name, "the base"), name)
-
     def survey(self, parties: Sequence[Party], of_base: Any = None) -> list[Party]:
         """Return the parties with digests and norms; MergeError names what is not finite. The base goes into the hash
         `of_base` where there is one."""
@@ -166,13 +164,13 @@ class Fold:
             base = self.read(self.base, name, "the base")
             if of_base is not None:
                 absorb(of_base, name, base)
-            wide = self.wide(base, name)
+            device = self.layout.meta[name].device
             for party, digest, found in zip(parties, digests, squares):
                 tensor = self.read(party.weights, name, party.title)
                 absorb(digest, name, tensor)
-                norm = float(torch.linalg.vector_norm(self.wide(tensor, name) - wide))
+                norm = _distance(tensor.to(device), base.to(device))
                 if not isfinite(norm):
-                    title = party.title if torch.isfinite(wide).all() else "the base"
+                    title = party.title if torch.isfinite(base).all() else "the base"
                     raise MergeError(f"opcm: tensor {name!r} of {title} holds values that are not finite")
                 found.append(norm * norm)
         return [
@@ -186,9 +184,9 @@ class Fold:
         """Give Y = λM + C_1 + C_2 + … by tensor name, where `before` gives λM: C needs no more than M's direction,
         so that λ, which rests on all tensors, can wait until the end."""
         for names in self.layout.batches():
-            total = None if before is None else torch.stack([self._narrow(before(name), name) for name in names])
+            total = None if before is None else _stacked([self._narrow(before(name), name) for name in names])
             for party in parties:
-                delta = torch.stack([self._narrow(self._delta(party, name), name) for name in names])
+                delta = _stacked([self._narrow(self._delta(party, name), name) for name in names])
                 if total is None:
                     total = delta
                 else:
@@ -197,8 +195,11 @@ class Fold:
                 yield from zip(names, total)
 
     def _delta(self, party: Party, name: str) -> Tensor:
-        former = self.start(name) if party.former is None else self.wide(party.former(name), name)
-        return self.wide(self.read(party.weights, name, party.title), name) - former
+        former = self.read(self.base, name, "the base") if party.former is None else party.former(name)
+        device = self.layout.meta[name].device
+        own = self.read(party.weights, name, party.title)
+        delta = torch.empty(own.shape, dtype=torch.complex128 if own.is_complex() else torch.float64, device=device)
+        return _by_parts(delta, _difference, own.to(device), former.to(device))
 
     def _narrow(self, delta: Tensor, name: str) -> Tensor:
         exact = self.dtype == torch.float64 or delta.is_complex() or self.layout.meta[name].dtype == torch.float64
@@ -206,7 +207,44 @@ class Fold:
 
     def result(self, name: str, delta: Tensor) -> Tensor:
         """Return base + delta in own's type."""
-        return (self.start(name) + self.wide(delta, name)).to(self.layout.meta[name].dtype)
+        meta = self.layout.meta[name]
+        result = torch.empty(meta.shape, dtype=meta.dtype, device=meta.device)
+        return _by_parts(result, _sum, self.read(self.base, name, "the base").to(meta.device), delta.to(meta.device))
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
+
+
+def _difference(one: Tensor, other: Tensor) -> Tensor:
+    return _wide(one) - _wide(other)
+
+
+def _sum(one: Tensor, other: Tensor) -> Tensor:
+    return _wide(one) + _wide(other)
+
+
+def _by_parts(out: Tensor, function: Callable[[Tensor, Tensor], Tensor], one: Tensor, other: Tensor) -> Tensor:
+    """Fill `out`, a dense tensor, by a function of each element; on the CPU some elements at a time, so that what is in
+    double precision in between stays in the processor's cache."""
+    if out.device.type != "cpu":
+        return out.copy_(function(one, other))
+    for part, *parts in zip(*(tensor.reshape(-1).split(PIECE) for tensor in (out, one, other))):
+        part.copy_(function(*parts))
+    return out
+
+
+def _distance(one: Tensor, other: Tensor) -> float:
+    """Return the norm of a difference in double precision."""
+    size = PIECE if one.device.type == "cpu" else max(one.numel(), 1)
+    parts = zip(one.reshape(-1).split(size), other.reshape(-1).split(size))
+    return hypot(*(float(torch.linalg.vector_norm(_difference(*pair))) for pair in parts))
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """Return tensors of one shape as a dense batch that is worked in; a single one, held by nobody else, is not copied
+    for it."""
+    return tensors[0].contiguous()[None] if len(tensors) == 1 else torch.stack([*tensors])
 
 
 def _once(fold: Fold, parties: Sequence[Party]) -> dict[str, Tensor]:
