@@ -1,6 +1,6 @@
 """What robust combine methods withstand: honest agents' accuracy on digits with attackers among their peers.
 
-Agents start from equal weights, train five epochs alone, then merge, and one epoch before each further merge. Every
+Agents start from equal weights, train ten epochs alone, then merge, and one epoch before each further merge. Every
 merge goes through the library's pipeline (screen, combine, BatchNorm re-estimated, always accepted). Attackers are
 members in good standing whose snapshots are not what they seem; each sends all its peers the same. With θ what honest
 training gave an attacker and s what it had started the round from, it publishes
@@ -270,20 +270,22 @@ Cells = dict[tuple[str, int, str, str], list[Run]]
 """Block, agents, attack and method → one run for each seed."""
 
 
-def groups_of(blocks: Sequence[Block], seeds: int, alone: float, task: Task) -> Iterator[Group]:
-    """Give every block's agents by size and seed."""
-    spec = derive_symmetry(task.build_model(torch_generator(0, "symmetry")), task.example_inputs())
-    for block in blocks:
-        config = TrainConfig(
-            initialisation="own" if block.own_starts else "shared",
-            first_round_epochs=alone,
-            epochs_per_round=1,
-            device="cpu",
-        )
-        for agents, attackers in block.sizes:
-            bad = frozenset(k * agents // attackers for k in range(attackers))
-            for seed in range(seeds):
-                yield Group(block, agents, bad, seed, task, config, spec if block.aligned else None)
+def groups_of(block: Block, seeds: int, alone: float, task: Task) -> Iterator[Group]:
+    """Give a block's agents by size and seed."""
+    spec = None
+    if block.aligned:
+        spec = derive_symmetry(task.build_model(torch_generator(0, "symmetry")), task.example_inputs())
+    config = TrainConfig(
+        initialisation="own" if block.own_starts else "shared",
+        first_round_epochs=alone,
+        epochs_per_round=1,
+        batch_size=64,
+        device="cpu",
+    )
+    for agents, attackers in block.sizes:
+        bad = frozenset(k * agents // attackers for k in range(attackers))
+        for seed in range(seeds):
+            yield Group(block, agents, bad, seed, task, config, spec)
 
 
 def rows_of(block: Block, methods: Sequence[str], attacks: Sequence[str], cells: Cells) -> list[list[str]]:
@@ -341,7 +343,7 @@ def outcome(methods: Sequence[str], attacks: Sequence[str], cells: Cells, block:
 
 def read_options() -> argparse.Namespace:
     parser = options(__doc__.splitlines()[0])
-    parser.add_argument("--merges", type=int, default=6)
+    parser.add_argument("--merges", type=int, default=5)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument(
         "--methods", help="with commas: multi-krum, or combine methods; default: average and robust ones"
@@ -364,17 +366,17 @@ def main() -> int:
     torch.set_num_threads(1)
     task = load_task(TaskConfig(name="digits"))
     cells: Cells = defaultdict(list)
-    for group in groups_of(blocks, seeds, 1 if quick else 5, task):
-        start = time.process_time()
-        for attack in ("none", *(a for a in group.block.attacks if a in attacks and a != "none")):
-            for method in (*methods, ALONE) if attack == "none" else methods:
-                run = play(group, method, attack, merges)
-                cells[group.block.name, group.agents, attack, method].append(run)
-        took = time.process_time() - start
-        print(f"{group.block.name}, {group.agents} agents, seed {group.seed}: {took:.0f} CPU-s", file=sys.stderr)
     headers = ["attackers", "attack", *methods, "refused"]
     pages: list[str] = []
     for block in blocks:
+        for group in groups_of(block, seeds, 2 if quick else 10, task):
+            start = time.process_time()
+            for attack in ("none", *(a for a in block.attacks if a in attacks and a != "none")):
+                for method in (*methods, ALONE) if attack == "none" else methods:
+                    run = play(group, method, attack, merges)
+                    cells[block.name, group.agents, attack, method].append(run)
+            took = time.process_time() - start
+            print(f"{block.name}, {group.agents} agents, seed {group.seed}: {took:.0f} CPU-s", file=sys.stderr)
         rows = rows_of(block, methods, attacks, cells)
         alone = [
             f"{fmean(run.accuracy for run in cells[block.name, agents, 'none', ALONE]):.3f} ({agents} agents)"
@@ -383,6 +385,7 @@ def main() -> int:
         title = f"{block.title}. Without any merge: {', '.join(alone)}."
         print(f"\n{title} Honest agents' accuracy after merge {merges}, mean of {seeds} seeds:")
         table(headers, rows)
+        sys.stdout.flush()
         pages.append(f"{title}\n\n{markdown(headers, rows)}\n")
     print(f"\nCPU-seconds {time.process_time():.0f}; seeds of a cell differ by up to {spread(cells):.3f}")
     if arguments.markdown is not None:
