@@ -187,8 +187,9 @@ def load_recipe(file: Path, changes: Mapping[str, Any], options: Mapping[str, An
     if "folder" in tree:
         raise ConfigError(f"unknown key 'folder' in {file}: it is the file's own folder")
     tree["folder"] = str(file.parent)
-    moved_keys = ("base", "out", *([] if ":" in str(tree.get("data", "")) else ["data"]))
-    for key in moved_keys:
+    data = str(tree.get("data", ""))
+    beside = data.endswith(".safetensors") or (":" not in data and (file.parent / data).exists())  # else a hook, a task
+    for key in ("base", "out", *(["data"] if beside else [])):
         if isinstance(tree.get(key), str):
             tree[key] = str(file.parent / tree[key])
     for i, model in enumerate(tree.get("models", []) if isinstance(tree.get("models"), list) else []):

@@ -235,15 +235,19 @@ method = "coordinate-median"
 
 
 def test_bundled_tasks_give_model_and_data(folder: Path) -> None:
-    """`--model digits --data digits`: the task's network, and its probe set."""
+    """`model` and `data` name a task: its network, and its probe set; wherever the recipe lies."""
     from dimat.config import TaskConfig
     from dimat.tasks import load_task
 
     task = load_task(TaskConfig(name="digits"))
     for k in range(2):
         save_file(task.build_model(torch.Generator().manual_seed(k)).state_dict(), f"d{k}.safetensors")
-    run = ["--model", "digits", "--data", "digits", "--align", "activations", "--repair", "batchnorm"]
-    merge("d0.safetensors", "d1.safetensors", *run, "-o", "out.safetensors")
+    Path("sub").mkdir()
+    Path("sub/r.toml").write_text(
+        'models = ["../d0.safetensors", "../d1.safetensors"]\n'
+        'model = "digits"\ndata = "digits"\nalign = "activations"\n'
+    )
+    merge("sub/r.toml", "--repair", "batchnorm", "-o", "out.safetensors")
     assert read_model(Path("out.safetensors")).keys() == task.build_model(torch.Generator()).state_dict().keys()
 
 
