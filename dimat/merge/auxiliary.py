@@ -131,7 +131,9 @@ def check_statistics(name: str, aux: Weights, own: Weights, expected: Weights | 
         if not found.is_floating_point() or not found.isfinite().all() or (values < 0).any():
             raise PeerError(f"{name}: statistic {key!r} holds values that are negative or not finite")
         if key.startswith(GRAM) and not _is_gram(found):
-            raise PeerError(f"{name}: statistic {key!r} is no Gram matrix: not symmetric, or too large off its diagonal")
+            raise PeerError(
+                f"{name}: statistic {key!r} is no Gram matrix: not symmetric, or too large off its diagonal"
+            )
 
 
 def _is_gram(found: Tensor) -> bool:
