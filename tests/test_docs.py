@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 
 from dimat.cli import main
 from dimat.config import MergeConfig, build
 from dimat.merge import PRESETS, plan_merge
 from dimat.merge.registry import combine_registry
 from dimat.registry import keywords
+from dimat.tasks import mlp, seeded
+from tests.merging.adapters import LAYERS, factors, write_adapter
 from tests.merging.models import read_model, weights, write_folder
 
 PAGE = (Path(__file__).parent.parent / "docs" / "merge-methods.md").read_text(encoding="utf-8")
@@ -108,7 +111,7 @@ def test_commands_to_merge_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for k, name in enumerate(("a", "b", "c", "base")):
         write_folder(tmp_path / name, weights(k))
     (tmp_path / "b.safetensors").write_bytes((tmp_path / "b/model.safetensors").read_bytes())
-    listed, recipe = blocks(section("Merging files"))
+    listed, recipe, *_ = blocks(section("Merging files"))
     (tmp_path / "recipe.toml").write_text(recipe)
     models = [{"model": name, "parameters": {"weight": 0.4}} for name in ("a", "b")]
     config = {"merge_method": "task_arithmetic", "base_model": "base", "models": models}
@@ -124,6 +127,45 @@ def test_commands_to_merge_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     a, b = weights(0), weights(1)
     mean = a["norm.weight"].double() * 0.6 + b["norm.weight"].double() * 0.4
     assert (read_model(tmp_path / "by-rule")["norm.weight"] - mean).abs().max() < 1e-6
+
+
+def test_commands_that_run_the_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ "Merging files": the commands with a model and data, on networks of different initialisations."""
+    monkeypatch.chdir(tmp_path)
+    build = "from dimat.tasks import mlp\n\n\ndef build():\n    return mlp((20, 32, 2))\n"
+    (tmp_path / "model.py").write_text(build)
+    make = seeded(lambda: mlp((20, 32, 2)))
+    for seed, name in enumerate(("one", "two")):
+        save_file(dict(make(torch.Generator().manual_seed(seed)).state_dict()), f"{name}.safetensors")
+    save_file({"x": torch.randn(200, 20, generator=torch.Generator().manual_seed(2))}, "inputs.safetensors")
+    commands = [shlex.split(line) for line in blocks(section("Merging files"))[2].splitlines()]
+    assert len(commands) == 2
+    for command in commands:
+        assert main([*command[1:], "--quiet"]) == 0, command
+    aligned, fitted = load_file("aligned.safetensors"), load_file("pleas.safetensors")
+    assert aligned.keys() == fitted.keys() == load_file("one.safetensors").keys()
+    assert any(not torch.equal(aligned[name], fitted[name]) for name in aligned)
+
+
+def test_commands_on_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ "Merging files": adapters of different rank, compressed, and merged into their base."""
+    monkeypatch.chdir(tmp_path)
+    g = torch.Generator().manual_seed(0)
+    base = {f"{name}.weight": torch.randn(shape, generator=g) for name, shape in LAYERS.items()}
+    write_folder(tmp_path / "model", base)
+    write_adapter(tmp_path / "adapter-a", factors(0, 4))
+    write_adapter(tmp_path / "adapter-b", factors(1, 3), r=3)
+    commands = [shlex.split(line) for line in blocks(section("Merging files"))[3].splitlines()]
+    assert len(commands) == 3
+    for command in commands:
+        assert main([*command[1:], "--quiet"]) == 0, command
+    assert {
+        name: json.loads((tmp_path / name / "adapter_config.json").read_text())["r"] for name in ("merged", "smaller")
+    } == {
+        "merged": 4,
+        "smaller": 2,
+    }
+    assert read_model(tmp_path / "whole").keys() == base.keys()
 
 
 def test_mergekit_methods_are_all_named() -> None:
