@@ -42,8 +42,8 @@ def adamerging(
     over; all λ stay in [0, 1]. Entropy is taken along the outputs' axis `class_dim`. `density`: AdaMerging++, deltas
     are first trimmed to their largest magnitudes, tensor by tensor, and lose what has not the elected sign (see ties).
     The authors take 500 steps from λ = 0.3, batches of 16, and trim over the whole vector at 0.2. Fewer steps are for
-    merges that come every round: far from the start, low entropy also comes from large weights (on digits, five
-    agents with skewed parts, 100 steps at 0.001 gained a few points over averaging, at 0.01 they lost many).
+    merges that come every round: far from the start, low entropy also comes from large weights. On digits (five agents,
+    Dirichlet 0.5, two seeds, accuracy after 5 merges) 100 steps at 0.001 gave 0.89, at 0.01 0.80, averaging 0.88.
 
     `mixing` (own first, sum 1): λ starts at min(1, `scaling` · w_k), so `steps` 0 is task arithmetic; the paper's
     start is `scaling` = 0.3·n with equal weights. The λ that are found need not sum to 1: equal models and a single
