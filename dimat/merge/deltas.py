@@ -24,18 +24,31 @@ MergeTensor = Callable[[str, Tensor, list[Tensor]], Tensor]
 Receiver = Callable[[str, Tensor], None]
 """Takes a merged tensor as soon as it is there."""
 
+Keeper = Callable[[Tensor], Tensor]
+"""Puts a tensor away, out of memory, and returns what it can be read from again."""
+
 _receiver: ContextVar[Receiver | None] = ContextVar("receiver", default=None)
+_keeper: ContextVar[Keeper | None] = ContextVar("keeper", default=None)
 
 
 @contextmanager
-def handing_on(receive: Receiver) -> Generator[None]:
-    """Inside, `combine_tensors` hands each merged tensor to `receive` and keeps none, so that a merge of files needs
-    memory for single tensors only. What a combine method still returns is what it made without `combine_tensors`."""
-    token = _receiver.set(receive)
+def handing_on(receive: Receiver, keep: Keeper | None = None) -> Generator[None]:
+    """Inside, `each_tensor` hands each merged tensor to `receive` and keeps none, so that a merge of files needs
+    memory for single tensors only. What a combine method still returns is what it made without `each_tensor`. `keep`
+    puts away what a method needs of all tensors at once (see `kept`)."""
+    tokens = _receiver.set(receive), _keeper.set(keep)
     try:
         yield
     finally:
-        _receiver.reset(token)
+        _receiver.reset(tokens[0])
+        _keeper.reset(tokens[1])
+
+
+def kept(tensor: Tensor) -> Tensor:
+    """Return a tensor to be used when the whole model has been gone through: on disk where whoever merges files sees to
+    that, else as it is."""
+    keep = _keeper.get()
+    return tensor if keep is None else keep(tensor)
 
 
 def each_tensor(own: Weights, peers: Sequence[Weights], merge: MergeTensor) -> dict[str, Tensor]:

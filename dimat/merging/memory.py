@@ -7,9 +7,8 @@ from math import ceil
 
 from dimat.merging.header import TensorInfo
 
-HOLD_ALL = frozenset({"adamerging", "opcm", "self-positioning"})
-"""Methods that hold the whole model: OPCM the merged delta and the result, those that learn coefficients all deltas.
-All others, those included that first read the whole model for a norm or a threshold, hold one tensor of each model."""
+LEARN = frozenset({"adamerging", "self-positioning"})
+"""Methods that hold the deltas of all models, beside the models."""
 
 PIECEWISE = frozenset(
     {
@@ -49,11 +48,6 @@ WORK = 3
 """Tensors that a method holds besides its inputs, in the type in which it sums."""
 
 
-def holds_all(method: str) -> bool:
-    """Tell whether a method needs memory for the whole model."""
-    return method in HOLD_ALL
-
-
 def peak_memory(method: str, tensors: Sequence[TensorInfo], models: int, base: bool) -> int:
     """Return about how many bytes a merge needs besides mapped files: the merged tensor where a method works in pieces,
     else the largest tensor in the type in which it is summed, once for each model (twice where deltas are taken, and
@@ -61,15 +55,13 @@ def peak_memory(method: str, tensors: Sequence[TensorInfo], models: int, base: b
     if method in PIECEWISE:
         return PROCESS + max((info.bytes + int(NEAR * 4 * models * info.elements) for info in tensors), default=0)
     largest = max((info.elements * _sum_width(info) for info in tensors), default=0)
-    held = largest * ((2 * models + 1 if base else models) + WORK)
-    whole = sum(info.elements * 4 + info.bytes for info in tensors) if holds_all(method) else 0
-    return PROCESS + held + whole
+    return PROCESS + largest * ((2 * models + 1 if base else models) + WORK)
 
 
 def whole_memory(methods: Sequence[str], tensors: Sequence[TensorInfo], models: int, base: bool, width: int) -> int:
     """Return about how many bytes a merge needs that runs its models: all of them, the network, what is merged, and
     deltas where a method holds them, at `width` bytes per number. Activations come on top."""
-    held = models + base + 2 + (models if any(map(holds_all, methods)) else 0)
+    held = models + base + 2 + (models if LEARN.intersection(methods) else 0)
     return PROCESS + held * width * sum(info.elements for info in tensors)
 
 

@@ -26,6 +26,7 @@ from dimat.merging.memory import peak_memory, whole_memory
 from dimat.merging.network import Network, open_network, runs
 from dimat.merging.parts import Part
 from dimat.merging.recipe import DTYPES, Recipe
+from dimat.merging.scratch import Scratch
 from dimat.merging.whole import Outcome, merge_whole
 from dimat.merging.write import Output, check_output, is_file_name, lay_out, weights_name
 from dimat.registry import keywords
@@ -238,7 +239,7 @@ def merge_files(job: Job, *, version: str, overwrite: bool = False, progress: Pr
         added: dict[str, Tensor] = {}
         take = receive if job.into is None else added.__setitem__
         for part in job.parts if merged is None else ():
-            with handing_on(take), torch.no_grad():
+            with handing_on(take, Scratch(job.out.parent)), torch.no_grad():
                 rest = _combine(job, part)
             for name in [*rest]:  # what a method returns whole
                 take(name, rest.pop(name))

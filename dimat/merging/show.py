@@ -6,7 +6,7 @@ import sys
 from collections.abc import Generator
 from contextlib import contextmanager
 
-from dimat.merging.memory import holds_all, shown
+from dimat.merging.memory import shown
 from dimat.merging.run import Job, Progress
 
 
@@ -28,9 +28,7 @@ def plan_lines(job: Job) -> str:
         lines.append(f"repair   {_method(job.recipe.repair.name, job.recipe.repair.options)}")
     lines.append(f"tensors  {len(job.infos):,}, {shown(job.bytes)}")
     lines.append(f"output   {job.out}: {len(job.layout)} files of weights")
-    whole = "; this method holds the whole model" if any(holds_all(part.method) for part in job.parts) else ""
-    if job.network is not None:
-        whole = " and activations: models are held whole"
+    whole = "" if job.network is None else " and activations: models are held whole"
     lines.append(f"memory   about {shown(job.peak_memory())} besides mapped files{whole}")
     if job.adapters is not None:
         ranks = sorted({*job.adapters.ranks.values()})

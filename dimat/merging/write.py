@@ -64,7 +64,7 @@ class TensorFile:
         self._offsets = {name: entry["data_offsets"][0] for name, entry in header.items() if name != METADATA}  # type: ignore[index]
         self._file: IO[bytes] = path.open("xb")
         try:
-            _set_room_aside(self._file.fileno(), self._start + end)
+            set_room_aside(self._file.fileno(), self._start + end)
             self._file.write(len(text).to_bytes(8, "little") + text)
         except BaseException:
             self.close()
@@ -225,7 +225,7 @@ def check_output(path: Path, overwrite: bool) -> None:
         raise ConfigError(f"{path} exists and is not empty; replace the model in it with --overwrite")
 
 
-def _set_room_aside(descriptor: int, size: int) -> None:
+def set_room_aside(descriptor: int, size: int) -> None:
     """Take the room on the disk now, so that a disk that is too full says so at once."""
     if not hasattr(os, "posix_fallocate"):
         return

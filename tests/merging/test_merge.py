@@ -17,7 +17,6 @@ from dimat import __version__, merge_weights
 from dimat.cli import main
 from dimat.merge import combine_registry
 from dimat.merge.deltas import handing_on
-from dimat.merging.memory import holds_all
 from dimat.registry import keywords
 from tests.merge.methods import assert_same_bits
 from tests.merging.models import metadata, read_model, weights, write_folder
@@ -66,13 +65,18 @@ def test_a_merged_file_is_what_merge_weights_returns(method: str, models: list[P
 
 @pytest.mark.parametrize(
     ("method", "options"),
-    [("ties", {"trim": "vector", "density": 0.3}), ("krum", {"m": 2}), ("emr", {}), ("pcb-merging", {"ratio": 0.5})],
+    [
+        ("ties", {"trim": "vector", "density": 0.3}),
+        ("krum", {"m": 2}),
+        ("emr", {}),
+        ("pcb-merging", {"ratio": 0.5}),
+        ("opcm", {}),
+    ],
 )
 def test_methods_that_read_the_whole_model_first_hand_on_tensor_by_tensor(
     method: str, options: dict[str, Any], models: list[Path]
 ) -> None:
-    """Global thresholds and norms are those of the whole model, and yet no method but opcm holds it."""
-    assert not holds_all(method)
+    """Global thresholds and norms are those of the whole model, and yet no method holds it."""
     flags = [f"--set={key}={json.dumps(value)}" for key, value in options.items()]
     merge(*models[:3], "--method", method, "--base", models[-1], *flags, "-o", "out", "--shard-size", "600B")
     expected = merge_weights(
@@ -88,7 +92,7 @@ def test_methods_that_read_the_whole_model_first_hand_on_tensor_by_tensor(
 
 @pytest.mark.parametrize("method", METHODS)
 def test_methods_hand_on_every_tensor(method: str) -> None:
-    """No method but those that say so returns (and so holds) tensors; whoever is given weight 1 neither."""
+    """No method returns (and so holds) tensors, also where own has all the weight."""
     for mixing in ([0.5, 0.5], [1.0, 0.0]):
         received: dict[str, torch.Tensor] = {}
         with handing_on(received.__setitem__):
@@ -101,8 +105,8 @@ def test_methods_hand_on_every_tensor(method: str) -> None:
                 base=weights(3),
                 generator=torch.Generator().manual_seed(0),
             )
-        assert (rest.keys(), received.keys())[not holds_all(method)] == weights(0).keys()
-        assert not rest or holds_all(method)
+        assert received.keys() == weights(0).keys()
+        assert not rest
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dimat.errors import MergeError
 from dimat.merge.content import absorb
-from dimat.merge.deltas import needs_base
+from dimat.merge.deltas import each_tensor, kept, needs_base
 from dimat.merge.pieces import PIECE
 from dimat.merge.projection import Layout, Split
 from dimat.merge.registry import combine_registry
@@ -43,7 +43,7 @@ def opcm(
     diagonal: bool = False,
     split: Mapping[str, Split] | None = None,
     mode: Literal["fold", "stream"] = "fold",
-    products: Literal["float64", "float32"] = "float64",
+    products: Literal["float64", "float32"] | None = None,
     state_dtype: Literal["float32", "float64"] = "float32",
 ) -> dict[str, Tensor]:
     """Return base + M, where M is folded from the deltas T_i = θ_i − base:
@@ -74,9 +74,10 @@ def opcm(
     last one's in the mean. Own's last is what the last merge returned, so that what it has merged is not folded again:
     use it with accept = "always" and without alignment. One copy of each peer's weights is kept for that.
 
-    `products`: "float32" makes half-precision and float32 models a quarter cheaper and C exact to 2e-7 instead of
-    1e-13; σ and k stay in float64. `state_dtype`: of M in `state`, apart from the base, which a sum in half
-    precision would lose. Peak memory: own + M + one tensor per peer; each is read twice (hashes and norms, then folds).
+    `state_dtype`: of M, apart from the base, which a sum in half precision would lose (float64 models: always theirs).
+    `products`: of matrix products, as M if None; "float64" takes a quarter longer and has C exact to 1e-13 instead of
+    2e-7; σ and k are in float64 always. Peak memory: own + M + one tensor per peer; files: one tensor of each and
+    what a product needs, with M on disk. Models are read twice (hashes and norms, then folds).
 
     Raises MergeError without a base, for tensors that are missing, mis-shaped or not finite, for a split that does not
     fit, and in a stream without `state` or `names`, or with a state of another base; then `state` is as it was.
@@ -92,27 +93,28 @@ def opcm(
         Party(name, party) for name, party, w in zip([OWN, *called], [own, *peers], weights, strict=True) if w > 0
     ]
     if not any(party.name != OWN for party in parties):
-        return {name: tensor.detach().clone() for name, tensor in own.items()}
+        return each_tensor(own, [], lambda _, tensor, __: tensor.clone())
     layout = Layout.of(own, model, split or {})
-    fold = Fold(layout, start, alpha, diagonal, torch.float32 if products == "float32" else torch.float64)
+    fold = Fold(layout, start, alpha, diagonal, getattr(torch, products or state_dtype))
     if mode == "fold":
-        folded = _once(fold, parties)
+        folded = _once(fold, parties, getattr(torch, state_dtype))
     elif state is None:
         raise MergeError("opcm: mode 'stream' needs a state that is kept from merge to merge; use mode 'fold' without")
     elif names is None:
         raise MergeError("opcm: mode 'stream' needs the peers' names, to know whose update is newer; use mode 'fold'")
     else:
-        folded = Stream(fold, state, getattr(torch, state_dtype)).advance(parties)
-    merged: dict[str, Tensor] = {}
-    for name, tensor in own.items():
+        folded = Stream(fold, state, getattr(torch, state_dtype)).advance(parties).__getitem__
+    known = {*layout.folded}
+
+    def merge(name: str, tensor: Tensor, _: list[Tensor]) -> Tensor:
         source = layout.tied.get(name, name)
-        if source in folded:
-            merged[name] = (folded[source] if source == name else folded[source].clone()).to(tensor.device)
-        elif name in layout.averaged:
-            merged[name] = _averaged(fold, name, tensor, [*zip(called, peers, weights[1:])])
-        else:
-            merged[name] = tensor.detach().clone()
-    return merged
+        if source in known:
+            return (folded(source) if source == name else folded(source).clone()).to(tensor.device)
+        if name in layout.averaged:
+            return _averaged(fold, name, tensor, [*zip(called, peers, weights[1:])])
+        return tensor.clone()
+
+    return each_tensor(own, [], merge)
 
 
 @dataclass(frozen=True)
@@ -247,25 +249,23 @@ def _stacked(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0].contiguous()[None] if len(tensors) == 1 else torch.stack([*tensors])
 
 
-def _once(fold: Fold, parties: Sequence[Party]) -> dict[str, Tensor]:
-    """Fold the distinct deltas at hand in the order of their hashes; return base + M by tensor name."""
+def _once(fold: Fold, parties: Sequence[Party], dtype: torch.dtype) -> Callable[[str], Tensor]:
+    """Fold the distinct deltas at hand in the order of their hashes; return what gives base + M by tensor name. M is
+    in `dtype`."""
     distinct: dict[str, Party] = {}
     for party in fold.survey(parties):
         distinct.setdefault(party.digest, party)
     if len(distinct) == 1:  # M = T, and base + T need not be its bits
         only = parties[0]
         meta = fold.layout.meta
-        return {
-            name: fold.read(only.weights, name, only.title).to(meta[name].dtype, copy=True)
-            for name in fold.layout.folded
-        }
+        return lambda name: fold.read(only.weights, name, only.title).to(meta[name].dtype, copy=True)
     totals: dict[str, Tensor] = {}
     squares: list[float] = []
     for name, total in fold.totals([distinct[digest] for digest in sorted(distinct)]):
         squares.append(_square(total))
-        totals[name] = total.to(_stored(fold.layout.meta[name].dtype, torch.float32), copy=True)
-    length = _length([party.norm for party in distinct.values()], squares)
-    return {name: fold.result(name, totals.pop(name).mul_(length[1])) for name in fold.layout.folded}
+        totals[name] = kept(total.to(_stored(fold.layout.meta[name].dtype, dtype), copy=True))
+    inverse = _length([party.norm for party in distinct.values()], squares)[1]
+    return lambda name: fold.result(name, totals[name] * inverse)
 
 
 class Stream:
