@@ -308,7 +308,7 @@ def test_dry_run_tells_and_writes_nothing(models: list[Path], capsys: pytest.Cap
     merge(*arguments)
     told = capsys.readouterr()
     assert told.err == ""
-    for part in ("opcm", "a.safetensors", "weight 0.333333", "6, ", "base", "holds the whole model", "MB"):
+    for part in ("opcm", "a.safetensors", "weight 0.333333", "6, ", "base", "besides mapped files", "MB"):
         assert part in told.out
     merge(*arguments, "--json")
     plan = json.loads(capsys.readouterr().out)
