@@ -49,7 +49,7 @@ NEEDS = {
     "pcb-merging": Needs(equal=None, rescales=True),
     "emr": Needs(rescales=True),
     "opcm": Needs(rescales=True),
-    "adamerging": Needs(equal=None),
+    "adamerging": Needs(equal=None, rescales=True),
     "self-positioning": Needs(equal=None, rescales=True),
 }
 
