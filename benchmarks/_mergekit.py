@@ -2,8 +2,8 @@
 
 mergekit gets a virtual environment of its own under benchmarks/cache, made by the first run with the packages of this
 project's `bench` extra and the torch that is in use here. Each tool runs in a process of its own with one thread.
-CPU time is user + system of the whole process, less that of a process that only imports what the tool imports: a
-start that any merge needs once. Memory is the most anonymous memory seen, and imports are part of it.
+CPU time is user + system of the process from when it has imported what the tool imports, a start that any merge needs
+once, to its end. Memory is the most anonymous memory seen, and imports are part of it.
 """
 
 from __future__ import annotations
@@ -27,11 +27,25 @@ ENVIRONMENT = CACHE / "mergekit-venv"
 DENSITY = 0.2
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HOME": str(CACHE / "huggingface")}
 
-OURS = [sys.executable, "-m", "dimat.cli", "merge", "--quiet", "--from-mergekit"]
 IMPORTS = {
     "mergekit": "import mergekit.scripts.run_yaml",
     "dimat": "import yaml, dimat.cli, dimat.merge, dimat.merging, dimat.merging.recipe, dimat.merging.show",
 }
+
+RUNS = {
+    "mergekit": "mergekit.scripts.run_yaml.main(arguments, standalone_mode=False)",
+    "dimat": "assert dimat.cli.main(arguments) == 0",
+}
+"""What each tool's command does once it is imported, with the command's arguments."""
+
+TIMED = """
+import pathlib, sys, time
+{imports}
+seconds, *arguments = sys.argv[1:]
+start = time.process_time()
+{run}
+pathlib.Path(seconds).write_text(str(time.process_time() - start))
+"""
 
 
 class NoReference(Exception):
@@ -40,10 +54,13 @@ class NoReference(Exception):
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one method: the cheapest run of each tool; imports alone; how far the outputs are apart (see `apart`)."""
+    """Of one method: the cheapest run of each tool, and its CPU-seconds without imports; how far the outputs are apart
+    (see `apart`)."""
 
     ours: Cost
     theirs: Cost
+    our_s: float
+    their_s: float
     apart: float
     undecided: float
 
@@ -82,13 +99,26 @@ def measure(python: Path, folder: Path, models: list[Path], method: str, turns: 
     """Merge the models (the base first) with both tools, turn by turn."""
     config, theirs, ours = folder / f"{method}.yml", folder / f"{method}-mergekit", folder / f"{method}-dimat"
     config.write_text(_configuration(models, method))
-    their_command = [python.parent / "mergekit-yaml", config, theirs, "--no-copy-tokenizer", "-j", "1", "--quiet"]
-    their_costs: list[Cost] = []
-    our_costs: list[Cost] = []
+    arguments = {
+        "mergekit": [config, theirs, "--no-copy-tokenizer", "-j", "1", "--quiet"],
+        "dimat": ["merge", "--quiet", "--from-mergekit", config, "-o", ours, "--overwrite"],
+    }
+    interpreters = {"mergekit": python, "dimat": Path(sys.executable)}
+    costs: dict[str, list[Cost]] = {"mergekit": [], "dimat": []}
+    seconds: dict[str, list[float]] = {"mergekit": [], "dimat": []}
     for _ in range(turns):
-        their_costs.append(watch(their_command, OFFLINE, cwd=ROOT))
-        our_costs.append(watch([*OURS, config, "-o", ours, "--overwrite"], OFFLINE, cwd=ROOT))
-    return Measured(_least(our_costs), _least(their_costs), *apart(models, ours, theirs, method))
+        for tool in costs:
+            code = TIMED.format(imports=IMPORTS[tool], run=RUNS[tool])
+            noted = folder / "seconds"
+            costs[tool].append(watch([interpreters[tool], "-c", code, noted, *arguments[tool]], OFFLINE, cwd=ROOT))
+            seconds[tool].append(float(noted.read_text()))
+    return Measured(
+        _least(costs["dimat"]),
+        _least(costs["mergekit"]),
+        min(seconds["dimat"]),
+        min(seconds["mergekit"]),
+        *apart(models, ours, theirs, method),
+    )
 
 
 def models_in(folder: Path, llama: Llama, count: int) -> list[Path]:

@@ -119,7 +119,7 @@ def files(size: Size) -> list[Check]:
         models = _mergekit.models_in(Path(folder), size.llama, 3)
         for method, limit in (("ties", 1 / 3), ("linear", 1.0)):
             found = _mergekit.measure(python, Path(folder), models, method, size.turns)
-            theirs, ours = found.theirs.cpu_s - start["mergekit"].cpu_s, found.ours.cpu_s - start["dimat"].cpu_s
+            theirs, ours = found.their_s, found.our_s
             checks.append(Check(f"{method} CPU-seconds without imports", ours, theirs, limit))
             checks.append(Check(f"{method} memory", found.ours.anonymous_mb, found.theirs.anonymous_mb, 1 / 2))
             checks.append(Check(f"{method} difference, roundings", found.apart, 1.0, 1.0))

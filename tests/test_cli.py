@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -248,8 +250,19 @@ def test_symmetry_show(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fails(capsys, 2, "symmetry", "show", "tiny_task.py:seeded")
 
 
-def start_long_run(tiny: Path, workers: int) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "dimat.cli", "simulate", "tiny.toml", "--set", "schedule.rounds=100000"]
+LONG_RUN = """
+import signal, sys
+from dimat.cli import main
+# where tests run in the background of a script, Ctrl-C is ignored, and that is inherited
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@contextmanager
+def long_run(tiny: Path, workers: int) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a run that is past its third round; what is left of it is killed at the end, whatever came between."""
+    command = [sys.executable, "-c", LONG_RUN, "simulate", "tiny.toml", "--set", "schedule.rounds=100000"]
     log = tiny.parent / "log"
     with log.open("wb") as stream:
         process = subprocess.Popen(
@@ -259,12 +272,17 @@ def start_long_run(tiny: Path, workers: int) -> subprocess.Popen[bytes]:
             stdout=stream,
             start_new_session=True,
         )
-    deadline = time.monotonic() + 60
-    while not re.search(r"round +3/", log.read_text()):
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.05)
-    return process
+    try:
+        deadline = time.monotonic() + 60
+        while not re.search(r"round +3/", log.read_text()):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.05)
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def descendants(pid: int) -> set[int]:
@@ -291,23 +309,23 @@ def alive(pid: int) -> bool:
 @pytest.mark.parametrize(("sent", "code", "workers"), [(signal.SIGINT, 130, 2), (signal.SIGTERM, 143, 1)])
 def test_a_stopped_run_keeps_its_complete_rounds(tiny: Path, sent: int, code: int, workers: int) -> None:
     """Ctrl-C and SIGTERM, to the whole process group as a terminal sends them: results, weights, no orphans."""
-    process = start_long_run(tiny, workers)
-    children = descendants(process.pid)
-    os.killpg(process.pid, sent)
-    assert process.wait(timeout=60) == code
-    assert "Traceback" not in (tiny.parent / "log").read_text()
-    folder = tiny.parent / "runs" / "tiny"
-    results = json.loads((folder / "results.json").read_text())
-    assert results["status"] == "stopped"
-    complete = max(row["round"] for row in results["rows"])
-    assert complete >= 3
-    assert len(results["rows"]) == 3 * complete
-    assert len(list((folder / "final").iterdir())) == 3
-    assert (folder / "report.html").exists()
-    deadline = time.monotonic() + 20
-    while any(map(alive, children)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not [pid for pid in children if alive(pid)]
+    with long_run(tiny, workers) as process:
+        children = descendants(process.pid)
+        os.killpg(process.pid, sent)
+        assert process.wait(timeout=60) == code
+        assert "Traceback" not in (tiny.parent / "log").read_text()
+        folder = tiny.parent / "runs" / "tiny"
+        results = json.loads((folder / "results.json").read_text())
+        assert results["status"] == "stopped"
+        complete = max(row["round"] for row in results["rows"])
+        assert complete >= 3
+        assert len(results["rows"]) == 3 * complete
+        assert len(list((folder / "final").iterdir())) == 3
+        assert (folder / "report.html").exists()
+        deadline = time.monotonic() + 20
+        while any(map(alive, children)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not [pid for pid in children if alive(pid)]
 
 
 def test_faults_in_a_users_code_name_the_agent(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -359,14 +377,14 @@ def test_a_script_without_a_main_guard(tiny: Path) -> None:
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for orphans in /proc")
 def test_kill_9_leaves_no_orphans(tiny: Path) -> None:
     """kill -9 of the simulator: its workers notice and leave; results.json of the last round is whole."""
-    process = start_long_run(tiny, workers=2)
-    children = descendants(process.pid)
-    assert len(children) >= 2
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait(timeout=30)
-    deadline = time.monotonic() + 30
-    while any(map(alive, children)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not [pid for pid in children if alive(pid)]
-    results = json.loads((tiny.parent / "runs" / "tiny" / "results.json").read_text())
-    assert len(results["rows"]) == 3 * max(row["round"] for row in results["rows"])
+    with long_run(tiny, workers=2) as process:
+        children = descendants(process.pid)
+        assert len(children) >= 2
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait(timeout=30)
+        deadline = time.monotonic() + 30
+        while any(map(alive, children)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not [pid for pid in children if alive(pid)]
+        results = json.loads((tiny.parent / "runs" / "tiny" / "results.json").read_text())
+        assert len(results["rows"]) == 3 * max(row["round"] for row in results["rows"])

@@ -19,6 +19,7 @@ from dimat.merge import combine_registry
 from dimat.merge.deltas import handing_on
 from dimat.registry import keywords
 from tests.merge.methods import assert_same_bits
+from tests.merging.adapters import factors, write_adapter
 from tests.merging.models import metadata, read_model, weights, write_folder
 from tests.test_readme import blocks, commands
 
@@ -352,8 +353,10 @@ def test_readme_commands_and_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "recipe.toml").write_text(recipe)
     models = [{"model": name, "parameters": {"weight": 1}} for name in ("a", "b")]
     (tmp_path / "config.yml").write_text(json.dumps({"merge_method": "linear", "models": models}))
+    for k, name in enumerate(("adapter-a", "adapter-b")):
+        write_adapter(tmp_path / name, factors(k, 4 - k), r=4 - k)
     listed = commands("dimat merge a.safetensors")
-    assert len(listed) == 4
+    assert len(listed) == 5
     for command in listed:
         assert main(command[1:]) == 0
     assert main(["merge", "recipe.toml"]) == 0
