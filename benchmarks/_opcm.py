@@ -134,7 +134,7 @@ def cost(blocks: int, turns: int) -> list[Row]:
     models = weights(blocks)
     rows: list[Row] = []
     for diagonal, reference in zip((False, True), exact(*models)):
-        sides = (None, "float64", "float32")
+        sides = (None, "float32", "float64")
         seconds, errors = [float("inf")] * 3, [0.0] * 3
         for _ in range(turns):
             for i, products in enumerate(sides):

@@ -103,13 +103,18 @@ def opcm(
     elif names is None:
         raise MergeError("opcm: mode 'stream' needs the peers' names, to know whose update is newer; use mode 'fold'")
     else:
-        folded = Stream(fold, state, getattr(torch, state_dtype)).advance(parties).__getitem__
-    known = {*layout.folded}
+        folded = Stream(fold, state, getattr(torch, state_dtype)).advance(parties).pop
+    known, shared = {*layout.folded}, {*layout.tied.values()}
+    made: dict[str, Tensor] = {}  # of tied tensors: each is asked for once, as it is let go then
 
     def merge(name: str, tensor: Tensor, _: list[Tensor]) -> Tensor:
         source = layout.tied.get(name, name)
+        if source in known and source in shared:
+            if source not in made:
+                made[source] = folded(source)
+            return made[source].to(tensor.device, copy=True)
         if source in known:
-            return (folded(source) if source == name else folded(source).clone()).to(tensor.device)
+            return folded(source).to(tensor.device)
         if name in layout.averaged:
             return _averaged(fold, name, tensor, [*zip(called, peers, weights[1:])])
         return tensor.clone()
@@ -250,8 +255,8 @@ def _stacked(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _once(fold: Fold, parties: Sequence[Party], dtype: torch.dtype) -> Callable[[str], Tensor]:
-    """Fold the distinct deltas at hand in the order of their hashes; return what gives base + M by tensor name. M is
-    in `dtype`."""
+    """Fold the distinct deltas at hand in the order of their hashes; return what gives base + M by tensor name, each
+    once. M is in `dtype`."""
     distinct: dict[str, Party] = {}
     for party in fold.survey(parties):
         distinct.setdefault(party.digest, party)
@@ -265,7 +270,7 @@ def _once(fold: Fold, parties: Sequence[Party], dtype: torch.dtype) -> Callable[
         squares.append(_square(total))
         totals[name] = kept(total.to(_stored(fold.layout.meta[name].dtype, dtype), copy=True))
     inverse = _length([party.norm for party in distinct.values()], squares)[1]
-    return lambda name: fold.result(name, totals[name] * inverse)
+    return lambda name: fold.result(name, totals.pop(name).mul_(inverse))
 
 
 class Stream:
