@@ -143,8 +143,8 @@ def _is_gram(found: Tensor) -> bool:
     return bool(((wide - wide.mT).abs() <= bound).all() and (wide.abs() <= bound + torch.outer(scale, scale)).all())
 
 
-def statistic(aux: Sequence[Weights], key: str, like: Tensor) -> list[Tensor] | None:
-    """Return one statistic of own and peers on the device and in the type of `like`; None where nobody has it.
+def statistic(aux: Sequence[Weights], key: str, device: torch.device) -> list[Tensor] | None:
+    """Return one statistic of own and peers on a device, each in its own type; None where nobody has it.
 
     Raises MergeError where only some have it, naming the first who has not.
     """
@@ -154,7 +154,7 @@ def statistic(aux: Sequence[Weights], key: str, like: Tensor) -> list[Tensor] | 
     if lacking:
         who = f"peer {lacking[0] - 1} sent" if lacking[0] else "own statistics have"
         raise MergeError(f"{who} no {key!r}; all agents that merge must compute the same statistics")
-    return [theirs[key].detach().to(device=like.device, dtype=like.dtype) for theirs in aux]
+    return [theirs[key].detach().to(device) for theirs in aux]
 
 
 def needs_aux(aux: Sequence[Weights] | None, prefix: str, method: str, how: str) -> Sequence[Weights]:

@@ -11,8 +11,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from dimat.merge.deltas import combine_tensors, needs_base, task_vectors
+from dimat.merge.deltas import base_tensor, each_tensor, needs_base
+from dimat.merge.fusion import weighted_sum
 from dimat.merge.participants import taking_part
+from dimat.merge.pieces import Pieces, accumulator
 from dimat.merge.stages import Weights
 
 MergeMatrices = Callable[[list[Tensor]], Tensor]
@@ -41,20 +43,20 @@ def merge_matrices(
 
     def merge_tensor(name: str, start: Tensor, others: list[Tensor]) -> Tensor:
         models = [start, *others][first:]
-        origin, deltas = task_vectors(name, start, others, base)
-        deltas = deltas[first:]
-        if all(torch.equal(model, models[0]) for model in models[1:]):
-            return models[0] if scaling == 1 or len(models) == 1 else origin + scaling * deltas[0]
+        origin, dtype = base_tensor(name, start, base), accumulator(start)
+        alone = models[0].to(start.device, dtype)
+        if all(torch.equal(model.to(start.device, dtype), alone) for model in models[1:]):
+            same = scaling == 1 or len(models) == 1
+            return (alone.clone() if same else origin.to(dtype) + scaling * (alone - origin)).to(start.dtype)
+        del alone
         shape = _matrix_shape(start)
         if shape is None:
-            merged = deltas[0] * mass[0]
-            for delta, weight in zip(deltas[1:], mass[1:]):
-                merged.add_(delta, alpha=weight)
-        else:
-            merged = merge([delta.reshape(shape) * (weight * len(mass)) for delta, weight in zip(deltas, mass)])
-        return origin + scaling * merged.reshape(start.shape)
+            return Pieces(models, start, origin).merged(lambda deltas: weighted_sum(deltas, mass), scaling)
+        deltas = [model.to(start.device, dtype, copy=True).sub_(origin) for model in models]
+        merged = merge([delta.mul_(weight * len(mass)).reshape(shape) for delta, weight in zip(deltas, mass)])
+        return (origin.to(dtype) + scaling * merged.reshape(start.shape)).to(start.dtype)
 
-    return combine_tensors(own, peers, merge_tensor)
+    return each_tensor(own, peers, merge_tensor)
 
 
 def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -21,6 +21,7 @@ PIECEWISE = frozenset(
         "dare-ties",
         "della",
         "emr",
+        "fisher",
         "geometric-median",
         "karcher",
         "krum",

@@ -10,8 +10,9 @@ from pydantic import Field
 from torch import Tensor
 
 from dimat.merge.auxiliary import FISHER, needs_aux, statistic
-from dimat.merge.deltas import combine_tensors
+from dimat.merge.deltas import combine_tensors, each_tensor
 from dimat.merge.fisher import empirical_fisher
+from dimat.merge.pieces import Pieces, real
 from dimat.merge.registry import combine_registry
 from dimat.merge.stages import Weights
 
@@ -46,21 +47,28 @@ def fisher(
     taking = [k for k, weight in enumerate(weights) if weight]
     scales = _scales(statistics, weights, taking) if normalise else [*weights]
 
-    def merge(name: str, start: Tensor, others: list[Tensor]) -> Tensor:
-        found = statistic(statistics, FISHER + name, start)
-        models = [start, *others]
-        if found is None:
-            factors = [torch.as_tensor(weight, dtype=start.dtype, device=start.device) for weight in weights]
-        else:
-            factors = [scale * (f + minimal) for scale, f in zip(scales, found)]
-        anchor = models[taking[0]]
-        total, moved = factors[taking[0]].clone(), torch.zeros_like(anchor)
-        for k in taking[1:]:
-            total = total + factors[k]
-            moved += factors[k] * (models[k] - anchor)
-        return anchor + torch.where(total > 0, moved / total.clamp_min(torch.finfo(total.dtype).tiny), 0.0)
+    def one(name: str, start: Tensor, others: list[Tensor]) -> Tensor:
+        found = statistic(statistics, FISHER + name, start.device) or []
+        if start.is_complex():  # two reals each
+            found = [torch.stack([f, f], -1) for f in found]
+        models, count = [start, *others], len(others) + 1
 
-    return combine_tensors(own, peers, merge)
+        def merge(values: list[Tensor]) -> Tensor:
+            anchor, moved = values[taking[0]], torch.zeros_like(values[0])
+            factors: list[Tensor | float] = [*weights]
+            if found:
+                factors = [f.add_(minimal).mul_(scale) for scale, f in zip(scales, values[count:])]
+            total = moved + factors[taking[0]]
+            for k in taking[1:]:
+                total += factors[k]
+                moved += factors[k] * values[k].sub_(anchor)
+            smallest = torch.finfo(total.dtype).tiny
+            return anchor + torch.where(total > 0, moved / total.clamp_min(smallest), 0.0)
+
+        merged = Pieces([*map(real, models), *found], real(start)).merged(merge)
+        return torch.view_as_complex(merged) if start.is_complex() else merged
+
+    return each_tensor(own, peers, one)
 
 
 def _scales(statistics: Sequence[Weights], weights: Sequence[float], taking: Sequence[int]) -> list[float]:

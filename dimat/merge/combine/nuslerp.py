@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dimat.merge.deltas import base_tensor, each_tensor, needs_base
-from dimat.merge.fusion import copy_of
+from dimat.merge.fusion import copy_of, row_length, rows_of
 from dimat.merge.pieces import Pieces, accumulator
 from dimat.merge.registry import combine_registry
 from dimat.merge.spheres import around, interpolate, two_models
@@ -53,11 +53,17 @@ def nuslerp(
         if along == "tensor" or ours.ndim < 2:
             pieces = Pieces([ours, *others], ours, origin)
             return pieces.merged(around(pieces, share))
+        if along == "rows":
+            columns = row_length(ours)
+            pieces = Pieces([ours, *others], ours, origin, rows_of(ours))
+            return pieces.merged(
+                lambda values: interpolate(*(v.view(-1, columns) for v in values), t=share, dim=1).flatten()
+            )
         dtype = accumulator(ours)
         first, second = (tensor.to(ours.device, dtype) for tensor in (ours, *others))
         if origin is not None:
             first, second = first - origin, second - origin
-        turned = interpolate(first.flatten(1), second.flatten(1), share, 1 if along == "rows" else 0)
+        turned = interpolate(first.flatten(1), second.flatten(1), share, 0)
         turned = turned.reshape(ours.shape)
         return (turned if origin is None else turned + origin).to(ours.dtype)
 

@@ -10,9 +10,11 @@ from pydantic import Field
 from torch import Tensor
 
 from dimat.merge.auxiliary import GRAM, needs_aux, statistic
-from dimat.merge.deltas import combine_tensors
+from dimat.merge.deltas import combine_tensors, each_tensor
 from dimat.merge.gram import gram_of_examples
 from dimat.merge.least_squares import solve_semidefinite
+from dimat.merge.participants import taking_part
+from dimat.merge.pieces import Pieces, accumulator
 from dimat.merge.registry import combine_registry
 from dimat.merge.stages import Weights
 
@@ -45,22 +47,29 @@ def regmean(
         return combine_tensors(own, [], lambda name, start, others: start)
     statistics = needs_aux(aux, GRAM, "regmean", "dimat.merge.gram.gram_matrices")
 
-    def merge(name: str, start: Tensor, others: list[Tensor]) -> Tensor:
-        mean = start.clone()
-        for other, weight in zip(others, weights[1:]):
-            if weight:
-                mean.add_(other - start, alpha=weight)
-        wide = mean.cpu().double() if mean.device.type == "mps" else mean.double()
-        grams = statistic(statistics, GRAM + name, wide) if start.ndim == 2 else None
+    taken, shares = taking_part(peers, weights)
+
+    def mean(values: list[Tensor]) -> Tensor:
+        start, *others = values
+        for other, weight in zip([other.sub_(start) for other in others], shares[1:]):
+            start.add_(other, alpha=weight)
+        return start
+
+    def one(name: str, start: Tensor, others: list[Tensor]) -> Tensor:
+        grams = statistic(statistics, GRAM + name, start.device) if start.ndim == 2 else None
         if grams is None:
-            return mean
-        left = torch.zeros_like(grams[0])
+            return Pieces([start, *others], start).merged(mean)
+        kind = accumulator(start)
+        average = mean([tensor.to(start.device, kind, copy=True) for tensor in (start, *others)])
+        wide = average.cpu().double() if average.device.type == "mps" else average.double()
+        left = torch.zeros_like(grams[0], dtype=wide.dtype, device=wide.device)
         right = torch.zeros_like(wide.mT)
-        for model, gram, weight in zip([start, *others], grams, weights):
+        heard = [gram for k, gram in enumerate(grams) if not k or weights[k]]
+        for model, gram, weight in zip([start, *others], heard, shares):
             if weight:
-                gram = gram.mul(off_diagonal).fill_diagonal_(0).add_(gram.diagonal().diag())
+                gram = gram.to(wide).mul(off_diagonal).fill_diagonal_(0).add_(gram.to(wide).diagonal().diag())
                 left.add_(gram, alpha=weight)
                 right.add_(gram @ (model.to(wide) - wide).mT, alpha=weight)
-        return (wide + solve_semidefinite(left, right).mT).to(mean)
+        return (wide + solve_semidefinite(left, right).mT).to(start)
 
-    return combine_tensors(own, peers, merge)
+    return each_tensor(own, taken, one)
