@@ -25,6 +25,7 @@ from dimat.merge.functional import call_with
 from dimat.optim import build_optimizer, lr_factor
 from dimat.seeds import derive_seed, torch_generator
 from dimat.symmetry import Permutations, SymmetrySpec, permute_optimizer, permute_weights
+from dimat.symmetry.trace import eval_mode
 from dimat.task import Batch, Data, Task
 from dimat.tasks.data import InputBatches, batch_bounds, input_batches
 
@@ -241,28 +242,22 @@ class Trainer:
             own = self.model.state_dict(keep_vars=True)
             _check_fit(own, weights, "weights to evaluate")
             held = {name: weights[name].to(self.device, own[name].dtype) for name in own}
-        modes = [(module, module.training) for module in self.model.modules()]
         bounds = batch_bounds(len(data), self.config.eval_batch_size)
         sums: dict[str, list[Tensor]] = {}
-        self.model.eval()
-        try:
-            with own_streams(seeded_streams(0, self.device), self.device), torch.no_grad():
-                for start, stop in pairwise(bounds):
-                    batch = data.batch(torch.arange(start, stop))
-                    inputs = tuple(t.to(self.device, non_blocking=True) for t in batch.inputs)
-                    targets = batch.targets.to(self.device, non_blocking=True)
-                    with self._autocast():
-                        if held is None:
-                            outputs = self.model(*inputs)
-                        else:
-                            outputs = call_with(self.model, held, inputs)
-                        loss = self.task.loss(outputs, targets)
-                        values = {name: value.sum() for name, value in self.task.metrics(outputs, targets).items()}
-                    for name, value in {"loss": loss * (stop - start), **values}.items():
-                        sums.setdefault(name, []).append(value)
-        finally:
-            for module, mode in modes:
-                module.training = mode
+        with eval_mode(self.model), own_streams(seeded_streams(0, self.device), self.device), torch.no_grad():
+            for start, stop in pairwise(bounds):
+                batch = data.batch(torch.arange(start, stop))
+                inputs = tuple(t.to(self.device, non_blocking=True) for t in batch.inputs)
+                targets = batch.targets.to(self.device, non_blocking=True)
+                with self._autocast():
+                    if held is None:
+                        outputs = self.model(*inputs)
+                    else:
+                        outputs = call_with(self.model, held, inputs)
+                    loss = self.task.loss(outputs, targets)
+                    values = {name: value.sum() for name, value in self.task.metrics(outputs, targets).items()}
+                for name, value in {"loss": loss * (stop - start), **values}.items():
+                    sums.setdefault(name, []).append(value)
         return {name: torch.stack(parts).cpu().double().sum().item() / len(data) for name, parts in sums.items()}
 
     def input_batches(

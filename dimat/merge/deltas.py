@@ -112,9 +112,3 @@ def base_tensor(name: str, own: Tensor, base: Weights) -> Tensor:
     if start.shape != own.shape:
         raise MergeError(f"tensor {name!r} is {[*own.shape]}, in the base {[*start.shape]}")
     return start
-
-
-def task_vectors(name: str, own: Tensor, peers: Sequence[Tensor], base: Weights) -> tuple[Tensor, list[Tensor]]:
-    """Return a tensor of the base, and what own and the peers add to it, own first; MergeError where shapes differ."""
-    start = base_tensor(name, own, base).to(own.dtype)
-    return start, [tensor - start for tensor in (own, *peers)]

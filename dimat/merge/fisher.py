@@ -14,6 +14,7 @@ from dimat.merge.auxiliary import FISHER
 from dimat.merge.batches import device_of
 from dimat.merge.functional import aliases, call_with
 from dimat.merge.stages import Weights
+from dimat.symmetry.trace import eval_mode
 
 Loss = Callable[[Any, Tensor], Tensor]
 """(model output, labels), each of a batch of one → the example's loss, −log p(y | x), a scalar."""
@@ -51,10 +52,8 @@ def empirical_fisher(
         return loss(output, label[None]).sum()
 
     per_example: Any = vmap(grad(example_loss), in_dims=(None, 0, 0), chunk_size=chunk)
-    modes = [(module, module.training) for module in model.modules()]
     seen = 0
-    try:
-        model.eval()
+    with eval_mode(model):
         for inputs, labels in batches:
             room = len(labels) if max_examples is None else min(len(labels), max_examples - seen)
             if room <= 0:
@@ -68,9 +67,6 @@ def empirical_fisher(
                 for name, gradient in gradients.items():
                     sums[name] += gradient.to(wide).square().sum(0)
             seen += room
-    finally:
-        for module, training in modes:
-            module.training = training
     if not seen:
         raise MergeError("there are no examples to take the Fisher information on: hand in at least one batch")
     diagonals = {name: (total / seen).float() for name, total in sums.items()}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call  # pyright: ignore[reportPrivateImportUsage]
 
 from dimat.merge.stages import Weights
+from dimat.symmetry.trace import eval_mode
 
 
 def aliases(model: nn.Module) -> dict[str, str]:
@@ -62,14 +63,10 @@ def reading_inputs(model: nn.Module, readers: Mapping[nn.Module, Callable[[Tenso
     def hook(read: Callable[[Tensor], None]) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         return lambda _, inputs, named: read((inputs[0] if inputs else named["input"]).detach())
 
-    modes = [(module, module.training) for module in model.modules()]
     handles = [module.register_forward_pre_hook(hook(read), with_kwargs=True) for module, read in readers.items()]
     try:
-        model.eval()
-        with torch.no_grad():
+        with eval_mode(model), torch.no_grad():
             yield
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes:
-            module.training = training

@@ -55,6 +55,11 @@ class Cast:
     with_own: bool
     coefficients: list[float]
 
+    def normalised(self, scaling: float) -> float:
+        """Return a factor divided by the coefficients' sum, where that is not about 0."""
+        total = sum(self.coefficients)
+        return scaling / total if abs(total) >= SMALLEST_SHARE else scaling
+
     @property
     def relative(self) -> list[float]:
         """Coefficients scaled to a mean of 1; all 1 where their sum is about 0."""
@@ -138,6 +143,17 @@ def rows_of(tensor: Tensor) -> int:
     """Return the size of pieces that hold whole rows."""
     length = row_length(tensor)
     return max(1, PIECE // length) * length
+
+
+def mean_of(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Return x_0 + Σ_k w_k (x_k − x_0), `weights` of all but with no use for w_0: equal values are returned bit for
+    bit, whatever the weights round to."""
+    start, *others = values
+    total = start.clone()
+    for other, weight in zip(others, weights[1:]):
+        if weight:
+            total.add_(other - start, alpha=weight)
+    return total
 
 
 def weighted_sum(tensors: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:

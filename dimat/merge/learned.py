@@ -7,8 +7,7 @@ in float32 (float64 where own tensor is). A layer is one parameter tensor; tied 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from math import isfinite
 from typing import Any, cast
@@ -18,11 +17,12 @@ from torch import Tensor, nn
 
 from dimat.errors import MergeError
 from dimat.merge.batches import count, device_of, on_device, take
-from dimat.merge.deltas import each_tensor, task_vectors
+from dimat.merge.deltas import base_tensor, each_tensor
 from dimat.merge.functional import aliases, call_with
 from dimat.merge.fusion import Cast, weighted_sum
 from dimat.merge.pieces import accumulator, real
 from dimat.merge.stages import Data, Inputs, Weights
+from dimat.symmetry.trace import eval_mode
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
@@ -87,10 +87,10 @@ class Span:
     def _read(self, name: str) -> tuple[Tensor, list[Tensor]]:
         """Return a tensor of the base and the deltas of those that take part, in the type in which they are summed."""
         own = self.cast.own[name].detach()
-        own = own.to(accumulator(own))
-        others = [peer[name].detach().to(device=own.device, dtype=own.dtype) for peer in self.cast.peers]
-        start, deltas = task_vectors(name, own, others, self._source)
-        return start, deltas[0 if self.cast.with_own else 1 :]
+        dtype = accumulator(own)
+        start = base_tensor(name, own, self._source).to(dtype)
+        taking = [*([own] if self.cast.with_own else []), *(peer[name].detach() for peer in self.cast.peers)]
+        return start, [tensor.to(own.device, dtype) - start for tensor in taking]
 
     def at(self, coefficients: Tensor) -> dict[str, Tensor]:
         """Return the parameters at coefficients of shape (models, layers), on the model's device."""
@@ -164,7 +164,7 @@ class Span:
 
     def _run(self, tensors: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
         arguments = [x.to(self._input_kind) if x.is_floating_point() else x for x in inputs]
-        with _evaluating(self._model):
+        with eval_mode(self._model), torch.random.fork_rng(devices=[]):
             output = call_with(self._model, tensors, on_device(tuple(arguments), device_of(self._model)))
         logits = _logits_of(output)
         if not -logits.ndim <= self._classes < logits.ndim:
@@ -240,16 +240,3 @@ def _logits_of(output: Any) -> Tensor:
     if not isinstance(output, Tensor) or not output.is_floating_point() or not output.ndim:
         raise MergeError(f"the model's output has no logits to learn from, it is {type(output).__name__}")
     return output
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Generator[None]:
-    """Put a model in evaluation mode; its modes and the random state are as before afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dimat.errors import MergeError
 from dimat.merge.deltas import combine_tensors
+from dimat.merge.fusion import mean_of
 from dimat.merge.stages import Weights
 
 FACTOR = re.compile(
@@ -101,11 +102,7 @@ def merge_products(
 
     def one(name: str, start: Tensor, others: list[Tensor]) -> Tensor:
         if name not in pairs:
-            total = start.clone()
-            for other, weight in zip(others, weights[1:]):
-                if weight:
-                    total.add_(other - start, alpha=weight)
-            return total
+            return mean_of([start, *others], weights)
         if name not in ready:
             a, b = _merge_pair(own, peers, weights, pairs[name], merge)
             ready.update({pairs[name].a: a, pairs[name].b: b})

@@ -88,7 +88,7 @@ class ModelFiles(Mapping[str, Tensor]):
 
     def hashes(self) -> dict[str, str]:
         """Return the blake3 of each file that holds tensors, by its name."""
-        return {file.name: blake3(max_threads=blake3.AUTO).update_mmap(file).hexdigest() for file in self.files}
+        return {file.name: hash_of(file) for file in self.files}
 
     def carried(self) -> list[Path]:
         """Return the files of a model folder that go with the weights: config, tokenizer, model code, licence."""
@@ -102,6 +102,11 @@ class ModelFiles(Mapping[str, Tensor]):
             and not file.name.endswith(".index.json")
             and (file.suffix in CARRIED or file.name.startswith(("LICENSE", "NOTICE")))
         )
+
+
+def hash_of(file: Path) -> str:
+    """Return the blake3 of a file."""
+    return blake3(max_threads=blake3.AUTO).update_mmap(file).hexdigest()
 
 
 def open_model(path: Path) -> ModelFiles:

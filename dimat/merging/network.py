@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from blake3 import blake3
 from torch import Tensor, nn
 
 from dimat.config import TaskConfig
@@ -23,7 +22,7 @@ from dimat.merge.batches import as_data, device_of, first_inputs, on_device
 from dimat.merge.registry import align_registry, combine_registry
 from dimat.merge.repair.none import none as no_repair
 from dimat.merge.stages import Data, Inputs
-from dimat.merging.files import ModelFiles, differences, told
+from dimat.merging.files import ModelFiles, differences, hash_of, told
 from dimat.merging.header import TensorInfo, read_header
 from dimat.merging.recipe import Recipe
 from dimat.registry import keywords
@@ -105,7 +104,7 @@ def open_network(recipe: Recipe, methods: Sequence[str], own: ModelFiles, device
             spec = derive_symmetry(model, inputs)
     if recipe.model.rpartition(":")[0].endswith(".py"):
         file = Path(recipe.folder) / recipe.model.rpartition(":")[0]
-        sources = {str(file): {file.name: _hash(file)}, **sources}
+        sources = {str(file): {file.name: hash_of(file)}, **sources}
     return Network(model, kind, data, spec, sources)
 
 
@@ -161,7 +160,7 @@ def _data_of(recipe: Recipe, kind: torch.dtype) -> tuple[Data, dict[str, Mapping
     if path.suffix == ".safetensors" or path.exists():
         stacked = _read_data(path)
         made: Any = _batched(stacked, recipe.seed)
-        sources: dict[str, Mapping[str, str]] = {spec: {path.name: _hash(path)}}
+        sources: dict[str, Mapping[str, str]] = {spec: {path.name: hash_of(path)}}
     elif ":" in spec or spec in list_tasks():
         made, sources = _made(spec, recipe.folder, "data hook"), {}
         if isinstance(made, Task):
@@ -230,7 +229,3 @@ def _try_out(model: nn.Module, inputs: Inputs, data: str) -> None:
         raise DataError(
             f"the model cannot run on {data}, examples of shape {shapes}: {type(error).__name__}: {cause}"
         ) from error
-
-
-def _hash(path: Path) -> str:
-    return blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest()

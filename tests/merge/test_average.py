@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dimat.merge.combine.average import average
+from tests.merge.methods import Counted
 
 
 def state(seed: int) -> dict[str, Tensor]:
@@ -73,26 +72,8 @@ def test_half_types_accumulate_in_float32() -> None:
     assert merged["w"].item() == torch.tensor(1 + 0.9 / 128).to(torch.bfloat16).item()
 
 
-class OneAtATime(Mapping[str, Tensor]):
-    """Weights that count their accesses."""
-
-    def __init__(self, weights: dict[str, Tensor]) -> None:
-        self.weights = weights
-        self.reads: list[str] = []
-
-    def __getitem__(self, name: str) -> Tensor:
-        self.reads.append(name)
-        return self.weights[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.weights)
-
-    def __len__(self) -> int:
-        return len(self.weights)
-
-
 def test_peers_are_read_once_tensor_by_tensor() -> None:
     """Peak memory is one tensor per peer: each that is averaged is asked for once, in the same order."""
-    own, peer = state(0), OneAtATime(state(1))
+    own, peer = state(0), Counted(state(1))
     average(own, [peer], [0.5, 0.5])
     assert peer.reads == [name for name, tensor in own.items() if tensor.is_floating_point() and tensor.numel()]

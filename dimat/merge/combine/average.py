@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from dimat.merge.deltas import combine_elements
+from dimat.merge.fusion import mean_of
 from dimat.merge.participants import taking_part
 from dimat.merge.pieces import alike
 from dimat.merge.registry import combine_registry
@@ -27,11 +28,4 @@ def average(own: Weights, peers: Sequence[Weights], weights: Sequence[float]) ->
 
     peers, weights = taking_part(peers, weights)
 
-    def mean(values: list[Tensor]) -> Tensor:
-        start, *others = values
-        moves = [other.sub_(start) for other in others]
-        for move, weight in zip(moves, weights[1:]):
-            start.add_(move, alpha=weight)
-        return start
-
-    return combine_elements(own, peers, alike(mean))
+    return combine_elements(own, peers, alike(lambda values: mean_of(values, weights)))

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from dimat.merge.deltas import needs_base
 from dimat.merge.fusion import (
-    SMALLEST_SHARE,
     Coefficients,
     Densities,
     Number,
@@ -72,9 +71,8 @@ def breadcrumbs(
     if cast is None:
         return copy_of(own)
     kept = densities_of(density, cast, weights or mixing)
-    total = sum(cast.coefficients)
-    if normalize and not elect_signs and abs(total) >= SMALLEST_SHARE:
-        scaling /= total
+    if normalize and not elect_signs:
+        scaling = cast.normalised(scaling)
 
     def plan(_: str, pieces: Pieces) -> MergePieces:
         bounds = ends(pieces, kept, gamma)

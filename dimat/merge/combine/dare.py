@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from dimat.merge.deltas import needs_base
 from dimat.merge.fusion import (
-    SMALLEST_SHARE,
     Coefficients,
     Densities,
     Number,
@@ -20,7 +19,7 @@ from dimat.merge.fusion import (
     merge_elements,
     weighted_sum,
 )
-from dimat.merge.pieces import MergePieces, Pieces
+from dimat.merge.pieces import MergePieces, Pieces, PlanPieces
 from dimat.merge.registry import combine_registry
 from dimat.merge.sparsify import draws, dropped, root_of
 from dimat.merge.stages import Weights
@@ -58,16 +57,12 @@ def dare_linear(
     cast = cast_of(own, peers, mixing, weights)
     if cast is None:
         return copy_of(own)
-    total = sum(cast.coefficients)
-    if normalize and abs(total) >= SMALLEST_SHARE:
-        scaling /= total
+    if normalize:
+        scaling = cast.normalised(scaling)
     kept = densities_of(density, cast, weights or mixing)
     root = root_of(generator, "dare-linear")
 
-    def plan(name: str, pieces: Pieces) -> MergePieces:
-        drawn = draws(pieces, root, name)
-        return lambda deltas: weighted_sum(_dropped(deltas, drawn, kept, rescale), cast.coefficients)
-
+    plan = _plan(lambda deltas: weighted_sum(deltas, cast.coefficients), kept, root, rescale)
     return merge_elements(cast, base, plan, scaling, ordered=True)
 
 
@@ -100,17 +95,22 @@ def dare_ties(
     kept = densities_of(density, cast, weights or mixing)
     root = root_of(generator, "dare-ties")
 
-    def plan(name: str, pieces: Pieces) -> MergePieces:
-        drawn = draws(pieces, root, name)
-        how = "mean" if normalize else "sum"
-        return lambda deltas: elect(_dropped(deltas, drawn, kept, rescale), cast.coefficients, how)
-
+    how = "mean" if normalize else "sum"
+    plan = _plan(lambda deltas: elect(deltas, cast.coefficients, how), kept, root, rescale)
     return merge_elements(cast, base, plan, scaling, ordered=True)
 
 
-def _dropped(
-    deltas: Sequence[Tensor], drawn: Sequence[Iterator[Tensor]], densities: Sequence[float], rescale: bool
-) -> list[Tensor]:
-    """Return pieces of deltas with elements dropped, each by its density, and the rest divided by it."""
-    left = dropped(deltas, drawn, densities)
-    return [delta.div_(density) for delta, density in zip(left, densities)] if rescale else left
+def _plan(together: MergePieces, densities: Sequence[float], root: int, rescale: bool) -> PlanPieces:
+    """Return the plan that drops elements of each delta by its density, divides the rest by it, and puts the deltas
+    `together`."""
+
+    def plan(name: str, pieces: Pieces) -> MergePieces:
+        drawn = draws(pieces, root, name)
+
+        def merge(deltas: list[Tensor]) -> Tensor:
+            left = dropped(deltas, drawn, densities)
+            return together([delta.div_(density) for delta, density in zip(left, densities)] if rescale else left)
+
+        return merge
+
+    return plan

@@ -10,8 +10,9 @@ from pydantic import Field
 from torch import Tensor
 
 from dimat.merge.auxiliary import FISHER, needs_aux, statistic
-from dimat.merge.deltas import combine_tensors, each_tensor
+from dimat.merge.deltas import each_tensor
 from dimat.merge.fisher import empirical_fisher
+from dimat.merge.fusion import copy_of
 from dimat.merge.pieces import Pieces, real
 from dimat.merge.registry import combine_registry
 from dimat.merge.stages import Weights
@@ -42,7 +43,7 @@ def fisher(
     Paper: Matena, Raffel, "Merging Models with Fisher-Weighted Averaging", NeurIPS 2022, arXiv 2111.09832.
     """
     if not any(weights[1:]):
-        return combine_tensors(own, [], lambda name, start, others: start)
+        return copy_of(own)
     statistics = needs_aux(aux, FISHER, "fisher", "dimat.merge.fisher.empirical_fisher")
     taking = [k for k, weight in enumerate(weights) if weight]
     scales = _scales(statistics, weights, taking) if normalise else [*weights]

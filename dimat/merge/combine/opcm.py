@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dimat.errors import MergeError
 from dimat.merge.content import absorb
 from dimat.merge.deltas import each_tensor, kept, needs_base
+from dimat.merge.fusion import copy_of
 from dimat.merge.pieces import PIECE
 from dimat.merge.projection import Layout, Split
 from dimat.merge.registry import combine_registry
@@ -93,7 +94,7 @@ def opcm(
         Party(name, party) for name, party, w in zip([OWN, *called], [own, *peers], weights, strict=True) if w > 0
     ]
     if not any(party.name != OWN for party in parties):
-        return each_tensor(own, [], lambda _, tensor, __: tensor.clone())
+        return copy_of(own)
     layout = Layout.of(own, model, split or {})
     fold = Fold(layout, start, alpha, diagonal, getattr(torch, products or state_dtype))
     if mode == "fold":

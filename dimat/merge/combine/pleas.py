@@ -14,6 +14,7 @@ from dimat.errors import MergeError
 from dimat.merge.batches import count, device_of, first_inputs, on_device, take
 from dimat.merge.deltas import combine_tensors
 from dimat.merge.functional import aliases, call_with, reading_inputs, tensors_for
+from dimat.merge.fusion import mean_of
 from dimat.merge.least_squares import solve_semidefinite
 from dimat.merge.participants import taking_part
 from dimat.merge.patches import Affine, as_blocks, blocks_of, input_rows
@@ -71,9 +72,7 @@ def pleas(
         fitted = _Fit(model, own, parties).run(data, max_images, sampler, ridge)
 
     def merge(name: str, start: Tensor, others: list[Tensor]) -> Tensor:
-        total = start.clone()
-        for other, weight in zip(others, weights[1:]):
-            total.add_(other - start, alpha=weight)
+        total = mean_of([start, *others], weights)
         return total.add_(fitted[name].to(total)) if name in fitted else total
 
     return combine_tensors(own, peers, merge)
@@ -240,9 +239,6 @@ def _alike(layer: Affine, user: nn.Module) -> bool:
 
 def _mean(name: str, own: Weights, parties: Sequence[tuple[Weights, float]]) -> Tensor:
     """Return the weighted average of a tensor as `merge` makes it: θ_own + Σ_k w_k (θ_k − θ_own), float64."""
-    start = own[name].detach().cpu().double()
-    total = start.clone()
-    for party, weight in parties:
-        if party is not own:
-            total.add_(party[name].detach().cpu().double() - start, alpha=weight)
-    return total
+    peers = [(party, weight) for party, weight in parties if party is not own]
+    tensors = [party[name].detach().cpu().double() for party in (own, *(party for party, _ in peers))]
+    return mean_of(tensors, [0.0, *(weight for _, weight in peers)])

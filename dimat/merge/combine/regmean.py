@@ -10,7 +10,8 @@ from pydantic import Field
 from torch import Tensor
 
 from dimat.merge.auxiliary import GRAM, needs_aux, statistic
-from dimat.merge.deltas import combine_tensors, each_tensor
+from dimat.merge.deltas import each_tensor
+from dimat.merge.fusion import copy_of, mean_of
 from dimat.merge.gram import gram_of_examples
 from dimat.merge.least_squares import solve_semidefinite
 from dimat.merge.participants import taking_part
@@ -44,23 +45,17 @@ def regmean(
     arXiv 2212.09849.
     """
     if not any(weights[1:]):
-        return combine_tensors(own, [], lambda name, start, others: start)
+        return copy_of(own)
     statistics = needs_aux(aux, GRAM, "regmean", "dimat.merge.gram.gram_matrices")
 
     taken, shares = taking_part(peers, weights)
 
-    def mean(values: list[Tensor]) -> Tensor:
-        start, *others = values
-        for other, weight in zip([other.sub_(start) for other in others], shares[1:]):
-            start.add_(other, alpha=weight)
-        return start
-
     def one(name: str, start: Tensor, others: list[Tensor]) -> Tensor:
         grams = statistic(statistics, GRAM + name, start.device) if start.ndim == 2 else None
         if grams is None:
-            return Pieces([start, *others], start).merged(mean)
+            return Pieces([start, *others], start).merged(lambda values: mean_of(values, shares))
         kind = accumulator(start)
-        average = mean([tensor.to(start.device, kind, copy=True) for tensor in (start, *others)])
+        average = mean_of([tensor.to(start.device, kind) for tensor in (start, *others)], shares)
         wide = average.cpu().double() if average.device.type == "mps" else average.double()
         left = torch.zeros_like(grams[0], dtype=wide.dtype, device=wide.device)
         right = torch.zeros_like(wide.mT)

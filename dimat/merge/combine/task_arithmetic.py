@@ -8,7 +8,6 @@ from torch import Tensor
 
 from dimat.merge.deltas import needs_base
 from dimat.merge.fusion import (
-    SMALLEST_SHARE,
     Coefficients,
     Number,
     cast_of,
@@ -46,7 +45,6 @@ def task_arithmetic(
     cast = cast_of(own, peers, mixing, weights)
     if cast is None:
         return copy_of(own)
-    total = sum(cast.coefficients)
-    if normalize and abs(total) >= SMALLEST_SHARE:
-        scaling /= total
+    if normalize:
+        scaling = cast.normalised(scaling)
     return merge_elements(cast, base, alike(lambda deltas: weighted_sum(deltas, cast.coefficients)), scaling)

@@ -21,6 +21,7 @@ from dimat.merge.functional import call_with
 from dimat.merge.registry import repair_registry
 from dimat.merge.stages import Data, Inputs, Repaired, Weights
 from dimat.merge.stopping import GeometricChecks
+from dimat.symmetry.trace import eval_mode
 
 FIRST_CHECK = 128
 """Images after which the statistics are first looked at for stability."""
@@ -139,23 +140,19 @@ def _layers(model: nn.Module) -> dict[Norm, _Layer]:
 def _reading_statistics(model: nn.Module, layers: Mapping[Norm, _Layer]) -> Generator[None]:
     """Put BatchNorm layers in training mode with momentum 1, all else in evaluation mode, and read their
     statistics after every call; on leaving, everything is as before."""
-    modes = [(module, module.training) for module in model.modules()]
     momenta = [(norm, norm.momentum) for norm in layers]
     handles = [norm.register_forward_hook(_reader(layer)) for norm, layer in layers.items()]
     try:
-        model.eval()
-        for norm in layers:
-            norm.training = True
-            norm.momentum = 1.0  # running statistics are those of the last batch
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with eval_mode(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            for norm in layers:
+                norm.training = True
+                norm.momentum = 1.0  # running statistics are those of the last batch
             yield
     finally:
         for handle in handles:
             handle.remove()
         for norm, momentum in momenta:
             norm.momentum = momentum
-        for module, training in modes:
-            module.training = training
 
 
 def _reader(layer: _Layer) -> Any:
