@@ -8,7 +8,9 @@ BIN := $(VENV)/bin
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo test lint format bench bench-quick clean
+PROTO := build/proto-venv
+
+.PHONY: help setup demo test lint format proto proto-check bench bench-quick clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -41,6 +43,24 @@ lint: $(VENV)/.dev  ## Check style, types and the import floors
 format: $(VENV)/.dev  ## Put the code into the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# generated with an old grpcio-tools, in an environment of its own: newer gencode refuses older protobuf runtimes
+$(PROTO)/.done:
+	$(PYTHON) -m venv $(PROTO)
+	$(PROTO)/bin/python -m pip install --quiet $(PIP_ARGS) grpcio-tools==1.71.2 'setuptools<81'
+	@touch $@
+
+GENERATE = $(PROTO)/bin/python -m grpc_tools.protoc -Iproto --python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) \
+	proto/dimat/wire/v1/peer.proto
+
+proto: $(PROTO)/.done  ## Generate dimat/wire/v1 from proto/ anew
+	$(call GENERATE,.)
+
+proto-check: $(PROTO)/.done  ## Fail if dimat/wire/v1 is not what proto/ gives
+	@rm -rf build/proto && mkdir -p build/proto
+	$(call GENERATE,build/proto)
+	@for file in build/proto/dimat/wire/v1/*; do cmp "$$file" "dimat/wire/v1/$$(basename "$$file")" \
+		|| { echo "$$file differs: run make proto, and commit what it writes"; exit 1; }; done
 
 bench: $(VENV)/.dev  ## Run all benchmarks (about an hour; see benchmarks/README.md)
 	@for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done

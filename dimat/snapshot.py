@@ -36,8 +36,20 @@ class Payload:
 
 
 @dataclass(frozen=True, slots=True)
+class Form:
+    """A cheaper way to the content of a snapshot: a payload that decodes to it (`dimat.wire.encodings`), with the
+    snapshot `after` at hand where it is a delta to that one ("" for none)."""
+
+    encoding: str
+    payload: Payload
+    after: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
-    """What an agent says about a snapshot that it offers. `parents`: (agent, root, round, weight) of each part of
+    """What an agent says about a snapshot that it offers. `payload`: the snapshot as every reader comes to hold it,
+    by whatever way it travels; `encoding`: that its weights were passed through before, and `forms`: the ways to it
+    that are cheaper than the payload itself. `parents`: (agent, root, round, weight) of each part of
     the merge that training started from; `pushed`: by reader, all push-sum weight ever sent to it; `schema`: hash of
     names, shapes and dtypes of the weights (`schema_hash`): statistics are no part of it, so that it says whether two
     models fit whatever their agents merge by."""
@@ -49,6 +61,7 @@ class Manifest:
     schema: str
     payload: Payload
     encoding: str = "fp32"
+    forms: tuple[Form, ...] = ()
     base: str = ""
     samples: int = 0
     parents: tuple[tuple[str, str, int, float], ...] = ()

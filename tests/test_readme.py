@@ -23,7 +23,7 @@ SHORT = {
 
 
 def blocks(language: str) -> list[str]:
-    """The fenced blocks of one language. All fences are read in order, so a closing one never opens the prose after it."""
+    """Fenced blocks of one language. All are read in order: a closing fence never opens the prose after it."""
     fenced = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
     return [text for name, text in fenced if name == language]
 
