@@ -119,7 +119,11 @@ def make_folder(folder: Path) -> None:
 
 def record(folder: Path, weights: Mapping[str, Tensor], *, durable: bool = True) -> Payload:
     """Write weights into a store folder under their address and return it; content already there is not rewritten."""
-    data = encode(weights)
+    return record_bytes(folder, encode(weights), durable=durable)
+
+
+def record_bytes(folder: Path, data: bytes, *, durable: bool = True) -> Payload:
+    """Write a payload into a store folder under its address and return it; content already there is not rewritten."""
     payload = checksum(data)
     path = folder / f"{payload.root}.safetensors"
     if not path.exists():
@@ -173,9 +177,11 @@ class SnapshotStore:
         """Offer a recorded snapshot; the agent's oldest one beyond `keep` is let go."""
         held = self._published.setdefault(manifest.agent, [])
         insort(held, manifest, key=lambda known: known.round)
-        self._holds[manifest.payload.root] += 1
+        for root in roots_of(manifest):
+            self.hold(root)
         while len(held) > self._keep:
-            self.release(held.pop(0).payload.root)
+            for root in roots_of(held.pop(0)):
+                self.release(root)
 
     def offered(self, agent: str) -> Sequence[Manifest]:
         """Return the manifests of an agent that are still held, oldest first."""
@@ -204,6 +210,11 @@ class SnapshotStore:
             del self._holds[root]
             self._verified.discard(root)
             self.path(root).unlink(missing_ok=True)
+
+
+def roots_of(manifest: Manifest) -> tuple[str, ...]:
+    """Return the addresses of all payloads of a snapshot: its own, and those of its forms."""
+    return manifest.payload.root, *(form.payload.root for form in manifest.forms)
 
 
 def verify_file(path: Path, payload: Payload) -> None:

@@ -111,10 +111,9 @@ class Programme:
         both = set(pairs)
         return tuple((a, b) for a, b in pairs if (b, a) not in both or a < b)
 
-    @property
-    def snapshots_kept(self) -> int:
-        """How many snapshots an agent offers: those that a reader which is as far behind as may be still merges."""
-        kept = self.config.simulate.keep_snapshots
+    def snapshots_kept(self, kept: int) -> int:
+        """Return how many snapshots an agent offers: `kept`, or as many as a reader which is as far behind as may be
+        still merges."""
         if not self.exchanges:
             return kept
         if self.config.schedule.mode == "async":

@@ -60,7 +60,7 @@ class Scenario(Programme):
         shown = min(self.rounds or 16, 16)
         per_round = [sum(len(self.readers(a, r)) for a in self.agents) for r in range(1, shown + 1)]
         sent = weights * sum(per_round) / len(per_round) * (self.rounds or 1)
-        disk = weights * len(self.agents) * (self.snapshots_kept + 2)
+        disk = weights * len(self.agents) * (self.snapshots_kept(self.config.simulate.keep_snapshots) + 2)
         return memory, disk, sent
 
 
