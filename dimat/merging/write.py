@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from dimat.errors import ConfigError, DataError
+from dimat.header import METADATA, NAMES, TensorInfo
 from dimat.merging.files import ADAPTER, INDEX, WEIGHTS
-from dimat.merging.header import METADATA, NAMES, TensorInfo
 
 NO_ROOM_KEPT = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 """Errors of file systems that cannot set room aside; writing shows whether there is enough."""
