@@ -112,11 +112,39 @@ def parse_header(file: BinaryIO, where: str, longest: int = LONGEST_HEADER) -> H
     return _checked(where, cast("dict[str, Any]", header), size - 8 - length, 8 + length)
 
 
+def compose_header(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
+    """Return the beginning of a safetensors file, up to its first tensor, and where in the file each tensor begins."""
+    header: dict[str, object] = {METADATA: {**metadata}} if metadata else {}
+    places: dict[str, int] = {}
+    end = 0
+    # wide types first, as safetensors itself writes them, so that every tensor lies at a multiple of its width
+    for name in sorted(infos, key=lambda name: (-infos[name].dtype.itemsize, name)):
+        info = infos[name]
+        places[name] = end
+        end += info.bytes
+        header[name] = {"dtype": NAMES[info.dtype], "shape": [*info.shape], "data_offsets": [places[name], end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    return head, {name: len(head) + place for name, place in places.items()}
+
+
+def shown(name: str) -> str:
+    """Return a tensor's name for a message: what a stranger's file calls it may be of any length."""
+    return repr(name if len(name) <= 200 else name[:200] + "…")
+
+
 def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
         raise ValueError("a name is there twice")
     return table
+
+
+def _possible(shape: list[Any], start: Any, end: Any) -> bool:
+    """Say whether these are numbers that 64 bits hold, the number of elements among them."""
+    small = all(type(n) is int and 0 <= n < 2**63 for n in (*shape, start, end))
+    return small and len(shape) <= MOST_DIMENSIONS and prod(max(n, 1) for n in shape) < 2**63
 
 
 def _checked(where: str, header: Mapping[str, Any], size: int, begin: int) -> Header:
@@ -132,23 +160,25 @@ def _checked(where: str, header: Mapping[str, Any], size: int, begin: int) -> He
             metadata = cast("dict[str, str]", entry)
             continue
         match entry:
-            case {"dtype": str(code), "shape": [*shape], "data_offsets": [int(start), int(end)]} if len(
-                shape
-            ) <= MOST_DIMENSIONS and all(type(n) is int and 0 <= n < 2**63 for n in shape):
+            case {"dtype": str(code), "shape": [*shape], "data_offsets": [start, end]} if _possible(shape, start, end):
                 if code not in CODES:
                     known = ", ".join(CODES)
-                    raise DataError(f"{where}: tensor {name!r} is of type {code}, which is not merged (known: {known})")
+                    raise DataError(
+                        f"{where}: tensor {shown(name)} is of type {code[:20]}, which is not merged (known: {known})"
+                    )
                 info = TensorInfo(CODES[code], tuple(shape))
             case _:
-                raise DataError(f"{where}: the header's entry of tensor {name!r} is malformed")
-        if end - start != info.bytes or start < 0:
-            raise DataError(f"{where}: tensor {name!r} claims to be {info}, which does not fit its {end - start} bytes")
+                raise DataError(f"{where}: the header's entry of tensor {shown(name)} is malformed")
+        if end - start != info.bytes:
+            raise DataError(
+                f"{where}: tensor {shown(name)} claims to be {info}, which does not fit its {end - start} bytes"
+            )
         places.append((start, end, name, info))
     places.sort(key=lambda place: place[:2])
     reached = 0
     for start, end, name, _ in places:
         if start != reached:
-            raise DataError(f"{where}: the data of tensor {name!r} overlap others, or leave a hole")
+            raise DataError(f"{where}: the data of tensor {shown(name)} overlap others, or leave a hole")
         reached = end
     if reached != size:
         state = "cut short" if reached > size else "too long"
