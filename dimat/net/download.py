@@ -37,6 +37,10 @@ FINAL = {
 }
 
 
+class GoneError(NetworkError):
+    """A peer's payload cannot be had for good; what has come of it is of no use."""
+
+
 class WrongBlockError(Exception):
     """A block came whole, and is not what its hash says."""
 
@@ -72,7 +76,8 @@ async def download(
 ) -> None:
     """Bring what `partial` lacks of `payload`; ends when it is whole. `streams`: bounds transfers at a time.
 
-    Raises NetworkError where the peer says that it cannot be had, or sends other content than it promised twice.
+    Raises GoneError where the peer says that it cannot be had, or sends other content than it promised twice, and
+    NetworkError where the peer is not followed any more or does not fit.
     """
     backoff = Backoff(limits.backoff_first_s, limits.backoff_last_s, generator)
     while not partial.whole:
@@ -85,7 +90,7 @@ async def download(
         except WrongBlockError as wrong:
             tally.wrong[payload.root, wrong.index] += 1
             if tally.wrong[payload.root, wrong.index] >= BLOCK_ATTEMPTS:
-                raise NetworkError(
+                raise GoneError(
                     f"{link.peer} sends other content than it promised: block {wrong.index} of snapshot "
                     f"{payload.root[:12]}… has a wrong hash, {BLOCK_ATTEMPTS} times; its disk or the link is damaged, "
                     "or it lies"
@@ -93,7 +98,7 @@ async def download(
             continue
         except aio.AioRpcError as error:
             if error.code() in FINAL:
-                raise NetworkError(f"{link.peer}: {FINAL[error.code()]}{words(error)}") from None
+                raise GoneError(f"{link.peer}: {FINAL[error.code()]}{words(error)}") from None
             # a peer that is only busy keeps its connection
             if error.code() is not Code.RESOURCE_EXHAUSTED:
                 link.drop(connection, words(error))
@@ -125,7 +130,7 @@ async def _run(
                 await _written(*writes.popleft())
             writes.append((index, threads.submit(partial.write, index, chunks)))
         if await _read(call, idle_s) is not EOF:
-            raise NetworkError(f"{connection.peer} sends more than it was asked for")
+            raise GoneError(f"{connection.peer} sends more than it was asked for")
         while writes:
             await _written(*writes.popleft())
     finally:
@@ -149,7 +154,7 @@ async def _block(call: Any, peer: str, length: int, tally: Tally, idle_s: float)
             raise BrokenError("the stream ended early")
         tally.count(peer, len(chunk))
         if len(chunk) != min(CHUNK_BYTES, length):
-            raise NetworkError(f"{peer} sends chunks of {len(chunk)} bytes, not of {min(CHUNK_BYTES, length)}")
+            raise GoneError(f"{peer} sends chunks of {len(chunk)} bytes, not of {min(CHUNK_BYTES, length)}")
         chunks.append(chunk)
         length -= len(chunk)
     return chunks

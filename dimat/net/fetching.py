@@ -9,7 +9,7 @@ from pathlib import Path
 from random import Random
 
 from dimat.errors import DataError, NetworkError
-from dimat.net.download import Tally, download
+from dimat.net.download import GoneError, Tally, download
 from dimat.net.grpc_client import Link
 from dimat.net.limits import Limits
 from dimat.net.manifests import Signed
@@ -89,7 +89,7 @@ class Fetching:
             try:
                 await self._by_form(link, form, payload, tally)
                 return
-            except (DataError, NetworkError) as error:
+            except (DataError, GoneError) as error:
                 self._noticed(
                     f"the {form.encoding} form of snapshot {payload.root[:12]}… of {link.peer} is of no use, it is "
                     f"fetched whole: {error}"
@@ -98,12 +98,11 @@ class Fetching:
 
     async def _forms(self, manifest: Manifest) -> list[Form]:
         """Return the forms that cost less than the payload and can be decoded here, the cheapest first."""
-        held = {digest for _, known in self._sources(manifest.payload.root) for digest in known.blocks}
-        whole = _missing(manifest.payload, held)
         forms = [form for form in manifest.forms if form.encoding in self._encodings]
         usable = [form for form in forms if not form.after or await self._base(form.after) is not None]
-        costs = [(_missing(form.payload, held), number, form) for number, form in enumerate(usable)]
-        return [form for cost, _, form in sorted(costs, key=lambda way: way[:2]) if cost < whole]
+        if not usable:
+            return []
+        return await self._threads.submit(_cheaper, manifest.payload, usable, self._sources(manifest.payload.root))
 
     async def _base(self, root: str) -> Path | None:
         """Return the file of a snapshot that a delta is to."""
@@ -121,7 +120,7 @@ class Fetching:
         try:
             await self._download(link, payload, partial, tally)
             await self._threads.submit(self._received.finish, link.peer, partial, payload.root)
-        except NetworkError:
+        except GoneError:
             self._received.drop(link.peer, payload.root)
             raise
         finally:
@@ -139,7 +138,7 @@ class Fetching:
             if form.after and after is None:
                 raise DataError(f"its base {form.after[:12]}… is gone")
             await self._threads.submit(self._decode, path, after, payload)
-        except (DataError, NetworkError):
+        except (DataError, GoneError):
             self._received.drop(link.peer, root)
             raise
         finally:
@@ -180,6 +179,14 @@ class Fetching:
             threads=self._threads,
             generator=self._generator,
         )
+
+
+def _cheaper(payload: Payload, forms: Sequence[Form], sources: Sequence[tuple[Path, Payload]]) -> list[Form]:
+    """Return the forms of which fewer bytes are to come than of the payload, the cheapest first."""
+    held = {digest for _, known in sources for digest in known.blocks}
+    whole = _missing(payload, held)
+    costs = [(_missing(form.payload, held), number, form) for number, form in enumerate(forms)]
+    return [form for cost, _, form in sorted(costs, key=lambda way: way[:2]) if cost < whole]
 
 
 def _missing(payload: Payload, held: set[str]) -> int:

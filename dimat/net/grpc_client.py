@@ -33,7 +33,7 @@ from dimat.net.profile import (
     shown,
 )
 from dimat.net.transport import Hearing
-from dimat.net.work import Signal
+from dimat.net.work import Signal, Threads
 from dimat.wire.v1 import peer_pb2 as pb
 
 Code = grpc.StatusCode
@@ -96,6 +96,7 @@ class Link:
         generator: Random,
         hearing: Hearing,
         directory: Directory | None,
+        threads: Threads,
     ) -> None:
         self.peer = peer
         self.streams = asyncio.Semaphore(limits.fetches_per_peer)
@@ -107,6 +108,7 @@ class Link:
         self._limits = limits
         self._hearing = hearing
         self._directory = directory
+        self._threads = threads
         self._backoff = Backoff(limits.backoff_first_s, limits.backoff_last_s, generator)
         self._breaker = Breaker(limits.breaker_failures, limits.breaker_open_s)
         self._generator = generator
@@ -145,9 +147,9 @@ class Link:
             self._task = None
 
     def arrange(self, addresses: Sequence[str]) -> None:
-        """Take over where the peer is reached, by the map."""
-        if list(addresses) != self._addresses:
-            self._addresses = list(addresses)
+        """Take over where the peer is reached, by a new map, and try at once if it is not reached now."""
+        self._addresses = list(addresses)
+        if self._task is not None:
             self.awake()
 
     def awake(self) -> None:
@@ -329,7 +331,7 @@ class Link:
                 if session and reply.session != session:
                     raise BrokenError("it was restarted")
                 seen, session = reply.sequence, reply.session
-                self._take(connection, reply, told)
+                await self._take(connection, reply, told)
                 if reply.leaving and not left:
                     left = True
                     self._left(reply.leaving)
@@ -348,14 +350,16 @@ class Link:
                 raise RefusedError(f"it will not have this agent: {words(error)}") from None
             raise
 
-    def _take(self, connection: Connection, reply: pb.ManifestsReply, told: set[tuple[int, str]]) -> None:
+    async def _take(self, connection: Connection, reply: pb.ManifestsReply, told: set[tuple[int, str]]) -> None:
         """Take over what the peer offers, tell what is new on this connection."""
         if len(reply.offered) > OFFERED_AT_MOST:
             raise RefusedError(f"it offers {len(reply.offered):,} snapshots, at most {OFFERED_AT_MOST} are read")
         offers: dict[tuple[int, str], Signed] = {}
         for offered in reply.offered:
             try:
-                signed = unseal(
+                # long manifests are parsed off the event loop
+                signed = await self._threads.submit(
+                    unseal,
                     offered.manifest,
                     offered.signature,
                     connection.check,

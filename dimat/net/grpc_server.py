@@ -162,6 +162,7 @@ class Server:
                     pass  # nothing new: the same is said again
         except FullError as full:
             await _abort(context, Code.RESOURCE_EXHAUSTED, str(full))
+        await self._reader(context)  # it may be off the map by now
         return self._offering.reply()
 
     async def status(self, context: Context) -> pb.StatusReply:

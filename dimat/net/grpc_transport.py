@@ -158,6 +158,7 @@ class GrpcTransport:
                 generator=self._generator,
                 hearing=self._hearing,
                 directory=self._directory,
+                threads=self._threads,
             )
             link.arrange(addresses)
             link.start()

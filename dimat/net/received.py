@@ -147,7 +147,7 @@ class ReceivedStore:
 
     def part(self, peer: str, root: str) -> Path:
         """Return where a payload lies while it comes in from a peer."""
-        return self.folder / f"{root}.{blake3(peer.encode()).hexdigest()[:8]}.part"
+        return self.folder / f"{root}.{blake3(peer.encode()).hexdigest()[:16]}.part"
 
     def finish(self, peer: str, partial: Partial, root: str) -> Path:
         """Give a whole payload its name."""
