@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from dimat.errors import ConfigError, DataError, MergeError
+from dimat.header import TensorInfo
 from dimat.merge.lora import Pair, find_pairs, merged_rank
 from dimat.merge.stages import Weights
 from dimat.merging.files import ADAPTER_CONFIG, ModelFiles, check_alike, tell_differences
-from dimat.merging.header import TensorInfo
 from dimat.merging.parts import Part
 from dimat.merging.peft import Settings, module_of, read_settings
 from dimat.merging.recipe import Recipe

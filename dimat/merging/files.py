@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dimat.errors import DataError
-from dimat.merging.header import NAMES, TensorInfo, read_header
+from dimat.header import NAMES, TensorInfo, read_header
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

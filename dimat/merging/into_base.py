@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from dimat.errors import ConfigError, DataError
+from dimat.header import TensorInfo
 from dimat.merge.lora import Pair
 from dimat.merging.adapters import Merged
 from dimat.merging.files import ADAPTER_CONFIG, ModelFiles
-from dimat.merging.header import TensorInfo
 from dimat.merging.memory import PROCESS
 from dimat.merging.peft import module_of
 from dimat.merging.recipe import Recipe

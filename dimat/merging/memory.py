@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import ceil
 
-from dimat.merging.header import TensorInfo
+from dimat.header import TensorInfo
 
 LEARN = frozenset({"adamerging", "self-positioning"})
 """Methods that hold the deltas of all models, beside the models."""

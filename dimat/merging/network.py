@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dimat.config import TaskConfig
 from dimat.errors import ConfigError, DataError, DimatError, HookError
+from dimat.header import TensorInfo, read_header
 from dimat.hooks import load_hook
 from dimat.merge.align.none import none as no_alignment
 from dimat.merge.batches import as_data, device_of, first_inputs, on_device
@@ -23,7 +24,6 @@ from dimat.merge.registry import align_registry, combine_registry
 from dimat.merge.repair.none import none as no_repair
 from dimat.merge.stages import Data, Inputs
 from dimat.merging.files import ModelFiles, differences, hash_of, told
-from dimat.merging.header import TensorInfo, read_header
 from dimat.merging.recipe import Recipe
 from dimat.registry import keywords
 from dimat.seeds import torch_generator

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dimat.device import resolve_device
 from dimat.errors import ConfigError
+from dimat.header import TensorInfo
 from dimat.merge.auxiliary import check_statistics
 from dimat.merge.deltas import handing_on
 from dimat.merge.registry import CONTEXT, combine_registry
@@ -20,7 +21,6 @@ from dimat.merge.weights import open_weights
 from dimat.merging.adapters import Merged, fit_together, names_of, open_adapters
 from dimat.merging.card import config_of, model_card, provenance
 from dimat.merging.files import ADAPTER_CONFIG, ModelFiles, check_alike, check_factors, open_model
-from dimat.merging.header import TensorInfo
 from dimat.merging.into_base import IntoBase, target
 from dimat.merging.memory import peak_memory, whole_memory
 from dimat.merging.network import Network, open_network, runs

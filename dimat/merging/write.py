@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from dimat.errors import ConfigError, DataError
+from dimat.header import TensorInfo, compose_header
 from dimat.merging.files import ADAPTER, INDEX, WEIGHTS
-from dimat.merging.header import METADATA, NAMES, TensorInfo
 
 NO_ROOM_KEPT = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 """Errors of file systems that cannot set room aside; writing shows whether there is enough."""
@@ -50,22 +50,11 @@ class TensorFile:
         self.path = path
         self._infos = infos
         self._missing = set(infos)
-        header: dict[str, object] = {METADATA: {**metadata}}
-        end = 0
-        # wide types first, as safetensors itself writes them, so that every tensor lies at a multiple of its width
-        for name in sorted(infos, key=lambda name: (-infos[name].dtype.itemsize, name)):
-            info = infos[name]
-            places = [end, end + info.bytes]
-            header[name] = {"dtype": NAMES[info.dtype], "shape": [*info.shape], "data_offsets": places}
-            end = places[1]
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        self._start = 8 + len(text)
-        self._offsets = {name: entry["data_offsets"][0] for name, entry in header.items() if name != METADATA}  # type: ignore[index]
+        head, self._starts = compose_header(infos, metadata)
         self._file: IO[bytes] = path.open("xb")
         try:
-            set_room_aside(self._file.fileno(), self._start + end)
-            self._file.write(len(text).to_bytes(8, "little") + text)
+            set_room_aside(self._file.fileno(), len(head) + sum(info.bytes for info in infos.values()))
+            self._file.write(head)
         except BaseException:
             self.close()
             raise
@@ -78,7 +67,7 @@ class TensorFile:
         self._missing.discard(name)
         if tensor.numel():
             flat = tensor.detach().to("cpu", info.dtype).contiguous().reshape(-1)
-            self._file.seek(self._start + self._offsets[name])
+            self._file.seek(self._starts[name])
             self._file.write(flat.view(torch.uint8).numpy().data)
 
     def finish(self) -> None:

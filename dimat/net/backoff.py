@@ -1,0 +1,78 @@
+"""When to try again, and when to say it again: growing waits with jitter, and a breaker for a peer that stays away."""
+
+from __future__ import annotations
+
+from random import Random
+
+
+class Backoff:
+    """Waits that double from `first_s` to `last_s`, each cut by up to half at random, so that agents which lost a peer
+    together do not come back together."""
+
+    def __init__(self, first_s: float, last_s: float, generator: Random) -> None:
+        self._first_s = first_s
+        self._last_s = last_s
+        self._generator = generator
+        self._attempts = 0
+
+    def next(self) -> float:
+        """Return how long to wait before the next attempt, in seconds."""
+        wait_s = min(self._first_s * 2.0 ** min(self._attempts, 60), self._last_s)
+        self._attempts += 1
+        return wait_s * self._generator.uniform(0.5, 1.0)
+
+    def reset(self) -> None:
+        """Begin with the shortest wait again: it worked."""
+        self._attempts = 0
+
+
+class Breaker:
+    """Stops attempts at a peer after `failures` in a row: none for `open_s`, then one, which closes it or not."""
+
+    def __init__(self, failures: int, open_s: float) -> None:
+        self._most = failures
+        self._open_s = open_s
+        self._failures = 0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the last attempts have all failed."""
+        return self._failures >= self._most
+
+    def failed(self) -> None:
+        """Count a failure."""
+        self._failures += 1
+
+    def succeeded(self) -> None:
+        """Close it."""
+        self._failures = 0
+
+    def wait_s(self, backoff_s: float) -> float:
+        """Return how long to wait before the next attempt where the back-off asks for `backoff_s`."""
+        return max(backoff_s, self._open_s) if self.is_open else backoff_s
+
+
+class Reminder:
+    """Says whether something that goes on should be said again: at once, then after 1, 4, 16, … minutes."""
+
+    def __init__(self, first_s: float = 60.0, factor: float = 4.0) -> None:
+        self._first_s = first_s
+        self._factor = factor
+        self._gap_s = first_s
+        self._next: float | None = None
+
+    def due(self, now: float) -> bool:
+        """Return whether it is time, and take it as said."""
+        if self._next is None:
+            self._next = now + self._first_s
+            self._gap_s = self._first_s
+            return True
+        if now < self._next:
+            return False
+        self._gap_s *= self._factor
+        self._next = now + self._gap_s
+        return True
+
+    def reset(self) -> None:
+        """It is over; when it comes again, it is said at once."""
+        self._next = None

@@ -1,0 +1,312 @@
+"""The serving side over gRPC: who calls, whether it may, and what it gets.
+
+Peers are known by their certificates. On an insecure network, which is bound to loopback, a caller's name is what the
+header `dimat-agent` says: nothing vouches for it, and whoever reaches the port can take any name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import json
+import time
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import grpc
+from grpc import aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import SERVICE_NAME as HEALTH_SERVICE
+from grpc_health.v1.health import aio as health_aio  # pyright: ignore[reportAttributeAccessIssue]
+from grpc_reflection.v1alpha import reflection
+
+import dimat
+from dimat.errors import DataError, NetworkError, SecurityError
+from dimat.net.identity import Identity, agent_of
+from dimat.net.limits import FullError, Limits, Slots
+from dimat.net.offering import Offering
+from dimat.net.profile import (
+    AGENT_HEADER,
+    DATA_SERVICE,
+    FETCH,
+    LONGEST_POLL_S,
+    PEER_SERVICE,
+    Profile,
+    misfit,
+    server_options,
+    shown,
+)
+from dimat.net.serving import Serving, SlowReaderError
+from dimat.net.transport import Neighbours, Status
+from dimat.snapshot import SnapshotStore
+from dimat.wire.v1 import peer_pb2 as pb
+from dimat.wire.v1.peer_pb2_grpc import PeerServicer, add_PeerServicer_to_server
+
+Context = aio.ServicerContext[Any, Any]
+Code = grpc.StatusCode
+DIAL_S = 3.0
+MOST_DIALLED = 4
+
+
+class Server:
+    """Answers the members of the map. `heard(agent)` is called when one that fits says hello: it is there."""
+
+    def __init__(
+        self,
+        *,
+        run: str,
+        agent: str,
+        identity: Identity | None,
+        profile: Profile,
+        offering: Offering,
+        serving: Serving,
+        store: SnapshotStore,
+        limits: Limits,
+        status: Status,
+        heard: Callable[[str], None],
+        noticed: Callable[[str], None],
+    ) -> None:
+        self.neighbours = Neighbours((), (), (), {})
+        self._run = run
+        self._agent = agent
+        self._identity = identity
+        self._profile = profile
+        self._offering = offering
+        self._serving = serving
+        self._store = store
+        self._limits = limits
+        self._status = status
+        self._heard = heard
+        self._noticed = noticed
+        self._hellos: dict[str, str] = {}  # by caller why it does not fit, "" where it does
+        self._polls = Slots("calls for news", 10**6, limits.polls_per_peer)
+        self._dials = Slots("dials", 8, 1)
+        self._closing = False
+        self._server: aio.Server | None = None
+        self._health: Any = health_aio.HealthServicer()
+
+    async def start(self, listen: str) -> int:
+        """Listen on `host:port` and return the port. NetworkError where it cannot be had."""
+        if self._identity is None and not loopback(listen):
+            raise SecurityError(
+                f"cannot listen on {listen} without keys: an insecure network is bound to loopback; "
+                "listen on 127.0.0.1, or issue keys"
+            )
+        # more than all members could ask for: calls of strangers beyond it are refused at once
+        server = aio.server(options=server_options(self._limits), maximum_concurrent_rpcs=1024)
+        add_PeerServicer_to_server(_Peer(self), server)
+        fetch: Any = grpc.unary_stream_rpc_method_handler(
+            self.fetch, request_deserializer=pb.FetchRequest.FromString, response_serializer=None
+        )
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(DATA_SERVICE, {FETCH: fetch}),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        names = (PEER_SERVICE, DATA_SERVICE, HEALTH_SERVICE, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection((PEER_SERVICE, HEALTH_SERVICE, reflection.SERVICE_NAME), server)
+        try:
+            if self._identity is None:
+                port = server.add_insecure_port(listen)
+            else:
+                port = server.add_secure_port(listen, self._identity.server_credentials())
+        except RuntimeError as error:
+            raise NetworkError(
+                f"cannot listen on {listen}: {_cause(error)}; is another agent running there?"
+            ) from error
+        if not port:
+            raise NetworkError(f"cannot listen on {listen}; is another agent running there?")
+        await server.start()
+        for name in ("", *names):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        self._server = server
+        return port
+
+    async def close(self, grace_s: float) -> None:
+        """Take no new calls, let transfers end within `grace_s`, answer those who wait for news now."""
+        self._closing = True
+        self._offering.changed.fire()
+        if self._server is not None:
+            await self._health.enter_graceful_shutdown()
+            await self._server.stop(grace_s)
+
+    # ── calls ────────────────────────────────────────────────────────────────────────────────────────────────
+    async def hello(self, request: pb.HelloRequest, context: Context) -> pb.HelloReply:
+        caller = await self._member(context)
+        if request.agent != caller:
+            await _abort(context, Code.PERMISSION_DENIED, f"{caller} says hello as {shown(request.agent)}")
+        self._hellos[caller] = misfit(self._profile, self._run, request)
+        if not self._hellos[caller]:
+            self._heard(caller)
+        own = self._profile
+        return pb.HelloReply(
+            protocol=own.protocol,
+            dimat=dimat.__version__,
+            run=self._run,
+            agent=self._agent,
+            schema=own.schema,
+            base=own.base,
+            encodings=own.encodings,
+            certificate=b"" if self._identity is None else self._identity.certificate_der,
+            max_streams=self._limits.streams_per_peer,
+            time_s=time.time(),
+        )
+
+    async def manifests(self, request: pb.ManifestsRequest, context: Context) -> pb.ManifestsReply:
+        reader = await self._reader(context)
+        try:
+            with self._polls.take(reader):
+                wait_s = min(request.wait_ms / 1000, LONGEST_POLL_S)
+                try:
+                    async with asyncio.timeout(wait_s):
+                        while not (self._closing or self._offering.news(request.seen, request.session)):
+                            await self._offering.changed.wait()
+                except TimeoutError:
+                    pass  # nothing new: the same is said again
+        except FullError as full:
+            await _abort(context, Code.RESOURCE_EXHAUSTED, str(full))
+        await self._reader(context)  # it may be off the map by now
+        return self._offering.reply()
+
+    async def status(self, context: Context) -> pb.StatusReply:
+        await self._member(context)
+        return pb.StatusReply(json=json.dumps(dict(self._status()), default=str))
+
+    async def dial_back(self, request: pb.DialBackRequest, context: Context) -> pb.DialBackReply:
+        caller = await self._member(context)
+        if not 1 <= request.port <= 65535:
+            await _abort(context, Code.INVALID_ARGUMENT, f"{request.port} is no port")
+        hosts = [(host, request.port) for host in [_host(context.peer())] if host]
+        for address in list(self.neighbours.addresses.get(caller, ()))[:MOST_DIALLED]:
+            host, _, port = address.rpartition(":")
+            if port.isdecimal() and 1 <= int(port) <= 65535:
+                hosts.append((host.strip("[]"), int(port)))
+        try:
+            with self._dials.take(caller):
+                reason = "it has no address"
+                dialled = ""
+                for host, port in hosts:
+                    dialled = f"{host}:{port}"
+                    reason = await _dial(host, port)
+                    if not reason:
+                        return pb.DialBackReply(reached=True, address=dialled)
+                return pb.DialBackReply(reached=False, address=dialled, reason=reason)
+        except FullError as full:
+            await _abort(context, Code.RESOURCE_EXHAUSTED, str(full))
+
+    async def fetch(self, request: pb.FetchRequest, context: Context) -> None:
+        reader = await self._reader(context)
+        root = request.root.hex()
+        payload = self._offering.payload(root)
+        if payload is None:
+            await _abort(context, Code.NOT_FOUND, f"{self._agent} offers no snapshot {root[:12]}…, or not any more")
+        if request.blocks < 1 or request.first_block + request.blocks > len(payload.blocks):
+            await _abort(
+                context,
+                Code.OUT_OF_RANGE,
+                f"blocks {request.first_block} to {request.first_block + request.blocks} of {len(payload.blocks)}",
+            )
+        if self._closing:
+            await _abort(context, Code.UNAVAILABLE, f"{self._agent} stops")
+        try:
+            with self._serving.slots.take(reader):
+                self._store.hold(root)
+                try:
+                    await self._serving.stream(
+                        reader, self._store.path(root), payload, request.first_block, request.blocks, context.write
+                    )
+                finally:
+                    self._store.release(root)
+        except FullError as full:
+            await _abort(context, Code.RESOURCE_EXHAUSTED, str(full))
+        except SlowReaderError:
+            await _abort(context, Code.ABORTED, f"{reader} took no bytes for {self._limits.idle_s:g} s")
+        except DataError as error:
+            self._noticed(f"{reader} could not be served: {error}")
+            await _abort(context, Code.DATA_LOSS, f"snapshot {root[:12]}… is damaged at {self._agent}")
+
+    # ── who calls ────────────────────────────────────────────────────────────────────────────────────────────
+    async def _member(self, context: Context) -> str:
+        """Return the caller's name, if the map has it; else the call ends here."""
+        caller = self._name(context)
+        if caller is None:
+            await _abort(context, Code.UNAUTHENTICATED, "a certificate that names an agent is needed")
+        if caller not in self.neighbours.members:
+            await _abort(context, Code.PERMISSION_DENIED, f"{shown(caller)} is not on the map of {self._agent}")
+        return caller
+
+    async def _reader(self, context: Context) -> str:
+        """Return the caller's name, if it may read and has said a hello that fits; else the call ends here."""
+        caller = await self._member(context)
+        if caller not in self.neighbours.readers:
+            await _abort(context, Code.PERMISSION_DENIED, f"{caller} is no neighbour that reads from {self._agent}")
+        reason = self._hellos.get(caller)
+        if reason is None:
+            await _abort(context, Code.FAILED_PRECONDITION, "say hello first")
+        if reason:
+            await _abort(context, Code.FAILED_PRECONDITION, f"{caller} does not fit {self._agent}: {reason}")
+        return caller
+
+    def _name(self, context: Context) -> str | None:
+        if self._identity is not None:
+            return agent_of(context.auth_context())
+        for key, value in context.invocation_metadata() or ():
+            if key == AGENT_HEADER and isinstance(value, str):
+                return value
+        return None
+
+
+class _Peer(PeerServicer):
+    """The service of `peer.proto`: each call within `call_s`, but those that wait for news."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+
+    async def Hello(self, request: pb.HelloRequest, context: Context) -> pb.HelloReply:
+        return await self._server.hello(request, context)
+
+    async def Manifests(self, request: pb.ManifestsRequest, context: Context) -> pb.ManifestsReply:
+        return await self._server.manifests(request, context)
+
+    async def Status(self, request: pb.StatusRequest, context: Context) -> pb.StatusReply:
+        return await self._server.status(context)
+
+    async def DialBack(self, request: pb.DialBackRequest, context: Context) -> pb.DialBackReply:
+        return await self._server.dial_back(request, context)
+
+
+async def _abort(context: Context, code: grpc.StatusCode, details: str) -> NoReturn:
+    async with asyncio.timeout(5):
+        await context.abort(code, details)
+    raise AssertionError("a call that was ended goes on")
+
+
+async def _dial(host: str, port: int) -> str:
+    """Open a TCP connection and close it; return why it cannot be opened, "" where it can."""
+    try:
+        async with asyncio.timeout(DIAL_S):
+            _, writer = await asyncio.open_connection(host, port)
+    except TimeoutError:
+        return f"no answer within {DIAL_S:g} s"
+    except OSError as error:
+        return error.strerror or str(error)
+    writer.close()
+    return ""
+
+
+def _host(peer: str) -> str:
+    """Return the address in what gRPC calls a peer: `ipv4:10.0.0.1:7300`, `ipv6:%5B::1%5D:7300`."""
+    kind, _, rest = peer.partition(":")
+    host = rest.rpartition(":")[0].replace("%5B", "").replace("%5D", "").strip("[]")
+    return host if kind in ("ipv4", "ipv6") else ""
+
+
+def loopback(listen: str) -> bool:
+    """Return whether `host:port` can be reached from this machine only."""
+    host = listen.rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _cause(error: Exception) -> str:
+    """Return the first line of gRPC's words."""
+    return (str(error).splitlines() or ["no reason given"])[0][:200]

@@ -1,0 +1,242 @@
+"""The network over gRPC, as one agent sees it: keeps `dimat.net.transport.Transport`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from pathlib import Path
+from random import Random
+
+from dimat.errors import NetworkError
+from dimat.net.fetching import Fetching
+from dimat.net.grpc_client import Directory, Link
+from dimat.net.grpc_server import Server
+from dimat.net.identity import Identity, check_certificate, check_signature
+from dimat.net.limits import Limits
+from dimat.net.manifests import Bound, Check, Sign
+from dimat.net.offering import Offering
+from dimat.net.profile import Profile
+from dimat.net.received import ReceivedStore
+from dimat.net.serving import Serving
+from dimat.net.transport import Fetched, Hearing, Neighbours, Status
+from dimat.net.work import Threads
+from dimat.snapshot import Manifest, SnapshotStore
+
+
+class GrpcTransport:
+    """`agent`'s part in the network of `run`.
+
+    `identity`: its keys; None makes an insecure network, on loopback only, where names are taken on trust. `store`: its
+    own snapshots, offered again after a restart; forms' payloads lie in the store's folder under their address, too.
+    `received`: a folder for what is fetched, of its own. `bound`: what a manifest may claim. `listen`: `host:port`,
+    port 0 takes a free one, see `port`. `generator`: for the jitter of waits. `status`: what `Status` answers.
+    `directory`: where else peers may be reached, beside the map's addresses. `durable`: received files survive power
+    loss.
+    """
+
+    def __init__(
+        self,
+        *,
+        run: str,
+        agent: str,
+        identity: Identity | None,
+        store: SnapshotStore,
+        received: Path,
+        profile: Profile,
+        bound: Bound,
+        listen: str,
+        generator: Random,
+        limits: Limits | None = None,
+        status: Status = dict,
+        directory: Directory | None = None,
+        durable: bool = True,
+    ) -> None:
+        self._run = run
+        self._agent = agent
+        self._identity = identity
+        self._store = store
+        self._folder = received
+        self._profile = profile
+        self._bound = bound
+        self._listen = listen
+        self._generator = generator
+        self._limits = limits or Limits()
+        self._status = status
+        self._directory = directory
+        self._durable = durable
+        self._threads = Threads()
+        self._offering = Offering(store, run, agent, self._signer(), self._threads)
+        self._serving = Serving(self._limits, self._threads)
+        self._links: dict[str, Link] = {}
+        self._neighbours = Neighbours((), (), (), {})
+        self._ending: set[asyncio.Task[None]] = set()
+        self._hearing: Hearing | None = None
+        self._server: Server | None = None
+        self._received: ReceivedStore | None = None
+        self._fetching: Fetching | None = None
+        self._port = 0
+
+    # ── for the daemon and its tools ─────────────────────────────────────────────────────────────────────────
+    @property
+    def port(self) -> int:
+        """The port that is listened on, once started."""
+        return self._port
+
+    @property
+    def sent_bytes(self) -> Mapping[str, int]:
+        """Bytes of payload sent, by reader."""
+        return dict(self._serving.sent)
+
+    @property
+    def received_bytes(self) -> Mapping[str, int]:
+        """Bytes of payload that came, by peer, those of attempts that failed too."""
+        return {} if self._fetching is None else dict(self._fetching.bytes)
+
+    @property
+    def peers(self) -> Mapping[str, Mapping[str, object]]:
+        """How each peer is reached now, for `dimat status`."""
+        return {peer: link.state for peer, link in sorted(self._links.items())}
+
+    # ── the protocol ─────────────────────────────────────────────────────────────────────────────────────────
+    async def start(self, hearing: Hearing) -> None:
+        """Listen, offer what was offered before a restart, and begin to follow the peers. NetworkError where the port
+        cannot be had, SecurityError where an insecure network would be open to others, DataError for the folder."""
+        self._hearing = hearing
+        received = await self._threads.submit(self._open_received)
+        self._received = received
+        self._fetching = Fetching(
+            received,
+            self._store,
+            self._offering.payloads,
+            self._profile.encodings,
+            self._limits,
+            self._threads,
+            self._generator,
+            hearing.noticed,
+        )
+        self._offering.restore(self._own_check(), self._bound, hearing.noticed)
+        self._server = Server(
+            run=self._run,
+            agent=self._agent,
+            identity=self._identity,
+            profile=self._profile,
+            offering=self._offering,
+            serving=self._serving,
+            store=self._store,
+            limits=self._limits,
+            status=self._status,
+            heard=self._heard,
+            noticed=hearing.noticed,
+        )
+        self._port = await self._server.start(self._listen)
+        self.arrange(self._neighbours)
+
+    def arrange(self, neighbours: Neighbours) -> None:
+        """Take a new map over: follow whoever is new, let go of whoever is not on it any more."""
+        self._neighbours = neighbours
+        if self._server is None or self._hearing is None:
+            return  # `start` does it
+        self._server.neighbours = neighbours
+        for peer in [peer for peer in self._links if peer not in neighbours.peers]:
+            ending = asyncio.get_running_loop().create_task(self._links.pop(peer).stop())
+            self._ending.add(ending)
+            ending.add_done_callback(self._ending.discard)
+        for peer in sorted(neighbours.peers):
+            addresses = list(neighbours.addresses.get(peer, ()))
+            link = self._links.get(peer)
+            if link is not None:
+                link.arrange(addresses)
+                continue
+            link = self._links[peer] = Link(
+                peer,
+                run=self._run,
+                agent=self._agent,
+                identity=self._identity,
+                profile=self._profile,
+                bound=self._bound,
+                limits=self._limits,
+                generator=self._generator,
+                hearing=self._hearing,
+                directory=self._directory,
+                threads=self._threads,
+            )
+            link.arrange(addresses)
+            link.start()
+
+    def publish(self, manifest: Manifest) -> None:
+        """Offer a recorded snapshot to the readers. Offering it again changes nothing."""
+        self._offering.publish(manifest, self._notice)
+
+    async def fetch(self, peer: str, round: int, root: str) -> Fetched:
+        """Get a snapshot that a peer offers, and hold it until `release`; see `Transport.fetch`."""
+        if self._fetching is None:
+            raise NetworkError("the network is not started")
+        return await self._fetching.fetch(lambda: self._link(peer), peer, round, root)
+
+    def release(self, peer: str, round: int, root: str) -> None:
+        """A snapshot that was fetched is needed no more."""
+        if self._received is not None:
+            self._received.release(peer, round, root)
+
+    def leave(self, reason: str) -> None:
+        """Tell the readers that this agent leaves."""
+        self._offering.leave(reason)
+
+    async def close(self, grace_s: float) -> None:
+        """Stop: no new transfers, those that are on their way may end within `grace_s`."""
+        links = list(self._links.values())
+        self._links.clear()
+        await asyncio.gather(*(link.stop() for link in links), *self._ending)
+        if self._server is not None:
+            await self._server.close(grace_s)
+        await self._offering.settle()
+        self._threads.close()
+
+    # ── within ───────────────────────────────────────────────────────────────────────────────────────────────
+    def _open_received(self) -> ReceivedStore:
+        limits = self._limits
+        return ReceivedStore(
+            self._folder,
+            limits.disk_bytes,
+            limits.disk_reserve_bytes,
+            self._run,
+            self._bound,
+            self._threads,
+            durable=self._durable,
+        )
+
+    def _link(self, peer: str) -> Link:
+        link = self._links.get(peer)
+        if link is None:
+            raise NetworkError(f"{peer} is no neighbour that {self._agent} fetches from")
+        return link
+
+    def _heard(self, agent: str) -> None:
+        """A member has said hello: it is there, so it is worth trying."""
+        link = self._links.get(agent)
+        if link is not None:
+            link.awake()
+
+    def _notice(self, message: str) -> None:
+        if self._hearing is not None:
+            self._hearing.noticed(message)
+
+    def _signer(self) -> Sign:
+        return _unsigned if self._identity is None else self._identity.sign
+
+    def _own_check(self) -> Check:
+        """Return what tells own signatures, of before a restart, from others."""
+        identity = self._identity
+        if identity is None:
+            return _any
+        key = check_certificate(identity.certificate_der, identity.ca, identity.name)
+        return lambda data, signature: check_signature(key, data, signature)
+
+
+def _unsigned(data: bytes) -> bytes:
+    """On an insecure network nothing is signed."""
+    return b""
+
+
+def _any(data: bytes, signature: bytes) -> None:
+    """On an insecure network nothing is checked."""
