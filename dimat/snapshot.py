@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from bisect import insort
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -198,6 +198,12 @@ class SnapshotStore:
             verify_file(path, payload)
             self._verified.add(payload.root)
         return path
+
+    def sweep(self, keep: Collection[str]) -> None:
+        """Remove payload files that nobody holds and that are not named in `keep`: what a crash left behind."""
+        for path in self.folder.glob("*.safetensors"):
+            if path.stem not in self._holds and path.stem not in keep:
+                path.unlink(missing_ok=True)
 
     def hold(self, root: str) -> None:
         """Keep a payload until `release`, whatever its publisher does."""

@@ -23,17 +23,21 @@ from dimat.agent.ledger import ManifestLedger
 from dimat.agent.round import RoundMachine
 from dimat.agent.runner import Runner
 from dimat.agent.setup import AgentSetup, listen_address, neighbours_of, programme_of
+from dimat.agent.statistics import sample_statistics
 from dimat.agent.status import StatusSocket, notify
 from dimat.agent.view import View
-from dimat.agent.work import AgentWork, WorkThread
+from dimat.agent.work import AgentWork, Recorded, WorkThread
 from dimat.errors import DataError, DimatError
-from dimat.net.grpc_transport import GrpcTransport, Limits, Profile
+from dimat.merge.auxiliary import beside
+from dimat.net.grpc_transport import GrpcTransport
 from dimat.net.identity import Identity, load_identity
+from dimat.net.limits import Limits
 from dimat.net.manifests import Bound
+from dimat.net.profile import Profile
 from dimat.seeds import derive_seed
-from dimat.snapshot import SnapshotStore, encode
+from dimat.snapshot import SnapshotStore
 from dimat.train import Learner
-from dimat.wire.encodings import ENCODINGS
+from dimat.wire.encodings import ENCODINGS, encoded_bytes
 
 MB = 1e6
 RESERVE_BYTES = 64 * 2**20
@@ -76,7 +80,7 @@ class Daemon:
         self._local = setup.local(folder.snapshots, learner)
         keep = setup.programme.snapshots_kept(agent.keep_snapshots)
         self._store = SnapshotStore(folder.snapshots, keep=keep)
-        size = len(encode(self._local.trainer.weights()))  # statistics beside them come on top
+        size = self._largest()
         self._check_room(size, keep)
         checkpoints = CheckpointStore(folder.checkpoints, agent.keep_checkpoints)
         self._work = AgentWork(self._local, config.run, checkpoints, folder.lineage, agent.evaluate, folder.weights)
@@ -84,6 +88,7 @@ class Daemon:
         self._passed_over = () if found is None else found.passed_over
         self._new = found is None
         state = None if found is None else found.checkpoint.machine
+        self._kept = _addresses(folder.snapshots, "" if state is None else state.root)
         nonce = f"{derive_seed(config.seed, 'basis', setup.name):016x}"
         self._machine = RoundMachine(
             setup.name,
@@ -104,14 +109,15 @@ class Daemon:
             store=self._store,
             received=folder.received,
             profile=Profile(self._local.schema(), setup.programme.base, ENCODINGS),
-            bound=Bound(2 * size + 2**20),
+            bound=Bound(size),
             limits=Limits(
                 fetches=exchange.transfers,
                 streams_per_peer=exchange.transfers,
                 rate_mb_s=exchange.rate_limit_mb_s,
                 idle_s=exchange.idle_s,
                 lost_after_s=exchange.lost_after_s,
-                quota_bytes=int(quota),
+                disk_bytes=int(quota),
+                disk_reserve_bytes=RESERVE_BYTES,
             ),
             listen=listen_address(setup),
             generator=random.Random(derive_seed(config.seed, "jitter", setup.name)),
@@ -139,7 +145,8 @@ class Daemon:
         try:
             self._transport.arrange(neighbours_of(self._programme, self.setup.name))
             await self._transport.start(self.runner)
-            self.address = self._transport.address
+            self._store.sweep(self._kept)
+            self.address = f"{listen_address(self.setup).rpartition(':')[0]}:{self._transport.port}"
             await socket.start()
             self._introduce()
             notify("READY=1")
@@ -188,9 +195,9 @@ class Daemon:
             "rounds": self._programme.rounds,
             "phase": machine.phase.value,
             "basis": str(machine.basis),
-            "sent_bytes": self._transport.sent_bytes,
-            "received_bytes": self._transport.received_bytes,
-            "peers": self._transport.peers(),
+            "sent_bytes": sum(self._transport.sent_bytes.values()),
+            "received_bytes": sum(self._transport.received_bytes.values()),
+            "peers": self._transport.peers,
         }
 
     # ── parts ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -222,13 +229,23 @@ class Daemon:
             self._transport.leave(reason)
         if self._leaving.is_set():
             return
-        served = asyncio.create_task(self._transport.served())
+        await self._transport.rest()
+        readers = self._programme.readers(self.setup.name, self._machine.round)
+        served = asyncio.create_task(self._transport.served(readers))
         told = asyncio.create_task(self._leaving.wait())
         await asyncio.wait(
             {served, told}, timeout=self.setup.config.agent.linger_s, return_when=asyncio.FIRST_COMPLETED
         )
         for task in (served, told):
             task.cancel()
+
+    def _largest(self) -> int:
+        """Return the most bytes that a snapshot of this run takes, in any encoding, statistics beside it."""
+        setup = self.setup
+        model = self._local.trainer.model
+        statistics = sample_statistics(setup.programme.plan_of_merge, setup.kit.task, model)
+        schema = beside(model.state_dict(), statistics)
+        return max(encoded_bytes(schema, encoding) for encoding in ENCODINGS)
 
     def _check_room(self, size: int, keep: int) -> None:
         """Refuse to begin where the disk cannot hold what a round needs."""
@@ -248,6 +265,13 @@ class Daemon:
         self._view.note(fact)
         for listener in self.listeners:
             listener(fact)
+
+
+def _addresses(folder: Path, root: str) -> frozenset[str]:
+    """Return the addresses of all payloads of a recorded snapshot, which may not be published yet."""
+    recorded = Recorded.load(folder, root) if root else None
+    forms = () if recorded is None else (form.payload.root for form in recorded.forms)
+    return frozenset((root, *forms))
 
 
 async def _watchdog() -> None:

@@ -66,7 +66,7 @@ class Runner:
         self._sources: dict[tuple[str, int, str], Path] = {}
         self._recorded: dict[str, Recorded] = {}
         self._merged: facts.Merged | None = None
-        self._sent = transport.sent_bytes  # up to the end of the last round
+        self._sent = sum(transport.sent_bytes.values())  # up to the end of the last round
         self._received = 0  # since then
 
     # ── the loop ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -304,7 +304,7 @@ class Runner:
             self.noticed(str(error))
 
     def _finish(self, number: int) -> None:
-        sent = self._transport.sent_bytes
+        sent = sum(self._transport.sent_bytes.values())
         merged, received = self._merged, self._received
         self._emit(
             facts.RoundFinished(

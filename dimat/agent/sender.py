@@ -9,7 +9,6 @@ from pathlib import Path
 from torch import Tensor
 
 from dimat.config import ExchangeConfig
-from dimat.merge import open_weights
 from dimat.snapshot import Form, Payload, record, record_bytes
 from dimat.wire.encodings import encode_weights
 
@@ -37,19 +36,17 @@ class Sender:
         encoded = encode_weights(
             weights,
             config.encoding,
-            after=None if before is None else open_weights(before),
+            after=before,
             residual=self._residual or None,
         )
         payload = record(self._store, encoded.weights, durable=self._durable)
-        assert encoded.data is not None  # every encoding but fp32 has a form of its own
-        form = Form(
-            config.encoding,
-            record_bytes(self._store, encoded.data, durable=self._durable),
-            "" if before is None else before.stem,
-        )
+        forms: tuple[Form, ...] = ()
+        if encoded.data is not None:
+            form = record_bytes(self._store, encoded.data, durable=self._durable)
+            forms = (Form(config.encoding, form, "" if before is None else before.stem),)
         self._before = self._store / f"{payload.root}.safetensors"
         self._residual = {} if config.delta else encoded.residual
-        return payload, (form,)
+        return payload, forms
 
     def forget(self) -> None:
         """Begin anew: the weights are not a continuation of what was sent before."""

@@ -118,6 +118,9 @@ class AgentWork:
         report = self.local.record(learned)
         recorded = Recorded(report.payload, report.forms, report.schema, report.samples)
         recorded.save(self.local.store)
+        for record in self.local.store.glob("*.json"):
+            if not record.with_suffix(".safetensors").exists():
+                record.unlink(missing_ok=True)
         return recorded
 
     def checkpoint(self, action: m.Checkpoint) -> None:

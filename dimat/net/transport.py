@@ -61,8 +61,8 @@ class Transport(Protocol):
     """A network, as one agent sees it. All methods belong to the event loop's thread."""
 
     @property
-    def sent_bytes(self) -> int:
-        """Bytes of snapshots that were sent to readers so far."""
+    def sent_bytes(self) -> Mapping[str, int]:
+        """Bytes of snapshots that were sent so far, by reader."""
         ...
 
     async def start(self, hearing: Hearing) -> None:

@@ -11,16 +11,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from dimat.agent.kit import kit_for
 from dimat.agent.local import load_base
 from dimat.agent.programme import Programme, later_topologies, with_final_merge
-from dimat.agent.statistics import take_statistics
+from dimat.agent.statistics import sample_statistics
 from dimat.config import ExperimentConfig, NamedConfig, NetworkConfig
 from dimat.device import resolve_device
 from dimat.errors import ConfigError, DimatError, HookError, PartitionError
-from dimat.merge import MergePlan, plan_merge
+from dimat.merge import plan_merge
 from dimat.merge.auxiliary import beside
 from dimat.seeds import derive_seed, numpy_generator, torch_generator
 from dimat.simulate.checks import Pace, alone, check_crash_points, check_peers, check_times, listed
@@ -109,7 +108,7 @@ def prepare(config: ExperimentConfig) -> Scenario:
         if left_out:
             warnings.append(f"from round {number} on the topology leaves {listed(left_out)} alone")
     base = load_base(config, task)
-    snapshot = beside(model.state_dict(), _statistics(merge_plan, task, model))
+    snapshot = beside(model.state_dict(), sample_statistics(merge_plan, task, model))
     final, rounds = with_final_merge(config, agents)
     faults = plan_faults(config, agents)
     pace = Pace(
@@ -156,31 +155,6 @@ def prepare(config: ExperimentConfig) -> Scenario:
         if each.base is not None or each.schedule.period is not None:
             warnings += alone(each.graph, faults)
     return replace(scenario, warnings=tuple(dict.fromkeys(warnings)))
-
-
-def _statistics(plan: MergePlan, task: Task, model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return statistics as they travel with weights, of two examples: only what they are matters. ConfigError where the
-    method finds none in this model, or the task's loss or model cannot be used for it."""
-    if plan.statistics is None:
-        return {}
-    method = plan.combine.name
-    few = replace(plan, statistics_samples=2)
-    try:
-        found = take_statistics(few, task, model, task.data("train"), 2, torch_generator(0, "statistics"))
-    except DimatError:
-        raise
-    except Exception as error:  # a user's loss may do what cannot be differentiated example by example
-        first = (str(error).strip().splitlines() or [""])[0]
-        raise ConfigError(
-            f"merge.combine = {method!r}: its statistics cannot be taken of task {task.name}: "
-            f"{type(error).__name__}: {first}; choose another method"
-        ) from error
-    if not found:
-        raise ConfigError(
-            f"merge.combine = {method!r} finds nothing to take statistics of in the model of task {task.name}; "
-            "choose another method"
-        )
-    return found
 
 
 def counts_of(agents: Sequence[str], parts: Sequence[torch.Tensor]) -> dict[str, int]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 
 import pytest
 
-from dimat.errors import NetworkError
 from tests.net.agents import join, make, started, weights
 
 pytestmark = pytest.mark.anyio
@@ -28,9 +26,8 @@ async def test_a_snapshot_that_is_offered_is_fetched_whole(tmp_path: Path) -> No
         fetched = await b.transport.fetch("a", 1, published.payload.root)
         assert fetched.path.read_bytes() == a.store.path(published.payload.root).read_bytes()
         assert fetched.bytes == published.payload.bytes
-        assert b.transport.received_bytes == {"a": published.payload.bytes} and a.transport.sent_bytes == {
-            "b": published.payload.bytes
-        }
+        assert b.transport.received_bytes == {"a": published.payload.bytes}
+        assert a.transport.sent_bytes == {"b": published.payload.bytes}
 
 
 async def test_mtls(tmp_path: Path, keys) -> None:
@@ -38,7 +35,7 @@ async def test_mtls(tmp_path: Path, keys) -> None:
     async with started(a, b):
         join(a, b)
         published = a.publish(1, weights(1))
-        heard = await b.ears.offer("a", 1)
+        await b.ears.offer("a", 1)
         fetched = await b.transport.fetch("a", 1, published.payload.root)
         assert fetched.path.read_bytes() == a.store.path(published.payload.root).read_bytes()
         assert fetched.signed[1]
