@@ -94,6 +94,7 @@ class AttachedLearner(ModelState):
         self._turn = threading.Condition()
         self._users = False
         self._over = False
+        self._optimized()  # raises where the optimizer is another model's
 
     # ── turns ────────────────────────────────────────────────────────────────────────────────────────────────
     def train(self, round: int) -> TrainReport:
