@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import json
-import time
+import os
 from collections.abc import Callable
+from time import time as clock
 from typing import Any, NoReturn
 
 import grpc
@@ -146,7 +147,7 @@ class Server:
             encodings=own.encodings,
             certificate=b"" if self._identity is None else self._identity.certificate_der,
             max_streams=self._limits.streams_per_peer,
-            time_s=time.time(),
+            time_s=clock(),
         )
 
     async def manifests(self, request: pb.ManifestsRequest, context: Context) -> pb.ManifestsReply:
@@ -286,7 +287,7 @@ async def _dial(host: str, port: int) -> str:
     except TimeoutError:
         return f"no answer within {DIAL_S:g} s"
     except OSError as error:
-        return error.strerror or str(error)
+        return os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
     writer.close()
     return ""
 

@@ -11,6 +11,7 @@ from random import Random
 from typing import Any
 
 import torch
+from grpc import aio
 from torch import Tensor
 
 from dimat.net.grpc_transport import GrpcTransport
@@ -20,6 +21,7 @@ from dimat.net.manifests import Bound
 from dimat.net.profile import Profile
 from dimat.net.transport import Neighbours
 from dimat.snapshot import Form, Manifest, SnapshotStore, checksum, encode, schema_hash, write_bytes
+from dimat.wire.v1 import peer_pb2 as pb
 
 RUN = "test-run"
 BLOCK = 64 * 2**10
@@ -178,3 +180,18 @@ def arrange(agents: Sequence[Agent], addresses: Mapping[str, str], *, readers: S
                 addresses={name: [address] for name, address in addresses.items()},
             )
         )
+
+
+async def call(channel: aio.Channel, method: str, request: Any, reply: Any, agent: str = "") -> Any:
+    """Call a method of the peer's service as an agent would, and return the reply."""
+    handle = channel.unary_unary(
+        f"/dimat.wire.v1.Peer/{method}",
+        request_serializer=type(request).SerializeToString,
+        response_deserializer=reply.FromString,
+    )
+    return await handle(request, timeout=30, metadata=(("dimat-agent", agent),) if agent else ())
+
+
+def hello(agent: str, **other: Any) -> pb.HelloRequest:
+    """Return the hello of an agent that fits, but for what is given."""
+    return pb.HelloRequest(**({"protocol": 1, "dimat": "test", "run": RUN, "agent": agent, "schema": SCHEMA} | other))
