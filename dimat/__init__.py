@@ -1,6 +1,6 @@
 """dimat: a peer-to-peer agent that trains and merges neural networks.
 
-The six names below are the library's stable interface. They are handed out lazily, so that `import dimat`
+The names below are the library's stable interface. They are handed out lazily, so that `import dimat`
 and the command line answer before torch is loaded.
 """
 
@@ -16,6 +16,7 @@ _HOME = {
     "align_weights": "dimat.merge",
     "merge_weights": "dimat.merge",
     "run_simulation": "dimat.simulate",
+    "Agent": "dimat.agent.embed",
 }
 
 __all__ = [  # noqa: RUF022  (the order in which they are used)
@@ -25,9 +26,11 @@ __all__ = [  # noqa: RUF022  (the order in which they are used)
     "align_weights",
     "merge_weights",
     "run_simulation",
+    "Agent",
 ]
 
 if TYPE_CHECKING:
+    from dimat.agent.embed import Agent
     from dimat.merge import align_weights, merge_weights
     from dimat.simulate import run_simulation
     from dimat.symmetry import derive_symmetry, permute_weights, verify_symmetry

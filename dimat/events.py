@@ -56,6 +56,18 @@ class AgentEvent(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AgentStarted(AgentEvent):
+    """A real agent is up and goes on after `round` (0: it is new). `address`: where it listens; `peers`: whom it
+    listens to; `samples`: that it trains on; `secure`: whether its connections are encrypted and proven."""
+
+    address: str
+    peers: tuple[str, ...]
+    samples: int
+    parameters: int
+    secure: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RoundStarted(AgentEvent):
     """An agent begins a round."""
 

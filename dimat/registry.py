@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -57,6 +58,8 @@ class Registry(Generic[R]):
         self._functions: dict[str, Callable[..., R]] = {}
         self._declared: dict[str, dict[str, Any]] = {}
         self._scanned = not package
+        self._scanning = False
+        self._lock = threading.RLock()
 
     def register(self, name: str, **declared: Any) -> Callable[[F], F]:
         """Return a decorator that makes a function known as `name`; an error where the name is taken. `declared`: what
@@ -117,10 +120,14 @@ class Registry(Generic[R]):
         return function(*args, **extra, **given)
 
     def _scan(self) -> None:
-        if not self._scanned:
-            self._scanned = True  # first: what is imported may ask for names itself
-            for module in iter_modules(import_module(self.package).__path__):
-                import_module(f"{self.package}.{module.name}")
+        if self._scanned:
+            return
+        with self._lock:  # who asks meanwhile, in another thread, waits until all names are there
+            if not self._scanning:
+                self._scanning = True  # first: what is imported may ask for names itself
+                for module in iter_modules(import_module(self.package).__path__):
+                    import_module(f"{self.package}.{module.name}")
+                self._scanned = True
 
 
 def keywords(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from bisect import insort
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -119,7 +119,11 @@ def make_folder(folder: Path) -> None:
 
 def record(folder: Path, weights: Mapping[str, Tensor], *, durable: bool = True) -> Payload:
     """Write weights into a store folder under their address and return it; content already there is not rewritten."""
-    data = encode(weights)
+    return record_bytes(folder, encode(weights), durable=durable)
+
+
+def record_bytes(folder: Path, data: bytes, *, durable: bool = True) -> Payload:
+    """Write a payload into a store folder under its address and return it; content already there is not rewritten."""
     payload = checksum(data)
     path = folder / f"{payload.root}.safetensors"
     if not path.exists():
@@ -173,9 +177,11 @@ class SnapshotStore:
         """Offer a recorded snapshot; the agent's oldest one beyond `keep` is let go."""
         held = self._published.setdefault(manifest.agent, [])
         insort(held, manifest, key=lambda known: known.round)
-        self._holds[manifest.payload.root] += 1
+        for root in roots_of(manifest):
+            self.hold(root)
         while len(held) > self._keep:
-            self.release(held.pop(0).payload.root)
+            for root in roots_of(held.pop(0)):
+                self.release(root)
 
     def offered(self, agent: str) -> Sequence[Manifest]:
         """Return the manifests of an agent that are still held, oldest first."""
@@ -193,6 +199,12 @@ class SnapshotStore:
             self._verified.add(payload.root)
         return path
 
+    def sweep(self, keep: Collection[str]) -> None:
+        """Remove payload files that nobody holds and that are not named in `keep`: what a crash left behind."""
+        for path in self.folder.glob("*.safetensors"):
+            if path.stem not in self._holds and path.stem not in keep:
+                path.unlink(missing_ok=True)
+
     def hold(self, root: str) -> None:
         """Keep a payload until `release`, whatever its publisher does."""
         self._holds[root] += 1
@@ -204,6 +216,11 @@ class SnapshotStore:
             del self._holds[root]
             self._verified.discard(root)
             self.path(root).unlink(missing_ok=True)
+
+
+def roots_of(manifest: Manifest) -> tuple[str, ...]:
+    """Return the addresses of all payloads of a snapshot: its own, and those of its forms."""
+    return manifest.payload.root, *(form.payload.root for form in manifest.forms)
 
 
 def verify_file(path: Path, payload: Payload) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,10 @@ from dimat.config import TrainConfig
 from dimat.device import own_streams, resolve_device, seeded_streams
 from dimat.errors import DataError, TrainingError
 from dimat.merge.functional import call_with
+from dimat.model_state import ModelState, check_fit, copied
 from dimat.optim import build_optimizer, lr_factor
 from dimat.seeds import derive_seed, torch_generator
-from dimat.symmetry import Permutations, SymmetrySpec, permute_optimizer, permute_weights
+from dimat.symmetry import Permutations, SymmetrySpec
 from dimat.symmetry.trace import eval_mode
 from dimat.task import Batch, Data, Task
 from dimat.tasks.data import InputBatches, batch_bounds, input_batches
@@ -61,7 +62,25 @@ class TrainerState:
     values: dict[str, Value]
 
 
-class Trainer:
+class Learner(Protocol):
+    """What trains one agent's model: a `Trainer`, or the user's own loop. Its members are those of `Trainer`."""
+
+    model: nn.Module
+
+    @property
+    def batches(self) -> int: ...
+    def train(self, round: int) -> TrainReport: ...
+    def evaluate(self, data: Data, weights: Mapping[str, Tensor] | None = None) -> dict[str, float]: ...
+    def input_batches(self, data: Data, batch_size: int, generator: torch.Generator | None = None) -> InputBatches: ...
+    def weights(self) -> dict[str, Tensor]: ...
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None: ...
+    def start_from(self, weights: Mapping[str, Tensor]) -> None: ...
+    def permute(self, spec: SymmetrySpec, permutations: Permutations) -> None: ...
+    def state(self) -> TrainerState: ...
+    def load_state(self, state: TrainerState) -> None: ...
+
+
+class Trainer(ModelState):
     """Trains one agent's model on its own data.
 
     `seed` and `path` name the agent's random streams (see `dimat.seeds`): equal ones give bit-equal training,
@@ -89,7 +108,7 @@ class Trainer:
         self.device = resolve_device(config.device)
         origin = path if config.initialisation == "own" else ()
         self.model = task.build_model(torch_generator(seed, *origin, "init")).to(self.device)
-        self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.optimizer = self._new_optimizer()
         self.samples_seen = 0
         """Training examples seen since the start, with repeats."""
         self._order_rng = torch_generator(seed, *path, "batches")
@@ -120,7 +139,7 @@ class Trainer:
         Raises TrainingError naming round and step where the loss stops being finite; the weights are then unusable.
         """
         if self.config.optimizer_state == "fresh":
-            self.optimizer = build_optimizer(self.model, self.config.optimizer)
+            self.optimizer = self._new_optimizer()
         cpu, wall = time.process_time(), time.perf_counter()
         steps = self.steps_in(round)
         with own_streams(self._global_rng, self.device):
@@ -240,7 +259,7 @@ class Trainer:
         held: dict[str, Tensor] | None = None
         if weights is not None:
             own = self.model.state_dict(keep_vars=True)
-            _check_fit(own, weights, "weights to evaluate")
+            check_fit(own, weights, "weights to evaluate")
             held = {name: weights[name].to(self.device, own[name].dtype) for name in own}
         bounds = batch_bounds(len(data), self.config.eval_batch_size)
         sums: dict[str, list[Tensor]] = {}
@@ -267,25 +286,7 @@ class Trainer:
         fixed order drawn from `generator` (that of the data without one), the first `samples` of it."""
         return input_batches(data, batch_size, generator, samples=samples, device=self.device)
 
-    # --- weights and state ---
-
-    def weights(self) -> dict[str, Tensor]:
-        """Return copies of all parameters and buffers, on the CPU."""
-        return {name: _copied(tensor) for name, tensor in self.model.state_dict().items()}
-
-    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Take over parameters and buffers in place; the optimizer's state stays. DataError where they do not fit."""
-        own = self.model.state_dict(keep_vars=True)
-        _check_fit(own, weights, "weights")
-        with torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(weights[name])
-
-    def start_from(self, weights: Mapping[str, Tensor]) -> None:
-        """Take over another agent's weights whole, with an optimizer that knows nothing of before. DataError where
-        they do not fit."""
-        self.load_weights(weights)
-        self.optimizer = build_optimizer(self.model, self.config.optimizer)
+    # --- state ---
 
     def state(self) -> TrainerState:
         """Return everything that is needed to go on bit for bit, as copies on the CPU."""
@@ -295,8 +296,8 @@ class Trainer:
             "position": self._position,
             "samples_seen": self.samples_seen,
         }
-        for name, entries in self._optimizer_entries().items():
-            tensors |= {f"optimizer/{name}/{key}": _copied(torch.as_tensor(value)) for key, value in entries.items()}
+        for name, entries in self.optimizer_entries().items():
+            tensors |= {f"optimizer/{name}/{key}": copied(torch.as_tensor(value)) for key, value in entries.items()}
         tensors |= {f"rng/{name}": state.clone() for name, state in self._global_rng.items()}
         tensors |= {"rng/batches": self._order_rng.get_state(), "rng/augment": self._augment_rng.get_state()}
         tensors |= {"rng/epoch": self._epoch_rng.clone()}
@@ -316,7 +317,7 @@ class Trainer:
                     f"{self.config.optimizer.name!r}"
                 )
             self.load_weights({n.removeprefix("model/"): t for n, t in tensors.items() if n.startswith("model/")})
-            self._load_optimizer({n: t for n, t in tensors.items() if n.startswith("optimizer/")})
+            self.load_optimizer({n: t for n, t in tensors.items() if n.startswith("optimizer/")})
             for name in self._global_rng:
                 self._global_rng[name] = tensors[f"rng/{name}"].clone()
             self._augment_rng.set_state(tensors["rng/augment"])
@@ -332,43 +333,8 @@ class Trainer:
         except KeyError as error:
             raise DataError(f"the trainer's state lacks {error.args[0]!r}") from error
 
-    def permute(self, spec: SymmetrySpec, permutations: Permutations) -> None:
-        """Move model and optimizer state into another basis: unit j becomes what unit p[j] was.
-
-        Raises SymmetryError where a permutation does not fit; nothing is changed then.
-        """
-        own = self.model.state_dict()
-        moved = permute_weights(own, spec, permutations)
-        trained = [name for name, p in self.model.named_parameters() if p.requires_grad]
-        moments = permute_optimizer(self.optimizer.state_dict(), spec, permutations, trained)
-        with torch.no_grad():
-            for name, tensor in own.items():
-                if moved[name] is not tensor:
-                    tensor.copy_(moved[name])
-        self.optimizer.load_state_dict(moments)
-
-    def _optimizer_entries(self) -> dict[str, dict[str, Any]]:
-        """Return the optimizer's state by parameter name; what is None is left out."""
-        entries: dict[str, dict[str, Any]] = {}
-        for name, parameter in self.model.named_parameters():
-            held = cast("dict[str, Any]", self.optimizer.state.get(parameter, {}))
-            if held:
-                entries[name] = {key: value for key, value in held.items() if value is not None}
-        return entries
-
-    def _load_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
-        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        names = list(trained)
-        held: dict[int, dict[str, Tensor]] = {}
-        for full, tensor in tensors.items():
-            name, _, key = full.removeprefix("optimizer/").rpartition("/")
-            if name not in names:
-                raise DataError(f"the state has optimizer entries of {name!r}, which is no trained parameter here")
-            if tensor.ndim and tensor.shape != trained[name].shape:
-                raise DataError(f"{full} has shape {tuple(tensor.shape)}, {name} {tuple(trained[name].shape)}")
-            held.setdefault(names.index(name), {})[key] = tensor.clone()
-        self.optimizer = build_optimizer(self.model, self.config.optimizer)
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": held})
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        return build_optimizer(self.model, self.config.optimizer)
 
 
 def round_steps(config: TrainConfig, batches: int, round: int) -> int:
@@ -380,18 +346,3 @@ def round_steps(config: TrainConfig, batches: int, round: int) -> int:
     else:
         epochs = config.epochs_per_round or DEFAULT_EPOCHS
     return max(1, math.floor(epochs * batches + 0.5))
-
-
-def _copied(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-
-
-def _check_fit(own: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str) -> None:
-    missing, extra = own.keys() - given.keys(), given.keys() - own.keys()
-    if missing or extra:
-        kind, names = ("lack", missing) if missing else ("hold the unknown", extra)
-        raise DataError(f"{what} {kind} {', '.join(sorted(names)[:3])}")
-    for name, tensor in own.items():
-        if tensor.shape != given[name].shape:
-            shapes = f"{tuple(given[name].shape)}, the model {tuple(tensor.shape)}"
-            raise DataError(f"{what}: {name} has shape {shapes}")

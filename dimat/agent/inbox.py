@@ -80,7 +80,7 @@ class Inbox:
             done = [*done, *self.ready.values(), *self.fetching.values()]
             self.ready, self.fetching = {}, {}
         self._retired = []
-        return [Release(offer.peer, offer.root) for offer in done]
+        return [Release(offer.peer, offer.round, offer.root) for offer in done]
 
     def announce(self, plan: Plan) -> None:
         """Know of a plan that holds from the next round on: what its peers offer from now on is not lost."""
@@ -98,7 +98,7 @@ class Inbox:
         for offer in gone:
             self.ready.pop(offer.peer, None)
             self.fetching.pop(offer.peer, None)
-        return [Release(offer.peer, offer.root) for offer in gone]
+        return [Release(offer.peer, offer.round, offer.root) for offer in gone]
 
     def settle(self, base: str) -> None:
         """Take the network's base over; what was offered with another one is dropped."""
@@ -217,7 +217,7 @@ class Inbox:
         if not self.open:
             self._retired += [before] if before is not None else []
             return []
-        released: list[Action] = [Release(before.peer, before.root)] if before is not None else []
+        released: list[Action] = [Release(before.peer, before.round, before.root)] if before is not None else []
         return released + self._fetch_from(peer)
 
     def failed(self, peer: str, number: int, root: str, reason: str) -> list[Action] | None:

@@ -82,7 +82,7 @@ class Newcomer:
         offer = self._adopting
         if offer is None or self._here or event.peer != offer.peer or event.last >= offer.round:
             return self.go_on()
-        return [m.Release(offer.peer, offer.root), *self._unusable(offer, event.reason)]
+        return [m.Release(offer.peer, offer.round, offer.root), *self._unusable(offer, event.reason)]
 
     def remapped(self, plan: Plan) -> list[m.Action]:
         """The map has changed: only the peers on the new one count."""
@@ -90,7 +90,7 @@ class Newcomer:
         offer = self._adopting
         if offer is None or self._here or offer.peer in plan.peers:
             return self.go_on()
-        return [m.Release(offer.peer, offer.root), *self._unusable(offer, "it is on the map no more")]
+        return [m.Release(offer.peer, offer.round, offer.root), *self._unusable(offer, "it is on the map no more")]
 
     def time_is_up(self) -> list[m.Action]:
         """The wait is over, for peers or for the weights that were asked for."""
@@ -98,14 +98,18 @@ class Newcomer:
         if offer is None:
             self._waited = True
             return self.go_on()
-        return [] if self._here else [m.Release(offer.peer, offer.root), *self._unusable(offer, "it does not come")]
+        return (
+            []
+            if self._here
+            else [m.Release(offer.peer, offer.round, offer.root), *self._unusable(offer, "it does not come")]
+        )
 
     def took_over(self, event: m.WeightsAdopted) -> list[m.Action]:
         """The weights were taken over, or could not be."""
         offer = self._adopting
         if offer is None or event.root != offer.root:
             return []
-        release = m.Release(offer.peer, offer.root)
+        release = m.Release(offer.peer, offer.round, offer.root)
         if event.fault:
             return [release, *self._unusable(offer, event.fault)]
         self.done = Choice(offer.round, offer)

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from dimat.agent.checkpoint import Checkpoint
+from dimat.agent.messages import MergeDone
+from dimat.agent.sender import Sender
 from dimat.agent.state import MachineState
 from dimat.agent.statistics import take_statistics
 from dimat.config import ExperimentConfig
@@ -26,19 +28,29 @@ from dimat.merge.registry import combine_registry
 from dimat.merge.screen import norm_of, screen
 from dimat.merge.stages import Weights
 from dimat.seeds import torch_generator
-from dimat.snapshot import Payload, record, schema_hash, write_weights
+from dimat.snapshot import Form, Payload, schema_hash, write_weights
 from dimat.symmetry import Observer, SymmetrySpec
 from dimat.task import Data, Task
 from dimat.tasks import Subset
-from dimat.train import Trainer
+from dimat.train import Learner, Trainer
 
 HOLD_OUT = 0.1  # share of an agent's samples that `accept = no-worse` on "local" keeps from training
 
 
 @dataclass(frozen=True, slots=True)
+class Learned:
+    """Outcome of `learn`; CPU times in seconds."""
+
+    loss: float
+    samples: int
+    train_s: float
+    statistics_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class TrainedReport:
-    """Outcome of `train`. `payload`: address of the recorded weights, and statistics beside them; `schema`: hash of
-    names, shapes and types of the weights; CPU times in seconds."""
+    """Outcome of `train`. `payload`: address of the recorded weights, and statistics beside them; `forms`: cheaper ways
+    to the same content; `schema`: hash of names, shapes and types of the weights; CPU times in seconds."""
 
     loss: float
     samples: int
@@ -47,6 +59,7 @@ class TrainedReport:
     train_s: float
     record_s: float
     statistics_s: float = 0.0
+    forms: tuple[Form, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +74,18 @@ class MergeReport:
     merge_s: float
     evaluate_s: float
     checkpoint_s: float = 0.0
+
+    def done(self, number: int) -> MergeDone:
+        """Return what the round machine is told of the merge of round `number`."""
+        return MergeDone(
+            number,
+            self.refused,
+            accepted=self.accepted,
+            before=self.before,
+            after=self.after,
+            merge_s=self.merge_s,
+            notes=self.notes,
+        )
 
 
 @dataclass(slots=True)
@@ -82,7 +107,9 @@ class LocalAgent:
     observers: dict[str, Observer] = field(default_factory=dict[str, Observer])
     method: dict[str, Any] = field(default_factory=dict[str, Any])
     """What the merge method carries from merge to merge: tensors and plain values by name."""
-    trainer: Trainer = field(init=False)
+    learner: Learner | None = None
+    """Trains the model, where it is not to be a `Trainer` made of task and configuration."""
+    trainer: Learner = field(init=False)
     base: dict[str, Tensor] | None = field(init=False)
     """Weights that task vectors are taken from, where the configuration names any."""
     _plan: MergePlan = field(init=False)
@@ -91,9 +118,11 @@ class LocalAgent:
     weights."""
     _hold_out: Data | None = field(init=False, default=None)
     _own: Data = field(init=False)
+    _sender: Sender = field(init=False)
 
     def __post_init__(self) -> None:
         config = self.config
+        self._sender = Sender(self.store, config.exchange, durable=self.durable)
         self._plan = plan_merge(config.merge)
         self.base = load_base(config, self.task)
         train = self.task.data("train")
@@ -104,7 +133,7 @@ class LocalAgent:
             self._hold_out = Subset(train, indices[order[:cut]])
             indices = indices[order[cut:]]
         self._own = Subset(train, indices)
-        self.trainer = Trainer(
+        self.trainer = self.learner or Trainer(
             self.task,
             self._own,
             config.train,
@@ -116,10 +145,13 @@ class LocalAgent:
     def train(self, number: int, learn: bool) -> TrainedReport:
         """Train for round `number` (not if `learn` is false) and record the weights as a snapshot, with the statistics
         that the merge asks peers for."""
+        return self.record(self.learn(number, learn))
+
+    def learn(self, number: int, learn: bool = True) -> Learned:
+        """Train for round `number` (not if `learn` is false), and take the statistics that the merge asks peers for."""
         start = time.thread_time()
         report = self.trainer.train(number) if learn else None
         trained = time.thread_time()
-        weights = self.trainer.weights()
         self._statistics = take_statistics(
             self._plan,
             self.task,
@@ -128,16 +160,28 @@ class LocalAgent:
             self.config.train.eval_batch_size,
             torch_generator(self.config.seed, "statistics", self.name, number),
         )
-        taken = time.thread_time()
-        payload = record(self.store, beside(weights, self._statistics), durable=self.durable)
-        return TrainedReport(
+        return Learned(
             loss=report.loss if report else float("nan"),
             samples=report.samples if report else 0,
+            train_s=trained - start,
+            statistics_s=time.thread_time() - trained if self._statistics else 0.0,
+        )
+
+    def record(self, learned: Learned) -> TrainedReport:
+        """Record the current weights as a snapshot, passed through the encoding that peers get them in. DataError where
+        it cannot be written; it may be tried again then."""
+        start = time.thread_time()
+        weights = self.trainer.weights()
+        payload, forms = self._sender.record(beside(weights, self._statistics))
+        return TrainedReport(
+            loss=learned.loss,
+            samples=learned.samples,
             payload=payload,
             schema=schema_hash(weights),
-            train_s=trained - start,
-            record_s=time.thread_time() - taken,
-            statistics_s=taken - trained if self._statistics else 0.0,
+            train_s=learned.train_s,
+            record_s=time.thread_time() - start,
+            statistics_s=learned.statistics_s,
+            forms=forms,
         )
 
     def take_over(self, peer: str, snapshot: Path) -> str:
@@ -150,6 +194,7 @@ class LocalAgent:
         except DimatError as error:
             return str(error)
         self.trainer.start_from({name: weights[name] for name in own})
+        self._sender.forget()
         return ""
 
     def checkpoint(self, machine: MachineState) -> Checkpoint:
@@ -180,6 +225,7 @@ class LocalAgent:
         except PeerError:
             return None  # the merge's own screen refuses this peer, and says why
         self.trainer.permute(self.spec, permutations)
+        self._sender.forget()  # in another order of units the change since the last snapshot is no small one
         self._statistics = dict(permuted(self._statistics, self.spec, permutations))
         return share_moved(permutations)
 

@@ -183,9 +183,11 @@ class Fetch:
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """A snapshot that was fetched is needed no more."""
+    """A snapshot that was asked for with `Fetch` is needed no more, here or on its way. Another round's of the same
+    peer with equal content is not meant."""
 
     peer: str
+    round: int
     root: str
 
 

@@ -4,6 +4,7 @@ One experiment is one TOML file (see `dimat init`). Precedence: flag > environme
 This is the only place where defaults live.
 """
 
+from dimat.config.agent import AgentConfig, DhtConfig, ExchangeConfig
 from dimat.config.experiment import (
     BaseConfig,
     ExperimentConfig,
@@ -41,8 +42,11 @@ from dimat.config.tree import (
 from dimat.config.variants import VariantConfig, changed
 
 __all__ = [
+    "AgentConfig",
     "BaseConfig",
     "ComputeConfig",
+    "DhtConfig",
+    "ExchangeConfig",
     "ExperimentConfig",
     "FaultConfig",
     "LinkConfig",

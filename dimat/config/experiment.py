@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from dimat.config.agent import AgentConfig, DhtConfig, ExchangeConfig
 from dimat.config.presets import apply_preset
 from dimat.config.simulate import SimulateConfig
 from dimat.config.tree import Named, NamedConfig, Options, Tree, as_stage
@@ -219,7 +220,7 @@ class ScheduleConfig(Tree):
     target: Annotated[float, Field(allow_inf_nan=False)] | None = None
     """An agent stops once its test metric after a merge is at least this."""
     max_time_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """Virtual time in seconds at which an agent finishes its round and stops."""
+    """Time in seconds (virtual in the simulator) at which an agent finishes its round and stops."""
     final_merge: bool = False
     """End with one cycle of the Base-(k+1) graph: an exact average of all agents without a server (mode "sync")."""
     final_merge_peers: Annotated[int, Field(ge=1)] = 1
@@ -259,6 +260,12 @@ class ExperimentConfig(Tree):
     """Rounds and deadlines."""
     simulate: SimulateConfig = SimulateConfig()
     """The simulator."""
+    agent: AgentConfig = AgentConfig()
+    """A real agent."""
+    exchange: ExchangeConfig = ExchangeConfig()
+    """How weights travel between real agents."""
+    dht: DhtConfig = DhtConfig()
+    """How real agents find each other."""
     variants: tuple[VariantConfig, ...] = ()
     """Other forms of this experiment, for `--compare`."""
     folder: Annotated[str, Field(exclude=True)] = "."

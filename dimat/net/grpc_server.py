@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import json
+import math
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from time import time as clock
 from typing import Any, NoReturn, TypeVar, cast
 
@@ -48,6 +49,7 @@ T = TypeVar("T")
 Code = grpc.StatusCode
 DIAL_S = 3.0
 MOST_DIALLED = 4
+GONE_S = 2.0  # without a call for news: a reader that is there asks again at once
 
 
 class Server:
@@ -83,6 +85,8 @@ class Server:
         self._hellos: dict[str, str] = {}  # by caller why it does not fit, "" where it does
         self._polls = Slots("calls for news", 10**6, limits.polls_per_peer)
         self._dials = Slots("dials", 8, 1)
+        self._had: dict[str, set[str]] = {}  # by reader the payloads that were sent to it up to their end
+        self._polled: dict[str, float] = {}  # by reader when its last call for news ended, by the loop's clock
         self._closing = False
         self._server: aio.Server | None = None
         self._health: Any = health_aio.HealthServicer()
@@ -140,6 +144,11 @@ class Server:
             await self._health.enter_graceful_shutdown()
             await self._server.stop(grace_s)
 
+    def waiting(self, reader: str, roots: Collection[str]) -> bool:
+        """Return whether a reader still asks for news and has had none of some payloads (ways to one snapshot)."""
+        here = asyncio.get_running_loop().time() - self._polled.get(reader, -math.inf) < GONE_S
+        return here and self._had.get(reader, set()).isdisjoint(roots)
+
     # ── calls ────────────────────────────────────────────────────────────────────────────────────────────────
     async def hello(self, request: pb.HelloRequest, context: Context) -> pb.HelloReply:
         caller = await self._member(context)
@@ -166,6 +175,7 @@ class Server:
         reader = await self._reader(context)
         try:
             with self._polls.take(reader):
+                self._polled[reader] = math.inf
                 wait_s = min(request.wait_ms / 1000, LONGEST_POLL_S)
                 try:
                     async with asyncio.timeout(wait_s):
@@ -175,6 +185,8 @@ class Server:
                     pass  # nothing new: the same is said again
         except FullError as full:
             await _abort(context, Code.RESOURCE_EXHAUSTED, str(full))
+        finally:
+            self._polled[reader] = asyncio.get_running_loop().time()
         await self._reader(context)  # it may be off the map by now
         return self._offering.reply()
 
@@ -227,6 +239,8 @@ class Server:
                     )
                 finally:
                     self._store.release(root)
+                if request.first_block + request.blocks == len(payload.blocks):
+                    self._had.setdefault(reader, set()).add(root)
         except FullError as full:
             await _abort(context, Code.RESOURCE_EXHAUSTED, str(full))
         except SlowReaderError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from random import Random
 
@@ -20,7 +20,9 @@ from dimat.net.received import ReceivedStore
 from dimat.net.serving import Serving
 from dimat.net.transport import Fetched, Hearing, Neighbours, Status
 from dimat.net.work import Threads
-from dimat.snapshot import Manifest, SnapshotStore
+from dimat.snapshot import Manifest, SnapshotStore, roots_of
+
+SERVED_S = 0.1
 
 
 class GrpcTransport:
@@ -178,15 +180,29 @@ class GrpcTransport:
         if self._received is not None:
             self._received.release(peer, round, root)
 
+    async def rest(self) -> None:
+        """Follow the peers no more; what is offered can still be had."""
+        links = list(self._links.values())
+        self._links.clear()
+        await asyncio.gather(*(link.stop() for link in links))
+
+    async def served(self, readers: Collection[str]) -> None:
+        """Wait until none of these readers is there that has not had the newest snapshot."""
+        offered = self._store.offered(self._agent)
+        roots = roots_of(offered[-1]) if offered else ()
+        server = self._server
+        # by the clock: no event says that a reader asks no more
+        while server is not None and roots and any(server.waiting(reader, roots) for reader in readers):  # noqa: ASYNC110
+            await asyncio.sleep(SERVED_S)
+
     def leave(self, reason: str) -> None:
         """Tell the readers that this agent leaves."""
         self._offering.leave(reason)
 
     async def close(self, grace_s: float) -> None:
         """Stop: no new transfers, those that are on their way may end within `grace_s`."""
-        links = list(self._links.values())
-        self._links.clear()
-        await asyncio.gather(*(link.stop() for link in links), *self._ending)
+        await self.rest()
+        await asyncio.gather(*self._ending)
         if self._server is not None:
             await self._server.close(grace_s)
         await self._offering.settle()

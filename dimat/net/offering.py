@@ -18,7 +18,6 @@ class Offering:
     """The snapshots of `agent` in its own store, as peers are told of them.
 
     Signed manifests lie beside the snapshots (`<round>-<root>.manifest`), so that after a restart the same is offered.
-    Payloads of forms are held with the snapshot that they lead to.
     """
 
     def __init__(self, store: SnapshotStore, run: str, agent: str, sign: Sign, threads: Threads) -> None:
@@ -105,15 +104,11 @@ class Offering:
         manifest = signed.manifest
         if self._store.find(self._agent, manifest.round) is None:
             self._store.publish(manifest)
-        for form in manifest.forms:
-            self._store.hold(form.payload.root)
         self._signed[self._key(manifest)] = signed
         # the store keeps the newest few
         kept = {self._key(known) for known in self._store.offered(self._agent)}
         for key in [key for key in self._signed if key not in kept]:
             gone = self._signed.pop(key).manifest
-            for form in gone.forms:
-                self._store.release(form.payload.root)
             self._path(gone).unlink(missing_ok=True)
         self._change()
 

@@ -60,6 +60,11 @@ class Neighbours:
 class Transport(Protocol):
     """A network, as one agent sees it. All methods belong to the event loop's thread."""
 
+    @property
+    def sent_bytes(self) -> Mapping[str, int]:
+        """Bytes of snapshots that were sent so far, by reader."""
+        ...
+
     async def start(self, hearing: Hearing) -> None:
         """Listen, and begin to follow the peers. NetworkError where the port cannot be had."""
         ...

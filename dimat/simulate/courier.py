@@ -58,15 +58,16 @@ class Courier:
         self._post = post
         self._handle = handle
         self._emit = emit
-        self._parcels: defaultdict[str, dict[tuple[str, str], Parcel]] = defaultdict(dict)
+        self._parcels: defaultdict[str, dict[tuple[str, int, str], Parcel]] = defaultdict(dict)
         # by publisher what is on its way from it, in the order in which it was asked for
-        self._flying: defaultdict[str, dict[tuple[str, str], Parcel]] = defaultdict(dict)
+        self._flying: defaultdict[str, dict[tuple[str, int, str], Parcel]] = defaultdict(dict)
         self._replanned: set[str] = set()
 
     def fetch(self, reader: str, number: int, action: m.Fetch) -> None:
         """Bring a snapshot for the reader's round `number`."""
-        self.drop(reader, action.peer, action.root)
-        parcel = self._parcels[reader][action.peer, action.root] = Parcel(reader, number, action)
+        key = action.peer, action.round, action.root
+        self.drop(reader, *key)
+        parcel = self._parcels[reader][key] = Parcel(reader, number, action)
         self._send(parcel)
 
     def retry(self) -> None:
@@ -77,12 +78,13 @@ class Courier:
                     self._send(parcel)
 
     def source(self, reader: str, peer: str, root: str) -> Any:
-        """Return a snapshot that is there."""
-        return self._parcels[reader][peer, root].source
+        """Return a snapshot that is there, of whatever round it has this content."""
+        held = self._parcels[reader].items()
+        return next(p.source for (of, _, what), p in held if (of, what) == (peer, root) and p.source is not None)
 
-    def drop(self, reader: str, peer: str, root: str) -> None:
-        """Let go of a snapshot, there or on its way."""
-        parcel = self._parcels[reader].pop((peer, root), None)
+    def drop(self, reader: str, peer: str, number: int, root: str) -> None:
+        """Let go of a snapshot of round `number`, there or on its way."""
+        parcel = self._parcels[reader].pop((peer, number, root), None)
         if parcel is None:
             return
         self._break_off(parcel)
@@ -120,13 +122,13 @@ class Courier:
                 return
         missing = self._network.missing(reader, parcel.manifest)
         parcel.transfer = self._links.transfer(now, action.peer, reader, missing)
-        self._flying[action.peer][reader, action.root] = parcel
+        self._flying[action.peer][reader, action.round, action.root] = parcel
         parcel.due = self._clock.put(parcel.transfer.ends_s, self._end, parcel)
 
     def _fail(self, parcel: Parcel, reason: str) -> None:
         """The publisher says that it cannot be had."""
         reader, action = parcel.reader, parcel.action
-        self.drop(reader, action.peer, action.root)
+        self.drop(reader, action.peer, action.round, action.root)
         told = self._clock.now + 2 * self._links.latency(reader, action.peer)
         self._post(reader, told, m.FetchFailed(action.peer, action.round, action.root, reason))
 
@@ -143,7 +145,7 @@ class Courier:
             except DataError as error:
                 fault = str(error)
         if fault:
-            self.drop(reader, peer, root)
+            self.drop(reader, peer, number, root)
             self._handle(reader, m.FetchFailed(peer, number, root, fault))
             return
         self._emit(facts.SnapshotFetched(agent=reader, round=number, peer=peer, snapshot=root, bytes=parcel.sent))
@@ -154,7 +156,7 @@ class Courier:
         transfer, manifest, now = parcel.transfer, parcel.manifest, self._clock.now
         assert transfer is not None
         assert manifest is not None
-        del self._flying[parcel.action.peer][parcel.reader, parcel.action.root]
+        del self._flying[parcel.action.peer][parcel.reader, parcel.action.round, parcel.action.root]
         parcel.transfer = None
         sent, there = transfer.sent(now), transfer.there(now)
         parcel.sent += sent

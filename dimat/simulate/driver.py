@@ -253,8 +253,8 @@ class Driver:
                 self._set_timer(name, number, seconds)
             case m.Fetch():
                 self._courier.fetch(name, machine.round, action)
-            case m.Release(peer=peer, root=root):
-                self._courier.drop(name, peer, root)
+            case m.Release(peer=peer, round=number, root=root):
+                self._courier.drop(name, peer, number, root)
             case m.Train():
                 self._train(name, action)
             case m.Checkpoint(round=number, stage=stage):

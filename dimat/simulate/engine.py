@@ -47,7 +47,7 @@ class Simulation:
         self._folder = folder
         self._pool = pool
         self.listeners = list(listeners)
-        store = SnapshotStore(folder.snapshots, keep=scenario.snapshots_kept)
+        store = SnapshotStore(folder.snapshots, keep=scenario.snapshots_kept(self._config.simulate.keep_snapshots))
         self._work = PoolWork(scenario, folder, pool, store, warm)
         self._network = MemoryNetwork(store)
         self._driver = Driver(

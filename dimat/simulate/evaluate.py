@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dimat.agent.kit import kit_for
 from dimat.config import ExperimentConfig
 from dimat.errors import DataError
 from dimat.merge import open_weights
-from dimat.simulate.worker import kit_for
 from dimat.train import Trainer
 
 

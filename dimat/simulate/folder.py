@@ -113,7 +113,8 @@ def read_experiment(path: Path) -> ExperimentConfig:
 
 def describe(config: ExperimentConfig) -> dict[str, object]:
     """Return what makes two experiments one and the same: all settings but those that no result depends on."""
-    return json.loads(config.model_dump_json(exclude={"variants": True, "simulate": {"workers", "trace"}}))
+    unused = {"variants": True, "simulate": {"workers", "trace"}, "agent": True, "dht": True}
+    return json.loads(config.model_dump_json(exclude=unused))
 
 
 def _origin(path: Path, folder: Path) -> dict[str, str]:

@@ -11,139 +11,41 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
+from dimat.agent.kit import kit_for
 from dimat.agent.local import load_base
-from dimat.agent.offers import ROUNDS_KEPT
-from dimat.agent.plan import Plan, PushShares, RoundPlan, Rules
-from dimat.agent.statistics import take_statistics
+from dimat.agent.programme import Programme, later_topologies, with_final_merge
+from dimat.agent.statistics import sample_statistics
 from dimat.config import ExperimentConfig, NamedConfig, NetworkConfig
 from dimat.device import resolve_device
 from dimat.errors import ConfigError, DimatError, HookError, PartitionError
-from dimat.merge import MergePlan, plan_merge
+from dimat.merge import plan_merge
 from dimat.merge.auxiliary import beside
 from dimat.seeds import derive_seed, numpy_generator, torch_generator
-from dimat.simulate import worker
 from dimat.simulate.checks import Pace, alone, check_crash_points, check_peers, check_times, listed
 from dimat.simulate.compute import Compute
 from dimat.simulate.faults import FaultPlan, plan_faults
 from dimat.snapshot import checksum, encode
 from dimat.task import Task
 from dimat.tasks import histogram, partition
-from dimat.topology import BaseK, CycleSchedule, Mixer, Schedule, Topology, build_topology
-from dimat.topology.lead import longest_lead
+from dimat.topology import build_topology
 from dimat.topology.mixing import PUSH_SUM
 
 MB = 1e6
 PROCESS_MB = 260.0  # resident memory of a process with torch and this package loaded
 
 
-@dataclass(frozen=True, slots=True)
-class Scenario:
-    """An experiment ready to run. `parts[i]`: training indices of agent i; `rounds`: with the final merge's rounds."""
+@dataclass(frozen=True, kw_only=True)
+class Scenario(Programme):
+    """An experiment ready to run. `parts[i]`: training indices of agent i."""
 
-    config: ExperimentConfig
     task: Task
-    plan_of_merge: MergePlan
-    agents: tuple[str, ...]
-    schedules: tuple[tuple[int, Topology], ...]
-    """Topologies with the rounds from which on they hold, in order."""
-    final: Schedule | None
     parts: tuple[torch.Tensor, ...]
     histogram: dict[str, tuple[int, ...]]
     parameters: int
     snapshot_bytes: int
-    rounds: int
     faults: FaultPlan
-    base: str = ""
-    """Address of the weights that task vectors are taken from."""
     warnings: tuple[str, ...] = ()
-
-    @property
-    def exchanges(self) -> bool:
-        """Whether agents exchange weights at all."""
-        return self.config.merge.method not in ("isolated", "centralised") and len(self.agents) > 1
-
-    def schedule_at(self, number: int) -> tuple[Schedule, int]:
-        """Return the schedule that holds in a round, and the round as that schedule counts it."""
-        if self.final is not None and not self.learns(number):
-            return self.final, number - self.config.schedule.rounds
-        start, topology = next((s, t) for s, t in reversed(self.schedules) if s <= number)
-        return topology.schedule, number - start + 1
-
-    def learns(self, number: int) -> bool:
-        """Whether agents train in a round; in those of the final merge they do not."""
-        return self.config.schedule.rounds == 0 or number <= self.config.schedule.rounds
-
-    def round_plan(self, agent: str, number: int) -> RoundPlan:
-        """Return mixing weights of an agent for a round, and whether it trains before."""
-        learn = self.learns(number)
-        if not self.exchanges:
-            return RoundPlan({agent: 1.0}, learn)
-        schedule, number = self.schedule_at(number)
-        if agent not in schedule.names:
-            return RoundPlan({agent: 1.0}, learn)
-        mixer = self._mixing(schedule)
-        if mixer is None:
-            return RoundPlan(schedule.row(number, agent), learn)
-        # weights come from the masses that travel with the snapshots; the row only says who is heard
-        share = (1 - mixer.lazy) / (len(schedule.out_neighbours(number, agent)) + 1)
-        to = dict.fromkeys(schedule.out_neighbours(number, agent), share)
-        heard = dict.fromkeys((agent, *schedule.in_neighbours(number, agent)), 1.0)
-        return RoundPlan(heard, learn, PushShares(1.0 - share * len(to), to))
-
-    def plan(self, agent: str) -> Plan:
-        """Return all rounds of an agent as planned."""
-        peers: set[str] = set()
-        if self.exchanges:
-            for schedule in (*(topology.schedule for _, topology in self.schedules), self.final):
-                if schedule is not None and agent in schedule.names:
-                    peers.update(schedule.sources(agent))
-        return Plan(frozenset(peers), lambda number: self.round_plan(agent, number))
-
-    def rules(self) -> Rules:
-        """Return the rules by which all agents' rounds go."""
-        schedule = self.config.schedule
-        return Rules(
-            rounds=self.rounds or None,
-            deadline_s=schedule.round_deadline_s,
-            mode=schedule.mode,
-            min_peers=schedule.min_peers,
-            max_staleness=schedule.max_staleness,
-            staleness_decay=schedule.staleness_decay,
-            basis_gossip=self.plan_of_merge.align.name != "none" and self.plan_of_merge.align_to == "shared",
-            join=schedule.join,
-            join_wait_s=schedule.join_wait_s,
-            target=None if schedule.target is None else (self.task.metric, schedule.target),
-        )
-
-    def readers(self, agent: str, number: int) -> Sequence[str]:
-        """Return who merges an agent's snapshot of a round."""
-        if not self.exchanges:
-            return ()
-        schedule, number = self.schedule_at(number)
-        return schedule.out_neighbours(number, agent) if agent in schedule.names else ()
-
-    def _mixing(self, schedule: Schedule) -> Mixer | None:
-        """Return the push-sum rule of a schedule, None where its weights are fixed."""
-        return schedule.mixer if isinstance(schedule, CycleSchedule) and schedule.mixer.name == PUSH_SUM else None
-
-    def edges(self) -> tuple[tuple[str, str], ...]:
-        """Return (publisher, reader) pairs of the first round, each undirected edge once."""
-        pairs = [(agent, reader) for agent in self.agents for reader in self.readers(agent, 1)]
-        both = set(pairs)
-        return tuple((a, b) for a, b in pairs if (b, a) not in both or a < b)
-
-    @property
-    def snapshots_kept(self) -> int:
-        """How many snapshots an agent offers: those that a reader which is as far behind as may be still merges."""
-        kept = self.config.simulate.keep_snapshots
-        if not self.exchanges:
-            return kept
-        if self.config.schedule.mode == "async":
-            return max(kept, self.config.schedule.max_staleness + 1)
-        schedules = [topology.schedule for _, topology in self.schedules]
-        return max(kept, *(1 + longest_lead(schedule, ROUNDS_KEPT - 1) for schedule in schedules))
 
     def estimate(self, workers: int) -> tuple[float, float, float]:
         """Return estimates of (memory of all processes, disk, sent by all agents over the run), in MB."""
@@ -157,7 +59,7 @@ class Scenario:
         shown = min(self.rounds or 16, 16)
         per_round = [sum(len(self.readers(a, r)) for a in self.agents) for r in range(1, shown + 1)]
         sent = weights * sum(per_round) / len(per_round) * (self.rounds or 1)
-        disk = weights * len(self.agents) * (self.snapshots_kept + 2)
+        disk = weights * len(self.agents) * (self.snapshots_kept(self.config.simulate.keep_snapshots) + 2)
         return memory, disk, sent
 
 
@@ -165,7 +67,7 @@ def prepare(config: ExperimentConfig) -> Scenario:
     """Resolve an experiment; raises ConfigError and its kin for what cannot be run."""
     merge_plan = plan_merge(config.merge)
     resolve_device(config.train.device)
-    task = worker.kit_for(config, symmetry=False).task
+    task = kit_for(config, symmetry=False).task
     try:
         train = task.data("train")
         task.data("test")
@@ -199,33 +101,15 @@ def prepare(config: ExperimentConfig) -> Scenario:
         )
         if by_samples:
             topology = build_topology(config.topology, seed, folder, counts_of(agents, parts))
-    changes: list[tuple[int, Topology]] = []
+    changes = [] if centralised else later_topologies(config, agents, counts_of(agents, parts))
     warnings: list[str] = []
-    for i, change in enumerate(() if centralised else config.schedule.changes):
-        if 0 < config.schedule.rounds < change.round:
-            raise ConfigError(
-                f"schedule.changes[{i}]: holds from round {change.round} on, but the last one is "
-                f"{config.schedule.rounds}; remove it, or give schedule.rounds more"
-            )
-        draws = derive_seed(config.seed, "topology", change.round)
-        later = build_topology(change.topology, draws, folder, counts_of(agents, parts))
-        new = sorted(set(later.names) - set(agents))
-        if new:
-            raise ConfigError(
-                f"schedule.changes[{i}]: agent {new[0]!r} is not in the first topology; name all agents there, and let "
-                'those that come later join with a fault of kind "join"'
-            )
+    for number, later in changes:
         left_out = [agent for agent in agents if agent not in later.names]
         if left_out:
-            warnings.append(f"from round {change.round} on the topology leaves {listed(left_out)} alone")
-        changes.append((change.round, later))
+            warnings.append(f"from round {number} on the topology leaves {listed(left_out)} alone")
     base = load_base(config, task)
-    snapshot = beside(model.state_dict(), _statistics(merge_plan, task, model))
-    final = None
-    rounds = config.schedule.rounds
-    if config.schedule.final_merge and len(agents) > 1 and config.merge.method != "isolated":
-        final = BaseK(agents, config.schedule.final_merge_peers)
-        rounds += final.period or 0
+    snapshot = beside(model.state_dict(), sample_statistics(merge_plan, task, model))
+    final, rounds = with_final_merge(config, agents)
     faults = plan_faults(config, agents)
     pace = Pace(
         config,
@@ -234,6 +118,7 @@ def prepare(config: ExperimentConfig) -> Scenario:
     )
     scenario = Scenario(
         config=_plain(config),
+        metric=task.metric,
         task=task,
         plan_of_merge=merge_plan,
         agents=agents,
@@ -270,31 +155,6 @@ def prepare(config: ExperimentConfig) -> Scenario:
         if each.base is not None or each.schedule.period is not None:
             warnings += alone(each.graph, faults)
     return replace(scenario, warnings=tuple(dict.fromkeys(warnings)))
-
-
-def _statistics(plan: MergePlan, task: Task, model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return statistics as they travel with weights, of two examples: only what they are matters. ConfigError where the
-    method finds none in this model, or the task's loss or model cannot be used for it."""
-    if plan.statistics is None:
-        return {}
-    method = plan.combine.name
-    few = replace(plan, statistics_samples=2)
-    try:
-        found = take_statistics(few, task, model, task.data("train"), 2, torch_generator(0, "statistics"))
-    except DimatError:
-        raise
-    except Exception as error:  # a user's loss may do what cannot be differentiated example by example
-        first = (str(error).strip().splitlines() or [""])[0]
-        raise ConfigError(
-            f"merge.combine = {method!r}: its statistics cannot be taken of task {task.name}: "
-            f"{type(error).__name__}: {first}; choose another method"
-        ) from error
-    if not found:
-        raise ConfigError(
-            f"merge.combine = {method!r} finds nothing to take statistics of in the model of task {task.name}; "
-            "choose another method"
-        )
-    return found
 
 
 def counts_of(agents: Sequence[str], parts: Sequence[torch.Tensor]) -> dict[str, int]:

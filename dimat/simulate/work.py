@@ -133,15 +133,7 @@ class PoolWork:
             self.cpu_s["merge"] += report.merge_s
             self.cpu_s["evaluate"] += report.evaluate_s
             self.cpu_s["checkpoint"] += report.checkpoint_s
-            return m.MergeDone(
-                action.round,
-                report.refused,
-                accepted=report.accepted,
-                before=report.before,
-                after=report.after,
-                merge_s=report.merge_s,
-                notes=report.notes,
-            )
+            return report.done(action.round)
 
         parts = [(part.peer, sources[part.peer], part.weight, part.same_basis) for part in action.parts]
         file = self._folder.state_file(agent, action.round)

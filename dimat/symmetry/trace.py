@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+import threading
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -25,6 +26,8 @@ from torch.fx.node import map_arg
 
 from dimat.errors import SymmetryError, unknown_name
 from dimat.symmetry import tree
+
+_EXPORTING = threading.Lock()  # torch.export keeps its state in globals: one at a time in a process
 
 
 class SymmetryWarning(UserWarning):
@@ -183,7 +186,7 @@ def _export(model: nn.Module, args: Any, kwargs: Any, dynamic: bool) -> torch.ex
         for leaf in tree.leaves((args, kwargs)):
             if isinstance(leaf, torch.Tensor) and leaf.ndim:
                 shapes[leaf] = {0: torch.export.Dim.AUTO}
-    with eval_mode(model), _quiet(), torch.enable_grad():
+    with _EXPORTING, eval_mode(model), _quiet(), torch.enable_grad():
         return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
 
 

@@ -190,7 +190,7 @@ class ConsoleListener:
             if line.what and self._verbosity >= min(line.level, 0) and not run.repeats.first(line, heard):
                 continue
             if heard:
-                self._line(run.name, line.text, style=_style(line.text))
+                self._line(run.name, line.timed, style=_style(line.text))
 
     def _sum_up(self, run: _Run) -> None:
         for said in run.repeats.rest():

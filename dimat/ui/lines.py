@@ -22,12 +22,18 @@ MOST_NAMED = 3
 @dataclass(frozen=True, slots=True)
 class Line:
     """What is said of one event. `what`: the same for all that are alike, where the event may come again and again;
-    `who` then tells apart to whom it happened."""
+    `who` then tells apart to whom it happened. `at_s`: when, where that is worth saying."""
 
     text: str
     level: int
     what: str = ""
     who: str = ""
+    at_s: float | None = None
+
+    @property
+    def timed(self) -> str:
+        """The line with the time since the run began."""
+        return self.text if self.at_s is None else f"at {seconds_text(self.at_s)}: {self.text}"
 
 
 def lines_of(event: facts.Event, agents: Collection[str] = ()) -> list[Line]:
@@ -104,7 +110,7 @@ def _alike(message: str) -> str:
 
 
 def _timed(event: facts.Event, said: str, level: int = 0, what: str = "", who: str = "") -> Line:
-    return Line(f"at {seconds_text(event.time_s)}: {said}", level, what, who)
+    return Line(said, level, what, who, event.time_s)
 
 
 def _life(event: facts.AgentEvent) -> Line | None:

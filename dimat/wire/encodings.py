@@ -6,13 +6,13 @@ hold x̂ to the last bit, by whatever way it came: whole, or as a *form*, a safe
 | encoding | form holds | x̂ is off by |
 |---|---|---|
 | fp32 | (none: the payload itself) | nothing |
-| bf16, fp16 | numbers rounded to the nearest, half to even | 2⁻⁹, 2⁻¹² of a number or less |
+| bf16, fp16 | numbers rounded to the nearest, half to even | 2⁻⁸, 2⁻¹¹ of a number at most (fp16 below 6e-5: 3e-8) |
 | int8 | 8-bit integers, a scale for each 256 elements | half a scale: 1/254 of the largest of the 256 |
 | int8, delta | the same of w - x̂′, x̂′ being the snapshot before | half a scale of that difference |
 
 What int8 misses is not lost: it is added to the next round's weights (`residual`), so that the mean of what is
 published over rounds comes to w; in a delta it is part of the next difference by itself. There is no delta in bf16 or
-fp16: it would take two to four times int8's bytes, for what int8 catches up with a round later.
+fp16: it would take twice int8's bytes for what int8 catches up with a round later.
 
 Encoded are float32 tensors of at least `SMALLEST` elements. Stored as they are: smaller ones (biases, statistics of
 BatchNorm: they cost nothing, and a network is sensitive to them), all other types, statistics (`aux.…`), and tensors

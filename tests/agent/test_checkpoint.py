@@ -17,11 +17,11 @@ from safetensors.torch import save
 
 from dimat.agent.basis import BasisId
 from dimat.agent.checkpoint import FORMAT, NAME, Checkpoint, CheckpointStore, Loaded, Stored, digest, encode
+from dimat.agent.kit import derive_checked
 from dimat.agent.local import LocalAgent
 from dimat.agent.state import MachineState
 from dimat.errors import DataError
 from dimat.simulate.scenario import prepare
-from dimat.simulate.worker import derive_checked
 from dimat.train import TrainerState
 from tests.simulate.helpers import tiny_experiment
 

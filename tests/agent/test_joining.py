@@ -80,7 +80,7 @@ def test_a_newcomer_does_not_wait_for_ever_for_the_weights_it_chose(what: r.Even
     (first,) = of(m.handle(offer("c", 5)), r.Fetch)
     assert first.peer == "b"
     actions = m.handle(what)
-    assert of(actions, r.Release) == [r.Release("b", "b5")]
+    assert of(actions, r.Release) == [r.Release("b", 5, "b5")]
     (second,) = of(actions, r.Fetch)
     assert second.peer == "c"
     assert of(actions, r.SetTimer) == [r.SetTimer(0, 10.0)]

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import save_file
 
 from dimat.agent.checkpoint import Stored, read_state, write_state
+from dimat.agent.kit import derive_checked
 from dimat.agent.local import LocalAgent, share_moved
 from dimat.errors import DataError
 from dimat.simulate.scenario import prepare
-from dimat.simulate.worker import derive_checked
 from tests.simulate.helpers import tiny_experiment
 
 

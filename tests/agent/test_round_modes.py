@@ -44,14 +44,14 @@ def test_asynchronous_machines_let_go_of_what_is_replaced() -> None:
     m = machine(mode="async")
     m.handle(r.Started())
     have(m, "b", 1)
-    assert of(have(m, "b", 2), r.Release) == [r.Release("b", "b1")]
+    assert of(have(m, "b", 2), r.Release) == [r.Release("b", 1, "b1")]
     assert m.handle(offer("b", 1)) == [], "older than what is here"
     fetch = m.handle(offer("b", 3))
     assert of(fetch, r.Fetch)
     m.handle(r.TrainingDone(1, "own1"))
     assert m.phase is Phase.MERGING
     assert m.handle(r.SnapshotReady("b", 3, "b3")) == []
-    assert of(m.handle(r.MergeDone(1, {})), r.Release) == [r.Release("b", "b2")]
+    assert of(m.handle(r.MergeDone(1, {})), r.Release) == [r.Release("b", 2, "b2")]
 
 
 def test_a_slow_asynchronous_agent_takes_the_networks_round() -> None:

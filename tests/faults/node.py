@@ -128,12 +128,13 @@ class Node:
                 return held.snapshot
         return None
 
-    def drop(self, peer: str, root: str, held: Held | None = None) -> bool:
-        """Let go of a snapshot, by default of the oldest of an address, here or on its way."""
+    def drop(self, peer: str, number: int, root: str, held: Held | None = None) -> bool:
+        """Let go of a snapshot of round `number` (of one fetch, `held`), here or on its way."""
         entries = self.held.get((peer, root), [])
-        if not entries or (held is not None and held not in entries):
+        found = [entry for entry in entries if entry.round == number and held in (None, entry)]
+        if not found:
             return False
-        entries.remove(held if held is not None else min(entries, key=lambda entry: entry.round))
+        entries.remove(found[0])
         if not entries:
             del self.held[peer, root]
         return True

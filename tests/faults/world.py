@@ -324,13 +324,13 @@ class World:
             offer = peer.store.get(action.round)
             snapshot = self.watch.contents[action.root] if offer is not None and offer.root == action.root else None
         if fails or snapshot is None or not self.serves(peer) or self.cut(peer.index, node.index):
-            node.drop(action.peer, action.root, held)
+            node.drop(action.peer, action.round, action.root, held)
             return m.FetchFailed(action.peer, action.round, action.root, "connection lost")
         held.snapshot = snapshot
         return m.SnapshotReady(action.peer, action.round, action.root)
 
     def release(self, node: Node, action: m.Release) -> None:
-        if not node.drop(action.peer, action.root):
+        if not node.drop(action.peer, action.round, action.root):
             raise Violation("release", f"{node.name} releases a snapshot of {action.peer} that it does not hold")
 
     # ── beginnings and ends ──────────────────────────────────────────────────────────────────────────────────

@@ -135,6 +135,23 @@ def test_halves_are_torchs_casts_unless_they_overflow(encoding: str, dtype: torc
     assert float(relative[own.abs() > 1e-4].max()) <= 2.0 ** (-8 if encoding == "bf16" else -11)
 
 
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), -3.4e38, 1.6e38])
+def test_differences_and_residuals_that_overflow_are_not_quantised(odd: float) -> None:
+    """A snapshot before, or a residual, with one number that is no number or huge: that tensor is stored as it is,
+    its residual is forgotten, and what is published is finite."""
+    own = network()
+    held = {**own, "last.weight": own["last.weight"].clone()}
+    held["last.weight"][3, 4] = odd
+    residual = {"last.weight": held["last.weight"]}
+    delta, plain = encode_weights(own, "int8", after=held), encode_weights(own, "int8", residual=residual)
+    for encoded in (delta, plain):
+        assert encoded.data is not None
+        assert same(decode_weights(encoded.data, after=held), encoded.weights)
+        assert bits(encoded.weights["last.weight"]) == bits(own["last.weight"])
+        assert "value:first.weight" in safetensors.torch.load(encoded.data)
+    assert plain.residual.keys() == {"first.weight"}
+
+
 def scales_of(data: bytes | None, name: str, count: int) -> Tensor:
     assert data is not None
     return safetensors.torch.load(data)[f"scale:{name}"].double().repeat_interleave(256)[:count]

@@ -1,0 +1,281 @@
+"""A real agent from its start to its end: folder, keys, checkpoint, network, rounds, and the way out.
+
+`Daemon.run` is what `dimat agent` does, signals apart; an own training loop runs the same daemon in a thread beside it
+(`dimat.agent.embed`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from dimat import __version__
+from dimat import events as facts
+from dimat.agent.basis import BasisId
+from dimat.agent.checkpoint import CheckpointStore
+from dimat.agent.folder import AgentFolder, default_folder
+from dimat.agent.ledger import ManifestLedger
+from dimat.agent.round import RoundMachine
+from dimat.agent.runner import Runner
+from dimat.agent.setup import AgentSetup, listen_address, neighbours_of, programme_of
+from dimat.agent.statistics import sample_statistics
+from dimat.agent.status import StatusSocket, notify
+from dimat.agent.view import View
+from dimat.agent.work import AgentWork, Recorded, WorkThread
+from dimat.errors import DataError, DimatError
+from dimat.merge.auxiliary import beside
+from dimat.net.grpc_transport import GrpcTransport
+from dimat.net.identity import Identity, load_identity
+from dimat.net.limits import Limits
+from dimat.net.manifests import Bound
+from dimat.net.profile import Profile
+from dimat.seeds import derive_seed
+from dimat.snapshot import SnapshotStore
+from dimat.train import Learner
+from dimat.wire.encodings import ENCODINGS, encoded_bytes
+
+MB = 1e6
+RESERVE_BYTES = 64 * 2**20
+"""Left free on the disk, whatever is kept."""
+WATCHDOG_S = 10.0
+
+
+class Daemon:
+    """One agent of one run. `listeners` are told every event; `learner`: trains the model, where that is not dimat's
+    own trainer.
+
+    Made outside the event loop (it reads keys and the newest checkpoint, and may take long); `run` belongs to the loop,
+    as do `stop` and `reload`.
+    """
+
+    def __init__(
+        self, setup: AgentSetup, listeners: Sequence[facts.Listener] = (), *, learner: Learner | None = None
+    ) -> None:
+        config = setup.config
+        agent = config.agent
+        self.setup = setup
+        self.listeners = list(listeners)
+        self.address = ""
+        """Where it listens, once it does."""
+        base = Path(config.folder)
+        path = default_folder(config.run, setup.name) if agent.folder is None else base / agent.folder
+        self.identity: Identity | None = None if agent.insecure else load_identity(base / agent.keys, setup.name)
+        self.folder = AgentFolder(path, config.run, setup.name)
+        try:
+            self._prepare(learner)
+        except BaseException:
+            self.folder.close()
+            raise
+
+    def _prepare(self, learner: Learner | None) -> None:
+        setup, folder, config = self.setup, self.folder, self.setup.config
+        agent, exchange = config.agent, config.exchange
+        self._view = View(setup.name, config.run)
+        self._programme = setup.programme
+        self._local = setup.local(folder.snapshots, learner)
+        keep = setup.programme.snapshots_kept(agent.keep_snapshots)
+        self._store = SnapshotStore(folder.snapshots, keep=keep)
+        size = self._largest()
+        self._check_room(size, keep)
+        checkpoints = CheckpointStore(folder.checkpoints, agent.keep_checkpoints)
+        self._work = AgentWork(self._local, config.run, checkpoints, folder.lineage, agent.evaluate, folder.weights)
+        found = self._work.restore()
+        self._passed_over = () if found is None else found.passed_over
+        self._new = found is None
+        state = None if found is None else found.checkpoint.machine
+        self._kept = _addresses(folder.snapshots, "" if state is None else state.root)
+        nonce = f"{derive_seed(config.seed, 'basis', setup.name):016x}"
+        self._machine = RoundMachine(
+            setup.name,
+            config.run,
+            setup.programme.plan(setup.name),
+            setup.programme.rules(),
+            basis=BasisId(0, setup.name, nonce),
+            base=setup.programme.base,
+            state=state,
+            published=0 if found is None else found.published,
+        )
+        peers = max(1, len(setup.programme.plan(setup.name).peers))
+        quota = agent.disk_quota_mb * MB if agent.disk_quota_mb is not None else 4 * (peers + 1) * size
+        self._transport = GrpcTransport(
+            run=config.run,
+            agent=setup.name,
+            identity=self.identity,
+            store=self._store,
+            received=folder.received,
+            profile=Profile(self._local.schema(), setup.programme.base, ENCODINGS),
+            bound=Bound(size),
+            limits=Limits(
+                fetches=exchange.transfers,
+                streams_per_peer=exchange.transfers,
+                rate_mb_s=exchange.rate_limit_mb_s,
+                idle_s=exchange.idle_s,
+                lost_after_s=exchange.lost_after_s,
+                disk_bytes=int(quota),
+                disk_reserve_bytes=RESERVE_BYTES,
+            ),
+            listen=listen_address(setup),
+            generator=random.Random(derive_seed(config.seed, "jitter", setup.name)),
+            status=self.status,
+        )
+        self.thread = WorkThread()
+        self._ledger = ManifestLedger(folder.manifests)
+        self.runner = Runner(
+            self._machine,
+            self._work,
+            self.thread,
+            self._transport,
+            self._emit,
+            self._ledger.note,
+            max_time_s=config.schedule.max_time_s,
+        )
+
+    # ── its life ─────────────────────────────────────────────────────────────────────────────────────────────
+    async def run(self, ready: Callable[[], None] | None = None) -> str:
+        """Run until the agent leaves, and return why; raises what ended it otherwise. `ready` is called once it
+        listens."""
+        config = self.setup.config
+        socket = StatusSocket(self.folder.path, self.status)
+        watchdog = asyncio.create_task(_watchdog())
+        try:
+            self._transport.arrange(neighbours_of(self._programme, self.setup.name))
+            await self._transport.start(self.runner)
+            self._store.sweep(self._kept)
+            self.address = f"{listen_address(self.setup).rpartition(':')[0]}:{self._transport.port}"
+            await socket.start()
+            self._introduce()
+            notify("READY=1")
+            if ready is not None:
+                ready()
+            reason = await self.runner.run(join=self._new and not config.agent.founder)
+            await self._part(reason)
+            return reason
+        finally:
+            notify("STOPPING=1")
+            watchdog.cancel()
+            await self._transport.close(config.agent.drain_s)
+            await socket.close()
+            self._ledger.close()
+            self.folder.close()
+
+    def stop(self, reason: str = "stopped") -> None:
+        """Leave: what is not in the newest checkpoint is lost, and made again by the next life."""
+        if self.runner.ended is None:
+            self.runner.stop(reason)
+        self._leaving.set()
+
+    async def reload(self) -> None:
+        """Take the network map over as it is in its file now; where it cannot be used, the old one stands."""
+        try:
+            programme, _ = await asyncio.to_thread(programme_of, self.setup.config, self.setup.kit)
+        except DimatError as error:
+            self.runner.noticed(f"the network map is not taken over: {error}; the one before stands")
+            return
+        self._programme = programme
+        self._transport.arrange(neighbours_of(programme, self.setup.name))
+        self.runner.remap(programme.plan(self.setup.name))
+        self.runner.noticed(f"the network map was read again: {len(programme.agents)} agents")
+
+    def status(self) -> dict[str, object]:
+        """Return how the agent is, as plain values."""
+        machine = self._machine
+        return {
+            **self._view.plain(),
+            "version": __version__,
+            "pid": os.getpid(),
+            "address": self.address,
+            "folder": str(self.folder.path),
+            "secure": self.identity is not None,
+            "round": machine.round,
+            "rounds": self._programme.rounds,
+            "phase": machine.phase.value,
+            "basis": str(machine.basis),
+            "sent_bytes": sum(self._transport.sent_bytes.values()),
+            "received_bytes": sum(self._transport.received_bytes.values()),
+            "peers": self._transport.peers,
+        }
+
+    # ── parts ────────────────────────────────────────────────────────────────────────────────────────────────
+    @property
+    def _leaving(self) -> asyncio.Event:
+        return self._view.leaving
+
+    def _introduce(self) -> None:
+        machine, model = self._machine, self._local.trainer.model
+        self._emit(
+            facts.AgentStarted(
+                run=self.setup.config.run,
+                time_s=time.time(),
+                agent=self.setup.name,
+                round=machine.round,
+                address=self.address,
+                peers=tuple(sorted(self._programme.plan(self.setup.name).peers)),
+                samples=len(self.setup.indices),
+                parameters=sum(p.numel() for p in model.parameters()),
+                secure=self.identity is not None,
+            )
+        )
+        for fault in self._passed_over:
+            self.runner.noticed(f"{fault}; the one before is used")
+
+    async def _part(self, reason: str) -> None:
+        """Be there for those who still need what this agent offers, unless it was told to go."""
+        if reason != "done":
+            self._transport.leave(reason)
+        if self._leaving.is_set():
+            return
+        await self._transport.rest()
+        readers = self._programme.readers(self.setup.name, self._machine.round)
+        served = asyncio.create_task(self._transport.served(readers))
+        told = asyncio.create_task(self._leaving.wait())
+        await asyncio.wait(
+            {served, told}, timeout=self.setup.config.agent.linger_s, return_when=asyncio.FIRST_COMPLETED
+        )
+        for task in (served, told):
+            task.cancel()
+
+    def _largest(self) -> int:
+        """Return the most bytes that a snapshot of this run takes, in any encoding, statistics beside it."""
+        setup = self.setup
+        model = self._local.trainer.model
+        statistics = sample_statistics(setup.programme.plan_of_merge, setup.kit.task, model)
+        schema = beside(model.state_dict(), statistics)
+        return max(encoded_bytes(schema, encoding) for encoding in ENCODINGS)
+
+    def _check_room(self, size: int, keep: int) -> None:
+        """Refuse to begin where the disk cannot hold what a round needs."""
+        # own snapshots, peers' snapshots, and checkpoints with two optimizer moments and one being written
+        peers = len(self.setup.programme.plan(self.setup.name).peers)
+        checkpoints = self.setup.config.agent.keep_checkpoints + 1
+        needed = (keep + 1 + peers + 3 * checkpoints) * size + RESERVE_BYTES
+        held = sum(file.stat().st_size for file in self.folder.path.rglob("*") if file.is_file())
+        free = shutil.disk_usage(self.folder.path).free
+        if free + held < needed:
+            raise DataError(
+                f"{self.folder.path} has {free / MB:,.0f} MB free, the agent needs about "
+                f"{(needed - held) / MB:,.0f} MB; make room, or set agent.folder to another disk"
+            )
+
+    def _emit(self, fact: facts.Event) -> None:
+        self._view.note(fact)
+        for listener in self.listeners:
+            listener(fact)
+
+
+def _addresses(folder: Path, root: str) -> frozenset[str]:
+    """Return the addresses of all payloads of a recorded snapshot, which may not be published yet."""
+    recorded = Recorded.load(folder, root) if root else None
+    forms = () if recorded is None else (form.payload.root for form in recorded.forms)
+    return frozenset((root, *forms))
+
+
+async def _watchdog() -> None:
+    """Tell the service manager from within the loop that it turns."""
+    while True:
+        notify("WATCHDOG=1")
+        await asyncio.sleep(WATCHDOG_S)

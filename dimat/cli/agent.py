@@ -1,0 +1,133 @@
+"""Commands around a real agent: `agent`, `status`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from dimat.cli.app import app
+from dimat.cli.shared import Json, Overrides, Quiet, say, show
+from dimat.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dimat.agent.daemon import Daemon
+    from dimat.config import ExperimentConfig
+
+Name = Annotated[str | None, Parameter(help="The agent's name on the network map; default: agent.name of the file.")]
+
+
+@app.command
+def agent(
+    file: Annotated[Path, Parameter(help="Experiment file (TOML) with an [agent] table.")],
+    /,
+    *,
+    name: Name = None,
+    set_: Overrides = (),
+    insecure: Annotated[
+        bool, Parameter(negative="", help="Without keys and encryption; listens on loopback only.")
+    ] = False,
+    verbose: Annotated[int, Parameter(count=True, alias="-v", help="More: -v who was late, -vv every step.")] = 0,
+    quiet: Quiet = False,
+) -> int:
+    """Run one agent of a network: train, swap weights with the peers on the map, merge, go on. Ends with the last
+    round, on Ctrl-C or SIGTERM, and goes on from its checkpoint when started again; SIGHUP reads the map anew."""
+    from dimat.agent.daemon import Daemon
+    from dimat.agent.setup import prepare_agent
+    from dimat.ui.agent import AgentListener
+    from dimat.ui.jsonl import JsonlListener
+
+    config = load_agent(file, name, (*set_, *(["agent.insecure=true"] if insecure else [])))
+    daemon = Daemon(prepare_agent(config))
+    listener = AgentListener(daemon.setup.programme.metric, sys.stderr, -1 if quiet else verbose)
+    with closing(listener), closing(JsonlListener(daemon.folder.events)) as log:
+        daemon.listeners += [listener, log]
+        code = asyncio.run(_run(daemon))
+    if daemon.thread.busy:  # training cannot be broken off, and the interpreter would tear down what it uses
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+@app.command
+def status(
+    target: Annotated[str, Parameter(help="The agent's file or folder.")],
+    /,
+    *,
+    name: Name = None,
+    watch: Annotated[bool, Parameter(negative="", help="Again every two seconds, until Ctrl-C.")] = False,
+    as_json: Json = False,
+) -> int:
+    """How an agent that runs on this machine is: round, peers, metrics, bytes, warnings."""
+    from dimat.agent.status import ask
+    from dimat.ui.status import status_lines
+
+    folder = folder_of(target, name)
+    while True:
+        found = ask(folder)
+        show(found if as_json else "\n".join(status_lines(found)))
+        if not watch:
+            return 0
+        sys.stdout.flush()
+        time.sleep(2)
+
+
+def load_agent(file: Path, name: str | None, overrides: tuple[str, ...] = ()) -> ExperimentConfig:
+    """Read an agent's file; `name`, where it is given, is the agent's."""
+    from dimat.config import load_experiment
+
+    if not file.exists():
+        raise ConfigError(f"no file {file}; write one with: dimat init {file}")
+    chosen = () if name is None else (f"agent.name={json.dumps(name)}",)
+    return load_experiment(file, (*overrides, *chosen))
+
+
+def folder_of(target: str, name: str | None) -> Path:
+    """Return the folder of an agent that is named by it or by its file."""
+    from dimat.agent.folder import default_folder
+
+    path = Path(target)
+    if path.is_dir():
+        return path
+    config = load_agent(path, name)
+    if config.agent.name is None:
+        raise ConfigError(f"{path} does not say which agent; give --name, or the agent's folder")
+    if config.agent.folder is not None:
+        return Path(config.folder) / config.agent.folder
+    return default_folder(config.run, config.agent.name)
+
+
+async def _run(daemon: Daemon) -> int:
+    """Run a daemon with signals: the first SIGINT or SIGTERM lets it leave in good order, a second one ends it."""
+    loop = asyncio.get_running_loop()
+    code = 0
+    reloads: set[asyncio.Task[None]] = set()
+
+    def stop(number: signal.Signals) -> None:
+        nonlocal code
+        if code:
+            say("dimat: stopped at once")
+            os._exit(128 + number)
+        code = 128 + number
+        say("dimat: leaving; once more to stop at once")
+        daemon.stop()
+
+    def reload() -> None:
+        task = loop.create_task(daemon.reload())
+        reloads.add(task)
+        task.add_done_callback(reloads.discard)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop, number)
+    loop.add_signal_handler(signal.SIGHUP, reload)
+    await daemon.run()
+    return code

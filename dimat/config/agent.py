@@ -1,0 +1,94 @@
+"""The tables of a real agent: who it is and where it keeps its things, how weights travel, how peers are found."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from dimat.config.tree import Tree
+
+_ADDRESS = re.compile(r"(\[[0-9a-fA-F:.%\w]+\]|[^:\s\[\]]+):\d{1,5}")
+
+
+def _address(value: str) -> str:
+    if not _ADDRESS.fullmatch(value) or int(value.rpartition(":")[2]) > 65535:
+        raise ValueError('must be "host:port", e.g. "0.0.0.0:7300" or "[::]:7300"')
+    return value
+
+
+class AgentConfig(Tree):
+    """One real agent (`dimat agent`); the simulator has no use for this table."""
+
+    name: str | None = None
+    """Its name on the network map, and in its certificate."""
+    folder: str | None = None
+    """Where it keeps checkpoints, snapshots and logs; a path, relative to the file's folder. Default: agents/<run>/
+    <name> in the folder that the command is run in."""
+    listen: str | None = None
+    """`host:port` to listen on. Default: the port of its first address on the map, on all interfaces."""
+    keys: str = "keys"
+    """Folder with <name>.key, <name>.crt and ca.crt (see `dimat keys`); a path, relative to the file's folder."""
+    insecure: bool = False
+    """Without keys, encryption and proof of who is who: for trials on one host; listens on loopback only."""
+    founder: bool = False
+    """Whether it is there when the network begins: it starts with round 1 at once. Otherwise an agent without a
+    checkpoint first listens for a network that lives, for schedule.join_wait_s, and joins it."""
+    keep_checkpoints: Annotated[int, Field(ge=1)] = 3
+    """Checkpoints kept, of two a round."""
+    keep_snapshots: Annotated[int, Field(ge=1)] = 2
+    """Own newest snapshots that peers can have; where peers may be further behind, as many as they need."""
+    disk_quota_mb: Annotated[float, Field(gt=0)] | None = None
+    """What peers' snapshots may take on disk, in MB. Default: what a round needs, twice."""
+    evaluate: Literal["all", "after", "none"] = "after"
+    """Test metrics before and after each merge, after it, or never."""
+    linger_s: Annotated[float, Field(ge=0)] = 60.0
+    """After its last round an agent serves on until its readers have what they need, at most for so many seconds."""
+    drain_s: Annotated[float, Field(ge=0)] = 5.0
+    """Seconds for which transfers that are on their way may go on when the agent is stopped."""
+
+    @field_validator("listen")
+    @classmethod
+    def _listen(cls, value: str | None) -> str | None:
+        return None if value is None else _address(value)
+
+
+class ExchangeConfig(Tree):
+    """How weights travel between real agents."""
+
+    encoding: Literal["fp32", "bf16", "fp16", "int8"] = "fp32"
+    """What own weights are cast to before they are sent: "bf16" and "fp16" halve the bytes, "int8" (a scale per block
+    of 256; what is cut off is carried over to the next round) takes about a quarter. Own weights stay fp32."""
+    delta: bool = False
+    """With "int8": send the change since the snapshot before; who does not hold that one gets the weights whole."""
+    transfers: Annotated[int, Field(ge=1)] = 4
+    """Snapshots that are fetched at a time, and that are served to one peer at a time."""
+    rate_limit_mb_s: Annotated[float, Field(gt=0)] | None = None
+    """Most that is sent to all peers together, in MB/s; none by default."""
+    idle_s: Annotated[float, Field(gt=0)] = 15.0
+    """A transfer in which nothing moves for so many seconds is broken off and begun anew from what is held."""
+    lost_after_s: Annotated[float, Field(gt=0)] = 10.0
+    """A peer out of reach for so many seconds is waited for no more until it is heard again."""
+
+    @model_validator(mode="after")
+    def _delta_of_int8(self) -> ExchangeConfig:
+        if self.delta and self.encoding != "int8":
+            raise ValueError(f'delta goes with encoding "int8", not with {self.encoding!r}')
+        return self
+
+
+class DhtConfig(Tree):
+    """Finding peers whose addresses change, through a hivemind DHT beside the addresses on the map."""
+
+    bootstraps: tuple[str, ...] = ()
+    """Multiaddresses of DHT nodes (`dimat dht` prints its own); without any there is no DHT."""
+    listen: str = "0.0.0.0:0"
+    """`host:port` of the agent's own DHT node; port 0: any free one."""
+    announce: tuple[str, ...] = ()
+    """`host:port`s to announce. Default: this agent's on the map."""
+
+    @field_validator("listen")
+    @classmethod
+    def _listen(cls, value: str) -> str:
+        return _address(value)
