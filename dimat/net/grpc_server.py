@@ -285,8 +285,12 @@ def _unary(method: Callable[[Any, Context], Awaitable[Message]], request: type[M
     return grpc.unary_unary_rpc_method_handler(
         cast("Any", _checked(method)),
         request_deserializer=_reader_of(request),
-        response_serializer=Message.SerializeToString,
+        response_serializer=_written,
     )
+
+
+def _written(reply: Message) -> bytes:
+    return reply.SerializeToString()
 
 
 def _reader_of(request: type[Message]) -> Callable[[bytes], Message | None]:
