@@ -90,6 +90,10 @@ class Agent:
     def address(self) -> str:
         return f"127.0.0.1:{self.transport.port}"
 
+    def stored(self) -> list[str]:
+        """Return the kinds of files among what was received; what is being removed is not among them."""
+        return sorted(path.suffix for path in (self.folder / "received").iterdir() if not path.name.startswith("."))
+
     def publish(self, round_: int, tensors: Mapping[str, Tensor], **more: Any) -> Manifest:
         """Record weights and offer them."""
         manifest = record(self.store.folder, self.name, round_, tensors, **more)

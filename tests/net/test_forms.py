@@ -43,7 +43,7 @@ async def test_a_form_costs_less_and_gives_the_same_bytes(tmp_path: Path) -> Non
         fetched = await b.transport.fetch("a", 1, published.payload.root)
         assert fetched.path.read_bytes() == a.store.path(published.payload.root).read_bytes()
         assert fetched.bytes == published.forms[0].payload.bytes < 0.51 * published.payload.bytes
-        assert sorted(path.suffix for path in (b.folder / "received").iterdir()) == [".manifest", ".safetensors"]
+        assert b.stored() == [".manifest", ".safetensors"]
 
 
 async def test_a_delta_is_taken_to_what_is_held_and_else_the_whole(tmp_path: Path) -> None:
@@ -112,4 +112,4 @@ async def test_a_form_that_does_not_give_what_was_promised_falls_back_to_the_who
         assert fetched.bytes >= published.payload.bytes
         [notice] = b.ears.notices
         assert notice.startswith(f"the bf16 form of snapshot {published.payload.root[:12]}… of a is of no use")
-        assert sorted(path.suffix for path in (b.folder / "received").iterdir()) == [".manifest", ".safetensors"]
+        assert b.stored() == [".manifest", ".safetensors"]

@@ -160,7 +160,7 @@ async def test_a_withdrawn_snapshot_cannot_be_had(tmp_path: Path) -> None:
         assert b.ears.offers[-1][1] == 2
         with pytest.raises(NetworkError, match="offers no snapshot"):
             await b.transport.fetch("a", 1, gone)
-        assert not list((b.folder / "received").iterdir())
+        assert not b.stored()
         with pytest.raises(NetworkError, match="no neighbour"):
             await b.transport.fetch("c", 1, gone)
 

@@ -112,7 +112,7 @@ async def test_a_claim_beyond_the_bound_is_refused_before_anything_is_allocated(
         with pytest.raises(NetworkError, match="offers no snapshot"):
             await b.transport.fetch("a", 2, root)
         assert not liar.asked
-        assert not list((b.folder / "received").iterdir())
+        assert not b.stored()
 
 
 async def test_manifests_that_do_not_belong_here_are_named_and_passed_over(
@@ -160,7 +160,7 @@ async def test_a_stream_of_other_bytes_than_were_promised_ends_the_fetch(
         with pytest.raises(NetworkError, match=f"^a {says}"):
             await b.transport.fetch("a", 1, good.payload.root)
         assert liar.asked <= 2
-        assert not list((b.folder / "received").iterdir())
+        assert not b.stored()
 
 
 async def test_more_than_was_asked_for_ends_the_fetch(tmp_path: Path) -> None:
