@@ -1,0 +1,225 @@
+"""Names in certificates, and the checks that a certificate must pass before anything is believed because of it.
+
+A collaboration has a certificate authority (CA), which an organiser keeps, and one P-256 key per agent. An agent's
+certificate says its name twice: exactly, as the subject's common name, and as the DNS name `tls_name(agent)`, which TLS
+compares when the agent is dialled, whatever address it is dialled at.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from base64 import b32encode
+from collections.abc import Generator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from functools import lru_cache
+from typing import TypeVar
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID, NameOID
+
+from dimat.errors import ConfigError, SecurityError
+
+SUFFIX = ".agent.dimat.internal"
+"""Ends the DNS name of every agent; no address of an agent may end so."""
+CLOCK_SKEW = timedelta(minutes=5)
+"""How far this machine's clock may be off when a certificate's dates are looked at."""
+LONGEST_CERTIFICATE = 16 * 2**10
+"""Bytes of DER; an agent's own takes under 1 KiB."""
+
+E = TypeVar("E", bound=x509.ExtensionType)
+
+_NAME = re.compile(r"\w[\w.-]*")
+_LONGEST_NAME = 64
+_PLAIN = re.compile(r"(?!..--)[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+_UNDERSTOOD = frozenset(
+    {
+        ExtensionOID.BASIC_CONSTRAINTS,
+        ExtensionOID.KEY_USAGE,
+        ExtensionOID.EXTENDED_KEY_USAGE,
+        ExtensionOID.SUBJECT_ALTERNATIVE_NAME,
+    }
+)
+
+
+def check_name(agent: str) -> None:
+    """Raise ConfigError unless an agent of this name can have a certificate and key files."""
+    if not _NAME.fullmatch(agent):
+        raise ConfigError(f"agent name {agent!r} may only hold letters, digits, '_', '.' and '-'")
+    if len(agent.encode()) > _LONGEST_NAME:
+        raise ConfigError(
+            f"agent name {agent!r} is too long for a certificate (at most {_LONGEST_NAME} bytes of UTF-8)"
+        )
+    if agent.lower() == "ca":
+        raise ConfigError(f"agent name {agent!r}: ca.key and ca.crt are the CA's own; choose another name")
+
+
+def tls_name(agent: str) -> str:
+    """Return the DNS name by which an agent's certificate is checked; no two agents have the same.
+
+    `lab-a` is lab-a.agent.dimat.internal. A name that is no lower-case DNS label (capitals, `_`, `.`, letters beyond
+    ASCII, over 63 characters) is hashed, and set apart from the plain ones by a label more.
+    """
+    if _PLAIN.fullmatch(agent):
+        return agent + SUFFIX
+    digest = hashlib.sha256(agent.encode()).digest()
+    return b32encode(digest).decode().rstrip("=").lower() + ".hash" + SUFFIX
+
+
+def check_certificate(der: bytes, ca: bytes, name: str, now: datetime | None = None) -> ec.EllipticCurvePublicKey:
+    """Return the public key of an agent's certificate, once it is sure to be that agent's.
+
+    `ca`: PEM of the CA certificates, one of which must have issued it. `now`: aware; default: the clock. Looks at name,
+    dates, issuer, the issuer's signature, and that it is made for an agent's use. SecurityError, which names agent and
+    fault.
+    """
+    now = now or datetime.now(UTC)
+    what = f"certificate of {name!r}"
+    if len(der) > LONGEST_CERTIFICATE:
+        raise SecurityError(f"{what}: {len(der)} bytes are too many (at most {LONGEST_CERTIFICATE})")
+    with readable(what):
+        certificate = x509.load_der_x509_certificate(der)
+        found = agent_name(certificate)
+        if found is None:
+            raise SecurityError(f"{what} names no agent, or two; only certificates made with `dimat keys` will do")
+        if found != name:
+            raise SecurityError(f"{what} is that of another agent: {found!r}")
+        _check_dates(certificate, what, now)
+        _check_issuer(certificate, ca, what, now)
+        _check_use(certificate, what)
+        key = certificate.public_key()
+    if not isinstance(key, ec.EllipticCurvePublicKey) or not is_p256(key):
+        raise SecurityError(f"{what} holds a key that is not P-256; make it with `dimat keys`")
+    return key
+
+
+def check_signature(public_key: ec.EllipticCurvePublicKey, data: bytes, signature: bytes) -> None:
+    """Check a signature of `Identity.sign` (ECDSA over SHA-256, DER); SecurityError where it is not that key's."""
+    try:
+        public_key.verify(signature, data, ec.ECDSA(hashes.SHA256()))
+    except (InvalidSignature, ValueError) as error:
+        raise SecurityError("signature is wrong: the data were changed, or another key signed them") from error
+
+
+def agent_name(certificate: x509.Certificate | x509.CertificateSigningRequest) -> str | None:
+    """Return the agent whose certificate or request this is, as far as it says so itself.
+
+    None unless it has exactly one common name, and the DNS name of that agent and of no other. ValueError and
+    others, see `readable`, for bytes that only look like a certificate.
+    """
+    names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    if len(names) != 1 or not isinstance(names[0].value, str):
+        return None
+    name = names[0].value
+    agents = {host.lower() for host in dns_names(certificate) if host.lower().endswith(SUFFIX)}
+    return name if agents == {tls_name(name)} else None
+
+
+def dns_names(certificate: x509.Certificate | x509.CertificateSigningRequest) -> list[str]:
+    """Return the DNS names of a certificate or request, the agent's own among them."""
+    found = _alternatives(certificate)
+    return [] if found is None else found.get_values_for_type(x509.DNSName)
+
+
+def hosts(certificate: x509.Certificate | x509.CertificateSigningRequest) -> tuple[str, ...]:
+    """Return the hosts (DNS names and IP addresses) that a certificate or request gives for its agent."""
+    found = _alternatives(certificate)
+    if found is None:
+        return ()
+    named = [host for host in found.get_values_for_type(x509.DNSName) if not host.lower().endswith(SUFFIX)]
+    return (*named, *map(str, found.get_values_for_type(x509.IPAddress)))
+
+
+def is_p256(key: object) -> bool:
+    """Whether a public or private key is one on the curve P-256."""
+    return isinstance(key, (ec.EllipticCurvePublicKey, ec.EllipticCurvePrivateKey)) and isinstance(
+        key.curve, ec.SECP256R1
+    )
+
+
+@lru_cache(maxsize=8)
+def authorities(ca: bytes) -> tuple[x509.Certificate, ...]:
+    """Return the CA certificates of a PEM text; SecurityError where it holds none, or one that is no CA's."""
+    with readable("CA certificate"):
+        found = tuple(x509.load_pem_x509_certificates(ca))
+        for certificate in found:
+            constraints = _extension(certificate, x509.BasicConstraints)
+            usage = _extension(certificate, x509.KeyUsage)
+            if constraints is None or not constraints.ca or usage is None or not usage.key_cert_sign:
+                raise SecurityError("CA certificate: it may not issue certificates; take the ca.crt of `dimat keys`")
+    return found
+
+
+@contextmanager
+def readable(what: str) -> Generator[None]:
+    """Turn what the parser raises for garbage, at once or on a later look, into one SecurityError."""
+    try:
+        yield
+    except (
+        ValueError,
+        TypeError,
+        UnsupportedAlgorithm,
+        x509.DuplicateExtension,
+        x509.InvalidVersion,
+        x509.UnsupportedGeneralNameType,
+    ) as error:
+        reason = " ".join(str(error).split())
+        raise SecurityError(f"{what} cannot be read: {reason or type(error).__name__}") from error
+
+
+def _check_dates(certificate: x509.Certificate, what: str, now: datetime) -> None:
+    first, last = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    if now < first - CLOCK_SKEW:
+        raise SecurityError(f"{what} is valid only from {_date(first)} on, and the clock says {_date(now)}; set it")
+    if now > last + CLOCK_SKEW:
+        raise SecurityError(f"{what} expired at {_date(last)}; renew it (see `dimat keys issue --help`)")
+
+
+def _check_issuer(certificate: x509.Certificate, ca: bytes, what: str, now: datetime) -> None:
+    for authority in authorities(ca):
+        try:
+            certificate.verify_directly_issued_by(authority)
+        except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
+            continue
+        _check_dates(authority, f"CA certificate that issued the {what}", now)
+        return
+    raise SecurityError(f"{what} was not issued by this collaboration's CA (ca.crt)")
+
+
+def _check_use(certificate: x509.Certificate, what: str) -> None:
+    """Refuse what an agent's certificate may not be able to do, and what this page would not understand."""
+    constraints = _extension(certificate, x509.BasicConstraints)
+    usage = _extension(certificate, x509.KeyUsage)
+    uses = _extension(certificate, x509.ExtendedKeyUsage)
+    if constraints is None or constraints.ca or usage is None or usage.key_cert_sign:
+        raise SecurityError(f"{what} is that of a CA, not of an agent")
+    wanted = {ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH}
+    if not usage.digital_signature or uses is None or not wanted <= set(uses):
+        raise SecurityError(f"{what} is not made for an agent's use; make it with `dimat keys`")
+    for extension in certificate.extensions:
+        if extension.critical and extension.oid not in _UNDERSTOOD:
+            raise SecurityError(f"{what} sets a condition that dimat does not know ({extension.oid.dotted_string})")
+
+
+def _extension(certificate: x509.Certificate, kind: type[E]) -> E | None:
+    try:
+        return certificate.extensions.get_extension_for_class(kind).value
+    except x509.ExtensionNotFound:
+        return None
+
+
+def _alternatives(
+    certificate: x509.Certificate | x509.CertificateSigningRequest,
+) -> x509.SubjectAlternativeName | None:
+    try:
+        return certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return None
+
+
+def _date(moment: datetime) -> str:
+    return f"{moment:%Y-%m-%d %H:%M} UTC"
