@@ -17,10 +17,9 @@ from dimat.net.identity import Identity
 from dimat.net.limits import Limits
 from dimat.net.transport import Neighbours
 from dimat.wire.v1 import peer_pb2 as pb
-from tests.net.agents import QUICK, WIDTH, arrange, call, join, make, started, weights
+from tests.net.agents import QUICK, WIDTH, Authority, arrange, call, join, make, started, weights
 
 pytestmark = pytest.mark.anyio
-Keys = Callable[[str], Identity]
 
 
 @pytest.fixture
@@ -31,13 +30,14 @@ def anyio_backend() -> str:
 @pytest.fixture(params=["insecure", "mtls"])
 def identity(request: pytest.FixtureRequest) -> Callable[[str], Identity | None]:
     """Gives an agent's keys, or None on an insecure network."""
-    return (lambda name: None) if request.param == "insecure" else request.getfixturevalue("keys")
+    return (lambda name: None) if request.param == "insecure" else Authority().issue
 
 
 async def test_what_is_offered_is_heard_and_fetched_whole(
     tmp_path: Path, identity: Callable[[str], Identity | None]
 ) -> None:
     a, b, c = (make(tmp_path / name, name, identity=identity(name)) for name in "abc")
+    signed = identity("a") is not None
     async with started(a, b, c):
         join(a, b, c)
         published = {agent.name: agent.publish(1, weights(number)) for number, agent in enumerate((a, b, c))}
@@ -52,7 +52,7 @@ async def test_what_is_offered_is_heard_and_fetched_whole(
             assert fetched.bytes == payload.bytes
             assert agent.transport.sent_bytes == {"c": payload.bytes}
             assert c.transport.received_bytes[agent.name] == payload.bytes
-            assert bool(fetched.signed[1]) == (identity("a") is not None)
+            assert bool(fetched.signed[1]) == signed
         assert not any(agent.ears.refusals or agent.ears.losses for agent in (a, b, c))
 
 
