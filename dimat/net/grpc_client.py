@@ -314,19 +314,16 @@ class Link:
         """Ask for news until the connection breaks."""
         self._dropped = asyncio.Event()
         dropped = asyncio.create_task(self._dropped.wait())
+        poll: asyncio.Task[pb.ManifestsReply] | None = None
+        told: set[tuple[int, str]] = set()
+        seen, session = 0, ""
+        left = False
         try:
-            told: set[tuple[int, str]] = set()
-            seen, session = 0, ""
-            left = False
             while True:
                 poll = asyncio.create_task(self._poll(connection, seen, session))
                 await asyncio.wait([poll, dropped], return_when=asyncio.FIRST_COMPLETED)
-                if not poll.done():
-                    poll.cancel()
-                    await asyncio.wait([poll])
-                    raise BrokenError(self._reason)
-                if poll.cancelled():
-                    raise BrokenError("the connection was closed")
+                if dropped.done() or poll.cancelled():
+                    raise BrokenError(self._reason if dropped.done() else "the connection was closed")
                 reply = poll.result()
                 if session and reply.session != session:
                     raise BrokenError("it was restarted")
@@ -337,8 +334,11 @@ class Link:
                     self._left(reply.leaving)
                 await asyncio.sleep(PAUSE_S)
         finally:
-            dropped.cancel()
             self._connection = None
+            tasks: list[asyncio.Task[Any]] = [dropped] if poll is None else [dropped, poll]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _poll(self, connection: Connection, seen: int, session: str) -> pb.ManifestsReply:
         wait_s = self._limits.poll_s
