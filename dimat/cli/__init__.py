@@ -11,12 +11,12 @@ from collections.abc import Sequence
 
 from cyclopts import CycloptsError
 
-from dimat.cli import experiment, merge, symmetry, topology
+from dimat.cli import dht, experiment, merge, symmetry, topology
 from dimat.cli.app import app
 from dimat.cli.shared import say
 from dimat.errors import ConfigError, DataError, DimatError
 
-COMMANDS = (experiment, merge, symmetry, topology)
+COMMANDS = (dht, experiment, merge, symmetry, topology)
 """The modules that put their commands into `app`."""
 
 
