@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dimat import __version__
 from dimat import events as facts
 from dimat.agent.basis import BasisId
 from dimat.agent.checkpoint import CheckpointStore
@@ -37,6 +36,7 @@ from dimat.net.profile import Profile
 from dimat.seeds import derive_seed
 from dimat.snapshot import SnapshotStore
 from dimat.train import Learner
+from dimat.version import __version__
 from dimat.wire.encodings import ENCODINGS, encoded_bytes
 
 MB = 1e6
