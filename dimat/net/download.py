@@ -17,7 +17,7 @@ from dimat.net.backoff import Backoff
 from dimat.net.grpc_client import BrokenError, Connection, Link, words
 from dimat.net.limits import Limits
 from dimat.net.partial import Partial
-from dimat.net.profile import CHUNK_BYTES
+from dimat.net.profile import CHUNK_BYTES, SMALLEST_CHUNK_BYTES
 from dimat.net.work import Threads
 from dimat.snapshot import Payload
 
@@ -153,8 +153,8 @@ async def _block(call: Any, peer: str, length: int, tally: Tally, idle_s: float)
         if chunk is EOF:
             raise BrokenError("the stream ended early")
         tally.count(peer, len(chunk))
-        if len(chunk) != min(CHUNK_BYTES, length):
-            raise GoneError(f"{peer} sends chunks of {len(chunk)} bytes, not of {min(CHUNK_BYTES, length)}")
+        if not min(SMALLEST_CHUNK_BYTES, length) <= len(chunk) <= min(CHUNK_BYTES, length):
+            raise GoneError(f"{peer} sends chunks of {len(chunk)} bytes where {length} of a block are to come")
         chunks.append(chunk)
         length -= len(chunk)
     return chunks

@@ -9,7 +9,8 @@ from dimat.net.limits import MIB, Limits
 from dimat.wire.v1 import peer_pb2 as pb
 
 PROTOCOL = 1
-CHUNK_BYTES = MIB  # of one message of a transfer; the last of a block is shorter
+CHUNK_BYTES = MIB  # of one message of a transfer, at most
+SMALLEST_CHUNK_BYTES = 64 * 2**10  # and at least, but for the end of a block: what is sent on a slow link
 FETCH = "Fetch"
 DATA_SERVICE = "dimat.wire.v1.Data"
 PEER_SERVICE = "dimat.wire.v1.Peer"
