@@ -14,7 +14,6 @@ from typing import Any
 import grpc
 from grpc import aio
 
-import dimat
 from dimat.errors import DimatError, NetworkError, PeerError, SecurityError
 from dimat.net.backoff import Backoff, Breaker, Reminder
 from dimat.net.identity import Identity, check_certificate, check_signature, tls_name
@@ -34,6 +33,7 @@ from dimat.net.profile import (
 )
 from dimat.net.transport import Hearing
 from dimat.net.work import Signal, Threads
+from dimat.version import __version__
 from dimat.wire.v1 import peer_pb2 as pb
 
 Code = grpc.StatusCode
@@ -277,7 +277,7 @@ class Link:
         own = self._profile
         request = pb.HelloRequest(
             protocol=own.protocol,
-            dimat=dimat.__version__,
+            dimat=__version__,
             run=self._run,
             agent=self._agent,
             schema=own.schema,

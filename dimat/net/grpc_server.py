@@ -23,7 +23,6 @@ from grpc_health.v1.health import SERVICE_NAME as HEALTH_SERVICE
 from grpc_health.v1.health import aio as health_aio  # pyright: ignore[reportAttributeAccessIssue]
 from grpc_reflection.v1alpha import reflection
 
-import dimat
 from dimat.errors import DataError, NetworkError, SecurityError
 from dimat.net.identity import Identity, agent_of
 from dimat.net.limits import FullError, Limits, Slots
@@ -42,6 +41,7 @@ from dimat.net.profile import (
 from dimat.net.serving import Serving, SlowReaderError
 from dimat.net.transport import Neighbours, Status
 from dimat.snapshot import SnapshotStore
+from dimat.version import __version__
 from dimat.wire.v1 import peer_pb2 as pb
 
 Context = aio.ServicerContext[Any, Any]
@@ -160,7 +160,7 @@ class Server:
         own = self._profile
         return pb.HelloReply(
             protocol=own.protocol,
-            dimat=dimat.__version__,
+            dimat=__version__,
             run=self._run,
             agent=self._agent,
             schema=own.schema,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import dimat
 from dimat.net.limits import MIB, Limits
+from dimat.version import __version__
 from dimat.wire.v1 import peer_pb2 as pb
 
 PROTOCOL = 1
@@ -36,7 +36,7 @@ def misfit(profile: Profile, run: str, other: pb.HelloRequest | pb.HelloReply) -
     if other.protocol != profile.protocol:
         return (
             f"it speaks protocol {other.protocol} (dimat {shown(other.dimat)}), this agent speaks {profile.protocol} "
-            f"(dimat {dimat.__version__}); bring both to one version"
+            f"(dimat {__version__}); bring both to one version"
         )
     if other.run != run:
         return f"it is in run {shown(other.run)}, this agent in {shown(run)}; give both the same run"
