@@ -40,6 +40,7 @@ Code = grpc.StatusCode
 Directory = Callable[[str], Awaitable[Sequence[str]]]
 """Gives further addresses of an agent, from wherever they are known."""
 
+LATEST_REPLY_S = 600.0  # to a call for news, on a link where bytes of transfers come all the time
 PAUSE_S = 0.05  # between two calls for news, whatever the peer answers
 AWAKE_S = 1.0  # between two attempts because something was heard of the peer
 OFFERED_AT_MOST = 64  # snapshots that a peer offers at a time
@@ -63,6 +64,11 @@ class Connection:
     metadata: tuple[tuple[str, str], ...]
     reply: pb.HelloReply
     check: Check
+    heard_s: float = 0.0  # when the last byte of it came, by the event loop's clock
+
+    def heard(self) -> None:
+        """A byte has come: it is alive."""
+        self.heard_s = asyncio.get_running_loop().time()
 
     def fetch(self, root: str, first: int, blocks: int) -> Any:
         """Begin a transfer of a range of blocks; the call gives raw chunks."""
@@ -342,13 +348,25 @@ class Link:
 
     async def _poll(self, connection: Connection, seen: int, session: str) -> pb.ManifestsReply:
         wait_s = self._limits.poll_s
+        most_s = wait_s + self._limits.quiet_s
         request = pb.ManifestsRequest(seen=seen, session=session, wait_ms=int(wait_s * 1000))
+        connection.heard()
+        call = asyncio.create_task(connection.call("Manifests", request, pb.ManifestsReply, LATEST_REPLY_S))
         try:
-            return await connection.call("Manifests", request, pb.ManifestsReply, wait_s + self._limits.call_s)
+            # on a slow link an answer waits behind the data of a transfer, which shows that the peer is there
+            while not call.done():
+                quiet_s = asyncio.get_running_loop().time() - connection.heard_s
+                if quiet_s >= most_s:
+                    raise BrokenError(f"no answer for {most_s:g} s")
+                await asyncio.wait([call], timeout=most_s - quiet_s)
+            return call.result()
         except aio.AioRpcError as error:
             if error.code() is Code.PERMISSION_DENIED:
                 raise RefusedError(f"it will not have this agent: {words(error)}") from None
             raise
+        finally:
+            call.cancel()
+            await asyncio.gather(call, return_exceptions=True)
 
     async def _take(self, connection: Connection, reply: pb.ManifestsReply, told: set[tuple[int, str]]) -> None:
         """Take over what the peer offers, tell what is new on this connection."""

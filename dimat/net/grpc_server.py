@@ -240,7 +240,8 @@ class Server:
                 finally:
                     self._store.release(root)
                 if request.first_block + request.blocks == len(payload.blocks):
-                    self._had.setdefault(reader, set()).add(root)
+                    had = self._had.get(reader, set())
+                    self._had[reader] = {known for known in had if self._offering.payload(known)} | {root}
         except FullError as full:
             await _abort(context, Code.RESOURCE_EXHAUSTED, str(full))
         except SlowReaderError:

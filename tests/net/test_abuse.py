@@ -84,7 +84,6 @@ async def still_serves(a: Agent, tmp_path: Path) -> None:
         assert fetched.path.stat().st_size == manifest.payload.bytes
 
 
-@pytest.mark.slow
 async def test_ten_thousand_connections_opened_and_dropped(tmp_path: Path) -> None:
     a = make(tmp_path / "a", "a")
     async with started(a):
