@@ -86,7 +86,7 @@ def main() -> None:
     megabytes, repeats, steps = (67, 3, 2) if arguments.quick else (268, 7, 5)
     with tempfile.TemporaryDirectory() as folder:
         keys = Path(folder) / "keys"
-        for command in (["init-ca"], ["issue", *"abcd", "--addresses", "127.0.0.1:7300"]):
+        for command in (["init-ca"], *(["issue", name, "--addresses", "127.0.0.1:7300"] for name in "abcd")):
             words = [sys.executable, "-m", "dimat.cli", "keys", *command, "--folder", str(keys)]
             subprocess.run(words, check=True, capture_output=True)
         rates = {kind: one_path(kind, megabytes, repeats, str(keys)) for kind in PATHS}
