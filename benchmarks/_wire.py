@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
 import socket
 import sys
@@ -280,6 +281,7 @@ def hivemind_averager(
 ) -> None:
     """Average with all others through hivemind. `ports` carries nothing: peers meet at the first one's address."""
     warnings.simplefilter("ignore")
+    multiprocessing.set_start_method("fork", force=True)  # of its own processes: it cannot do otherwise
     import hivemind
     import torch
     from hivemind.averaging import DecentralizedAverager
@@ -295,14 +297,7 @@ def hivemind_averager(
         barrier.wait(SECONDS)
     else:
         barrier.wait(SECONDS)
-        for attempt in range(6):  # it gives up at once where the first peer is not quite there
-            try:
-                dht = hivemind.DHT(initial_peers=addresses.read_text().split(), **local)
-                break
-            except Exception:
-                if attempt == 5:
-                    raise
-                time.sleep(1.0)
+        dht = hivemind.DHT(initial_peers=addresses.read_text().split(), **local)
     tensor = numbers(megabytes) * 0 + index
     averager = DecentralizedAverager(
         [tensor],
@@ -311,7 +306,7 @@ def hivemind_averager(
         target_group_size=count,
         min_group_size=count,
         min_matchmaking_time=2.0,
-        request_timeout=2.0,
+        request_timeout=1.0,
         start=True,
     )
     times: list[float] = []

@@ -14,8 +14,10 @@ app = App(
 )
 topology = App(name="topology", help="Graphs, schedules and mixing weights.")
 symmetry = App(name="symmetry", help="Which axes of a model's tensors move together.")
+keys = App(name="keys", help="Keys and certificates of a collaboration's agents.")
 app.command(topology)
 app.command(symmetry)
+app.command(keys)
 _OPTIONS = Group("Options")
 app["--help"].group = _OPTIONS
 app["--version"].group = _OPTIONS

@@ -52,9 +52,10 @@ def check_bootstrap(address: str) -> str:
 def split_listen(listen: str) -> tuple[str, int]:
     """Return host and port of `host:port`; ConfigError unless the host is an IP address (IPv6 in brackets)."""
     host, _, port = listen.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
     try:
-        address = ipaddress.ip_address(host[1:-1] if host.startswith("[") and host.endswith("]") else host)
-        if not (port.isdecimal() and int(port) < 65536):
+        address = ipaddress.ip_address(host[1:-1] if bracketed else host)
+        if not (port.isdecimal() and int(port) < 65536 and bracketed == (address.version == 6)):
             raise ValueError
     except ValueError:
         raise ConfigError(f"DHT listen address {listen!r} is not IP:port, e.g. 0.0.0.0:7301") from None

@@ -22,6 +22,7 @@ BACKDATED = timedelta(hours=1)
 MOST_HOSTS = 32
 """Addresses in one certificate."""
 
+_ADDRESS = re.compile(r"(?:\[(?P<six>[^\[\]]+)\]|(?P<host>[^:\[\]]+))(?::(?P<port>[0-9]{1,5}))?")
 _HOST = re.compile(r"(?=.{1,253}$)[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?)*")
 
 
@@ -110,7 +111,7 @@ def read_request(pem: bytes) -> Request:
         key, name = request.public_key(), agent_name(request)
         if name is None:
             others = [host for host in dns_names(request) if host.lower().endswith(SUFFIX)]
-            raise SecurityError(f"request names no agent, or more than one{': ' if others else ''}{', '.join(others)}")
+            raise SecurityError(f"request names no agent, or more than one (names of agents in it: {others})")
         found = hosts(request)
     if not isinstance(key, ec.EllipticCurvePublicKey) or not is_p256(key):
         raise SecurityError("request holds a key that is not P-256; make it with `dimat keys request`")
@@ -136,19 +137,17 @@ def host_of(address: str) -> str:
     certificate held another agent's would pass for that one.
     """
     text = address.strip()
-    inner, bracket, rest = text[1:].partition("]") if text.startswith("[") else (text, "", "")
-    if not bracket and text.count(":") == 1:
-        inner, colon, port = text.partition(":")
-        rest = colon + port
-    number = rest.removeprefix(":")
-    if rest and not (rest.startswith(":") and number.isascii() and number.isdecimal() and 0 < int(number) < 65536):
-        raise ConfigError(f"address {address!r} is not host:port")
+    parts = _ADDRESS.fullmatch(text)  # None too of an IPv6 address by itself
+    inner = text if parts is None else parts["six"] or parts["host"]
+    wrong = f"address {address!r} is not host:port, with a DNS name (in ASCII) or an IP address as host"
+    if parts is not None and parts["port"] is not None and not 0 < int(parts["port"]) < 65536:
+        raise ConfigError(wrong)
     try:
         return str(ip_address(inner))
     except ValueError:
         host = inner.lower()
-    if bracket or not _HOST.fullmatch(host):
-        raise ConfigError(f"address {address!r} is not host:port, with a DNS name (in ASCII) or an IP address as host")
+    if parts is None or parts["host"] is None or not _HOST.fullmatch(host):
+        raise ConfigError(wrong)
     if host.endswith(SUFFIX) or host == SUFFIX[1:]:
         raise ConfigError(f"address {address!r}: names that end in {SUFFIX} are kept for agents' identities")
     return host

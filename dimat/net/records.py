@@ -70,17 +70,16 @@ def seal_record(record: Record, sign: Callable[[bytes], bytes] | None, certifica
     """
     fingerprint = hashlib.sha256(certificate_der).hexdigest() if sign is not None else ""
     record = replace(record, fingerprint=fingerprint)
-    try:
-        _check(record)
-    except SecurityError as error:
-        raise ConfigError(f"own record of {record.agent!r} for the DHT cannot be: {error}") from None
+    if (fault := _fault(record)) is not None:
+        raise ConfigError(f"own record of {record.agent!r} for the DHT: {fault}")
     tree = {name: getattr(record, name) for name in Record.__slots__}
     body = json.dumps(tree, separators=(",", ":"), ensure_ascii=False).encode()
     parts = (certificate_der, sign(_DOMAIN + body)) if sign is not None else (b"", b"")
     data = b"".join([_MAGIC, *map(_counted, parts), body])
     if len(data) > MAX_BYTES:
         raise ConfigError(
-            f"own record of {record.agent!r} for the DHT has {len(data)} bytes of {MAX_BYTES}: give it fewer addresses"
+            f"own record of {record.agent!r} for the DHT has {len(data)} bytes of {MAX_BYTES}: give it fewer addresses,"
+            " or a certificate of an EC key"
         )
     return data
 
@@ -95,7 +94,8 @@ def open_record(data: bytes, *, ca: bytes | None, run: str | None, agent: str | 
     """
     certificate, signature, body = _split(data)
     record = _parse(body)
-    _check(record)
+    if (fault := _fault(record)) is not None:
+        _refuse(fault)
     if run is not None and record.run != run:
         _refuse(f"it is of run {record.run!r}, not {run!r}")
     if agent is not None and record.agent != agent:
@@ -194,24 +194,24 @@ def _parse(body: bytes) -> Record:
     return Record(**fields)
 
 
-def _check(record: Record) -> None:
-    """Raise SecurityError unless each value of a record is within its bounds."""
+def _fault(record: Record) -> str | None:
+    """Return what is wrong with a record whose values are out of bounds."""
     if not _RUN.fullmatch(record.run):
-        _refuse("its run has no name that can be")
+        return "its run has no name that can be"
     if not _AGENT.fullmatch(record.agent):
-        _refuse("its agent has no name that can be")
+        return "its agent has no name that can be"
     if record.fingerprint and not _HEX.fullmatch(record.fingerprint):
-        _refuse("its fingerprint is no sha256")
+        return "its fingerprint is no sha256"
     if not _ROOT.fullmatch(record.root):
-        _refuse("its root is no hash")
+        return "its root is no hash"
     if len(record.addresses) > MAX_ADDRESSES:
-        _refuse(f"it has more than {MAX_ADDRESSES} addresses")
+        return f"it has more than {MAX_ADDRESSES} addresses"
     for address in record.addresses:
         if not is_address(address):
-            _refuse(f"address {address[:80]!r} is not host:port")
-    life = record.expires_s - record.time_s
-    if not 0 < life <= MAX_LIFE_S:
-        _refuse("its times do not fit each other")
+            return f"address {address[:80]!r} is not host:port"
+    if not 0 < record.expires_s - record.time_s <= MAX_LIFE_S:
+        return "its times do not fit each other"
+    return None
 
 
 def _not_finite(text: str) -> NoReturn:

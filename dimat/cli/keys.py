@@ -1,0 +1,149 @@
+"""`dimat keys …`: who is who in a collaboration of real agents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter, validators
+
+from dimat.cli.app import keys
+from dimat.cli.shared import Json, say, show
+from dimat.errors import ConfigError, SecurityError, unknown_agent
+
+if TYPE_CHECKING:
+    from dimat.net.keyring import Made
+
+Folder = Annotated[
+    Path, Parameter(help="Folder of keys: NAME.key, NAME.crt, and ca.crt (with ca.key: the organiser's).")
+]
+Addresses = Annotated[
+    tuple[str, ...],
+    Parameter(negative="", consume_multiple=False, help="Where the agent is reached: host:port, several by commas."),
+]
+Days = Annotated[int, Parameter(validator=validators.Number(gte=1, lte=36500), help="How long it is valid.")]
+KEYS = Path("keys")
+YEAR = 365
+
+
+@keys.command(name="init-ca")
+def init_ca(
+    *,
+    folder: Folder = KEYS,
+    name: Annotated[str, Parameter(help="Name of the collaboration, shown as issuer.")] = "dimat collaboration",
+    days: Days = 10 * YEAR,
+) -> int:
+    """Make the collaboration's own certificate authority: ca.key, which the organiser keeps to themselves, and ca.crt,
+    which every agent gets."""
+    from dimat.net.keyring import init_authority
+
+    _tell(init_authority(folder, name, days), "CA")
+    say(f"  keep {folder / 'ca.key'} where no agent runs: who has it can let anybody in")
+    return 0
+
+
+@keys.command
+def issue(
+    *names: Annotated[str, Parameter(help="Agents, as on the map. Without names: all agents of --map.")],
+    addresses: Addresses = (),
+    map_: Annotated[Path | None, Parameter(name="--map", help="Network map to take the addresses from.")] = None,
+    folder: Folder = KEYS,
+    days: Days = YEAR,
+    renew: Annotated[
+        bool, Parameter(negative="", help="Keep the keys, wherever they are, and make new certificates.")
+    ] = False,
+) -> int:
+    """Make keys and certificates of agents: NAME.key and NAME.crt. An agent is removed by taking it off the map:
+    certificates are not revoked, the map says who may take part."""
+    from dimat.net.keyring import issue as issue_keys
+
+    wanted = _wanted(names, addresses, map_, renew)
+    for made in issue_keys(folder, wanted, days, renew=renew):
+        _tell(made, "certificate of")
+    return 0
+
+
+@keys.command
+def request(
+    name: Annotated[str, Parameter(help="The agent, as on the map.")],
+    /,
+    *,
+    addresses: Addresses = (),
+    folder: Folder = KEYS,
+    renew: Annotated[bool, Parameter(negative="", help="Keep the key, and make a new request.")] = False,
+) -> int:
+    """Make a key that never leaves this machine, NAME.key, and a request for its certificate, NAME.csr, to send to the
+    organiser."""
+    from dimat.net.keyring import request as request_certificate
+
+    _tell(request_certificate(folder, name, _listed(addresses), renew=renew), "request of")
+    say("  send the .csr to the organiser, and tell them the key above by another way (telephone)")
+    return 0
+
+
+@keys.command
+def sign(
+    file: Annotated[Path, Parameter(help="The agent's request, NAME.csr.")],
+    /,
+    *,
+    folder: Folder = KEYS,
+    days: Days = YEAR,
+    renew: Annotated[bool, Parameter(negative="", help="The agent has a certificate; make a new one.")] = False,
+) -> int:
+    """Make the certificate that an agent asks for, NAME.crt, with the CA of the folder. Only name, addresses and key
+    are taken from the request."""
+    from dimat.net.keyring import sign as sign_request
+
+    made = sign_request(folder, file, days, renew=renew)
+    _tell(made, "certificate of")
+    say(f"  send {made.files[0]} and {folder / 'ca.crt'} back, once {made.name} has confirmed that this is its key")
+    return 0
+
+
+@keys.command(name="show")
+def show_keys(
+    *paths: Annotated[Path, Parameter(help="Folders, or .crt, .csr and .key files; default: keys.")],
+    as_json: Json = False,
+) -> int:
+    """Show certificates, keys and requests: name, addresses, fingerprints, days left, issuer, and whether key and
+    certificate match. Warns of what ends within 30 days; exit code 4 if something cannot be used."""
+    from dimat.net.keyfacts import look_at
+    from dimat.ui.keys import keys_json, keys_text
+
+    found = look_at(paths or [KEYS])
+    show(keys_json(found) if as_json else keys_text(found))
+    return SecurityError.exit_code if any(facts.faults for facts in found) else 0
+
+
+def _wanted(
+    names: Sequence[str], addresses: Sequence[str], map_: Path | None, renew: bool
+) -> dict[str, Sequence[str] | None]:
+    """Return the addresses of the agents that get certificates; None: those that an agent had."""
+    if map_ is None:
+        if not names:
+            raise ConfigError("say which agents: dimat keys issue lab-a --addresses host:port, or --map FILE for all")
+        if addresses and len(set(names)) > 1:
+            raise ConfigError("--addresses are those of one agent; issue the others apart, or take a --map for all")
+        return dict.fromkeys(names, _listed(addresses) if addresses or not renew else None)
+    if addresses:
+        raise ConfigError("--addresses and --map: give one of the two")
+    from dimat.config import TopologyConfig
+    from dimat.topology import build_topology
+
+    topology = build_topology(TopologyConfig(map=str(map_)))
+    for name in names:
+        if name not in topology.names:
+            raise ConfigError(unknown_agent(str(map_), name, topology.names))
+    return {name: topology.addresses.get(name, ()) for name in names or topology.names}
+
+
+def _listed(addresses: Sequence[str]) -> list[str]:
+    return [part.strip() for entry in addresses for part in entry.split(",") if part.strip()]
+
+
+def _tell(made: Made, what: str) -> None:
+    from dimat.ui.keys import made_lines
+
+    for line in made_lines(made, what):
+        say(line)

@@ -1,0 +1,28 @@
+"""A certificate authority for tests, made by the code that `dimat keys` runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cryptography.hazmat.primitives import serialization
+
+from dimat.net.identity import Identity
+from dimat.net.issuing import make_authority, make_certificate, make_key
+
+PEM = serialization.Encoding.PEM
+DER = serialization.Encoding.DER
+
+
+class Authority:
+    """A CA with its key; `identity` makes an agent's keys."""
+
+    def __init__(self, name: str = "tests", days: float = 30) -> None:
+        self.key = make_key()
+        self.certificate = make_authority(self.key, name, days)
+        self.pem = self.certificate.public_bytes(PEM)
+
+    def identity(self, name: str, *, days: float = 10, hosts: Sequence[str] = (), ca: bytes | None = None) -> Identity:
+        """Return a fresh identity of an agent, which trusts this CA unless `ca` says otherwise."""
+        key = make_key()
+        made = make_certificate(self.certificate, self.key, name, hosts, key.public_key(), days)
+        return Identity(name, made.public_bytes(PEM), self.pem if ca is None else ca, key)
