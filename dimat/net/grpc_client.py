@@ -26,7 +26,7 @@ Directory = Callable[[str], Awaitable[Sequence[str]]]
 """Gives further addresses of an agent, from wherever they are known."""
 
 LATEST_REPLY_S = 600.0  # to a call for news, on a link where bytes of transfers come all the time
-PAUSE_S = 0.05  # between two calls for news, whatever the peer answers
+PAUSE_S = 0.05  # from one call for news to the next, at least
 AWAKE_S = 1.0  # between two attempts because something was heard of the peer
 OFFERED_AT_MOST = 64  # snapshots that a peer offers at a time
 
@@ -220,6 +220,7 @@ class Link:
         left = False
         try:
             while True:
+                began_s = asyncio.get_running_loop().time()
                 poll = asyncio.create_task(self._poll(connection, seen, session))
                 await asyncio.wait([poll, dropped], return_when=asyncio.FIRST_COMPLETED)
                 if dropped.done() or poll.cancelled():
@@ -232,7 +233,8 @@ class Link:
                 if reply.leaving and not left:
                     left = True
                     self._left(reply.leaving)
-                await asyncio.sleep(PAUSE_S)
+                # one that answers at once with nothing new must not be asked in a rush
+                await asyncio.sleep(began_s + PAUSE_S - asyncio.get_running_loop().time())
         finally:
             self._connection = None
             tasks: list[asyncio.Task[Any]] = [dropped] if poll is None else [dropped, poll]
