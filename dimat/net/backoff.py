@@ -1,4 +1,4 @@
-"""When to try again, and when to say it again: growing waits with jitter, and a breaker for a peer that stays away."""
+"""When to try again: growing waits with jitter, and a breaker for a peer that stays away."""
 
 from __future__ import annotations
 
@@ -50,29 +50,3 @@ class Breaker:
     def wait_s(self, backoff_s: float) -> float:
         """Return how long to wait before the next attempt where the back-off asks for `backoff_s`."""
         return max(backoff_s, self._open_s) if self.is_open else backoff_s
-
-
-class Reminder:
-    """Says whether something that goes on should be said again: at once, then after 1, 4, 16, … minutes."""
-
-    def __init__(self, first_s: float = 60.0, factor: float = 4.0) -> None:
-        self._first_s = first_s
-        self._factor = factor
-        self._gap_s = first_s
-        self._next: float | None = None
-
-    def due(self, now: float) -> bool:
-        """Return whether it is time, and take it as said."""
-        if self._next is None:
-            self._next = now + self._first_s
-            self._gap_s = self._first_s
-            return True
-        if now < self._next:
-            return False
-        self._gap_s *= self._factor
-        self._next = now + self._gap_s
-        return True
-
-    def reset(self) -> None:
-        """It is over; when it comes again, it is said at once."""
-        self._next = None

@@ -9,19 +9,18 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
-import grpc
 from grpc import aio
 
 from dimat.errors import NetworkError
 from dimat.net.backoff import Backoff
-from dimat.net.grpc_client import BrokenError, Connection, Link, words
+from dimat.net.connection import BrokenError, Code, Connection, words
+from dimat.net.grpc_client import Link
 from dimat.net.limits import Limits
 from dimat.net.partial import Partial
 from dimat.net.profile import CHUNK_BYTES, SMALLEST_CHUNK_BYTES
 from dimat.net.work import Threads
 from dimat.snapshot import Payload
 
-Code = grpc.StatusCode
 BLOCK_ATTEMPTS = 2
 EOF: Any = aio.EOF  # pyright: ignore[reportAttributeAccessIssue]  # what a stream gives at its end
 WRITES_AHEAD = 2  # blocks that are being hashed and written while the next one comes

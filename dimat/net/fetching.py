@@ -63,7 +63,7 @@ class Fetching:
                         await self._bring(find(), signed, tally)
                     await self._threads.submit(self._received.note, signed)
                 self._received.keep(peer, signed)
-        except DataError as error:
+        except (DataError, OSError) as error:
             raise NetworkError(f"snapshot {root[:12]}… of {peer}, round {round_}, cannot be stored: {error}") from error
         return Fetched(signed.manifest, self._received.path(root), tally.bytes, (signed.data, signed.signature))
 

@@ -4,86 +4,31 @@ the connection breaks."""
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-import grpc
 from grpc import aio
 
 from dimat.errors import DimatError, NetworkError, PeerError, SecurityError
-from dimat.net.backoff import Backoff, Breaker, Reminder
-from dimat.net.identity import Identity, check_certificate, check_signature, tls_name
+from dimat.net.backoff import Backoff, Breaker
+from dimat.net.connection import BrokenError, Code, Connection, Dialler, RefusedError, words
 from dimat.net.limits import Limits
-from dimat.net.manifests import MOST_FORMS, Bound, Check, Signed, unseal
-from dimat.net.profile import (
-    AGENT_HEADER,
-    CHUNK_BYTES,
-    CLOCKS_DIFFER_S,
-    DATA_SERVICE,
-    FETCH,
-    PEER_SERVICE,
-    Profile,
-    channel_options,
-    misfit,
-    shown,
-)
+from dimat.net.manifests import Bound, Signed, unseal
+from dimat.net.profile import CLOCKS_DIFFER_S, Profile, shown
+from dimat.net.reminders import Reminders
 from dimat.net.transport import Hearing
 from dimat.net.work import Signal, Threads
-from dimat.version import __version__
 from dimat.wire.v1 import peer_pb2 as pb
 
-Code = grpc.StatusCode
 Directory = Callable[[str], Awaitable[Sequence[str]]]
 """Gives further addresses of an agent, from wherever they are known."""
 
 LATEST_REPLY_S = 600.0  # to a call for news, on a link where bytes of transfers come all the time
-PAUSE_S = 0.05  # between two calls for news, whatever the peer answers
+PAUSE_S = 0.05  # from one call for news to the next, at least
 AWAKE_S = 1.0  # between two attempts because something was heard of the peer
 OFFERED_AT_MOST = 64  # snapshots that a peer offers at a time
-
-
-class RefusedError(Exception):
-    """The peer is there and does not fit, or will not have us: trying again soon is of no use."""
-
-
-class BrokenError(Exception):
-    """The connection broke, or a call on it failed in a way that another attempt may mend."""
-
-
-@dataclass(eq=False)
-class Connection:
-    """A channel to a peer that has said hello and fits. `check`: tells its signatures from others."""
-
-    peer: str
-    address: str
-    channel: aio.Channel
-    metadata: tuple[tuple[str, str], ...]
-    reply: pb.HelloReply
-    check: Check
-    heard_s: float = 0.0  # when the last byte of it came, by the event loop's clock
-
-    def heard(self) -> None:
-        """A byte has come: it is alive."""
-        self.heard_s = asyncio.get_running_loop().time()
-
-    def fetch(self, root: str, first: int, blocks: int) -> Any:
-        """Begin a transfer of a range of blocks; the call gives raw chunks."""
-        method: Any = self.channel.unary_stream(
-            f"/{DATA_SERVICE}/{FETCH}",
-            request_serializer=pb.FetchRequest.SerializeToString,
-            response_deserializer=None,
-        )
-        return method(
-            pb.FetchRequest(root=bytes.fromhex(root), first_block=first, blocks=blocks), metadata=self.metadata
-        )
-
-    async def call(self, method: str, request: Any, reply: Any, timeout_s: float) -> Any:
-        """Call a method of the peer's service."""
-        return await _call(self.channel, method, request, reply, timeout_s, self.metadata)
 
 
 class Link:
@@ -94,8 +39,7 @@ class Link:
         peer: str,
         *,
         run: str,
-        agent: str,
-        identity: Identity | None,
+        dialler: Dialler,
         profile: Profile,
         bound: Bound,
         limits: Limits,
@@ -107,8 +51,7 @@ class Link:
         self.peer = peer
         self.streams = asyncio.Semaphore(limits.fetches_per_peer)
         self._run = run
-        self._agent = agent
-        self._identity = identity
+        self._dialler = dialler
         self._profile = profile
         self._bound = bound
         self._limits = limits
@@ -131,8 +74,7 @@ class Link:
         self._lost_timer: asyncio.TimerHandle | None = None
         self._told_lost = False
         self._reason = "it was not reached yet"
-        self._unreached = Reminder()
-        self._clock_said = Reminder()
+        self._reminders = Reminders(hearing.noticed)
         self._said: set[str] = set()
         self._awoken = float("-inf")
 
@@ -214,9 +156,8 @@ class Link:
                 self._reason = words(error)
                 self._breaker.failed()
                 wait_s = self._breaker.wait_s(self._backoff.next())
-                now = asyncio.get_running_loop().time()
-                if self._told_lost and self._unreached.due(now):
-                    self._hearing.noticed(f"{self.peer} is out of reach: {self._reason}; it is tried on")
+                if self._told_lost:
+                    self._reminders.tell("reach", f"{self.peer} is out of reach: {self._reason}; it is tried on")
             except Exception as error:  # a fault of ours must not end the following, nor hide
                 self._reason = f"{type(error).__name__}: {error}"
                 self._breaker.failed()
@@ -238,27 +179,24 @@ class Link:
             raise BrokenError("no address of it is known")
         trouble: list[str] = []
         for address in known:
-            channel = self._channel(address)
             try:
-                try:
-                    connection = await self._hello(address, channel)
-                except (BrokenError, aio.AioRpcError) as error:
-                    trouble.append(f"{address}: {words(error)}")
-                    continue
+                connection = await self._dialler.dial(self.peer, address)
+            except (BrokenError, aio.AioRpcError) as error:
+                trouble.append(f"{address}: {words(error)}")
+                continue
+            try:
                 self._last_good = address
+                if connection.apart_s > CLOCKS_DIFFER_S:
+                    self._reminders.tell(
+                        "clock",
+                        f"the clocks of {self.peer} and this machine differ by {connection.apart_s:.0f} s; set both by "
+                        "NTP",
+                    )
                 yield connection
-                return
             finally:
-                await channel.close()
+                await connection.channel.close()
+            return
         raise BrokenError("; ".join(trouble))
-
-    def _channel(self, address: str) -> aio.Channel:
-        # what a reply may take: all manifests that a peer offers
-        largest = max(4 * CHUNK_BYTES, MOST_FORMS * self._bound.manifest_bytes)
-        if self._identity is None:
-            return aio.insecure_channel(address, options=channel_options(largest, None))
-        options = channel_options(largest, tls_name(self.peer))
-        return aio.secure_channel(address, self._identity.channel_credentials(), options=options)
 
     async def _look_up(self) -> Sequence[str]:
         if self._directory is None:
@@ -272,50 +210,6 @@ class Link:
             self._say(f"no addresses of {self.peer} were found: {error}")
             return ()
 
-    async def _hello(self, address: str, channel: aio.Channel) -> Connection:
-        metadata = ((AGENT_HEADER, self._agent),) if self._identity is None else ()
-        own = self._profile
-        request = pb.HelloRequest(
-            protocol=own.protocol,
-            dimat=__version__,
-            run=self._run,
-            agent=self._agent,
-            schema=own.schema,
-            base=own.base,
-            encodings=own.encodings,
-        )
-        before = time.time()
-        try:
-            reply: pb.HelloReply = await _call(
-                channel, "Hello", request, pb.HelloReply, self._limits.connect_s, metadata
-            )
-        except aio.AioRpcError as error:
-            if error.code() in (Code.PERMISSION_DENIED, Code.UNAUTHENTICATED, Code.UNIMPLEMENTED):
-                raise RefusedError(f"it will not have this agent: {words(error)}") from None
-            raise
-        apart_s = max(before - reply.time_s, reply.time_s - time.time())
-        if reply.agent != self.peer:
-            raise BrokenError(f"{shown(reply.agent)} answers there, not {self.peer}")
-        reason = misfit(own, self._run, reply)
-        if reason:
-            raise RefusedError(reason)
-        try:
-            check = self._checker(reply.certificate)
-        except SecurityError as error:
-            raise RefusedError(str(error)) from None
-        if apart_s > CLOCKS_DIFFER_S and self._clock_said.due(asyncio.get_running_loop().time()):
-            self._hearing.noticed(
-                f"the clocks of {self.peer} and this machine differ by {apart_s:.0f} s; set both by NTP"
-            )
-        return Connection(self.peer, address, channel, metadata, reply, check)
-
-    def _checker(self, certificate: bytes) -> Check:
-        """Return what tells the peer's signatures from others; SecurityError where its certificate is not its own."""
-        if self._identity is None:
-            return _unsigned
-        key = check_certificate(certificate, self._identity.ca, self.peer)
-        return lambda data, signature: check_signature(key, data, signature)
-
     async def _listen(self, connection: Connection) -> None:
         """Ask for news until the connection breaks."""
         self._dropped = asyncio.Event()
@@ -326,6 +220,7 @@ class Link:
         left = False
         try:
             while True:
+                began_s = asyncio.get_running_loop().time()
                 poll = asyncio.create_task(self._poll(connection, seen, session))
                 await asyncio.wait([poll, dropped], return_when=asyncio.FIRST_COMPLETED)
                 if dropped.done() or poll.cancelled():
@@ -338,7 +233,8 @@ class Link:
                 if reply.leaving and not left:
                     left = True
                     self._left(reply.leaving)
-                await asyncio.sleep(PAUSE_S)
+                # one that answers at once with nothing new must not be asked in a rush
+                await asyncio.sleep(began_s + PAUSE_S - asyncio.get_running_loop().time())
         finally:
             self._connection = None
             tasks: list[asyncio.Task[Any]] = [dropped] if poll is None else [dropped, poll]
@@ -408,7 +304,7 @@ class Link:
     def _in_reach(self) -> None:
         self._backoff.reset()
         self._breaker.succeeded()
-        self._unreached.reset()
+        self._reminders.over("reach")
         self._told_lost = False
         if self._lost_timer is not None:
             self._lost_timer.cancel()
@@ -441,35 +337,3 @@ class Link:
                 self._said.clear()
             self._said.add(message)
             self._hearing.noticed(message)
-
-
-def _unsigned(data: bytes, signature: bytes) -> None:
-    """On an insecure network nothing is signed."""
-
-
-async def _call(
-    channel: aio.Channel, method: str, request: Any, reply: Any, timeout_s: float, metadata: Sequence[tuple[str, str]]
-) -> Any:
-    """Call a method of the service of `peer.proto`."""
-    call: Any = channel.unary_unary(
-        f"/{PEER_SERVICE}/{method}",
-        request_serializer=type(request).SerializeToString,
-        response_deserializer=reply.FromString,
-    )
-    try:
-        async with asyncio.timeout(timeout_s + 1.0):
-            return await call(request, timeout=timeout_s, metadata=metadata)
-    except TimeoutError:
-        raise BrokenError("no answer in time") from None
-
-
-def words(error: Exception) -> str:
-    """Return what a failed call says, in one line."""
-    if not isinstance(error, aio.AioRpcError):
-        return str(error)
-    details = " ".join((error.details() or "").split())[:200]
-    if error.code() is Code.DEADLINE_EXCEEDED:
-        return "no answer in time"
-    if "handshake" in details.lower() or "certificate" in details.lower():
-        return f"no TLS connection: is its certificate of the same CA, and valid? ({details})"
-    return details or error.code().name

@@ -8,6 +8,7 @@ from pathlib import Path
 from random import Random
 
 from dimat.errors import NetworkError
+from dimat.net.connection import Dialler
 from dimat.net.fetching import Fetching
 from dimat.net.grpc_client import Directory, Link
 from dimat.net.grpc_server import Server
@@ -69,6 +70,7 @@ class GrpcTransport:
         self._threads = Threads()
         self._offering = Offering(store, run, agent, self._signer(), self._threads)
         self._serving = Serving(self._limits, self._threads)
+        self._dialler = Dialler(run, agent, identity, profile, bound, self._limits)
         self._links: dict[str, Link] = {}
         self._neighbours = Neighbours((), (), (), {})
         self._fetches: set[asyncio.Task[object]] = set()
@@ -153,8 +155,7 @@ class GrpcTransport:
             link = self._links[peer] = Link(
                 peer,
                 run=self._run,
-                agent=self._agent,
-                identity=self._identity,
+                dialler=self._dialler,
                 profile=self._profile,
                 bound=self._bound,
                 limits=self._limits,
