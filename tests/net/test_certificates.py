@@ -213,12 +213,24 @@ def test_what_is_no_agents_certificate(make: Callable[[], bytes], says: str) -> 
 GOOD = AUTHORITY.identity("lab-a").certificate_der
 
 
+@pytest.mark.filterwarnings("ignore:Parsed a serial number")  # the parser's own remark on what is refused then
 @given(st.integers(0, len(GOOD) * 8 - 1))
 def test_a_certificate_with_one_bit_changed_is_refused(bit: int) -> None:
     data = bytearray(GOOD)
     data[bit // 8] ^= 1 << bit % 8
     with pytest.raises(SecurityError):
         check_certificate(bytes(data), AUTHORITY.pem, "lab-a")
+
+
+def test_unused_bits_of_a_signature_are_looked_at() -> None:
+    """Where a signature ends in a zero bit, the parser takes it for unused as well, if the byte before says so."""
+    der = next(d for d in (AUTHORITY.identity("lab-a").certificate_der for _ in range(200)) if d[-1] % 2 == 0)
+    place = len(der) - len(x509.load_der_x509_certificate(der).signature) - 1
+    assert der[place] == 0
+    changed = der[:place] + b"\1" + der[place + 1 :]
+    x509.load_der_x509_certificate(changed).verify_directly_issued_by(AUTHORITY.certificate)
+    with pytest.raises(SecurityError, match="cannot be read"):
+        check_certificate(changed, AUTHORITY.pem, "lab-a")
 
 
 @given(st.binary(max_size=300) | st.integers(0, len(GOOD) - 1).map(lambda end: GOOD[:end]))
