@@ -7,7 +7,7 @@ and the command line answer before torch is loaded.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0.dev0"
+from dimat.version import __version__ as __version__
 
 _HOME = {
     "derive_symmetry": "dimat.symmetry",

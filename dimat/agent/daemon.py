@@ -14,10 +14,10 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dimat import __version__
 from dimat import events as facts
 from dimat.agent.basis import BasisId
 from dimat.agent.checkpoint import CheckpointStore
+from dimat.agent.finding import Finding, check_finding
 from dimat.agent.folder import AgentFolder, default_folder
 from dimat.agent.ledger import ManifestLedger
 from dimat.agent.round import RoundMachine
@@ -37,6 +37,7 @@ from dimat.net.profile import Profile
 from dimat.seeds import derive_seed
 from dimat.snapshot import SnapshotStore
 from dimat.train import Learner
+from dimat.version import __version__
 from dimat.wire.encodings import ENCODINGS, encoded_bytes
 
 MB = 1e6
@@ -65,8 +66,13 @@ class Daemon:
         base = Path(config.folder)
         path = default_folder(config.run, setup.name) if agent.folder is None else base / agent.folder
         self.identity: Identity | None = None if agent.insecure else load_identity(base / agent.keys, setup.name)
+        finds = check_finding(config)
         self.folder = AgentFolder(path, config.run, setup.name)
+        self._finding: Finding | None = None
+        self._early: list[str] = []  # to be said once there is a run to say it in
         try:
+            if finds and self.identity is not None:
+                self._finding = Finding(config, setup.name, self.folder.dht, self.identity, self._notice)
             self._prepare(learner)
         except BaseException:
             self.folder.close()
@@ -122,6 +128,7 @@ class Daemon:
             listen=listen_address(setup),
             generator=random.Random(derive_seed(config.seed, "jitter", setup.name)),
             status=self.status,
+            directory=None if self._finding is None else self._finding.addresses,
         )
         self.thread = WorkThread()
         self._ledger = ManifestLedger(folder.manifests)
@@ -143,10 +150,13 @@ class Daemon:
         socket = StatusSocket(self.folder.path, self.status)
         watchdog = asyncio.create_task(_watchdog())
         try:
-            self._transport.arrange(neighbours_of(self._programme, self.setup.name))
+            neighbours = neighbours_of(self._programme, self.setup.name)
+            self._transport.arrange(neighbours)
             await self._transport.start(self.runner)
             self._store.sweep(self._kept)
             self.address = f"{listen_address(self.setup).rpartition(':')[0]}:{self._transport.port}"
+            if self._finding is not None:
+                await self._finding.start(neighbours, self.address)
             await socket.start()
             self._introduce()
             notify("READY=1")
@@ -159,6 +169,8 @@ class Daemon:
             notify("STOPPING=1")
             watchdog.cancel()
             await self._transport.close(config.agent.drain_s)
+            if self._finding is not None:
+                await self._finding.close()
             await socket.close()
             self._ledger.close()
             self.folder.close()
@@ -177,7 +189,10 @@ class Daemon:
             self.runner.noticed(f"the network map is not taken over: {error}; the one before stands")
             return
         self._programme = programme
-        self._transport.arrange(neighbours_of(programme, self.setup.name))
+        neighbours = neighbours_of(programme, self.setup.name)
+        self._transport.arrange(neighbours)
+        if self._finding is not None:
+            self._finding.arrange(neighbours)
         self.runner.remap(programme.plan(self.setup.name))
         self.runner.noticed(f"the network map was read again: {len(programme.agents)} agents")
 
@@ -198,6 +213,7 @@ class Daemon:
             "sent_bytes": sum(self._transport.sent_bytes.values()),
             "received_bytes": sum(self._transport.received_bytes.values()),
             "peers": self._transport.peers,
+            **({} if self._finding is None else {"dht": self._finding.state}),
         }
 
     # ── parts ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -222,6 +238,8 @@ class Daemon:
         )
         for fault in self._passed_over:
             self.runner.noticed(f"{fault}; the one before is used")
+        for message in self._early:
+            self.runner.noticed(message)
 
     async def _part(self, reason: str) -> None:
         """Be there for those who still need what this agent offers, unless it was told to go."""
@@ -261,8 +279,16 @@ class Daemon:
                 f"{(needed - held) / MB:,.0f} MB; make room, or set agent.folder to another disk"
             )
 
+    def _notice(self, message: str) -> None:
+        if self.address:
+            self.runner.noticed(message)
+        else:
+            self._early.append(message)
+
     def _emit(self, fact: facts.Event) -> None:
         self._view.note(fact)
+        if isinstance(fact, facts.Published) and self._finding is not None:
+            self._finding.tell(fact.round, fact.snapshot)
         for listener in self.listeners:
             listener(fact)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cyclopts import App, Group
 
-from dimat import __version__
+from dimat.version import __version__
 
 app = App(
     name="dimat",

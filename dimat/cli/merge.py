@@ -7,9 +7,9 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from dimat import __version__
 from dimat.cli.app import app
 from dimat.cli.shared import Json, Quiet, say, show
+from dimat.version import __version__
 
 
 @app.command

@@ -17,7 +17,7 @@ from dimat.net.backoff import Backoff
 from dimat.net.grpc_client import BrokenError, Connection, Link, words
 from dimat.net.limits import Limits
 from dimat.net.partial import Partial
-from dimat.net.profile import CHUNK_BYTES
+from dimat.net.profile import CHUNK_BYTES, SMALLEST_CHUNK_BYTES
 from dimat.net.work import Threads
 from dimat.snapshot import Payload
 
@@ -125,7 +125,7 @@ async def _run(
     writes: deque[tuple[int, asyncio.Future[bool]]] = deque()
     try:
         for index in range(first, first + count):
-            chunks = await _block(call, connection.peer, partial.length(index), tally, idle_s)
+            chunks = await _block(call, connection, partial.length(index), tally, idle_s)
             if len(writes) == WRITES_AHEAD:
                 await _written(*writes.popleft())
             writes.append((index, threads.submit(partial.write, index, chunks)))
@@ -145,16 +145,19 @@ async def _written(index: int, write: asyncio.Future[bool]) -> None:
         raise WrongBlockError(index)
 
 
-async def _block(call: Any, peer: str, length: int, tally: Tally, idle_s: float) -> list[bytes]:
+async def _block(call: Any, connection: Connection, length: int, tally: Tally, idle_s: float) -> list[bytes]:
     """Read the chunks of one block."""
     chunks: list[bytes] = []
     while length:
         chunk = await _read(call, idle_s)
         if chunk is EOF:
             raise BrokenError("the stream ended early")
-        tally.count(peer, len(chunk))
-        if len(chunk) != min(CHUNK_BYTES, length):
-            raise GoneError(f"{peer} sends chunks of {len(chunk)} bytes, not of {min(CHUNK_BYTES, length)}")
+        connection.heard()
+        tally.count(connection.peer, len(chunk))
+        if not min(SMALLEST_CHUNK_BYTES, length) <= len(chunk) <= min(CHUNK_BYTES, length):
+            raise GoneError(
+                f"{connection.peer} sends chunks of {len(chunk)} bytes where {length} of a block are to come"
+            )
         chunks.append(chunk)
         length -= len(chunk)
     return chunks

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from random import Random
 
@@ -48,14 +49,13 @@ class Fetching:
         self._generator = generator
         self._noticed = noticed
         self._streams = asyncio.Semaphore(limits.fetches)
-        self._locks: defaultdict[tuple[str, str], asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._locks: dict[tuple[str, str], tuple[asyncio.Lock, list[None]]] = {}
 
     async def fetch(self, find: Callable[[], Link], peer: str, round_: int, root: str) -> Fetched:
         """Get a snapshot and hold it; NetworkError where it cannot be had. `find` gives the peer's link."""
         tally = Tally(self.bytes)
-        lock = self._locks[peer, root]
         try:
-            async with lock:  # two rounds may have equal content
+            async with self._alone(peer, root):  # two rounds may have equal content
                 signed = self._received.find(peer, round_, root)
                 if signed is None or not await self._held(root):
                     signed = await self._offer(find(), round_, root)
@@ -66,6 +66,19 @@ class Fetching:
         except DataError as error:
             raise NetworkError(f"snapshot {root[:12]}… of {peer}, round {round_}, cannot be stored: {error}") from error
         return Fetched(signed.manifest, self._received.path(root), tally.bytes, (signed.data, signed.signature))
+
+    @asynccontextmanager
+    async def _alone(self, peer: str, root: str) -> AsyncGenerator[None]:
+        """Wait until no other fetch brings the same from the same peer."""
+        lock, users = self._locks.setdefault((peer, root), (asyncio.Lock(), []))
+        users.append(None)
+        try:
+            async with lock:
+                yield
+        finally:
+            users.pop()
+            if not users:
+                del self._locks[peer, root]
 
     async def _offer(self, link: Link, round_: int, root: str) -> Signed:
         await link.connection()

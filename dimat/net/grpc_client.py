@@ -14,7 +14,6 @@ from typing import Any
 import grpc
 from grpc import aio
 
-import dimat
 from dimat.errors import DimatError, NetworkError, PeerError, SecurityError
 from dimat.net.backoff import Backoff, Breaker, Reminder
 from dimat.net.identity import Identity, check_certificate, check_signature, tls_name
@@ -34,12 +33,14 @@ from dimat.net.profile import (
 )
 from dimat.net.transport import Hearing
 from dimat.net.work import Signal, Threads
+from dimat.version import __version__
 from dimat.wire.v1 import peer_pb2 as pb
 
 Code = grpc.StatusCode
 Directory = Callable[[str], Awaitable[Sequence[str]]]
 """Gives further addresses of an agent, from wherever they are known."""
 
+LATEST_REPLY_S = 600.0  # to a call for news, on a link where bytes of transfers come all the time
 PAUSE_S = 0.05  # between two calls for news, whatever the peer answers
 AWAKE_S = 1.0  # between two attempts because something was heard of the peer
 OFFERED_AT_MOST = 64  # snapshots that a peer offers at a time
@@ -63,6 +64,11 @@ class Connection:
     metadata: tuple[tuple[str, str], ...]
     reply: pb.HelloReply
     check: Check
+    heard_s: float = 0.0  # when the last byte of it came, by the event loop's clock
+
+    def heard(self) -> None:
+        """A byte has come: it is alive."""
+        self.heard_s = asyncio.get_running_loop().time()
 
     def fetch(self, root: str, first: int, blocks: int) -> Any:
         """Begin a transfer of a range of blocks; the call gives raw chunks."""
@@ -271,7 +277,7 @@ class Link:
         own = self._profile
         request = pb.HelloRequest(
             protocol=own.protocol,
-            dimat=dimat.__version__,
+            dimat=__version__,
             run=self._run,
             agent=self._agent,
             schema=own.schema,
@@ -314,19 +320,16 @@ class Link:
         """Ask for news until the connection breaks."""
         self._dropped = asyncio.Event()
         dropped = asyncio.create_task(self._dropped.wait())
+        poll: asyncio.Task[pb.ManifestsReply] | None = None
+        told: set[tuple[int, str]] = set()
+        seen, session = 0, ""
+        left = False
         try:
-            told: set[tuple[int, str]] = set()
-            seen, session = 0, ""
-            left = False
             while True:
                 poll = asyncio.create_task(self._poll(connection, seen, session))
                 await asyncio.wait([poll, dropped], return_when=asyncio.FIRST_COMPLETED)
-                if not poll.done():
-                    poll.cancel()
-                    await asyncio.wait([poll])
-                    raise BrokenError(self._reason)
-                if poll.cancelled():
-                    raise BrokenError("the connection was closed")
+                if dropped.done() or poll.cancelled():
+                    raise BrokenError(self._reason if dropped.done() else "the connection was closed")
                 reply = poll.result()
                 if session and reply.session != session:
                     raise BrokenError("it was restarted")
@@ -337,18 +340,33 @@ class Link:
                     self._left(reply.leaving)
                 await asyncio.sleep(PAUSE_S)
         finally:
-            dropped.cancel()
             self._connection = None
+            tasks: list[asyncio.Task[Any]] = [dropped] if poll is None else [dropped, poll]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _poll(self, connection: Connection, seen: int, session: str) -> pb.ManifestsReply:
         wait_s = self._limits.poll_s
+        most_s = wait_s + self._limits.quiet_s
         request = pb.ManifestsRequest(seen=seen, session=session, wait_ms=int(wait_s * 1000))
+        connection.heard()
+        call = asyncio.create_task(connection.call("Manifests", request, pb.ManifestsReply, LATEST_REPLY_S))
         try:
-            return await connection.call("Manifests", request, pb.ManifestsReply, wait_s + self._limits.call_s)
+            # on a slow link an answer waits behind the data of a transfer, which shows that the peer is there
+            while not call.done():
+                quiet_s = asyncio.get_running_loop().time() - connection.heard_s
+                if quiet_s >= most_s:
+                    raise BrokenError(f"no answer for {most_s:g} s")
+                await asyncio.wait([call], timeout=most_s - quiet_s)
+            return call.result()
         except aio.AioRpcError as error:
             if error.code() is Code.PERMISSION_DENIED:
                 raise RefusedError(f"it will not have this agent: {words(error)}") from None
             raise
+        finally:
+            call.cancel()
+            await asyncio.gather(call, return_exceptions=True)
 
     async def _take(self, connection: Connection, reply: pb.ManifestsReply, told: set[tuple[int, str]]) -> None:
         """Take over what the peer offers, tell what is new on this connection."""

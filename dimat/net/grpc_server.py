@@ -10,18 +10,19 @@ import asyncio
 import ipaddress
 import json
 import math
-import time
-from collections.abc import Callable, Collection
-from typing import Any, NoReturn
+import os
+from collections.abc import Awaitable, Callable, Collection
+from time import time as clock
+from typing import Any, NoReturn, TypeVar, cast
 
 import grpc
+from google.protobuf.message import DecodeError, Message
 from grpc import aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import SERVICE_NAME as HEALTH_SERVICE
 from grpc_health.v1.health import aio as health_aio  # pyright: ignore[reportAttributeAccessIssue]
 from grpc_reflection.v1alpha import reflection
 
-import dimat
 from dimat.errors import DataError, NetworkError, SecurityError
 from dimat.net.identity import Identity, agent_of
 from dimat.net.limits import FullError, Limits, Slots
@@ -40,10 +41,11 @@ from dimat.net.profile import (
 from dimat.net.serving import Serving, SlowReaderError
 from dimat.net.transport import Neighbours, Status
 from dimat.snapshot import SnapshotStore
+from dimat.version import __version__
 from dimat.wire.v1 import peer_pb2 as pb
-from dimat.wire.v1.peer_pb2_grpc import PeerServicer, add_PeerServicer_to_server
 
 Context = aio.ServicerContext[Any, Any]
+T = TypeVar("T")
 Code = grpc.StatusCode
 DIAL_S = 3.0
 MOST_DIALLED = 4
@@ -98,11 +100,22 @@ class Server:
             )
         # more than all members could ask for: calls of strangers beyond it are refused at once
         server = aio.server(options=server_options(self._limits), maximum_concurrent_rpcs=1024)
-        add_PeerServicer_to_server(_Peer(self), server)
-        fetch: Any = grpc.unary_stream_rpc_method_handler(
-            self.fetch, request_deserializer=pb.FetchRequest.FromString, response_serializer=None
+        peer = {
+            "Hello": _unary(self.hello, pb.HelloRequest),
+            "Manifests": _unary(self.manifests, pb.ManifestsRequest),
+            "Status": _unary(self.status, pb.StatusRequest),
+            "DialBack": _unary(self.dial_back, pb.DialBackRequest),
+        }
+        # no serializer: raw bytes, which no message wraps
+        data: Any = grpc.unary_stream_rpc_method_handler(
+            cast("Any", _checked(self.fetch)), request_deserializer=_reader_of(pb.FetchRequest)
         )
-        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(DATA_SERVICE, {FETCH: fetch}),))
+        server.add_generic_rpc_handlers(
+            (
+                grpc.method_handlers_generic_handler(PEER_SERVICE, peer),
+                grpc.method_handlers_generic_handler(DATA_SERVICE, {FETCH: data}),
+            )
+        )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = (PEER_SERVICE, DATA_SERVICE, HEALTH_SERVICE, reflection.SERVICE_NAME)
         reflection.enable_server_reflection((PEER_SERVICE, HEALTH_SERVICE, reflection.SERVICE_NAME), server)
@@ -147,7 +160,7 @@ class Server:
         own = self._profile
         return pb.HelloReply(
             protocol=own.protocol,
-            dimat=dimat.__version__,
+            dimat=__version__,
             run=self._run,
             agent=self._agent,
             schema=own.schema,
@@ -155,7 +168,7 @@ class Server:
             encodings=own.encodings,
             certificate=b"" if self._identity is None else self._identity.certificate_der,
             max_streams=self._limits.streams_per_peer,
-            time_s=time.time(),
+            time_s=clock(),
         )
 
     async def manifests(self, request: pb.ManifestsRequest, context: Context) -> pb.ManifestsReply:
@@ -177,7 +190,7 @@ class Server:
         await self._reader(context)  # it may be off the map by now
         return self._offering.reply()
 
-    async def status(self, context: Context) -> pb.StatusReply:
+    async def status(self, request: pb.StatusRequest, context: Context) -> pb.StatusReply:
         await self._member(context)
         return pb.StatusReply(json=json.dumps(dict(self._status()), default=str))
 
@@ -227,7 +240,8 @@ class Server:
                 finally:
                     self._store.release(root)
                 if request.first_block + request.blocks == len(payload.blocks):
-                    self._had.setdefault(reader, set()).add(root)
+                    had = self._had.get(reader, set())
+                    self._had[reader] = {known for known in had if self._offering.payload(known)} | {root}
         except FullError as full:
             await _abort(context, Code.RESOURCE_EXHAUSTED, str(full))
         except SlowReaderError:
@@ -267,23 +281,40 @@ class Server:
         return None
 
 
-class _Peer(PeerServicer):
-    """The service of `peer.proto`: each call within `call_s`, but those that wait for news."""
+def _unary(method: Callable[[Any, Context], Awaitable[Message]], request: type[Message]) -> Any:
+    """Return the handler of a method that takes one message and answers with one."""
+    return grpc.unary_unary_rpc_method_handler(
+        cast("Any", _checked(method)),
+        request_deserializer=_reader_of(request),
+        response_serializer=_written,
+    )
 
-    def __init__(self, server: Server) -> None:
-        self._server = server
 
-    async def Hello(self, request: pb.HelloRequest, context: Context) -> pb.HelloReply:
-        return await self._server.hello(request, context)
+def _written(reply: Message) -> bytes:
+    return reply.SerializeToString()
 
-    async def Manifests(self, request: pb.ManifestsRequest, context: Context) -> pb.ManifestsReply:
-        return await self._server.manifests(request, context)
 
-    async def Status(self, request: pb.StatusRequest, context: Context) -> pb.StatusReply:
-        return await self._server.status(context)
+def _reader_of(request: type[Message]) -> Callable[[bytes], Message | None]:
+    """Return what reads a message, None where it is none: gRPC would log a stack for each."""
 
-    async def DialBack(self, request: pb.DialBackRequest, context: Context) -> pb.DialBackReply:
-        return await self._server.dial_back(request, context)
+    def read(data: bytes) -> Message | None:
+        try:
+            return request.FromString(data)
+        except DecodeError:
+            return None
+
+    return read
+
+
+def _checked(method: Callable[[Any, Context], Awaitable[T]]) -> Callable[[Any, Context], Awaitable[T]]:
+    """Refuse what is no message before a method sees it."""
+
+    async def checked(request: Any, context: Context) -> T:
+        if request is None:
+            await _abort(context, Code.INVALID_ARGUMENT, "not a message of this protocol")
+        return await method(request, context)
+
+    return checked
 
 
 async def _abort(context: Context, code: grpc.StatusCode, details: str) -> NoReturn:
@@ -300,7 +331,7 @@ async def _dial(host: str, port: int) -> str:
     except TimeoutError:
         return f"no answer within {DIAL_S:g} s"
     except OSError as error:
-        return error.strerror or str(error)
+        return os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
     writer.close()
     return ""
 

@@ -71,6 +71,7 @@ class GrpcTransport:
         self._serving = Serving(self._limits, self._threads)
         self._links: dict[str, Link] = {}
         self._neighbours = Neighbours((), (), (), {})
+        self._fetches: set[asyncio.Task[object]] = set()
         self._ending: set[asyncio.Task[None]] = set()
         self._hearing: Hearing | None = None
         self._server: Server | None = None
@@ -173,7 +174,13 @@ class GrpcTransport:
         """Get a snapshot that a peer offers, and hold it until `release`; see `Transport.fetch`."""
         if self._fetching is None:
             raise NetworkError("the network is not started")
-        return await self._fetching.fetch(lambda: self._link(peer), peer, round, root)
+        task = asyncio.current_task()
+        assert task is not None
+        self._fetches.add(task)
+        try:
+            return await self._fetching.fetch(lambda: self._link(peer), peer, round, root)
+        finally:
+            self._fetches.discard(task)
 
     def release(self, peer: str, round: int, root: str) -> None:
         """A snapshot that was fetched is needed no more."""
@@ -205,6 +212,8 @@ class GrpcTransport:
         await asyncio.gather(*self._ending)
         if self._server is not None:
             await self._server.close(grace_s)
+        if self._fetches:  # their links are gone, so they end; what they work on in threads ends before these do
+            await asyncio.wait(self._fetches, timeout=self._limits.call_s)
         await self._offering.settle()
         self._threads.close()
 

@@ -22,7 +22,8 @@ class Limits:
     `disk_bytes`, what received snapshots may take, of which those go first that nobody needs now;
     `disk_reserve_bytes`, that stay free on the disk.
     Times: `idle_s`, a stream without a byte is broken off; `connect_s`, an address answers or the next one is tried;
-    `call_s`, any short call; `poll_s`, a call that waits for news; `lost_after_s`, a peer out of reach is given up;
+    `call_s`, any short call; `poll_s`, a call that waits for news; `quiet_s`, beyond that without an answer to it or a
+    byte of a transfer, and the connection is taken for dead; `lost_after_s`, a peer out of reach is given up;
     `refused_retry_s`, between attempts at a peer that does not fit; `backoff_first_s` to `backoff_last_s`, between
     attempts at one that does not answer; after `breaker_failures` of these in a row none for `breaker_open_s`.
     """
@@ -39,7 +40,8 @@ class Limits:
     idle_s: float = 15.0
     connect_s: float = 5.0
     call_s: float = 10.0
-    poll_s: float = 30.0
+    poll_s: float = 10.0
+    quiet_s: float = 5.0
     lost_after_s: float = 10.0
     refused_retry_s: float = 60.0
     backoff_first_s: float = 0.2

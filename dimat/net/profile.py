@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import dimat
 from dimat.net.limits import MIB, Limits
+from dimat.version import __version__
 from dimat.wire.v1 import peer_pb2 as pb
 
 PROTOCOL = 1
-CHUNK_BYTES = MIB  # of one message of a transfer; the last of a block is shorter
+CHUNK_BYTES = MIB  # of one message of a transfer, at most
+SMALLEST_CHUNK_BYTES = 64 * 2**10  # and at least, but for the end of a block: what is sent on a slow link
 FETCH = "Fetch"
 DATA_SERVICE = "dimat.wire.v1.Data"
 PEER_SERVICE = "dimat.wire.v1.Peer"
@@ -35,7 +36,7 @@ def misfit(profile: Profile, run: str, other: pb.HelloRequest | pb.HelloReply) -
     if other.protocol != profile.protocol:
         return (
             f"it speaks protocol {other.protocol} (dimat {shown(other.dimat)}), this agent speaks {profile.protocol} "
-            f"(dimat {dimat.__version__}); bring both to one version"
+            f"(dimat {__version__}); bring both to one version"
         )
     if other.run != run:
         return f"it is in run {shown(other.run)}, this agent in {shown(run)}; give both the same run"
@@ -61,7 +62,7 @@ def server_options(limits: Limits) -> list[tuple[str, int]]:
     """Return the options of a server: what it takes from strangers, and how soon it sees that a reader is gone."""
     return [
         *_alive(),
-        # readers ping every 10 s even where nothing is on its way
+        # readers ping every 20 s even where nothing is on its way
         ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
         ("grpc.http2.max_ping_strikes", 4),
         ("grpc.max_receive_message_length", SMALLEST_ASKING_BYTES),
@@ -92,8 +93,11 @@ def channel_options(largest_reply: int, target_name: str | None) -> list[tuple[s
 
 
 def _alive() -> list[tuple[str, int]]:
+    # On a slow link a ping waits behind the data that is on its way, for longer than one should wait for a peer that
+    # is gone. So gRPC's own pings only sweep up what is dead for a minute; that a peer has gone quiet is seen by its
+    # bytes and answers (`Link`, `Limits.idle_s`, `Limits.quiet_s`).
     return [
-        ("grpc.keepalive_time_ms", 10_000),
-        ("grpc.keepalive_timeout_ms", 5_000),
-        ("grpc.http2.ping_timeout_ms", 5_000),  # without it a peer that is stopped goes unnoticed for a minute
+        ("grpc.keepalive_time_ms", 20_000),
+        ("grpc.keepalive_timeout_ms", 60_000),
+        ("grpc.http2.ping_timeout_ms", 60_000),
     ]

@@ -143,6 +143,8 @@ class ReceivedStore:
     def end(self, peer: str, partial: Partial, root: str) -> None:
         """Close what `begin` gave; what is missing stays so, for another attempt."""
         self._open[peer, root] -= 1
+        if not self._open[peer, root]:
+            del self._open[peer, root]
         self._threads.submit(partial.close)
 
     def part(self, peer: str, root: str) -> Path:
@@ -193,6 +195,8 @@ class ReceivedStore:
         entry = self._entries.get(root)
         if entry is None:
             entry = self._entries[root] = _Entry(manifest.payload, checked=True)
+        for key in [key for key in entry.signed if key[0] == peer and not entry.holds[key]]:
+            del entry.signed[key]  # of an earlier round with equal content, which nobody needs
         entry.signed[peer, round_] = signed
         entry.holds[peer, round_] += 1
         entry.used = self._tick()

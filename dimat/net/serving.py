@@ -8,14 +8,16 @@ import threading
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from time import monotonic
 
 from dimat.errors import DataError
 from dimat.net.limits import Limits, Rate, Slots
-from dimat.net.profile import CHUNK_BYTES
+from dimat.net.profile import CHUNK_BYTES, SMALLEST_CHUNK_BYTES
 from dimat.net.work import Threads
 from dimat.snapshot import Payload
 
 READ_BYTES = 4 * CHUNK_BYTES  # at a time, in a thread
+SLOW_S, FAST_S = 2.0, 0.5  # that a message takes: shorter ones from here on, longer ones
 Span = tuple[int, int]
 """Offset and length."""
 
@@ -56,6 +58,29 @@ class OpenPayload:
             if self._file >= 0:
                 os.close(self._file)
                 self._file = -1
+
+
+class Pace:
+    """How long the messages of a stream are: short ones at first and on a slow link, so that both sides see within
+    seconds that bytes move, and `CHUNK_BYTES` where they go fast."""
+
+    def __init__(self) -> None:
+        self.bytes = SMALLEST_CHUNK_BYTES
+
+    def cut(self, chunk: bytes) -> Iterator[bytes]:
+        """Cut a chunk into messages; each is asked for when the one before is sent."""
+        offset = 0
+        while offset < len(chunk):
+            whole = not offset and self.bytes >= len(chunk)
+            part = chunk if whole else chunk[offset : offset + self.bytes]
+            began = monotonic()
+            yield part
+            offset += len(part)
+            took_s = monotonic() - began
+            if took_s > SLOW_S:
+                self.bytes = max(self.bytes // 2, SMALLEST_CHUNK_BYTES)
+            elif took_s < FAST_S:
+                self.bytes = min(self.bytes * 2, CHUNK_BYTES)
 
 
 def spans(payload: Payload, first: int, blocks: int) -> Iterator[list[Span]]:
@@ -108,6 +133,7 @@ class Serving:
     async def _send(
         self, reader: str, file: OpenPayload, groups: Iterator[list[Span]], write: Callable[[bytes], Awaitable[None]]
     ) -> None:
+        pace = Pace()
         group = next(groups, None)
         ahead = None if group is None else self._threads.submit(file.read, group)
         while ahead is not None:
@@ -115,10 +141,11 @@ class Serving:
             group = next(groups, None)
             ahead = None if group is None else self._threads.submit(file.read, group)
             for chunk in chunks:
-                await self._rate.pay(len(chunk))
-                try:
-                    async with asyncio.timeout(self._limits.idle_s):
-                        await write(chunk)
-                except TimeoutError:
-                    raise SlowReaderError from None
-                self.sent[reader] += len(chunk)
+                for part in pace.cut(chunk):
+                    await self._rate.pay(len(part))
+                    try:
+                        async with asyncio.timeout(self._limits.idle_s):
+                            await write(part)
+                    except TimeoutError:
+                        raise SlowReaderError from None
+                    self.sent[reader] += len(part)

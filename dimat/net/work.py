@@ -15,7 +15,7 @@ T = TypeVar("T")
 class Threads:
     """A small pool; all methods belong to the event loop's thread."""
 
-    def __init__(self, count: int = 6) -> None:
+    def __init__(self, count: int = 8) -> None:
         self._pool = ThreadPoolExecutor(count, thread_name_prefix="dimat-net")
 
     def submit(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:

@@ -11,7 +11,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from dimat import __version__
 from dimat import events as facts
 from dimat.agent.basis import BasisId
 from dimat.agent.round import RoundMachine
@@ -29,6 +28,7 @@ from dimat.simulate.scenario import Scenario
 from dimat.simulate.trace import TraceWriter
 from dimat.simulate.work import PoolWork
 from dimat.snapshot import SnapshotStore
+from dimat.version import __version__
 
 
 class Simulation:

@@ -11,15 +11,19 @@ from random import Random
 from typing import Any
 
 import torch
+from cryptography.hazmat.primitives.serialization import Encoding
+from grpc import aio
 from torch import Tensor
 
 from dimat.net.grpc_transport import GrpcTransport
 from dimat.net.identity import Identity
+from dimat.net.issuing import make_authority, make_certificate, make_key
 from dimat.net.limits import Limits
 from dimat.net.manifests import Bound
 from dimat.net.profile import Profile
 from dimat.net.transport import Neighbours
 from dimat.snapshot import Form, Manifest, SnapshotStore, checksum, encode, schema_hash, write_bytes
+from dimat.wire.v1 import peer_pb2 as pb
 
 RUN = "test-run"
 BLOCK = 64 * 2**10
@@ -88,11 +92,33 @@ class Agent:
     def address(self) -> str:
         return f"127.0.0.1:{self.transport.port}"
 
+    def stored(self) -> list[str]:
+        """Return the kinds of files among what was received; what is being removed is not among them."""
+        return sorted(path.suffix for path in (self.folder / "received").iterdir() if not path.name.startswith("."))
+
     def publish(self, round_: int, tensors: Mapping[str, Tensor], **more: Any) -> Manifest:
         """Record weights and offer them."""
         manifest = record(self.store.folder, self.name, round_, tensors, **more)
         self.transport.publish(manifest)
         return manifest
+
+
+class Authority:
+    """A CA for tests."""
+
+    def __init__(self) -> None:
+        self._key = make_key()
+        self.certificate = make_authority(self._key, "tests", 1)
+
+    @property
+    def pem(self) -> bytes:
+        return self.certificate.public_bytes(Encoding.PEM)
+
+    def issue(self, name: str) -> Identity:
+        """Make an agent's keys."""
+        key = make_key()
+        certificate = make_certificate(self.certificate, self._key, name, (), key.public_key(), 1)
+        return Identity(name, certificate.public_bytes(Encoding.PEM), self.pem, key)
 
 
 def record(
@@ -178,3 +204,18 @@ def arrange(agents: Sequence[Agent], addresses: Mapping[str, str], *, readers: S
                 addresses={name: [address] for name, address in addresses.items()},
             )
         )
+
+
+async def call(channel: aio.Channel, method: str, request: Any, reply: Any, agent: str = "") -> Any:
+    """Call a method of the peer's service as an agent would, and return the reply."""
+    handle = channel.unary_unary(
+        f"/dimat.wire.v1.Peer/{method}",
+        request_serializer=type(request).SerializeToString,
+        response_deserializer=reply.FromString,
+    )
+    return await handle(request, timeout=30, metadata=(("dimat-agent", agent),) if agent else ())
+
+
+def hello(agent: str, **other: Any) -> pb.HelloRequest:
+    """Return the hello of an agent that fits, but for what is given."""
+    return pb.HelloRequest(**({"protocol": 1, "dimat": "test", "run": RUN, "agent": agent, "schema": SCHEMA} | other))

@@ -1,0 +1,108 @@
+"""Slots, rate, back-off, breaker and the length of messages: what they promise, by definition."""
+
+from __future__ import annotations
+
+import asyncio
+from random import Random
+
+import pytest
+
+from dimat.net import serving
+from dimat.net.backoff import Backoff, Breaker
+from dimat.net.limits import FullError, Rate, Slots
+from dimat.net.profile import CHUNK_BYTES, SMALLEST_CHUNK_BYTES
+from dimat.snapshot import Payload
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+def test_slots_are_bounded_in_all_and_for_each() -> None:
+    slots = Slots("transfers", 3, 2)
+    with slots.take("a"), slots.take("a"), pytest.raises(FullError, match="2 transfers of a"), slots.take("a"):
+        pass
+    with slots.take("a"), slots.take("b"), slots.take("c"):
+        with pytest.raises(FullError, match="3 transfers are"), slots.take("d"):
+            pass
+    with slots.take("d"):  # all were given back
+        pass
+
+
+async def test_a_rate_is_kept_over_all_who_share_it() -> None:
+    rate = Rate(2.0)
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+
+    async def send() -> None:
+        for _ in range(10):
+            await rate.pay(100_000)
+
+    await asyncio.gather(send(), send())
+    assert loop.time() - began >= 2e6 / 2e6 - 0.25 - 0.05  # all but the quarter of a second that may go out at once
+
+
+async def test_no_rate_waits_for_nothing() -> None:
+    for _ in range(1000):
+        await Rate(None).pay(2**40)
+
+
+def test_waits_double_with_jitter_up_to_the_last() -> None:
+    backoff = Backoff(0.2, 15.0, Random(0))
+    waits = [backoff.next() for _ in range(100)]
+    for number, wait_s in enumerate(waits):
+        most_s = min(0.2 * 2**number, 15.0)
+        assert most_s / 2 <= wait_s <= most_s
+    assert len(set(waits)) > 90
+    backoff.reset()
+    assert backoff.next() <= 0.2
+
+
+def test_a_breaker_opens_after_failures_in_a_row_and_closes_with_one_success() -> None:
+    breaker = Breaker(3, 30.0)
+    for _ in range(2):
+        breaker.failed()
+    assert breaker.wait_s(1.0) == 1.0
+    breaker.failed()
+    assert breaker.is_open
+    assert breaker.wait_s(1.0) == 30.0
+    assert breaker.wait_s(40.0) == 40.0
+    breaker.succeeded()
+    assert breaker.wait_s(1.0) == 1.0
+
+
+@pytest.mark.parametrize(("block", "size"), [(2**16, 2**20 + 88), (4 * 2**20, 9 * 2**20 + 1), (3 * 2**20 + 5, 2**24)])
+def test_blocks_are_cut_into_chunks_none_of_which_crosses_a_block(block: int, size: int) -> None:
+    count = -(-size // block)
+    payload = Payload("", size, ("",) * count, block)
+    for first, blocks in ((0, count), (1, 1), (count - 1, 1)):
+        spans = [span for group in serving.spans(payload, first, blocks) for span in group]
+        place = first * block
+        for offset, length in spans:
+            assert offset == place
+            assert length == min(CHUNK_BYTES, min((offset // block + 1) * block, size) - offset)
+            place += length
+        assert place == min((first + blocks) * block, size)
+    for group in serving.spans(payload, 0, count):
+        assert sum(length for _, length in group) < serving.READ_BYTES + CHUNK_BYTES
+
+
+def test_messages_grow_while_they_go_fast_and_shrink_where_they_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(serving, "monotonic", lambda: now)
+    pace = serving.Pace()
+    chunk = bytes(range(256)) * (CHUNK_BYTES // 256)
+    lengths: list[int] = []
+    for took_s in (0.1, 0.1, 0.1, 5.0, 5.0, 5.0, 5.0, 5.0, 5.0, 5.0):
+        parts: list[bytes] = []
+        for part in pace.cut(chunk):
+            parts.append(part)
+            now += took_s
+        assert b"".join(parts) == chunk
+        assert all(len(part) >= SMALLEST_CHUNK_BYTES for part in parts)
+        lengths.append(max(map(len, parts)))
+    assert lengths[2] == CHUNK_BYTES
+    assert lengths[-1] == SMALLEST_CHUNK_BYTES
