@@ -63,7 +63,7 @@ def test_plain_names_stay_readable() -> None:
 @pytest.mark.parametrize("name", ["lab-a", "Läb_A.2", "実験室", "a" * 64])
 def test_a_certificate_is_valid_for_everybody(tmp_path: Path, name: str) -> None:
     """For openssl with all its rules, as server and as client, and for the verifier of `cryptography`."""
-    identity = AUTHORITY.identity(name, hosts=["lab-a.example.org", "10.0.0.1", "::1"])
+    identity = AUTHORITY.issue(name, hosts=["lab-a.example.org", "10.0.0.1", "::1"])
     (tmp_path / "agent.crt").write_bytes(identity.certificate)
     (tmp_path / "ca.crt").write_bytes(AUTHORITY.pem)
     if shutil.which("openssl") is not None:
@@ -85,7 +85,7 @@ def test_a_certificate_is_valid_for_everybody(tmp_path: Path, name: str) -> None
 
 
 def test_signatures() -> None:
-    identity = AUTHORITY.identity("lab-a")
+    identity = AUTHORITY.issue("lab-a")
     key = check_certificate(identity.certificate_der, AUTHORITY.pem, "lab-a")
     signature = identity.sign(b"data")
     check_signature(key, b"data", signature)
@@ -104,7 +104,7 @@ def test_signatures() -> None:
 
 
 def test_the_clock_may_be_off_by_five_minutes() -> None:
-    identity = AUTHORITY.identity("lab-a")
+    identity = AUTHORITY.issue("lab-a")
     made = x509.load_pem_x509_certificate(identity.certificate)
     der, ca = identity.certificate_der, AUTHORITY.pem
     first, last = made.not_valid_before_utc, made.not_valid_after_utc
@@ -121,11 +121,11 @@ def test_the_clock_may_be_off_by_five_minutes() -> None:
 def test_a_certificate_ends_with_its_ca() -> None:
     """One that is asked for longer is cut off, a CA that is over issues nothing, and what it issued is over too."""
     short = Authority(days=5)
-    made = x509.load_pem_x509_certificate(short.identity("lab-a", days=100).certificate)
+    made = x509.load_pem_x509_certificate(short.issue("lab-a", days=100).certificate)
     assert made.not_valid_after_utc == short.certificate.not_valid_after_utc
     over = Authority(days=-0.02)
     with pytest.raises(SecurityError, match="CA's certificate expired"):
-        over.identity("lab-a")
+        over.issue("lab-a")
     key = make_key()
     later = build(over, key.public_key())
     with pytest.raises(SecurityError, match="CA certificate that issued the certificate of 'lab-a' expired"):
@@ -210,7 +210,7 @@ def test_what_is_no_agents_certificate(make: Callable[[], bytes], says: str) -> 
     assert "\n" not in str(caught.value)
 
 
-GOOD = AUTHORITY.identity("lab-a").certificate_der
+GOOD = AUTHORITY.issue("lab-a").certificate_der
 
 
 @pytest.mark.filterwarnings("ignore:Parsed a serial number")  # the parser's own remark on what is refused then
@@ -224,7 +224,7 @@ def test_a_certificate_with_one_bit_changed_is_refused(bit: int) -> None:
 
 def test_unused_bits_of_a_signature_are_looked_at() -> None:
     """Where a signature ends in a zero bit, the parser takes it for unused as well, if the byte before says so."""
-    der = next(d for d in (AUTHORITY.identity("lab-a").certificate_der for _ in range(200)) if d[-1] % 2 == 0)
+    der = next(d for d in (AUTHORITY.issue("lab-a").certificate_der for _ in range(200)) if d[-1] % 2 == 0)
     place = len(der) - len(x509.load_der_x509_certificate(der).signature) - 1
     assert der[place] == 0
     changed = der[:place] + b"\1" + der[place + 1 :]
