@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 
 from dimat.errors import ConfigError, SecurityError
 from dimat.net.certificates import CLOCK_SKEW, SUFFIX, check_certificate, check_name, check_signature, tls_name
+from dimat.net.identity import agent_of
 from dimat.net.issuing import host_of, hosts_of, make_authority, make_certificate, make_key, make_request, read_request
 from tests.net.keys import DER, PEM, Authority
 
@@ -57,7 +58,8 @@ def test_no_two_agents_share_a_dns_name(one: str, other: str) -> None:
 
 def test_plain_names_stay_readable() -> None:
     assert tls_name("lab-a") == "lab-a.agent.dimat.internal"
-    assert re.fullmatch(r"[a-z2-7]{52}\.hash\.agent\.dimat\.internal", tls_name("Lab_A"))
+    for name in ("Lab_A", "xn--bcher-kva"):  # labels with -- in third place are kept for encodings
+        assert re.fullmatch(r"[a-z2-7]{52}\.hash\.agent\.dimat\.internal", tls_name(name))
 
 
 @pytest.mark.parametrize("name", ["lab-a", "Läb_A.2", "実験室", "a" * 64])
@@ -208,6 +210,14 @@ def test_what_is_no_agents_certificate(make: Callable[[], bytes], says: str) -> 
     with pytest.raises(SecurityError, match=says) as caught:
         check_certificate(make(), AUTHORITY.pem, "lab-a")
     assert "\n" not in str(caught.value)
+
+
+def test_a_ca_with_the_names_of_an_agent_is_none() -> None:
+    """As gRPC would hand it over; the same without being a CA is the agent."""
+    for ca, agent in ((False, "lab-a"), (True, None), (None, None)):
+        der = build(AUTHORITY, _p256(), ca=ca)
+        pem = x509.load_der_x509_certificate(der).public_bytes(PEM)
+        assert agent_of({"x509_pem_cert": [pem]}) == agent
 
 
 GOOD = AUTHORITY.issue("lab-a").certificate_der
