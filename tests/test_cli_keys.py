@@ -169,7 +169,7 @@ def test_renewal_keeps_the_key_and_the_addresses(capsys: pytest.CaptureFixture[s
 
 def test_an_expired_certificate_is_renewed(capsys: pytest.CaptureFixture[str]) -> None:
     authority = Authority(days=365)
-    identity = authority.identity("lab-a", days=-0.02, hosts=["lab-a.example.org"])
+    identity = authority.issue("lab-a", days=-0.02, hosts=["lab-a.example.org"])
     write_key(Path("keys/ca.key"), authority.key)
     for name, data in (("ca", authority.pem), ("lab-a", identity.certificate)):
         write_file(Path(f"keys/{name}.crt"), data, 0o644)
@@ -254,7 +254,7 @@ def test_keys_that_do_not_go_together(capsys: pytest.CaptureFixture[str]) -> Non
     assert run("issue lab-a lab-b lab-c lab-d") == 0
     write_key(Path("keys/lab-a.key"), make_key())
     Path("keys/lab-b.key").chmod(0o644)
-    write_file(Path("keys/lab-c.crt"), Authority().identity("lab-c").certificate, 0o644)
+    write_file(Path("keys/lab-c.crt"), Authority().issue("lab-c").certificate, 0o644)
     shutil.copy("keys/lab-d.crt", "keys/lab-e.crt")
     write_key(Path("keys/lab-f.key"), make_key())
     write_file(Path("keys/lab-g.csr"), b"garbage", 0o644)

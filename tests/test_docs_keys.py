@@ -9,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-
 from dimat.errors import SecurityError
 from dimat.net.identity import Identity, check_certificate, load_identity
 

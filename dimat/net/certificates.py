@@ -83,6 +83,8 @@ def check_certificate(der: bytes, ca: bytes, name: str, now: datetime | None = N
         raise SecurityError(f"{what}: {len(der)} bytes are too many (at most {LONGEST_CERTIFICATE})")
     with readable(what):
         certificate = x509.load_der_x509_certificate(der)
+        if not der.endswith(b"\0" + certificate.signature):  # the parser lets unused bits of it be anything
+            raise SecurityError(f"{what} cannot be read: its last part is not DER")
         found = agent_name(certificate)
         if found is None:
             raise SecurityError(f"{what} names no agent, or two; only certificates made with `dimat keys` will do")

@@ -11,13 +11,11 @@ from random import Random
 from typing import Any
 
 import torch
-from cryptography.hazmat.primitives.serialization import Encoding
 from grpc import aio
 from torch import Tensor
 
 from dimat.net.grpc_transport import GrpcTransport
 from dimat.net.identity import Identity
-from dimat.net.issuing import make_authority, make_certificate, make_key
 from dimat.net.limits import Limits
 from dimat.net.manifests import Bound
 from dimat.net.profile import Profile
@@ -101,24 +99,6 @@ class Agent:
         manifest = record(self.store.folder, self.name, round_, tensors, **more)
         self.transport.publish(manifest)
         return manifest
-
-
-class Authority:
-    """A CA for tests."""
-
-    def __init__(self) -> None:
-        self._key = make_key()
-        self.certificate = make_authority(self._key, "tests", 1)
-
-    @property
-    def pem(self) -> bytes:
-        return self.certificate.public_bytes(Encoding.PEM)
-
-    def issue(self, name: str) -> Identity:
-        """Make an agent's keys."""
-        key = make_key()
-        certificate = make_certificate(self.certificate, self._key, name, (), key.public_key(), 1)
-        return Identity(name, certificate.public_bytes(Encoding.PEM), self.pem, key)
 
 
 def record(

@@ -14,14 +14,14 @@ DER = serialization.Encoding.DER
 
 
 class Authority:
-    """A CA with its key; `identity` makes an agent's keys."""
+    """A CA with its key; `issue` makes an agent's keys."""
 
     def __init__(self, name: str = "tests", days: float = 30) -> None:
         self.key = make_key()
         self.certificate = make_authority(self.key, name, days)
         self.pem = self.certificate.public_bytes(PEM)
 
-    def identity(self, name: str, *, days: float = 10, hosts: Sequence[str] = (), ca: bytes | None = None) -> Identity:
+    def issue(self, name: str, *, days: float = 10, hosts: Sequence[str] = (), ca: bytes | None = None) -> Identity:
         """Return a fresh identity of an agent, which trusts this CA unless `ca` says otherwise."""
         key = make_key()
         made = make_certificate(self.certificate, self.key, name, hosts, key.public_key(), days)

@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 
 from dimat.errors import ConfigError, SecurityError
 from dimat.net.certificates import CLOCK_SKEW, SUFFIX, check_certificate, check_name, check_signature, tls_name
+from dimat.net.identity import agent_of
 from dimat.net.issuing import host_of, hosts_of, make_authority, make_certificate, make_key, make_request, read_request
 from tests.net.keys import DER, PEM, Authority
 
@@ -57,13 +58,14 @@ def test_no_two_agents_share_a_dns_name(one: str, other: str) -> None:
 
 def test_plain_names_stay_readable() -> None:
     assert tls_name("lab-a") == "lab-a.agent.dimat.internal"
-    assert re.fullmatch(r"[a-z2-7]{52}\.hash\.agent\.dimat\.internal", tls_name("Lab_A"))
+    for name in ("Lab_A", "xn--bcher-kva"):  # labels with -- in third place are kept for encodings
+        assert re.fullmatch(r"[a-z2-7]{52}\.hash\.agent\.dimat\.internal", tls_name(name))
 
 
 @pytest.mark.parametrize("name", ["lab-a", "Läb_A.2", "実験室", "a" * 64])
 def test_a_certificate_is_valid_for_everybody(tmp_path: Path, name: str) -> None:
     """For openssl with all its rules, as server and as client, and for the verifier of `cryptography`."""
-    identity = AUTHORITY.identity(name, hosts=["lab-a.example.org", "10.0.0.1", "::1"])
+    identity = AUTHORITY.issue(name, hosts=["lab-a.example.org", "10.0.0.1", "::1"])
     (tmp_path / "agent.crt").write_bytes(identity.certificate)
     (tmp_path / "ca.crt").write_bytes(AUTHORITY.pem)
     if shutil.which("openssl") is not None:
@@ -85,7 +87,7 @@ def test_a_certificate_is_valid_for_everybody(tmp_path: Path, name: str) -> None
 
 
 def test_signatures() -> None:
-    identity = AUTHORITY.identity("lab-a")
+    identity = AUTHORITY.issue("lab-a")
     key = check_certificate(identity.certificate_der, AUTHORITY.pem, "lab-a")
     signature = identity.sign(b"data")
     check_signature(key, b"data", signature)
@@ -104,7 +106,7 @@ def test_signatures() -> None:
 
 
 def test_the_clock_may_be_off_by_five_minutes() -> None:
-    identity = AUTHORITY.identity("lab-a")
+    identity = AUTHORITY.issue("lab-a")
     made = x509.load_pem_x509_certificate(identity.certificate)
     der, ca = identity.certificate_der, AUTHORITY.pem
     first, last = made.not_valid_before_utc, made.not_valid_after_utc
@@ -121,11 +123,11 @@ def test_the_clock_may_be_off_by_five_minutes() -> None:
 def test_a_certificate_ends_with_its_ca() -> None:
     """One that is asked for longer is cut off, a CA that is over issues nothing, and what it issued is over too."""
     short = Authority(days=5)
-    made = x509.load_pem_x509_certificate(short.identity("lab-a", days=100).certificate)
+    made = x509.load_pem_x509_certificate(short.issue("lab-a", days=100).certificate)
     assert made.not_valid_after_utc == short.certificate.not_valid_after_utc
     over = Authority(days=-0.02)
     with pytest.raises(SecurityError, match="CA's certificate expired"):
-        over.identity("lab-a")
+        over.issue("lab-a")
     key = make_key()
     later = build(over, key.public_key())
     with pytest.raises(SecurityError, match="CA certificate that issued the certificate of 'lab-a' expired"):
@@ -210,15 +212,35 @@ def test_what_is_no_agents_certificate(make: Callable[[], bytes], says: str) -> 
     assert "\n" not in str(caught.value)
 
 
-GOOD = AUTHORITY.identity("lab-a").certificate_der
+def test_a_ca_with_the_names_of_an_agent_is_none() -> None:
+    """As gRPC would hand it over; the same without being a CA is the agent."""
+    for ca, agent in ((False, "lab-a"), (True, None), (None, None)):
+        der = build(AUTHORITY, _p256(), ca=ca)
+        pem = x509.load_der_x509_certificate(der).public_bytes(PEM)
+        assert agent_of({"x509_pem_cert": [pem]}) == agent
 
 
+GOOD = AUTHORITY.issue("lab-a").certificate_der
+
+
+@pytest.mark.filterwarnings("ignore:Parsed a serial number")  # the parser's own remark on what is refused then
 @given(st.integers(0, len(GOOD) * 8 - 1))
 def test_a_certificate_with_one_bit_changed_is_refused(bit: int) -> None:
     data = bytearray(GOOD)
     data[bit // 8] ^= 1 << bit % 8
     with pytest.raises(SecurityError):
         check_certificate(bytes(data), AUTHORITY.pem, "lab-a")
+
+
+def test_unused_bits_of_a_signature_are_looked_at() -> None:
+    """Where a signature ends in a zero bit, the parser takes it for unused as well, if the byte before says so."""
+    der = next(d for d in (AUTHORITY.issue("lab-a").certificate_der for _ in range(200)) if d[-1] % 2 == 0)
+    place = len(der) - len(x509.load_der_x509_certificate(der).signature) - 1
+    assert der[place] == 0
+    changed = der[:place] + b"\1" + der[place + 1 :]
+    x509.load_der_x509_certificate(changed).verify_directly_issued_by(AUTHORITY.certificate)
+    with pytest.raises(SecurityError, match="cannot be read"):
+        check_certificate(changed, AUTHORITY.pem, "lab-a")
 
 
 @given(st.binary(max_size=300) | st.integers(0, len(GOOD) - 1).map(lambda end: GOOD[:end]))

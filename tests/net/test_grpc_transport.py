@@ -17,7 +17,8 @@ from dimat.net.identity import Identity
 from dimat.net.limits import Limits
 from dimat.net.transport import Neighbours
 from dimat.wire.v1 import peer_pb2 as pb
-from tests.net.agents import QUICK, WIDTH, Authority, arrange, call, join, make, started, weights
+from tests.net.agents import QUICK, WIDTH, arrange, call, join, make, started, weights
+from tests.net.keys import Authority
 
 pytestmark = pytest.mark.anyio
 

@@ -79,7 +79,7 @@ async def refused(address: str, credentials: grpc.ChannelCredentials | None, ser
 
 @pytest.mark.parametrize("name", ["lab-a", "Lab_A.2", "Лаборатория-β", "実験室", "a" * 64, "-".join("ab") * 20 + "-"])
 async def test_both_sides_learn_who_the_other_is(authority: Authority, name: str) -> None:
-    server, client = authority.identity(name), authority.identity("lab-b")
+    server, client = authority.issue(name), authority.issue("lab-b")
     async with serving(server.server_credentials()) as address:
         assert await whoami(address, client.channel_credentials(), name) == "'lab-b'"
     async with serving(client.server_credentials()) as address:
@@ -89,15 +89,15 @@ async def test_both_sides_learn_who_the_other_is(authority: Authority, name: str
 async def test_clients_that_get_no_connection(authority: Authority) -> None:
     """No certificate, no TLS, a certificate of another CA (that trusts ours), one that has expired, a CA's own
     certificate, and one that an agent issued with its own key."""
-    server, member, other = authority.identity("lab-a"), authority.identity("lab-b"), Authority()
+    server, member, other = authority.issue("lab-a"), authority.issue("lab-b"), Authority()
     authority_itself = Identity("tests", authority.pem, authority.pem, authority.key)
     key = make_key()
     own = make_certificate_of(member, "lab-c", key)
     async with serving(server.server_credentials()) as address:
         await refused(address, grpc.ssl_channel_credentials(root_certificates=authority.pem), "lab-a")
         await refused(address, None, "lab-a")
-        await refused(address, other.identity("lab-b", ca=authority.pem).channel_credentials(), "lab-a")
-        await refused(address, authority.identity("lab-b", days=EXPIRED).channel_credentials(), "lab-a")
+        await refused(address, other.issue("lab-b", ca=authority.pem).channel_credentials(), "lab-a")
+        await refused(address, authority.issue("lab-b", days=EXPIRED).channel_credentials(), "lab-a")
         await refused(address, authority_itself.channel_credentials(), "lab-a")
         chain = Identity("lab-c", own + member.certificate, authority.pem, key)
         await refused(address, chain.channel_credentials(), "lab-a")
@@ -109,14 +109,14 @@ async def test_clients_that_get_no_connection(authority: Authority) -> None:
 async def test_servers_that_clients_turn_away_from(authority: Authority) -> None:
     """Another agent than was dialled, another CA's, an expired one, and one that an agent issued. With a CA's own
     certificate, which may sign nothing but certificates, gRPC does not even listen."""
-    client, other = authority.identity("lab-b"), Authority()
-    member = authority.identity("lab-c")
+    client, other = authority.issue("lab-b"), Authority()
+    member = authority.issue("lab-c")
     key = make_key()
     own = make_certificate_of(member, "lab-a", key)
     for server in (
         member,
-        other.identity("lab-a", ca=authority.pem),
-        authority.identity("lab-a", days=EXPIRED),
+        other.issue("lab-a", ca=authority.pem),
+        authority.issue("lab-a", days=EXPIRED),
         Identity("lab-a", own + member.certificate, authority.pem, key),
     ):
         async with serving(server.server_credentials()) as address:
@@ -130,7 +130,7 @@ async def test_while_a_ca_is_replaced_agents_of_both_get_along() -> None:
     """Two CAs of the same name; each agent trusts both, and has its certificate of one."""
     old, new = Authority("ours"), Authority("ours")
     both = new.pem + old.pem
-    a, b = old.identity("lab-a", ca=both), new.identity("lab-b", ca=both)
+    a, b = old.issue("lab-a", ca=both), new.issue("lab-b", ca=both)
     async with serving(a.server_credentials()) as address:
         assert await whoami(address, b.channel_credentials(), "lab-a") == "'lab-b'"
     async with serving(b.server_credentials()) as address:
@@ -143,7 +143,7 @@ async def test_while_a_ca_is_replaced_agents_of_both_get_along() -> None:
 
 def test_nobody_is_an_agent_without_an_agents_certificate(authority: Authority) -> None:
     """`agent_of` on what gRPC may hand over; that it names agents, the handshakes show."""
-    good = authority.identity("lab-a").certificate
+    good = authority.issue("lab-a").certificate
     assert agent_of({"x509_pem_cert": [good]}) == "lab-a"
     two = make_certificate(
         authority.certificate, authority.key, "lab-a", [tls_name("lab-b")], make_key().public_key(), 9
@@ -162,7 +162,7 @@ def test_nobody_is_an_agent_without_an_agents_certificate(authority: Authority) 
 
 def test_what_is_said_of_an_identity(authority: Authority) -> None:
     """Fingerprint and DER as openssl's conventions have them; the key shows nowhere."""
-    identity = authority.identity("lab-a")
+    identity = authority.issue("lab-a")
     assert repr(identity) == "Identity(name='lab-a')"
     pem = serialization.load_pem_private_key(identity._key_pem, None)
     assert isinstance(pem, ec.EllipticCurvePrivateKey)
@@ -187,7 +187,7 @@ def put(folder: Path, identity: Identity) -> None:
 
 @pytest.mark.parametrize("name", ["lab-a", "Läb_A.2"])
 def test_an_identity_is_read_as_it_was_written(tmp_path: Path, authority: Authority, name: str) -> None:
-    identity = authority.identity(name)
+    identity = authority.issue(name)
     put(tmp_path, identity)
     loaded = load_identity(tmp_path, name)
     assert replace(loaded, key=identity.key) == identity
@@ -198,7 +198,7 @@ def test_an_identity_is_read_as_it_was_written(tmp_path: Path, authority: Author
 
 def test_several_cas_are_kept(tmp_path: Path, authority: Authority) -> None:
     both = Authority().pem + authority.pem
-    put(tmp_path, authority.identity("lab-a", ca=b"text that openssl puts before\n" + both))
+    put(tmp_path, authority.issue("lab-a", ca=b"text that openssl puts before\n" + both))
     assert load_identity(tmp_path, "lab-a").ca == both
 
 
@@ -264,7 +264,7 @@ def test_what_is_not_an_identity(
     tmp_path: Path, authority: Authority, change: Callable[[Path, Authority], None], says: str
 ) -> None:
     """Each in one line, with the exit code of security."""
-    put(tmp_path, authority.identity("lab-a"))
+    put(tmp_path, authority.issue("lab-a"))
     load_identity(tmp_path, "lab-a")
     change(tmp_path, authority)
     with pytest.raises(SecurityError, match=says) as caught:
@@ -276,7 +276,7 @@ def test_what_is_not_an_identity(
 def test_missing_keys_in_an_organisers_folder(tmp_path: Path, authority: Authority) -> None:
     """Where the CA is at hand, the advice is to issue; a folder with a blank in its name is quoted."""
     folder = tmp_path / "our keys"
-    put(folder, authority.identity("lab-a"))
+    put(folder, authority.issue("lab-a"))
     write_key(folder / "ca.key", authority.key)
     with pytest.raises(SecurityError, match=r"dimat keys issue lab-b --folder '.*our keys'$"):
         load_identity(folder, "lab-b")

@@ -12,7 +12,8 @@ from grpc import aio
 from dimat.net.identity import Identity, tls_name
 from dimat.net.transport import Neighbours
 from dimat.wire.v1 import peer_pb2 as pb
-from tests.net.agents import Authority, arrange, call, join, make, started, weights
+from tests.net.agents import arrange, call, join, make, started, weights
+from tests.net.keys import Authority
 
 pytestmark = pytest.mark.anyio
 Code = grpc.StatusCode
