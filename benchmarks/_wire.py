@@ -16,7 +16,7 @@ from random import Random
 from typing import Any
 
 MIB = 2**20
-SECONDS = 600
+SECONDS = 90
 
 
 def numbers(megabytes: int) -> Any:
@@ -154,11 +154,11 @@ def transport(folder: Path, name: str, keys: str, schema: str, megabytes: int) -
     return made, store
 
 
-def publish(made: Any, store: Any, name: str, round_: int, weights: Mapping[str, Any]) -> None:
-    """Record weights and offer them."""
+async def publish(made: Any, store: Any, name: str, round_: int, weights: Mapping[str, Any]) -> None:
+    """Record weights, in a thread, and offer them."""
     from dimat.snapshot import Manifest, record, schema_hash
 
-    payload = record(store.folder, weights, durable=False)
+    payload = await asyncio.to_thread(record, store.folder, weights, durable=False)
     made.publish(Manifest("wire", name, round_, f"0:{name}:0", schema_hash(weights), payload))
 
 
@@ -183,7 +183,7 @@ def dimat_server(pipe: Any, megabytes: int, repeats: int, keys: str) -> None:
         pipe.send(made.port)
         for round_ in range(1, repeats + 1):
             weights["x"].add_(1.0)
-            publish(made, store, "a", round_, weights)
+            await publish(made, store, "a", round_, weights)
             pipe.send(cpu_s())  # recording and hashing are not the wire's
             await asyncio.to_thread(pipe.recv)
             pipe.send(cpu_s())
@@ -251,7 +251,7 @@ def dimat_averager(index: int, count: int, barrier: Any, ports: Any, results: An
             weights["x"].fill_(index + round_ - 1)
             await asyncio.to_thread(barrier.wait, SECONDS)
             begun = time.perf_counter()
-            await asyncio.to_thread(publish, made, store, name, round_, weights)
+            await publish(made, store, name, round_, weights)
             fetches: list[asyncio.Task[Any]] = []
             while len(fetches) < count - 1:
                 manifest = await ears.offers.get()
