@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.net.agents import Authority, arrange, make, started, weights
+from tests.net.agents import arrange, make, started, weights
+from tests.net.keys import Authority
 
 pytestmark = pytest.mark.anyio
 BYTES_S = 80e3
