@@ -1,8 +1,8 @@
 """A link between two ends that a test can spoil: a TCP proxy in a thread of its own.
 
-A fault strikes all connections, those that are open and those to come, until the link is healed: at once, or when `after`
-more bytes have gone through in one direction. Bytes that are held back are not lost: they go on when the link is healed,
-as TCP's own repeats would bring them.
+A fault strikes all connections, those that are open and those to come, until the link is healed: at once, or when
+`after` more bytes have gone through in one direction. Bytes that are held back are not lost: they go on when the link
+is healed, as TCP's own repeats would bring them.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class FaultProxy:
         self._left = 0
         self._bytes_s: float | None = None
         self._latency_s = 0.0
-        self._free_at: Counter[str] = Counter()
+        self._free_at = {"up": 0.0, "down": 0.0}
         self._changed = asyncio.Event()
         self._open: dict[_Connection, asyncio.Task[None]] = {}
         self._listener: socket.socket | None = None
@@ -206,7 +206,7 @@ class FaultProxy:
 
     async def _carry(self, connection: _Connection) -> None:
         """Serve a connection from its acceptance to its end."""
-        tasks: list[asyncio.Task[None]] = []
+        tasks: list[asyncio.Task[Any]] = []
         try:
             if self.struck and self._fault in (Fault.RESET, Fault.TRUNCATE):
                 connection.end(reset=self._fault is Fault.RESET)
@@ -219,7 +219,7 @@ class FaultProxy:
             ended = self._loop.create_task(connection.ended.wait())
             pumps = [self._loop.create_task(self._pump(connection, direction)) for direction in ("up", "down")]
             both = self._loop.create_task(asyncio.wait(pumps))
-            tasks = [ended, *pumps, both]  # type: ignore[list-item]
+            tasks = [ended, *pumps, both]
             await asyncio.wait([ended, both], return_when=asyncio.FIRST_COMPLETED)
         finally:
             for task in tasks:
@@ -321,7 +321,7 @@ class FaultProxy:
         if self._free_at[direction] > now:
             await self._pause(self._free_at[direction] - now)
             return None
-        self._free_at[direction] = now + len(part) / bytes_s  # type: ignore[assignment]
+        self._free_at[direction] = now + len(part) / bytes_s
         return part
 
     def _bent(self, connection: _Connection, direction: Direction, data: bytes) -> bytes:

@@ -1,4 +1,4 @@
-"""The proxy that spoils links, with raw sockets at both ends: what comes is what went, up to where the fault strikes."""
+"""The proxy that spoils links, with raw sockets at both ends. What comes is what went, up to the fault."""
 
 from __future__ import annotations
 
