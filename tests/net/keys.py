@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from cryptography.hazmat.primitives import serialization
 
@@ -26,3 +27,13 @@ class Authority:
         key = make_key()
         made = make_certificate(self.certificate, self.key, name, hosts, key.public_key(), days)
         return Identity(name, made.public_bytes(PEM), self.pem if ca is None else ca, key)
+
+
+def save(identity: Identity, folder: Path) -> None:
+    """Write an identity where `load_identity` reads it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "ca.crt").write_bytes(identity.ca)
+    (folder / f"{identity.name}.crt").write_bytes(identity.certificate)
+    key = folder / f"{identity.name}.key"
+    key.touch(0o600)
+    key.write_bytes(identity.key.private_bytes(PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))

@@ -2,7 +2,7 @@
 
 `python -m tests.net.lone serve FOLDER PORT` offers a snapshot of round 1, slowly (MB/s in LONE_MB_S);
 `python -m tests.net.lone fetch FOLDER ADDRESS ROOT` fetches it. Both write a line when they are ready, and lines of
-JSON of what they do.
+JSON of what they do. Under mTLS where LONE_KEYS is a folder of keys.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from dimat.net.identity import Identity, load_identity
 from dimat.net.profile import Profile
 from dimat.snapshot import schema_hash
 from tests.net.agents import QUICK, arrange, make, started, weights
@@ -29,11 +30,18 @@ def say(**what: Any) -> None:
     print(json.dumps(what), flush=True)
 
 
+def identity(name: str) -> Identity | None:
+    """Return the agent's keys, if it has any."""
+    folder = os.environ.get("LONE_KEYS")
+    return load_identity(folder, name) if folder else None
+
+
 async def serve(folder: Path, port: str) -> None:
     rate = os.environ.get("LONE_MB_S")
     a = make(
         folder,
         "a",
+        identity=identity("a"),
         limits=replace(QUICK, rate_mb_s=float(rate) if rate else None),
         listen=f"127.0.0.1:{port}",
         bound=2**28,
@@ -49,7 +57,7 @@ async def serve(folder: Path, port: str) -> None:
 
 
 async def fetch(folder: Path, address: str, root: str) -> None:
-    b = make(folder, "b", limits=QUICK, bound=2**28, profile=WIDE)
+    b = make(folder, "b", identity=identity("b"), limits=QUICK, bound=2**28, profile=WIDE)
     async with started(b):
         arrange([b], {"a": address, "b": b.address})
         say(port=b.transport.port)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +14,7 @@ import pytest
 from grpc import aio
 
 from dimat.errors import NetworkError
+from dimat.net.identity import Identity
 from dimat.net.manifests import seal
 from dimat.snapshot import Manifest, Payload
 from dimat.wire.v1 import peer_pb2 as pb
@@ -57,8 +58,10 @@ class Liar:
 
 
 @asynccontextmanager
-async def against(liar: Liar, reader: Agent) -> AsyncGenerator[None]:
-    """Start the liar and an agent b that follows it."""
+async def against(
+    liar: Liar, reader: Agent, identity: Identity | None = None, others: Mapping[str, str] | None = None
+) -> AsyncGenerator[None]:
+    """Start the liar, with the keys of a, and an agent b that follows it, and others at their addresses."""
     server = aio.server(options=[("grpc.so_reuseport", 0)])
 
     def unary(method: Any, request: Any) -> Any:
@@ -72,11 +75,15 @@ async def against(liar: Liar, reader: Agent) -> AsyncGenerator[None]:
             grpc.method_handlers_generic_handler("dimat.wire.v1.Data", data),
         )
     )
-    port = server.add_insecure_port("127.0.0.1:0")
+    if identity is None:
+        port = server.add_insecure_port("127.0.0.1:0")
+    else:
+        liar.hello.certificate = identity.certificate_der
+        port = server.add_secure_port("127.0.0.1:0", identity.server_credentials())
     await server.start()
     try:
         async with started(reader):
-            arrange([reader], {"a": f"127.0.0.1:{port}", "b": reader.address})
+            arrange([reader], {"a": f"127.0.0.1:{port}", "b": reader.address} | dict(others or {}))
             yield
     finally:
         await server.stop(0)
