@@ -204,6 +204,8 @@ class SnapshotStore:
         for path in self.folder.glob("*.safetensors"):
             if path.stem not in self._holds and path.stem not in keep:
                 path.unlink(missing_ok=True)
+        for path in self.folder.glob(".*.tmp"):
+            path.unlink(missing_ok=True)
 
     def hold(self, root: str) -> None:
         """Keep a payload until `release`, whatever its publisher does."""

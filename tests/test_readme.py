@@ -6,9 +6,11 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -36,7 +38,7 @@ def commands(start: str) -> list[list[str]]:
 
 def execute(command: list[str], folder: Path, short: Mapping[str, str] = SHORT) -> subprocess.CompletedProcess[str]:
     for name in ("topology", "examples"):
-        if not (folder / name).exists():
+        if not (folder / name).exists() and not (folder / name).is_symlink():
             (folder / name).symlink_to(ROOT / name)
     done = subprocess.run(
         [sys.executable, "-m", "dimat.cli", *command[1:]],
@@ -71,6 +73,47 @@ def test_commands_to_simulate_a_network(tmp_path: Path) -> None:
     assert "all the same" in done.stdout
     for run in ("wan", "wan-compared", "traced"):
         assert (tmp_path / "runs" / run / "report.html").exists()
+
+
+def test_commands_of_real_agents(tmp_path: Path) -> None:
+    """README, "Run real agents" and "Collaborate between labs": keys, three agents side by side, how one is, whose
+    rounds are in its model; then a newcomer's keys. In a copy of the example, on ports of its own."""
+    shutil.copytree(ROOT / "examples" / "loopback", tmp_path / "examples" / "loopback")
+    with ExitStack() as stack:
+        taken = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
+        ports = [each.getsockname()[1] for each in taken]
+    file = tmp_path / "examples" / "loopback" / "map.toml"
+    text = file.read_text()
+    for number, port in enumerate(ports, 1):
+        text = text.replace(f"127.0.0.1:731{number}", f"127.0.0.1:{port}")
+    file.write_text(text)
+    listed = commands("dimat keys init-ca")
+    running: list[subprocess.Popen[bytes]] = []
+    try:
+        for command in listed:
+            match command[1:]:
+                case ["agent", *words]:
+                    words = [word for word in words if word != "&"]
+                    program = [sys.executable, "-m", "dimat.cli", "agent", *words]
+                    running.append(subprocess.Popen(program, cwd=tmp_path, env={**os.environ, **SHORT}))
+                case ["status", *_]:
+                    assert [process.wait(200) for process in running] == [0, 0, 0]
+                    done = subprocess.run(
+                        [sys.executable, "-m", "dimat.cli", *command[1:]],
+                        cwd=tmp_path,
+                        capture_output=True,
+                        text=True,
+                        check=False,
+                    )
+                    assert (done.returncode, "no agent answers" in done.stderr) == (5, True)  # it is through
+                case _:
+                    execute(command, tmp_path)
+    finally:
+        for process in running:
+            process.kill()
+    for command in commands("dimat keys request"):
+        execute(command, tmp_path)
+    assert (tmp_path / "examples" / "loopback" / "keys" / "lab-d.crt").exists()
 
 
 @pytest.mark.parametrize("command", commands("dimat topology list"), ids=lambda c: " ".join(c[1:4]))

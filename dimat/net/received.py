@@ -264,13 +264,13 @@ class ReceivedStore:
             entry = self._entries[manifest.payload.root] = _Entry(manifest.payload, used=self._tick())
             entry.signed[manifest.agent, manifest.round] = signed
             self._latest[manifest.agent] = (manifest.round, manifest.payload.root)
+        newest = {root for _, root in self._latest.values()}
+        self._entries = {root: entry for root, entry in self._entries.items() if root in newest}
         for path in list(self.folder.iterdir()):
             known = path.suffix in (".safetensors", ".manifest") and path.stem in self._entries
             fresh = path.suffix == ".part" and time.time() - path.stat().st_mtime < STALE_S
             if path.is_file() and not known and not fresh:
                 path.unlink(missing_ok=True)
-        for root in list(self._entries):
-            self._let_go(root)
 
 
 def _taken(data: bytes, signature: bytes) -> None:

@@ -1,0 +1,108 @@
+"""A real agent that dies at an exact moment: `python -m tests.agent.doomed MOMENT COUNT agent FILE …`.
+
+The daemon is the real one; one method of a real class is wrapped so that its COUNT-th call ends the process as kill -9
+does. Moments: see `MOMENTS`. `skew` instead moves this process's clock by COUNT seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import dimat.agent.checkpoint as checkpoint
+from dimat.agent.ledger import ManifestLedger
+from dimat.agent.local import LocalAgent
+from dimat.agent.work import AgentWork
+from dimat.cli import main
+from dimat.net import grpc_server
+from dimat.net.grpc_transport import GrpcTransport
+from dimat.net.partial import Partial
+from dimat.net.serving import Serving
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def at_call(owner: Any, name: str, count: int, *, after: bool = False) -> None:
+    """Die at the `count`-th call of a method: before it, or once it is done."""
+    method: Callable[..., Any] = getattr(owner, name)
+    calls = 0
+
+    def doomed(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == count and not after:
+            die()
+        outcome = method(*args, **kwargs)
+        if calls == count:
+            die()
+        return outcome
+
+    setattr(owner, name, doomed)
+
+
+def half_written(count: int) -> None:
+    """Die in the middle of the `count`-th checkpoint's file."""
+    calls = 0
+    write = checkpoint.write_bytes
+
+    def doomed(path: Path, data: bytes, *, durable: bool = True) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == count:
+            path.with_name(f".{path.name}.{os.getpid()}.tmp").write_bytes(data[: len(data) // 2])
+            die()
+        write(path, data, durable=durable)
+
+    checkpoint.write_bytes = doomed
+
+
+def mid_stream(count: int) -> None:
+    """Die after the first chunk of the `count`-th stream to a reader."""
+    calls = 0
+    stream = Serving.stream
+
+    async def doomed(self: Serving, reader: str, path: Path, payload: Any, first: int, blocks: int, write: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == count:
+
+            async def once(chunk: bytes) -> None:
+                await write(chunk[: len(chunk) // 2])
+                die()
+
+            await stream(self, reader, path, payload, first, blocks, once)
+        await stream(self, reader, path, payload, first, blocks, write)
+
+    Serving.stream = doomed
+
+
+def skew(seconds: int) -> None:
+    clock = time.time
+    time.time = grpc_server.clock = lambda: clock() + seconds
+
+
+MOMENTS: dict[str, Callable[[int], None]] = {
+    "training": lambda count: at_call(LocalAgent, "learn", count, after=True),
+    "recording": lambda count: at_call(AgentWork, "record", count, after=True),
+    "publishing": lambda count: at_call(GrpcTransport, "publish", count),
+    "published": lambda count: at_call(GrpcTransport, "publish", count, after=True),
+    "serving": mid_stream,
+    "fetching": lambda count: at_call(Partial, "write", count),
+    "fetched": lambda count: at_call(ManifestLedger, "note", count),
+    "merging": lambda count: at_call(LocalAgent, "merge", count, after=True),
+    "ledger": lambda count: at_call(checkpoint.CheckpointStore, "save", count),
+    "checkpointing": lambda count: half_written(count),
+    "checkpointed": lambda count: at_call(AgentWork, "checkpoint", count, after=True),
+    "skew": skew,
+}
+
+if __name__ == "__main__":
+    MOMENTS[sys.argv[1]](int(sys.argv[2]))
+    sys.exit(main(sys.argv[3:]))

@@ -1,0 +1,223 @@
+"""Real agents, end to end: processes, gRPC, mutual TLS, checkpoints. References: the simulator with the same seeds, and
+what the round promises (docs/what-happens-when.md)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dimat import run_simulation
+from dimat.config import load_experiment
+from tests.agent.processes import ROOT, Network, check_ledgers, network, write_config
+
+ABC = ("lab-a", "lab-b", "lab-c")
+SLOW = "epochs_per_round = 20\nbatch_size = 8"  # endless runs of a tiny task would make hundreds of rounds a second
+
+
+def command(*words: object, code: int = 0) -> str:
+    """Run a command of dimat; return what it says."""
+    done = subprocess.run(
+        [sys.executable, "-m", "dimat.cli", *map(str, words)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == code, done.stderr
+    return done.stdout + done.stderr
+
+
+def finish(net: Network, names: tuple[str, ...] = ABC) -> None:
+    """Start agents and wait until all are through."""
+    lives = [net.start(name) for name in names]
+    assert [life.wait() for life in lives] == [0] * len(names), "\n".join(life.text() for life in lives)
+
+
+def test_three_agents_as_in_the_simulator(tmp_path: Path, free_ports: list[int]) -> None:
+    """Three agents with own initialisations do what the simulator does: who merged whom with what weight, one basis,
+    and the accuracies within a few test examples (threads add up in another order)."""
+    with network(tmp_path, ABC, free_ports) as net:
+        finish(net)
+        results = run_simulation(load_experiment(tmp_path / "agents.toml", ("simulate.workers=1",)))
+        simulated = {(row.agent, row.round): row for row in results.rows}
+        for name in ABC:
+            merges = net.events(name, "Merged")
+            assert [merge["round"] for merge in merges] == [1, 2, 3, 4]
+            for merge in merges:
+                assert {part["agent"]: part["weight"] for part in merge["contributions"]} == pytest.approx(
+                    dict.fromkeys(ABC, 1 / 3)
+                )
+                assert merge["after"]["accuracy"] == pytest.approx(simulated[name, merge["round"]].after, abs=0.05)
+            assert not net.events(name, "Warned")
+        bases = {net.events(name, "Published")[-1]["basis"] for name in ABC}
+        assert bases == {row.basis for row in results.rows if row.round == 4}
+        assert len(bases) == 1
+        check_ledgers(net)
+        vouched = [json.loads(line) for line in (tmp_path / "lab-a" / "manifests.jsonl").read_text().splitlines()]
+        assert {(line["agent"], line["round"]) for line in vouched} == {(p, r) for p in ABC[1:] for r in (1, 2, 3, 4)}
+        assert all(line["signature"] for line in vouched)
+
+
+def test_projection_on_a_shared_base_and_in_no_step(tmp_path: Path, free_ports: list[int]) -> None:
+    """`opcm` with a base that all draw from one seed, and `average` asynchronously: all come through, and take from
+    each other."""
+    shared = {"merge": 'method = "opcm"\nbase = { seed = 0 }', "schedule": "rounds = 3\nround_deadline_s = 60"}
+    train = 'epochs_per_round = 1\nbatch_size = 16\ninitialisation = "shared"'
+    with network(tmp_path, ABC, free_ports, train=train, **shared) as net:
+        finish(net)
+        for name in ABC:
+            assert [merge["heard"] for merge in net.events(name, "Merged")] == [2, 2, 2]
+        check_ledgers(net)
+        for name in ABC:
+            shutil.rmtree(tmp_path / name)
+        loose = {"merge": 'method = "average"', "schedule": 'rounds = 8\nround_deadline_s = 60\nmode = "async"'}
+        write_config(tmp_path / "agents.toml", run="loose", train=train, **loose)
+        finish(net)
+        taken = sum(len(merge["contributions"]) - 1 for name in ABC for merge in net.events(name, "Merged"))
+        assert taken > 0
+        check_ledgers(net)
+
+
+def test_stop_resume_and_status(tmp_path: Path, free_ports: list[int]) -> None:
+    """SIGTERM ends an agent with 143 and Ctrl-C with 130; each goes on from its checkpoint with the next round, and its
+    peers go on meanwhile. `dimat status` shows one that runs."""
+    schedule = "rounds = 0\nround_deadline_s = 5"
+    with network(tmp_path, ABC, free_ports, schedule=schedule, train=SLOW, exchange="lost_after_s = 2") as net:
+        a, b, c = (net.start(name) for name in ABC)
+        net.wait_for("lab-a", "Checkpointed", round=2, stage="merged")
+        status = json.loads(command("status", tmp_path / "lab-b", "--json"))
+        assert (status["agent"], status["run"], status["secure"]) == ("lab-b", "tiny", True)
+        assert set(status["peers"]) == {"lab-a", "lab-c"}
+        a.signal(signal.SIGTERM)
+        b.signal(signal.SIGINT)
+        assert (a.wait(), b.wait()) == (143, 130)
+        left = {name: net.events(name, "Checkpointed")[-1]["round"] for name in ("lab-a", "lab-b")}
+        before = net.events("lab-c", "Checkpointed")[-1]["round"]
+        net.wait_for("lab-c", "Checkpointed", round=before + 2, stage="merged")  # alone
+        again = [net.start("lab-a"), net.start("lab-b")]
+        for name in ("lab-a", "lab-b"):
+            (resumed,) = net.wait_for(name, "Resumed")
+            assert resumed["round"] == left[name]
+        net.until(
+            lambda: all(len(net.events(name, "Merged")[-1]["contributions"]) == 3 for name in ABC),
+            "all merge all again",
+        )
+        for life in (*again, c):
+            life.signal(signal.SIGTERM)
+        assert [life.wait() for life in (*again, c)] == [143] * 3
+        check_ledgers(net)
+        assert "no agent answers" in command("status", tmp_path / "lab-b", code=5)
+
+
+@pytest.mark.parametrize("join", ["adopt", "align"])
+def test_newcomer_and_changed_map(tmp_path: Path, free_ports: list[int], join: str) -> None:
+    """Two agents run; the map is given a third, they read it anew on SIGHUP, and the newcomer takes part: at the
+    network's round, in the network's basis. Then one is taken off the map, and is left out."""
+    schedule = f'rounds = 0\nround_deadline_s = 5\njoin_wait_s = 3\njoin = "{join}"'
+    with network(tmp_path, ABC, free_ports, schedule=schedule, train=SLOW) as net:
+        net.write_map(ABC[:2])
+        a, b = net.start("lab-a"), net.start("lab-b")
+        net.wait_for("lab-a", "Checkpointed", round=2, stage="merged")
+        net.write_map(ABC)
+        for life in (a, b):
+            life.signal(signal.SIGHUP)
+        c = net.start("lab-c", "agent.founder=false")
+        (joined,) = net.wait_for("lab-c", "Joined")
+        assert joined["how"] == join
+        assert joined["round"] > 2
+        net.until(
+            lambda: all(len(net.events(name, "Merged")[-1]["contributions"]) == 3 for name in ABC), "all merge all"
+        )
+        assert len({net.events(name, "Published")[-1]["basis"] for name in ABC[:2]}) == 1
+        net.write_map(ABC[1:])
+        for life in (b, c):
+            life.signal(signal.SIGHUP)
+        net.until(
+            lambda: all(
+                {part["agent"] for part in net.events(name, "Merged")[-1]["contributions"]} == set(ABC[1:])
+                for name in ABC[1:]
+            ),
+            "lab-a is left out",
+        )
+        for life in (a, b, c):
+            life.signal(signal.SIGTERM)
+        assert [life.wait() for life in (a, b, c)] == [143] * 3
+        check_ledgers(net)
+
+
+def test_what_cannot_run(tmp_path: Path, free_ports: list[int]) -> None:
+    """One line and a stable exit code for each: no keys, a folder in use, of another run, a port in use, no such agent,
+    an insecure agent on a public address."""
+    with network(tmp_path, ABC, free_ports, schedule="rounds = 0\nround_deadline_s = 600", train=SLOW) as net:
+        running = net.start("lab-a")
+        net.wait_for("lab-a", "AgentStarted")
+
+        def refused(code: int, *words: str, name: str = "lab-b", sets: tuple[str, ...] = ()) -> None:
+            life = net.start(name, *sets)
+            assert life.wait() == code, life.text()
+            last = life.text().strip().splitlines()[-1]
+            assert last.startswith("dimat: "), life.text()
+            assert all(word in last for word in words), last
+
+        refused(5, str(running.process.pid), "in use", name="lab-a")
+        refused(3, "cannot listen", str(free_ports[0]), sets=(f"agent.listen=127.0.0.1:{free_ports[0]}",))
+        refused(4, "keys", "lab-b.key", sets=("agent.keys=elsewhere",))
+        refused(5, "another agent.folder", "'tiny'", sets=(f"agent.folder={tmp_path / 'lab-b'}", "run=other"))
+        net.ports = {**net.ports, "lab-x": free_ports[4]}
+        refused(2, "lab-x", "did you mean", name="lab-x")
+        refused(4, "insecure", sets=("agent.insecure=true", "agent.listen=0.0.0.0:0"), name="lab-c")
+        assert running.process.poll() is None
+        # the same name from another folder and port: nobody dials it, and the first one goes on unharmed
+        twin = net.start("lab-a", f"agent.folder={tmp_path / 'twin'}", f"agent.listen=127.0.0.1:{free_ports[5]}")
+        net.until(lambda: "listens on" in twin.text(), "the twin is up")
+        peer = net.start("lab-b")
+        net.wait_for("lab-b", "SnapshotFetched", peer="lab-a")
+        fetched = net.events("lab-b", "SnapshotFetched")[0]["snapshot"]
+        assert fetched == net.events("lab-a", "Published")[0]["snapshot"]
+        for life in (running, twin, peer):
+            life.signal(signal.SIGTERM)
+        assert [life.wait() for life in (running, twin, peer)] == [143] * 3
+
+
+def test_damaged_checkpoints(tmp_path: Path, free_ports: list[int]) -> None:
+    """The newest checkpoint is damaged: the one before is used, and that is said. All are: exit 5, nothing touched."""
+    with network(tmp_path, ABC[:1], free_ports, schedule="rounds = 2\nround_deadline_s = 5") as net:
+        finish(net, ABC[:1])
+        folder = tmp_path / "lab-a" / "checkpoints"
+        files = sorted(folder.iterdir())
+        files[-1].write_bytes(files[-1].read_bytes()[:-7] + b"damaged")
+        life = net.start("lab-a", "schedule.rounds=3")
+        assert life.wait() == 0, life.text()
+        assert [w for w in net.events("lab-a", "Warned") if "damaged" in w["message"]]
+        assert net.events("lab-a", "Resumed")[-1]["stage"] == "trained"
+        check_ledgers(net)
+        for file in folder.iterdir():
+            file.write_bytes(b"nothing")
+        held = sorted(path.name for path in folder.iterdir())
+        life = net.start("lab-a", "schedule.rounds=4")
+        assert life.wait() == 5
+        assert "can be read" in life.text()
+        assert sorted(path.name for path in folder.iterdir()) == held
+
+
+def test_peers_that_do_not_fit(tmp_path: Path, free_ports: list[int]) -> None:
+    """A peer of another run and one with another model are named and left out; the others go on with each other."""
+    names = (*ABC, "lab-d")
+    with network(tmp_path, names, free_ports, schedule="rounds = 3\nround_deadline_s = 20") as net:
+        net.write_map(graph="complete")
+        write_config(tmp_path / "other.toml", run="other", schedule="rounds = 3\nround_deadline_s = 20")
+        wide = (tmp_path / "tiny_task.py").read_text().replace("(6, 12, 8, 4)", "(6, 13, 8, 4)")
+        (tmp_path / "wide_task.py").write_text(wide)
+        lives = [net.start("lab-c", file="other.toml"), net.start("lab-d", "task.hook=wide_task.py:task")]
+        for name in names[2:]:
+            net.wait_for(name, "AgentStarted")
+        lives += [net.start("lab-a"), net.start("lab-b")]
+        assert [life.wait() for life in lives] == [0] * 4, "\n".join(life.text() for life in lives)
+        for name in ABC[:2]:
+            reasons = {event["peer"]: event["reason"] for event in net.events(name, "PeerRefused")}
+            assert "run" in reasons["lab-c"]
+            assert "model" in reasons["lab-d"]
+            assert {len(merge["contributions"]) for merge in net.events(name, "Merged")} <= {1, 2}
+            assert 2 in {len(merge["contributions"]) for merge in net.events(name, "Merged")}
