@@ -176,6 +176,6 @@ def words(error: Exception) -> str:
     details = " ".join((error.details() or "").split())[:200]
     if error.code() is Code.DEADLINE_EXCEEDED:
         return "no answer in time"
-    if "handshake" in details.lower() or "certificate" in details.lower():
+    if any(word in details.lower() for word in ("handshake", "certificate", "hostname verification")):
         return f"no TLS connection: is its certificate of the same CA, and valid? ({details})"
     return details or error.code().name
