@@ -16,7 +16,7 @@ from dimat.agent.kit import kit_for
 from dimat.agent.local import load_base
 from dimat.agent.programme import Programme, later_topologies, with_final_merge
 from dimat.agent.statistics import sample_statistics
-from dimat.config import ExperimentConfig, NamedConfig, NetworkConfig
+from dimat.config import ExchangeConfig, ExperimentConfig, NamedConfig, NetworkConfig
 from dimat.device import resolve_device
 from dimat.errors import ConfigError, DimatError, HookError, PartitionError
 from dimat.merge import plan_merge
@@ -103,6 +103,9 @@ def prepare(config: ExperimentConfig) -> Scenario:
             topology = build_topology(config.topology, seed, folder, counts_of(agents, parts))
     changes = [] if centralised else later_topologies(config, agents, counts_of(agents, parts))
     warnings: list[str] = []
+    if config.exchange != ExchangeConfig():
+        warnings.append("[exchange] is for real agents: the simulator moves weights in fp32")
+        config = config.model_copy(update={"exchange": ExchangeConfig()})
     for number, later in changes:
         left_out = [agent for agent in agents if agent not in later.names]
         if left_out:

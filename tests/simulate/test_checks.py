@@ -118,3 +118,10 @@ def test_agents_whose_peers_die_by_crash_points_are_alone_too(tmp_path: Path) ->
     )
     faults[0]["restart_after_s"] = 1.0
     assert warnings(tmp_path, simulate__faults=faults) == ()
+
+
+def test_settings_of_real_agents_are_named(tmp_path: Path) -> None:
+    """A file for real agents can be simulated; what the simulator does not do is said."""
+    scenario = prepare(tiny_experiment(tmp_path, exchange={"encoding": "bf16"}))
+    assert any("[exchange]" in warning for warning in scenario.warnings)
+    assert scenario.config.exchange.encoding == "fp32"
