@@ -1,4 +1,4 @@
-"""How own weights become snapshots. Reference: what a reader gets by decoding the form it fetches, by content address."""
+"""How own weights become snapshots. Reference: what a reader gets by decoding the form it fetches, by its address."""
 
 from __future__ import annotations
 
