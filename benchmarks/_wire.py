@@ -122,10 +122,10 @@ class Ears:
         self.offers.put_nowait(manifest)
 
     def lost(self, peer: str, reason: str, last: int) -> None:
-        raise SystemExit(f"{peer} lost: {reason}")
+        print(f"{peer} lost: {reason}", file=sys.stderr)
 
     def refused(self, peer: str, reason: str) -> None:
-        raise SystemExit(f"{peer} refused: {reason}")
+        print(f"{peer} refused: {reason}", file=sys.stderr)
 
     def noticed(self, message: str) -> None:
         print(message, file=sys.stderr)
@@ -162,12 +162,14 @@ async def publish(made: Any, store: Any, name: str, round_: int, weights: Mappin
     made.publish(Manifest("wire", name, round_, f"0:{name}:0", schema_hash(weights), payload))
 
 
-def neighbours(addresses: Mapping[str, str], name: str) -> Any:
-    """Return a map on which all are neighbours."""
+def neighbours(addresses: Mapping[str, str], name: str, *, follow: bool = True) -> Any:
+    """Return a map on which all are neighbours; without `follow` this one only serves."""
     from dimat.net.transport import Neighbours
 
     others = [other for other in addresses if other != name]
-    return Neighbours(others, others, list(addresses), {agent: [at] for agent, at in addresses.items()})
+    return Neighbours(
+        others if follow else [], others, list(addresses), {agent: [at] for agent, at in addresses.items()}
+    )
 
 
 def dimat_server(pipe: Any, megabytes: int, repeats: int, keys: str) -> None:
@@ -178,7 +180,7 @@ def dimat_server(pipe: Any, megabytes: int, repeats: int, keys: str) -> None:
 
     async def serve(folder: Path) -> None:
         made, store = transport(folder, "a", keys, schema_hash(weights), megabytes)
-        made.arrange(neighbours({"a": "127.0.0.1:1", "b": "127.0.0.1:1"}, "a"))
+        made.arrange(neighbours({"a": "127.0.0.1:1", "b": "127.0.0.1:1"}, "a", follow=False))
         await made.start(Ears())
         pipe.send(made.port)
         for round_ in range(1, repeats + 1):
@@ -240,7 +242,6 @@ def dimat_averager(index: int, count: int, barrier: Any, ports: Any, results: An
     async def run(folder: Path) -> list[float]:
         made, store = transport(folder, name, keys, schema_hash(weights), megabytes)
         ears = Ears()
-        made.arrange(neighbours(dict.fromkeys("abcd"[:count], "127.0.0.1:1"), name))
         await made.start(ears)
         ports[index] = made.port
         await asyncio.to_thread(barrier.wait, SECONDS)

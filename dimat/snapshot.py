@@ -20,6 +20,7 @@ from blake3 import blake3
 from safetensors.torch import save as encode_safetensors
 from torch import Tensor
 
+from dimat.durable import sync_folder
 from dimat.errors import DataError
 
 BLOCK_BYTES = 4 * 2**20
@@ -99,11 +100,7 @@ def write_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:
                 os.fsync(file.fileno())
         temporary.replace(path)
         if durable:
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            sync_folder(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise DataError(f"cannot write {path}: {error.strerror or error}") from error

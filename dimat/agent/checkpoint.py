@@ -141,6 +141,27 @@ class CheckpointStore:
         return sorted((m[1], m[2], m[3], m[4], m[0]) for m in matches if m is not None)
 
 
+def look(folder: Path) -> list[tuple[str, str]]:
+    """Return the checkpoints in a folder (file name, what is wrong with it or ""), newest first. Nothing is changed,
+    unlike by a `CheckpointStore`, which is the running agent's alone. DataError where the folder cannot be read."""
+    try:
+        names = sorted((path.name for path in folder.iterdir() if NAME.fullmatch(path.name)), reverse=True)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise DataError(f"cannot read {folder}: {error.strerror or error}") from error
+    found: list[tuple[str, str]] = []
+    for name in names:
+        match = NAME.fullmatch(name)
+        assert match is not None
+        try:
+            _decode(folder / name, match[4])
+            found.append((name, ""))
+        except DataError as error:
+            found.append((name, str(error)))
+    return found
+
+
 def digest(data: bytes) -> str:
     """Return the part of a file's name that vouches for its content."""
     return blake3(data).hexdigest()[:32]

@@ -7,14 +7,14 @@ them (hex), beside what they say.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from blake3 import blake3
 
-from dimat.agent.lineage import MergeRecord
+from dimat.agent.lineage import MergeRecord, Model
 from dimat.errors import DataError
 from dimat.events import Contribution
 from dimat.net.transport import Fetched
@@ -23,7 +23,8 @@ from dimat.net.transport import Fetched
 @dataclass(frozen=True, slots=True)
 class Vouched:
     """One line of the ledger. `root`: address of the snapshot; `parents`: (agent, root, round, weight) of each part of
-    the merge that its training started from; `manifest`, `signature`: the bytes; `hash`: blake3 of the manifest."""
+    the merge that its training started from; `manifest`, `signature`: the bytes; `hash`: blake3 of the manifest;
+    `certificate`: the publisher's (DER), empty where it is not known."""
 
     agent: str
     round: int
@@ -31,6 +32,7 @@ class Vouched:
     parents: tuple[tuple[str, str, int, float], ...]
     manifest: bytes
     signature: bytes
+    certificate: bytes = b""
 
     @property
     def hash(self) -> str:
@@ -59,6 +61,7 @@ class ManifestLedger:
             "parents": [list(parent) for parent in manifest.parents],
             "manifest": data.hex(),
             "signature": signature.hex(),
+            "certificate": fetched.certificate.hex(),
         }
         try:
             if self._file is None:
@@ -86,21 +89,26 @@ def read_ledger(path: Path) -> Iterator[Vouched]:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
     for line in lines:
         try:
-            found = json.loads(line)
-            parents = tuple((str(a), str(r), int(n), float(w)) for a, r, n, w in found["parents"])
-            yield Vouched(
-                str(found["agent"]),
-                int(found["round"]),
-                str(found["root"]),
-                parents,
-                bytes.fromhex(found["manifest"]),
-                bytes.fromhex(found["signature"]),
-            )
+            yield read_line(line)
         except (ValueError, KeyError, TypeError):
             continue
 
 
-def peers_records(vouched: Iterator[Vouched]) -> list[MergeRecord]:
+def read_line(line: str) -> Vouched:
+    """Return what a line says; ValueError, KeyError or TypeError where it is none."""
+    found = json.loads(line)
+    return Vouched(
+        str(found["agent"]),
+        int(found["round"]),
+        str(found["root"]),
+        tuple((str(a), str(r), int(n), float(w)) for a, r, n, w in found["parents"]),
+        bytes.fromhex(found["manifest"]),
+        bytes.fromhex(found["signature"]),
+        bytes.fromhex(found.get("certificate", "")),
+    )
+
+
+def peers_records(vouched: Iterable[Vouched]) -> list[MergeRecord]:
     """Return peers' merges as their own manifests tell of them: of each, what the training before a snapshot started
     from."""
     records: dict[tuple[str, int], MergeRecord] = {}
@@ -108,8 +116,25 @@ def peers_records(vouched: Iterator[Vouched]) -> list[MergeRecord]:
         if entry.parents:
             parts = tuple(Contribution(agent=a, snapshot=r, round=n, weight=w) for a, r, n, w in entry.parents)
             own = next((part for part in parts if part.agent == entry.agent), None)
-            number = own.round if own is not None else entry.round - 1
+            number = _started_from(entry)
             records[entry.agent, number] = MergeRecord(
-                entry.agent, number, own.snapshot if own is not None else "", parts
+                entry.agent,
+                number,
+                own.snapshot if own is not None else "",
+                parts,
+                kind="merge" if own is not None else "join",
             )
     return list(records.values())
+
+
+def starts(vouched: Iterable[Vouched]) -> dict[Model, int]:
+    """Return of each snapshot (agent, round) the round of the merge that its training started from, as its manifest
+    tells; 0: its agent's first network."""
+    return {(entry.agent, entry.round): _started_from(entry) for entry in vouched}
+
+
+def _started_from(entry: Vouched) -> int:
+    own = next((number for agent, _, number, _ in entry.parents if agent == entry.agent), None)
+    if own is not None:
+        return own
+    return entry.round - 1 if entry.parents else 0  # a newcomer took over a peer's weights some round before

@@ -27,7 +27,9 @@ Model = tuple[str, int]
 class MergeRecord:
     """One merge of one agent. `snapshot`: its own snapshot of the round, by address; `contributions`: whose
     snapshots with what weight, self first, summing to 1; `refused`: peers kept out, with the reason; `trained`: whether
-    own snapshot came out of training; `kind`: "merge", or "join" where a newcomer took a peer's weights over whole."""
+    own snapshot came out of training; `kind`: "merge", or "join" where a newcomer took a peer's weights over whole;
+    `accepted`: share of the way from own to merged weights, 0 where the merge was turned down; `before`, `after`: test
+    metrics where they were evaluated; `manifests`: by peer the blake3 of the manifest that it signed for its part."""
 
     agent: str
     round: int
@@ -37,6 +39,9 @@ class MergeRecord:
     accepted: float = 1.0
     trained: bool = True
     kind: str = "merge"
+    before: Mapping[str, float] = field(default_factory=dict[str, float])
+    after: Mapping[str, float] = field(default_factory=dict[str, float])
+    manifests: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values."""
@@ -52,11 +57,13 @@ class MergeRecord:
 
 @dataclass(frozen=True, slots=True)
 class Lineage:
-    """Of what a model is made. `initial[agent]`: weight of that agent's first network, summing to 1;
-    `updates[agent, round]`: weight with which that round of training is in the model, from 0 to 1."""
+    """Of what a model is made. `initial[agent]`: weight of that agent's first network; `updates[agent, round]`: weight
+    with which that round of training is in the model, from 0 to 1; `earlier[agent, round]`: weight of that agent's
+    model as it went into that round, where nothing tells what it was made of. `initial` and `earlier` sum to 1."""
 
     initial: Mapping[str, float]
     updates: Mapping[tuple[str, int], float]
+    earlier: Mapping[Model, float] = field(default_factory=dict[Model, float])
 
     def shares(self) -> dict[str, float]:
         """Return each agent's part in all training that is in the model; sums to 1 where there was any."""
@@ -67,19 +74,26 @@ class Lineage:
         return {agent: total / whole for agent, total in sorted(totals.items())} if whole else {}
 
 
-def lineage(records: Iterable[MergeRecord], agent: str, round: int | None = None) -> Lineage:
+def lineage(
+    records: Iterable[MergeRecord], agent: str, round: int | None = None, *, starts: Mapping[Model, int] | None = None
+) -> Lineage:
     """Return the lineage of `agent`'s model after its merge of `round` (default: its last).
+
+    `starts` is for one who has not all records, but `agent`'s own: of others' snapshots (agent, round) the round of the
+    merge that their training started from, 0 for a first network. What started from a merge that is not known ends in
+    `Lineage.earlier`. Without it the records must be complete.
 
     Of several records of one agent and round the last counts: it is the one that became durable. DataError where
     there is no such record, where one names another snapshot than its publisher's own record does, or where
     merges rest on each other in a circle.
     """
-    ledger = _Ledger(records)
+    ledger = _Ledger(records, agent, starts)
     wanted = round if round is not None else max(ledger.rounds.get(agent, [0]))
     if (agent, wanted) not in ledger.last:
         raise DataError(f"there is no record of a merge of {agent} in round {wanted}")
     initial: defaultdict[str, float] = defaultdict(float)
     updates: defaultdict[Model, float] = defaultdict(float)
+    earlier: defaultdict[Model, float] = defaultdict(float)
     weights: defaultdict[Model, float] = defaultdict(float)
     weights[agent, wanted] = 1.0
     for model in ledger.newest_first((agent, wanted)):
@@ -88,16 +102,22 @@ def lineage(records: Iterable[MergeRecord], agent: str, round: int | None = None
             initial[model[0]] += weight
             continue
         for part in ledger.parts(model):
-            weights[ledger.origin(part)] += weight * part.weight
+            origin = ledger.origin(part)
+            if origin is None:
+                earlier[part.agent, part.round] += weight * part.weight
+            else:
+                weights[origin] += weight * part.weight
             if ledger.trained(part, model):
                 updates[part.agent, part.round] += weight * part.weight
-    return Lineage(dict(sorted(initial.items())), dict(sorted(updates.items())))
+    return Lineage(dict(sorted(initial.items())), dict(sorted(updates.items())), dict(sorted(earlier.items())))
 
 
 class _Ledger:
     """Records by (agent, round), and the way back from a model to those that it was made of."""
 
-    def __init__(self, records: Iterable[MergeRecord]) -> None:
+    def __init__(self, records: Iterable[MergeRecord], agent: str, starts: Mapping[Model, int] | None) -> None:
+        self._agent = agent
+        self._starts = starts
         self.last: dict[Model, MergeRecord] = {(record.agent, record.round): record for record in records}
         self.rounds: defaultdict[str, list[int]] = defaultdict(list)
         for name, number in sorted(self.last):
@@ -106,8 +126,13 @@ class _Ledger:
     def parts(self, model: Model) -> list[Contribution]:
         return [part for part in self.last[model].contributions if part.weight > 0]
 
-    def origin(self, part: Contribution) -> Model:
-        """Return the model that a snapshot's training started from: its agent's newest merge before, or round 0."""
+    def origin(self, part: Contribution) -> Model | None:
+        """Return the model that a snapshot's training started from: its agent's newest merge before, or round 0. None
+        where the records are not all there, and this is not known."""
+        if self._starts is not None and part.agent != self._agent:
+            start = self._starts.get((part.agent, part.round))
+            known = start == 0 or (part.agent, start) in self.last
+            return (part.agent, start) if start is not None and known else None
         rounds = self.rounds.get(part.agent, [])
         before = bisect_left(rounds, part.round)
         return part.agent, rounds[before - 1] if before else 0
@@ -142,6 +167,8 @@ class _Ledger:
             state[model] = False
             for part in self.parts(model) if model in self.last else ():
                 origin = self.origin(part)
+                if origin is None:
+                    continue
                 if state.get(origin) is False:
                     raise DataError(f"the records of {model[0]} and {origin[0]} rest on each other in a circle")
                 if origin not in state:

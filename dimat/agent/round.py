@@ -381,6 +381,8 @@ class RoundMachine:
             refused=dict(event.refused),
             accepted=event.accepted,
             trained=self._current.learn,
+            before=dict(event.before or {}),
+            after=dict(event.after or {}),
         )
         target = self._rules.target
         reached = target is not None and (event.after or {}).get(target[0], -math.inf) >= target[1]

@@ -14,6 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from blake3 import blake3
+
 from dimat import events as facts
 from dimat.agent import messages as m
 from dimat.agent.basis import BasisId
@@ -64,6 +66,7 @@ class Runner:
         self._fetches: dict[tuple[str, int, str], asyncio.Task[None]] = {}
         self._jobs: set[asyncio.Task[None]] = set()
         self._sources: dict[tuple[str, int, str], Path] = {}
+        self._manifests: dict[tuple[str, int, str], str] = {}  # of what is fetched: hashes, for the record of the merge
         self._recorded: dict[str, Recorded] = {}
         self._merged: facts.Merged | None = None
         self._sent = sum(transport.sent_bytes.values())  # up to the end of the last round
@@ -153,7 +156,7 @@ class Runner:
             case m.Train():
                 self._start(self._train, action)
             case m.Checkpoint(round=number, stage=stage):
-                await self._durable(self._work.checkpoint, action)
+                await self._durable(self._work.checkpoint, self._vouched(action))
                 self._emit(facts.Checkpointed(agent=agent, round=number, stage=stage))
                 if stage == "merged":
                     await self._save_weights()
@@ -202,6 +205,17 @@ class Runner:
                     await asyncio.wait_for(self._stopping.wait(), wait)
                 except TimeoutError:
                     wait = min(2 * wait, most)
+
+    def _vouched(self, action: m.Checkpoint) -> m.Checkpoint:
+        """Say in the record of a merge which manifests its parts rest on."""
+        record = action.record
+        if record is None:
+            return action
+        keys = {part.agent: (part.agent, part.round, part.snapshot) for part in record.contributions}
+        hashes = {peer: self._manifests[key] for peer, key in keys.items() if key in self._manifests}
+        # what later rounds may still take is held, and so has a source
+        self._manifests = {key: known for key, known in self._manifests.items() if key in self._sources}
+        return replace(action, record=replace(record, manifests=hashes))
 
     async def _train(self, action: m.Train) -> None:
         started = time.perf_counter()
@@ -262,6 +276,7 @@ class Runner:
             return
         self._fetches.pop(key, None)
         self._sources[key] = fetched.path
+        self._manifests[key] = blake3(fetched.signed[0]).hexdigest()
         self._received += fetched.bytes
         try:
             self._note_fetched(fetched)

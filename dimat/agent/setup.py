@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,6 +99,15 @@ def programme_of(config: ExperimentConfig, kit: Kit) -> tuple[Programme, Mapping
         base="" if base is None else checksum(encode(base)).root,
     )
     return programme, counts
+
+
+def addresses_on_map(config: ExperimentConfig) -> Mapping[str, Collection[str]]:
+    """Return where each agent of the map is reached, without loading the task; agents without addresses have none."""
+    plain = config.topology.mixing.model_copy(update={"name": "metropolis", "options": {}})
+    topology = build_topology(
+        config.topology.model_copy(update={"mixing": plain}), derive_seed(config.seed, "topology"), Path(config.folder)
+    )
+    return {name: tuple(topology.addresses.get(name, ())) for name in topology.names}
 
 
 def neighbours_of(programme: Programme, name: str) -> Neighbours:

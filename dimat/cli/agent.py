@@ -8,9 +8,10 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
@@ -64,16 +65,33 @@ def status(
     /,
     *,
     name: Name = None,
+    peer: Annotated[
+        str | None, Parameter(help="Ask this agent of the map instead, over the network and with own keys.")
+    ] = None,
     watch: Annotated[bool, Parameter(negative="", help="Again every two seconds, until Ctrl-C.")] = False,
     as_json: Json = False,
 ) -> int:
-    """How an agent that runs on this machine is: round, peers, metrics, bytes, warnings."""
+    """How an agent is, on this machine or, with --peer, on another one: round, peers, metrics, bytes, warnings."""
     from dimat.agent.status import ask
     from dimat.ui.status import status_lines
 
-    folder = folder_of(target, name)
+    if peer is None:
+        folder = folder_of(target, name)
+
+        def look() -> Mapping[str, Any]:
+            return ask(folder)
+    else:
+        from dimat.agent.asking import ask_peer
+
+        if Path(target).is_dir():
+            raise ConfigError("--peer needs the agent's file, which names keys and map, not its folder")
+        config = load_agent(Path(target), name)
+
+        def look() -> Mapping[str, Any]:
+            return ask_peer(config, peer)
+
     while True:
-        found = ask(folder)
+        found = look()
         show(found if as_json else "\n".join(status_lines(found)))
         if not watch:
             return 0

@@ -13,7 +13,7 @@ from cyclopts import Parameter
 
 from dimat.cli.app import app
 from dimat.cli.shared import AtLeastOne, Json, Out, Overrides, Overwrite, Quiet, Workers, open_console, say, show
-from dimat.errors import ConfigError
+from dimat.errors import ConfigError, SecurityError
 
 if TYPE_CHECKING:
     from dimat.config import ExperimentConfig
@@ -111,13 +111,26 @@ def simulate(
 
 @app.command
 def report(
-    run_dir: Annotated[Path, Parameter(help="Folder of a finished run.")],
+    run_dir: Annotated[Path, Parameter(help="Folder of a finished run, or of an agent.")],
     /,
+    *,
+    verify: Annotated[
+        bool, Parameter(negative="", help="An agent's folder: check the signatures of all manifests against the CA.")
+    ] = False,
+    keys: Annotated[Path, Parameter(help="With --verify: folder with the CA's certificate, ca.crt.")] = Path("keys"),
+    as_json: Json = False,
 ) -> int:
-    """Write tables, pictures and a self-contained HTML page into a run folder."""
+    """Write tables, pictures and a self-contained HTML page into a run folder; of an agent's folder, print whose
+    training is in its model, and write lineage.csv."""
+    from dimat.agent.folder import read_mark
     from dimat.ui.console import ConsoleListener
     from dimat.ui.report import write_report
 
+    mark = read_mark(run_dir)
+    if mark is not None:
+        return _report_agent(run_dir, str(mark["agent"]), keys if verify else None, as_json)
+    if verify or as_json:
+        raise ConfigError(f"{run_dir} is no agent's folder; --verify and --json are for those")
     with ConsoleListener() as console:
         files = write_report(run_dir, console)
     say(f"wrote {len(files)} files; open {run_dir / 'report.html'}")
@@ -147,6 +160,30 @@ def evaluate(
     metrics = evaluate_file(weights, config)
     show(metrics if as_json else "\n".join(f"{name} {value:.4f}" for name, value in metrics.items()))
     return 0
+
+
+def _report_agent(folder: Path, agent: str, keys: Path | None, as_json: bool) -> int:
+    from dimat.agent.vouching import verify_ledger
+    from dimat.ui.agent_report import HEADER, agent_lineage, lineage_rows, report_json, report_lines
+    from dimat.ui.report import write_csv
+
+    last, made, own = agent_lineage(folder, agent)
+    found = None if keys is None else verify_ledger(folder / "manifests.jsonl", keys, own)
+    file = write_csv(folder / "lineage.csv", HEADER, lineage_rows(agent, last.round, made))
+    if as_json:
+        checked = None if found is None else {"lines": found.checked, "faults": found.faults, "torn": found.torn}
+        show({**report_json(agent, last, made), "verified": checked})
+    else:
+        show("\n".join(report_lines(agent, last, made)))
+        say(f"wrote {file}")
+    if found is None:
+        return 0
+    for number in found.torn:
+        say(f"dimat: manifests.jsonl, line {number}: cut short, it vouches for nothing")
+    for fault in found.faults:
+        say(f"dimat: {fault}")
+    say(f"{found.checked} signed manifests checked, {len(found.faults)} faults")
+    return SecurityError.exit_code if found.faults else 0
 
 
 def _simulate(

@@ -18,6 +18,7 @@ from typing import IO
 import torch
 from torch import Tensor
 
+from dimat.durable import sync_folder
 from dimat.errors import ConfigError, DataError
 from dimat.header import TensorInfo, compose_header
 from dimat.merging.files import ADAPTER, INDEX, WEIGHTS
@@ -172,7 +173,7 @@ class Output:
                 if not stale and not (self.path / entry.name).exists():
                     entry.rename(self.path / entry.name)
             shutil.rmtree(former)
-        _sync_folder(self.path.parent)
+        sync_folder(self.path.parent)
 
     def _discard(self) -> None:
         for file in self._files.values():
@@ -223,11 +224,3 @@ def set_room_aside(descriptor: int, size: int) -> None:
     except OSError as error:
         if error.errno not in NO_ROOM_KEPT:
             raise
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -43,7 +43,8 @@ class BrokenError(Exception):
 @dataclass(eq=False)
 class Connection:
     """A channel to a peer that has said hello and fits; whoever dialled closes it. `check`: tells its signatures from
-    others; `apart_s`: its clock from ours; `heard_s`: when its last byte came, by the event loop's clock."""
+    others; `apart_s`: its clock from ours; `heard_s`: when its last byte came, by the event loop's clock;
+    `certificate`: DER, checked, empty on an insecure network."""
 
     peer: str
     address: str
@@ -52,6 +53,7 @@ class Connection:
     check: Check
     apart_s: float
     heard_s: float = 0.0
+    certificate: bytes = b""
 
     def heard(self) -> None:
         """A byte has come: it is alive."""
@@ -135,7 +137,9 @@ class Dialler:
             check = self._checker(peer, reply.certificate)
         except SecurityError as error:
             raise RefusedError(str(error)) from None
-        return Connection(peer, address, channel, metadata, check, apart_s)
+        # on an insecure network a certificate would be anybody's
+        certificate = b"" if self._identity is None else reply.certificate
+        return Connection(peer, address, channel, metadata, check, apart_s, certificate=certificate)
 
     def _checker(self, peer: str, certificate: bytes) -> Check:
         """Return what tells the peer's signatures from others; SecurityError where its certificate is not its own."""
@@ -172,6 +176,6 @@ def words(error: Exception) -> str:
     details = " ".join((error.details() or "").split())[:200]
     if error.code() is Code.DEADLINE_EXCEEDED:
         return "no answer in time"
-    if "handshake" in details.lower() or "certificate" in details.lower():
+    if any(word in details.lower() for word in ("handshake", "certificate", "hostname verification")):
         return f"no TLS connection: is its certificate of the same CA, and valid? ({details})"
     return details or error.code().name

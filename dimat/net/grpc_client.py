@@ -61,6 +61,8 @@ class Link:
         self._backoff = Backoff(limits.backoff_first_s, limits.backoff_last_s, generator)
         self._breaker = Breaker(limits.breaker_failures, limits.breaker_open_s)
         self._generator = generator
+        self.certificate = b""
+        """The peer's (DER), of the newest connection."""
         self._addresses: list[str] = []
         self._last_good = ""
         self._task: asyncio.Task[None] | None = None
@@ -290,6 +292,7 @@ class Link:
         self._offers = offers
         if self._connection is None:
             self._connection = connection
+            self.certificate = connection.certificate
             self._refusal = ""
             self._in_reach()
         oldest = min((round_ for round_, _ in offers), default=0)

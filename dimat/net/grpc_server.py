@@ -29,6 +29,7 @@ from dimat.net.limits import FullError, Limits, Slots
 from dimat.net.offering import Offering
 from dimat.net.profile import (
     AGENT_HEADER,
+    ASKING_HEADER,
     DATA_SERVICE,
     FETCH,
     LONGEST_POLL_S,
@@ -154,9 +155,10 @@ class Server:
         caller = await self._member(context)
         if request.agent != caller:
             await _abort(context, Code.PERMISSION_DENIED, f"{caller} says hello as {shown(request.agent)}")
-        self._hellos[caller] = misfit(self._profile, self._run, request)
-        if not self._hellos[caller]:
-            self._heard(caller)
+        if not any(key == ASKING_HEADER for key, _ in context.invocation_metadata() or ()):
+            self._hellos[caller] = misfit(self._profile, self._run, request)
+            if not self._hellos[caller]:
+                self._heard(caller)
         own = self._profile
         return pb.HelloReply(
             protocol=own.protocol,

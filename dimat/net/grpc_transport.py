@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -179,7 +180,9 @@ class GrpcTransport:
         assert task is not None
         self._fetches.add(task)
         try:
-            return await self._fetching.fetch(lambda: self._link(peer), peer, round, root)
+            fetched = await self._fetching.fetch(lambda: self._link(peer), peer, round, root)
+            link = self._links.get(peer)  # gone, where it left the map meanwhile
+            return fetched if link is None else replace(fetched, certificate=link.certificate)
         finally:
             self._fetches.discard(task)
 

@@ -19,6 +19,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from dimat.durable import sync_folder
 from dimat.errors import ConfigError, DataError, SecurityError
 from dimat.net import issuing
 from dimat.net.certificates import agent_name, authorities, check_certificate, check_name, hosts, readable
@@ -180,11 +181,7 @@ def write_file(path: Path, data: bytes, mode: int) -> None:
         except BaseException:
             os.unlink(temporary)
             raise
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync_folder(path.parent)
     except OSError as error:
         raise DataError(f"cannot write {path}: {error.strerror or error}") from error
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
+from dimat.durable import sync_folder
 from dimat.errors import DataError
 from dimat.snapshot import Payload
 
@@ -124,11 +125,7 @@ class Partial:
                 self._file = -1
                 self.path.replace(path)
                 if durable:
-                    folder = os.open(path.parent, os.O_RDONLY)
-                    try:
-                        os.fsync(folder)
-                    finally:
-                        os.close(folder)
+                    sync_folder(path.parent)
         except OSError as error:
             raise DataError(f"cannot write {path}: {error.strerror or error}") from error
 

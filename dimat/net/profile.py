@@ -15,6 +15,7 @@ FETCH = "Fetch"
 DATA_SERVICE = "dimat.wire.v1.Data"
 PEER_SERVICE = "dimat.wire.v1.Peer"
 AGENT_HEADER = "dimat-agent"  # who calls, on an insecure network, where nothing vouches for it
+ASKING_HEADER = "dimat-asking"  # a person's tool calls in an agent's name: its hello is not the agent's
 CLOCKS_DIFFER_S = 60.0
 LONGEST_POLL_S = 60.0
 SMALLEST_ASKING_BYTES = 64 * 2**10  # no request is longer

@@ -16,12 +16,14 @@ from dimat.snapshot import Manifest
 @dataclass(frozen=True, slots=True)
 class Fetched:
     """A peer's snapshot, whole and checked. `path`: a safetensors file of it in fp32; `bytes`: what crossed the network
-    for it, failed attempts too; `signed`: the manifest's bytes and the publisher's signature over them, as received."""
+    for it, failed attempts too; `signed`: the manifest's bytes and the publisher's signature over them, as received;
+    `certificate`: the publisher's (DER), empty on an insecure network."""
 
     manifest: Manifest
     path: Path
     bytes: int
     signed: tuple[bytes, bytes]
+    certificate: bytes = b""
 
 
 class Hearing(Protocol):

@@ -100,6 +100,11 @@ def _told(message: str, run: str, listener: Listener | None) -> str:
     return message
 
 
+def write_csv(file: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> Path:
+    """Write a table, whole or not at all; DataError where that fails."""
+    return _write(file, _csv(header, rows))
+
+
 def _csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> bytes:
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")

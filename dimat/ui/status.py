@@ -1,34 +1,117 @@
-"""An agent's status as lines for a person."""
+"""An agent's status as lines for a person.
+
+It may come from a peer: what is missing or of another form is left out, and no text of it reaches the terminal raw.
+"""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
-from dimat.ui.text import bytes_text, metric_text, seconds_text
+from dimat.ui.agent_report import spans
+from dimat.ui.text import NONE, Table, as_text, bytes_text, clean, metric_text, seconds_text
 
 
 def status_lines(status: Mapping[str, Any]) -> list[str]:
     """Return what `dimat status` prints. `status`: as the agent tells it."""
-    rounds = f" of {status['rounds']}" if status.get("rounds") else ""
-    up = seconds_text(status["time"] - status["started"])
+    now = _number(status.get("time"))
+    rounds = f" of {_text(status['rounds'])}" if status.get("rounds") else ""
     lines = [
-        f"{status['agent']} of run {status['run']}: round {status['round']}{rounds}, {status['phase']}; up {up}, "
-        f"process {status['pid']}",
-        f"listens on {status['address']}{'' if status['secure'] else ' (insecure)'}; sent "
-        f"{bytes_text(status['sent_bytes'])}, received {bytes_text(status['received_bytes'])}",
+        f"{_text(status.get('agent'))} of run {_text(status.get('run'))}: round {_text(status.get('round'))}{rounds}, "
+        f"{_text(status.get('phase'))}; up {_ago(now, status.get('started'))}, process {_text(status.get('pid'))}, "
+        f"dimat {_text(status.get('version'))}",
+        f"listens on {_text(status.get('address'))}{'' if status.get('secure') else ' (insecure)'}; sent "
+        f"{bytes_text(int(_number(status.get('sent_bytes'))))}, received "
+        f"{bytes_text(int(_number(status.get('received_bytes'))))}",
     ]
-    merged = status.get("merged")
-    if merged:
-        metrics = ", ".join(f"{name} {metric_text(value)}" for name, value in merged["after"].items())
-        shares = ", ".join(f"{agent} {weight:.3f}" for agent, weight in merged["weights"].items())
-        lines.append(f"last merge: round {merged['round']}, {shares}{f'; {metrics}' if metrics else ''}")
-    kept = status.get("checkpoint")
+    trained = _mapping(status.get("trained"))
+    if trained:
+        lines.append(f"last training: round {_text(trained.get('round'))}, loss {_metric(trained.get('loss'))}")
+    lines += _merged(_mapping(status.get("merged")))
+    kept = _mapping(status.get("checkpoint"))
     if kept:
-        ago = seconds_text(max(0.0, time.time() - kept["time"]))
-        lines.append(f"checkpoint: round {kept['round']}, {kept['stage']}, {ago} ago")
-    for peer, found in sorted(status["peers"].items()):
-        lines.append(f"  {peer}: " + ", ".join(f"{key} {value}" for key, value in found.items()))
-    lines += [f"  warning: {message}" for message in status.get("warnings", ())]
+        ago = _ago(now, kept.get("time"))
+        lines.append(f"checkpoint: round {_text(kept.get('round'))}, {_text(kept.get('stage'))}, {ago} ago")
+    lines += _dht(_mapping(status.get("dht")))
+    peers = {name: _mapping(found) for name, found in _mapping(status.get("peers")).items()}
+    if peers:
+        lines += ["", *as_text(peers_table(peers))]
+    warnings = status.get("warnings")
+    if isinstance(warnings, list) and warnings:
+        told = cast("list[object]", warnings)
+        lines += ["", *(f"warning: {_text(message)}" for message in told)]
+    if status.get("left"):
+        lines.append(f"it leaves: {_text(status['left'])}")
     return lines
+
+
+def peers_table(peers: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Return a row per peer that is listened to: whether it is connected, where, what it offers, what is wrong."""
+    rows = tuple(
+        (
+            clean(name),
+            "connected" if found.get("connected") else "out of reach",
+            _text(found.get("address") or NONE),
+            _rounds(found.get("rounds")),
+            _text(found.get("trouble") or ""),
+        )
+        for name, found in sorted(peers.items())
+    )
+    headers = ("peer", "state", "address", "offers rounds", "trouble")
+    if not any(row[-1] for row in rows):
+        headers, rows = headers[:-1], tuple(row[:-1] for row in rows)
+    return Table("", headers, rows, left=frozenset(range(len(headers))))
+
+
+def _merged(merged: Mapping[str, Any]) -> list[str]:
+    if not merged:
+        return []
+    before, after = _mapping(merged.get("before")), _mapping(merged.get("after"))
+    metrics = [
+        f"{clean(name)} {f'{_metric(before[name])} → ' if name in before else ''}{_metric(value)}"
+        for name, value in after.items()
+    ]
+    shares = [f"{clean(name)} {_metric(weight)}" for name, weight in _mapping(merged.get("weights")).items()]
+    accepted = _number(merged.get("accepted", 1.0))
+    verdict = [] if accepted == 1 else [f"accepted {accepted:.0%}"]
+    heard = f"heard {_text(merged.get('heard'))} of {_text(merged.get('expected'))}"
+    return [
+        "; ".join([f"last merge: round {_text(merged.get('round'))}, {heard}", ", ".join(shares), *verdict, *metrics])
+    ]
+
+
+def _dht(dht: Mapping[str, Any]) -> list[str]:
+    if not dht:
+        return []
+    agents = dht.get("agents")
+    seen = ", ".join(_text(name) for name in cast("list[object]", agents)) if isinstance(agents, list) else ""
+    state = "well" if dht.get("healthy") else "not reached now"
+    return [f"DHT: {state}; agents seen there: {seen or 'none'}"]
+
+
+def _rounds(rounds: object) -> str:
+    if not isinstance(rounds, Sequence) or isinstance(rounds, str):
+        return NONE
+    numbers = [number for number in cast("Sequence[object]", rounds) if isinstance(number, int)]
+    return spans(numbers[-100:]) or NONE
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return cast("Mapping[str, Any]", value) if isinstance(value, Mapping) else {}
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, (int, float)) else 0.0
+
+
+def _metric(value: object) -> str:
+    return metric_text(float(value)) if isinstance(value, (int, float)) else NONE
+
+
+def _ago(now: float, then: object) -> str:
+    """Return how long ago something was by the agent's own clock, which may not be ours."""
+    return seconds_text(max(0.0, now - _number(then)))
+
+
+def _text(value: object) -> str:
+    return clean(str(value)) if value is not None else NONE

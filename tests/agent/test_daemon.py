@@ -58,6 +58,11 @@ def test_three_agents_as_in_the_simulator(tmp_path: Path, free_ports: list[int])
         vouched = [json.loads(line) for line in (tmp_path / "lab-a" / "manifests.jsonl").read_text().splitlines()]
         assert {(line["agent"], line["round"]) for line in vouched} == {(p, r) for p in ABC[1:] for r in (1, 2, 3, 4)}
         assert all(line["signature"] for line in vouched)
+        told = command("report", tmp_path / "lab-a", "--verify", "--keys", tmp_path / "keys")
+        assert "8 signed manifests checked, 0 faults" in told
+        record = net.records("lab-a")[-1]
+        assert set(record["manifests"]) == set(ABC[1:])
+        assert record["after"] == net.events("lab-a", "Merged")[-1]["after"]
 
 
 def test_projection_on_a_shared_base_and_in_no_step(tmp_path: Path, free_ports: list[int]) -> None:

@@ -340,3 +340,33 @@ def test_a_missing_ledger(tmp_path: Path) -> None:
         read_records(tmp_path / "none")
     with pytest.raises(DataError, match="cannot write"):
         append_record(tmp_path / "no" / "folder", MANY[0])
+
+
+def test_beyond_neighbours_it_ends_with_what_is_not_known() -> None:
+    """On a path a - b - c, agent a has its own records and b's manifests, which name c's snapshots. Reference: all
+    records, once the model of c that is not known is written out with what they tell of it."""
+    a = [record("a", 1, ("a", 1, 0.5), ("b", 1, 0.5)), record("a", 2, ("a", 2, 0.5), ("b", 2, 0.5))]
+    a.append(record("a", 3, ("a", 3, 0.5), ("b", 3, 0.5)))
+    b = [record("b", n, ("b", n, 0.25), ("a", n, 0.5), ("c", n, 0.25)) for n in (1, 2)]
+    c = [record("c", n, ("c", n, 0.5), ("b", n, 0.5)) for n in (1, 2)]
+    whole = lineage([*a, *b, *c], "a")
+    part = lineage([*a, *b], "a", starts={("b", 1): 0, ("b", 2): 1, ("b", 3): 2})
+    assert part.earlier == {("c", 1): pytest.approx(0.0625 + 0.03125), ("c", 2): pytest.approx(0.125)}
+    assert sum(part.initial.values()) + sum(part.earlier.values()) == pytest.approx(1)
+    # c's model as it went into round 2 is that of its merge of round 1; into round 1, its first network
+    before_two = lineage([*a, *b, *c], "c", 1)
+    for key, weight in whole.updates.items():
+        of_c = part.earlier["c", 2] * before_two.updates.get(key, 0.0)
+        assert part.updates.get(key, 0.0) + of_c == pytest.approx(weight)
+    for agent, weight in whole.initial.items():
+        told = part.initial.get(agent, 0.0) + part.earlier["c", 2] * before_two.initial.get(agent, 0.0)
+        assert told + (part.earlier["c", 1] if agent == "c" else 0.0) == pytest.approx(weight)
+
+
+def test_a_gap_in_what_is_told_is_not_bridged() -> None:
+    """Of b only the manifest of round 3 was fetched, which started from its merge of round 2; nothing of round 1 is
+    taken for what round 5 started from."""
+    a = [record("a", 5, ("a", 5, 0.5), ("b", 5, 0.5))]
+    b = [record("b", 2, ("b", 2, 1.0))]
+    assert lineage([*a, *b], "a", starts={("b", 3): 2}).earlier == {("b", 5): 0.5}
+    assert lineage([*a, *b], "a", starts={("b", 3): 2, ("b", 5): 4}).earlier == {("b", 5): 0.5}

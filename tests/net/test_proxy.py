@@ -45,6 +45,12 @@ def receive(end: socket.socket, amount: int) -> bytes:
     return data
 
 
+def resets(proxy: FaultProxy) -> None:
+    """A new connection is reset, which may be seen as early as it is made."""
+    with pytest.raises(ConnectionResetError), dial(proxy) as end:
+        end.recv(1)
+
+
 def hears_nothing(end: socket.socket, wait_s: float = 0.3) -> bool:
     end.settimeout(wait_s)
     try:
@@ -78,8 +84,7 @@ def test_reset_reaches_both_ends_and_new_connections(proxy: FaultProxy, target: 
         for end in (near, far):
             with pytest.raises(ConnectionResetError):
                 end.recv(1)
-    with dial(proxy) as late, pytest.raises(ConnectionResetError):
-        late.recv(1)
+    resets(proxy)
     proxy.heal()
     near, far = pair(proxy, target)
     with near, far:
@@ -195,5 +200,4 @@ def test_new_connections_are_refused_until_it_is_healed(proxy: FaultProxy, targe
 
 def test_a_target_that_is_gone_resets(proxy: FaultProxy, target: socket.socket) -> None:
     target.close()
-    with dial(proxy) as near, pytest.raises(ConnectionResetError):
-        near.recv(1)
+    resets(proxy)
