@@ -9,6 +9,7 @@ import shutil
 import stat
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -240,7 +241,10 @@ def test_requests_that_an_organiser_does_not_sign(capsys: pytest.CaptureFixture[
     assert run("request lab-a --folder lab") == 0
     shutil.copy("lab/lab-a.csr", "lab-b.csr")
     refuse(capsys, "sign lab-b.csr", 4, "lab-b.csr asks for a certificate of 'lab-a', not of 'lab-b'")
-    assert run("sign lab/lab-a.csr") == 0
+    refuse(capsys, "sign lab/lab-a.csr --name lab-b", 4, "asks for a certificate of 'lab-a', not of 'lab-b'")
+    refuse(capsys, "sign lab/lab-a.csr --name ../b", 2, "may only hold letters")
+    assert run("sign lab-b.csr --name lab-a") == 0
+    assert not Path("keys/lab-b.crt").exists()
     other = make_request(make_key(), "lab-a", []).public_bytes(Encoding.PEM)
     write_file(Path("lab-a.csr"), other, 0o644)
     refuse(capsys, "sign lab-a.csr --renew", 4, "lab-a.csr has another key than keys/lab-a.crt")
@@ -304,6 +308,66 @@ def test_a_file_that_cannot_be_written_leaves_nothing_behind() -> None:
     with pytest.raises(DataError, match=r"cannot write keys/lab-a\.key: Is a directory"):
         write_key(Path("keys/lab-a.key"), make_key())
     assert os.listdir("keys") == ["lab-a.key"]
+
+
+def test_an_agents_files_in_a_folder_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:
+    """All that an agent needs and no more, whatever becomes of the organiser's folder; renewed where it lies."""
+    assert run("init-ca") == 0
+    assert run("issue lab-a --addresses lab-a.example.org:7300 --out lab-a") == 0
+    assert "lab-a/lab-a.key, lab-a/lab-a.crt, lab-a/ca.crt" in capsys.readouterr().err
+    assert sorted(os.listdir("lab-a")) == ["ca.crt", "lab-a.crt", "lab-a.key"]
+    assert sorted(os.listdir("keys")) == ["ca.crt", "ca.key"]
+    first = load_identity("lab-a", "lab-a")
+    refuse(capsys, "issue lab-a --out lab-a", 2, "lab-a/lab-a.key, lab-a/lab-a.crt exist already")
+    assert run("issue lab-a --out lab-a --renew") == 0
+    renewed = load_identity("lab-a", "lab-a")
+    assert renewed.fingerprint != first.fingerprint
+    assert renewed.key.private_numbers() == first.key.private_numbers()
+    assert shown(capsys, "lab-a/lab-a.crt")[1]["lab-a.crt:lab-a"]["hosts"] == ["lab-a.example.org"]
+    assert run("init-ca --folder other") == 0
+    refuse(capsys, "issue lab-b --folder other --out lab-a", 4, "lab-a/ca.crt is that of another CA than other/ca.crt")
+    both = Path("other/ca.crt").read_bytes() + Path("keys/ca.crt").read_bytes()
+    Path("lab-a/ca.crt").write_bytes(both)
+    assert run("issue lab-b --folder other --out lab-a") == 0
+    assert Path("lab-a/ca.crt").read_bytes() == both
+    load_identity("lab-a", "lab-b")
+
+
+@pytest.fixture
+def disk(folder: Path) -> Iterator[Callable[[int], None]]:
+    """A file system of its own at `disk`; called with a number of KiB it has that size."""
+    (folder / "disk").mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", "disk"], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    try:
+        yield lambda kib: subprocess.run(["mount", "-o", f"remount,size={kib}k", "disk"], check=True) and None
+    finally:
+        subprocess.run(["umount", str(folder / "disk")], check=True)
+
+
+def test_a_full_disk_leaves_nothing_in_the_way(capsys: pytest.CaptureFixture[str], disk: Callable[[int], None]) -> None:
+    """Each command fails at its second file or later, takes back the ones before, and works once there is room. A file
+    takes a page of 4 KiB here."""
+    refuse(capsys, "init-ca --folder disk", 5, "cannot write disk/ca.crt: No space left on device")
+    disk(8)
+    assert run("init-ca --folder disk") == 0
+    disk(20)
+    refuse(capsys, "issue lab-a lab-b --folder disk", 5, "cannot write disk/lab-b.crt: No space left on device")
+    assert sorted(os.listdir("disk")) == ["ca.crt", "ca.key"]
+    disk(24)
+    assert run("issue lab-a lab-b --folder disk") == 0
+    load_identity("disk", "lab-b")
+    disk(28)
+    refuse(capsys, "request lab-c --folder disk", 5, "cannot write disk/lab-c.csr: No space left on device")
+    refuse(capsys, "issue lab-c --folder disk", 5, "cannot write disk/lab-c.crt: No space left on device")
+    assert run("issue lab-a --folder disk --renew") == 0
+    refuse(capsys, "issue lab-b lab-a lab-x --folder disk --renew", 2, "nothing to renew for 'lab-x'")
+    disk(24)
+    refuse(capsys, "issue lab-b --folder disk --renew", 5, "cannot write disk/lab-b.crt: No space left on device")
+    load_identity("disk", "lab-b")
 
 
 def test_an_agent_that_is_asked_to_start_without_keys(capsys: pytest.CaptureFixture[str]) -> None:

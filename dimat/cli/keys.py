@@ -53,13 +53,16 @@ def issue(
     renew: Annotated[
         bool, Parameter(negative="", help="Keep the keys, wherever they are, and make new certificates.")
     ] = False,
+    out: Annotated[
+        Path | None, Parameter(help="Folder for the agents' files, with a copy of ca.crt; default: --folder.")
+    ] = None,
 ) -> int:
     """Make keys and certificates of agents: NAME.key and NAME.crt. An agent is removed by taking it off the map:
     certificates are not revoked, the map says who may take part."""
     from dimat.net.keyring import issue as issue_keys
 
     wanted = _wanted(names, addresses, map_, renew)
-    for made in issue_keys(folder, wanted, days, renew=renew):
+    for made in issue_keys(folder, wanted, days, renew=renew, out=out):
         _tell(made, "certificate of")
     return 0
 
@@ -87,6 +90,9 @@ def sign(
     file: Annotated[Path, Parameter(help="The agent's request, NAME.csr.")],
     /,
     *,
+    name: Annotated[
+        str | None, Parameter(help="The agent that has to be asking; default: the one that the file is named after.")
+    ] = None,
     folder: Folder = KEYS,
     days: Days = YEAR,
     renew: Annotated[bool, Parameter(negative="", help="The agent has a certificate; make a new one.")] = False,
@@ -95,7 +101,7 @@ def sign(
     are taken from the request."""
     from dimat.net.keyring import sign as sign_request
 
-    made = sign_request(folder, file, days, renew=renew)
+    made = sign_request(folder, file, days, name=name, renew=renew)
     _tell(made, "certificate of")
     say(f"  send {made.files[0]} and {folder / 'ca.crt'} back, once {made.name} has confirmed that this is its key")
     return 0

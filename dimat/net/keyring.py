@@ -1,15 +1,17 @@
 """The folder of keys: NAME.key, NAME.crt and NAME.csr of agents, ca.key and ca.crt of the collaboration.
 
-Nothing is overwritten unless a renewal is asked for, and that keeps the key. A file is there whole or not at all, and a
-private key never lies open to others, not even while it is written.
+Nothing is overwritten unless a renewal is asked for, and that keeps the key. A file is there whole or not at all, new
+files that a command could not finish are taken back, and a private key never lies open to others, not even while it is
+written.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -44,30 +46,54 @@ def init_authority(folder: Path, name: str, days: float) -> Made:
     key = issuing.make_key()
     certificate = issuing.make_authority(key, name, days)
     files = (folder / "ca.key", folder / "ca.crt")
-    write_key(files[0], key)
-    write_file(files[1], _pem(certificate), PUBLIC)
+    with _all_or_none() as new:
+        write_key(files[0], key)
+        new.append(files[0])
+        write_file(files[1], _pem(certificate), PUBLIC)
     return Made(name, (), key_fingerprint(key.public_key()), files, certificate.not_valid_after_utc)
 
 
-def issue(folder: Path, wanted: Mapping[str, Sequence[str] | None], days: float, *, renew: bool = False) -> list[Made]:
+def issue(
+    folder: Path,
+    wanted: Mapping[str, Sequence[str] | None],
+    days: float,
+    *,
+    renew: bool = False,
+    out: Path | None = None,
+) -> list[Made]:
     """Make keys and certificates for agents, with the CA of the folder; all of them, or none where one cannot be.
 
     `wanted`: addresses by agent; None keeps those of the certificate that is renewed. `renew`: keep the keys, whether
-    they lie here or with the agents, and make new certificates. ConfigError, SecurityError.
+    they lie here or with the agents, and make new certificates. `out`: where the agents' files lie, if not in the
+    CA's folder; it gets the CA's certificate too. ConfigError, SecurityError; DataError where the disk fails.
     """
+    place = folder if out is None else out
     for name in wanted:
         check_name(name)
     if not renew:
-        made = [folder / f"{name}{end}" for name in wanted for end in (".key", ".crt")]
+        made = [place / f"{name}{end}" for name in wanted for end in (".key", ".crt")]
         _refuse_existing(made, "--renew keeps keys and makes new certificates")
     authority, authority_key = _authority(folder)
+    ca, ca_file = read_file(folder / "ca.crt"), place / "ca.crt"
+    ca_there = ca_file.exists()
+    if ca_there and authority not in authorities(read_file(ca_file)):
+        raise SecurityError(f"{ca_file} is that of another CA than {folder / 'ca.crt'}; choose another folder")
     plans: list[tuple[str, ec.EllipticCurvePrivateKey | None, x509.Certificate]] = []
     for name, addresses in wanted.items():
         key: ec.EllipticCurvePrivateKey | None = None if renew else issuing.make_key()
-        public, former = _renewed(folder, name) if key is None else (key.public_key(), ())
+        public, former = _renewed(place, name, ca) if key is None else (key.public_key(), ())
         reached = former if addresses is None else issuing.hosts_of(addresses)
         plans.append((name, key, issuing.make_certificate(authority, authority_key, name, reached, public, days)))
-    return [_written(folder, name, key, certificate) for name, key, certificate in plans]
+    results: list[Made] = []
+    with _all_or_none() as new:
+        if not ca_there:
+            write_file(ca_file, ca, PUBLIC)
+            new.append(ca_file)
+        for name, key, certificate in plans:
+            results.append(_written(place, name, key, certificate, new))
+    if not ca_there and results:
+        results[-1] = replace(results[-1], files=(*results[-1].files, ca_file))
+    return results
 
 
 def request(folder: Path, name: str, addresses: Sequence[str], *, renew: bool = False) -> Made:
@@ -83,40 +109,47 @@ def request(folder: Path, name: str, addresses: Sequence[str], *, renew: bool = 
     else:
         _refuse_existing(files, "--renew keeps the key and makes a new request")
         key = issuing.make_key()
-        write_key(files[0], key)
     made = issuing.make_request(key, name, reached)
-    write_file(files[1], made.public_bytes(serialization.Encoding.PEM), PUBLIC)
+    with _all_or_none() as new:
+        if not renew:
+            write_key(files[0], key)
+            new.append(files[0])
+        write_file(files[1], made.public_bytes(serialization.Encoding.PEM), PUBLIC)
     return Made(name, reached, key_fingerprint(key.public_key()), files[1:] if renew else files)
 
 
-def sign(folder: Path, file: Path, days: float, *, renew: bool = False) -> Made:
-    """Make the certificate that a request NAME.csr asks for, with the CA of the folder, into the folder.
+def sign(folder: Path, file: Path, days: float, *, name: str | None = None, renew: bool = False) -> Made:
+    """Make the certificate that a request asks for, with the CA of the folder, into the folder.
 
-    `renew`: where the agent has a certificate; for the same key only. ConfigError, SecurityError.
+    `name`: the agent that has to be asking; None: the one that the file is named after, NAME.csr. `renew`: where the
+    agent has a certificate; for the same key only. ConfigError, SecurityError.
     """
+    if name is not None:
+        check_name(name)
     data = read_file(file)
     try:
         asked = issuing.read_request(data)
     except SecurityError as error:
         raise SecurityError(f"{file}: {error}") from error
-    if file.stem != asked.name:
+    expected = file.stem if name is None else name
+    if expected != asked.name:
         raise SecurityError(
-            f"{file} asks for a certificate of {asked.name!r}, not of {file.stem!r}; if that is meant, name the file "
-            f"{asked.name}.csr"
+            f"{file} asks for a certificate of {asked.name!r}, not of {expected!r}; if that is meant: "
+            f"--name {asked.name}"
         )
     target = folder / f"{asked.name}.crt"
     authority, authority_key = _authority(folder)
     if target.exists():
         if not renew:
             _refuse_existing([target], "--renew makes a new certificate for the same key")
-        public, _ = _renewed(folder, asked.name)
+        public, _ = _renewed(folder, asked.name, read_file(folder / "ca.crt"))
         if public != asked.public_key:
             raise SecurityError(
                 f"{file} has another key than {target}; ask {asked.name} whether its key is new (a new key needs the "
                 "old certificate moved away first)"
             )
     certificate = issuing.make_certificate(authority, authority_key, asked.name, asked.hosts, asked.public_key, days)
-    return _written(folder, asked.name, None, certificate)
+    return _written(folder, asked.name, None, certificate, [])
 
 
 def key_fingerprint(key: ec.EllipticCurvePublicKey) -> str:
@@ -153,13 +186,38 @@ def write_file(path: Path, data: bytes, mode: int) -> None:
         raise DataError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def _written(folder: Path, name: str, key: ec.EllipticCurvePrivateKey | None, certificate: x509.Certificate) -> Made:
+@contextmanager
+def _all_or_none() -> Generator[list[Path]]:
+    """Take back the new files in the list where what follows them fails.
+
+    A key without its certificate would be in the way when the command is run again, and no renewal makes a CA's.
+    """
+    new: list[Path] = []
+    try:
+        yield new
+    except BaseException:
+        for path in new:
+            path.unlink(missing_ok=True)
+        raise
+
+
+def _written(
+    folder: Path,
+    name: str,
+    key: ec.EllipticCurvePrivateKey | None,
+    certificate: x509.Certificate,
+    new: list[Path],
+) -> Made:
+    """Write an agent's files; those that go with a new key are added to `new`, once they are there."""
     public = certificate.public_key()
     assert isinstance(public, ec.EllipticCurvePublicKey)
     files = (folder / f"{name}.key", folder / f"{name}.crt")
     if key is not None:
         write_key(files[0], key)
+        new.append(files[0])
     write_file(files[1], _pem(certificate), PUBLIC)
+    if key is not None:
+        new.append(files[1])
     written = files if key is not None else files[1:]
     return Made(name, hosts(certificate), key_fingerprint(public), written, certificate.not_valid_after_utc)
 
@@ -176,7 +234,7 @@ def _authority(folder: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateK
     raise SecurityError(f"{folder / 'ca.key'} is not the key of {folder / 'ca.crt'}; put back the right one")
 
 
-def _renewed(folder: Path, name: str) -> tuple[ec.EllipticCurvePublicKey, tuple[str, ...]]:
+def _renewed(folder: Path, name: str, ca: bytes) -> tuple[ec.EllipticCurvePublicKey, tuple[str, ...]]:
     """Return the public key and the hosts of an agent that has a key here, a certificate here, or both."""
     key_file, file = folder / f"{name}.key", folder / f"{name}.crt"
     if not file.exists():
@@ -190,7 +248,7 @@ def _renewed(folder: Path, name: str) -> tuple[ec.EllipticCurvePublicKey, tuple[
         former = hosts(certificate)
         der = certificate.public_bytes(serialization.Encoding.DER)
         # as of its first day: a certificate that has expired is what renewal is for
-        public = check_certificate(der, read_file(folder / "ca.crt"), name, certificate.not_valid_before_utc)
+        public = check_certificate(der, ca, name, certificate.not_valid_before_utc)
     if key_file.exists() and (own := read_key(key_file).public_key()) != public:
         raise SecurityError(
             f"{key_file} is not the key of {file} (that has {key_fingerprint(public)[:16]}…, this "
