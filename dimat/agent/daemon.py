@@ -24,7 +24,7 @@ from dimat.agent.round import RoundMachine
 from dimat.agent.runner import Runner
 from dimat.agent.setup import AgentSetup, listen_address, neighbours_of, programme_of
 from dimat.agent.statistics import sample_statistics
-from dimat.agent.status import StatusSocket, notify
+from dimat.agent.status import StatusSocket, notify, watchdog_s
 from dimat.agent.view import View
 from dimat.agent.work import AgentWork, Recorded, WorkThread
 from dimat.errors import DataError, DimatError
@@ -43,7 +43,7 @@ from dimat.wire.encodings import ENCODINGS, encoded_bytes
 MB = 1e6
 RESERVE_BYTES = 64 * 2**20
 """Left free on the disk, whatever is kept."""
-WATCHDOG_S = 10.0
+_TURNS = (facts.AgentStarted, facts.Trained, facts.Published, facts.Merged, facts.Checkpointed)
 
 
 class Daemon:
@@ -291,6 +291,15 @@ class Daemon:
             self._finding.tell(fact.round, fact.snapshot)
         for listener in self.listeners:
             listener(fact)
+        if isinstance(fact, _TURNS):
+            self._tell_manager()
+
+    def _tell_manager(self) -> None:
+        """Say in a line how the agent is, for `systemctl status`."""
+        machine, peers = self._machine, self._transport.peers
+        of = f" of {self._programme.rounds}" if self._programme.rounds else ""
+        connected = sum(bool(peer["connected"]) for peer in peers.values())
+        notify(f"STATUS=round {machine.round}{of}, {machine.phase.value}; {connected} of {len(peers)} peers connected")
 
 
 def _addresses(folder: Path, root: str) -> frozenset[str]:
@@ -301,7 +310,8 @@ def _addresses(folder: Path, root: str) -> frozenset[str]:
 
 
 async def _watchdog() -> None:
-    """Tell the service manager from within the loop that it turns."""
-    while True:
+    """Tell the service manager from within the loop that it turns, if it wants to know."""
+    every_s = watchdog_s()
+    while every_s is not None:
         notify("WATCHDOG=1")
-        await asyncio.sleep(WATCHDOG_S)
+        await asyncio.sleep(every_s)

@@ -15,6 +15,7 @@ from dimat.errors import DataError
 
 SOCKET = "status.sock"
 TIMEOUT_S = 5.0
+NOTIFY_S = 0.5
 
 
 class StatusSocket:
@@ -69,14 +70,26 @@ def ask(folder: Path) -> dict[str, Any]:
 
 
 def notify(message: str) -> None:
-    """Tell the service manager (systemd's `sd_notify` protocol) that the agent is READY=1, STOPPING=1, or WATCHDOG=1;
-    nothing happens where none has asked for it."""
+    """Tell the service manager (systemd's `sd_notify` protocol) that the agent is READY=1, STOPPING=1, WATCHDOG=1, or
+    its STATUS=…; nothing happens where none has asked for it, or where it does not listen."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:
         return
     with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.settimeout(NOTIFY_S)  # a manager that is stuck must not hold up the agent
         manager.connect("\0" + address[1:] if address.startswith("@") else address)
         manager.send(message.encode())
+
+
+def watchdog_s() -> float | None:
+    """Return how often the service manager is to be told WATCHDOG=1: twice in the time after which it takes the agent
+    for hung. None where it does not watch this process."""
+    try:
+        microseconds = int(os.environ.get("WATCHDOG_USEC", ""))
+        watched = int(os.environ.get("WATCHDOG_PID", os.getpid()))
+    except ValueError:
+        return None
+    return microseconds / 2e6 if microseconds > 0 and watched == os.getpid() else None
 
 
 @contextmanager

@@ -100,12 +100,19 @@ def _mapping(value: object) -> Mapping[str, Any]:
     return cast("Mapping[str, Any]", value) if isinstance(value, Mapping) else {}
 
 
+def _finite(value: object) -> float | None:
+    """Return a number that can be shown; a peer may send any."""
+    if not isinstance(value, (int, float)) or not abs(value) < 1e18:
+        return None
+    return float(value)
+
+
 def _number(value: object) -> float:
-    return float(value) if isinstance(value, (int, float)) else 0.0
+    return _finite(value) or 0.0
 
 
 def _metric(value: object) -> str:
-    return metric_text(float(value)) if isinstance(value, (int, float)) else NONE
+    return metric_text(_finite(value))
 
 
 def _ago(now: float, then: object) -> str:
