@@ -50,7 +50,7 @@ def left_over(folder: Path) -> list[str]:
 
 
 def churn(net: Network, seconds: float, draws: random.Random) -> tuple[dict[str, int], dict[str, list[int]]]:
-    """Kill, pause and start agents again; return how often what was done, and each one's memory over its longest life."""
+    """Kill, pause and start agents again; return how often what was done, and each one's memory in its longest life."""
     lives: dict[str, Life] = {name: net.start(name) for name in net.names}
     begun = dict.fromkeys(net.names, time.monotonic())
     memory: dict[str, list[int]] = {name: [] for name in net.names}
