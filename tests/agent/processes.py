@@ -118,6 +118,11 @@ class Network:
             time.sleep(0.05)
         return value
 
+    def partners(self, name: str) -> set[str]:
+        """Return whose snapshots are in an agent's newest merge, its own among them."""
+        merges = self.events(name, "Merged")
+        return {part["agent"] for part in merges[-1]["contributions"]} if merges else set()
+
     def records(self, name: str) -> list[dict[str, Any]]:
         """Return an agent's ledger of merges, but for torn lines."""
         lines = (self.folder / name / "lineage.jsonl").read_bytes().split(b"\n")

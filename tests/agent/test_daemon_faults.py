@@ -115,11 +115,10 @@ def test_full_disk(tmp_path: Path, free_ports: list[int]) -> None:
                 net.start(name)
             net.wait_for("lab-b", "SnapshotFetched", peer="lab-a")
             filler = disk / "filler"
-            with filler.open("wb") as file:
+            with filler.open("wb", buffering=0) as file:
                 try:
                     while True:
                         file.write(bytes(65536))
-                        file.flush()
                 except OSError:
                     pass  # full
             life = net.lives[1]
