@@ -67,6 +67,7 @@ class Inbox:
         # a dead peer costs its neighbours one deadline, not one in every round
         self.lost = {peer: why for peer, (why, last) in self._silent.items() if last < number}
         if not self._asynchronous:
+            self.offers.approach(number)
             self.offers.forget_before(number)
             for peer in self.expected():
                 self._pass_over(peer)
@@ -195,7 +196,9 @@ class Inbox:
             self.lost.pop(offer.peer, None)
         self._heard[offer.peer] = self._turn
         self.offers.heard(offer)
-        if self._useless(offer):
+        if self._far(offer):
+            self.offers.note_far(offer)
+        if self._far(offer) or self._useless(offer):
             self._pass_over(offer.peer)
             return Heard.NOTED, []
         known = self.offers.note(offer)
@@ -253,11 +256,15 @@ class Inbox:
         if self.offers.range(peer)[0] > self._number:
             self.lost[peer] = PAST
 
+    def _far(self, offer: PeerPublished) -> bool:
+        """Whether a synchronous agent would have to leave out many rounds to have use for an offer."""
+        return not self._asynchronous and 0 < self._number <= offer.round - self.offers.span
+
     def _useless(self, offer: PeerPublished) -> bool:
-        """Whether a synchronous round has no use for an offer: over already, too far ahead, or not for this agent."""
+        """Whether a synchronous agent has no use for an offer: its round is over already, or not planned with it."""
         if self._asynchronous or self._number == 0:
             return False
-        if not self._number <= offer.round < self._number + self.offers.span:
+        if offer.round < self._number:
             return True
         plan = self._current if offer.round == self._number else (self._next or self._plan).of(offer.round)
         return offer.peer not in plan.mixing

@@ -11,6 +11,9 @@ from dimat.agent.basis import BasisId
 ROUNDS_KEPT = 16
 """Offers kept per peer in synchronous mode, the nearest rounds first. Undirected neighbours are at most one round
 ahead; along one-way links a peer may be ahead by as many rounds as the way back is long."""
+FAR_KEPT = 4
+"""Offers kept per peer of rounds that are further ahead than that, the newest ones: an agent that comes back after many
+rounds follows its peers there, and nobody repeats to it what it has heard once."""
 PATIENCE = 2
 """Rounds in a row for which a living peer is out of reach ahead before an agent makes up ground."""
 
@@ -52,6 +55,7 @@ class Offers:
         self.span = 1 if newest_only else ROUNDS_KEPT
         self.newest_first = True
         self._offers: dict[str, dict[int, PeerPublished]] = {}
+        self._far: dict[str, dict[int, PeerPublished]] = {}
         self._ranges: dict[str, tuple[int, int]] = {}
 
     def heard(self, offer: PeerPublished) -> None:
@@ -59,9 +63,9 @@ class Offers:
         oldest, newest = self._ranges.get(offer.peer, (0, 0))
         oldest = max(oldest, offer.oldest)
         self._ranges[offer.peer] = (oldest, max(newest, offer.round))
-        kept = self._offers.get(offer.peer, {})
-        for withdrawn in [number for number in kept if number < oldest]:
-            del kept[withdrawn]
+        for kept in (self._offers.get(offer.peer, {}), self._far.get(offer.peer, {})):
+            for withdrawn in [number for number in kept if number < oldest]:
+                del kept[withdrawn]
 
     def note(self, offer: PeerPublished) -> Known:
         """Keep an offer, if it is new and there is room."""
@@ -76,6 +80,20 @@ class Offers:
         for surplus in rounds[self.span :]:
             del offers[surplus]
         return Known.NEW if offer.round in offers else Known.SURPLUS
+
+    def note_far(self, offer: PeerPublished) -> None:
+        """Keep an offer of a round that is out of reach, as one of the newest few; the first one of a round counts."""
+        far = self._far.setdefault(offer.peer, {})
+        if offer.round >= self.range(offer.peer)[0]:
+            far.setdefault(offer.round, offer)
+        for surplus in sorted(far)[:-FAR_KEPT]:
+            del far[surplus]
+
+    def approach(self, number: int) -> None:
+        """Take what was out of reach, and is within it in this round, for an offer like others."""
+        for far in self._far.values():
+            for near in [r for r in far if r < number + self.span]:
+                self.note(far.pop(near))
 
     def get(self, peer: str, number: int) -> PeerPublished | None:
         """Return a peer's offer of a round, if it is known."""
@@ -99,6 +117,7 @@ class Offers:
     def forget_all_but(self, peers: Collection[str]) -> None:
         """Drop whatever peers that are not named have offered."""
         self._offers = {peer: offers for peer, offers in self._offers.items() if peer in peers}
+        self._far = {peer: far for peer, far in self._far.items() if peer in peers}
         self._ranges = {peer: range_ for peer, range_ in self._ranges.items() if peer in peers}
 
     def front(self, peers: Collection[str]) -> int:

@@ -5,9 +5,13 @@ Reference: the promises of `dimat.agent.round`; docs/what-happens-when.md.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
+
 from dimat import events as facts
 from dimat.agent import messages as r
-from dimat.agent.offers import PATIENCE, ROUNDS_KEPT
+from dimat.agent.offers import FAR_KEPT, PATIENCE, ROUNDS_KEPT
 from dimat.agent.plan import Plan, PushShares, RoundPlan
 from dimat.agent.round import Phase
 from tests.agent.machines import go_to, have, machine, of, offer, told
@@ -36,6 +40,45 @@ def test_withdrawn_offers_are_of_no_use() -> None:
     actions = m.handle(r.MergeDone(1, {}))
     assert told(actions, facts.RoundsSkipped)[0].round == 7
     assert {fetch.round for fetch in of(actions, r.Fetch)} == {7}
+
+
+@pytest.mark.parametrize("newest", [1 + ROUNDS_KEPT, 2 + ROUNDS_KEPT, 500])
+def test_what_was_offered_far_ahead_is_there_once_the_agent_follows(newest: int) -> None:
+    """An agent comes back after many rounds. Its peers wait for it where they are and repeat nothing: it fetches there
+    what it has heard before it followed, and waits for nobody's deadline."""
+    m = machine(rounds=None)
+    m.handle(r.Started())
+    for number in (newest - 1, newest):
+        m.handle(offer("b", number, oldest=newest - 1))
+        m.handle(offer("c", number, oldest=newest - 1))
+    m.handle(offer("c", newest + 1, oldest=newest))
+    m.handle(r.TrainingDone(1, "own1"))
+    actions = m.handle(r.MergeDone(1, {}))
+    assert told(actions, facts.RoundsSkipped)[0].round == newest
+    assert {(fetch.peer, fetch.round) for fetch in of(actions, r.Fetch)} == {("b", newest), ("c", newest)}
+    m.handle(r.TrainingDone(newest, "own"))
+    m.handle(r.SnapshotReady("b", newest, f"b{newest}"))
+    (merge,) = of(m.handle(r.SnapshotReady("c", newest, f"c{newest}")), r.Merge)
+    assert [part.peer for part in merge.parts] == ["b", "c"]
+    (next_, *_) = told(m.handle(r.MergeDone(newest, {})), facts.RoundStarted)
+    assert next_.round == newest + 1
+
+
+def test_what_was_offered_far_ahead_is_kept_within_bounds() -> None:
+    """A peer that offers a thousand rounds, in any order: a few are kept. One that it has withdrawn is not fetched, and
+    of two contents of a round the first one counts."""
+    m = machine(rounds=None)
+    m.handle(r.Started())
+    for number in [*range(100, 600), *range(1100, 600, -1)]:
+        m.handle(offer("b", number, oldest=1))
+    assert sum(map(len, m._inbox.offers._far.values())) == FAR_KEPT
+    m.handle(offer("b", 1102, oldest=1102))
+    m.handle(replace(offer("b", 1102, oldest=1102), root="other"))
+    m.handle(offer("c", 1101))
+    m.handle(offer("c", 1102, oldest=1102))
+    m.handle(r.TrainingDone(1, "own1"))
+    actions = m.handle(r.MergeDone(1, {}))
+    assert of(actions, r.Fetch) == [r.Fetch("b", 1102, "b1102"), r.Fetch("c", 1102, "c1102")]
 
 
 def test_a_peer_that_stays_out_of_reach_ahead_is_followed_a_bounded_way() -> None:
