@@ -131,7 +131,11 @@ class DhtSidecar:
         # sockets have names of 107 bytes at most: not in the folder
         self._remove_scratch()
         self._scratch = tempfile.mkdtemp(prefix="dimat-dht-")
-        token, ended = self._pidfile.claim(self._scratch)
+        try:
+            token, ended = self._pidfile.claim(self._scratch)
+        except (NetworkError, OSError):
+            self._remove_scratch()
+            raise
         if ended:
             self._reminders.tell("orphans", f"the DHT: ended {ended} processes that an earlier run left behind")
         start = {
