@@ -20,7 +20,6 @@ import pytest
 
 from dimat.errors import NetworkError
 from dimat.net.dht import DhtSidecar
-from dimat.net.orphans import Pidfile
 from tests.net.nodes import make_node, make_record, needs_hivemind, processes, token_of, until, until_there, up
 
 pytestmark = [
@@ -138,7 +137,7 @@ async def test_orphans_of_an_earlier_life_are_swept(tmp_path: Path) -> None:
         token = token_of(tmp_path)
         old = processes(token)
         with pytest.raises(NetworkError, match=f"process {parent.pid} runs a DHT node from this folder"):
-            Pidfile(tmp_path / "dht.pid").claim()
+            make_node(tmp_path).spawn()
         # the sidecar is stopped first, so that it cannot see its parent die
         os.kill(old["python"][0], signal.SIGSTOP)
         parent.kill()
