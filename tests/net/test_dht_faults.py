@@ -127,6 +127,12 @@ def test_nothing_outlives_a_killed_parent(tmp_path: Path, worker: str) -> None:
         parent.stdout.close()
 
 
+def _stopped(pid: int) -> bool:
+    """Whether all threads of a process stand still; the signal alone does not say so."""
+    tasks = [file.read_text() for file in Path(f"/proc/{pid}/task").glob("*/stat")]
+    return all(text.rpartition(") ")[2].startswith("T") for text in tasks)
+
+
 async def test_orphans_of_an_earlier_life_are_swept(tmp_path: Path) -> None:
     """Killed together, parent and sidecar leave p2pd behind; whoever comes next finds it by the pidfile."""
     command = [sys.executable, "-c", PARENT, str(tmp_path), "exec"]
@@ -138,10 +144,10 @@ async def test_orphans_of_an_earlier_life_are_swept(tmp_path: Path) -> None:
         old = processes(token)
         with pytest.raises(NetworkError, match=f"process {parent.pid} runs a DHT node from this folder"):
             make_node(tmp_path).spawn()
-        # both are stopped first: the sidecar so that it cannot see its parent die, p2pd as it dies at times when it
-        # writes to the sidecar that is gone, and here it has to be left over
-        os.kill(old["python"][0], signal.SIGSTOP)
-        os.kill(old["p2pd"][0], signal.SIGSTOP)
+        # both are stopped first: the sidecar so that it cannot see its parent die, p2pd so that it is left over for sure
+        for pid in (old["python"][0], old["p2pd"][0]):
+            os.kill(pid, signal.SIGSTOP)
+            await until(lambda pid=pid: _stopped(pid))
         parent.kill()
         parent.wait()
         os.kill(old["python"][0], signal.SIGKILL)
