@@ -144,7 +144,7 @@ async def test_orphans_of_an_earlier_life_are_swept(tmp_path: Path) -> None:
         old = processes(token)
         with pytest.raises(NetworkError, match=f"process {parent.pid} runs a DHT node from this folder"):
             make_node(tmp_path).spawn()
-        # both are stopped first: the sidecar so that it cannot see its parent die, p2pd so that it is left over for sure
+        # both are stopped first: the sidecar so that it cannot see its parent die, p2pd so that it is left over
         for pid in (old["python"][0], old["p2pd"][0]):
             os.kill(pid, signal.SIGSTOP)
             await until(lambda pid=pid: _stopped(pid))
