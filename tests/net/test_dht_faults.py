@@ -44,6 +44,7 @@ async def running(folder: Path, **options: Any) -> AsyncIterator[DhtSidecar]:
         await node.close()
 
 
+@pytest.mark.slow
 async def test_killed_and_hanging_processes_are_replaced(tmp_path: Path) -> None:
     """kill -9 of p2pd, kill -9 of the sidecar, and SIGSTOP of p2pd: each time the node comes back under the address
     that it had, joins by itself, and does what it did before."""
@@ -165,6 +166,7 @@ async def test_orphans_of_an_earlier_life_are_swept(tmp_path: Path) -> None:
         parent.stdout.close()
 
 
+@pytest.mark.slow
 async def test_bootstraps_that_are_dead_at_the_start_are_joined_later(tmp_path: Path) -> None:
     """Of two bootstraps none is there at first: said once for each. Then one comes, which suffices, then the other."""
     notices: list[str] = []
