@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dimat.net.keyring import init_authority, issue
+from tests.agent.bound import bound
 from tests.simulate.helpers import TINY_TASK
 
 ROOT = Path(__file__).parent.parent.parent
@@ -72,9 +72,9 @@ class Network:
         (self.folder / "map.toml").write_text("\n".join(entries) + "\n")
 
     def start(self, name: str, *sets: str, driver: Sequence[str] = (), file: str = "agents.toml") -> Life:
-        """Start an agent; `driver`: another program than dimat's command line, with its first arguments."""
+        """Start an agent; `driver`: another module than dimat's command line, with its first arguments."""
         said = self.folder / f"{name}.{len(self.lives)}.err"
-        program = driver or (sys.executable, "-m", "dimat.cli")
+        program = bound(*(driver or ("dimat.cli",)))
         own = [f"agent.folder={self.folder / name}", f"agent.listen=127.0.0.1:{self.ports[name]}"]
         words = [word for one in (*own, *sets) for word in ("--set", one)]
         with said.open("wb") as stream:

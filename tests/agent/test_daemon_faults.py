@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -24,7 +23,7 @@ EXCHANGE = "lost_after_s = 1\nidle_s = 4"
 
 def doomed(net: Network, name: str, moment: str, count: int) -> Life:
     """Start an agent that will die."""
-    return net.start(name, driver=(sys.executable, "-m", "tests.agent.doomed", moment, str(count)))
+    return net.start(name, driver=("tests.agent.doomed", moment, str(count)))
 
 
 def all_together(net: Network, since: dict[str, int]) -> bool:
