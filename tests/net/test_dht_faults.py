@@ -29,11 +29,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 @asynccontextmanager
 async def running(folder: Path, **options: Any) -> AsyncIterator[DhtSidecar]:
     node = make_node(folder, **options)

@@ -22,11 +22,6 @@ from tests.net.nodes import make_record, until, until_there
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 @dataclass
 class Shelf:
     """Keeps the newest record of each agent; `lost` loses what is put in, though it says that it was taken."""

@@ -23,11 +23,6 @@ from tests.net.keys import Authority
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 @pytest.fixture(params=["insecure", "mtls"])
 def identity(request: pytest.FixtureRequest) -> Callable[[str], Identity | None]:
     """Gives an agent's keys, or None on an insecure network."""

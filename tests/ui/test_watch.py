@@ -101,11 +101,6 @@ def test_elsewhere_one_stands_below_the_other() -> None:
 STATUS = (sys.executable, "-m", "dimat.cli", "status")
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 @pytest.mark.anyio
 async def test_status_watch_on_a_terminal(tmp_path: Path, terminal: tuple[int, int]) -> None:
     """An agent's socket is asked again and again, what is shown is the newest answer; Ctrl-C ends it with 130."""
