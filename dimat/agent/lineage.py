@@ -29,7 +29,8 @@ class MergeRecord:
     snapshots with what weight, self first, summing to 1; `refused`: peers kept out, with the reason; `trained`: whether
     own snapshot came out of training; `kind`: "merge", or "join" where a newcomer took a peer's weights over whole;
     `accepted`: share of the way from own to merged weights, 0 where the merge was turned down; `before`, `after`: test
-    metrics where they were evaluated; `manifests`: by peer the blake3 of the manifest that it signed for its part."""
+    metrics where they were evaluated; `manifests`: by peer the blake3 of the manifest that it signed for its part;
+    `moved`: by peer that was aligned the share of its units whose place changed."""
 
     agent: str
     round: int
@@ -42,6 +43,7 @@ class MergeRecord:
     before: Mapping[str, float] = field(default_factory=dict[str, float])
     after: Mapping[str, float] = field(default_factory=dict[str, float])
     manifests: Mapping[str, str] = field(default_factory=dict[str, str])
+    moved: Mapping[str, float] = field(default_factory=dict[str, float])
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values."""

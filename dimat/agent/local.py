@@ -64,7 +64,8 @@ class TrainedReport:
 
 @dataclass(frozen=True, slots=True)
 class MergeReport:
-    """Outcome of `merge`: who was refused and why, test metrics around it, CPU-seconds by activity."""
+    """Outcome of `merge`: who was refused and why, test metrics around it, CPU-seconds by activity. `moved`: of each
+    peer that was aligned, the share of its units whose place changed."""
 
     refused: Mapping[str, str]
     accepted: float
@@ -74,6 +75,7 @@ class MergeReport:
     merge_s: float
     evaluate_s: float
     checkpoint_s: float = 0.0
+    moved: Mapping[str, float] = field(default_factory=dict[str, float])
 
     def done(self, number: int) -> MergeDone:
         """Return what the round machine is told of the merge of round `number`."""
@@ -85,6 +87,7 @@ class MergeReport:
             after=self.after,
             merge_s=self.merge_s,
             notes=self.notes,
+            moved=self.moved,
         )
 
 
@@ -262,6 +265,8 @@ class LocalAgent:
             notes=outcome.notes,
             merge_s=merged - ready,
             evaluate_s=(ready - start) + (time.thread_time() - merged),
+            # a method that does not align gives no permutations, and "none moved" would be said of nothing
+            moved={peer: share for peer, share in outcome.moved.items() if outcome.permutations[peer]},
         )
 
     def evaluate(self) -> dict[str, float]:

@@ -87,7 +87,8 @@ class WeightsAdopted:
 
 @dataclass(frozen=True, slots=True)
 class MergeDone:
-    """The merge of `round` is in place. `refused`: peers that the screen kept out, and why."""
+    """The merge of `round` is in place. `refused`: peers that the screen kept out, and why; `moved`: of each peer that
+    was aligned, the share of its units whose place changed."""
 
     round: int
     refused: Mapping[str, str]
@@ -96,6 +97,7 @@ class MergeDone:
     after: Mapping[str, float] | None = None
     merge_s: float = 0.0
     notes: tuple[str, ...] = ()
+    moved: Mapping[str, float] = field(default_factory=dict[str, float])
 
 
 @dataclass(frozen=True, slots=True)

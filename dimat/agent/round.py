@@ -383,6 +383,7 @@ class RoundMachine:
             trained=self._current.learn,
             before=dict(event.before or {}),
             after=dict(event.after or {}),
+            moved=dict(event.moved),
         )
         target = self._rules.target
         reached = target is not None and (event.after or {}).get(target[0], -math.inf) >= target[1]

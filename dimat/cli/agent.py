@@ -8,8 +8,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping
-from contextlib import closing
+from collections.abc import Callable, Mapping
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,12 +17,14 @@ from cyclopts import Parameter
 
 from dimat.cli.app import app
 from dimat.cli.shared import Json, Overrides, Quiet, say, show
-from dimat.errors import ConfigError
+from dimat.errors import ConfigError, NetworkError
 
 if TYPE_CHECKING:
     from dimat.agent.daemon import Daemon
     from dimat.config import ExperimentConfig
 
+WATCH_S = 2.0
+"""Seconds between two looks of `status --watch`."""
 Name = Annotated[str | None, Parameter(help="The agent's name on the network map; default: agent.name of the file.")]
 
 
@@ -90,13 +92,12 @@ def status(
         def look() -> Mapping[str, Any]:
             return ask_peer(config, peer)
 
-    while True:
-        found = look()
+    found = look()
+    if not watch:
         show(found if as_json else "\n".join(status_lines(found)))
-        if not watch:
-            return 0
-        sys.stdout.flush()
-        time.sleep(2)
+        return 0
+    _watch(found, look, as_json)
+    return 0
 
 
 def load_agent(file: Path, name: str | None, overrides: tuple[str, ...] = ()) -> ExperimentConfig:
@@ -122,6 +123,30 @@ def folder_of(target: str, name: str | None) -> Path:
     if config.agent.folder is not None:
         return Path(config.folder) / config.agent.folder
     return default_folder(config.run, config.agent.name)
+
+
+def _watch(found: Mapping[str, Any], look: Callable[[], Mapping[str, Any]], as_json: bool) -> None:
+    """Show a status, and again each time that it was asked for, until Ctrl-C or the agent's end. A peer that was there
+    once is asked on while it is out of reach."""
+    from dimat.ui.status import status_lines
+    from dimat.ui.text import clean
+    from dimat.ui.watch import Watch
+
+    trouble = ""
+    with nullcontext() if as_json else Watch() as screen:
+        while True:
+            if screen is not None:
+                screen.show("\n".join([*status_lines(found), *([f"not reached now: {trouble}"] if trouble else [])]))
+            elif trouble:
+                say(f"dimat: not reached now: {trouble}")
+            else:
+                show(found)
+                sys.stdout.flush()
+            time.sleep(WATCH_S)
+            try:
+                found, trouble = look(), ""
+            except NetworkError as error:
+                trouble = clean(str(error))
 
 
 async def _run(daemon: Daemon) -> int:

@@ -41,6 +41,10 @@ def dht(
     if ca is not None and not ca.is_file():
         raise ConfigError(f"dimat dht: there is no file {ca} for --ca")
     certificate = ca.read_bytes() if ca is not None else None
+    if certificate is not None:
+        from dimat.net.certificates import authorities
+
+        authorities(certificate)  # SecurityError: with a file that is no CA's, each record would be refused in silence
     return asyncio.run(_serve(listen, folder, certificate, run, bootstrap, as_json))
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from dimat.errors import ConfigError, NetworkError, SecurityError
+from dimat.net.backoff import Backoff
 from dimat.net.helper import Helper, Refused
 from dimat.net.orphans import VARIABLE, Pidfile
 from dimat.net.records import Record, open_record, record_key, seal_record
@@ -112,7 +113,8 @@ class DhtSidecar:
         self._task: asyncio.Task[None] | None = None
         self._addresses: tuple[str, ...] = ()
         self._newest: dict[str, Record] = {}
-        self._due: dict[str, tuple[float, float]] = {}
+        # of each bootstrap, when it is greeted next, and the waits since it answered last (None: it did)
+        self._due: dict[str, tuple[float, Backoff | None]] = {}
         self._first: asyncio.Future[None] | None = None
 
     @property
@@ -129,7 +131,11 @@ class DhtSidecar:
         # sockets have names of 107 bytes at most: not in the folder
         self._remove_scratch()
         self._scratch = tempfile.mkdtemp(prefix="dimat-dht-")
-        token, ended = self._pidfile.claim(self._scratch)
+        try:
+            token, ended = self._pidfile.claim(self._scratch)
+        except (NetworkError, OSError):
+            self._remove_scratch()
+            raise
         if ended:
             self._reminders.tell("orphans", f"the DHT: ended {ended} processes that an earlier run left behind")
         start = {
@@ -224,7 +230,7 @@ class DhtSidecar:
 
     async def _supervise(self) -> None:
         """Keep a node running until cancelled, or until it turns out that hivemind is not there."""
-        delay = 1.0
+        backoff = Backoff(1.0, _LONGEST_S, self._generator)
         while True:
             began = time.monotonic()
             reason = await self._live()
@@ -236,10 +242,9 @@ class DhtSidecar:
                 self._pidfile.release()
                 return
             if time.monotonic() - began > _STEADY_S:
-                delay = 1.0
+                backoff.reset()
             self._reminders.tell("down", f"the DHT is down, and is started again: {reason}")
-            await asyncio.sleep(delay * self._generator.uniform(0.5, 1.0))
-            delay = min(2 * delay, _LONGEST_S)
+            await asyncio.sleep(backoff.next())
 
     async def _live(self) -> str:
         """Run one process as long as it serves; return why it does not any more."""
@@ -302,7 +307,7 @@ class DhtSidecar:
     async def _join(self, helper: Helper) -> None:
         """Greet all bootstraps, not only the first that answers: each may be in another part of a DHT that is split."""
         now = time.monotonic()
-        due = [address for address in self._bootstraps if self._due.get(address, (now, 0.0))[0] <= now]
+        due = [address for address in self._bootstraps if self._due.get(address, (now, None))[0] <= now]
         if not due:
             return
         try:
@@ -311,15 +316,16 @@ class DhtSidecar:
         except (NetworkError, KeyError, TypeError) as error:
             reasons = dict.fromkeys(due, str(error))
         for address in due:
+            joined = address in self._due and self._due[address][1] is None
             if address in reasons:
-                delay = min(max(2 * self._due.get(address, (0.0, 0.0))[1], 2.0), 60.0)
-                self._due[address] = (now + delay * self._generator.uniform(0.5, 1.0), delay)
+                backoff = self._due.get(address, (now, None))[1] or Backoff(2.0, 60.0, self._generator)
+                self._due[address] = (now + backoff.next(), backoff)
                 self._reminders.tell(address, f"the DHT's bootstrap {address} is out of reach: {reasons[address]}")
             else:
-                if self._due.get(address, (0.0, 1.0))[1]:
-                    self.changed.set()
-                self._due[address] = (now, 0.0)
+                self._due[address] = (now, None)
                 self._reminders.over(address, f"the DHT's bootstrap {address} is back")
+                if not joined:
+                    self.changed.set()
 
     def _down(self) -> None:
         self.healthy = False

@@ -65,6 +65,7 @@ class Link:
         """The peer's (DER), of the newest connection."""
         self._addresses: list[str] = []
         self._last_good = ""
+        self._heard_s: float | None = None  # when the last connection brought its last byte, by the loop's clock
         self._task: asyncio.Task[None] | None = None
         self._connection: Connection | None = None
         self._offers: dict[tuple[int, str], Signed] = {}
@@ -136,12 +137,14 @@ class Link:
 
     @property
     def state(self) -> dict[str, object]:
-        """What `status` shows of the peer."""
+        """What `status` shows of the peer. `heard_s`: seconds since its last byte came, None before the first one."""
+        last_s = self._heard_s if self._connection is None else self._connection.heard_s
         return {
             "connected": self._connection is not None,
             "address": self._connection.address if self._connection else self._last_good,
             "trouble": "" if self._connection else self._refusal or self._reason,
             "rounds": sorted(round_ for round_, _ in self._offers),
+            "heard_s": None if last_s is None else asyncio.get_running_loop().time() - last_s,
         }
 
     # ── the loop ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -239,6 +242,7 @@ class Link:
                 await asyncio.sleep(began_s + PAUSE_S - asyncio.get_running_loop().time())
         finally:
             self._connection = None
+            self._heard_s = connection.heard_s or self._heard_s
             tasks: list[asyncio.Task[Any]] = [dropped] if poll is None else [dropped, poll]
             for task in tasks:
                 task.cancel()

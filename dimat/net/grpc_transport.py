@@ -100,8 +100,12 @@ class GrpcTransport:
 
     @property
     def peers(self) -> Mapping[str, Mapping[str, object]]:
-        """How each peer is reached now, for `dimat status`."""
-        return {peer: link.state for peer, link in sorted(self._links.items())}
+        """How each peer is reached now, and the bytes of payload to and from it in this life, for `dimat status`."""
+        sent, received = self.sent_bytes, self.received_bytes
+        return {
+            peer: {**link.state, "sent_bytes": sent.get(peer, 0), "received_bytes": received.get(peer, 0)}
+            for peer, link in sorted(self._links.items())
+        }
 
     # ── the protocol ─────────────────────────────────────────────────────────────────────────────────────────
     async def start(self, hearing: Hearing) -> None:

@@ -11,6 +11,7 @@ import os
 import secrets
 import shutil
 import signal
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -64,12 +65,16 @@ class Pidfile:
         return ended
 
 
-def end_by_token(token: str) -> int:
-    """Kill all processes of this user whose environment holds the token; return how many there were."""
+def end_by_token(token: str, limit_s: float = 2.0) -> int:
+    """Kill all processes of this user whose environment holds the token, and wait until they are gone, since what they
+    hold (a port, say) is wanted next; return how many there were."""
     found = find_by_token(token)
     for pid in found:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + limit_s
+    while found and find_by_token(token) and time.monotonic() < deadline:
+        time.sleep(0.01)
     return len(found)
 
 

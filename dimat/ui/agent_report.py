@@ -46,7 +46,8 @@ def lineage_rows(agent: str, number: int, made: Lineage) -> list[tuple[object, .
 
 def report_lines(agent: str, last: MergeRecord, made: Lineage) -> list[str]:
     """Return what `dimat report` prints of an agent: its last merge, and a row per contributor."""
-    parts = ", ".join(f"{clean(part.agent)} {part.weight:.3f}" for part in last.contributions)
+    moves = {peer: f" ({share:.0%} of its units moved)" for peer, share in last.moved.items()}
+    parts = ", ".join(f"{clean(p.agent)} {p.weight:.3f}{moves.get(p.agent, '')}" for p in last.contributions)
     metrics = "; ".join(
         f"{name} {metric_text(last.before.get(name))} → {metric_text(value)}" for name, value in last.after.items()
     )

@@ -86,7 +86,7 @@ class ConsoleListener:
         self._stream = sys.stderr if stream is None else stream
         self._verbosity = verbosity
         self._terminal = is_terminal(self._stream) if terminal is None else terminal
-        self._console: Console | None = _console(self._stream) if self._terminal else None
+        self._console: Console | None = open_screen(self._stream) if self._terminal else None
         self._live: Live | None = None
         self._drawn_at = 0.0
         self._lock = threading.RLock()
@@ -273,7 +273,7 @@ def is_terminal(stream: TextIO) -> bool:
 
 def _print_tables(shown: list[Table], stream: TextIO | None, terminal: bool | None, drop: tuple[str, ...]) -> None:
     out = stream or sys.stdout
-    console = _console(out) if (is_terminal(out) if terminal is None else terminal) else None
+    console = open_screen(out) if (is_terminal(out) if terminal is None else terminal) else None
     for number, table in enumerate(shown):
         if console is None:
             _write(out, "\n" * (number > 0) + "\n".join(text.as_text(table)))
@@ -292,7 +292,8 @@ def _write(stream: TextIO, said: str) -> None:
     stream.flush()
 
 
-def _console(stream: TextIO) -> Console:
+def open_screen(stream: TextIO) -> Console:
+    """Return what draws on a terminal; a reader that went away is a BrokenPipeError."""
     from rich.console import Console
 
     class Screen(Console):

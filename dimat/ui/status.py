@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from dimat.ui.agent_report import spans
-from dimat.ui.text import NONE, Table, as_text, bytes_text, clean, metric_text, seconds_text
+from dimat.ui.text import NONE, Table, as_text, bytes_text, clean, metric_text, seconds_text, trimmed
 
 
 def status_lines(status: Mapping[str, Any]) -> list[str]:
@@ -46,21 +46,25 @@ def status_lines(status: Mapping[str, Any]) -> list[str]:
 
 
 def peers_table(peers: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Return a row per peer that is listened to: whether it is connected, where, what it offers, what is wrong."""
+    """Return a row per peer that is listened to: whether it is connected, where, what it offers, when it was last
+    heard, bytes from and to it, what is wrong."""
     rows = tuple(
         (
             clean(name),
             "connected" if found.get("connected") else "out of reach",
             _text(found.get("address") or NONE),
             _rounds(found.get("rounds")),
+            _since(found.get("heard_s")),
+            _size(found.get("received_bytes")),
+            _size(found.get("sent_bytes")),
             _text(found.get("trouble") or ""),
         )
         for name, found in sorted(peers.items())
     )
-    headers = ("peer", "state", "address", "offers rounds", "trouble")
-    if not any(row[-1] for row in rows):
-        headers, rows = headers[:-1], tuple(row[:-1] for row in rows)
-    return Table("", headers, rows, left=frozenset(range(len(headers))))
+    headers = ("peer", "state", "address", "offers rounds", "last heard", "received", "sent", "trouble")
+    numbers = frozenset({4, 5, 6})
+    table = Table("", headers, rows, left=frozenset(range(len(headers))) - numbers)
+    return trimmed(table, ("trouble",))
 
 
 def _merged(merged: Mapping[str, Any]) -> list[str]:
@@ -94,6 +98,17 @@ def _rounds(rounds: object) -> str:
         return NONE
     numbers = [number for number in cast("Sequence[object]", rounds) if isinstance(number, int)]
     return spans(numbers[-100:]) or NONE
+
+
+def _since(seconds: object) -> str:
+    """Return how long ago a peer was heard; a dash where it never was, or where an older agent does not say."""
+    known = _finite(seconds)
+    return NONE if known is None else f"{seconds_text(max(0.0, known))} ago"
+
+
+def _size(count: object) -> str:
+    known = _finite(count)
+    return NONE if known is None else bytes_text(int(known))
 
 
 def _mapping(value: object) -> Mapping[str, Any]:

@@ -26,11 +26,6 @@ from tests.net.keys import Authority
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 @pytest.fixture(scope="module")
 def authority() -> Authority:
     return Authority()

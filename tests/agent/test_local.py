@@ -94,6 +94,28 @@ def test_adopting_a_permuted_copys_basis_gives_that_copy(tmp_path: Path) -> None
     assert one.evaluate() == pytest.approx(metrics, abs=1e-6)
 
 
+def test_a_merge_tells_how_many_units_of_a_peer_moved(tmp_path: Path) -> None:
+    """Planted permutation: a permuted copy of itself is brought back, and its planted share is what moved; of a peer
+    in the same basis nothing is told, nor by a method that does not align."""
+    from dimat.symmetry import permute_weights, random_permutations
+
+    for method, told in (("dimat", True), ("average", False)):
+        (tmp_path / method).mkdir()
+        one, _ = agents(tmp_path / method, merge__method=method)
+        one.train(1, learn=True)
+        assert one.spec is not None
+        planted = random_permutations(one.spec, torch.Generator().manual_seed(5))
+        copy = permute_weights(one.trainer.weights(), one.spec, planted)
+        save_file({k: v.contiguous() for k, v in copy.items()}, tmp_path / "copy.safetensors")
+        save_file(one.trainer.weights(), tmp_path / "same.safetensors")
+        parts = [
+            ("copy", tmp_path / "copy.safetensors", 0.25, False),
+            ("same", tmp_path / "same.safetensors", 0.25, True),
+        ]
+        done = one.merge(1, 0.5, parts, "none").done(1)
+        assert done.moved == ({"copy": pytest.approx(share_moved(planted))} if told else {})
+
+
 def test_checkpoint_holds_a_trainer(tmp_path: Path) -> None:
     """Train 2 rounds = train 1, checkpoint file, new agent, train 1: bit for bit, through the file."""
     from dimat.train import TrainerState

@@ -13,6 +13,7 @@ import pytest
 from dimat import events as facts
 from dimat.agent import messages as r
 from dimat.agent.basis import BasisId
+from dimat.agent.lineage import MergeRecord
 from dimat.agent.plan import Plan, PushShares, RoundPlan, Rules
 from dimat.agent.round import Phase, RoundMachine
 from dimat.agent.state import MachineState
@@ -166,6 +167,20 @@ def test_resuming_after_a_merge_begins_the_next_round() -> None:
     (checkpoint,) = of(m.handle(r.MergeDone(2, {})), r.Checkpoint)
     state = MachineState.from_dict(checkpoint.state.to_dict())
     assert of(machine(state=state, published=2, rounds=2).handle(r.Started()), r.Exit) == [r.Exit("done")]
+
+
+def test_the_record_of_a_merge_tells_what_moved() -> None:
+    """It comes through the ledger's file format, and records of before it was told are still read."""
+    m = machine()
+    m.handle(r.Started())
+    m.handle(r.TrainingDone(1, "own1"))
+    m.handle(r.Deadline(1))
+    (checkpoint,) = of(m.handle(r.MergeDone(1, {}, moved={"b": 0.25})), r.Checkpoint)
+    assert checkpoint.record is not None
+    values = checkpoint.record.to_dict()
+    assert MergeRecord.from_dict(values).moved == {"b": 0.25}
+    del values["moved"]
+    assert MergeRecord.from_dict(values).moved == {}
 
 
 def test_rounds_published_before_a_checkpoint_was_lost_are_left_out() -> None:

@@ -27,11 +27,6 @@ REFUSALS = (Code.OK, Code.INVALID_ARGUMENT, Code.PERMISSION_DENIED, Code.FAILED_
 HEADER = (("dimat-agent", "b"),)
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 def fetch(channel: aio.Channel, root: str, first: int = 0, blocks: int = 1) -> Any:
     """Begin a transfer as a reader would."""
     method = channel.unary_stream(

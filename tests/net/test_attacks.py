@@ -34,11 +34,6 @@ REQUESTS: dict[str, tuple[Any, Any]] = {
 }
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 @dataclass
 class Besieged:
     """Agent a, which offers `root`; b and c are its readers, d is a member and no reader."""

@@ -23,11 +23,6 @@ from tests.net.nodes import make_node, make_record, needs_hivemind, until, until
 pytestmark = [pytest.mark.anyio, needs_hivemind]
 
 
-@pytest.fixture(scope="module")
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 @dataclass(frozen=True)
 class Network:
     """`bootstrap` is a plain node that was given the CA; `a` and `b` belong to lab-a and lab-b; `attacker` keeps and

@@ -20,7 +20,6 @@ import pytest
 
 from dimat.errors import NetworkError
 from dimat.net.dht import DhtSidecar
-from dimat.net.orphans import Pidfile
 from tests.net.nodes import make_node, make_record, needs_hivemind, processes, token_of, until, until_there, up
 
 pytestmark = [
@@ -28,11 +27,6 @@ pytestmark = [
     needs_hivemind,
     pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks at processes through /proc"),
 ]
-
-
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
 
 
 @asynccontextmanager
@@ -45,6 +39,7 @@ async def running(folder: Path, **options: Any) -> AsyncIterator[DhtSidecar]:
         await node.close()
 
 
+@pytest.mark.slow
 async def test_killed_and_hanging_processes_are_replaced(tmp_path: Path) -> None:
     """kill -9 of p2pd, kill -9 of the sidecar, and SIGSTOP of p2pd: each time the node comes back under the address
     that it had, joins by itself, and does what it did before."""
@@ -128,6 +123,12 @@ def test_nothing_outlives_a_killed_parent(tmp_path: Path, worker: str) -> None:
         parent.stdout.close()
 
 
+def _stopped(pid: int) -> bool:
+    """Whether all threads of a process stand still; the signal alone does not say so."""
+    tasks = [file.read_text() for file in Path(f"/proc/{pid}/task").glob("*/stat")]
+    return all(text.rpartition(") ")[2].startswith("T") for text in tasks)
+
+
 async def test_orphans_of_an_earlier_life_are_swept(tmp_path: Path) -> None:
     """Killed together, parent and sidecar leave p2pd behind; whoever comes next finds it by the pidfile."""
     command = [sys.executable, "-c", PARENT, str(tmp_path), "exec"]
@@ -138,14 +139,16 @@ async def test_orphans_of_an_earlier_life_are_swept(tmp_path: Path) -> None:
         token = token_of(tmp_path)
         old = processes(token)
         with pytest.raises(NetworkError, match=f"process {parent.pid} runs a DHT node from this folder"):
-            Pidfile(tmp_path / "dht.pid").claim()
-        # the sidecar is stopped first, so that it cannot see its parent die
-        os.kill(old["python"][0], signal.SIGSTOP)
+            make_node(tmp_path).spawn()
+        # both are stopped first: the sidecar so that it cannot see its parent die, p2pd so that it is left over
+        for pid in (old["python"][0], old["p2pd"][0]):
+            os.kill(pid, signal.SIGSTOP)
+            await until(lambda pid=pid: _stopped(pid))
         parent.kill()
         parent.wait()
         os.kill(old["python"][0], signal.SIGKILL)
         await until(lambda: processes(token)["python"] == [])
-        assert processes(token)["p2pd"] == old["p2pd"], "p2pd lives on by itself"
+        assert processes(token)["p2pd"] == old["p2pd"], "p2pd is left over"
         notices: list[str] = []
         async with running(tmp_path, notices=notices) as node:
             assert processes(token) == {"p2pd": [], "python": []}
@@ -158,6 +161,7 @@ async def test_orphans_of_an_earlier_life_are_swept(tmp_path: Path) -> None:
         parent.stdout.close()
 
 
+@pytest.mark.slow
 async def test_bootstraps_that_are_dead_at_the_start_are_joined_later(tmp_path: Path) -> None:
     """Of two bootstraps none is there at first: said once for each. Then one comes, which suffices, then the other."""
     notices: list[str] = []

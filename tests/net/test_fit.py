@@ -21,11 +21,6 @@ pytestmark = pytest.mark.anyio
 OWN = Profile(SCHEMA, "b" * 64, ("fp32",))
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 @pytest.mark.parametrize(
     ("other", "says"),
     [

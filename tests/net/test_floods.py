@@ -35,11 +35,6 @@ CLIENT_HELLO = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"  # as one begins
 FLOOD_S = 20.0
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 @pytest.fixture(params=["TLS", "plain"])
 def authority(request: pytest.FixtureRequest) -> Authority | None:
     """The CA, and None for a network without keys."""

@@ -17,11 +17,6 @@ pytestmark = pytest.mark.anyio
 ALL = Profile(SCHEMA, "", tuple(ENCODINGS))
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 def offer(agent: Agent, round_: int, own: dict[str, Tensor], encoding: str, after: Manifest | None = None) -> Manifest:
     """Pass weights through an encoding and offer the result: whole, as a form, and as a delta to an earlier one."""
     folder = agent.store.folder

@@ -23,11 +23,6 @@ from tests.net.keys import Authority
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 @pytest.fixture(params=["insecure", "mtls"])
 def identity(request: pytest.FixtureRequest) -> Callable[[str], Identity | None]:
     """Gives an agent's keys, or None on an insecure network."""
@@ -55,6 +50,32 @@ async def test_what_is_offered_is_heard_and_fetched_whole(
             assert c.transport.received_bytes[agent.name] == payload.bytes
             assert bool(fetched.signed[1]) == signed
         assert not any(agent.ears.refusals or agent.ears.losses for agent in (a, b, c))
+
+
+async def test_peers_tell_when_they_were_heard_and_what_went_over(tmp_path: Path) -> None:
+    """The bytes of what was fetched at both ends; a peer that was never reached was never heard, and one that went
+    away was heard when it was there."""
+    a, b = (make(tmp_path / name, name) for name in "ab")
+    async with started(b):
+        async with started(a):
+            arrange([a, b], {"a": a.address, "b": b.address, "gone": "127.0.0.1:9"})
+            manifest = a.publish(1, weights(1))
+            await b.ears.offer("a", 1)
+            await a.ears.until(lambda: a.transport.peers["b"]["connected"])
+            await b.transport.fetch("a", 1, manifest.payload.root)
+            size = manifest.payload.bytes
+            at_a, at_b, gone = a.transport.peers["b"], b.transport.peers["a"], b.transport.peers["gone"]
+            assert (at_a["sent_bytes"], at_a["received_bytes"]) == (size, 0)
+            assert (at_b["sent_bytes"], at_b["received_bytes"]) == (0, size)
+            assert gone == gone | {"heard_s": None, "sent_bytes": 0, "received_bytes": 0}
+            heard = at_b["heard_s"]
+            assert isinstance(heard, float)
+            assert 0 <= heard < 600  # seconds ago, and not the clock's own count
+        await b.ears.until(lambda: any(peer == "a" for peer, _, _ in b.ears.losses))
+        later = b.transport.peers["a"]
+        assert not later["connected"]
+        assert isinstance(later["heard_s"], float)
+        assert heard <= later["heard_s"] < 600
 
 
 async def test_an_unchanged_snapshot_costs_nothing(tmp_path: Path) -> None:

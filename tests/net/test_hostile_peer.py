@@ -24,11 +24,6 @@ pytestmark = pytest.mark.anyio
 MIB = 2**20
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 class Liar:
     """Agent a, as it pleases. `offered`: (manifest bytes, signature); `chunks`: of every transfer; `asked`: how often
     it was for a transfer."""

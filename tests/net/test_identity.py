@@ -31,11 +31,6 @@ EXPIRED = -20 / (24 * 60)
 """Days: a certificate that ended 20 minutes ago."""
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 @pytest.fixture(scope="module")
 def authority() -> Authority:
     return Authority()

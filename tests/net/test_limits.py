@@ -16,11 +16,6 @@ from dimat.snapshot import Payload
 pytestmark = pytest.mark.anyio
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 def test_slots_are_bounded_in_all_and_for_each() -> None:
     slots = Slots("transfers", 3, 2)
     with slots.take("a"), slots.take("a"), pytest.raises(FullError, match="2 transfers of a"), slots.take("a"):

@@ -23,11 +23,6 @@ QUOTA = 3 * 2**20 + 2**19  # three snapshots
 
 
 @pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-@pytest.fixture
 def threads() -> Iterator[Threads]:
     pool = Threads()
     yield pool

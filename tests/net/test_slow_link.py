@@ -17,11 +17,6 @@ pytestmark = pytest.mark.anyio
 BYTES_S = 80e3
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 @asynccontextmanager
 async def slow(port: int) -> AsyncGenerator[int]:
     """Carry bytes to a port at `BYTES_S` in each direction; gives the port to dial instead."""

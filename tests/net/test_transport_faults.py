@@ -45,11 +45,6 @@ each_fault = pytest.mark.parametrize(("fault", "direction"), FAULTS, ids=lambda 
 SLOW, LONG = {"bytes_s": 50e3}, {"latency_s": 0.3}
 
 
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
 @dataclass
 class Three:
     """Publishers a, behind the proxy, and c, in plain reach; b reads from both."""

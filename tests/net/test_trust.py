@@ -20,11 +20,6 @@ Code = grpc.StatusCode
 
 
 @pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
-
-
-@pytest.fixture
 def authority() -> Authority:
     return Authority()
 

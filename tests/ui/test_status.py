@@ -35,7 +35,15 @@ STATUS: dict[str, Any] = {
     "sent_bytes": 2_000_000,
     "received_bytes": 1000,
     "peers": {
-        "lab-b": {"connected": True, "address": "10.0.0.2:7300", "trouble": "", "rounds": [2, 3]},
+        "lab-b": {
+            "connected": True,
+            "address": "10.0.0.2:7300",
+            "trouble": "",
+            "rounds": [2, 3],
+            "heard_s": 75.25,
+            "sent_bytes": 2_000_000,
+            "received_bytes": 1000,
+        },
         "laboratory-c": {"connected": False, "address": "", "trouble": "Connection refused", "rounds": []},
     },
     "dht": {"healthy": True, "nodes": 3, "addresses": [], "agents": ["lab-b"]},
@@ -57,6 +65,9 @@ def test_what_a_person_reads() -> None:
     assert head.index("state") == b.index("connected") == c.index("out of reach")
     assert head.index("offers rounds") == b.index("2-3")
     assert head.index("trouble") == c.index("Connection refused")
+    for column, value in (("last heard", "75.2 s ago"), ("received", "1.0 kB"), ("sent", "2.0 MB")):
+        assert head.index(column) + len(column) == b.index(value) + len(value)
+    assert c.split("  ")[-2].strip() == "-"  # it was never heard, and an older agent tells no bytes
 
 
 def test_no_column_of_troubles_without_any() -> None:
@@ -73,6 +84,8 @@ def test_no_column_of_troubles_without_any() -> None:
         {"sent_bytes": 10**400, "time": 10**400, "merged": {"round": 1, "after": {"x": 10**400}, "accepted": "yes"}},
         {"peers": [1], "merged": 3, "checkpoint": "no", "warnings": 5, "dht": {"agents": 7}},
         {"peers": {"b": {"rounds": "all"}, "c": {"rounds": [1, "two", None]}}},
+        {"peers": {"b": {"heard_s": -1e300, "sent_bytes": 10**400}, "c": {"heard_s": "now", "received_bytes": [1]}}},
+        {"peers": {"b": json.loads('{"heard_s": NaN, "sent_bytes": Infinity, "received_bytes": -1}')}},
     ],
 )
 def test_what_a_peer_may_send_instead(strange: dict[str, Any]) -> None:
