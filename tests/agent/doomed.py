@@ -1,7 +1,7 @@
 """A real agent that dies at an exact moment: `python -m tests.agent.doomed MOMENT COUNT agent FILE …`.
 
 The daemon is the real one; one method of a real class is wrapped so that its COUNT-th call ends the process as kill -9
-does. Moments: see `MOMENTS`. `skew` instead moves this process's clock by COUNT seconds.
+does. Moments: see `MOMENTS`. `pausing` stops it instead, until SIGCONT; `skew` moves its clock by COUNT seconds.
 """
 
 from __future__ import annotations
@@ -63,24 +63,30 @@ def half_written(count: int) -> None:
     checkpoint.write_bytes = doomed
 
 
-def mid_stream(count: int) -> None:
-    """Die after the first chunk of the `count`-th stream to a reader."""
-    calls = 0
+def mid_stream(count: int, act: Callable[[], None] = die) -> None:
+    """Do something between the second and third message of the `count`-th stream to a reader."""
+    streams = 0
     stream = Serving.stream
 
     async def doomed(self: Serving, reader: str, path: Path, payload: Any, first: int, blocks: int, write: Any) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == count:
+        nonlocal streams
+        streams += 1
+        chosen, messages = streams == count, 0
 
-            async def once(chunk: bytes) -> None:
-                await write(chunk[: len(chunk) // 2])
-                die()
+        async def counted(chunk: bytes) -> None:
+            nonlocal messages
+            messages += 1
+            if chosen and messages == 3:
+                act()
+            await write(chunk)
 
-            await stream(self, reader, path, payload, first, blocks, once)
-        await stream(self, reader, path, payload, first, blocks, write)
+        await stream(self, reader, path, payload, first, blocks, counted)
 
     Serving.stream = doomed
+
+
+def pause() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def skew(seconds: int) -> None:
@@ -94,6 +100,7 @@ MOMENTS: dict[str, Callable[[int], None]] = {
     "publishing": lambda count: at_call(GrpcTransport, "publish", count),
     "published": lambda count: at_call(GrpcTransport, "publish", count, after=True),
     "serving": mid_stream,
+    "pausing": lambda count: mid_stream(count, pause),
     "fetching": lambda count: at_call(Partial, "write", count),
     "fetched": lambda count: at_call(ManifestLedger, "note", count),
     "merging": lambda count: at_call(LocalAgent, "merge", count, after=True),

@@ -90,20 +90,21 @@ class Network:
         self.lives.append(life)
         return life
 
-    def events(self, name: str, kind: str = "") -> list[Event]:
-        """Return what an agent has told so far, in all its lives; whole lines only."""
+    def events(self, name: str, kind: str = "", **values: Any) -> list[Event]:
+        """Return what an agent has told so far, in all its lives, with these values; whole lines only."""
         path = self.folder / name / "events.jsonl"
         if not path.exists():
             return []
         lines = path.read_bytes().split(b"\n")[1:-1]
         found = [json.loads(line) for line in lines]
-        return [event for event in found if kind in ("", event["event"])]
+        found = [event for event in found if kind in ("", event["event"])]
+        return [event for event in found if all(event.get(key) == value for key, value in values.items())]
 
     def wait_for(self, name: str, kind: str, count: int = 1, timeout: float = PATIENCE_S, **values: Any) -> list[Event]:
         """Wait until an agent has told so many events of a kind, with these values; return them."""
 
         def found() -> list[Event]:
-            events = [e for e in self.events(name, kind) if all(e[key] == value for key, value in values.items())]
+            events = self.events(name, kind, **values)
             return events if len(events) >= count else []
 
         return self.until(found, f"{name}: {kind} {values or ''}", timeout)

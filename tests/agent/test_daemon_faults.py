@@ -19,11 +19,42 @@ DEADLINE_S = 10
 SCHEDULE = f"rounds = 0\nround_deadline_s = {DEADLINE_S}\njoin_wait_s = 3"
 TRAIN = "epochs_per_round = 20\nbatch_size = 8"
 EXCHANGE = "lost_after_s = 1\nidle_s = 4"
+WIDE = "epochs_per_round = 4\nbatch_size = 16"
+"""For snapshots of 1.5 MB, which take several messages: what is to happen between two of them can."""
+STAGES = ("joined", "trained", "merged")
 
 
 def doomed(net: Network, name: str, moment: str, count: int) -> Life:
     """Start an agent that will die."""
     return net.start(name, driver=("tests.agent.doomed", moment, str(count)))
+
+
+def widen(net: Network) -> None:
+    """Make the network of the task wide: see WIDE."""
+    task = net.folder / "tiny_task.py"
+    task.write_text(task.read_text().replace("(6, 12, 8, 4)", "(6, 600, 600, 4)"))
+
+
+def stopped(life: Life) -> bool:
+    """Whether a process is stopped by SIGSTOP."""
+    return Path(f"/proc/{life.process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
+def check_resumed(net: Network, name: str) -> None:
+    """Check that an agent went on from its newest checkpoint in each of its lives, and offered what this one holds."""
+    newest, resumed = (0, -1), None
+    for event in net.events(name):
+        if event["event"] == "Checkpointed":
+            newest = (event["round"], STAGES.index(event["stage"]))
+        elif event["event"] == "Resumed":
+            resumed = (event["round"], STAGES.index(event["stage"]))
+            assert resumed >= newest  # it may have died between the checkpoint and the word of it
+        elif event["event"] == "Published" and resumed is not None:
+            if STAGES[resumed[1]] == "trained":
+                assert event["round"] == resumed[0]
+            else:
+                assert event["round"] >= resumed[0]
+            resumed = None
 
 
 def all_together(net: Network, since: dict[str, int]) -> bool:
@@ -46,6 +77,7 @@ def rejoin(net: Network) -> None:
     check_ledgers(net)
     # a merge is durable with its record: no round is left out of the ledger that a checkpoint knows
     for name in ABC:
+        check_resumed(net, name)
         merged = {event["round"] for event in net.events(name, "Checkpointed") if event["stage"] == "merged"}
         assert merged <= {record["round"] for record in net.records(name) if record["kind"] == "merge"}
 
@@ -63,7 +95,11 @@ def rejoin(net: Network) -> None:
 def test_kill_9(tmp_path: Path, free_ports: list[int], moments: list[tuple[str, int]]) -> None:
     """lab-b dies at one moment, is started again, dies at the next, …; the others go on meanwhile and end each round in
     time; at last all merge all again. Nothing is published anew with other content, nothing merged in part."""
-    with network(tmp_path, ABC, free_ports, schedule=SCHEDULE, train=TRAIN, exchange=EXCHANGE) as net:
+    serving = "serving" in dict(moments)
+    train = WIDE if serving else TRAIN
+    with network(tmp_path, ABC, free_ports, schedule=SCHEDULE, train=train, exchange=EXCHANGE) as net:
+        if serving:
+            widen(net)
         net.start("lab-a")
         net.start("lab-c")
         for number, (moment, count) in enumerate(moments):
@@ -83,17 +119,20 @@ def test_kill_9(tmp_path: Path, free_ports: list[int], moments: list[tuple[str, 
 
 
 def test_paused_and_clocks(tmp_path: Path, free_ports: list[int]) -> None:
-    """An agent that is stopped (SIGSTOP) is given up until it goes on; one whose clock is two minutes off takes part,
-    and its peers say so."""
-    with network(tmp_path, ABC, free_ports, schedule=SCHEDULE, train=TRAIN, exchange=EXCHANGE) as net:
+    """An agent that is stopped (SIGSTOP) in the middle of a transfer to a peer is given up until it goes on; one whose
+    clock is two minutes off takes part, and its peers say so."""
+    with network(tmp_path, ABC, free_ports, schedule=SCHEDULE, train=WIDE, exchange=EXCHANGE) as net:
+        widen(net)
         net.start("lab-a")
-        b = net.start("lab-b")
+        b = doomed(net, "lab-b", "pausing", 5)
         doomed(net, "lab-c", "skew", 120)
-        net.wait_for("lab-a", "SnapshotFetched", peer="lab-c")
-        net.wait_for("lab-a", "SnapshotFetched", peer="lab-b")
-        b.signal(signal.SIGSTOP)
-        held = len(net.events("lab-a", "Merged"))
-        net.until(lambda: len(net.events("lab-a", "Merged")) > held + 2, "lab-a goes on without lab-b")
+        net.until(lambda: stopped(b), "lab-b is stopped in its fifth transfer")
+        held = {name: len(net.events(name, "Merged")) for name in ABC}
+        for name in ("lab-a", "lab-c"):
+            net.until(lambda name=name: len(net.events(name, "Merged")) > held[name] + 2, f"{name} goes on")
+            net.until(lambda name=name: net.partners(name) == {"lab-a", "lab-c"}, f"{name} merges without lab-b")
+            assert net.events(name, "PeerLate", peer="lab-b")
+        assert stopped(b)
         b.signal(signal.SIGCONT)
         rejoin(net)
         assert [w for w in net.events("lab-a", "Warned") if "clock" in w["message"] and "lab-c" in w["message"]]
