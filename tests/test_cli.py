@@ -328,6 +328,31 @@ def test_a_stopped_run_keeps_its_complete_rounds(tiny: Path, sent: int, code: in
         assert not [pid for pid in children if alive(pid)]
 
 
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_command_that_is_stopped_before_it_has_begun(tmp_path: Path, sent: int, code: int) -> None:
+    """An agent that still reads its file when it is stopped ends as one that runs does, and says so in one line."""
+    file = tmp_path / "agents.toml"
+    os.mkfifo(file)  # whoever reads it waits for a writer
+    command = [sys.executable, "-c", LONG_RUN, "agent", str(file)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            writer = os.open(file, os.O_WRONLY | os.O_NONBLOCK)
+            break
+        except OSError:
+            assert time.monotonic() < deadline, "nobody reads the file"
+            time.sleep(0.05)
+    try:
+        process.send_signal(sent)
+        _, said = process.communicate(timeout=60)
+    finally:
+        os.close(writer)
+        process.kill()
+        process.wait()
+    assert (process.returncode, said) == (code, "dimat: stopped\n")
+
+
 def test_faults_in_a_users_code_name_the_agent(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A loss that raises, a model that cannot be built, training that diverges: one line, exit 1 or 2, and a run
     folder that says "failed" and holds no leavings."""

@@ -11,6 +11,7 @@ app = App(
     help="Train, align and merge neural networks among peers, without a server.",
     version=f"dimat {__version__}",
     help_on_error=False,
+    suppress_keyboard_interrupt=False,  # `main` tells Ctrl-C from SIGTERM, and says that it stops
 )
 topology = App(name="topology", help="Graphs, schedules and mixing weights.")
 symmetry = App(name="symmetry", help="Which axes of a model's tensors move together.")
