@@ -168,6 +168,15 @@ async def started(*agents: Agent, grace_s: float = 0.0) -> AsyncGenerator[None]:
             await agent.transport.close(grace_s)
 
 
+@asynccontextmanager
+async def pair(folder: Path, **more: Any) -> AsyncGenerator[tuple[Agent, Agent]]:
+    """Start agents a and b, each other's neighbours, and close them. `more`: what b, who reads, is made with."""
+    a, b = make(folder / "a", "a"), make(folder / "b", "b", **more)
+    async with started(a, b):
+        join(a, b)
+        yield a, b
+
+
 def join(*agents: Agent) -> None:
     """Make all agents each other's neighbours."""
     arrange(agents, {agent.name: agent.address for agent in agents})
