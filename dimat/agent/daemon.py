@@ -18,7 +18,7 @@ from dimat import events as facts
 from dimat.agent.basis import BasisId
 from dimat.agent.checkpoint import CheckpointStore
 from dimat.agent.finding import Finding, check_finding
-from dimat.agent.folder import AgentFolder, default_folder
+from dimat.agent.folder import AgentFolder, folder_of
 from dimat.agent.ledger import ManifestLedger
 from dimat.agent.room import RESERVE_BYTES, held_bytes, needed_bytes
 from dimat.agent.round import RoundMachine
@@ -63,7 +63,7 @@ class Daemon:
         self.address = ""
         """Where it listens, once it does."""
         base = Path(config.folder)
-        path = default_folder(config.run, setup.name) if agent.folder is None else base / agent.folder
+        path = folder_of(config, setup.name)
         self.identity: Identity | None = None if agent.insecure else load_identity(base / agent.keys, setup.name)
         finds = check_finding(config)
         self.folder = AgentFolder(path, config.run, setup.name)

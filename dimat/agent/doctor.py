@@ -24,7 +24,7 @@ from cryptography import x509
 from dimat.agent.checkpoint import look
 from dimat.agent.doctor_network import Around, look_around
 from dimat.agent.findings import Finding, fail, failed, ok, warn
-from dimat.agent.folder import default_folder, read_mark
+from dimat.agent.folder import folder_of, read_mark
 from dimat.agent.room import held_bytes, needed_bytes
 from dimat.agent.setup import AgentSetup, listen_address, neighbours_of, prepare_agent
 from dimat.agent.status import ask
@@ -84,13 +84,6 @@ def examine(config: ExperimentConfig) -> Iterator[Finding]:
         bootstraps=config.dht.bootstraps,
     )
     yield from look_around(around)
-
-
-def folder_of(config: ExperimentConfig, name: str) -> Path:
-    """Return the agent's folder, as its daemon chooses it."""
-    if config.agent.folder is None:
-        return default_folder(config.run, name)
-    return Path(config.folder) / config.agent.folder
 
 
 def running_in(folder: Path) -> Running:
