@@ -5,8 +5,8 @@
 
 from . import images_timm, language, own, vision
 from .entry import Built, Entry, build
-from .measure import Row, measure
+from .measure import Row, measure, shortcomings
 
 ENTRIES = {entry.name: entry for part in (vision, images_timm, language, own) for entry in part.ENTRIES}
 
-__all__ = ["ENTRIES", "Built", "Entry", "Row", "build", "measure"]
+__all__ = ["ENTRIES", "Built", "Entry", "Row", "build", "measure", "shortcomings"]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from ..zoo import _torchvision_models as torchvision_models
+from tests.symmetry.zoo import _torchvision_models as torchvision_models
+
 from .entry import Built, Entry, images
 
 

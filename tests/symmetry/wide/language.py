@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from ..zoo import _torchvision_models as torchvision_models
+from tests.symmetry.zoo import _torchvision_models as torchvision_models
+
 from .entry import Built, Entry, images, words
 
 _VOCABULARY = {"vocab_size": 101}

@@ -63,18 +63,20 @@ def measure(entry: Entry) -> Row:
         row.error, row.verify_seconds = _timed(lambda: verify_symmetry(model, spec, inputs, generator))
     except Exception as error:  # a table goes on to the next model, whatever a library raises
         row.failure = f"{type(error).__name__}: {_first_line(error)}"
-    row.problems = verdict(entry, row)
+    row.problems = shortcomings(entry, row)
+    if row.derive_seconds >= MOST_DERIVE_SECONDS:
+        row.problems.append(f"derived in {row.derive_seconds:.1f} s")
     return row
 
 
-def verdict(entry: Entry, row: Row) -> list[str]:
-    """Return in what the row falls short of the model's targets."""
-    if row.failure:
-        return [row.failure]
-    problems: list[str] = []
+def shortcomings(entry: Entry, row: Row) -> list[str]:
+    """Return in what the row falls short of the model's targets, save that of time."""
+    problems = [row.failure] if row.failure else []
+    if not row.trace_kind:
+        return problems
     if row.trace_kind == "none":
         problems.append("not traced")
-    if not row.error <= entry.tolerance:
+    if not row.failure and not row.error <= entry.tolerance:
         problems.append(f"error {row.error:.1e}")
     if row.coverage < entry.coverage:
         problems.append(f"coverage {100 * row.coverage:.1f} % < {100 * entry.coverage:.0f} %")
@@ -82,8 +84,6 @@ def verdict(entry: Entry, row: Row) -> list[str]:
         problems.append(f"{row.groups} groups, not {entry.groups}")
     if entry.heads is not None and row.heads != entry.heads:
         problems.append(f"{row.heads} per head, not {entry.heads}")
-    if row.derive_seconds >= MOST_DERIVE_SECONDS:
-        problems.append(f"derived in {row.derive_seconds:.1f} s")
     return problems
 
 

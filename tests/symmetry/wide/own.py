@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..zoo import MLP, LeNet, ResNet20, UNet
+from tests.symmetry.zoo import MLP, LeNet, ResNet20, UNet
+
 from .entry import Built, Entry, words
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..zoo import _torchvision_models as torchvision_models
+from tests.symmetry.zoo import _torchvision_models as torchvision_models
+
 from .entry import Built, Entry, images
 
 
