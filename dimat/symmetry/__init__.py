@@ -29,7 +29,7 @@ from dimat.symmetry.spec import (
     UnknownOp,
 )
 from dimat.symmetry.trace import SymmetryWarning, Trace, trace
-from dimat.symmetry.verify import freeze_failing, verify_symmetry
+from dimat.symmetry.verify import freeze_failing, tolerance_of, verify_symmetry
 
 __all__ = [
     "AxisRef",
@@ -58,6 +58,7 @@ __all__ = [
     "points_at",
     "random_permutations",
     "register_rule",
+    "tolerance_of",
     "trace",
     "verify_symmetry",
 ]
