@@ -8,10 +8,8 @@ import signal
 from itertools import pairwise
 from pathlib import Path
 
-from blake3 import blake3
-
 from tests.agent.processes import Network, check_ledgers, network
-from tests.agent.test_daemon_faults import EXCHANGE, WIDE, check_resumed, widen
+from tests.agent.test_daemon_faults import EXCHANGE, WIDE, check_resumed, comes_in, widen
 from tests.net.namespaces import hosts, need_namespaces
 
 RING = ("lab-a", "lab-b", "lab-c", "lab-d")
@@ -19,11 +17,6 @@ HALVES = (RING[:2], RING[2:])
 DEADLINE_S = 15
 SCHEDULE = f"rounds = 0\nround_deadline_s = {DEADLINE_S}\njoin_wait_s = 3"
 SLOW_LINK = EXCHANGE + "\nrate_limit_mb_s = 1.0"  # a snapshot takes its readers some seconds, so that a cut can hit it
-
-
-def comes_in(net: Network, reader: str, peer: str) -> bool:
-    """Whether a snapshot of a peer is on its way to a reader."""
-    return any((net.folder / reader / "received").glob(f"*.{blake3(peer.encode()).hexdigest()[:16]}.part"))
 
 
 def merges_since(net: Network, before: dict[str, int], name: str) -> list[set[str]]:
