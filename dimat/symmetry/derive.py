@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -16,7 +16,9 @@ from dimat.symmetry.interpret import Analysis, interpret
 from dimat.symmetry.layout import Atom, Frozen, Layout, segment_size
 from dimat.symmetry.points import find_points
 from dimat.symmetry.spec import AxisRef, Factor, FrozenAxis, Group, ObservationPoint, SymmetrySpec, UnknownOp
+from dimat.symmetry.spec import Layout as SpecLayout
 from dimat.symmetry.trace import SymmetryWarning, Trace, location_of, trace
+from dimat.symmetry.wreath import Parents, find_parents
 
 POINTS_PER_GROUP = 6
 """How many observation points a spec lists of each group."""
@@ -69,36 +71,43 @@ def describe(
         for layout in analysis.tensors[name].dims:
             analysis.domain.freeze(layout, Frozen("unused in trace"))
     layouts = _resolved(analysis)
-    occurrences = _occurrences(layouts)
+    occurrences = _occurrences(analysis, layouts)
     group_of = _named(occurrences)
-    points = find_points(traced.nodes, analysis, group_of, most_points)
+    parents = _parents(analysis, occurrences)
+    points = find_points(traced.nodes, analysis, group_of, parents, most_points)
+    watched = set(points) | {
+        group_of[above] for atom in group_of if group_of[atom] in points for above in parents[atom]
+    }
     groups = tuple(
         Group(
             id=name,
             size=atom.size,
-            axes=tuple(dict.fromkeys((tensor, dim) for tensor, dim, _, _ in occurrences[atom])),
+            axes=tuple(dict.fromkeys((place.tensor, place.dim) for place in occurrences[atom])),
+            parents=tuple(group_of[above] for above in parents[atom]),
             points=points.get(name, ()),
-            method="activation" if points.get(name) else "weight",
+            method="activation" if name in watched else "weight",
         )
         for atom, name in group_of.items()
     )
     axes = tuple(
-        AxisRef(tensor, dim, _spec_layout(layout, group_of))
+        AxisRef(tensor, dim, _spec_layout(analysis, layout, group_of))
         for (tensor, dim), layout in layouts.items()
-        if any(atom in group_of for segment in layout for atom in segment)
+        if any(atom in group_of for atom in analysis.domain.leaves(layout))
     )
     moved = {axis.tensor for axis in axes}
     sizes = {name: prod(traced.shapes[name]) for name in _parameters(traced)}
     total = max(sum(sizes.values()), 1)
-    unknown, loud = _unknown(analysis, layouts, sizes)
+    frozen = _frozen(analysis, layouts)
+    unknown, loud = _unknown(analysis, frozen, sizes)
     if all_outputs:
-        loud.extend(_pinning(traced, layouts))
-    quiet = [f"SYM-W04 no observation point for {group.id}; weight matching" for group in groups if not group.points]
+        loud.extend(_pinning(traced, frozen))
+    unseen = [group.id for group in groups if group.method == "weight"]
+    quiet = [f"SYM-W04 no observation point for {name}; weight matching" for name in unseen]
     quiet += [f"SYM-W06 parameter {name} unused in trace; left unpermuted" for name in unused if name in sizes]
     spec = SymmetrySpec(
         groups=groups,
         axes=axes,
-        frozen=_frozen(layouts),
+        frozen=frozen,
         unknown_ops=unknown,
         tied=traced.tied,
         trace_kind="export",
@@ -115,8 +124,19 @@ def fits(spec: SymmetrySpec, traced: Trace) -> bool:
 
 
 _Layouts = Mapping[tuple[str, int], Layout]
-_Occurrence = tuple[str, int, int, int]
-"""(tensor, dim, offset of the segment, position of the factor)"""
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where an atom occurs: entries from `offset` of an axis on, as factor `position` of a product.
+
+    Inside a nested factor, positions count on from that factor's own.
+    """
+
+    tensor: str
+    dim: int
+    offset: int
+    position: int
 
 
 def _resolved(analysis: Analysis) -> dict[tuple[str, int], Layout]:
@@ -127,38 +147,54 @@ def _resolved(analysis: Analysis) -> dict[tuple[str, int], Layout]:
     }
 
 
-def _occurrences(layouts: _Layouts) -> dict[Atom, list[_Occurrence]]:
+def _occurrences(analysis: Analysis, layouts: _Layouts) -> dict[Atom, list[_Place]]:
     """Return where each free atom occurs; keys in the order of their smallest occurrence."""
-    found: dict[Atom, list[_Occurrence]] = {}
-    for (tensor, dim), layout in layouts.items():
-        offset = 0
-        for segment in layout:
-            for position, atom in enumerate(segment):
-                if atom.frozen is None:
-                    found.setdefault(atom, []).append((tensor, dim, offset, position))
+    found: dict[Atom, list[_Place]] = {}
+
+    def look(layout: Layout, tensor: str, dim: int, offset: int, above: int) -> None:
+        for segment in analysis.domain.resolve(layout):
+            for position, atom in enumerate(segment, above):
+                if atom.parts is not None:
+                    look(atom.parts, tensor, dim, offset, position)
+                elif atom.frozen is None:
+                    found.setdefault(atom, []).append(_Place(tensor, dim, offset, position))
             offset += segment_size(segment)
+
+    for (tensor, dim), layout in layouts.items():
+        look(layout, tensor, dim, 0, 0)
     return found
 
 
-def _named(occurrences: Mapping[Atom, Sequence[_Occurrence]]) -> dict[Atom, str]:
+def _named(occurrences: Mapping[Atom, Sequence[_Place]]) -> dict[Atom, str]:
     names: dict[Atom, str] = {}
-    for atom, places in occurrences.items():
-        tensor, dim, offset, position = places[0]
-        names[atom] = f"{tensor}/{dim}" + (f"+{offset}" if offset else "") + (f".{position}" if position else "")
+    for atom, (first, *_) in occurrences.items():
+        offset = f"+{first.offset}" if first.offset else ""
+        names[atom] = f"{first.tensor}/{first.dim}{offset}" + (f".{first.position}" if first.position else "")
     return names
 
 
-def _spec_layout(layout: Layout, group_of: Mapping[Atom, str]) -> tuple[tuple[Factor, ...], ...]:
-    return tuple(tuple(Factor(atom.size, group_of.get(atom)) for atom in segment) or (Factor(1),) for segment in layout)
+def _parents(analysis: Analysis, occurrences: Mapping[Atom, Sequence[_Place]]) -> Parents:
+    def depth(atom: Atom) -> int:
+        return max(place.position for place in occurrences[atom])
+
+    return find_parents(analysis.domain, analysis.all_values(), sorted(occurrences, key=depth))
 
 
-def _frozen(layouts: _Layouts) -> tuple[FrozenAxis, ...]:
+def _spec_layout(analysis: Analysis, layout: Layout, group_of: Mapping[Atom, str]) -> SpecLayout:
+    def factor(atom: Atom) -> Factor:
+        if atom.parts is None:
+            return Factor(atom.size, group_of.get(atom))
+        return Factor(atom.size, None, _spec_layout(analysis, analysis.domain.resolve(atom.parts), group_of))
+
+    return tuple(tuple(factor(atom) for atom in segment) or (Factor(1),) for segment in layout)
+
+
+def _frozen(analysis: Analysis, layouts: _Layouts) -> tuple[FrozenAxis, ...]:
     found: dict[FrozenAxis, None] = {}
     for (tensor, dim), layout in layouts.items():
-        for segment in layout:
-            for atom in segment:
-                if atom.frozen is not None:
-                    found[FrozenAxis(tensor, dim, atom.frozen.reason, atom.frozen.node)] = None
+        for atom in analysis.domain.leaves(layout):
+            if atom.frozen is not None:
+                found[FrozenAxis(tensor, dim, atom.frozen.reason, atom.frozen.node)] = None
     return tuple(found)
 
 
@@ -168,11 +204,11 @@ def _parameters(traced: Trace) -> list[str]:
 
 
 def _unknown(
-    analysis: Analysis, layouts: _Layouts, sizes: Mapping[str, int]
+    analysis: Analysis, frozen_axes: Sequence[FrozenAxis], sizes: Mapping[str, int]
 ) -> tuple[tuple[UnknownOp, ...], list[str]]:
     """Return the unknown operations, and one warning for each kind of them."""
     blamed: dict[str, set[tuple[str, int]]] = {}
-    for frozen in _frozen(layouts):
+    for frozen in frozen_axes:
         blamed.setdefault(frozen.node, set()).add((frozen.tensor, frozen.dim))
     total = max(sum(sizes.values()), 1)
     listed: list[UnknownOp] = []
@@ -193,10 +229,9 @@ def _unknown(
     return tuple(listed), messages
 
 
-def _pinning(traced: Trace, layouts: _Layouts) -> list[str]:
+def _pinning(traced: Trace, frozen: Sequence[FrozenAxis]) -> list[str]:
     """Return a warning for every output after the first that keeps axes in place."""
     messages: list[str] = []
-    frozen = _frozen(layouts)
     for name, _ in traced.outputs[1:]:
         pinned = [f"{axis.tensor}/{axis.dim}" for axis in frozen if axis.reason == f"model output '{name}'"]
         if pinned:

@@ -13,13 +13,16 @@ from typing import Any
 import torch
 from torch import fx
 
-from dimat.symmetry.layout import Domain, Frozen, Layout, LayoutError
+from dimat.symmetry.forms import Form, form_of, made
+from dimat.symmetry.layout import Domain, Frozen, LayoutError
 from dimat.symmetry.rules import Call, NoRule, Value, find_rule
 from dimat.symmetry.rules.call import Abstract, op_name
 from dimat.symmetry.trace import Trace, shape_of
 
 _LARGEST_CONSTANT = 1 << 26
 """Constants with more entries than this are frozen without a look at their values."""
+
+_MOST_RESTARTS = 4
 
 _TRANSPARENT = ("wrap_with_set_grad_enabled", "wrap_with_autocast", "wrap_with_disable_saved_tensors_hooks")
 """Higher-order operations that just run a sub-graph; the sub-graph is interpreted in their place."""
@@ -30,7 +33,8 @@ class Analysis:
     """Layouts of everything in a graph: of parameters and buffers by canonical name, and of nodes.
 
     `unknown` maps nodes without a rule to (operation, reason). `used` holds the names of tensors that some
-    node uses, `from_input` the nodes of the top graph whose value depends on a model input.
+    node uses, `from_input` the nodes of the top graph whose value depends on a model input. `forms` are the
+    pieces in which axes of parameters, by (name, axis), were taken from the start.
     """
 
     domain: Domain = field(default_factory=Domain)
@@ -38,19 +42,39 @@ class Analysis:
     values: dict[fx.Node, Abstract] = field(default_factory=dict)
     unknown: dict[fx.Node, tuple[str, str]] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)
+    forms: dict[tuple[str, int], Form] = field(default_factory=dict)
     from_input: set[fx.Node] = field(default_factory=set)
 
-    def layouts(self) -> list[Layout]:
-        """Return the layouts of all tensors and all node values."""
+    def all_values(self) -> list[Value]:
+        """Return all tensors and all node values."""
         values: list[Abstract] = [*self.tensors.values()]
         for value in self.values.values():
             values.extend(value if isinstance(value, list) else [value])
-        return [layout for value in values if isinstance(value, Value) for layout in value.dims]
+        return [value for value in values if isinstance(value, Value)]
 
 
 def interpret(trace: Trace, outputs: tuple[int, ...]) -> Analysis:
-    """Derive the layouts of a traced module whose outputs of the given indices must not change."""
-    analysis = Analysis()
+    """Derive the layouts of a traced module whose outputs of the given indices must not change.
+
+    An axis that turns out to be several in one (query, key and value in one projection) is taken apart, and the
+    graph is run again.
+    """
+    analysis = _once(trace, outputs, {})
+    for _ in range(_MOST_RESTARTS):
+        forms = {
+            place: form
+            for (name, value) in analysis.tensors.items()
+            for place, layout in (((name, dim), layout) for dim, layout in enumerate(value.dims))
+            if place not in analysis.forms and (form := form_of(analysis.domain, layout))
+        }
+        if not forms:
+            break
+        analysis = _once(trace, outputs, {**analysis.forms, **forms})
+    return analysis
+
+
+def _once(trace: Trace, outputs: tuple[int, ...], forms: dict[tuple[str, int], Form]) -> Analysis:
+    analysis = Analysis(forms=forms)
     for node in trace.nodes:
         if node.op == "placeholder":
             analysis.values[node] = _placeholder(analysis, trace, node)
@@ -62,7 +86,7 @@ def interpret(trace: Trace, outputs: tuple[int, ...]) -> Analysis:
                 analysis.from_input.add(node)
     # resolving may still freeze what cannot be written down, and that may reach other layouts
     for _ in range(2):
-        for layout in analysis.layouts():
+        for layout in [layout for value in analysis.all_values() for layout in value.dims]:
             analysis.domain.resolve(layout)
     return analysis
 
@@ -81,17 +105,18 @@ def _placeholder(analysis: Analysis, trace: Trace, node: fx.Node) -> Abstract:
         analysis.used.add(trace.canonical(source.name))
     name = trace.canonical(source.name)
     if name not in analysis.tensors:
-        analysis.tensors[name] = _parameter(analysis.domain, trace, name, node.name)
+        analysis.tensors[name] = _parameter(analysis, trace, name, node.name)
     return analysis.tensors[name]
 
 
-def _parameter(domain: Domain, trace: Trace, name: str, node: str) -> Value:
-    shape, dtype = trace.shapes[name], trace.dtypes[name]
+def _parameter(analysis: Analysis, trace: Trace, name: str, node: str) -> Value:
+    shape, dtype, domain = trace.shapes[name], trace.dtypes[name], analysis.domain
     if not (dtype.is_floating_point or dtype.is_complex):
         return _fixed(domain, shape, Frozen("integer tensor", node))
     if name in trace.entangled:
         return _fixed(domain, shape, Frozen("shares memory with another tensor in part", node))
-    return Value(tuple(domain.fresh(size) for size in shape))
+    forms = (analysis.forms.get((name, dim)) for dim in range(len(shape)))
+    return Value(tuple(made(domain, form) if form else domain.fresh(size) for form, size in zip(forms, shape)))
 
 
 def _fixed(domain: Domain, shape: tuple[int, ...], why: Frozen) -> Value:
@@ -145,6 +170,7 @@ def _apply_rule(analysis: Analysis, node: fx.Node) -> None:
     try:
         result = function(Call(node, analysis.domain, analysis.values))
         _check_shape(node, result)
+        _settle_cases(analysis.domain, result)
     except (NoRule, LayoutError) as error:
         _freeze_all(analysis, node, f"no rule for {name}: {error}")
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
@@ -169,6 +195,18 @@ def _check_shape(node: fx.Node, result: Abstract) -> None:
             raise LayoutError(f"the rule gave shape {value.shape}, the operation {shape}")
         if value is None and shape is not None:
             raise LayoutError("the rule gave no tensor, the operation did")
+
+
+def _settle_cases(domain: Domain, result: Abstract) -> None:
+    """Settle cases in a result that has lost the axis which chooses among them."""
+    if not domain.has_cases:
+        return
+    for value in result if isinstance(result, list) else [result]:
+        if value is not None:
+            choices = [domain.choice_of(layout) for layout in value.dims]
+            for case in [case for layout in value.dims for case in domain.cases_of(layout)]:
+                if case.choice not in choices:
+                    domain.settle(case)
 
 
 def _freeze_all(analysis: Analysis, node: fx.Node, reason: str) -> None:

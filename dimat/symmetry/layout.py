@@ -9,19 +9,27 @@ global and none ever undone, so that relations found early stay true:
 - it is *frozen*, with a reason: it is never permuted. A frozen atom is just a count of indices, so it can be
   split and joined at will.
 
+Two kinds of atoms stand for more than a set of indices. A *nested* one is a concatenation below a free factor
+(an axis viewed as heads × (query, key, value)); `resolve` leaves it in place, with its `parts`. A *case* is what is
+left of a concatenation of equal pieces that is viewed as (pieces, size): the axis of the pieces is a *choice*, and
+the other axis has one of several layouts, whichever the choice says. `choose` takes one of them; whatever else
+touches a case settles it: its layouts are permuted alike from then on.
+
 Whatever the domain cannot express is frozen, which is always sound: fewer permutations are allowed, never
-wrong ones. Two known losses: a concatenation inside a product below a free factor is frozen (an axis viewed
-as heads x halves), and segments of an axis that is viewed as (pieces, size) are tied to each other.
+wrong ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 
 _MOST_COPIES = 1024
 """A frozen factor above a concatenation is written out as that many copies at most."""
+
+_MOST_CASES = 64
+"""A concatenation of more equal pieces than this has them tied when it is viewed as (pieces, size)."""
 
 
 class LayoutError(Exception):
@@ -37,15 +45,22 @@ class Frozen:
 
 
 class Atom:
-    """A set of `size` indices; compared by identity. Only `Domain` writes its fields."""
+    """A set of `size` indices; compared by identity. Only `Domain` writes its fields.
 
-    __slots__ = ("frozen", "parent", "parts", "size")
+    `parts`: what it was refined into, or the concatenation that it stands for below a free factor. `cases`: its
+    layouts, one for each index of the atom `choice`, whose `chooses` is True.
+    """
+
+    __slots__ = ("cases", "choice", "chooses", "frozen", "parent", "parts", "size")
 
     def __init__(self, size: int, frozen: Frozen | None = None) -> None:
         self.size = size
         self.frozen = frozen
         self.parent: Atom | None = None
         self.parts: Layout | None = None
+        self.cases: tuple[Layout, ...] = ()
+        self.choice: Atom | None = None
+        self.chooses = False
 
 
 Segment = tuple[Atom, ...]
@@ -66,7 +81,15 @@ def layout_size(layout: Layout) -> int:
 
 
 class Domain:
-    """Makes atoms and relates them. Layouts handed out may be stale: `resolve` gives the present form."""
+    """Makes atoms and relates them. Layouts handed out may be stale: `resolve` gives the present form.
+
+    `mixes` lists the events in which the indices of some axes were combined with each other, those of other axes
+    staying apart: (mixed, apart). What may be permuted anew for each index of another axis depends on them.
+    """
+
+    def __init__(self) -> None:
+        self.mixes: list[tuple[tuple[Layout, ...], tuple[Layout, ...]]] = []
+        self.has_cases = False
 
     def fresh(self, size: int) -> Layout:
         """Return a new axis of `size` indices about which nothing is known yet."""
@@ -85,27 +108,75 @@ class Domain:
         return atom
 
     def resolve(self, layout: Layout) -> Layout:
-        """Return the layout in terms of unrefined root atoms, neighbouring frozen parts joined."""
+        """Return the layout in terms of unrefined root atoms and nested ones, neighbouring frozen parts joined."""
         segments: list[Segment] = []
         for segment in layout:
             pieces: list[Segment] = [()]
             for atom in segment:
                 root = self.find(atom)
-                inner = ((root,),) if root.parts is None else self.resolve(root.parts)
-                pieces = self._times(pieces, inner)
+                if root.parts is None:
+                    pieces = [(*piece, root) for piece in pieces]
+                else:
+                    pieces = self._times(pieces, self.resolve(root.parts), root)
             segments.extend(pieces)
         return _tidy(segments)
 
-    def freeze(self, layout: Layout, why: Frozen) -> None:
-        """Freeze all atoms of an axis; those frozen before keep their reason."""
+    def leaves(self, layout: Layout) -> Generator[Atom]:
+        """Yield the atoms of an axis that stand for indices of their own, also those inside nested atoms and cases."""
         for segment in self.resolve(layout):
             for atom in segment:
-                if atom.frozen is None:
-                    atom.frozen = why
+                if atom.parts is not None:
+                    yield from self.leaves(atom.parts)
+                elif atom.cases:
+                    for case in atom.cases:
+                        yield from self.leaves(case)
+                else:
+                    yield atom
+
+    def freeze(self, layout: Layout, why: Frozen) -> None:
+        """Freeze all atoms of an axis; those frozen before keep their reason."""
+        for atom in list(self.leaves(layout)):
+            if atom.frozen is None:
+                atom.frozen = why
 
     def is_frozen(self, layout: Layout) -> bool:
         """Tell whether no index of the axis may move."""
-        return all(atom.frozen for segment in self.resolve(layout) for atom in segment)
+        return all(atom.frozen for atom in self.leaves(layout))
+
+    def choice_of(self, layout: Layout) -> Atom | None:
+        """Return the atom that an axis is, if it numbers the layouts of cases, else None."""
+        layout = self.resolve(layout)
+        return layout[0][0] if len(layout) == 1 and len(layout[0]) == 1 and layout[0][0].chooses else None
+
+    def cases_of(self, layout: Layout) -> list[Atom]:
+        """Return the cases that an axis is made of."""
+        if not self.has_cases:
+            return []
+        atoms = [atom for segment in self.resolve(layout) for atom in segment]
+        inner = [case for atom in atoms if atom.parts is not None for case in self.cases_of(atom.parts)]
+        return [atom for atom in atoms if atom.cases] + inner
+
+    def choose(self, layout: Layout, choice: Atom, index: int) -> Layout:
+        """Return an axis whose cases under `choice` have the layout of that index."""
+        segments: list[Segment] = []
+        for segment in self.resolve(layout):
+            pieces: list[Segment] = [()]
+            for atom in segment:
+                chosen: Layout = ((atom,),)
+                if atom.choice is choice:
+                    chosen = self.resolve(atom.cases[index])
+                elif atom.parts is not None and self.cases_of(atom.parts):
+                    chosen = self.choose(atom.parts, choice, index)
+                pieces = self._times(pieces, chosen)
+            segments.extend(pieces)
+        return tuple(segments)
+
+    def settle(self, case: Atom) -> None:
+        """Tie the layouts of a case to each other; it stands for the first of them from then on."""
+        if case.parts is None:
+            case.parts = case.cases[0]
+            for other in case.cases[1:]:
+                self.unify(case.cases[0], other)
 
     def cut(self, layout: Layout, at: int) -> tuple[Layout, Layout]:
         """Split an axis before index `at`; free atoms across the boundary are refined there."""
@@ -155,6 +226,9 @@ class Domain:
 
     def merge(self, layouts: Sequence[Layout]) -> Layout:
         """Return the axis that flattens these axes (row-major); `factor` is its inverse."""
+        if len(layouts) > 1 and (choice := self.choice_of(layouts[0])):
+            rest = self.merge(layouts[1:])
+            return self.concat(self.choose(rest, choice, index) for index in range(choice.size))
         pieces: list[Segment] = [()]
         for layout in layouts:
             pieces = self._times(pieces, self.resolve(layout))
@@ -181,8 +255,8 @@ class Domain:
             position += part.old
         return new
 
-    def _times(self, outer: Sequence[Segment], inner: Layout) -> list[Segment]:
-        """Distribute a product over a concatenation, where that can be written down; freeze where not."""
+    def _times(self, outer: Sequence[Segment], inner: Layout, whole: Atom | None = None) -> list[Segment]:
+        """Distribute a product over a concatenation; below a free factor it becomes a nested atom (`whole`, if any)."""
         if len(inner) == 1:
             return [segment + inner[0] for segment in outer]
         pieces: list[Segment] = []
@@ -191,13 +265,17 @@ class Domain:
             if all(atom.frozen for atom in segment) and copies * len(inner) <= _MOST_COPIES:
                 pieces.extend(inner * copies)
             else:
-                why = Frozen("concatenation inside a product")
-                self.freeze(inner, why)
-                pieces.append((*segment, Atom(layout_size(inner), why)))
+                if whole is None:
+                    whole = Atom(layout_size(inner))
+                    whole.parts = inner
+                pieces.append((*segment, whole))
         return pieces
 
     def _cut_product(self, segment: Segment, at: int) -> tuple[Layout, Layout]:
         head, rest = segment[0], segment[1:]
+        if head.cases:
+            self.settle(head)
+            return self.cut((segment,), at)
         whole, remainder = divmod(at, segment_size(rest))
         sizes = (whole, 1 if remainder else 0, head.size - whole - (1 if remainder else 0))
         parts = [((Atom(size, head.frozen),) if size > 1 else ()) if size else None for size in sizes]
@@ -213,6 +291,14 @@ class Domain:
         """Unify the heads of two products of equal size; return what is left to unify."""
         if p[0].size < q[0].size:
             p, q = q, p
+        if p[0] is not q[0] and (p[0].cases or q[0].cases):
+            if p[0].size == q[0].size and p[0].choice is q[0].choice:
+                q[0].parent = p[0]
+                return [*zip(p[0].cases, q[0].cases), ((p[1:],), (q[1:],))]
+            for case in (p[0], q[0]):
+                if case.cases:
+                    self.settle(case)
+            return [((p,), (q,))]
         large, small = p[0], q[0]
         if large.size == small.size:
             if large is not small:
@@ -239,9 +325,14 @@ class Domain:
         layout = self.resolve(layout)
         if len(layout) == 1:
             return self._factor_product(layout[0], outer)
+        chunks = _chunks(layout, inner)
+        if 1 < len(chunks) == outer <= _MOST_CASES and any(chunk != chunks[0] for chunk in chunks[1:]):
+            choice = Atom(outer, Frozen("numbers pieces of an axis"))
+            choice.chooses = True
+            return ((choice,),), self._case(choice, chunks)
         outers: list[Layout] = []
         inners: list[Layout] = []
-        for chunk in _chunks(layout, inner):
+        for chunk in chunks:
             if len(chunk) == 1:
                 pair = self._factor_product(chunk[0], segment_size(chunk[0]) // inner)
             elif layout_size(chunk) == inner:
@@ -256,12 +347,21 @@ class Domain:
             self.unify(inners[0], other)
         return self.concat(outers), inners[0]
 
+    def _case(self, choice: Atom, cases: Sequence[Layout]) -> Layout:
+        case = Atom(layout_size(cases[0]))
+        if case.size == 1:
+            return ONE
+        case.choice, case.cases = choice, tuple(cases)
+        self.has_cases = True
+        return ((case,),)
+
     def _factor_product(self, segment: Segment, outer: int) -> tuple[Layout, Layout]:
         done = 1
         for position, atom in enumerate(segment):
             need = outer // done
+            before, after = segment[:position], segment[position + 1 :]
             if need == 1:
-                return (segment[:position],), (segment[position:],)
+                return (before,), (segment[position:],)
             if need % atom.size == 0:
                 done *= atom.size
                 continue
@@ -269,11 +369,25 @@ class Domain:
                 why = _first_frozen((segment,)) or Frozen(f"size {atom.size} does not divide by {need}")
                 self.freeze((segment,), why)
                 return self.fixed(outer, why), self.fixed(segment_size(segment) // outer, why)
+            if atom.parts is not None or atom.cases:
+                halves = self._factor_special(atom, need)
+                return self.merge([(before,), halves[0]]), self.merge([halves[1], (after,)])
             parts = (Atom(need, atom.frozen), Atom(atom.size // need, atom.frozen))
             if atom.frozen is None:
                 atom.parts = (parts,)
-            return ((*segment[:position], parts[0]),), ((parts[1], *segment[position + 1 :]),)
+            return ((*before, parts[0]),), ((parts[1], *after),)
         return (segment,), ONE
+
+    def _factor_special(self, atom: Atom, outer: int) -> tuple[Layout, Layout]:
+        """Split a nested atom, or each layout of a case."""
+        if atom.parts is not None:
+            return self._factor(atom.parts, outer, atom.size // outer)
+        choice = atom.choice
+        assert choice is not None, "a case without a choice"
+        pairs = [self._factor(case, outer, atom.size // outer) for case in atom.cases]
+        halves = self._case(choice, [pair[0] for pair in pairs]), self._case(choice, [pair[1] for pair in pairs])
+        atom.parts = tuple(self._times(*halves))
+        return halves
 
 
 def _tidy(segments: Sequence[Segment]) -> Layout:
@@ -284,8 +398,8 @@ def _tidy(segments: Sequence[Segment]) -> Layout:
         for atom in segment:
             if atom.size == 1:
                 continue
-            if factors and atom.frozen and (before := factors[-1].frozen):
-                factors[-1] = Atom(factors[-1].size * atom.size, before)
+            if factors and _still(factors[-1:]) and _still((atom,)):
+                factors[-1] = Atom(factors[-1].size * atom.size, factors[-1].frozen)
             else:
                 factors.append(atom)
         if tidy and _still(tidy[-1]) and _still(factors):
@@ -297,7 +411,7 @@ def _tidy(segments: Sequence[Segment]) -> Layout:
 
 
 def _still(segment: Sequence[Atom]) -> bool:
-    return all(atom.frozen for atom in segment)
+    return all(atom.frozen and not atom.chooses for atom in segment)
 
 
 def _first_frozen(layout: Iterable[Sequence[Atom]]) -> Frozen | None:

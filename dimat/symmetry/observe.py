@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -195,14 +196,18 @@ def points_at(spec: SymmetrySpec, nodes: Iterable[str]) -> dict[str, list[Observ
 
 
 def matrix_of(value: Any, point: ObservationPoint) -> Tensor:
-    """Return the units that a point shows in a node's output, as a new float32 matrix (samples, units)."""
+    """Return the units that a point shows in a node's output, as a new float32 matrix (samples, units).
+
+    Of a group with parents: (samples, parents' units… · units), row-major.
+    """
     if isinstance(value, (tuple, list)):
         value = value[0]
     run = value.narrow(point.dim, point.start, point.length)
     run = run.unflatten(point.dim, point.factors) if len(point.factors) > 1 else run
-    moved = run.movedim(point.dim + point.position, -1)
+    units = [point.dim + position for position in (*point.outer, point.position)]
+    moved = run.movedim(units, list(range(-len(units), 0)))
     copied = torch.empty(moved.shape, dtype=torch.float32, device=value.device).copy_(moved)
-    return copied.view(-1, moved.shape[-1])
+    return copied.view(-1, prod(moved.shape[-len(units) :]))
 
 
 class _Touched(Exception):

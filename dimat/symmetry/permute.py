@@ -1,12 +1,16 @@
 """Apply permutations of group units to weights, buffers and optimizer state; draw, invert, compose them.
 
-Permutations are {group id: LongTensor of shape (size,)}, and merged unit j is old unit p[j]. Groups that are
-left out stay as they are. Tensors that nothing moves are handed back as they are, not copied.
+Permutations are {group id: LongTensor of shape (size,)}, and merged unit j is old unit p[j]. A group with parents
+has a permutation for each of their units, (parents' sizes…, size): of heads H and units D inside them, merged (h, j)
+is old (p_H[h], p_D[h, j]). Groups that are left out stay as they are. Tensors that nothing moves are handed back as
+they are, not copied.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
 from math import prod
 from typing import Any
 
@@ -14,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dimat.errors import SymmetryError, nearest
-from dimat.symmetry.spec import AxisRef, Layout, SymmetrySpec
+from dimat.symmetry.spec import AxisRef, Factor, Layout, SymmetrySpec, groups_in
 
 Permutations = Mapping[str, Tensor]
 
@@ -29,7 +33,7 @@ def permute_weights(
     Raises SymmetryError, naming it, for an unknown group, a permutation that is none or has the wrong
     length, a missing tensor, or one whose size does not fit.
     """
-    indices = _axis_indices(spec, permutations)
+    moves = _Moves.of(spec, permutations)
     aliases = {name: names for names in spec.tied for name in names}
     result = dict(state_dict)
     for tensor, axes in _by_tensor(spec).items():
@@ -43,7 +47,7 @@ def permute_weights(
             value = state_dict[name]
             key = (value.data_ptr() if not value.is_meta else id(value), value.shape, value.stride())
             if key not in done:
-                done[key] = _permute_tensor(value, name, axes, indices)
+                done[key] = _permute_tensor(value, name, axes, moves)
             result[name] = done[key]
     return result
 
@@ -62,7 +66,7 @@ def permute_optimizer(
     untouched; tensors that nothing moves are not copied.
     Raises SymmetryError where names do not fit the state, or a state tensor does not fit its parameter.
     """
-    indices = _axis_indices(spec, permutations)
+    moves = _Moves.of(spec, permutations)
     by_tensor = _by_tensor(spec)
     first = {name: tied[0] for tied in spec.tied for name in tied}
     numbers = [number for group in optimizer_state["param_groups"] for number in group["params"]]
@@ -77,7 +81,7 @@ def permute_optimizer(
             raise SymmetryError(f"optimizer state {number!r} belongs to no parameter of its groups")
         axes = by_tensor.get(first.get(name, name), [])
         state[number] = {
-            key: _permute_tensor(value, f"{name} ({key})", axes, indices)
+            key: _permute_tensor(value, f"{name} ({key})", axes, moves)
             if isinstance(value, Tensor) and value.numel() != 1
             else value
             for key, value in entries.items()
@@ -87,62 +91,204 @@ def permute_optimizer(
 
 def random_permutations(spec: SymmetrySpec, generator: torch.Generator) -> dict[str, Tensor]:
     """Draw a permutation of every group, uniformly, from a CPU generator."""
-    return {group.id: torch.randperm(group.size, generator=generator) for group in spec.groups}
+    drawn: dict[str, Tensor] = {}
+    for group in spec.groups:
+        shape = shape_of(spec, group.id)
+        rows = [torch.randperm(group.size, generator=generator) for _ in range(prod(shape[:-1]))]
+        drawn[group.id] = torch.stack(rows).view(shape)
+    return drawn
 
 
-def invert_permutations(permutations: Permutations) -> dict[str, Tensor]:
+def shape_of(spec: SymmetrySpec, group: str) -> tuple[int, ...]:
+    """Return the shape of a permutation of a group: (parents' sizes…, size)."""
+    sizes = {each.id: each.size for each in spec.groups}
+    return (*(sizes[parent] for parent in spec.group(group).parents), sizes[group])
+
+
+def identity(shape: Sequence[int]) -> Tensor:
+    """Return the permutation, or one for each unit of its parents, that leaves all units where they are."""
+    return torch.arange(shape[-1]).expand(*shape).clone()
+
+
+def invert_permutations(permutations: Permutations, spec: SymmetrySpec) -> dict[str, Tensor]:
     """Return the permutations that undo these."""
-    return {group: torch.argsort(p) for group, p in permutations.items()}
+    parents = {group.id: group.parents for group in spec.groups}
+    undone: dict[str, Tensor] = {}
+    for group in sorted(permutations, key=lambda group: len(parents[group])):
+        inverse = torch.argsort(permutations[group], -1)
+        # rows are numbered as parents are after their own permutation: back to before it
+        for position, parent in enumerate(parents[group]):
+            if parent in undone:
+                inverse = _rows(inverse, position, undone[parent], parents, group, parent)
+        undone[group] = inverse
+    return undone
 
 
-def compose_permutations(first: Permutations, then: Permutations) -> dict[str, Tensor]:
+def compose_permutations(first: Permutations, then: Permutations, spec: SymmetrySpec) -> dict[str, Tensor]:
     """Return the permutations that act like `first`, and `then` on its result: r[j] = first[then[j]]."""
-    result = dict(first)
-    for group, q in then.items():
-        result[group] = first[group].to(q.device)[q] if group in first else q
+    parents = {group.id: group.parents for group in spec.groups}
+    result: dict[str, Tensor] = {}
+    for group in dict.fromkeys((*first, *then)):
+        p, q = first.get(group), then.get(group)
+        if p is not None:
+            for position, parent in enumerate(parents[group]):
+                if parent in then:
+                    p = _rows(p, position, then[parent], parents, group, parent)
+        result[group] = q if p is None else p if q is None else p.gather(-1, q.to(p.device))  # type: ignore[assignment]
     return result
 
 
-def axis_index(layout: Layout, permutations: Permutations) -> Tensor | None:
-    """Return the index (n,) by which an axis of n entries is to be selected, or None where nothing moves."""
-    if not any(factor.group in permutations for segment in layout for factor in segment):
+def _rows(
+    p: Tensor, position: int, order: Tensor, parents: Mapping[str, Sequence[str]], group: str, parent: str
+) -> Tensor:
+    """Return a child's permutations with the rows of one parent in another order."""
+    above = [parents[group].index(other) for other in parents[parent]]
+    return p.gather(position, _spread(order, [*above, position], p.shape))
+
+
+def _spread(order: Tensor, positions: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """Return `order`, whose axes are at these positions of `shape`, expanded to all of it."""
+    ascending = sorted(range(len(positions)), key=lambda i: positions[i])
+    sizes = [1] * len(shape)
+    for position in positions:
+        sizes[position] = shape[position]
+    return order.permute(ascending).reshape(sizes).expand(*shape)
+
+
+def axis_index(
+    layout: Layout, permutations: Permutations, parents: Mapping[str, Sequence[str]] | None = None
+) -> Tensor | None:
+    """Return the index (n,) by which an axis of n entries is to be selected, or None where nothing moves.
+
+    `parents`: those of each group that has any; they must be in the layout where their children are.
+    """
+    if not groups_in(layout) & permutations.keys():
         return None
-    parts: list[Tensor] = []
+    return _joint_index([layout], permutations, parents or {})
+
+
+def _joint_index(layouts: Sequence[Layout], permutations: Permutations, parents: Mapping[str, Sequence[str]]) -> Tensor:
+    """Return the index (n,) for some axes of a tensor that are flattened to one of n entries, row-major."""
+    total = prod(layout_length(layout) for layout in layouts)
+    index = torch.arange(total)
+    for combination in product(*(list(_pieces(layout)) for layout in layouts)):
+        factors: list[tuple[int, str | None]] = []
+        places = torch.zeros((), dtype=torch.long)
+        for axis, ((piece, own), layout) in enumerate(zip(combination, layouts)):
+            factors.extend((axis, factor.group) for factor in piece)
+            places = places.reshape(*places.shape, *(1 for _ in own.shape)) * layout_length(layout) + own
+        index[places.flatten()] = _permuted(factors, places, permutations, parents).flatten()
+    return index
+
+
+def layout_length(layout: Layout) -> int:
+    """Return the number of entries of an axis."""
+    return sum(prod(factor.size for factor in segment) for segment in layout)
+
+
+def _pieces(layout: Layout) -> Generator[tuple[tuple[Factor, ...], Tensor]]:
+    """Yield products of factors without nested ones, and the entries that they are, of shape (factors' sizes…)."""
     offset = 0
     for segment in layout:
         sizes = [factor.size for factor in segment]
-        index = torch.arange(prod(sizes)).view(sizes)
-        for position, factor in enumerate(segment):
-            if factor.group is not None and factor.group in permutations:
-                index = index.index_select(position, permutations[factor.group])
-        parts.append(index.flatten() + offset)
+        yield from _expanded(segment, torch.arange(offset, offset + prod(sizes)).view(sizes))
         offset += prod(sizes)
-    return torch.cat(parts)
 
 
-def _axis_indices(spec: SymmetrySpec, permutations: Permutations) -> dict[Layout, Tensor | None]:
-    checked = _checked(spec, permutations)
-    return {layout: axis_index(layout, checked) for layout in {axis.layout for axis in spec.axes}}
+def _expanded(factors: tuple[Factor, ...], places: Tensor) -> Generator[tuple[tuple[Factor, ...], Tensor]]:
+    nested = next((k for k, factor in enumerate(factors) if factor.parts is not None), None)
+    if nested is None:
+        yield factors, places
+        return
+    for inner, own in _pieces(factors[nested].parts or ()):
+        chosen = places.index_select(nested, own.flatten()).unflatten(nested, own.shape)
+        yield from _expanded((*factors[:nested], *inner, *factors[nested + 1 :]), chosen)
+
+
+def _permuted(
+    factors: Sequence[tuple[int, str | None]],
+    places: Tensor,
+    permutations: Permutations,
+    parents: Mapping[str, Sequence[str]],
+) -> Tensor:
+    """Return entries in their new order. `factors`: (axis, group) of each axis of `places`."""
+    moving = [k for k, (_, group) in enumerate(factors) if group is not None and group in permutations]
+    for k in sorted(moving, key=lambda k: len(parents.get(factors[k][1] or "", ()))):
+        axis, group = factors[k]
+        assert group is not None, "a factor that moves has a group"
+        above = [_find(factors, parent, axis) for parent in parents.get(group, ())]
+        places = places.gather(k, _spread(permutations[group], [*above, k], places.shape))
+    return places
+
+
+def _find(factors: Sequence[tuple[int, str | None]], group: str, axis: int) -> int:
+    """Return where a parent is: in the child's own axis, or else in another one."""
+    near = [k for k, factor in enumerate(factors) if factor == (axis, group)]
+    far = [k for k, factor in enumerate(factors) if factor[1] == group]
+    for found in (near, far):
+        if len(found) == 1:
+            return found[0]
+    raise SymmetryError(f"group {group!r} is not where its units have permutations of their own; derive the spec anew")
+
+
+@dataclass(frozen=True)
+class _Moves:
+    """Checked permutations, and the indices that they give for the layouts seen so far."""
+
+    permutations: Mapping[str, Tensor]
+    parents: Mapping[str, Sequence[str]]
+    _known: dict[tuple[Layout, ...], Tensor] = field(default_factory=dict[tuple[Layout, ...], Tensor])
+
+    @staticmethod
+    def of(spec: SymmetrySpec, permutations: Permutations) -> _Moves:
+        return _Moves(_checked(spec, permutations), {group.id: group.parents for group in spec.groups if group.parents})
+
+    def index(self, layouts: tuple[Layout, ...]) -> Tensor:
+        if layouts not in self._known:
+            self._known[layouts] = _joint_index(layouts, self.permutations, self.parents)
+        return self._known[layouts]
+
+    def together(self, axes: Sequence[AxisRef]) -> list[list[AxisRef]]:
+        """Return the axes that something moves, in sets that must be moved at once: a child and its far parents."""
+        sets = [[axis] for axis in axes]
+        for axis in axes:
+            for lost in self._lost(axis.layout):
+                mine = next(s for s in sets if axis in s)
+                theirs = next((s for s in sets if any(lost in groups_in(other.layout) for other in s)), mine)
+                if theirs is not mine:
+                    sets.remove(theirs)
+                    mine.extend(theirs)
+        moving = [s for s in sets if any(groups_in(axis.layout) & self.permutations.keys() for axis in s)]
+        return [sorted(s, key=lambda axis: axis.dim) for s in moving]
+
+    def _lost(self, layout: Layout) -> set[str]:
+        """Return parents of groups of an axis that are not where these are."""
+        if not self.parents:
+            return set()
+        lost: set[str] = set()
+        for factors, _ in _pieces(layout):
+            near = {factor.group for factor in factors}
+            lost |= {above for group in near if group for above in self.parents.get(group, ()) if above not in near}
+        return lost
 
 
 def _checked(spec: SymmetrySpec, permutations: Permutations) -> dict[str, Tensor]:
     """Return the permutations on the CPU, those that move nothing left out."""
-    sizes = {group.id: group.size for group in spec.groups}
+    known = {group.id for group in spec.groups}
     moving: dict[str, Tensor] = {}
     for group, given in permutations.items():
-        if group not in sizes:
-            raise SymmetryError(f"unknown symmetry group {group!r}{nearest(group, sizes)}")
+        if group not in known:
+            raise SymmetryError(f"unknown symmetry group {group!r}{nearest(group, known)}")
         p = given.detach().to("cpu")
         if p.is_floating_point() or p.is_complex() or p.dtype == torch.bool:
             raise SymmetryError(f"permutation of group {group!r} must hold integers, not {p.dtype}")
-        if tuple(p.shape) != (sizes[group],):
-            raise SymmetryError(
-                f"permutation of group {group!r} has shape {tuple(p.shape)}; expected ({sizes[group]},)"
-            )
-        identity = torch.arange(sizes[group])
-        if not torch.equal(p.long().sort().values, identity):
+        shape = shape_of(spec, group)
+        if tuple(p.shape) != shape:
+            raise SymmetryError(f"permutation of group {group!r} has shape {tuple(p.shape)}; expected {shape}")
+        still = identity(shape)
+        if not torch.equal(p.long().sort(-1).values, still):
             raise SymmetryError(f"permutation of group {group!r} is not one: each unit must occur once")
-        if not torch.equal(p.long(), identity):
+        if not torch.equal(p.long(), still):
             moving[group] = p.long()
     return moving
 
@@ -154,15 +300,20 @@ def _by_tensor(spec: SymmetrySpec) -> dict[str, list[AxisRef]]:
     return grouped
 
 
-def _permute_tensor(
-    value: Tensor, name: str, axes: Iterable[AxisRef], indices: Mapping[Layout, Tensor | None]
-) -> Tensor:
+def _permute_tensor(value: Tensor, name: str, axes: Sequence[AxisRef], moves: _Moves) -> Tensor:
     for axis in axes:
         if axis.dim >= value.ndim or value.shape[axis.dim] != axis.size:
             raise SymmetryError(
                 f"tensor {name!r} has shape {tuple(value.shape)}; axis {axis.dim} should be {axis.size}"
             )
-        index = indices[axis.layout]
-        if index is not None:
-            value = value.detach().index_select(axis.dim, index.to(value.device))
+    for at_once in moves.together(axes):
+        dims = [axis.dim for axis in at_once]
+        index = moves.index(tuple(axis.layout for axis in at_once)).to(value.device)
+        if len(dims) == 1:
+            value = value.detach().index_select(dims[0], index)
+        else:
+            front = list(range(len(dims)))
+            moved = value.detach().movedim(dims, front)
+            value = moved.flatten(0, len(dims) - 1).index_select(0, index).view(moved.shape).movedim(front, dims)
+            value = value.contiguous()
     return value

@@ -1,25 +1,26 @@
 """Where in the traced graph the units of a group can be seen, for matching by activations.
 
-A node shows a group where exactly one axis of its output, or a run of that axis, is made of the group's
-units once and otherwise of nothing that any group moves, and where the value depends on a model input.
+A node shows a group where exactly one axis of its output, or a run of that axis, is made of the group's units (and
+its parents') once and otherwise of nothing that any group moves, and where the value depends on a model input.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
 from torch import fx
 
 from dimat.symmetry.interpret import Analysis
-from dimat.symmetry.layout import Atom, segment_size
+from dimat.symmetry.layout import Atom, Segment, segment_size
 from dimat.symmetry.rules import Value, find_rule, join, pointwise, reduce, shape, spatial
 from dimat.symmetry.rules.call import op_name
 from dimat.symmetry.spec import ObservationPoint
 from dimat.symmetry.trace import shape_of
+from dimat.symmetry.wreath import Parents
 
 _LINEAR = {"add", "sub", "rsub", "mul", "div", "neg", "copy", "where", "masked_fill", "fill", "addcmul", "lerp"}
 _BENT = {"softmax", "log_softmax", "_softmax", "_log_softmax", "glu", "prelu"}
@@ -39,7 +40,7 @@ class _Seen:
 
 
 def find_points(
-    nodes: Sequence[fx.Node], analysis: Analysis, group_of: Mapping[Atom, str], most: int | None
+    nodes: Sequence[fx.Node], analysis: Analysis, group_of: Mapping[Atom, str], parents: Parents, most: int | None
 ) -> dict[str, tuple[ObservationPoint, ...]]:
     """Return the observation points of every group, in graph order; at most `most` of each (None: all).
 
@@ -53,7 +54,7 @@ def find_points(
         if node not in analysis.from_input or not isinstance(value, Value):
             continue
         bends, repeats = _bends(node), _repeats(node)
-        for group, point in _points_of(node, value, analysis, group_of).items():
+        for group, point in _points_of(node, value, analysis, group_of, parents).items():
             seen.setdefault(group, []).append(_Seen(point, bends, repeats))
     return {group: _choose(_mark(found), most) for group, found in seen.items()}
 
@@ -64,34 +65,35 @@ def shows_again(node: fx.Node) -> bool:
 
 
 def _points_of(
-    node: fx.Node, value: Value, analysis: Analysis, group_of: Mapping[Atom, str]
+    node: fx.Node, value: Value, analysis: Analysis, group_of: Mapping[Atom, str], parents: Parents
 ) -> dict[str, ObservationPoint]:
     made = node.meta.get("val")
     if not isinstance(made, torch.Tensor) or not made.is_floating_point():
         return {}
     layouts = [analysis.domain.resolve(layout) for layout in value.dims]
-    moving = [any(atom in group_of for segment in layout for atom in segment) for layout in layouts]
-    if moving.count(True) != 1:
+    moving = [any(atom in group_of for atom in analysis.domain.leaves(layout)) for layout in layouts]
+    if moving.count(True) != 1 or any(analysis.domain.cases_of(layout) for layout in layouts):
         return {}
     dim = moving.index(True)
     if isinstance(made.shape[dim], torch.SymInt):  # pyright: ignore[reportUnnecessaryIsInstance]
         return {}  # the axis grows with the batch
-    count: dict[str, int] = {}
-    for segment in layouts[dim]:
-        for atom in segment:
-            if atom in group_of:
-                count[group_of[atom]] = count.get(group_of[atom], 0) + 1
     points: dict[str, ObservationPoint] = {}
     start = 0
     for segment in layouts[dim]:
         length = segment_size(segment)
-        groups = [(position, group_of[atom]) for position, atom in enumerate(segment) if atom in group_of]
-        if len(groups) == 1 and count[groups[0][1]] == 1:
-            position, group = groups[0]
-            factors = tuple(atom.size for atom in segment)
-            points[group] = ObservationPoint(node.name, dim, start, length, factors, position)
+        for position, atom in enumerate(segment):
+            if atom in group_of and group_of[atom] not in points and _shows(segment, atom, parents[atom], group_of):
+                factors = tuple(atom.size for atom in segment)
+                outer = tuple(segment.index(above) for above in parents[atom])
+                points[group_of[atom]] = ObservationPoint(node.name, dim, start, length, factors, position, outer=outer)
         start += length
     return points
+
+
+def _shows(segment: Segment, atom: Atom, parents: Sequence[Atom], group_of: Mapping[Atom, str]) -> bool:
+    """Tell whether a product is made of an atom, its parents, once each, and of nothing else that moves."""
+    moving = [other for other in segment if other in group_of or other.parts is not None]
+    return len(moving) == 1 + len(parents) and set(moving) == {atom, *parents}
 
 
 def _bends(node: fx.Node) -> bool:
@@ -117,7 +119,7 @@ def _mark(found: Sequence[_Seen]) -> list[_Seen]:
     marked: list[_Seen] = []
     for number, seen in enumerate(found):
         p = seen.point
-        point = ObservationPoint(p.node, p.dim, p.start, p.length, p.factors, p.position, number < first)
+        point = replace(p, pre_activation=number < first)
         marked.append(_Seen(point, seen.bends, seen.repeats))
     return marked
 

@@ -20,14 +20,26 @@ from typing import Any, Literal
 
 @dataclass(frozen=True, slots=True)
 class Factor:
-    """One factor of a segment: `size` indices that move as group `group`, or never (`None`)."""
+    """One factor of a segment: `size` indices that move as group `group`, or never (`None`).
+
+    A nested factor has `parts` instead: a layout of its own for every index of the factors before it, as where an
+    axis is heads × (query, key, value).
+    """
 
     size: int
     group: str | None = None
+    parts: Layout | None = None
 
 
 Segment = tuple[Factor, ...]
 Layout = tuple[Segment, ...]
+
+
+def groups_in(layout: Layout) -> set[str]:
+    """Return the ids of the groups that an axis is made of."""
+    factors = [factor for segment in layout for factor in segment]
+    nested = [groups_in(factor.parts) for factor in factors if factor.parts is not None]
+    return {factor.group for factor in factors if factor.group is not None}.union(*nested)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +61,9 @@ class ObservationPoint:
 
     The output of graph node `node` (its first, where it has several) is narrowed to `length` entries from
     `start` along `dim`; that axis is then viewed as `factors` (row-major), of which number `position` runs
-    over the group's units. All other axes and factors are samples. `pre_activation` tells whether the node
-    comes before the group's first non-linearity.
+    over the group's units and those numbered in `outer` over its parents' (in the order of `Group.parents`). All
+    other axes and factors are samples. `pre_activation` tells whether the node comes before the group's first
+    non-linearity.
     """
 
     node: str
@@ -60,11 +73,15 @@ class ObservationPoint:
     factors: tuple[int, ...]
     position: int
     pre_activation: bool = False
+    outer: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
     """A symmetry group: `size` units that may be permuted freely, everywhere at once.
+
+    A permutation of a group is an int64 tensor (size,); of one with parents (sizes of the parents…, size): one for
+    each of their units, numbered as they are after the parents' own permutation.
 
     `id` is `<tensor>/<dim>`, or `<tensor>/<dim>+<offset>`, of the group's smallest (tensor, dim, offset), so
     it is the same at every peer; `.<k>` is appended where the group is factor k > 0 of a product there.
@@ -152,7 +169,10 @@ class SymmetrySpec:
 
 
 def _layout(raw: Sequence[Sequence[Mapping[str, Any]]]) -> Layout:
-    return tuple(tuple(Factor(f["size"], f["group"]) for f in segment) for segment in raw)
+    return tuple(
+        tuple(Factor(f["size"], f["group"], _layout(f["parts"]) if f["parts"] else None) for f in segment)
+        for segment in raw
+    )
 
 
 def _group(raw: Mapping[str, Any]) -> Group:
@@ -162,5 +182,5 @@ def _group(raw: Mapping[str, Any]) -> Group:
 
 
 def _point(raw: Mapping[str, Any]) -> ObservationPoint:
-    known: dict[str, Any] = {**raw, "factors": tuple(raw["factors"])}
+    known: dict[str, Any] = {**raw, "factors": tuple(raw["factors"]), "outer": tuple(raw["outer"])}
     return ObservationPoint(**known)

@@ -14,7 +14,7 @@ from dimat.errors import SymmetryError
 from dimat.symmetry import tree
 from dimat.symmetry.derive import with_hash
 from dimat.symmetry.permute import permute_weights, random_permutations
-from dimat.symmetry.spec import AxisRef, Factor, FrozenAxis, SymmetrySpec
+from dimat.symmetry.spec import AxisRef, Factor, FrozenAxis, Layout, SymmetrySpec, groups_in
 from dimat.symmetry.trace import SymmetryWarning, retrace
 
 _TRIALS = 2
@@ -89,21 +89,23 @@ def freeze_failing(
 
 
 def without_groups(spec: SymmetrySpec, gone: set[str], reason: str) -> SymmetrySpec:
-    """Return the spec with the factors of some groups frozen."""
-    axes = tuple(
-        AxisRef(
-            axis.tensor,
-            axis.dim,
-            tuple(
-                tuple(Factor(f.size, None if f.group in gone else f.group) for f in segment) for segment in axis.layout
-            ),
-        )
-        for axis in spec.axes
-    )
-    moving = tuple(axis for axis in axes if any(f.group for segment in axis.layout for f in segment))
+    """Return the spec with the factors of some groups, and of those that hang on them, frozen."""
+    gone = gone | {group.id for group in spec.groups if not gone.isdisjoint(group.parents)}
+    axes = tuple(AxisRef(axis.tensor, axis.dim, _frozen(axis.layout, gone)) for axis in spec.axes)
+    moving = tuple(axis for axis in axes if groups_in(axis.layout))
     frozen = tuple(FrozenAxis(t, d, reason) for group in spec.groups if group.id in gone for t, d in group.axes)
     groups = tuple(group for group in spec.groups if group.id not in gone)
     return replace(spec, groups=groups, axes=moving, frozen=spec.frozen + frozen)
+
+
+def _frozen(layout: Layout, gone: set[str]) -> Layout:
+    return tuple(
+        tuple(
+            Factor(f.size, None if f.group in gone else f.group, None if f.parts is None else _frozen(f.parts, gone))
+            for f in segment
+        )
+        for segment in layout
+    )
 
 
 def randomised(state: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:

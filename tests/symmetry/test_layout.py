@@ -24,7 +24,9 @@ def meaning(domain: Domain, layout: Layout, seed: int) -> Tensor:
     for segment in domain.resolve(layout):
         index = torch.arange(prod(atom.size for atom in segment)).view([atom.size for atom in segment])
         for position, atom in enumerate(segment):
-            if atom.frozen is None:
+            if atom.parts is not None:
+                index = index.index_select(position, meaning(domain, atom.parts, seed))
+            elif atom.frozen is None:
                 generator = torch.Generator().manual_seed(seed * 7919 + id(atom) % 1000003)
                 index = index.index_select(position, torch.randperm(atom.size, generator=generator))
         parts.append(index.flatten() + offset)
@@ -78,6 +80,8 @@ def test_factor_undoes_merge(axes: list[Layout], seed: int) -> None:
     domain = Domain()
     sizes = [layout_size(axis) for axis in axes]
     again = domain.factor(domain.merge(axes), sizes)
+    for case in [case for axis in again for case in domain.cases_of(axis)]:
+        domain.settle(case)
     for _ in range(2):
         for axis in (*axes, *again):
             domain.resolve(axis)

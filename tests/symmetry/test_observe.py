@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from dimat.errors import SymmetryError
 from dimat.symmetry import (
     ObservationPoint,
     Observer,
+    SymmetrySpec,
     derive_symmetry,
     observation_points,
     permute_weights,
@@ -93,7 +95,10 @@ def test_stage_ends_are_among_the_points() -> None:
 
 @pytest.mark.parametrize("name", SMALL)
 def test_permuting_weights_permutes_observed_columns(name: str) -> None:
-    """Reference: unit j of the permuted network is unit p[j] of the old one, at every point."""
+    """Reference: unit j of the permuted network is unit p[j] of the old one, at every point.
+
+    Where units have a permutation of their own for each of their parents', that is unit (p_parent[h], p[h, j]).
+    """
     model, spec = case(name).model, derived(name)
     observer = Observer(model, spec, case(name).inputs)
     p = random_permutations(spec, generator(2))
@@ -107,7 +112,19 @@ def test_permuting_weights_permutes_observed_columns(name: str) -> None:
     for group, matrices in before.items():
         for one, other in zip(matrices, after[group], strict=True):
             assert one.dtype == torch.float32
-            torch.testing.assert_close(other, one[:, p[group]], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(other, one[:, _columns(spec, group, p)], rtol=1e-5, atol=1e-6)
+
+
+def _columns(spec: SymmetrySpec, group: str, p: dict[str, Tensor]) -> Tensor:
+    parents = spec.group(group).parents
+    columns: list[Tensor] = []
+    for new in itertools.product(*(range(spec.group(parent).size) for parent in parents)):
+        place = 0
+        for parent, unit in zip(parents, new):
+            above = tuple(new[parents.index(other)] for other in spec.group(parent).parents)
+            place = place * spec.group(parent).size + int(p[parent][(*above, unit)])
+        columns.append(place * spec.group(group).size + p[group][new])
+    return torch.cat(columns)
 
 
 def test_concatenated_groups_are_observed_in_their_slice() -> None:

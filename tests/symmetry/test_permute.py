@@ -36,7 +36,7 @@ def test_inverse_undoes(name: str, seed: int) -> None:
     before = {key: value.clone() for key, value in state.items()}
     p = random_permutations(spec, generator(seed))
     moved = permute_weights(state, spec, p)
-    back = permute_weights(moved, spec, invert_permutations(p))
+    back = permute_weights(moved, spec, invert_permutations(p, spec))
     assert list(back) == list(state)
     assert all(torch.equal(back[key], before[key]) and torch.equal(state[key], before[key]) for key in state)
     assert any(not torch.equal(moved[key], before[key]) for key in state)
@@ -50,7 +50,7 @@ def test_composition(name: str, seed: int) -> None:
     p, q = (random_permutations(spec, generator(seed + i)) for i in range(2))
     del p[next(iter(p))]
     twice = permute_weights(permute_weights(state, spec, p), spec, q)
-    once = permute_weights(state, spec, compose_permutations(p, q))
+    once = permute_weights(state, spec, compose_permutations(p, q, spec))
     assert all(torch.equal(twice[key], once[key]) for key in state)
 
 

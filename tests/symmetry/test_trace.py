@@ -117,7 +117,9 @@ def test_rule_that_gives_a_wrong_shape_is_not_trusted(monkeypatch: pytest.Monkey
 def test_failing_groups_are_found_and_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reference: a wrong rule (a shift of units taken for nothing) spoils one group of three, by hand."""
     monkeypatch.setattr(rule_table, "_RULES", {**rule_table._RULES, "aten.roll": rule_table._RULES["aten.clone"]})
-    model, inputs = Shifted(), torch.randn(4, 3)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # with units that are all dead, two trials may show nothing
+        model, inputs = Shifted(), torch.randn(64, 3)
     spec = derive_symmetry(model, inputs)
     assert [group.size for group in spec.groups] == [9, 6, 7]
     with pytest.warns(SymmetryWarning, match=r"SYM-E03 group three.weight/1 failed invariance \(err=.+\); frozen"):

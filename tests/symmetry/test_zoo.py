@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dimat.errors import SymmetryError
 from dimat.symmetry import AxisRef, SymmetrySpec, derive_symmetry, verify_symmetry
 from dimat.symmetry.verify import randomised
 
@@ -51,8 +52,16 @@ def test_every_moved_axis_is_needed(name: str) -> None:
     for axis in chosen:
         broken = replace(spec, axes=tuple(other for other in spec.axes if other != axis))
         # a small group may draw the identity, so there are a few tries
-        changes = (verify_symmetry(case(name).model, broken, case(name).inputs, generator(s)) for s in range(8))
+        changes = (_change(name, broken, seed) for seed in range(8))
         assert any(change > 1e-6 for change in changes), f"{axis.tensor} axis {axis.dim} left out, nothing changed"
+
+
+def _change(name: str, spec: SymmetrySpec, seed: int) -> float:
+    """Return how much outputs change, infinity where units have lost the axis of their parents."""
+    try:
+        return verify_symmetry(case(name).model, spec, case(name).inputs, generator(seed))
+    except SymmetryError:
+        return float("inf")
 
 
 @pytest.mark.parametrize("name", ["mlp", "lenet", "vgg", "resnet20-B", "text"])

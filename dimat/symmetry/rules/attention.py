@@ -1,17 +1,21 @@
-"""Scaled dot-product attention, without permutations of its own for each head (those need wreath groups)."""
+"""Scaled dot-product attention: which units of a head go together, and that heads stay apart, is told by its axes."""
 
 from __future__ import annotations
 
+from dimat.symmetry.layout import Layout
 from dimat.symmetry.rules.call import Call, NoRule, Result, Value, rule
 
 
 @rule("aten.scaled_dot_product_attention")
 def attention(call: Call) -> Result:
-    """softmax(q kᵀ + mask) v with q (…, L, E), k (…, S, E), v (…, S, V): E, S and leading axes are shared."""
+    """softmax(q kᵀ + mask) v with q (…, H, L, E), k (…, K, S, E), v (…, K, S, V): E, S and leading axes are shared.
+
+    With `enable_gqa`, each of the K heads of k and v serves H / K consecutive heads of q.
+    """
     q, k, v = (call.value(name) for name in ("query", "key", "value"))
     mask = call.optional("attn_mask")
-    if call.constant("enable_gqa", False):
-        raise NoRule("grouped-query attention")
+    if call.constant("enable_gqa", False) and q.ndim > 2:
+        k, v = (_repeated(call, value, q.shape[-3]) for value in (k, v))
     call.domain.unify(q.dims[-1], k.dims[-1])
     call.domain.unify(k.dims[-2], v.dims[-2])
     if call.constant("is_causal", False):
@@ -21,4 +25,15 @@ def attention(call: Call) -> Result:
     if mask is not None:
         scores = Value((*leading, q.dims[-2], k.dims[-2]))
         call.broadcast([scores, mask], scores.shape)
+    call.mix(q.dims[-1:], (*leading, q.dims[-2], k.dims[-2]))
+    call.mix(k.dims[-2:-1], (*leading, q.dims[-2], v.dims[-1]))
     return Value((*leading, q.dims[-2], v.dims[-1]))
+
+
+def _repeated(call: Call, x: Value, heads: int) -> Value:
+    """Return `x` with each of its heads repeated, as many as the query has."""
+    given = x.shape[-3]
+    if heads % given:
+        raise NoRule(f"{heads} heads of the query for {given} of the key or value")
+    axis: Layout = call.domain.merge([x.dims[-3], call.domain.fresh(heads // given)])
+    return Value((*x.dims[:-3], axis, *x.dims[-2:]))

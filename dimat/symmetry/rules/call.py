@@ -117,6 +117,18 @@ class Call:
         """Return a new axis that never moves, for a reason, at this node."""
         return self.domain.fixed(size, self.why(reason))
 
+    def mix(self, mixed: Iterable[Layout], apart: Iterable[Layout]) -> None:
+        """Record that indices of some axes are combined with each other, those of the others staying apart."""
+        self.domain.mixes.append((tuple(mixed), tuple(apart)))
+
+    def taken(self, x: Value, axis: int, index: int) -> Value:
+        """Return `x` at one index of an axis, without that axis."""
+        others = (*x.dims[:axis], *x.dims[axis + 1 :])
+        if choice := self.domain.choice_of(x.dims[axis]):
+            return Value(tuple(self.domain.choose(layout, choice, index) for layout in others))
+        self.domain.slice(x.dims[axis], index, index + 1)
+        return Value(others)
+
     def broadcast(self, values: Sequence[Value], shape: Sequence[int]) -> tuple[Layout, ...]:
         """Unify axes of tensors that are broadcast to `shape`, and return the axes of the result."""
         dims: list[Layout] = []

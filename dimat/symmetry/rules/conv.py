@@ -31,6 +31,7 @@ def _conv(call: Call, *, transposed: bool) -> Result:
         raise NoRule("convolution of an unusual shape")
     groups = int(call.constant("groups", 1))
     given, out = (weight.dims[0], weight.dims[1]) if transposed else (weight.dims[1], weight.dims[0])
+    inner = shared = ()
     if groups > 1:
         # weight axis 0 is (group, inner); the other channel axis is made of the same groups and axis 1
         shared = call.domain.fresh(groups)
@@ -39,6 +40,11 @@ def _conv(call: Call, *, transposed: bool) -> Result:
         other = call.domain.merge([shared, weight.dims[1]])
         given, out = (weight.dims[0], other) if transposed else (other, weight.dims[0])
     call.domain.unify(x.dims[channel], given)
+    if groups > 1:
+        # inside a group all channels are combined, of different groups none; which axis holds them depends
+        call.mix([inner if transposed else weight.dims[1]], [shared])
+    else:
+        call.mix([given], [*x.dims[:channel], out])
     if bias is not None:
         call.domain.unify(out, bias.dims[0])
     call.freeze(weight.dims[2:], "position in a kernel")

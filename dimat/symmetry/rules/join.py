@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dimat.symmetry.layout import Layout, layout_size
+from dimat.symmetry.layout import ONE, Layout, layout_size
 from dimat.symmetry.rules.call import Call, NoRule, Result, Value, rule
 
 
@@ -45,6 +45,8 @@ def split(call: Call) -> Result:
     axis = call.dim("dim", x.ndim)
     pieces: list[Value | None] = []
     rest = x.dims[axis]
+    if call.domain.choice_of(rest) and all(call.shape(i)[axis] == 1 for i in range(call.output_count)):
+        return [_with(call.taken(x, axis, i), axis, ONE, insert=True) for i in range(call.output_count)]
     for number in range(call.output_count):
         piece, rest = call.domain.cut(rest, call.shape(number)[axis])
         pieces.append(_with(x, axis, piece))
@@ -58,8 +60,7 @@ def unbind(call: Call) -> Result:
     """Every index of an axis becomes a tensor of its own, so the axis stays as it is."""
     x = call.value("self")
     axis = call.dim("dim", x.ndim)
-    call.freeze([x.dims[axis]], "axis taken apart by index")
-    return [_with(x, axis, None) for _ in range(call.output_count)]
+    return [call.taken(x, axis, index) for index in range(call.output_count)]
 
 
 @rule("aten.select")
@@ -67,10 +68,7 @@ def select(call: Call) -> Result:
     """One index of an axis is taken: that index stays, the rest of the axis is free."""
     x = call.value("self")
     axis = call.dim("dim", x.ndim)
-    size = x.shape[axis]
-    index = int(call.constant("index")) % max(size, 1)
-    call.domain.slice(x.dims[axis], index, index + 1)
-    return _with(x, axis, None)
+    return call.taken(x, axis, int(call.constant("index")) % max(x.shape[axis], 1))
 
 
 @rule("aten.slice", "aten.narrow")
@@ -84,6 +82,8 @@ def slice_(call: Call) -> Result:
         return _with(x, axis, call.fixed(length, "slice with a step"))
     start = int(call.constant("start", 0))
     start = min(max(start + size if start < 0 else start, 0), size)
+    if length == 1 and call.domain.choice_of(x.dims[axis]):
+        return _with(call.taken(x, axis, start), axis, ONE, insert=True)
     return _with(x, axis, call.domain.slice(x.dims[axis], start, start + length))
 
 
@@ -119,6 +119,6 @@ def _pad_positions(call: Call, x: Value) -> Result:
     return Value((*x.dims[:kept], *fixed))
 
 
-def _with(x: Value, axis: int, layout: Layout | None) -> Value:
-    """Return `x` with one axis replaced, or dropped."""
-    return Value((*x.dims[:axis], *(() if layout is None else (layout,)), *x.dims[axis + 1 :]))
+def _with(x: Value, axis: int, layout: Layout, *, insert: bool = False) -> Value:
+    """Return `x` with one axis replaced, or a new one before it."""
+    return Value((*x.dims[:axis], layout, *x.dims[axis if insert else axis + 1 :]))

@@ -11,6 +11,7 @@ def linear(call: Call) -> Result:
     """y = x Wᵀ + b with W of shape (out, in)."""
     x, weight, bias = call.value("input"), call.value("weight"), call.optional("bias")
     call.domain.unify(x.dims[-1], weight.dims[-1])
+    call.mix(x.dims[-1:], (*x.dims[:-1], *weight.dims[:-1]))
     out = weight.dims[:-1]
     if bias is not None and out:
         call.domain.unify(out[0], bias.dims[0])
@@ -46,6 +47,8 @@ def bilinear(call: Call) -> Result:
     bias = call.optional("bias")
     call.domain.unify(x1.dims[-1], weight.dims[1])
     call.domain.unify(x2.dims[-1], weight.dims[2])
+    call.mix(x1.dims[-1:], (*x1.dims[:-1], *weight.dims))
+    call.mix(x2.dims[-1:], (*x2.dims[:-1], *weight.dims))
     if bias is not None:
         call.domain.unify(weight.dims[0], bias.dims[0])
     leading = call.broadcast([Value(x1.dims[:-1]), Value(x2.dims[:-1])], call.shape()[:-1])
@@ -72,11 +75,13 @@ def einsum(call: Call) -> Result:
                 axes[letter] = layout
             elif layout_size(layout) != 1:
                 call.domain.unify(known, layout)
+    call.mix([axes[letter] for letter in axes if letter not in output], [axes[letter] for letter in output])
     return Value(tuple(axes[letter] for letter in output))
 
 
 def _matmul(call: Call, a: Value, b: Value) -> tuple[Layout, ...]:
     call.domain.unify(a.dims[-1], b.dims[-2] if b.ndim > 1 else b.dims[-1])
+    call.mix(a.dims[-1:], (*a.dims[:-1], *b.dims[:-2], *(b.dims[-1:] if b.ndim > 1 else ())))
     rows = a.dims[-2:-1] if a.ndim > 1 else ()
     columns = b.dims[-1:] if b.ndim > 1 else ()
     leading = [Value(value.dims[:-2]) for value in (a, b)]

@@ -19,6 +19,7 @@ def batch_norm(call: Call) -> Result:
     """Per channel (axis 1): weight, bias, running mean and variance, each of shape (channels,)."""
     x = call.tensors()[0]
     _per_channel(call, x)
+    call.mix((*x.dims[:1], *x.dims[2:]), x.dims[1:2])
     return _first_of(call, x)
 
 
@@ -29,8 +30,9 @@ def group_norm(call: Call) -> Result:
     groups = int(call.constant("num_groups") or call.constant("group"))
     channels = x.shape[1]
     if groups > 1:
-        inner = call.domain.fresh(channels // groups)
-        call.domain.unify(x.dims[1], call.domain.merge([call.domain.fresh(groups), inner]))
+        inner, outer = call.domain.fresh(channels // groups), call.domain.fresh(groups)
+        call.domain.unify(x.dims[1], call.domain.merge([outer, inner]))
+        call.mix([inner, *x.dims[2:]], [x.dims[0], outer])
     _per_channel(call, x)
     return _first_of(call, x)
 
@@ -44,6 +46,8 @@ def layer_norm(call: Call) -> Result:
         if affine is not None:
             for one, other in zip(x.dims[x.ndim - affine.ndim :], affine.dims, strict=True):
                 call.domain.unify(one, other)
+    kept = x.ndim - len(call.constant("normalized_shape"))
+    call.mix(x.dims[kept:], x.dims[:kept])
     return _first_of(call, x)
 
 
@@ -52,6 +56,8 @@ def weight_norm(call: Call) -> Result:
     """g v / ‖v‖, the norm being over all axes but one, along which `g` gives a length for each index."""
     direction, length = call.value("v"), call.value("g")
     call.broadcast([direction, length], direction.shape)
+    mixed = [d for d, size in enumerate(length.shape) if size == 1]
+    call.mix([direction.dims[d] for d in mixed], [direction.dims[d] for d in range(direction.ndim) if d not in mixed])
     return _first_of(call, direction)
 
 

@@ -56,7 +56,10 @@ def prelu(call: Call) -> Result:
 @rule("aten.softmax", "aten.log_softmax", "aten._softmax", "aten._log_softmax", "aten.special_softmax")
 def same_shape(call: Call) -> Result:
     """Softmax over a permuted axis is the permuted softmax."""
-    return call.value("self")
+    x = call.value("self")
+    axis = call.dim("dim", x.ndim)
+    call.mix(x.dims[axis : axis + 1], (*x.dims[:axis], *x.dims[axis + 1 :]))
+    return x
 
 
 @rule("aten.glu")

@@ -38,6 +38,8 @@ def recurrent(call: Call) -> Result:
             gate_axis = call.domain.concat([units] * gates)
             call.domain.unify(from_hidden.dims[1], units)
             call.domain.unify(from_input.dims[1], below)
+            call.mix([units], [gate_axis])
+            call.mix([below], [gate_axis])
             for value in (from_input, from_hidden, *biases):
                 call.domain.unify(value.dims[0], gate_axis)
             made.append(units)

@@ -21,6 +21,7 @@ def reduction(call: Call) -> Result:
     axes = call.dims("dim", x.ndim)
     if call.output_count > 1 and "indices" in call.result_names:
         call.freeze([x.dims[d] for d in axes], "the index of an entry is used")
+    call.mix([x.dims[d] for d in axes], [layout for d, layout in enumerate(x.dims) if d not in axes])
     keep = bool(call.constant("keepdim", False))
     dims = tuple(ONE if d in axes else layout for d, layout in enumerate(x.dims) if keep or d not in axes)
     return Value(dims) if call.output_count == 1 else [Value(dims) for _ in range(call.output_count)]
