@@ -1,4 +1,4 @@
-"""A command in a process of its own: its CPU time and the most memory that it held as its own."""
+"""What processes cost: their CPU time, and the memory that they hold as their own."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def watch(command: Sequence[str | Path], environment: Mapping[str, str] | None =
             stderr=subprocess.STDOUT,
             **popen,
         )
-        status, peak_kb = Path(f"/proc/{child.pid}/status"), 0
+        peak_kb = 0
         try:
             while True:
                 pid, code, usage = os.wait4(child.pid, os.WNOHANG)
                 if pid:
                     break
-                peak_kb = max(peak_kb, _anonymous_kb(status))
+                peak_kb = max(peak_kb, anonymous_kb(child.pid))
                 time.sleep(EVERY_S)
         except BaseException:
             child.kill()
@@ -61,9 +61,10 @@ def watch(command: Sequence[str | Path], environment: Mapping[str, str] | None =
     return Cost(usage.ru_utime + usage.ru_stime, peak_kb / 1024)
 
 
-def _anonymous_kb(status: Path) -> int:
-    """Return RssAnon, 0 where the process is already over."""
-    for row in status.read_text().splitlines():
-        if row.startswith("RssAnon"):
-            return int(row.split()[1])
-    return 0
+def anonymous_kb(pid: int) -> int:
+    """Return RssAnon of a process, 0 where it is over."""
+    try:
+        text = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    return next((int(row.split()[1]) for row in text.splitlines() if row.startswith("RssAnon")), 0)

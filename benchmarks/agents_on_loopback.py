@@ -22,7 +22,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from _children import ONE_THREAD
+from _children import ONE_THREAD, anonymous_kb
 from _common import Result, finish, options, table
 
 from dimat.tasks import ClassificationTask, TensorData, mlp, seeded
@@ -162,15 +162,6 @@ def measure(file: Path, settings: tuple[str, ...]) -> Measured:
         1 - spent / ((ended - listening) * cores),
         sum(metrics) / len(metrics),
     )
-
-
-def anonymous_kb(pid: int) -> int:
-    """Return RssAnon of a process, 0 where it is over."""
-    try:
-        text = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return 0
-    return next((int(row.split()[1]) for row in text.splitlines() if row.startswith("RssAnon")), 0)
 
 
 def cpu_s(pid: int) -> float:

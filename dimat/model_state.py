@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -12,7 +13,7 @@ from dimat.errors import DataError
 from dimat.symmetry import Permutations, SymmetrySpec, permute_optimizer, permute_weights
 
 
-class ModelState:
+class ModelState(ABC):
     """The weights of `model` and the state of `optimizer`, whoever trains them."""
 
     model: nn.Module
@@ -78,9 +79,9 @@ class ModelState:
         """Return the parameters that the optimizer changes, by name, in its order."""
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
 
+    @abstractmethod
     def _new_optimizer(self) -> torch.optim.Optimizer:
         """Return an optimizer that knows nothing of before."""
-        raise NotImplementedError
 
 
 def copied(tensor: Tensor) -> Tensor:

@@ -413,3 +413,13 @@ def test_kill_9_leaves_no_orphans(tiny: Path) -> None:
         assert not [pid for pid in children if alive(pid)]
         results = json.loads((tiny.parent / "runs" / "tiny" / "results.json").read_text())
         assert len(results["rows"]) == 3 * max(row["round"] for row in results["rows"])
+
+def test_an_interrupt_inside_exec_keeps_the_exit_code(tmp_path: Path) -> None:
+    """Reference: the exit code of a stop, also where CPython's own mark of an interrupt in `exec` would replace it."""
+    (tmp_path / "late.py").write_text(
+        "import os, signal\nfrom dimat.cli import main, app\n\n\n@app.command\ndef late() -> None:\n"
+        "    exec('import os, signal; os.kill(os.getpid(), signal.SIGTERM); [0 for _ in range(10**6)]')\n\n\n"
+        "raise SystemExit(main(['late']))\n"
+    )
+    run = subprocess.run([sys.executable, "-m", "late"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr) == (143, "dimat: stopped\n")

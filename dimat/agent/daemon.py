@@ -18,8 +18,9 @@ from dimat import events as facts
 from dimat.agent.basis import BasisId
 from dimat.agent.checkpoint import CheckpointStore
 from dimat.agent.finding import Finding, check_finding
-from dimat.agent.folder import AgentFolder, default_folder
+from dimat.agent.folder import AgentFolder, folder_of
 from dimat.agent.ledger import ManifestLedger
+from dimat.agent.room import RESERVE_BYTES, held_bytes, needed_bytes
 from dimat.agent.round import RoundMachine
 from dimat.agent.runner import Runner
 from dimat.agent.setup import AgentSetup, listen_address, neighbours_of, programme_of
@@ -41,8 +42,6 @@ from dimat.version import __version__
 from dimat.wire.encodings import ENCODINGS, encoded_bytes
 
 MB = 1e6
-RESERVE_BYTES = 64 * 2**20
-"""Left free on the disk, whatever is kept."""
 _TURNS = (facts.AgentStarted, facts.Trained, facts.Published, facts.Merged, facts.Checkpointed)
 
 
@@ -64,7 +63,7 @@ class Daemon:
         self.address = ""
         """Where it listens, once it does."""
         base = Path(config.folder)
-        path = default_folder(config.run, setup.name) if agent.folder is None else base / agent.folder
+        path = folder_of(config, setup.name)
         self.identity: Identity | None = None if agent.insecure else load_identity(base / agent.keys, setup.name)
         finds = check_finding(config)
         self.folder = AgentFolder(path, config.run, setup.name)
@@ -267,11 +266,9 @@ class Daemon:
 
     def _check_room(self, size: int, keep: int) -> None:
         """Refuse to begin where the disk cannot hold what a round needs."""
-        # own snapshots, peers' snapshots, and checkpoints with two optimizer moments and one being written
         peers = len(self.setup.programme.plan(self.setup.name).peers)
-        checkpoints = self.setup.config.agent.keep_checkpoints + 1
-        needed = (keep + 1 + peers + 3 * checkpoints) * size + RESERVE_BYTES
-        held = sum(file.stat().st_size for file in self.folder.path.rglob("*") if file.is_file())
+        needed = needed_bytes(size, peers, keep, self.setup.config.agent.keep_checkpoints)
+        held = held_bytes(self.folder.path)
         free = shutil.disk_usage(self.folder.path).free
         if free + held < needed:
             raise DataError(

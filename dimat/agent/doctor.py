@@ -24,7 +24,8 @@ from cryptography import x509
 from dimat.agent.checkpoint import look
 from dimat.agent.doctor_network import Around, look_around
 from dimat.agent.findings import Finding, fail, failed, ok, warn
-from dimat.agent.folder import default_folder, read_mark
+from dimat.agent.folder import folder_of, read_mark
+from dimat.agent.room import held_bytes, needed_bytes
 from dimat.agent.setup import AgentSetup, listen_address, neighbours_of, prepare_agent
 from dimat.agent.status import ask
 from dimat.config import ExperimentConfig
@@ -36,7 +37,6 @@ from dimat.net.profile import Profile
 from dimat.wire.encodings import ENCODINGS
 
 MB = 1e6
-RESERVE_BYTES = 64 * 2**20
 IMPORT_S = 120.0
 
 
@@ -84,13 +84,6 @@ def examine(config: ExperimentConfig) -> Iterator[Finding]:
         bootstraps=config.dht.bootstraps,
     )
     yield from look_around(around)
-
-
-def folder_of(config: ExperimentConfig, name: str) -> Path:
-    """Return the agent's folder, as its daemon chooses it."""
-    if config.agent.folder is None:
-        return default_folder(config.run, name)
-    return Path(config.folder) / config.agent.folder
 
 
 def running_in(folder: Path) -> Running:
@@ -186,12 +179,11 @@ def _device(config: ExperimentConfig) -> Finding:
 
 def _room(config: ExperimentConfig, path: Path, peers: int, size: int) -> Iterator[Finding]:
     """Say whether disk and memory hold what a round needs. `size`: bytes of the model."""
-    keep = config.agent.keep_snapshots
-    needed = (keep + 1 + peers + 3 * (config.agent.keep_checkpoints + 1)) * size + RESERVE_BYTES
+    needed = needed_bytes(size, peers, config.agent.keep_snapshots, config.agent.keep_checkpoints)
     place = path.absolute()
     while not place.exists():
         place = place.parent
-    held = sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) if path.exists() else 0
+    held = held_bytes(path)
     free = shutil.disk_usage(place).free
     what = f"{free / MB:,.0f} MB free at {place}, about {max(needed - held, 0) / MB:,.0f} MB more are needed"
     if free + held < needed:

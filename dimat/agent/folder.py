@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from dimat.config import ExperimentConfig
 from dimat.errors import ConfigError, DataError
 from dimat.snapshot import write_bytes
 
@@ -83,8 +84,12 @@ def read_mark(path: Path) -> dict[str, Any] | None:
         raise DataError(f"cannot read {path / MARK}: {error}") from error
 
 
-def default_folder(run: str, agent: str) -> Path:
-    """Return where an agent keeps its things unless it is told otherwise."""
+def folder_of(config: ExperimentConfig, agent: str) -> Path:
+    """Return where an agent keeps its things: `agent.folder`, from the configuration file's own folder on, or one named
+    after run and agent. ConfigError where no folder can be named so."""
+    if config.agent.folder is not None:
+        return Path(config.folder) / config.agent.folder
+    run = config.run
     if agent in (".", "..") or "/" in run:
         raise ConfigError(f"cannot name a folder after run {run!r} and agent {agent!r}; set agent.folder")
     return Path("agents") / run / agent

@@ -46,6 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(f"dimat: {error}")
         return error.exit_code
     except KeyboardInterrupt as stop:
+        # one that was raised inside `exec` or `eval` (a dataclass being made, say) leaves a mark in CPython, by which
+        # `python -m` ends with SIGINT whatever the exit code; running something else that way wipes it out
+        exec("")
         say(f"dimat: {stop}" if str(stop) else "dimat: stopped")
         return 143 if terminated else 130
     except BrokenPipeError:

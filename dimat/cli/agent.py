@@ -78,7 +78,7 @@ def status(
     from dimat.ui.status import status_lines
 
     if peer is None:
-        folder = folder_of(target, name)
+        folder = named_folder(target, name)
 
         def look() -> Mapping[str, Any]:
             return ask(folder)
@@ -110,9 +110,9 @@ def load_agent(file: Path, name: str | None, overrides: tuple[str, ...] = ()) ->
     return load_experiment(file, (*overrides, *chosen))
 
 
-def folder_of(target: str, name: str | None) -> Path:
+def named_folder(target: str, name: str | None) -> Path:
     """Return the folder of an agent that is named by it or by its file."""
-    from dimat.agent.folder import default_folder
+    from dimat.agent.folder import folder_of
 
     path = Path(target)
     if path.is_dir():
@@ -120,9 +120,7 @@ def folder_of(target: str, name: str | None) -> Path:
     config = load_agent(path, name)
     if config.agent.name is None:
         raise ConfigError(f"{path} does not say which agent; give --name, or the agent's folder")
-    if config.agent.folder is not None:
-        return Path(config.folder) / config.agent.folder
-    return default_folder(config.run, config.agent.name)
+    return folder_of(config, config.agent.name)
 
 
 def _watch(found: Mapping[str, Any], look: Callable[[], Mapping[str, Any]], as_json: bool) -> None:

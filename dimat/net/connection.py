@@ -26,7 +26,6 @@ from dimat.net.profile import (
     misfit,
     shown,
 )
-from dimat.version import __version__
 from dimat.wire.v1 import peer_pb2 as pb
 
 Code = grpc.StatusCode
@@ -108,16 +107,7 @@ class Dialler:
 
     async def _hello(self, peer: str, address: str, channel: aio.Channel) -> Connection:
         metadata = ((AGENT_HEADER, self._agent),) if self._identity is None else ()
-        own = self._profile
-        request = pb.HelloRequest(
-            protocol=own.protocol,
-            dimat=__version__,
-            run=self._run,
-            agent=self._agent,
-            schema=own.schema,
-            base=own.base,
-            encodings=own.encodings,
-        )
+        request = pb.HelloRequest(**self._profile.said(self._run, self._agent))
         before = time.time()
         try:
             reply: pb.HelloReply = await _call(
@@ -130,7 +120,7 @@ class Dialler:
         apart_s = max(before - reply.time_s, reply.time_s - time.time())
         if reply.agent != peer:
             raise BrokenError(f"{shown(reply.agent)} answers there, not {peer}")
-        reason = misfit(own, self._run, reply)
+        reason = misfit(self._profile, self._run, reply)
         if reason:
             raise RefusedError(reason)
         try:

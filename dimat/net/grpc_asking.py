@@ -22,7 +22,6 @@ from dimat.net.connection import words
 from dimat.net.identity import Identity, check_certificate, tls_name
 from dimat.net.limits import MIB
 from dimat.net.profile import AGENT_HEADER, ASKING_HEADER, PEER_SERVICE, Profile, channel_options, shown
-from dimat.version import __version__
 from dimat.wire.v1 import peer_pb2 as pb
 
 LARGEST_REPLY = 4 * MIB
@@ -44,16 +43,7 @@ class Asked:
     async def hello(self, run: str, profile: Profile) -> pb.HelloReply:
         """Return who answers. Whether it fits is for the caller to see (`dimat.net.profile.misfit`). PeerError where it
         is another agent, SecurityError where its certificate is not its own."""
-        request = pb.HelloRequest(
-            protocol=profile.protocol,
-            dimat=__version__,
-            run=run,
-            agent=self._agent,
-            schema=profile.schema,
-            base=profile.base,
-            encodings=profile.encodings,
-        )
-        reply = await self._call("Hello", request, pb.HelloReply)
+        reply = await self._call("Hello", pb.HelloRequest(**profile.said(run, self._agent)), pb.HelloReply)
         if reply.agent != self.peer:
             raise PeerError(f"{shown(reply.agent)} answers at {self.address}, not {self.peer}")
         if self._identity is not None:

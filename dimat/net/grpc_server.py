@@ -42,7 +42,6 @@ from dimat.net.profile import (
 from dimat.net.serving import Serving, SlowReaderError
 from dimat.net.transport import Neighbours, Status
 from dimat.snapshot import SnapshotStore
-from dimat.version import __version__
 from dimat.wire.v1 import peer_pb2 as pb
 
 Context = aio.ServicerContext[Any, Any]
@@ -159,15 +158,8 @@ class Server:
             self._hellos[caller] = misfit(self._profile, self._run, request)
             if not self._hellos[caller]:
                 self._heard(caller)
-        own = self._profile
         return pb.HelloReply(
-            protocol=own.protocol,
-            dimat=__version__,
-            run=self._run,
-            agent=self._agent,
-            schema=own.schema,
-            base=own.base,
-            encodings=own.encodings,
+            **self._profile.said(self._run, self._agent),
             certificate=b"" if self._identity is None else self._identity.certificate_der,
             max_streams=self._limits.streams_per_peer,
             time_s=clock(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from dimat.net.limits import MIB, Limits
 from dimat.version import __version__
@@ -30,6 +31,18 @@ class Profile:
     base: str = ""
     encodings: tuple[str, ...] = ("fp32",)
     protocol: int = PROTOCOL
+
+    def said(self, run: str, agent: str) -> dict[str, Any]:
+        """Return what an agent with this profile says of itself in a hello: fields that request and reply share."""
+        return {
+            "protocol": self.protocol,
+            "dimat": __version__,
+            "run": run,
+            "agent": agent,
+            "schema": self.schema,
+            "base": self.base,
+            "encodings": self.encodings,
+        }
 
 
 def misfit(profile: Profile, run: str, other: pb.HelloRequest | pb.HelloReply) -> str:

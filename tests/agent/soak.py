@@ -19,21 +19,13 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
+from benchmarks._children import anonymous_kb
 from tests.agent.processes import Life, Network, check_ledgers, network
 
 SCHEDULE = "rounds = 0\nround_deadline_s = 15\njoin_wait_s = 3"
 TRAIN = "epochs_per_round = 60\nbatch_size = 8"
 SETTLED_S = 60.0  # of a life, before its memory is taken as what it grows from
 GROWTH = 0.05
-
-
-def anonymous_kb(pid: int) -> int:
-    """Return RssAnon of a process, 0 where it is over."""
-    try:
-        text = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return 0
-    return next((int(row.split()[1]) for row in text.splitlines() if row.startswith("RssAnon")), 0)
 
 
 def left_over(folder: Path) -> list[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import grpc
 import torch
 from grpc import aio
 from torch import Tensor
@@ -167,6 +168,15 @@ async def started(*agents: Agent, grace_s: float = 0.0) -> AsyncGenerator[None]:
             await agent.transport.close(grace_s)
 
 
+@asynccontextmanager
+async def pair(folder: Path, **more: Any) -> AsyncGenerator[tuple[Agent, Agent]]:
+    """Start agents a and b, each other's neighbours, and close them. `more`: what b, who reads, is made with."""
+    a, b = make(folder / "a", "a"), make(folder / "b", "b", **more)
+    async with started(a, b):
+        join(a, b)
+        yield a, b
+
+
 def join(*agents: Agent) -> None:
     """Make all agents each other's neighbours."""
     arrange(agents, {agent.name: agent.address for agent in agents})
@@ -194,6 +204,26 @@ async def call(channel: aio.Channel, method: str, request: Any, reply: Any, agen
         response_deserializer=reply.FromString,
     )
     return await handle(request, timeout=30, metadata=(("dimat-agent", agent),) if agent else ())
+
+
+async def ends_with(stream: Any) -> grpc.StatusCode:
+    """Read a stream to its end and return the code that it ends with."""
+    async with asyncio.timeout(60):
+        try:
+            while await stream.read() is not aio.EOF:
+                pass
+        except aio.AioRpcError as error:
+            return error.code()
+        return await stream.code()
+
+
+async def code_of(answer: Any) -> grpc.StatusCode:
+    """Return the code that a call with one answer ends with."""
+    try:
+        await answer
+    except aio.AioRpcError as error:
+        return error.code()
+    return grpc.StatusCode.OK
 
 
 def hello(agent: str, **other: Any) -> pb.HelloRequest:

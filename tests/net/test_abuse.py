@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dimat.wire.v1 import peer_pb2 as pb
-from tests.net.agents import QUICK, Agent, arrange, call, hello, join, make, started, weights
+from tests.net.agents import QUICK, Agent, arrange, call, code_of, ends_with, hello, join, make, started, weights
 from tests.net.lone import WIDE, WIDTH
 
 pytestmark = pytest.mark.anyio
@@ -33,26 +33,6 @@ def fetch(channel: aio.Channel, root: str, first: int = 0, blocks: int = 1) -> A
         "/dimat.wire.v1.Data/Fetch", request_serializer=pb.FetchRequest.SerializeToString, response_deserializer=None
     )
     return method(pb.FetchRequest(root=bytes.fromhex(root), first_block=first, blocks=blocks), metadata=HEADER)
-
-
-async def ends_with(stream: Any) -> grpc.StatusCode:
-    """Read a stream to its end and return the code that it ends with."""
-    async with asyncio.timeout(60):
-        try:
-            while await stream.read() is not aio.EOF:
-                pass
-        except aio.AioRpcError as error:
-            return error.code()
-        return await stream.code()
-
-
-async def code_of(answer: Any) -> grpc.StatusCode:
-    """Return the code that a call with one answer ends with."""
-    try:
-        await answer
-    except aio.AioRpcError as error:
-        return error.code()
-    return Code.OK
 
 
 @asynccontextmanager

@@ -18,7 +18,20 @@ from dimat.errors import NetworkError
 from dimat.net.identity import Identity, tls_name
 from dimat.net.manifests import seal
 from dimat.wire.v1 import peer_pb2 as pb
-from tests.net.agents import RUN, SCHEMA, Agent, arrange, call, hello, make, record, started, weights
+from tests.net.agents import (
+    RUN,
+    SCHEMA,
+    Agent,
+    arrange,
+    call,
+    code_of,
+    ends_with,
+    hello,
+    make,
+    record,
+    started,
+    weights,
+)
 from tests.net.keys import Authority
 from tests.net.test_hostile_peer import Liar, against
 
@@ -61,13 +74,7 @@ class Besieged:
     async def fetch(self, channel: aio.Channel) -> grpc.StatusCode:
         method = channel.unary_stream("/dimat.wire.v1.Data/Fetch")
         request = pb.FetchRequest(root=bytes.fromhex(self.root), first_block=0, blocks=1)
-        stream = method(request.SerializeToString(), timeout=30, metadata=(("dimat-agent", "b"),))
-        try:
-            while await stream.read() is not aio.EOF:
-                pass
-        except aio.AioRpcError as error:
-            return error.code()
-        return await stream.code()
+        return await ends_with(method(request.SerializeToString(), timeout=30, metadata=(("dimat-agent", "b"),)))
 
     async def still_serves(self) -> None:
         """A new agent c is served."""
@@ -87,14 +94,6 @@ async def besieged(tmp_path: Path, **more: Any) -> AsyncGenerator[Besieged]:
         arrange([a], {"a": a.address} | dict.fromkeys("bcd", "127.0.0.1:1"), readers=["b", "c"])
         a.transport.arrange(replace(a.transport._neighbours, peers=[]))
         yield Besieged(a, authority, a.publish(1, weights(1)).payload.root, tmp_path)
-
-
-async def code_of(answer: Any) -> grpc.StatusCode:
-    try:
-        await answer
-    except aio.AioRpcError as error:
-        return error.code()
-    return Code.OK
 
 
 def resident() -> int:

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from dimat.net.identity import Identity, tls_name
 from dimat.net.profile import AGENT_HEADER
 from dimat.wire.v1 import peer_pb2 as pb
-from tests.net.agents import QUICK, Agent, arrange, call, hello, make, started, weights
+from tests.net.agents import QUICK, Agent, arrange, call, ends_with, hello, make, started, weights
 from tests.net.keys import Authority, save
 from tests.net.lone import WIDE, WIDTH
 
@@ -209,22 +209,13 @@ async def test_bent_messages_of_a_member_are_answered_or_refused(
                 stream = channel.unary_stream(f"/dimat.wire.v1.{method}")(
                     bend(good), timeout=5, metadata=((AGENT_HEADER, "b"),)
                 )
-                ends.setdefault(method, set()).add(await end_of(stream))
+                ends.setdefault(method, set()).add(await ends_with(stream))
         # a bent hello or wait_ms may be one that has to wait
         assert set.union(*ends.values()) <= proper | {Code.DEADLINE_EXCEEDED}
         assert Code.INVALID_ARGUMENT in ends["Peer/Hello"]
         assert Code.NOT_FOUND in ends["Data/Fetch"]
         assert not caplog.records
         await serves(a, authority, tmp_path)
-
-
-async def end_of(stream: Any) -> grpc.StatusCode:
-    try:
-        while await stream.read() is not aio.EOF:
-            pass
-    except aio.AioRpcError as error:
-        return error.code()
-    return await stream.code()
 
 
 # ── floods ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -304,12 +295,12 @@ async def test_a_reader_that_never_reads_is_cut_off_and_holds_nobody_up(tmp_path
             idle = [begin(request) for _ in range(2)]  # as many as one peer may
             for stream in idle:
                 await stream.read()
-            assert await end_of(begin(request)) is Code.RESOURCE_EXHAUSTED
+            assert await ends_with(begin(request)) is Code.RESOURCE_EXHAUSTED
             await serves(a, authority, tmp_path, **wide)
             async with asyncio.timeout(60):
                 while a.transport._serving.slots._taken["b"]:  # noqa: ASYNC110
                     await asyncio.sleep(0.1)
             # they are told so, and have had a part
-            assert [await end_of(stream) for stream in idle] == [Code.ABORTED] * 2
+            assert [await ends_with(stream) for stream in idle] == [Code.ABORTED] * 2
             assert a.transport.sent_bytes["b"] < 2 * payload.bytes
-            assert await end_of(begin(request)) is Code.OK
+            assert await ends_with(begin(request)) is Code.OK

@@ -11,7 +11,7 @@ from torch import Tensor
 from dimat.net.profile import Profile
 from dimat.snapshot import Manifest
 from dimat.wire.encodings import ENCODINGS, encode_weights
-from tests.net.agents import SCHEMA, Agent, form, join, make, record, started, weights
+from tests.net.agents import SCHEMA, Agent, form, join, make, pair, record, started, weights
 
 pytestmark = pytest.mark.anyio
 ALL = Profile(SCHEMA, "", tuple(ENCODINGS))
@@ -30,9 +30,7 @@ def offer(agent: Agent, round_: int, own: dict[str, Tensor], encoding: str, afte
 
 
 async def test_a_form_costs_less_and_gives_the_same_bytes(tmp_path: Path) -> None:
-    a, b = make(tmp_path / "a", "a"), make(tmp_path / "b", "b", profile=ALL)
-    async with started(a, b):
-        join(a, b)
+    async with pair(tmp_path, profile=ALL) as (a, b):
         published = offer(a, 1, weights(1), "bf16")
         await b.ears.offer("a", 1)
         fetched = await b.transport.fetch("a", 1, published.payload.root)
@@ -75,9 +73,7 @@ async def test_a_delta_to_what_this_agent_has_made_itself(tmp_path: Path) -> Non
 
 
 async def test_a_form_that_cannot_be_read_here_is_left_aside(tmp_path: Path) -> None:
-    a, b = make(tmp_path / "a", "a"), make(tmp_path / "b", "b", profile=replace(ALL, encodings=("fp32", "fp16")))
-    async with started(a, b):
-        join(a, b)
+    async with pair(tmp_path, profile=replace(ALL, encodings=("fp32", "fp16"))) as (a, b):
         published = offer(a, 1, weights(1), "bf16")
         await b.ears.offer("a", 1)
         assert (await b.transport.fetch("a", 1, published.payload.root)).bytes == published.payload.bytes
@@ -86,9 +82,7 @@ async def test_a_form_that_cannot_be_read_here_is_left_aside(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("fault", ["garbage", "another", "withdrawn", "tampered"])
 async def test_a_form_that_does_not_give_what_was_promised_falls_back_to_the_whole(tmp_path: Path, fault: str) -> None:
-    a, b = make(tmp_path / "a", "a"), make(tmp_path / "b", "b", profile=ALL)
-    async with started(a, b):
-        join(a, b)
+    async with pair(tmp_path, profile=ALL) as (a, b):
         folder = a.store.folder
         encoded = encode_weights(weights(2 if fault == "another" else 1), "bf16")
         assert encoded.data is not None

@@ -17,7 +17,7 @@ from dimat.net.identity import Identity
 from dimat.net.limits import Limits
 from dimat.net.transport import Neighbours
 from dimat.wire.v1 import peer_pb2 as pb
-from tests.net.agents import QUICK, WIDTH, arrange, call, join, make, started, weights
+from tests.net.agents import QUICK, WIDTH, arrange, call, join, make, pair, started, weights
 from tests.net.keys import Authority
 
 pytestmark = pytest.mark.anyio
@@ -79,9 +79,7 @@ async def test_peers_tell_when_they_were_heard_and_what_went_over(tmp_path: Path
 
 
 async def test_an_unchanged_snapshot_costs_nothing(tmp_path: Path) -> None:
-    a, b = make(tmp_path / "a", "a"), make(tmp_path / "b", "b")
-    async with started(a, b):
-        join(a, b)
+    async with pair(tmp_path) as (a, b):
         first = a.publish(1, weights(1))
         await b.ears.offer("a", 1)
         await b.transport.fetch("a", 1, first.payload.root)
@@ -98,9 +96,7 @@ async def test_an_unchanged_snapshot_costs_nothing(tmp_path: Path) -> None:
 
 
 async def test_only_changed_blocks_travel(tmp_path: Path) -> None:
-    a, b = make(tmp_path / "a", "a"), make(tmp_path / "b", "b")
-    async with started(a, b):
-        join(a, b)
+    async with pair(tmp_path) as (a, b):
         before, after = weights(1), weights(1)
         first = a.publish(1, before)
         await b.ears.offer("a", 1)
@@ -117,9 +113,7 @@ async def test_only_changed_blocks_travel(tmp_path: Path) -> None:
 
 
 async def test_blocks_of_equal_content_travel_once(tmp_path: Path) -> None:
-    a, b = make(tmp_path / "a", "a"), make(tmp_path / "b", "b")
-    async with started(a, b):
-        join(a, b)
+    async with pair(tmp_path) as (a, b):
         tensors = {"layer.weight": torch.zeros(WIDTH, WIDTH)}
         published = a.publish(1, tensors)
         await b.ears.offer("a", 1)
@@ -130,9 +124,7 @@ async def test_blocks_of_equal_content_travel_once(tmp_path: Path) -> None:
 
 
 async def test_what_this_agent_holds_itself_is_not_sent(tmp_path: Path) -> None:
-    a, b = make(tmp_path / "a", "a"), make(tmp_path / "b", "b")
-    async with started(a, b):
-        join(a, b)
+    async with pair(tmp_path) as (a, b):
         own = b.publish(1, weights(1))
         published = a.publish(1, weights(1))
         await b.ears.offer("a", 1)
@@ -147,9 +139,7 @@ async def test_what_this_agent_holds_itself_is_not_sent(tmp_path: Path) -> None:
 
 
 async def test_news_come_at_once(tmp_path: Path) -> None:
-    a, b = make(tmp_path / "a", "a"), make(tmp_path / "b", "b", limits=Limits(poll_s=50.0))
-    async with started(a, b):
-        join(a, b)
+    async with pair(tmp_path, limits=Limits(poll_s=50.0)) as (a, b):
         a.publish(1, weights(1))
         await b.ears.offer("a", 1)
         # the next answer would come after 50 s if it waited its time
@@ -160,9 +150,7 @@ async def test_news_come_at_once(tmp_path: Path) -> None:
 
 
 async def test_publishing_again_changes_nothing(tmp_path: Path) -> None:
-    a, b = make(tmp_path / "a", "a"), make(tmp_path / "b", "b")
-    async with started(a, b):
-        join(a, b)
+    async with pair(tmp_path) as (a, b):
         manifest = a.publish(1, weights(1))
         await b.ears.offer("a", 1)
         a.transport.publish(manifest)
@@ -172,9 +160,7 @@ async def test_publishing_again_changes_nothing(tmp_path: Path) -> None:
 
 
 async def test_a_withdrawn_snapshot_cannot_be_had(tmp_path: Path) -> None:
-    a, b = make(tmp_path / "a", "a"), make(tmp_path / "b", "b")
-    async with started(a, b):
-        join(a, b)
+    async with pair(tmp_path) as (a, b):
         for round_ in (1, 2, 3):
             a.publish(round_, weights(round_))
             await b.ears.offer("a", round_)
@@ -188,9 +174,7 @@ async def test_a_withdrawn_snapshot_cannot_be_had(tmp_path: Path) -> None:
 
 
 async def test_a_snapshot_is_kept_while_it_is_needed_and_the_last_one_beyond(tmp_path: Path) -> None:
-    a, b = make(tmp_path / "a", "a"), make(tmp_path / "b", "b")
-    async with started(a, b):
-        join(a, b)
+    async with pair(tmp_path) as (a, b):
         paths: list[Path] = []
         for round_ in (1, 2, 3):
             published = a.publish(round_, weights(round_))

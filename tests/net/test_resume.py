@@ -17,7 +17,9 @@ from typing import Any
 import pytest
 
 from dimat.errors import NetworkError
-from tests.net.agents import BLOCK, QUICK, Agent, arrange, join, make, started, weights
+from dimat.net.transport import Fetched
+from dimat.snapshot import Manifest
+from tests.net.agents import BLOCK, QUICK, Agent, arrange, make, pair, started, weights
 from tests.net.lone import WIDE
 
 pytestmark = pytest.mark.anyio
@@ -87,21 +89,24 @@ async def until_received(agent: Agent, amount: int) -> None:
             await asyncio.sleep(0.02)
 
 
+async def begun(b: Agent, port: int) -> tuple[Manifest, asyncio.Task[Fetched]]:
+    """Let b fetch the snapshot of the agent at a port; return once 4 MiB of it are here."""
+    arrange([b], {"a": f"127.0.0.1:{port}", "b": b.address})
+    manifest = await b.ears.offer("a", 1)
+    fetching = asyncio.create_task(b.transport.fetch("a", 1, manifest.payload.root))
+    await until_received(b, 4 * MIB)
+    return manifest, fetching
+
+
 async def test_a_publisher_killed_mid_stream_is_gone_on_with_from_the_blocks_held(tmp_path: Path) -> None:
     b = reader(tmp_path)
     async with started(b), lone("serve", str(tmp_path / "a"), "0", mb_s="8") as first:
         port = await first.says("port")
-        arrange([b], {"a": f"127.0.0.1:{port}", "b": b.address})
-        manifest = await b.ears.offer("a", 1)
-        fetching = asyncio.create_task(b.transport.fetch("a", 1, manifest.payload.root))
-        await until_received(b, 4 * MIB)
+        manifest, fetching = await begun(b, port)
         await first.kill()
         async with lone("serve", str(tmp_path / "a"), str(port)) as second:
             fetched = await asyncio.wait_for(fetching, 120)
-            assert (
-                fetched.path.read_bytes()
-                == (tmp_path / "a" / "own" / f"{manifest.payload.root}.safetensors").read_bytes()
-            )
+            assert fetched.path.read_bytes() == own(tmp_path, manifest.payload.root).read_bytes()
             assert await second.says("sent", 1) <= manifest.payload.bytes - 4 * MIB + 2 * BLOCK
         # of what was on its way when it broke, parts of one block at most came twice
         assert manifest.payload.bytes <= fetched.bytes <= manifest.payload.bytes + BLOCK
@@ -131,11 +136,7 @@ async def test_a_reader_killed_mid_stream_goes_on_from_its_disk(tmp_path: Path) 
 async def test_a_publisher_that_is_stopped_mid_stream_is_given_up_and_taken_up_again(tmp_path: Path) -> None:
     b = reader(tmp_path, limits=replace(QUICK, idle_s=1.0, call_s=1.0, poll_s=1.0))
     async with started(b), lone("serve", str(tmp_path / "a"), "0", mb_s="8") as a:
-        port = await a.says("port")
-        arrange([b], {"a": f"127.0.0.1:{port}", "b": b.address})
-        manifest = await b.ears.offer("a", 1)
-        fetching = asyncio.create_task(b.transport.fetch("a", 1, manifest.payload.root))
-        await until_received(b, 4 * MIB)
+        manifest, fetching = await begun(b, await a.says("port"))
         a.signal(signal.SIGSTOP)
         await b.ears.until(lambda: b.ears.losses)
         assert not fetching.done()
@@ -147,10 +148,7 @@ async def test_a_publisher_that_is_stopped_mid_stream_is_given_up_and_taken_up_a
 async def test_a_fetch_that_is_called_off_goes_on_where_it_was(tmp_path: Path) -> None:
     b = reader(tmp_path)
     async with started(b), lone("serve", str(tmp_path / "a"), "0", mb_s="8") as a:
-        arrange([b], {"a": f"127.0.0.1:{await a.says('port')}", "b": b.address})
-        manifest = await b.ears.offer("a", 1)
-        fetching = asyncio.create_task(b.transport.fetch("a", 1, manifest.payload.root))
-        await until_received(b, 4 * MIB)
+        manifest, fetching = await begun(b, await a.says("port"))
         fetching.cancel()
         with pytest.raises(asyncio.CancelledError):
             await fetching
@@ -161,9 +159,7 @@ async def test_a_fetch_that_is_called_off_goes_on_where_it_was(tmp_path: Path) -
 
 
 async def test_content_that_is_not_what_was_promised_is_refused_by_name(tmp_path: Path) -> None:
-    a, b = make(tmp_path / "a", "a"), make(tmp_path / "b", "b")
-    async with started(a, b):
-        join(a, b)
+    async with pair(tmp_path) as (a, b):
         published = a.publish(1, weights(1))
         await b.ears.offer("a", 1)
         path = a.store.path(published.payload.root)
@@ -183,9 +179,7 @@ async def test_content_that_is_not_what_was_promised_is_refused_by_name(tmp_path
 
 
 async def test_a_damaged_piece_from_an_earlier_life_counts_by_its_hashes(tmp_path: Path) -> None:
-    a, b = make(tmp_path / "a", "a"), make(tmp_path / "b", "b")
-    async with started(a, b):
-        join(a, b)
+    async with pair(tmp_path) as (a, b):
         published = a.publish(1, weights(1))
         await b.ears.offer("a", 1)
         first = await b.transport.fetch("a", 1, published.payload.root)
@@ -195,9 +189,7 @@ async def test_a_damaged_piece_from_an_earlier_life_counts_by_its_hashes(tmp_pat
     [manifest] = (b.folder / "received").glob("*.manifest")
     first.path.write_bytes(whole)
     # a whole file that rots: found by its hashes in the next life, and fetched anew
-    a, b = make(tmp_path / "a", "a"), make(tmp_path / "b", "b")
-    async with started(a, b):
-        join(a, b)
+    async with pair(tmp_path) as (a, b):
         again = await b.transport.fetch("a", 1, published.payload.root)
         assert again.path.read_bytes() == a.store.path(published.payload.root).read_bytes()
         assert again.bytes == published.payload.bytes
