@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 
 import torch
 from torch import Tensor
 
+from dimat.symmetry.permute import pieces
 from dimat.symmetry.spec import AxisRef, Layout
 
 COLUMNS = 2048
@@ -40,27 +42,19 @@ class Term:
 
 def terms(layout: Layout) -> list[Term]:
     """Return the parts of an axis."""
-    found: list[Term] = []
-    offset = 0
-    for segment in layout:
-        stride = 1
-        # from the innermost factor outwards: groups, sizes and the index so far, for each part
-        parts: list[Term] = [Term((), (), torch.zeros(1, dtype=torch.int64))]
-        for factor in reversed(segment):
-            choices = [Term((factor.group,), (factor.size,), torch.arange(factor.size))]
-            parts = [
-                Term(
-                    outer.groups + inner.groups,
-                    outer.sizes + inner.sizes,
-                    (outer.index.unsqueeze(1) * stride + inner.index).flatten(),
-                )
-                for outer in choices
-                for inner in parts
-            ]
-            stride *= factor.size
-        found += [Term(part.groups, part.sizes, part.index + offset) for part in parts]
-        offset += stride
-    return found
+    return [
+        Term(tuple(f.group for f in factors), tuple(f.size for f in factors), places.flatten())
+        for factors, places in pieces(layout)
+    ]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A factor of a cell: its group, the tensor's axis, and the dimension of the tensor that `Cell.spread` gives."""
+
+    group: str
+    axis: int
+    dim: int
 
 
 @dataclass(frozen=True)
@@ -69,14 +63,20 @@ class Cell:
 
     parts: tuple[tuple[int, Term], ...]
 
-    def slots(self) -> list[tuple[str, int]]:
-        """Return groups and the dimensions that run over their units in the tensor that `spread` gives."""
-        found: list[tuple[str, int]] = []
+    @cached_property
+    def slots(self) -> list[Slot]:
+        """Where the cell's groups are."""
+        found: list[Slot] = []
         shift = 0
         for dim, term in self.parts:
-            found += [(g, dim + shift + i) for i, g in enumerate(term.groups) if g is not None]
+            found += [Slot(g, dim, dim + shift + i) for i, g in enumerate(term.groups) if g is not None]
             shift += len(term.sizes) - 1
         return found
+
+    @cached_property
+    def groups(self) -> frozenset[str]:
+        """The cell's groups."""
+        return frozenset(slot.group for slot in self.slots)
 
     def spread(self, tensor: Tensor) -> Tensor:
         """Return the cell of a tensor, with a dimension for each factor."""

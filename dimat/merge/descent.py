@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from dimat.errors import MergeError
-from dimat.merge.cells import Cell, cells, pair_up
-from dimat.merge.nested import Tree, assign_nested, identity_value, trees
+from dimat.merge.cells import Cell, Slot, cells, pair_up
+from dimat.merge.batches import device_of
+from dimat.merge.nested import Tree, assign_nested, nested_value, trees
 from dimat.merge.stages import Permutations, Weights
-from dimat.merge.weights import PermutedWeights
+from dimat.merge.weights import PermutedWeights, WeightsOn
 from dimat.symmetry import compose_permutations
 from dimat.symmetry.spec import AxisRef, SymmetrySpec
 
@@ -97,13 +98,19 @@ class Matching:
         It is the innermost: what a cell says of its parents is in its blocks. A group that occurs twice has as many
         entries, each with the others as they stand.
         """
-        slots = cell.slots()
-        present = [group for group, _ in slots if group in move.free]
+        present = [slot.group for slot in cell.slots if slot.group in move.free]
         if not present:
             return []
         group = max(present, key=lambda g: len(self._parents[g]))
-        above = [next(dim for g, dim in slots if g == parent) for parent in self._parents[group]]
-        return [(group, [*above, dim]) for g, dim in slots if g == group]
+        return [(group, [*self._above(cell, slot), slot.dim]) for slot in cell.slots if slot.group == group]
+
+    def _above(self, cell: Cell, child: Slot) -> list[int]:
+        """Return the dimensions of a slot's parents: those in its own axis where they are there."""
+        dims: list[int] = []
+        for parent in self._parents[child.group]:
+            found = [slot for slot in cell.slots if slot.group == parent]
+            dims.append(max(found, key=lambda slot: slot.axis == child.axis).dim)
+        return dims
 
     def cut(self, tree: Tree, name: str) -> list[Cell]:
         """Return the cells of a tensor in which the axes without groups of a tree are whole."""
@@ -138,7 +145,7 @@ class Matching:
     def _meet(self, one: str, other: str) -> bool:
         if one in self._parents[other] or other in self._parents[one]:
             return False
-        return any({one, other} <= {g for g, _ in c.slots()} for cs in self.cells.values() for c in cs)
+        return any({one, other} <= c.groups for cs in self.cells.values() for c in cs)
 
 
 class Descent:
@@ -192,7 +199,7 @@ class Descent:
         self._seen[number] = versions
         scores, least = self._scores(move)
         found, value = assign_nested(move.tree, scores, move.held)
-        gain = value - identity_value(scores)
+        gain = value - nested_value(move.tree, scores, {})
         if gain <= least:
             return False
         before = dict(self.permutations)
@@ -207,7 +214,7 @@ class Descent:
         return True
 
     def _apply(self, move: Move, found: Permutations) -> None:
-        self.permutations = compose_permutations(self.permutations, found)
+        self.permutations = compose_permutations(self.permutations, found, self._matching.spec)
         for name in move.tensors:
             self._versions[name] += 1
 
@@ -262,12 +269,12 @@ class Descent:
 
 
 def _holds(cell: Cell, groups: Collection[str]) -> bool:
-    return any(group in groups for group, _ in cell.slots())
+    return not cell.groups.isdisjoint(groups)
 
 
 def _others(cell: Cell, free: Collection[str]) -> frozenset[str] | None:
     """Return the groups of a cell beside the free ones; None where one of those occurs twice."""
-    present = [group for group, _ in cell.slots()]
+    present = [slot.group for slot in cell.slots]
     moving = [group for group in present if group in free]
     return frozenset(present) - frozenset(free) if len(moving) == len(set(moving)) else None
 
@@ -288,6 +295,43 @@ def _numbers(tensor: Tensor) -> Tensor:
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
     return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def fill_in(
+    own: Weights,
+    peers: Sequence[Weights],
+    spec: SymmetrySpec,
+    start: Sequence[Permutations],
+    free: Sequence[set[str]],
+    *,
+    model: nn.Module | None,
+    generator: torch.Generator,
+    restarts: int = 0,
+    buffers: bool = False,
+) -> list[Permutations]:
+    """Return each peer's permutations, those of its groups in `free` by weights while the others stay as in `start`.
+
+    Each peer is matched with the same draws, whatever their order and number.
+    """
+    seed = int(torch.randint(1 << 62, (1,), generator=generator))
+    counted = counted_tensors(spec, model, buffers)
+    device = device_of(model)
+    mine = WeightsOn(own, device)
+    matchings: dict[frozenset[str], Matching] = {}
+    found: list[Permutations] = []
+    for peer, permutations, groups in zip(peers, start, free, strict=True):
+        if not groups:
+            found.append(dict(permutations))
+            continue
+        key = frozenset(groups)
+        if key not in matchings:
+            matchings[key] = Matching(spec, counted, key)
+        draws = torch.Generator().manual_seed(seed)
+        best, _ = matchings[key].best(
+            mine, WeightsOn(peer, device), permutations, restarts=restarts, generator=draws
+        )
+        found.append(best)
+    return found
 
 
 def counted_tensors(spec: SymmetrySpec, model: nn.Module | None, buffers: bool) -> set[str]:

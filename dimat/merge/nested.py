@@ -13,7 +13,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from dimat.merge.matching import assign, assignment_value
+from dimat.merge.matching import assign, assignment_value, margin
 from dimat.merge.stages import Permutations
 from dimat.symmetry.spec import Group, SymmetrySpec
 
@@ -33,6 +33,10 @@ class Tree:
     def outer(self) -> int:
         """Units of the parents, all in all; 1 for plain groups."""
         return prod(self.above)
+
+    def ids(self) -> list[str]:
+        """Return the ids of its groups, parents first."""
+        return [node.group.id for node in self.nodes()]
 
     def nodes(self) -> Iterator[Tree]:
         """Yield this tree and all below it, parents first."""
@@ -136,6 +140,28 @@ class _Solver:
         return whole[own * size : (own + 1) * size, peer * size : (peer + 1) * size]
 
 
-def identity_value(scores: Mapping[str, Tensor]) -> float:
-    """Return what the scores of a tree are worth where nothing moves."""
-    return sum(float(s.double().diagonal().sum()) for s in scores.values())
+def flat_permutations(tree: Tree, permutations: Mapping[str, Tensor]) -> Permutations:
+    """Return, by group, where each unit comes from, units counted row-major by parents and unit: (outer · units,)."""
+    flat: Permutations = {}
+
+    def fill(node: Tree, above: Tensor) -> None:
+        size = node.group.size
+        p = permutations.get(node.group.id, torch.arange(size).expand(*node.above, size))
+        flat[node.group.id] = (above.unsqueeze(1) * size + p.reshape(-1, size)).flatten()
+        for child in node.children:
+            fill(child, flat[node.group.id])
+
+    fill(tree, torch.arange(tree.outer))
+    return flat
+
+
+def nested_value(tree: Tree, scores: Mapping[str, Tensor], permutations: Mapping[str, Tensor]) -> float:
+    """Return what permutations of a tree's groups are worth; groups without one stay in their order."""
+    flat = flat_permutations(tree, permutations)
+    return sum(assignment_value(s.double(), flat[group]) for group, s in scores.items())
+
+
+def nested_margin(tree: Tree, scores: Mapping[str, Tensor], permutations: Mapping[str, Tensor]) -> float:
+    """Return the smallest `margin` of the tree's groups that have scores, units of all parents side by side."""
+    flat = flat_permutations(tree, permutations)
+    return min(margin(s, flat[group]) for group, s in scores.items())

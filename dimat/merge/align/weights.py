@@ -9,12 +9,10 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from dimat.merge.batches import device_of
 from dimat.merge.clock import Clock
-from dimat.merge.descent import Matching, counted_tensors
+from dimat.merge.descent import fill_in
 from dimat.merge.registry import align_registry
-from dimat.merge.stages import Aligned, Permutations, Weights
-from dimat.merge.weights import WeightsOn
+from dimat.merge.stages import Aligned, Weights
 from dimat.symmetry.spec import SymmetrySpec
 
 
@@ -46,14 +44,17 @@ def weights(
     arXiv 2209.04836, Algorithm 1.
     """
     clock = Clock()
-    seed = int(torch.randint(1 << 62, (1,), generator=generator or torch.Generator().manual_seed(0)))
-    matching = Matching(spec, counted_tensors(spec, model, buffers))
-    device = device_of(model)
-    mine = WeightsOn(own, device)
-    permutations: list[Permutations] = []
-    for peer in peers:
-        draws = torch.Generator().manual_seed(seed)
-        found, _ = matching.best(mine, WeightsOn(peer, device), {}, restarts=restarts, generator=draws)
-        permutations.append(found)
+    everything = {group.id for group in spec.groups}
+    permutations = fill_in(
+        own,
+        peers,
+        spec,
+        [{} for _ in peers],
+        [everything for _ in peers],
+        model=model,
+        generator=generator or torch.Generator().manual_seed(0),
+        restarts=restarts,
+        buffers=buffers,
+    )
     clock.lap("matching")
     return Aligned(permutations, cpu_s=clock.seconds)
