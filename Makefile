@@ -7,10 +7,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+ZOO_ARGS ?=
 
 PROTO := build/proto-venv
 
-.PHONY: help setup demo test lint format proto proto-check bench bench-quick clean
+.PHONY: help setup demo test lint format proto proto-check zoo bench bench-quick clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -61,6 +62,9 @@ proto-check: $(PROTO)/.done  ## Fail if dimat/wire/v1 is not what proto/ gives
 	$(call GENERATE,build/proto)
 	@for file in build/proto/dimat/wire/v1/*; do cmp "$$file" "dimat/wire/v1/$$(basename "$$file")" \
 		|| { echo "$$file differs: run make proto, and commit what it writes"; exit 1; }; done
+
+zoo: $(VENV)/.dev  ## Derive and check the symmetries of many architectures (about two minutes; ZOO_ARGS names some)
+	$(BIN)/python -m tests.symmetry.wide $(ZOO_ARGS)
 
 bench: $(VENV)/.dev  ## Run all benchmarks (about an hour; see benchmarks/README.md)
 	@for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done

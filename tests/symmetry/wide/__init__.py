@@ -1,0 +1,12 @@
+"""The wide zoo: models of torchvision, timm, transformers and our own, and what symmetry derivation must find in them.
+
+`python -m tests.symmetry.wide` measures them all and prints a table; `tests/symmetry/test_wide.py` is its form in CI.
+"""
+
+from . import images_timm, language, own, vision
+from .entry import Built, Entry, build
+from .measure import Row, measure, shortcomings
+
+ENTRIES = {entry.name: entry for part in (vision, images_timm, language, own) for entry in part.ENTRIES}
+
+__all__ = ["ENTRIES", "Built", "Entry", "Row", "build", "measure", "shortcomings"]
