@@ -339,5 +339,5 @@ def load_base(config: ExperimentConfig, task: Task) -> dict[str, Tensor] | None:
 def share_moved(permutations: Permutations) -> float:
     """Return the share of units whose place a set of permutations changes."""
     units = sum(p.numel() for p in permutations.values())
-    moved = sum(int((p != torch.arange(p.numel())).sum()) for p in permutations.values())
+    moved = sum(int((p != torch.arange(p.shape[-1])).sum()) for p in permutations.values())
     return moved / units if units else 0.0

@@ -11,8 +11,8 @@ from dimat.symmetry.spec import Group, ObservationPoint, SymmetrySpec
 
 def choose_points(
     spec: SymmetrySpec, pinned: Points | None, per_group: int
-) -> tuple[dict[str, list[ObservationPoint]], tuple[str, ...]]:
-    """Return observation points by group id, and a note for each kind of group that has none.
+) -> tuple[dict[str, list[ObservationPoint]], list[str]]:
+    """Return observation points by group id, and the groups that have none.
 
     `pinned` groups are observed there and nowhere else. Raises SymmetryError for a group or node that the spec
     does not know.
@@ -31,8 +31,7 @@ def choose_points(
             unseen.append(group.id)
         else:
             chosen[group.id] = _default(group.points, per_group)
-    notes = (f"{len(unseen)} groups cannot be observed and stay as they are: {', '.join(unseen)}",) if unseen else ()
-    return chosen, notes
+    return chosen, unseen
 
 
 def _default(points: Sequence[ObservationPoint], per_group: int) -> list[ObservationPoint]:

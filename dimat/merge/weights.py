@@ -17,7 +17,7 @@ from torch import Tensor
 from dimat.errors import DataError
 from dimat.merge.stages import Permutations, Weights
 from dimat.symmetry import permute_weights
-from dimat.symmetry.spec import AxisRef, SymmetrySpec
+from dimat.symmetry.spec import AxisRef, SymmetrySpec, groups_in
 
 
 def open_weights(source: Weights | str | PathLike[str]) -> Weights:
@@ -75,7 +75,7 @@ class PermutedWeights(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         axes = tuple(self._axes.get(name, ()))
-        groups = {factor.group for axis in axes for segment in axis.layout for factor in segment}
+        groups = set[str]().union(*(groups_in(axis.layout) for axis in axes))
         permutations = {group: p for group, p in self._permutations.items() if group in groups}
         return permute_weights({name: self._weights[name]}, replace(self._spec, axes=axes), permutations)[name]
 

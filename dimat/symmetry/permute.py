@@ -171,7 +171,7 @@ def _joint_index(layouts: Sequence[Layout], permutations: Permutations, parents:
     """Return the index (n,) for some axes of a tensor that are flattened to one of n entries, row-major."""
     total = prod(layout_length(layout) for layout in layouts)
     index = torch.arange(total)
-    for combination in product(*(list(_pieces(layout)) for layout in layouts)):
+    for combination in product(*(list(pieces(layout)) for layout in layouts)):
         factors: list[tuple[int, str | None]] = []
         places = torch.zeros((), dtype=torch.long)
         for axis, ((piece, own), layout) in enumerate(zip(combination, layouts)):
@@ -186,7 +186,7 @@ def layout_length(layout: Layout) -> int:
     return sum(prod(factor.size for factor in segment) for segment in layout)
 
 
-def _pieces(layout: Layout) -> Generator[tuple[tuple[Factor, ...], Tensor]]:
+def pieces(layout: Layout) -> Generator[tuple[tuple[Factor, ...], Tensor]]:
     """Yield products of factors without nested ones, and the entries that they are, of shape (factors' sizes…)."""
     offset = 0
     for segment in layout:
@@ -200,7 +200,7 @@ def _expanded(factors: tuple[Factor, ...], places: Tensor) -> Generator[tuple[tu
     if nested is None:
         yield factors, places
         return
-    for inner, own in _pieces(factors[nested].parts or ()):
+    for inner, own in pieces(factors[nested].parts or ()):
         chosen = places.index_select(nested, own.flatten()).unflatten(nested, own.shape)
         yield from _expanded((*factors[:nested], *inner, *factors[nested + 1 :]), chosen)
 
@@ -266,7 +266,7 @@ class _Moves:
         if not self.parents:
             return set()
         lost: set[str] = set()
-        for factors, _ in _pieces(layout):
+        for factors, _ in pieces(layout):
             near = {factor.group for factor in factors}
             lost |= {above for group in near if group for above in self.parents.get(group, ()) if above not in near}
         return lost
