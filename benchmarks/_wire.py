@@ -228,7 +228,10 @@ def dimat_client(port: int, megabytes: int, keys: str) -> Any:
 
 # ── averaging among four ─────────────────────────────────────────────────────────────────────────────────────
 def dimat_averager(index: int, count: int, barrier: Any, ports: Any, results: Any, job: tuple[int, int, str]) -> None:
-    """Average with all others: publish, fetch three, take the mean. Puts the wall seconds of each step."""
+    """Average with all others: publish, fetch three, take the mean. Puts the wall seconds of each step.
+
+    No two blocks are equal, of any agents or rounds: content that is held already would not travel.
+    """
     import torch
     from safetensors.torch import load_file
 
@@ -237,7 +240,8 @@ def dimat_averager(index: int, count: int, barrier: Any, ports: Any, results: An
     torch.set_num_threads(1)
     megabytes, repeats, keys = job
     name = "abcd"[index]
-    weights = {"x": numbers(megabytes) * 0 + index}
+    start = numbers(megabytes)
+    weights = {"x": start.clone()}
 
     async def run(folder: Path) -> list[float]:
         made, store = transport(folder, name, keys, schema_hash(weights), megabytes)
@@ -248,8 +252,8 @@ def dimat_averager(index: int, count: int, barrier: Any, ports: Any, results: An
         made.arrange(neighbours({n: f"127.0.0.1:{ports[i]}" for i, n in enumerate("abcd"[:count])}, name))
         times: list[float] = []
         for round_ in range(1, repeats + 1):
-            expected = sum(range(count)) / count + (round_ - 1)
-            weights["x"].fill_(index + round_ - 1)
+            expected = float(start[0]) + sum(range(count)) / count + count * round_
+            torch.add(start, index + count * round_, out=weights["x"])
             await asyncio.to_thread(barrier.wait, SECONDS)
             begun = time.perf_counter()
             await publish(made, store, name, round_, weights)
@@ -269,6 +273,7 @@ def dimat_averager(index: int, count: int, barrier: Any, ports: Any, results: An
             await asyncio.to_thread(mean)
             times.append(time.perf_counter() - begun)
             assert abs(float(weights["x"][0]) - expected) < 1e-4
+            assert sum(made.received_bytes.values()) > round_ * (count - 1) * megabytes * 1_000_000
         await asyncio.to_thread(barrier.wait, SECONDS)
         await made.close(0)
         return times

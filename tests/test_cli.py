@@ -414,6 +414,7 @@ def test_kill_9_leaves_no_orphans(tiny: Path) -> None:
         results = json.loads((tiny.parent / "runs" / "tiny" / "results.json").read_text())
         assert len(results["rows"]) == 3 * max(row["round"] for row in results["rows"])
 
+
 def test_an_interrupt_inside_exec_keeps_the_exit_code(tmp_path: Path) -> None:
     """Reference: the exit code of a stop, also where CPython's own mark of an interrupt in `exec` would replace it."""
     (tmp_path / "late.py").write_text(

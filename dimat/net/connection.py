@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
@@ -43,7 +44,7 @@ class BrokenError(Exception):
 class Connection:
     """A channel to a peer that has said hello and fits; whoever dialled closes it. `check`: tells its signatures from
     others; `apart_s`: its clock from ours; `heard_s`: when its last byte came, by the event loop's clock;
-    `certificate`: DER, checked, empty on an insecure network."""
+    `certificate`: DER, checked, empty on an insecure network; `transfers`: how many are under way."""
 
     peer: str
     address: str
@@ -53,13 +54,39 @@ class Connection:
     apart_s: float
     heard_s: float = 0.0
     certificate: bytes = b""
+    transfers: int = field(default=0, init=False)
+    _closed: bool = field(default=False, init=False)
+    _ended: asyncio.Event = field(default_factory=asyncio.Event, init=False)
+
+    @contextmanager
+    def transferring(self) -> Generator[None]:
+        """Count as a transfer, which `settled` waits for."""
+        self.transfers += 1
+        try:
+            yield
+        finally:
+            self.transfers -= 1
+            self._ended.set()
+
+    async def settled(self) -> None:
+        """Wait until no transfer is under way."""
+        while self.transfers:
+            self._ended.clear()
+            await self._ended.wait()
+
+    async def close(self) -> None:
+        """Break off whatever is under way."""
+        self._closed = True
+        await self.channel.close()
 
     def heard(self) -> None:
         """A byte has come: it is alive."""
         self.heard_s = asyncio.get_running_loop().time()
 
     def fetch(self, root: str, first: int, blocks: int) -> Any:
-        """Begin a transfer of a range of blocks; the call gives raw chunks."""
+        """Begin a transfer of a range of blocks; the call gives raw chunks. BrokenError after `close`."""
+        if self._closed:
+            raise BrokenError("the connection was closed")
         method: Any = self.channel.unary_stream(
             f"/{DATA_SERVICE}/{FETCH}",
             request_serializer=pb.FetchRequest.SerializeToString,

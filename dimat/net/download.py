@@ -84,8 +84,9 @@ async def download(
         before = partial.missing_bytes
         try:
             async with link.streams, streams:
-                for first, count in partial.runs():
-                    await _run(connection, payload, first, count, partial, tally, limits.idle_s, threads)
+                with connection.transferring():
+                    for first, count in partial.runs():
+                        await _run(connection, payload, first, count, partial, tally, limits.idle_s, threads)
         except WrongBlockError as wrong:
             tally.wrong[payload.root, wrong.index] += 1
             if tally.wrong[payload.root, wrong.index] >= BLOCK_ATTEMPTS:

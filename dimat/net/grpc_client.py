@@ -67,6 +67,7 @@ class Link:
         self._last_good = ""
         self._heard_s: float | None = None  # when the last connection brought its last byte, by the loop's clock
         self._task: asyncio.Task[None] | None = None
+        self._ending: set[asyncio.Task[None]] = set()  # connections that last until their transfers have ended
         self._connection: Connection | None = None
         self._offers: dict[tuple[int, str], Signed] = {}
         self._refusal = ""
@@ -93,8 +94,10 @@ class Link:
         self._changed.fire()
         self._in_reach()
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
+            tasks = (self._task, *self._ending)
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
             self._task = None
 
     def arrange(self, addresses: Sequence[str]) -> None:
@@ -168,7 +171,8 @@ class Link:
                 self._breaker.failed()
                 wait_s = self._breaker.wait_s(self._backoff.next())
                 self._say(f"following {self.peer} failed: {self._reason}")
-            self._out_of_reach()
+            if not self._ending:
+                self._out_of_reach()
             try:
                 async with asyncio.timeout(wait_s):
                     await self._wake.wait()
@@ -189,6 +193,7 @@ class Link:
             except (BrokenError, aio.AioRpcError) as error:
                 trouble.append(f"{address}: {words(error)}")
                 continue
+            kept = False
             try:
                 self._last_good = address
                 if connection.apart_s > CLOCKS_DIFFER_S:
@@ -198,10 +203,28 @@ class Link:
                         "NTP",
                     )
                 yield connection
+            except aio.AioRpcError:
+                # one that stops takes no calls any more, and lets its transfers end
+                kept = connection.transfers > 0
+                raise
             finally:
-                await connection.channel.close()
+                if kept:
+                    task = asyncio.create_task(self._let_end(connection), name=f"last transfers of {self.peer}")
+                    self._ending.add(task)
+                else:
+                    await connection.close()
             return
         raise BrokenError("; ".join(trouble))
+
+    async def _let_end(self, connection: Connection) -> None:
+        """Close a connection once its transfers have ended; a peer that still sends is not out of reach."""
+        try:
+            await connection.settled()
+        finally:
+            await connection.close()
+            self._ending = {task for task in self._ending if task is not asyncio.current_task()}
+            if self._connection is None and not self._ending:
+                self._out_of_reach()
 
     async def _look_up(self) -> Sequence[str]:
         if self._directory is None:

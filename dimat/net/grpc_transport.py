@@ -13,6 +13,7 @@ from dimat.net.connection import Dialler
 from dimat.net.fetching import Fetching
 from dimat.net.grpc_client import Directory, Link
 from dimat.net.grpc_server import Server
+from dimat.net.heap import keep_freed
 from dimat.net.identity import Identity, check_certificate, check_signature
 from dimat.net.limits import Limits
 from dimat.net.manifests import Bound, Check, Sign
@@ -112,6 +113,7 @@ class GrpcTransport:
         """Listen, offer what was offered before a restart, and begin to follow the peers. NetworkError where the port
         cannot be had, SecurityError where an insecure network would be open to others, DataError for the folder."""
         self._hearing = hearing
+        keep_freed()
         received = await self._threads.submit(self._open_received)
         self._received = received
         self._fetching = Fetching(

@@ -6,6 +6,7 @@ No architecture is described by hand: the module is traced, and one transfer rul
 axes relate. `register_rule` adds rules.
 """
 
+from dimat.symmetry.cache import verified_symmetry
 from dimat.symmetry.derive import derive_symmetry, observation_points
 from dimat.symmetry.observe import Observer, points_at
 from dimat.symmetry.permute import (
@@ -29,7 +30,7 @@ from dimat.symmetry.spec import (
     UnknownOp,
 )
 from dimat.symmetry.trace import SymmetryWarning, Trace, trace
-from dimat.symmetry.verify import freeze_failing, verify_symmetry
+from dimat.symmetry.verify import freeze_failing, tolerance_of, verify_symmetry
 
 __all__ = [
     "AxisRef",
@@ -58,6 +59,8 @@ __all__ = [
     "points_at",
     "random_permutations",
     "register_rule",
+    "tolerance_of",
     "trace",
+    "verified_symmetry",
     "verify_symmetry",
 ]

@@ -74,7 +74,9 @@ def describe(
     occurrences = _occurrences(analysis, layouts)
     group_of = _named(occurrences)
     parents = _parents(analysis, occurrences)
-    points = find_points(traced.nodes, analysis, group_of, parents, most_points)
+    # a path that was run holds the sizes of its inputs, and other inputs take other paths: nothing is observed there
+    nodes = traced.nodes if traced.kind == "export" else []
+    points = find_points(nodes, analysis, group_of, parents, most_points)
     watched = set(points) | {
         group_of[above] for atom in group_of if group_of[atom] in points for above in parents[atom]
     }
@@ -110,7 +112,7 @@ def describe(
         frozen=frozen,
         unknown_ops=unknown,
         tied=traced.tied,
-        trace_kind="export",
+        trace_kind=traced.kind,
         coverage=sum(size for name, size in sizes.items() if name in moved) / total,
         warnings=(*loud, *quiet),
         outputs=outputs,

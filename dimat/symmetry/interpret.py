@@ -75,15 +75,16 @@ def interpret(trace: Trace, outputs: tuple[int, ...]) -> Analysis:
 
 def _once(trace: Trace, outputs: tuple[int, ...], forms: dict[tuple[str, int], Form]) -> Analysis:
     analysis = Analysis(forms=forms)
-    for node in trace.nodes:
-        if node.op == "placeholder":
-            analysis.values[node] = _placeholder(analysis, trace, node)
-        elif node.op == "output":
-            _freeze_outputs(analysis, trace, outputs)
-        else:
-            _visit(analysis, trace.module, node)
-            if any(source in analysis.from_input for source in node.all_input_nodes):
-                analysis.from_input.add(node)
+    for path in (trace, *trace.others):
+        for node in path.nodes:
+            if node.op == "placeholder":
+                analysis.values[node] = _placeholder(analysis, path, node)
+            elif node.op == "output":
+                _freeze_outputs(analysis, path, outputs)
+            else:
+                _visit(analysis, path.module, node)
+                if any(source in analysis.from_input for source in node.all_input_nodes):
+                    analysis.from_input.add(node)
     # resolving may still freeze what cannot be written down, and that may reach other layouts
     for _ in range(2):
         for layout in [layout for value in analysis.all_values() for layout in value.dims]:

@@ -2,7 +2,7 @@
 
 `torch.export.export(strict=False)` in eval mode, the batch axis left open where the model allows. The graph
 is the training IR: in-place operations survive in it. All knowledge of torch.export's objects is in this
-file; the rest of the package sees `Trace` and plain `torch.fx` nodes.
+file; the rest of the package sees `Trace` and plain `torch.fx` nodes. Modules that export cannot follow: `paths.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import threading
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import StringIO
 from itertools import pairwise
 from typing import Any, Literal
@@ -26,6 +26,7 @@ from torch.fx.node import map_arg
 
 from dimat.errors import SymmetryError, unknown_name
 from dimat.symmetry import tree
+from dimat.symmetry.paths import record_paths
 
 _EXPORTING = threading.Lock()  # torch.export keeps its state in globals: one at a time in a process
 
@@ -51,6 +52,8 @@ class Trace:
     `outputs` gives, for each flat output, its name and node (None where it is no tensor). `shapes` and
     `dtypes` are those of parameters and persistent buffers; `tied` are sets of names of one tensor, and
     `entangled` names whose memory overlaps another tensor's in part. `digest` is a hex blake3 of all that.
+    A module that export cannot follow has `kind` "make_fx": it was run on some inputs, and `others` are the traces of
+    the paths that it took besides the first.
     """
 
     module: fx.GraphModule
@@ -62,6 +65,8 @@ class Trace:
     tied: tuple[tuple[str, ...], ...]
     entangled: frozenset[str]
     digest: str
+    kind: Literal["export", "make_fx"] = "export"
+    others: tuple[Trace, ...] = ()
 
     @property
     def nodes(self) -> list[fx.Node]:
@@ -93,6 +98,8 @@ class Trace:
 def trace(model: nn.Module, example_inputs: Any) -> Trace:
     """Trace a module in eval mode; the mode of every submodule is restored.
 
+    By `torch.export`, or, where that fails, by running it on some inputs (`dimat.symmetry.paths`).
+
     `example_inputs` is a tensor, a tuple of arguments, or a mapping of keyword arguments. A batch axis of
     size 1 is doubled for tracing, since export would take the 1 for part of the architecture.
     Raises SymmetryError where the module cannot be traced; its message is the cause.
@@ -112,6 +119,13 @@ def trace(model: nn.Module, example_inputs: Any) -> Trace:
             traced = _read(model, program)
             _RECENT[model] = (_look(model, example_inputs), traced)
             return traced
+    try:
+        traced = _run(model, args, kwargs)
+    except Exception as error:  # so does running it
+        causes.append(error)
+    else:
+        _RECENT[model] = (_look(model, example_inputs), traced)
+        return traced
     raise SymmetryError(f"{type(causes[-1]).__name__}: {_first_line(causes[-1])}") from causes[-1]
 
 
@@ -238,6 +252,39 @@ def _read(model: nn.Module, program: torch.export.ExportedProgram) -> Trace:
     return Trace(module, sources, constants, outputs, shapes, dtypes, tied, entangled, digest)
 
 
+def _run(model: nn.Module, args: Any, kwargs: Any) -> Trace:
+    """Trace the paths that a module takes on some inputs."""
+    with eval_mode(model), _quiet():
+        graphs, names, outputs = record_paths(model, args, kwargs)
+    state = model.state_dict(keep_vars=True)
+    tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    others = dict(model.named_buffers())
+    tied, entangled = _aliases(tensors)
+    shapes = {name: tuple(value.shape) for name, value in tensors.items()}
+    dtypes = {name: value.dtype for name, value in tensors.items()}
+    # not the graphs: which paths were taken depends on the numbers given, and peers have other ones
+    digest = _digest(None, {}, {}, shapes, dtypes, tied)
+    traces: list[Trace] = []
+    for graph in graphs:
+        nodes = [node for node in graph.graph.nodes if node.op == "placeholder"]
+        sources: dict[str, Source] = {}
+        constants: dict[str, torch.Tensor] = {}
+        for number, node in enumerate(nodes):
+            name = names[number] if number < len(names) else f"input {number - len(names)}"
+            if name in tensors:
+                sources[node.name] = Source("parameter" if name in parameters else "buffer", name)
+            elif number < len(names):
+                sources[node.name] = Source("constant", name)
+                constants[node.name] = others[name].detach()
+            else:
+                sources[node.name] = Source("input", name)
+        made: list[Any] = list(next(node for node in graph.graph.nodes if node.op == "output").args[0])
+        flat = tuple((name, None if place is None else made[place]) for name, place in outputs)
+        traces.append(Trace(graph, sources, constants, flat, shapes, dtypes, tied, entangled, digest, kind="make_fx"))
+    return replace(traces[0], others=tuple(traces[1:]))
+
+
 def _aliases(tensors: Mapping[str, torch.Tensor]) -> tuple[tuple[tuple[str, ...], ...], frozenset[str]]:
     """Return sets of names of the very same tensor, and names that share memory in any other way."""
     views: dict[Any, list[str]] = {}
@@ -264,14 +311,14 @@ def _extent(view: Any) -> int:
 
 
 def _digest(
-    module: fx.GraphModule,
+    module: fx.GraphModule | None,
     sources: Mapping[str, Source],
     constants: Mapping[str, torch.Tensor],
     shapes: Mapping[str, tuple[int, ...]],
     dtypes: Mapping[str, torch.dtype],
     tied: tuple[tuple[str, ...], ...],
 ) -> str:
-    """Hash what the module is, and nothing that changes between processes, batch sizes or weights."""
+    """Hash what the module is (and its graph), and nothing that changes between processes, batch sizes or weights."""
     digest = blake3()
 
     def add(*words: Any) -> None:
@@ -282,7 +329,7 @@ def _digest(
     add(tied)
     number: dict[fx.Node, str] = {}
     label: Callable[[fx.Node], Any] = lambda node: f"%{number.get(node, node.name)}"  # noqa: E731
-    for count, node in enumerate(module.graph.nodes):
+    for count, node in enumerate(module.graph.nodes if module else ()):
         number[node] = str(count)
         source = sources.get(node.name) if node.op == "placeholder" else None
         target = (source.kind, source.name) if source else ("output",) if node.op == "output" else (node.target,)

@@ -32,6 +32,11 @@ def map_tensors(function: Any, tree: Any) -> Any:
     return pytree.tree_map(apply, tree)
 
 
+def rebuilt(tree: Any, values: list[Any]) -> Any:
+    """Return the same structure with other leaves, in the order of `leaves`."""
+    return pytree.tree_unflatten(values, pytree.tree_structure(tree))
+
+
 def as_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return (args, kwargs) for what a user gives as inputs: one tensor, a sequence, or a mapping of names."""
     if isinstance(example_inputs, Mapping):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dimat.errors import SymmetryError
 from dimat.symmetry import tree
@@ -23,28 +24,99 @@ _TRIALS = 2
 def verify_symmetry(model: nn.Module, spec: SymmetrySpec, example_inputs: Any, generator: torch.Generator) -> float:
     """Return the worst relative change of an output under random group elements (0 is perfect).
 
-    A deep copy of the module runs in float64 and eval mode; its vectors, normalisation statistics and
-    constant tensors are made random first, so that fresh layers (all ones, all zeros) cannot hide an error.
-    Each selected output's largest absolute change is divided by its largest absolute value. Expect below
-    1e-9, or 1e-5 where the module computes in float32 by itself. `generator` is a CPU generator.
+    A copy of the module runs in float64 (float32 where it cannot) and eval mode, what it has cached of its weights
+    forgotten; its vectors, normalisation statistics and constant tensors are made random first, and its small
+    matrices larger, so that fresh layers (all ones, all zeros, next to nothing) cannot hide an error. Each selected
+    output's largest absolute change is divided by its largest absolute value. Expect below `tolerance_of`.
+    `generator` is a CPU generator.
     Raises SymmetryError where the module has no floating-point output, or the spec does not fit it.
     """
-    copied = copy.deepcopy(model).double().eval()
-    state = {name: value.detach() for name, value in copied.state_dict().items() if isinstance(value, Tensor)}
-    weights = randomised(state, generator)
-    args, kwargs = tree.map_tensors(_as_double, tree.as_arguments(example_inputs))
-    for name in {name for tied in spec.tied for name in tied[1:]}:
-        weights[name] = weights[next(tied[0] for tied in spec.tied if name in tied)]
-    before = _run(copied, weights, args, kwargs, spec)
-    worst = 0.0
-    for _ in range(_TRIALS):
-        moved = permute_weights(weights, spec, random_permutations(spec, generator))
-        after = _run(copied, moved, args, kwargs, spec)
-        for one, other in zip(before, after):
-            scale = max(float(one.abs().max()), 1e-300)
-            change = float((one - other).abs().max()) / scale
-            worst = max(worst, change if change == change else float("inf"))
-    return worst
+    return _Check(model, example_inputs, spec, generator).error(spec, generator)
+
+
+def tolerance_of(model: nn.Module, spec: SymmetrySpec, example_inputs: Any) -> float:
+    """Return the error below which a group passes: 1e-9, or 1e-5 where the module itself computes in less than float64.
+
+    Many normalisations and rotary embeddings turn what they are given into float32 first.
+    """
+    return _Check(model, example_inputs, spec, torch.Generator().manual_seed(0)).tolerance
+
+
+class _Check:
+    """A module with random weights, and what it computes."""
+
+    def __init__(self, model: nn.Module, example_inputs: Any, spec: SymmetrySpec, generator: torch.Generator) -> None:
+        seed = generator.get_state()
+        try:
+            self._prepare(model, example_inputs, spec, generator, torch.float64)
+        except RuntimeError:
+            # operations that have no float64 form, as some grouped products of matrices
+            generator.set_state(seed)
+            self._prepare(model, example_inputs, spec, generator, torch.float32)
+
+    def _prepare(
+        self, model: nn.Module, inputs: Any, spec: SymmetrySpec, generator: torch.Generator, dtype: torch.dtype
+    ) -> None:
+        # training mode in between: modules that keep what they derive from weights for eval mode forget it there
+        self._model = copy.deepcopy(model).to(dtype).train().eval()
+        self._memo = {id(t): t for t in (*self._model.parameters(), *self._model.buffers())}
+        state = {name: v.detach() for name, v in self._model.state_dict().items() if isinstance(v, Tensor)}
+        self._weights = randomised(state, generator)
+        for tied in spec.tied:
+            for name in tied[1:]:
+                self._weights[name] = self._weights[tied[0]]
+
+        def cast(tensor: Tensor) -> Tensor:
+            return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+        self._inputs = tree.map_tensors(cast, tree.as_arguments(inputs))
+        watch = _Precision()
+        with watch:
+            self._before = self._run(self._weights, spec)
+        self.tolerance = 1e-5 if watch.rounds or dtype != torch.float64 else 1e-9
+
+    def error(self, spec: SymmetrySpec, generator: torch.Generator) -> float:
+        worst = 0.0
+        for _ in range(_TRIALS):
+            moved = permute_weights(self._weights, spec, random_permutations(spec, generator))
+            for one, other in zip(self._before, self._run(moved, spec)):
+                scale = max(float(one.abs().max()), 1e-300)
+                change = float((one - other).abs().max()) / scale
+                worst = max(worst, change if change == change else float("inf"))
+        return worst
+
+    def _run(self, weights: dict[str, Tensor], spec: SymmetrySpec) -> list[Tensor]:
+        # what the module writes in place (inputs, buffers) or keeps for later must not reach the next run
+        model = copy.deepcopy(self._model, dict(self._memo))
+        args, kwargs = tree.map_tensors(torch.clone, self._inputs)
+        buffers = {name: weights[name].clone() for name, _ in model.named_buffers() if name in weights}
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            result = torch.func.functional_call(model, {**weights, **buffers}, args, kwargs, tie_weights=False)
+        leaves = tree.leaves(result)
+        chosen = [leaves[index] for index in spec.outputs] if spec.outputs else leaves
+        tensors = [leaf.double() for leaf in chosen if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        if not tensors:
+            raise SymmetryError("the model returns no floating-point tensor, so invariance cannot be checked")
+        return [tensor for tensor in tensors if tensor.numel()]
+
+
+class _Precision(TorchDispatchMode):
+    """Notices operations on float64 whose result is of a smaller type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rounds = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not self.rounds:
+            given = [leaf for leaf in tree.leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            made = [leaf for leaf in tree.leaves(result) if isinstance(leaf, Tensor)]
+            self.rounds = any(t.dtype == torch.float64 for t in given) and any(
+                t.is_floating_point() and t.itemsize < 8 for t in made
+            )
+        return result
 
 
 def freeze_failing(
@@ -52,21 +124,21 @@ def freeze_failing(
     spec: SymmetrySpec,
     example_inputs: Any,
     generator: torch.Generator,
-    tolerance: float = 1e-9,
+    tolerance: float | None = None,
 ) -> SymmetrySpec:
     """Return the spec without the groups that fail `verify_symmetry`, found by halving; itself if none does.
 
+    `tolerance`: the error from which on a group fails; `tolerance_of` the module by default.
     Each failing group is listed in `warnings`, with a `SymmetryWarning` (SYM-E03), and its axes as frozen.
     Raises SymmetryError as `verify_symmetry` does.
     """
-
-    def error_of(kept: set[str]) -> float:
-        others = {group.id for group in spec.groups} - kept
-        return verify_symmetry(model, without_groups(spec, others, ""), example_inputs, generator)
+    check = _Check(model, example_inputs, spec, generator)
+    most = check.tolerance if tolerance is None else tolerance
 
     def failing(groups: list[str]) -> dict[str, float]:
-        error = error_of(set(groups))
-        if error <= tolerance:
+        others = {group.id for group in spec.groups} - set(groups)
+        error = check.error(without_groups(spec, others, ""), generator)
+        if error <= most:
             return {}
         if len(groups) == 1:
             return {groups[0]: error}
@@ -109,36 +181,23 @@ def _frozen(layout: Layout, gone: set[str]) -> Layout:
 
 
 def randomised(state: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-    """Return a state dict in which no two units are alike: vectors get noise, constant tensors new values."""
+    """Return a state dict in which no two units are alike, and all matter.
+
+    Vectors get noise, constant tensors new values; matrices and kernels that are smaller than 1/√(inputs of a unit)
+    are scaled up to it, for attention whose scores are all about 0 does not show which unit meets which.
+    """
     result = dict(state)
     for name, value in state.items():
         if not value.is_floating_point() or value.ndim == 0:
             continue
         flat = value.ndim == 1 or name.endswith(("running_mean", "running_var"))
+        fan = max(value[0].numel(), 1)
         if not flat and not bool((value == value.flatten()[0]).all()):
+            result[name] = value * max(1.0, fan**-0.5 / max(float(value.std()), 1e-30))
             continue
         noise = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value)
         if name.endswith("running_var"):
             result[name] = 0.5 + noise.abs()
         else:
-            result[name] = value + noise * (0.3 if flat else max(value[0].numel(), 1) ** -0.5)
+            result[name] = value + noise * (0.3 if flat else fan**-0.5)
     return result
-
-
-def _run(model: nn.Module, weights: dict[str, Tensor], args: Any, kwargs: Any, spec: SymmetrySpec) -> list[Tensor]:
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        # what the module writes in place (inputs, buffers) must not reach the next run
-        args, kwargs = tree.map_tensors(torch.clone, (args, kwargs))
-        buffers = {name: weights[name].clone() for name, _ in model.named_buffers() if name in weights}
-        result = torch.func.functional_call(model, {**weights, **buffers}, args, kwargs, tie_weights=False)
-    leaves = tree.leaves(result)
-    chosen = [leaves[index] for index in spec.outputs] if spec.outputs else leaves
-    tensors = [leaf.double() for leaf in chosen if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    if not tensors:
-        raise SymmetryError("the model returns no floating-point tensor, so invariance cannot be checked")
-    return [tensor for tensor in tensors if tensor.numel()]
-
-
-def _as_double(tensor: Tensor) -> Tensor:
-    return tensor.double() if tensor.is_floating_point() else tensor

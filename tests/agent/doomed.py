@@ -1,7 +1,8 @@
 """A real agent that dies at an exact moment: `python -m tests.agent.doomed MOMENT COUNT agent FILE …`.
 
 The daemon is the real one; one method of a real class is wrapped so that its COUNT-th call ends the process as kill -9
-does. Moments: see `MOMENTS`. `pausing` stops it instead, until SIGCONT; `skew` moves its clock by COUNT seconds.
+does. Moments: see `MOMENTS`. `pausing` stops it instead, until SIGCONT; `hanging` is a disk that takes the first half
+of the COUNT-th checkpoint and then nothing more; `skew` moves its clock by COUNT seconds.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ def at_call(owner: Any, name: str, count: int, *, after: bool = False) -> None:
     setattr(owner, name, doomed)
 
 
-def half_written(count: int) -> None:
-    """Die in the middle of the `count`-th checkpoint's file."""
+def half_written(count: int, act: Callable[[], None] = die) -> None:
+    """Do something in the middle of the `count`-th checkpoint's file."""
     calls = 0
     write = checkpoint.write_bytes
 
@@ -57,7 +58,7 @@ def half_written(count: int) -> None:
         calls += 1
         if calls == count:
             path.with_name(f".{path.name}.{os.getpid()}.tmp").write_bytes(data[: len(data) // 2])
-            die()
+            act()
         write(path, data, durable=durable)
 
     checkpoint.write_bytes = doomed
@@ -89,6 +90,11 @@ def pause() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
+def hang() -> None:
+    while True:
+        time.sleep(1)
+
+
 def skew(seconds: int) -> None:
     clock = time.time
     time.time = grpc_server.clock = lambda: clock() + seconds
@@ -106,6 +112,7 @@ MOMENTS: dict[str, Callable[[int], None]] = {
     "merging": lambda count: at_call(LocalAgent, "merge", count, after=True),
     "ledger": lambda count: at_call(checkpoint.CheckpointStore, "save", count),
     "checkpointing": lambda count: half_written(count),
+    "hanging": lambda count: half_written(count, hang),
     "checkpointed": lambda count: at_call(AgentWork, "checkpoint", count, after=True),
     "skew": skew,
 }

@@ -15,6 +15,7 @@ from typing import Any
 
 from dimat.net.keyring import init_authority, issue
 from tests.agent.bound import bound
+from tests.net.namespaces import Host
 from tests.simulate.helpers import TINY_TASK
 
 ROOT = Path(__file__).parent.parent.parent
@@ -56,18 +57,25 @@ class Life:
 
 @dataclass
 class Network:
-    """Agents on one map. `lives`: all processes that were started, in order."""
+    """Agents on one map. `lives`: all processes that were started, in order; `hosts`: the network namespaces that
+    agents live in, by name, where it is not this one."""
 
     folder: Path
     names: Sequence[str]
     ports: Mapping[str, int]
     lives: list[Life] = field(default_factory=list)
+    hosts: Mapping[str, Host] = field(default_factory=dict)
+
+    def address(self, name: str) -> str:
+        """Return where an agent is reached."""
+        host = self.hosts.get(name)
+        return f"{'127.0.0.1' if host is None else host.address}:{self.ports[name]}"
 
     def write_map(self, names: Sequence[str] | None = None, graph: str = "ring", addresses: bool = True) -> None:
         """Write the map, of all agents or of some."""
         entries = [f'graph = "{graph}"']
         for name in names or self.names:
-            at = f'\naddresses = ["127.0.0.1:{self.ports[name]}"]' if addresses else ""
+            at = f'\naddresses = ["{self.address(name)}"]' if addresses else ""
             entries.append(f'[[agents]]\nname = "{name}"{at}')
         (self.folder / "map.toml").write_text("\n".join(entries) + "\n")
 
@@ -75,11 +83,12 @@ class Network:
         """Start an agent; `driver`: another module than dimat's command line, with its first arguments."""
         said = self.folder / f"{name}.{len(self.lives)}.err"
         program = bound(*(driver or ("dimat.cli",)))
-        own = [f"agent.folder={self.folder / name}", f"agent.listen=127.0.0.1:{self.ports[name]}"]
+        own = [f"agent.folder={self.folder / name}", f"agent.listen={self.address(name)}"]
         words = [word for one in (*own, *sets) for word in ("--set", one)]
+        command = [*program, "agent", str(self.folder / file), "--name", name, "-vv", *words]
         with said.open("wb") as stream:
             process = subprocess.Popen(
-                [*program, "agent", str(self.folder / file), "--name", name, "-vv", *words],
+                self.hosts[name].command(command) if name in self.hosts else command,
                 cwd=ROOT,
                 env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
                 stdin=subprocess.DEVNULL,
@@ -144,10 +153,13 @@ class Network:
 
 
 @contextmanager
-def network(folder: Path, names: Sequence[str], ports: Sequence[int], **tables: str) -> Iterator[Network]:
-    """Write map, keys and configuration of agents, and end all that was started. `tables`: lines of the
-    configuration's tables, instead of those of `TABLES` or on top of them."""
-    net = Network(folder, names, dict(zip(names, ports)))
+def network(
+    folder: Path, names: Sequence[str], ports: Sequence[int], hosts: Sequence[Host] = (), **tables: str
+) -> Iterator[Network]:
+    """Write map, keys and configuration of agents, and end all that was started. `hosts`: one for each agent, where
+    they are to live apart; `tables`: lines of the configuration's tables, instead of those of `TABLES` or on top of
+    them."""
+    net = Network(folder, names, dict(zip(names, ports)), hosts=dict(zip(names, hosts)))
     net.write_map()
     (folder / "tiny_task.py").write_text(TINY_TASK)
     init_authority(folder / "keys", "tests", 30)

@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from blake3 import blake3
 
 from tests.agent.processes import Life, Network, check_ledgers, network
 
@@ -38,6 +39,11 @@ def widen(net: Network) -> None:
 def stopped(life: Life) -> bool:
     """Whether a process is stopped by SIGSTOP."""
     return Path(f"/proc/{life.process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
+def comes_in(net: Network, reader: str, peer: str) -> bool:
+    """Whether a snapshot of a peer is on its way to a reader."""
+    return any((net.folder / reader / "received").glob(f"*.{blake3(peer.encode()).hexdigest()[:16]}.part"))
 
 
 def check_resumed(net: Network, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Hosts on one machine: network namespaces on one bridge, whose links a test can cut and heal.
+"""Hosts on one machine: network namespaces on one bridge, whose links a test can cut and heal, one by one or in halves.
 
 `with hosts(2) as (a, b)` gives them, as root where the kernel allows it; `why_not()` says what is missing. The names of
 all that is made begin with a prefix drawn anew, and all of it is removed at the end, the processes within first.
@@ -21,6 +21,8 @@ import pytest
 
 WAIT_S = 30.0
 NETWORK = "10.213.77"
+BRIDGES = ("bridge0", "bridge1")
+"""All hosts begin on the first; nothing joins the two."""
 
 
 def ip(*arguments: str) -> str:
@@ -54,7 +56,8 @@ def need_namespaces() -> None:
 
 @dataclass(eq=False)
 class Host:
-    """A namespace with one address. `cut` parts it from all others, `heal` mends that."""
+    """A namespace with one address. `cut` parts it from all others, `heal` mends that; `plug` puts it on the bridge
+    with this number, where it reaches those alone that are there too."""
 
     name: str
     address: str
@@ -66,9 +69,13 @@ class Host:
     def start(self, arguments: Sequence[str], **options: Any) -> subprocess.Popen[str]:
         """Start a command on this host; it is killed when the hosts are removed."""
         options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True} | options
-        process = subprocess.Popen(["ip", "netns", "exec", self.name, *arguments], **options)
+        process = subprocess.Popen(self.command(arguments), **options)
         self._running.append(process)
         return process
+
+    def command(self, arguments: Sequence[str]) -> list[str]:
+        """Return the command that runs another one on this host, in the same process."""
+        return ["ip", "netns", "exec", self.name, *arguments]
 
     def cut(self) -> None:
         """Lose all that is on its way from now on; no end is told."""
@@ -76,6 +83,10 @@ class Host:
 
     def heal(self) -> None:
         ip("-n", self._switch, "link", "set", self._port, "up")
+
+    def plug(self, bridge: int) -> None:
+        """Move its cable. What is on its way from hosts of the other bridge is lost, and no end is told."""
+        ip("-n", self._switch, "link", "set", self._port, "master", BRIDGES[bridge])
 
     def stop(self) -> None:
         """Kill what runs here."""
@@ -96,22 +107,23 @@ class Host:
 def hosts(count: int) -> Generator[list[Host]]:
     """Make hosts on one bridge, and remove them. RuntimeError where the kernel or `ip` refuses.
 
-    The bridge lies in a namespace of its own: the machine's own network does not see it, nor its firewall's rules.
+    The bridges lie in a namespace of their own: the machine's own network does not see them, nor its firewall's rules.
     """
     prefix = f"dm{secrets.token_hex(3)}"
     switch = f"{prefix}s"
     made: list[Host] = []
     with ExitStack() as stack:  # which goes on where one removal fails
         _add(switch, stack)
-        ip("-n", switch, "link", "add", "bridge0", "type", "bridge", "forward_delay", "0", "stp_state", "0")
-        ip("-n", switch, "link", "set", "bridge0", "up")
+        for bridge in BRIDGES:
+            ip("-n", switch, "link", "add", bridge, "type", "bridge", "forward_delay", "0", "stp_state", "0")
+            ip("-n", switch, "link", "set", bridge, "up")
         for number in range(count):
             host = Host(f"{prefix}h{number}", f"{NETWORK}.{number + 1}", switch, f"port{number}")
             _add(host.name, stack)
             stack.callback(host.stop)
             near = ("type", "veth", "peer", "name", "eth0", "netns", host.name)
             ip("link", "add", host._port, "netns", switch, *near)
-            ip("-n", switch, "link", "set", host._port, "master", "bridge0", "up")
+            ip("-n", switch, "link", "set", host._port, "master", BRIDGES[0], "up")
             ip("-n", host.name, "address", "add", f"{host.address}/24", "dev", "eth0")
             ip("-n", host.name, "link", "set", "eth0", "up")
             ip("-n", host.name, "link", "set", "lo", "up")

@@ -7,10 +7,17 @@ here; `make zoo` measures them.
 from __future__ import annotations
 
 import importlib.util
+import random
+import warnings
+from collections.abc import Iterable
+from dataclasses import replace
 
 import pytest
+import torch
 
-from .wide import ENTRIES, Entry, measure, shortcomings
+from dimat.symmetry import derive_symmetry, verify_symmetry
+
+from .wide import ENTRIES, Entry, build, measure, shortcomings
 
 COSTLY = {
     "wide_resnet50_2": "69 M parameters in float64, the graph of resnet50",
@@ -18,33 +25,44 @@ COSTLY = {
     "alexnet": "61 M parameters in float64, a plain chain as vgg",
     "vit_b_16": "86 M parameters in float64; deit_tiny has its structure",
 }
-NOT_YET: dict[str, str] = {
-    "levit_128s": "outputs change by 7e-5 in the float64 check; it keeps derived attention biases in eval mode",
-    "mixtral": "no rule for grouped matmul, and torch's own refuses float64, in which the check runs",
-    "while_loop": "export cannot follow a loop that depends on data, and nothing else is tried",
-}
 
 
-def _params() -> list[object]:
-    marked: list[object] = []
-    for name, entry in ENTRIES.items():
-        if name in COSTLY:
-            continue
-        marks = [pytest.mark.xfail(strict=True, reason=NOT_YET[name])] if name in NOT_YET else []
-        marked.append(pytest.param(entry, id=name, marks=marks))
-    return marked
+def _params(names: Iterable[str]) -> list[object]:
+    return [pytest.param(ENTRIES[name], id=name) for name in names]
+
+
+CHEAP = [name for name in ENTRIES if name not in COSTLY]
 
 
 def test_lists_name_models_of_the_zoo() -> None:
     """Reference: the registry; a model that was renamed must not drop out of sight."""
-    assert {*COSTLY, *NOT_YET} <= set(ENTRIES)
-    assert not set(COSTLY) & set(NOT_YET)
+    assert set(COSTLY) <= set(ENTRIES)
 
 
-@pytest.mark.parametrize("entry", _params())
-def test_meets_its_targets(entry: Entry) -> None:
-    """Reference: the entry's tolerance, least coverage and counts. Fails where the model cannot be built or traced."""
+def _skip_unless_installed(entry: Entry) -> None:
     # not importorskip: these import torchvision, which needs help first
     if entry.source != "own" and importlib.util.find_spec(entry.source) is None:
         pytest.skip(f"{entry.source} is not installed (it is in the extra `dev`)")
+
+
+@pytest.mark.parametrize("entry", _params(CHEAP))
+def test_meets_its_targets(entry: Entry) -> None:
+    """Reference: the entry's tolerance, least coverage and counts. Fails where the model cannot be built or traced."""
+    _skip_unless_installed(entry)
     assert shortcomings(entry, measure(entry)) == []
+
+
+@pytest.mark.parametrize("entry", _params(name for name in CHEAP if ENTRIES[name].source == "transformers"))
+def test_a_matrix_left_out_shows(entry: Entry) -> None:
+    """Reference: with one axis of one matrix left out, the output must change, by far more than the tolerance."""
+    _skip_unless_installed(entry)
+    model, inputs = build(entry)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        spec = derive_symmetry(model, inputs, entry.outputs)
+    shapes = {name: value.ndim for name, value in model.state_dict().items()}
+    axes = [axis for axis in spec.axes if shapes[axis.tensor] == 2]
+    for axis in random.Random(0).sample(axes, min(len(axes), 8)):
+        broken = replace(spec, axes=tuple(other for other in spec.axes if other != axis))
+        error = verify_symmetry(model, broken, inputs, torch.Generator().manual_seed(0))
+        assert error > 1e-3, f"{axis.tensor} axis {axis.dim} left out: {error:.1e}"

@@ -25,7 +25,7 @@ from dimat.merge.units import labels_of, merge_units, taken_axes
 from dimat.merge.weights import axes_by_name
 from dimat.merge.zipping import keep_places, zip_units
 from dimat.symmetry import Observer
-from dimat.symmetry.spec import Layout, ObservationPoint, SymmetrySpec
+from dimat.symmetry.spec import Layout, ObservationPoint, SymmetrySpec, groups_in
 
 
 @combine_registry.register("zipit")
@@ -61,10 +61,10 @@ def zipit(
     w_peer. Where a layer takes the units in, its columns add up. Axes without units keep the weights w_k. A merged
     unit stands where its lowest unit of own's stood, so that results go on in own's basis.
 
-    Groups that cannot be observed are paired by index, and so are all where the model has no groups: an average.
-    Models that are equal, bit by bit, are one with their weights' sum; a model of weight 0 takes no part. Integers
-    are own's. The order of peers does not matter: they are taken in that of their content hashes. Memory: all
-    models' weights, and (n·units)² numbers in float64 per point.
+    Groups that cannot be observed are paired by index, as are units inside heads, and so are all where the model has
+    no groups: an average. Models that are equal, bit by bit, are one with their weights' sum; a model of weight 0
+    takes no part. Integers are own's. The order of peers does not matter: they are taken in that of their content
+    hashes. Memory: all models' weights, and (n·units)² numbers in float64 per point.
 
     `max_images`: look at no more examples (None: all). `positions`: of each image, drawn from a fixed seed; None: all.
     Raises MergeError without model, data and the model's symmetry spec.
@@ -78,6 +78,7 @@ def zipit(
         raise MergeError("combine method 'zipit' needs the model and data to run it on: hand in model= and data=")
     parties, mass = _distinct(own, peers, weights)
     chosen, _ = choose_points(spec, points, points_per_group)
+    chosen = {group: listed for group, listed in chosen.items() if group in _plain(spec)}
     labels: dict[str, Tensor] = {}
     if chosen and len(parties) > 1:
         device = device_of(model)
@@ -109,6 +110,19 @@ def zipit(
         return merge_units(tensors, mass, moving, becomes, taken)
 
     return combine_tensors(own, [party for party in parties if party is not own], merge)
+
+
+def _plain(spec: SymmetrySpec) -> set[str]:
+    """Return the groups that are merged: not those inside heads, whose units merge only once their heads have."""
+    nested = {
+        group
+        for axis in spec.axes
+        for segment in axis.layout
+        for factor in segment
+        if factor.parts is not None
+        for group in groups_in(factor.parts)
+    }
+    return {group.id for group in spec.groups if not group.parents} - nested
 
 
 class _Correlations:

@@ -79,6 +79,21 @@ def einsum(call: Call) -> Result:
     return Value(tuple(axes[letter] for letter in output))
 
 
+@rule("aten._grouped_mm", "aten._scaled_grouped_mm", "transformers.grouped_mm_fallback")
+def grouped_mm(call: Call) -> Result:
+    """Rows of x (S, K) by groups, each with a matrix of its own, (E, K, N): which rows are whose goes by number."""
+    tensors = call.tensors()
+    x, weight = tensors[:2]
+    if x.ndim != 2 or weight.ndim != 3 or call.optional("bias") is not None:
+        raise NoRule("grouped matrix product of other than rows with a matrix for each group")
+    call.freeze(
+        [x.dims[0], weight.dims[0], *(layout for t in tensors[2:] for layout in t.dims)], "which rows are whose"
+    )
+    call.domain.unify(x.dims[1], weight.dims[1])
+    call.mix(x.dims[1:], (x.dims[0], weight.dims[2]))
+    return Value((x.dims[0], weight.dims[2]))
+
+
 def _matmul(call: Call, a: Value, b: Value) -> tuple[Layout, ...]:
     call.domain.unify(a.dims[-1], b.dims[-2] if b.ndim > 1 else b.dims[-1])
     call.mix(a.dims[-1:], (*a.dims[:-1], *b.dims[:-2], *(b.dims[-1:] if b.ndim > 1 else ())))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+from torch import fx
+
 from dimat.symmetry.layout import ONE
 from dimat.symmetry.rules.call import Call, NoRule, Result, Value, rule
 
@@ -93,6 +96,33 @@ def index(call: Call) -> Result:
     first = indexed[0]
     looked_up = call.broadcast(indices, shape[first : first + count])
     return Value((*x.dims[:first], *looked_up, *x.dims[indexed[-1] + 1 :]))
+
+
+@rule("aten.histc", "aten.bincount", "aten.bucketize", "aten.searchsorted")
+def counted(call: Call) -> Result:
+    """Entries are counted or placed by their value."""
+    reason = "counted by value"
+    call.freeze([layout for value in call.tensors() for layout in value.dims], reason)
+    return Value(tuple(call.fixed(size, reason) for size in call.shape()))
+
+
+@rule("aten.index_put")
+def index_put(call: Call) -> Result:
+    """Entries at the given numbers of the first axes are replaced (or added to): these are fixed, the others pass."""
+    x, values = call.value("self"), call.value("values")
+    given = call.arguments["indices"]
+    indices = call.tensors("indices")
+    if len(indices) != len(given) or not indices:
+        raise NoRule("assignment to places of axes that are not the first ones")
+    if any(isinstance(node, fx.Node) and node.meta["val"].dtype in (torch.bool, torch.uint8) for node in given):
+        raise NoRule("assignment by a mask")
+    call.freeze(
+        [*x.dims[: len(indices)], *(layout for value in indices for layout in value.dims)], "looked up by index"
+    )
+    rest = x.dims[len(indices) :]
+    call.broadcast([Value(values.dims[max(values.ndim - len(rest), 0) :]), Value(rest)], Value(rest).shape)
+    call.freeze(values.dims[: max(values.ndim - len(rest), 0)], "looked up by index")
+    return x
 
 
 @rule("aten.gather")

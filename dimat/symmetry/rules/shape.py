@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dimat.symmetry.layout import ONE, Layout, layout_size
-from dimat.symmetry.rules.call import Call, NoRule, Result, Value, rule
+from dimat.symmetry.rules.call import Call, NoRule, Result, Value, op_name, rule
 
 
 @rule(
@@ -31,7 +31,8 @@ def ones(call: Call) -> Result:
     return Value(tuple(ONE if size == 1 else next(others) for size in call.shape()))
 
 
-@rule("aten.permute", "aten.movedim", "aten.transpose", "aten.swapaxes", "aten.t", "aten.numpy_T", "aten.mT")
+@rule("aten.permute", "aten.movedim", "aten.transpose", "aten.swapaxes", "aten.t", "aten.numpy_T")
+@rule("aten.mT", "aten.mH", "aten.adjoint", "aten.swapdims", "aten.moveaxis", "aten.matrix_H")
 def permute(call: Call) -> Result:
     """Axes change places."""
     x = call.value("self")
@@ -44,10 +45,10 @@ def permute(call: Call) -> Result:
         order = [d for d in order if d not in source]
         for to, place in sorted(zip(target, source)):
             order.insert(to, place)
+    elif op_name(call.node.target).split(".")[1] in ("mT", "mH", "adjoint"):
+        order[-2:] = order[:-3:-1]
     elif len(arguments) == 1:
-        order = order[::-1] if x.ndim < 3 else order
-        if x.ndim > 2:
-            raise NoRule("transpose of more than two axes without naming them")
+        order = order[::-1]  # all of them: `t` is of matrices, `.T` of any
     else:
         names = ("axis0", "axis1") if "axis0" in arguments else ("dim0", "dim1")
         first, second = (call.dim(name, x.ndim) for name in names)

@@ -1,0 +1,93 @@
+"""Tracing of modules that export cannot follow, because what they do depends on values: one path at a time.
+
+`make_fx` runs the module on real numbers and records the operations that were run. Several runs on different numbers
+take different paths; all of them relate the axes of the same parameters. A path that none of them took is not covered,
+which is why the numeric check (`verify_symmetry`) must pass on inputs that were not traced. This is the package's only
+use of `torch.fx.experimental`; a test pins what it relies on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from dimat.symmetry import tree
+
+PATHS = 4
+"""How many inputs a module is run on: those given, and as many more of the same shapes."""
+
+
+def record_paths(
+    model: nn.Module, args: Any, kwargs: Any
+) -> tuple[list[fx.GraphModule], list[str], list[tuple[str, int | None]]]:
+    """Return the graphs of some runs, the names of their first placeholders (parameters and buffers), and outputs.
+
+    An output is its name and its place among the graph's outputs (None where it is no tensor). The other placeholders
+    are the tensors among the inputs. Every node has its value, without memory, as `meta["val"]`. The module must be
+    in eval mode. Raises whatever the module's code raises.
+    """
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    names = list(tensors)
+    leaves = tree.leaves((args, kwargs))
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    with torch.no_grad():
+        result = model(*tree.map_tensors(torch.clone, args), **tree.map_tensors(torch.clone, kwargs))
+    named = tree.named_leaves(result)
+    count = 0
+    outputs: list[tuple[str, int | None]] = []
+    for name, leaf in named:
+        outputs.append((name, count if isinstance(leaf, Tensor) else None))
+        count += isinstance(leaf, Tensor)
+
+    def run(weights: list[Tensor], given: list[Tensor]) -> list[Tensor]:
+        values = list(leaves)
+        for place, tensor in zip(places, given):
+            values[place] = tensor
+        these, those = tree.rebuilt((args, kwargs), values)
+        made = torch.func.functional_call(model, dict(zip(names, weights)), these, those)
+        return [leaf for leaf in tree.leaves(made) if isinstance(leaf, Tensor)]
+
+    graphs: list[fx.GraphModule] = []
+    codes: set[str] = set()
+    generator = torch.Generator().manual_seed(0)
+    for number in range(PATHS):
+        given = [leaves[place].detach().clone() for place in places]
+        if number:
+            given = [_other(tensor, generator) for tensor in given]
+        # in place writes reach copies only
+        weights = [tensor.detach().clone() for tensor in tensors.values()]
+        with torch.no_grad():
+            graph = make_fx(run, tracing_mode="real", pre_dispatch=True, _error_on_data_dependent_ops=False)(
+                weights, given
+            )
+        if graph.code not in codes:
+            codes.add(graph.code)
+            _Recorder(graph).run(*[tensor.detach().clone() for tensor in tensors.values()], *given)
+            graphs.append(graph)
+    return graphs, names, outputs
+
+
+def _other(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Return other numbers of the same shape: drawn anew, or the same integers in another order."""
+    if tensor.is_floating_point():
+        scale = tensor.detach().float().abs().mean().clamp_min(1e-3).cpu()
+        return (torch.randn(tensor.shape, generator=generator) * scale * 2).to(tensor)
+    order = torch.randperm(tensor.numel(), generator=generator).to(tensor.device)
+    return tensor.flatten()[order].view(tensor.shape)
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a graph and notes every node's value, without its memory."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        with torch.no_grad():
+            value = super().run_node(n)
+        n.meta["val"] = tree.map_tensors(_empty, value)
+        return value
+
+
+def _empty(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("meta")

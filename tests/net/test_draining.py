@@ -1,0 +1,69 @@
+"""Transfers that are under way when an agent stops: they end, as long as it waits for them. The reference is what the
+publisher has on its disk."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.net.agents import QUICK, Agent, join, make, started, weights
+
+pytestmark = pytest.mark.anyio
+
+SLOW = replace(QUICK, rate_mb_s=0.25)  # 4 s a snapshot
+
+
+async def begun(a: Agent) -> None:
+    """Wait until an agent has sent its reader something."""
+    async with asyncio.timeout(60):
+        while not a.transport.sent_bytes.get("b"):  # noqa: ASYNC110  (no event tells)
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("reason", ["time is up", ""], ids=["told", "untold"])
+async def test_what_is_under_way_comes_whole(tmp_path: Path, reason: str) -> None:
+    """The reader's calls for news end with the publisher's, or fail; the transfer goes on beside them to its end."""
+    a, b = make(tmp_path / "a", "a", limits=SLOW), make(tmp_path / "b", "b")
+    async with started(b):
+        await a.transport.start(a.ears)
+        join(a, b)
+        payload = a.publish(1, weights(1)).payload
+        await b.ears.offer("a", 1)
+        fetching = asyncio.create_task(b.transport.fetch("a", 1, payload.root))
+        await begun(a)
+        if reason:
+            a.transport.leave(reason)
+        await a.transport.close(60.0)
+        async with asyncio.timeout(30):
+            fetched = await fetching
+        assert fetched.bytes == payload.bytes
+        assert fetched.path.read_bytes() == a.store.path(payload.root).read_bytes()
+
+
+async def test_a_fetch_whose_turn_comes_when_its_connection_is_gone(tmp_path: Path) -> None:
+    """b fetches one snapshot at a time. While that of a comes slowly, c, whose turn is next, is started again: b
+    fetches from it by a new connection."""
+    a, c = make(tmp_path / "a", "a", limits=SLOW), make(tmp_path / "c", "c")
+    b = make(tmp_path / "b", "b", limits=replace(QUICK, fetches=1))
+    async with started(b, a):
+        await c.transport.start(c.ears)
+        join(a, b, c)
+        one, other = a.publish(1, weights(1)).payload, c.publish(1, weights(2)).payload
+        await b.ears.offer("a", 1)
+        await b.ears.offer("c", 1)
+        first = asyncio.create_task(b.transport.fetch("a", 1, one.root))
+        await begun(a)
+        second = asyncio.create_task(b.transport.fetch("c", 1, other.root))
+        await asyncio.sleep(0.2)  # until it waits for its turn
+        port = c.transport.port
+        await c.transport.close(0)
+        assert not first.done()
+        c = make(tmp_path / "c", "c", listen=f"127.0.0.1:{port}")
+        async with started(c), asyncio.timeout(60):
+            join(a, b, c)
+            c.publish(1, weights(2))
+            assert (await first).bytes == one.bytes
+            assert (await second).bytes == other.bytes
