@@ -52,7 +52,8 @@ def align_weights(
     (heads, units), a row for each merged head, of units of the head that it comes from), which is what
     `permute_weights(peer, spec, permutations)` applies. `using` names the align method ("activations" needs
     `data`, "weights" does not), `options` are its options. `points` pins where groups are observed: {group id: points
-    of the spec or names of their nodes}. Raises ConfigError for unknown names and options, DataError for unreadable files.
+    of the spec or names of their nodes}. Raises ConfigError for unknown names and options, DataError for unreadable
+    files.
 
         spec = derive_symmetry(model, (images,))
         permutations = align_weights(model, own, peer, spec, data=[images])
