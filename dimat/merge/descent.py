@@ -1,7 +1,11 @@
 """Weight matching: coordinate descent on <own weights, permuted peer's weights> over a model's symmetry groups.
 
-One **move** assigns anew the units of one tree of groups (a plain group; or heads together with what lies in them) while
-all others stay, which is a linear assignment. The peer's tensors are permuted as they are read, one at a time.
+One **move** assigns anew the units of one tree of groups (a plain group; or heads together with what lies in them)
+while all others stay, which is a linear assignment. The peer's tensors are permuted as they are read, one at a time.
+
+Two things are beyond it. Where a group occurs twice in a tensor (the hidden units of an LSTM), a move is the best step
+for the slope at hand, taken only where it helps. Where two children of one parent meet in a tensor (query heads of a
+shared key head, and the units of these), they take turns, so that the parent's pairs are judged by the others' order.
 """
 
 from __future__ import annotations
@@ -188,7 +192,8 @@ class Descent:
         """Visit moves in this order, again and again, until none makes the total larger."""
         order = list(order)
         for _ in range(MOST_VISITS):
-            if not any([self._visit(number) for number in order]):
+            better = [self._visit(number) for number in order]
+            if not any(better):
                 return
 
     def _visit(self, number: int) -> bool:
