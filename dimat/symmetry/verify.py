@@ -183,7 +183,7 @@ def _frozen(layout: Layout, gone: set[str]) -> Layout:
 def randomised(state: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
     """Return a state dict in which no two units are alike, and all matter.
 
-    Vectors get noise, constant tensors new values; matrices and kernels that are smaller than 1/√(inputs of a unit)
+    Vectors and what is constant along an axis get noise; matrices and kernels that are smaller than 1/√(inputs of a unit)
     are scaled up to it, for attention whose scores are all about 0 does not show which unit meets which.
     """
     result = dict(state)
@@ -192,7 +192,8 @@ def randomised(state: dict[str, Tensor], generator: torch.Generator) -> dict[str
             continue
         flat = value.ndim == 1 or name.endswith(("running_mean", "running_var"))
         fan = max(value[0].numel(), 1)
-        if not flat and not bool((value == value.flatten()[0]).all()):
+        alike = any(n > 1 and bool((value == value.narrow(d, 0, 1)).all()) for d, n in enumerate(value.shape))
+        if not flat and not alike:
             result[name] = value * max(1.0, fan**-0.5 / max(float(value.std()), 1e-30))
             continue
         noise = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value)

@@ -18,6 +18,7 @@ import torch
 from dimat.symmetry import derive_symmetry, verify_symmetry
 
 from .wide import ENTRIES, Entry, build, measure, shortcomings
+from .wide.planted import FOUND, recover
 
 COSTLY = {
     "wide_resnet50_2": "69 M parameters in float64, the graph of resnet50",
@@ -64,5 +65,17 @@ def test_a_matrix_left_out_shows(entry: Entry) -> None:
     axes = [axis for axis in spec.axes if shapes[axis.tensor] == 2]
     for axis in random.Random(0).sample(axes, min(len(axes), 8)):
         broken = replace(spec, axes=tuple(other for other in spec.axes if other != axis))
-        error = verify_symmetry(model, broken, inputs, torch.Generator().manual_seed(0))
-        assert error > 1e-3, f"{axis.tensor} axis {axis.dim} left out: {error:.1e}"
+        # two heads stay in place every second time
+        errors = (verify_symmetry(model, broken, inputs, torch.Generator().manual_seed(seed)) for seed in range(8))
+        assert any(error > 1e-3 for error in errors), f"{axis.tensor} axis {axis.dim} left out, nothing changed"
+
+
+@pytest.mark.parametrize("entry", _params(name for name in CHEAP if name != "efficientnet_v2_s"))
+def test_planted_permutations_are_found(entry: Entry) -> None:
+    """Reference: the network is the average of itself and its permuted copy, aligned back by activations, and by
+    weights where nothing can be observed; without alignment it is not. (One of 75 groups by weights is left to
+    `make zoo`, for it takes long.)"""
+    _skip_unless_installed(entry)
+    found = recover(entry)
+    assert found.error <= FOUND
+    assert found.before > 100 * FOUND

@@ -1,4 +1,4 @@
-"""Measure the zoo and print a table: `python -m tests.symmetry.wide [NAMES…] [--json FILE] [--reasons]`."""
+"""Measure the zoo and print a table: `python -m tests.symmetry.wide [NAMES…] [--json FILE] [--reasons] [--planted]`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from . import ENTRIES, Row, measure
+from . import ENTRIES, Entry, Row, build, measure
+from .planted import FOUND, LARGEST, recover
 
 _HEAD = (
     f"{'model':24} {'family':6} {'traced':8} {'params':>7} {'groups':>6} {'heads':>5} {'moved':>6} {'error':>8} "
@@ -26,16 +27,18 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
     parser.add_argument("--reasons", action="store_true", help="list unknown ops and reasons for frozen axes")
+    parser.add_argument("--planted", action="store_true", help="align each model to a permuted copy of itself instead")
     options = parser.parse_args(arguments)
     known = {*ENTRIES, *(entry.source for entry in ENTRIES.values())}
     if wrong := [name for name in options.names if name not in known]:
         parser.error(f"no such model: {', '.join(wrong)} (known: {', '.join(ENTRIES)})")
     torch.set_num_threads(1)
+    chosen = [e for e in ENTRIES.values() if not options.names or {e.name, e.source} & set(options.names)]
+    if options.planted:
+        return planted_table(chosen)
     rows: list[Row] = []
     print(_HEAD, flush=True)
-    for entry in ENTRIES.values():
-        if options.names and entry.name not in options.names and entry.source not in options.names:
-            continue
+    for entry in chosen:
         rows.append(measure(entry))
         print(line(rows[-1]), flush=True)
         if options.json:
@@ -44,6 +47,25 @@ def main(arguments: list[str] | None = None) -> int:
         print("\n".join(text for row in rows for text in reasons(row)))
     print(totals(rows))
     return int(any(row.problems for row in rows))
+
+
+def planted_table(entries: list[Entry]) -> int:
+    """Print how well planted permutations are found; the exit status is 1 if a model's are not."""
+    print(f"{'model':24} {'groups':>6} {'exact':>7} {'error':>8} {'unaligned':>9}", flush=True)
+    missed = 0
+    for entry in entries:
+        if sum(p.numel() for p in build(entry)[0].parameters()) > LARGEST:
+            continue
+        found = recover(entry)
+        good = found.error <= FOUND
+        missed += not good
+        print(
+            f"{entry.name:24} {found.groups:6} {100 * found.exact:6.1f}% {found.error:8.1e} {found.before:9.1e} "
+            f"{'ok' if good else 'not found'}",
+            flush=True,
+        )
+    print(f"{missed} models whose planted permutations were not found")
+    return int(missed > 0)
 
 
 def line(row: Row) -> str:
