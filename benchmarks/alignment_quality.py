@@ -5,8 +5,8 @@ data: CIFAR ResNet-20 (width 1, 1 × 1 shortcuts), a small vision transformer, a
 every registered align method the second network is permuted into the first one's order of units, and the loss is
 measured on eleven points of the straight line between the two, on data that neither was trained on. The barrier is the
 most by which the loss exceeds the straight line between the losses at the ends: 0 where the line never rises above it.
-BatchNorm statistics are estimated anew at every point, the ends included, from training images, so that what is shown is
-not the collapse of statistics that any merge repairs. Methods have their default options and see the same data.
+BatchNorm statistics are estimated anew at every point, the ends included, from training images, so that what is shown
+is not the collapse of statistics that any merge repairs. Methods have their default options and see the same data.
 
 Shown beside it: loss (nats) in the middle, where a merge of two puts its result; accuracy there (for text: of the next
 character) and, in brackets, at the ends; the share of units that change place; CPU-seconds of the alignment.
