@@ -8,7 +8,6 @@ reader never sees half of one.
 
 from __future__ import annotations
 
-import os
 from bisect import insort
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -20,7 +19,7 @@ from blake3 import blake3
 from safetensors.torch import save as encode_safetensors
 from torch import Tensor
 
-from dimat.durable import sync_folder
+from dimat.durable import write_bytes
 from dimat.errors import DataError
 
 BLOCK_BYTES = 4 * 2**20
@@ -87,23 +86,6 @@ def checksum(data: bytes | memoryview, block_bytes: int = BLOCK_BYTES) -> Payloa
 def write_weights(path: Path, weights: Mapping[str, Tensor], *, durable: bool = True) -> None:
     """Write a state dict as safetensors under a temporary name, then rename; DataError where that fails."""
     write_bytes(path, encode(weights), durable=durable)
-
-
-def write_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:
-    """Write a file under a temporary name, then rename. `durable`: fsync file and folder, to survive power loss."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        temporary.replace(path)
-        if durable:
-            sync_folder(path.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise DataError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def make_folder(folder: Path) -> None:

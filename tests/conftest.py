@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+
 import pytest
 import torch
 from hypothesis import settings
+
+_scratch = tempfile.TemporaryDirectory(prefix="dimat-tests-")
+os.environ["XDG_CACHE_HOME"] = _scratch.name  # tests, and the processes that they start, leave the user's cache alone
 
 torch.set_num_threads(1)
 settings.register_profile("dimat", deadline=None)

@@ -20,8 +20,8 @@ from safetensors.torch import save as encode_safetensors
 from torch import Tensor
 
 from dimat.agent.state import MachineState
+from dimat.durable import write_bytes
 from dimat.errors import DataError
-from dimat.snapshot import write_bytes
 from dimat.train import TrainerState
 
 FORMAT = "2"

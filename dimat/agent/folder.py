@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from dimat.config import ExperimentConfig
+from dimat.durable import write_bytes
 from dimat.errors import ConfigError, DataError
-from dimat.snapshot import write_bytes
 
 MARK = "agent.json"
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from dimat.config import ExperimentConfig
 from dimat.seeds import torch_generator
-from dimat.symmetry import Observer, SymmetrySpec, derive_symmetry, freeze_failing
+from dimat.symmetry import Observer, SymmetrySpec, verified_symmetry
 from dimat.task import Task
 from dimat.tasks import load_task
 
@@ -41,7 +40,4 @@ def derive_checked(task: Task) -> SymmetrySpec:
     its `warnings` say what was given up."""
     model = task.build_model(torch_generator(0, "symmetry", "model"))
     inputs = task.example_inputs()
-    with warnings.catch_warnings(record=True):
-        warnings.simplefilter("always")
-        spec = derive_symmetry(model, inputs)
-        return freeze_failing(model, spec, inputs, torch_generator(0, "symmetry", "verify"))
+    return verified_symmetry(model, inputs, torch_generator(0, "symmetry", "verify"))

@@ -16,8 +16,9 @@ from dimat.agent import messages as m
 from dimat.agent.checkpoint import CheckpointStore, Loaded
 from dimat.agent.lineage import append_record
 from dimat.agent.local import Learned, LocalAgent
+from dimat.durable import write_bytes
 from dimat.errors import DataError
-from dimat.snapshot import Form, Payload, write_bytes
+from dimat.snapshot import Form, Payload
 
 T = TypeVar("T")
 

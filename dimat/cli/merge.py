@@ -40,7 +40,7 @@ def merge(
         str | None, Parameter(help="Inputs to run the models on: a safetensors file, or a function as in --model.")
     ] = None,
     align: Annotated[
-        str | None, Parameter(help="Bring units into own's order first: activations; default: none.")
+        str | None, Parameter(help="Bring units into own's order first: activations, weights, auto; default: none.")
     ] = None,
     repair: Annotated[str | None, Parameter(help="Re-estimate afterwards: batchnorm; default: none.")] = None,
     device: Annotated[str | None, Parameter(help="Where to merge: cpu (default), cuda, auto.")] = None,

@@ -48,10 +48,12 @@ def align_weights(
 ) -> Permutations:
     """Return the permutations that bring a peer's weights into own's order of units.
 
-    For each group id an int64 tensor p of shape (units,): merged unit j <- peer's unit p[j], which is what
+    For each group id an int64 tensor p of shape (units,): merged unit j <- peer's unit p[j] (units of heads:
+    (heads, units), a row for each merged head, of units of the head that it comes from), which is what
     `permute_weights(peer, spec, permutations)` applies. `using` names the align method ("activations" needs
-    `data`), `options` are its options. `points` pins where groups are observed: {group id: points of the spec or
-    names of their nodes}. Raises ConfigError for unknown names and options, DataError for unreadable files.
+    `data`, "weights" does not), `options` are its options. `points` pins where groups are observed: {group id: points
+    of the spec or names of their nodes}. Raises ConfigError for unknown names and options, DataError for unreadable
+    files.
 
         spec = derive_symmetry(model, (images,))
         permutations = align_weights(model, own, peer, spec, data=[images])

@@ -1,7 +1,11 @@
 """Weight matching: coordinate descent on <own weights, permuted peer's weights> over a model's symmetry groups.
 
-One **move** assigns anew the units of one tree of groups (a plain group; or heads together with what lies in them) while
-all others stay, which is a linear assignment. The peer's tensors are permuted as they are read, one at a time.
+One **move** assigns anew the units of one tree of groups (a plain group; or heads together with what lies in them)
+while all others stay, which is a linear assignment. The peer's tensors are permuted as they are read, one at a time.
+
+Two things are beyond it. Where a group occurs twice in a tensor (the hidden units of an LSTM), a move is the best step
+for the slope at hand, taken only where it helps. Where two children of one parent meet in a tensor (query heads of a
+shared key head, and the units of these), they take turns, so that the parent's pairs are judged by the others' order.
 """
 
 from __future__ import annotations
@@ -15,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from dimat.errors import MergeError
-from dimat.merge.cells import Cell, Slot, cells, pair_up
 from dimat.merge.batches import device_of
+from dimat.merge.cells import Cell, Slot, cells, pair_up
 from dimat.merge.nested import Tree, assign_nested, nested_value, trees
 from dimat.merge.stages import Permutations, Weights
 from dimat.merge.weights import PermutedWeights, WeightsOn
@@ -188,7 +192,8 @@ class Descent:
         """Visit moves in this order, again and again, until none makes the total larger."""
         order = list(order)
         for _ in range(MOST_VISITS):
-            if not any([self._visit(number) for number in order]):
+            better = [self._visit(number) for number in order]
+            if not any(better):
                 return
 
     def _visit(self, number: int) -> bool:
@@ -240,7 +245,9 @@ class Descent:
                 for group, dims in matching.places(move, cell):
                     pairs = pair_up(cell.spread(mine).to(kind), cell.spread(other).to(kind), dims)
                     if not bool(pairs.isfinite().all()):
-                        raise MergeError(f"tensor {name!r} cannot be matched: its products with a peer's are not finite")
+                        raise MergeError(
+                            f"tensor {name!r} cannot be matched: its products with a peer's are not finite"
+                        )
                     scores[group] = scores[group].add_(pairs) if group in scores else pairs
         return scores, least
 
@@ -327,9 +334,7 @@ def fill_in(
         if key not in matchings:
             matchings[key] = Matching(spec, counted, key)
         draws = torch.Generator().manual_seed(seed)
-        best, _ = matchings[key].best(
-            mine, WeightsOn(peer, device), permutations, restarts=restarts, generator=draws
-        )
+        best, _ = matchings[key].best(mine, WeightsOn(peer, device), permutations, restarts=restarts, generator=draws)
         found.append(best)
     return found
 

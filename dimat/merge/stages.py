@@ -22,7 +22,8 @@ Weights = Mapping[str, Tensor]
 """Tensor name → tensor: a state dict, or a lazily read file of one."""
 
 Permutations = dict[str, Tensor]
-"""Group id → int64 tensor p: unit j of the result is unit p[j] of what is permuted. Groups left out stay put."""
+"""Group id → int64 tensor p: unit j of the result is unit p[j] of what is permuted; of groups with parents, one such
+row for each of the parents' units (see dimat.symmetry.permute). Groups left out stay put."""
 
 Inputs = tuple[Tensor, ...]
 """Positional arguments of the model, each with examples along dim 0."""

@@ -120,7 +120,8 @@ class Recipe(Tree):
     model's arguments in the order of their names, e.g. input.0, input.1), a hook that returns a tensor of them or
     batches, or a task, whose probe set is taken."""
     align: Named = NamedConfig(name="none")
-    """How peers' units are brought into own's order before they are combined: "none" or "activations"."""
+    """How peers' units are brought into own's order before they are combined: "none", "activations",
+    "weights" or "auto"."""
     repair: Named = NamedConfig(name="none")
     """What is re-estimated on the data afterwards: "none" or "batchnorm"."""
     out: str | None = None

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from random import Random
 
+from dimat.durable import write_bytes
 from dimat.errors import DataError, NetworkError
 from dimat.net.download import GoneError, Tally, download
 from dimat.net.grpc_client import Link
@@ -18,7 +19,7 @@ from dimat.net.partial import Partial
 from dimat.net.received import ReceivedStore
 from dimat.net.transport import Fetched
 from dimat.net.work import Threads
-from dimat.snapshot import Form, Manifest, Payload, SnapshotStore, checksum, encode, write_bytes
+from dimat.snapshot import Form, Manifest, Payload, SnapshotStore, checksum, encode
 from dimat.wire.encodings import decode_weights
 
 Sources = Callable[[], Sequence[Payload]]

@@ -15,8 +15,9 @@ from pathlib import Path
 from blake3 import blake3
 from google.protobuf.message import DecodeError
 
+from dimat.durable import write_bytes
 from dimat.errors import DataError, PeerError
-from dimat.snapshot import Form, Manifest, Payload, write_bytes
+from dimat.snapshot import Form, Manifest, Payload
 from dimat.wire.encodings import ENCODINGS
 from dimat.wire.v1 import peer_pb2 as pb
 

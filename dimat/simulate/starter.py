@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dimat.durable import write_bytes
 from dimat.errors import ConfigError
-from dimat.snapshot import write_bytes
 
 STARTER = """\
 # A dimat experiment. Run it with `dimat simulate <this file>`.

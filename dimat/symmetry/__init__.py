@@ -6,6 +6,7 @@ No architecture is described by hand: the module is traced, and one transfer rul
 axes relate. `register_rule` adds rules.
 """
 
+from dimat.symmetry.cache import verified_symmetry
 from dimat.symmetry.derive import derive_symmetry, observation_points
 from dimat.symmetry.observe import Observer, points_at
 from dimat.symmetry.permute import (
@@ -60,5 +61,6 @@ __all__ = [
     "register_rule",
     "tolerance_of",
     "trace",
+    "verified_symmetry",
     "verify_symmetry",
 ]

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
+from dimat.durable import write_bytes
 from dimat.errors import ConfigError, DataError
 from dimat.events import Listener, Warned
 from dimat.results import AgentRound, Comparison, Results, read_results
@@ -114,16 +115,11 @@ def _csv(header: Sequence[str], rows: Iterable[Sequence[object]]) -> bytes:
 
 
 def _write(file: Path, content: bytes) -> Path:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_bytes(content)
-            temporary.replace(file)
-        finally:
-            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise DataError(f"cannot write {file}: {error.strerror or error}") from error
+    write_bytes(file, content, durable=False)
     return file
 
 

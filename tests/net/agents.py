@@ -15,13 +15,14 @@ import torch
 from grpc import aio
 from torch import Tensor
 
+from dimat.durable import write_bytes
 from dimat.net.grpc_transport import GrpcTransport
 from dimat.net.identity import Identity
 from dimat.net.limits import Limits
 from dimat.net.manifests import Bound
 from dimat.net.profile import Profile
 from dimat.net.transport import Neighbours
-from dimat.snapshot import Form, Manifest, SnapshotStore, checksum, encode, schema_hash, write_bytes
+from dimat.snapshot import Form, Manifest, SnapshotStore, checksum, encode, schema_hash
 from dimat.wire.v1 import peer_pb2 as pb
 
 RUN = "test-run"

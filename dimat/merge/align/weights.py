@@ -24,7 +24,7 @@ def weights(
     spec: SymmetrySpec,
     model: nn.Module | None = None,
     generator: torch.Generator | None = None,
-    restarts: Annotated[int, Field(ge=0)] = 2,
+    restarts: Annotated[int, Field(ge=0)] = 4,
     buffers: bool = False,
 ) -> Aligned:
     """Return, for each peer, permutations that maximise Σ over tensors of <own, permuted peer>, to a local optimum.

@@ -17,7 +17,7 @@ from dimat.symmetry.rules import (
     shape,
     spatial,
 )
-from dimat.symmetry.rules.call import Call, NoRule, Rule, Value, find_rule, register_rule
+from dimat.symmetry.rules.call import Call, NoRule, Rule, Value, find_rule, own_rules, register_rule
 
 __all__ = [
     "Call",
@@ -31,6 +31,7 @@ __all__ = [
     "join",
     "linear",
     "norm",
+    "own_rules",
     "pointwise",
     "recurrent",
     "reduce",

@@ -150,6 +150,7 @@ class Call:
 
 Rule = Callable[[Call], Result]
 _RULES: dict[str, Rule] = {}
+_foreign: set[str] = set()
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -175,6 +176,12 @@ def register_rule(op: Any, function: Rule) -> None:
     if not name or "." not in name:
         raise SymmetryError(f"register_rule: {op!r} is not an operation; pass torch.ops.<library>.<name>")
     _RULES[name] = function
+    _foreign.add(name)
+
+
+def own_rules() -> bool:
+    """Tell whether all rules are dimat's own: none was registered from outside."""
+    return not _foreign
 
 
 def op_name(target: Any) -> str:

@@ -1,0 +1,123 @@
+"""Modules that export cannot follow: what `make_fx` gives, and what is and is not covered."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dimat.symmetry import (
+    Observer,
+    SymmetryWarning,
+    derive_symmetry,
+    permute_weights,
+    random_permutations,
+    trace,
+    verified_symmetry,
+    verify_symmetry,
+)
+
+
+class Loop(nn.Module):
+    """Applies a layer until the values are small: export cannot know how often."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.again, self.last = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x))
+        rounds = 0
+        while x.abs().sum() > 1 and rounds < 5:
+            x = torch.tanh(self.again(x)) * 0.5
+            rounds += 1
+        return self.last(x)
+
+
+class Forked(nn.Module):
+    """Takes another layer for large inputs than for small ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.left, self.right = nn.Linear(4, 8), nn.Linear(8, 6), nn.Linear(8, 6)
+        self.last = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.first(x))
+        return self.last(torch.relu(self.left(h) if x.sum() > 0 else self.right(h)))
+
+
+def test_a_loop_that_depends_on_data_is_traced_by_running_it() -> None:
+    """Reference: the hidden units are one group, by hand; outputs of inputs that were not traced stay the same."""
+    model, inputs = Loop(), torch.randn(3, 4)
+    spec = derive_symmetry(model, inputs)
+    assert spec.trace_kind == "make_fx"
+    (group,) = spec.groups
+    assert (group.size, group.method, group.points) == (8, "weight", ())
+    assert set(group.axes) >= {("again.weight", 0), ("again.weight", 1), ("last.weight", 1)}
+    moved = permute_weights(model.state_dict(), spec, random_permutations(spec, torch.Generator().manual_seed(0)))
+    for scale in (0.0, 0.1, 10.0):
+        given = torch.randn(5, 4) * scale
+        torch.testing.assert_close(torch.func.functional_call(model, moved, (given,)), model(given))
+    Observer(model, spec, inputs)
+
+
+def test_all_paths_relate_the_same_parameters() -> None:
+    """Reference: both layers of the fork make the units that the last one reads; one path alone sees one of them."""
+    torch.manual_seed(0)
+    model, inputs = Forked(), torch.randn(3, 4)
+    traced = trace(model, inputs)
+    assert traced.kind == "make_fx"
+    assert len(traced.others) == 1
+    spec = derive_symmetry(model, inputs)
+    assert sorted(group.size for group in spec.groups) == [6, 8]
+    six = next(group for group in spec.groups if group.size == 6)
+    assert {("left.weight", 0), ("right.weight", 0), ("last.weight", 1)} <= set(six.axes)
+    for sign in (1, -1):
+        assert verify_symmetry(model, spec, sign * torch.rand(3, 4), torch.Generator().manual_seed(0)) < 1e-12
+
+
+def test_the_hash_does_not_depend_on_the_numbers_given() -> None:
+    """Reference: peers have other examples, and must agree on what they run."""
+    hashes = {derive_symmetry(Loop(), torch.randn(3, 4) * scale).arch_hash for scale in (0.01, 1, 10)}
+    assert len(hashes) == 1
+
+
+class Detour(nn.Module):
+    """Leaves torch in the middle, so that the first layer seems not to matter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(4, 8), nn.Linear(8, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.from_numpy(np.tanh(self.first(x).detach().numpy())).clone()
+        return self.last(torch.relu(self.second(x)))
+
+
+def test_what_leaves_torch_stays_where_it_is(tmp_path: Path) -> None:
+    """Reference: by hand: numpy's result is a constant to the trace, so the first layer seems not to be used and is
+    left alone; the units of the second layer move rightly."""
+    model, inputs = Detour(), torch.randn(3, 4)
+    spec = verified_symmetry(model, inputs, torch.Generator().manual_seed(0), folder=tmp_path)
+    assert [group.size for group in spec.groups] == [6]
+    assert "SYM-W06 parameter first.weight unused in trace; left unpermuted" in spec.warnings
+
+
+class Broken(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise ValueError("no forward today")
+
+
+def test_what_does_not_even_run_is_averaged_as_it_is() -> None:
+    """Reference: SYM-E01 with the cause."""
+    with pytest.warns(SymmetryWarning, match="SYM-E01 cannot trace: ValueError: no forward today; averaging"):
+        spec = derive_symmetry(Broken(), torch.randn(2, 4))
+    assert (spec.trace_kind, spec.groups) == ("none", ())
