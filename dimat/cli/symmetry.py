@@ -2,30 +2,83 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
 from dimat.cli.app import symmetry
-from dimat.cli.shared import Json, show
+from dimat.cli.shared import Json, say, show
+from dimat.errors import PeerError, SymmetryError
+
+_WHAT = (
+    "`module:function` or `file.py:function` that returns a task, or a model and its example inputs; "
+    "an experiment's TOML; or the name of a bundled task"
+)
+Model = Annotated[str, Parameter(help=f"{_WHAT}.")]
+ModelOrSpec = Annotated[str, Parameter(help=f"{_WHAT}; or a JSON file written by `symmetry show --json`.")]
+Outputs = Annotated[
+    tuple[str, ...],
+    Parameter(
+        name="--output",
+        negative="",
+        consume_multiple=False,
+        help="Name or flat index of an output that must not change; all by default. Repeatable.",
+    ),
+]
 
 
 @symmetry.command(name="show")
 def symmetry_show(
-    hook: Annotated[
-        str,
-        Parameter(
-            help="`module:function` or `file.py:function` that returns a task, or a model and its example inputs; "
-            "or the name of a bundled task."
-        ),
-    ],
+    hook: Model,
     /,
     *,
     verify: Annotated[bool, Parameter(help="Prove the groups by random permutations in float64.")] = True,
+    output: Outputs = (),
+    html: Annotated[Path | None, Parameter(help="Write a page with a drawing of the groups to this file.")] = None,
+    svg: Annotated[Path | None, Parameter(help="Write the drawing alone to this file.")] = None,
     as_json: Json = False,
 ) -> int:
     """Derive a model's symmetry groups and show them: sizes, tensors, observation points, what is frozen and why."""
-    from dimat.ui.symmetry import show_symmetry
+    from dimat.ui.symmetry import check_suffix, show_symmetry
 
-    show(show_symmetry(hook, verify=verify, as_json=as_json))
+    check_suffix(html, ".html")
+    check_suffix(svg, ".svg")
+    show(show_symmetry(hook, verify=verify, as_json=as_json, outputs=output, html=html, svg=svg))
+    for file in (html, svg):
+        if file is not None:
+            say(f"wrote {file}")
     return 0
+
+
+@symmetry.command(name="verify")
+def symmetry_verify(
+    hook: Model,
+    /,
+    *,
+    seed: Annotated[int, Parameter(help="Seed of the random permutations and weights.")] = 0,
+    output: Outputs = (),
+    as_json: Json = False,
+) -> int:
+    """Check by numbers that permuting a model's groups leaves its outputs as they are; name the groups that do not.
+
+    Exit code 1 where a group fails, or the model cannot be traced.
+    """
+    from dimat.ui.symmetry import verify_model
+
+    text, passed = verify_model(hook, seed=seed, as_json=as_json, outputs=output)
+    show(text)
+    return 0 if passed else SymmetryError.exit_code
+
+
+@symmetry.command(name="diff")
+def symmetry_diff(one: ModelOrSpec, other: ModelOrSpec, /, *, as_json: Json = False) -> int:
+    """Compare two architectures: peers align only where they are the same.
+
+    Exit code 3 where they differ; both summaries and the first difference are shown.
+    """
+    from dimat.ui.symmetry_diff import diff_symmetry
+
+    text, same = diff_symmetry(one, other, as_json=as_json)
+    show(text)
+    return 0 if same else PeerError.exit_code
