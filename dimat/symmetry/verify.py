@@ -183,8 +183,8 @@ def _frozen(layout: Layout, gone: set[str]) -> Layout:
 def randomised(state: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
     """Return a state dict in which no two units are alike, and all matter.
 
-    Vectors and what is constant along an axis get noise; matrices and kernels that are smaller than 1/√(inputs of a unit)
-    are scaled up to it, for attention whose scores are all about 0 does not show which unit meets which.
+    Vectors and what is constant along an axis get noise; matrices and kernels that are smaller than 1/√(inputs of a
+    unit) are scaled up to it, for attention whose scores are all about 0 does not show which unit meets which.
     """
     result = dict(state)
     for name, value in state.items():
