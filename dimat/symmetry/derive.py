@@ -12,8 +12,8 @@ from blake3 import blake3
 from torch import nn
 
 from dimat.errors import SymmetryError
+from dimat.symmetry.atoms import Atom, Frozen, Layout, segment_size
 from dimat.symmetry.interpret import Analysis, interpret
-from dimat.symmetry.layout import Atom, Frozen, Layout, segment_size
 from dimat.symmetry.points import find_points
 from dimat.symmetry.spec import AxisRef, Factor, FrozenAxis, Group, ObservationPoint, SymmetrySpec, UnknownOp
 from dimat.symmetry.spec import Layout as SpecLayout

@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
-from dimat.symmetry.layout import Atom, Domain, Layout
+from dimat.symmetry.atoms import Atom, Layout
+from dimat.symmetry.layout import Domain
 
 MOST_PIECES = 64
 """An axis of more indices than this is no number of fused projections."""

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from dimat.symmetry.atoms import Frozen, LayoutError
 from dimat.symmetry.forms import Form, form_of, made
-from dimat.symmetry.layout import Domain, Frozen, LayoutError
+from dimat.symmetry.layout import Domain
 from dimat.symmetry.rules import Call, NoRule, Value, find_rule
 from dimat.symmetry.rules.call import Abstract, op_name
 from dimat.symmetry.trace import Trace, shape_of

@@ -22,62 +22,29 @@ wrong ones.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass
 from math import prod
+
+from dimat.symmetry.atoms import (
+    ONE,
+    Atom,
+    Frozen,
+    Layout,
+    LayoutError,
+    Segment,
+    aligned_parts,
+    all_frozen,
+    chunks,
+    first_frozen,
+    layout_size,
+    segment_size,
+    tidy,
+)
 
 _MOST_COPIES = 1024
 """A frozen factor above a concatenation is written out as that many copies at most."""
 
 _MOST_CASES = 64
 """A concatenation of more equal pieces than this has them tied when it is viewed as (pieces, size)."""
-
-
-class LayoutError(Exception):
-    """Two layouts that should describe the same axis have different sizes: a rule is wrong."""
-
-
-@dataclass(frozen=True, slots=True)
-class Frozen:
-    """Why an atom never moves, and the graph node at which that was decided."""
-
-    reason: str
-    node: str = ""
-
-
-class Atom:
-    """A set of `size` indices; compared by identity. Only `Domain` writes its fields.
-
-    `parts`: what it was refined into, or the concatenation that it stands for below a free factor. `cases`: its
-    layouts, one for each index of the atom `choice`, whose `chooses` is True.
-    """
-
-    __slots__ = ("cases", "choice", "chooses", "frozen", "parent", "parts", "size")
-
-    def __init__(self, size: int, frozen: Frozen | None = None) -> None:
-        self.size = size
-        self.frozen = frozen
-        self.parent: Atom | None = None
-        self.parts: Layout | None = None
-        self.cases: tuple[Layout, ...] = ()
-        self.choice: Atom | None = None
-        self.chooses = False
-
-
-Segment = tuple[Atom, ...]
-Layout = tuple[Segment, ...]
-
-ONE: Layout = ((),)
-"""The layout of an axis of size 1."""
-
-
-def segment_size(segment: Segment) -> int:
-    """Return the number of indices of a product of atoms."""
-    return prod(atom.size for atom in segment)
-
-
-def layout_size(layout: Layout) -> int:
-    """Return the number of indices of an axis."""
-    return sum(segment_size(segment) for segment in layout)
 
 
 class Domain:
@@ -119,7 +86,7 @@ class Domain:
                 else:
                     pieces = self._times(pieces, self.resolve(root.parts), root)
             segments.extend(pieces)
-        return _tidy(segments)
+        return tidy(segments)
 
     def leaves(self, layout: Layout) -> Generator[Atom]:
         """Yield the atoms of an axis that stand for indices of their own, also those inside nested atoms and cases."""
@@ -212,9 +179,9 @@ class Domain:
                 continue
             if layout_size(a) != layout_size(b):
                 raise LayoutError(f"axes of sizes {layout_size(a)} and {layout_size(b)} cannot be permuted alike")
-            if why := _all_frozen(a):
+            if why := all_frozen(a):
                 self.freeze(b, why)
-            elif why := _all_frozen(b):
+            elif why := all_frozen(b):
                 self.freeze(a, why)
             elif len(a) == len(b) == 1:
                 work.extend(self._unify_products(a[0], b[0]))
@@ -249,7 +216,7 @@ class Domain:
             return [self.fixed(size, Frozen("empty tensor")) for size in shape]
         new: list[Layout] = []
         position = 0
-        for part in _aligned_parts([layout_size(layout) for layout in old], shape):
+        for part in aligned_parts([layout_size(layout) for layout in old], shape):
             axis = self.merge(old[position : position + part.old])
             new.extend(self.factor(axis, part.new) if part.new else [])
             position += part.old
@@ -306,7 +273,7 @@ class Domain:
                 large.frozen = large.frozen or small.frozen
             return [((p[1:],), (q[1:],))]
         if large.size % small.size:
-            why = _first_frozen((p, q)) or Frozen(f"sizes {large.size} and {small.size} do not divide")
+            why = first_frozen((p, q)) or Frozen(f"sizes {large.size} and {small.size} do not divide")
             self.freeze((p, q), why)
             return []
         rest = Atom(large.size // small.size, large.frozen)
@@ -325,20 +292,20 @@ class Domain:
         layout = self.resolve(layout)
         if len(layout) == 1:
             return self._factor_product(layout[0], outer)
-        chunks = _chunks(layout, inner)
-        if 1 < len(chunks) == outer <= _MOST_CASES and any(chunk != chunks[0] for chunk in chunks[1:]):
+        runs = chunks(layout, inner)
+        if 1 < len(runs) == outer <= _MOST_CASES and any(run != runs[0] for run in runs[1:]):
             choice = Atom(outer, Frozen("numbers pieces of an axis"))
             choice.chooses = True
-            return ((choice,),), self._case(choice, chunks)
+            return ((choice,),), self._case(choice, runs)
         outers: list[Layout] = []
         inners: list[Layout] = []
-        for chunk in chunks:
+        for chunk in runs:
             if len(chunk) == 1:
                 pair = self._factor_product(chunk[0], segment_size(chunk[0]) // inner)
             elif layout_size(chunk) == inner:
                 pair = (ONE, chunk)
             else:
-                why = _first_frozen(layout) or Frozen(f"pieces of the axis do not fit a view by {inner}")
+                why = first_frozen(layout) or Frozen(f"pieces of the axis do not fit a view by {inner}")
                 self.freeze(layout, why)
                 return self.fixed(outer, why), self.fixed(inner, why)
             outers.append(pair[0])
@@ -366,7 +333,7 @@ class Domain:
                 done *= atom.size
                 continue
             if atom.size % need:
-                why = _first_frozen((segment,)) or Frozen(f"size {atom.size} does not divide by {need}")
+                why = first_frozen((segment,)) or Frozen(f"size {atom.size} does not divide by {need}")
                 self.freeze((segment,), why)
                 return self.fixed(outer, why), self.fixed(segment_size(segment) // outer, why)
             if atom.parts is not None or atom.cases:
@@ -388,73 +355,3 @@ class Domain:
         halves = self._case(choice, [pair[0] for pair in pairs]), self._case(choice, [pair[1] for pair in pairs])
         atom.parts = tuple(self._times(*halves))
         return halves
-
-
-def _tidy(segments: Sequence[Segment]) -> Layout:
-    """Drop atoms of size 1; join neighbouring frozen factors, and neighbouring frozen segments."""
-    tidy: list[Segment] = []
-    for segment in segments:
-        factors: list[Atom] = []
-        for atom in segment:
-            if atom.size == 1:
-                continue
-            if factors and _still(factors[-1:]) and _still((atom,)):
-                factors[-1] = Atom(factors[-1].size * atom.size, factors[-1].frozen)
-            else:
-                factors.append(atom)
-        if tidy and _still(tidy[-1]) and _still(factors):
-            why = _first_frozen((tidy[-1], factors)) or Frozen("single index")
-            tidy[-1] = (Atom(segment_size(tidy[-1]) + segment_size(tuple(factors)), why),)
-        else:
-            tidy.append(tuple(factors))
-    return tuple(tidy)
-
-
-def _still(segment: Sequence[Atom]) -> bool:
-    return all(atom.frozen and not atom.chooses for atom in segment)
-
-
-def _first_frozen(layout: Iterable[Sequence[Atom]]) -> Frozen | None:
-    return next((atom.frozen for segment in layout for atom in segment if atom.frozen), None)
-
-
-def _all_frozen(layout: Layout) -> Frozen | None:
-    """Return the reason of a wholly frozen layout with something in it, else None."""
-    return _first_frozen(layout) if all(_still(segment) for segment in layout) else None
-
-
-def _chunks(layout: Layout, inner: int) -> list[Layout]:
-    """Group segments into runs whose sizes are multiples of `inner`."""
-    chunks: list[Layout] = []
-    run: Layout = ()
-    for segment in layout:
-        run = (*run, segment)
-        if layout_size(run) % inner == 0:
-            chunks.append(run)
-            run = ()
-    return chunks
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    old: int
-    new: list[int]
-
-
-def _aligned_parts(old: Sequence[int], new: Sequence[int]) -> list[_Part]:
-    """Group old axes (none of size 1) and new sizes into the smallest parts with equal products."""
-    parts: list[_Part] = []
-    position = 0
-    sizes: list[int] = []
-    taken = 0
-    have = 1
-    for size in new:
-        sizes.append(size)
-        while have < prod(sizes):
-            have *= old[position]
-            position += 1
-            taken += 1
-        if have == prod(sizes):
-            parts.append(_Part(taken, sizes))
-            sizes, taken, have = [], 0, 1
-    return parts

@@ -14,8 +14,8 @@ from math import prod
 import torch
 from torch import fx
 
+from dimat.symmetry.atoms import Atom, Segment, segment_size
 from dimat.symmetry.interpret import Analysis
-from dimat.symmetry.layout import Atom, Segment, segment_size
 from dimat.symmetry.rules import Value, find_rule, join, pointwise, reduce, shape, spatial
 from dimat.symmetry.rules.call import op_name
 from dimat.symmetry.spec import ObservationPoint

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Mapping, Sequence
 
-from dimat.symmetry.layout import Atom, Domain, Layout
+from dimat.symmetry.atoms import Atom, Layout
+from dimat.symmetry.layout import Domain
 from dimat.symmetry.rules import Value
 
 Parents = Mapping[Atom, tuple[Atom, ...]]

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dimat.symmetry.layout import Atom, Domain, Frozen, Layout, LayoutError, layout_size
+from dimat.symmetry.atoms import Atom, Frozen, Layout, LayoutError, layout_size
+from dimat.symmetry.layout import Domain
 
 _WHY = Frozen("test")
 atoms = st.builds(lambda size, still: Atom(size, _WHY if still else None), st.integers(1, 6), st.booleans())
@@ -137,3 +138,41 @@ def test_channels_flattened_with_positions_keep_their_group() -> None:
     segment = domain.resolve(linear)[0]
     assert [atom.size for atom in segment] == [5, 4]
     assert segment[0] is domain.resolve(channels)[0][0]
+
+
+def test_pieces_of_an_axis_are_told_apart_by_their_number() -> None:
+    """Reference: (3, heads, units) of three different pieces: piece i is what index i of the first axis chooses."""
+    domain = Domain()
+    pieces = [domain.fresh(12) for _ in range(3)]
+    first, heads, units = domain.factor(domain.concat(pieces), [3, 3, 4])
+    choice = domain.choice_of(first)
+    assert choice is not None
+    for index, piece in enumerate(pieces):
+        chosen = [domain.choose(layout, choice, index) for layout in (heads, units)]
+        assert domain.resolve(domain.merge(chosen)) == domain.resolve(piece)
+    assert domain.resolve(domain.merge([first, heads, units])) == domain.resolve(domain.concat(pieces))
+    assert len({atom for piece in pieces for atom in domain.leaves(piece)}) == 6
+
+
+def test_a_case_that_is_settled_ties_its_layouts() -> None:
+    """Reference: without the axis that chooses, entry j of all pieces is one entry: they move alike."""
+    domain = Domain()
+    pieces = [domain.fresh(5) for _ in range(2)]
+    _, inner = domain.factor(domain.concat(pieces), [2, 5])
+    (case,) = domain.cases_of(inner)
+    domain.settle(case)
+    assert domain.resolve(pieces[0]) == domain.resolve(pieces[1]) == domain.resolve(inner)
+
+
+def test_a_concatenation_below_a_free_factor_is_kept() -> None:
+    """Reference: heads × (query, key, value): cut inside each head, no piece is tied to another or frozen."""
+    domain = Domain()
+    axis = domain.fresh(2 * 9)
+    heads, inner = domain.factor(axis, [2, 9])
+    parts = [domain.slice(inner, start, start + 3) for start in (0, 3, 6)]
+    (segment,) = domain.resolve(axis)
+    assert [atom.size for atom in segment] == [2, 9]
+    assert segment[1].parts is not None
+    assert len({*domain.leaves(axis)}) == 4
+    assert domain.resolve(domain.merge([heads, domain.concat(parts)]))[0][0] is segment[0]
+    assert not domain.is_frozen(axis)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dimat.symmetry.layout import Layout
+from dimat.symmetry.atoms import Layout
 from dimat.symmetry.rules.call import Call, NoRule, Result, Value, rule
 
 

@@ -17,7 +17,8 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from dimat.errors import SymmetryError
-from dimat.symmetry.layout import Domain, Frozen, Layout, layout_size
+from dimat.symmetry.atoms import Frozen, Layout, layout_size
+from dimat.symmetry.layout import Domain
 from dimat.symmetry.trace import hint, shape_of
 
 

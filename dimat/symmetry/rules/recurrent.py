@@ -6,7 +6,7 @@ import operator
 
 from torch import fx
 
-from dimat.symmetry.layout import Layout
+from dimat.symmetry.atoms import Layout
 from dimat.symmetry.rules.call import Call, NoRule, Result, Value, op_name, rule
 
 _GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from dimat.symmetry.layout import ONE
+from dimat.symmetry.atoms import ONE
 from dimat.symmetry.rules.call import Call, NoRule, Result, Value, rule
 
 

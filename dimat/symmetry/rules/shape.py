@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dimat.symmetry.layout import ONE, Layout, layout_size
+from dimat.symmetry.atoms import ONE, Layout, layout_size
 from dimat.symmetry.rules.call import Call, NoRule, Result, Value, op_name, rule
 
 
