@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from dimat.errors import MergeError
-from dimat.merge.batches import device_of
 from dimat.merge.cells import Cell, Slot, cells, pair_up
+from dimat.merge.batches import device_of
 from dimat.merge.nested import Tree, assign_nested, nested_value, trees
 from dimat.merge.stages import Permutations, Weights
 from dimat.merge.weights import PermutedWeights, WeightsOn
@@ -240,9 +240,7 @@ class Descent:
                 for group, dims in matching.places(move, cell):
                     pairs = pair_up(cell.spread(mine).to(kind), cell.spread(other).to(kind), dims)
                     if not bool(pairs.isfinite().all()):
-                        raise MergeError(
-                            f"tensor {name!r} cannot be matched: its products with a peer's are not finite"
-                        )
+                        raise MergeError(f"tensor {name!r} cannot be matched: its products with a peer's are not finite")
                     scores[group] = scores[group].add_(pairs) if group in scores else pairs
         return scores, least
 
@@ -329,7 +327,9 @@ def fill_in(
         if key not in matchings:
             matchings[key] = Matching(spec, counted, key)
         draws = torch.Generator().manual_seed(seed)
-        best, _ = matchings[key].best(mine, WeightsOn(peer, device), permutations, restarts=restarts, generator=draws)
+        best, _ = matchings[key].best(
+            mine, WeightsOn(peer, device), permutations, restarts=restarts, generator=draws
+        )
         found.append(best)
     return found
 

@@ -90,9 +90,7 @@ class Pairs:
         self.permutations: list[Permutations] = [{} for _ in range(peers)]
         self._statistics = {group: [CrossStatistics(peers) for _ in at] for group, at in chosen.items()}
         self._trees = [tree for tree in trees(spec) if any(n.group.id in chosen for n in tree.nodes())]
-        seen = {
-            node.group.id for tree in trees(spec) for node in tree.nodes() if not chosen.keys().isdisjoint(node.ids())
-        }
+        seen = {node.group.id for tree in trees(spec) for node in tree.nodes() if not chosen.keys().isdisjoint(node.ids())}
         self.unseen = [group.id for group in spec.groups if group.id not in seen]
 
     def update(self, seen: Sequence[Mapping[str, Sequence[Tensor]]]) -> None:
