@@ -36,7 +36,8 @@ def half():
 
 def encoder():
     layer = nn.TransformerEncoderLayer(24, 3, 40, batch_first=True)
-    return nn.Sequential(nn.Linear(5, 24), nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(24, 4)), torch.randn(2, 6, 5)
+    stack = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    return nn.Sequential(nn.Linear(5, 24), stack, nn.Linear(24, 4)), torch.randn(2, 6, 5)
 
 class Two(nn.Module):
     def __init__(self):
