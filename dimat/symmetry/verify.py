@@ -183,8 +183,8 @@ def _frozen(layout: Layout, gone: set[str]) -> Layout:
 def randomised(state: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
     """Return a state dict in which no two units are alike, and all matter.
 
-    Vectors and what is constant along an axis get noise; matrices and kernels that are smaller than 1/√(inputs of a
-    unit) are scaled up to it, for attention whose scores are all about 0 does not show which unit meets which.
+    Vectors and what is constant along an axis get noise; matrices that are smaller than 1/√(inputs of a unit) are
+    scaled up to it, for attention whose scores are all about 0 does not show which unit meets which.
     """
     result = dict(state)
     for name, value in state.items():
@@ -194,7 +194,8 @@ def randomised(state: dict[str, Tensor], generator: torch.Generator) -> dict[str
         fan = max(value[0].numel(), 1)
         alike = any(n > 1 and bool((value == value.narrow(d, 0, 1)).all()) for d, n in enumerate(value.shape))
         if not flat and not alike:
-            result[name] = value * max(1.0, fan**-0.5 / max(float(value.std()), 1e-30))
+            if value.ndim < 4:
+                result[name] = value * max(1.0, fan**-0.5 / max(float(value.std()), 1e-30))
             continue
         noise = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value)
         if name.endswith("running_var"):
