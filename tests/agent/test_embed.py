@@ -99,6 +99,7 @@ def test_what_a_configuration_cannot_take_is_refused(tmp_path: Path) -> None:
     """A ready configuration is used as it is; a name or overrides beside it are not passed over in silence."""
     config = load_agent(experiment(tmp_path, {"a": 1}), "a")
     assert Agent(config).config is config
-    for more in ({"name": "b"}, {"overrides": ["seed=3"]}):
-        with pytest.raises(ConfigError, match="set them in the ExperimentConfig"):
-            Agent(config, **more)
+    with pytest.raises(ConfigError, match="set them in the ExperimentConfig"):
+        Agent(config, name="b")
+    with pytest.raises(ConfigError, match="set them in the ExperimentConfig"):
+        Agent(config, ["seed=3"])
