@@ -27,7 +27,7 @@ from dimat import events as facts
 from dimat.agent.daemon import Daemon
 from dimat.agent.kit import Kit, derive_checked
 from dimat.agent.setup import prepare_agent
-from dimat.config import ExperimentConfig, load_experiment
+from dimat.config import ExperimentConfig, load_experiment, naming
 from dimat.errors import ConfigError, DataError
 from dimat.model_state import ModelState, copied
 from dimat.task import Data
@@ -177,7 +177,8 @@ class AttachedLearner(ModelState):
 
 
 class Agent:
-    """An agent of a network, for a training loop of one's own. `config`: a file, or an experiment's configuration.
+    """An agent of a network, for a training loop of one's own. `config`: a file, or an experiment's configuration;
+    `overrides` and `name` change what a file says.
 
     Raises ConfigError where the configuration cannot be used; network and data faults come out of `with` and `step`.
     """
@@ -185,8 +186,11 @@ class Agent:
     def __init__(
         self, config: str | Path | ExperimentConfig, overrides: Sequence[str] = (), *, name: str | None = None
     ) -> None:
-        chosen = () if name is None else (f'agent.name="{name}"',)
-        self.config = config if isinstance(config, ExperimentConfig) else load_experiment(config, (*overrides, *chosen))
+        if not isinstance(config, ExperimentConfig):
+            config = load_experiment(config, (*overrides, *naming(name)))
+        elif overrides or name is not None:
+            raise ConfigError("name and overrides are for a file; set them in the ExperimentConfig itself")
+        self.config = config
         if self.config.train.steps_per_round is None:
             raise ConfigError("train.steps_per_round says after how many calls of step() to merge; set it")
         self.steps_per_round = self.config.train.steps_per_round

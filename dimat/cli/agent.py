@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 import sys
@@ -102,12 +101,11 @@ def status(
 
 def load_agent(file: Path, name: str | None, overrides: tuple[str, ...] = ()) -> ExperimentConfig:
     """Read an agent's file; `name`, where it is given, is the agent's."""
-    from dimat.config import load_experiment
+    from dimat.config import load_experiment, naming
 
     if not file.exists():
         raise ConfigError(f"no file {file}; write one with: dimat init {file}")
-    chosen = () if name is None else (f"agent.name={json.dumps(name)}",)
-    return load_experiment(file, (*overrides, *chosen))
+    return load_experiment(file, (*overrides, *naming(name)))
 
 
 def named_folder(target: str, name: str | None) -> Path:

@@ -21,6 +21,7 @@ from dimat.config.experiment import (
 from dimat.config.load import (
     build,
     load_experiment,
+    naming,
     read_toml,
 )
 from dimat.config.simulate import (
@@ -72,5 +73,6 @@ __all__ = [
     "build",
     "changed",
     "load_experiment",
+    "naming",
     "read_toml",
 ]

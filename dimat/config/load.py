@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -122,3 +123,9 @@ def _known(kind: type[BaseModel], path: Sequence[str | int]) -> list[str]:
             return []
         kind = kinds[0]
     return list(kind.model_fields)
+
+
+def naming(name: str | None) -> tuple[str, ...]:
+    """Return the overrides that give an agent its name, whatever characters it has; none for None."""
+    # a JSON string is a TOML one, but for surrogate pairs and the delete character
+    return () if name is None else (f"agent.name={json.dumps(name, ensure_ascii=False)}".replace("\x7f", "\\u007f"),)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import dimat
 from dimat import events as facts
 from dimat.agent.embed import Agent
+from dimat.cli.agent import load_agent
 from dimat.errors import ConfigError, DataError
 from tests.agent.own_loop import STEPS, examples, experiment, learn, network
 
@@ -85,3 +86,20 @@ def test_leaving_early_and_faults(tmp_path: Path, free_ports: list[int]) -> None
         Agent(file, options, name="a").attach(model, optimizer, data=[])
     with pytest.raises(ConfigError, match="not the model's"):
         Agent(file, options, name="a").attach(model, stranger, data=[torch.randn(8, 6)])
+
+
+@pytest.mark.parametrize("name", ['lab "a"', "lab\\a", "lab\\u0041", "лаб \U0001f600", "lab\x7f"])
+def test_a_name_is_taken_as_it_is(tmp_path: Path, name: str) -> None:
+    """Quotes, backslashes and what TOML cannot hold bare: the name in the configuration is the one that was given."""
+    file = experiment(tmp_path, {"a": 1})
+    assert Agent(file, name=name).config.agent.name == load_agent(file, name).agent.name == name
+
+
+def test_what_a_configuration_cannot_take_is_refused(tmp_path: Path) -> None:
+    """A ready configuration is used as it is; a name or overrides beside it are not passed over in silence."""
+    config = load_agent(experiment(tmp_path, {"a": 1}), "a")
+    assert Agent(config).config is config
+    with pytest.raises(ConfigError, match="set them in the ExperimentConfig"):
+        Agent(config, name="b")
+    with pytest.raises(ConfigError, match="set them in the ExperimentConfig"):
+        Agent(config, ["seed=3"])
