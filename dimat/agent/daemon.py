@@ -20,16 +20,14 @@ from dimat.agent.checkpoint import CheckpointStore
 from dimat.agent.finding import Finding, check_finding
 from dimat.agent.folder import AgentFolder, folder_of
 from dimat.agent.ledger import ManifestLedger
-from dimat.agent.room import RESERVE_BYTES, held_bytes, needed_bytes
+from dimat.agent.room import RESERVE_BYTES, available_memory, held_bytes, little_memory, needed_bytes
 from dimat.agent.round import RoundMachine
 from dimat.agent.runner import Runner
-from dimat.agent.setup import AgentSetup, listen_address, neighbours_of, programme_of
-from dimat.agent.statistics import sample_statistics
+from dimat.agent.setup import AgentSetup, largest_snapshot, listen_address, neighbours_of, programme_of
 from dimat.agent.status import StatusSocket, notify, watchdog_s
 from dimat.agent.view import View
 from dimat.agent.work import AgentWork, Recorded, WorkThread
 from dimat.errors import DataError, DimatError
-from dimat.merge.auxiliary import beside
 from dimat.net.grpc_transport import GrpcTransport
 from dimat.net.identity import Identity, load_identity
 from dimat.net.limits import Limits
@@ -39,7 +37,7 @@ from dimat.seeds import derive_seed
 from dimat.snapshot import SnapshotStore
 from dimat.train import Learner
 from dimat.version import __version__
-from dimat.wire.encodings import ENCODINGS, encoded_bytes
+from dimat.wire.encodings import ENCODINGS
 
 MB = 1e6
 _TURNS = (facts.AgentStarted, facts.Trained, facts.Published, facts.Merged, facts.Checkpointed)
@@ -85,7 +83,7 @@ class Daemon:
         self._local = setup.local(folder.snapshots, learner)
         keep = setup.programme.snapshots_kept(agent.keep_snapshots)
         self._store = SnapshotStore(folder.snapshots, keep=keep)
-        size = self._largest()
+        size = largest_snapshot(setup, self._local.trainer.model)
         self._check_room(size, keep)
         checkpoints = CheckpointStore(folder.checkpoints, agent.keep_checkpoints)
         self._work = AgentWork(self._local, config.run, checkpoints, folder.lineage, agent.evaluate, folder.weights)
@@ -256,14 +254,6 @@ class Daemon:
         for task in (served, told):
             task.cancel()
 
-    def _largest(self) -> int:
-        """Return the most bytes that a snapshot of this run takes, in any encoding, statistics beside it."""
-        setup = self.setup
-        model = self._local.trainer.model
-        statistics = sample_statistics(setup.programme.plan_of_merge, setup.kit.task, model)
-        schema = beside(model.state_dict(), statistics)
-        return max(encoded_bytes(schema, encoding) for encoding in ENCODINGS)
-
     def _check_room(self, size: int, keep: int) -> None:
         """Refuse to begin where the disk cannot hold what a round needs."""
         peers = len(self.setup.programme.plan(self.setup.name).peers)
@@ -275,6 +265,8 @@ class Daemon:
                 f"{self.folder.path} has {free / MB:,.0f} MB free, the agent needs about "
                 f"{(needed - held) / MB:,.0f} MB; make room, or set agent.folder to another disk"
             )
+        if warning := little_memory(size, peers, available_memory()):
+            self._notice(warning)
 
     def _notice(self, message: str) -> None:
         if self.address:

@@ -25,8 +25,8 @@ from dimat.agent.checkpoint import look
 from dimat.agent.doctor_network import Around, look_around
 from dimat.agent.findings import Finding, fail, failed, ok, warn
 from dimat.agent.folder import folder_of, read_mark
-from dimat.agent.room import held_bytes, needed_bytes
-from dimat.agent.setup import AgentSetup, listen_address, neighbours_of, prepare_agent
+from dimat.agent.room import available_memory, held_bytes, memory_bytes, needed_bytes
+from dimat.agent.setup import AgentSetup, largest_snapshot, listen_address, neighbours_of, prepare_agent
 from dimat.agent.status import ask
 from dimat.config import ExperimentConfig
 from dimat.device import resolve_device
@@ -67,8 +67,9 @@ def examine(config: ExperimentConfig) -> Iterator[Finding]:
     yield from _machine(config)
     path = folder_of(config, setup.name)
     running = running_in(path)
-    schema, size = _model(setup)
-    yield from _room(config, path, len(peers), size)
+    schema, size, largest = _model(setup)
+    keep = setup.programme.snapshots_kept(config.agent.keep_snapshots)
+    yield from _room(config, path, len(peers), size, largest, keep)
     yield from _folder(config, setup.name, path, running)
     if identity is None and not config.agent.insecure:
         yield warn("peers", "not asked, for want of keys", "see to the keys first")
@@ -177,9 +178,10 @@ def _device(config: ExperimentConfig) -> Finding:
     return ok("device", f"trains on {device} with {torch.get_num_threads()} threads")
 
 
-def _room(config: ExperimentConfig, path: Path, peers: int, size: int) -> Iterator[Finding]:
-    """Say whether disk and memory hold what a round needs. `size`: bytes of the model."""
-    needed = needed_bytes(size, peers, config.agent.keep_snapshots, config.agent.keep_checkpoints)
+def _room(config: ExperimentConfig, path: Path, peers: int, size: int, largest: int, keep: int) -> Iterator[Finding]:
+    """Say whether disk and memory hold what a round needs. `size`: bytes of the model; `largest`: of a snapshot at
+    most; `keep`: how many own ones are kept."""
+    needed = needed_bytes(largest, peers, keep, config.agent.keep_checkpoints)
     place = path.absolute()
     while not place.exists():
         place = place.parent
@@ -193,9 +195,8 @@ def _room(config: ExperimentConfig, path: Path, peers: int, size: int) -> Iterat
         yield fail("disk", f"{place} cannot be written to", mend, DataError)
     else:
         yield ok("disk", what)
-    available = _available_memory()
-    # weights, gradients, two moments, and the snapshots that a merge reads
-    wanted = (4 + peers + 1) * size
+    available = available_memory()
+    wanted = memory_bytes(size, peers)
     if available is None:
         yield ok("memory", f"a round takes about {wanted / MB:,.0f} MB for weights; what is free is not told here")
     elif available < wanted:
@@ -203,14 +204,6 @@ def _room(config: ExperimentConfig, path: Path, peers: int, size: int) -> Iterat
         yield warn("memory", f"{available / MB:,.0f} MB free, weights take about {wanted / MB:,.1f} MB", mend)
     else:
         yield ok("memory", f"{available / MB:,.0f} MB free, weights take about {wanted / MB:,.1f} MB of them")
-
-
-def _available_memory() -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
 # ── the folder ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -253,9 +246,10 @@ def _folder(config: ExperimentConfig, name: str, path: Path, running: Running) -
 
 
 # ── the model ────────────────────────────────────────────────────────────────────────────────────────────────
-def _model(setup: AgentSetup) -> tuple[str, int]:
-    """Return the schema of the task's model, and its bytes."""
+def _model(setup: AgentSetup) -> tuple[str, int, int]:
+    """Return the schema of the task's model, its bytes, and those of a snapshot of it at most."""
     with tempfile.TemporaryDirectory() as folder:
         local = setup.local(Path(folder))
-    state = local.trainer.model.state_dict()
-    return local.schema(), sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    model = local.trainer.model
+    size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    return local.schema(), size, largest_snapshot(setup, model)

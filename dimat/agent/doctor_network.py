@@ -16,6 +16,7 @@ from dimat.agent.findings import Finding, fail, failed, ok, warn
 from dimat.errors import ConfigError, NetworkError, PeerError, SecurityError
 from dimat.net.grpc_asking import asking
 from dimat.net.identity import Identity
+from dimat.net.owner import owner_of
 from dimat.net.profile import CLOCKS_DIFFER_S, Profile, misfit
 from dimat.net.transport import Neighbours
 from dimat.wire.v1 import peer_pb2 as pb
@@ -85,7 +86,8 @@ def _port_taken(around: Around, port: int, error: OSError) -> Finding:
         return fail("port", what, "set agent.listen to an address of this machine, or to 0.0.0.0", NetworkError)
     if error.errno == errno.EACCES:
         return fail("port", what, "take a port above 1023", NetworkError)
-    mend = f"stop what has it (ss -ltnp 'sport = :{port}' names it), or set agent.listen to another port"
+    owner = owner_of(port) or f"what has it (ss -ltnp 'sport = :{port}' names it, as root)"
+    mend = f"stop {owner}, or set agent.listen to another port"
     return fail("port", what, mend, NetworkError)
 
 

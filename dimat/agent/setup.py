@@ -11,16 +11,19 @@ import torch
 from dimat.agent.kit import Kit, kit_for
 from dimat.agent.local import LocalAgent, load_base
 from dimat.agent.programme import Programme, later_topologies, with_final_merge
+from dimat.agent.statistics import sample_statistics
 from dimat.config import ExperimentConfig
 from dimat.device import resolve_device
 from dimat.errors import ConfigError, DimatError, HookError, PartitionError, unknown_agent
 from dimat.merge import needs_symmetry, plan_merge
+from dimat.merge.auxiliary import beside
 from dimat.net.transport import Neighbours
 from dimat.seeds import derive_seed, numpy_generator
 from dimat.snapshot import checksum, encode
 from dimat.tasks import partition
 from dimat.topology import Topology, build_topology
 from dimat.train import Learner
+from dimat.wire.encodings import ENCODINGS, encoded_bytes
 
 DEFAULT_PORT = 7300
 
@@ -147,3 +150,10 @@ def _parts(config: ExperimentConfig, kit: Kit, agents: int) -> list[torch.Tensor
         )
     draws = numpy_generator(config.seed, "partition")
     return partition(train.labels, agents, config.task.partition, draws, samples=len(train))
+
+
+def largest_snapshot(setup: AgentSetup, model: torch.nn.Module) -> int:
+    """Return the most bytes that a snapshot of this run takes, in any encoding, statistics beside it."""
+    statistics = sample_statistics(setup.programme.plan_of_merge, setup.kit.task, model)
+    schema = beside(model.state_dict(), statistics)
+    return max(encoded_bytes(schema, encoding) for encoding in ENCODINGS)

@@ -27,6 +27,7 @@ from dimat.errors import DataError, NetworkError, SecurityError
 from dimat.net.identity import Identity, agent_of
 from dimat.net.limits import FullError, Limits, Slots
 from dimat.net.offering import Offering
+from dimat.net.owner import owner_of
 from dimat.net.profile import (
     AGENT_HEADER,
     ASKING_HEADER,
@@ -125,11 +126,9 @@ class Server:
             else:
                 port = server.add_secure_port(listen, self._identity.server_credentials())
         except RuntimeError as error:
-            raise NetworkError(
-                f"cannot listen on {listen}: {_cause(error)}; is another agent running there?"
-            ) from error
+            raise NetworkError(_cannot_listen(listen, _cause(error))) from error
         if not port:
-            raise NetworkError(f"cannot listen on {listen}; is another agent running there?")
+            raise NetworkError(_cannot_listen(listen, "no port was given"))
         await server.start()
         for name in ("", *names):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
@@ -344,6 +343,13 @@ def loopback(listen: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _cannot_listen(listen: str, cause: str) -> str:
+    owner = owner_of(int(listen.rpartition(":")[2]))
+    if owner:
+        return f"cannot listen on {listen}: in use by {owner}; stop it, or choose another port"
+    return f"cannot listen on {listen}: {cause}; is another agent running there?"
 
 
 def _cause(error: Exception) -> str:
