@@ -17,7 +17,7 @@ the first characters of --text FILE, the last tenth to be tested on. Networks ar
 kept in --cache under a name that says what they were made from.
 
 Reference: the barrier without alignment; the result is align = "auto", as the worst ratio over the pairs. Target: no
-pair is worse off for it. The full run takes about 12 CPU-minutes, a third of that once the networks are there.
+pair is worse off for it. The full run takes about 12 CPU-minutes, a seventh of that once the networks are there.
 """
 
 from __future__ import annotations
