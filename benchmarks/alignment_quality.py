@@ -316,7 +316,8 @@ def run(given: argparse.Namespace) -> int:
     if "text" in given.part:
         text = from_file(given.text, size.characters) if given.text else grammar(size.characters, seed=0)
         if len(text.numbers) < 40 * size.context:
-            print(f"{given.text} has {len(text.numbers)} characters; at least {40 * size.context} are needed")
+            told = f"{given.text} has {len(text.numbers)} characters; at least {40 * size.context} are needed"
+            print(told, file=sys.stderr)
             return 5
         pairs.append(text_pair(text, size))
     first = ("none", "activations", "weights", "auto")
