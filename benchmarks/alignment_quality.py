@@ -17,7 +17,7 @@ the first characters of --text FILE, the last tenth to be tested on. Networks ar
 kept in --cache under a name that says what they were made from.
 
 Reference: the barrier without alignment; the result is align = "auto", as the worst ratio over the pairs. Target: no
-pair is worse off for it. The full run takes about 12 CPU-minutes, a third of that once the networks are there.
+pair is worse off for it. The full run takes about 12 CPU-minutes, a seventh of that once the networks are there.
 """
 
 from __future__ import annotations
@@ -316,7 +316,8 @@ def run(given: argparse.Namespace) -> int:
     if "text" in given.part:
         text = from_file(given.text, size.characters) if given.text else grammar(size.characters, seed=0)
         if len(text.numbers) < 40 * size.context:
-            print(f"{given.text} has {len(text.numbers)} characters; at least {40 * size.context} are needed")
+            told = f"{given.text} has {len(text.numbers)} characters; at least {40 * size.context} are needed"
+            print(told, file=sys.stderr)
             return 5
         pairs.append(text_pair(text, size))
     first = ("none", "activations", "weights", "auto")

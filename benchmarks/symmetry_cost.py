@@ -2,17 +2,17 @@
 
 Start: `derive_symmetry` and `freeze_failing` (the proof by numbers, in float64), as every agent runs them once, on
 torchvision's ResNet-50 with two images of 224 × 224 and on GPT-2 small (124 million parameters, transformers' own
-module) with two texts of 64 words; random weights. CPU-seconds of one thread in a fresh process, imports left out: on
-two cores that are free it takes no longer than this.
+module) with two texts of 64 words; random weights. CPU-seconds of one thread, imports left out, median of three fresh
+processes (much of the proof's is the system's, for fresh memory, and varies): on two free cores it takes no longer.
 
 Capture: an observer reads one point of every group of the ResNet-50, against the plain forward pass of the same
 images by the same weights; the median over turns that alternate. Beside it the same with the sums that are kept of
 what was read (align = "activations", one peer: half of its forwards), and an observer that reads the last group alone:
 what running the traced graph costs by itself.
 
-Memory: what a process that aligns two ResNet-50 by activations needs at its peak beyond what it held before, for four
-batches of images against two (one batch's samples are still there while the next one is run, so that one batch alone
-needs less). Only sums are kept: it must not grow with the number of images. Beside it a plain forward of a batch.
+Memory: by how much the peak of a process that aligns two ResNet-50 by activations grows with each further image (eight
+batches of images against two: one batch's samples are still there while the next one runs), against what it would keep
+if it kept what it reads. Only sums are kept, so that this is 0 but for the allocator, which moves the peak by a tenth.
 
 Needs torchvision and transformers (exit code 5 without them; torchvision's operators are not needed). Result: the row
 that is nearest to its limit, or furthest beyond. `--quick`: images of 64 × 64, two layers of GPT-2 and a tenth of its
@@ -45,9 +45,10 @@ from dimat.merge.registry import align_registry
 from dimat.merge.statistics import CrossStatistics, PositionSampler
 from dimat.symmetry import Observer, derive_symmetry, freeze_failing
 
-LIMITS = {"resnet50": 5.0, "gpt2": 10.0, "capture": 1.25, "growth": 1.1}
+LIMITS = {"resnet50": 5.0, "gpt2": 10.0, "capture": 1.25, "kept": 0.1}
 TURNS = 5
-BATCHES = (2, 4)
+STARTS = 3
+BATCHES = (2, 8)
 NAMES = {"resnet50": "ResNet-50", "gpt2": "GPT-2 small"}
 
 
@@ -143,13 +144,20 @@ def capture(quick: bool) -> dict[str, float]:
 
 
 def memory(what: str, quick: bool) -> dict[str, float]:
-    """Return megabytes at the peak beyond those held before: of a forward pass, or of aligning on some batches."""
+    """Return megabytes at the peak beyond those held before: of aligning on some batches, or of a forward pass of one.
+
+    With the latter, megabytes that an observer reads of two networks on one image.
+    """
     model, example = network("resnet50", quick)
     own = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    peer = {name: tensor.clone() for name, tensor in own.items()}
+    images = images_of(quick)
     if what == "plain":
-        images = images_of(quick)
-        return {"mb": growth(lambda: forward(model, images))}
+        mb = growth(lambda: forward(model, images))
+        spec = derive_symmetry(model, example)
+        points, _ = choose_points(spec, None, 1)
+        shown = Observer(model, spec, example).run(own, (images,), points)
+        return {"mb": mb, "read": 2 * sum(m.nbytes for ms in shown.values() for m in ms) / 2**20 / len(images)}
+    peer = {name: tensor.clone() for name, tensor in own.items()}
     spec = derive_symmetry(model, example)
     context = MergeContext(model, spec, [(images_of(quick),) for _ in range(int(what))])
     context.observer(example)
@@ -209,12 +217,16 @@ def run(quick: bool, parts: list[str]) -> Result:
     judged: list[tuple[str, float, float]] = []
     for name in NAMES:
         if name in parts:
-            found = in_fresh_process(name, quick)
+            starts = [in_fresh_process(name, quick) for _ in range(1 if quick else STARTS)]
+            starts.sort(key=lambda one: one["derive"] + one["verify"])
+            least, found, most = starts[0], starts[len(starts) // 2], starts[-1]
             total = found["derive"] + found["verify"]
             judged.append((name, total, LIMITS[name]))
             size = f"{found['parameters'] / 1e6:.1f} M parameters, {found['groups']:.0f} groups"
             label = f"{NAMES[name]} ({size}): derive and prove, CPU-s"
             rows.append([label, total, LIMITS[name], total / LIMITS[name]])
+            for label, one in (("least", least), ("most", most)):
+                rows.append([f"  {label} of {len(starts)}", one["derive"] + one["verify"], "", ""])
             rows.append(["  of that derive", found["derive"], "", ""])
             rows.append(["  of that prove", found["verify"], "", ""])
             rows.append(["  groups that failed", round(found["frozen"]), "", ""])
@@ -229,13 +241,16 @@ def run(quick: bool, parts: list[str]) -> Result:
         rows.append(["  plain forward, CPU-s", found["plain"], "", ""])
     if "memory" in parts:
         few, many = (in_fresh_process(f"memory-{count}", quick)["mb"] for count in BATCHES)
-        judged.append(("memory", many / few, LIMITS["growth"]))
+        plain = in_fresh_process("memory-plain", quick)
         images = len(images_of(quick))
-        label = f"ResNet-50: two aligned on {BATCHES[1]} batches of {images} against {BATCHES[0]}, MB"
-        rows.append([label, many, few, many / few])
-        rows.append(
-            [f"  a plain forward of {images} images, MB", in_fresh_process("memory-plain", quick)["mb"], "", ""]
-        )
+        kept = max(many - few, 0.0) / ((BATCHES[1] - BATCHES[0]) * images)
+        judged.append(("memory", kept / plain["read"], LIMITS["kept"]))
+        limit = LIMITS["kept"] * plain["read"]
+        rows.append(["ResNet-50: two aligned, memory per further image, MB", kept, limit, kept / limit])
+        rows.append(["  what is read of the two on an image, MB", plain["read"], "", ""])
+        for count, mb in zip(BATCHES, (few, many)):
+            rows.append([f"  peak with {count} batches of {images}, MB", mb, "", ""])
+        rows.append([f"  peak of a plain forward of {images}, MB", plain["mb"], "", ""])
     table(["what", "measured", "limit or reference", "ratio"], rows)
     name, measured, limit = max(judged, key=lambda row: row[1] / row[2])
     ratio = measured / limit
