@@ -40,7 +40,7 @@ def test_an_agent_that_cannot_listen_says_who_does(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as held:
         port = held.getsockname()[1]
         (tmp_path / "a.toml").write_text(
-            'run = "r"\n[task]\nname = "digits"\n[topology]\nname = "ring"\nagents = 2\n'
+            'run = "r"\n[task]\nname = "digits"\n[topology]\ngraph = "ring"\nagents = 2\n'
             f'[agent]\nname = "agent-0"\ninsecure = true\nlisten = "127.0.0.1:{port}"\n'
         )
         run = subprocess.run(
