@@ -83,6 +83,7 @@ class _Check:
                 scale = max(float(one.abs().max()), 1e-300)
                 change = float((one - other).abs().max()) / scale
                 worst = max(worst, change if change == change else float("inf"))
+            del moved  # as large as the module: the next must not stand beside it
         return worst
 
     def _run(self, weights: dict[str, Tensor], spec: SymmetrySpec) -> list[Tensor]:

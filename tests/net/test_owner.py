@@ -49,6 +49,7 @@ def test_an_agent_that_cannot_listen_says_who_does(tmp_path: Path) -> None:
             text=True,
             check=False,
             timeout=120,
+            cwd=tmp_path,
         )
     last = run.stderr.splitlines()[-1]
     assert f"cannot listen on 127.0.0.1:{port}: in use by process " in last
