@@ -71,7 +71,8 @@ def recover(entry: Entry, batches: int = 6) -> Planted:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         spec = derive_symmetry(model, inputs, entry.outputs)
-        own = randomised({name: value.detach().clone() for name, value in model.state_dict().items()}, generator)
+        state = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        own = {name: _awake(value) for name, value in randomised(state, generator).items()}
         for tied in spec.tied:
             own.update(dict.fromkeys(tied, own[tied[0]]))
         planted = random_permutations(spec, generator)
@@ -89,6 +90,13 @@ def recover(entry: Entry, batches: int = 6) -> Planted:
         group.id for group in spec.groups for tensor, _ in group.axes if not torch.equal(back[tensor], own[tensor])
     }
     return Planted(errors[0], errors[1], 1 - len(wrong) / max(len(spec.groups), 1), len(spec.groups))
+
+
+def _awake(value: Tensor) -> Tensor:
+    """Scale up small kernels, without which the signal of a deep network with random weights dies out."""
+    if value.ndim < 4 or not value.is_floating_point():
+        return value
+    return value * max(1.0, value[0].numel() ** -0.5 / max(float(value.std()), 1e-30))
 
 
 def _like(tensor: Tensor, generator: torch.Generator) -> Tensor:
