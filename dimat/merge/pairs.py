@@ -89,9 +89,9 @@ class Pairs:
     def __init__(self, spec: SymmetrySpec, chosen: Mapping[str, Sequence[ObservationPoint]], peers: int) -> None:
         self.permutations: list[Permutations] = [{} for _ in range(peers)]
         self._statistics = {group: [CrossStatistics(peers) for _ in at] for group, at in chosen.items()}
-        self._trees = [tree for tree in trees(spec) if any(n.group.id in chosen for n in tree.nodes())]
+        self._trees = [tree for tree in trees(spec) if not chosen.keys().isdisjoint(tree.ids())]
         seen = {
-            node.group.id for tree in trees(spec) for node in tree.nodes() if not chosen.keys().isdisjoint(node.ids())
+            node.group.id for tree in self._trees for node in tree.nodes() if not chosen.keys().isdisjoint(node.ids())
         }
         self.unseen = [group.id for group in spec.groups if group.id not in seen]
 

@@ -76,8 +76,5 @@ def _singles(domain: Domain, atom: Atom) -> bool:
     root = domain.find(atom)
     if root.size == 1:
         return True
-    return (
-        root.parts is not None
-        and all(all(_singles(domain, part) for part in segment) for segment in root.parts if len(root.parts) > 1)
-        and len(root.parts) > 1
-    )
+    pieces = root.parts or ()
+    return len(pieces) > 1 and all(_singles(domain, part) for segment in pieces for part in segment)

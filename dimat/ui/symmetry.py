@@ -6,6 +6,7 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, cast
 
@@ -177,7 +178,7 @@ def frozen_by_reason(described: Described) -> list[tuple[str, int, float]]:
     rows: list[tuple[str, int, float]] = []
     for reason, axes in by_reason.items():
         held = {tensor for tensor, _ in axes} & described.trainable
-        count = sum(_count(described.tensors[tensor][0]) for tensor in held)
+        count = sum(prod(described.tensors[tensor][0]) for tensor in held)
         rows.append((reason, len(axes), count / max(described.parameters or 0, 1)))
     return sorted(rows, key=lambda row: (-row[1], row[0]))
 
@@ -228,13 +229,6 @@ def totals(described: Described) -> str:
         f"{spec.coverage:.1%} of {count} parameters have an axis that moves; "
         f"traced by {spec.trace_kind}; arch {spec.arch_hash[:16]}"
     )
-
-
-def _count(shape: Sequence[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def check_suffix(path: Path | None, suffix: str) -> None:

@@ -77,8 +77,8 @@ def zipit(
     if model is None or data is None or spec is None or observer is None:
         raise MergeError("combine method 'zipit' needs the model and data to run it on: hand in model= and data=")
     parties, mass = _distinct(own, peers, weights)
-    chosen, _ = choose_points(spec, points, points_per_group)
-    chosen = {group: listed for group, listed in chosen.items() if group in _plain(spec)}
+    plain = _plain(spec)
+    chosen = {group: at for group, at in choose_points(spec, points, points_per_group)[0].items() if group in plain}
     labels: dict[str, Tensor] = {}
     if chosen and len(parties) > 1:
         device = device_of(model)

@@ -85,9 +85,8 @@ def recover(entry: Entry, batches: int = 6) -> Planted:
             _difference(reference, _outputs(model, _average(own, other), inputs, spec.outputs))
             for other in (aligned, peer)
         ]
-    back = permute_weights(peer, spec, found)
     wrong = {
-        group.id for group in spec.groups for tensor, _ in group.axes if not torch.equal(back[tensor], own[tensor])
+        group.id for group in spec.groups for tensor, _ in group.axes if not torch.equal(aligned[tensor], own[tensor])
     }
     return Planted(errors[0], errors[1], 1 - len(wrong) / max(len(spec.groups), 1), len(spec.groups))
 
