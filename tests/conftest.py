@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 
 import pytest
@@ -11,6 +12,10 @@ from hypothesis import settings
 
 _scratch = tempfile.TemporaryDirectory(prefix="dimat-tests-")
 os.environ["XDG_CACHE_HOME"] = _scratch.name  # tests, and the processes that they start, leave the user's cache alone
+
+# a background job of a shell ignores Ctrl-C and hands that on, and some tests send it to the processes they start
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(1)
 settings.register_profile("dimat", deadline=None)

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,8 @@ def test_the_page_as_pasted(tmp_path: Path, free_ports: list[int]) -> None:
             assert '"accuracy"' in run(tmp_path, logs)
             assert "0 faults" in run(tmp_path, report)
             run(tmp_path, backup)
-            assert (tmp_path / "lab-a.tar.gz").stat().st_size > 0
+            with tarfile.open(tmp_path / "lab-a.tar.gz") as archive:
+                assert any(re.fullmatch(r"lab-a/checkpoints/.*\.\w+", name) for name in archive.getnames())
             assert not missing(tmp_path / "lab-a")
             assert "fail" not in run(tmp_path, check)
         finally:
