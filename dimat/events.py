@@ -58,13 +58,38 @@ class AgentEvent(Event):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgentStarted(AgentEvent):
     """A real agent is up and goes on after `round` (0: it is new). `address`: where it listens; `peers`: whom it
-    listens to; `samples`: that it trains on; `secure`: whether its connections are encrypted and proven."""
+    listens to; `samples`: that it trains on; `secure`: whether its connections are encrypted and proven; `members`: all
+    agents on the map; `rounds`: of the run, 0 for no end; `metric`: of the task; `version`: of dimat."""
 
     address: str
     peers: tuple[str, ...]
     samples: int
     parameters: int
     secure: bool
+    members: tuple[str, ...] = ()
+    rounds: int = 0
+    metric: str = "accuracy"
+    version: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MapRead(AgentEvent):
+    """A real agent has taken another network map over. `members`: all agents on it; `peers`: whom it listens to."""
+
+    members: tuple[str, ...]
+    peers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseStarted(AgentEvent):
+    """A real agent goes on to the next part of its round. `phase`: "join" (a newcomer listens for a network), "train"
+    (training, and what it has learned is made durable), "wait" (published, and peers are waited for), "merge" (basis,
+    merge, evaluation, and the checkpoint after it) or "done". `previous`: the phase before, which took `previous_s`
+    seconds; "" for none."""
+
+    phase: str
+    previous: str = ""
+    previous_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +122,15 @@ class SnapshotFetched(AgentEvent):
     peer: str
     snapshot: str
     bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FetchFailed(AgentEvent):
+    """A peer's snapshot cannot be had for good (one that is only late is `PeerLate`). `reason`: why."""
+
+    peer: str
+    snapshot: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,6 +255,26 @@ class RoundFinished(AgentEvent):
     expected: int
     bytes_sent: int
     bytes_received: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkObserved(AgentEvent):
+    """How a real agent's network is: told when a connection or the DHT changes, after a round, and every few seconds.
+
+    `connected`: peers that are reached now; `heard_at_s`: when each peer's last byte came (Unix seconds); `sent`,
+    `received`: bytes of payload by peer and encoding, `retries`: attempts to fetch after the first, by peer, and
+    `dht_restarts`, all since this process started. `dht_up`: None without a DHT. `own_disk_bytes`,
+    `received_disk_bytes`: what snapshots take on disk, own and peers'."""
+
+    connected: tuple[str, ...] = ()
+    heard_at_s: Mapping[str, float] = field(default_factory=dict[str, float])
+    sent: Mapping[str, Mapping[str, int]] = field(default_factory=dict[str, Mapping[str, int]])
+    received: Mapping[str, Mapping[str, int]] = field(default_factory=dict[str, Mapping[str, int]])
+    retries: Mapping[str, int] = field(default_factory=dict[str, int])
+    dht_up: bool | None = None
+    dht_restarts: int = 0
+    own_disk_bytes: int = 0
+    received_disk_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,6 +20,7 @@ from dimat.agent.checkpoint import CheckpointStore
 from dimat.agent.finding import Finding, check_finding
 from dimat.agent.folder import AgentFolder, folder_of
 from dimat.agent.ledger import ManifestLedger
+from dimat.agent.observing import Observing
 from dimat.agent.room import RESERVE_BYTES, available_memory, held_bytes, little_memory, needed_bytes
 from dimat.agent.round import RoundMachine
 from dimat.agent.runner import Runner
@@ -138,6 +139,16 @@ class Daemon:
             self._ledger.note,
             max_time_s=config.schedule.max_time_s,
         )
+        self._observing = Observing(
+            setup.name,
+            config.run,
+            lambda: self._machine.round,
+            self._transport,
+            None if (finding := self._finding) is None else lambda: finding.state,
+            (folder.snapshots, folder.received),
+            self._emit,
+            config.monitor.observe_s,
+        )
 
     # ── its life ─────────────────────────────────────────────────────────────────────────────────────────────
     async def run(self, ready: Callable[[], None] | None = None) -> str:
@@ -146,6 +157,7 @@ class Daemon:
         config = self.setup.config
         socket = StatusSocket(self.folder.path, self.status)
         watchdog = asyncio.create_task(_watchdog())
+        observing = asyncio.create_task(self._observing.go_on())
         try:
             neighbours = neighbours_of(self._programme, self.setup.name)
             self._transport.arrange(neighbours)
@@ -165,6 +177,9 @@ class Daemon:
         finally:
             notify("STOPPING=1")
             watchdog.cancel()
+            observing.cancel()
+            if self.address:
+                self._observing.tell()
             await self._transport.close(config.agent.drain_s)
             if self._finding is not None:
                 await self._finding.close()
@@ -191,6 +206,16 @@ class Daemon:
         if self._finding is not None:
             self._finding.arrange(neighbours)
         self.runner.remap(programme.plan(self.setup.name))
+        self._emit(
+            facts.MapRead(
+                run=self.setup.config.run,
+                time_s=time.time(),
+                agent=self.setup.name,
+                round=self._machine.round,
+                members=tuple(programme.agents),
+                peers=tuple(sorted(programme.plan(self.setup.name).peers)),
+            )
+        )
         self.runner.noticed(f"the network map was read again: {len(programme.agents)} agents")
 
     def status(self) -> dict[str, object]:
@@ -231,6 +256,10 @@ class Daemon:
                 samples=len(self.setup.indices),
                 parameters=sum(p.numel() for p in model.parameters()),
                 secure=self.identity is not None,
+                members=tuple(self._programme.agents),
+                rounds=self._programme.rounds,
+                metric=self._programme.metric,
+                version=__version__,
             )
         )
         for fault in self._passed_over:
@@ -282,6 +311,8 @@ class Daemon:
             listener(fact)
         if isinstance(fact, _TURNS):
             self._tell_manager()
+        if isinstance(fact, facts.RoundFinished):
+            self._observing.round_over()
 
     def _tell_manager(self) -> None:
         """Say in a line how the agent is, for `systemctl status`."""

@@ -81,6 +81,7 @@ class Finding:
         """How the DHT is, for `dimat status`."""
         return {
             "healthy": self._dht.healthy,
+            "restarts": self._dht.restarts,
             "nodes": self._dht.known,
             "addresses": list(self._dht.addresses),
             "agents": sorted(self._discovery.visible),

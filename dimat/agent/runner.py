@@ -21,7 +21,7 @@ from dimat.agent import messages as m
 from dimat.agent.basis import BasisId
 from dimat.agent.offers import PeerPublished
 from dimat.agent.plan import Plan
-from dimat.agent.round import RoundMachine
+from dimat.agent.round import Phase, RoundMachine
 from dimat.agent.work import AgentWork, Recorded, WorkThread
 from dimat.errors import DataError, NetworkError
 from dimat.net.transport import Fetched, Transport
@@ -71,6 +71,7 @@ class Runner:
         self._merged: facts.Merged | None = None
         self._sent = sum(transport.sent_bytes.values())  # up to the end of the last round
         self._received = 0  # since then
+        self._phase, self._phase_began = "", time.monotonic()
 
     # ── the loop ─────────────────────────────────────────────────────────────────────────────────────────────
     async def run(self, *, join: bool) -> str:
@@ -135,8 +136,27 @@ class Runner:
 
     # ── actions ──────────────────────────────────────────────────────────────────────────────────────────────
     async def _handle(self, event: m.Event) -> None:
-        for action in self.machine.handle(event):
+        actions = self.machine.handle(event)
+        if self.machine.phase is Phase.JOINING:
+            self._enter("join")
+        for action in actions:
             await self._perform(action)
+
+    def _enter(self, phase: str) -> None:
+        """Tell that another part of the round begins; going on with the same one is not told."""
+        if phase == self._phase:
+            return
+        now = time.monotonic()
+        self._emit(
+            facts.PhaseStarted(
+                agent=self.machine.agent,
+                round=self.machine.round,
+                phase=phase,
+                previous=self._phase,
+                previous_s=now - self._phase_began if self._phase else 0.0,
+            )
+        )
+        self._phase, self._phase_began = phase, now
 
     async def _perform(self, action: m.Action) -> None:
         agent = self.machine.agent
@@ -154,6 +174,7 @@ class Runner:
             case m.Release(peer=peer, round=number, root=root):
                 self._release((peer, number, root))
             case m.Train():
+                self._enter("train")
                 self._start(self._train, action)
             case m.Checkpoint(round=number, stage=stage):
                 await self._durable(self._work.checkpoint, self._vouched(action))
@@ -162,15 +183,19 @@ class Runner:
                     await self._save_weights()
                     self._finish(number)
             case m.Publish():
+                self._enter("wait")
                 await self._publish(action)
             case m.AdoptBasis():
+                self._enter("merge")
                 self._start(self._adopt_basis, action, self.machine.basis)
             case m.AdoptWeights():
                 self._start(self._adopt_weights, action)
             case m.Merge():
+                self._enter("merge")
                 self._start(self._merge, action)
             case m.Exit(reason=reason):
                 self.ended = reason
+                self._enter("done")
                 self._emit(facts.AgentLeft(agent=agent, round=self.machine.round, reason=reason))
 
     def _start(self, job: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> asyncio.Task[None]:
@@ -272,6 +297,9 @@ class Runner:
             fetched = await self._transport.fetch(*key)
         except NetworkError as error:
             self._fetches.pop(key, None)
+            self._emit(
+                facts.FetchFailed(agent=agent, round=number, peer=action.peer, snapshot=action.root, reason=str(error))
+            )
             self.post(m.FetchFailed(*key, str(error)))
             return
         self._fetches.pop(key, None)

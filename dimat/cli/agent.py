@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import sys
@@ -37,6 +38,10 @@ def agent(
     insecure: Annotated[
         bool, Parameter(negative="", help="Without keys and encryption; listens on loopback only.")
     ] = False,
+    metrics: Annotated[
+        str | None,
+        Parameter(help="Serve Prometheus metrics on HOST:PORT, or on a PORT of loopback; default: monitor.metrics."),
+    ] = None,
     verbose: Annotated[int, Parameter(count=True, alias="-v", help="More: -v who was late, -vv every step.")] = 0,
     quiet: Quiet = False,
 ) -> int:
@@ -46,13 +51,21 @@ def agent(
     from dimat.agent.setup import prepare_agent
     from dimat.ui.agent import AgentListener
     from dimat.ui.jsonl import JsonlListener
+    from dimat.ui.listeners import open_listeners
 
-    config = load_agent(file, name, (*set_, *(["agent.insecure=true"] if insecure else [])))
-    daemon = Daemon(prepare_agent(config))
-    listener = AgentListener(daemon.setup.programme.metric, sys.stderr, -1 if quiet else verbose)
-    with closing(listener), closing(JsonlListener(daemon.folder.events)) as log:
-        daemon.listeners += [listener, log]
-        code = asyncio.run(_run(daemon))
+    flags = ["agent.insecure=true"] if insecure else []
+    flags += [] if metrics is None else [f"monitor.metrics={json.dumps(metrics)}"]
+    config = load_agent(file, name, (*set_, *flags))
+    setup = prepare_agent(config)
+    # before the agent is made: what cannot be had is said before anything is done
+    with open_listeners(config, agent=setup.name) as watching:
+        daemon = Daemon(setup)
+        listener = AgentListener(setup.programme.metric, sys.stderr, -1 if quiet else verbose)
+        with closing(listener), closing(JsonlListener(daemon.folder.events)) as log:
+            daemon.listeners += [listener, log, *watching.listeners]
+            for line in () if quiet else watching.said:
+                say(f"dimat: {line}")
+            code = asyncio.run(_run(daemon))
     if daemon.thread.busy:  # training cannot be broken off, and the interpreter would tear down what it uses
         sys.stdout.flush()
         sys.stderr.flush()

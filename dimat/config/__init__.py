@@ -24,6 +24,7 @@ from dimat.config.load import (
     naming,
     read_toml,
 )
+from dimat.config.monitor import MlflowConfig, MonitorConfig, WandbConfig
 from dimat.config.simulate import (
     ComputeConfig,
     FaultConfig,
@@ -54,7 +55,9 @@ __all__ = [
     "LrScheduleConfig",
     "MapChange",
     "MergeConfig",
+    "MlflowConfig",
     "Moment",
+    "MonitorConfig",
     "Named",
     "NamedConfig",
     "NetworkConfig",
@@ -70,6 +73,7 @@ __all__ = [
     "TrainConfig",
     "Tree",
     "VariantConfig",
+    "WandbConfig",
     "build",
     "changed",
     "load_experiment",

@@ -94,6 +94,8 @@ class DhtSidecar:
         """How many other nodes this one knows."""
         self.refused = 0
         """How many records this node has refused since it started."""
+        self.restarts = 0
+        """How often the process was started again since `start`."""
         self.peer = ""
         self.changed = asyncio.Event()
         self._folder = folder
@@ -245,6 +247,7 @@ class DhtSidecar:
                 backoff.reset()
             self._reminders.tell("down", f"the DHT is down, and is started again: {reason}")
             await asyncio.sleep(backoff.next())
+            self.restarts += 1
 
     async def _live(self) -> str:
         """Run one process as long as it serves; return why it does not any more."""

@@ -50,16 +50,19 @@ class WrongBlockError(Exception):
 
 @dataclass(slots=True)
 class Tally:
-    """Bytes of payload that came, counted where they are `received` by peer, and for one fetch."""
+    """Bytes of payload that came, counted where they are `received` by peer and encoding, and for one fetch; attempts
+    after the first are counted in `retries`, by peer. `encoding`: of what comes now."""
 
-    received: Counter[str]
+    received: Counter[tuple[str, str]]
+    retries: Counter[str]
     bytes: int = 0
+    encoding: str = "fp32"
     wrong: Counter[tuple[str, int]] = field(default_factory=Counter[tuple[str, int]])
 
     def count(self, peer: str, amount: int) -> None:
         """Count a chunk."""
         self.bytes += amount
-        self.received[peer] += amount
+        self.received[peer, self.encoding] += amount
 
 
 async def download(
@@ -95,6 +98,7 @@ async def download(
                     f"{payload.root[:12]}… has a wrong hash, {BLOCK_ATTEMPTS} times; its disk or the link is damaged, "
                     "or it lies"
                 ) from None
+            tally.retries[link.peer] += 1
             continue
         except aio.AioRpcError as error:
             if error.code() in FINAL:
@@ -107,6 +111,7 @@ async def download(
         if partial.missing_bytes < before:
             backoff.reset()
         if not partial.whole:
+            tally.retries[link.peer] += 1
             await asyncio.sleep(backoff.next())
 
 

@@ -27,7 +27,8 @@ Sources = Callable[[], Sequence[Payload]]
 
 class Fetching:
     """Brings snapshots into `received`. `own`: this agent's store, and `offered` gives what it holds there: content
-    that is there already is not sent. `bytes`: of payload by peer."""
+    that is there already is not sent. `bytes`: of payload by peer and encoding; `retries`: attempts to bring a payload
+    after the first, by peer."""
 
     def __init__(
         self,
@@ -40,7 +41,8 @@ class Fetching:
         generator: Random,
         noticed: Callable[[str], None],
     ) -> None:
-        self.bytes: Counter[str] = Counter()
+        self.bytes: Counter[tuple[str, str]] = Counter()
+        self.retries: Counter[str] = Counter()
         self._received = received
         self._own = own
         self._offered = offered
@@ -54,7 +56,7 @@ class Fetching:
 
     async def fetch(self, find: Callable[[], Link], peer: str, round_: int, root: str) -> Fetched:
         """Get a snapshot and hold it; NetworkError where it cannot be had. `find` gives the peer's link."""
-        tally = Tally(self.bytes)
+        tally = Tally(self.bytes, self.retries)
         try:
             async with self._alone(peer, root):  # two rounds may have equal content
                 signed = self._received.find(peer, round_, root)
@@ -130,6 +132,7 @@ class Fetching:
 
     async def _whole(self, link: Link, payload: Payload, tally: Tally) -> None:
         self._received.room(link.peer, payload)
+        tally.encoding = "fp32"
         partial = await self._partial(link, payload)
         try:
             await self._download(link, payload, partial, tally)
@@ -143,6 +146,7 @@ class Fetching:
     async def _by_form(self, link: Link, form: Form, payload: Payload, tally: Tally) -> None:
         """Get a form and make the snapshot from it; DataError where that gives another one."""
         self._received.room(link.peer, form.payload, payload.bytes)
+        tally.encoding = form.encoding
         partial = await self._partial(link, form.payload)
         root = form.payload.root
         try:

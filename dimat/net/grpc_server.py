@@ -228,7 +228,13 @@ class Server:
                 self._store.hold(root)
                 try:
                     await self._serving.stream(
-                        reader, self._store.path(root), payload, request.first_block, request.blocks, context.write
+                        reader,
+                        self._store.path(root),
+                        payload,
+                        request.first_block,
+                        request.blocks,
+                        context.write,
+                        self._offering.encoding(root),
                     )
                 finally:
                     self._store.release(root)

@@ -92,12 +92,24 @@ class GrpcTransport:
     @property
     def sent_bytes(self) -> Mapping[str, int]:
         """Bytes of payload sent, by reader."""
-        return dict(self._serving.sent)
+        return _by_peer(self._serving.sent)
 
     @property
     def received_bytes(self) -> Mapping[str, int]:
         """Bytes of payload that came, by peer, those of attempts that failed too."""
-        return {} if self._fetching is None else dict(self._fetching.bytes)
+        return {} if self._fetching is None else _by_peer(self._fetching.bytes)
+
+    @property
+    def traffic(self) -> list[tuple[str, str, str, int]]:
+        """Bytes of payload in this life: direction ("sent" or "received"), peer, encoding, bytes."""
+        received = {} if self._fetching is None else self._fetching.bytes
+        ways = (("sent", self._serving.sent), ("received", received))
+        return [(way, *key, count) for way, counts in ways for key, count in sorted(counts.items())]
+
+    @property
+    def retries(self) -> Mapping[str, int]:
+        """Attempts to bring a payload after the first one, by peer, in this life."""
+        return {} if self._fetching is None else dict(self._fetching.retries)
 
     @property
     def peers(self) -> Mapping[str, Mapping[str, object]]:
@@ -266,6 +278,14 @@ class GrpcTransport:
             return _any
         key = check_certificate(identity.certificate_der, identity.ca, identity.name)
         return lambda data, signature: check_signature(key, data, signature)
+
+
+def _by_peer(counts: Mapping[tuple[str, str], int]) -> dict[str, int]:
+    """Return counts by peer and encoding as counts by peer."""
+    total: dict[str, int] = {}
+    for (peer, _), count in counts.items():
+        total[peer] = total.get(peer, 0) + count
+    return total
 
 
 def _unsigned(data: bytes) -> bytes:

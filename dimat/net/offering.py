@@ -90,6 +90,11 @@ class Offering:
                     return payload
         return None
 
+    def encoding(self, root: str) -> str:
+        """Return the encoding of the payload with this address: a form's, else fp32, which is a snapshot's own."""
+        forms = (form for signed in self._signed.values() for form in signed.manifest.forms)
+        return next((form.encoding for form in forms if form.payload.root == root), "fp32")
+
     def payloads(self) -> list[Payload]:
         """Return the payloads of whole snapshots that are offered."""
         return [signed.manifest.payload for signed in self._signed.values()]

@@ -103,10 +103,10 @@ def spans(payload: Payload, first: int, blocks: int) -> Iterator[list[Span]]:
 
 
 class Serving:
-    """Streams to readers. `sent`: bytes of payload by reader."""
+    """Streams to readers. `sent`: bytes of payload by reader and encoding."""
 
     def __init__(self, limits: Limits, threads: Threads) -> None:
-        self.sent: Counter[str] = Counter()
+        self.sent: Counter[tuple[str, str]] = Counter()
         self.slots = Slots("transfers", limits.streams, limits.streams_per_peer)
         self._limits = limits
         self._threads = threads
@@ -120,18 +120,23 @@ class Serving:
         first: int,
         blocks: int,
         write: Callable[[bytes], Awaitable[None]],
+        encoding: str = "fp32",
     ) -> None:
-        """Send a range of blocks through `write`. Raises DataError where the file is damaged, SlowReaderError where
-        the reader takes nothing for `idle_s`."""
+        """Send a range of blocks through `write`; `encoding` is what they are counted under. Raises DataError where
+        the file is damaged, SlowReaderError where the reader takes nothing for `idle_s`."""
         file = await self._threads.submit(OpenPayload, path, payload)
         try:
-            await self._send(reader, file, spans(payload, first, blocks), write)
+            await self._send((reader, encoding), file, spans(payload, first, blocks), write)
         finally:
             # a thread may be reading: it is closed after that, and the event loop does not wait
             self._threads.submit(file.close)
 
     async def _send(
-        self, reader: str, file: OpenPayload, groups: Iterator[list[Span]], write: Callable[[bytes], Awaitable[None]]
+        self,
+        counted: tuple[str, str],
+        file: OpenPayload,
+        groups: Iterator[list[Span]],
+        write: Callable[[bytes], Awaitable[None]],
     ) -> None:
         pace = Pace()
         group = next(groups, None)
@@ -148,4 +153,4 @@ class Serving:
                             await write(part)
                     except TimeoutError:
                         raise SlowReaderError from None
-                    self.sent[reader] += len(part)
+                    self.sent[counted] += len(part)

@@ -1,0 +1,60 @@
+"""The table of those who watch a run: metrics to be scraped, and trackers of experiments."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, field_validator
+
+from dimat.config.agent import check_address
+from dimat.config.tree import Tree
+
+
+def _local(value: Any) -> Any:
+    """Return `host:port` of what may be a port alone, which is one of this host's loopback."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    if isinstance(value, str) and value.removeprefix(":").isdecimal():
+        return f"127.0.0.1:{value.removeprefix(':')}"
+    return value
+
+
+class WandbConfig(Tree):
+    """Weights & Biases (extra `wandb`)."""
+
+    project: str = "dimat"
+    """Project that runs are put into."""
+    mode: Literal["offline", "online", "disabled"] = "offline"
+    """"offline": kept in the run's folder, for `wandb sync`; "online": sent; "disabled": nothing is done."""
+
+
+class MlflowConfig(Tree):
+    """MLflow (extra `mlflow`)."""
+
+    tracking: str = "mlruns.db"
+    """Tracking URI (with `://`), or a path, relative to the file's folder: a SQLite file (its name ends in .db), or a
+    folder."""
+    experiment: str = "dimat"
+    """Experiment that runs are put into."""
+
+
+class MonitorConfig(Tree):
+    """Who watches an agent or a simulated run. All are off by default; none can stop a training."""
+
+    metrics: Annotated[str | None, BeforeValidator(_local)] = None
+    """`host:port` (a port alone: on loopback) where a real agent serves Prometheus metrics under /metrics, to whoever
+    can reach it: there is no password, and there are no secrets in them."""
+    observe_s: Annotated[float, Field(ge=0.1, allow_inf_nan=False)] = 15.0
+    """Seconds after which a real agent tells its listeners anew how its network is; changes are told at once."""
+    tensorboard: bool | str = False
+    """Write TensorBoard event files (extra `tensorboard`): true for `tensorboard` in the run's folder, or a path,
+    relative to the file's folder."""
+    wandb: WandbConfig | None = None
+    """Tell Weights & Biases; none by default."""
+    mlflow: MlflowConfig | None = None
+    """Tell MLflow; none by default."""
+
+    @field_validator("metrics")
+    @classmethod
+    def _metrics(cls, value: str | None) -> str | None:
+        return None if value is None else check_address(value)
