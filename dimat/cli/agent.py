@@ -123,11 +123,11 @@ def load_agent(file: Path, name: str | None, overrides: tuple[str, ...] = ()) ->
 
 def named_folder(target: str, name: str | None) -> Path:
     """Return the folder of an agent that is named by it or by its file."""
+    path = Path(target)
+    if path.is_dir():  # a health check asks often: nothing more is loaded for it
+        return path
     from dimat.agent.folder import folder_of
 
-    path = Path(target)
-    if path.is_dir():
-        return path
     config = load_agent(path, name)
     if config.agent.name is None:
         raise ConfigError(f"{path} does not say which agent; give --name, or the agent's folder")

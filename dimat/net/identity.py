@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from dimat.errors import SecurityError
+from dimat.net.access import only_ours
 from dimat.net.certificates import (
     agent_name,
     authorities,
@@ -143,7 +144,7 @@ def read_file(path: Path, *, private: bool = False) -> bytes:
     try:
         with path.open("rb") as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-            if private and mode & 0o077:
+            if private and mode & 0o077 and not only_ours(file.fileno(), mode):
                 raise SecurityError(f"{path} is open to others (mode {mode:04o}); run: chmod 600 {path}")
             data = file.read(LONGEST_FILE + 1)
     except OSError as error:

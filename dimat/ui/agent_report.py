@@ -10,7 +10,7 @@ from typing import Any
 from dimat.agent.ledger import peers_records, read_ledger, starts
 from dimat.agent.lineage import Lineage, MergeRecord, lineage, read_records
 from dimat.errors import DataError
-from dimat.ui.text import NONE, Table, as_text, clean, metric_text
+from dimat.ui.text import NONE, Table, as_text, clean, metric_text, spans
 
 HEADER = ("agent", "round", "contributor", "contributor_round", "part", "weight")
 PARTS = {"training": "a round of training", "first": "a first network", "earlier": "a model of which no more is known"}
@@ -98,17 +98,6 @@ def report_json(agent: str, last: MergeRecord, made: Lineage) -> dict[str, Any]:
         "training": [_entry(key, weight) for key, weight in made.updates.items()],
         "earlier": [_entry(key, weight) for key, weight in made.earlier.items()],
     }
-
-
-def spans(rounds: list[int]) -> str:
-    """Return rounds as a person writes them: 1-4, 7."""
-    parts: list[list[int]] = []
-    for number in sorted(rounds):
-        if parts and number == parts[-1][1] + 1:
-            parts[-1][1] = number
-        else:
-            parts.append([number, number])
-    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)
 
 
 def _entry(key: tuple[str, int], weight: float) -> Mapping[str, object]:

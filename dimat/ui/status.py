@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from dimat.ui.agent_report import spans
-from dimat.ui.text import NONE, Table, as_text, bytes_text, clean, metric_text, seconds_text, trimmed
+from dimat.ui.text import NONE, Table, as_text, bytes_text, clean, metric_text, seconds_text, spans, trimmed
 
 
 def status_lines(status: Mapping[str, Any]) -> list[str]:

@@ -145,3 +145,14 @@ def _with_columns(table: Table, keep: Sequence[int]) -> Table:
         left=frozenset(new for new, old in enumerate(keep) if old in table.left),
         best=frozenset((row, keep.index(column)) for row, column in table.best if column in keep),
     )
+
+
+def spans(rounds: list[int]) -> str:
+    """Return rounds as a person writes them: 1-4, 7."""
+    parts: list[list[int]] = []
+    for number in sorted(rounds):
+        if parts and number == parts[-1][1] + 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)

@@ -6,14 +6,13 @@ import os
 import re
 import socket
 import threading
-from configparser import ConfigParser
 from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
 
 from dimat.agent.status import notify, watchdog_s
-from tests.agent.processes import ROOT, network
+from tests.agent.processes import network
 
 
 def test_an_agent_tells_its_manager(tmp_path: Path, free_ports: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,23 +75,3 @@ def test_a_manager_that_is_stuck_or_gone(tmp_path: Path, monkeypatch: pytest.Mon
                 filler.sendto(b"x", f"\0dimat-test-{os.getpid()}")
         notify("WATCHDOG=1")  # comes back
         assert manager.recv(16) == b"x"
-
-
-def test_the_unit_runs_the_command_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
-    """The unit's command line is taken by `dimat`, up to the file that is not there; it is a notifying service that is
-    started again after a crash, and not after what only a person can mend."""
-    from dimat.cli import main
-
-    unit = ConfigParser(strict=False, interpolation=None)
-    unit.optionxform = str  # pyright: ignore[reportAttributeAccessIssue]
-    unit.read(ROOT / "deploy" / "dimat-agent@.service")
-    service = unit["Service"]
-    words = service["ExecStart"].replace("%i", "lab-a").replace("/etc/dimat", "/nowhere").split()
-    assert words[0].endswith("/dimat")
-    assert main(words[1:]) == 2
-    assert "no file /nowhere/lab-a.toml" in capsys.readouterr().err
-    assert (service["Type"], service["Restart"]) == ("notify", "on-failure")
-    assert service["SuccessExitStatus"] == "143"
-    assert set(service["RestartPreventExitStatus"].split()) == {"2", "4"}
-    assert "-HUP" in service["ExecReload"]
-    assert int(service["WatchdogSec"]) > 0
