@@ -11,7 +11,7 @@ ZOO_ARGS ?=
 
 PROTO := build/proto-venv
 
-.PHONY: help setup demo test lint format proto proto-check zoo bench bench-quick clean
+.PHONY: help install setup demo test lint format docs proto proto-check zoo bench bench-quick clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -26,6 +26,8 @@ $(VENV)/.dev: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[dev]'
 	@touch $@ $(VENV)/.run
+
+install: $(VENV)/.run  ## Make the virtual environment with what running needs
 
 setup: $(VENV)/.dev  ## Make the virtual environment with everything for development
 
@@ -44,6 +46,9 @@ lint: $(VENV)/.dev  ## Check style, types and the import floors
 format: $(VENV)/.dev  ## Put the code into the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/.dev  ## Build the pages of docs/ into build/site (offline); fails on a dead link
+	$(BIN)/mkdocs build --strict --quiet
 
 # generated with an old grpcio-tools, in an environment of its own: newer gencode refuses older protobuf runtimes
 $(PROTO)/.done:

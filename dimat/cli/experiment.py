@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import closing
@@ -44,14 +45,23 @@ def demo(
 
 @app.command
 def init(
-    file: Annotated[Path, Parameter(help="File to write.")] = Path("experiment.toml"),
+    path: Annotated[
+        Path | None, Parameter(help="File to write (default: experiment.toml); with --agents, a folder (network).")
+    ] = None,
     /,
     *,
-    force: Annotated[bool, Parameter(negative="", help="Replace an existing file.")] = False,
+    agents: Annotated[
+        int | None,
+        Parameter(help="Write a network of so many real agents on this host instead: map, configuration and keys."),
+    ] = None,
+    force: Annotated[bool, Parameter(negative="", help="Replace what exists.")] = False,
 ) -> int:
-    """Write an experiment file that works, with the settings that one changes first."""
+    """Write an experiment file that works, or with --agents a network, with the settings that one changes first."""
+    if agents is not None:
+        return _init_network(path or Path("network"), agents, force)
     from dimat.simulate.starter import write_starter
 
+    file = path or Path("experiment.toml")
     write_starter(file, force=force)
     say(f"wrote {file}; run it with: dimat simulate {file}")
     return 0
@@ -159,6 +169,23 @@ def evaluate(
     config = load_experiment(file, [*chosen, *set_])
     metrics = evaluate_file(weights, config)
     show(metrics if as_json else "\n".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+    return 0
+
+
+def _init_network(folder: Path, agents: int, force: bool) -> int:
+    from dimat.simulate.starter_network import write_network
+
+    made = write_network(folder, agents, force=force)
+    file, first = shlex.quote(str(made.file)), made.names[0]
+    say(f"wrote {folder}: map.toml, agents.toml, and keys of {', '.join(made.names[:3])}{' …' * (agents > 3)}")
+    if (kept := Path("agents") / made.run).exists():
+        say(f"  {kept} holds an earlier run of this name, and agents would go on with it; remove it to begin anew")
+    say("start the agents, each in a terminal of its own:")
+    for name in made.names:
+        say(f"  dimat agent {file} --name {name}")
+    say("then look at one:")
+    say(f"  dimat status {file} --name {first}")
+    say(f"  dimat report {shlex.quote(str(Path('agents') / made.run / first))}")
     return 0
 
 
