@@ -42,8 +42,17 @@ class Data(Protocol):
 
 @runtime_checkable
 class Task(Protocol):
-    """What is trained. A task may also have `train_step(model, batch) -> Tensor`, which returns the loss to
-    differentiate, instead of `loss(model(*batch.inputs), batch.targets)`."""
+    """What is trained. A task may also have
+
+    - `train_step(model, batch) -> Tensor`, which returns the loss to differentiate, instead of
+      `loss(model(*batch.inputs), batch.targets)`;
+    - `derived_metrics(means) -> Mapping[str, float]`: metrics of a whole set from the means over it, such as a
+      perplexity;
+    - for a model that is trained in part, whose `state_dict()` then holds that part alone: `base_hash`, a text that
+      names the rest, which agents compare when they meet, and `merge_stages`, the merge stages that the part asks for
+      where the configuration names none, e.g. {"combine": "lora-svd"}. Both are attributes, empty or None where the
+      whole model is trained.
+    """
 
     @property
     def name(self) -> str: ...

@@ -165,13 +165,10 @@ class Trainer(ModelState):
                 if rates is not None:
                     for group in self.optimizer.param_groups:
                         group["lr"] = rates[done + len(losses)]
-                loss = self._loss(batch)
                 self.optimizer.zero_grad()
+                loss = self._backward(batch)
                 if scaled:
-                    self._scaler.scale(loss).backward()
                     self._scaler.unscale_(self.optimizer)
-                else:
-                    loss.backward()
                 if clip is not None:
                     nn.utils.clip_grad_norm_(parameters, clip)
                 if scaled:
@@ -179,7 +176,7 @@ class Trainer(ModelState):
                     self._scaler.update()
                 else:
                     self.optimizer.step()
-                losses.append(loss.detach())
+                losses.append(loss)
             # Read once for many steps: reading every step would hold a GPU up.
             values: list[float] = torch.stack(losses).tolist()
             for number, (value, batch) in enumerate(zip(values, batches, strict=True), done + 1):
@@ -193,6 +190,19 @@ class Trainer(ModelState):
             done += len(batches)
         self.optimizer.zero_grad()  # gradients would double what many simulated agents hold
         return total / samples, samples
+
+    def _backward(self, batch: Batch) -> Tensor:
+        """Add the gradients of a batch's mean loss, part by part, and return that loss."""
+        parts = _parts(batch, self.config.accumulate)
+        total: Tensor | None = None
+        for part in parts:
+            loss = self._loss(part)
+            if len(parts) > 1:
+                loss = loss * (len(part.targets) / len(batch.targets))
+            (self._scaler.scale(loss) if self._scaler.is_enabled() else loss).backward()
+            total = loss.detach() if total is None else total + loss.detach()
+        assert total is not None
+        return total
 
     def _loss(self, batch: Batch) -> Tensor:
         with self._autocast():
@@ -277,7 +287,9 @@ class Trainer(ModelState):
                     values = {name: value.sum() for name, value in self.task.metrics(outputs, targets).items()}
                 for name, value in {"loss": loss * (stop - start), **values}.items():
                     sums.setdefault(name, []).append(value)
-        return {name: torch.stack(parts).cpu().double().sum().item() / len(data) for name, parts in sums.items()}
+        means = {name: torch.stack(parts).cpu().double().sum().item() / len(data) for name, parts in sums.items()}
+        derived = getattr(self.task, "derived_metrics", None)
+        return means if derived is None else {**means, **derived(means)}
 
     def input_batches(
         self, data: Data, batch_size: int, generator: torch.Generator | None = None, *, samples: int | None = None
@@ -335,6 +347,15 @@ class Trainer(ModelState):
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         return build_optimizer(self.model, self.config.optimizer)
+
+
+def _parts(batch: Batch, count: int) -> list[Batch]:
+    """Cut a batch into so many parts, as even as may be; a batch of fewer examples into single ones."""
+    if count == 1:
+        return [batch]
+    size = len(batch.targets)
+    bounds = [size * i // min(count, size) for i in range(min(count, size) + 1)]
+    return [Batch(tuple(t[a:b] for t in batch.inputs), batch.targets[a:b]) for a, b in pairwise(bounds)]
 
 
 def round_steps(config: TrainConfig, batches: int, round: int) -> int:

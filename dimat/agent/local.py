@@ -15,14 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dimat.agent.base import load_base, plan_for
 from dimat.agent.checkpoint import Checkpoint
 from dimat.agent.messages import MergeDone
 from dimat.agent.sender import Sender
 from dimat.agent.state import MachineState
 from dimat.agent.statistics import take_statistics
 from dimat.config import ExperimentConfig
-from dimat.errors import DataError, DimatError, PeerError
-from dimat.merge import MergeContext, MergePlan, Peer, Permutations, adopt, merge, open_weights, plan_merge
+from dimat.errors import DimatError, PeerError
+from dimat.merge import MergeContext, MergePlan, Peer, Permutations, adopt, merge, open_weights
 from dimat.merge.auxiliary import OWN, apart, beside, permuted
 from dimat.merge.registry import combine_registry
 from dimat.merge.screen import norm_of, screen
@@ -126,7 +127,7 @@ class LocalAgent:
     def __post_init__(self) -> None:
         config = self.config
         self._sender = Sender(self.store, config.exchange, durable=self.durable)
-        self._plan = plan_merge(config.merge)
+        self._plan = plan_for(config.merge, self.task)
         self.base = load_base(config, self.task)
         train = self.task.data("train")
         indices = self.indices
@@ -317,23 +318,6 @@ class LocalAgent:
             return None
         data = self._hold_out if self._hold_out is not None else self._probe()
         return lambda weights: self.trainer.evaluate(data, weights)[self.task.metric]
-
-
-def load_base(config: ExperimentConfig, task: Task) -> dict[str, Tensor] | None:
-    """Return the weights that task vectors are taken from; DataError for a file that cannot be read or does not fit
-    the task's model."""
-    base = config.merge.base
-    if base is None:
-        return None
-    # the stream of `train.initialisation = "shared"`: a base of the run's own seed is where its agents start
-    own = task.build_model(torch_generator(base.seed or 0, "init")).state_dict()
-    if base.file is None:
-        return {name: tensor.clone() for name, tensor in own.items()}
-    path = Path(config.folder) / base.file
-    weights = dict(open_weights(path))
-    if schema_hash(weights) != schema_hash(own):
-        raise DataError(f"merge.base: {path} does not fit the task's model (other tensor names, shapes or types)")
-    return weights
 
 
 def share_moved(permutations: Permutations) -> float:

@@ -224,7 +224,8 @@ class RoundMachine:
             return [m.Report(facts.Warned(message=message, agent=self.agent))]
         if heard is Heard.OTHER_BASE and offer.peer not in self._other_base:
             self._other_base.add(offer.peer)
-            reason = f"its base is {offer.base[:12] or 'none'}, ours {self.base[:12] or 'none'}; agree on merge.base"
+            bases = f"its base is {offer.base[:12] or 'none'}, ours {self.base[:12] or 'none'}"
+            reason = f"{bases}; agree on merge.base, and where adapters are trained on the model below them"
             refused = facts.PeerRefused(agent=self.agent, round=self.round, peer=offer.peer, reason=reason)
             return [m.Report(refused)]
         return actions + self._go_on() if heard is Heard.NOTED else []

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
+from dimat.agent.base import base_address, plan_for
 from dimat.agent.kit import Kit, kit_for
-from dimat.agent.local import LocalAgent, load_base
+from dimat.agent.local import LocalAgent
 from dimat.agent.programme import Programme, later_topologies, with_final_merge
 from dimat.agent.statistics import sample_statistics
 from dimat.config import ExperimentConfig
@@ -19,7 +20,6 @@ from dimat.merge import needs_symmetry, plan_merge
 from dimat.merge.auxiliary import beside
 from dimat.net.transport import Neighbours
 from dimat.seeds import derive_seed, numpy_generator
-from dimat.snapshot import checksum, encode
 from dimat.tasks import partition
 from dimat.topology import Topology, build_topology
 from dimat.train import Learner
@@ -55,7 +55,7 @@ def prepare_agent(config: ExperimentConfig, make_kit: Callable[[bool], Kit] | No
     """Resolve an agent's configuration; raises ConfigError and its kin for what cannot be run. `make_kit` gives the
     task (with symmetry groups if it is told so), where it is not the configuration's."""
     name = _name(config)
-    merge_plan = plan_merge(config.merge)
+    by_config = needs_symmetry(plan_merge(config.merge))
     if config.merge.method == "centralised":
         raise ConfigError('merge.method "centralised" has no agents; use it with dimat simulate')
     if config.merge.align_data == "pooled":
@@ -63,8 +63,10 @@ def prepare_agent(config: ExperimentConfig, make_kit: Callable[[bool], Kit] | No
     if config.schedule.target is not None and config.agent.evaluate == "none":
         raise ConfigError('schedule.target needs test metrics, but agent.evaluate is "none"; use "after"')
     resolve_device(config.train.device)
-    symmetry = needs_symmetry(merge_plan)
-    kit = kit_for(config, symmetry=symmetry) if make_kit is None else make_kit(symmetry)
+    # a task may ask for another merge than the configuration's, which is known once it is loaded
+    kit = kit_for(config, symmetry=False) if make_kit is None else make_kit(by_config)
+    if make_kit is None and needs_symmetry(plan_for(config.merge, kit.task)):
+        kit = kit_for(config, symmetry=True)
     try:
         train = kit.task.data("train")
         kit.task.data("test")
@@ -90,16 +92,15 @@ def programme_of(config: ExperimentConfig, kit: Kit) -> tuple[Programme, Mapping
         counts = {agent: len(part) for agent, part in zip(names, _parts(config, kit, len(names)), strict=True)}
     topology = build_topology(config.topology, seed, folder, counts)
     final, rounds = with_final_merge(config, topology.names)
-    base = load_base(config, kit.task)
     programme = Programme(
         config=config,
-        plan_of_merge=plan_merge(config.merge),
+        plan_of_merge=plan_for(config.merge, kit.task),
         metric=kit.task.metric,
         agents=topology.names,
         schedules=((1, topology), *later_topologies(config, topology.names, counts)),
         final=final,
         rounds=rounds,
-        base="" if base is None else checksum(encode(base)).root,
+        base=base_address(config, kit.task),
     )
     return programme, counts
 

@@ -66,7 +66,8 @@ class TaskConfig(Tree):
     """What is trained: model, data, loss, metric."""
 
     name: str | None = None
-    """Bundled task: "digits" or "images". Default "digits" if no hook is given."""
+    """Bundled task: "digits", "images", or with the extra `hf` "hf-image-classification" or "hf-causal-lm". Default
+    "digits" if no hook is given."""
     hook: str | None = None
     """`package.module:function` or `file.py:function` that returns a Task."""
     options: Options = Field(default_factory=dict)
@@ -116,6 +117,9 @@ class TrainConfig(Tree):
     """Epochs before the first merge, where they differ from the later rounds'."""
     batch_size: Annotated[int, Field(ge=1)] = 32
     """Samples per optimizer step."""
+    accumulate: Annotated[int, Field(ge=1)] = 1
+    """Parts in which a step's samples go through the model, one after the other; their gradients add up to those of
+    the whole batch, in less memory. BatchNorm sees a part at a time."""
     optimizer: Annotated[OptimizerConfig, BeforeValidator(as_stage)] = OptimizerConfig()
     """Optimizer and learning rate."""
     initialisation: Literal["own", "shared"] = "own"

@@ -45,6 +45,8 @@ class MergePlan:
     probe_samples: int = 100
     statistics_samples: int = 256
     screen: dict[str, Any] = field(default_factory=dict[str, Any])
+    notes: tuple[str, ...] = ()
+    """What is to be said of every merge by this plan."""
 
     @property
     def statistics(self) -> TakeStatistics | None:
@@ -212,7 +214,7 @@ def merge(
         permutations=permutations,
         moved={name: moved_share(p) for name, p in permutations.items()},
         accepted=accepted.share,
-        notes=(*aligned.notes, *repaired.notes, *accepted.notes),
+        notes=(*plan.notes, *aligned.notes, *repaired.notes, *accepted.notes),
         cpu_s=clock.seconds | {f"align.{part}": s for part, s in aligned.cpu_s.items()},
         images={"align": aligned.images, "repair": repaired.images},
     )

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
+from dimat.agent.base import base_address, plan_for
 from dimat.agent.kit import kit_for
-from dimat.agent.local import load_base
 from dimat.agent.programme import Programme, later_topologies, with_final_merge
 from dimat.agent.statistics import sample_statistics
 from dimat.config import ExchangeConfig, ExperimentConfig, NamedConfig, NetworkConfig
@@ -25,7 +25,7 @@ from dimat.seeds import derive_seed, numpy_generator, torch_generator
 from dimat.simulate.checks import Pace, alone, check_crash_points, check_peers, check_times, listed
 from dimat.simulate.compute import Compute
 from dimat.simulate.faults import FaultPlan, plan_faults
-from dimat.snapshot import checksum, encode
+from dimat.snapshot import encode
 from dimat.task import Task
 from dimat.tasks import histogram, partition
 from dimat.topology import build_topology
@@ -65,9 +65,10 @@ class Scenario(Programme):
 
 def prepare(config: ExperimentConfig) -> Scenario:
     """Resolve an experiment; raises ConfigError and its kin for what cannot be run."""
-    merge_plan = plan_merge(config.merge)
+    plan_merge(config.merge)  # its faults come before the task is loaded
     resolve_device(config.train.device)
     task = kit_for(config, symmetry=False).task
+    merge_plan = plan_for(config.merge, task)
     try:
         train = task.data("train")
         task.data("test")
@@ -110,7 +111,6 @@ def prepare(config: ExperimentConfig) -> Scenario:
         left_out = [agent for agent in agents if agent not in later.names]
         if left_out:
             warnings.append(f"from round {number} on the topology leaves {listed(left_out)} alone")
-    base = load_base(config, task)
     snapshot = beside(model.state_dict(), sample_statistics(merge_plan, task, model))
     final, rounds = with_final_merge(config, agents)
     faults = plan_faults(config, agents)
@@ -133,7 +133,7 @@ def prepare(config: ExperimentConfig) -> Scenario:
         snapshot_bytes=len(encode(snapshot)),
         rounds=rounds,
         faults=faults,
-        base="" if base is None else checksum(encode(base)).root,
+        base=base_address(config, task),
     )
     check_crash_points(
         config,

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from blake3 import blake3
 
+from dimat.agent.base import plan_for
 from dimat.agent.checkpoint import CheckpointStore, Stored, read_state, write_state
 from dimat.agent.kit import kit_for
 from dimat.agent.local import LocalAgent, MergeReport, TrainedReport
@@ -52,8 +53,7 @@ _agents: dict[str, tuple[LocalAgent, Setup]] = {}
 def create(setup: Setup) -> Made:
     """Make an agent in this process."""
     make_folder(setup.store)
-    plan = plan_merge(setup.config.merge)
-    symmetry = needs_symmetry(plan)
+    symmetry = needs_symmetry(plan_for(setup.config.merge, kit_for(setup.config, symmetry=False).task))
     kit = kit_for(setup.config, symmetry=symmetry)
     spec = kit.spec if symmetry else None
     agent = LocalAgent(

@@ -1,0 +1,15 @@
+"""Tasks from the Hugging Face libraries: image classification and causal language modelling (extra `hf`).
+
+    [task]
+    name = "hf-image-classification"
+    options = { model = "models/vit-base", data = "data/flowers" }
+
+Models and data sets are folders on disk, which never touch the network, or names on the hub. Weights are read from
+safetensors alone, and no code that comes with a model is run. With the option `lora` the base is frozen, and adapters
+are all that agents train, exchange, checkpoint and merge.
+"""
+
+from dimat.tasks.huggingface.images import hf_image_classification
+from dimat.tasks.huggingface.text import hf_causal_lm
+
+__all__ = ["hf_causal_lm", "hf_image_classification"]

@@ -1,0 +1,58 @@
+"""What the tasks of Hugging Face have in common: how their models are made and merged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from dimat.errors import ConfigError
+from dimat.seeds import torch_generator
+from dimat.tasks.huggingface.lora import MERGE_STAGES, LoraOptions, adapt, frozen_hash, head_names
+from dimat.tasks.huggingface.models import Architecture
+from dimat.tasks.models import seeded
+
+
+@dataclass(frozen=True)
+class ModelMaker:
+    """Makes a task's models, with adapters where there is `lora`.
+
+    `seed`: without pretrained weights, or with a new classifier, the frozen base of adapters is drawn with it, so that
+    all agents have the same; `dtype`: the base's. Raises ConfigError for a `dtype` of weights that are trained.
+    """
+
+    architecture: Architecture
+    lora: LoraOptions | None = None
+    dtype: str = "fp32"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.lora is None and self.dtype != "fp32":
+            raise ConfigError(
+                "task.options.dtype is for the frozen base of lora; trained weights are fp32 (see train.precision)"
+            )
+
+    def build(self, generator: torch.Generator) -> nn.Module:
+        """Return a model; what is drawn in it comes from the generator."""
+        if self.lora is None:
+            return seeded(lambda: self.architecture.build())(generator)
+        base = seeded(lambda: self.architecture.build(self.dtype))(torch_generator(self.seed, "hf", "base"))
+        heads = head_names(base) if self.architecture.kind == "AutoModelForImageClassification" else ()
+        return seeded(_adapter(base, self.lora, heads))(generator)
+
+    @cached_property
+    def base_hash(self) -> str:
+        """A hash of the frozen base and the adapters' scale; empty without adapters."""
+        return "" if self.lora is None else frozen_hash(self.build(torch.Generator().manual_seed(0)), self.lora)
+
+    @property
+    def merge_stages(self) -> Mapping[str, str] | None:
+        """The stages in which adapters are merged; None without adapters."""
+        return None if self.lora is None else MERGE_STAGES
+
+
+def _adapter(base: nn.Module, lora: LoraOptions, heads: list[str] | tuple[str, ...]) -> Callable[[], nn.Module]:
+    return lambda: adapt(base, lora, heads)

@@ -1,0 +1,115 @@
+"""Loading the libraries of the extra `hf` when they are needed, and saying in one line what they could not do."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from dimat.errors import ConfigError, DataError, DimatError, NetworkError
+
+INSTALL = "pip install 'dimat[hf]'"
+
+
+def library(name: str) -> Any:
+    """Import "transformers", "datasets" or "peft", without their bars and advice; ConfigError where it is missing."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    loaded = name in sys.modules
+    try:
+        with _working_torchvision(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            module = import_module(name)
+            if not loaded and name == "transformers":
+                module.utils.logging.set_verbosity_error()
+                module.utils.logging.disable_progress_bar()
+                module.utils.is_torchvision_available()  # it keeps the answer
+            elif not loaded and name == "datasets":
+                module.disable_progress_bars()
+            return module
+    except ImportError as error:
+        missing = (error.name or name).partition(".")[0]
+        raise ConfigError(f"this task needs the package {missing}, which cannot be imported: {INSTALL}") from error
+
+
+@contextmanager
+def _working_torchvision() -> Generator[None]:
+    """Keep transformers from a torchvision that was built for another torch and fails on import: nothing here needs
+    it, and transformers would fail with it."""
+    if "transformers" in sys.modules or "torchvision" in sys.modules or find_spec("torchvision") is None:
+        yield
+        return
+    try:
+        import_module("torchvision")
+    except Exception:
+        sys.modules["torchvision"] = None  # pyright: ignore[reportArgumentType]  # Python's mark of what is not there
+        try:
+            import_module("transformers").utils.is_torchvision_available()
+            yield
+        finally:
+            del sys.modules["torchvision"]
+    else:
+        yield
+
+
+@contextmanager
+def telling(option: str, name: str, local: bool) -> Generator[None]:
+    """Turn what the libraries raise while they read `name`, which the task's option `option` gives, into one line.
+
+    NetworkError where the hub cannot be reached; DataError for files on disk that cannot be read; else ConfigError.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except DimatError:
+        raise
+    except Exception as error:  # the libraries raise what their own libraries raise
+        cause = first_line(error)
+        if local:
+            raise DataError(f"task.options.{option}: cannot read {name}: {cause}") from error
+        if _unreachable(error):
+            raise NetworkError(
+                f"task.options.{option}: there is no folder {name!r} here, and the Hugging Face hub cannot be reached "
+                f"({cause}); fetch it where there is a network and set {option} to its folder"
+            ) from error
+        raise ConfigError(
+            f"task.options.{option}: {name!r} is no folder here, and the Hugging Face hub does not give it ({cause})"
+        ) from error
+
+
+def local_path(name: str, folder: Path, option: str) -> Path | None:
+    """Return the path that `name` is on this disk, relative to `folder`; None where it can only be a name on the hub.
+
+    Raises DataError for what is a path by its form and is not there.
+    """
+    path = folder / name
+    if path.exists():
+        return path
+    hub_like = name.count("/") <= 1 and not name.startswith((".", "/", "~")) and not path.suffix
+    if hub_like and "\\" not in name and not name.endswith("/"):
+        return None
+    raise DataError(f"task.options.{option}: there is no file or folder {path}")
+
+
+def first_line(error: BaseException) -> str:
+    """Return the kind of an error and the first line of what it says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _unreachable(error: BaseException | None) -> bool:
+    while error is not None:
+        text = str(error)
+        names = {kind.__name__ for kind in type(error).__mro__}
+        if isinstance(error, ConnectionError | TimeoutError) or names & {"ConnectError", "OfflineModeIsEnabled"}:
+            return True
+        if "couldn't connect" in text.lower() or "offline mode" in text.lower():
+            return True
+        error = error.__cause__ or error.__context__
+    return False

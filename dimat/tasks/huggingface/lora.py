@@ -1,0 +1,100 @@
+"""LoRA (Hu et al. 2022, arXiv 2106.09685): a frozen base that all agents share, and adapters that they train.
+
+An adapted model's state dict holds what is trained and nothing else. Whatever reads state dicts (snapshots, merges,
+checkpoints, evaluation at other weights) so handles adapters alone; the base stays in the model, untouched.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection
+from typing import Annotated, Any
+
+import torch
+from blake3 import blake3
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
+
+from dimat.errors import ConfigError
+from dimat.tasks.huggingface.library import first_line, library
+
+MERGE_STAGES = {"align": "none", "combine": "lora-svd", "repair": "none"}
+"""How adapters are merged: in the space of their products. Units are not moved, as the base that they meet is."""
+
+
+class LoraOptions(BaseModel):
+    """`r`: rank; `alpha`: the product of the factors is scaled by alpha / r; `dropout` before the first factor;
+    `targets`: endings of the names of the modules that are adapted, "all-linear", or PEFT's choice for the model."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    r: Annotated[int, Field(ge=1)] = 8
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: tuple[str, ...] | str | None = None
+
+
+class KeepNames:
+    """A hook that leaves in a state dict the tensors of these names only."""
+
+    def __init__(self, names: Collection[str]) -> None:
+        self.names = frozenset(names)
+
+    def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        for name in [n for n in state if n.startswith(prefix) and n.removeprefix(prefix) not in self.names]:
+            del state[name]
+
+
+def adapt(base: nn.Module, options: LoraOptions, heads: Collection[str] = ()) -> nn.Module:
+    """Freeze a model, add adapters, and return it with a state dict of what is trained.
+
+    The first factors are drawn from torch's global generator, the second are 0. `heads`: modules that are trained
+    whole, such as a new classifier. Raises ConfigError for targets that the model has not, and for a model with
+    BatchNorm, whose statistics would change in a base that must not.
+    """
+    for name, module in base.named_modules():
+        if isinstance(module, _BatchNorm) and module.track_running_stats:
+            raise ConfigError(
+                f"task.options.lora: {name} is a BatchNorm, and training would change its statistics in the frozen "
+                "base; take a model without BatchNorm, or leave lora out"
+            )
+    peft = library("peft")
+    targets = list(options.targets) if isinstance(options.targets, tuple) else options.targets
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that GPT-2's weights are transposed, which PEFT then sees to
+            adapted = peft.get_peft_model(
+                base,
+                peft.LoraConfig(
+                    r=options.r,
+                    lora_alpha=options.alpha,
+                    lora_dropout=options.dropout,
+                    target_modules=targets,
+                    modules_to_save=sorted(heads) or None,
+                    bias="none",
+                ),
+            )
+    except ValueError as error:
+        raise ConfigError(f"task.options.lora.targets: {first_line(error)}") from error
+    trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
+    adapted.register_state_dict_post_hook(KeepNames(trained))
+    return adapted
+
+
+def head_names(model: Any) -> list[str]:
+    """Return the children of a classifier that lie outside its pretrained body and have parameters."""
+    body = model.base_model_prefix
+    return [name for name, child in model.named_children() if name != body and any(True for _ in child.parameters())]
+
+
+def frozen_hash(model: nn.Module, options: LoraOptions) -> str:
+    """Return a hex blake3 of everything in an adapted model that is not trained, and of the adapters' scale: agents
+    with equal hashes can merge adapters."""
+    hasher = blake3(f"lora r={options.r} alpha={options.alpha!r}".encode())
+    held = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
+    for name, tensor in sorted([*held, *model.named_buffers()], key=lambda pair: pair[0]):
+        plain = tensor.detach().to("cpu").contiguous()
+        hasher.update(f"\n{name} {tuple(plain.shape)} {plain.dtype}\n".encode())
+        hasher.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return hasher.hexdigest()

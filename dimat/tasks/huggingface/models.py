@@ -1,0 +1,101 @@
+"""Models of transformers: pretrained ones from a folder or the hub, or freshly drawn ones from a configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from dimat.errors import ConfigError, nearest
+from dimat.tasks.huggingface.library import first_line, library, local_path, telling
+
+Kind = Literal["AutoModelForImageClassification", "AutoModelForCausalLM"]
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model that can be built: its configuration, and where its weights are if it is a pretrained one.
+
+    `changes`: what the task sets in the configuration, e.g. the number of classes.
+    """
+
+    kind: Kind
+    config: Any
+    weights: str | None = None
+    local: bool = True
+    changes: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    def build(self, dtype: str = "fp32") -> nn.Module:
+        """Return the model; what is drawn at random comes from torch's global generator. Weights that the checkpoint
+        lacks or that have another shape there, such as a classifier for other classes, are drawn."""
+        maker = getattr(library("transformers"), self.kind)
+        if self.weights is None:
+            try:
+                return maker.from_config(self.config, dtype=TYPES[dtype])
+            except Exception as error:  # sizes that do not fit each other fail anywhere in a model
+                raise ConfigError(f"task.options.config: no such model can be made: {first_line(error)}") from error
+        with telling("model", self.weights, self.local):
+            return maker.from_pretrained(
+                self.weights,
+                config=self.config,
+                dtype=TYPES[dtype],
+                ignore_mismatched_sizes=self.kind == "AutoModelForImageClassification",
+                use_safetensors=True,
+                local_files_only=self.local,
+                trust_remote_code=False,
+            )
+
+
+def architecture(
+    kind: Kind, model: str | None, config: str | Mapping[str, Any] | None, folder: Path, changes: Mapping[str, Any]
+) -> Architecture:
+    """Return what the options `model` and `config`, of which one is given, describe.
+
+    `config`: a folder with a config.json, that file, or a table of `model_type` and sizes; its weights are random.
+    Raises ConfigError, DataError or NetworkError that names the option.
+    """
+    if (model is None) == (config is None):
+        raise ConfigError("give task.options.model (pretrained) or task.options.config (random weights), one of them")
+    auto = library("transformers").AutoConfig
+    if isinstance(config, Mapping):
+        return Architecture(kind, _from_table(auto, {**config, **changes}), changes=changes)
+    option, name = ("model", model) if config is None else ("config", config)
+    assert name is not None
+    path = local_path(name, folder, option)
+    where = name if path is None else str(path)
+    with telling(option, where, path is not None):
+        read = auto.from_pretrained(where, local_files_only=path is not None, trust_remote_code=False, **changes)
+    return Architecture(kind, read, where if option == "model" else None, path is not None, changes)
+
+
+def fits_kind(built: Architecture) -> None:
+    """Raise ConfigError where transformers has no model of the kind for the architecture."""
+    library("transformers")
+    maker = getattr(library("transformers"), built.kind)
+    if type(built.config) not in maker._model_mapping:
+        what = "image classification" if built.kind == "AutoModelForImageClassification" else "causal language models"
+        raise ConfigError(f"transformers has no {what} of the type {built.config.model_type!r}; choose another model")
+
+
+def _from_table(auto: Any, table: Mapping[str, Any]) -> Any:
+    sizes = dict(table)
+    kind = sizes.pop("model_type", None)
+    if not isinstance(kind, str):
+        raise ConfigError('task.options.config needs model_type, e.g. { model_type = "vit", hidden_size = 64 }')
+    known: list[str] = list(library("transformers").CONFIG_MAPPING.keys())
+    if kind not in known:
+        raise ConfigError(f"task.options.config: transformers has no model_type {kind!r}{nearest(kind, known)}")
+    plain = auto.for_model(kind)
+    for name in sizes:
+        if not hasattr(plain, name):
+            public = [key for key in plain.to_dict() if not key.startswith("_")]
+            raise ConfigError(f"task.options.config: {kind} has no setting {name!r}{nearest(name, public)}")
+    try:
+        return auto.for_model(kind, **sizes)
+    except Exception as error:  # each configuration checks its values in its own way
+        raise ConfigError(f"task.options.config: {first_line(error)}") from error

@@ -1,0 +1,116 @@
+"""Where the examples come from: files on disk or a data set on the hub, as the data sets of `datasets`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from dimat.errors import ConfigError, DataError, nearest
+from dimat.tasks.huggingface.library import library, local_path, telling
+
+BUILDERS = {
+    ".parquet": "parquet",
+    ".jsonl": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".txt": "text",
+    ".arrow": "arrow",
+}
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+def open_splits(
+    data: str,
+    test: str | None,
+    *,
+    subset: str | None,
+    train_split: str,
+    test_split: str,
+    test_share: float,
+    seed: int,
+    folder: Path,
+) -> tuple[Any, Any]:
+    """Return the training and the test data as `datasets.Dataset`s.
+
+    `data`, `test`: a Parquet, JSON Lines, CSV or text file, a folder of such files or of class folders of images, or
+    a name on the hub, with `subset` as its configuration. A source of several splits has them by the names
+    `train_split` and `test_split`. Where no test data are to be had, `test_share` of the training data, drawn with
+    `seed`, become them. Raises DataError, ConfigError or NetworkError that names the option.
+    """
+    splits = _open(data, "data", subset, folder)
+    train = _split(splits, train_split, "train_split", data)
+    if test is not None:
+        others = _open(test, "test", subset, folder)
+        # a file or folder of its own has its rows in one split, whatever that is called
+        held = next(iter(others.values())) if len(others) == 1 else _split(others, test_split, "test_split", test)
+    elif test_split in splits and test_split != train_split:
+        held = splits[test_split]
+    elif len(splits) > 1:
+        held = _split(splits, test_split, "test_split", data)
+    else:
+        if len(train) < 2:
+            raise DataError(f"task.options.data: {data} has {len(train)} rows, too few to set any aside for testing")
+        parted = train.train_test_split(test_size=test_share, seed=seed)
+        train, held = parted["train"], parted["test"]
+    return train, held
+
+
+def column_of(rows: Any, wanted: str | None, usual: tuple[str, ...], option: str) -> str:
+    """Return the column that the option names, or the first of the usual ones; ConfigError where there is none."""
+    names: list[str] = list(rows.column_names)
+    if wanted is not None:
+        if wanted in names:
+            return wanted
+        raise ConfigError(
+            f"task.options.{option}: the data have no column {wanted!r}{nearest(wanted, names)} "
+            f"(columns: {', '.join(names)})"
+        )
+    for name in usual:
+        if name in names:
+            return name
+    raise ConfigError(f"set task.options.{option} to one of the data's columns: {', '.join(names)}")
+
+
+def first_rows(rows: Any, most: int | None, seed: int) -> Any:
+    """Return at most so many rows, drawn with `seed`, in the order of the data."""
+    if most is None or most >= len(rows):
+        return rows
+    import numpy as np
+
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(rows))[:most])
+    return rows.select(chosen)
+
+
+def _open(name: str, option: str, subset: str | None, folder: Path) -> dict[str, Any]:
+    path = local_path(name, folder, option)
+    datasets = library("datasets")
+    if path is None:
+        with telling(option, name, local=False):
+            return dict(datasets.load_dataset(name, subset))
+    kind, files = _kind(path, option)
+    # a text file is a sequence of documents with empty lines between them
+    more: dict[str, Any] = {"sample_by": "paragraph"} if kind == "text" else {}
+    with telling(option, str(path), local=True):
+        return dict(datasets.load_dataset(kind, **files, **more))
+
+
+def _kind(path: Path, option: str) -> tuple[str, dict[str, Any]]:
+    if path.is_file():
+        kind = BUILDERS.get(path.suffix.lower())
+        if kind is None:
+            raise ConfigError(f"task.options.{option}: {path} is none of {', '.join(BUILDERS)}, nor a folder of images")
+        return kind, {"data_files": {"train": str(path)}}
+    known = Counter(file.suffix.lower() for file in path.rglob("*") if file.is_file())
+    found = [suffix for suffix, _ in known.most_common() if suffix in BUILDERS or suffix in IMAGES]
+    if not found:
+        raise DataError(f"task.options.{option}: no images and no {', '.join(BUILDERS)} files in {path}")
+    return "imagefolder" if found[0] in IMAGES else BUILDERS[found[0]], {"data_dir": str(path)}
+
+
+def _split(splits: dict[str, Any], name: str, option: str, data: str) -> Any:
+    if name in splits:
+        return splits[name]
+    raise ConfigError(
+        f"task.options.{option}: {data} has no split {name!r}{nearest(name, splits)} (splits: {', '.join(splits)})"
+    )

@@ -1,0 +1,111 @@
+"""Text as tokens: a tokenizer of transformers or plain bytes, and blocks of equal length."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dimat.errors import ConfigError, DataError
+from dimat.task import Batch
+from dimat.tasks.huggingface.library import library, local_path, telling
+
+BYTES = "bytes"
+DOCUMENTS = 1000  # tokenised at a time
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A tokenizer: `size` of its vocabulary, `end`: the id that ends a document, None where it has none."""
+
+    size: int
+    end: int | None
+    tokenizer: Any = None
+
+    @property
+    def bytes(self) -> bool:
+        """Whether tokens are the bytes of UTF-8."""
+        return self.tokenizer is None
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Return the ids of each text, without special tokens."""
+        if self.tokenizer is None:
+            return [list(text.encode("utf-8")) for text in texts]
+        return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+class Blocks:
+    """Blocks of tokens, (N, T) int32, read as int64; inputs and targets are the same. `labels`: (N,) or None."""
+
+    def __init__(self, ids: Tensor, labels: Tensor | None) -> None:
+        self.ids = ids
+        self._labels = labels
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def labels(self) -> Tensor | None:
+        return self._labels
+
+    def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> Batch:
+        block = self.ids[indices].long()
+        return Batch((block,), block)
+
+
+def tokenizer_of(
+    tokenizer: str | None, model: str | None, config: str | Mapping[str, Any] | None, folder: Path
+) -> Tokens:
+    """Return the tokenizer that the options name: `tokenizer`, or that of the model's folder or name."""
+    if tokenizer == BYTES:
+        return Tokens(257, 256)
+    option, name = ("tokenizer", tokenizer) if tokenizer is not None else ("model", model)
+    if name is None:
+        if not isinstance(config, str):
+            raise ConfigError('task.options.tokenizer: which one? A folder, a name on the hub, or "bytes"')
+        option, name = "config", config
+    path = local_path(name, folder, option)
+    if path is not None and path.is_file():
+        path = path.parent
+    where = name if path is None else str(path)
+    auto = library("transformers").AutoTokenizer
+    with telling(option, f"the tokenizer of {where}" if path else where, path is not None):
+        found = auto.from_pretrained(where, local_files_only=path is not None, trust_remote_code=False)
+    return Tokens(len(found), found.eos_token_id, found)
+
+
+def pack(
+    rows: Any, column: str, label: str | None, classes: tuple[str, ...], tokens: Tokens, length: int, what: str
+) -> Blocks:
+    """Tokenise documents and cut them, one after the other, into blocks of `length` tokens; each class by itself.
+
+    Raises DataError where not one block is filled, and for rows that are no text.
+    """
+    streams: list[list[np.ndarray[Any, np.dtype[np.int32]]]] = [[] for _ in range(max(1, len(classes)))]
+    place = {name: i for i, name in enumerate(classes)}
+    end = [] if tokens.end is None else [tokens.end]
+    for start in range(0, len(rows), DOCUMENTS):
+        part = rows[start : start + DOCUMENTS]
+        texts: list[Any] = part[column]
+        for offset, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise DataError(f"column {column!r}, row {start + offset} of the {what} is no text")
+        kinds = [0] * len(texts) if label is None else [place[str(value)] for value in part[label]]
+        for kind, ids in zip(kinds, tokens.encode(texts), strict=True):
+            if ids:
+                streams[kind].append(np.array([*ids, *end], dtype=np.int32))
+    blocks: list[Tensor] = []
+    for stream in streams:
+        joined = np.concatenate(stream) if stream else np.empty(0, dtype=np.int32)
+        whole = len(joined) // length
+        blocks.append(torch.from_numpy(joined[: whole * length].reshape(whole, length).copy()))
+    ids = torch.cat(blocks)
+    if not len(ids):
+        raise DataError(f"the {what} fills not one block of {length} tokens; lower task.options.max_length")
+    labels = torch.cat([torch.full((len(b),), i) for i, b in enumerate(blocks)]) if classes else None
+    return Blocks(ids, labels)
