@@ -30,6 +30,13 @@ def deeper():
 def smooth():
     return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)), torch.randn(2, 4)
 
+class Numbered(nn.Sequential):
+    def forward(self, x):
+        return self[2](self[1](self[0](x)) * torch.arange(1.0, 7.0))
+
+def numbered():
+    return Numbered(*mlp()[0]), torch.randn(2, 4)
+
 def half():
     model, x = mlp()
     return model.double(), x.double()
@@ -174,11 +181,14 @@ def test_diff(capsys: pytest.CaptureFixture[str], models: Path) -> None:
         "deeper": "tensor 3.bias float32 (3,) is in m.py:deeper alone",
         "half": "tensor 0.bias is float32 (6,) in m.py:mlp, float64 (6,) in m.py:half",
         "smooth": "the graphs of operations (tensors and groups are the same)",
+        "numbered": "axis 0.bias/0 moves in m.py:mlp alone",
     }
     for other, why in cases.items():
         text = said(capsys, 3, "diff", "m.py:mlp", f"m.py:{other}")
         assert text.count("parameters have an axis that moves") == 2
         assert f"first difference: {why}" in text
+        assert ("align all the same: tensors and groups are equal" in text) == (other == "smooth")
+        assert ("refuse each other: the groups differ" in text) == (other == "numbered")
     (models / "mlp.json").write_text(said(capsys, 0, "show", "m.py:mlp", "--json"))
     assert main(["symmetry", "diff", "mlp.json", "m.py:mlp"]) == 0
     capsys.readouterr()

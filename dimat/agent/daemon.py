@@ -33,12 +33,10 @@ from dimat.net.grpc_transport import GrpcTransport
 from dimat.net.identity import Identity, load_identity
 from dimat.net.limits import Limits
 from dimat.net.manifests import Bound
-from dimat.net.profile import Profile
 from dimat.seeds import derive_seed
 from dimat.snapshot import SnapshotStore
 from dimat.train import Learner
 from dimat.version import __version__
-from dimat.wire.encodings import ENCODINGS
 
 MB = 1e6
 _TURNS = (facts.AgentStarted, facts.Trained, facts.Published, facts.Merged, facts.Checkpointed)
@@ -112,7 +110,7 @@ class Daemon:
             identity=self.identity,
             store=self._store,
             received=folder.received,
-            profile=Profile(self._local.schema(), setup.programme.base, ENCODINGS),
+            profile=setup.profile(self._local.schema()),
             bound=Bound(size),
             limits=Limits(
                 fetches=exchange.transfers,

@@ -33,8 +33,6 @@ from dimat.device import resolve_device
 from dimat.errors import ConfigError, DataError, DimatError
 from dimat.net.identity import Identity, load_identity
 from dimat.net.keyfacts import SOON
-from dimat.net.profile import Profile
-from dimat.wire.encodings import ENCODINGS
 
 MB = 1e6
 IMPORT_S = 120.0
@@ -78,7 +76,7 @@ def examine(config: ExperimentConfig) -> Iterator[Finding]:
         run=config.run,
         agent=setup.name,
         identity=identity,
-        profile=Profile(schema, setup.programme.base, ENCODINGS),
+        profile=setup.profile(schema),
         listen=running.address or listen_address(setup),
         running=running.pid,
         neighbours=neighbours_of(setup.programme, setup.name),

@@ -18,8 +18,10 @@ from dimat.device import resolve_device
 from dimat.errors import ConfigError, DimatError, HookError, PartitionError, unknown_agent
 from dimat.merge import needs_symmetry, plan_merge
 from dimat.merge.auxiliary import beside
+from dimat.net.profile import Profile
 from dimat.net.transport import Neighbours
 from dimat.seeds import derive_seed, numpy_generator
+from dimat.symmetry import SymmetrySpec
 from dimat.tasks import partition
 from dimat.topology import Topology, build_topology
 from dimat.train import Learner
@@ -43,12 +45,21 @@ class AgentSetup:
         """The network as the map says now."""
         return self.programme.schedules[0][1]
 
+    def profile(self, schema: str) -> Profile:
+        """Return what peers must agree with, given the hash of the model's weights."""
+        spec = self._spec
+        return Profile(schema, self.programme.base, ENCODINGS, groups="" if spec is None else spec.groups_hash)
+
     def local(self, store: Path, learner: Learner | None = None) -> LocalAgent:
         """Return what does the agent's work; it records its snapshots in the folder `store`. `learner`: trains the
         model, where that is not dimat's own trainer."""
-        spec = self.kit.spec if needs_symmetry(self.programme.plan_of_merge) else None
-        task, observers = self.kit.task, self.kit.observers
+        task, spec, observers = self.kit.task, self._spec, self.kit.observers
         return LocalAgent(self.name, self.config, task, self.indices, store, spec, observers=observers, learner=learner)
+
+    @property
+    def _spec(self) -> SymmetrySpec | None:
+        """The model's symmetry groups, where the merge rests on them."""
+        return self.kit.spec if needs_symmetry(self.programme.plan_of_merge) else None
 
 
 def prepare_agent(config: ExperimentConfig, make_kit: Callable[[bool], Kit] | None = None) -> AgentSetup:

@@ -25,12 +25,14 @@ SMALLEST_ASKING_BYTES = 64 * 2**10  # no request is longer
 @dataclass(frozen=True, slots=True)
 class Profile:
     """What an agent brings to a run. `schema`: hash of its weights' names, shapes and types; `base`: address of the
-    weights that deltas are taken from, "" for none; `encodings`: that it can read, by preference none."""
+    weights that deltas are taken from, "" for none; `encodings`: that it can read, by preference none; `groups`:
+    hash of its model's symmetry groups, "" where its method rests on none."""
 
     schema: str
     base: str = ""
     encodings: tuple[str, ...] = ("fp32",)
     protocol: int = PROTOCOL
+    groups: str = ""
 
     def said(self, run: str, agent: str) -> dict[str, Any]:
         """Return what an agent with this profile says of itself in a hello: fields that request and reply share."""
@@ -42,6 +44,7 @@ class Profile:
             "schema": self.schema,
             "base": self.base,
             "encodings": self.encodings,
+            "groups": self.groups,
         }
 
 
@@ -58,6 +61,13 @@ def misfit(profile: Profile, run: str, other: pb.HelloRequest | pb.HelloReply) -
         return (
             f"its model has other names, shapes or types (schema {shown(other.schema, 12)}, here "
             f"{shown(profile.schema, 12)}); give both the same task and model"
+        )
+    # an agent that aligns nothing says none, and so does one of a version that did not know of them
+    if other.groups and profile.groups and other.groups != profile.groups:
+        return (
+            f"its model has the same tensors in other symmetry groups (groups {shown(other.groups, 12)}, here "
+            f"{shown(profile.groups, 12)}), so it is wired otherwise; find the difference with `dimat symmetry diff`, "
+            "and give both the same model and rules"
         )
     if other.base != profile.base:
         return (

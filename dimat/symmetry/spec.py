@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass, field
 from math import prod
 from typing import Any, Literal
 
+from blake3 import blake3
+
 
 @dataclass(frozen=True, slots=True)
 class Factor:
@@ -123,7 +125,8 @@ class SymmetrySpec:
 
     `axes` has one entry for each (tensor, dim) that holds at least one group; tensors not named there are
     never permuted. `tied` lists sets of names that are one tensor (permuted once). `arch_hash` is a hex
-    blake3 of names, shapes, dtypes and the traced graph: equal hashes mean that specs are interchangeable.
+    blake3 of names, shapes, dtypes and the traced graph: equal hashes mean that specs are interchangeable. The graph
+    is another with another torch, so that hash is for one machine; `groups_hash` is what machines compare.
     `coverage` is the share of parameter elements that lie in a tensor with at least one moved axis.
     `outputs` are the flat indices of the model outputs that the groups leave unchanged.
     """
@@ -146,6 +149,26 @@ class SymmetrySpec:
                 return group
         raise KeyError(group_id)
 
+    @property
+    def groups_hash(self) -> str:
+        """Hex blake3 of which entries of which tensors move together: what agents that align must agree on.
+
+        It holds each moved axis with its layout, and each group with its size and parents; groups go by the order in
+        which the axes, sorted by tensor and dim, name them first. How the model was traced, and what groups and graph
+        nodes are called, has no part in it.
+        """
+        axes = sorted(self.axes, key=lambda axis: (axis.tensor, axis.dim))
+        numbers: dict[str, int] = {}
+        lines = [f"{axis.tensor!r} {axis.dim} {_spelled(axis.layout, numbers)}" for axis in axes]
+        known = {group.id: group for group in self.groups}
+        # a group without an axis would be none; one that only its parents name comes last
+        for group_id in sorted(known.keys() - numbers.keys()):
+            numbers[group_id] = len(numbers)
+        for group_id, number in numbers.items():
+            group = known[group_id]
+            lines.append(f"{number}: {group.size} {[numbers[parent] for parent in group.parents]}")
+        return blake3("\n".join(lines).encode()).hexdigest()
+
     def to_json(self) -> str:
         """Return the spec as JSON text; `from_json` is its inverse."""
         return json.dumps(asdict(self), separators=(",", ":"))
@@ -166,6 +189,42 @@ class SymmetrySpec:
             warnings=tuple(raw["warnings"]),
             outputs=tuple(raw["outputs"]),
         )
+
+
+def _spelled(layout: Layout, numbers: dict[str, int]) -> str:
+    """Return a layout as text, groups by number (new ones get the next); what is frozen side by side is one piece."""
+    said: list[str] = []
+    still = 0
+    for segment in layout:
+        if not any(factor.group is not None or factor.parts is not None for factor in segment):
+            still += prod(factor.size for factor in segment)
+            continue
+        if still:
+            said.append(str(still))
+            still = 0
+        said.append("*".join(_factors(segment, numbers)))
+    if still:
+        said.append(str(still))
+    return "+".join(said)
+
+
+def _factors(segment: Segment, numbers: dict[str, int]) -> list[str]:
+    said: list[str] = []
+    still = 1
+    for factor in segment:
+        if factor.group is None and factor.parts is None:
+            still *= factor.size
+            continue
+        if still > 1:
+            said.append(str(still))
+            still = 1
+        if factor.parts is not None:
+            said.append(f"({_spelled(factor.parts, numbers)})")
+        elif factor.group is not None:
+            said.append(f"g{numbers.setdefault(factor.group, len(numbers))}")
+    if still > 1:
+        said.append(str(still))
+    return said
 
 
 def _layout(raw: Sequence[Sequence[Mapping[str, Any]]]) -> Layout:

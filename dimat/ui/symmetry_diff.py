@@ -15,7 +15,12 @@ def diff_symmetry(one: str, other: str, *, as_json: bool) -> tuple[str, bool]:
     why = None if same else first_difference(first, second)
     if as_json:
         sides = [
-            {"name": each.name, "arch_hash": each.spec.arch_hash, "trace_kind": each.spec.trace_kind}
+            {
+                "name": each.name,
+                "arch_hash": each.spec.arch_hash,
+                "groups_hash": each.spec.groups_hash,
+                "trace_kind": each.spec.trace_kind,
+            }
             | {key: value for key, value in summary_of(each).items() if key not in ("tensors", "frozen")}
             for each in (first, second)
         ]
@@ -23,7 +28,15 @@ def diff_symmetry(one: str, other: str, *, as_json: bool) -> tuple[str, bool]:
     if same:
         return f"same architecture: {totals(first)}", True
     lines = [f"{each.name}: {totals(each)}" for each in (first, second)]
-    return "\n".join([*lines, f"first difference: {why}"]), False
+    lines.append(f"first difference: {why}")
+    if first.tensors == second.tensors and first.tensors:
+        fit = first.spec.groups_hash == second.spec.groups_hash
+        lines.append(
+            "agents with them align all the same: tensors and groups are equal"
+            if fit
+            else "agents with them refuse each other: the groups differ"
+        )
+    return "\n".join(lines), False
 
 
 def first_difference(one: Described, other: Described) -> str:

@@ -15,9 +15,21 @@ import pytest
 from dimat import run_simulation
 from dimat.config import load_experiment
 from tests.agent.processes import ROOT, Network, check_ledgers, network, write_config
+from tests.simulate.helpers import TINY_TASK
 
 ABC = ("lab-a", "lab-b", "lab-c")
 SLOW = "epochs_per_round = 20\nbatch_size = 8"  # endless runs of a tiny task would make hundreds of rounds a second
+
+# the units of the first hidden layer have a factor each, by their number: they cannot change places
+NUMBERED = """
+from torch import nn
+
+class Numbered(nn.Sequential):
+    def forward(self, x):
+        for number, layer in enumerate(self):
+            x = layer(x * torch.arange(1.0, 13.0) if number == 2 else x)
+        return x
+"""
 
 
 def command(*words: object, code: int = 0) -> str:
@@ -200,21 +212,28 @@ def test_damaged_checkpoints(tmp_path: Path, free_ports: list[int]) -> None:
 
 
 def test_peers_that_do_not_fit(tmp_path: Path, free_ports: list[int]) -> None:
-    """A peer of another run and one with another model are named and left out; the others go on with each other."""
-    names = (*ABC, "lab-d")
-    with network(tmp_path, names, free_ports, schedule="rounds = 3\nround_deadline_s = 20") as net:
+    """A peer of another run, one with another model, and one whose model has equal tensors but is wired otherwise are
+    named and left out; the others go on with each other."""
+    names = (*ABC, "lab-d", "lab-e")
+    schedule = "rounds = 0\nround_deadline_s = 20"
+    with network(tmp_path, names, free_ports, schedule=schedule, train=SLOW) as net:
         net.write_map(graph="complete")
-        write_config(tmp_path / "other.toml", run="other", schedule="rounds = 3\nround_deadline_s = 20")
-        wide = (tmp_path / "tiny_task.py").read_text().replace("(6, 12, 8, 4)", "(6, 13, 8, 4)")
-        (tmp_path / "wide_task.py").write_text(wide)
+        write_config(tmp_path / "other.toml", run="other", schedule=schedule, train=SLOW)
+        (tmp_path / "wide_task.py").write_text(TINY_TASK.replace("(6, 12, 8, 4)", "(6, 13, 8, 4)"))
+        numbered = TINY_TASK.replace("mlp((6, 12, 8, 4))", "Numbered(*mlp((6, 12, 8, 4)))") + NUMBERED
+        (tmp_path / "numbered_task.py").write_text(numbered)
         lives = [net.start("lab-c", file="other.toml"), net.start("lab-d", "task.hook=wide_task.py:task")]
-        for name in names[2:]:
-            net.wait_for(name, "AgentStarted")
-        lives += [net.start("lab-a"), net.start("lab-b")]
-        assert [life.wait() for life in lives] == [0] * 4, "\n".join(life.text() for life in lives)
+        lives += [net.start("lab-e", "task.hook=numbered_task.py:task"), net.start("lab-a"), net.start("lab-b")]
+        for name, other in (ABC[:2], ABC[1::-1]):
+            for stranger in names[2:]:
+                net.wait_for(name, "PeerRefused", peer=stranger)
+            net.until(lambda name=name: net.partners(name) == set(ABC[:2]), f"{name} merges {other}")
+        for life in lives:
+            life.signal(signal.SIGTERM)
+        assert [life.wait() for life in lives] == [143] * 5, "\n".join(life.text() for life in lives)
         for name in ABC[:2]:
             reasons = {event["peer"]: event["reason"] for event in net.events(name, "PeerRefused")}
             assert "run" in reasons["lab-c"]
-            assert "model" in reasons["lab-d"]
+            assert "names, shapes or types" in reasons["lab-d"]
+            assert "dimat symmetry diff" in reasons["lab-e"]
             assert {len(merge["contributions"]) for merge in net.events(name, "Merged")} <= {1, 2}
-            assert 2 in {len(merge["contributions"]) for merge in net.events(name, "Merged")}

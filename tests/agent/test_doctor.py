@@ -36,7 +36,13 @@ def around(authority: Authority | None, peers: dict[str, str], **more: Any) -> A
     known = {name: [address] for name, address in peers.items()}
     neighbours = Neighbours(list(known), (), ["a", *known], known)
     identity = None if authority is None else authority.issue("a")
-    values = {"run": RUN, "agent": "a", "identity": identity, "profile": Profile(SCHEMA), "listen": "127.0.0.1:0"}
+    values = {
+        "run": RUN,
+        "agent": "a",
+        "identity": identity,
+        "profile": Profile(SCHEMA, groups="d" * 64),
+        "listen": "127.0.0.1:0",
+    }
     return Around(**(values | {"running": 0, "neighbours": neighbours, "bootstraps": ()} | more))
 
 
@@ -69,6 +75,7 @@ async def test_peers_that_fit_and_reach_back(tmp_path: Path, authority: Authorit
         ({"profile": Profile("c" * 64)}, "schema", 2),
         ({"profile": Profile(SCHEMA, base="d" * 64)}, "base", 2),
         ({"profile": Profile(SCHEMA, protocol=2)}, "protocol 2", 2),
+        ({"profile": Profile(SCHEMA, groups="e" * 64)}, "symmetry groups", 2),
     ],
 )
 async def test_peers_that_do_not_fit(

@@ -18,7 +18,7 @@ from dimat.wire.v1 import peer_pb2 as pb
 from tests.net.agents import RUN, SCHEMA, arrange, call, hello, join, make, started, weights
 
 pytestmark = pytest.mark.anyio
-OWN = Profile(SCHEMA, "b" * 64, ("fp32",))
+OWN = Profile(SCHEMA, "b" * 64, ("fp32",), groups="d" * 64)
 
 
 @pytest.mark.parametrize(
@@ -26,6 +26,7 @@ OWN = Profile(SCHEMA, "b" * 64, ("fp32",))
     [
         ({"run": "another"}, "run 'another'"),
         ({"profile": replace(OWN, schema="c" * 64)}, "names, shapes or types"),
+        ({"profile": replace(OWN, groups="e" * 64)}, "find the difference with `dimat symmetry diff`"),
         ({"profile": replace(OWN, base="")}, "its base is"),
         ({"profile": replace(OWN, protocol=2)}, "protocol"),
     ],
@@ -52,6 +53,19 @@ async def test_one_that_does_not_fit_is_refused_by_both_and_others_go_on(
         await asyncio.sleep(1.5)
         assert len(a.ears.refusals) == 1
         assert len(b.ears.refusals) == 2
+
+
+async def test_one_that_says_no_groups_is_not_told_apart_by_them(tmp_path: Path) -> None:
+    """As an agent that aligns nothing does, or one of a version before groups were said."""
+    a = make(tmp_path / "a", "a", profile=OWN)
+    b = make(tmp_path / "b", "b", profile=replace(OWN, groups=""))
+    async with started(a, b):
+        join(a, b)
+        for one, other in ((a, b), (b, a)):
+            one.publish(1, weights(1))
+            await other.ears.offer(one.name, 1)
+        assert not a.ears.refusals
+        assert not b.ears.refusals
 
 
 async def test_a_server_serves_nobody_that_has_not_said_a_hello_that_fits(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class HelloRequest(_message.Message):
-    __slots__ = ("protocol", "dimat", "run", "agent", "schema", "base", "encodings")
+    __slots__ = ("protocol", "dimat", "run", "agent", "schema", "base", "encodings", "groups")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     DIMAT_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
@@ -14,6 +14,7 @@ class HelloRequest(_message.Message):
     SCHEMA_FIELD_NUMBER: _ClassVar[int]
     BASE_FIELD_NUMBER: _ClassVar[int]
     ENCODINGS_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     dimat: str
     run: str
@@ -21,10 +22,11 @@ class HelloRequest(_message.Message):
     schema: str
     base: str
     encodings: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, protocol: _Optional[int] = ..., dimat: _Optional[str] = ..., run: _Optional[str] = ..., agent: _Optional[str] = ..., schema: _Optional[str] = ..., base: _Optional[str] = ..., encodings: _Optional[_Iterable[str]] = ...) -> None: ...
+    groups: str
+    def __init__(self, protocol: _Optional[int] = ..., dimat: _Optional[str] = ..., run: _Optional[str] = ..., agent: _Optional[str] = ..., schema: _Optional[str] = ..., base: _Optional[str] = ..., encodings: _Optional[_Iterable[str]] = ..., groups: _Optional[str] = ...) -> None: ...
 
 class HelloReply(_message.Message):
-    __slots__ = ("protocol", "dimat", "run", "agent", "schema", "base", "encodings", "certificate", "max_streams", "time_s")
+    __slots__ = ("protocol", "dimat", "run", "agent", "schema", "base", "encodings", "certificate", "max_streams", "time_s", "groups")
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     DIMAT_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
@@ -35,6 +37,7 @@ class HelloReply(_message.Message):
     CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
     MAX_STREAMS_FIELD_NUMBER: _ClassVar[int]
     TIME_S_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     dimat: str
     run: str
@@ -45,7 +48,8 @@ class HelloReply(_message.Message):
     certificate: bytes
     max_streams: int
     time_s: float
-    def __init__(self, protocol: _Optional[int] = ..., dimat: _Optional[str] = ..., run: _Optional[str] = ..., agent: _Optional[str] = ..., schema: _Optional[str] = ..., base: _Optional[str] = ..., encodings: _Optional[_Iterable[str]] = ..., certificate: _Optional[bytes] = ..., max_streams: _Optional[int] = ..., time_s: _Optional[float] = ...) -> None: ...
+    groups: str
+    def __init__(self, protocol: _Optional[int] = ..., dimat: _Optional[str] = ..., run: _Optional[str] = ..., agent: _Optional[str] = ..., schema: _Optional[str] = ..., base: _Optional[str] = ..., encodings: _Optional[_Iterable[str]] = ..., certificate: _Optional[bytes] = ..., max_streams: _Optional[int] = ..., time_s: _Optional[float] = ..., groups: _Optional[str] = ...) -> None: ...
 
 class ManifestsRequest(_message.Message):
     __slots__ = ("seen", "wait_ms", "session")
