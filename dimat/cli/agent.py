@@ -48,6 +48,7 @@ def agent(
     """Run one agent of a network: train, swap weights with the peers on the map, merge, go on. Ends with the last
     round, on Ctrl-C or SIGTERM, and goes on from its checkpoint when started again; SIGHUP reads the map anew."""
     from dimat.agent.daemon import Daemon
+    from dimat.agent.folder import folder_of
     from dimat.agent.setup import prepare_agent
     from dimat.ui.agent import AgentListener
     from dimat.ui.jsonl import JsonlListener
@@ -58,11 +59,12 @@ def agent(
     config = load_agent(file, name, (*set_, *flags))
     setup = prepare_agent(config)
     # before the agent is made: what cannot be had is said before anything is done
-    with open_listeners(config, agent=setup.name) as watching:
+    with open_listeners(config, folder_of(config, setup.name), agent=setup.name) as watching:
         daemon = Daemon(setup)
         listener = AgentListener(setup.programme.metric, sys.stderr, -1 if quiet else verbose)
         with closing(listener), closing(JsonlListener(daemon.folder.events)) as log:
             daemon.listeners += [listener, log, *watching.listeners]
+            watching.warned += [listener, log]
             for line in () if quiet else watching.said:
                 say(f"dimat: {line}")
             code = asyncio.run(_run(daemon))

@@ -221,15 +221,19 @@ def _simulate(
     from dimat.simulate.scenario import prepare
     from dimat.ui.console import print_results
     from dimat.ui.jsonl import JsonlListener
+    from dimat.ui.listeners import open_listeners
     from dimat.ui.report import write_report
 
     if workers is not None:
         config = config.model_copy(update={"simulate": config.simulate.model_copy(update={"workers": workers})})
     scenario = prepare(config)
-    opened = RunFolder(folder, config, overwrite=overwrite)
-    with open_console(quiet) as console, closing(JsonlListener(opened.events)) as log:
-        results = run_scenario(scenario, opened, [console, log])
-        write_report(folder, console)
+    with open_listeners(config, folder) as watching:
+        opened = RunFolder(folder, config, overwrite=overwrite)
+        with open_console(quiet) as console, closing(JsonlListener(opened.events)) as log:
+            watching.warned += [console, log]
+            results = run_scenario(scenario, opened, [console, log, *watching.listeners])
+            watching.close()
+            write_report(folder, console)
     if as_json:
         show(results.model_dump(mode="json"))
     else:

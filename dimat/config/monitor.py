@@ -31,9 +31,9 @@ class WandbConfig(Tree):
 class MlflowConfig(Tree):
     """MLflow (extra `mlflow`)."""
 
-    tracking: str = "mlruns.db"
-    """Tracking URI (with `://`), or a path, relative to the file's folder: a SQLite file (its name ends in .db), or a
-    folder."""
+    tracking: str = "mlruns"
+    """Tracking URI, such as "http://host:5000" (others than http need the whole mlflow package), or a folder; a path,
+    relative to the file's folder."""
     experiment: str = "dimat"
     """Experiment that runs are put into."""
 

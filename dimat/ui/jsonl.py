@@ -6,14 +6,15 @@ import json
 import math
 import os
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from dimat.errors import DataError
 from dimat.events import Event
+from dimat.ui.jsonl_read import HEADER, parsed, read_events
 
-HEADER = {"format": 1, "kind": "dimat.events"}
+__all__ = ["HEADER", "JsonlListener", "read_events"]
+
 _HEADER_LINE = json.dumps(HEADER).encode() + b"\n"
 
 
@@ -65,23 +66,6 @@ class JsonlListener:
         return DataError(f"cannot write events to {self.path}: {error.strerror or error}")
 
 
-def read_events(path: str | Path) -> Iterator[dict[str, Any]]:
-    """Yield the events of a log as dictionaries, without the header. A torn last line, as kill -9 leaves it, is
-    passed over; any other damage is a DataError that names the line."""
-    try:
-        with open(path, "rb") as file:
-            if not _is_header(file.readline()):
-                raise DataError(f"{path} is not a dimat event log: its first line is not {json.dumps(HEADER)}")
-            for number, line in enumerate(file, 2):
-                event = _parsed(line)
-                if event is not None:
-                    yield event
-                elif line.endswith(b"\n"):
-                    raise DataError(f"{path}, line {number}: not a JSON object; the file is damaged")
-    except OSError as error:
-        raise DataError(f"cannot read events from {path}: {error.strerror or error}") from error
-
-
 def _mend(file: BinaryIO, path: Path) -> None:
     """Leave the file, open for appending, with a header and a whole last line."""
     size = file.seek(0, os.SEEK_END)
@@ -99,23 +83,11 @@ def _mend(file: BinaryIO, path: Path) -> None:
             file.seek(end)
             tail = file.read()
         keep = end + tail.rindex(b"\n") + 1
-        if keep < size and _parsed(tail[keep - end :]) is not None:  # whole but for its newline
+        if keep < size and parsed(tail[keep - end :]) is not None:  # whole but for its newline
             file.write(b"\n")
         elif keep < size:
             file.truncate(keep)
     file.flush()
-
-
-def _is_header(line: bytes) -> bool:
-    return _parsed(line) == HEADER
-
-
-def _parsed(line: bytes) -> dict[str, Any] | None:
-    try:
-        value = json.loads(line)
-    except ValueError:  # covers bytes that are not UTF-8
-        return None
-    return cast("dict[str, Any]", value) if isinstance(value, dict) else None
 
 
 def _finite(value: Any) -> Any:

@@ -3,28 +3,35 @@
 This is the one place for it. `dimat agent` and `dimat simulate` use it; beside an own training loop it is used by hand:
 
     agent = dimat.Agent("lab-a.toml").attach(…)
-    with open_listeners(agent.config, agent="lab-a") as watching:
+    with open_listeners(agent.config, Path("watched"), agent="lab-a") as watching:
         agent.listeners += watching.listeners
         with agent: …
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from pathlib import Path
 from types import TracebackType
 
 from dimat.config import ExperimentConfig
-from dimat.events import Listener
+from dimat.errors import DataError
+from dimat.events import Listener, Warned
+from dimat.ui.tracking import Backend, Tracker, need
 
 
 class Listeners:
     """Listeners that are open until `close`. `listeners`: to be told every event; `said`: lines for a person, such as
-    where metrics are served."""
+    where metrics are served; `warned`: who is told, from any thread, that one of them has failed."""
 
-    def __init__(self) -> None:
+    def __init__(self, run: str, agent: str) -> None:
         self.listeners: list[Listener] = []
         self.said: list[str] = []
+        self.warned: list[Listener] = []
+        self._run = run
+        self._agent = agent
         self._open = ExitStack()
 
     def add(self, listener: Listener, close: Callable[[], object] | None = None) -> None:
@@ -33,9 +40,20 @@ class Listeners:
         if close is not None:
             self._open.callback(close)
 
+    def track(self, name: str, backend: Backend) -> None:
+        """Take a tracker on."""
+        tracker = Tracker(name, backend, self._warn)
+        self.add(tracker, tracker.close)
+
     def close(self) -> None:
         """End all, the newest first; closing twice is allowed."""
         self._open.close()
+
+    def _warn(self, message: str) -> None:
+        event = Warned(run=self._run, time_s=time.time(), message=message, agent=self._agent)
+        for listener in self.warned:
+            with suppress(DataError):  # a log on a full disk: whoever writes the next event there is told
+                listener(event)
 
     def __enter__(self) -> Listeners:
         return self
@@ -46,16 +64,19 @@ class Listeners:
         self.close()
 
 
-def open_listeners(config: ExperimentConfig, *, agent: str = "") -> Listeners:
-    """Return the listeners that `config.monitor` asks for. `agent`: name of the real agent that they are for, "" for a
-    simulated run, which is over before anybody would scrape it: `monitor.metrics` is passed over there.
+def open_listeners(config: ExperimentConfig, folder: Path, *, agent: str = "") -> Listeners:
+    """Return the listeners that `config.monitor` asks for. `folder`: the run's, or the agent's, where trackers keep
+    what has no other place; it is made when there is something to be kept. `agent`: name of the real agent that they
+    are for, "" for a simulated run, which is over before anybody would scrape it: `monitor.metrics` is passed over
+    there.
 
     Raises NetworkError where metrics cannot be served, ConfigError where an extra is missing.
     """
-    opened = Listeners()
+    opened = Listeners(config.run, agent)
     try:
         if config.monitor.metrics is not None and agent:
             _open_metrics(opened, config.run, agent, config.monitor.metrics)
+        _open_trackers(opened, config, folder)
     except BaseException:
         opened.close()
         raise
@@ -68,4 +89,28 @@ def _open_metrics(opened: Listeners, run: str, agent: str, address: str) -> None
     listener = PrometheusListener(run, agent)
     server = MetricsServer(listener.registry, address)
     opened.add(listener, server.close)
+    opened.warned.append(listener)
     opened.said.append(f"metrics on http://{server.address}/metrics")
+
+
+def _open_trackers(opened: Listeners, config: ExperimentConfig, folder: Path) -> None:
+    """Open the trackers. Their libraries are imported here, so that no round pays for that."""
+    monitor, base = config.monitor, Path(config.folder)
+    if monitor.tensorboard:
+        need("tensorboard", "tensorboard")
+        from dimat.ui.tensorboard import TensorBoardBackend
+
+        own = folder / "tensorboard"
+        shared = None if monitor.tensorboard is True else base / monitor.tensorboard / config.run
+        opened.track("TensorBoard", TensorBoardBackend(own if shared is None else shared))
+        opened.said.append(f"tensorboard --logdir {own if shared is None else shared.parent}")
+    if monitor.wandb is not None and monitor.wandb.mode != "disabled":
+        need("wandb", "wandb")
+        from dimat.ui.wandb import WandbBackend
+
+        opened.track("W&B", WandbBackend(monitor.wandb, folder))
+    if monitor.mlflow is not None:
+        need("mlflow", "mlflow")
+        from dimat.ui.mlflow import MlflowBackend
+
+        opened.track("MLflow", MlflowBackend(monitor.mlflow, base))
