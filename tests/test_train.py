@@ -366,3 +366,45 @@ def test_learns_digits(model: str) -> None:
     one = Trainer(digits, digits.data("train"), TrainConfig(device="cpu", epochs_per_round=3), seed=0)
     one.train(1)
     assert one.evaluate(digits.data("test"))["accuracy"] > 0.9
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_batch_in_parts_has_the_gradients_of_the_whole(precision: str) -> None:
+    """Without batch statistics: after an epoch with a short last batch (70 = 4·16 + 6), and parts of uneven size."""
+    plain = lambda: mlp((6, 8, 3))  # noqa: E731
+    runs = [
+        trainer(data=blobs(transform=None), model=plain, accumulate=parts, precision=precision, epochs_per_round=1)
+        for parts in (1, 3, 64)
+    ]
+    reports = [each.train(1) for each in runs]
+    tolerance = 1e-6 if precision == "fp32" else 5e-3
+    for report, run in zip(reports[1:], runs[1:], strict=True):
+        assert (report.steps, report.samples) == (reports[0].steps, reports[0].samples) == (5, 70)
+        assert report.loss == pytest.approx(reports[0].loss, rel=tolerance)
+        for name, tensor in runs[0].weights().items():
+            assert (run.weights()[name] - tensor).abs().max() <= tolerance, name
+
+
+def test_parts_are_passes_of_their_own() -> None:
+    """16 samples in 4 parts are four forward passes of 4; so memory is that of 4."""
+    sizes: list[int] = []
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            sizes.append(len(x))
+            return self.fc(x)
+
+    trainer(data=blobs(16), model=Counting, accumulate=4, steps_per_round=1).train(1)
+    assert sizes == [4, 4, 4, 4]
+
+
+def test_metrics_of_a_whole_set_are_derived_from_the_means() -> None:
+    """What the task's `derived_metrics` returns stands beside the means, which it is given."""
+    own = trainer()
+    object.__setattr__(own.task, "derived_metrics", lambda means: {"perplexity": math.exp(means["nll"])})
+    found = own.evaluate(blobs(20))
+    assert found["perplexity"] == pytest.approx(math.exp(found["nll"]))

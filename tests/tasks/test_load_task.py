@@ -78,7 +78,7 @@ def test_hook_errors(folder: Path, hook: str, options: dict[str, Any], kind: typ
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("digit", {}, r"unknown task 'digit'; did you mean 'digits'\? \(known: digits, images"),
+        ("digit", {}, r"unknown task 'digit'; did you mean 'digits'\? \(known: digits, hf-causal-lm, hf-image"),
         ("digits", {"modle": "cnn"}, r"task 'digits' has no option 'modle'; did you mean 'model'\?"),
         ("digits", {"model": "vgg"}, "option 'model': Input should be 'cnn' or 'mlp' .got 'vgg'"),
         ("digits", {"width": "wide"}, "option 'width': Input should be a valid integer"),

@@ -63,7 +63,7 @@ def architecture(
         raise ConfigError("give task.options.model (pretrained) or task.options.config (random weights), one of them")
     auto = library("transformers").AutoConfig
     if isinstance(config, Mapping):
-        return Architecture(kind, _from_table(auto, {**config, **changes}), changes=changes)
+        return Architecture(kind, _from_table(auto, config, changes), changes=changes)
     option, name = ("model", model) if config is None else ("config", config)
     assert name is not None
     path = local_path(name, folder, option)
@@ -75,14 +75,13 @@ def architecture(
 
 def fits_kind(built: Architecture) -> None:
     """Raise ConfigError where transformers has no model of the kind for the architecture."""
-    library("transformers")
     maker = getattr(library("transformers"), built.kind)
     if type(built.config) not in maker._model_mapping:
-        what = "image classification" if built.kind == "AutoModelForImageClassification" else "causal language models"
+        what = "image classifier" if built.kind == "AutoModelForImageClassification" else "causal language model"
         raise ConfigError(f"transformers has no {what} of the type {built.config.model_type!r}; choose another model")
 
 
-def _from_table(auto: Any, table: Mapping[str, Any]) -> Any:
+def _from_table(auto: Any, table: Mapping[str, Any], changes: Mapping[str, Any]) -> Any:
     sizes = dict(table)
     kind = sizes.pop("model_type", None)
     if not isinstance(kind, str):
@@ -96,6 +95,6 @@ def _from_table(auto: Any, table: Mapping[str, Any]) -> Any:
             public = [key for key in plain.to_dict() if not key.startswith("_")]
             raise ConfigError(f"task.options.config: {kind} has no setting {name!r}{nearest(name, public)}")
     try:
-        return auto.for_model(kind, **sizes)
+        return auto.for_model(kind, **{**sizes, **changes})
     except Exception as error:  # each configuration checks its values in its own way
         raise ConfigError(f"task.options.config: {first_line(error)}") from error
