@@ -29,7 +29,9 @@ class FolderSource:
         self.path = path
         self.state = RunState()
         if not path.is_dir():
-            raise DataError(f"no folder {path}; give the folder of a run, of an agent, or one that holds agents' folders")
+            raise DataError(
+                f"no folder {path}; give the folder of a run, of an agent, or one that holds agents' folders"
+            )
         self.several = not (path / EVENTS).exists()
         self._followers: dict[Path, Follower] = {}
         self._find()

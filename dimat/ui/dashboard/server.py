@@ -14,6 +14,7 @@ import socket
 import time
 from collections.abc import AsyncGenerator, Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Any, Protocol
 
 import uvicorn
@@ -235,14 +236,14 @@ def _whole(value: str, what: str) -> int:
 
 
 class Server:
-    """Serves a source on an open socket. `run` blocks; `stop` ends it, from any thread."""
+    """Serves a source on an open socket. `run` serves until it is told to end; `stop` does so, from any thread."""
 
     def __init__(self, source: Source, opened: socket.socket, host: str, token: str | None) -> None:
         self._source = source
         self._socket = opened
         self._host = host
         self._token = token
-        self._server: uvicorn.Server | None = None
+        self._server: _Uvicorn | None = None
         self._stopped = False
 
     @property
@@ -259,39 +260,58 @@ class Server:
     async def run(self) -> None:
         """Serve until `stop`, or a signal where this is the main thread."""
         dashboard = Dashboard(self._source)
-        self._server = uvicorn.Server(
-            uvicorn.Config(
-                Guard(dashboard.app(), self._host, self.port, self._token),
-                loop="asyncio",
-                http="h11",
-                ws="none",
-                lifespan="off",
-                log_level="warning",
-                access_log=False,  # addresses hold the token once
-                server_header=False,
-                timeout_graceful_shutdown=2,
-                limit_concurrency=200,
-            )
+        config = uvicorn.Config(
+            Guard(dashboard.app(), self._host, self.port, self._token),
+            loop="asyncio",
+            http="h11",
+            ws="none",
+            lifespan="off",
+            log_level="warning",
+            access_log=False,  # addresses hold the token once
+            server_header=False,
+            timeout_graceful_shutdown=2,
+            limit_concurrency=200,
         )
+        server = self._server = _Uvicorn(config)
         watching = asyncio.create_task(dashboard.watch())
-        ending = asyncio.create_task(self._end(watching))
+        watching.add_done_callback(lambda _: server.end())  # a page that learns nothing new is no good
+        ending = asyncio.create_task(self._end(server, watching))
         try:
-            await self._server.serve(sockets=[self._socket])
+            if not self._stopped:
+                await server.serve(sockets=[self._socket])
         finally:
-            for task in (watching, ending):
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await task
+            ending.cancel()
+            watching.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await watching
 
-    async def _end(self, watching: asyncio.Task[None]) -> None:
-        """End the streams once the server is to end, which waits for them."""
-        server = self._server
-        assert server is not None
-        while not (server.should_exit or self._stopped or watching.done()):
-            await asyncio.sleep(0.1)
-        server.should_exit = True
+    async def _end(self, server: _Uvicorn, watching: asyncio.Task[None]) -> None:
+        """End the streams once the server is to end: it waits for them."""
+        await server.ending.wait()
         watching.cancel()
 
     def stop(self) -> None:
         """Let `run` return soon."""
         self._stopped = True
+        if self._server is not None:
+            self._server.end()
+
+
+class _Uvicorn(uvicorn.Server):
+    """A uvicorn server whose end can be waited for. Made in its loop."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.ending = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal has come."""
+        super().handle_exit(sig, frame)
+        self.end()
+
+    def end(self) -> None:
+        """End soon; from any thread."""
+        self.should_exit = True
+        with contextlib.suppress(RuntimeError):  # its loop is over
+            self._loop.call_soon_threadsafe(self.ending.set)

@@ -20,6 +20,7 @@ export function fill(id, heads, rows, { numbers = [], head = 0, empty = "" } = {
     table.append(top, el("tbody", { role: "rowgroup" }));
   }
   const body = table.tBodies[0];
+  table.hidden = !rows.length && !empty;
   if (!rows.length) {
     body.replaceChildren(...(empty ? [el("tr", { role: "row" }, el("td", { role: "cell", colspan: heads.length, class: "soft" }, empty))] : []));
     return;
