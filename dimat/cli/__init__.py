@@ -11,12 +11,12 @@ from collections.abc import Sequence
 
 from cyclopts import CycloptsError
 
-from dimat.cli import agent, dht, doctor, experiment, keys, merge, symmetry, topology
+from dimat.cli import agent, dashboard, dht, doctor, experiment, keys, merge, symmetry, topology
 from dimat.cli.app import app
 from dimat.cli.shared import say
 from dimat.errors import ConfigError, DataError, DimatError
 
-COMMANDS = (agent, dht, doctor, experiment, keys, merge, symmetry, topology)
+COMMANDS = (agent, dashboard, dht, doctor, experiment, keys, merge, symmetry, topology)
 """The modules that put their commands into `app`."""
 
 

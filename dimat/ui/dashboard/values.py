@@ -1,0 +1,47 @@
+"""Values of events as the dashboard takes them: from a log or a peer, so each may be missing or of any form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from dimat.ui.text import clean
+
+MOST_TEXT = 300
+MOST_NAMES = 10_000
+
+
+def number(value: object) -> float | None:
+    """Return a finite number, None for anything else."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e18:
+        return value
+    return None
+
+
+def count(value: object) -> int:
+    """Return a whole number from 0 on; 0 for anything else."""
+    known = number(value)
+    return max(0, int(known)) if known is not None else 0
+
+
+def text(value: object, most: int = MOST_TEXT) -> str:
+    """Return text of one line without control characters, cut where it is long; "" for None."""
+    if value is None:
+        return ""
+    said = clean(str(value)[: most + 1])
+    return said if len(said) <= most else f"{said[:most]}…"
+
+
+def name(value: object) -> str:
+    """Return an agent's name; "" for what is none."""
+    return value if isinstance(value, str) and 0 < len(value) <= 100 else ""
+
+
+def mapping(value: object) -> Mapping[str, Any]:
+    """Return a mapping, empty for anything else."""
+    return cast("Mapping[str, Any]", value) if isinstance(value, Mapping) else {}
+
+
+def items(value: object) -> Sequence[Any]:
+    """Return a list, empty for anything else; at most `MOST_NAMES` of it."""
+    return cast("Sequence[Any]", value)[:MOST_NAMES] if isinstance(value, (list, tuple)) else ()

@@ -1,0 +1,41 @@
+"""Folders of runs, made with the real listener."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import closing
+from pathlib import Path
+
+from dimat.events import AgentCrashed, BasisAdopted, Event, PeerLate, Warned
+from dimat.ui.jsonl import JsonlListener
+from tests.ui.samples import make_events
+
+MARKUP = "<img src=x onerror=alert(1)>"
+
+
+def told(rounds: int = 3) -> list[Event]:
+    """Return a run with an agent that is late, one that crashed, and a text that would be markup."""
+    *events, last = make_events(rounds=rounds)
+    return [
+        *events,
+        PeerLate(agent="lab-a", round=rounds, peer="lab-c", time_s=90.0),
+        BasisAdopted(agent="lab-a", round=1, peer="lab-b", basis="0:lab-b:1", moved=0.75, time_s=90.0),
+        Warned(message=f"a peer calls itself {MARKUP}", agent="lab-a", time_s=91.0),
+        AgentCrashed(agent="lab-c", round=rounds, back_s=None, time_s=92.0),
+        last,
+    ]
+
+
+def write_log(file: Path, events: Iterable[Event]) -> Path:
+    """Write events as a run does."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with closing(JsonlListener(file)) as log:
+        for event in events:
+            log(event)
+    return file
+
+
+def write_run(folder: Path) -> Path:
+    """Write the log of a run into a folder."""
+    write_log(folder / "events.jsonl", told())
+    return folder
