@@ -77,6 +77,9 @@ class Link:
         self._dropped: asyncio.Event = asyncio.Event()
         self._lost_timer: asyncio.TimerHandle | None = None
         self._told_lost = False
+        self._parting = ""  # what it said when it left, until it is reached anew
+        self._unreached = False  # whether the last attempt to reach it has failed
+        self._gone = ""  # why nobody needs to wait for it, until it is reached again
         self._reason = "it was not reached yet"
         self._reminders = Reminders(hearing.noticed)
         self._said: set[str] = set()
@@ -129,6 +132,8 @@ class Link:
                 raise NetworkError(f"{self.peer}: {self._refusal}")
             if self._connection is not None:
                 return self._connection
+            if self._gone:
+                raise NetworkError(f"{self.peer} is gone: {self._gone}")
             await self._changed.wait()
 
     def drop(self, connection: Connection, reason: str) -> None:
@@ -154,8 +159,10 @@ class Link:
     async def _follow(self) -> None:
         while True:
             wait_s = 0.0
+            self._unreached = True
             try:
                 async with self._reach() as connection:
+                    self._unreached = False
                     await self._listen(connection)
             except RefusedError as refused:
                 self._refuse(str(refused))
@@ -171,8 +178,7 @@ class Link:
                 self._breaker.failed()
                 wait_s = self._breaker.wait_s(self._backoff.next())
                 self._say(f"following {self.peer} failed: {self._reason}")
-            if not self._ending:
-                self._out_of_reach()
+            self._no_more()
             try:
                 async with asyncio.timeout(wait_s):
                     await self._wake.wait()
@@ -223,8 +229,8 @@ class Link:
         finally:
             await connection.close()
             self._ending = {task for task in self._ending if task is not asyncio.current_task()}
-            if self._connection is None and not self._ending:
-                self._out_of_reach()
+            if self._connection is None:
+                self._no_more()
 
     async def _look_up(self) -> Sequence[str]:
         if self._directory is None:
@@ -336,9 +342,23 @@ class Link:
         self._breaker.succeeded()
         self._reminders.over("reach")
         self._told_lost = False
+        self._parting = self._gone = ""
         if self._lost_timer is not None:
             self._lost_timer.cancel()
             self._lost_timer = None
+
+    def _no_more(self) -> None:
+        """No connection is left on which a transfer goes on, unless one is let end."""
+        if self._ending:
+            return
+        self._out_of_reach()
+        if self._parting and self._unreached:  # it said so, and is not there any more: nothing will come
+            self._give_up(f"it has left ({shown(self._parting)})")
+
+    def _give_up(self, reason: str) -> None:
+        """Let those who wait for the peer go, whatever they had of it."""
+        self._gone = reason
+        self._changed.fire()
 
     def _out_of_reach(self) -> None:
         if self._lost_timer is None and not self._told_lost and not self._stopped:
@@ -350,7 +370,7 @@ class Link:
         self._hearing.lost(self.peer, self._refusal or self._reason, 0)
 
     def _left(self, reason: str) -> None:
-        self._told_lost = True
+        self._told_lost, self._parting = True, reason
         last = max((round_ for round_, _ in self._offers), default=0)
         self._hearing.lost(self.peer, f"it has left ({shown(reason)})", last)
 

@@ -12,9 +12,8 @@ import re
 import threading
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from io import StringIO
 from itertools import pairwise
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -26,6 +25,7 @@ from torch.fx.node import map_arg
 
 from dimat.errors import SymmetryError, unknown_name
 from dimat.symmetry import tree
+from dimat.symmetry.mute import muted
 from dimat.symmetry.paths import record_paths
 
 _EXPORTING = threading.Lock()  # torch.export keeps its state in globals: one at a time in a process
@@ -210,7 +210,7 @@ def _quiet() -> Generator[None]:
     models' caches, a log line, and graphs printed on stdout, where a command's JSON goes."""
     log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
     before = log.disabled
-    with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+    with warnings.catch_warnings(), muted():
         warnings.simplefilter("ignore")
         log.disabled = True
         try:

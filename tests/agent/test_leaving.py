@@ -58,7 +58,7 @@ def test_while_a_transfer_is_let_end(tmp_path: Path, free_ports: list[int]) -> N
         net.start("lab-b")
         net.until(lambda: comes_in(net, "lab-b", "lab-a"), "lab-b has begun to fetch")
         net.until(lambda: ask(tmp_path / "lab-a")["sent_bytes"], "the first bytes are on their way")
-        slow.signal(signal.SIGINT)
+        interrupt(net, slow)
         net.wait_for("lab-a", "AgentLeft", timeout=30)
         # lab-b is served on, and lab-a waits for that
         time.sleep(10)

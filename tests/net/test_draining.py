@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dimat.errors import NetworkError
 from tests.net.agents import QUICK, Agent, join, make, started, weights
 
 pytestmark = pytest.mark.anyio
@@ -67,3 +68,35 @@ async def test_a_fetch_whose_turn_comes_when_its_connection_is_gone(tmp_path: Pa
             c.publish(1, weights(2))
             assert (await first).bytes == one.bytes
             assert (await second).bytes == other.bytes
+
+
+async def test_a_fetch_from_one_that_has_left_is_given_up(tmp_path: Path) -> None:
+    """The publisher says that it leaves, and ends in the middle of a transfer: the reader gives up at once, long before
+    the peer would count as lost. Once it is there again, what came before is not sent anew."""
+    a = make(tmp_path / "a", "a", limits=SLOW)
+    b = make(tmp_path / "b", "b", limits=replace(QUICK, lost_after_s=3600.0))
+    async with started(b):
+        await a.transport.start(a.ears)
+        join(a, b)
+        payload = a.publish(1, weights(1)).payload
+        await b.ears.offer("a", 1)
+        fetching = asyncio.create_task(b.transport.fetch("a", 1, payload.root))
+        await begun(a)
+        await asyncio.sleep(1.0)  # until some blocks have come
+        port = a.transport.port
+        a.transport.leave("time is up")
+        await b.ears.until(lambda: b.ears.losses)
+        assert not fetching.done(), "it sends on"
+        await a.transport.close(0)
+        async with asyncio.timeout(60):
+            with pytest.raises(NetworkError, match=r"^a is gone: it has left \('time is up'\)"):
+                await fetching
+        with pytest.raises(NetworkError, match=r"^a is gone"):
+            await b.transport.fetch("a", 1, payload.root)
+        again = make(tmp_path / "a", "a", listen=f"127.0.0.1:{port}")
+        async with started(again), asyncio.timeout(60):
+            join(again, b)
+            heard = len(b.ears.offers)
+            again.publish(1, weights(1))
+            await b.ears.until(lambda: len(b.ears.offers) > heard)
+            assert 0 < (await b.transport.fetch("a", 1, payload.root)).bytes < payload.bytes

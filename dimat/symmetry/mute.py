@@ -1,0 +1,48 @@
+"""Output that one thread prints beside its work, kept away; what other threads say meanwhile goes where it belongs."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import Any
+
+
+class _Muted:
+    """Stands for a stream, and swallows what its own thread writes while `active`. Others may keep it for later."""
+
+    def __init__(self, stream: Any) -> None:
+        self.active = True
+        self._stream = stream  # None where a process has none
+        self._thread = threading.get_ident()
+
+    def write(self, text: str) -> int:
+        """Write, or not; returns the length either way."""
+        if self._stream is not None and not (self.active and threading.get_ident() == self._thread):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush the stream."""
+        if self._stream is not None:
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def muted() -> Generator[None]:
+    """Discard what this thread prints on stdout and stderr.
+
+    `sys.stdout` and `sys.stderr` belong to the process: were they simply replaced, a line that another thread prints in
+    that moment would be lost, as "leaving" of an agent that is stopped while it traces.
+    """
+    out, err = _Muted(sys.stdout), _Muted(sys.stderr)
+    redirects: Any = (redirect_stdout(out), redirect_stderr(err))  # they take whatever can be written to
+    with redirects[0], redirects[1]:
+        try:
+            yield
+        finally:
+            out.active = err.active = False
