@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dimat.errors import DataError
 from dimat.symmetry import Permutations, SymmetrySpec, permute_optimizer, permute_weights
+from dimat.symmetry.trace import forget_derived
 
 
 class ModelState(ABC):
@@ -30,6 +31,7 @@ class ModelState(ABC):
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(weights[name])
+        forget_derived(self.model)
 
     def start_from(self, weights: Mapping[str, Tensor]) -> None:
         """Take over another agent's weights whole, with an optimizer that knows nothing of before. DataError where
@@ -50,6 +52,7 @@ class ModelState(ABC):
             for name, tensor in own.items():
                 if moved[name] is not tensor:
                     tensor.copy_(moved[name])
+        forget_derived(self.model)
         self.optimizer.load_state_dict(moments)
 
     def optimizer_entries(self) -> dict[str, dict[str, Any]]:

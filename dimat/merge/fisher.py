@@ -14,7 +14,7 @@ from dimat.merge.auxiliary import FISHER
 from dimat.merge.batches import device_of
 from dimat.merge.functional import aliases, call_with
 from dimat.merge.stages import Weights
-from dimat.symmetry.trace import eval_mode
+from dimat.symmetry.trace import eval_mode, forget_derived
 
 Loss = Callable[[Any, Tensor], Tensor]
 """(model output, labels), each of a batch of one → the example's loss, −log p(y | x), a scalar."""
@@ -61,6 +61,7 @@ def empirical_fisher(
             arguments = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
             for first in range(0, room, chunk):
                 part = slice(first, min(first + chunk, room))
+                forget_derived(model)  # what was derived for a chunk belongs to its derivatives
                 gradients = per_example(
                     parameters, tuple(x[part].to(device) for x in arguments), labels[part].to(device)
                 )

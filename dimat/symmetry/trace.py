@@ -154,14 +154,35 @@ def _look(model: nn.Module, example_inputs: Any) -> Any:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Generator[None]:
-    """Put a module in eval mode, and every submodule back into its own mode afterwards."""
+    """Put a module in eval mode, and every submodule back into its own mode afterwards.
+
+    What modules keep in eval mode of what they derive from their weights is forgotten before and after, so that
+    neither what they were run at before is taken for the present weights, nor the reverse (see `forget_derived`).
+    """
     modes = [(module, module.training) for module in model.modules()]
+    model.train()
     model.eval()
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        _back_into(model, modes)
+
+
+def forget_derived(model: nn.Module) -> None:
+    """Let modules forget what they keep in eval mode of what they derive from their weights; all modes stay.
+
+    Such are the biases of attention in LeViT and its like, kept from the first forward pass in eval mode on, whatever
+    becomes of the weights. By convention they are dropped where a module is put into training mode.
+    """
+    _back_into(model, [(module, module.training) for module in model.modules()])
+
+
+def _back_into(model: nn.Module, modes: Sequence[tuple[nn.Module, bool]]) -> None:
+    model.train()
+    if not modes[0][1]:  # what is derived on the way into eval mode is derived from the weights as they are now
+        model.eval()
+    for module, training in modes:
+        module.training = training
 
 
 def shape_of(value: Any) -> tuple[int, ...] | None:

@@ -58,7 +58,9 @@ class _Check:
         self, model: nn.Module, inputs: Any, spec: SymmetrySpec, generator: torch.Generator, dtype: torch.dtype
     ) -> None:
         # training mode in between: modules that keep what they derive from weights for eval mode forget it there
-        self._model = copy.deepcopy(model).to(dtype).train().eval()
+        self._model = copy.deepcopy(model).to(dtype)
+        self._model.train()  # not chained: some modules' own train() returns nothing
+        self._model.eval()
         self._memo = {id(t): t for t in (*self._model.parameters(), *self._model.buffers())}
         state = {name: v.detach() for name, v in self._model.state_dict().items() if isinstance(v, Tensor)}
         self._weights = randomised(state, generator)

@@ -61,10 +61,15 @@ def zipit(
     w_peer. Where a layer takes the units in, its columns add up. Axes without units keep the weights w_k. A merged
     unit stands where its lowest unit of own's stood, so that results go on in own's basis.
 
-    Groups that cannot be observed are paired by index, as are units inside heads, and so are all where the model has
-    no groups: an average. Models that are equal, bit by bit, are one with their weights' sum; a model of weight 0
-    takes no part. Integers are own's. The order of peers does not matter: they are taken in that of their content
-    hashes. Memory: all models' weights, and (n·units)² numbers in float64 per point.
+    Groups that cannot be observed are paired by index, and so are all where the model has no groups: an average.
+    Units inside heads are paired by index too. A merged unit needs a layer that takes its members in, whose columns
+    add up. The units of queries have none: they meet those of keys in a product, and Σ q_i k_i over the members is not
+    what the members' means give. Those of values have one, but which of them fire alike means something only within
+    heads that belong together, so heads must be paired first: align = "activations" pairs both, one to one.
+
+    Models that are equal, bit by bit, are one with their weights' sum; a model of weight 0 takes no part. Integers are
+    own's. The order of peers does not matter: they are taken in that of their content hashes. Memory: all models'
+    weights, and (n·units)² numbers in float64 per point.
 
     `max_images`: look at no more examples (None: all). `positions`: of each image, drawn from a fixed seed; None: all.
     Raises MergeError without model, data and the model's symmetry spec.
@@ -113,7 +118,7 @@ def zipit(
 
 
 def _plain(spec: SymmetrySpec) -> set[str]:
-    """Return the groups that are merged: not those inside heads, whose units merge only once their heads have."""
+    """Return the groups that are merged: not those inside heads (see `zipit`)."""
     nested = {
         group
         for axis in spec.axes
