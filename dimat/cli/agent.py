@@ -44,15 +44,16 @@ def agent(
     ] = None,
     verbose: Annotated[int, Parameter(count=True, alias="-v", help="More: -v who was late, -vv every step.")] = 0,
     quiet: Quiet = False,
+    plain: Annotated[bool, Parameter(negative="", help="Lines only, also on a terminal.")] = False,
 ) -> int:
     """Run one agent of a network: train, swap weights with the peers on the map, merge, go on. Ends with the last
     round, on Ctrl-C or SIGTERM, and goes on from its checkpoint when started again; SIGHUP reads the map anew."""
     from dimat.agent.daemon import Daemon
     from dimat.agent.folder import folder_of
     from dimat.agent.setup import prepare_agent
-    from dimat.ui.agent import AgentListener
     from dimat.ui.jsonl import JsonlListener
     from dimat.ui.listeners import open_listeners
+    from dimat.ui.live import agent_listener
 
     flags = ["agent.insecure=true"] if insecure else []
     flags += [] if metrics is None else [f"monitor.metrics={json.dumps(metrics)}"]
@@ -61,13 +62,13 @@ def agent(
     # before the agent is made: what cannot be had is said before anything is done
     with open_listeners(config, folder_of(config, setup.name), agent=setup.name) as watching:
         daemon = Daemon(setup)
-        listener = AgentListener(setup.programme.metric, sys.stderr, -1 if quiet else verbose)
+        listener = agent_listener(setup.programme.metric, sys.stderr, -1 if quiet else verbose, plain)
         with closing(listener), closing(JsonlListener(daemon.folder.events)) as log:
             daemon.listeners += [listener, log, *watching.listeners]
             watching.warned += [listener, log]
             for line in () if quiet else watching.said:
                 say(f"dimat: {line}")
-            code = asyncio.run(_run(daemon))
+            code = asyncio.run(_run(daemon, listener.close))
     if daemon.thread.busy:  # training cannot be broken off, and the interpreter would tear down what it uses
         sys.stdout.flush()
         sys.stderr.flush()
@@ -160,8 +161,9 @@ def _watch(found: Mapping[str, Any], look: Callable[[], Mapping[str, Any]], as_j
                 trouble = clean(str(error))
 
 
-async def _run(daemon: Daemon) -> int:
-    """Run a daemon with signals: the first SIGINT or SIGTERM lets it leave in good order, a second one ends it."""
+async def _run(daemon: Daemon, restore: Callable[[], None]) -> int:
+    """Run a daemon with signals: the first SIGINT or SIGTERM lets it leave in good order, a second one ends it, after
+    `restore` has given the terminal back."""
     loop = asyncio.get_running_loop()
     code = 0
     reloads: set[asyncio.Task[None]] = set()
@@ -169,6 +171,7 @@ async def _run(daemon: Daemon) -> int:
     def stop(number: signal.Signals) -> None:
         nonlocal code
         if code:
+            restore()
             say("dimat: stopped at once")
             os._exit(128 + number)
         code = 128 + number

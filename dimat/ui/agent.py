@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import TextIO
 
 from dimat import events as facts
@@ -24,7 +25,7 @@ class AgentListener:
         self._metric = metric
         self._stream = sys.stderr if stream is None else stream
         self._verbosity = verbosity
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._repeats = Repeats()
         self._trained: facts.Trained | None = None
         self._merged: facts.Merged | None = None
@@ -74,11 +75,18 @@ class AgentListener:
         return f"round {event.round}: {', '.join(parts)}, {moved}"
 
     def _say(self, at: float, said: str) -> None:
+        line = clean(f"{time.strftime('%H:%M:%S', time.localtime(at))} {said}")
+        self._guarded(lambda: self._write(line))
+
+    def _write(self, line: str) -> None:
+        self._stream.write(line + "\n")
+        self._stream.flush()
+
+    def _guarded(self, show: Callable[[], object]) -> None:
         if self._broken:
             return
         try:
-            self._stream.write(clean(f"{time.strftime('%H:%M:%S', time.localtime(at))} {said}") + "\n")
-            self._stream.flush()
+            show()
         except OSError:
             self._broken = True  # the reader went away: the training goes on
 
