@@ -58,13 +58,15 @@ class AgentEvent(Event):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgentStarted(AgentEvent):
     """A real agent is up and goes on after `round` (0: it is new). `address`: where it listens; `peers`: whom it
-    listens to; `samples`: that it trains on; `secure`: whether its connections are encrypted and proven."""
+    listens to; `samples`: that it trains on; `secure`: whether its connections are encrypted and proven; `histogram`:
+    its samples by class, empty where the task does not tell classes."""
 
     address: str
     peers: tuple[str, ...]
     samples: int
     parameters: int
     secure: bool
+    histogram: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

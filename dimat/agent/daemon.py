@@ -231,6 +231,7 @@ class Daemon:
                 samples=len(self.setup.indices),
                 parameters=sum(p.numel() for p in model.parameters()),
                 secure=self.identity is not None,
+                histogram=self.setup.histogram(),
             )
         )
         for fault in self._passed_over:

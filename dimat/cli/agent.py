@@ -7,8 +7,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +21,7 @@ from dimat.errors import ConfigError, NetworkError
 if TYPE_CHECKING:
     from dimat.agent.daemon import Daemon
     from dimat.config import ExperimentConfig
+    from dimat.events import Listener
 
 WATCH_S = 2.0
 """Seconds between two looks of `status --watch`."""
@@ -37,6 +38,9 @@ def agent(
     insecure: Annotated[
         bool, Parameter(negative="", help="Without keys and encryption; listens on loopback only.")
     ] = False,
+    dashboard: Annotated[
+        str | None, Parameter(help="Show how it is in a browser, at this `host:port`; default: monitor.dashboard.")
+    ] = None,
     verbose: Annotated[int, Parameter(count=True, alias="-v", help="More: -v who was late, -vv every step.")] = 0,
     quiet: Quiet = False,
 ) -> int:
@@ -47,11 +51,16 @@ def agent(
     from dimat.ui.agent import AgentListener
     from dimat.ui.jsonl import JsonlListener
 
-    config = load_agent(file, name, (*set_, *(["agent.insecure=true"] if insecure else [])))
+    flags = [*(["agent.insecure=true"] if insecure else []), *([f"monitor.dashboard={dashboard}"] if dashboard else [])]
+    config = load_agent(file, name, (*set_, *flags))
+    if config.monitor.dashboard is not None:
+        from dimat.ui.dashboard.available import need_dashboard
+
+        need_dashboard()
     daemon = Daemon(prepare_agent(config))
     listener = AgentListener(daemon.setup.programme.metric, sys.stderr, -1 if quiet else verbose)
-    with closing(listener), closing(JsonlListener(daemon.folder.events)) as log:
-        daemon.listeners += [listener, log]
+    with closing(listener), closing(JsonlListener(daemon.folder.events)) as log, _dashboard(daemon) as shown:
+        daemon.listeners += [listener, log, *shown]
         code = asyncio.run(_run(daemon))
     if daemon.thread.busy:  # training cannot be broken off, and the interpreter would tear down what it uses
         sys.stdout.flush()
@@ -143,6 +152,22 @@ def _watch(found: Mapping[str, Any], look: Callable[[], Mapping[str, Any]], as_j
                 found, trouble = look(), ""
             except NetworkError as error:
                 trouble = clean(str(error))
+
+
+@contextmanager
+def _dashboard(daemon: Daemon) -> Generator[Sequence[Listener]]:
+    """Serve the agent's dashboard, if it is to have one; give the listeners that are to be told its events."""
+    monitor = daemon.setup.config.monitor
+    if monitor.dashboard is None:
+        yield ()
+        return
+    from dimat.ui.dashboard.agent import AgentDashboard
+
+    token = monitor.dashboard_token_file
+    file = None if token is None else Path(daemon.setup.config.folder) / token
+    with AgentDashboard(daemon, monitor.dashboard, file) as shown:
+        say(f"dashboard of {daemon.setup.name}: {shown.address}")
+        yield (shown,)
 
 
 async def _run(daemon: Daemon) -> int:

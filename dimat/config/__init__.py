@@ -24,6 +24,7 @@ from dimat.config.load import (
     naming,
     read_toml,
 )
+from dimat.config.monitor import MonitorConfig
 from dimat.config.simulate import (
     ComputeConfig,
     FaultConfig,
@@ -55,6 +56,7 @@ __all__ = [
     "MapChange",
     "MergeConfig",
     "Moment",
+    "MonitorConfig",
     "Named",
     "NamedConfig",
     "NetworkConfig",

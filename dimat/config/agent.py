@@ -12,7 +12,8 @@ from dimat.config.tree import Tree
 _ADDRESS = re.compile(r"(\[[0-9a-fA-F:.%\w]+\]|[^:\s\[\]]+):\d{1,5}")
 
 
-def _address(value: str) -> str:
+def check_address(value: str) -> str:
+    """Return `host:port` as it is; ValueError where it is something else."""
     if not _ADDRESS.fullmatch(value) or int(value.rpartition(":")[2]) > 65535:
         raise ValueError('must be "host:port", e.g. "0.0.0.0:7300" or "[::]:7300"')
     return value
@@ -51,7 +52,7 @@ class AgentConfig(Tree):
     @field_validator("listen")
     @classmethod
     def _listen(cls, value: str | None) -> str | None:
-        return None if value is None else _address(value)
+        return None if value is None else check_address(value)
 
 
 class ExchangeConfig(Tree):
@@ -91,4 +92,4 @@ class DhtConfig(Tree):
     @field_validator("listen")
     @classmethod
     def _listen(cls, value: str) -> str:
-        return _address(value)
+        return check_address(value)

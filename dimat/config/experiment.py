@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from dimat.config.agent import AgentConfig, DhtConfig, ExchangeConfig
+from dimat.config.monitor import MonitorConfig
 from dimat.config.presets import apply_preset
 from dimat.config.simulate import SimulateConfig
 from dimat.config.tree import Named, NamedConfig, Options, Tree, as_stage
@@ -267,6 +268,8 @@ class ExperimentConfig(Tree):
     """How weights travel between real agents."""
     dht: DhtConfig = DhtConfig()
     """How real agents find each other."""
+    monitor: MonitorConfig = MonitorConfig()
+    """What watches a real agent."""
     variants: tuple[VariantConfig, ...] = ()
     """Other forms of this experiment, for `--compare`."""
     folder: Annotated[str, Field(exclude=True)] = "."

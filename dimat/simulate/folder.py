@@ -113,7 +113,7 @@ def read_experiment(path: Path) -> ExperimentConfig:
 
 def describe(config: ExperimentConfig) -> dict[str, object]:
     """Return what makes two experiments one and the same: all settings but those that no result depends on."""
-    unused = {"variants": True, "simulate": {"workers", "trace"}, "agent": True, "dht": True}
+    unused = {"variants": True, "simulate": {"workers", "trace"}, "agent": True, "dht": True, "monitor": True}
     return json.loads(config.model_dump_json(exclude=unused))
 
 
