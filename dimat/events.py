@@ -59,7 +59,8 @@ class AgentEvent(Event):
 class AgentStarted(AgentEvent):
     """A real agent is up and goes on after `round` (0: it is new). `address`: where it listens; `peers`: whom it
     listens to; `samples`: that it trains on; `secure`: whether its connections are encrypted and proven; `members`: all
-    agents on the map; `rounds`: of the run, 0 for no end; `metric`: of the task; `version`: of dimat."""
+    agents on the map; `rounds`: of the run, 0 for no end; `metric`: of the task; `version`: of dimat; `histogram`: its
+    samples by class, empty where the task does not tell classes."""
 
     address: str
     peers: tuple[str, ...]
@@ -70,6 +71,7 @@ class AgentStarted(AgentEvent):
     rounds: int = 0
     metric: str = "accuracy"
     version: str = ""
+    histogram: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

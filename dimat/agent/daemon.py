@@ -258,6 +258,7 @@ class Daemon:
                 rounds=self._programme.rounds,
                 metric=self._programme.metric,
                 version=__version__,
+                histogram=self.setup.histogram(),
             )
         )
         for fault in self._passed_over:

@@ -28,6 +28,8 @@ from dimat.train import Learner
 from dimat.wire.encodings import ENCODINGS, encoded_bytes
 
 DEFAULT_PORT = 7300
+MOST_CLASSES = 1_000
+"""With more classes a histogram tells nobody anything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,16 @@ class AgentSetup:
         """Return what peers must agree with, given the hash of the model's weights."""
         spec = self._spec
         return Profile(schema, self.programme.base, ENCODINGS, groups="" if spec is None else spec.groups_hash)
+
+    def histogram(self) -> tuple[int, ...]:
+        """Return its samples by class; empty where the task does not tell classes."""
+        labels = self.kit.task.data("train").labels
+        if labels is None or labels.ndim != 1 or labels.is_floating_point() or int(labels.min()) < 0:
+            return ()
+        classes = int(labels.max()) + 1
+        if classes > MOST_CLASSES:  # a language model's next token, say
+            return ()
+        return tuple(torch.bincount(labels[self.indices], minlength=classes).tolist())
 
     def local(self, store: Path, learner: Learner | None = None) -> LocalAgent:
         """Return what does the agent's work; it records its snapshots in the folder `store`. `learner`: trains the

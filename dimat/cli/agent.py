@@ -8,8 +8,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +22,7 @@ from dimat.errors import ConfigError, NetworkError
 if TYPE_CHECKING:
     from dimat.agent.daemon import Daemon
     from dimat.config import ExperimentConfig
+    from dimat.events import Listener
 
 WATCH_S = 2.0
 """Seconds between two looks of `status --watch`."""
@@ -42,6 +43,10 @@ def agent(
         str | None,
         Parameter(help="Serve Prometheus metrics on HOST:PORT, or on a PORT of loopback; default: monitor.metrics."),
     ] = None,
+    dashboard: Annotated[
+        str | None,
+        Parameter(help="Show it in a browser, on HOST:PORT, or on a PORT of loopback; default: monitor.dashboard."),
+    ] = None,
     verbose: Annotated[int, Parameter(count=True, alias="-v", help="More: -v who was late, -vv every step.")] = 0,
     quiet: Quiet = False,
     plain: Annotated[bool, Parameter(negative="", help="Lines only, also on a terminal.")] = False,
@@ -57,15 +62,20 @@ def agent(
 
     flags = ["agent.insecure=true"] if insecure else []
     flags += [] if metrics is None else [f"monitor.metrics={json.dumps(metrics)}"]
+    flags += [] if dashboard is None else [f"monitor.dashboard={json.dumps(dashboard)}"]
     config = load_agent(file, name, (*set_, *flags))
+    if config.monitor.dashboard is not None:
+        from dimat.ui.dashboard.available import need_dashboard
+
+        need_dashboard()
     setup = prepare_agent(config)
     # before the agent is made: what cannot be had is said before anything is done
     with open_listeners(config, folder_of(config, setup.name), agent=setup.name) as watching:
         daemon = Daemon(setup)
         listener = agent_listener(setup.programme.metric, sys.stderr, -1 if quiet else verbose, plain)
-        with closing(listener), closing(JsonlListener(daemon.folder.events)) as log:
-            daemon.listeners += [listener, log, *watching.listeners]
-            watching.warned += [listener, log]
+        with closing(listener), closing(JsonlListener(daemon.folder.events)) as log, _dashboard(daemon) as shown:
+            daemon.listeners += [listener, log, *watching.listeners, *shown]
+            watching.warned += [listener, log, *shown]
             for line in () if quiet else watching.said:
                 say(f"dimat: {line}")
             code = asyncio.run(_run(daemon, listener.close))
@@ -159,6 +169,22 @@ def _watch(found: Mapping[str, Any], look: Callable[[], Mapping[str, Any]], as_j
                 found, trouble = look(), ""
             except NetworkError as error:
                 trouble = clean(str(error))
+
+
+@contextmanager
+def _dashboard(daemon: Daemon) -> Generator[Sequence[Listener]]:
+    """Serve the agent's dashboard, if it is to have one; give the listeners that are to be told its events."""
+    monitor = daemon.setup.config.monitor
+    if monitor.dashboard is None:
+        yield ()
+        return
+    from dimat.ui.dashboard.agent import AgentDashboard
+
+    token = monitor.dashboard_token_file
+    file = None if token is None else Path(daemon.setup.config.folder) / token
+    with AgentDashboard(daemon, monitor.dashboard, file) as shown:
+        say(f"dashboard of {daemon.setup.name}: {shown.address}")
+        yield (shown,)
 
 
 async def _run(daemon: Daemon, restore: Callable[[], None]) -> int:

@@ -54,7 +54,13 @@ class MonitorConfig(Tree):
     mlflow: MlflowConfig | None = None
     """Tell MLflow; none by default."""
 
-    @field_validator("metrics")
+    dashboard: Annotated[str | None, BeforeValidator(_local)] = None
+    """`host:port` (a port alone: on loopback) of a real agent's dashboard, a page for a browser. Hosts other than
+    loopback need a token."""
+    dashboard_token_file: str | None = None
+    """File with the token that whoever looks must give; a path, relative to the file's folder."""
+
+    @field_validator("metrics", "dashboard")
     @classmethod
-    def _metrics(cls, value: str | None) -> str | None:
+    def _address(cls, value: str | None) -> str | None:
         return None if value is None else check_address(value)

@@ -13,7 +13,7 @@ from dimat.agent.status import SOCKET, ask
 from dimat.errors import DataError
 from dimat.ui.dashboard.follow import Follower
 from dimat.ui.dashboard.state import RunState
-from dimat.ui.dashboard.values import items, text
+from dimat.ui.dashboard.values import items, name, text
 
 EVENTS = "events.jsonl"
 RUN_MARK = "experiment.json"
@@ -80,7 +80,7 @@ class FolderSource:
                 continue
             try:
                 status = ask(folder)
-                told[str(status.get("agent"))] = status
+                told[name(status.get("agent"))] = status
             except DataError:
                 if who := _marked(folder):
                     told[who] = None
@@ -122,6 +122,6 @@ class FolderSource:
 def _marked(folder: Path) -> str:
     try:
         found = json.loads((folder / AGENT_MARK).read_text(encoding="utf-8"))
-        return str(found["agent"])
+        return name(found["agent"])
     except (OSError, ValueError, KeyError, TypeError):
         return ""

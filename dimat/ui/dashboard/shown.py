@@ -104,7 +104,6 @@ def agent_row(agent: Agent, metric: str) -> dict[str, object]:
     """Return what the page shows of an agent."""
     return {
         "name": agent.name,
-        "shown": text(agent.name, 100),
         "own": agent.own,
         "state": agent.state,
         "why": agent.why,

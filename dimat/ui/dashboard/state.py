@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
 from typing import Any
 
 from dimat.ui.dashboard.facts import Adoption, Agent, Edge, Merge, Part, Point, State
@@ -26,6 +27,8 @@ MOST_POINTS = 400_000
 LEAST_POINTS = 100
 SILENT_S = 60.0
 """A real agent that cannot be asked is taken for lost after so long without an event, or five of its rounds."""
+MOST_TOLD = 1_000
+"""Links of one agent that its status may tell of."""
 BEHIND = 2
 """An agent so many rounds behind the middle one is shown as late."""
 
@@ -151,7 +154,8 @@ class RunState:
         found.received = max(found.received, count(status.get("received_bytes")))
         if not found.own:
             self._told_of_itself(found, status)
-        for peer, link in mapping(status.get("peers")).items():
+        # a peer tells of its links too, as many as it likes
+        for peer, link in islice(mapping(status.get("peers")).items(), MOST_TOLD):
             self._told_of_peer(found, peer, mapping(link))
 
     def refresh(self, now: float) -> None:
@@ -334,7 +338,7 @@ class RunState:
         self.rounds_changed.add(number_)
         most = max(LEAST_POINTS, MOST_POINTS // len(self.agents))
         if len(agent.points) > most:
-            for old in sorted(agent.points)[: -LEAST_POINTS // 2 : 2]:
+            for old in sorted(agent.points)[1 : -LEAST_POINTS // 2 : 2]:
                 del agent.points[old]
         return point
 

@@ -34,7 +34,7 @@ def text(value: object, most: int = MOST_TEXT) -> str:
 
 def name(value: object) -> str:
     """Return an agent's name; "" for what is none."""
-    return value if isinstance(value, str) and 0 < len(value) <= 100 else ""
+    return clean(value) if isinstance(value, str) and 0 < len(value) <= 100 else ""
 
 
 def mapping(value: object) -> Mapping[str, Any]:

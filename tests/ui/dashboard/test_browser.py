@@ -72,6 +72,7 @@ def test_a_network_lives_dies_and_comes_back(tmp_path: Path, free_ports: list[in
             assert looking.page.evaluate(f"{state('lab-a')}") in ("running", "late")
 
             net.start("lab-b")
+            net.wait_for("lab-b", "AgentStarted", 2)
             looking.until(f"{state('lab-b')} === 'running'")
             looking.until(f"{node('lab-b')}.style('background-color') !== '{RED}'")
 

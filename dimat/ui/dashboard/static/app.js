@@ -109,7 +109,7 @@ function head() {
   ]);
   const box = byId("agent");
   if (box.options.length !== store.agents.size + 1) {
-    box.replaceChildren(el("option", { value: "" }, "All agents"), ...store.names().map((name) => el("option", { value: name }, store.agents.get(name).shown)));
+    box.replaceChildren(el("option", { value: "" }, "All agents"), ...store.names().map((name) => el("option", { value: name }, name)));
     box.value = chosen;
   }
 }

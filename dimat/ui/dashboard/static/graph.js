@@ -73,7 +73,7 @@ export class Graph {
       const word = state === "running" ? (value === null ? "" : metric(value)) : state === "unknown" ? "no news" : state;
       const data = {
         id: agent.name,
-        label: many ? "" : [agent.shown, word].filter(Boolean).join("\n"),
+        label: many ? "" : [agent.name, word].filter(Boolean).join("\n"),
         colour: state === "lost" ? LOST : value === null ? "unknown" : ramp(value, low, high),
         shape: SHAPES[state] ?? "ellipse",
         state,

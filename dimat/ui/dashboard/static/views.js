@@ -57,7 +57,7 @@ export class Agents {
   }
 
   button(agent) {
-    const made = el("button", { type: "button" }, agent.shown);
+    const made = el("button", { type: "button" }, agent.name);
     made.addEventListener("click", () => this.choose(agent.name));
     return made;
   }
@@ -201,7 +201,7 @@ export class Data {
     byId("histogram-box").hidden = !agents.length;
     if (!agents.length) {
       const samples = this.store.sorted().filter((agent) => agent.samples && (!chosen || agent.name === chosen));
-      const told = samples.map((agent) => `${agent.shown} ${number(agent.samples)}`).join(", ");
+      const told = samples.map((agent) => `${agent.name} ${number(agent.samples)}`).join(", ");
       say("data-note", `This run's events do not tell how many samples of each class an agent has.${told ? ` Samples in all: ${told}.` : ""}`);
       return;
     }
@@ -214,7 +214,7 @@ export class Data {
     const heads = ["Agent", ...Array.from({ length: classes }, (_, i) => names[i] ?? `${i}`), "All"];
     table.append(
       el("thead", {}, el("tr", {}, ...heads.map((head) => el("th", { scope: "col" }, head)))),
-      el("tbody", {}, ...shown.map((agent) => el("tr", {}, el("th", { scope: "row" }, agent.shown),
+      el("tbody", {}, ...shown.map((agent) => el("tr", {}, el("th", { scope: "row" }, agent.name),
         ...Array.from({ length: classes }, (_, i) => bar(agent.histogram[i] ?? 0, most)),
         el("td", {}, number(agent.samples))))),
     );
