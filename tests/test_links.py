@@ -1,5 +1,5 @@
-"""Links of the pages that people read: files and anchors that they lead to exist. Links to other sites are looked at for
-their form alone: no test goes to the internet. The pages as a site: built strictly, from this machine's files alone."""
+"""Links of the pages that people read: files and anchors that they lead to exist. Links to other sites are looked at
+for their form alone: no test goes to the internet. The pages as a site: built strictly, from local files alone."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_links_lead_somewhere(page: Path) -> None:
         path, _, anchor = link.partition("#")
         target = page if not path else (page.parent / path).resolve()
         assert target.exists(), f"{link}: no such file"
-        if page.parent.name == "docs" and path:
+        if page.parent == ROOT / "docs" and path:
             assert target.is_relative_to(ROOT / "docs"), f"{link}: the site has the files of docs/ alone"
         if anchor:
             assert anchor in anchors(target), f"{link}: {target.name} has no such heading"
@@ -55,7 +55,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_links_are_found() -> None:
     """The check above is of something: pages refer to each other, and README to all of docs/."""
-    assert sum(len(LINK.findall(prose(page))) for page in PAGES) > 150
+    assert sum(len(LINK.findall(prose(page))) for page in PAGES) > 100
     named = {(ROOT / link.partition("#")[0]).resolve() for link in LINK.findall(prose(README)) if "://" not in link}
     assert set(DOCS) <= named
 
@@ -66,7 +66,7 @@ def test_pages_are_at_most_fifteen() -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="needs mkdocs-material (extra docs)")
 def test_site_builds_strictly_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
-    """mkdocs finds no dead link or anchor and no page outside the navigation; pages fetch no font, script or picture."""
+    """mkdocs finds no dead link or anchor, no page outside the navigation; pages fetch no font, script or picture."""
     program = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
     env = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(program, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280, check=False)

@@ -78,15 +78,15 @@ class Reading:
     def __init__(self, folder: Path, page: Path) -> None:
         self.folder = folder
         self.page = page
-        program = folder / "bin" / "dimat"
-        program.parent.mkdir()
-        program.write_text(f'#!/bin/sh\nexec {sys.executable} -m dimat.cli "$@"\n')
-        program.chmod(0o755)
-        (folder / "bin" / "python").symlink_to(sys.executable)
+        bin_folder = folder / "bin"
+        bin_folder.mkdir()
+        for name, words in (("dimat", f"{sys.executable} -m dimat.cli"), ("python", sys.executable)):
+            (bin_folder / name).write_text(f'#!/bin/sh\nexec {words} "$@"\n')
+            (bin_folder / name).chmod(0o755)
         self.env = {
             **os.environ,
             **({} if name_of(page) in LIVE else SHORT),
-            "PATH": f"{program.parent}:/usr/bin:/bin",
+            "PATH": f"{bin_folder}:/usr/bin:/bin",
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
         }
