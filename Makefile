@@ -48,7 +48,7 @@ format: $(VENV)/.dev  ## Put the code into the house style
 	$(BIN)/ruff format .
 
 docs: $(VENV)/.dev  ## Build the pages of docs/ into build/site (offline); fails on a dead link
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # generated with an old grpcio-tools, in an environment of its own: newer gencode refuses older protobuf runtimes
 $(PROTO)/.done:
