@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from dimat.ui.prometheus import LABELS, METRICS
 from tests.deploy.tools import DEPLOY, documents, passes, run, tool
 
 FOLDER = DEPLOY / "monitoring"
@@ -113,28 +114,14 @@ def test_the_dashboard_is_whole() -> None:
 def test_every_metric_that_is_named_exists() -> None:
     """In panels, alerts and recorded series; with labels, and values of labels, that the metric has. And all that an
     agent tells is shown somewhere."""
-    prometheus = pytest.importorskip("dimat.ui.prometheus", reason="agents serve no metrics yet")
     text = everything()
     named = set(re.findall(r"\bdimat_\w+", text))
-    assert named <= set(prometheus.METRICS), named - set(prometheus.METRICS)
+    assert named <= set(METRICS), named - set(METRICS)
     shown = set(re.findall(r"\bdimat_\w+", "\n".join([*panel_queries(), *(rule["expr"] for rule in RULES)])))
-    assert set(prometheus.METRICS) == shown
-    labels = getattr(prometheus, "LABELS", None)
-    if labels is not None:
-        for metric, chosen in re.findall(r"\b(dimat_\w+)\{([^}]*)\}", text):
-            own = {"agent", "run", *labels.get(metric, ())}
-            assert set(re.findall(r"(\w+)=", chosen)) <= own, (metric, chosen)
-
-
-def test_the_list_of_the_contract() -> None:
-    """The names that metrics were agreed to have, for as long as this is the only one that looks: no other is used."""
-    agreed = set(
-        """info up_since_timestamp_seconds round rounds_total phase phase_seconds_total loss metric samples_total peers
-        peer_last_heard_timestamp_seconds bytes_total fetches_total fetch_retries_total screen_total accept_total
-        accepted_share basis_changes_total dht_up dht_restarts_total checkpoint_timestamp_seconds snapshot_disk_bytes
-        warnings_total left""".split()
-    )
-    assert {name.removeprefix("dimat_") for name in re.findall(r"\bdimat_\w+", everything())} == agreed
+    assert set(METRICS) == shown
+    for metric, chosen in re.findall(r"\b(dimat_\w+)\{([^}]*)\}", text):
+        own = {"agent", "run", *LABELS.get(metric, ())}
+        assert set(re.findall(r"(\w+)=", chosen)) <= own, (metric, chosen)
 
 
 def test_what_is_provisioned() -> None:

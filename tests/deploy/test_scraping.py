@@ -13,8 +13,6 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tests.agent.processes import PATIENCE_S, network
 from tests.deploy.test_monitoring import FOLDER, PANELS, RULES, VARIABLES
 from tests.deploy.tools import tool
@@ -41,7 +39,6 @@ def asked(port: int, path: str, **query: str) -> Any:
 
 def test_prometheus_sees_what_the_dashboard_shows(tmp_path: Path, free_ports: list[int]) -> None:
     """Two agents are scraped, all alerts are loaded, and every panel that has something to show shows it."""
-    pytest.importorskip("dimat.ui.prometheus", reason="agents serve no metrics yet")
     program = tool("prometheus")
     ports = free_ports[2:5]
     setup = tmp_path / "monitoring"
