@@ -202,7 +202,8 @@ def agreement(net: str, using: str) -> tuple[float, float]:
 
 @pytest.mark.parametrize("net", ["vggbn", "resnet8"])
 def test_agreement_in_function_of_averages_on_the_goldens(net: str) -> None:
-    """Reference: figures of the first run, share of images / correlation, and that weights are ahead of no alignment:
+    """Reference: figures of the first run (auto on resnet8: with groups chosen by margin alone), share of
+    images / correlation, and that weights are ahead of no alignment:
 
     | golden | none | weights | activations | auto |
     |---|---|---|---|---|
