@@ -169,8 +169,8 @@ class MergeConfig(Tree):
     model on all data: the ceiling). "dpsgd" and "sgp" set `train.steps_per_round` = 1 unless steps
     or epochs per round are given; "sgp" sets `topology.mixing` = "push-sum" unless a map says how to mix."""
     align: Named | None = None
-    """How units are matched: "none", "activations", "weights" (no data needed), or "auto" (activations where they tell
-    units apart, else weights)."""
+    """How units are matched: "none", "activations", "weights" (no data needed), or "auto" (what of these, or
+    of both mixed by group, the networks agree on best)."""
     align_to: Literal["shared", "self"] | None = None
     """"shared": basis gossip, each agent permutes itself once; "self": peers are permuted at every merge."""
     align_data: Literal["local", "probe", "pooled"] = "local"

@@ -14,6 +14,7 @@ from dimat.ui.symmetry import Described, units_text
 from dimat.ui.symmetry_flow import Box, Flow
 
 _WIDE, _ROW, _GAP, _LAYER, _CELL = 330, 15, 24, 22, 58
+_LETTER, _LEGEND = 6, 66
 _FROZEN = "#d4d7db"
 
 
@@ -23,12 +24,11 @@ def colour(number: int) -> str:
 
 
 def draw(described: Described, flow: Flow) -> str:
-    """Return the SVG: legend to the left, the graph to its right."""
+    """Return the SVG: the legend in columns, so that a narrow window shows the graph too, and the graph below it."""
     painter = _Painter(described)
     places, width, height = _places(flow, painter)
-    left = 420
-    legend = painter.legend()
-    tall = max(height, (len(legend) + 2) * _ROW) + 20
+    legend, top = painter.legend(width)
+    wide, tall = width + 20, top + height + 20
     body = [
         *(_edge(places, start, end, dashed=False) for start, end in flow.edges),
         *(_edge(places, start, end, dashed=True) for start, end in flow.back),
@@ -36,12 +36,12 @@ def draw(described: Described, flow: Flow) -> str:
     ]
     return "\n".join(
         (
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + width + 20} {tall}" '
-            f'width="{left + width + 20}" height="{tall}" font-family="monospace" font-size="10" role="img">',
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {tall}" '
+            f'width="{wide}" height="{tall}" font-family="monospace" font-size="10" role="img">',
             f"<title>Symmetry groups of {esc(described.name)}</title>",
             '<rect width="100%" height="100%" fill="#ffffff"/>',
             *legend,
-            f'<g transform="translate({left} 10)">',
+            f'<g transform="translate(10 {top})">',
             *body,
             "</g>",
             "</svg>",
@@ -56,16 +56,22 @@ class _Painter:
         self._number = {group.id: number for number, group in enumerate(spec.groups, 1)}
         self._layouts = {(axis.tensor, axis.dim): axis.layout for axis in spec.axes}
 
-    def legend(self) -> list[str]:
+    def legend(self, width: int) -> tuple[list[str], int]:
+        """Return the legend's entries, in as many columns as the width has room for, and the height below them."""
         groups = self._described.spec.groups
         sizes = {group.id: group.size for group in groups}
         lines = [f"{self._number[g.id]}  {g.id}: {units_text(g, sizes)}" for g in groups]
-        fills = [colour(self._number[g.id]) for g in groups]
-        return [
-            f'<g transform="translate(10 {10 + row * _ROW})"><rect width="14" height="11" fill="{fill}"/>'
-            f'<text x="20" y="9">{_short(line, 66)}<title>{esc(line)}</title></text></g>'
-            for row, (line, fill) in enumerate(zip([*lines, "never moves"], [*fills, _FROZEN], strict=True))
+        lines.append("never moves (number: size)")
+        fills = [*(colour(self._number[g.id]) for g in groups), _FROZEN]
+        column = 40 + _LETTER * min(max(map(len, lines)), _LEGEND)
+        rows = -(-len(lines) // max(1, width // column))
+        drawn = [
+            f'<g transform="translate({10 + at // rows * column} {10 + at % rows * _ROW})">'
+            f'<rect width="14" height="11" fill="{fill}"/>'
+            f'<text x="20" y="9">{_short(line, _LEGEND)}<title>{esc(line)}</title></text></g>'
+            for at, (line, fill) in enumerate(zip(lines, fills, strict=True))
         ]
+        return drawn, 10 + rows * _ROW + 20
 
     def rows(self, box: Box) -> list[tuple[str, list[Layout | int]]]:
         """Return (names, axes) of the tensors of a box, those of the same axes together; frozen axes as their size."""
@@ -90,7 +96,7 @@ class _Painter:
         ]
         for row, (names, axes) in enumerate(self.rows(box), 1):
             top = row * _ROW + 2
-            pieces.append(f'<text x="6" y="{top + 10}">{_short(names, 16)}<title>{esc(names)}</title></text>')
+            pieces.append(f'<text x="6" y="{top + 10}">{_several(names, 16)}<title>{esc(names)}</title></text>')
             wide = min(_CELL, (_WIDE - 112) // max(len(axes), 1))
             pieces += [self._cell(axis, 108 + at * wide, top, wide - 3) for at, axis in enumerate(axes)]
         return "".join([*pieces, "</g>"])
@@ -162,6 +168,15 @@ def _edge(places: list[tuple[float, float, int]], start: int, end: int, *, dashe
     at, to = y0 + tall / 2, y1 + 8
     path = f"M{x0 + _WIDE:.0f} {at:.0f}C{out:.0f} {at:.0f} {out:.0f} {to:.0f} {x1 + _WIDE:.0f} {to:.0f}"
     return f'<path d="{path}" {style}/>'
+
+
+def _several(names: str, most: int) -> str:
+    """Return names, or, where they are too long, the first and how many more there are."""
+    first, *more = names.split()
+    if len(names) <= most or not more:
+        return _short(names, most)
+    count = f" +{len(more)}"
+    return f"{_short(first, most - len(count))}{count}"
 
 
 def _short(text: str, most: int) -> str:

@@ -33,7 +33,8 @@ def page(described: Described, picture: str, error: float | None) -> str:
     numbers = [("groups", str(len(spec.groups))), ("parameters that move", f"{spec.coverage:.1%}")]
     numbers += [("parameters", f"{described.parameters:,}")] if described.parameters is not None else []
     numbers += [] if error is None else [("invariance error", f"{error:.1e}")]
-    said = "Boxes are modules, from inputs down to outputs; a cell is an axis of their tensors, its number the group."
+    said = "Boxes are modules, from inputs down to outputs; a cell is an axis of their tensors: coloured with the "
+    said += "number of its group, grey with its size where it never moves."
     frame = '<div class="scroll" style="background:#fff;border-radius:.5rem">'
     return document(
         f"Symmetry groups of {described.name}",
@@ -41,7 +42,7 @@ def page(described: Described, picture: str, error: float | None) -> str:
             heading(f"Symmetry groups of {described.name}", totals(described)),
             facts(numbers),
             notices(spec.warnings),
-            section("Drawing", paragraph(said + " Grey never moves."), f"{frame}{picture}</div>"),
+            section("Drawing", paragraph(said), f"{frame}{picture}</div>"),
             section("Groups", table(groups_table(spec))),
             section("Frozen axes", table(frozen_table(described))),
         ),

@@ -1,20 +1,24 @@
-"""Alignment by activations where they tell units apart, by weights where not."""
+"""Alignment by activations or by weights, whichever the networks agree on best: chosen by what comes out half-way."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import nn
 
+from dimat.errors import MergeError
+from dimat.merge.agreement import agreements, half_way
 from dimat.merge.align.weights import weights
 from dimat.merge.descent import fill_in
 from dimat.merge.nested import trees
 from dimat.merge.pairs import compare
 from dimat.merge.registry import align_registry
-from dimat.merge.stages import Aligned, Data, Inputs, Points, Weights
+from dimat.merge.stages import Aligned, Data, Inputs, Permutations, Points, Weights
+from dimat.merge.weights import PermutedWeights
 from dimat.symmetry import Observer
 from dimat.symmetry.spec import SymmetrySpec
 
@@ -23,6 +27,25 @@ LEAST_MARGIN = -0.04
 given to weights, on 2 to 1,400 images. Where 2 to 16 images left a margin below this, the average's accuracy rose, by
 0.060 on average (27 of 33 times; it fell 3 times); at 64 images and more it stayed (12 times, 0.000 on average). Above
 −0.02 weights cost accuracy at 64 images and more, and gained nothing below."""
+
+COMPARED = 256
+"""Examples on which the ways are compared, at most."""
+
+NEGLIGIBLE = 1e-6
+"""Agreement that is better by less than this is not better."""
+
+
+RESTARTS = {"activations": 0, "both": 0, "weights": 4}
+"""As align = "activations" and "weights" have them."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to align a peer. `by_weights`: the groups that weights decided; None: nothing was moved."""
+
+    name: str
+    permutations: Permutations
+    by_weights: frozenset[str] | None
 
 
 @align_registry.register("auto")
@@ -42,13 +65,21 @@ def auto(
     points_per_group: Annotated[int, Field(ge=1)] = 2,
     stable_within: Annotated[float, Field(ge=0)] | None = 0.02,
 ) -> Aligned:
-    """Return permutations by activations for groups whose units they tell apart, and by weights for the others.
+    """Return, for each peer, the permutations whose average with own agrees best in function with own and the peer.
 
-    A group goes by weights where it cannot be observed, or where its margin is below `least_margin`: the mean over
-    own units of their correlation with the unit that they were assigned, less that with the best other one. All
-    others are held as activations have them meanwhile. Heads and the units in them go the same way, by the smallest
-    margin among them. Without data or model, all groups go by weights. A note says how many went which way.
-    The other options are those of align = "activations".
+    Four ways are tried: by activations; by activations where they tell units apart, the vague groups by weights; by
+    weights; and no permutation at all, which is best for peers that are in own's basis already. The average half-way
+    is run on up to 256 examples (BatchNorm statistics estimated anew on them), and its outputs are compared with the
+    mean of both networks' outputs: see `dimat.merge.agreement`. No labels are needed. A mixture can be worse than
+    either alone, in transformers by much, which no figure per group foretells; hence the networks are asked.
+
+    A group is vague where its margin is below `least_margin`: the mean over own units of their correlation with the
+    unit that they were assigned, less that with the best other one. Heads and the units in them go the same way, by
+    the smallest margin among them. Groups that cannot be observed go by weights in any case. Whatever goes by weights
+    is matched with all else held as activations have it. Without data or model, all groups go by weights.
+
+    Notes say how many groups went which way and how well each way agreed. Memory: one network for each way and two
+    more. The other options are those of align = "activations".
     """
     if data is None or observer is None or model is None:
         found = weights(own, peers, spec=spec, model=model, generator=generator)
@@ -69,21 +100,75 @@ def auto(
         stable_within=stable_within,
     )
     members = {tree.group.id: tree.ids() for tree in trees(spec)}
-    free: list[set[str]] = []
-    for permutations, margins in zip(seen.permutations, seen.margins):
-        vague = {group for root, margin in margins.items() if margin < least_margin for group in members[root]}
-        for group in vague:
-            permutations.pop(group, None)
-        free.append(vague | set(seen.unseen))
-    found = fill_in(own, peers, spec, seen.permutations, free, model=model, generator=generator)
-    seen.clock.lap("weights")
-    return Aligned(found, seen.images, tuple(_notes(len(spec.groups), free, len(seen.unseen))), seen.clock.seconds)
-
-
-def _notes(groups: int, free: Sequence[set[str]], unseen: int) -> list[str]:
-    """Say once how many groups went which way, for each split that occurred."""
-    return [
-        f"{groups - count} groups aligned by activations, {count} by weights"
-        + (f" ({unseen} cannot be observed, {count - unseen} have too small a margin)" if count else "")
-        for count in dict.fromkeys(len(each) for each in free)
+    vague = [
+        {group for root, margin in margins.items() if margin < least_margin for group in members[root]}
+        for margins in seen.margins
     ]
+    unseen = set(seen.unseen)
+    everything = {group.id for group in spec.groups}
+    ways: list[tuple[str, Sequence[Permutations], Sequence[set[str]]]] = [
+        ("activations", seen.permutations, [unseen for _ in peers]),
+        ("both", [_without(p, g) for p, g in zip(seen.permutations, vague)], [g | unseen for g in vague]),
+        ("weights", [{} for _ in peers], [everything for _ in peers]),
+    ]
+    state = generator.get_state()
+    tried: list[list[Way]] = [[] for _ in peers]
+    for name, start, free in ways:
+        new = [name == "weights" or groups != everything for groups in free]
+        if name == "both":
+            new = [is_new and groups != unseen for is_new, groups in zip(new, free)]
+        generator.set_state(state)
+        doing = [groups if is_new else set[str]() for groups, is_new in zip(free, new)]
+        found = fill_in(own, peers, spec, start, doing, model=model, generator=generator, restarts=RESTARTS[name])
+        for listed, permutations, groups, is_new in zip(tried, found, free, new):
+            if is_new:
+                listed.append(Way(name, permutations, frozenset(groups)))
+    seen.clock.lap("weights")
+    chosen: list[Permutations] = []
+    notes: list[str] = []
+    for peer, listed in zip(peers, tried):
+        way, agreed = _best(own, peer, [*listed, Way("none", {}, None)], spec, model, data, max_images)
+        chosen.append(way.permutations)
+        notes.append(f"{_split(way, everything, unseen)} ({agreed})")
+    seen.clock.lap("agreement")
+    return Aligned(chosen, seen.images, tuple(dict.fromkeys(notes)), seen.clock.seconds)
+
+
+def _without(permutations: Permutations, groups: set[str]) -> Permutations:
+    return {group: p for group, p in permutations.items() if group not in groups}
+
+
+def _best(
+    own: Weights,
+    peer: Weights,
+    ways: Sequence[Way],
+    spec: SymmetrySpec,
+    model: nn.Module,
+    data: Data,
+    max_images: int | None,
+) -> tuple[Way, str]:
+    """Return the way that agrees best, the first of equal ones, and how well each does, in words."""
+    averages = [half_way(own, PermutedWeights(peer, spec, way.permutations)) for way in ways]
+    most = min(COMPARED, max_images or COMPARED)
+    try:
+        found = agreements(own, peer, averages, model=model, data=data, outputs=spec.outputs, max_images=most)
+    except MergeError as error:  # one example, and BatchNorm: margins are all that is known
+        chosen = next((way for way in ways if way.name == "both"), ways[0])
+        return chosen, f"not compared: {error}"
+    best = 0
+    for number, share in enumerate(found):
+        if share > found[best] + NEGLIGIBLE:
+            best = number
+    return ways[best], "agreement: " + ", ".join(f"{way.name} {share:.3f}" for way, share in zip(ways, found))
+
+
+def _split(way: Way, groups: set[str], unseen: set[str]) -> str:
+    """Say how many groups went which way, and which by weights where only some did."""
+    if way.by_weights is None:
+        return f"{len(groups)} groups left as they are"
+    count = len(way.by_weights)
+    split = f"{len(groups) - count} groups aligned by activations, {count} by weights"
+    if count in (0, len(groups)):
+        return split
+    blind, names = len(unseen & way.by_weights), ", ".join(sorted(way.by_weights))
+    return f"{split}: {blind} cannot be observed, {count - blind} have too small a margin: {names}"
