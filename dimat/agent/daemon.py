@@ -19,6 +19,7 @@ from dimat.agent.basis import BasisId
 from dimat.agent.checkpoint import CheckpointStore
 from dimat.agent.finding import Finding, check_finding
 from dimat.agent.folder import AgentFolder, folder_of
+from dimat.agent.following import MapFollower, with_map
 from dimat.agent.ledger import ManifestLedger
 from dimat.agent.observing import Observing
 from dimat.agent.room import RESERVE_BYTES, available_memory, held_bytes, little_memory, needed_bytes
@@ -65,6 +66,7 @@ class Daemon:
         finds = check_finding(config)
         self.folder = AgentFolder(path, config.run, setup.name)
         self._finding: Finding | None = None
+        self._follower: MapFollower | None = None
         self._early: list[str] = []  # to be said once there is a run to say it in
         try:
             if finds and self.identity is not None:
@@ -164,6 +166,7 @@ class Daemon:
             self.address = f"{listen_address(self.setup).rpartition(':')[0]}:{self._transport.port}"
             if self._finding is not None:
                 await self._finding.start(neighbours, self.address)
+                self._follow(self._finding)
             await socket.start()
             self._introduce()
             notify("READY=1")
@@ -178,6 +181,8 @@ class Daemon:
             observing.cancel()
             if self.address:
                 self._observing.tell()
+            if self._follower is not None:
+                await self._follower.close()
             await self._transport.close(config.agent.drain_s)
             if self._finding is not None:
                 await self._finding.close()
@@ -192,7 +197,8 @@ class Daemon:
         self._leaving.set()
 
     async def reload(self) -> None:
-        """Take the network map over as it is in its file now; where it cannot be used, the old one stands."""
+        """Take the network map over as it is in its file now, or as it was followed; where it cannot be used, the old
+        one stands."""
         try:
             programme, _ = await asyncio.to_thread(programme_of, self.setup.config, self.setup.kit)
         except DimatError as error:
@@ -214,7 +220,9 @@ class Daemon:
                 peers=tuple(sorted(programme.plan(self.setup.name).peers)),
             )
         )
-        self.runner.noticed(f"the network map was read again: {len(programme.agents)} agents")
+        from_file = programme.config.topology.map == self.setup.config.topology.map
+        followed = "" if from_file else ", as published in the DHT"
+        self.runner.noticed(f"the network map was read again: {len(programme.agents)} agents{followed}")
 
     def status(self) -> dict[str, object]:
         """Return how the agent is, as plain values."""
@@ -240,6 +248,24 @@ class Daemon:
     @property
     def _leaving(self) -> asyncio.Event:
         return self._view.leaving
+
+    def _follow(self, finding: Finding) -> None:
+        """Begin to look for network maps that the organiser publishes, where they are to be followed."""
+        config, kit = self.setup.config, self.setup.kit
+        if not config.dht.follow_map or self.identity is None:
+            return
+        plain = config.model_copy(update={"dht": config.dht.model_copy(update={"follow_map": False})})
+        self._follower = MapFollower(
+            config,
+            self.folder.dht,
+            finding.dht,
+            self.identity.ca,
+            check=lambda path: programme_of(with_map(plain, path), kit),
+            take=self.reload,
+            notice=self._notice,
+            generator=random.Random(derive_seed(config.seed, "map", self.setup.name)),
+        )
+        self._follower.start()
 
     def _introduce(self) -> None:
         machine, model = self._machine, self._local.trainer.model

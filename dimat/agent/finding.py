@@ -27,7 +27,7 @@ class Finding:
         self._announced = config.dht.announce
         self._agent = agent
         self._told = Own()
-        self._dht = DhtSidecar(
+        self.dht = DhtSidecar(
             folder,
             run=config.run,
             bootstraps=config.dht.bootstraps,
@@ -42,19 +42,19 @@ class Finding:
             agent=agent,
             static={},
             members=(),
-            dht=self._dht,
+            dht=self.dht,
             folder=folder,
             notice=notice,
             generator=generator,
         )
-        self._dht.spawn()
+        self.dht.spawn()
 
     async def start(self, neighbours: Neighbours, listens: str) -> None:
         """Begin to watch over the node and to announce this agent, which listens at `host:port`."""
         self.arrange(neighbours)
         addresses = self._announced or tuple(neighbours.addresses.get(self._agent, ())) or (listens,)
         self._told = Own(addresses=tuple(addresses))
-        await self._dht.start()
+        await self.dht.start()
         await self._discovery.start()
         self._discovery.tell(self._told)
 
@@ -74,16 +74,16 @@ class Finding:
     async def close(self) -> None:
         """Stop the node; what was announced runs out by itself."""
         await self._discovery.close()
-        await self._dht.close()
+        await self.dht.close()
 
     @property
     def state(self) -> dict[str, object]:
         """How the DHT is, for `dimat status`."""
         return {
-            "healthy": self._dht.healthy,
-            "restarts": self._dht.restarts,
-            "nodes": self._dht.known,
-            "addresses": list(self._dht.addresses),
+            "healthy": self.dht.healthy,
+            "restarts": self.dht.restarts,
+            "nodes": self.dht.known,
+            "addresses": list(self.dht.addresses),
             "agents": sorted(self._discovery.visible),
         }
 

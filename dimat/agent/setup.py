@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from dimat.agent.base import base_address, plan_for
+from dimat.agent.following import with_newest_map
 from dimat.agent.kit import Kit, kit_for
 from dimat.agent.local import LocalAgent
 from dimat.agent.programme import Programme, later_topologies, with_final_merge
@@ -107,6 +108,7 @@ def prepare_agent(config: ExperimentConfig, make_kit: Callable[[bool], Kit] | No
 def programme_of(config: ExperimentConfig, kit: Kit) -> tuple[Programme, Mapping[str, int] | None]:
     """Return all rounds as the network map says now, and the samples of each agent where one data set is split among
     them (`task.partition` is given); None where each has data of its own."""
+    config = with_newest_map(config)
     seed, folder = derive_seed(config.seed, "topology"), Path(config.folder)
     counts: dict[str, int] | None = None
     if "partition" in config.task.model_fields_set:
@@ -130,6 +132,7 @@ def programme_of(config: ExperimentConfig, kit: Kit) -> tuple[Programme, Mapping
 
 def addresses_on_map(config: ExperimentConfig) -> Mapping[str, Collection[str]]:
     """Return where each agent of the map is reached, without loading the task; agents without addresses have none."""
+    config = with_newest_map(config)
     plain = config.topology.mixing.model_copy(update={"name": "metropolis", "options": {}})
     topology = build_topology(
         config.topology.model_copy(update={"mixing": plain}), derive_seed(config.seed, "topology"), Path(config.folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -104,6 +105,37 @@ def sign(
     made = sign_request(folder, file, days, name=name, renew=renew)
     _tell(made, "certificate of")
     say(f"  send {made.files[0]} and {folder / 'ca.crt'} back, once {made.name} has confirmed that this is its key")
+    return 0
+
+
+@keys.command(name="publish-map")
+def publish_map(
+    file: Annotated[Path, Parameter(help="The network map (TOML); it states a version above that of the one before.")],
+    /,
+    *,
+    run: Annotated[str, Parameter(help="Name of the run whose agents are to follow it.")],
+    bootstrap: Annotated[
+        tuple[str, ...],
+        Parameter(negative="", consume_multiple=False, help="A node of the run's DHT, as it prints it. Repeatable."),
+    ],
+    folder: Annotated[Path, Parameter(name=("--keys", "--folder"), help="The organiser's folder, with ca.key.")] = KEYS,
+    days: Annotated[int, Parameter(validator=validators.Number(gte=1, lte=366), help="How long nodes keep it.")] = 30,
+    listen: Annotated[str, Parameter(help="IP:port of the node that hands it over; port 0 takes any.")] = "0.0.0.0:0",
+) -> int:
+    """Change who is in the network: sign a map with the CA's key and leave it with the DHT, for all agents that have
+    dht.follow_map = true. Ends once a node has taken it."""
+    import asyncio
+
+    from dimat.net.publishing import publish_map as publish
+
+    done = asyncio.run(
+        publish(file, folder, run, bootstrap, days=days, listen=listen, notice=lambda message: say(f"dimat: {message}"))
+    )
+    until = datetime.fromtimestamp(done.until_s, UTC)
+    say(
+        f"version {done.version} of the network map, {done.agents} agents: with {done.nodes} DHT node"
+        f"{'' if done.nodes == 1 else 's'}, until {until:%Y-%m-%d}; agents look about twice a minute"
+    )
     return 0
 
 

@@ -88,6 +88,15 @@ class DhtConfig(Tree):
     """`host:port` of the agent's own DHT node; port 0: any free one."""
     announce: tuple[str, ...] = ()
     """`host:port`s to announce. Default: this agent's on the map."""
+    follow_map: bool = False
+    """Take over network maps that the organiser publishes in the DHT (`dimat keys publish-map`), signed with the CA's
+    key, where their version is above that of the map file. Whoever has ca.key then decides who takes part."""
+
+    @model_validator(mode="after")
+    def _follow_with_bootstraps(self) -> DhtConfig:
+        if self.follow_map and not self.bootstraps:
+            raise ValueError("follow_map needs bootstraps: the map comes through the DHT")
+        return self
 
     @field_validator("listen")
     @classmethod

@@ -24,6 +24,7 @@ from typing import Any
 from dimat.errors import ConfigError, NetworkError, SecurityError
 from dimat.net.backoff import Backoff
 from dimat.net.helper import Helper, Refused
+from dimat.net.map_records import MapRecord, map_key, open_map
 from dimat.net.orphans import VARIABLE, Pidfile
 from dimat.net.records import Record, open_record, record_key, seal_record
 from dimat.net.reminders import Reminders
@@ -124,6 +125,11 @@ class DhtSidecar:
         """The node's multiaddresses as seen from outside: what others give as bootstrap. Empty until it is up."""
         return self._addresses
 
+    @property
+    def now(self) -> float:
+        """The time by which records are judged, Unix seconds."""
+        return self._clock()
+
     def spawn(self) -> None:
         """Start the process; returns at once. To be called before torch has threads and before grpc.
 
@@ -200,6 +206,28 @@ class DhtSidecar:
         if best is not None and (seen is None or (best.seq, best.time_s) > (seen.seq, seen.time_s)):
             self._newest[agent] = best
         return best
+
+    async def announce_map(self, sealed: bytes, record: MapRecord) -> int:
+        """Leave a network map with other nodes; returns how many took it."""
+        value = base64.b64encode(sealed).decode()
+        try:
+            reply = await self._ask("store", key=map_key(record.run).hex(), value=value, expires=record.expires_s)
+            return int(reply["stored"])
+        except (NetworkError, KeyError, ValueError):
+            return 0
+
+    async def lookup_map(self) -> tuple[MapRecord, bytes] | None:
+        """Return this run's newest valid map with its sealed bytes, None where there is none or the DHT is down."""
+        if self._run is None:
+            return None
+        try:
+            reply = await self._ask("map", key=map_key(self._run).hex())
+            if reply["value"] is None:
+                return None
+            sealed = base64.b64decode(reply["value"], validate=True)
+            return open_map(sealed, ca=self._ca, run=self._run, now=self._clock()), sealed
+        except (NetworkError, SecurityError, KeyError, ValueError, TypeError):
+            return None
 
     async def close(self) -> None:
         """Stop the node and end its processes."""

@@ -10,6 +10,7 @@ Requests, beside `id` and `op`; keys are hex, values base64:
     probe                                             -> peer, addresses, known (nodes), refused (records)
     store   key, value, expires                       -> stored (how many other nodes took it)
     get     key                                       -> own, others (values that this node and others hold)
+    map     key                                       -> value (the newest valid map of those, or none)
     stop
 """
 
@@ -31,11 +32,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from dimat.net.records import MAX_BYTES, RecordGuard
+from dimat.net.guard import RecordGuard
+from dimat.net.map_records import MAX_MAP_BYTES
+from dimat.net.records import MAX_BYTES
 
 MAX_LINE = 65_536
 """Bytes of a request or reply at most."""
-LIMITS_S = {"start": 40.0, "join": 15.0, "probe": 5.0, "store": 15.0, "get": 15.0, "stop": 3.0}
+LIMITS_S = {"start": 40.0, "join": 15.0, "probe": 5.0, "store": 15.0, "get": 15.0, "map": 15.0, "stop": 3.0}
 """How long each request may take here."""
 REPLICAS = 5
 ASKED = 8
@@ -96,6 +99,7 @@ class Sidecar:
             "probe": self._probe,
             "store": self._store,
             "get": self._get,
+            "map": self._map,
             "stop": self._stop,
         }
         if op not in works:
@@ -157,7 +161,7 @@ class Sidecar:
             base64.b64decode(request["value"], validate=True),
             float(request["expires"]),
         )
-        if len(value) > MAX_BYTES:
+        if len(value) > MAX_MAP_BYTES:
             raise Refusal("request", f"a record of {len(value)} bytes")
         if self._guard.admits(key.to_bytes(), value, expires, time.time()):
             self._node.protocol.storage.store(key, value, expires)
@@ -168,13 +172,23 @@ class Sidecar:
         return {"stored": sum(1 for answer in stored if answer and answer[0])}
 
     async def _get(self, request: dict[str, Any]) -> dict[str, Any]:
-        key = _key(request)
+        own, others = await self._held(_key(request))
+        small = [value for value in others if len(value) <= MAX_BYTES]  # a reply has to fit a line
+        return {"own": _text(own), "others": [_text(value) for value in small]}
+
+    async def _map(self, request: dict[str, Any]) -> dict[str, Any]:
+        own, others = await self._held(_key(request))
+        values = [*others, *([] if own is None else [own])]
+        return {"value": _text(self._guard.newest_map(values, time.time()))}
+
+    async def _held(self, key: Any) -> tuple[bytes | None, set[bytes]]:
+        """Return what this node and others hold under a key."""
         own = self._node.protocol.storage.get(key)
         nearest = await self._nearest(key, ASKED)
         answers = await asyncio.gather(*(self._node.protocol.call_find(peer, [key]) for peer in nearest))
         found = [answer[key][0] for answer in answers if answer and key in answer]
         others = {item.value for item in found if item is not None and isinstance(item.value, bytes)}
-        return {"own": _text(own and own.value), "others": [_text(value) for value in others]}
+        return (None if own is None else own.value), others
 
     async def _nearest(self, key: Any, count: int) -> list[Any]:
         found = await self._node.find_nearest_nodes([key], k_nearest=count, exclude_self=True)

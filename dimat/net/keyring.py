@@ -73,7 +73,7 @@ def issue(
     if not renew:
         made = [place / f"{name}{end}" for name in wanted for end in (".key", ".crt")]
         _refuse_existing(made, "--renew keeps keys and makes new certificates")
-    authority, authority_key = _authority(folder)
+    authority, authority_key = authority_of(folder)
     ca, ca_file = read_file(folder / "ca.crt"), place / "ca.crt"
     ca_there = ca_file.exists()
     if ca_there and authority not in authorities(read_file(ca_file)):
@@ -138,7 +138,7 @@ def sign(folder: Path, file: Path, days: float, *, name: str | None = None, rene
             f"--name {asked.name}"
         )
     target = folder / f"{asked.name}.crt"
-    authority, authority_key = _authority(folder)
+    authority, authority_key = authority_of(folder)
     if target.exists():
         if not renew:
             _refuse_existing([target], "--renew makes a new certificate for the same key")
@@ -150,6 +150,18 @@ def sign(folder: Path, file: Path, days: float, *, name: str | None = None, rene
             )
     certificate = issuing.make_certificate(authority, authority_key, asked.name, asked.hosts, asked.public_key, days)
     return _written(folder, asked.name, None, certificate, [])
+
+
+def authority_of(folder: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
+    """Return the CA of a folder: the certificate in ca.crt that belongs to ca.key. SecurityError where it has none."""
+    for path in (folder / "ca.key", folder / "ca.crt"):
+        if not path.exists():
+            raise SecurityError(f"no {path}: only the organiser's folder has a CA; make one with: dimat keys init-ca")
+    key = read_key(folder / "ca.key")
+    for certificate in authorities(read_file(folder / "ca.crt")):
+        if certificate.public_key() == key.public_key():
+            return certificate, key
+    raise SecurityError(f"{folder / 'ca.key'} is not the key of {folder / 'ca.crt'}; put back the right one")
 
 
 def key_fingerprint(key: ec.EllipticCurvePublicKey) -> str:
@@ -220,18 +232,6 @@ def _written(
         new.append(files[1])
     written = files if key is not None else files[1:]
     return Made(name, hosts(certificate), key_fingerprint(public), written, certificate.not_valid_after_utc)
-
-
-def _authority(folder: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
-    """Return the CA of a folder: the certificate in ca.crt that belongs to ca.key."""
-    for path in (folder / "ca.key", folder / "ca.crt"):
-        if not path.exists():
-            raise SecurityError(f"no {path}: only the organiser's folder has a CA; make one with: dimat keys init-ca")
-    key = read_key(folder / "ca.key")
-    for certificate in authorities(read_file(folder / "ca.crt")):
-        if certificate.public_key() == key.public_key():
-            return certificate, key
-    raise SecurityError(f"{folder / 'ca.key'} is not the key of {folder / 'ca.crt'}; put back the right one")
 
 
 def _renewed(folder: Path, name: str, ca: bytes) -> tuple[ec.EllipticCurvePublicKey, tuple[str, ...]]:

@@ -113,37 +113,6 @@ def open_record(data: bytes, *, ca: bytes | None, run: str | None, agent: str | 
     return record
 
 
-class RecordGuard:
-    """Decides what a DHT node keeps and passes on: valid records under their own key, none older than one it has seen.
-
-    Without `ca` only the form is checked; without `run` records of all runs are taken. `refused` counts.
-    """
-
-    def __init__(self, ca: bytes | None, run: str | None) -> None:
-        self.refused = 0
-        self._ca = ca
-        self._run = run
-        self._newest: dict[bytes, tuple[int, float]] = {}
-
-    def admits(self, key: bytes, value: bytes, expires_s: float, now: float) -> bool:
-        """Tell whether a value may be kept under a key until `expires_s`, which has to be the time in the record."""
-        try:
-            record = open_record(value, ca=self._ca, run=self._run, agent=None, now=now)
-        except SecurityError:
-            self.refused += 1
-            return False
-        # the DHT lets the later expiry win: were it not the signed one, an old record could be played over a new one
-        fits = key == record_key(record.run, record.agent) and expires_s == record.expires_s
-        if not fits or record.seq < self._newest.get(key, (0, 0.0))[0]:
-            self.refused += 1
-            return False
-        if self._ca is not None:  # what nobody signed must not keep out what comes after it
-            self._newest[key] = (record.seq, record.expires_s)
-            if len(self._newest) > 10_000:
-                self._newest = {key: seen for key, seen in self._newest.items() if seen[1] > now}
-        return True
-
-
 def _counted(part: bytes) -> bytes:
     return len(part).to_bytes(2, "big") + part
 

@@ -53,6 +53,8 @@ class NetworkMap:
     samples: Mapping[str, int] = field(default_factory=dict[str, int])
     folder: Path = Path(".")
     """Folder that the map's relative paths are taken from."""
+    version: int = 0
+    """Grows with each change, where the map is published in the DHT; 0 where the map states none."""
 
     def graph(self, seed: int = 0) -> nx.Graph[str] | None:
         """Return the map's graph, or None where it names neither graph, edges, file nor python and is not static."""
@@ -90,6 +92,9 @@ def load_map(path: str | Path) -> NetworkMap:
     tree = read_toml(path)
     if "map" in tree:
         raise TopologyError(f"{path}: a map cannot point to another map")
+    version = tree.pop("version", 0)
+    if type(version) is not int or not 0 <= version < 2**53:
+        raise TopologyError(f"{path}: version must be a whole number from 1 on, not {version!r}")
     listed = tree.pop("agents", None)
     entries: list[MapAgent] = []
     if isinstance(listed, list):
@@ -117,7 +122,26 @@ def load_map(path: str | Path) -> NetworkMap:
         {entry.name: entry.addresses for entry in entries if entry.addresses},
         {entry.name: entry.samples for entry in entries if entry.samples is not None},
         Path(path).parent,
+        version,
     )
+
+
+def check_alone(path: str | Path) -> None:
+    """Raise TopologyError where a map needs other files, or runs code: one that comes from elsewhere may not."""
+
+    def look(tree: Any) -> None:
+        if isinstance(tree, Mapping):
+            table = cast("Mapping[str, Any]", tree)
+            for key in ("map", "file", "python"):
+                if key in table:
+                    raise TopologyError(f"{path}: a map in the DHT has to stand alone: it may not name {key} = …")
+            for value in table.values():
+                look(value)
+        elif isinstance(tree, list):
+            for value in cast("list[Any]", tree):
+                look(value)
+
+    look(read_toml(path))
 
 
 def build_topology(

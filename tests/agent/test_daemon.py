@@ -4,8 +4,10 @@ what the round promises (docs/what-happens-when.md)."""
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from dimat import run_simulation
+from dimat.agent.folder import AgentFolder
 from dimat.config import load_experiment
 from tests.agent.processes import ROOT, Network, check_ledgers, network, write_config
 from tests.simulate.helpers import TINY_TASK
@@ -156,29 +159,43 @@ def test_newcomer_and_changed_map(tmp_path: Path, free_ports: list[int], join: s
         check_ledgers(net)
 
 
-def test_what_cannot_run(tmp_path: Path, free_ports: list[int]) -> None:
-    """One line and a stable exit code for each: no keys, a folder in use, of another run, a port in use, no such agent,
-    an insecure agent on a public address."""
-    with network(tmp_path, ABC, free_ports, schedule="rounds = 0\nround_deadline_s = 600", train=SLOW) as net:
+REFUSED = {
+    "a folder in use": (5, "lab-a", (), ("in use", str(os.getpid()))),
+    "a port in use": (3, "lab-b", ("agent.listen=127.0.0.1:{taken}",), ("cannot listen", "{taken}")),
+    "no keys": (4, "lab-b", ("agent.keys=elsewhere",), ("keys", "lab-b.key")),
+    "a folder of another run": (5, "lab-b", ("run=other",), ("another agent.folder", "'tiny'")),
+    "no such agent": (2, "lab-x", (), ("lab-x", "did you mean")),
+    "insecure in public": (4, "lab-c", ("agent.insecure=true", "agent.listen=0.0.0.0:0"), ("insecure",)),
+}
+
+
+@pytest.mark.parametrize(("code", "name", "sets", "words"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_run(
+    tmp_path: Path, free_ports: list[int], code: int, name: str, sets: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    """One line and a stable exit code for each. lab-a's folder is held by this process, lab-b's is there already."""
+    with network(tmp_path, ABC, free_ports) as net, socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        net.ports = {**net.ports, "lab-x": free_ports[4]}
+        AgentFolder(tmp_path / "lab-b", "tiny", "lab-b").close()
+        held = AgentFolder(tmp_path / "lab-a", "tiny", "lab-a")
+        try:
+            life = net.start(name, *(each.replace("{taken}", port) for each in sets))
+            assert life.wait() == code, life.text()
+        finally:
+            held.close()
+        last = life.text().strip().splitlines()[-1]
+        assert last.startswith("dimat: "), life.text()
+        assert all(word.replace("{taken}", port) in last for word in words), last
+
+
+def test_the_same_name_twice(tmp_path: Path, free_ports: list[int]) -> None:
+    """From another folder and port: nobody dials it, and the first one goes on unharmed."""
+    with network(tmp_path, ABC[:2], free_ports, schedule="rounds = 0\nround_deadline_s = 600", train=SLOW) as net:
         running = net.start("lab-a")
         net.wait_for("lab-a", "AgentStarted")
-
-        def refused(code: int, *words: str, name: str = "lab-b", sets: tuple[str, ...] = ()) -> None:
-            life = net.start(name, *sets)
-            assert life.wait() == code, life.text()
-            last = life.text().strip().splitlines()[-1]
-            assert last.startswith("dimat: "), life.text()
-            assert all(word in last for word in words), last
-
-        refused(5, str(running.process.pid), "in use", name="lab-a")
-        refused(3, "cannot listen", str(free_ports[0]), sets=(f"agent.listen=127.0.0.1:{free_ports[0]}",))
-        refused(4, "keys", "lab-b.key", sets=("agent.keys=elsewhere",))
-        refused(5, "another agent.folder", "'tiny'", sets=(f"agent.folder={tmp_path / 'lab-b'}", "run=other"))
-        net.ports = {**net.ports, "lab-x": free_ports[4]}
-        refused(2, "lab-x", "did you mean", name="lab-x")
-        refused(4, "insecure", sets=("agent.insecure=true", "agent.listen=0.0.0.0:0"), name="lab-c")
-        assert running.process.poll() is None
-        # the same name from another folder and port: nobody dials it, and the first one goes on unharmed
         twin = net.start("lab-a", f"agent.folder={tmp_path / 'twin'}", f"agent.listen=127.0.0.1:{free_ports[5]}")
         net.until(lambda: "listens on" in twin.text(), "the twin is up")
         peer = net.start("lab-b")

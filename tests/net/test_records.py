@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dimat.errors import ConfigError, SecurityError
+from dimat.net.guard import RecordGuard
 from dimat.net.records import (
     MAX_BYTES,
     MAX_LIFE_S,
     MAX_SKEW_S,
     Record,
-    RecordGuard,
     is_address,
     open_record,
     record_key,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from dimat.config import TopologyConfig
 from dimat.errors import ConfigError, TopologyError
 from dimat.topology import build_topology, check, load_map, rounds_to_consensus, summarise
+from dimat.topology.maps import check_alone
 
 FOLDER = Path(__file__).parents[2] / "topology"
 MAPS = {
@@ -144,6 +146,9 @@ def test_seeds_reach_graphs_and_schedules() -> None:
         ("agents = 2\nschedule = 'base-k'\noptions = { k = 3 }", "options belong to a generator"),
         ("agents = 4\nschedule = { name = 'cycle', options = { graphs = [{ grap = 'ring' }] } }", "unknown key 'grap'"),
         ("agents = ['a', 'b']\ngraph = 'ring'\nmixing = 'samples'", "needs the samples"),
+        ("version = 0.5\nagents = 2", "version must be a whole number"),
+        ("version = true\nagents = 2", "version must be a whole number"),
+        ("version = -1\nagents = 2", "version must be a whole number"),
         ("graph = ", "not valid TOML"),
     ],
 )
@@ -164,3 +169,31 @@ def test_a_map_that_points_to_a_file(tmp_path: Path) -> None:
     assert set(made.graph.edges()) == {("x", "y"), ("y", "z")}
     again = build_topology(config(file="maps/map.toml"), 0, tmp_path)
     assert again.names == ("x", "y", "z")
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("file = 'net.edges'\nagents = 2", "file"),
+        ("python = 'net.py:graph'", "python"),
+        ("map = 'other.toml'", "map"),
+        ("agents = 4\nschedule = { name = 'cycle', options = { graphs = ['ring', { python = 'x.py:f' }] } }", "python"),
+        ("agents = 3\nedges = [[0, 1], [1, 2]]\nversion = 7", ""),
+        ("agents = ['file', 'python']", ""),
+    ],
+)
+def test_maps_that_stand_alone(tmp_path: Path, text: str, key: str) -> None:
+    """Law: what comes from elsewhere names no file and runs no code, at whatever depth."""
+    file = tmp_path / "map.toml"
+    file.write_text(text)
+    with pytest.raises(TopologyError, match=f"may not name {key} =") if key else nullcontext():
+        check_alone(file)
+
+
+def test_the_version_of_a_map(tmp_path: Path) -> None:
+    """It is part of no topology: a map without one is version 0."""
+    (tmp_path / "map.toml").write_text("version = 7\nagents = 3\n")
+    assert load_map(tmp_path / "map.toml").version == 7
+    assert len(build_topology(config(map="map.toml"), 0, tmp_path).names) == 3
+    (tmp_path / "map.toml").write_text("agents = 3\n")
+    assert load_map(tmp_path / "map.toml").version == 0
