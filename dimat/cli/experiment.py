@@ -47,12 +47,15 @@ def init(
     file: Annotated[Path, Parameter(help="File to write.")] = Path("experiment.toml"),
     /,
     *,
+    task: Annotated[
+        str, Parameter(help="Bundled task: digits, images, hf-image-classification or hf-causal-lm.")
+    ] = "digits",
     force: Annotated[bool, Parameter(negative="", help="Replace an existing file.")] = False,
 ) -> int:
     """Write an experiment file that works, with the settings that one changes first."""
     from dimat.simulate.starter import write_starter
 
-    write_starter(file, force=force)
+    write_starter(file, task=task, force=force)
     say(f"wrote {file}; run it with: dimat simulate {file}")
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -20,6 +21,7 @@ INSTALL = "pip install 'dimat[hf]'"
 def library(name: str) -> Any:
     """Import "transformers", "datasets" or "peft", without their bars and advice; ConfigError where it is missing."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every attempt; errors say it in a line
     loaded = name in sys.modules
     try:
         with _working_torchvision(), warnings.catch_warnings():
