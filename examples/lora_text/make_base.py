@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ def main() -> None:
     config = TrainConfig.model_validate({"epochs_per_round": 4, "batch_size": 16, "optimizer": {"lr": 5e-3}})
     trainer = Trainer(task, task.data("train"), config, seed=0)
     trainer.train(1)
-    print(f"perplexity {trainer.evaluate(task.data('test'))['perplexity']:.2f}")
+    sys.stdout.write(f"perplexity {trainer.evaluate(task.data('test'))['perplexity']:.2f}\n")
     model: Any = trainer.model
     model.save_pretrained(folder / "base")
 
