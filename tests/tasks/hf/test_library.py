@@ -13,6 +13,7 @@ import pytest
 from dimat.cli import main
 from dimat.config import TaskConfig, load_experiment
 from dimat.errors import ConfigError
+from dimat.seeds import torch_generator
 from dimat.tasks import list_tasks, load_task
 from tests.tasks.hf.samples import GPT2, VIT, write_parquet, write_text
 
@@ -27,8 +28,7 @@ def test_a_missing_package_is_one_line(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, package, None)
     options: dict[str, Any] = {"data": "text.txt", "config": GPT2, "tokenizer": "bytes", "max_length": 32, "lora": {}}
     with pytest.raises(ConfigError) as caught:
-        task = load_task(TaskConfig(name="hf-causal-lm", options=options), tmp_path)
-        assert task.base_hash  # pyright: ignore[reportAttributeAccessIssue]
+        load_task(TaskConfig(name="hf-causal-lm", options=options), tmp_path).build_model(torch_generator(0))
     said = str(caught.value)
     assert package in said
     assert "pip install 'dimat[hf]'" in said
