@@ -50,6 +50,9 @@ def init(
     ] = None,
     /,
     *,
+    task: Annotated[
+        str, Parameter(help="Bundled task: digits, images, hf-image-classification or hf-causal-lm.")
+    ] = "digits",
     agents: Annotated[
         int | None,
         Parameter(help="Write a network of so many real agents on this host instead: map, configuration and keys."),
@@ -58,11 +61,11 @@ def init(
 ) -> int:
     """Write an experiment file that works, or with --agents a network, with the settings that one changes first."""
     if agents is not None:
-        return _init_network(path or Path("network"), agents, force)
+        return _init_network(path or Path("network"), agents, task, force)
     from dimat.simulate.starter import write_starter
 
     file = path or Path("experiment.toml")
-    write_starter(file, force=force)
+    write_starter(file, task=task, force=force)
     say(f"wrote {file}; run it with: dimat simulate {file}")
     return 0
 
@@ -172,10 +175,10 @@ def evaluate(
     return 0
 
 
-def _init_network(folder: Path, agents: int, force: bool) -> int:
+def _init_network(folder: Path, agents: int, task: str, force: bool) -> int:
     from dimat.simulate.starter_network import write_network
 
-    made = write_network(folder, agents, force=force)
+    made = write_network(folder, agents, task=task, force=force)
     file, first = shlex.quote(str(made.file)), made.names[0]
     say(f"wrote {folder}: map.toml, agents.toml, and keys of {', '.join(made.names[:3])}{' …' * (agents > 3)}")
     if (kept := Path("agents") / made.run).exists():

@@ -14,26 +14,13 @@ from string import ascii_lowercase
 from dimat.durable import write_bytes
 from dimat.errors import ConfigError, DataError
 from dimat.net.keyring import init_authority, issue
+from dimat.simulate.starter import tables_of
 
 FIRST_PORT = 7300
 MOST = 1000
 """Agents of a network on one host; a machine's memory ends long before."""
 CA_DAYS, DAYS = 3650, 365
 """How long the CA and the agents' certificates last, as with `dimat keys`."""
-
-DIGITS = """\
-[task]
-name = "digits"                # bundled; or hook = "my_task.py:task"
-# One data set split among the agents, for trials. Without this line a task's data are the agent's own.
-partition = { kind = "dirichlet", alpha = 0.5 }
-
-[train]
-first_round_epochs = 5         # alone, before the first merge
-epochs_per_round = 2
-batch_size = 32
-optimizer = { name = "adam", lr = 2e-3 }
-"""
-"""The task and its training, where no other is asked for."""
 
 AGENTS = """\
 # One file for all agents of the network: `dimat agent agents.toml --name {first}`.
@@ -44,10 +31,12 @@ run = {run}                   # names the agents' folders: agents/RUN/NAME where
 [topology]
 map = "map.toml"               # who is there, at which address, and who exchanges with whom
 
+[task]
 {task}
+[train]
+{train}
 [merge]
-method = "dimat"               # see docs/merge-methods.md
-
+{merge}
 [schedule]
 rounds = 500                   # 0 = until stopped
 round_deadline_s = 60          # who is not heard by then is left out of the round
@@ -72,12 +61,12 @@ class StarterNetwork:
     names: tuple[str, ...]
 
 
-def write_network(folder: Path, agents: int, *, force: bool = False, task: str = DIGITS) -> StarterNetwork:
+def write_network(folder: Path, agents: int, *, task: str = "digits", force: bool = False) -> StarterNetwork:
     """Write map.toml, agents.toml and keys/ (a CA and a certificate per agent) into a folder, all of it or nothing.
 
-    `agents`: 2 to 1,000; they listen on 127.0.0.1, on ports from 7300 on that are free now. `task`: the tables [task]
-    and [train], as TOML. ConfigError where one of the three is there and `force` is not set (then these three are
-    replaced, and nothing else is touched); DataError where the disk fails.
+    `agents`: 2 to 1,000; they listen on 127.0.0.1, on ports from 7300 on that are free now. `task`: a bundled one.
+    ConfigError where one of the three is there and `force` is not set (with it these three are replaced, and nothing
+    else is touched); DataError where the disk fails.
     """
     if not 2 <= agents <= MOST:
         raise ConfigError(f"--agents {agents}: a network has 2 to {MOST:,} agents")
@@ -88,6 +77,7 @@ def write_network(folder: Path, agents: int, *, force: bool = False, task: str =
     there = [name for name in ("map.toml", "agents.toml", "keys") if (folder / name).exists()]
     if there and not force:
         raise ConfigError(f"{folder} has {', '.join(there)} already; choose another folder, or --force to replace them")
+    tables = tables_of(task)
     names = _names(agents)
     run = re.sub(r"[^\w.-]+", "-", folder.resolve().name).strip(".-") or "network"
     staged = folder.resolve().parent / f".{folder.resolve().name}.init"
@@ -100,7 +90,8 @@ def write_network(folder: Path, agents: int, *, force: bool = False, task: str =
                 for name, port in zip(names, _free_ports(agents), strict=True)
             ]
             write_bytes(staged / "map.toml", "".join([MAP, *entries]).encode())
-            filled = AGENTS.format(first=names[0], run=json.dumps(run, ensure_ascii=False), task=task)
+            quoted = json.dumps(run, ensure_ascii=False)
+            filled = AGENTS.format(first=names[0], run=quoted, **{k: tables[k] for k in ("task", "train", "merge")})
             write_bytes(staged / "agents.toml", filled.encode())
             init_authority(staged / "keys", "dimat trial on one host", CA_DAYS)
             issue(staged / "keys", dict.fromkeys(names, ("127.0.0.1",)), DAYS)

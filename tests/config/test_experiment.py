@@ -11,7 +11,7 @@ from dimat.config import ExperimentConfig, MergeConfig, TopologyConfig, TrainCon
 from dimat.errors import ConfigError
 from dimat.merge import plan_merge
 from dimat.simulate.compare import cases_of
-from dimat.simulate.starter import STARTER
+from dimat.simulate.starter import starter as starter_text
 
 
 def experiment(**tables: Any) -> ExperimentConfig:
@@ -134,6 +134,6 @@ def test_methods_compared_are_each_resolved(tmp_path: Path) -> None:
     assert steps == {(m, s): n for m, n in (("average", None), ("dpsgd", 1), ("sgp", 1)) for s in (0, 1)}
     assert {case.config.topology.mixing.name for case in cases if case.method == "sgp"} == {"push-sum"}
     starter = tmp_path / "experiment.toml"
-    starter.write_text(STARTER)
+    starter.write_text(starter_text())
     with pytest.raises(ConfigError, match=r"^the comparison's 'sgp': .* leave it out$"):
         cases_of(load_experiment(starter, env={}), ("average", "sgp"), splits, (0,), tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import warnings
@@ -15,22 +16,26 @@ from typing import Any
 from dimat.errors import ConfigError, DataError, DimatError, NetworkError
 
 INSTALL = "pip install 'dimat[hf]'"
+_quieted: set[str] = set()
+"""Libraries whose bars and advice are off."""
 
 
 def library(name: str) -> Any:
     """Import "transformers", "datasets" or "peft", without their bars and advice; ConfigError where it is missing."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    loaded = name in sys.modules
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every attempt; errors say it in a line
+    fresh = name not in _quieted
     try:
         with _working_torchvision(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             module = import_module(name)
-            if not loaded and name == "transformers":
+            if fresh and name == "transformers":
                 module.utils.logging.set_verbosity_error()
                 module.utils.logging.disable_progress_bar()
                 module.utils.is_torchvision_available()  # it keeps the answer
-            elif not loaded and name == "datasets":
+            elif fresh and name == "datasets":
                 module.disable_progress_bars()
+            _quieted.add(name)
             return module
     except ImportError as error:
         missing = (error.name or name).partition(".")[0]
