@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 TICK_S = 1.0
 """Seconds after which the panel is drawn anew while nothing happens."""
+REFRESH_S = 0.5
+"""Seconds between two drawings, at least, while events come."""
 WARNINGS = 3
 """Newest warnings that the panel shows."""
 PHASES = ("train", "wait", "merge")
@@ -126,6 +128,7 @@ class LiveAgentListener(AgentListener):
         self._state = AgentState(metric=metric)
         self._console = open_screen(self._stream)
         self._live: Live | None = None
+        self._drawn_at = float("-inf")
         self._ended = threading.Event()
         # all drawing is under this listener's lock: nothing can wait in a circle with rich's own
         self._ticker = threading.Thread(target=self._tick, name="panel", daemon=True)
@@ -137,7 +140,8 @@ class LiveAgentListener(AgentListener):
             if isinstance(event, facts.AgentStarted) and self._live is None and not self._ended.is_set():
                 self._open()
             super().__call__(event)
-            self._draw()
+            if time.monotonic() - self._drawn_at >= REFRESH_S:
+                self._draw()
 
     def close(self) -> None:
         """Say what is left to say, and give the terminal back; closing twice is allowed."""
@@ -171,6 +175,7 @@ class LiveAgentListener(AgentListener):
         from rich.panel import Panel
         from rich.text import Text
 
+        self._drawn_at = time.monotonic()
         state = self._state
         text = Text(no_wrap=True, overflow="ellipsis")
         for number, (word, said) in enumerate(state.lines(time.monotonic())):

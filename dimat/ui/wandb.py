@@ -1,5 +1,5 @@
 """Weights & Biases: a run per real agent, grouped by the network's run; a simulated run is one, with each agent's
-numbers under its name. The library's own process does the sending."""
+numbers under its name. The round is the step. The library's own process does the sending."""
 
 from __future__ import annotations
 
@@ -58,24 +58,23 @@ class WandbBackend:
             settings=settings,
             reinit="create_new",
         )
-        self._run.define_metric("*", step_metric="round")
 
     def log(self, row: Row) -> None:
         """Take a row; a simulated round's are told together, once what is over all agents is known."""
         assert self._run is not None
         if not self._simulated:
-            self._run.log({"round": row.round, **row.values})
+            self._run.log(dict(row.values), step=row.round)
         elif row.agent in self._each:
             values = {f"{row.agent}/{name}": value for name, value in row.values.items()}
             self._pending.setdefault(row.round, {}).update(values)
         elif not row.agent:
-            self._run.log({"round": row.round, **row.values, **self._pending.pop(row.round, {})})
+            self._run.log({**row.values, **self._pending.pop(row.round, {})}, step=row.round)
 
     def end(self, reason: str) -> None:
         """End the run, as failed where it was not through."""
         assert self._run is not None
         for number, values in sorted(self._pending.items()):
-            self._run.log({"round": number, **values})
+            self._run.log(values, step=number)
         self._pending = {}
         self._run.summary["reason"] = reason or "unknown"
         self._run.finish(exit_code=0 if reason in GOOD else 1)

@@ -67,6 +67,9 @@ async def test_peers_tell_when_they_were_heard_and_what_went_over(tmp_path: Path
             at_a, at_b, gone = a.transport.peers["b"], b.transport.peers["a"], b.transport.peers["gone"]
             assert (at_a["sent_bytes"], at_a["received_bytes"]) == (size, 0)
             assert (at_b["sent_bytes"], at_b["received_bytes"]) == (0, size)
+            assert a.transport.traffic == [("sent", "b", "fp32", size)]
+            assert b.transport.traffic == [("received", "a", "fp32", size)]
+            assert not b.transport.retries
             assert gone == gone | {"heard_s": None, "sent_bytes": 0, "received_bytes": 0}
             heard = at_b["heard_s"]
             assert isinstance(heard, float)

@@ -107,6 +107,7 @@ async def test_a_publisher_killed_mid_stream_is_gone_on_with_from_the_blocks_hel
         async with lone("serve", str(tmp_path / "a"), str(port)) as second:
             fetched = await asyncio.wait_for(fetching, 120)
             assert fetched.path.read_bytes() == own(tmp_path, manifest.payload.root).read_bytes()
+            assert b.transport.retries["a"] >= 1
             assert await second.says("sent", 1) <= manifest.payload.bytes - 4 * MIB + 2 * BLOCK
         # of what was on its way when it broke, parts of one block at most came twice
         assert manifest.payload.bytes <= fetched.bytes <= manifest.payload.bytes + BLOCK
@@ -170,6 +171,7 @@ async def test_content_that_is_not_what_was_promised_is_refused_by_name(tmp_path
             await b.transport.fetch("a", 1, published.payload.root)
         # block 5 was sent twice, the rest once at most; and nothing stays
         assert a.transport.sent_bytes["b"] <= published.payload.bytes + 12 * BLOCK
+        assert b.transport.retries == {"a": 1}
         assert not b.stored()
         # a file that was cut short is the publisher's fault, which it says
         path.write_bytes(data[:-1])

@@ -7,6 +7,7 @@ import json
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from dimat.errors import ConfigError
 from dimat.ui import listeners as module
 from dimat.ui.listeners import open_listeners
 from dimat.ui.tracking import QUEUED, Ended, Reader, Row, Started, Tracker, need
-from tests.agent.processes import ROOT
+from tests.agent.processes import PATIENCE_S, ROOT
 
 ROUNDS = 3
 ACCURACY = "accuracy"
@@ -181,7 +182,7 @@ def wandb_runs(folder: Path) -> list[tuple[dict[str, Any], list[dict[str, float]
                 items = {
                     item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item
                 }
-                rows.append({key: value for key, value in items.items() if not key.startswith("_")})
+                rows.append({key: value for key, value in items.items() if key == "_step" or key[0] != "_"})
             elif kind == "summary":
                 summary |= {item.key: item.value_json for item in record.summary.update}
             elif kind == "exit":
@@ -190,14 +191,26 @@ def wandb_runs(folder: Path) -> list[tuple[dict[str, Any], list[dict[str, float]
     return runs
 
 
+def wandb_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, float]], dict[str, str]]:
+    """Return the one run that lies in a folder, once W&B's own process has written it to its end, which it does after
+    it has said that it has."""
+    ends = time.monotonic() + PATIENCE_S
+    while True:
+        runs = wandb_runs(folder)
+        if len(runs) == 1 and "exit" in runs[0][0]:
+            return runs[0]
+        assert time.monotonic() < ends, runs
+        time.sleep(0.1)
+
+
 def test_wandb_of_an_agent(tmp_path: Path) -> None:
     """One offline run, named after the agent and grouped by the network's run, with a row a round."""
     settings = config(tmp_path, wandb={"project": "labs", "mode": "offline"})
     assert watch(settings, tmp_path / "lab-a", an_agent(), "lab-a") == []
-    ((told, rows, summary),) = wandb_runs(tmp_path / "lab-a")
+    told, rows, summary = wandb_run(tmp_path / "lab-a")
     assert told | {"project": "labs", "group": "r", "name": "lab-a", "exit": 0} == told
     assert told["parameters"] == 5
-    assert [row["round"] for row in rows] == [1, 2, 3]
+    assert [row["_step"] for row in rows] == [1, 2, 3]
     for key, values in EXPECTED.items():
         assert [row[key] for row in rows] == pytest.approx(values)
     assert summary["reason"] == '"done"'
@@ -207,12 +220,12 @@ def test_wandb_of_a_simulation(tmp_path: Path) -> None:
     """One run, each agent's numbers under its name; with many agents what is over all of them alone."""
     settings = config(tmp_path, wandb={})
     assert watch(settings, tmp_path / "few", a_simulation()) == []
-    ((told, rows, _),) = wandb_runs(tmp_path / "few")
+    told, rows, _ = wandb_run(tmp_path / "few")
     assert told["name"] == "r"
     assert [row["agent-1/loss"] for row in rows] == pytest.approx(EXPECTED["loss"])
     assert [row["accuracy/after_min"] for row in rows] == pytest.approx([0.4] * 3)
     assert watch(settings, tmp_path / "many", a_simulation([f"agent-{i}" for i in range(40)])) == []
-    ((_, rows, _),) = wandb_runs(tmp_path / "many")
+    _, rows, _ = wandb_run(tmp_path / "many")
     assert len(rows) == ROUNDS
     assert not any(key.startswith("agent-") for key in rows[0])
 
