@@ -201,6 +201,10 @@ def test_topology_tables_are_what_the_code_computes() -> None:
         {"schedule": "base-k"},
         {"schedule": {"name": "base-k", "options": {"k": 2}}},
     ]
+    changing = text.split("| schedule |")[1].split("\n\n")[0]
+    drawn = re.findall(r"^\| `[\w-]+`.*? \| [^|]+ \| ([\d.]+) \| (\d+)[^|]* \|$", changing, re.MULTILINE)
+    by_schedule = [columns[k] for k in (4, 7, 8, 5, 6)]
+    assert drawn == [(found["sent"], found["rounds"]) for found in (look(16, **kind) for kind in by_schedule)]  # type: ignore[arg-type]
     grown = re.findall(r"^\| (\d+) \| (.+) \|$", text.split("## How it grows")[1], re.MULTILINE)
     assert len(grown) == 5
     for agents, cells in grown:
