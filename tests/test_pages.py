@@ -25,10 +25,12 @@ SHORT = {
     "DIMAT_SCHEDULE__ROUNDS": "1",
     "DIMAT_TRAIN__FIRST_ROUND_EPOCHS": "0.2",
     "DIMAT_TRAIN__EPOCHS_PER_ROUND": "0.2",
+    "DIMAT_SIMULATE__WORKERS": "1",  # results are the same, and importing torch in workers takes longer than training
 }
 OTHERWISE_SHORT: dict[str, dict[str, str]] = {
     "docs/labs.md": {},  # agents run until they are stopped, so that commands can look at them
-    "docs/tasks.md": {"DIMAT_SCHEDULE__ROUNDS": "2"},  # tasks of a few hundred examples, and one that counts in steps
+    # tasks of a few hundred examples, and one that counts in steps
+    "docs/tasks.md": {"DIMAT_SCHEDULE__ROUNDS": "2", "DIMAT_SIMULATE__WORKERS": "1"},
 }
 PAGES = [*DOCS, README]
 ALL_BLOCKS = [(page, block) for page in PAGES for block in blocks(page)]
