@@ -2,8 +2,8 @@
 
 A run folder is made with the real listener: 1,000 agents on a ring, 20 rounds (`--quick`: 10), the events of a
 simulated run with the values of a real one's size. Then `dimat dashboard` is started on it as a process, and the time
-is taken until the whole state is there to be drawn, and, where Chromium is on the machine, until a browser has drawn the network
-(wall time of the process from its start; interpreter and imports are in it). Reference: three seconds.
+is taken until the whole state is there to be drawn, and, where Chromium is on the machine, until a browser has drawn
+the network (wall time; interpreter and imports are in it). Reference: three seconds.
 """
 
 from __future__ import annotations
