@@ -9,11 +9,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from dimat.agent.status import ask
 from dimat.cli import main
-from dimat.events import AgentStarted
-from tests.agent.processes import Life, Network, network
-from tests.ui.dashboard.serving import until
+from dimat.config import load_experiment
+from tests.agent.processes import Life, network
 
 AB = ("lab-a", "lab-b")
 SCHEDULE = "rounds = 0\nround_deadline_s = 5\njoin_wait_s = 3"
@@ -81,17 +79,7 @@ def test_wrong_address_in_the_file(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "monitor.dashboard" in capsys.readouterr().err
 
 
-def served(net: Network) -> bool:
-    return bool(ask(net.folder / "lab-a"))
-
-
-def test_an_agent_without_one_starts_no_thread(tmp_path: Path, free_ports: list[int]) -> None:
-    """Off by default: neither Starlette nor uvicorn is loaded."""
-    with network(tmp_path, AB, free_ports, schedule=SCHEDULE) as net:
-        life = net.start("lab-a")
-        net.wait_for("lab-a", AgentStarted.__name__)
-        until(lambda: served(net), "its status")
-        maps = Path(f"/proc/{life.process.pid}/task")
-        names = {(task / "comm").read_text().strip() for task in maps.iterdir()}
-        assert "dashboard" not in names
-        assert "dashboard of" not in life.text()
+def test_off_by_default() -> None:
+    """Only what is asked for is served."""
+    assert load_experiment().monitor.dashboard is None
+    assert load_experiment(overrides=["monitor.dashboard=[::1]:8300"]).monitor.dashboard == "[::1]:8300"
