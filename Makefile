@@ -11,7 +11,7 @@ ZOO_ARGS ?=
 
 PROTO := build/proto-venv
 
-.PHONY: help install setup demo test lint format docs proto proto-check zoo bench bench-quick clean
+.PHONY: help install setup demo test lint format docs proto proto-check zoo bench bench-quick screenshots clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -76,6 +76,9 @@ bench: $(VENV)/.dev  ## Run all benchmarks (about an hour; see benchmarks/README
 
 bench-quick: $(VENV)/.dev  ## Run all benchmarks in their quick form (under a minute each)
 	@for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python $$file --quick || exit 1; done
+
+screenshots: $(VENV)/.dev  ## Take pictures of the dashboard into docs/screenshots (needs Chromium; about a minute)
+	$(BIN)/python -m tests.ui.dashboard.screenshots
 
 clean:  ## Remove what was built and measured, runs too
 	rm -rf $(VENV) build dist runs benchmarks/cache .pytest_cache .ruff_cache .hypothesis

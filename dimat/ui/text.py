@@ -30,6 +30,8 @@ class Table:
 def clean(text: str) -> str:
     """Return `text` on one line with control and format characters spelled out: what a peer sends reaches
     terminals and pages, and must not move a cursor or turn a line around there."""
+    if text.isascii() and text.isprintable():  # nearly always, and many times as fast
+        return text
     return "".join(
         char if char == " " or unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Zl", "Zp") else _spelled(char)
         for char in text

@@ -11,6 +11,7 @@ import sys
 import tarfile
 from pathlib import Path
 
+import httpx
 import pytest
 
 from dimat import errors
@@ -42,7 +43,7 @@ def test_the_page_as_pasted(tmp_path: Path, free_ports: list[int]) -> None:
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} OMP_NUM_THREADS=1 exec {sys.executable} -m dimat.cli "$@"\n')
     program.chmod(0o755)
-    check, start, status, reload, logs, report, backup = BLOCKS
+    check, start, status, watch, reload, logs, report, backup = BLOCKS
     slow = {"train": "epochs_per_round = 20\nbatch_size = 8", "schedule": "rounds = 0\nround_deadline_s = 30"}
     with network(tmp_path, ("lab-a", "lab-b"), free_ports, **slow) as net:
         # the page's agents lie beside their file, each in a folder of its name
@@ -58,6 +59,11 @@ def test_the_page_as_pasted(tmp_path: Path, free_ports: list[int]) -> None:
             shown = run(tmp_path, status)
             assert "lab-a of run tiny" in shown
             assert "lab-b of run tiny" in shown
+            # the page's port may be taken here
+            run(tmp_path, watch.replace("dashboard lab-a", "dashboard lab-a --listen 127.0.0.1:0"))
+            said = tmp_path / "dashboard.err"
+            address = net.until(lambda: re.search(r"http://\S+/", said.read_text()), "the dashboard")[0]
+            assert "lab-a" in [agent["name"] for agent in httpx.get(f"{address}api/state").json()["agents"]]
             run(tmp_path, reload)
             net.until(lambda: any("map was read" in e["message"] for e in net.events("lab-a", "Warned")), "a new map")
             assert '"accuracy"' in run(tmp_path, logs)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 State = Literal["running", "late", "lost", "left", "unknown"]
-Part = tuple[str, int, float | None, str]
-"""Agent, round of its snapshot, weight, verdict."""
 
 
 @dataclass(slots=True)
@@ -77,12 +75,13 @@ class Edge:
 
 @dataclass(slots=True)
 class Merge:
-    """One merge. `missing`: peers that were late or refused, and why; `done`: the merge itself has been told."""
+    """One merge. `parts`: contributions as the event has them; `missing`: peers that were late or refused, and why;
+    `done`: the merge itself has been told."""
 
     agent: str
     round: int
     time_s: float = 0.0
-    parts: tuple[Part, ...] = ()
+    parts: Sequence[Any] = ()
     heard: int = 0
     expected: int = 0
     before: Mapping[str, Any] = field(default_factory=dict[str, Any])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,7 +38,11 @@ class FolderSource:
         self._find()
         self._check()
         self._classes()
-        self.read()
+        gc.disable()  # what is read stays, and looking through it again and again takes a third of the time
+        try:
+            self.read()
+        finally:
+            gc.enable()
         if not self.state.version:
             raise DataError(f"{path} has no events yet: {EVENTS} is empty or no log of dimat; start the run first")
 

@@ -13,7 +13,6 @@ from typing import Any
 
 from dimat.agent.lineage import Lineage, MergeRecord, lineage, read_records
 from dimat.errors import DataError
-from dimat.ui.agent_report import agent_lineage, spans
 from dimat.ui.dashboard.values import mapping, number, text
 
 LEDGER = "lineage.jsonl"
@@ -52,6 +51,8 @@ class Records:
         if all(part.agent in told for record in records for part in record.contributions):
             made = lineage(records, agent, last.round)
         else:  # of others only what their signed manifests say
+            from dimat.ui.agent_report import agent_lineage
+
             last, made, _ = agent_lineage(own, agent)
         return {"agent": agent, "round": last.round, **_contributors(made)}
 
@@ -79,6 +80,8 @@ class Records:
 
 
 def _contributors(made: Lineage) -> dict[str, Any]:
+    from dimat.ui.agent_report import spans  # which loads torch: a page that is opened does not wait for it
+
     shares = made.shares()
     rounds: defaultdict[str, list[int]] = defaultdict(list)
     for (who, number_), weight in made.updates.items():

@@ -162,7 +162,8 @@ class Dashboard:
             return PlainTextResponse("too many pages are open\n", status_code=503, headers={"retry-after": "10"})
         given = request.headers.get("last-event-id") or request.query_params.get("since", "")
         mark, _, version = given.partition("-")
-        known = int(version) if mark == self._mark and version.isdigit() and version.isascii() else 0
+        whole = mark == self._mark and version.isascii() and version.isdigit() and len(version) < 16
+        known = int(version) if whole and int(version) <= self._source.state.version else 0
         headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
         return StreamingResponse(self._stream(known), media_type="text/event-stream", headers=headers)
 

@@ -9,7 +9,7 @@ from typing import Any, cast
 from dimat import events
 from dimat.ui.dashboard.facts import Agent, Merge
 from dimat.ui.dashboard.state import LogEntry, RunState
-from dimat.ui.dashboard.values import items, mapping, name, number, text
+from dimat.ui.dashboard.values import count, items, mapping, name, number, text
 from dimat.ui.lines import lines_of
 
 CURVES_MOST = 60
@@ -150,7 +150,15 @@ def merge_row(merge: Merge, metric: str) -> dict[str, object]:
         "time_s": merge.time_s,
         "heard": merge.heard,
         "expected": merge.expected,
-        "parts": merge.parts,
+        "parts": [
+            (
+                name(part.get("agent")),
+                count(part.get("round")),
+                number(part.get("weight")),
+                text(part.get("verdict"), 40),
+            )
+            for part in map(mapping, merge.parts)
+        ],
         "before": number(merge.before.get(metric)),
         "after": number(merge.after.get(metric)),
         "verdict": verdict(merge.accepted),

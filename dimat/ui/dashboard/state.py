@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from typing import Any
 
-from dimat.ui.dashboard.facts import Adoption, Agent, Edge, Merge, Part, Point, State
+from dimat.ui.dashboard.facts import Adoption, Agent, Edge, Merge, Point, State
 from dimat.ui.dashboard.values import count, items, mapping, name, number, text
 from dimat.ui.text import seconds_text
 
@@ -298,7 +298,7 @@ class RunState:
         merge = self._merge(agent, event)
         merge.done = True
         merge.time_s = number(event.get("time_s")) or 0.0
-        merge.parts = tuple(part for given in items(event.get("contributions")) if (part := _part(given)))
+        merge.parts = items(event.get("contributions"))
         merge.heard, merge.expected = count(event.get("heard")), count(event.get("expected"))
         merge.before, merge.after = mapping(event.get("before")), mapping(event.get("after"))
         merge.accepted, merge.merge_s = number(event.get("accepted")), number(event.get("merge_s"))
@@ -312,9 +312,10 @@ class RunState:
         if merge.after and not self.run.get("metric") and not self.run.get("found_metric"):
             known = [str(key) for key in merge.after]
             self._tell_run(found_metric=_likely(known))
-        for who, used, _, _ in merge.parts:
-            if who != agent.name and (edge := self._edge(who, agent.name)) is not None:
-                edge.used = used
+        for part in merge.parts:
+            given = mapping(part)
+            if (edge := self._edge(given.get("agent"), agent.name)) is not None:
+                edge.used = count(given.get("round"))
                 edge.version = self.version
 
     def _checkpointed(self, agent: Agent, event: Values) -> None:
@@ -354,6 +355,8 @@ class RunState:
 
     # ── what is known ────────────────────────────────────────────────────────────────────────────────────────
     def _agent(self, given: object) -> Agent | None:
+        if isinstance(given, str) and (found := self.agents.get(given)) is not None:
+            return found  # nearly always
         who = name(given)
         found = self.agents.get(who)
         if found is not None or not who:
@@ -365,6 +368,8 @@ class RunState:
         return found
 
     def _edge(self, source: object, reader: object) -> Edge | None:
+        if isinstance(source, str) and isinstance(reader, str) and (found := self.edges.get((source, reader))):
+            return found  # nearly always
         key = (name(source), name(reader))
         found = self.edges.get(key)
         if found is not None or key[0] == key[1] or self._agent(key[0]) is None or self._agent(key[1]) is None:
@@ -440,12 +445,6 @@ class RunState:
 
 _QUIET = frozenset({"RoundStarted", "Checkpointed", "Published", "SnapshotFetched"})
 """Kinds of which `dimat.ui.lines` has nothing to say."""
-
-
-def _part(given: object) -> Part | None:
-    part = mapping(given)
-    who = name(part.get("agent"))
-    return (who, count(part.get("round")), number(part.get("weight")), text(part.get("verdict"), 40)) if who else None
 
 
 def _likely(metrics: list[str]) -> str:

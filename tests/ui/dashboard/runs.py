@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
 
-from dimat.events import AgentCrashed, BasisAdopted, Event, PeerLate, Warned
+from dimat.events import AgentCrashed, BasisAdopted, Contribution, Event, Merged, PeerLate, Warned
 from dimat.ui.jsonl import JsonlListener
 from tests.ui.samples import make_events
 
@@ -16,8 +16,27 @@ MARKUP = "<img src=x onerror=alert(1)>"
 def told(rounds: int = 3) -> list[Event]:
     """Return a run with an agent that is late, one that crashed, and a text that would be markup."""
     *events, last = make_events(rounds=rounds)
+    agents = ("lab-a", "lab-b", "lab-c")
+    merges = [
+        Merged(
+            agent=agent,
+            round=number,
+            contributions=tuple(
+                Contribution(agent=who, snapshot="s", round=number, weight=1 / 3, verdict="own" * (who == agent))
+                for who in (agent, *(other for other in agents if other != agent))
+            ),
+            heard=2,
+            expected=2,
+            before={"accuracy": 0.4 + 0.1 * number, "loss": 1.0},
+            after={"accuracy": 0.5 + 0.1 * number, "loss": 0.9},
+            time_s=float(number),
+        )
+        for number in range(1, rounds + 1)
+        for agent in agents
+    ]
     return [
         *events,
+        *merges,
         PeerLate(agent="lab-a", round=rounds, peer="lab-c", time_s=90.0),
         BasisAdopted(agent="lab-a", round=1, peer="lab-b", basis="0:lab-b:1", moved=0.75, time_s=90.0),
         Warned(message=f"a peer calls itself {MARKUP}", agent="lab-a", time_s=91.0),

@@ -121,7 +121,7 @@ def test_token(tmp_path: Path) -> None:
         assert "samesite=strict" in cookie
         assert TOKEN not in cookie
         assert client.get("/api/state").status_code == 200, "the cookie is enough now"
-        assert client.get(f"//evil.example/?token={TOKEN}").headers["location"] == "/evil.example/"
+        assert httpx.get(f"{address}//evil.example/?token={TOKEN}").headers["location"] == "/evil.example/"
 
 
 def test_stream_goes_on_where_it_was(tmp_path: Path) -> None:
@@ -140,9 +140,9 @@ def test_stream_goes_on_where_it_was(tmp_path: Path) -> None:
         assert news["curves"]["lab-b"] == [[9, 1, None, None]]
         ((_, again),) = messages(address, 1, params={"since": second, "x": ""}, headers={"last-event-id": "other-7"})
         assert again["since"] == 0
-        for strange in ("", "-", "7", f"{first}9999999999999", "x" * 5000, f"{first.split('-')[0]}-²"):
-            ((_, told_),) = messages(address, 1, headers={"last-event-id": strange.encode()}) if strange else [("", {})]
-            assert told_.get("since", 0) in (0, None) or strange.startswith(first)
+        for strange in ("-", "7", f"{first}9", "x" * 5000, f"{first.split('-')[0]}-²"):
+            ((_, told_again),) = messages(address, 1, headers={"last-event-id": strange.encode()})
+            assert told_again["since"] == 0, strange
 
 
 def test_damaged_lines_are_passed_over_and_counted(tmp_path: Path) -> None:
@@ -247,7 +247,8 @@ def test_too_many_readers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("dimat.ui.dashboard.server.MOST_READERS", 1)
     with running(FolderSource(write_run(tmp_path / "run"))) as address:
         with httpx.stream("GET", f"{address}/api/events", timeout=60) as answer:
-            assert next(answer.iter_lines())
+            lines = answer.iter_lines()  # held: its end would end the answer
+            assert next(lines)
             assert httpx.get(f"{address}/api/events").status_code == 503
 
         def free() -> bool:

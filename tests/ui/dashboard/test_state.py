@@ -157,11 +157,8 @@ def test_what_the_page_shows() -> None:
     assert found["curves"]["a"] == [[1, 0.5, 0.5, 0.75]]
     assert found["means"] == [[1, 0.75, 0.75, 0.75, 0.5]]
     (row,) = Shown(state).merges()["merges"]  # pyright: ignore[reportGeneralTypeIssues]
-    assert (row["verdict"], row["parts"], row["notes"]) == (
-        "50% accepted",
-        (("a", 1, 0.5, ""), ("b", 1, 0.5, "")),
-        ("n",),
-    )
+    assert (row["verdict"], row["notes"]) == ("50% accepted", ("n",))
+    assert row["parts"] == [("a", 1, 0.5, ""), ("b", 1, 0.5, "")]
 
 
 def states(state: RunState, now: float) -> dict[str, str]:

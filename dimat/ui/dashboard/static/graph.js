@@ -6,7 +6,7 @@ import { byId, metric, say } from "./format.js";
 const RAMP = ["#482878", "#3e4a89", "#31688e", "#26828e", "#1f9e89", "#35b779", "#6dcd59", "#b4de2c", "#fde725"];
 const LOST = "#d0202a";
 const MANY = 150; // from so many agents on: a grid without names
-const SHAPES = { running: "ellipse", late: "diamond", lost: "octagon", left: "round-rectangle", unknown: "ellipse" };
+const SHAPES = { running: "ellipse", late: "diamond", lost: "triangle", left: "round-rectangle", unknown: "ellipse" };
 
 export class Graph {
   constructor(store, choose) {
@@ -70,7 +70,8 @@ export class Graph {
     for (const agent of agents) {
       const state = agent.state;
       const value = agent.metric;
-      const word = state === "running" ? (value === null ? "" : metric(value)) : state === "unknown" ? "no news" : state;
+      const told = value === null ? "" : metric(value);
+      const word = state === "running" || state === "left" ? told : state === "unknown" ? "no news" : state;
       const data = {
         id: agent.name,
         label: many ? "" : [agent.name, word].filter(Boolean).join("\n"),
@@ -147,7 +148,7 @@ function style() {
       },
     },
     { selector: 'node[state = "late"]', style: { "border-width": 4, "border-color": colour("late-mark"), width: 34, height: 34 } },
-    { selector: 'node[state = "lost"]', style: { "border-width": 2, "font-weight": "bold", color: colour("lost") } },
+    { selector: 'node[state = "lost"]', style: { "border-width": 2, width: 36, height: 34, "font-weight": "bold", color: colour("lost") } },
     { selector: 'node[state = "unknown"]', style: { "border-style": "dashed", "border-color": colour("edge") } },
     { selector: 'node[chosen = "yes"]', style: { "outline-width": 3, "outline-color": colour("link"), "outline-offset": 3 } },
     {

@@ -2,7 +2,9 @@
 
 import { byId, count, el, number } from "./format.js";
 
-export const ROWS = 100;
+// cards on a narrow screen are long: fewer at a time
+const narrow = matchMedia("(max-width: 46rem)");
+export const rowsShown = () => (narrow.matches ? 20 : 100);
 
 // Fill a table. rows: { key, cells, state, chosen, head }; a cell is text, a number, or an element.
 // A row that says the same as before stays as it is, so that focus and selection stay too.

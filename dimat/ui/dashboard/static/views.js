@@ -2,9 +2,9 @@
 
 import { byId, bytes, clock, count, el, metric, NONE, number, percent, say } from "./format.js";
 import { byName } from "./store.js";
-import { fill, heat, Pager, ROWS, share } from "./tables.js";
+import { fill, heat, Pager, rowsShown, share } from "./tables.js";
 
-const MERGES = 50;
+const SHOWN = 100;
 const CLASSES = 40;
 const STATE_FIRST = { lost: 0, late: 1, unknown: 2, running: 3, left: 4 };
 
@@ -27,21 +27,21 @@ export class Agents {
   draw(chosen = this.chosen) {
     this.chosen = chosen;
     const { store } = this;
-    const many = store.agents.size > ROWS;
+    const many = store.agents.size > rowsShown();
     const all = store.sorted();
     // where not all fit, those that need a look come first
     if (many) all.sort((a, b) => STATE_FIRST[a.state] - STATE_FIRST[b.state] || byName(a.name, b.name));
     say("agents-note", many ? "Lost and late ones first." : "");
-    const first = this.pager.show(all.length, ROWS, "agent");
+    const first = this.pager.show(all.length, rowsShown(), "agent");
     const name = store.run.metric || "metric";
     const heads = ["Agent", "State", "Round", "Doing", capital(name), "Loss", "Heard", "Received", "Sent", "Why"];
-    const rows = all.slice(first, first + ROWS).map((agent) => ({
+    const rows = all.slice(first, first + rowsShown()).map((agent) => ({
       key: agent.name,
       state: agent.state,
       chosen: agent.name === chosen,
       cells: [
         this.button(agent),
-        el("span", { class: "state" }, agent.state === "unknown" ? "no news" : agent.state),
+        el("span", { class: "state" }, agent.state === "unknown" ? "no news" : agent.why === "done" ? "done" : agent.state),
         agent.round || NONE,
         agent.state === "left" || agent.state === "lost" ? "" : agent.phase,
         metric(agent.metric),
@@ -49,7 +49,7 @@ export class Agents {
         agent.expected ? `${agent.heard} of ${agent.expected}` : NONE,
         bytes(agent.received),
         bytes(agent.sent),
-        agent.state === "left" && agent.why === "done" ? "done" : agent.why,
+        agent.why === "done" ? "" : agent.why,
       ],
     }));
     fill("agents", heads, rows, { numbers: [2, 4, 5, 6, 7, 8] });
@@ -67,8 +67,8 @@ export class Agents {
     const words = { fresh: "in the last merge", stale: "older", missing: "missing", unused: "not merged yet" };
     const links = [...this.store.links()].filter((edge) => !this.chosen || [edge.source, edge.reader].includes(this.chosen));
     links.sort((a, b) => byName(a.reader, b.reader) || byName(a.source, b.source));
-    const first = this.links.show(links.length, ROWS, "link");
-    const rows = links.slice(first, first + ROWS).map((edge) => {
+    const first = this.links.show(links.length, rowsShown(), "link");
+    const rows = links.slice(first, first + rowsShown()).map((edge) => {
       const kind = this.store.freshness(edge);
       const cells = [edge.reader, edge.source, edge.used ?? NONE, bytes(edge.bytes), words[kind], kind === "missing" ? `round ${edge.late}: ${edge.fault}` : ""];
       return { key: `${edge.reader} ${edge.source}`, state: kind === "missing" ? "late" : null, cells };
@@ -88,10 +88,11 @@ export class Merges {
   async draw(chosen = this.chosen) {
     if (chosen !== this.chosen) this.pager.page = 0;
     this.chosen = chosen;
-    const query = [["agent", chosen ?? ""], ["round", byId("merge-round").value], ["offset", this.pager.page * MERGES], ["limit", MERGES]];
+    const size = Math.min(50, rowsShown());
+    const query = [["agent", chosen ?? ""], ["round", byId("merge-round").value], ["offset", this.pager.page * size], ["limit", size]];
     const found = await ask("merges", query);
     const name = found.metric || "metric";
-    this.pager.show(found.total, MERGES, "merge");
+    this.pager.show(found.total, size, "merge");
     say("merges-note", count(found.total, "merge"));
     const heads = ["Agent", "Round", "Heard", "Weights", `${capital(name)} before`, "after", "Verdict", "Notes"];
     const rows = found.merges.map((merge) => ({
@@ -205,11 +206,11 @@ export class Data {
       say("data-note", `This run's events do not tell how many samples of each class an agent has.${told ? ` Samples in all: ${told}.` : ""}`);
       return;
     }
-    const shown = agents.slice(0, ROWS);
+    const shown = agents.slice(0, SHOWN);
     const classes = Math.min(CLASSES, Math.max(...shown.map((agent) => agent.histogram.length)));
     const names = this.store.run.classes ?? [];
     const most = Math.max(1, ...shown.flatMap((agent) => agent.histogram.slice(0, classes)));
-    const left = agents.length > ROWS ? ` The first ${ROWS} of ${count(agents.length, "agent")}; choose one above to see another.` : "";
+    const left = agents.length > SHOWN ? ` The first ${SHOWN} of ${count(agents.length, "agent")}; choose one above to see another.` : "";
     say("data-note", `Samples of each class that an agent trains on.${left}`);
     const heads = ["Agent", ...Array.from({ length: classes }, (_, i) => names[i] ?? `${i}`), "All"];
     table.append(
