@@ -153,11 +153,13 @@ class PeerRefused(AgentEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BasisAdopted(AgentEvent):
-    """The agent permuted itself into a peer's basis. `moved`: share of units whose place changed."""
+    """The agent permuted itself into a peer's basis. `moved`: share of units whose place changed; `groups`: the same of
+    each symmetry group."""
 
     peer: str
     basis: str
     moved: float
+    groups: Mapping[str, float] = field(default_factory=dict[str, float])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

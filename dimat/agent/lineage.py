@@ -30,7 +30,8 @@ class MergeRecord:
     own snapshot came out of training; `kind`: "merge", or "join" where a newcomer took a peer's weights over whole;
     `accepted`: share of the way from own to merged weights, 0 where the merge was turned down; `before`, `after`: test
     metrics where they were evaluated; `manifests`: by peer the blake3 of the manifest that it signed for its part;
-    `moved`: by peer that was aligned the share of its units whose place changed."""
+    `moved`: by peer that was aligned the share of its units whose place changed, and `moved_groups` that of each
+    symmetry group."""
 
     agent: str
     round: int
@@ -44,6 +45,7 @@ class MergeRecord:
     after: Mapping[str, float] = field(default_factory=dict[str, float])
     manifests: Mapping[str, str] = field(default_factory=dict[str, str])
     moved: Mapping[str, float] = field(default_factory=dict[str, float])
+    moved_groups: Mapping[str, Mapping[str, float]] = field(default_factory=dict[str, Mapping[str, float]])
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values."""

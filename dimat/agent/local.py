@@ -17,14 +17,15 @@ from torch import Tensor
 
 from dimat.agent.base import load_base, plan_for
 from dimat.agent.checkpoint import Checkpoint
-from dimat.agent.messages import MergeDone
+from dimat.agent.messages import MergeDone, Moves
 from dimat.agent.sender import Sender
 from dimat.agent.state import MachineState
 from dimat.agent.statistics import take_statistics
 from dimat.config import ExperimentConfig
 from dimat.errors import DimatError, PeerError
-from dimat.merge import MergeContext, MergePlan, Peer, Permutations, adopt, merge, open_weights
+from dimat.merge import MergeContext, MergePlan, Peer, adopt, merge, open_weights
 from dimat.merge.auxiliary import OWN, apart, beside, permuted
+from dimat.merge.matching import moved_by_group, moved_share
 from dimat.merge.registry import combine_registry
 from dimat.merge.screen import norm_of, screen
 from dimat.merge.stages import Weights
@@ -66,7 +67,7 @@ class TrainedReport:
 @dataclass(frozen=True, slots=True)
 class MergeReport:
     """Outcome of `merge`: who was refused and why, test metrics around it, CPU-seconds by activity. `moved`: of each
-    peer that was aligned, the share of its units whose place changed."""
+    peer that was aligned, the share of its units whose place changed, and `moved_groups` that of each group."""
 
     refused: Mapping[str, str]
     accepted: float
@@ -77,6 +78,7 @@ class MergeReport:
     evaluate_s: float
     checkpoint_s: float = 0.0
     moved: Mapping[str, float] = field(default_factory=dict[str, float])
+    moved_groups: Mapping[str, Mapping[str, float]] = field(default_factory=dict[str, Mapping[str, float]])
 
     def done(self, number: int) -> MergeDone:
         """Return what the round machine is told of the merge of round `number`."""
@@ -89,6 +91,7 @@ class MergeReport:
             merge_s=self.merge_s,
             notes=self.notes,
             moved=self.moved,
+            moved_groups=self.moved_groups,
         )
 
 
@@ -217,12 +220,12 @@ class LocalAgent:
         """Return the hash of the model's tensor names, shapes and types."""
         return schema_hash(self.trainer.model.state_dict())
 
-    def adopt(self, number: int, peer: str, snapshot: Path) -> float | None:
-        """Permute weights, buffers and optimizer into the basis of a peer's snapshot; return the share of units moved.
+    def adopt(self, number: int, peer: str, snapshot: Path) -> Moves | None:
+        """Permute weights, buffers and optimizer into the basis of a peer's snapshot; return which units moved.
         None, and nothing changed, where the snapshot is not fit to align to. Without symmetry groups nothing is
         permuted: all bases are one then."""
         if self.spec is None:
-            return 0.0
+            return Moves()
         source = Peer(peer, self._open(snapshot)[0], weight=0.0)
         try:
             permutations = adopt(self.trainer.weights(), source, self._plan, self._context(number))
@@ -231,7 +234,7 @@ class LocalAgent:
         self.trainer.permute(self.spec, permutations)
         self._sender.forget()  # in another order of units the change since the last snapshot is no small one
         self._statistics = dict(permuted(self._statistics, self.spec, permutations))
-        return share_moved(permutations)
+        return Moves(moved_share(permutations), moved_by_group(permutations))
 
     def merge(
         self, number: int, own_weight: float, peers: Sequence[tuple[str, Path, float, bool]], evaluate: str
@@ -268,6 +271,7 @@ class LocalAgent:
             evaluate_s=(ready - start) + (time.thread_time() - merged),
             # a method that does not align gives no permutations, and "none moved" would be said of nothing
             moved={peer: share for peer, share in outcome.moved.items() if outcome.permutations[peer]},
+            moved_groups={peer: moved_by_group(p) for peer, p in outcome.permutations.items() if p},
         )
 
     def evaluate(self) -> dict[str, float]:
@@ -318,10 +322,3 @@ class LocalAgent:
             return None
         data = self._hold_out if self._hold_out is not None else self._probe()
         return lambda weights: self.trainer.evaluate(data, weights)[self.task.metric]
-
-
-def share_moved(permutations: Permutations) -> float:
-    """Return the share of units whose place a set of permutations changes."""
-    units = sum(p.numel() for p in permutations.values())
-    moved = sum(int((p != torch.arange(p.shape[-1])).sum()) for p in permutations.values())
-    return moved / units if units else 0.0

@@ -69,12 +69,29 @@ class Deadline:
 
 
 @dataclass(frozen=True, slots=True)
+class Moves:
+    """What a change of basis moved: the share of all units whose place changed, and that of each symmetry group."""
+
+    share: float = 0.0
+    groups: Mapping[str, float] = field(default_factory=dict[str, float])
+
+
+@dataclass(frozen=True, slots=True)
 class BasisChanged:
-    """The agent has permuted itself (or could not, and `basis` is its old one)."""
+    """The agent has permuted itself (or could not, and `basis` is its old one). `moved`: share of its units whose place
+    changed; `groups`: the same of each symmetry group."""
 
     round: int
     basis: BasisId
     moved: float = 0.0
+    groups: Mapping[str, float] = field(default_factory=dict[str, float])
+
+    @staticmethod
+    def after(action: AdoptBasis, own: BasisId, moves: Moves | None) -> BasisChanged:
+        """Return what became of an action; `own`: the basis before, which stays where there are no moves."""
+        if moves is None:
+            return BasisChanged(action.round, own)
+        return BasisChanged(action.round, action.basis, moves.share, moves.groups)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +105,7 @@ class WeightsAdopted:
 @dataclass(frozen=True, slots=True)
 class MergeDone:
     """The merge of `round` is in place. `refused`: peers that the screen kept out, and why; `moved`: of each peer that
-    was aligned, the share of its units whose place changed."""
+    was aligned, the share of its units whose place changed, and `moved_groups` that of each symmetry group."""
 
     round: int
     refused: Mapping[str, str]
@@ -98,6 +115,7 @@ class MergeDone:
     merge_s: float = 0.0
     notes: tuple[str, ...] = ()
     moved: Mapping[str, float] = field(default_factory=dict[str, float])
+    moved_groups: Mapping[str, Mapping[str, float]] = field(default_factory=dict[str, Mapping[str, float]])
 
 
 @dataclass(frozen=True, slots=True)

@@ -335,7 +335,12 @@ class RoundMachine:
             return self._adopt_or_merge()
         self.basis = event.basis
         adopted = facts.BasisAdopted(
-            agent=self.agent, round=self.round, peer=offer.peer, basis=str(event.basis), moved=event.moved
+            agent=self.agent,
+            round=self.round,
+            peer=offer.peer,
+            basis=str(event.basis),
+            moved=event.moved,
+            groups=event.groups,
         )
         return [m.Report(adopted), *self._start_merge()]
 
@@ -385,6 +390,7 @@ class RoundMachine:
             before=dict(event.before or {}),
             after=dict(event.after or {}),
             moved=dict(event.moved),
+            moved_groups=dict(event.moved_groups),
         )
         target = self._rules.target
         reached = target is not None and (event.after or {}).get(target[0], -math.inf) >= target[1]

@@ -329,8 +329,8 @@ class Runner:
         return next(path for (of, _, what), path in self._sources.items() if (of, what) == (peer, root))
 
     async def _adopt_basis(self, action: m.AdoptBasis, own: BasisId) -> None:
-        moved = await self._thread.do(self._work.adopt_basis, action, self._source(action.peer, action.root))
-        self.post(m.BasisChanged(action.round, own if moved is None else action.basis, moved or 0.0))
+        moves = await self._thread.do(self._work.adopt_basis, action, self._source(action.peer, action.root))
+        self.post(m.BasisChanged.after(action, own, moves))
 
     async def _adopt_weights(self, action: m.AdoptWeights) -> None:
         source = self._source(action.peer, action.root)

@@ -130,7 +130,7 @@ class AgentWork:
             append_record(self._lineage, action.record)
         self._checkpoints.save(self.local.checkpoint(action.state))
 
-    def adopt_basis(self, action: m.AdoptBasis, source: Path) -> float | None:
+    def adopt_basis(self, action: m.AdoptBasis, source: Path) -> m.Moves | None:
         """Permute the agent into the basis of a snapshot; None where it is not fit to align to."""
         return self.local.adopt(action.round, action.peer, source)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
@@ -35,8 +37,17 @@ def margin(scores: Tensor, permutation: Tensor) -> float:
     return float((scores.gather(1, index).squeeze(1) - others).mean())
 
 
-def moved_share(permutations: dict[str, Tensor]) -> float:
+def moved_share(permutations: Mapping[str, Tensor]) -> float:
     """Return the share of units whose place changes; 0 where there are none."""
     units = sum(p.numel() for p in permutations.values())
-    changed = sum(int((p != torch.arange(p.shape[-1], device=p.device)).sum()) for p in permutations.values())
-    return changed / units if units else 0.0
+    return sum(map(_moved, permutations.values())) / units if units else 0.0
+
+
+def moved_by_group(permutations: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return of each group the share of units whose place changes."""
+    return {group: _moved(p) / p.numel() for group, p in permutations.items() if p.numel()}
+
+
+def _moved(permutation: Tensor) -> int:
+    """Count units that change places; (size,), or (parents…, size) where a parent has an order of its own each."""
+    return int((permutation != torch.arange(permutation.shape[-1], device=permutation.device)).sum())

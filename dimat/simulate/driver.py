@@ -339,8 +339,7 @@ class Driver:
         wait = self._work.adopt_basis(name, action, self._courier.source(name, action.peer, action.root))
 
         def done() -> m.Event:
-            moved = wait()
-            return m.BasisChanged(action.round, own if moved is None else action.basis, moved or 0.0)
+            return m.BasisChanged.after(action, own, wait())
 
         self._post(name, self.clock.now, done)
 

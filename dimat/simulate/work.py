@@ -116,10 +116,10 @@ class PoolWork:
 
         return self._outcome(agent, job, outcome)
 
-    def adopt_basis(self, agent: str, action: m.AdoptBasis, source: Path) -> Callable[[], float | None]:
+    def adopt_basis(self, agent: str, action: m.AdoptBasis, source: Path) -> Callable[[], m.Moves | None]:
         """Permute an agent into the basis of a snapshot."""
         return self._outcome(
-            agent, self._submit(agent, worker.adopt, action.round, action.peer, source), lambda moved: moved
+            agent, self._submit(agent, worker.adopt, action.round, action.peer, source), lambda moves: moves
         )
 
     def adopt_weights(self, agent: str, action: m.AdoptWeights, source: Path) -> Callable[[], str]:

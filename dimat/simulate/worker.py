@@ -17,6 +17,7 @@ from dimat.agent.base import plan_for
 from dimat.agent.checkpoint import CheckpointStore, Stored, read_state, write_state
 from dimat.agent.kit import kit_for
 from dimat.agent.local import LocalAgent, MergeReport, TrainedReport
+from dimat.agent.messages import Moves
 from dimat.agent.state import MachineState
 from dimat.config import ExperimentConfig
 from dimat.merge import needs_symmetry, plan_merge
@@ -115,8 +116,8 @@ def train(key: str, number: int, learn: bool) -> TrainedReport:
     return report
 
 
-def adopt(key: str, number: int, peer: str, snapshot: Path) -> float | None:
-    """Bring an agent into the basis of a peer's snapshot; return the share of units that moved, None if it cannot."""
+def adopt(key: str, number: int, peer: str, snapshot: Path) -> Moves | None:
+    """Bring an agent into the basis of a peer's snapshot; return which units moved, None if it cannot."""
     return _agents[key][0].adopt(number, peer, snapshot)
 
 

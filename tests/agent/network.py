@@ -112,7 +112,7 @@ class Averaging:
     def crash(self, agent: str) -> None:
         raise NotImplementedError
 
-    def adopt_basis(self, agent: str, action: m.AdoptBasis, source: Values) -> Callable[[], float | None]:
+    def adopt_basis(self, agent: str, action: m.AdoptBasis, source: Values) -> Callable[[], m.Moves | None]:
         raise NotImplementedError
 
     def adopt_weights(self, agent: str, action: m.AdoptWeights, source: Values) -> Callable[[], str]:

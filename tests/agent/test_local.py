@@ -10,8 +10,9 @@ from safetensors.torch import save_file
 
 from dimat.agent.checkpoint import Stored, read_state, write_state
 from dimat.agent.kit import derive_checked
-from dimat.agent.local import LocalAgent, share_moved
+from dimat.agent.local import LocalAgent
 from dimat.errors import DataError
+from dimat.merge.matching import moved_share
 from dimat.simulate.scenario import prepare
 from tests.simulate.helpers import tiny_experiment
 
@@ -28,6 +29,16 @@ def agents(tmp_path: Path, **changes: object) -> tuple[LocalAgent, LocalAgent]:
         for name, part in zip(scenario.agents[:2], scenario.parts[:2], strict=True)
     )
     return one, two
+
+
+def shares_moved(permutations: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Return by group the share of units that are not where they were, counted one by one."""
+    shares: dict[str, float] = {}
+    for group, permutation in permutations.items():
+        rows = permutation.reshape(-1, permutation.shape[-1]).tolist()
+        away = [old != new for row in rows for new, old in enumerate(row)]
+        shares[group] = sum(away) / len(away)
+    return shares
 
 
 def test_merge_with_nobody_keeps_own_weights_bit_for_bit(tmp_path: Path) -> None:
@@ -87,8 +98,10 @@ def test_adopting_a_permuted_copys_basis_gives_that_copy(tmp_path: Path) -> None
     copy = permute_weights(one.trainer.weights(), one.spec, planted)
     save_file({k: v.contiguous() for k, v in copy.items()}, tmp_path / "copy.safetensors")
     metrics = one.evaluate()
-    moved = one.adopt(1, "copy", tmp_path / "copy.safetensors")
-    assert moved == pytest.approx(share_moved(planted))
+    moves = one.adopt(1, "copy", tmp_path / "copy.safetensors")
+    assert moves is not None
+    assert moves.share == pytest.approx(moved_share(planted))
+    assert moves.groups == pytest.approx(shares_moved(planted))
     for key, tensor in one.trainer.weights().items():
         torch.testing.assert_close(tensor, copy[key])
     assert one.evaluate() == pytest.approx(metrics, abs=1e-6)
@@ -113,7 +126,8 @@ def test_a_merge_tells_how_many_units_of_a_peer_moved(tmp_path: Path) -> None:
             ("same", tmp_path / "same.safetensors", 0.25, True),
         ]
         done = one.merge(1, 0.5, parts, "none").done(1)
-        assert done.moved == ({"copy": pytest.approx(share_moved(planted))} if told else {})
+        assert done.moved == ({"copy": pytest.approx(moved_share(planted))} if told else {})
+        assert done.moved_groups == ({"copy": pytest.approx(shares_moved(planted))} if told else {})
 
 
 def test_checkpoint_holds_a_trainer(tmp_path: Path) -> None:

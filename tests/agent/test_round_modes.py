@@ -175,10 +175,11 @@ def test_the_record_of_a_merge_tells_what_moved() -> None:
     m.handle(r.Started())
     m.handle(r.TrainingDone(1, "own1"))
     m.handle(r.Deadline(1))
-    (checkpoint,) = of(m.handle(r.MergeDone(1, {}, moved={"b": 0.25})), r.Checkpoint)
+    (checkpoint,) = of(m.handle(r.MergeDone(1, {}, moved={"b": 0.25}, moved_groups={"b": {"g": 0.5}})), r.Checkpoint)
     assert checkpoint.record is not None
     values = checkpoint.record.to_dict()
     assert MergeRecord.from_dict(values).moved == {"b": 0.25}
+    assert MergeRecord.from_dict(values).moved_groups == {"b": {"g": 0.5}}
     del values["moved"]
     assert MergeRecord.from_dict(values).moved == {}
 

@@ -96,10 +96,12 @@ class Merge:
 
 @dataclass(slots=True)
 class Adoption:
-    """An agent permuted itself into a peer's basis; `moved`: share of its units whose place changed."""
+    """An agent permuted itself into a peer's basis; `moved`: share of its units whose place changed, and in `groups` by
+    symmetry group."""
 
     agent: str
     round: int
     peer: str
     moved: float | None
+    groups: dict[str, float] = field(default_factory=dict[str, float])
     version: int = 0

@@ -7,13 +7,13 @@ ledger changes.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dimat.agent.lineage import Lineage, MergeRecord, lineage, read_records
 from dimat.errors import DataError
-from dimat.ui.dashboard.values import mapping, number, text
+from dimat.ui.dashboard.values import number, shares
 
 LEDGER = "lineage.jsonl"
 MOST_ROWS = 600
@@ -64,14 +64,13 @@ class Records:
             for record in self.read(folder):
                 if agents and record.agent not in agents:
                     continue
-                groups = mapping(getattr(record, "groups", None))
                 rows += [
                     {
                         "agent": record.agent,
                         "round": record.round,
                         "peer": peer,
                         "moved": number(moved),
-                        "groups": _groups(mapping(groups.get(peer))),
+                        "groups": shares(record.moved_groups.get(peer)),
                     }
                     for peer, moved in record.moved.items()
                 ]
@@ -103,8 +102,3 @@ def _contributors(made: Lineage) -> dict[str, Any]:
     rows.sort(key=lambda row: (-float(row["training"]), str(row["agent"])))
     updates = [[who, number_, weight] for (who, number_), weight in made.updates.items() if weight > 0]
     return {"contributors": rows, "updates": updates[-MOST_UPDATES:]}
-
-
-def _groups(shares: Mapping[str, Any]) -> dict[str, float]:
-    known = {text(group, 80): number(share) for group, share in shares.items()}
-    return {group: share for group, share in known.items() if share is not None}

@@ -94,7 +94,7 @@ class Shown:
     def adoptions(self, agents: Collection[str]) -> list[dict[str, object]]:
         """Return which agents took over a peer's basis."""
         return [
-            {"agent": a.agent, "round": a.round, "peer": a.peer, "moved": a.moved}
+            {"agent": a.agent, "round": a.round, "peer": a.peer, "moved": a.moved, "groups": a.groups}
             for a in self._state.adoptions.values()
             if not agents or a.agent in agents
         ]

@@ -14,7 +14,7 @@ from itertools import islice
 from typing import Any
 
 from dimat.ui.dashboard.facts import Adoption, Agent, Edge, Merge, Point, State
-from dimat.ui.dashboard.values import count, items, mapping, name, number, text
+from dimat.ui.dashboard.values import count, items, mapping, name, number, shares, text
 from dimat.ui.text import seconds_text
 
 MOST_AGENTS = 10_000
@@ -290,7 +290,8 @@ class RunState:
         number_, peer = count(event.get("round")), name(event.get("peer"))
         agent.basis = text(event.get("basis"), 100)
         key = (agent.name, number_, peer)
-        self.adoptions[key] = Adoption(agent.name, number_, peer, number(event.get("moved")), self.version)
+        groups = shares(event.get("groups"))
+        self.adoptions[key] = Adoption(agent.name, number_, peer, number(event.get("moved")), groups, self.version)
         while len(self.adoptions) > MOST_ADOPTIONS:
             del self.adoptions[next(iter(self.adoptions))]
 

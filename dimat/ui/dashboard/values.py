@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any, cast
 
 from dimat.ui.text import clean
 
 MOST_TEXT = 300
 MOST_NAMES = 10_000
+MOST_GROUPS = 500
 
 
 def number(value: object) -> float | None:
@@ -40,6 +42,12 @@ def name(value: object) -> str:
 def mapping(value: object) -> Mapping[str, Any]:
     """Return a mapping, empty for anything else."""
     return cast("Mapping[str, Any]", value) if isinstance(value, Mapping) else {}
+
+
+def shares(value: object) -> dict[str, float]:
+    """Return shares by group, at most `MOST_GROUPS` of them; what is no number is left out."""
+    known = {text(group, 80): number(share) for group, share in islice(mapping(value).items(), MOST_GROUPS)}
+    return {group: share for group, share in known.items() if share is not None}
 
 
 def items(value: object) -> Sequence[Any]:

@@ -38,7 +38,9 @@ def told(rounds: int = 3) -> list[Event]:
         *events,
         *merges,
         PeerLate(agent="lab-a", round=rounds, peer="lab-c", time_s=90.0),
-        BasisAdopted(agent="lab-a", round=1, peer="lab-b", basis="0:lab-b:1", moved=0.75, time_s=90.0),
+        BasisAdopted(
+            agent="lab-a", round=1, peer="lab-b", basis="0:lab-b:1", moved=0.75, groups={"conv": 0.5}, time_s=90.0
+        ),
         Warned(message=f"a peer calls itself {MARKUP}", agent="lab-a", time_s=91.0),
         AgentCrashed(agent="lab-c", round=rounds, back_s=None, time_s=92.0),
         last,

@@ -80,7 +80,8 @@ def test_pages_and_what_they_are_made_of(tmp_path: Path) -> None:
         assert client.get("/api/merges", params={"agent": "lab-a", "limit": 1}).json()["merges"][0]["agent"] == "lab-a"
         assert client.get("/api/merges", params={"round": "x"}).status_code == 400
         assert client.get("/api/lineage", params={"agent": "nobody"}).status_code == 404
-        assert client.get("/api/alignment").json()["adoptions"][0]["moved"] == 0.75
+        (adoption,) = client.get("/api/alignment").json()["adoptions"]
+        assert (adoption["moved"], adoption["groups"]) == (0.75, {"conv": 0.5})
 
 
 @pytest.mark.parametrize(

@@ -165,10 +165,12 @@ export class Alignment {
       say("alignment-note", found.error);
       return;
     }
-    const grouped = found.moves.filter((row) => Object.keys(row.groups).length);
+    const grouped = [...found.moves, ...found.adoptions]
+      .filter((row) => Object.keys(row.groups).length)
+      .sort((a, b) => b.round - a.round || byName(a.agent, b.agent));
     say("alignment-note", grouped.length
-      ? "By group where the ledger tells it."
-      : "The ledger of this run tells the share over all units, not that of each group of units.");
+      ? "Peers that were permuted for a merge, agents that took over a peer's order of units, and how much of each group moved."
+      : "Nothing was permuted, or not by group.");
     const moves = found.moves.slice(0, 200).map((row) => ({
       key: `${row.round} ${row.agent} ${row.peer}`,
       cells: [row.agent, row.round, row.peer, share(row.moved, percent(row.moved))],
@@ -185,7 +187,7 @@ export class Alignment {
       const newest = grouped.slice(0, 40);
       const groups = [...new Set(newest.flatMap((row) => Object.keys(row.groups)))];
       const rows = newest.map((row) => ({ name: `${row.agent} ← ${row.peer}, round ${row.round}`, values: groups.map((group) => row.groups[group] ?? null) }));
-      heat("groups", ["Merge", ...groups], rows, (value) => (100 * value).toFixed(0));
+      heat("groups", ["Aligned", ...groups], rows, (value) => (100 * value).toFixed(0));
     }
   }
 }
