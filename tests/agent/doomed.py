@@ -69,7 +69,9 @@ def mid_stream(count: int, act: Callable[[], None] = die) -> None:
     streams = 0
     stream = Serving.stream
 
-    async def doomed(self: Serving, reader: str, path: Path, payload: Any, first: int, blocks: int, write: Any) -> None:
+    async def doomed(
+        self: Serving, reader: str, path: Path, payload: Any, first: int, blocks: int, write: Any, encoding: str
+    ) -> None:
         nonlocal streams
         streams += 1
         chosen, messages = streams == count, 0
@@ -81,7 +83,7 @@ def mid_stream(count: int, act: Callable[[], None] = die) -> None:
                 act()
             await write(chunk)
 
-        await stream(self, reader, path, payload, first, blocks, counted)
+        await stream(self, reader, path, payload, first, blocks, counted, encoding)
 
     Serving.stream = doomed
 

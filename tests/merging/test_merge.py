@@ -19,9 +19,7 @@ from dimat.merge import combine_registry
 from dimat.merge.deltas import handing_on
 from dimat.registry import keywords
 from tests.merge.methods import assert_same_bits
-from tests.merging.adapters import factors, write_adapter
 from tests.merging.models import metadata, read_model, weights, write_folder
-from tests.test_readme import blocks, commands
 
 WANTED = {"aux", "data", "observer"}
 """What methods may ask for that is in no model's file."""
@@ -341,23 +339,3 @@ def test_overwriting_keeps_what_is_not_the_models(models: list[Path]) -> None:
     names = {f.name for f in Path("out").iterdir()}
     assert names == {"model.safetensors", "config.json", "tokenizer.json", "README.md", "notes.md"}
     assert [p for p in Path().iterdir() if p.name.startswith(".")] == []
-
-
-def test_readme_commands_and_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """README, "Merge models on disk": the recipe and each command as they stand there."""
-    monkeypatch.chdir(tmp_path)
-    for k, name in enumerate(("a", "b", "c", "base")):
-        write_folder(tmp_path / name, {**weights(k), "model.embed_tokens.weight": torch.full((4, 2), float(k))})
-    (tmp_path / "a.safetensors").write_bytes((tmp_path / "a/model.safetensors").read_bytes())
-    (recipe,) = [block for block in blocks("") if "[[rules]]" in block]
-    (tmp_path / "recipe.toml").write_text(recipe)
-    models = [{"model": name, "parameters": {"weight": 1}} for name in ("a", "b")]
-    (tmp_path / "config.yml").write_text(json.dumps({"merge_method": "linear", "models": models}))
-    for k, name in enumerate(("adapter-a", "adapter-b")):
-        write_adapter(tmp_path / name, factors(k, 4 - k), r=4 - k)
-    listed = commands("dimat merge a.safetensors")
-    assert len(listed) == 5
-    for command in listed:
-        assert main(command[1:]) == 0
-    assert main(["merge", "recipe.toml"]) == 0
-    assert not read_model(tmp_path / "tied")["model.embed_tokens.weight"].any()

@@ -21,7 +21,6 @@ from dimat.symmetry.verify import random_permutations
 from tests.merge.methods import assert_same_bits, worst
 from tests.merge.networks import ResNet, randomise
 from tests.merging.models import metadata, read_model
-from tests.test_readme import commands
 
 ARCHITECTURE = """
 import torch
@@ -371,15 +370,3 @@ def test_a_rule_cannot_give_some_tensors_to_a_method_that_runs_the_model(
     )
     assert main(["merge", "r.toml"]) == 2
     assert "method 'adamerging' runs the whole model: it cannot merge some tensors by a rule" in capsys.readouterr().err
-
-
-def test_readme_commands(folder: Path) -> None:
-    """README, "Merge models on disk": aligning and learning, as the commands stand there."""
-    Path("net.py").write_text(ARCHITECTURE.replace("resnet()", "network()"))
-    for source, name in (("x", "images"), ("a", "x"), ("b", "y"), ("base", "start")):
-        Path(f"{source}.safetensors").rename(f"{name}.safetensors")
-    listed = commands("--align activations")
-    assert len(listed) == 2
-    for command in listed:
-        assert main(command[1:]) == 0
-    assert read_model(Path("aligned.safetensors")).keys() == read_model(Path("learned.safetensors")).keys()
