@@ -67,6 +67,7 @@ class Daemon:
         self.folder = AgentFolder(path, config.run, setup.name)
         self._finding: Finding | None = None
         self._follower: MapFollower | None = None
+        self._log_fault = ""
         self._early: list[str] = []  # to be said once there is a run to say it in
         try:
             if finds and self.identity is not None:
@@ -332,8 +333,18 @@ class Daemon:
         self._view.note(fact)
         if isinstance(fact, facts.Published) and self._finding is not None:
             self._finding.tell(fact.round, fact.snapshot)
+        fault = ""
         for listener in self.listeners:
-            listener(fact)
+            try:
+                listener(fact)
+            except DataError as error:  # a log on a full disk: training goes on, and what waits is written later
+                fault = str(error)
+        if fault != self._log_fault:
+            self._log_fault = fault
+            said = (
+                f"{fault}; the agent goes on, and so does the log once it can" if fault else "events are logged again"
+            )
+            self._emit(facts.Warned(run=self.setup.config.run, time_s=time.time(), message=said, agent=self.setup.name))
         if isinstance(fact, _TURNS):
             self._tell_manager()
         if isinstance(fact, facts.RoundFinished):

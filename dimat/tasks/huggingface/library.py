@@ -38,8 +38,12 @@ def library(name: str) -> Any:
             _quieted.add(name)
             return module
     except ImportError as error:
-        missing = (error.name or name).partition(".")[0]
-        raise ConfigError(f"this task needs the package {missing}, which cannot be imported: {INSTALL}") from error
+        raise _missing(error, name) from error
+
+
+def _missing(error: ImportError, name: str) -> ConfigError:
+    package = (error.name or name).partition(".")[0]
+    return ConfigError(f"this task needs the package {package}, which cannot be imported: {INSTALL}")
 
 
 @contextmanager
@@ -74,6 +78,8 @@ def telling(option: str, name: str, local: bool) -> Generator[None]:
             yield
     except DimatError:
         raise
+    except ImportError as error:  # of what a library imports only when it needs it
+        raise _missing(error, "datasets") from error
     except Exception as error:  # the libraries raise what their own libraries raise
         cause = first_line(error)
         if local:
