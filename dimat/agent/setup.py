@@ -25,6 +25,7 @@ from dimat.seeds import derive_seed, numpy_generator
 from dimat.symmetry import SymmetrySpec
 from dimat.tasks import partition
 from dimat.topology import Topology, build_topology
+from dimat.topology.maps import without_mixing
 from dimat.train import Learner
 from dimat.wire.encodings import ENCODINGS, encoded_bytes
 
@@ -112,8 +113,7 @@ def programme_of(config: ExperimentConfig, kit: Kit) -> tuple[Programme, Mapping
     seed, folder = derive_seed(config.seed, "topology"), Path(config.folder)
     counts: dict[str, int] | None = None
     if "partition" in config.task.model_fields_set:
-        plain = config.topology.mixing.model_copy(update={"name": "metropolis", "options": {}})
-        names = build_topology(config.topology.model_copy(update={"mixing": plain}), seed, folder).names
+        names = build_topology(without_mixing(config.topology), seed, folder).names
         counts = {agent: len(part) for agent, part in zip(names, _parts(config, kit, len(names)), strict=True)}
     topology = build_topology(config.topology, seed, folder, counts)
     final, rounds = with_final_merge(config, topology.names)
@@ -133,10 +133,8 @@ def programme_of(config: ExperimentConfig, kit: Kit) -> tuple[Programme, Mapping
 def addresses_on_map(config: ExperimentConfig) -> Mapping[str, Collection[str]]:
     """Return where each agent of the map is reached, without loading the task; agents without addresses have none."""
     config = with_newest_map(config)
-    plain = config.topology.mixing.model_copy(update={"name": "metropolis", "options": {}})
-    topology = build_topology(
-        config.topology.model_copy(update={"mixing": plain}), derive_seed(config.seed, "topology"), Path(config.folder)
-    )
+    seed = derive_seed(config.seed, "topology")
+    topology = build_topology(without_mixing(config.topology), seed, Path(config.folder))
     return {name: tuple(topology.addresses.get(name, ())) for name in topology.names}
 
 

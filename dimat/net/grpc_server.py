@@ -7,7 +7,6 @@ header `dimat-agent` says: nothing vouches for it, and whoever reaches the port 
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import json
 import math
 import os
@@ -24,6 +23,7 @@ from grpc_health.v1.health import aio as health_aio  # pyright: ignore[reportAtt
 from grpc_reflection.v1alpha import reflection
 
 from dimat.errors import DataError, NetworkError, SecurityError
+from dimat.net.hosts import is_loopback
 from dimat.net.identity import Identity, agent_of
 from dimat.net.limits import FullError, Limits, Slots
 from dimat.net.offering import Offering
@@ -344,11 +344,7 @@ def _host(peer: str) -> str:
 
 def loopback(listen: str) -> bool:
     """Return whether `host:port` can be reached from this machine only."""
-    host = listen.rpartition(":")[0].strip("[]")
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    return is_loopback(listen.rpartition(":")[0].strip("[]"))
 
 
 def _cannot_listen(listen: str, cause: str) -> str:

@@ -17,7 +17,7 @@ from dimat.net.identity import read_file
 from dimat.net.keyring import authority_of
 from dimat.net.map_records import open_map, seal_map
 from dimat.topology import build_topology, load_map
-from dimat.topology.maps import check_alone
+from dimat.topology.maps import check_alone, without_mixing
 
 FIND_S = 60.0
 """How long other nodes of the DHT are looked for."""
@@ -108,9 +108,8 @@ def _readable(file: Path) -> tuple[str, int, int]:
     version = load_map(file).version
     if not version:
         raise ConfigError(f"{file} states no version: put `version = 1` at its top, and more with each change")
-    plain = TopologyConfig(map=str(file.resolve())).mixing.model_copy(update={"name": "metropolis", "options": {}})
     # agents know their sample counts, the organiser need not
-    topology = build_topology(TopologyConfig(map=str(file.resolve()), mixing=plain))
+    topology = build_topology(without_mixing(TopologyConfig(map=str(file.resolve()))))
     try:
         return file.read_text(encoding="utf-8"), version, len(topology.names)
     except (OSError, UnicodeDecodeError) as error:

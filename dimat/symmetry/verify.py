@@ -16,7 +16,7 @@ from dimat.symmetry import tree
 from dimat.symmetry.derive import with_hash
 from dimat.symmetry.permute import permute_weights, random_permutations
 from dimat.symmetry.spec import AxisRef, Factor, FrozenAxis, Layout, SymmetrySpec, groups_in
-from dimat.symmetry.trace import SymmetryWarning, retrace
+from dimat.symmetry.trace import SymmetryWarning, forget_derived, retrace
 
 _TRIALS = 2
 
@@ -57,10 +57,9 @@ class _Check:
     def _prepare(
         self, model: nn.Module, inputs: Any, spec: SymmetrySpec, generator: torch.Generator, dtype: torch.dtype
     ) -> None:
-        # training mode in between: modules that keep what they derive from weights for eval mode forget it there
         self._model = copy.deepcopy(model).to(dtype)
-        self._model.train()  # not chained: some modules' own train() returns nothing
         self._model.eval()
+        forget_derived(self._model)
         self._memo = {id(t): t for t in (*self._model.parameters(), *self._model.buffers())}
         state = {name: v.detach() for name, v in self._model.state_dict().items() if isinstance(v, Tensor)}
         self._weights = randomised(state, generator)

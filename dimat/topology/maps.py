@@ -144,6 +144,12 @@ def check_alone(path: str | Path) -> None:
     look(read_toml(path))
 
 
+def without_mixing(config: TopologyConfig) -> TopologyConfig:
+    """Return the same network mixed by Metropolis weights, which need no sample counts: to ask who is there."""
+    mixing = config.mixing.model_copy(update={"name": "metropolis", "options": {}})
+    return config.model_copy(update={"mixing": mixing})
+
+
 def build_topology(
     config: TopologyConfig,
     seed: int = 0,

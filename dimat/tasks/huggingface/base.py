@@ -54,5 +54,21 @@ class ModelMaker:
         return None if self.lora is None else MERGE_STAGES
 
 
+class MadeByMaker:
+    """What a task says of its model that its maker knows; see `dimat.task.Task`."""
+
+    maker: ModelMaker
+
+    @property
+    def base_hash(self) -> str:
+        """Names the frozen base; empty without adapters."""
+        return self.maker.base_hash
+
+    @property
+    def merge_stages(self) -> Mapping[str, str] | None:
+        """The stages in which adapters are merged; None without adapters."""
+        return self.maker.merge_stages
+
+
 def _adapter(base: nn.Module, lora: LoraOptions, heads: list[str] | tuple[str, ...]) -> Callable[[], nn.Module]:
     return lambda: adapt(base, lora, heads)

@@ -15,7 +15,7 @@ from torch import Tensor
 from dimat.errors import ConfigError, DataError
 from dimat.tasks.classification import ClassificationTask
 from dimat.tasks.data import Subset, balanced_draw
-from dimat.tasks.huggingface.base import ModelMaker
+from dimat.tasks.huggingface.base import MadeByMaker, ModelMaker
 from dimat.tasks.huggingface.library import library
 from dimat.tasks.huggingface.lora import LoraOptions
 from dimat.tasks.huggingface.models import architecture, fits_kind
@@ -28,18 +28,10 @@ Count = Annotated[int, Field(ge=1)]
 
 
 @dataclass(frozen=True)
-class HfImageClassification(ClassificationTask):
+class HfImageClassification(MadeByMaker, ClassificationTask):
     """A `ClassificationTask` whose model returns transformers' outputs, with logits (B, classes) among them."""
 
     maker: ModelMaker = field(kw_only=True)
-
-    @property
-    def base_hash(self) -> str:
-        return self.maker.base_hash
-
-    @property
-    def merge_stages(self) -> Mapping[str, str] | None:
-        return self.maker.merge_stages
 
     def loss(self, outputs: Any, targets: Tensor) -> Tensor:
         return super().loss(outputs.logits, targets)

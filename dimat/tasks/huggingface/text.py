@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dimat.errors import ConfigError, DataError
 from dimat.task import Data, Split
 from dimat.tasks.data import Subset
-from dimat.tasks.huggingface.base import ModelMaker
+from dimat.tasks.huggingface.base import MadeByMaker, ModelMaker
 from dimat.tasks.huggingface.lora import LoraOptions
 from dimat.tasks.huggingface.models import architecture, fits_kind
 from dimat.tasks.huggingface.sources import column_of, first_rows, open_splits
@@ -30,7 +30,7 @@ LARGEST_PERPLEXITY_LOG = 80.0
 
 
 @dataclass(frozen=True)
-class HfCausalLM:
+class HfCausalLM(MadeByMaker):
     """Next-token prediction on blocks of tokens, (B, T) int64, which are inputs and targets alike.
 
     Metrics are of a block's T − 1 predictions: "token_accuracy" (the one that counts) and "nll" in nats per token;
@@ -44,14 +44,6 @@ class HfCausalLM:
     probe: Data
     classes: tuple[str, ...] = ()
     metric: str = "token_accuracy"
-
-    @property
-    def base_hash(self) -> str:
-        return self.maker.base_hash
-
-    @property
-    def merge_stages(self) -> Mapping[str, str] | None:
-        return self.maker.merge_stages
 
     def build_model(self, generator: torch.Generator) -> nn.Module:
         return self.maker.build(generator)

@@ -21,6 +21,7 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dimat.errors import ConfigError, NetworkError, SecurityError
+from dimat.net.hosts import is_loopback
 
 LEAST_TOKEN = 16
 OPEN = frozenset({"/healthz"})
@@ -43,14 +44,6 @@ def parse_listen(listen: str) -> tuple[str, int]:
     if not sign or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
         raise ConfigError(f'cannot listen on {listen!r}: it must be "host:port", e.g. "127.0.0.1:8300"')
     return host.removeprefix("[").removesuffix("]"), int(port)
-
-
-def is_loopback(host: str) -> bool:
-    """Return whether only this machine reaches a host."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def read_token(file: Path) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 from dimat.agent.lineage import Lineage, MergeRecord, lineage, read_records
 from dimat.errors import DataError
 from dimat.ui.dashboard.values import number, shares
+from dimat.ui.text import spans
 
 LEDGER = "lineage.jsonl"
 MOST_ROWS = 600
@@ -79,9 +80,7 @@ class Records:
 
 
 def _contributors(made: Lineage) -> dict[str, Any]:
-    from dimat.ui.agent_report import spans  # which loads torch: a page that is opened does not wait for it
-
-    shares = made.shares()
+    training = made.shares()
     rounds: defaultdict[str, list[int]] = defaultdict(list)
     for (who, number_), weight in made.updates.items():
         if weight > 0:
@@ -93,11 +92,11 @@ def _contributors(made: Lineage) -> dict[str, Any]:
         {
             "agent": who,
             "rounds": spans(rounds[who]),
-            "training": shares.get(who, 0.0),
+            "training": training.get(who, 0.0),
             "first": made.initial.get(who, 0.0),
             "earlier": earlier[who],
         }
-        for who in {**shares, **made.initial, **earlier}
+        for who in {**training, **made.initial, **earlier}
     ]
     rows.sort(key=lambda row: (-float(row["training"]), str(row["agent"])))
     updates = [[who, number_, weight] for (who, number_), weight in made.updates.items() if weight > 0]
