@@ -22,6 +22,12 @@ settings.register_profile("dimat", deadline=None)
 settings.load_profile("dimat")
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """One worker more than cores (`-n auto`): tests of real agents wait for peers and deadlines much of their time."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores + 1 if config.option.numprocesses == "auto" else None
+
+
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:
     """Asynchronous tests run on asyncio."""

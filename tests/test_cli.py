@@ -66,6 +66,20 @@ def test_help_and_version_do_not_load_torch() -> None:
         assert verb in done.stdout
 
 
+@pytest.mark.parametrize("command", [["simulate"], ["agent", "--name", "a"], ["doctor", "--name", "a"]])
+def test_a_bad_file_is_refused_before_torch_is_loaded(tmp_path: Path, command: list[str]) -> None:
+    """Nobody waits for seconds to read of a typing error."""
+    file = tmp_path / "experiment.toml"
+    file.write_text("[schedule]\nrounds = -1\n")
+    code = (
+        f"import sys; from dimat.cli import main; code = main({[command[0], str(file), *command[1:]]!r}); "
+        "sys.exit('loaded torch' if 'torch' in sys.modules else code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "schedule.rounds" in done.stdout + done.stderr
+
+
 def test_init_simulate_report_evaluate(tmp_path: Path) -> None:
     """The path of a newcomer, with the written starter file and real processes: init → simulate → report → evaluate."""
     assert run("init", cwd=tmp_path).returncode == 0

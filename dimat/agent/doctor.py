@@ -141,6 +141,11 @@ def _machine(config: ExperimentConfig) -> Iterator[Finding]:
 
 
 def _hivemind(*, needed: bool) -> Finding:
+    if not needed:  # whether it can be imported takes seconds to find out
+        try:
+            return ok("hivemind", f"{version('hivemind')} is installed; not needed, without dht.bootstraps")
+        except PackageNotFoundError:
+            return ok("hivemind", "not installed; not needed, without dht.bootstraps")
     # in a process of its own, as the agent has it: what it imports and starts stays out of this one
     program = "import hivemind; print(hivemind.__version__)"
     try:
@@ -152,11 +157,13 @@ def _hivemind(*, needed: bool) -> Finding:
     except subprocess.TimeoutExpired:
         found, fault = "", [f"it takes more than {IMPORT_S:.0f} s"]
     if found:
-        return ok("hivemind", f"{found} can be imported" + ("" if needed else "; not needed, without dht.bootstraps"))
-    what = f"cannot be imported: {' '.join(fault) or 'it ended without a word'}"
-    mend = "pip install hivemind, or find peers by the map's addresses alone: drop dht.bootstraps"
+        return ok("hivemind", f"{found} can be imported")
     # an agent without it goes on with the addresses of the map
-    return warn("hivemind", what, mend) if needed else ok("hivemind", what + "; not needed, without dht.bootstraps")
+    return warn(
+        "hivemind",
+        f"cannot be imported: {' '.join(fault) or 'it ended without a word'}",
+        "pip install hivemind, or find peers by the map's addresses alone: drop dht.bootstraps",
+    )
 
 
 def _device(config: ExperimentConfig) -> Finding:

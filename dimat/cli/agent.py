@@ -53,6 +53,15 @@ def agent(
 ) -> int:
     """Run one agent of a network: train, swap weights with the peers on the map, merge, go on. Ends with the last
     round, on Ctrl-C or SIGTERM, and goes on from its checkpoint when started again; SIGHUP reads the map anew."""
+    flags = ["agent.insecure=true"] if insecure else []
+    flags += [] if metrics is None else [f"monitor.metrics={json.dumps(metrics)}"]
+    flags += [] if dashboard is None else [f"monitor.dashboard={json.dumps(dashboard)}"]
+    # what is wrong with the file is said at once, not after seconds of loading torch
+    config = load_agent(file, name, (*set_, *flags))
+    if config.monitor.dashboard is not None:
+        from dimat.ui.dashboard.available import need_dashboard
+
+        need_dashboard()
     from dimat.agent.daemon import Daemon
     from dimat.agent.folder import folder_of
     from dimat.agent.setup import prepare_agent
@@ -60,14 +69,6 @@ def agent(
     from dimat.ui.listeners import open_listeners
     from dimat.ui.live import agent_listener
 
-    flags = ["agent.insecure=true"] if insecure else []
-    flags += [] if metrics is None else [f"monitor.metrics={json.dumps(metrics)}"]
-    flags += [] if dashboard is None else [f"monitor.dashboard={json.dumps(dashboard)}"]
-    config = load_agent(file, name, (*set_, *flags))
-    if config.monitor.dashboard is not None:
-        from dimat.ui.dashboard.available import need_dashboard
-
-        need_dashboard()
     setup = prepare_agent(config)
     # before the agent is made: what cannot be had is said before anything is done
     with open_listeners(config, folder_of(config, setup.name), agent=setup.name) as watching:

@@ -26,7 +26,6 @@ def doctor(
     versions. Works while it runs, too; changes nothing. Exit code 0, or that of the first fault."""
     import sys
 
-    from dimat.agent.doctor import examine
     from dimat.agent.findings import Finding, exit_code, failed
     from dimat.ui.doctor import finding_lines, findings_json, summary
 
@@ -43,6 +42,8 @@ def doctor(
     except DimatError as error:
         note(failed("config", error))
     else:
+        from dimat.agent.doctor import examine  # loads torch
+
         for finding in examine(config):
             note(finding)
     show(findings_json(findings) if as_json else summary(findings))

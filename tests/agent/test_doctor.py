@@ -246,6 +246,8 @@ def test_doctor_and_status_of_real_agents(tmp_path: Path, free_ports: list[int])
         newest.write_bytes(data)
         code, told = doctor(net, "lab-b")
         assert (code, told["checkpoint"]["level"]) == (0, "warn")
+        lives["lab-a"].process.terminate()
+        lives["lab-a"].wait()
         for file in (tmp_path / "lab-b" / "checkpoints").iterdir():
             file.write_bytes(b"nothing")
         assert doctor(net, "lab-b")[0] == DataError.exit_code

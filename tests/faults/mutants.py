@@ -24,12 +24,14 @@ Patch = tuple[Any, str, Any]
 
 @dataclass(frozen=True)
 class Mutant:
-    """`breaks`: what is wrong with it; `world`: the driver to use while `patches` are in force."""
+    """`breaks`: what is wrong with it; `world`: the driver to use while `patches` are in force; `first`: the schedule
+    to begin with, near one that shows a rare fault."""
 
     name: str
     breaks: str
     world: type[World] = World
     patches: tuple[Patch, ...] = ()
+    first: int = 0
 
     @contextmanager
     def alive(self) -> Iterator[type[World]]:
@@ -274,7 +276,7 @@ MUTANTS = (
     Mutant("partial", "a snapshot is merged before it is here", rewriting(_partial)),
     Mutant("late-snapshots", "snapshots of the round before are merged", patches=((inbox.Inbox, "end", _keep_late),)),
     Mutant("no-deadline", "a round waits past its deadline", hearing(_deaf_to_deadlines)),
-    Mutant("unbounded", "offers are kept without bound", patches=((offers, "ROUNDS_KEPT", 10**9),)),
+    Mutant("unbounded", "offers are kept without bound", patches=((offers, "ROUNDS_KEPT", 10**9),), first=200),
     Mutant("publish-first", "a snapshot is published before it is durable", rewriting(_early)),
     Mutant("train-first", "training begins before the merge is durable", rewriting(_train_first)),
     Mutant("shuffled", "actions are carried out in another order", _Shuffled),
@@ -306,6 +308,7 @@ MUTANTS = (
         "patient-newcomer",
         "a newcomer waits for ever for the weights that it chose",
         patches=((joining.Newcomer, "time_is_up", _patient),),
+        first=1_850,
     ),
 )
 BY_NAME = {mutant.name: mutant for mutant in MUTANTS}
