@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -51,27 +51,39 @@ def tcp_client(port: int, megabytes: int, keys: str) -> Any:
             while got < len(buffer):
                 got += connection.recv_into(buffer[got:])
 
-    return receive, None
+    return receive, None, None
 
 
-# ── plain grpc.aio with protobuf messages, mutual TLS ────────────────────────────────────────────────────────
+# ── plain grpc.aio, mutual TLS: protobuf messages into memory, and bare bytes that nobody keeps ────────────────
 def protobuf_server(pipe: Any, megabytes: int, repeats: int, keys: str) -> None:
     """Stream a buffer in protobuf messages of 1 MiB."""
-    import grpc
     from google.protobuf.wrappers_pb2 import BytesValue
+
+    _plain_server(
+        pipe, megabytes, repeats, keys, lambda data: BytesValue(value=data), serializer=BytesValue.SerializeToString
+    )
+
+
+def bytes_server(pipe: Any, megabytes: int, repeats: int, keys: str) -> None:
+    """Stream a buffer in messages of 1 MiB that are nothing but its bytes."""
+    _plain_server(pipe, megabytes, repeats, keys, lambda data: data, serializer=None)
+
+
+def _plain_server(
+    pipe: Any, megabytes: int, repeats: int, keys: str, wrap: Callable[[bytes], Any], serializer: Any
+) -> None:
+    import grpc
 
     data = memoryview(numbers(megabytes).numpy()).cast("B")
 
-    async def stream(request: BytesValue, context: Any) -> None:
+    async def stream(request: bytes, context: Any) -> None:
         del request
         for start in range(0, len(data), MIB):
-            await context.write(BytesValue(value=bytes(data[start : start + MIB])))
+            await context.write(wrap(bytes(data[start : start + MIB])))
 
     async def serve() -> None:
         server = grpc.aio.server()
-        handler = grpc.unary_stream_rpc_method_handler(
-            stream, request_deserializer=BytesValue.FromString, response_serializer=BytesValue.SerializeToString
-        )
+        handler = grpc.unary_stream_rpc_method_handler(stream, response_serializer=serializer)
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("bench.Data", {"Fetch": handler}),))
         port = server.add_secure_port("127.0.0.1:0", identity(keys, "a").server_credentials())
         await server.start()
@@ -85,30 +97,42 @@ def protobuf_server(pipe: Any, megabytes: int, repeats: int, keys: str) -> None:
 
 
 def protobuf_client(port: int, megabytes: int, keys: str) -> Any:
-    """Yield a function that receives once into a buffer that is there."""
-    import grpc
+    """Return a function that receives once into a buffer that is there."""
     from google.protobuf.wrappers_pb2 import BytesValue
+
+    buffer = memoryview(bytearray(megabytes * 1_000_000))
+
+    def keep(got: int, message: BytesValue) -> int:
+        buffer[got : got + len(message.value)] = message.value
+        return len(message.value)
+
+    return _plain_client(port, megabytes, keys, keep, BytesValue.FromString), None, None
+
+
+def bytes_client(port: int, megabytes: int, keys: str) -> Any:
+    """Return a function that receives once and keeps nothing."""
+    return _plain_client(port, megabytes, keys, lambda got, message: len(message), None), None, None
+
+
+def _plain_client(
+    port: int, megabytes: int, keys: str, keep: Callable[[int, Any], int], deserializer: Any
+) -> Callable[[], Any]:
+    import grpc
 
     from dimat.net.identity import tls_name
 
-    buffer = memoryview(bytearray(megabytes * 1_000_000))
     own = identity(keys, "b")
 
     async def receive() -> None:
         options = [("grpc.ssl_target_name_override", tls_name("a")), ("grpc.max_receive_message_length", 2 * MIB)]
         async with grpc.aio.secure_channel(f"127.0.0.1:{port}", own.channel_credentials(), options) as channel:
-            call = channel.unary_stream(
-                "/bench.Data/Fetch",
-                request_serializer=BytesValue.SerializeToString,
-                response_deserializer=BytesValue.FromString,
-            )(BytesValue())
+            call = channel.unary_stream("/bench.Data/Fetch", response_deserializer=deserializer)(b"")
             got = 0
             async for message in call:
-                buffer[got : got + len(message.value)] = message.value
-                got += len(message.value)
-            assert got == len(buffer)
+                got += keep(got, message)
+            assert got == megabytes * 1_000_000
 
-    return receive, None
+    return receive
 
 
 # ── ours ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -196,7 +220,8 @@ def dimat_server(pipe: Any, megabytes: int, repeats: int, keys: str) -> None:
 
 
 def dimat_client(port: int, megabytes: int, keys: str) -> Any:
-    """Return a function that fetches the next snapshot, block by block verified, into a file; and what prepares."""
+    """Return a function that fetches the next snapshot, block by block verified, into a file; what prepares; and
+    what closes."""
     from dimat.snapshot import schema_hash
 
     folder = tempfile.TemporaryDirectory()
@@ -223,7 +248,10 @@ def dimat_client(port: int, megabytes: int, keys: str) -> Any:
         assert fetched.bytes == manifest.payload.bytes
         held["made"].release("a", manifest.round, manifest.payload.root)
 
-    return receive, ready
+    async def close() -> None:
+        await held["made"].close(0)
+
+    return receive, ready, close
 
 
 # ── averaging among four ─────────────────────────────────────────────────────────────────────────────────────
