@@ -13,10 +13,10 @@ from dimat.ui.text import Table, clean
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2430; --soft: #5b6675; --line: #dde2e8; --paper: #ffffff; --card: #f5f7f9;
-  --best: #00694c; --warn: #8a4b00; --warn-paper: #fff4e0; --link: #0a5fb0; }
+  --best: #00694c; --warn: #8a4b00; --warn-paper: #fff4e0; --link: #0a5fb0; --shade: #0003; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e4e8ed; --soft: #9aa6b4; --line: #333c47; --paper: #14181d; --card: #1d232a;
-    --best: #4fd0a5; --warn: #ffc46b; --warn-paper: #33270f; --link: #79b8ff; }
+    --best: #4fd0a5; --warn: #ffc46b; --warn-paper: #33270f; --link: #79b8ff; --shade: #fff3; }
 }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 70rem; padding: 1.25rem; background: var(--paper); color: var(--ink);
@@ -26,9 +26,13 @@ h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
 p { margin: .5rem 0; } .soft { color: var(--soft); } a { color: var(--link); }
 .facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .6rem; margin: 1.2rem 0; }
 .facts div { background: var(--card); border-radius: .5rem; padding: .6rem .8rem; }
-.facts b { display: block; font-size: 1.3rem; font-weight: 600; overflow-wrap: anywhere; }
+.facts b { display: block; font-size: clamp(1.05rem, 5vw, 1.3rem); font-weight: 600; overflow-wrap: anywhere; }
 .facts span { color: var(--soft); font-size: .85rem; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; /* a shade on the side where there is more to scroll to */
+  background: linear-gradient(90deg, var(--paper) 1rem, transparent 2rem) left / 2rem 100% no-repeat local,
+    linear-gradient(-90deg, var(--paper) 1rem, transparent 2rem) right / 2rem 100% no-repeat local,
+    linear-gradient(90deg, var(--shade), transparent) left / .9rem 100% no-repeat scroll,
+    linear-gradient(-90deg, var(--shade), transparent) right / .9rem 100% no-repeat scroll; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th { color: var(--soft); font-weight: 600; white-space: normal; vertical-align: bottom; } .left { text-align: left; }

@@ -13,7 +13,7 @@ from dimat.ui.page import esc
 from dimat.ui.symmetry import Described, units_text
 from dimat.ui.symmetry_flow import Box, Flow
 
-_WIDE, _ROW, _GAP, _LAYER, _CELL = 330, 15, 24, 22, 58
+_WIDE, _ROW, _GAP, _LAYER, _CELL = 300, 15, 24, 22, 58  # a box fits into a window of 360 px
 _LETTER, _LEGEND = 6, 66
 _FROZEN = "#d4d7db"
 
@@ -60,16 +60,19 @@ class _Painter:
         """Return the legend's entries, in as many columns as the width has room for, and the height below them."""
         groups = self._described.spec.groups
         sizes = {group.id: group.size for group in groups}
-        lines = [f"{self._number[g.id]}  {g.id}: {units_text(g, sizes)}" for g in groups]
-        lines.append("never moves (number: size)")
+        parts = [(f"{self._number[g.id]}  ", g.id, f": {units_text(g, sizes)}") for g in groups]
+        parts.append(("", "never moves (number: size)", ""))
+        most = min(_LEGEND, (width - 20) // _LETTER)
+        shown = [f"{before}{_short(name, most - len(before + after))}{after}" for before, name, after in parts]
+        lines = ["".join(part) for part in parts]
         fills = [*(colour(self._number[g.id]) for g in groups), _FROZEN]
-        column = 40 + _LETTER * min(max(map(len, lines)), _LEGEND)
+        column = 40 + _LETTER * max(map(len, shown))
         rows = -(-len(lines) // max(1, width // column))
         drawn = [
             f'<g transform="translate({10 + at // rows * column} {10 + at % rows * _ROW})">'
             f'<rect width="14" height="11" fill="{fill}"/>'
-            f'<text x="20" y="9">{_short(line, _LEGEND)}<title>{esc(line)}</title></text></g>'
-            for at, (line, fill) in enumerate(zip(lines, fills, strict=True))
+            f'<text x="20" y="9">{esc(text)}<title>{esc(line)}</title></text></g>'
+            for at, (text, line, fill) in enumerate(zip(shown, lines, fills, strict=True))
         ]
         return drawn, 10 + rows * _ROW + 20
 
@@ -91,12 +94,13 @@ class _Painter:
         fill = {"module": "#f7f8fa", "join": "#ffffff"}.get(box.kind, "#e9edf2")
         pieces = [
             f'<g transform="translate({x:.0f} {y:.0f})"><rect width="{_WIDE}" height="{height}" rx="{round_}" '
-            f'fill="{fill}" stroke="#8a94a0"/><text x="6" y="12" font-weight="bold">{_short(box.title, 50)}'
+            f'fill="{fill}" stroke="#8a94a0"/><text x="6" y="12" font-weight="bold">'
+            f"{esc(_short(box.title, (_WIDE - 12) // _LETTER))}"
             f"<title>{esc(box.title)}</title></text>"
         ]
         for row, (names, axes) in enumerate(self.rows(box), 1):
             top = row * _ROW + 2
-            pieces.append(f'<text x="6" y="{top + 10}">{_several(names, 16)}<title>{esc(names)}</title></text>')
+            pieces.append(f'<text x="6" y="{top + 10}">{esc(_several(names, 16))}<title>{esc(names)}</title></text>')
             wide = min(_CELL, (_WIDE - 112) // max(len(axes), 1))
             pieces += [self._cell(axis, 108 + at * wide, top, wide - 3) for at, axis in enumerate(axes)]
         return "".join([*pieces, "</g>"])
@@ -151,23 +155,30 @@ def _places(flow: Flow, painter: _Painter) -> tuple[list[tuple[float, float, int
             column[number] = at
             places[number] = (at * (_WIDE + _GAP * 2), y, height)
         y += max(heights) + _LAYER
-    return places, int(max((x for x, _, _ in places), default=0)) + _WIDE + 160, y
+    around = [_out(places[start], places[end]) for start, end in (*flow.edges, *flow.back)]
+    return places, max([_WIDE, *(int(x) + _WIDE for x, _, _ in places), *(int(x) for x in around)]), y
 
 
 def _edge(places: list[tuple[float, float, int]], start: int, end: int, *, dashed: bool) -> str:
     x0, y0, tall = places[start]
     x1, y1, _ = places[end]
     style = 'fill="none" stroke="#9aa4af"' + (' stroke-dasharray="4 3"' if dashed else "")
-    drop = y1 - y0 - tall
-    if 0 <= drop <= 2 * _LAYER:
+    out = _out(places[start], places[end])
+    if not out:
         at, to = x0 + _WIDE / 2, x1 + _WIDE / 2
         low = y0 + tall
         return f'<path d="M{at:.0f} {low:.0f}C{at:.0f} {y1:.0f} {to:.0f} {low:.0f} {to:.0f} {y1:.0f}" {style}/>'
-    # one that passes other layers goes round on the right, further out the longer it is
-    out = max(x0, x1) + _WIDE + min(20 + abs(drop) / 12, 150)
     at, to = y0 + tall / 2, y1 + 8
     path = f"M{x0 + _WIDE:.0f} {at:.0f}C{out:.0f} {at:.0f} {out:.0f} {to:.0f} {x1 + _WIDE:.0f} {to:.0f}"
     return f'<path d="{path}" {style}/>'
+
+
+def _out(start: tuple[float, float, int], end: tuple[float, float, int]) -> float:
+    """Return how far right an edge that passes other layers goes round them, further the longer it is; 0: it needs
+    not."""
+    (x0, y0, tall), (x1, y1, _) = start, end
+    drop = y1 - y0 - tall
+    return 0.0 if 0 <= drop <= 2 * _LAYER else max(x0, x1) + _WIDE + min(20 + abs(drop) / 12, 150)
 
 
 def _several(names: str, most: int) -> str:
@@ -180,4 +191,5 @@ def _several(names: str, most: int) -> str:
 
 
 def _short(text: str, most: int) -> str:
-    return esc(text if len(text) <= most else f"{text[: most - 1]}…")
+    """Return a text, or its end where it is too long: the names in a model begin alike."""
+    return text if len(text) <= most else f"…{text[len(text) - most + 1 :]}"

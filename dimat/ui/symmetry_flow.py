@@ -8,12 +8,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import torch
 from torch.fx import Node
 
 from dimat.symmetry import Trace
 
 _MOST_USES = 3
 """A module that is used again further down gets a new box each time, up to this many; then edges go back."""
+
+
+_NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool, int, float)
+"""What is worked out of a tensor's shape: no data flows there, and edges from it would lead everywhere."""
 
 
 @dataclass
@@ -82,7 +87,7 @@ def flow_of(traced: Trace) -> Flow:
             if node.users:
                 origin[node] = flow.add(source.name, "input")
             continue
-        if node.op == "output":
+        if node.op == "output" or isinstance(node.meta.get("val"), _NUMBERS):
             continue
         given = node.all_input_nodes
         tensors = sorted(set[str]().union(*(carried.get(each, set()) for each in given)))

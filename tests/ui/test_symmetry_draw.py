@@ -85,3 +85,38 @@ def test_nothing_overlaps_or_sticks_out(name: str) -> None:
             assert not any(piece.meets(other) for other in pieces[:number])
             assert piece.x + piece.wide <= whole[2]
             assert piece.y + piece.tall <= whole[3]
+
+
+class Halves(nn.Module):
+    """Two layers, between them a view to sizes that are taken from the input's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder_with_a_name_that_is_longer_than_any_box_is_wide = nn.Linear(6, 8)
+        self.out = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.encoder_with_a_name_that_is_longer_than_any_box_is_wide(x)
+        return self.out(y.view(x.shape[0], x.shape[1], 2, 4))
+
+
+def test_sizes_draw_no_edges() -> None:
+    """A size that is taken from the input leads no edge to where it is used. Reference: the model is a chain."""
+    flow = flow_of(trace(Halves(), (torch.randn(2, 5, 6),)))
+    assert [box.kind for box in flow.boxes] == ["input", "module", "module", "output"]
+    assert list(flow.edges) == [(0, 1), (1, 2), (2, 3)]
+
+
+def test_long_names_keep_their_end_and_a_chain_needs_no_margin() -> None:
+    """What tells names of one model apart stands at their end; the units of a group are never cut off; without an edge
+    that goes round, the drawing is as wide as its boxes and fits a window of 360 px. Reference: the file's own text."""
+    network, inputs = Halves(), torch.randn(2, 5, 6)
+    spec = derive_symmetry(network, (inputs,))
+    tensors = {n: (tuple(t.shape), str(t.dtype)) for n, t in network.state_dict().items()}
+    root = ET.fromstring(draw(Described("halves", spec, tensors, None), flow_of(trace(network, (inputs,)))))
+    texts = [text.text or "" for text in root.iter(f"{SVG}text")]
+    assert any(text.startswith("…") and text.endswith("longer_than_any_box_is_wide") for text in texts)
+    assert spec.groups
+    for group in spec.groups:
+        assert any(group.id[-10:] in text and str(group.size) in text.rpartition(":")[2] for text in texts)
+    assert float(root.get("width", 0)) <= 320

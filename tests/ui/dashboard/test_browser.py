@@ -101,6 +101,31 @@ def test_accessible_by_axe(tmp_path: Path, scheme: str) -> None:
         assert not looking.faults
 
 
+def test_nothing_is_hidden_on_a_narrow_screen(tmp_path: Path) -> None:
+    """At 360 px every view's link is within the window, no word or number of a table of shares is broken, names in the
+    picture stand outside of the circle, and columns without a word in them are left out. Reference: the run of
+    `tests.ui.dashboard.runs`, in which an agent is lost and nobody is doing anything."""
+    chromium()
+    write_run(tmp_path / "run")
+    narrow = {"width": 360, "height": 740}
+    with serving(tmp_path / "run", tmp_path / "said") as address, browser(viewport=narrow) as looking:
+        looking.open("network", address)
+        looking.until(f"{NODES}.length === 3")
+        right = "Math.max(...[...document.querySelectorAll('nav a')].map((a) => a.getBoundingClientRect().right))"
+        assert 0 < looking.page.evaluate(right) <= 360
+        sides = [looking.page.evaluate(f"{node(name)}.data('side')") for name in ABC]
+        assert sides == ["top", "right", "left"]
+        heads = looking.page.evaluate("[...document.querySelectorAll('#agents thead th')].map((th) => th.textContent)")
+        assert "Why" in heads
+        assert "Doing" not in heads
+        assert "round\n0 of 3" in looking.page.inner_text("#facts")
+        looking.open("alignment")
+        looking.until("document.querySelectorAll('#groups td').length > 0")
+        tall = "[...document.querySelectorAll('#groups thead th')].map((cell) => cell.getBoundingClientRect().height)"
+        assert max(looking.page.evaluate(tall)) < 40  # one line
+        assert not looking.faults
+
+
 def test_by_keyboard_alone(tmp_path: Path) -> None:
     """The skip link comes first, each view is reached with Tab and Enter, focus is seen, an agent is chosen from the
     table, and a peer's text is never markup."""

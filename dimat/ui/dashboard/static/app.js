@@ -102,7 +102,7 @@ function head() {
   const trouble = [["late", states("late")], ["lost", states("lost")]].filter(([, many]) => many).map(([word, many]) => `${many} ${word}`);
   facts([
     ["agents", `${number(all.length)}${trouble.length ? `, ${trouble.join(", ")}` : ""}`],
-    [run.rounds ? `round of ${run.rounds}` : "round", low === high ? `${high}` : `${low} to ${high}`],
+    ["round", `${low === high ? high : `${low} to ${high}`}${run.rounds ? ` of ${run.rounds}` : ""}`],
     [`mean ${run.metric || "metric"}`, metric(mean)],
     ["received in all", bytes(all.reduce((sum, agent) => sum + agent.received, 0))],
     ["parameters", run.parameters ? number(run.parameters) : NONE],

@@ -36,7 +36,8 @@ export class Curves {
     this.charts[1].draw(rounds, lines, this.column(1, 4));
     this.keys(lines);
     const some = store.agents.size > FEW;
-    say("curves-note", some && !chosen ? "Thick: mean of all agents. Choose an agent above to see its own line." : "");
+    const thick = some && !chosen ? "Thick: mean of all agents. Choose an agent above to see its own line. " : "";
+    say("curves-note", `${thick}Beside a name: the last ${name} after a merge.`);
     this.table(rounds, chosen);
   }
 

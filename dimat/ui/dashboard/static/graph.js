@@ -116,10 +116,32 @@ export class Graph {
       this.cy.layout({ ...common, name: "circle" }).run();
       this.cy.layout({ ...common, name, randomize: false, numIter: count > 400 ? 50 : 400, nodeRepulsion: () => 20000 }).run();
     } else {
-      this.cy.layout({ ...common, name, avoidOverlap: name !== "circle", condense: false }).run();
+      // room for the names at the sides of a circle, so that they need not be made smaller
+      const boundingBox = { x1: 0, y1: 0, w: Math.max(80, this.cy.width() - 120), h: Math.max(80, this.cy.height() - 100) };
+      this.cy.layout({ ...common, name, ...(name === "circle" && { boundingBox }), avoidOverlap: name !== "circle", condense: false }).run();
     }
+    this.name(name === "circle");
     this.cy.fit(undefined, 30);
   }
+
+  name(onCircle) {
+    const box = this.cy.nodes().boundingBox({ includeLabels: false });
+    let moved = false;
+    for (const node of this.cy.nodes()) {
+      const side = onCircle ? outward(node.position(), box) : "bottom";
+      moved ||= side !== (node.data("side") ?? "bottom");
+      node.data("side", side);
+    }
+    if (moved) this.cy.style(style()); // else names are drawn within the bounds that they had on the other side
+  }
+}
+
+// On a circle names stand outside of it, where no link passes.
+function outward({ x, y }, box) {
+  const across = (x - (box.x1 + box.x2) / 2) / box.w;
+  const down = (y - (box.y1 + box.y2) / 2) / box.h;
+  if (Math.abs(across) > 0.2) return across > 0 ? "right" : "left";
+  return down > 0 ? "bottom" : "top";
 }
 
 function style() {
@@ -150,6 +172,9 @@ function style() {
     { selector: 'node[state = "late"]', style: { "border-width": 4, "border-color": colour("late-mark"), width: 34, height: 34 } },
     { selector: 'node[state = "lost"]', style: { "border-width": 2, width: 36, height: 34, "font-weight": "bold", color: colour("lost") } },
     { selector: 'node[state = "unknown"]', style: { "border-style": "dashed", "border-color": colour("edge") } },
+    { selector: 'node[side = "top"]', style: { "text-valign": "top", "text-margin-y": -4 } },
+    { selector: 'node[side = "left"]', style: { "text-valign": "center", "text-halign": "left", "text-margin-x": -4, "text-margin-y": 0 } },
+    { selector: 'node[side = "right"]', style: { "text-valign": "center", "text-halign": "right", "text-margin-x": 4, "text-margin-y": 0 } },
     { selector: 'node[chosen = "yes"]', style: { "outline-width": 3, "outline-color": colour("link"), "outline-offset": 3 } },
     {
       selector: "edge",

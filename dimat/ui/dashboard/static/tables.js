@@ -8,14 +8,17 @@ export const rowsShown = () => (narrow.matches ? 20 : 100);
 
 // Fill a table. rows: { key, cells, state, chosen, head }; a cell is text, a number, or an element.
 // A row that says the same as before stays as it is, so that focus and selection stay too.
-export function fill(id, heads, rows, { numbers = [], head = 0, empty = "" } = {}) {
+// optional: columns that are left out while no row has anything in them.
+export function fill(id, heads, rows, { numbers = [], optional = [], head = 0, empty = "" } = {}) {
   const table = byId(id);
+  const without = new Set(optional.filter((i) => rows.every((row) => !row.cells[i])));
   const right = new Set(numbers);
-  const signature = JSON.stringify(heads);
+  const signature = JSON.stringify(heads.filter((_, i) => !without.has(i)));
   if (table.dataset.heads !== signature) {
     table.dataset.heads = signature;
     table.tHead?.remove();
-    const cells = heads.map((text, i) => el("th", { scope: "col", role: "columnheader", class: right.has(i) ? "num" : null }, text));
+    const cells = heads.map((text, i) => (without.has(i) ? null
+      : el("th", { scope: "col", role: "columnheader", class: right.has(i) ? "num" : null }, text)));
     const top = el("thead", { role: "rowgroup" }, el("tr", { role: "row" }, ...cells));
     table.setAttribute("role", "table"); // kept where style makes cards of the rows
     table.querySelectorAll("tbody").forEach((body) => body.remove());
@@ -34,6 +37,7 @@ export function fill(id, heads, rows, { numbers = [], head = 0, empty = "" } = {
     const before = old.get(key);
     if (before && before.said === said) return before;
     const cells = row.cells.map((cell, i) => {
+      if (without.has(i)) return null;
       const kind = i === head ? "th" : "td";
       const role = i === head ? "rowheader" : "cell";
       const attributes = { role, scope: i === head ? "row" : null, "data-label": heads[i], class: right.has(i) ? "num" : null };
@@ -95,15 +99,15 @@ export function share(value, text) {
   return el("span", { class: "share" }, el("span", {}, text), el("b", { "aria-hidden": "true" }, bar));
 }
 
-// A table of shares, darker where there is more. rows: { name, values }, values from 0 to 1 or null.
-export function heat(id, heads, rows, text) {
+// A table of shares, darker where there is more, darkest at `most`. rows: { name, values }, values from 0 to 1 or null.
+export function heat(id, heads, rows, text, most = 1) {
   const table = byId(id);
   table.querySelectorAll("thead, tbody").forEach((part) => part.remove());
   const top = el("thead", {}, el("tr", {}, ...heads.map((head) => el("th", { scope: "col" }, head))));
   const body = el("tbody", {}, ...rows.map((row) => el("tr", {}, el("th", { scope: "row" }, row.name),
     ...row.values.map((value) => {
       const cell = el("td", {}, value === null || value === undefined ? "" : text(value));
-      if (value) cell.style.backgroundColor = `rgba(var(--heat), ${Math.min(0.45, 0.05 + 0.4 * value)})`;
+      if (value) cell.style.backgroundColor = `rgba(var(--heat), ${Math.min(0.45, 0.05 + (0.4 * value) / most)})`;
       return cell;
     }))));
   table.append(top, body);

@@ -52,7 +52,7 @@ export class Agents {
         agent.why === "done" ? "" : agent.why,
       ],
     }));
-    fill("agents", heads, rows, { numbers: [2, 4, 5, 6, 7, 8] });
+    fill("agents", heads, rows, { numbers: [2, 4, 5, 6, 7, 8], optional: [3, 9] });
     this.drawLinks();
   }
 
@@ -94,7 +94,7 @@ export class Merges {
     const name = found.metric || "metric";
     this.pager.show(found.total, size, "merge");
     say("merges-note", count(found.total, "merge"));
-    const heads = ["Agent", "Round", "Heard", "Weights", `${capital(name)} before`, "after", "Verdict", "Notes"];
+    const heads = ["Agent", "Round", "Heard", "Weights", `${capital(name)} before`, `${capital(name)} after`, "Verdict", "Notes"];
     const rows = found.merges.map((merge) => ({
       key: `${merge.round} ${merge.agent}`,
       cells: [
@@ -108,7 +108,7 @@ export class Merges {
         [...Object.entries(merge.missing).map(([who, why]) => `${who} ${why}`), ...merge.notes].join("; "),
       ],
     }));
-    fill("merge-table", heads, rows, { numbers: [1, 2, 4, 5], empty: "No merges yet." });
+    fill("merge-table", heads, rows, { numbers: [1, 2, 4, 5], optional: [7], empty: "No merges yet." });
   }
 }
 
@@ -136,6 +136,7 @@ export class Lineage {
     if (!agent) return;
     const found = await ask("lineage", [["agent", agent]]);
     byId("lineage-rounds-box").hidden = true;
+    byId("lineage-terms").hidden = Boolean(found.error);
     if (found.error) {
       say("lineage-note", `${agent}: ${found.error}.`);
       fill("lineage-table", ["Agent"], []);
@@ -153,7 +154,7 @@ export class Lineage {
     const names = found.contributors.map((row) => row.agent).slice(0, 60);
     const weights = new Map(found.updates.map(([who, round, weight]) => [`${round} ${who}`, weight]));
     const table = names.map((who) => ({ name: who, values: rounds.map((round) => weights.get(`${round} ${who}`) ?? null) }));
-    heat("lineage-rounds", ["Agent", ...rounds.map((round) => `${round}`)], table, (value) => (100 * value).toFixed(0));
+    heat("lineage-rounds", ["Agent", ...rounds.map((round) => `${round}`)], table, (value) => (100 * value).toFixed(0), Math.max(...table.flatMap((row) => row.values)));
     byId("lineage-rounds-box").hidden = !rounds.length;
   }
 }
@@ -165,11 +166,11 @@ export class Alignment {
       say("alignment-note", found.error);
       return;
     }
-    const grouped = [...found.moves, ...found.adoptions]
+    const grouped = [...found.moves, ...found.adoptions.map((row) => ({ ...row, adopted: true }))]
       .filter((row) => Object.keys(row.groups).length)
       .sort((a, b) => b.round - a.round || byName(a.agent, b.agent));
     say("alignment-note", grouped.length
-      ? "Peers that were permuted for a merge, agents that took over a peer's order of units, and how much of each group moved."
+      ? "The peer after the arrow was permuted for a merge of the agent before it; “taken over”: the agent put its own units into the peer's order."
       : "Nothing was permuted, or not by group.");
     const moves = found.moves.slice(0, 200).map((row) => ({
       key: `${row.round} ${row.agent} ${row.peer}`,
@@ -186,7 +187,7 @@ export class Alignment {
     if (grouped.length) {
       const newest = grouped.slice(0, 40);
       const groups = [...new Set(newest.flatMap((row) => Object.keys(row.groups)))];
-      const rows = newest.map((row) => ({ name: `${row.agent} ← ${row.peer}, round ${row.round}`, values: groups.map((group) => row.groups[group] ?? null) }));
+      const rows = newest.map((row) => ({ name: `${row.agent} ← ${row.peer}, round ${row.round}${row.adopted ? ", taken over" : ""}`, values: groups.map((group) => row.groups[group] ?? null) }));
       heat("groups", ["Aligned", ...groups], rows, (value) => (100 * value).toFixed(0));
     }
   }
