@@ -10,7 +10,7 @@ says otherwise. Comments are HTML, which readers do not see:
     <!-- fragment: WHY -->       TOML that is no part of an experiment as it is
     <!-- sent: FILE PLACE… -->   between blocks: people carry a file to other places
     <!-- wait: FILE TEXT -->     between blocks: until a file has a text
-    <!-- screenshot: FILE | … -->   a picture in the site, see docs/hooks.py
+    <!-- screenshot: NAME | … -->   a picture in the site, see docs/hooks.py
 
 The first line of a block says where it runs: `# at the organiser`, `# at lab-a` in a folder of that name, `# here` or
 nothing in one folder for the page. `# as root` changes the machine, and is not run.
