@@ -44,7 +44,7 @@ class FolderSource:
         finally:
             gc.enable()
         if not self.state.version:
-            raise DataError(f"{path} has no events yet: {EVENTS} is empty or no log of dimat; start the run first")
+            raise DataError(f"{path} has no events yet: {EVENTS} is empty; start the run first")
 
     @property
     def damaged(self) -> int:

@@ -198,7 +198,7 @@ def test_a_log_of_another_schema_hides_no_other(tmp_path: Path) -> None:
     with running(source) as address:
         until(lambda: str(strange) in httpx.get(f"{address}/api/state").json()["run"]["notice"], "the notice")
         assert source.state.agents["lab-b"].points
-    with pytest.raises(DataError, match="lab-a.*is not a dimat event log"):
+    with pytest.raises(DataError, match=r"lab-a.*is not a dimat event log"):
         FolderSource(tmp_path)
 
 
