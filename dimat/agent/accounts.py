@@ -1,16 +1,95 @@
-"""Exact accounting: with what weights a merge is made, and what it consists of."""
+"""Exact accounting: with what weights a merge is made, what it consists of, and what a snapshot comes from."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 
-from dimat.agent.messages import Merge, MergeDone
+from dimat.agent.basis import BasisId
+from dimat.agent.lineage import MergeRecord
+from dimat.agent.messages import Merge, MergeDone, Part
 from dimat.agent.offers import PeerPublished
 from dimat.agent.plan import RoundPlan, Rules
 from dimat.agent.push_sum import PushSum
-from dimat.events import Contribution
+from dimat.agent.state import MachineState
+from dimat.events import Contribution, Merged
 from dimat.topology.mixing import renormalise
+
+
+class Accounts:
+    """What an agent has to account for from round to round. `state`: of the checkpoint that it goes on from.
+
+    `root`: address of its newest snapshot; `parents`: what that one's training started from, and after a merge what the
+    next one's does; `push`: its push-sum weight and what became of it.
+    """
+
+    def __init__(self, agent: str, rules: Rules, state: MachineState | None = None) -> None:
+        self.root = "" if state is None else state.root
+        self.parents = () if state is None else state.parents
+        self.push = PushSum.from_dict(state.push) if state is not None and state.push else PushSum()
+        self._agent = agent
+        self._rules = rules
+        self._taking: dict[str, float] = {}
+
+    def push_weight(self, plan: RoundPlan) -> float | None:
+        """Return own push-sum weight; None where the plan has none."""
+        return self.push.weight if plan.push is not None else None
+
+    def trained(self, root: str, plan: RoundPlan) -> None:
+        """Take down the snapshot that a round's training has given, and the weight that goes out with it."""
+        self.root = root
+        if plan.push is not None:
+            self.push.push(plan.push)
+
+    def took_over(self, offer: PeerPublished) -> MergeRecord:
+        """Take down that the weights are a peer's."""
+        taken = Contribution(agent=offer.peer, snapshot=offer.root, round=offer.round, weight=1.0, verdict="adopted")
+        self.parents = (taken,)
+        return MergeRecord(self._agent, offer.round, "", self.parents, kind="join")
+
+    def merge(self, number: int, plan: RoundPlan, usable: Mapping[str, PeerPublished], basis: BasisId) -> Merge:
+        """Return the merge of a round, of the agent's own snapshot with those in `usable`."""
+        own, mixing = shares(self._rules, plan, self.push, self._agent, number, usable)
+        parts = tuple(
+            Part(peer, offer.round, offer.root, mixing[peer], offer.basis == basis)
+            for peer, offer in sorted(usable.items())
+            if mixing.get(peer, 0.0) > 0
+        )
+        self._taking = {part.peer: usable[part.peer].pushed for part in parts}
+        return Merge(number, own, parts)
+
+    def merged(self, merge: Merge, done: MergeDone, plan: RoundPlan, expected: int) -> tuple[Merged, MergeRecord]:
+        """Take down how a merge went; return what is told of it, and its record. `expected`: peers in the plan."""
+        # a refused peer's push-sum weight counts for self, as its mixing weight does
+        self.push.take(self._taking if plan.push is not None else {})
+        self.parents = contributions(self._agent, self.root, merge, done)
+        told = Merged(
+            agent=self._agent,
+            round=merge.round,
+            contributions=self.parents,
+            heard=len(merge.parts),
+            expected=expected,
+            before=done.before or {},
+            after=done.after or {},
+            accepted=done.accepted,
+            merge_s=done.merge_s,
+            notes=done.notes,
+            push_weight=self.push_weight(plan),
+        )
+        record = MergeRecord(
+            self._agent,
+            merge.round,
+            self.root,
+            self.parents,
+            refused=dict(done.refused),
+            accepted=done.accepted,
+            trained=plan.learn,
+            before=dict(done.before or {}),
+            after=dict(done.after or {}),
+            moved=dict(done.moved),
+            moved_groups=dict(done.moved_groups),
+        )
+        return told, record
 
 
 def shares(

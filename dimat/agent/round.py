@@ -19,14 +19,12 @@ from enum import Enum
 
 from dimat import events as facts
 from dimat.agent import messages as m
-from dimat.agent.accounts import contributions, shares
+from dimat.agent.accounts import Accounts
 from dimat.agent.basis import BasisId
 from dimat.agent.inbox import PAST, Heard, Inbox
 from dimat.agent.joining import Newcomer, better_basis
-from dimat.agent.lineage import MergeRecord
 from dimat.agent.offers import PeerPublished
 from dimat.agent.plan import Plan, RoundPlan, Rules
-from dimat.agent.push_sum import PushSum
 from dimat.agent.state import MachineState, Stage
 
 
@@ -77,21 +75,18 @@ class RoundMachine:
         self._inbox.base = self.base
         self._other_base: set[str] = set()
         self._current = RoundPlan({agent: 1.0})
-        self._own_root = "" if state is None else state.root
-        self._parents = () if state is None else state.parents
-        self._push = PushSum.from_dict(state.push) if state is not None and state.push else PushSum()
+        self._accounts = Accounts(agent, rules, state)
         self._adopting: PeerPublished | None = None
         self._newcomer: Newcomer | None = None
         self._unfit: set[str] = set()  # snapshots whose basis could not be adopted
         self._expired = False
         self._time_up = False
         self._merge: m.Merge | None = None
-        self._taking: dict[str, float] = {}
 
     @property
     def push_weight(self) -> float | None:
         """Own push-sum weight; None where the plan has none."""
-        return self._push.weight if self._current.push is not None else None
+        return self._accounts.push_weight(self._current)
 
     def handle(self, event: m.Event) -> list[m.Action]:
         """Take one event in, give the actions that follow from it."""
@@ -148,7 +143,7 @@ class RoundMachine:
         self._current = self._plan.of(state.round)
         actions += [
             m.SetTimer(state.round, self._rules.deadline_s),
-            m.Publish(state.round, state.root, state.basis, state.parents, dict(self._push.sent), self.base),
+            self._publish(),
             *self._inbox.begin(state.round, self._current),
         ]
         return actions + self._go_on()
@@ -203,13 +198,11 @@ class RoundMachine:
         if event.round != self.round or self.phase is not Phase.TRAINING:
             return []
         self.phase = Phase.GATHERING
-        self._own_root = event.root
+        self._accounts.trained(event.root, self._current)
         self._published = self.round
-        if self._current.push is not None:
-            self._push.push(self._current.push)
         actions: list[m.Action] = [
             m.Checkpoint(self.round, "trained", self._state_now("trained")),
-            m.Publish(self.round, event.root, self.basis, self._parents, dict(self._push.sent), self.base),
+            self._publish(),
         ]
         return actions + self._go_on()
 
@@ -281,11 +274,7 @@ class RoundMachine:
             joined = facts.Joined(agent=self.agent, round=self.round + 1, how="align")
         else:
             self.basis, self.base = offer.basis, offer.base
-            taken = facts.Contribution(
-                agent=offer.peer, snapshot=offer.root, round=offer.round, weight=1.0, verdict="adopted"
-            )
-            self._parents = (taken,)
-            record = MergeRecord(self.agent, offer.round, "", self._parents, kind="join")
+            record = self._accounts.took_over(offer)
             joined = facts.Joined(agent=self.agent, round=self.round + 1, how="adopt", peer=offer.peer)
         self._inbox.settle(self.base)
         checkpoint = m.Checkpoint(self.round, "joined", self._state_now("joined"), record)
@@ -349,49 +338,15 @@ class RoundMachine:
         usable = self._inbox.usable()
         if len(usable) < min(self._rules.min_peers, len(self._inbox.expected())):
             usable = {}
-        own, mixing = shares(self._rules, self._current, self._push, self.agent, self.round, usable)
-        parts = tuple(
-            m.Part(peer, offer.round, offer.root, mixing[peer], offer.basis == self.basis)
-            for peer, offer in sorted(usable.items())
-            if mixing.get(peer, 0.0) > 0
-        )
-        self._taking = {part.peer: usable[part.peer].pushed for part in parts}
-        self._merge = m.Merge(self.round, own, parts)
+        self._merge = self._accounts.merge(self.round, self._current, usable, self.basis)
         return [self._merge]
 
     def _merged(self, event: m.MergeDone) -> list[m.Action]:
         merge = self._merge
         if event.round != self.round or self.phase is not Phase.MERGING or merge is None:
             return []
-        # a refused peer's push-sum weight counts for self, as its mixing weight does
-        self._push.take(self._taking if self._current.push is not None else {})
-        self._parents = contributions(self.agent, self._own_root, merge, event)
-        merged = facts.Merged(
-            agent=self.agent,
-            round=self.round,
-            contributions=self._parents,
-            heard=len(merge.parts),
-            expected=len(self._inbox.expected()),
-            before=event.before or {},
-            after=event.after or {},
-            accepted=event.accepted,
-            merge_s=event.merge_s,
-            notes=event.notes,
-            push_weight=self.push_weight,
-        )
-        record = MergeRecord(
-            self.agent,
-            self.round,
-            self._own_root,
-            self._parents,
-            refused=dict(event.refused),
-            accepted=event.accepted,
-            trained=self._current.learn,
-            before=dict(event.before or {}),
-            after=dict(event.after or {}),
-            moved=dict(event.moved),
-            moved_groups=dict(event.moved_groups),
-        )
+        expected = len(self._inbox.expected())
+        merged, record = self._accounts.merged(merge, event, self._current, expected)
         target = self._rules.target
         reached = target is not None and (event.after or {}).get(target[0], -math.inf) >= target[1]
         actions: list[m.Action] = [
@@ -417,6 +372,10 @@ class RoundMachine:
         self.phase = Phase.DONE
         return [m.Exit(reason)]
 
+    def _publish(self) -> m.Publish:
+        accounts = self._accounts
+        return m.Publish(self.round, accounts.root, self.basis, accounts.parents, dict(accounts.push.sent), self.base)
+
     def _state_now(self, stage: Stage, leaves: str = "") -> MachineState:
         return MachineState(
             run=self.run,
@@ -424,10 +383,10 @@ class RoundMachine:
             round=self.round,
             stage=stage,
             basis=self.basis,
-            root=self._own_root,
-            parents=self._parents,
+            root=self._accounts.root,
+            parents=self._accounts.parents,
             base=self.base,
-            push=self._push.to_dict(),
+            push=self._accounts.push.to_dict(),
             offers=tuple(self._inbox.offers),
             leaves=leaves,
         )

@@ -143,7 +143,8 @@ def _by_running(schedule: Schedule, start: NDArray[np.float64], tolerance: float
 
 
 def diameter(graph: nx.Graph[str]) -> int:
-    """Return the longest shortest path in links; TopologyError if some agent does not reach some other."""
+    """Return the longest shortest path in links, along their direction where they have one; TopologyError if some
+    agent does not reach some other."""
     import networkx as nx
     import numpy as np
     from scipy.sparse.csgraph import dijkstra
@@ -171,14 +172,16 @@ class Summary:
 
     agents: int
     links: int
-    """Undirected links (or one-way ones, on a directed graph) that are ever used."""
+    """Undirected links, or one-way ones where `directed`, that are ever used."""
     directed: bool
+    """Whether links go one way, in some round at least."""
     period: int | None
     min_peers: int
     max_peers: int
     """Fewest and most peers that an agent hears in one round."""
     diameter: int
-    """Of the union of all rounds' links."""
+    """Of the union of all rounds' links, along their direction: rounds until everybody can have heard of everybody,
+    were all of them used in each. A schedule whose union is not connected, a directed one strongly, is never made."""
     models_sent: float
     """Per agent and round."""
     lambda_2: float | None
@@ -202,7 +205,7 @@ def summarise(schedule: Schedule, graph: nx.Graph[str] | None = None, max_rounds
     return Summary(
         agents=len(schedule.names),
         links=union.number_of_edges(),
-        directed=schedule.links(1).directed,
+        directed=union.is_directed(),
         period=schedule.period,
         min_peers=min(heard),
         max_peers=max(heard),

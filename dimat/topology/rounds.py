@@ -113,13 +113,15 @@ class Schedule(ABC):
         return tuple(self.names[j] for j in sorted(self._ever(self._number(agent))[0]))
 
     def union(self) -> nx.Graph[str]:
-        """Return the undirected graph of all links that are ever used (dense for drawn schedules on all pairs)."""
+        """Return the graph of all links that are ever used (dense for drawn schedules on all pairs); directed if those
+        of some round are, with an edge u -> v where u ever sends to v."""
         import networkx as nx
 
-        graph: nx.Graph[str] = nx.Graph()
+        directed = any(self.links(number).directed for number in range(1, (self.period or 1) + 1))
+        graph: nx.Graph[str] = nx.DiGraph() if directed else nx.Graph()
         graph.add_nodes_from(self.names)
         for i, u in enumerate(self.names):
-            graph.add_edges_from((u, self.names[j]) for side in self._ever(i) for j in side if j > i)
+            graph.add_edges_from((u, self.names[j]) for j in self._ever(i)[1])
         return graph
 
     def _ever(self, i: int) -> tuple[set[int], set[int]]:

@@ -10,7 +10,7 @@ from typing import Any
 from unittest.mock import patch
 
 from dimat import events as facts
-from dimat.agent import inbox, joining, offers, push_sum
+from dimat.agent import accounts, inbox, joining, offers, push_sum
 from dimat.agent import messages as m
 from dimat.agent import round as round_module
 from dimat.agent.offers import Known, PeerPublished
@@ -98,7 +98,7 @@ def _no_decay(rules: Any, *more: Any) -> Any:
     return _shares(replace(rules, staleness_decay=1.0), *more)
 
 
-_shares = round_module.shares
+_shares = accounts.shares
 
 
 def _refused_counts(agent: str, root: str, merge: m.Merge, done: m.MergeDone) -> Any:
@@ -109,7 +109,7 @@ def _backing_off_forgotten(agent: str, root: str, merge: m.Merge, done: m.MergeD
     return _contributions(agent, root, merge, replace(done, accepted=1.0))
 
 
-_contributions = round_module.contributions
+_contributions = accounts.contributions
 
 
 # ── messages ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -262,12 +262,12 @@ _time_is_up = joining.Newcomer.time_is_up
 MUTANTS = (
     Mutant("missing-mass", "weights are not renormalised over what arrived", rewriting(each(_missing_mass))),
     Mutant("twice-in-a-merge", "a peer is merged twice in a round", rewriting(each(_twice_in_a_merge))),
-    Mutant("no-decay", "stale snapshots count in full", patches=((round_module, "shares", _no_decay),)),
-    Mutant("refused-counts", "refused peers are listed", patches=((round_module, "contributions", _refused_counts),)),
+    Mutant("no-decay", "stale snapshots count in full", patches=((accounts, "shares", _no_decay),)),
+    Mutant("refused-counts", "refused peers are listed", patches=((accounts, "contributions", _refused_counts),)),
     Mutant(
         "backing-off-forgotten",
         "a merge that was half accepted is listed in full",
-        patches=((round_module, "contributions", _backing_off_forgotten),),
+        patches=((accounts, "contributions", _backing_off_forgotten),),
     ),
     Mutant("strangers", "whoever offers is taken for a peer", hearing(_stranger)),
     Mutant("other-run", "offers of another run count", hearing(_other_run)),

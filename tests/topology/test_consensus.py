@@ -159,6 +159,36 @@ def test_traffic_and_diameter() -> None:
     assert diameter(build_graph("exponential", 10)) == nx.diameter(build_graph("exponential", 10))
     with pytest.raises(TopologyError, match="not connected"):
         diameter(nx.empty_graph(2))
+    with pytest.raises(TopologyError, match="not connected"):
+        diameter(nx.path_graph(2, create_using=nx.DiGraph))
+
+
+@pytest.mark.parametrize(
+    "graphs",
+    [
+        [build_graph("exponential", 16)],
+        [build_graph("exponential", 10)],
+        [nx.cycle_graph(list("abcde"), create_using=nx.DiGraph)],
+        [nx.DiGraph([("a", "b"), ("b", "c"), ("c", "a"), ("a", "c")])],
+        [build_graph("torus", 12), build_graph("ring", 12)],
+        [nx.DiGraph([("a", "b"), ("b", "c"), ("c", "a")]), nx.Graph([("a", "b"), ("b", "c")])],
+    ],
+    ids=["exponential", "uneven", "one-way ring", "irregular", "undirected in turn", "mixed in turn"],
+)
+def test_links_and_diameter_of_a_schedule(graphs: list[nx.Graph]) -> None:
+    """Reference: networkx, on the union of the graphs; along the direction of the links where one has one."""
+    directed = any(graph.is_directed() for graph in graphs)
+    union = nx.compose_all([graph.to_directed() if directed else graph for graph in graphs])
+    found = summarise(CycleSchedule(graphs, Mixer("uniform")))
+    expected = (union.number_of_edges(), directed, nx.diameter(union))
+    assert (found.links, found.directed, found.diameter) == expected
+
+
+def test_one_peer_at_a_time_has_the_links_of_the_exponential_graph() -> None:
+    """Reference: the static graph, whose diameter with 16 agents is 4: 15 is four powers of two, and no fewer."""
+    in_turn, at_once = summarise(plan("one-peer-exponential", 16)), summarise(plan("exponential", 16))
+    assert (at_once.links, at_once.directed, at_once.diameter) == (64, True, 4)
+    assert (in_turn.links, in_turn.directed, in_turn.diameter) == (64, True, 4)
 
 
 def test_summary() -> None:
@@ -168,7 +198,7 @@ def test_summary() -> None:
     assert (ring.min_peers, ring.max_peers, ring.directed, ring.doubly_stochastic) == (2, 2, False, True)
     epidemic = summarise(plan("epidemic", 10))
     assert (epidemic.directed, epidemic.doubly_stochastic, epidemic.spectral_gap) == (True, False, None)
-    assert epidemic.links == 45
+    assert (epidemic.links, epidemic.diameter) == (90, 1)
     large = summarise(plan("ring", 2001), max_rounds=1)
     assert (large.diameter, large.spectral_gap, large.rounds_to_consensus) == (1000, None, None)
     with pytest.raises(TopologyError, match="up to 2000 agents"):

@@ -12,9 +12,9 @@ from typing import Any, cast
 from dimat.agent.folder import MARK as AGENT_MARK
 from dimat.agent.status import SOCKET, ask
 from dimat.errors import DataError
-from dimat.ui.dashboard.follow import Follower
 from dimat.ui.dashboard.state import RunState
 from dimat.ui.dashboard.values import items, name, text
+from dimat.ui.jsonl_read import EventReader
 
 EVENTS = "events.jsonl"
 RUN_MARK = "experiment.json"
@@ -34,7 +34,7 @@ class FolderSource:
                 f"no folder {path}; give the folder of a run, of an agent, or one that holds agents' folders"
             )
         self.several = not (path / EVENTS).exists()
-        self._followers: dict[Path, Follower] = {}
+        self._logs: dict[Path, EventReader] = {}
         self._find()
         self._check()
         self._classes()
@@ -44,12 +44,12 @@ class FolderSource:
         finally:
             gc.enable()
         if not self.state.version:
-            raise DataError(f"{path} has no events yet: {EVENTS} is empty or no log of dimat; start the run first")
+            raise DataError(f"{path} has no events yet: {EVENTS} is empty; start the run first")
 
     @property
     def damaged(self) -> int:
         """Lines that were passed over."""
-        return sum(follower.damaged for follower in self._followers.values())
+        return sum(log.skipped for log in self._logs.values())
 
     @property
     def view(self) -> str:
@@ -59,19 +59,25 @@ class FolderSource:
         return _marked(self.path)
 
     def read(self) -> bool:
-        """Take in what is new; return whether anything was."""
-        before = self.state.version
+        """Take in what is new; return whether anything was. DataError where a log cannot be read, once the others
+        have been."""
+        before, errors = self.state.version, list[DataError]()
         if self.several:
             self._find()
-        for follower in self._followers.values():
-            for events in follower.read():
-                self.state.take_all(events)
+        for log in self._logs.values():
+            try:
+                for events in log.read():
+                    self.state.take_all(events)
+            except DataError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
         return self.state.version != before
 
     @property
     def ledgers(self) -> list[Path]:
         """All folders with ledgers of merges."""
-        return [log.parent for log in self._followers]
+        return [log.parent for log in self._logs]
 
     async def asked(self) -> Mapping[str, Mapping[str, Any] | None]:
         """Ask the agents that run in these folders, or did when they were killed, how they are; None: no answer."""
@@ -79,7 +85,7 @@ class FolderSource:
 
     def _ask(self) -> dict[str, Mapping[str, Any] | None]:
         told: dict[str, Mapping[str, Any] | None] = {}
-        for log in list(self._followers):
+        for log in list(self._logs):
             folder = log.parent
             if not (folder / SOCKET).exists():  # a socket is removed in good order, and left behind by kill -9
                 continue
@@ -93,7 +99,7 @@ class FolderSource:
 
     def folder_of(self, agent: str) -> Path | None:
         """Return the folder that has an agent's ledger of merges."""
-        for log in self._followers:
+        for log in self._logs:
             if (log.parent / RUN_MARK).exists() or _marked(log.parent) == agent:
                 return log.parent
         return None
@@ -101,15 +107,15 @@ class FolderSource:
     def _find(self) -> None:
         logs = [self.path / EVENTS] if not self.several else sorted(self.path.glob(f"*/{EVENTS}"))
         for log in logs:
-            if log not in self._followers:
-                self._followers[log] = Follower(log)
+            if log not in self._logs:
+                self._logs[log] = EventReader(log)
 
     def _check(self) -> None:
-        if not self._followers:
+        if not self._logs:
             raise DataError(
                 f"{self.path} has no events: neither {EVENTS} nor folders of agents with one; give the folder of a run"
             )
-        runs = [log.parent.name for log in self._followers if (log.parent / RUN_MARK).exists()]
+        runs = [log.parent.name for log in self._logs if (log.parent / RUN_MARK).exists()]
         if self.several and runs:
             raise DataError(f"{self.path} holds several runs; give the folder of one, e.g. {self.path / runs[0]}")
 

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from dimat import events
 from dimat.ui.dashboard.facts import Agent, Merge
-from dimat.ui.dashboard.state import LogEntry, RunState
+from dimat.ui.dashboard.known import Known, LogEntry
 from dimat.ui.dashboard.values import count, items, mapping, name, number, text
 from dimat.ui.lines import lines_of
 
@@ -21,7 +21,7 @@ PAGE_MOST = 500
 class Shown:
     """Tells a state's readers what is new. Means over the agents are kept here, since they are made from all curves."""
 
-    def __init__(self, state: RunState) -> None:
+    def __init__(self, state: Known) -> None:
         self._state = state
         self._means: dict[int, tuple[int, list[float | None]]] = {}
 

@@ -1,74 +1,27 @@
-"""Events folded into what the dashboard shows: agents, links, merges, adoptions, log. Pure: no clock, no file.
+"""Events, and what agents say when they are asked, folded into what is known of a run. Pure: no clock, no file.
 
-Each thing carries the version at which it last changed, so that `dimat.ui.dashboard.shown` can tell a reader exactly
-what is new since a version that it has. Whatever an event holds, taking it in raises nothing: a field of another form
-counts as missing. All memory is bounded, by the constants below.
+Whatever an event or an answer holds, taking it in raises nothing: a field of another form counts as missing.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from itertools import islice
-from typing import Any
 
-from dimat.ui.dashboard.facts import Adoption, Agent, Edge, Merge, Point, State
+from dimat.ui.dashboard.facts import Adoption, Agent
+from dimat.ui.dashboard.judging import judged
+from dimat.ui.dashboard.known import Known, Values
 from dimat.ui.dashboard.values import count, items, mapping, name, number, shares, text
-from dimat.ui.text import seconds_text
 
-MOST_AGENTS = 10_000
-MOST_EDGES = 20_000
-MOST_MERGES = 50_000
-MOST_ADOPTIONS = 5_000
-MOST_LOG = 400
-MOST_POINTS = 400_000
-"""Points of all curves together; an agent's has at least `LEAST_POINTS`."""
-LEAST_POINTS = 100
-SILENT_S = 60.0
-"""A real agent that cannot be asked is taken for lost after so long without an event, or five of its rounds."""
 MOST_TOLD = 1_000
 """Links of one agent that its status may tell of."""
-BEHIND = 2
-"""An agent so many rounds behind the middle one is shown as late."""
-
-Values = Mapping[str, Any]
 
 
-class LogEntry:
-    """One event of the log's tail; ordered by time, then arrival."""
-
-    __slots__ = ("event", "key", "said")
-
-    def __init__(self, time_s: float, version: int, event: Values) -> None:
-        self.key = (time_s, version)
-        self.event = event
-        self.said: tuple[int, str] | None = None  # level and text, once somebody wants to see it
-
-    def __lt__(self, other: LogEntry) -> bool:
-        return self.key < other.key
-
-
-class RunState:
-    """All that the events so far tell. `version` grows with each that changes something."""
+class RunState(Known):
+    """All that the events so far tell."""
 
     def __init__(self) -> None:
-        self.version = 0
-        self.run: dict[str, Any] = {}
-        self.run_version = 0
-        self.simulated = False
-        self.finished = ""
-        self.newest_s = 0.0
-        self.agents: dict[str, Agent] = {}
-        self.edges: dict[tuple[str, str], Edge] = {}
-        self.merges: dict[tuple[str, int], Merge] = {}
-        self.adoptions: dict[tuple[str, int, str], Adoption] = {}
-        self.log: list[LogEntry] = []
-        self.left_out = 0
-        """Agents and links that are not kept, since there are too many."""
-        self.rounds_changed: set[int] = set()
-        """Rounds whose means are to be made anew."""
-        self._out: defaultdict[str, list[Edge]] = defaultdict(list)
+        super().__init__()
         self._take: dict[str, Callable[[Agent, Values], None]] = {
             "AgentStarted": self._agent_started,
             "RoundStarted": self._round_started,
@@ -123,11 +76,7 @@ class RunState:
         elif kind == "Warned" and (agent := self._agent(event.get("agent"))) is not None:
             agent.warnings += 1
             agent.version = self.version
-        entry = LogEntry(at, self.version, event)
-        if len(self.log) < MOST_LOG:
-            heapq.heappush(self.log, entry)
-        else:
-            heapq.heappushpop(self.log, entry)
+        self._log(at, event)
 
     def take_all(self, events: Iterable[Values]) -> None:
         """Take several events in."""
@@ -164,9 +113,9 @@ class RunState:
         running = sorted(a.round for a in self.agents.values() if a.own and not (a.left or a.crashed))
         middle = running[len(running) // 2] if running else 0
         for agent in self.agents.values():
-            judged = self._judge(agent, at, middle)
-            if judged != (agent.state, agent.why):
-                agent.state, agent.why = judged
+            found = judged(self, agent, at, middle)
+            if found != (agent.state, agent.why):
+                agent.state, agent.why = found
                 self.version += 1
                 agent.version = self.version
 
@@ -196,15 +145,6 @@ class RunState:
             if (agent := self._agent(who)) is not None:
                 agent.histogram = tuple(count(samples) for samples in items(counts))
                 agent.samples = sum(agent.histogram)
-
-    def _tell_run(self, **values: Any) -> None:
-        self.run.update(values)
-        self.run_version = self.version
-
-    @property
-    def metric(self) -> str:
-        """The metric that is shown: the run's own, else accuracy where there is one."""
-        return self.run.get("metric") or self.run.get("found_metric") or ""
 
     # ── an agent's life ──────────────────────────────────────────────────────────────────────────────────────
     def _agent_started(self, agent: Agent, event: Values) -> None:
@@ -289,11 +229,8 @@ class RunState:
     def _adopted(self, agent: Agent, event: Values) -> None:
         number_, peer = count(event.get("round")), name(event.get("peer"))
         agent.basis = text(event.get("basis"), 100)
-        key = (agent.name, number_, peer)
         groups = shares(event.get("groups"))
-        self.adoptions[key] = Adoption(agent.name, number_, peer, number(event.get("moved")), groups, self.version)
-        while len(self.adoptions) > MOST_ADOPTIONS:
-            del self.adoptions[next(iter(self.adoptions))]
+        self._adoption(Adoption(agent.name, number_, peer, number(event.get("moved")), groups, self.version))
 
     def _merged(self, agent: Agent, event: Values) -> None:
         merge = self._merge(agent, event)
@@ -331,57 +268,6 @@ class RunState:
         agent.sent += count(event.get("bytes_sent"))
         agent.phase = "round done"
 
-    def _point(self, agent: Agent, event: Values) -> Point:
-        number_ = count(event.get("round"))
-        # the newest last, so that what is new is found from the end
-        point = agent.points.pop(number_, None) or Point()
-        agent.points[number_] = point
-        point.version = self.version
-        self.rounds_changed.add(number_)
-        most = max(LEAST_POINTS, MOST_POINTS // len(self.agents))
-        if len(agent.points) > most:
-            for old in sorted(agent.points)[1 : -LEAST_POINTS // 2 : 2]:
-                del agent.points[old]
-        return point
-
-    def _merge(self, agent: Agent, event: Values) -> Merge:
-        key = (agent.name, count(event.get("round")))
-        merge = self.merges.get(key)
-        if merge is None:
-            merge = self.merges[key] = Merge(*key)
-            while len(self.merges) > MOST_MERGES:
-                del self.merges[next(iter(self.merges))]
-        merge.version = self.version
-        return merge
-
-    # ── what is known ────────────────────────────────────────────────────────────────────────────────────────
-    def _agent(self, given: object) -> Agent | None:
-        if isinstance(given, str) and (found := self.agents.get(given)) is not None:
-            return found  # nearly always
-        who = name(given)
-        found = self.agents.get(who)
-        if found is not None or not who:
-            return found
-        if len(self.agents) >= MOST_AGENTS:
-            self.left_out += 1
-            return None
-        found = self.agents[who] = Agent(who, version=self.version)
-        return found
-
-    def _edge(self, source: object, reader: object) -> Edge | None:
-        if isinstance(source, str) and isinstance(reader, str) and (found := self.edges.get((source, reader))):
-            return found  # nearly always
-        key = (name(source), name(reader))
-        found = self.edges.get(key)
-        if found is not None or key[0] == key[1] or self._agent(key[0]) is None or self._agent(key[1]) is None:
-            return found
-        if len(self.edges) >= MOST_EDGES:
-            self.left_out += 1
-            return None
-        found = self.edges[key] = Edge(*key, version=self.version)
-        self._out[key[0]].append(found)
-        return found
-
     def _told_of_itself(self, agent: Agent, status: Values) -> None:
         """Take what a peer whose log we do not have says of itself."""
         trained, merged = mapping(status.get("trained")), mapping(status.get("merged"))
@@ -409,39 +295,6 @@ class RunState:
             source.address = text(link.get("address"), 100) or source.address
         source.told[reader.name] = trouble
         source.version = self.version
-
-    def _judge(self, agent: Agent, at: float, middle: int) -> tuple[State, str]:
-        if agent.crashed:
-            back = "" if agent.back_s is None else f", back after {seconds_text(agent.back_s)}"
-            return "lost", f"crashed in round {agent.round}{back}"
-        if agent.left:
-            return "left", agent.left
-        if self.finished and agent.own:
-            return "left", f"the run ended: {self.finished}"
-        if agent.alive is False:
-            return "lost", "its process does not answer"
-        if not agent.own:
-            return self._judged_by_others(agent)
-        silence = at - agent.event_s
-        if not self.simulated and agent.alive is None and silence > max(SILENT_S, 5 * (agent.round_s or 0.0)):
-            return "lost", f"no event for {seconds_text(silence // 10 * 10)}"
-        for edge in self._out[agent.name]:
-            if edge.late and edge.late >= self.agents[edge.reader].merged:
-                return "late", f"{edge.reader} did not have its snapshot in round {edge.late} ({edge.fault})"
-        if agent.round and agent.round <= middle - BEHIND:
-            return "late", f"{middle - agent.round} rounds behind the others"
-        return "running", ""
-
-    def _judged_by_others(self, agent: Agent) -> tuple[State, str]:
-        if not agent.told:
-            return ("running", "it answers") if agent.alive else ("unknown", "known by name only")
-        troubles = {reader: trouble for reader, trouble in sorted(agent.told.items()) if trouble}
-        if len(troubles) < len(agent.told):
-            return "running", f"connected to {next(r for r, trouble in sorted(agent.told.items()) if not trouble)}"
-        reader, trouble = next(iter(troubles.items()))
-        if "has left" in trouble:
-            return "left", trouble
-        return "lost", f"{reader} does not reach it: {trouble}"
 
 
 _QUIET = frozenset({"RoundStarted", "Checkpointed", "Published", "SnapshotFetched"})

@@ -186,6 +186,22 @@ def test_agents_folders_are_found_as_they_come(tmp_path: Path) -> None:
     assert source.state.agents["lab-b"].points
 
 
+def test_a_log_of_another_schema_hides_no_other(tmp_path: Path) -> None:
+    """It is refused by name; while the dashboard runs the page says so, and shows the other agents."""
+    first, *rest = told()
+    write_log(tmp_path / "lab-b" / "events.jsonl", [first])
+    source = FolderSource(tmp_path)
+    strange = tmp_path / "lab-a" / "events.jsonl"
+    strange.parent.mkdir()
+    strange.write_text('{"format": 2, "kind": "dimat.events"}\n')
+    write_log(tmp_path / "lab-b" / "events.jsonl", rest)
+    with running(source) as address:
+        until(lambda: str(strange) in httpx.get(f"{address}/api/state").json()["run"]["notice"], "the notice")
+        assert source.state.agents["lab-b"].points
+    with pytest.raises(DataError, match=r"lab-a.*is not a dimat event log"):
+        FolderSource(tmp_path)
+
+
 def test_folders_that_cannot_be_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each has one line, and exit code 5."""
     (tmp_path / "empty").mkdir()

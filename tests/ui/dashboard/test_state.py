@@ -25,7 +25,7 @@ from dimat.events import (
     SnapshotFetched,
     Trained,
 )
-from dimat.ui.dashboard import state as module
+from dimat.ui.dashboard import known
 from dimat.ui.dashboard.shown import Shown
 from dimat.ui.dashboard.state import RunState
 from tests.ui.dashboard.runs import told
@@ -71,7 +71,7 @@ class Client:
             self.curves.setdefault(name, {}).update({row[0]: row for row in rows})
         self.means |= {row[0]: row for row in news["means"]}
         self.log |= {row[0]: row for row in news["log"]}
-        newest = sorted(self.log.values(), key=lambda row: (row[1], row[0]))[-module.MOST_LOG :]
+        newest = sorted(self.log.values(), key=lambda row: (row[1], row[0]))[-known.MOST_LOG :]
         self.log = {row[0]: row for row in newest}
 
     def all(self) -> tuple[Any, ...]:
@@ -230,7 +230,7 @@ def test_one_agents_view_of_its_peers() -> None:
     ],
 )
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch, name: str, most: int, event: Any) -> None:
-    monkeypatch.setattr(module, name, most)
+    monkeypatch.setattr(known, name, most)
     state = taken([event(i) for i in range(40)])
     held = {
         "MOST_AGENTS": len(state.agents),
@@ -245,9 +245,9 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch, name: str, most: int
 
 
 def test_long_curves_are_thinned_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MOST_POINTS", 0)
+    monkeypatch.setattr(known, "MOST_POINTS", 0)
     state = taken([merged("a", i, i / 1000) for i in range(1, 1001)])
     points = state.agents["a"].points
-    assert len(points) <= module.LEAST_POINTS
+    assert len(points) <= known.LEAST_POINTS
     assert max(points) == 1000
     assert min(points) < 100, "the beginning is still there"
