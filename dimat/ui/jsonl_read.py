@@ -11,6 +11,11 @@ from typing import Any, BinaryIO, cast
 
 from dimat.errors import DataError
 
+try:  # several times as fast; of the extra `dashboard`
+    from orjson import loads
+except ImportError:
+    from json import loads
+
 HEADER = {"format": 1, "kind": "dimat.events"}
 """The first line. `format` changes when a reader of the one before would misunderstand; further events and further
 fields do not change it, so readers pass over what they do not know."""
@@ -95,7 +100,7 @@ class EventReader:
         lines = data.count(b"\n")
         try:
             # all in one go: several times as fast as one by one
-            values = cast("list[Any]", json.loads("[" + data[:-1].decode().replace("\n", ",") + "]"))
+            values = cast("list[Any]", loads(b"[" + data[:-1].replace(b"\n", b",") + b"]"))
             if len(values) != lines:
                 raise ValueError
         except (ValueError, RecursionError):
