@@ -33,6 +33,7 @@ OTHERWISE_SHORT: dict[str, dict[str, str]] = {
     "docs/tasks.md": {"DIMAT_SCHEDULE__ROUNDS": "2", "DIMAT_SIMULATE__WORKERS": "1"},
 }
 PAGES = [*DOCS, README]
+FOLDERS = ("benchmarks", "deploy", "examples", "topology")
 ALL_BLOCKS = [(page, block) for page in PAGES for block in blocks(page)]
 
 
@@ -57,6 +58,14 @@ def test_every_block_is_run_or_says_why_not(page: Path, block: Block) -> None:
     if block.language == "toml" and not block.notes:
         tree = tomllib.loads(block.text)
         build(ExperimentConfig, tree, f"{page.name}:{block.line}")
+
+
+def test_other_pages_have_no_commands_that_nobody_runs() -> None:
+    """Those of the examples are run by tests/test_examples.py; deploy/README.md and its like name commands of docs/."""
+    others = {page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md")} | set(ROOT.glob("*.md"))
+    others -= {*PAGES, *(ROOT / "examples").glob("*/README.md")}
+    assert {page.parent.name for page in others} >= {"benchmarks", "deploy", "topology"}
+    assert [f"{page}:{block.line}" for page in sorted(others) for block in blocks(page) if block.runs] == []
 
 
 def test_something_is_run() -> None:
