@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dimat.errors import ConfigError
 from dimat.seeds import torch_generator
-from dimat.tasks.huggingface.lora import MERGE_STAGES, LoraOptions, adapt, frozen_hash, head_names
+from dimat.tasks.huggingface.lora import MERGE_STAGES, LoraOptions, adapt, frozen_hash, head_names, share_frozen
 from dimat.tasks.huggingface.models import Architecture
 from dimat.tasks.models import seeded
 
@@ -21,13 +21,18 @@ class ModelMaker:
     """Makes a task's models, with adapters where there is `lora`.
 
     `seed`: without pretrained weights, or with a new classifier, the frozen base of adapters is drawn with it, so that
-    all agents have the same; `dtype`: the base's. Raises ConfigError for a `dtype` of weights that are trained.
+    all agents have the same; `dtype`: the base's. Models with adapters share the memory of their frozen tensors as long
+    as they stay on the CPU, so that N agents of a process hold one base and N times adapters.
+
+    Raises ConfigError for a `dtype` of weights that are trained.
     """
 
     architecture: Architecture
     lora: LoraOptions | None = None
     dtype: str = "fp32"
     seed: int = 0
+    _frozen: dict[str, Tensor] = field(default_factory=dict[str, Tensor], init=False, repr=False, compare=False)
+    """Frozen tensors by name, which all models that this maker makes use: they are equal, and never change."""
 
     def __post_init__(self) -> None:
         if self.lora is None and self.dtype != "fp32":
@@ -41,7 +46,9 @@ class ModelMaker:
             return seeded(lambda: self.architecture.build())(generator)
         base = seeded(lambda: self.architecture.build(self.dtype))(torch_generator(self.seed, "hf", "base"))
         heads = head_names(base) if self.architecture.kind == "AutoModelForImageClassification" else ()
-        return seeded(_adapter(base, self.lora, heads))(generator)
+        model = seeded(_adapter(base, self.lora, heads))(generator)
+        share_frozen(model, self._frozen)
+        return model
 
     @cached_property
     def base_hash(self) -> str:

@@ -13,10 +13,10 @@ from typing import Annotated, Any
 import torch
 from blake3 import blake3
 from pydantic import BaseModel, ConfigDict, Field
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
-from dimat.errors import ConfigError
+from dimat.errors import ConfigError, DimatError
 from dimat.tasks.huggingface.library import first_line, library
 
 MERGE_STAGES = {"align": "none", "combine": "lora-svd", "repair": "none"}
@@ -86,6 +86,22 @@ def head_names(model: Any) -> list[str]:
     """Return the children of a classifier that lie outside its pretrained body and have parameters."""
     body = model.base_model_prefix
     return [name for name, child in model.named_children() if name != body and any(True for _ in child.parameters())]
+
+
+def share_frozen(model: nn.Module, held: dict[str, Tensor]) -> None:
+    """Let an adapted model use the memory of the frozen tensors in `held` in the place of its own, and put those there
+    that it lacks. Buffers are not shared: a model may compute them anew.
+
+    Raises DimatError where one is not equal to the model's own: somebody has written into what must not change.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            continue
+        own = parameter.detach()
+        shared = held.setdefault(name, own)
+        if not torch.equal(shared, own):
+            raise DimatError(f"{name} of the frozen base has changed since it was made; no code may write into it")
+        parameter.data = shared
 
 
 def frozen_hash(model: nn.Module, options: LoraOptions) -> str:

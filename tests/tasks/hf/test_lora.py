@@ -15,7 +15,7 @@ from dimat import events as facts
 from dimat.agent.base import base_address, plan_for
 from dimat.agent.local import LocalAgent
 from dimat.config import ExperimentConfig, build
-from dimat.errors import ConfigError
+from dimat.errors import ConfigError, DimatError
 from dimat.merge.lora import find_pairs
 from dimat.seeds import torch_generator
 from dimat.simulate import run_simulation
@@ -186,3 +186,27 @@ def test_what_a_frozen_base_does_not_allow_is_said(tmp_path: Path) -> None:
     assert "merges LoRA factors one by one" in plan.notes[0]
     plan = plan_for(experiment(tmp_path, merge={"combine": "lora-lego"}).merge, task)
     assert plan.combine.name == "lora-lego"
+
+
+def test_agents_of_a_process_share_the_frozen_base(tmp_path: Path) -> None:
+    """Three agents hold one base and three times adapters, by the memory of their tensors; training changes no bit of
+    it; a base that somebody has written into is refused."""
+    config = experiment(tmp_path)
+    parties = agents(tmp_path, config)
+    frozen_bytes, trained_bytes = (
+        sum(p.nbytes for p in parties[0].trainer.model.parameters() if p.requires_grad is wanted)
+        for wanted in (False, True)
+    )
+    parameters = [p for agent in parties for p in agent.trainer.model.parameters()]
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in parameters}
+    assert sum(storages.values()) == frozen_bytes + 3 * trained_bytes
+    before = {name: tensor.clone() for name, tensor in frozen(parties[0]).items()}
+    for agent in parties:
+        agent.train(1, learn=True)
+    for agent in parties:
+        assert all(torch.equal(tensor, before[name]) for name, tensor in frozen(agent).items())
+    held = next(p for p in parties[1].trainer.model.parameters() if not p.requires_grad)
+    with torch.no_grad():
+        held.view(-1)[0] += 1
+    with pytest.raises(DimatError, match="of the frozen base has changed"):
+        parties[2].task.build_model(torch_generator(0))
