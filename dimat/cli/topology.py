@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -23,7 +25,8 @@ def topology_list(*, as_json: Json = False) -> int:
     """Graphs, schedules and mixing rules, with their options."""
     from dimat.ui.topology import catalogue
 
-    show(catalogue(as_json=as_json))
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    show(catalogue(as_json=as_json, width=width))
     return 0
 
 

@@ -9,8 +9,11 @@ import math
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from textwrap import wrap
 
 NONE = "-"
+NARROWEST = 20
+"""Columns that a text is wrapped in, at least."""
 
 
 @dataclass(frozen=True)
@@ -101,14 +104,19 @@ def mean(values: Iterable[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def as_text(table: Table) -> list[str]:
-    """Return the table as aligned plain lines, title first, without trailing blanks."""
+def as_text(table: Table, width: int | None = None) -> list[str]:
+    """Return the table as aligned plain lines, title first, without trailing blanks. `width`: columns that there are;
+    text of the last column that does not fit goes on below itself, unless next to nothing is left for it."""
     grid = [table.headers, *table.rows]
     widths = [max(_width(row[column]) for row in grid) for column in range(len(table.headers))]
     lines = [table.title] if table.title else []
+    last = len(widths) - 1
+    room = 0 if width is None or last not in table.left else width - sum(widths[:-1]) - 2 * last
     for row in grid:
-        cells = [_padded(cell, widths[i], i in table.left) for i, cell in enumerate(row)]
-        lines.append("  ".join(cells).rstrip())
+        parts = wrap(row[-1], room) or [""] if room >= NARROWEST else [row[-1]]
+        for number, part in enumerate(parts):
+            cells = [_padded("" if number else cell, widths[i], i in table.left) for i, cell in enumerate(row[:-1])]
+            lines.append("  ".join([*cells, _padded(part, widths[-1], last in table.left)]).rstrip())
     return [*lines, table.note] if table.note else lines
 
 

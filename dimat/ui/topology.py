@@ -97,8 +97,8 @@ def export_topology(topology: Topology, file: Path) -> None:
     export(topology, file)
 
 
-def catalogue(*, as_json: bool) -> str:
-    """Return all graphs, schedules and mixing rules with their options."""
+def catalogue(*, as_json: bool, width: int | None = None) -> str:
+    """Return all graphs, schedules and mixing rules with their options; `width`: columns of the terminal."""
     kinds = {"graphs": list_graphs(), "schedules": list_schedules(), "mixing rules": list_mixings()}
     if as_json:
         return json.dumps({kind: [asdict(entry) for entry in entries] for kind, entries in kinds.items()}, default=str)
@@ -107,6 +107,6 @@ def catalogue(*, as_json: bool) -> str:
         rows = tuple(
             (entry.name, ", ".join(f"{k}={v}" for k, v in entry.options.items()), entry.summary) for entry in entries
         )
-        lines += as_text(Table(kind, ("name", "options", "what it is"), rows, left=frozenset({0, 1, 2})))
+        lines += as_text(Table(kind, ("name", "options", "what it is"), rows, left=frozenset({0, 1, 2})), width)
         lines.append("")
     return "\n".join(lines).strip("\n")

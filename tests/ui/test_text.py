@@ -59,6 +59,14 @@ def test_plain_table_is_aligned_also_with_wide_characters() -> None:
     assert text.as_text(table) == ["who", "agent   n", "東京    5", "lab-a  12", "all"]
 
 
+def test_a_long_last_column_goes_on_below_itself() -> None:
+    """Reference: by hand; without room for twenty columns, or a width, lines stay whole."""
+    table = Table("", ("name", "what it is"), (("ring", "a circle of agents, two peers each"),), left=frozenset({0, 1}))
+    whole = ["name  what it is", "ring  a circle of agents, two peers each"]
+    assert text.as_text(table) == text.as_text(table, 80) == text.as_text(table, 25) == whole
+    assert text.as_text(table, 30) == ["name  what it is", "ring  a circle of agents, two", "      peers each"]
+
+
 def test_narrowed_drops_columns_in_the_given_order_only_as_needed() -> None:
     """Reference: widths counted by hand (three columns of 4 + gap 3)."""
     table = Table("", ("name", "bbbb", "cccc"), (("a", "1", "2"),), left=frozenset({0}), best=frozenset({(0, 2)}))
