@@ -20,7 +20,7 @@ from dimat.tasks.huggingface.library import library
 from dimat.tasks.huggingface.lora import LoraOptions
 from dimat.tasks.huggingface.models import architecture, fits_kind
 from dimat.tasks.huggingface.pixels import image_data, pixel_format
-from dimat.tasks.huggingface.sources import column_of, first_rows, open_splits
+from dimat.tasks.huggingface.sources import column_of, first_rows, open_probe, open_splits
 from dimat.tasks.image_files import IMAGE_COLUMNS, LABEL_COLUMNS
 from dimat.tasks.registry import TASKS
 
@@ -61,6 +61,9 @@ def hf_image_classification(
     std: tuple[float, ...] | None = None,
     augment: bool = False,
     probe: Annotated[int, Field(ge=2)] = 100,
+    probe_data: str | None = None,
+    probe_subset: str | None = None,
+    probe_split: str | None = None,
     lora: LoraOptions | None = None,
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32",
     seed: Annotated[int, Field(ge=0)] = 0,
@@ -75,7 +78,9 @@ def hf_image_classification(
     none, `test_share` of the training data become them. image_column, label_column: the usual names by default.
     classes: names in label order, where labels are text; **agents with data of their own must give the same**.
     train_samples, test_samples: at most so many. size, mean, std: in the place of what the model's image processor
-    says. augment: random crop and flip when training. probe: training images set aside as the probe set.
+    says. augment: random crop and flip when training. probe: training images set aside as the probe set; with
+    probe_data (a file, folder or name as `data` takes, with probe_subset and probe_split), images of that at most, and
+    all training images are trained on. **Agents that compare networks on it must give equal images, probe and seed**.
     lora: { r, alpha, dropout, targets } freezes the model; adapters and the classifier are what agents exchange.
     dtype: of the frozen base. seed: of what is drawn from the data, and of a frozen base without pretrained weights.
     """
@@ -93,12 +98,13 @@ def hf_image_classification(
     label = column_of(train, label_column, LABEL_COLUMNS, "label_column")
     column_of(held, image, (), "image_column")
     column_of(held, label, (), "label_column")
+    aside = probe if probe_data is None else 0
     names = _class_names(train, held, label, classes)
-    train = first_rows(train, None if train_samples is None else train_samples + probe, seed)
+    train = first_rows(train, None if train_samples is None else train_samples + aside, seed)
     held = first_rows(held, test_samples, seed)
     labels, test_labels = (_labels(rows, label, names) for rows in (train, held))
-    if len(labels) < probe + 2:
-        raise DataError(f"{len(labels)} images of {data} to train on are too few for a probe set of {probe}; set probe")
+    if len(labels) < aside + 2:
+        raise DataError(f"{len(labels)} images of {data} to train on are too few for a probe set of {aside}; set probe")
     changes: dict[str, Any] = {
         "num_labels": len(names),
         "id2label": dict(enumerate(names)),
@@ -109,14 +115,24 @@ def hf_image_classification(
     form = pixel_format(built, size, mean, std)
     maker = ModelMaker(built, lora, dtype, seed)
     order = balanced_draw(labels, len(labels), np.random.default_rng(seed))
-    own, probes = order[probe:].sort().values, order[:probe]
+    own, probes = order[aside:].sort().values, order[:aside]
     images = image_data(train, image, labels, form, augment=augment)
+    public = images
+    if probe_data is not None:
+        rows = open_probe(probe_data, subset=probe_subset, split=probe_split, folder=folder)
+        column_of(rows, image, (), "image_column")
+        column_of(rows, label, (), "label_column")
+        known = _labels(rows, label, names)
+        if len(known) < 2:
+            raise DataError(f"the probe set of {probe_data} has {len(known)} images; two are needed")
+        public = image_data(rows, image, known, form, augment=False)
+        probes = balanced_draw(known, min(probe, len(known)), np.random.default_rng(seed))
     return HfImageClassification(
         name="hf-image-classification",
         model=maker.build,
         train=Subset(images, own),
         test=image_data(held, image, test_labels, form, augment=False),
-        probe=Subset(images, probes),
+        probe=Subset(public, probes),
         classes=names,
         maker=maker,
     )

@@ -56,6 +56,15 @@ def open_splits(
     return train, held
 
 
+def open_probe(name: str, *, subset: str | None, split: str | None, folder: Path) -> Any:
+    """Return data that are set aside for the probe set, as a `datasets.Dataset`. `name` is what `open_splits` takes;
+    `split`: which one of a source of several. Raises as `open_splits` does."""
+    splits = _open(name, "probe_data", subset, folder)
+    if split is None and len(splits) == 1:
+        return next(iter(splits.values()))
+    return _split(splits, split or "train", "probe_split", name)
+
+
 def column_of(rows: Any, wanted: str | None, usual: tuple[str, ...], option: str) -> str:
     """Return the column that the option names, or the first of the usual ones; ConfigError where there is none."""
     names: list[str] = list(rows.column_names)

@@ -20,7 +20,7 @@ from dimat.tasks.data import Subset
 from dimat.tasks.huggingface.base import MadeByMaker, ModelMaker
 from dimat.tasks.huggingface.lora import LoraOptions
 from dimat.tasks.huggingface.models import architecture, fits_kind
-from dimat.tasks.huggingface.sources import column_of, first_rows, open_splits
+from dimat.tasks.huggingface.sources import column_of, first_rows, open_probe, open_splits
 from dimat.tasks.huggingface.tokens import BYTES, Tokens, pack, tokenizer_of
 from dimat.tasks.registry import TASKS
 
@@ -84,6 +84,9 @@ def hf_causal_lm(
     train_samples: Count | None = None,
     test_samples: Count | None = None,
     probe: Annotated[int, Field(ge=2)] = 16,
+    probe_data: str | None = None,
+    probe_subset: str | None = None,
+    probe_split: str | None = None,
     lora: LoraOptions | None = None,
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32",
     seed: Annotated[int, Field(ge=0)] = 0,
@@ -100,7 +103,9 @@ def hf_causal_lm(
     tokenised once, each with the tokenizer's end mark after it, and packed into blocks of `max_length` tokens; what
     does not fill one is left out. A block is an example. label_column: documents are packed by its values, which are
     the classes that `task.partition` may go by. train_samples, test_samples: at most so many documents.
-    probe: blocks of the training text set aside as the probe set.
+    probe: blocks of the training text set aside as the probe set; with probe_data (a file, folder or name as `data`
+    takes, with probe_subset and probe_split), blocks of that text at most, and all training text is trained on.
+    **Agents that compare networks on it must give the same text, probe, tokenizer, max_length and seed**.
     lora: { r, alpha, dropout, targets } freezes the model; adapters are what agents exchange. dtype: of the frozen
     base. seed: of what is drawn from the data, and of a frozen base without pretrained weights.
     """
@@ -134,19 +139,26 @@ def hf_causal_lm(
         pack(first_rows(rows, most, seed), column, label_column, classes, tokens, max_length, f"{what} of {data}")
         for rows, most, what in ((train, train_samples, "training text"), (held, test_samples, "test text"))
     ]
-    blocks = parts[0]
-    if len(blocks) < probe + 2:
+    blocks, public = parts[0], parts[0]
+    aside = probe
+    if probe_data is not None:
+        rows = open_probe(probe_data, subset=probe_subset, split=probe_split, folder=folder)
+        column_of(rows, column, (), "text_column")
+        public, aside = pack(rows, column, None, (), tokens, max_length, f"probe text of {probe_data}"), 0
+    if len(blocks) < aside + 2:
         raise DataError(
             f"the training text of {data} fills {len(blocks)} blocks of {max_length} tokens, too few for a probe set "
-            f"of {probe} and training; lower task.options.max_length or probe"
+            f"of {aside} and training; lower task.options.max_length or probe"
         )
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(blocks)))
+    if len(public) < 2:
+        raise DataError(f"the probe text of {probe_data} fills one block of {max_length} tokens; two are needed")
+    order, drawn = (torch.from_numpy(np.random.default_rng(seed).permutation(len(part))) for part in (blocks, public))
     return HfCausalLM(
         name="hf-causal-lm",
         maker=ModelMaker(built, lora, dtype, seed),
-        train=Subset(blocks, order[probe:].sort().values),
+        train=Subset(blocks, order[aside:].sort().values),
         test=parts[1],
-        probe=Subset(blocks, order[:probe]),
+        probe=Subset(public, drawn[:probe]),
         classes=classes,
     )
 

@@ -196,3 +196,22 @@ def test_weights_that_are_no_safetensors_are_refused(colours: Path) -> None:
     torch.save(model.state_dict(), colours / "pickled" / "pytorch_model.bin")
     with pytest.raises(DataError, match="safetensors"):
         made(colours, model="pickled", config=None).build_model(torch_generator(0))
+
+
+def test_probe_images_of_their_own(colours: Path) -> None:
+    """Probe images are those of the probe file, classes in balance and without augmentation; all training images are
+    trained on."""
+    write_parquet(colours / "public.parquet", 30, seed=4)
+    task = made(colours, probe_data="public.parquet", probe=9, augment=True)
+    whole = {"data": "public.parquet", "probe_data": "public.parquet", "probe_split": "train"}
+    every = made(colours, probe=9, **whole).data("probe")
+    probe, plain = task.data("probe"), made(colours)
+    assert len(task.data("train")) == len(plain.data("train")) + len(plain.data("probe"))
+    assert probe.labels is not None
+    assert probe.labels.bincount().tolist() == [3, 3, 3]
+    rows = torch.arange(9)
+    first = probe.batch(rows, torch_generator(0)).inputs[0]
+    assert torch.equal(first, probe.batch(rows, torch_generator(1)).inputs[0])
+    assert torch.equal(first, every.batch(rows).inputs[0])
+    with pytest.raises(DataError, match=r"task.options.probe_data: there is no file or folder"):
+        made(colours, probe_data="./nothing.parquet")

@@ -150,3 +150,29 @@ def test_bad_options_are_one_line(tmp_path: Path, options: dict[str, Any], error
         made(tmp_path, **options)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_probe_text_of_its_own(tmp_path: Path) -> None:
+    """Probe blocks are those of the probe text, the same at agents with other training text, which is all trained on;
+    a source of several splits is asked for one."""
+    texts = write_text(tmp_path / "text.txt", 40)
+    (tmp_path / "other.txt").write_text("\n\n".join(sentences(40, seed=1)))
+    public = sentences(9, seed=2)
+    (tmp_path / "public.txt").write_text("\n\n".join(public))
+    one, two = (
+        made(tmp_path, data=f"{name}.txt", test="text.txt", probe_data="public.txt") for name in ("text", "other")
+    )
+    stream = [byte for text in public for byte in [*text.encode(), 256]]
+    blocks = torch.tensor(stream[: len(stream) // 32 * 32]).reshape(-1, 32).tolist()
+    probe = everything(one.data("probe")).tolist()
+    assert len(probe) == 4
+    assert all(block in blocks for block in probe)
+    assert everything(two.data("probe")).tolist() == probe
+    own = [byte for text in texts for byte in [*text.encode(), 256]]
+    assert everything(one.data("train")).flatten().tolist() == own[: len(own) // 32 * 32]
+    every = made(tmp_path, test="text.txt", probe_data="public.txt", probe=1000).data("probe")
+    assert sorted(everything(every).tolist()) == sorted(blocks)
+    with pytest.raises(ConfigError, match=r"task.options.probe_split: public.txt has no split 'validation'"):
+        made(tmp_path, probe_data="public.txt", probe_split="validation")
+    with pytest.raises(DataError, match=r"task.options.probe_data: there is no file or folder"):
+        made(tmp_path, probe_data="./nothing.txt")
