@@ -60,6 +60,29 @@ def test_nan_scores_are_the_worst() -> None:
     assert no_worse(OWN, MERGED, score=lambda w: 0.1 if w["w"] else float("nan")).share == 1.0
 
 
+def test_points_between_lora_factors_are_between_their_products() -> None:
+    """Reference: a dense SVD of the mean of both products (Eckart and Young); merged factors in any basis of their own
+    give the same point, and what is no factor is interpolated."""
+    generator = torch.Generator().manual_seed(0)
+    a, b, other_a, other_b, turn = (
+        torch.randn(shape, generator=generator, dtype=torch.float64)
+        for shape in [(3, 7), (9, 3), (3, 7), (9, 3), (3, 3)]
+    )
+    mean = (b @ a + other_b @ other_a) / 2
+    u, s, v = torch.linalg.svd(mean)
+    expected = (u[:, :3] * s[:3]) @ v[:3]
+    own = {"q.lora_A.weight": a, "q.lora_B.weight": b, "head": torch.zeros(1)}
+    for basis in (torch.eye(3, dtype=torch.float64), turn):
+        merged = {
+            "q.lora_A.weight": torch.linalg.solve(basis, other_a),
+            "q.lora_B.weight": other_b @ basis,
+            "head": torch.ones(1),
+        }
+        found = no_worse(own, merged, score=lambda w: -float(w["head"] > 0.7)).weights
+        assert float(found["head"]) == 0.5
+        torch.testing.assert_close(found["q.lora_B.weight"] @ found["q.lora_A.weight"], expected)
+
+
 def test_integers_stay_own_inside_the_segment() -> None:
     """They cannot be interpolated."""
     assert int(no_worse(OWN, MERGED, score=score_up_to(0.6, [])).weights["n"]) == 1

@@ -11,6 +11,8 @@ from pydantic import Field
 from torch import Tensor
 
 from dimat.errors import MergeError
+from dimat.merge.combine.lora_svd import lora_svd
+from dimat.merge.lora import find_pairs
 from dimat.merge.registry import accept_registry
 from dimat.merge.stages import Accepted, Score, Weights
 
@@ -31,8 +33,9 @@ def no_worse(
     """Return the first of own + t (merged − own), t = 1, ½, ¼, with score ≥ score(own) − tolerance; else own.
 
     `score`: higher is better, a share in [0, 1] for accuracies; a NaN counts as −∞. Points inside the segment
-    are repaired like any merge before they are scored. `on` names the set that the caller scores on: "local" is
-    the agent's own hold-out, and on skewed data it refuses merges that are good for the network, since what an
+    are repaired like any merge before they are scored. Of LoRA factors they are points between the products B·A, at
+    own's rank, since merged factors have a basis of their own. `on` names the set that the caller scores on: "local"
+    is the agent's own hold-out, and on skewed data it refuses merges that are good for the network, since what an
     agent learns from its peers does not show on its own classes; "probe" is the agreed public set.
     Raises MergeError where no score was handed in.
     """
@@ -42,7 +45,7 @@ def no_worse(
     for share in SHARES:
         candidate = dict(merged)
         if share < 1:
-            candidate = {name: _between(tensor, merged[name], share) for name, tensor in own.items()}
+            candidate = _between(own, merged, share)
             candidate = repair(candidate) if repair else candidate
         if _number(score(candidate)) >= bar:
             notes = () if share == 1 else (f"score on the {on} set fell: went {share:g} of the way to the merge",)
@@ -54,5 +57,18 @@ def _number(score: float) -> float:
     return float("-inf") if isnan(score) else score
 
 
-def _between(own: Tensor, merged: Tensor, share: float) -> Tensor:
-    return torch.lerp(own, merged.to(own.device), share) if own.is_floating_point() else own
+def _between(own: Weights, merged: Weights, share: float) -> dict[str, Tensor]:
+    """Return own + share · (merged − own)."""
+    there = {name: tensor.to(own[name].device) for name, tensor in merged.items()}
+    between = {
+        name: torch.lerp(tensor, there[name], share) if tensor.is_floating_point() else tensor
+        for name, tensor in own.items()
+    }
+    try:
+        factors = [name for pair in find_pairs(own) for name in (pair.a, pair.b)]
+    except MergeError:  # one of a pair alone: a tensor like any other
+        factors = []
+    if factors:
+        ours, theirs = ({name: weights[name] for name in factors} for weights in (own, there))
+        between |= lora_svd(ours, [theirs], [1 - share, share])
+    return between
