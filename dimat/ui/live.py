@@ -92,7 +92,7 @@ class AgentState:
         """Return what the panel says: a word and what there is to say of it."""
         of = f" of {self.rounds}" if self.rounds else ""
         if self.left:
-            doing = f"has left ({self.left}), serves whoever still needs its weights"
+            doing = f"has left ({self.left}), still serves its weights"
         elif self.phase:
             doing = f"{self.phase} for {seconds_text(max(0.0, now - self.phase_began))}"
         else:
