@@ -60,7 +60,8 @@ def axes_by_name(spec: SymmetrySpec) -> dict[str, list[AxisRef]]:
     found: dict[str, list[AxisRef]] = {}
     for axis in spec.axes:
         for name in aliases.get(axis.tensor, (axis.tensor,)):
-            found.setdefault(name, []).append(replace(axis, tensor=name))
+            # most are their own: copying each costs seconds where weights are matched, which asks for every step
+            found.setdefault(name, []).append(axis if name == axis.tensor else replace(axis, tensor=name))
     return found
 
 
