@@ -113,7 +113,10 @@ def test_the_panel_goes_on_by_itself(wide: tuple[int, int], monkeypatch: pytest.
             reading = reader.submit(read, person, CURSOR)
             listener.close()
             reading.result()
-    assert not [thread for thread in threading.enumerate() if thread.name == "panel" and thread.is_alive()]
+    panels = [thread for thread in threading.enumerate() if thread.name == "panel"]
+    for thread in panels:  # it is told to end, and not waited for
+        thread.join(60)
+    assert not [thread for thread in panels if thread.is_alive()]
 
 
 @pytest.mark.parametrize("how", ["pipe", "dumb", "plain", "quiet"])
