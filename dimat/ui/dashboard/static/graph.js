@@ -127,11 +127,14 @@ export class Graph {
   name(onCircle) {
     const box = this.cy.nodes().boundingBox({ includeLabels: false });
     let moved = false;
-    for (const node of this.cy.nodes()) {
-      const side = onCircle ? outward(node.position(), box) : "bottom";
-      moved ||= side !== (node.data("side") ?? "bottom");
-      node.data("side", side);
-    }
+    this.cy.batch(() => {
+      for (const node of this.cy.nodes()) {
+        const side = onCircle ? outward(node.position(), box) : "bottom";
+        if (side === (node.data("side") ?? "bottom")) continue;
+        moved = true;
+        node.data("side", side);
+      }
+    });
     if (moved) this.cy.style(style()); // else names are drawn within the bounds that they had on the other side
   }
 }
