@@ -29,7 +29,7 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HOME": str(CA
 
 IMPORTS = {
     "mergekit": "import mergekit.scripts.run_yaml",
-    "dimat": "import yaml, dimat.cli, dimat.merge, dimat.merging, dimat.merging.recipe, dimat.merging.show",
+    "dimat": "import yaml, dimat.cli, dimat.merge, dimat.merge_files.recipe, dimat.ui.terminal.merge",
 }
 
 RUNS = {

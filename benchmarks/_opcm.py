@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dimat.merge.combine.opcm import Fold, Party, opcm
-from dimat.merge.projection import Layout
+from dimat.merge.tensors.projection import Layout
 
 WIDTH, INNER, OUT, PATCH, POSITIONS = 768, 3072, 512, 3 * 32 * 32, 50
 ALPHA = 0.5

@@ -119,7 +119,7 @@ def _plain_client(
 ) -> Callable[[], Any]:
     import grpc
 
-    from dimat.net.identity import tls_name
+    from dimat.net.pki.identity import tls_name
 
     own = identity(keys, "b")
 
@@ -157,10 +157,10 @@ class Ears:
 
 def transport(folder: Path, name: str, keys: str, schema: str, megabytes: int) -> Any:
     """Return an agent's transport and its store."""
+    from dimat.net.compatibility import Profile
     from dimat.net.grpc_transport import GrpcTransport
-    from dimat.net.manifests import Bound
-    from dimat.net.profile import Profile
-    from dimat.snapshot import SnapshotStore
+    from dimat.net.manifest import Bound
+    from dimat.weights.snapshot import SnapshotStore
 
     store = SnapshotStore(folder / "own")
     made = GrpcTransport(
@@ -180,7 +180,7 @@ def transport(folder: Path, name: str, keys: str, schema: str, megabytes: int) -
 
 async def publish(made: Any, store: Any, name: str, round_: int, weights: Mapping[str, Any]) -> None:
     """Record weights, in a thread, and offer them."""
-    from dimat.snapshot import Manifest, record, schema_hash
+    from dimat.weights.snapshot import Manifest, record, schema_hash
 
     payload = await asyncio.to_thread(record, store.folder, weights, durable=False)
     made.publish(Manifest("wire", name, round_, f"0:{name}:0", schema_hash(weights), payload))
@@ -198,13 +198,13 @@ def neighbours(addresses: Mapping[str, str], name: str, *, follow: bool = True) 
 
 def dimat_server(pipe: Any, megabytes: int, repeats: int, keys: str) -> None:
     """Offer one snapshot a repeat, all different."""
-    from dimat.snapshot import schema_hash
+    from dimat.weights.snapshot import schema_hash
 
     weights = {"x": numbers(megabytes)}
 
     async def serve(folder: Path) -> None:
         made, store = transport(folder, "a", keys, schema_hash(weights), megabytes)
-        made.arrange(neighbours({"a": "127.0.0.1:1", "b": "127.0.0.1:1"}, "a", follow=False))
+        made.update_neighbours(neighbours({"a": "127.0.0.1:1", "b": "127.0.0.1:1"}, "a", follow=False))
         await made.start(Ears())
         pipe.send(made.port)
         for round_ in range(1, repeats + 1):
@@ -222,7 +222,7 @@ def dimat_server(pipe: Any, megabytes: int, repeats: int, keys: str) -> None:
 def dimat_client(port: int, megabytes: int, keys: str) -> Any:
     """Return a function that fetches the next snapshot, block by block verified, into a file; what prepares; and
     what closes."""
-    from dimat.snapshot import schema_hash
+    from dimat.weights.snapshot import schema_hash
 
     folder = tempfile.TemporaryDirectory()
     held: dict[str, Any] = {}
@@ -234,7 +234,7 @@ def dimat_client(port: int, megabytes: int, keys: str) -> Any:
             schema = schema_hash({"x": torch.empty(megabytes * 250_000, device="meta")})
             made, _ = transport(Path(folder.name), "b", keys, schema, megabytes)
             held["ears"], held["made"], held["folder"] = Ears(), made, folder
-            made.arrange(neighbours({"a": f"127.0.0.1:{port}", "b": "127.0.0.1:1"}, "b"))
+            made.update_neighbours(neighbours({"a": f"127.0.0.1:{port}", "b": "127.0.0.1:1"}, "b"))
             await made.start(held["ears"])
         held["round"] = held.get("round", 0) + 1
         manifest = await held["ears"].offers.get()
@@ -263,7 +263,7 @@ def dimat_averager(index: int, count: int, barrier: Any, ports: Any, results: An
     import torch
     from safetensors.torch import load_file
 
-    from dimat.snapshot import schema_hash
+    from dimat.weights.snapshot import schema_hash
 
     torch.set_num_threads(1)
     megabytes, repeats, keys = job
@@ -277,7 +277,7 @@ def dimat_averager(index: int, count: int, barrier: Any, ports: Any, results: An
         await made.start(ears)
         ports[index] = made.port
         await asyncio.to_thread(barrier.wait, SECONDS)
-        made.arrange(neighbours({n: f"127.0.0.1:{ports[i]}" for i, n in enumerate("abcd"[:count])}, name))
+        made.update_neighbours(neighbours({n: f"127.0.0.1:{ports[i]}" for i, n in enumerate("abcd"[:count])}, name))
         times: list[float] = []
         for round_ in range(1, repeats + 1):
             expected = float(start[0]) + sum(range(count)) / count + count * round_
@@ -366,7 +366,7 @@ def hivemind_averager(
 # ── both ─────────────────────────────────────────────────────────────────────────────────────────────────────
 def identity(keys: str, name: str) -> Any:
     """Return an agent's keys."""
-    from dimat.net.identity import load_identity
+    from dimat.net.pki.identity import load_identity
 
     return load_identity(Path(keys), name)
 

@@ -18,7 +18,7 @@ from _common import CACHE, DATA, Result, finish, options, table
 
 from dimat.config import ExperimentConfig, PartitionConfig, build
 from dimat.simulate.compare import cases_of, compare
-from dimat.ui.console import ConsoleListener, print_comparison
+from dimat.ui.terminal.run import ConsoleListener, print_comparison
 
 METHODS = ("isolated", "average", "dimat-paper", "dimat", "centralised")
 SPLITS = {"iid": PartitionConfig(kind="iid"), "dirichlet-0.5": PartitionConfig(kind="dirichlet", alpha=0.5)}

@@ -41,7 +41,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dimat.merge.context import MergeContext
-from dimat.merge.matching import moved_share
+from dimat.merge.matching.assignment import moved_share
 from dimat.merge.registry import align_registry
 from dimat.merge.repair.batchnorm import batchnorm
 from dimat.seeds import derive_seed, torch_generator

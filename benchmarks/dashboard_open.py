@@ -24,7 +24,7 @@ from pathlib import Path
 import httpx
 from _common import Result, finish, options, table
 
-from dimat import events as facts
+from dimat import events
 from dimat.ui.jsonl import JsonlListener
 
 AGENTS = 1_000
@@ -33,12 +33,12 @@ BYTES = 59_944
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
 
 
-def told(rounds: int) -> Iterator[facts.Event]:
+def told(rounds: int) -> Iterator[events.Event]:
     """Yield the events of a run on a ring."""
     names = [f"agent-{i}" for i in range(AGENTS)]
     ring = tuple((names[i], names[(i + 1) % AGENTS]) for i in range(AGENTS))
     histogram = {name: tuple((7 * i + 3 * c) % 60 for c in range(10)) for i, name in enumerate(names)}
-    yield facts.RunStarted(
+    yield events.RunStarted(
         run="thousand",
         method="dimat",
         seed=0,
@@ -52,27 +52,27 @@ def told(rounds: int) -> Iterator[facts.Event]:
     for number in range(1, rounds + 1):
         for i, name in enumerate(names):
             yield from a_round(names, i, name, number)
-    yield facts.RunFinished(run="thousand", reason="done", rounds_done=rounds, wall_s=1.0, time_s=float(rounds))
+    yield events.RunFinished(run="thousand", reason="done", rounds_done=rounds, wall_s=1.0, time_s=float(rounds))
 
 
-def a_round(names: list[str], i: int, name: str, number: int) -> Iterator[facts.Event]:
+def a_round(names: list[str], i: int, name: str, number: int) -> Iterator[events.Event]:
     """Yield what an agent tells of a round."""
     common = {"run": "thousand", "agent": name, "round": number}
     start, end = float(number - 1), float(number)
     peers = (names[i - 1], names[(i + 1) % AGENTS])
     roots = {who: f"{hash((who, number)) & (1 << 256) - 1:064x}" for who in (name, *peers)}
     level = 0.95 - 0.6 * math.exp(-number / 4) - 0.02 * math.sin(i)
-    yield facts.RoundStarted(**common, time_s=start)
-    yield facts.Trained(**common, time_s=end, loss=2 * math.exp(-number / 5), samples=288, train_s=0.1)
-    yield facts.Checkpointed(**common, time_s=end, stage="trained")
-    yield facts.Published(**common, time_s=end, snapshot=roots[name], bytes=BYTES, basis="0:agent-0:1b589c379cb7aa14")
+    yield events.RoundStarted(**common, time_s=start)
+    yield events.Trained(**common, time_s=end, loss=2 * math.exp(-number / 5), samples=288, train_s=0.1)
+    yield events.Checkpointed(**common, time_s=end, stage="trained")
+    yield events.Published(**common, time_s=end, snapshot=roots[name], bytes=BYTES, basis="0:agent-0:1b589c379cb7aa14")
     for peer in peers:
-        yield facts.SnapshotFetched(**common, time_s=end, peer=peer, snapshot=roots[peer], bytes=BYTES)
-    yield facts.Merged(
+        yield events.SnapshotFetched(**common, time_s=end, peer=peer, snapshot=roots[peer], bytes=BYTES)
+    yield events.Merged(
         **common,
         time_s=end,
         contributions=tuple(
-            facts.Contribution(agent=who, snapshot=root, round=number, weight=1 / 3, verdict="same basis")
+            events.Contribution(agent=who, snapshot=root, round=number, weight=1 / 3, verdict="same basis")
             for who, root in roots.items()
         ),
         heard=2,
@@ -81,7 +81,9 @@ def a_round(names: list[str], i: int, name: str, number: int) -> Iterator[facts.
         after={"loss": 1.61165564, "accuracy": level, "nll": 1.61165564},
         merge_s=0.1665213,
     )
-    yield facts.RoundFinished(**common, time_s=end, heard=2, expected=2, bytes_sent=2 * BYTES, bytes_received=2 * BYTES)
+    yield events.RoundFinished(
+        **common, time_s=end, heard=2, expected=2, bytes_sent=2 * BYTES, bytes_received=2 * BYTES
+    )
 
 
 def measure(folder: Path, browser: str | None) -> tuple[float, float | None]:

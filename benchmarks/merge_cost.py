@@ -36,9 +36,9 @@ from torch.nn import functional as F
 
 from dimat.config import MergeConfig, NamedConfig
 from dimat.merge import MergeContext, Peer, merge, open_weights, plan_merge
-from dimat.merge.matching import assign, assignment_value
-from dimat.merge.points import choose_points
-from dimat.merge.statistics import CrossStatistics, average_correlation
+from dimat.merge.matching.activation_statistics import CrossStatistics, average_correlation
+from dimat.merge.matching.assignment import assign, assignment_value
+from dimat.merge.matching.correlation import choose_points
 from dimat.seeds import derive_seed, torch_generator
 from dimat.symmetry import Observer, derive_symmetry
 from dimat.tasks.image_files import decode_images, open_images

@@ -38,7 +38,7 @@ from _common import Result, finish, options, table
 from dimat.errors import DimatError
 from dimat.merge.registry import combine_registry
 from dimat.simulate import run_simulation
-from dimat.simulate.pool import default_workers
+from dimat.simulate.engines.pool import default_workers
 
 PAIRS = ("slerp", "nuslerp")
 """Methods that merge two models."""

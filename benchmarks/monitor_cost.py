@@ -27,14 +27,14 @@ from statistics import median
 
 from _common import Result, finish, options, table
 
-from dimat import events as facts
-from dimat.agent.daemon import Daemon
-from dimat.agent.setup import prepare_agent
+from dimat import events
+from dimat.agent.daemon.daemon import Daemon
+from dimat.agent.setup.prepare import prepare_agent
 from dimat.config import MonitorConfig, load_experiment
-from dimat.ui.agent import AgentListener
 from dimat.ui.jsonl import JsonlListener
 from dimat.ui.listeners import open_listeners
-from dimat.ui.live import LiveAgentListener
+from dimat.ui.terminal.agent import AgentListener
+from dimat.ui.terminal.panel import LiveAgentListener
 
 NAMES = ("lab-a", "lab-b")
 TARGET = 1.02
@@ -89,10 +89,10 @@ class Meter:
         self.began = self.ended = 0.0
         self._cpu_s = cpu_s
 
-    def __call__(self, event: facts.Event) -> None:
-        if isinstance(event, facts.RoundStarted) and event.round == FIRST and not self.began:
+    def __call__(self, event: events.Event) -> None:
+        if isinstance(event, events.RoundStarted) and event.round == FIRST and not self.began:
             self.began = self._cpu_s()
-        elif isinstance(event, facts.RoundFinished):
+        elif isinstance(event, events.RoundFinished):
             self.ended = self._cpu_s()
 
 

@@ -20,20 +20,20 @@ import numpy as np
 from _common import Result, finish, options, table
 from numpy.typing import NDArray
 
-from dimat import events as facts
-from dimat.agent import messages as m
-from dimat.agent.basis import BasisId
-from dimat.agent.plan import Plan, RoundPlan, Rules
-from dimat.agent.round import RoundMachine
+from dimat import events
+from dimat.agent.protocol import messages as m
+from dimat.agent.protocol.basis import BasisId
+from dimat.agent.protocol.plan import Plan, RoundPlan, Rules
+from dimat.agent.protocol.round import RoundMachine
 from dimat.config import NetworkConfig
 from dimat.errors import DataError
-from dimat.net.memory import MemoryNetwork
 from dimat.seeds import numpy_generator
 from dimat.simulate.driver import Driver, Node
-from dimat.simulate.faults import FaultPlan
-from dimat.simulate.links import Links
-from dimat.snapshot import Manifest, Payload, checksum
+from dimat.simulate.in_process_network import MemoryNetwork
+from dimat.simulate.world.faults import FaultPlan
+from dimat.simulate.world.link_model import Links
 from dimat.topology import Schedule, Setting, build_graph, make_schedule
+from dimat.weights.snapshot import Manifest, Payload, checksum
 
 FEW, MANY, MOST = 100, 1_000, 10_000
 ROUNDS, ROUNDS_OF_MOST = 50, 10
@@ -106,17 +106,17 @@ class Averaging:
     def train_s(self, agent: str, action: m.Train, now: float) -> float:
         return 1.0
 
-    def merge_s(self, agent: str, action: m.Merge) -> float:
+    def merge_s(self, agent: str, action: m.MergeAction) -> float:
         return 0.0
 
     def train(self, agent: str, action: m.Train) -> Callable[[], Trained]:
         data = self.values[agent].tobytes()
         return lambda: Trained(self._store.record(data))
 
-    def checkpoint(self, agent: str, action: m.Checkpoint) -> Callable[[], None]:
+    def checkpoint(self, agent: str, action: m.CheckpointAction) -> Callable[[], None]:
         return lambda: None
 
-    def merge(self, agent: str, action: m.Merge, sources: Mapping[str, Weights]) -> Callable[[], m.MergeDone]:
+    def merge(self, agent: str, action: m.MergeAction, sources: Mapping[str, Weights]) -> Callable[[], m.MergeDone]:
         merged = action.own_weight * self.values[agent]
         for part in action.parts:
             merged += part.weight * sources[part.peer]
@@ -144,7 +144,7 @@ class Network:
         self.rounds = rounds
         self.schedule: Schedule = make_schedule(Setting(names, build_graph("ring", names)))
         self.start = numpy_generator(0, "protocol-scale").standard_normal((agents, SIZE))
-        self.told: Counter[type[facts.Event]] = Counter()
+        self.told: Counter[type[events.Event]] = Counter()
         store = MemoryStore()
         self._work = Averaging(dict(zip(names, self.start, strict=True)), store)
         rules = Rules(rounds=rounds, deadline_s=600.0)
@@ -164,7 +164,7 @@ class Network:
         plan = Plan(peers, lambda number: RoundPlan(self.schedule.row(number, name)))
         return Node(plan, lambda _, __: RoundMachine(name, "scale", plan, rules, basis=BasisId(0, name, "0")))
 
-    def _tell(self, fact: facts.Event) -> None:
+    def _tell(self, fact: events.Event) -> None:
         self.told[type(fact)] += 1
 
     def run(self) -> None:
@@ -175,8 +175,8 @@ class Network:
         expected, matrix = self.start, self.schedule.sparse_mixing(1)
         for _ in range(self.rounds):
             expected = matrix @ expected
-        merges = self.told[facts.Merged]
-        if merges != self.rounds * len(self.start) or self.told[facts.SnapshotFetched] != 2 * merges:
+        merges = self.told[events.Merged]
+        if merges != self.rounds * len(self.start) or self.told[events.SnapshotFetched] != 2 * merges:
             raise RuntimeError(f"not every agent merged two peers in every round: {dict(self.told)}")
         return float(np.abs(np.stack(list(self._work.values.values())) - expected).max())
 

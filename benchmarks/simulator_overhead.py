@@ -17,10 +17,10 @@ import torch
 from _common import Result, finish, options, table
 
 from dimat.config import ExperimentConfig, build
-from dimat.simulate.engine import Simulation
+from dimat.simulate.engines.pool import WorkerPool
 from dimat.simulate.folder import RunFolder
-from dimat.simulate.pool import WorkerPool
-from dimat.simulate.scenario import prepare
+from dimat.simulate.simulation import Simulation
+from dimat.simulate.world.scenario import prepare
 from dimat.tasks import ClassificationTask, TensorData, mlp, seeded
 
 AGENTS, SAMPLES, ROUNDS, BATCH = 5, 2000, 3, 64

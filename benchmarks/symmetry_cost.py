@@ -40,9 +40,9 @@ from _common import Result, finish, options, table
 from torch import Tensor, nn
 
 from dimat.merge.context import MergeContext
-from dimat.merge.points import choose_points
+from dimat.merge.matching.activation_statistics import CrossStatistics, PositionSampler
+from dimat.merge.matching.correlation import choose_points
 from dimat.merge.registry import align_registry
-from dimat.merge.statistics import CrossStatistics, PositionSampler
 from dimat.symmetry import Observer, derive_symmetry, freeze_failing
 
 LIMITS = {"resnet50": 5.0, "gpt2": 10.0, "capture": 1.25, "kept": 0.1}

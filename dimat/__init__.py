@@ -16,7 +16,7 @@ _HOME = {
     "align_weights": "dimat.merge",
     "merge_weights": "dimat.merge",
     "run_simulation": "dimat.simulate",
-    "Agent": "dimat.agent.embed",
+    "Agent": "dimat.agent.attach",
 }
 
 __all__ = [  # noqa: RUF022  (the order in which they are used)
@@ -30,7 +30,7 @@ __all__ = [  # noqa: RUF022  (the order in which they are used)
 ]
 
 if TYPE_CHECKING:
-    from dimat.agent.embed import Agent
+    from dimat.agent.attach import Agent
     from dimat.merge import align_weights, merge_weights
     from dimat.simulate import run_simulation
     from dimat.symmetry import derive_symmetry, permute_weights, verify_symmetry

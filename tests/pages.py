@@ -29,7 +29,7 @@ README = ROOT / "README.md"
 COMMANDS = ("", "sh", "bash", "console")
 OWN_TESTS = {
     "docs/keys.md": "tests/test_docs_keys.py",
-    "docs/operating.md": "tests/agent/test_docs_operating.py",
+    "docs/operating.md": "tests/agent/daemon/test_docs_operating.py",
 }
 """Pages whose blocks with a place in their first line are all run by a test of their own."""
 

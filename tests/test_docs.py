@@ -22,8 +22,8 @@ from dimat.merge import PRESETS, plan_merge
 from dimat.merge.registry import combine_registry
 from dimat.registry import keywords
 from dimat.tasks import mlp, seeded
-from tests.merging.adapters import LAYERS, factors, write_adapter
-from tests.merging.models import read_model, weights, write_folder
+from tests.merge_files.adapters import LAYERS, factors, write_adapter
+from tests.merge_files.models import read_model, weights, write_folder
 
 PAGE = (Path(__file__).parent.parent / "docs" / "merge-methods.md").read_text(encoding="utf-8")
 COLUMNS = ["method", "θ", "needs", "w_k", "options", "reads, work", "for", "paper"]
@@ -170,7 +170,7 @@ def test_commands_on_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_mergekit_methods_are_all_named() -> None:
     """ "Merging files" lists what `--from-mergekit` reads."""
-    from dimat.merging.mergekit import METHODS
+    from dimat.merge_files.mergekit import METHODS
 
     (line,) = re.findall(r"mergekit's YAML is read for (.*?), with its own", section("Merging files"), flags=re.DOTALL)
     assert set(re.findall(r"`(\w+)`", line)) == METHODS.keys()

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from dimat.errors import SecurityError
-from dimat.net.identity import Identity, check_certificate, load_identity
+from dimat.net.pki.identity import Identity, check_certificate, load_identity
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "keys.md").read_text(encoding="utf-8")

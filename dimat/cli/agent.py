@@ -20,7 +20,7 @@ from dimat.cli.shared import Json, Overrides, Quiet, say, show
 from dimat.errors import ConfigError, NetworkError
 
 if TYPE_CHECKING:
-    from dimat.agent.daemon import Daemon
+    from dimat.agent.daemon.daemon import Daemon
     from dimat.config import ExperimentConfig
     from dimat.events import Listener
 
@@ -62,16 +62,16 @@ def agent(
         from dimat.ui.dashboard.available import need_dashboard
 
         need_dashboard()
-    from dimat.agent.daemon import Daemon
-    from dimat.agent.folder import folder_of
-    from dimat.agent.setup import prepare_agent
+    from dimat.agent.daemon.daemon import Daemon
+    from dimat.agent.setup.prepare import prepare_agent
+    from dimat.config import agent_folder
     from dimat.ui.jsonl import JsonlListener
     from dimat.ui.listeners import open_listeners
-    from dimat.ui.live import agent_listener
+    from dimat.ui.terminal.panel import agent_listener
 
     setup = prepare_agent(config)
     # before the agent is made: what cannot be had is said before anything is done
-    with open_listeners(config, folder_of(config, setup.name), agent=setup.name) as watching:
+    with open_listeners(config, agent_folder(config, setup.name), agent=setup.name) as watching:
         daemon = Daemon(setup)
         listener = agent_listener(setup.programme.metric, sys.stderr, -1 if quiet else verbose, plain)
         with closing(listener), closing(JsonlListener(daemon.folder.events)) as log, _dashboard(daemon) as shown:
@@ -100,8 +100,8 @@ def status(
     as_json: Json = False,
 ) -> int:
     """How an agent is, on this machine or, with --peer, on another one: round, peers, metrics, bytes, warnings."""
-    from dimat.agent.status import ask
-    from dimat.ui.status import status_lines
+    from dimat.agent.daemon.status_socket import ask
+    from dimat.ui.terminal.status import status_lines
 
     if peer is None:
         folder = named_folder(target, name)
@@ -109,7 +109,7 @@ def status(
         def look() -> Mapping[str, Any]:
             return ask(folder)
     else:
-        from dimat.agent.asking import ask_peer
+        from dimat.agent.daemon.query import ask_peer
 
         if Path(target).is_dir():
             raise ConfigError("--peer needs the agent's file, which names keys and map, not its folder")
@@ -140,20 +140,20 @@ def named_folder(target: str, name: str | None) -> Path:
     path = Path(target)
     if path.is_dir():  # a health check asks often: nothing more is loaded for it
         return path
-    from dimat.agent.folder import folder_of
+    from dimat.config import agent_folder
 
     config = load_agent(path, name)
     if config.agent.name is None:
         raise ConfigError(f"{path} does not say which agent; give --name, or the agent's folder")
-    return folder_of(config, config.agent.name)
+    return agent_folder(config, config.agent.name)
 
 
 def _watch(found: Mapping[str, Any], look: Callable[[], Mapping[str, Any]], as_json: bool) -> None:
     """Show a status, and again each time that it was asked for, until Ctrl-C or the agent's end. A peer that was there
     once is asked on while it is out of reach."""
-    from dimat.ui.status import status_lines
+    from dimat.ui.terminal.status import status_lines
+    from dimat.ui.terminal.watch import Watch
     from dimat.ui.text import clean
-    from dimat.ui.watch import Watch
 
     trouble = ""
     with nullcontext() if as_json else Watch() as screen:
@@ -179,7 +179,7 @@ def _dashboard(daemon: Daemon) -> Generator[Sequence[Listener]]:
     if monitor.dashboard is None:
         yield ()
         return
-    from dimat.ui.dashboard.agent import AgentDashboard
+    from dimat.ui.dashboard.agent_source import AgentDashboard
 
     token = monitor.dashboard_token_file
     file = None if token is None else Path(daemon.setup.config.folder) / token

@@ -28,8 +28,8 @@ def dashboard(
     from dimat.ui.dashboard.available import need_dashboard
 
     need_dashboard()
-    from dimat.ui.dashboard.folder import FolderSource
     from dimat.ui.dashboard.guard import check_exposure, open_socket, parse_listen, read_token
+    from dimat.ui.dashboard.run_source import FolderSource
     from dimat.ui.dashboard.server import Server
 
     host, port = parse_listen(listen)

@@ -42,7 +42,7 @@ def dht(
         raise ConfigError(f"dimat dht: there is no file {ca} for --ca")
     certificate = ca.read_bytes() if ca is not None else None
     if certificate is not None:
-        from dimat.net.certificates import authorities
+        from dimat.net.pki.certificates import authorities
 
         authorities(certificate)  # SecurityError: with a file that is no CA's, each record would be refused in silence
     return asyncio.run(_serve(listen, folder, certificate, run, bootstrap, as_json))
@@ -52,7 +52,7 @@ async def _serve(
     listen: str, folder: Path, ca: bytes | None, run: str | None, bootstraps: tuple[str, ...], as_json: bool
 ) -> int:
     """Return the exit code: 130 after Ctrl-C, 143 after SIGTERM."""
-    from dimat.net.dht import DhtSidecar
+    from dimat.net.discovery.dht import DhtSidecar
 
     stopped: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 

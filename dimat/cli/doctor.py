@@ -26,12 +26,12 @@ def doctor(
     versions. Works while it runs, too; changes nothing. Exit code 0, or that of the first fault."""
     import sys
 
-    from dimat.agent.findings import Finding, exit_code, failed
-    from dimat.ui.doctor import finding_lines, findings_json, summary
+    from dimat.agent.doctor.check import Check, exit_code, failed
+    from dimat.ui.terminal.doctor import finding_lines, findings_json, summary
 
-    findings: list[Finding] = []
+    findings: list[Check] = []
 
-    def note(finding: Finding) -> None:
+    def note(finding: Check) -> None:
         findings.append(finding)
         if not as_json:
             show("\n".join(finding_lines(finding)))
@@ -42,7 +42,7 @@ def doctor(
     except DimatError as error:
         note(failed("config", error))
     else:
-        from dimat.agent.doctor import examine  # loads torch
+        from dimat.agent.doctor.doctor import examine  # loads torch
 
         for finding in examine(config):
             note(finding)

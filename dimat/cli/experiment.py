@@ -62,7 +62,7 @@ def init(
     """Write an experiment file that works, or with --agents a network, with the settings that one changes first."""
     if agents is not None:
         return _init_network(path or Path("network"), agents, task, force)
-    from dimat.simulate.starter import write_starter
+    from dimat.cli.templates.experiment_template import write_starter
 
     file = path or Path("experiment.toml")
     write_starter(file, task=task, force=force)
@@ -135,9 +135,9 @@ def report(
 ) -> int:
     """Write tables, pictures and a self-contained HTML page into a run folder; of an agent's folder, print whose
     training is in its model, and write lineage.csv."""
-    from dimat.agent.folder import read_mark
-    from dimat.ui.console import ConsoleListener
-    from dimat.ui.report import write_report
+    from dimat.agent.daemon.folder import read_mark
+    from dimat.ui.report.report import write_report
+    from dimat.ui.terminal.run import ConsoleListener
 
     mark = read_mark(run_dir)
     if mark is not None:
@@ -164,7 +164,7 @@ def evaluate(
 ) -> int:
     """Test metrics of a weights file on a task's test data."""
     from dimat.config import load_experiment
-    from dimat.simulate.evaluate import evaluate_file
+    from dimat.simulate.run import evaluate_file
 
     if file is not None and task is not None:
         raise ConfigError("give --task or --file, not both")
@@ -176,7 +176,7 @@ def evaluate(
 
 
 def _init_network(folder: Path, agents: int, task: str, force: bool) -> int:
-    from dimat.simulate.starter_network import write_network
+    from dimat.cli.templates.network_template import write_network
 
     made = write_network(folder, agents, task=task, force=force)
     file, first = shlex.quote(str(made.file)), made.names[0]
@@ -193,9 +193,9 @@ def _init_network(folder: Path, agents: int, task: str, force: bool) -> int:
 
 
 def _report_agent(folder: Path, agent: str, keys: Path | None, as_json: bool) -> int:
-    from dimat.agent.vouching import verify_ledger
-    from dimat.ui.agent_report import HEADER, agent_lineage, lineage_rows, report_json, report_lines
-    from dimat.ui.report import write_csv
+    from dimat.agent.lineage.verify import verify_ledger
+    from dimat.ui.report.agent_summary import HEADER, agent_lineage, lineage_rows, report_json, report_lines
+    from dimat.ui.report.report import write_csv
 
     last, made, own = agent_lineage(folder, agent)
     found = None if keys is None else verify_ledger(folder / "manifests.jsonl", keys, own)
@@ -221,11 +221,11 @@ def _simulate(
 ) -> int:
     from dimat.simulate.folder import RunFolder
     from dimat.simulate.run import run_scenario
-    from dimat.simulate.scenario import prepare
-    from dimat.ui.console import print_results
+    from dimat.simulate.world.scenario import prepare
     from dimat.ui.jsonl import JsonlListener
     from dimat.ui.listeners import open_listeners
-    from dimat.ui.report import write_report
+    from dimat.ui.report.report import write_report
+    from dimat.ui.terminal.run import print_results
 
     if workers is not None:
         config = config.model_copy(update={"simulate": config.simulate.model_copy(update={"workers": workers})})
@@ -268,9 +268,9 @@ def _compare(
     pages: bool = True,
 ) -> int:
     from dimat.simulate.compare import compare
-    from dimat.ui.console import print_comparison
     from dimat.ui.jsonl import JsonlListener
-    from dimat.ui.report import write_comparison_report, write_report
+    from dimat.ui.report.report import write_comparison_report, write_report
+    from dimat.ui.terminal.run import print_comparison
 
     with open_console(quiet) as console:
         outcome = compare(

@@ -14,7 +14,7 @@ from dimat.cli.shared import Json, say, show
 from dimat.errors import ConfigError, SecurityError, unknown_agent
 
 if TYPE_CHECKING:
-    from dimat.net.keyring import Made
+    from dimat.net.pki.keyring import KeyFiles
 
 Folder = Annotated[
     Path, Parameter(help="Folder of keys: NAME.key, NAME.crt, and ca.crt (with ca.key: the organiser's).")
@@ -37,7 +37,7 @@ def init_ca(
 ) -> int:
     """Make the collaboration's own certificate authority: ca.key, which the organiser keeps to themselves, and ca.crt,
     which every agent gets."""
-    from dimat.net.keyring import init_authority
+    from dimat.net.pki.keyring import init_authority
 
     _tell(init_authority(folder, name, days), "CA")
     say(f"  keep {folder / 'ca.key'} where no agent runs: who has it can let anybody in")
@@ -60,7 +60,7 @@ def issue(
 ) -> int:
     """Make keys and certificates of agents: NAME.key and NAME.crt. An agent is removed by taking it off the map:
     certificates are not revoked, the map says who may take part."""
-    from dimat.net.keyring import issue as issue_keys
+    from dimat.net.pki.keyring import issue as issue_keys
 
     wanted = _wanted(names, addresses, map_, renew)
     for made in issue_keys(folder, wanted, days, renew=renew, out=out):
@@ -79,7 +79,7 @@ def request(
 ) -> int:
     """Make a key that never leaves this machine, NAME.key, and a request for its certificate, NAME.csr, to send to the
     organiser."""
-    from dimat.net.keyring import request as request_certificate
+    from dimat.net.pki.keyring import request as request_certificate
 
     _tell(request_certificate(folder, name, _listed(addresses), renew=renew), "request of")
     say("  send the .csr to the organiser, and tell them the key above by another way (telephone)")
@@ -100,7 +100,7 @@ def sign(
 ) -> int:
     """Make the certificate that an agent asks for, NAME.crt, with the CA of the folder. Only name, addresses and key
     are taken from the request."""
-    from dimat.net.keyring import sign as sign_request
+    from dimat.net.pki.keyring import sign as sign_request
 
     made = sign_request(folder, file, days, name=name, renew=renew)
     _tell(made, "certificate of")
@@ -126,7 +126,7 @@ def publish_map(
     dht.follow_map = true. Ends once a node has taken it."""
     import asyncio
 
-    from dimat.net.publishing import publish_map as publish
+    from dimat.net.discovery.publish_map import publish_map as publish
 
     done = asyncio.run(
         publish(file, folder, run, bootstrap, days=days, listen=listen, notice=lambda message: say(f"dimat: {message}"))
@@ -146,8 +146,8 @@ def show_keys(
 ) -> int:
     """Show certificates, keys and requests: name, addresses, fingerprints, days left, issuer, and whether key and
     certificate match. Warns of what ends within 30 days; exit code 4 if something cannot be used."""
-    from dimat.net.keyfacts import look_at
-    from dimat.ui.keys import keys_json, keys_text
+    from dimat.net.pki.key_info import look_at
+    from dimat.ui.terminal.keys import keys_json, keys_text
 
     found = look_at(paths or [KEYS])
     show(keys_json(found) if as_json else keys_text(found))
@@ -180,8 +180,8 @@ def _listed(addresses: Sequence[str]) -> list[str]:
     return [part.strip() for entry in addresses for part in entry.split(",") if part.strip()]
 
 
-def _tell(made: Made, what: str) -> None:
-    from dimat.ui.keys import made_lines
+def _tell(made: KeyFiles, what: str) -> None:
+    from dimat.ui.terminal.keys import made_lines
 
     for line in made_lines(made, what):
         say(line)

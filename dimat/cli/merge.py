@@ -53,9 +53,9 @@ def merge(
     as_json: Json = False,
 ) -> int:
     """Merge models on disk by a recipe or from flags, tensor by tensor, without any network."""
-    from dimat.merging import merge_files, prepare
-    from dimat.merging.recipe import parse_weights, recipe_of
-    from dimat.merging.show import plan_lines, progress_bar
+    from dimat.merge_files import merge_files, prepare
+    from dimat.merge_files.recipe import parse_weights, recipe_of
+    from dimat.ui.terminal.merge import plan_lines, progress_bar
 
     flags = {"method": method, "base": base, "out": out, "dtype": dtype, "device": device, "seed": seed}
     flags |= {"model": model, "data": data, "align": align, "repair": repair, "input_dtype": input_dtype}

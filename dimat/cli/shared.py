@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter, validators
 
 if TYPE_CHECKING:
-    from dimat.ui.console import ConsoleListener
+    from dimat.ui.terminal.run import ConsoleListener
 
 Json = Annotated[bool, Parameter(name="--json", negative="", help="Print one JSON object on stdout.")]
 Overrides = Annotated[
@@ -48,6 +48,6 @@ def say(text: str) -> None:
 
 def open_console(quiet: bool) -> ConsoleListener:
     """Return what shows a run's progress on stderr."""
-    from dimat.ui.console import ConsoleListener
+    from dimat.ui.terminal.run import ConsoleListener
 
     return ConsoleListener(sys.stderr, verbosity=-1 if quiet else 0)

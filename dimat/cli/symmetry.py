@@ -40,7 +40,8 @@ def symmetry_show(
     as_json: Json = False,
 ) -> int:
     """Derive a model's symmetry groups and show them: sizes, tensors, observation points, what is frozen and why."""
-    from dimat.ui.symmetry import check_suffix, show_symmetry
+    from dimat.ui.symmetry.commands import show_symmetry
+    from dimat.ui.symmetry.tables import check_suffix
 
     check_suffix(html, ".html")
     check_suffix(svg, ".svg")
@@ -64,7 +65,7 @@ def symmetry_verify(
 
     Exit code 1 where a group fails, or the model cannot be traced.
     """
-    from dimat.ui.symmetry import verify_model
+    from dimat.ui.symmetry.commands import verify_model
 
     text, passed = verify_model(hook, seed=seed, as_json=as_json, outputs=output)
     show(text)
@@ -77,7 +78,7 @@ def symmetry_diff(one: ModelOrSpec, other: ModelOrSpec, /, *, as_json: Json = Fa
 
     Exit code 3 where they differ; both summaries and the first difference are shown.
     """
-    from dimat.ui.symmetry_diff import diff_symmetry
+    from dimat.ui.symmetry.diff import diff_symmetry
 
     text, same = diff_symmetry(one, other, as_json=as_json)
     show(text)

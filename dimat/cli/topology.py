@@ -23,7 +23,7 @@ Options = Annotated[
 @topology.command(name="list")
 def topology_list(*, as_json: Json = False) -> int:
     """Graphs, schedules and mixing rules, with their options."""
-    from dimat.ui.topology import catalogue
+    from dimat.ui.terminal.topology import catalogue
 
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     show(catalogue(as_json=as_json, width=width))
@@ -41,7 +41,7 @@ def topology_show(
     as_json: Json = False,
 ) -> int:
     """Degree, diameter, spectral gap, rounds to consensus and cost of a topology."""
-    from dimat.ui.topology import describe, draw_topology, open_topology
+    from dimat.ui.terminal.topology import describe, draw_topology, open_topology
 
     opened = open_topology(spec, agents, set_)
     if draw is not None:
@@ -54,7 +54,7 @@ def topology_show(
 @topology.command(name="check")
 def topology_check(spec: Spec, /, *, agents: Agents = None, set_: Options = ()) -> int:
     """Check that a topology can be used: connected, rows of the mixing matrix sum to 1, weights on edges only."""
-    from dimat.ui.topology import check_topology, open_topology
+    from dimat.ui.terminal.topology import check_topology, open_topology
 
     say(check_topology(open_topology(spec, agents, set_)))
     return 0
@@ -70,7 +70,7 @@ def topology_export(
     set_: Options = (),
 ) -> int:
     """Write a topology as a file: TOML map, GraphML, GML, node-link JSON, edge list."""
-    from dimat.ui.topology import export_topology, open_topology
+    from dimat.ui.terminal.topology import export_topology, open_topology
 
     export_topology(open_topology(spec, agents, set_), file)
     say(f"wrote {file}")

@@ -17,6 +17,7 @@ from dimat.config.experiment import (
     TaskConfig,
     TopologyConfig,
     TrainConfig,
+    agent_folder,
 )
 from dimat.config.load import (
     build,
@@ -74,6 +75,7 @@ __all__ = [
     "Tree",
     "VariantConfig",
     "WandbConfig",
+    "agent_folder",
     "build",
     "changed",
     "load_experiment",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -13,6 +14,7 @@ from dimat.config.presets import apply_preset
 from dimat.config.simulate import SimulateConfig
 from dimat.config.tree import Named, NamedConfig, Options, Tree, as_stage
 from dimat.config.variants import VariantConfig
+from dimat.errors import ConfigError
 
 
 class TopologyConfig(Tree):
@@ -299,3 +301,14 @@ class ExperimentConfig(Tree):
             if name in names[:i]:
                 raise ValueError(f"variants[{i}] is named {name!r} as variants[{names.index(name)}] is; rename one")
         return self
+
+
+def agent_folder(config: ExperimentConfig, agent: str) -> Path:
+    """Return where an agent keeps its things: `agent.folder`, from the configuration file's own folder on, or one named
+    after run and agent. ConfigError where no folder can be named so."""
+    if config.agent.folder is not None:
+        return Path(config.folder) / config.agent.folder
+    run = config.run
+    if agent in (".", "..") or "/" in run:
+        raise ConfigError(f"cannot name a folder after run {run!r} and agent {agent!r}; set agent.folder")
+    return Path("agents") / run / agent

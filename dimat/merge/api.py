@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from dimat.config import MergeConfig, NamedConfig, build
 from dimat.errors import ConfigError, MergeError, nearest
-from dimat.merge.auxiliary import OWN
-from dimat.merge.batches import as_data, first_inputs
 from dimat.merge.context import MergeContext
+from dimat.merge.models.batches import as_data, first_inputs
 from dimat.merge.pipeline import MergePlan, Peer, check_mixing, merge, needs_symmetry, plan_merge
 from dimat.merge.registry import accept_registry, align_registry, combine_registry, repair_registry
+from dimat.merge.shared_statistics import OWN
 from dimat.merge.stages import Permutations, Points, Score, Weights
-from dimat.merge.weights import open_weights
+from dimat.merge.weight_views import open_weights
 from dimat.registry import Registry
 from dimat.symmetry import derive_symmetry
 from dimat.symmetry.spec import SymmetrySpec

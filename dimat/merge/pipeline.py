@@ -18,14 +18,13 @@ from torch import Tensor
 
 from dimat.config import MergeConfig, NamedConfig
 from dimat.errors import ConfigError, DimatError, MergeError, unknown_name
-from dimat.merge.auxiliary import OWN, TakeStatistics, check_statistics, in_order
-from dimat.merge.clock import Clock
 from dimat.merge.context import MergeContext
-from dimat.merge.matching import moved_share
+from dimat.merge.matching.assignment import moved_share
 from dimat.merge.registry import CONTEXT, accept_registry, align_registry, combine_registry, repair_registry
 from dimat.merge.screen import norm_of, screen
-from dimat.merge.stages import Aligned, Permutations, Weights
-from dimat.merge.weights import PermutedWeights
+from dimat.merge.shared_statistics import OWN, TakeStatistics, check_statistics, in_order
+from dimat.merge.stages import Aligned, Clock, Permutations, Weights
+from dimat.merge.weight_views import PermutedWeights
 from dimat.registry import check_options, keywords
 
 MIXING_TOLERANCE = 1e-6

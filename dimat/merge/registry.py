@@ -3,7 +3,7 @@
 @combine_registry.register("median")
 def median(own, peers, weights, *, alpha: float = 0.5): ...
 
-A combine method that asks for `aux` says how agents take its statistics (see `dimat.merge.auxiliary.TakeStatistics`):
+A combine method that asks for `aux` says how agents take its statistics (`dimat.merge.shared_statistics`):
 
 @combine_registry.register("fisher", statistics=empirical_fisher)
 """

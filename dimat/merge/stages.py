@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from time import process_time
 
 from torch import Tensor
 
@@ -65,3 +66,17 @@ class Accepted:
     weights: dict[str, Tensor]
     share: float
     notes: tuple[str, ...] = ()
+
+
+class Clock:
+    """CPU seconds of this process (all its threads), by part of the work."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = process_time()
+
+    def lap(self, part: str) -> None:
+        """Count the time since the last lap as spent on `part`."""
+        now = process_time()
+        self.seconds[part] = self.seconds.get(part, 0.0) + now - self._last
+        self._last = now

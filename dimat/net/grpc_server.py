@@ -23,12 +23,7 @@ from grpc_health.v1.health import aio as health_aio  # pyright: ignore[reportAtt
 from grpc_reflection.v1alpha import reflection
 
 from dimat.errors import DataError, NetworkError, SecurityError
-from dimat.net.hosts import is_loopback
-from dimat.net.identity import Identity, agent_of
-from dimat.net.limits import FullError, Limits, Slots
-from dimat.net.offering import Offering
-from dimat.net.owner import owner_of
-from dimat.net.profile import (
+from dimat.net.compatibility import (
     AGENT_HEADER,
     ASKING_HEADER,
     DATA_SERVICE,
@@ -36,13 +31,17 @@ from dimat.net.profile import (
     LONGEST_POLL_S,
     PEER_SERVICE,
     Profile,
-    misfit,
+    incompatibility,
     server_options,
     shown,
 )
-from dimat.net.serving import Serving, SlowReaderError
+from dimat.net.limits import FullError, Limits, Slots
+from dimat.net.pki.identity import Identity, agent_of
+from dimat.net.ports import is_loopback, owner_of
+from dimat.net.transfer.outbox import Outbox
+from dimat.net.transfer.upload import SlowReaderError, Uploader
 from dimat.net.transport import Neighbours, Status
-from dimat.snapshot import SnapshotStore
+from dimat.weights.snapshot import SnapshotStore
 from dimat.wire.v1 import peer_pb2 as pb
 
 Context = aio.ServicerContext[Any, Any]
@@ -63,8 +62,8 @@ class Server:
         agent: str,
         identity: Identity | None,
         profile: Profile,
-        offering: Offering,
-        serving: Serving,
+        offering: Outbox,
+        serving: Uploader,
         store: SnapshotStore,
         limits: Limits,
         status: Status,
@@ -154,11 +153,11 @@ class Server:
         if request.agent != caller:
             await _abort(context, Code.PERMISSION_DENIED, f"{caller} says hello as {shown(request.agent)}")
         if not any(key == ASKING_HEADER for key, _ in context.invocation_metadata() or ()):
-            self._hellos[caller] = misfit(self._profile, self._run, request)
+            self._hellos[caller] = incompatibility(self._profile, self._run, request)
             if not self._hellos[caller]:
                 self._heard(caller)
         return pb.HelloReply(
-            **self._profile.said(self._run, self._agent),
+            **self._profile.fields(self._run, self._agent),
             certificate=b"" if self._identity is None else self._identity.certificate_der,
             max_streams=self._limits.streams_per_peer,
             time_s=clock(),

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from random import Random
 
 from dimat.errors import NetworkError
-from dimat.net.connection import Dialler
-from dimat.net.fetching import Fetching
-from dimat.net.grpc_client import Directory, Link
+from dimat.net.compatibility import CHUNK_BYTES, Profile
 from dimat.net.grpc_server import Server
-from dimat.net.heap import keep_freed
-from dimat.net.identity import Identity, check_certificate, check_signature
 from dimat.net.limits import Limits
-from dimat.net.manifests import Bound, Check, Sign
-from dimat.net.offering import Offering
-from dimat.net.profile import Profile
-from dimat.net.received import ReceivedStore
-from dimat.net.serving import Serving
-from dimat.net.transport import Fetched, Hearing, Neighbours, Status
-from dimat.net.work import Threads
-from dimat.snapshot import Manifest, SnapshotStore, roots_of
+from dimat.net.manifest import Bound, Check, Sign
+from dimat.net.peers.connection import Connector
+from dimat.net.peers.link import Directory, PeerLink
+from dimat.net.pki.identity import Identity, check_certificate, check_signature
+from dimat.net.threads import Threads
+from dimat.net.transfer.cache import SnapshotCache
+from dimat.net.transfer.fetch import Fetcher
+from dimat.net.transfer.outbox import Outbox
+from dimat.net.transfer.upload import Uploader
+from dimat.net.transport import Fetched, Neighbours, PeerListener, Status
+from dimat.weights.snapshot import Manifest, SnapshotStore, roots_of
 
 SERVED_S = 0.1
 
@@ -70,17 +71,17 @@ class GrpcTransport:
         self._directory = directory
         self._durable = durable
         self._threads = Threads()
-        self._offering = Offering(store, run, agent, self._signer(), self._threads)
-        self._serving = Serving(self._limits, self._threads)
-        self._dialler = Dialler(run, agent, identity, profile, bound, self._limits)
-        self._links: dict[str, Link] = {}
+        self._offering = Outbox(store, run, agent, self._signer(), self._threads)
+        self._serving = Uploader(self._limits, self._threads)
+        self._dialler = Connector(run, agent, identity, profile, bound, self._limits)
+        self._links: dict[str, PeerLink] = {}
         self._neighbours = Neighbours((), (), (), {})
         self._fetches: set[asyncio.Task[object]] = set()
         self._ending: set[asyncio.Task[None]] = set()
-        self._hearing: Hearing | None = None
+        self._hearing: PeerListener | None = None
         self._server: Server | None = None
-        self._received: ReceivedStore | None = None
-        self._fetching: Fetching | None = None
+        self._received: SnapshotCache | None = None
+        self._fetching: Fetcher | None = None
         self._port = 0
 
     # ── for the daemon and its tools ─────────────────────────────────────────────────────────────────────────
@@ -121,14 +122,14 @@ class GrpcTransport:
         }
 
     # ── the protocol ─────────────────────────────────────────────────────────────────────────────────────────
-    async def start(self, hearing: Hearing) -> None:
+    async def start(self, hearing: PeerListener) -> None:
         """Listen, offer what was offered before a restart, and begin to follow the peers. NetworkError where the port
         cannot be had, SecurityError where an insecure network would be open to others, DataError for the folder."""
         self._hearing = hearing
         keep_freed()
         received = await self._threads.submit(self._open_received)
         self._received = received
-        self._fetching = Fetching(
+        self._fetching = Fetcher(
             received,
             self._store,
             self._offering.payloads,
@@ -153,9 +154,9 @@ class GrpcTransport:
             noticed=hearing.noticed,
         )
         self._port = await self._server.start(self._listen)
-        self.arrange(self._neighbours)
+        self.update_neighbours(self._neighbours)
 
-    def arrange(self, neighbours: Neighbours) -> None:
+    def update_neighbours(self, neighbours: Neighbours) -> None:
         """Take a new map over: follow whoever is new, let go of whoever is not on it any more."""
         self._neighbours = neighbours
         if self._server is None or self._hearing is None:
@@ -169,9 +170,9 @@ class GrpcTransport:
             addresses = list(neighbours.addresses.get(peer, ()))
             link = self._links.get(peer)
             if link is not None:
-                link.arrange(addresses)
+                link.update_neighbours(addresses)
                 continue
-            link = self._links[peer] = Link(
+            link = self._links[peer] = PeerLink(
                 peer,
                 run=self._run,
                 dialler=self._dialler,
@@ -183,11 +184,11 @@ class GrpcTransport:
                 directory=self._directory,
                 threads=self._threads,
             )
-            link.arrange(addresses)
+            link.update_neighbours(addresses)
             link.start()
 
     def publish(self, manifest: Manifest) -> None:
-        """Offer a recorded snapshot to the readers. Offering it again changes nothing."""
+        """Offer a recorded snapshot to the readers. Doing it again changes nothing."""
         self._offering.publish(manifest, self._notice)
 
     async def fetch(self, peer: str, round: int, root: str) -> Fetched:
@@ -209,7 +210,7 @@ class GrpcTransport:
         if self._received is not None:
             self._received.release(peer, round, root)
 
-    async def rest(self) -> None:
+    async def unfollow_all(self) -> None:
         """Follow the peers no more; what is offered can still be had."""
         links = list(self._links.values())
         self._links.clear()
@@ -230,7 +231,7 @@ class GrpcTransport:
 
     async def close(self, grace_s: float) -> None:
         """Stop: no new transfers, those that are on their way may end within `grace_s`."""
-        await self.rest()
+        await self.unfollow_all()
         await asyncio.gather(*self._ending)
         if self._server is not None:
             await self._server.close(grace_s)
@@ -240,9 +241,9 @@ class GrpcTransport:
         self._threads.close()
 
     # ── within ───────────────────────────────────────────────────────────────────────────────────────────────
-    def _open_received(self) -> ReceivedStore:
+    def _open_received(self) -> SnapshotCache:
         limits = self._limits
-        return ReceivedStore(
+        return SnapshotCache(
             self._folder,
             limits.disk_bytes,
             limits.disk_reserve_bytes,
@@ -252,7 +253,7 @@ class GrpcTransport:
             durable=self._durable,
         )
 
-    def _link(self, peer: str) -> Link:
+    def _link(self, peer: str) -> PeerLink:
         link = self._links.get(peer)
         if link is None:
             raise NetworkError(f"{peer} is no neighbour that {self._agent} fetches from")
@@ -295,3 +296,29 @@ def _unsigned(data: bytes) -> bytes:
 
 def _any(data: bytes, signature: bytes) -> None:
     """On an insecure network nothing is checked."""
+
+
+CHOSEN = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_")
+# parameters of glibc's mallopt (malloc.h)
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+KEPT_BYTES = 16 * CHUNK_BYTES
+"""Free memory at the top of an arena that stays with the process: more than the chunks of two streams take."""
+MAPPED_BYTES = 2 * CHUNK_BYTES
+"""Pieces from this size on are mapped on their own, and gone when freed: a message of a transfer is smaller."""
+
+
+def keep_freed() -> bool:
+    """Keep up to `KEPT_BYTES` of freed memory an arena, in the whole process; return whether that was set.
+
+    Left to itself, glibc trims an arena as soon as about two chunks are free at its top. A transfer allocates and
+    frees each chunk at every hand-over, so it would pay a page fault for every 4 KiB that it moves. Nothing is done
+    where the C library is another one, or where whoever starts the process has set the thresholds.
+    """
+    if any(name in os.environ for name in CHOSEN) or "malloc" in os.environ.get("GLIBC_TUNABLES", ""):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):  # no glibc: musl, macOS, Windows
+        return False
+    mallopt.argtypes, mallopt.restype = (ctypes.c_int, ctypes.c_int), ctypes.c_int
+    return bool(mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES) and mallopt(M_TRIM_THRESHOLD, KEPT_BYTES))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from dimat.snapshot import Manifest
+from dimat.weights.snapshot import Manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class Fetched:
     certificate: bytes = b""
 
 
-class Hearing(Protocol):
+class PeerListener(Protocol):
     """Is told what is heard of peers, in the event loop's thread."""
 
     def offered(self, manifest: Manifest, oldest: int) -> None:
@@ -67,11 +67,11 @@ class Transport(Protocol):
         """Bytes of snapshots that were sent so far, by reader."""
         ...
 
-    async def start(self, hearing: Hearing) -> None:
+    async def start(self, hearing: PeerListener) -> None:
         """Listen, and begin to follow the peers. NetworkError where the port cannot be had."""
         ...
 
-    def arrange(self, neighbours: Neighbours) -> None:
+    def update_neighbours(self, neighbours: Neighbours) -> None:
         """Take a new map over: follow whoever is new, let go of whoever is not on it any more."""
         ...
 

@@ -21,10 +21,10 @@ from dimat.errors import ConfigError, DataError, DimatError, unknown_name
 from dimat.events import Event, Listener
 from dimat.merge.pipeline import PRESETS
 from dimat.results import Comparison, MethodCurve, Results, mean_timeline
-from dimat.simulate.engine import Simulation
+from dimat.simulate.engines.pool import WorkerPool, default_workers
 from dimat.simulate.folder import RunFolder, check_folder
-from dimat.simulate.pool import WorkerPool, default_workers
-from dimat.simulate.scenario import prepare
+from dimat.simulate.simulation import Simulation
+from dimat.simulate.world.scenario import prepare
 
 ALL, CENTRALISED = "all", "centralised"
 SIDE_BY_SIDE = 3  # runs at a time per pool: enough to even out how agents fall on workers

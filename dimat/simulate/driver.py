@@ -12,20 +12,20 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-from dimat import events as facts
-from dimat.agent import messages as m
-from dimat.agent.basis import BasisId
-from dimat.agent.round import RoundMachine
-from dimat.agent.state import MachineState
+from dimat import events
+from dimat.agent.protocol import messages as m
+from dimat.agent.protocol.basis import BasisId
+from dimat.agent.protocol.round import RoundMachine
+from dimat.agent.protocol.state import MachineState
 from dimat.errors import DimatError
-from dimat.net.memory import MemoryNetwork
-from dimat.simulate.clock import Clock
-from dimat.simulate.courier import Courier
-from dimat.simulate.faults import Crash, CrashPoint, Cut, Fault, FaultPlan, Heal, Join, Leave, Restart
-from dimat.simulate.herald import Herald
-from dimat.simulate.links import Links
+from dimat.simulate.announcements import Announcer
+from dimat.simulate.in_process_network import MemoryNetwork
 from dimat.simulate.node import Node, Recorded, Trace, Work
-from dimat.snapshot import Manifest
+from dimat.simulate.transfers import TransferScheduler
+from dimat.simulate.world.clock import Clock
+from dimat.simulate.world.faults import Crash, CrashPoint, Cut, Fault, FaultPlan, Heal, Join, Leave, Restart
+from dimat.simulate.world.link_model import Links
+from dimat.weights.snapshot import Manifest
 
 
 class Driver:
@@ -42,7 +42,7 @@ class Driver:
         network: MemoryNetwork,
         links: Links,
         faults: FaultPlan,
-        emit: Callable[[facts.Event], None],
+        emit: Callable[[events.Event], None],
         readers: Callable[[str, int], Sequence[str]],
         *,
         max_time_s: float | None = None,
@@ -59,8 +59,8 @@ class Driver:
         self.trace: Trace | None = None
         self._late = faults.late
         self._max_time_s = max_time_s
-        self._herald = Herald(self.clock, network, links, self.nodes, self._post)
-        self._courier = Courier(self.clock, network, links, self.nodes, self._post, self._handle, emit)
+        self._herald = Announcer(self.clock, network, links, self.nodes, self._post)
+        self._courier = TransferScheduler(self.clock, network, links, self.nodes, self._post, self._handle, emit)
         self._stopping = threading.Event()
         self._up = 0
         self._through = 0
@@ -70,7 +70,7 @@ class Driver:
                 self._up += 1
                 self.clock.put(0.0, self._start, name, False)
         for fault in faults.timed:
-            self.clock.put(fault.at_s, self._befall, fault)
+            self.clock.put(fault.at_s, self._apply_fault, fault)
         if max_time_s is not None:
             self.clock.put(max_time_s, self._time_up)
 
@@ -122,7 +122,7 @@ class Driver:
         node = self.nodes[name]
         if node.machine is None:
             return
-        self._emit(facts.AgentCrashed(agent=name, round=node.machine.round, back_s=cause.restart_after_s))
+        self._emit(events.AgentCrashed(agent=name, round=node.machine.round, back_s=cause.restart_after_s))
         self._take_down(name, "down")
         self._work.crash(name)
         if cause.restart_after_s is not None:
@@ -155,7 +155,7 @@ class Driver:
             # it can tell nobody, and will not be back
             self._coming -= node.outage is not None
             node.outage = None
-            self._emit(facts.AgentLeft(agent=name, round=node.round, reason="left"))
+            self._emit(events.AgentLeft(agent=name, round=node.round, reason="left"))
 
     def _take_down(self, name: str, state: str) -> None:
         """End an agent's process: what was on its way to it is lost to it, what was on its way from it breaks off."""
@@ -176,7 +176,7 @@ class Driver:
         if state == "gone":
             self._courier.retry()  # whoever waits for what it offered has to know that it will not come
 
-    def _befall(self, fault: Fault) -> None:
+    def _apply_fault(self, fault: Fault) -> None:
         match fault:
             case Crash(agent=name):
                 self._crash(name, fault)
@@ -190,12 +190,12 @@ class Driver:
                 self._leave(name)
             case Cut(id=number, groups=groups):
                 self._links.cut(number, groups)
-                self._emit(facts.LinksCut(groups=groups))
+                self._emit(events.LinksCut(groups=groups))
                 reachable = self._links.reachable
                 self._courier.break_off(lambda a, b: not reachable(a, b))
             case Heal(id=number):
                 self._links.heal(number)
-                self._emit(facts.LinksHealed())
+                self._emit(events.LinksHealed())
                 self._herald.connect_all()
                 self._courier.retry()
             case _:
@@ -257,10 +257,10 @@ class Driver:
                 self._courier.drop(name, peer, number, root)
             case m.Train():
                 self._train(name, action)
-            case m.Checkpoint(round=number, stage=stage):
+            case m.CheckpointAction(round=number, stage=stage):
                 # not waited for here: agents' work goes on side by side until one of them is to act on its checkpoint
                 self.nodes[name].unsure = self._work.checkpoint(name, action)
-                self._emit(facts.Checkpointed(agent=name, round=number, stage=stage))
+                self._emit(events.Checkpointed(agent=name, round=number, stage=stage))
             case m.Publish():
                 self._publish(name, action)
             case m.AdoptBasis():
@@ -268,7 +268,7 @@ class Driver:
             case m.AdoptWeights():
                 wait = self._work.adopt_weights(name, action, self._courier.source(name, action.peer, action.root))
                 self._post(name, now, lambda: m.WeightsAdopted(action.root, wait()))
-            case m.Merge():
+            case m.MergeAction():
                 sources = {part.peer: self._courier.source(name, part.peer, part.root) for part in action.parts}
                 self._post(name, now + self._work.merge_s(name, action), self._work.merge(name, action, sources))
             case m.Exit(reason=reason):
@@ -284,7 +284,7 @@ class Driver:
         self._keep(self.nodes[name].recorded, recorded)
         if action.learn:
             self._emit(
-                facts.Trained(
+                events.Trained(
                     agent=name,
                     round=action.round,
                     loss=recorded.loss,
@@ -324,7 +324,7 @@ class Driver:
         )
         self._network.publish(manifest)
         self._emit(
-            facts.Published(
+            events.Published(
                 agent=name,
                 round=action.round,
                 snapshot=action.root,
@@ -346,7 +346,7 @@ class Driver:
     def _exit(self, name: str, number: int, reason: str) -> None:
         """An agent is through. It says so, unless all end with the same round, and what it offers stays to be had as
         long as its process serves."""
-        self._emit(facts.AgentLeft(agent=name, round=number, reason=reason))
+        self._emit(events.AgentLeft(agent=name, round=number, reason=reason))
         offered = self._network.offered(name)
         leaves = self.nodes[name].leaves
         self._through += not leaves
@@ -361,7 +361,7 @@ def moment(action: m.Action, number: int) -> tuple[int, str]:
     match action:
         case m.Train():
             return action.round, "train"
-        case m.Checkpoint():
+        case m.CheckpointAction():
             return action.round, action.stage
         case m.Publish():
             return action.round, "publish"
@@ -369,7 +369,7 @@ def moment(action: m.Action, number: int) -> tuple[int, str]:
             return number, "fetch"
         case m.AdoptBasis() | m.AdoptWeights():
             return action.round, "adopt"
-        case m.Merge():
+        case m.MergeAction():
             return action.round, "merge"
         case _:
             return number, ""

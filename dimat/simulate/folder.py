@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from dimat.config import ExperimentConfig, build
-from dimat.durable import write_bytes
 from dimat.errors import ConfigError, DataError
 from dimat.results import Results
+from dimat.weights.durable import write_bytes
 
 MARK = "experiment.json"
 ORIGIN = "origin.json"

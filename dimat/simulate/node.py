@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from dimat.agent import messages as m
-from dimat.agent.plan import Plan
-from dimat.agent.round import RoundMachine
-from dimat.agent.state import MachineState
-from dimat.simulate.faults import Crash, CrashPoint
-from dimat.snapshot import Payload
+from dimat.agent.protocol import messages as m
+from dimat.agent.protocol.plan import Plan
+from dimat.agent.protocol.round import RoundMachine
+from dimat.agent.protocol.state import MachineState
+from dimat.simulate.world.faults import Crash, CrashPoint
+from dimat.weights.snapshot import Payload
 
 
 class Trace(Protocol):
@@ -53,7 +53,7 @@ class Work(Protocol):
         """Return how long training that begins now takes, in virtual seconds."""
         ...
 
-    def merge_s(self, agent: str, action: m.Merge) -> float:
+    def merge_s(self, agent: str, action: m.MergeAction) -> float:
         """Return how long a merge takes, in virtual seconds."""
         ...
 
@@ -61,10 +61,10 @@ class Work(Protocol):
         """Train, and record the weights: once the outcome is here their snapshot is in the network's store."""
         ...
 
-    def checkpoint(self, agent: str, action: m.Checkpoint) -> Callable[[], object]: ...
+    def checkpoint(self, agent: str, action: m.CheckpointAction) -> Callable[[], object]: ...
     def adopt_basis(self, agent: str, action: m.AdoptBasis, source: Any) -> Callable[[], m.Moves | None]: ...
     def adopt_weights(self, agent: str, action: m.AdoptWeights, source: Any) -> Callable[[], str]: ...
-    def merge(self, agent: str, action: m.Merge, sources: Mapping[str, Any]) -> Callable[[], m.MergeDone]: ...
+    def merge(self, agent: str, action: m.MergeAction, sources: Mapping[str, Any]) -> Callable[[], m.MergeDone]: ...
 
 
 @dataclass(slots=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+from dimat.agent.setup.machine import machine_for
 from dimat.errors import DataError
-from dimat.simulate.engine import machine_for
 from dimat.simulate.folder import TRACE, read_experiment
-from dimat.simulate.scenario import prepare
 from dimat.simulate.trace import Replay, replay
+from dimat.simulate.world.scenario import prepare
 
 
 def replay_run(run_dir: Path) -> Replay:

@@ -7,13 +7,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dimat.agent.setup.loaded_task import kit_for
 from dimat.config import ExperimentConfig, build, load_experiment
+from dimat.errors import DataError
 from dimat.events import Listener
+from dimat.merge import open_weights
 from dimat.results import Results
-from dimat.simulate.engine import Simulation
+from dimat.simulate.engines.pool import WorkerPool, default_workers
 from dimat.simulate.folder import RunFolder
-from dimat.simulate.pool import WorkerPool, default_workers
-from dimat.simulate.scenario import Scenario, prepare
+from dimat.simulate.simulation import Simulation
+from dimat.simulate.world.scenario import Scenario, prepare
+from dimat.train.trainer import Trainer
 
 
 def run_simulation(
@@ -51,3 +55,18 @@ def run_scenario(scenario: Scenario, folder: RunFolder, listeners: Sequence[List
     workers = min(scenario.config.simulate.workers or default_workers(), len(scenario.agents))
     with WorkerPool(workers) as pool:
         return Simulation(scenario, folder, pool, listeners).run()
+
+
+def evaluate_file(weights: Path, config: ExperimentConfig) -> dict[str, float]:
+    """Return loss and metrics of a safetensors file on the test data of the experiment's task.
+
+    Raises DataError where the file is missing, damaged, or not of the task's model.
+    """
+    opened = open_weights(weights)
+    task = kit_for(config, symmetry=False).task
+    test = task.data("test")
+    trainer = Trainer(task, test, config.train, seed=config.seed)
+    try:
+        return trainer.evaluate(test, opened)
+    except DataError as error:
+        raise DataError(f"{weights} does not fit task {task.name}: {error}") from error

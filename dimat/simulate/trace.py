@@ -13,10 +13,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO, get_args
 
-from dimat.agent import messages as m
-from dimat.agent.basis import BasisId
-from dimat.agent.round import RoundMachine
-from dimat.agent.state import MachineState
+from dimat.agent.protocol import messages as m
+from dimat.agent.protocol.basis import BasisId
+from dimat.agent.protocol.round import RoundMachine
+from dimat.agent.protocol.state import MachineState
 from dimat.errors import DataError
 
 EVENTS: Mapping[str, type[Any]] = {kind.__name__: kind for kind in get_args(m.Event) if kind is not m.MapChanged}

@@ -19,13 +19,13 @@ import torch
 from blake3 import blake3
 from torch import nn
 
-from dimat.durable import write_bytes
 from dimat.errors import DimatError, SymmetryError
 from dimat.symmetry.derive import derive_symmetry, fits
 from dimat.symmetry.rules import own_rules
 from dimat.symmetry.spec import SymmetrySpec
 from dimat.symmetry.trace import SymmetryWarning, Trace, retrace
 from dimat.symmetry.verify import freeze_failing
+from dimat.weights.durable import write_bytes
 
 
 def verified_symmetry(

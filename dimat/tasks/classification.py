@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dimat.task import Data, Split
+from dimat.tasks.base import Data, Split
 
 
 @dataclass(frozen=True)

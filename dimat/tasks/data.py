@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from dimat.errors import DataError
-from dimat.task import Batch, Data
+from dimat.tasks.base import Batch, Data
 
 Transform = Callable[[tuple[Tensor, ...], torch.Generator | None], tuple[Tensor, ...]]
 """Turns stored inputs of a batch into the model's: always the fixed part (scaling), and the random part

@@ -11,7 +11,7 @@ from dimat.config import TaskConfig
 from dimat.errors import ConfigError, DimatError, HookError, nearest
 from dimat.hooks import load_hook
 from dimat.registry import Registry
-from dimat.task import Task
+from dimat.tasks.base import Task
 
 MEMBERS = ("name", "metric", "classes", "build_model", "example_inputs", "data", "loss", "metrics")
 FOLDER = "folder"

@@ -14,14 +14,14 @@ _HOME = {
     "BaseK": "base_k",
     "CycleSchedule": "rounds",
     "Mixer": "mixing",
-    "NetworkMap": "maps",
+    "NetworkMap": "network_map",
     "Schedule": "rounds",
     "Setting": "schedule",
     "Summary": "analysis",
-    "Topology": "maps",
+    "Topology": "network_map",
     "build_graph": "graphs",
-    "build_topology": "maps",
-    "check": "maps",
+    "build_topology": "build",
+    "check": "build",
     "check_graph": "graphs",
     "check_matrix": "mixing",
     "check_schedule": "rounds",
@@ -32,12 +32,12 @@ _HOME = {
     "list_graphs": "graphs",
     "list_mixings": "mixing",
     "list_schedules": "schedule",
-    "load_map": "maps",
+    "load_map": "network_map",
     "make_schedule": "schedule",
     "mixing_matrix": "mixing",
     "models_sent": "analysis",
     "push_sum_matrix": "mixing",
-    "read_graph": "files",
+    "read_graph": "build",
     "renormalise": "mixing",
     "rounds_bound": "analysis",
     "rounds_to_consensus": "analysis",
@@ -92,11 +92,11 @@ if TYPE_CHECKING:
         summarise,
     )
     from dimat.topology.base_k import BaseK
+    from dimat.topology.build import build_topology, check, read_graph
     from dimat.topology.draw import draw_graph
-    from dimat.topology.files import read_graph
     from dimat.topology.graphs import build_graph, check_graph, list_graphs
-    from dimat.topology.maps import NetworkMap, Topology, build_topology, check, load_map
     from dimat.topology.mixing import Mixer, check_matrix, list_mixings, mixing_matrix, push_sum_matrix, renormalise
+    from dimat.topology.network_map import NetworkMap, Topology, load_map
     from dimat.topology.rounds import CycleSchedule, Schedule, check_schedule
     from dimat.topology.schedule import Setting, list_schedules, make_schedule
     from dimat.topology.write import export

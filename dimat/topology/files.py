@@ -47,31 +47,6 @@ def format_of(path: str | Path, format: str | None = None) -> str:
     return FORMATS[suffix]
 
 
-def read_graph(
-    path: str | Path,
-    format: str | None = None,
-    agents: int | Sequence[str] | None = None,
-    seed: int = 0,
-) -> nx.Graph[str]:
-    """Read and check a graph; `agents` (a number, or names in order) must fit it.
-
-    A {connectivity, pi} file leaves its mixing matrix in the graph attribute `pi`. Of a TOML map only the graph is
-    taken (`seed` is for maps that name a random one). Raises TopologyError, naming the file, for what cannot be read
-    or used.
-    """
-    kind = format_of(path, format)
-    if kind == "toml":
-        from dimat.topology.maps import load_map
-
-        network = load_map(path)
-        graph = network.graph(seed)
-        if graph is None:
-            raise TopologyError(f"{path}: the map gives no graph")
-    else:
-        graph = _parse(Path(path), kind)
-    return named(graph, agents, str(path))
-
-
 def from_python(hook: str, folder: Path, agents: int | Sequence[str] | None = None) -> nx.Graph[str]:
     """Call `file.py:function` (relative to `folder`) without arguments and return its networkx graph, checked.
 
@@ -200,7 +175,8 @@ def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def _parse(path: Path, kind: str) -> AnyGraph:
+def parse_graph(path: Path, kind: str) -> AnyGraph:
+    """Parse a file of the format `kind` as it is; TopologyError, naming the file, where it is none."""
     import networkx as nx
 
     try:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from dimat.errors import TopologyError
 from dimat.topology.files import format_of
-from dimat.topology.maps import Topology
 from dimat.topology.mixing import Mixer, links_of, mixing_matrix
+from dimat.topology.network_map import Topology
 
 if TYPE_CHECKING:
     import networkx as nx

@@ -19,7 +19,7 @@ from types import TracebackType
 from dimat.config import ExperimentConfig
 from dimat.errors import DataError
 from dimat.events import Listener, Warned
-from dimat.ui.tracking import Backend, Tracker, need
+from dimat.ui.trackers.tracker import Backend, Tracker, need
 
 
 class Listeners:
@@ -84,7 +84,7 @@ def open_listeners(config: ExperimentConfig, folder: Path, *, agent: str = "") -
 
 
 def _open_metrics(opened: Listeners, run: str, agent: str, address: str) -> None:
-    from dimat.ui.prometheus import MetricsServer, PrometheusListener
+    from dimat.ui.trackers.prometheus import MetricsServer, PrometheusListener
 
     listener = PrometheusListener(run, agent)
     server = MetricsServer(listener.registry, address)
@@ -98,7 +98,7 @@ def _open_trackers(opened: Listeners, config: ExperimentConfig, folder: Path) ->
     monitor, base = config.monitor, Path(config.folder)
     if monitor.tensorboard:
         need("tensorboard", "tensorboard")
-        from dimat.ui.tensorboard import TensorBoardBackend
+        from dimat.ui.trackers.tensorboard import TensorBoardBackend
 
         own = folder / "tensorboard"
         shared = None if monitor.tensorboard is True else base / monitor.tensorboard / config.run
@@ -106,11 +106,11 @@ def _open_trackers(opened: Listeners, config: ExperimentConfig, folder: Path) ->
         opened.said.append(f"tensorboard --logdir {own if shared is None else shared.parent}")
     if monitor.wandb is not None and monitor.wandb.mode != "disabled":
         need("wandb", "wandb")
-        from dimat.ui.wandb import WandbBackend
+        from dimat.ui.trackers.wandb import WandbBackend
 
         opened.track("W&B", WandbBackend(monitor.wandb, folder))
     if monitor.mlflow is not None:
         need("mlflow", "mlflow")
-        from dimat.ui.mlflow import MlflowBackend
+        from dimat.ui.trackers.mlflow import MlflowBackend
 
         opened.track("MLflow", MlflowBackend(monitor.mlflow, base))

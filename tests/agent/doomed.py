@@ -15,15 +15,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import dimat.agent.checkpoint as checkpoint
-from dimat.agent.ledger import ManifestLedger
-from dimat.agent.local import LocalAgent
-from dimat.agent.work import AgentWork
+import dimat.agent.learner.checkpoint as checkpoint
+from dimat.agent.daemon.worker import AgentWorker
+from dimat.agent.learner.learner import Learner
+from dimat.agent.lineage.manifest_log import ManifestLedger
 from dimat.cli import main
 from dimat.net import grpc_server
 from dimat.net.grpc_transport import GrpcTransport
-from dimat.net.partial import Partial
-from dimat.net.serving import Serving
+from dimat.net.transfer.partial import Partial
+from dimat.net.transfer.upload import Uploader
 
 
 def die() -> None:
@@ -67,10 +67,10 @@ def half_written(count: int, act: Callable[[], None] = die) -> None:
 def mid_stream(count: int, act: Callable[[], None] = die) -> None:
     """Do something between the second and third message of the `count`-th stream to a reader."""
     streams = 0
-    stream = Serving.stream
+    stream = Uploader.stream
 
     async def doomed(
-        self: Serving, reader: str, path: Path, payload: Any, first: int, blocks: int, write: Any, encoding: str
+        self: Uploader, reader: str, path: Path, payload: Any, first: int, blocks: int, write: Any, encoding: str
     ) -> None:
         nonlocal streams
         streams += 1
@@ -85,7 +85,7 @@ def mid_stream(count: int, act: Callable[[], None] = die) -> None:
 
         await stream(self, reader, path, payload, first, blocks, counted, encoding)
 
-    Serving.stream = doomed
+    Uploader.stream = doomed
 
 
 def pause() -> None:
@@ -103,19 +103,19 @@ def skew(seconds: int) -> None:
 
 
 MOMENTS: dict[str, Callable[[int], None]] = {
-    "training": lambda count: at_call(LocalAgent, "learn", count, after=True),
-    "recording": lambda count: at_call(AgentWork, "record", count, after=True),
+    "training": lambda count: at_call(Learner, "learn", count, after=True),
+    "recording": lambda count: at_call(AgentWorker, "record", count, after=True),
     "publishing": lambda count: at_call(GrpcTransport, "publish", count),
     "published": lambda count: at_call(GrpcTransport, "publish", count, after=True),
     "serving": mid_stream,
     "pausing": lambda count: mid_stream(count, pause),
     "fetching": lambda count: at_call(Partial, "write", count),
     "fetched": lambda count: at_call(ManifestLedger, "note", count),
-    "merging": lambda count: at_call(LocalAgent, "merge", count, after=True),
+    "merging": lambda count: at_call(Learner, "merge", count, after=True),
     "ledger": lambda count: at_call(checkpoint.CheckpointStore, "save", count),
     "checkpointing": lambda count: half_written(count),
     "hanging": lambda count: half_written(count, hang),
-    "checkpointed": lambda count: at_call(AgentWork, "checkpoint", count, after=True),
+    "checkpointed": lambda count: at_call(AgentWorker, "checkpoint", count, after=True),
     "skew": skew,
 }
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from dimat import events as facts
-from dimat.agent import messages as r
-from dimat.agent.basis import BasisId
-from dimat.agent.plan import Plan, RoundPlan, Rules
-from dimat.agent.round import RoundMachine
-from dimat.agent.state import MachineState
+from dimat import events
+from dimat.agent.protocol import messages as r
+from dimat.agent.protocol.basis import BasisId
+from dimat.agent.protocol.plan import Plan, RoundPlan, Rules
+from dimat.agent.protocol.round import RoundMachine
+from dimat.agent.protocol.state import MachineState
 
 MINE = BasisId(0, "me", "0")
 ROW = {"me": 0.5, "b": 0.25, "c": 0.25}
@@ -30,7 +30,7 @@ def of(actions: list[r.Action], kind: type[Any]) -> list[Any]:
     return [action for action in actions if isinstance(action, kind)]
 
 
-def told(actions: list[r.Action], kind: type[facts.Event]) -> list[Any]:
+def told(actions: list[r.Action], kind: type[events.Event]) -> list[Any]:
     return [action.fact for action in of(actions, r.Report) if isinstance(action.fact, kind)]
 
 

@@ -11,20 +11,20 @@ import networkx as nx
 import numpy as np
 from numpy.typing import NDArray
 
-from dimat import events as facts
-from dimat.agent import messages as m
-from dimat.agent.basis import BasisId
-from dimat.agent.plan import Plan, PushShares, RoundPlan, Rules
-from dimat.agent.push_sum import PushSum
-from dimat.agent.round import RoundMachine
+from dimat import events
+from dimat.agent.protocol import messages as m
+from dimat.agent.protocol.basis import BasisId
+from dimat.agent.protocol.plan import Plan, PushShares, RoundPlan, Rules
+from dimat.agent.protocol.push_sum import PushSum
+from dimat.agent.protocol.round import RoundMachine
 from dimat.config import NetworkConfig, TopologyConfig
-from dimat.net.memory import MemoryNetwork
 from dimat.simulate.driver import Driver, Node
-from dimat.simulate.faults import FaultPlan
-from dimat.simulate.links import Links
-from dimat.snapshot import Manifest, Payload, checksum
+from dimat.simulate.in_process_network import MemoryNetwork
+from dimat.simulate.world.faults import FaultPlan
+from dimat.simulate.world.link_model import Links
 from dimat.topology import CycleSchedule, Mixer, Schedule, build_topology
 from dimat.topology.mixing import PUSH_SUM
+from dimat.weights.snapshot import Manifest, Payload, checksum
 
 Values = NDArray[np.float64]
 T = TypeVar("T")
@@ -87,19 +87,19 @@ class Averaging:
     def train_s(self, agent: str, action: m.Train, now: float) -> float:
         return self._random[agent].uniform(0.5, 1.5)
 
-    def merge_s(self, agent: str, action: m.Merge) -> float:
+    def merge_s(self, agent: str, action: m.MergeAction) -> float:
         return 0.0
 
     def train(self, agent: str, action: m.Train) -> Callable[[], Trained]:
         trained = Trained(self._store.record(self._values[agent].tobytes()))
         return lambda: trained
 
-    def checkpoint(self, agent: str, action: m.Checkpoint) -> Callable[[], None]:
+    def checkpoint(self, agent: str, action: m.CheckpointAction) -> Callable[[], None]:
         if action.stage == "merged":
             self.ledgers[agent][action.round] = PushSum.from_dict(action.state.push)
         return lambda: None
 
-    def merge(self, agent: str, action: m.Merge, sources: Mapping[str, Values]) -> Callable[[], m.MergeDone]:
+    def merge(self, agent: str, action: m.MergeAction, sources: Mapping[str, Values]) -> Callable[[], m.MergeDone]:
         merged = action.own_weight * self._values[agent]
         for part in action.parts:
             merged = merged + part.weight * sources[part.peer]
@@ -172,7 +172,7 @@ class Run:
     values: Values
     weight: Values
     late: Values
-    facts: tuple[facts.Event, ...]
+    facts: tuple[events.Event, ...]
 
     @property
     def spread(self) -> Values:
@@ -197,7 +197,7 @@ def run(
     store = Store(keep)
     work = Averaging(dict(zip(names, first, strict=True)), store, seed)
     rules = Rules(rounds=rounds, deadline_s=deadline_s)
-    told: list[facts.Event] = []
+    told: list[events.Event] = []
 
     def node(agent: str) -> Node:
         plan = Plan(frozenset(schedule.peers(agent)), lambda number: round_plan(schedule, agent, number))

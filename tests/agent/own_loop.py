@@ -10,8 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dimat import Agent
-from dimat import events as facts
+from dimat import Agent, events
 
 STEPS = 5
 
@@ -70,7 +69,7 @@ def accuracy(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
 def main(file: str, name: str, seed: int, out: Path) -> None:
     model, data = network(seed), examples(seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    told: list[facts.Event] = []
+    told: list[events.Event] = []
     agent = Agent(file, (f"agent.folder='{out}'",), name=name)
     agent.listeners.append(told.append)
     with agent.attach(model, optimizer, data=[data], evaluate=lambda m: {"accuracy": accuracy(m, data)}) as running:

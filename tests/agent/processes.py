@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dimat.net.keyring import init_authority, issue
+from dimat.net.pki.keyring import init_authority, issue
 from tests.agent.bound import bound
 from tests.net.namespaces import Host
 from tests.simulate.helpers import TINY_TASK

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dimat import events as facts
+from dimat import events
 from dimat.config import NetworkConfig
-from dimat.simulate.scenario import prepare
+from dimat.simulate.world.scenario import prepare
 from dimat.topology import Schedule, list_graphs, list_mixings, list_schedules, push_sum_matrix
 from tests.agent.network import Run, Values, make_schedule, round_plan, run
 from tests.simulate.helpers import tiny_experiment
@@ -185,7 +185,7 @@ def test_values_are_the_product_of_the_matrices(label: str) -> None:
     """Law: x(r) = W(r) … W(1) x(0), in every round; with push-sum A(r) … A(1), rows divided by their sums."""
     got = result(label)
     assert abs(got.values - products(label, len(got.values) - 1)).max() <= EXACT
-    assert not [fact for fact in got.facts if isinstance(fact, facts.PeerLate | facts.RoundsSkipped | facts.Warned)]
+    assert not [fact for fact in got.facts if isinstance(fact, events.PeerLate | events.RoundsSkipped | events.Warned)]
 
 
 @pytest.mark.parametrize("label", labels("kept", "tilted", "pushed"))
@@ -219,7 +219,7 @@ def test_exact_average_in_one_period(label: str) -> None:
     got, rounds = result(label), period(label)
     assert got.spread[rounds - 1] > 0.1
     assert abs(got.values[rounds:] - 1 / len(schedule(label).names)).max() <= EXACT
-    fetched = [(fact.agent, fact.round) for fact in got.facts if isinstance(fact, facts.SnapshotFetched)]
+    fetched = [(fact.agent, fact.round) for fact in got.facts if isinstance(fact, events.SnapshotFetched)]
     assert max(map(fetched.count, fetched)) <= CASES[label].get("draws", {"k": 5})["k"]
 
 
@@ -321,7 +321,7 @@ def test_bias_of_push_sum_is_what_came_late(label: str, attempts: int) -> None:
     network = NetworkConfig(loss=0.1, attempts=attempts, retry_s=0.1)
     got = run(schedule(label), 120, network=network, deadline_s=2.0, keep=2)
     agents = got.weight.shape[1]
-    assert any(isinstance(fact, facts.PeerLate) for fact in got.facts)
+    assert any(isinstance(fact, events.PeerLate) for fact in got.facts)
     assert abs(got.weight.sum(axis=1) + got.late.sum(axis=(1, 2)) - agents).max() <= EXACT
     assert got.late.min() >= -EXACT
 
@@ -342,10 +342,10 @@ def test_bias_of_fixed_weights_is_what_was_missed() -> None:
     Σ W_ij (x_i − x_j) / n over all that were missed, and what both ends of a link miss cancels."""
     plan = schedule("kept: ring")
     got = run(plan, 60, network=NetworkConfig(loss=0.1, attempts=1), deadline_s=2.0)
-    assert not any(isinstance(fact, facts.RoundsSkipped) for fact in got.facts)
+    assert not any(isinstance(fact, events.RoundsSkipped) for fact in got.facts)
     used = np.array([plan.mixing(number) for number in range(1, 61)])
     drift = np.zeros((60, 8))
-    for fact in (fact for fact in got.facts if isinstance(fact, facts.PeerLate)):
+    for fact in (fact for fact in got.facts if isinstance(fact, events.PeerLate)):
         at, i, j = fact.round - 1, plan.names.index(fact.agent), plan.names.index(fact.peer)
         weight = plan.mixing(fact.round)[i, j]
         used[at, i, [i, j]] += weight, -weight

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from dimat.cli.templates.experiment_template import starter as starter_text
 from dimat.config import ExperimentConfig, MergeConfig, TopologyConfig, TrainConfig, build, load_experiment
 from dimat.errors import ConfigError
 from dimat.merge import plan_merge
 from dimat.simulate.compare import cases_of
-from dimat.simulate.starter import starter as starter_text
 
 
 def experiment(**tables: Any) -> ExperimentConfig:

@@ -112,7 +112,7 @@ def test_a_health_check_is_cheap(tmp_path: Path) -> None:
     """It comes every 30 seconds, so it must not load torch; where no agent answers it fails."""
     done = run(sys.executable, "-X", "importtime", "-m", "dimat.cli", "status", tmp_path, PYTHONPATH=str(ROOT))
     assert done.returncode == 5
-    assert "dimat.agent.status" in done.stderr
+    assert "dimat.agent.daemon.status_socket" in done.stderr
     assert not re.search(r"\| +(torch|pydantic|grpc)$", done.stderr, re.MULTILINE)
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import yaml
 
-from dimat.agent.setup import addresses_on_map
+from dimat.agent.setup.prepare import addresses_on_map
 from dimat.config import load_experiment
-from dimat.net.identity import load_identity
+from dimat.net.pki.identity import load_identity
 from tests.deploy.tools import DEPLOY, documents, passes, program, run, tool
 
 FOLDER = DEPLOY / "kubernetes"

@@ -1,5 +1,5 @@
 """Prometheus' and Grafana's files. References: promtool (syntax of all, and alerts over recorded series); the metrics
-that an agent really has (dimat.ui.prometheus)."""
+that an agent really has (dimat.ui.trackers.prometheus)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dimat.ui.prometheus import LABELS, METRICS
+from dimat.ui.trackers.prometheus import LABELS, METRICS
 from tests.deploy.tools import DEPLOY, documents, passes, run, tool
 
 FOLDER = DEPLOY / "monitoring"

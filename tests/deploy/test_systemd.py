@@ -18,11 +18,11 @@ from pathlib import Path
 
 import pytest
 
-from dimat.agent.status import ask
+from dimat.agent.daemon.status_socket import ask
 from dimat.cli import main
 from tests.agent.bound import bound
+from tests.agent.daemon.test_daemon_faults import WIDE, comes_in, widen
 from tests.agent.processes import ROOT, Life, Network, network
-from tests.agent.test_daemon_faults import WIDE, comes_in, widen
 from tests.deploy.tools import DEPLOY, passes, run, tool
 from tests.deploy.unit import UNIT, command, expanded, value, values
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dimat.agent.lineage import lineage
+from dimat.agent.lineage.lineage import lineage
 from dimat.errors import DataError
 from tests.faults.model import UNITS, Model
 from tests.faults.schedule import name_of, sources_of

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from dimat.agent import messages as m
-from dimat.agent.basis import BasisId
-from dimat.agent.offers import PeerPublished
-from dimat.agent.round import Phase
+from dimat.agent.protocol import messages as m
+from dimat.agent.protocol.basis import BasisId
+from dimat.agent.protocol.offers import PeerPublished
+from dimat.agent.protocol.round import Phase
 from tests.faults.model import UNITS, Snapshot, splitmix
 from tests.faults.node import FAULT, OWN, RUN, TIMER
 from tests.faults.schedule import Fault
@@ -214,7 +214,7 @@ def _noise(world: World, fault: Fault, node: Node) -> None:
     peer, number = min(node.plan.peers, default="zz"), node.machine.round
     events: list[m.Event] = [
         m.SnapshotReady(peer, number, "never asked for"),
-        m.FetchFailed(peer, number, "never asked for", "gone"),
+        m.FetchFailure(peer, number, "never asked for", "gone"),
         m.TrainingDone(number + 3, "x"),
         m.MergeDone(number + 1, {}),
         m.BasisChanged(number + 1, BasisId(-1, "zz", "0")),

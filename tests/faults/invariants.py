@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from dimat import events as facts
-from dimat.agent import messages as m
-from dimat.agent.offers import PeerPublished
-from dimat.agent.round import Phase
-from dimat.agent.state import MachineState
+from dimat import events
+from dimat.agent.protocol import messages as m
+from dimat.agent.protocol.offers import PeerPublished
+from dimat.agent.protocol.round import Phase
+from dimat.agent.protocol.state import MachineState
 from tests.faults import finals
 from tests.faults.node import RUN, Held, Node
 from tests.faults.violation import Violation
@@ -128,7 +128,7 @@ class Watch:
             self._demand(not stale, "release", node, f"keeps snapshots of {peer} that are of no use: {held}")
         self.bounded(node)
 
-    def checkpoints(self, node: Node, action: m.Checkpoint) -> None:
+    def checkpoints(self, node: Node, action: m.CheckpointAction) -> None:
         state = action.state
         self._demand((state.round, state.stage) == (action.round, action.stage), "checkpoint", node, str(action))
         known = self.orders.setdefault(state.basis, node.model.order)
@@ -205,14 +205,14 @@ class Watch:
             through = action.reason == "done" and last is not None and last.round == self.world.rules.rounds
             self._demand(through, "rounds", node, f"leaves before the end: {action}")
 
-    def reports(self, node: Node, fact: facts.Event) -> None:
-        if isinstance(fact, facts.Joined) and fact.how == "found":
+    def reports(self, node: Node, fact: events.Event) -> None:
+        if isinstance(fact, events.Joined) and fact.how == "found":
             self._demand(node.heard is None, "newcomer", node, "founds a network though it has heard one")
-        if isinstance(fact, facts.Joined) and fact.how == "align":
+        if isinstance(fact, events.Joined) and fact.how == "align":
             assert node.machine is not None
             younger = node.heard is not None and node.machine.basis > node.heard
             self._demand(younger, "newcomer", node, f"founds {node.machine.basis} and has heard {node.heard}")
-        if isinstance(fact, facts.RoundsSkipped):
+        if isinstance(fact, events.RoundsSkipped):
             self.world.totals["skips"] += 1
             exact = self.world.schedule.exact and self.world.rules.mode == "sync"
             self._demand(not exact, "rounds", node, str(fact))
@@ -240,7 +240,7 @@ class Watch:
                     arrived[peer] = each
         return arrived
 
-    def merges(self, node: Node, action: m.Merge) -> None:
+    def merges(self, node: Node, action: m.MergeAction) -> None:
         machine, closed = node.machine, node.closed
         assert machine is not None
         whole = closed is not None and action.round == machine.round == node.row_round
@@ -304,7 +304,7 @@ class Watch:
             for part in merge.parts
             if part.peer not in refused and part.weight * accepted > 0
         }
-        told = [a.fact for a in actions if isinstance(a, m.Report) and isinstance(a.fact, facts.Merged)]
+        told = [a.fact for a in actions if isinstance(a, m.Report) and isinstance(a.fact, events.Merged)]
         self._demand(len(told) == 1, "contributions", node, f"{len(told)} reports of one merge")
         own, *others = told[0].contributions
         found = {c.agent: (c.snapshot, c.round, c.weight) for c in others}
@@ -312,7 +312,7 @@ class Watch:
         rest = 1 - sum(weight for _, _, weight in kept.values())
         fits = fits and found == kept and abs(own.weight - rest) < 1e-12 and own.snapshot == node.disk[-1].state.root
         self._demand(fits, "contributions", node, f"{told[0].contributions}, done was {merge}, {refused}, {accepted}")
-        saved = [a for a in actions if isinstance(a, m.Checkpoint) and a.stage == "merged"]
+        saved = [a for a in actions if isinstance(a, m.CheckpointAction) and a.stage == "merged"]
         records = [a.record.contributions for a in saved if a.record is not None]
         self._demand(records == [told[0].contributions], "record", node, f"{records}, told {told[0].contributions}")
 

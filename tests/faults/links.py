@@ -1,4 +1,4 @@
-"""When a message arrives, if it does: one random stream per link, so that what befalls one link shifts no other."""
+"""When a message arrives, if it does: one random stream per link, so that a fault of one link shifts no other."""
 
 from __future__ import annotations
 

@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
-from dimat import events as facts
-from dimat.agent import accounts, inbox, joining, offers, push_sum
-from dimat.agent import messages as m
-from dimat.agent import round as round_module
-from dimat.agent.offers import Known, PeerPublished
-from dimat.agent.round import RoundMachine
+from dimat import events
+from dimat.agent.protocol import inbox, joining, offers, push_sum
+from dimat.agent.protocol import messages as m
+from dimat.agent.protocol import mixing_state as accounts
+from dimat.agent.protocol import round as round_module
+from dimat.agent.protocol.offers import Known, PeerPublished
+from dimat.agent.protocol.round import RoundMachine
 from tests.faults.node import Node
 from tests.faults.world import World
 
@@ -81,14 +82,14 @@ def each(change: Callable[[Any, m.Action], m.Action]) -> Rewrite:
 
 # ── weights ──────────────────────────────────────────────────────────────────────────────────────────────────────
 def _missing_mass(machine: Any, action: m.Action) -> m.Action:
-    if isinstance(action, m.Merge) and machine.push_weight is None:
+    if isinstance(action, m.MergeAction) and machine.push_weight is None:
         plan, _, _ = machine.made_with
         return replace(action, own_weight=plan.of(action.round).mixing[machine.agent])
     return action
 
 
 def _twice_in_a_merge(machine: Any, action: m.Action) -> m.Action:
-    if isinstance(action, m.Merge) and action.parts:
+    if isinstance(action, m.MergeAction) and action.parts:
         half = replace(action.parts[0], weight=action.parts[0].weight / 2)
         return replace(action, parts=(half, half, *action.parts[1:]))
     return action
@@ -101,11 +102,11 @@ def _no_decay(rules: Any, *more: Any) -> Any:
 _shares = accounts.shares
 
 
-def _refused_counts(agent: str, root: str, merge: m.Merge, done: m.MergeDone) -> Any:
+def _refused_counts(agent: str, root: str, merge: m.MergeAction, done: m.MergeDone) -> Any:
     return _contributions(agent, root, merge, replace(done, refused={}))
 
 
-def _backing_off_forgotten(agent: str, root: str, merge: m.Merge, done: m.MergeDone) -> Any:
+def _backing_off_forgotten(agent: str, root: str, merge: m.MergeAction, done: m.MergeDone) -> Any:
     return _contributions(agent, root, merge, replace(done, accepted=1.0))
 
 
@@ -175,7 +176,7 @@ def _state(**changes: Callable[[Any, Any], Any]) -> Rewrite:
     """Rewrite entries of the states in checkpoints, given the machine and the state."""
 
     def change(machine: Any, action: m.Action) -> m.Action:
-        if not isinstance(action, m.Checkpoint):
+        if not isinstance(action, m.CheckpointAction):
             return action
         values = {name: make(machine, action.state) for name, make in changes.items()}
         return replace(action, state=replace(action.state, **values))
@@ -247,7 +248,7 @@ def _larger_basis(own: Any, offers_: Any, weight: Any) -> Any:
 
 
 def _old_basis(machine: Any, action: m.Action) -> m.Action:
-    if isinstance(action, m.Report) and isinstance(action.fact, facts.Joined) and action.fact.how == "align":
+    if isinstance(action, m.Report) and isinstance(action.fact, events.Joined) and action.fact.how == "align":
         machine.basis = machine.made_with[2]._replace(round=-1)
     return action
 

@@ -7,13 +7,12 @@ import random
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from dimat.agent.basis import BasisId
-from dimat.agent.lineage import MergeRecord
-from dimat.agent.messages import Merge
-from dimat.agent.offers import PeerPublished
-from dimat.agent.plan import Plan, RoundPlan
-from dimat.agent.round import RoundMachine
-from dimat.agent.state import MachineState
+from dimat.agent.protocol.basis import BasisId
+from dimat.agent.protocol.messages import MergeAction, MergeRecord
+from dimat.agent.protocol.offers import PeerPublished
+from dimat.agent.protocol.plan import Plan, RoundPlan
+from dimat.agent.protocol.round import RoundMachine
+from dimat.agent.protocol.state import MachineState
 from dimat.events import Contribution
 from tests.faults.model import Model, Snapshot
 from tests.faults.schedule import Fault
@@ -81,7 +80,7 @@ class Node:
     model: Model = field(init=False)
     held: dict[tuple[str, str], list[Held]] = field(default_factory=dict)
     timers: dict[int, tuple[float, int]] = field(default_factory=dict)
-    merging: tuple[Merge, dict[str, str], float] | None = None
+    merging: tuple[MergeAction, dict[str, str], float] | None = None
     # disk
     disk: list[Saved] = field(default_factory=list)
     store: dict[int, Offer] = field(default_factory=dict)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
-from dimat.agent.plan import Plan, PushShares, RoundPlan, Rules
+from dimat.agent.protocol.plan import Plan, PushShares, RoundPlan, Rules
 
 Edges = tuple[tuple[int, int], ...]
 Span = tuple[float, float]

@@ -1,4 +1,4 @@
-"""The round machine on thousands of seeded hostile schedules (reference: the promises in `dimat.agent.round`)."""
+"""The round machine on thousands of seeded hostile schedules (reference: the promises in `agent.protocol.round`)."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dimat.agent import messages as m
+from dimat.agent.protocol import messages as m
 from tests.faults.node import Node
 
 
@@ -19,7 +19,7 @@ def brief(thing: Any) -> str:
     match thing:
         case m.Report():
             return f"Report {thing.fact}"
-        case m.Checkpoint():
+        case m.CheckpointAction():
             return f"Checkpoint({thing.round}, {thing.stage!r}, basis={thing.state.basis})"
         case m.MapChanged():
             return "MapChanged"

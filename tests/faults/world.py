@@ -8,11 +8,11 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from dimat.agent import messages as m
-from dimat.agent.basis import BasisId
-from dimat.agent.lineage import MergeRecord
-from dimat.agent.offers import PeerPublished
-from dimat.agent.round import RoundMachine
+from dimat.agent.protocol import messages as m
+from dimat.agent.protocol.basis import BasisId
+from dimat.agent.protocol.messages import MergeRecord
+from dimat.agent.protocol.offers import PeerPublished
+from dimat.agent.protocol.round import RoundMachine
 from dimat.events import Merged
 from tests.faults import inject
 from tests.faults.invariants import Watch
@@ -145,7 +145,7 @@ class World:
             crash = inject.strikes(self, node)
             if crash is not None and crash.where == "before":
                 return inject.crash(self, node, crash)
-            if crash is not None and crash.where == "torn" and isinstance(action, m.Checkpoint):
+            if crash is not None and crash.where == "torn" and isinstance(action, m.CheckpointAction):
                 if action.record is not None and crash.count:
                     self.record(node, action.record)
                 return inject.crash(self, node, crash)
@@ -168,7 +168,7 @@ class World:
                 low, high = self.schedule.train_s
                 slow = self._slow.get(node.index, 1.0)
                 self._job(node, (slow * low, slow * high), lambda: self.train(node, action))
-            case m.Checkpoint():
+            case m.CheckpointAction():
                 self.checkpoint(node, action)
             case m.Publish():
                 self.publish(node, action)
@@ -177,7 +177,7 @@ class World:
             case m.SetTimer():
                 node.timed.add(action.round)
                 self.set_timer(node, action.round, action.seconds)
-            case m.Merge():
+            case m.MergeAction():
                 self._start_merge(node, action)
             case m.AdoptBasis():
                 self.watch.rebases(node, action)
@@ -206,7 +206,7 @@ class World:
             self.deltas[node.name, action.round] = node.model.train()
         return m.TrainingDone(action.round, node.model.snapshot().root)
 
-    def checkpoint(self, node: Node, action: m.Checkpoint) -> None:
+    def checkpoint(self, node: Node, action: m.CheckpointAction) -> None:
         if action.record is not None:
             self.record(node, action.record)
         self.watch.checkpoints(node, action)
@@ -221,14 +221,14 @@ class World:
     def record(self, node: Node, record: MergeRecord) -> None:
         node.records.append(record)
 
-    def _start_merge(self, node: Node, action: m.Merge) -> None:
+    def _start_merge(self, node: Node, action: m.MergeAction) -> None:
         self.watch.merges(node, action)
         refused = {p.peer: "not finite" for p in action.parts if self.chance(node, self.schedule.refuses)}
         accepted = node.rng.choice([0.0, 0.5]) if self.chance(node, self.schedule.backs_off) else 1.0
         node.merging = (action, refused, accepted)
         self._job(node, self.schedule.job_s, lambda: self.merge(node, action, refused, accepted))
 
-    def merge(self, node: Node, action: m.Merge, refused: dict[str, str], accepted: float) -> m.Event:
+    def merge(self, node: Node, action: m.MergeAction, refused: dict[str, str], accepted: float) -> m.Event:
         kept = [p for p in action.parts if p.peer not in refused]
         own = 1.0 - sum(p.weight for p in kept)
         snapshots = []
@@ -325,7 +325,7 @@ class World:
             snapshot = self.watch.contents[action.root] if offer is not None and offer.root == action.root else None
         if fails or snapshot is None or not self.serves(peer) or self.cut(peer.index, node.index):
             node.drop(action.peer, action.round, action.root, held)
-            return m.FetchFailed(action.peer, action.round, action.root, "connection lost")
+            return m.FetchFailure(action.peer, action.round, action.root, "connection lost")
         held.snapshot = snapshot
         return m.SnapshotReady(action.peer, action.round, action.root)
 

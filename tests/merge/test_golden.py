@@ -20,13 +20,12 @@ from torch import Tensor, nn
 
 from dimat import align_weights, derive_symmetry, merge_weights
 from dimat.merge.combine.average import average
-from dimat.merge.matching import assignment_value
+from dimat.merge.matching.activation_statistics import CrossStatistics
+from dimat.merge.matching.assignment import assignment_value
 from dimat.merge.repair.batchnorm import batchnorm
-from dimat.merge.statistics import CrossStatistics
-from dimat.merge.weights import PermutedWeights
+from dimat.merge.weight_views import PermutedWeights
 from dimat.symmetry import Observer, SymmetrySpec
-
-from .networks import ResNet, Vgg
+from tests.merge.networks import ResNet, Vgg
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 FACTS = json.loads((GOLDEN / "dimat.json").read_text())

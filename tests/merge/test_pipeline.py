@@ -21,8 +21,7 @@ from dimat.config import MergeConfig
 from dimat.errors import ConfigError, DataError, MergeError, PeerError, SymmetryError
 from dimat.merge import MergeContext, MergeOutcome, Peer, adopt, merge, plan_merge
 from dimat.symmetry import SymmetrySpec, derive_symmetry, permute_weights, random_permutations
-
-from .networks import Vgg, randomise
+from tests.merge.networks import Vgg, randomise
 
 
 @dataclass

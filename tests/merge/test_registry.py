@@ -9,7 +9,7 @@ import pytest
 from dimat.config import MergeConfig, NamedConfig
 from dimat.errors import ConfigError
 from dimat.merge import accept_registry, align_registry, combine_registry, plan_merge, repair_registry
-from dimat.merge.fisher import empirical_fisher
+from dimat.merge.models.fisher_information import empirical_fisher
 from dimat.merge.registry import CONTEXT, Registry
 from dimat.registry import keywords
 

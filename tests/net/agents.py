@@ -15,14 +15,14 @@ import torch
 from grpc import aio
 from torch import Tensor
 
-from dimat.durable import write_bytes
+from dimat.net.compatibility import Profile
 from dimat.net.grpc_transport import GrpcTransport
-from dimat.net.identity import Identity
 from dimat.net.limits import Limits
-from dimat.net.manifests import Bound
-from dimat.net.profile import Profile
+from dimat.net.manifest import Bound
+from dimat.net.pki.identity import Identity
 from dimat.net.transport import Neighbours
-from dimat.snapshot import Form, Manifest, SnapshotStore, checksum, encode, schema_hash
+from dimat.weights.durable import write_bytes
+from dimat.weights.snapshot import Form, Manifest, SnapshotStore, checksum, encode, schema_hash
 from dimat.wire.v1 import peer_pb2 as pb
 
 RUN = "test-run"
@@ -180,14 +180,16 @@ async def pair(folder: Path, **more: Any) -> AsyncGenerator[tuple[Agent, Agent]]
 
 def join(*agents: Agent) -> None:
     """Make all agents each other's neighbours."""
-    arrange(agents, {agent.name: agent.address for agent in agents})
+    update_neighbours(agents, {agent.name: agent.address for agent in agents})
 
 
-def arrange(agents: Sequence[Agent], addresses: Mapping[str, str], *, readers: Sequence[str] | None = None) -> None:
+def update_neighbours(
+    agents: Sequence[Agent], addresses: Mapping[str, str], *, readers: Sequence[str] | None = None
+) -> None:
     """Give agents a map on which all that have an address are members, and neighbours of each other."""
     for agent in agents:
         others = [name for name in addresses if name != agent.name]
-        agent.transport.arrange(
+        agent.transport.update_neighbours(
             Neighbours(
                 peers=others,
                 readers=others if readers is None else readers,

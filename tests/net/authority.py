@@ -10,8 +10,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from dimat.net.identity import tls_name
-from dimat.net.records import Record, seal_record
+from dimat.net.discovery.address_records import Record, seal_record
+from dimat.net.pki.identity import tls_name
 
 
 @dataclass(frozen=True)

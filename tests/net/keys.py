@@ -7,8 +7,8 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives import serialization
 
-from dimat.net.identity import Identity
-from dimat.net.issuing import make_authority, make_certificate, make_key
+from dimat.net.pki.authority import make_authority, make_certificate, make_key
+from dimat.net.pki.identity import Identity
 
 PEM = serialization.Encoding.PEM
 DER = serialization.Encoding.DER

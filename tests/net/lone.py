@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from dimat.net.identity import Identity, load_identity
-from dimat.net.profile import Profile
-from dimat.snapshot import schema_hash
-from tests.net.agents import QUICK, arrange, make, started, weights
+from dimat.net.compatibility import Profile
+from dimat.net.pki.identity import Identity, load_identity
+from dimat.weights.snapshot import schema_hash
+from tests.net.agents import QUICK, make, started, update_neighbours, weights
 
 WIDTH = 2048  # 16 MiB
 WIDE = Profile(schema_hash({"layer.weight": torch.empty(WIDTH, WIDTH)}))
@@ -48,7 +48,7 @@ async def serve(folder: Path, port: str) -> None:
         profile=WIDE,
     )
     async with started(a):
-        arrange([a], {"a": a.address, "b": "127.0.0.1:1"})
+        update_neighbours([a], {"a": a.address, "b": "127.0.0.1:1"})
         manifest = a.publish(1, weights(1, WIDTH))
         say(port=a.transport.port, root=manifest.payload.root, bytes=manifest.payload.bytes)
         while True:
@@ -59,7 +59,7 @@ async def serve(folder: Path, port: str) -> None:
 async def fetch(folder: Path, address: str, root: str) -> None:
     b = make(folder, "b", identity=identity("b"), limits=QUICK, bound=2**28, profile=WIDE)
     async with started(b):
-        arrange([b], {"a": address, "b": b.address})
+        update_neighbours([b], {"a": address, "b": b.address})
         say(port=b.transport.port)
         fetching = asyncio.create_task(b.transport.fetch("a", 1, root))
         while not fetching.done():

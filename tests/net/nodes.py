@@ -14,9 +14,9 @@ from typing import Any
 import anyio
 import pytest
 
-from dimat.net.dht import DhtSidecar
-from dimat.net.orphans import find_by_token
-from dimat.net.records import Record
+from dimat.net.discovery.address_records import Record
+from dimat.net.discovery.child_process import find_by_token
+from dimat.net.discovery.dht import DhtSidecar
 
 needs_hivemind = pytest.mark.skipif(importlib.util.find_spec("hivemind") is None, reason="hivemind is not installed")
 LIMIT_S = 120.0

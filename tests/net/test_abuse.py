@@ -18,7 +18,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dimat.wire.v1 import peer_pb2 as pb
-from tests.net.agents import QUICK, Agent, arrange, call, code_of, ends_with, hello, join, make, started, weights
+from tests.net.agents import (
+    QUICK,
+    Agent,
+    call,
+    code_of,
+    ends_with,
+    hello,
+    join,
+    make,
+    started,
+    update_neighbours,
+    weights,
+)
 from tests.net.lone import WIDE, WIDTH
 
 pytestmark = pytest.mark.anyio
@@ -38,7 +50,7 @@ def fetch(channel: aio.Channel, root: str, first: int = 0, blocks: int = 1) -> A
 @asynccontextmanager
 async def as_reader(agent: Agent) -> AsyncGenerator[aio.Channel]:
     """Open a channel to an agent as its reader b, which says what a test lets it say."""
-    arrange([agent], {"a": agent.address, "b": "127.0.0.1:1"})
+    update_neighbours([agent], {"a": agent.address, "b": "127.0.0.1:1"})
     profile = agent.transport._profile
     async with aio.insecure_channel(agent.address) as channel:
         await call(channel, "Hello", hello("b", schema=profile.schema), pb.HelloReply, "b")
@@ -167,7 +179,7 @@ async def test_a_reader_that_is_taken_off_the_map_hears_no_more(tmp_path: Path) 
             wait = pb.ManifestsRequest(seen=first.sequence, session=first.session, wait_ms=50_000)
             waiting = asyncio.create_task(call(channel, "Manifests", wait, pb.ManifestsReply, "b"))
             await asyncio.sleep(0.2)
-            arrange([a], {"a": a.address})
+            update_neighbours([a], {"a": a.address})
             a.publish(2, weights(2))
             with pytest.raises(aio.AioRpcError) as caught:
                 await waiting
@@ -179,7 +191,7 @@ async def test_one_that_is_on_the_map_and_no_reader_gets_nothing(tmp_path: Path)
     async with started(a):
         published = a.publish(1, weights(1))
         async with as_reader(a) as channel:
-            arrange([a], {"a": a.address, "b": "127.0.0.1:1"}, readers=())
+            update_neighbours([a], {"a": a.address, "b": "127.0.0.1:1"}, readers=())
             assert await ends_with(fetch(channel, published.payload.root)) is Code.PERMISSION_DENIED
             with pytest.raises(aio.AioRpcError) as caught:
                 await call(channel, "Manifests", pb.ManifestsRequest(), pb.ManifestsReply, "b")
@@ -222,9 +234,9 @@ async def test_one_that_accepts_and_says_nothing_is_lost_and_the_next_address_tr
         mute = f"127.0.0.1:{silent.getsockname()[1]}"
         async with started(a, b):
             a.publish(1, weights(1))
-            arrange([a], {"a": a.address, "b": b.address})
-            arrange([b], {"a": mute, "b": b.address})
+            update_neighbours([a], {"a": a.address, "b": b.address})
+            update_neighbours([b], {"a": mute, "b": b.address})
             await b.ears.until(lambda: b.ears.losses)
             assert b.ears.losses[0][0] == "a"
-            arrange([b], {"a": a.address, "b": b.address})
+            update_neighbours([b], {"a": a.address, "b": b.address})
             await b.ears.offer("a", 1)

@@ -15,14 +15,13 @@ import pytest
 from grpc import aio
 
 from dimat.errors import NetworkError
-from dimat.net.identity import Identity, tls_name
-from dimat.net.manifests import seal
+from dimat.net.manifest import seal
+from dimat.net.pki.identity import Identity, tls_name
 from dimat.wire.v1 import peer_pb2 as pb
 from tests.net.agents import (
     RUN,
     SCHEMA,
     Agent,
-    arrange,
     call,
     code_of,
     ends_with,
@@ -30,6 +29,7 @@ from tests.net.agents import (
     make,
     record,
     started,
+    update_neighbours,
     weights,
 )
 from tests.net.keys import Authority
@@ -80,7 +80,7 @@ class Besieged:
         """A new agent c is served."""
         c = make(self.folder / "c", "c", identity=self.authority.issue("c"))
         async with started(c):
-            arrange([c], {"a": self.a.address, "c": c.address})
+            update_neighbours([c], {"a": self.a.address, "c": c.address})
             await c.ears.offer("a", 1)
             fetched = await asyncio.wait_for(c.transport.fetch("a", 1, self.root), 60)
             assert fetched.path.read_bytes() == self.a.store.path(self.root).read_bytes()
@@ -91,8 +91,8 @@ async def besieged(tmp_path: Path, **more: Any) -> AsyncGenerator[Besieged]:
     authority = Authority()
     a = make(tmp_path / "a", "a", identity=authority.issue("a"), **more)
     async with started(a):
-        arrange([a], {"a": a.address} | dict.fromkeys("bcd", "127.0.0.1:1"), readers=["b", "c"])
-        a.transport.arrange(replace(a.transport._neighbours, peers=[]))
+        update_neighbours([a], {"a": a.address} | dict.fromkeys("bcd", "127.0.0.1:1"), readers=["b", "c"])
+        a.transport.update_neighbours(replace(a.transport._neighbours, peers=[]))
         yield Besieged(a, authority, a.publish(1, weights(1)).payload.root, tmp_path)
 
 
@@ -156,7 +156,7 @@ async def lied_to(tmp_path: Path, liar: Liar) -> AsyncGenerator[tuple[Agent, Aut
     own = authority.issue("a")
     b, c = (make(tmp_path / name, name, identity=authority.issue(name)) for name in "bc")
     async with started(c), against(liar, b, own, {"c": c.address}):
-        arrange([c], {"b": b.address, "c": c.address})
+        update_neighbours([c], {"b": b.address, "c": c.address})
         published = c.publish(1, weights(3))
         yield b, authority, own
         # whatever the liar did

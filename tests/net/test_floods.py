@@ -20,10 +20,10 @@ from grpc import aio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dimat.net.identity import Identity, tls_name
-from dimat.net.profile import AGENT_HEADER
+from dimat.net.compatibility import AGENT_HEADER
+from dimat.net.pki.identity import Identity, tls_name
 from dimat.wire.v1 import peer_pb2 as pb
-from tests.net.agents import QUICK, Agent, arrange, call, ends_with, hello, make, started, weights
+from tests.net.agents import QUICK, Agent, call, ends_with, hello, make, started, update_neighbours, weights
 from tests.net.keys import Authority, save
 from tests.net.lone import WIDE, WIDTH
 
@@ -50,8 +50,8 @@ async def besieged(tmp_path: Path, authority: Authority | None, **more: Any) -> 
     """Agent a, which offers a snapshot of round 1 to b and c."""
     a = make(tmp_path / "a", "a", identity=identity(authority, "a"), **more)
     async with started(a):
-        arrange([a], {"a": a.address, "b": "127.0.0.1:1", "c": "127.0.0.1:1"})
-        a.transport.arrange(replace(a.transport._neighbours, peers=[]))
+        update_neighbours([a], {"a": a.address, "b": "127.0.0.1:1", "c": "127.0.0.1:1"})
+        a.transport.update_neighbours(replace(a.transport._neighbours, peers=[]))
         a.publish(1, weights(1, WIDTH if more.get("profile") is WIDE else 512))
         yield a
 
@@ -60,7 +60,7 @@ async def serves(a: Agent, authority: Authority | None, folder: Path, **more: An
     """An honest agent c that comes new is served."""
     c = make(folder / "c", "c", identity=identity(authority, "c"), **more)
     async with started(c):
-        arrange([c], {"a": a.address, "c": c.address})
+        update_neighbours([c], {"a": a.address, "c": c.address})
         manifest = await c.ears.offer("a", 1)
         fetched = await asyncio.wait_for(c.transport.fetch("a", 1, manifest.payload.root), 60)
         assert fetched.path.read_bytes() == a.store.path(manifest.payload.root).read_bytes()

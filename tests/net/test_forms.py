@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from dimat.net.profile import Profile
-from dimat.snapshot import Manifest
-from dimat.wire.encodings import ENCODINGS, encode_weights
+from dimat.net.compatibility import Profile
+from dimat.weights.encodings import ENCODINGS, encode_weights
+from dimat.weights.snapshot import Manifest
 from tests.net.agents import SCHEMA, Agent, form, join, make, pair, record, started, weights
 
 pytestmark = pytest.mark.anyio

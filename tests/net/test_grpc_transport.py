@@ -13,11 +13,11 @@ import torch
 from grpc import aio
 
 from dimat.errors import NetworkError, SecurityError
-from dimat.net.identity import Identity
 from dimat.net.limits import Limits
+from dimat.net.pki.identity import Identity
 from dimat.net.transport import Neighbours
 from dimat.wire.v1 import peer_pb2 as pb
-from tests.net.agents import QUICK, WIDTH, arrange, call, join, make, pair, started, weights
+from tests.net.agents import QUICK, WIDTH, call, join, make, pair, started, update_neighbours, weights
 from tests.net.keys import Authority
 
 pytestmark = pytest.mark.anyio
@@ -58,7 +58,7 @@ async def test_peers_tell_when_they_were_heard_and_what_went_over(tmp_path: Path
     a, b = (make(tmp_path / name, name) for name in "ab")
     async with started(b):
         async with started(a):
-            arrange([a, b], {"a": a.address, "b": b.address, "gone": "127.0.0.1:9"})
+            update_neighbours([a, b], {"a": a.address, "b": b.address, "gone": "127.0.0.1:9"})
             manifest = a.publish(1, weights(1))
             await b.ears.offer("a", 1)
             await a.ears.until(lambda: a.transport.peers["b"]["connected"])
@@ -277,7 +277,7 @@ async def test_a_new_map_lets_peers_go_and_follows_others(tmp_path: Path) -> Non
         first = a.publish(1, weights(1))
         await b.ears.offer("a", 1)
         join(b, c)
-        arrange([a], {"a": a.address})
+        update_neighbours([a], {"a": a.address})
         c.publish(1, weights(3))
         await b.ears.offer("c", 1)
         with pytest.raises(NetworkError, match="no neighbour"):
@@ -290,10 +290,10 @@ async def test_a_new_map_lets_peers_go_and_follows_others(tmp_path: Path) -> Non
 async def test_a_fetch_from_a_peer_that_is_taken_off_the_map_ends(tmp_path: Path) -> None:
     b = make(tmp_path / "b", "b")
     async with started(b):
-        arrange([b], {"b": b.address, "a": "127.0.0.1:9"})
+        update_neighbours([b], {"b": b.address, "a": "127.0.0.1:9"})
         fetching = asyncio.create_task(b.transport.fetch("a", 1, "00" * 32))
         await asyncio.sleep(0.1)
-        arrange([b], {"b": b.address})
+        update_neighbours([b], {"b": b.address})
         with pytest.raises(NetworkError, match="not followed any more"):
             await asyncio.wait_for(fetching, 30)
 
@@ -306,8 +306,8 @@ async def test_further_addresses_come_from_a_directory(tmp_path: Path) -> None:
 
     b = make(tmp_path / "b", "b", directory=directory)
     async with started(a, b):
-        a.transport.arrange(Neighbours(["b"], ["b"], ["a", "b"], {}))
-        b.transport.arrange(Neighbours(["a"], ["a"], ["a", "b"], {"a": ["127.0.0.1:1"]}))
+        a.transport.update_neighbours(Neighbours(["b"], ["b"], ["a", "b"], {}))
+        b.transport.update_neighbours(Neighbours(["a"], ["a"], ["a", "b"], {"a": ["127.0.0.1:1"]}))
         a.publish(1, weights(1))
         await b.ears.offer("a", 1)
         # and a hears from b, of which it has no address: not at all
@@ -342,7 +342,7 @@ async def test_status_and_dial_back_serve_members_only(tmp_path: Path) -> None:
                 await call(channel, "Status", pb.StatusRequest(), pb.StatusReply, "stranger")
             assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
             # of the map's addresses only the caller's own are dialled
-            arrange([a], {"a": a.address, "b": "127.0.0.1:1"})
+            update_neighbours([a], {"a": a.address, "b": "127.0.0.1:1"})
             reply = await call(channel, "DialBack", pb.DialBackRequest(port=2), pb.DialBackReply, "b")
             assert not reply.reached
             assert reply.address == "127.0.0.1:1"

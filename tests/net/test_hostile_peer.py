@@ -14,11 +14,11 @@ import pytest
 from grpc import aio
 
 from dimat.errors import NetworkError
-from dimat.net.identity import Identity
-from dimat.net.manifests import seal
-from dimat.snapshot import Manifest, Payload
+from dimat.net.manifest import seal
+from dimat.net.pki.identity import Identity
+from dimat.weights.snapshot import Manifest, Payload
 from dimat.wire.v1 import peer_pb2 as pb
-from tests.net.agents import QUICK, RUN, SCHEMA, Agent, arrange, make, record, started, weights
+from tests.net.agents import QUICK, RUN, SCHEMA, Agent, make, record, started, update_neighbours, weights
 
 pytestmark = pytest.mark.anyio
 MIB = 2**20
@@ -78,7 +78,7 @@ async def against(
     await server.start()
     try:
         async with started(reader):
-            arrange([reader], {"a": f"127.0.0.1:{port}", "b": reader.address} | dict(others or {}))
+            update_neighbours([reader], {"a": f"127.0.0.1:{port}", "b": reader.address} | dict(others or {}))
             yield
     finally:
         await server.stop(0)

@@ -7,11 +7,11 @@ from random import Random
 
 import pytest
 
-from dimat.net import serving
 from dimat.net.backoff import Backoff, Breaker
+from dimat.net.compatibility import CHUNK_BYTES, SMALLEST_CHUNK_BYTES
 from dimat.net.limits import FullError, Rate, Slots
-from dimat.net.profile import CHUNK_BYTES, SMALLEST_CHUNK_BYTES
-from dimat.snapshot import Payload
+from dimat.net.transfer import upload as serving
+from dimat.weights.snapshot import Payload
 
 pytestmark = pytest.mark.anyio
 

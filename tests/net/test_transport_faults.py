@@ -15,14 +15,14 @@ from typing import Any
 
 import pytest
 
-from dimat.net.profile import Profile
-from dimat.snapshot import Manifest, schema_hash
-from tests.net.agents import BLOCK, QUICK, Agent, arrange, make, started, weights
+from dimat.net.compatibility import Profile
+from dimat.weights.snapshot import Manifest, schema_hash
+from tests.net.agents import BLOCK, QUICK, Agent, make, started, update_neighbours, weights
 from tests.net.keys import Authority, save
 from tests.net.lone import WIDE
 from tests.net.lone import WIDTH as LONE_WIDTH
 from tests.net.proxy import Direction, Fault, FaultProxy
-from tests.net.test_resume import lone, until_received
+from tests.net.transfer.test_resume import lone, until_received
 
 pytestmark = pytest.mark.anyio
 MIB = 2**20
@@ -57,7 +57,7 @@ class Three:
     def connect(self, addresses: dict[str, str] | None = None) -> None:
         """Let b follow both."""
         known = {"a": self.link.address, "b": "127.0.0.1:1", "c": self.c.address}
-        arrange([self.b], known | (addresses or {}))
+        update_neighbours([self.b], known | (addresses or {}))
 
     async def until_connected(self) -> None:
         async with asyncio.timeout(60):
@@ -96,9 +96,9 @@ async def three(tmp_path: Path, limits: Any = LIMITS) -> AsyncGenerator[Three]:
         make(tmp_path / name, name, identity=authority.issue(name), limits=limits, profile=PROFILE) for name in "abc"
     )
     async with started(a, b, c):
-        arrange([a, c], {"a": a.address, "b": "127.0.0.1:1", "c": c.address})
+        update_neighbours([a, c], {"a": a.address, "b": "127.0.0.1:1", "c": c.address})
         for agent in (a, c):  # they follow nobody
-            agent.transport.arrange(replace(agent.transport._neighbours, peers=[]))
+            agent.transport.update_neighbours(replace(agent.transport._neighbours, peers=[]))
         with FaultProxy(a.transport.port) as link:
             yield Three(a, b, c, link)
 
@@ -254,7 +254,7 @@ async def test_a_broken_link_is_told_once_and_a_second_address_used(tmp_path: Pa
     async with three(tmp_path) as net:
         manifest = publish(net.a, 1)
         net.link.inject(Fault.FLIP, "down", STREAM)
-        net.b.transport.arrange(
+        net.b.transport.update_neighbours(
             replace(
                 net.b.transport._neighbours,
                 peers=["a"],
@@ -290,7 +290,7 @@ async def test_a_publisher_that_is_stopped_holds_nobody_else_up(
     async with started(b, c), lone("serve", str(tmp_path / "a"), "0", mb_s="8") as a:
         with FaultProxy(await a.says("port")) as link:
             addresses = {"a": link.address, "b": b.address, "c": c.address}
-            arrange([b, c], addresses)
+            update_neighbours([b, c], addresses)
             manifest = await b.ears.offer("a", 1)
             fetching = asyncio.create_task(b.transport.fetch("a", 1, manifest.payload.root))
             await until_received(b, 4 * MIB)

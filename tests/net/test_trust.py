@@ -9,10 +9,10 @@ import grpc
 import pytest
 from grpc import aio
 
-from dimat.net.identity import Identity, tls_name
+from dimat.net.pki.identity import Identity, tls_name
 from dimat.net.transport import Neighbours
 from dimat.wire.v1 import peer_pb2 as pb
-from tests.net.agents import arrange, call, join, make, started, weights
+from tests.net.agents import call, join, make, started, update_neighbours, weights
 from tests.net.keys import Authority
 
 pytestmark = pytest.mark.anyio
@@ -45,7 +45,7 @@ async def status_code(channel: aio.Channel, agent: str = "") -> grpc.StatusCode:
 async def test_only_certificates_of_the_ca_that_are_on_the_map_are_let_in(tmp_path: Path, authority: Authority) -> None:
     a = make(tmp_path / "a", "a", identity=authority.issue("a"))
     async with started(a):
-        arrange([a], {"a": a.address, "b": "127.0.0.1:1"})
+        update_neighbours([a], {"a": a.address, "b": "127.0.0.1:1"})
         b, stranger, other = authority.issue("b"), authority.issue("stranger"), Authority().issue("b")
         assert await status_code(channel_to(a.address, b.channel_credentials())) is Code.OK
         # of the right CA, and not on the map; what it calls itself in a header counts for nothing
@@ -81,14 +81,14 @@ async def test_one_that_is_not_on_the_map_or_no_neighbour_is_told_so(tmp_path: P
     a, b = (make(tmp_path / name, name, identity=authority.issue(name)) for name in "ab")
     async with started(a, b):
         a.publish(1, weights(1))
-        b.transport.arrange(Neighbours(["a"], ["a"], ["a", "b"], {"a": [a.address]}))
+        b.transport.update_neighbours(Neighbours(["a"], ["a"], ["a", "b"], {"a": [a.address]}))
         await b.ears.until(lambda: b.ears.refusals)
         assert b.ears.refusals == [("a", "it will not have this agent: 'b' is not on the map of a")]
         # on the map now, and no reader
-        a.transport.arrange(Neighbours([], [], ["a", "b"], {}))
+        a.transport.update_neighbours(Neighbours([], [], ["a", "b"], {}))
         await b.ears.until(lambda: len(b.ears.refusals) == 2)
         assert b.ears.refusals[1][1] == "it will not have this agent: b is no neighbour that reads from a"
-        a.transport.arrange(Neighbours([], ["b"], ["a", "b"], {}))
+        a.transport.update_neighbours(Neighbours([], ["b"], ["a", "b"], {}))
         await b.ears.offer("a", 1)
 
 
@@ -98,7 +98,7 @@ async def test_an_address_where_another_member_answers_is_not_taken_for_the_peer
     a, b = (make(tmp_path / name, name, identity=authority.issue(name)) for name in "ab")
     async with started(a, b):
         a.publish(1, weights(1))
-        arrange([a, b], {"a": a.address, "b": b.address, "c": a.address})
+        update_neighbours([a, b], {"a": a.address, "b": b.address, "c": a.address})
         await b.ears.until(lambda: b.ears.losses)
         assert b.ears.losses[0][0] == "c"
         assert {manifest.agent for manifest, _ in b.ears.offers} <= {"a"}

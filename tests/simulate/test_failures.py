@@ -1,6 +1,6 @@
 """Whole simulated runs under failures: crashes at every action, late joins, leaves, partitions, slow and lossy links.
 
-Reference throughout: the same experiment without the failure, and the promises of `dimat.agent.round`.
+Reference throughout: the same experiment without the failure, and the promises of `dimat.agent.protocol.round`.
 """
 
 from __future__ import annotations
@@ -13,16 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dimat import events as facts
-from dimat.agent.lineage import lineage, read_records
+from dimat import events
+from dimat.agent.lineage.lineage import lineage, read_records
 from dimat.config import ExperimentConfig
 from dimat.errors import ConfigError
 from dimat.events import Event
 from dimat.results import AgentRound, Results
 from dimat.simulate import run_simulation
-from dimat.simulate.scenario import prepare
-
-from .helpers import tiny_experiment
+from dimat.simulate.world.scenario import prepare
+from tests.simulate.helpers import tiny_experiment
 
 # agent-2 is slow and agent-1 hears it: a crash of any of them hits neighbours that wait, train and fetch
 BUSY: dict[str, Any] = {"compute": {"speeds": {"agent-2": 0.5}}, "network": {"latency_s": [0.01, 0.05]}, "workers": 1}
@@ -67,12 +66,12 @@ def test_a_crash_at_any_action_changes_no_bit(tmp_path: Path, method: str, momen
             config = tiny_experiment(tmp_path, merge=merge, simulate={**BUSY, "faults": [fault]})
             out = tmp_path / f"{agent}-{number}"
             results, heard, others = run(config, out)
-            assert not told(heard, facts.PeerLate)
+            assert not told(heard, events.PeerLate)
             assert learned(results) == learned(reference)
             assert others.keys() == weights.keys()
             assert all(torch.equal(others[a][k], weights[a][k]) for a in weights for k in weights[a])
             assert read_records(out / "lineage.jsonl")[-1].round == 3
-            hit += len(told(heard, facts.AgentCrashed))
+            hit += len(told(heard, events.AgentCrashed))
     expected = {"adopt": 1}.get(moment, 4)
     assert hit >= expected, "the crash happened where the action exists"
 
@@ -87,14 +86,14 @@ def test_damage_of_the_newest_checkpoint_costs_a_round_not_the_agent(tmp_path: P
 
     def listen(fact: Event) -> None:
         seen.append(fact)
-        if isinstance(fact, facts.Published):
+        if isinstance(fact, events.Published):
             roots.setdefault((fact.agent, fact.round), set()).add(fact.snapshot)
-        if isinstance(fact, facts.AgentCrashed):
+        if isinstance(fact, events.AgentCrashed):
             newest = max((out / "checkpoints" / "agent-1").iterdir())
             newest.write_bytes(newest.read_bytes()[:-100])
 
     results = run_simulation(config, out=out, listeners=[listen])
-    resumed = told(seen, facts.Resumed)
+    resumed = told(seen, events.Resumed)
     assert [(fact.agent, fact.round, fact.stage) for fact in resumed] == [("agent-1", 1, "trained")]
     assert all(len(found) == 1 for found in roots.values())
     assert max(row.round for row in results.rows if row.agent == "agent-1") == 5
@@ -110,7 +109,7 @@ def test_a_late_joiner_takes_the_networks_round_and_basis(tmp_path: Path, join: 
     )
     out = tmp_path / "run"
     results, heard, _ = run(config, out)
-    (joined,) = told(heard, facts.Joined)
+    (joined,) = told(heard, events.Joined)
     assert joined.how == join
     assert joined.round > 1
     first = min(row.round for row in results.rows if row.agent == "agent-2")
@@ -135,7 +134,7 @@ def test_a_partition_heals_and_both_sides_settle_on_one_basis(tmp_path: Path) ->
         simulate={"faults": [{**cut, "heal_after_s": 6}], "workers": 1},
     )
     results, heard, _ = run(config, tmp_path / "run")
-    (healed,) = told(heard, facts.LinksHealed)
+    (healed,) = told(heard, events.LinksHealed)
     before = [row for row in results.rows if row.time_s < healed.time_s]
     apart = {row.basis for row in before if row.round == max(r.round for r in before)}
     assert len(apart) == 2, "each side has its own"
@@ -153,12 +152,12 @@ def test_a_crash_for_good_costs_neighbours_one_deadline(tmp_path: Path) -> None:
     )
     results, heard, _ = run(config, tmp_path / "run")
     for agent in ("agent-0", "agent-2"):
-        late = [fact for fact in told(heard, facts.PeerLate) if fact.agent == agent]
+        late = [fact for fact in told(heard, events.PeerLate) if fact.agent == agent]
         assert {fact.peer for fact in late} == {"agent-3"}
         times = [row.time_s for row in results.rows if row.agent == agent]
         waits = [b - a for a, b in pairwise(times) if b - a > 5]
         assert len(waits) == 1
-    for fact in told(heard, facts.Merged):
+    for fact in told(heard, events.Merged):
         assert sum(part.weight for part in fact.contributions) == pytest.approx(1, abs=1e-12)
     assert {row.agent for row in results.rows if row.round == 6} == {"agent-0", "agent-1", "agent-2"}
 
@@ -175,9 +174,9 @@ def test_asynchronous_agents_do_not_wait_for_slow_ones(tmp_path: Path) -> None:
     assert ends["agent-0"] < 13
     # once the others are through, the slow one goes on with the network's round, its last
     assert 13 < ends["agent-1"] < 20
-    assert {fact.agent for fact in told(heard, facts.RoundsSkipped)} == {"agent-1"}
+    assert {fact.agent for fact in told(heard, events.RoundsSkipped)} == {"agent-1"}
     stale = 0
-    for fact in told(heard, facts.Merged):
+    for fact in told(heard, events.Merged):
         own = fact.contributions[0]
         for part in fact.contributions[1:]:
             behind = max(own.round - part.round, 0)
@@ -205,7 +204,7 @@ def test_push_sum_weight_is_kept_over_crashes_and_losses(tmp_path: Path) -> None
         simulate={"faults": [fault], "workers": 1},
     )
     again, heard, _ = run(hurt, tmp_path / "hurt")
-    assert told(heard, facts.AgentCrashed)
+    assert told(heard, events.AgentCrashed)
     assert [row.push_weight for row in again.rows] == [row.push_weight for row in results.rows]
 
 
@@ -216,7 +215,7 @@ def test_a_change_of_the_map_in_mid_run(tmp_path: Path) -> None:
         tmp_path, topology={"edges": [["agent-0", "agent-1"], ["agent-1", "agent-2"]]}, schedule__changes=[change]
     )
     _, heard, _ = run(config, tmp_path / "run")
-    peers = {(f.agent, f.round): {p.agent for p in f.contributions[1:]} for f in told(heard, facts.Merged)}
+    peers = {(f.agent, f.round): {p.agent for p in f.contributions[1:]} for f in told(heard, events.Merged)}
     assert peers["agent-0", 2] == {"agent-1"}
     assert peers["agent-0", 3] == {"agent-2"}
     assert peers["agent-2", 3] == {"agent-0", "agent-1"}
@@ -227,10 +226,10 @@ def test_stop_rules(tmp_path: Path) -> None:
     by_time = tiny_experiment(tmp_path, schedule={"rounds": 0, "max_time_s": 3.5})
     results, heard, _ = run(by_time, tmp_path / "time")
     assert max(row.round for row in results.rows) == 4
-    assert {fact.reason for fact in told(heard, facts.AgentLeft)} == {"time"}
+    assert {fact.reason for fact in told(heard, events.AgentLeft)} == {"time"}
     by_target = tiny_experiment(tmp_path, schedule={"rounds": 0, "target": 0.55})
     results, heard, _ = run(by_target, tmp_path / "target")
-    for fact in told(heard, facts.AgentLeft):
+    for fact in told(heard, events.AgentLeft):
         own = [row.after for row in results.rows if row.agent == fact.agent]
         assert fact.reason == "target"
         assert own[-1] is not None
@@ -295,7 +294,7 @@ def test_equal_seeds_give_equal_bits_under_random_faults(tmp_path: Path) -> None
     for workers in (1, 2):
         config = tiny_experiment(tmp_path, schedule=schedule, simulate={**simulate, "workers": workers})
         results, heard, weights = run(config, tmp_path / f"w{workers}")
-        outcomes.append((results.rows, weights, len(told(heard, facts.AgentCrashed))))
+        outcomes.append((results.rows, weights, len(told(heard, events.AgentCrashed))))
     (rows, weights, crashes), (others, other_weights, _) = outcomes
     assert crashes > 0
     assert rows == others

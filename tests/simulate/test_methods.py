@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dimat import events as facts
+from dimat import events
 from dimat.config import ExperimentConfig, build
 from dimat.events import Event
 from dimat.merge.registry import combine_registry
 from dimat.simulate import run_simulation
-from tests.merge.test_combine_laws import needs
+from tests.merge.combine.test_combine_laws import needs
 
 METHODS = combine_registry.names()
 ALIGN = ("none", "activations")
@@ -71,7 +71,7 @@ def run(method: str, align: str, out: Path) -> tuple[list[Event], dict[str, dict
         assert row.accepted == 1
         assert row.after is not None
         assert 0 <= row.after <= 1
-    assert not [fact for fact in heard if isinstance(fact, facts.PeerRefused | facts.PeerLate)]
+    assert not [fact for fact in heard if isinstance(fact, events.PeerRefused | events.PeerLate)]
     return heard, {name: load_file(out / "final" / f"{name}.safetensors") for name in results.agents}
 
 

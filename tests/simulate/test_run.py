@@ -8,17 +8,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dimat import events as facts
+from dimat import events
 from dimat.config import ExperimentConfig
 from dimat.errors import ConfigError, DataError, PartitionError, TopologyError
 from dimat.events import Event
 from dimat.results import Results, read_results
 from dimat.simulate import run_simulation
-from dimat.simulate.scenario import prepare
+from dimat.simulate.world.scenario import prepare
 from dimat.tasks import Subset
-from dimat.train import Trainer
-
-from .helpers import tiny_experiment
+from dimat.train.trainer import Trainer
+from tests.simulate.helpers import tiny_experiment
 
 
 def run(config: ExperimentConfig, out: Path) -> tuple[Results, list[Event], dict[str, dict[str, torch.Tensor]]]:
@@ -91,13 +90,13 @@ def test_bases_agree_after_diameter_rounds_and_contributions_are_exact(tmp_path:
     bases = {n: {row.basis for row in results.rows if row.round == n} for n in (1, 2, 3)}
     assert len(bases[2]) == 1
     assert bases[3] == bases[2]
-    for merged in (event for event in heard if isinstance(event, facts.Merged)):
+    for merged in (event for event in heard if isinstance(event, events.Merged)):
         expected = {"agent-0": 2 / 3, "agent-1": 1 / 3, "agent-2": 2 / 3}[merged.agent]
         assert merged.contributions[0].agent == merged.agent
         assert merged.contributions[0].weight == pytest.approx(expected)
         assert sum(part.weight for part in merged.contributions) == pytest.approx(1)
-    published = {(e.agent, e.round): e.snapshot for e in heard if isinstance(e, facts.Published)}
-    parts = [part for e in heard if isinstance(e, facts.Merged) for part in e.contributions]
+    published = {(e.agent, e.round): e.snapshot for e in heard if isinstance(e, events.Published)}
+    parts = [part for e in heard if isinstance(e, events.Merged) for part in e.contributions]
     assert all(published[part.agent, part.round] == part.snapshot for part in parts)
 
 
@@ -112,7 +111,7 @@ def test_shared_basis_keeps_the_function_and_the_optimizer(tmp_path: Path) -> No
 def test_bytes_are_those_of_the_snapshots(tmp_path: Path) -> None:
     """A path of three agents: two edges, so the middle one sends and receives twice a snapshot per round."""
     results, heard, _ = run(tiny_experiment(tmp_path), tmp_path / "run")
-    size = next(e.bytes for e in heard if isinstance(e, facts.Published))
+    size = next(e.bytes for e in heard if isinstance(e, events.Published))
     rows = [row for row in results.rows if row.round == 2]
     assert [(row.bytes_sent, row.bytes_received) for row in rows] == [(size, size), (2 * size, 2 * size), (size, size)]
     assert results.mb_sent_per_agent == pytest.approx(4 * size * 3 / 3 / 1e6)
@@ -123,7 +122,7 @@ def test_isolated_and_centralised(tmp_path: Path) -> None:
     alone, heard, weights = run(tiny_experiment(tmp_path, merge__method="isolated"), tmp_path / "isolated")
     assert alone.mb_sent_per_agent == 0
     assert all(row.before == row.after and row.expected == 0 for row in alone.rows)
-    assert not [e for e in heard if isinstance(e, facts.SnapshotFetched | facts.Warned)]
+    assert not [e for e in heard if isinstance(e, events.SnapshotFetched | events.Warned)]
     assert len(weights) == 3
     ceiling, _, weights = run(tiny_experiment(tmp_path, merge__method="centralised"), tmp_path / "centralised")
     assert list(weights) == ["centralised"]
@@ -156,7 +155,7 @@ def test_a_screened_out_network_trains_on_and_says_so(tmp_path: Path) -> None:
     assert all(row.before == row.after and row.heard == row.expected for row in results.rows)
     refused = [line for line in results.warnings if "refused" in line]
     assert len(refused) == 4
-    assert all(e.contributions[0].weight == 1 for e in heard if isinstance(e, facts.Merged))
+    assert all(e.contributions[0].weight == 1 for e in heard if isinstance(e, events.Merged))
 
 
 def test_run_folder_holds_results_and_final_weights(tmp_path: Path) -> None:
@@ -220,7 +219,7 @@ def test_time_varying_schedule(tmp_path: Path) -> None:
     topology = {"agents": 4, "schedule": {"name": "one-peer-exponential"}}
     config = tiny_experiment(tmp_path, topology=topology, merge__method="average", schedule={"rounds": 2})
     results, heard, _ = run(config, tmp_path / "run")
-    sizes = {e.bytes for e in heard if isinstance(e, facts.Published)}
+    sizes = {e.bytes for e in heard if isinstance(e, events.Published)}
     assert {row.bytes_sent for row in results.rows} == sizes
     assert all(row.expected == row.heard == 1 for row in results.rows)
 
@@ -234,7 +233,7 @@ def test_mixing_by_samples_and_skewed_parts(tmp_path: Path) -> None:
     )
     results, heard, _ = run(config, tmp_path / "run")
     counts = {agent: sum(row) for agent, row in results.histogram.items()}
-    merged = next(e for e in heard if isinstance(e, facts.Merged))
+    merged = next(e for e in heard if isinstance(e, events.Merged))
     assert {p.agent: p.weight for p in merged.contributions} == pytest.approx(
         {agent: count / 160 for agent, count in counts.items()}
     )
@@ -244,8 +243,8 @@ def test_no_worse_accepts_on_a_local_hold_out(tmp_path: Path) -> None:
     """accept = no-worse: a tenth of the agent's samples is kept from training and judges merges."""
     merge = {"method": "average", "accept": {"name": "no-worse", "options": {"tolerance": 0.0}}}
     results, heard, _ = run(tiny_experiment(tmp_path, merge=merge), tmp_path / "run")
-    trained = [e for e in heard if isinstance(e, facts.Trained) and e.round == 1]
+    trained = [e for e in heard if isinstance(e, events.Trained) and e.round == 1]
     assert {e.samples for e in trained} <= {2 * (n - max(1, n // 10)) for n in (53, 54)}
     assert any(row.accepted < 1 for row in results.rows), "averaging unaligned networks must be refused somewhere"
-    for merged in (e for e in heard if isinstance(e, facts.Merged)):
+    for merged in (e for e in heard if isinstance(e, events.Merged)):
         assert sum(p.weight for p in merged.contributions) == pytest.approx(1)

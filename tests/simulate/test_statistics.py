@@ -12,13 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dimat import events as facts
+from dimat import events
 from dimat.errors import ConfigError
 from dimat.events import Event
 from dimat.simulate import run_simulation
-from dimat.snapshot import encode
-
-from .helpers import tiny_experiment
+from dimat.weights.snapshot import encode
+from tests.simulate.helpers import tiny_experiment
 
 METHODS = ("fisher", "regmean")
 
@@ -49,7 +48,7 @@ def test_statistics_are_counted_as_bytes(tmp_path: Path, method: str) -> None:
     """A snapshot is as long as is said before the run, and longer than its weights by the statistics; final weights
     have none."""
     results, heard, weights = run(tmp_path, "run", merge={"method": "average", "combine": method})
-    sizes = {fact.bytes for fact in heard if isinstance(fact, facts.Published)}
+    sizes = {fact.bytes for fact in heard if isinstance(fact, events.Published)}
     assert sizes == {results.snapshot_bytes}
     own = weights["agent-1"]
     assert not any(name.startswith("aux.") for name in own)
@@ -68,7 +67,7 @@ def test_rounds_without_training_take_statistics_too(tmp_path: Path) -> None:
     results, heard, _ = run(tmp_path, "run", merge=merge, schedule={"rounds": 2, "final_merge": True})
     assert max(row.round for row in results.rows) > 2
     assert all(row.heard == row.expected for row in results.rows)
-    assert not [fact for fact in heard if isinstance(fact, facts.PeerRefused | facts.Warned)]
+    assert not [fact for fact in heard if isinstance(fact, events.PeerRefused | events.Warned)]
 
 
 NO_LINEAR = """

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dimat.agent import accounts
-from dimat.agent.round import RoundMachine
+from dimat.agent.protocol import mixing_state as accounts
+from dimat.agent.protocol.round import RoundMachine
 from dimat.cli import main
 from dimat.errors import DataError
 from dimat.simulate import run_simulation

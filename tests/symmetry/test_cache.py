@@ -11,9 +11,8 @@ from torch import nn
 import dimat.symmetry.cache as spec_cache
 import dimat.symmetry.rules.call as rule_table
 from dimat.symmetry import register_rule, verified_symmetry
-
-from .test_paths import Loop
-from .zoo import MLP, ResNet20
+from tests.symmetry.test_paths import Loop
+from tests.symmetry.zoo import MLP, ResNet20
 
 
 def _kept(model: nn.Module, inputs: torch.Tensor, folder: Path) -> str:

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from dimat.symmetry import AxisRef, Factor, Group, SymmetrySpec, derive_symmetry, verify_symmetry
-
-from .wide import ENTRIES, build
+from tests.symmetry.wide import ENTRIES, build
 
 MODELS = ("lenet", "resnet20_a", "unet", "lstm", "transformer_encoder", "gpt2", "bert", "llama_sdpa", "t5", "opt")
 

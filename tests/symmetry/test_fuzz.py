@@ -12,8 +12,7 @@ from torch import fx
 import dimat.symmetry.rules.call as rule_table
 from dimat.symmetry import derive_symmetry, register_rule, trace, verify_symmetry
 from dimat.symmetry.rules.call import find_rule, op_name
-
-from .wide import ENTRIES, build
+from tests.symmetry.wide import ENTRIES, build
 
 MODELS = ("resnet20_a", "unet", "lstm", "transformer_encoder", "gpt2", "llama_eager", "t5", "mamba", "deberta_v2")
 

@@ -23,8 +23,7 @@ from dimat.symmetry import (
     random_permutations,
     verify_symmetry,
 )
-
-from .zoo import SMALL, ResNet20, case, derived
+from tests.symmetry.zoo import SMALL, ResNet20, case, derived
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -20,8 +20,7 @@ from dimat.symmetry import (
     permute_weights,
     random_permutations,
 )
-
-from .zoo import MLP, SMALL, case, derived
+from tests.symmetry.zoo import MLP, SMALL, case, derived
 
 
 def generator(seed: int = 0) -> torch.Generator:

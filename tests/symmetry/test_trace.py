@@ -23,8 +23,7 @@ from dimat.symmetry import (
 from dimat.symmetry.derive import describe
 from dimat.symmetry.rules import Call, Value
 from dimat.symmetry.rules import call as rule_table
-
-from .zoo import MLP, SMALL, case, derived
+from tests.symmetry.zoo import MLP, SMALL, case, derived
 
 
 def generator(seed: int = 0) -> torch.Generator:

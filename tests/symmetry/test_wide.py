@@ -16,9 +16,8 @@ import pytest
 import torch
 
 from dimat.symmetry import derive_symmetry, verify_symmetry
-
-from .wide import ENTRIES, Entry, build, measure, shortcomings
-from .wide.planted import FOUND, recover
+from tests.symmetry.wide import ENTRIES, Entry, build, measure, shortcomings
+from tests.symmetry.wide.planted import FOUND, recover
 
 COSTLY = {
     "wide_resnet50_2": "69 M parameters in float64, the graph of resnet50",

@@ -15,8 +15,7 @@ import torch
 from dimat.errors import SymmetryError
 from dimat.symmetry import AxisRef, SymmetrySpec, derive_symmetry, verify_symmetry
 from dimat.symmetry.verify import randomised
-
-from .zoo import LARGE, SMALL, ResNet20, case, derived
+from tests.symmetry.zoo import LARGE, SMALL, ResNet20, case, derived
 
 
 def _groups_in(axis: AxisRef) -> set[str | None]:

@@ -9,8 +9,8 @@ import torch
 
 from dimat.config import TaskConfig
 from dimat.errors import ConfigError
-from dimat.task import Task
 from dimat.tasks import load_task
+from dimat.tasks.base import Task
 
 
 def test_splits_are_all_of_scikit_learns_digits() -> None:

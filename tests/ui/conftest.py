@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from dimat.results import Comparison, Results
-
-from .samples import make_comparison, make_results
+from tests.ui.samples import make_comparison, make_results
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from dimat import events as facts
+from dimat import events
 from dimat.ui.jsonl_read import HEADER
 
 PAGE = (Path(__file__).parent.parent.parent / "docs" / "events.md").read_text(encoding="utf-8")
@@ -37,14 +37,14 @@ def json_type(annotation: Any) -> str:
 
 def classes() -> list[type[Any]]:
     """Return all events and what they are made of, but for the bases."""
-    found = [each for each in vars(facts).values() if isinstance(each, type) and is_dataclass(each)]
-    return [each for each in found if each not in (facts.Event, facts.AgentEvent)]
+    found = [each for each in vars(events).values() if isinstance(each, type) and is_dataclass(each)]
+    return [each for each in found if each not in (events.Event, events.AgentEvent)]
 
 
 def expected(event: type[Any]) -> dict[str, str]:
     """Return the fields of an event that not all have, and their types."""
-    base = facts.AgentEvent if issubclass(event, facts.AgentEvent) else facts.Event
-    common = {each.name for each in fields(base)} if issubclass(event, facts.Event) else set[str]()
+    base = events.AgentEvent if issubclass(event, events.AgentEvent) else events.Event
+    common = {each.name for each in fields(base)} if issubclass(event, events.Event) else set[str]()
     hints = typing.get_type_hints(event)
     return {each.name: json_type(hints[each.name]) for each in fields(event) if each.name not in common}
 
@@ -71,8 +71,8 @@ def test_each_event_is_documented(event: type[Any]) -> None:
     assert all(len(row) == 4 and row[3] for row in table)
     for name, kind, unit, _ in table:
         assert unit or "number" not in kind, f"{name} has no unit"
-    if issubclass(event, facts.Event):
-        assert ("Of an agent." in text) == issubclass(event, facts.AgentEvent)
+    if issubclass(event, events.Event):
+        assert ("Of an agent." in text) == issubclass(event, events.AgentEvent)
 
 
 def test_nothing_else_is_documented() -> None:
@@ -81,5 +81,7 @@ def test_nothing_else_is_documented() -> None:
     assert sorted(headings) == sorted(each.__name__ for each in classes())
     assert f'{{"format": {HEADER["format"]}, "kind": "{HEADER["kind"]}"}}' in PAGE
     common = {row[0].strip("`"): row[1] for row in rows(section("What all have"))}
-    hints = typing.get_type_hints(facts.AgentEvent)
-    assert common == {"event": "string"} | {each.name: json_type(hints[each.name]) for each in fields(facts.AgentEvent)}
+    hints = typing.get_type_hints(events.AgentEvent)
+    assert common == {"event": "string"} | {
+        each.name: json_type(hints[each.name]) for each in fields(events.AgentEvent)
+    }

@@ -11,8 +11,7 @@ import pytest
 from dimat.errors import DataError
 from dimat.events import Trained, Warned
 from dimat.ui.jsonl import HEADER, JsonlListener, read_events
-
-from .samples import make_events
+from tests.ui.samples import make_events
 
 
 def _log(path: Path, count: int = 3) -> list[bytes]:

@@ -7,8 +7,7 @@ import pytest
 from dimat.results import Comparison, MethodCurve, Results
 from dimat.ui import tables
 from dimat.ui.text import NONE, as_text
-
-from .samples import SNAPSHOT, make_results
+from tests.ui.samples import SNAPSHOT, make_results
 
 
 def test_summaries_are_the_means_over_agents(results: Results) -> None:

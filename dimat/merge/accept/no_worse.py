@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dimat.errors import MergeError
 from dimat.merge.combine.lora_svd import lora_svd
-from dimat.merge.lora import find_pairs
+from dimat.merge.lora.factors import find_pairs
 from dimat.merge.registry import accept_registry
 from dimat.merge.stages import Accepted, Score, Weights
 

@@ -10,8 +10,8 @@ from pydantic import Field
 from torch import nn
 
 from dimat.errors import MergeError
-from dimat.merge.descent import fill_in
-from dimat.merge.pairs import compare
+from dimat.merge.matching.coordinate_descent import fill_in
+from dimat.merge.matching.correlation import compare
 from dimat.merge.registry import align_registry
 from dimat.merge.stages import Aligned, Data, Inputs, Points, Weights
 from dimat.symmetry import Observer

@@ -11,14 +11,14 @@ from pydantic import Field
 from torch import nn
 
 from dimat.errors import MergeError
-from dimat.merge.agreement import agreements, half_way
 from dimat.merge.align.weights import weights
-from dimat.merge.descent import fill_in
-from dimat.merge.nested import trees
-from dimat.merge.pairs import compare
+from dimat.merge.matching.agreement import agreements, half_way
+from dimat.merge.matching.coordinate_descent import fill_in
+from dimat.merge.matching.correlation import compare
+from dimat.merge.matching.nested import trees
 from dimat.merge.registry import align_registry
 from dimat.merge.stages import Aligned, Data, Inputs, Permutations, Points, Weights
-from dimat.merge.weights import PermutedWeights
+from dimat.merge.weight_views import PermutedWeights
 from dimat.symmetry import Observer
 from dimat.symmetry.spec import SymmetrySpec
 
@@ -68,9 +68,9 @@ def auto(
     """Return, for each peer, the permutations whose average with own agrees best in function with own and the peer.
 
     Four ways are tried: by activations; by activations where they tell units apart, the vague groups by weights; by
-    weights; and no permutation at all, which is best for peers that are in own's basis already. The average half-way
-    is run on up to 256 examples (BatchNorm statistics estimated anew on them), and its outputs are compared with the
-    mean of both networks' outputs: see `dimat.merge.agreement`. No labels are needed. A mixture can be worse than
+    weights; and no permutation at all, which is best for peers that are in own's basis already. The average half-way is
+    run on up to 256 examples (BatchNorm statistics estimated anew on them), and its outputs are compared with the mean
+    of both networks' outputs: see `dimat.merge.matching.agreement`. No labels are needed. A mixture can be worse than
     either alone, in transformers by much, which no figure per group foretells; hence the networks are asked.
 
     A group is vague where its margin is below `least_margin`: the mean over own units of their correlation with the

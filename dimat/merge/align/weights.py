@@ -9,10 +9,9 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from dimat.merge.clock import Clock
-from dimat.merge.descent import fill_in
+from dimat.merge.matching.coordinate_descent import fill_in
 from dimat.merge.registry import align_registry
-from dimat.merge.stages import Aligned, Weights
+from dimat.merge.stages import Aligned, Clock, Weights
 from dimat.symmetry.spec import SymmetrySpec
 
 

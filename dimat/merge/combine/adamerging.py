@@ -9,13 +9,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from dimat.merge.deltas import needs_base
-from dimat.merge.fusion import Density, Number, cast_of, copy_of, elected_sign
-from dimat.merge.learned import Span, batches_of, cross_entropy, descend, needs_model
-from dimat.merge.pieces import Pieces
+from dimat.merge.models.learned import Span, batches_of, cross_entropy, descend, needs_model
 from dimat.merge.registry import combine_registry
-from dimat.merge.sparsify import smallest_kept, trimmed
 from dimat.merge.stages import Data, Weights
+from dimat.merge.tensors.pieces import Pieces
+from dimat.merge.tensors.sparsify import smallest_kept, trimmed
+from dimat.merge.tensors.streaming import needs_base
+from dimat.merge.tensors.task_vectors import Density, Number, cast_of, copy_of, elected_sign
 
 
 @combine_registry.register("adamerging")

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from dimat.merge.deltas import combine_elements
-from dimat.merge.fusion import mean_of
-from dimat.merge.participants import taking_part
-from dimat.merge.pieces import alike
 from dimat.merge.registry import combine_registry
 from dimat.merge.stages import Weights
+from dimat.merge.tensors.pieces import alike
+from dimat.merge.tensors.streaming import combine_elements
+from dimat.merge.tensors.task_vectors import mean_of
+from dimat.merge.weight_views import taking_part
 
 
 @combine_registry.register("average")

@@ -9,8 +9,12 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor
 
-from dimat.merge.deltas import needs_base
-from dimat.merge.fusion import (
+from dimat.merge.registry import combine_registry
+from dimat.merge.stages import Weights
+from dimat.merge.tensors.pieces import MergePieces, Pieces
+from dimat.merge.tensors.sparsify import kept_of, magnitude_ranks, trimmed
+from dimat.merge.tensors.streaming import needs_base
+from dimat.merge.tensors.task_vectors import (
     Coefficients,
     Densities,
     Number,
@@ -21,10 +25,6 @@ from dimat.merge.fusion import (
     merge_elements,
     weighted_sum,
 )
-from dimat.merge.pieces import MergePieces, Pieces
-from dimat.merge.registry import combine_registry
-from dimat.merge.sparsify import kept_of, magnitude_ranks, trimmed
-from dimat.merge.stages import Weights
 
 
 def ends(pieces: Pieces, densities: Sequence[float], gamma: float) -> list[tuple[float, float]]:

@@ -9,10 +9,10 @@ from pydantic import Field
 from torch import Tensor
 
 from dimat.merge.combine.average import average
-from dimat.merge.distances import inner_products
-from dimat.merge.participants import taking_part
 from dimat.merge.registry import combine_registry
 from dimat.merge.stages import Weights
+from dimat.merge.tensors.distances import inner_products
+from dimat.merge.weight_views import taking_part
 
 ROUNDING = 1e-9
 

@@ -9,11 +9,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dimat.merge.deltas import needs_base
-from dimat.merge.fusion import Coefficients, Number, cast_of, copy_of, merge_elements, weighted_sum
-from dimat.merge.pieces import alike
 from dimat.merge.registry import combine_registry
 from dimat.merge.stages import Weights
+from dimat.merge.tensors.pieces import alike
+from dimat.merge.tensors.streaming import needs_base
+from dimat.merge.tensors.task_vectors import Coefficients, Number, cast_of, copy_of, merge_elements, weighted_sum
 
 
 def tall_masks(deltas: Sequence[Tensor], relative: Sequence[float], tall_lambda: float) -> list[Tensor]:

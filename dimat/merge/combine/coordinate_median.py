@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dimat.merge.coordinates import at_share, by_coordinate
 from dimat.merge.registry import combine_registry
 from dimat.merge.stages import Weights
+from dimat.merge.tensors.coordinates import at_share, by_coordinate
 
 TIE = 1e-6
 """Sums of mixing weights this close to one half count as one half, whatever rounding made of them."""

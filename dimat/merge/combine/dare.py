@@ -7,8 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dimat.merge.deltas import needs_base
-from dimat.merge.fusion import (
+from dimat.merge.registry import combine_registry
+from dimat.merge.stages import Weights
+from dimat.merge.tensors.pieces import MergePieces, Pieces, PlanPieces
+from dimat.merge.tensors.sparsify import draws, dropped, root_of
+from dimat.merge.tensors.streaming import needs_base
+from dimat.merge.tensors.task_vectors import (
     Coefficients,
     Densities,
     Number,
@@ -19,10 +23,6 @@ from dimat.merge.fusion import (
     merge_elements,
     weighted_sum,
 )
-from dimat.merge.pieces import MergePieces, Pieces, PlanPieces
-from dimat.merge.registry import combine_registry
-from dimat.merge.sparsify import draws, dropped, root_of
-from dimat.merge.stages import Weights
 
 
 @combine_registry.register("dare-linear")

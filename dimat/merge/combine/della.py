@@ -10,8 +10,12 @@ from pydantic import Field
 from torch import Tensor
 
 from dimat.errors import ConfigError
-from dimat.merge.deltas import needs_base
-from dimat.merge.fusion import (
+from dimat.merge.registry import combine_registry
+from dimat.merge.stages import Weights
+from dimat.merge.tensors.pieces import MergePieces, Pieces
+from dimat.merge.tensors.sparsify import draws, dropped, root_of
+from dimat.merge.tensors.streaming import needs_base
+from dimat.merge.tensors.task_vectors import (
     Coefficients,
     Densities,
     Number,
@@ -23,10 +27,6 @@ from dimat.merge.fusion import (
     row_length,
     weighted_sum,
 )
-from dimat.merge.pieces import MergePieces, Pieces
-from dimat.merge.registry import combine_registry
-from dimat.merge.sparsify import draws, dropped, root_of
-from dimat.merge.stages import Weights
 
 
 def keep_probability(delta: Tensor, density: float, epsilon: float) -> Tensor:

@@ -7,11 +7,20 @@ from typing import Literal
 
 from torch import Tensor
 
-from dimat.merge.deltas import needs_base
-from dimat.merge.fusion import Cast, Coefficients, Number, cast_of, copy_of, elect, merge_elements, read_deltas
-from dimat.merge.pieces import alike
 from dimat.merge.registry import combine_registry
 from dimat.merge.stages import Weights
+from dimat.merge.tensors.pieces import alike
+from dimat.merge.tensors.streaming import needs_base
+from dimat.merge.tensors.task_vectors import (
+    Coefficients,
+    Number,
+    Participants,
+    cast_of,
+    copy_of,
+    elect,
+    merge_elements,
+    read_deltas,
+)
 
 
 @combine_registry.register("emr")
@@ -47,7 +56,7 @@ def emr(
     if output == "unified":
         return merge_elements(cast, base, alike(lambda deltas: elect(deltas, cast.coefficients, "max")), scaling)
     if not cast.with_own:  # it has no vote, but the mask and the scale are its own
-        cast = Cast(own, cast.peers, True, [0.0, *cast.coefficients])
+        cast = Participants(own, cast.peers, True, [0.0, *cast.coefficients])
     ours, theirs = 0.0, 0.0
     for pieces in read_deltas(cast, base):
         size = pieces.elements if balance == "tensor" else 1

@@ -9,13 +9,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dimat.merge.auxiliary import FISHER, needs_aux, statistic
-from dimat.merge.deltas import each_tensor
-from dimat.merge.fisher import empirical_fisher
-from dimat.merge.fusion import copy_of
-from dimat.merge.pieces import Pieces, real
+from dimat.merge.models.fisher_information import empirical_fisher
 from dimat.merge.registry import combine_registry
+from dimat.merge.shared_statistics import FISHER, needs_aux, statistic
 from dimat.merge.stages import Weights
+from dimat.merge.tensors.pieces import Pieces, real
+from dimat.merge.tensors.streaming import each_tensor
+from dimat.merge.tensors.task_vectors import copy_of
 
 
 @combine_registry.register("fisher", statistics=empirical_fisher)
@@ -30,21 +30,21 @@ def fisher(
 ) -> dict[str, Tensor]:
     """Return θ[i] = Σ_k c_k (F_k[i] + m) θ_k[i] / Σ_k c_k (F_k[i] + m), m = `minimal`.
 
-    F_k, `fisher.<tensor>` of `aux` (own first), is the diagonal of model k's Fisher information, of the tensor's
-    shape; `dimat.merge.fisher.empirical_fisher` computes it. c_k = w_k, or with `normalise` w_k/‖F_k‖, norms over
-    the whole model and c scaled to sum to 1, so that a model with larger gradients does not outweigh the rest;
-    one whose F is zero everywhere gets the others' mean factor. `minimal` decides where no model has information:
-    there the result is Σ_k c_k θ_k. (Some implementations add it after normalising: the same but where F ≲ m.)
-    Tensors without a diagonal (running statistics) are averaged; integer and boolean ones are own's.
-    `weights` (own first, sum 1): prior weight of a model, before its information. Breakdown point: 0, and a peer
-    also chooses its own F: between labs that do not trust each other take a robust method.
-    Two passes over the diagonals, one over the weights. Raises MergeError where own or a peer has no diagonals.
+    F_k, `fisher.<tensor>` of `aux` (own first), is the diagonal of model k's Fisher information, of the tensor's shape;
+    `dimat.merge.models.fisher_information.empirical_fisher` computes it. c_k = w_k, or with `normalise` w_k/‖F_k‖,
+    norms over the whole model and c scaled to sum to 1, so that a model with larger gradients does not outweigh the
+    rest; one whose F is zero everywhere gets the others' mean factor. `minimal` decides where no model has information:
+    there the result is Σ_k c_k θ_k. (Some implementations add it after normalising: the same but where F ≲ m.) Tensors
+    without a diagonal (running statistics) are averaged; integer and boolean ones are own's. `weights` (own first, sum
+    1): prior weight of a model, before its information. Breakdown point: 0, and a peer also chooses its own F: between
+    labs that do not trust each other take a robust method. Two passes over the diagonals, one over the weights. Raises
+    MergeError where own or a peer has no diagonals.
 
     Paper: Matena, Raffel, "Merging Models with Fisher-Weighted Averaging", NeurIPS 2022, arXiv 2111.09832.
     """
     if not any(weights[1:]):
         return copy_of(own)
-    statistics = needs_aux(aux, FISHER, "fisher", "dimat.merge.fisher.empirical_fisher")
+    statistics = needs_aux(aux, FISHER, "fisher", "dimat.merge.models.fisher_information.empirical_fisher")
     taking = [k for k, weight in enumerate(weights) if weight]
     scales = _scales(statistics, weights, taking) if normalise else [*weights]
 

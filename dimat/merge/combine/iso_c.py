@@ -8,9 +8,9 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor
 
-from dimat.merge.matrices import merge_matrices, svd
 from dimat.merge.registry import combine_registry
 from dimat.merge.stages import Weights
+from dimat.merge.tensors.spectral import merge_matrices, svd
 
 
 @combine_registry.register("iso-c")

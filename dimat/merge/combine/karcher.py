@@ -9,11 +9,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dimat.merge.deltas import combine_elements
-from dimat.merge.fusion import cast_of, copy_of, weighted_sum
-from dimat.merge.pieces import MergePieces, Pieces
 from dimat.merge.registry import combine_registry
 from dimat.merge.stages import Weights
+from dimat.merge.tensors.pieces import MergePieces, Pieces
+from dimat.merge.tensors.streaming import combine_elements
+from dimat.merge.tensors.task_vectors import cast_of, copy_of, weighted_sum
 
 
 def mean_direction(gram: Tensor, weights: Tensor, iterations: int, tolerance: float) -> Tensor | None:

@@ -10,11 +10,11 @@ from pydantic import Field
 from torch import Tensor
 
 from dimat.errors import MergeError
-from dimat.merge.deltas import combine_elements
-from dimat.merge.fusion import copy_of, weighted_sum
-from dimat.merge.pieces import MergePieces, Pieces
 from dimat.merge.registry import combine_registry
 from dimat.merge.stages import Weights
+from dimat.merge.tensors.pieces import MergePieces, Pieces
+from dimat.merge.tensors.streaming import combine_elements
+from dimat.merge.tensors.task_vectors import copy_of, weighted_sum
 
 Choice = Annotated[int, Field(ge=0)] | Literal["average"]
 """A model by number, own is 0 and peers count from 1, or the weighted average."""

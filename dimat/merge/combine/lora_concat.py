@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from dimat.merge.fusion import Number
-from dimat.merge.lora import Factors, concatenated, merge_products
+from dimat.merge.lora.factors import Factors, concatenated, merge_products
 from dimat.merge.registry import combine_registry
 from dimat.merge.stages import Weights
+from dimat.merge.tensors.task_vectors import Number
 
 
 @combine_registry.register("lora-concat")
@@ -21,7 +21,7 @@ def lora_concat(
     Exact, at rank Σ_k r_k: A (Σr, in), B (out, Σr), α = `scaling`. `weights` (own first, sum 1) multiply each model's
     ΔW = s·B·A; a model of weight 0 takes no part, and the factors of one that is alone are the result. Tensors that
     are no LoRA factors (biases, modules that were trained whole) are averaged. As own's shapes change, it cannot
-    merge models in training: there take "lora-svd". See `dimat.merge.lora` for names, shapes and scales.
+    merge models in training: there take "lora-svd". See `dimat.merge.lora.factors` for names, shapes and scales.
     Raises MergeError for a factor without the other, factors that do not fit, and values that are not finite.
     """
 

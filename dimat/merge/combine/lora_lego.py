@@ -8,11 +8,11 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor
 
-from dimat.merge.fusion import Number
-from dimat.merge.lora import Factors, merge_products, merged_rank, nothing_to_merge
-from dimat.merge.lora_units import assembled, clusters_of, units_of
+from dimat.merge.lora.factors import Factors, merge_products, merged_rank, nothing_to_merge
+from dimat.merge.lora.lora_units import assembled, clusters_of, units_of
 from dimat.merge.registry import combine_registry
 from dimat.merge.stages import Weights
+from dimat.merge.tensors.task_vectors import Number
 
 
 @combine_registry.register("lora-lego")
@@ -41,7 +41,7 @@ def lora_lego(
     in different order. Permuting a model's ranks, flipping their signs or moving a factor from a to b changes nothing;
     another basis (B R, R⁻¹ A), of the same product, does. Tensors that are no LoRA factors are averaged.
     `rank`: another rank, at most Σ_k r_k; it changes shapes, which only adapters on disk can (`dimat merge`).
-    `scaling` multiplies the result. See `dimat.merge.lora` for names, shapes and scales. Raises MergeError as
+    `scaling` multiplies the result. See `dimat.merge.lora.factors` for names, shapes and scales. Raises MergeError as
     "lora-concat" does.
 
     Paper: Zhao et al., "Merging LoRAs like Playing LEGO: Pushing the Modularity of LoRA to Extremes Through Rank-Wise

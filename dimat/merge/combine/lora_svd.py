@@ -9,10 +9,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dimat.merge.fusion import Number
-from dimat.merge.lora import Factors, compressed, concatenated, merge_products, merged_rank, nothing_to_merge
+from dimat.merge.lora.factors import Factors, compressed, concatenated, merge_products, merged_rank, nothing_to_merge
 from dimat.merge.registry import combine_registry
 from dimat.merge.stages import Weights
+from dimat.merge.tensors.task_vectors import Number
 
 
 @combine_registry.register("lora-svd")
@@ -35,7 +35,7 @@ def lora_svd(
     Where all models' factors are equal, and where one model is alone, they are the result as they are. Where nothing
     is left (ΔW = 0), own's A stays, with B = 0, so that training can go on. Tensors that are no LoRA factors are
     averaged. `rank`: another rank, at most Σ_k r_k; it changes shapes, which only adapters on disk can (`dimat merge`).
-    See `dimat.merge.lora` for names, shapes and scales. Raises MergeError as "lora-concat" does.
+    See `dimat.merge.lora.factors` for names, shapes and scales. Raises MergeError as "lora-concat" does.
 
     Eckart and Young, "The approximation of one matrix by another of lower rank", Psychometrika 1936.
     """

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from dimat.merge.deltas import needs_base
-from dimat.merge.fusion import Coefficients, Number, cast_of, copy_of, loudest, merge_elements
-from dimat.merge.pieces import alike
 from dimat.merge.registry import combine_registry
 from dimat.merge.stages import Weights
+from dimat.merge.tensors.pieces import alike
+from dimat.merge.tensors.streaming import needs_base
+from dimat.merge.tensors.task_vectors import Coefficients, Number, cast_of, copy_of, loudest, merge_elements
 
 
 @combine_registry.register("magmax")

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from dimat.merge.deltas import needs_base
-from dimat.merge.fusion import Coefficients, cast_of, copy_of, merge_elements, row_length, weighted_sum
-from dimat.merge.pieces import MergePieces, Pieces
 from dimat.merge.registry import combine_registry
 from dimat.merge.stages import Weights
+from dimat.merge.tensors.pieces import MergePieces, Pieces
+from dimat.merge.tensors.streaming import needs_base
+from dimat.merge.tensors.task_vectors import Coefficients, cast_of, copy_of, merge_elements, row_length, weighted_sum
 
 
 def ratio(cosine: Tensor, squares: float, clamp: bool) -> Tensor:

@@ -8,12 +8,12 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import Tensor
 
-from dimat.merge.deltas import base_tensor, each_tensor, needs_base
-from dimat.merge.fusion import copy_of, row_length, rows_of
-from dimat.merge.pieces import Pieces, accumulator
 from dimat.merge.registry import combine_registry
-from dimat.merge.spheres import around, interpolate, two_models
 from dimat.merge.stages import Weights
+from dimat.merge.tensors.pieces import Pieces, accumulator
+from dimat.merge.tensors.spheres import around, interpolate, two_models
+from dimat.merge.tensors.streaming import base_tensor, each_tensor, needs_base
+from dimat.merge.tensors.task_vectors import copy_of, row_length, rows_of
 
 
 @combine_registry.register("nuslerp")

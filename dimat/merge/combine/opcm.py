@@ -15,13 +15,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dimat.errors import MergeError
-from dimat.merge.content import absorb
-from dimat.merge.deltas import each_tensor, kept, needs_base
-from dimat.merge.fusion import copy_of
-from dimat.merge.pieces import PIECE
-from dimat.merge.projection import Layout, Split
 from dimat.merge.registry import combine_registry
 from dimat.merge.stages import Weights
+from dimat.merge.tensors.pieces import PIECE
+from dimat.merge.tensors.projection import Layout, Split
+from dimat.merge.tensors.streaming import each_tensor, kept, needs_base
+from dimat.merge.tensors.task_vectors import copy_of
+from dimat.merge.weight_views import absorb
 
 OWN = ""
 """The name under which own weights stand among the contributors of a stream."""

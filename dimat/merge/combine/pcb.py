@@ -9,8 +9,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dimat.merge.deltas import needs_base
-from dimat.merge.fusion import (
+from dimat.merge.registry import combine_registry
+from dimat.merge.stages import Weights
+from dimat.merge.tensors.pieces import alike
+from dimat.merge.tensors.sparsify import magnitudes, order_statistics
+from dimat.merge.tensors.streaming import needs_base
+from dimat.merge.tensors.task_vectors import (
     Coefficients,
     Density,
     Number,
@@ -20,10 +24,6 @@ from dimat.merge.fusion import (
     read_deltas,
     weighted_sum,
 )
-from dimat.merge.pieces import alike
-from dimat.merge.registry import combine_registry
-from dimat.merge.sparsify import magnitudes, order_statistics
-from dimat.merge.stages import Weights
 
 
 def scaled(values: Tensor, low: float, high: float) -> Tensor:

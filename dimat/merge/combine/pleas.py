@@ -11,16 +11,15 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dimat.errors import MergeError
-from dimat.merge.batches import count, device_of, first_inputs, on_device, take
-from dimat.merge.deltas import combine_tensors
-from dimat.merge.functional import aliases, call_with, reading_inputs, tensors_for
-from dimat.merge.fusion import mean_of
-from dimat.merge.least_squares import solve_semidefinite
-from dimat.merge.participants import taking_part
-from dimat.merge.patches import Affine, as_blocks, blocks_of, input_rows
+from dimat.merge.matching.activation_statistics import PositionSampler
+from dimat.merge.models.batches import count, device_of, first_inputs, on_device, take
+from dimat.merge.models.functional import aliases, call_with, reading_inputs, tensors_for
+from dimat.merge.models.patches import Affine, as_blocks, blocks_of, input_rows, solve_semidefinite
 from dimat.merge.registry import combine_registry
 from dimat.merge.stages import Data, Inputs, Weights
-from dimat.merge.statistics import PositionSampler
+from dimat.merge.tensors.streaming import combine_tensors
+from dimat.merge.tensors.task_vectors import mean_of
+from dimat.merge.weight_views import taking_part
 
 PIECE = 16
 """Examples per forward pass: the inputs of all layers are held for that long."""

@@ -9,15 +9,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dimat.merge.auxiliary import GRAM, needs_aux, statistic
-from dimat.merge.deltas import each_tensor
-from dimat.merge.fusion import copy_of, mean_of
-from dimat.merge.gram import gram_of_examples
-from dimat.merge.least_squares import solve_semidefinite
-from dimat.merge.participants import taking_part
-from dimat.merge.pieces import Pieces, accumulator
+from dimat.merge.models.gram import gram_of_examples
+from dimat.merge.models.patches import solve_semidefinite
 from dimat.merge.registry import combine_registry
+from dimat.merge.shared_statistics import GRAM, needs_aux, statistic
 from dimat.merge.stages import Weights
+from dimat.merge.tensors.pieces import Pieces, accumulator
+from dimat.merge.tensors.streaming import each_tensor
+from dimat.merge.tensors.task_vectors import copy_of, mean_of
+from dimat.merge.weight_views import taking_part
 
 
 @combine_registry.register("regmean", statistics=gram_of_examples)
@@ -32,7 +32,7 @@ def regmean(
     """Return Wᵀ = (Σ_k w_k G̃_k)⁻¹ Σ_k w_k G̃_k W_kᵀ for weights (out, in) of linear layers.
 
     G_k = X_kᵀ X_k, `gram.<tensor>` of `aux` (own first), of shape (in, in), is the Gram matrix of the layer's inputs
-    on model k's data; `dimat.merge.gram.gram_matrices` computes it as a mean over samples, so that the number of
+    on model k's data; `dimat.merge.models.gram.gram_matrices` computes it as a mean over samples, so that the number of
     samples does not weigh. G̃ is G with all but its diagonal scaled by `off_diagonal`. W minimises
     Σ_k w_k ‖X_k (Wᵀ − W_kᵀ)‖² (with `off_diagonal` 1); inputs that no model ever sees keep the average weight.
     Solved for the difference from the average, in float64, scaled to a unit diagonal. All other tensors (biases,
@@ -46,7 +46,7 @@ def regmean(
     """
     if not any(weights[1:]):
         return copy_of(own)
-    statistics = needs_aux(aux, GRAM, "regmean", "dimat.merge.gram.gram_matrices")
+    statistics = needs_aux(aux, GRAM, "regmean", "dimat.merge.models.gram.gram_matrices")
 
     taken, shares = taking_part(peers, weights)
 

@@ -8,12 +8,20 @@ from math import inf
 import torch
 from torch import Tensor
 
-from dimat.merge.deltas import needs_base
-from dimat.merge.fusion import Coefficients, Density, Number, cast_of, copy_of, elected_sign, merge_elements
-from dimat.merge.pieces import MergePieces, Pieces
 from dimat.merge.registry import combine_registry
-from dimat.merge.sparsify import kept_of, ranked_among
 from dimat.merge.stages import Weights
+from dimat.merge.tensors.pieces import MergePieces, Pieces
+from dimat.merge.tensors.sparsify import kept_of, ranked_among
+from dimat.merge.tensors.streaming import needs_base
+from dimat.merge.tensors.task_vectors import (
+    Coefficients,
+    Density,
+    Number,
+    cast_of,
+    copy_of,
+    elected_sign,
+    merge_elements,
+)
 
 
 @combine_registry.register("sce")

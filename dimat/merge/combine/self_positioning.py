@@ -12,11 +12,11 @@ from scipy.optimize import minimize
 from torch import Tensor, nn
 
 from dimat.errors import MergeError
-from dimat.merge.deltas import handing_on, needs_base
-from dimat.merge.fusion import cast_of, copy_of
-from dimat.merge.learned import Span, batches_of, cross_entropy, descend, needs_model
+from dimat.merge.models.learned import Span, batches_of, cross_entropy, descend, needs_model
 from dimat.merge.registry import combine_registry
 from dimat.merge.stages import Data, Inputs, Score, Weights
+from dimat.merge.tensors.streaming import handing_on, needs_base
+from dimat.merge.tensors.task_vectors import cast_of, copy_of
 
 PARALLEL = 1e-6
 """Directions whose sine is below this are interpolated along the straight line."""

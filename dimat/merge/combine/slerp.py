@@ -8,12 +8,12 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor
 
-from dimat.merge.deltas import combine_elements
-from dimat.merge.fusion import copy_of
-from dimat.merge.pieces import MergePieces, Pieces
 from dimat.merge.registry import combine_registry
-from dimat.merge.spheres import around, two_models
 from dimat.merge.stages import Weights
+from dimat.merge.tensors.pieces import MergePieces, Pieces
+from dimat.merge.tensors.spheres import around, two_models
+from dimat.merge.tensors.streaming import combine_elements
+from dimat.merge.tensors.task_vectors import copy_of
 
 
 @combine_registry.register("slerp")

@@ -6,8 +6,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from dimat.merge.deltas import needs_base
-from dimat.merge.fusion import (
+from dimat.merge.registry import combine_registry
+from dimat.merge.stages import Weights
+from dimat.merge.tensors.pieces import alike
+from dimat.merge.tensors.streaming import needs_base
+from dimat.merge.tensors.task_vectors import (
     Coefficients,
     Number,
     cast_of,
@@ -15,9 +18,6 @@ from dimat.merge.fusion import (
     merge_elements,
     weighted_sum,
 )
-from dimat.merge.pieces import alike
-from dimat.merge.registry import combine_registry
-from dimat.merge.stages import Weights
 
 
 @combine_registry.register("task-arithmetic")

@@ -7,8 +7,12 @@ from typing import Literal
 
 from torch import Tensor
 
-from dimat.merge.deltas import needs_base
-from dimat.merge.fusion import (
+from dimat.merge.registry import combine_registry
+from dimat.merge.stages import Weights
+from dimat.merge.tensors.pieces import MergePieces, Pieces
+from dimat.merge.tensors.sparsify import magnitudes, order_statistics, smallest_kept, trimmed
+from dimat.merge.tensors.streaming import needs_base
+from dimat.merge.tensors.task_vectors import (
     Coefficients,
     Densities,
     Number,
@@ -19,10 +23,6 @@ from dimat.merge.fusion import (
     merge_elements,
     read_deltas,
 )
-from dimat.merge.pieces import MergePieces, Pieces
-from dimat.merge.registry import combine_registry
-from dimat.merge.sparsify import magnitudes, order_statistics, smallest_kept, trimmed
-from dimat.merge.stages import Weights
 
 
 @combine_registry.register("ties")

@@ -9,9 +9,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dimat.merge.coordinates import at_share, by_coordinate
 from dimat.merge.registry import combine_registry
 from dimat.merge.stages import Weights
+from dimat.merge.tensors.coordinates import at_share, by_coordinate
 
 
 @combine_registry.register("trimmed-mean")

@@ -9,9 +9,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dimat.merge.matrices import merge_matrices, orthogonal_factor, svd
 from dimat.merge.registry import combine_registry
 from dimat.merge.stages import Weights
+from dimat.merge.tensors.spectral import merge_matrices, orthogonal_factor, svd
 
 
 @combine_registry.register("tsv-m")

@@ -10,20 +10,17 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dimat.errors import MergeError
-from dimat.merge.activity import activity
-from dimat.merge.batches import device_of, first_inputs
-from dimat.merge.clock import Clock
-from dimat.merge.content import content_hash
-from dimat.merge.deltas import combine_tensors
-from dimat.merge.functional import tensors_for
-from dimat.merge.fusion import copy_of
-from dimat.merge.points import choose_points
+from dimat.merge.matching.activation_statistics import CrossStatistics, PositionSampler, average_correlation
+from dimat.merge.matching.correlation import activity, choose_points
+from dimat.merge.matching.units import labels_of, merge_units, taken_axes
+from dimat.merge.matching.zip_units import keep_places, zip_units
+from dimat.merge.models.batches import device_of, first_inputs
+from dimat.merge.models.functional import tensors_for
 from dimat.merge.registry import combine_registry
-from dimat.merge.stages import Data, Inputs, Points, Weights
-from dimat.merge.statistics import CrossStatistics, PositionSampler, average_correlation
-from dimat.merge.units import labels_of, merge_units, taken_axes
-from dimat.merge.weights import axes_by_name
-from dimat.merge.zipping import keep_places, zip_units
+from dimat.merge.stages import Clock, Data, Inputs, Points, Weights
+from dimat.merge.tensors.streaming import combine_tensors
+from dimat.merge.tensors.task_vectors import copy_of
+from dimat.merge.weight_views import axes_by_name, content_hash
 from dimat.symmetry import Observer
 from dimat.symmetry.spec import Layout, ObservationPoint, SymmetrySpec, groups_in
 

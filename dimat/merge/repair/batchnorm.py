@@ -16,11 +16,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dimat.errors import MergeError
-from dimat.merge.batches import count, device_of, join_single, on_device, take
-from dimat.merge.functional import call_with
+from dimat.merge.models.batches import GeometricChecks, count, device_of, join_single, on_device, take
+from dimat.merge.models.functional import call_with
 from dimat.merge.registry import repair_registry
 from dimat.merge.stages import Data, Inputs, Repaired, Weights
-from dimat.merge.stopping import GeometricChecks
 from dimat.symmetry.trace import eval_mode
 
 FIRST_CHECK = 128

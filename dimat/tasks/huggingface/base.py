@@ -62,7 +62,7 @@ class ModelMaker:
 
 
 class MadeByMaker:
-    """What a task says of its model that its maker knows; see `dimat.task.Task`."""
+    """What a task says of its model that its maker knows; see `dimat.tasks.base.Task`."""
 
     maker: ModelMaker
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dimat.errors import ConfigError, DataError
-from dimat.task import Batch, Data
+from dimat.tasks.base import Batch, Data
 from dimat.tasks.data import TensorData
 from dimat.tasks.huggingface.library import library, telling
 from dimat.tasks.huggingface.models import Architecture

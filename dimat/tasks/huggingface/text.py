@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dimat.errors import ConfigError, DataError
-from dimat.task import Data, Split
+from dimat.tasks.base import Data, Split
 from dimat.tasks.data import Subset
 from dimat.tasks.huggingface.base import MadeByMaker, ModelMaker
 from dimat.tasks.huggingface.lora import LoraOptions

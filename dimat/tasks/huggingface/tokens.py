@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dimat.errors import ConfigError, DataError
-from dimat.task import Batch
+from dimat.tasks.base import Batch
 from dimat.tasks.huggingface.library import library, local_path, telling
 
 BYTES = "bytes"

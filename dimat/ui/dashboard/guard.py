@@ -21,7 +21,7 @@ from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dimat.errors import ConfigError, NetworkError, SecurityError
-from dimat.net.hosts import is_loopback
+from dimat.net.ports import is_loopback
 
 LEAST_TOKEN = 16
 OPEN = frozenset({"/healthz"})

@@ -27,10 +27,10 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from dimat.errors import DimatError
+from dimat.ui.dashboard.api import Shown
 from dimat.ui.dashboard.guard import Guard
-from dimat.ui.dashboard.records import Records
-from dimat.ui.dashboard.shown import Shown
-from dimat.ui.dashboard.state import RunState
+from dimat.ui.dashboard.record_reader import Records
+from dimat.ui.dashboard.reducer import RunState
 from dimat.version import __version__
 
 STATIC = Path(__file__).parent / "static"

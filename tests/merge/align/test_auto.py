@@ -12,18 +12,17 @@ from torch import Tensor
 from dimat import align_weights, derive_symmetry, permute_weights
 from dimat.errors import MergeError
 from dimat.merge import MergeContext
-from dimat.merge.agreement import agreements, half_way
 from dimat.merge.align.activations import activations
 from dimat.merge.align.auto import auto
 from dimat.merge.align.weights import weights
 from dimat.merge.combine.average import average
-from dimat.merge.descent import Descent, Matching, counted_tensors
+from dimat.merge.matching.agreement import agreements, half_way
+from dimat.merge.matching.coordinate_descent import Descent, Matching, counted_tensors
 from dimat.merge.repair.batchnorm import batchnorm
 from dimat.merge.stages import Aligned, Permutations
 from dimat.symmetry import SymmetrySpec, random_permutations
+from tests.merge.align.models import MODELS, made
 from tests.merge.test_golden import load
-
-from .models import MODELS, made
 
 
 def generator(seed: int = 0) -> torch.Generator:

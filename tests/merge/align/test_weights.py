@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from dimat import align_weights, derive_symmetry, permute_weights
 from dimat.errors import MergeError
 from dimat.merge.align.weights import weights
-from dimat.merge.descent import Descent, Matching, counted_tensors
+from dimat.merge.matching.coordinate_descent import Descent, Matching, counted_tensors
 from dimat.symmetry import AxisRef, Factor, Group, SymmetrySpec, random_permutations
+from tests.merge.align.models import MODELS, made
 from tests.symmetry.zoo import MLP, SMALL, case, derived
-
-from .models import MODELS, made
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 

@@ -3,9 +3,9 @@
 `python -m tests.symmetry.wide` measures them all and prints a table; `tests/symmetry/test_wide.py` is its form in CI.
 """
 
-from . import images_timm, language, own, vision
-from .entry import Built, Entry, build
-from .measure import Row, measure, shortcomings
+from tests.symmetry.wide import images_timm, language, own, vision
+from tests.symmetry.wide.entry import Built, Entry, build
+from tests.symmetry.wide.measure import Row, measure, shortcomings
 
 ENTRIES = {entry.name: entry for part in (vision, images_timm, language, own) for entry in part.ENTRIES}
 

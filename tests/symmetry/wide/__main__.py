@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from . import ENTRIES, Entry, Row, build, measure
-from .planted import FOUND, LARGEST, recover
+from tests.symmetry.wide import ENTRIES, Entry, Row, build, measure
+from tests.symmetry.wide.planted import FOUND, LARGEST, recover
 
 _HEAD = (
     f"{'model':24} {'family':6} {'traced':8} {'params':>7} {'groups':>6} {'heads':>5} {'moved':>6} {'error':>8} "

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from tests.symmetry.wide.entry import Built, Entry, images
 from tests.symmetry.zoo import _torchvision_models as torchvision_models
-
-from .entry import Built, Entry, images
 
 
 def _timm(

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+from tests.symmetry.wide.entry import Built, Entry, images, words
 from tests.symmetry.zoo import _torchvision_models as torchvision_models
-
-from .entry import Built, Entry, images, words
 
 _VOCABULARY = {"vocab_size": 101}
 _PLAIN = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}

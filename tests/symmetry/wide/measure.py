@@ -14,8 +14,7 @@ from torch import nn
 from dimat.errors import SymmetryError
 from dimat.symmetry import SymmetrySpec, SymmetryWarning, derive_symmetry, trace, verify_symmetry
 from dimat.symmetry.derive import describe
-
-from .entry import Entry, build
+from tests.symmetry.wide.entry import Entry, build
 
 MOST_DERIVE_SECONDS = 1.0
 _ORDINARY = ("model input", "position in a kernel", "spatial axis", "looked up by index")

@@ -7,9 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from tests.symmetry.wide.entry import Built, Entry, words
 from tests.symmetry.zoo import MLP, LeNet, ResNet20, UNet
-
-from .entry import Built, Entry, words
 
 
 class Reader(nn.Module):

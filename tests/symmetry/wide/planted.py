@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from dimat.merge import align_weights
 from dimat.symmetry import derive_symmetry, permute_weights, random_permutations, tree
 from dimat.symmetry.verify import randomised
-
-from .entry import Entry, build
+from tests.symmetry.wide.entry import Entry, build
 
 LARGEST = 30e6
 """Parameters up to which models are aligned."""

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from tests.symmetry.wide.entry import Built, Entry, images
 from tests.symmetry.zoo import _torchvision_models as torchvision_models
-
-from .entry import Built, Entry, images
 
 
 def _named(name: str, size: int, **options: Any) -> Callable[[], Built]:

@@ -11,15 +11,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dimat.agent.checkpoint import read_state
-from dimat.agent.ledger import read_line
-from dimat.agent.lineage import MergeRecord
-from dimat.agent.vouching import verify_ledger
+from dimat.agent.learner.checkpoint import read_state
+from dimat.agent.lineage.manifest_log import read_line
+from dimat.agent.lineage.verify import verify_ledger
+from dimat.agent.protocol.messages import MergeRecord
 from dimat.config import load_experiment
-from dimat.merge.lora import find_pairs
-from dimat.snapshot import encode, schema_hash
+from dimat.merge.lora.factors import find_pairs
 from dimat.tasks import load_task
-from dimat.train import Trainer
+from dimat.train.trainer import Trainer
+from dimat.weights.snapshot import encode, schema_hash
 from dimat.wire.v1 import peer_pb2 as pb
 from tests.agent.conftest import free_ports  # noqa: F401  # a fixture
 from tests.agent.processes import Network, check_ledgers, network

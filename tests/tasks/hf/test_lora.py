@@ -11,15 +11,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dimat import events as facts
-from dimat.agent.base import base_address, plan_for
-from dimat.agent.local import LocalAgent
+from dimat import events
+from dimat.agent.learner.learner import Learner
+from dimat.agent.learner.shared_base import base_address, plan_for
 from dimat.config import ExperimentConfig, build
 from dimat.errors import ConfigError, DimatError
-from dimat.merge.lora import find_pairs
+from dimat.merge.lora.factors import find_pairs
 from dimat.seeds import torch_generator
 from dimat.simulate import run_simulation
-from dimat.simulate.scenario import prepare
+from dimat.simulate.world.scenario import prepare
 from tests.tasks.hf.samples import GPT2, VIT, write_parquet, write_text
 
 RANK = 4
@@ -45,17 +45,17 @@ def experiment(
     return build(ExperimentConfig, tree, "the test")
 
 
-def agents(tmp_path: Path, config: ExperimentConfig) -> list[LocalAgent]:
+def agents(tmp_path: Path, config: ExperimentConfig) -> list[Learner]:
     scenario = prepare(config)
     store = tmp_path / "store"
     store.mkdir(exist_ok=True)
     return [
-        LocalAgent(name, config, scenario.task, part, store, None, durable=False)
+        Learner(name, config, scenario.task, part, store, None, durable=False)
         for name, part in zip(scenario.agents, scenario.parts, strict=True)
     ]
 
 
-def frozen(agent: LocalAgent) -> dict[str, Tensor]:
+def frozen(agent: Learner) -> dict[str, Tensor]:
     model = agent.trainer.model
     held = {name: p for name, p in model.named_parameters() if not p.requires_grad}
     return {name: tensor.detach().clone() for name, tensor in [*held.items(), *model.named_buffers()]}
@@ -104,12 +104,12 @@ def factor_names(weights: dict[str, Tensor], key: str) -> tuple[str, str]:
 
 def test_a_run_sends_adapters_and_learns(tmp_path: Path) -> None:
     """Three agents for two rounds: bytes on the wire are the adapters', and all end with one product."""
-    heard: list[facts.Event] = []
+    heard: list[events.Event] = []
     config = experiment(tmp_path)
     results = run_simulation(config, out=tmp_path / "run", listeners=[heard.append])
     model = prepare(config).task.build_model(torch_generator(0))
     adapters = sum(tensor.numel() * 4 for tensor in model.state_dict().values())
-    sizes = {event.bytes for event in heard if isinstance(event, facts.Published)}
+    sizes = {event.bytes for event in heard if isinstance(event, events.Published)}
     assert all(adapters < size < adapters + 300 * len(model.state_dict()) for size in sizes)
     assert len(sizes) == 1
     assert {row.bytes_sent for row in results.rows} == {2 * size for size in sizes}

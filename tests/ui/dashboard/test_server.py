@@ -18,8 +18,8 @@ import pytest
 from dimat.cli import main
 from dimat.errors import DataError, NetworkError, SecurityError
 from dimat.events import RoundStarted, Trained
-from dimat.ui.dashboard.folder import FolderSource
 from dimat.ui.dashboard.guard import check_exposure, open_socket, read_token
+from dimat.ui.dashboard.run_source import FolderSource
 from dimat.ui.dashboard.server import Server
 from dimat.ui.jsonl import JsonlListener
 from tests.ui.dashboard.runs import told, write_log, write_run

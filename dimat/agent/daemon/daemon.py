@@ -1,0 +1,366 @@
+"""A real agent from its start to its end: folder, keys, checkpoint, network, rounds, and the way out.
+
+`Daemon.run` is what `dimat agent` does, signals apart; an own training loop runs the same daemon in a thread beside it
+(`dimat.agent.attach`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from dimat import events
+from dimat.agent.daemon.folder import AgentFolder
+from dimat.agent.daemon.map_follower import MapFollower
+from dimat.agent.daemon.network_monitor import NetworkMonitor
+from dimat.agent.daemon.peer_discovery import PeerDiscovery, check_discovery
+from dimat.agent.daemon.resources import RESERVE_BYTES, available_memory, held_bytes, little_memory, needed_bytes
+from dimat.agent.daemon.runner import Runner
+from dimat.agent.daemon.status_socket import StatusSocket, View, notify, watchdog_s
+from dimat.agent.daemon.worker import AgentWorker, Recorded, WorkThread
+from dimat.agent.learner.checkpoint import CheckpointStore
+from dimat.agent.lineage.manifest_log import ManifestLedger
+from dimat.agent.setup.followed_map import with_map
+from dimat.agent.setup.machine import machine_for
+from dimat.agent.setup.prepare import AgentSetup, largest_snapshot, listen_address, neighbours_of, programme_of
+from dimat.config import agent_folder
+from dimat.errors import DataError, DimatError
+from dimat.net.grpc_transport import GrpcTransport
+from dimat.net.limits import Limits
+from dimat.net.manifest import Bound
+from dimat.net.pki.identity import Identity, load_identity
+from dimat.seeds import derive_seed
+from dimat.train.trainer import ModelTrainer
+from dimat.version import __version__
+from dimat.weights.snapshot import SnapshotStore
+
+MB = 1e6
+_TURNS = (events.AgentStarted, events.Trained, events.Published, events.Merged, events.Checkpointed)
+
+
+class Daemon:
+    """One agent of one run. `listeners` are told every event; `learner`: trains the model, where that is not dimat's
+    own trainer.
+
+    Made outside the event loop (it reads keys and the newest checkpoint, and may take long); `run` belongs to the loop,
+    as do `stop` and `reload`.
+    """
+
+    def __init__(
+        self, setup: AgentSetup, listeners: Sequence[events.Listener] = (), *, learner: ModelTrainer | None = None
+    ) -> None:
+        config = setup.config
+        agent = config.agent
+        self.setup = setup
+        self.listeners = list(listeners)
+        self.address = ""
+        """Where it listens, once it does."""
+        base = Path(config.folder)
+        path = agent_folder(config, setup.name)
+        self.identity: Identity | None = None if agent.insecure else load_identity(base / agent.keys, setup.name)
+        finds = check_discovery(config)
+        self.folder = AgentFolder(path, config.run, setup.name)
+        self._finding: PeerDiscovery | None = None
+        self._follower: MapFollower | None = None
+        self._log_fault = ""
+        self._early: list[str] = []  # to be said once there is a run to say it in
+        try:
+            if finds and self.identity is not None:
+                self._finding = PeerDiscovery(config, setup.name, self.folder.dht, self.identity, self._notice)
+            self._prepare(learner)
+        except BaseException:
+            self.folder.close()
+            raise
+
+    def _prepare(self, learner: ModelTrainer | None) -> None:
+        setup, folder, config = self.setup, self.folder, self.setup.config
+        agent, exchange = config.agent, config.exchange
+        self._view = View(setup.name, config.run)
+        self._programme = setup.programme
+        self._local = setup.local(folder.snapshots, learner)
+        keep = setup.programme.snapshots_kept(agent.keep_snapshots)
+        self._store = SnapshotStore(folder.snapshots, keep=keep)
+        size = largest_snapshot(setup, self._local.trainer.model)
+        self._check_room(size, keep)
+        checkpoints = CheckpointStore(folder.checkpoints, agent.keep_checkpoints)
+        self._work = AgentWorker(self._local, config.run, checkpoints, folder.lineage, agent.evaluate, folder.weights)
+        found = self._work.restore()
+        self._passed_over = () if found is None else found.passed_over
+        self._new = found is None
+        state = None if found is None else found.checkpoint.machine
+        self._kept = _addresses(folder.snapshots, "" if state is None else state.root)
+        published = 0 if found is None else found.published
+        self._machine = machine_for(setup.programme, setup.name, state, published)
+        peers = max(1, len(setup.programme.plan(setup.name).peers))
+        quota = agent.disk_quota_mb * MB if agent.disk_quota_mb is not None else 4 * (peers + 1) * size
+        self._transport = GrpcTransport(
+            run=config.run,
+            agent=setup.name,
+            identity=self.identity,
+            store=self._store,
+            received=folder.received,
+            profile=setup.profile(self._local.schema()),
+            bound=Bound(size),
+            limits=Limits(
+                fetches=exchange.transfers,
+                streams_per_peer=exchange.transfers,
+                rate_mb_s=exchange.rate_limit_mb_s,
+                idle_s=exchange.idle_s,
+                lost_after_s=exchange.lost_after_s,
+                disk_bytes=int(quota),
+                disk_reserve_bytes=RESERVE_BYTES,
+            ),
+            listen=listen_address(setup),
+            generator=random.Random(derive_seed(config.seed, "jitter", setup.name)),
+            status=self.status,
+            directory=None if self._finding is None else self._finding.addresses,
+        )
+        self.thread = WorkThread()
+        self._ledger = ManifestLedger(folder.manifests)
+        self.runner = Runner(
+            self._machine,
+            self._work,
+            self.thread,
+            self._transport,
+            self._emit,
+            self._ledger.note,
+            max_time_s=config.schedule.max_time_s,
+        )
+        self._observing = NetworkMonitor(
+            setup.name,
+            config.run,
+            lambda: self._machine.round,
+            self._transport,
+            None if (finding := self._finding) is None else lambda: finding.state,
+            (folder.snapshots, folder.received),
+            self._emit,
+            config.monitor.observe_s,
+        )
+
+    # ── its life ─────────────────────────────────────────────────────────────────────────────────────────────
+    async def run(self, ready: Callable[[], None] | None = None) -> str:
+        """Run until the agent leaves, and return why; raises what ended it otherwise. `ready` is called once it
+        listens."""
+        config = self.setup.config
+        socket = StatusSocket(self.folder.path, self.status)
+        watchdog = asyncio.create_task(_watchdog())
+        observing = asyncio.create_task(self._observing.go_on())
+        try:
+            neighbours = neighbours_of(self._programme, self.setup.name)
+            self._transport.update_neighbours(neighbours)
+            await self._transport.start(self.runner)
+            self._store.sweep(self._kept)
+            self.address = f"{listen_address(self.setup).rpartition(':')[0]}:{self._transport.port}"
+            if self._finding is not None:
+                await self._finding.start(neighbours, self.address)
+                self._follow(self._finding)
+            await socket.start()
+            self._introduce()
+            notify("READY=1")
+            if ready is not None:
+                ready()
+            reason = await self.runner.run(join=self._new and not config.agent.founder)
+            await self._part(reason)
+            return reason
+        finally:
+            notify("STOPPING=1")
+            watchdog.cancel()
+            observing.cancel()
+            if self.address:
+                self._observing.tell()
+            if self._follower is not None:
+                await self._follower.close()
+            await self._transport.close(config.agent.drain_s)
+            if self._finding is not None:
+                await self._finding.close()
+            await socket.close()
+            self._ledger.close()
+            self.folder.close()
+
+    def stop(self, reason: str = "stopped") -> None:
+        """Leave: what is not in the newest checkpoint is lost, and made again by the next life."""
+        if self.runner.ended is None:
+            self.runner.stop(reason)
+        self._leaving.set()
+
+    async def reload(self) -> None:
+        """Take the network map over as it is in its file now, or as it was followed; where it cannot be used, the old
+        one stands."""
+        try:
+            programme, _ = await asyncio.to_thread(programme_of, self.setup.config, self.setup.kit)
+        except DimatError as error:
+            self.runner.noticed(f"the network map is not taken over: {error}; the one before stands")
+            return
+        self._programme = programme
+        neighbours = neighbours_of(programme, self.setup.name)
+        self._transport.update_neighbours(neighbours)
+        if self._finding is not None:
+            self._finding.update_neighbours(neighbours)
+        self.runner.remap(programme.plan(self.setup.name))
+        self._emit(
+            events.MapRead(
+                run=self.setup.config.run,
+                time_s=time.time(),
+                agent=self.setup.name,
+                round=self._machine.round,
+                members=tuple(programme.agents),
+                peers=tuple(sorted(programme.plan(self.setup.name).peers)),
+            )
+        )
+        from_file = programme.config.topology.map == self.setup.config.topology.map
+        followed = "" if from_file else ", as published in the DHT"
+        self.runner.noticed(f"the network map was read again: {len(programme.agents)} agents{followed}")
+
+    def status(self) -> dict[str, object]:
+        """Return how the agent is, as plain values."""
+        machine = self._machine
+        return {
+            **self._view.plain(),
+            "version": __version__,
+            "pid": os.getpid(),
+            "address": self.address,
+            "folder": str(self.folder.path),
+            "secure": self.identity is not None,
+            "round": machine.round,
+            "rounds": self._programme.rounds,
+            "phase": machine.phase.value,
+            "basis": str(machine.basis),
+            "sent_bytes": sum(self._transport.sent_bytes.values()),
+            "received_bytes": sum(self._transport.received_bytes.values()),
+            "peers": self._transport.peers,
+            **({} if self._finding is None else {"dht": self._finding.state}),
+        }
+
+    # ── parts ────────────────────────────────────────────────────────────────────────────────────────────────
+    @property
+    def _leaving(self) -> asyncio.Event:
+        return self._view.leaving
+
+    def _follow(self, finding: PeerDiscovery) -> None:
+        """Begin to look for network maps that the organiser publishes, where they are to be followed."""
+        config, kit = self.setup.config, self.setup.kit
+        if not config.dht.follow_map or self.identity is None:
+            return
+        plain = config.model_copy(update={"dht": config.dht.model_copy(update={"follow_map": False})})
+        self._follower = MapFollower(
+            config,
+            self.folder.dht,
+            finding.dht,
+            self.identity.ca,
+            check=lambda path: programme_of(with_map(plain, path), kit),
+            take=self.reload,
+            notice=self._notice,
+            generator=random.Random(derive_seed(config.seed, "map", self.setup.name)),
+        )
+        self._follower.start()
+
+    def _introduce(self) -> None:
+        machine, model = self._machine, self._local.trainer.model
+        self._emit(
+            events.AgentStarted(
+                run=self.setup.config.run,
+                time_s=time.time(),
+                agent=self.setup.name,
+                round=machine.round,
+                address=self.address,
+                peers=tuple(sorted(self._programme.plan(self.setup.name).peers)),
+                samples=len(self.setup.indices),
+                parameters=sum(p.numel() for p in model.parameters()),
+                secure=self.identity is not None,
+                members=tuple(self._programme.agents),
+                rounds=self._programme.rounds,
+                metric=self._programme.metric,
+                version=__version__,
+                histogram=self.setup.histogram(),
+            )
+        )
+        for fault in self._passed_over:
+            self.runner.noticed(f"{fault}; the one before is used")
+        for message in self._early:
+            self.runner.noticed(message)
+
+    async def _part(self, reason: str) -> None:
+        """Be there for those who still need what this agent offers, unless it was told to go."""
+        if reason != "done":
+            self._transport.leave(reason)
+        if self._leaving.is_set():
+            return
+        await self._transport.unfollow_all()
+        readers = self._programme.readers(self.setup.name, self._machine.round)
+        served = asyncio.create_task(self._transport.served(readers))
+        told = asyncio.create_task(self._leaving.wait())
+        await asyncio.wait(
+            {served, told}, timeout=self.setup.config.agent.linger_s, return_when=asyncio.FIRST_COMPLETED
+        )
+        for task in (served, told):
+            task.cancel()
+
+    def _check_room(self, size: int, keep: int) -> None:
+        """Refuse to begin where the disk cannot hold what a round needs."""
+        peers = len(self.setup.programme.plan(self.setup.name).peers)
+        needed = needed_bytes(size, peers, keep, self.setup.config.agent.keep_checkpoints)
+        held = held_bytes(self.folder.path)
+        free = shutil.disk_usage(self.folder.path).free
+        if free + held < needed:
+            raise DataError(
+                f"{self.folder.path} has {free / MB:,.0f} MB free, the agent needs about "
+                f"{(needed - held) / MB:,.0f} MB; make room, or set agent.folder to another disk"
+            )
+        if warning := little_memory(size, peers, available_memory()):
+            self._notice(warning)
+
+    def _notice(self, message: str) -> None:
+        if self.address:
+            self.runner.noticed(message)
+        else:
+            self._early.append(message)
+
+    def _emit(self, fact: events.Event) -> None:
+        self._view.note(fact)
+        if isinstance(fact, events.Published) and self._finding is not None:
+            self._finding.tell(fact.round, fact.snapshot)
+        fault = ""
+        for listener in self.listeners:
+            try:
+                listener(fact)
+            except DataError as error:  # a log on a full disk: training goes on, and what waits is written later
+                fault = str(error)
+        if fault != self._log_fault:
+            self._log_fault = fault
+            said = (
+                f"{fault}; the agent goes on, and so does the log once it can" if fault else "events are logged again"
+            )
+            self._emit(
+                events.Warned(run=self.setup.config.run, time_s=time.time(), message=said, agent=self.setup.name)
+            )
+        if isinstance(fact, _TURNS):
+            self._tell_manager()
+        if isinstance(fact, events.RoundFinished):
+            self._observing.round_over()
+
+    def _tell_manager(self) -> None:
+        """Say in a line how the agent is, for `systemctl status`."""
+        machine, peers = self._machine, self._transport.peers
+        of = f" of {self._programme.rounds}" if self._programme.rounds else ""
+        connected = sum(bool(peer["connected"]) for peer in peers.values())
+        notify(f"STATUS=round {machine.round}{of}, {machine.phase.value}; {connected} of {len(peers)} peers connected")
+
+
+def _addresses(folder: Path, root: str) -> frozenset[str]:
+    """Return the addresses of all payloads of a recorded snapshot, which may not be published yet."""
+    recorded = Recorded.load(folder, root) if root else None
+    forms = () if recorded is None else (form.payload.root for form in recorded.forms)
+    return frozenset((root, *forms))
+
+
+async def _watchdog() -> None:
+    """Tell the service manager from within the loop that it turns, if it wants to know."""
+    every_s = watchdog_s()
+    while every_s is not None:
+        notify("WATCHDOG=1")
+        await asyncio.sleep(every_s)

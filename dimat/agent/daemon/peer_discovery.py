@@ -1,0 +1,97 @@
+"""How an agent finds its peers: by the map's addresses and, where the configuration names bootstraps, the DHT."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from dimat.config import ExperimentConfig
+from dimat.errors import ConfigError
+from dimat.net.discovery.address_records import seal_record
+from dimat.net.discovery.dht import DhtSidecar
+from dimat.net.discovery.resolver import Announcement, Discovery
+from dimat.net.pki.identity import Identity
+from dimat.net.transport import Neighbours
+from dimat.seeds import derive_seed
+
+
+class PeerDiscovery:
+    """The DHT node of an agent, in a process of its own, and what is found through it. Made before torch works on
+    several threads and before gRPC runs; the rest belongs to the event loop."""
+
+    def __init__(
+        self, config: ExperimentConfig, agent: str, folder: Path, identity: Identity, notice: Callable[[str], None]
+    ) -> None:
+        generator = random.Random(derive_seed(config.seed, "dht", agent))
+        self._announced = config.dht.announce
+        self._agent = agent
+        self._told = Announcement()
+        self.dht = DhtSidecar(
+            folder,
+            run=config.run,
+            bootstraps=config.dht.bootstraps,
+            ca=identity.ca,
+            listen=config.dht.listen,
+            notice=notice,
+            generator=generator,
+            seal=lambda record: seal_record(record, identity.sign, identity.certificate_der),
+        )
+        self._discovery = Discovery(
+            run=config.run,
+            agent=agent,
+            static={},
+            members=(),
+            dht=self.dht,
+            folder=folder,
+            notice=notice,
+            generator=generator,
+        )
+        self.dht.spawn()
+
+    async def start(self, neighbours: Neighbours, listens: str) -> None:
+        """Begin to watch over the node and to announce this agent, which listens at `host:port`."""
+        self.update_neighbours(neighbours)
+        addresses = self._announced or tuple(neighbours.addresses.get(self._agent, ())) or (listens,)
+        self._told = Announcement(addresses=tuple(addresses))
+        await self.dht.start()
+        await self._discovery.start()
+        self._discovery.tell(self._told)
+
+    def update_neighbours(self, neighbours: Neighbours) -> None:
+        """Take a new map over."""
+        self._discovery.update_neighbours(neighbours.addresses, neighbours.members)
+
+    def tell(self, number: int, root: str) -> None:
+        """Announce the newest snapshot."""
+        self._told = Announcement(self._told.addresses, number, root)
+        self._discovery.tell(self._told)
+
+    async def addresses(self, peer: str) -> Sequence[str]:
+        """Return where a peer is reached, as the map and the DHT say."""
+        return await self._discovery.addresses(peer)
+
+    async def close(self) -> None:
+        """Stop the node; what was announced runs out by itself."""
+        await self._discovery.close()
+        await self.dht.close()
+
+    @property
+    def state(self) -> dict[str, object]:
+        """How the DHT is, for `dimat status`."""
+        return {
+            "healthy": self.dht.healthy,
+            "restarts": self.dht.restarts,
+            "nodes": self.dht.known,
+            "addresses": list(self.dht.addresses),
+            "agents": sorted(self._discovery.visible),
+        }
+
+
+def check_discovery(config: ExperimentConfig) -> bool:
+    """Return whether there is to be a DHT; ConfigError where it cannot be."""
+    if not config.dht.bootstraps:
+        return False
+    if config.agent.insecure:
+        raise ConfigError("a DHT needs keys, since its records are signed; drop dht.bootstraps, or agent.insecure")
+    return True

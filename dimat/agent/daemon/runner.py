@@ -1,0 +1,367 @@
+"""Drives one agent's round machine for real: asyncio, a network, a thread that trains, and the wall clock.
+
+Actions are carried out in the order in which the machine gives them, and the next event is handed in once they are
+under way; a checkpoint is waited for, so that what comes after it (publishing above all) rests on a durable state.
+Training, merging and fetching go on side by side with the loop and come back as events.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from blake3 import blake3
+
+from dimat import events
+from dimat.agent.daemon.worker import AgentWorker, Recorded, WorkThread
+from dimat.agent.protocol import messages as m
+from dimat.agent.protocol.basis import BasisId
+from dimat.agent.protocol.offers import PeerPublished
+from dimat.agent.protocol.plan import Plan
+from dimat.agent.protocol.round import Phase, RoundMachine
+from dimat.errors import DataError, NetworkError
+from dimat.net.transport import Fetched, Transport
+from dimat.weights.snapshot import Manifest
+
+T = TypeVar("T")
+RETRY_S = (1.0, 60.0)
+"""Seconds after which a write that failed (a full disk, say) is tried again: at first, and at most."""
+
+
+class Runner:
+    """One life of one agent. It is the `Hearing` of its transport, whose `start` and `close` are its owner's affair.
+
+    `emit` is told every fact, from the event loop's thread; `fetched` of every snapshot that arrives, with the
+    publisher's signed manifest, before the machine knows of it.
+    """
+
+    def __init__(
+        self,
+        machine: RoundMachine,
+        work: AgentWorker,
+        thread: WorkThread,
+        transport: Transport,
+        emit: Callable[[events.Event], None],
+        fetched: Callable[[Fetched], None],
+        *,
+        max_time_s: float | None = None,
+    ) -> None:
+        self.machine = machine
+        self.ended: str | None = None
+        """Why the agent has left, once it has."""
+        self._work = work
+        self._thread = thread
+        self._transport = transport
+        self._emit_to = emit
+        self._note_fetched = fetched
+        self._max_time_s = max_time_s
+        self._events: asyncio.Queue[m.Event] = asyncio.Queue()
+        self._stopping = asyncio.Event()
+        self._fault: BaseException | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._fetches: dict[tuple[str, int, str], asyncio.Task[None]] = {}
+        self._jobs: set[asyncio.Task[None]] = set()
+        self._sources: dict[tuple[str, int, str], Path] = {}
+        self._manifests: dict[tuple[str, int, str], str] = {}  # of what is fetched: hashes, for the record of the merge
+        self._recorded: dict[str, Recorded] = {}
+        self._merged: events.Merged | None = None
+        self._sent = sum(transport.sent_bytes.values())  # up to the end of the last round
+        self._received = 0  # since then
+        self._phase, self._phase_began = "", time.monotonic()
+
+    # ── the loop ─────────────────────────────────────────────────────────────────────────────────────────────
+    async def run(self, *, join: bool) -> str:
+        """Run until the agent leaves; return why. Raises what its work raised, as TrainingError."""
+        loop = asyncio.get_running_loop()
+        over = None if self._max_time_s is None else loop.call_later(self._max_time_s, self.post, m.TimeUp())
+        self.post(m.Started(join=join))
+        try:
+            while self.ended is None:
+                await self._handle(await self._events.get())
+                if self._fault is not None:
+                    raise self._fault
+        finally:
+            for handle in (over, self._timer):
+                if handle is not None:
+                    handle.cancel()
+            for task in self._jobs:
+                task.cancel()
+            await asyncio.gather(*self._jobs, return_exceptions=True)
+        return self.ended
+
+    def post(self, event: m.Event) -> None:
+        """Hand the machine an event, once it has dealt with those before."""
+        self._events.put_nowait(event)
+
+    def stop(self, reason: str) -> None:
+        """Leave at once; the newest checkpoint stands."""
+        self._stopping.set()
+        self.post(m.Stop(reason))
+
+    def remap(self, plan: Plan) -> None:
+        """Take a new network map over, from the next round on."""
+        self.post(m.MapChanged(plan))
+
+    # ── what is heard ────────────────────────────────────────────────────────────────────────────────────────
+    def offered(self, manifest: Manifest, oldest: int) -> None:
+        """A peer offers a snapshot."""
+        self.post(
+            PeerPublished(
+                manifest.agent,
+                manifest.round,
+                manifest.payload.root,
+                BasisId.parse(manifest.basis),
+                run=manifest.run,
+                oldest=oldest,
+                pushed=manifest.pushed.get(self.machine.agent, 0.0),
+                base=manifest.base,
+            )
+        )
+
+    def lost(self, peer: str, reason: str, last: int) -> None:
+        """A peer has left, or is out of reach."""
+        self.post(m.PeerLost(peer, reason, last))
+
+    def refused(self, peer: str, reason: str) -> None:
+        """A peer does not fit."""
+        self._emit(events.PeerRefused(agent=self.machine.agent, round=self.machine.round, peer=peer, reason=reason))
+
+    def noticed(self, message: str) -> None:
+        """Something that a person should know."""
+        self._emit(events.Warned(message=message, agent=self.machine.agent))
+
+    # ── actions ──────────────────────────────────────────────────────────────────────────────────────────────
+    async def _handle(self, event: m.Event) -> None:
+        actions = self.machine.handle(event)
+        if self.machine.phase is Phase.JOINING:
+            self._enter("join")
+        for action in actions:
+            await self._perform(action)
+
+    def _enter(self, phase: str) -> None:
+        """Tell that another part of the round begins; going on with the same one is not told."""
+        if phase == self._phase:
+            return
+        now = time.monotonic()
+        self._emit(
+            events.PhaseStarted(
+                agent=self.machine.agent,
+                round=self.machine.round,
+                phase=phase,
+                previous=self._phase,
+                previous_s=now - self._phase_began if self._phase else 0.0,
+            )
+        )
+        self._phase, self._phase_began = phase, now
+
+    async def _perform(self, action: m.Action) -> None:
+        agent = self.machine.agent
+        match action:
+            case m.Report(fact=fact):
+                self._emit(fact)
+            case m.SetTimer(round=number, seconds=seconds):
+                if self._timer is not None:
+                    self._timer.cancel()
+                loop = asyncio.get_running_loop()
+                self._timer = loop.call_later(seconds, self.post, m.Deadline(number))
+            case m.Fetch():
+                key = (action.peer, action.round, action.root)
+                self._fetches[key] = self._start(self._fetch, action)
+            case m.Release(peer=peer, round=number, root=root):
+                self._release((peer, number, root))
+            case m.Train():
+                self._enter("train")
+                self._start(self._train, action)
+            case m.CheckpointAction(round=number, stage=stage):
+                await self._durable(self._work.checkpoint, self._vouched(action))
+                self._emit(events.Checkpointed(agent=agent, round=number, stage=stage))
+                if stage == "merged":
+                    await self._save_weights()
+                    self._finish(number)
+            case m.Publish():
+                self._enter("wait")
+                await self._publish(action)
+            case m.AdoptBasis():
+                self._enter("merge")
+                self._start(self._adopt_basis, action, self.machine.basis)
+            case m.AdoptWeights():
+                self._start(self._adopt_weights, action)
+            case m.MergeAction():
+                self._enter("merge")
+                self._start(self._merge, action)
+            case m.Exit(reason=reason):
+                self.ended = reason
+                self._enter("done")
+                self._emit(events.AgentLeft(agent=agent, round=self.machine.round, reason=reason))
+
+    def _start(self, job: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> asyncio.Task[None]:
+        """Let a job go on beside the loop; what it raises ends the run."""
+
+        async def guarded() -> None:
+            try:
+                await job(*args)
+            except asyncio.CancelledError:
+                raise
+            except BaseException as error:
+                self._fault = error
+                self.stop(str(error))
+
+        task = asyncio.create_task(guarded())
+        self._jobs.add(task)
+        task.add_done_callback(self._jobs.discard)
+        return task
+
+    async def _durable(self, write: Callable[..., T], *args: Any) -> T:
+        """Do what has to be on disk before anything goes on. A disk that is full may have room again: the agent waits,
+        says so, and serves meanwhile; it gives up only when it is stopped."""
+        wait, most = RETRY_S
+        while True:
+            try:
+                return await self._thread.do(write, *args)
+            except DataError as error:
+                if self._stopping.is_set():
+                    raise
+                self.noticed(f"{error}; trying again in {wait:.0f} s")
+                try:
+                    await asyncio.wait_for(self._stopping.wait(), wait)
+                except TimeoutError:
+                    wait = min(2 * wait, most)
+
+    def _vouched(self, action: m.CheckpointAction) -> m.CheckpointAction:
+        """Say in the record of a merge which manifests its parts rest on."""
+        record = action.record
+        if record is None:
+            return action
+        keys = {part.agent: (part.agent, part.round, part.snapshot) for part in record.contributions}
+        hashes = {peer: self._manifests[key] for peer, key in keys.items() if key in self._manifests}
+        # what later rounds may still take is held, and so has a source
+        self._manifests = {key: known for key, known in self._manifests.items() if key in self._sources}
+        return replace(action, record=replace(record, manifests=hashes))
+
+    async def _train(self, action: m.Train) -> None:
+        started = time.perf_counter()
+        learned = await self._thread.do(self._work.learn, action)
+        if action.learn:
+            self._emit(
+                events.Trained(
+                    agent=self.machine.agent,
+                    round=action.round,
+                    loss=learned.loss,
+                    samples=learned.samples,
+                    train_s=time.perf_counter() - started,
+                )
+            )
+        recorded = await self._durable(self._work.record, learned)
+        # the one before too: an agent whose newest checkpoint is damaged publishes that again
+        self._recorded = dict([*self._recorded.items()][-1:]) | {recorded.payload.root: recorded}
+        self.post(m.TrainingDone(action.round, recorded.payload.root))
+
+    async def _publish(self, action: m.Publish) -> None:
+        agent = self.machine.agent
+        recorded = self._recorded.get(action.root)
+        if recorded is None:  # of an earlier life
+            recorded = await self._thread.do(Recorded.load, self._work.local.store, action.root)
+        if recorded is None:
+            gone = f"the snapshot of round {action.round} ({action.root[:12]}…) is gone from the agent's folder"
+            self.noticed(f"{gone}; peers have to do without it")
+            return
+        self._recorded.setdefault(action.root, recorded)
+        manifest = Manifest(
+            run=self.machine.run,
+            agent=agent,
+            round=action.round,
+            basis=str(action.basis),
+            schema=recorded.schema,
+            payload=recorded.payload,
+            encoding=recorded.forms[0].encoding if recorded.forms else "fp32",
+            forms=recorded.forms,
+            base=action.base,
+            samples=recorded.samples,
+            parents=tuple((p.agent, p.snapshot, p.round, p.weight) for p in action.parents),
+            pushed=action.pushed,
+        )
+        self._transport.publish(manifest)
+        size = recorded.payload.bytes
+        self._emit(
+            events.Published(agent=agent, round=action.round, snapshot=action.root, bytes=size, basis=manifest.basis)
+        )
+
+    async def _fetch(self, action: m.Fetch) -> None:
+        key = (action.peer, action.round, action.root)
+        agent, number = self.machine.agent, self.machine.round
+        try:
+            fetched = await self._transport.fetch(*key)
+        except NetworkError as error:
+            self._fetches.pop(key, None)
+            self._emit(
+                events.FetchFailed(agent=agent, round=number, peer=action.peer, snapshot=action.root, reason=str(error))
+            )
+            self.post(m.FetchFailure(*key, str(error)))
+            return
+        self._fetches.pop(key, None)
+        self._sources[key] = fetched.path
+        self._manifests[key] = blake3(fetched.signed[0]).hexdigest()
+        self._received += fetched.bytes
+        try:
+            self._note_fetched(fetched)
+        except DataError as error:
+            self.noticed(f"{error}; the manifest of {action.peer}'s round {action.round} is not kept")
+        self._emit(
+            events.SnapshotFetched(
+                agent=agent, round=number, peer=action.peer, snapshot=action.root, bytes=fetched.bytes
+            )
+        )
+        self.post(m.SnapshotReady(*key))
+
+    def _release(self, key: tuple[str, int, str]) -> None:
+        task = self._fetches.pop(key, None)
+        if task is not None:
+            task.cancel()
+        if self._sources.pop(key, None) is not None:
+            self._transport.release(*key)
+
+    def _source(self, peer: str, root: str) -> Path:
+        """Return where a snapshot lies that is here, of whatever round it has this content."""
+        return next(path for (of, _, what), path in self._sources.items() if (of, what) == (peer, root))
+
+    async def _adopt_basis(self, action: m.AdoptBasis, own: BasisId) -> None:
+        moves = await self._thread.do(self._work.adopt_basis, action, self._source(action.peer, action.root))
+        self.post(m.BasisChanged.after(action, own, moves))
+
+    async def _adopt_weights(self, action: m.AdoptWeights) -> None:
+        source = self._source(action.peer, action.root)
+        self.post(m.WeightsAdopted(action.root, await self._thread.do(self._work.adopt_weights, action, source)))
+
+    async def _merge(self, action: m.MergeAction) -> None:
+        sources = {part.peer: self._source(part.peer, part.root) for part in action.parts}
+        self.post(await self._thread.do(self._work.merge, action, sources))
+
+    async def _save_weights(self) -> None:
+        try:
+            await self._thread.do(self._work.save_weights)
+        except DataError as error:  # a convenience for people; the checkpoint has them too
+            self.noticed(str(error))
+
+    def _finish(self, number: int) -> None:
+        sent = sum(self._transport.sent_bytes.values())
+        merged, received = self._merged, self._received
+        self._emit(
+            events.RoundFinished(
+                agent=self.machine.agent,
+                round=number,
+                heard=merged.heard if merged is not None else 0,
+                expected=merged.expected if merged is not None else 0,
+                bytes_sent=sent - self._sent,
+                bytes_received=received,
+            )
+        )
+        self._sent, self._received = sent, 0
+
+    def _emit(self, fact: events.Event) -> None:
+        if isinstance(fact, events.Merged):
+            self._merged = fact
+        self._emit_to(replace(fact, run=self.machine.run, time_s=time.time()))

@@ -1,0 +1,149 @@
+"""How an agent is: told to whoever asks on a socket in its folder, and to the service manager that started it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from dimat import events
+from dimat.errors import DataError
+
+SOCKET = "status.sock"
+TIMEOUT_S = 5.0
+NOTIFY_S = 0.5
+
+
+class StatusSocket:
+    """Answers each connection with one JSON object, then closes it. Only the agent's own user can connect."""
+
+    def __init__(self, folder: Path, status: Callable[[], Mapping[str, object]]) -> None:
+        self._folder = folder
+        self._status = status
+        self._server: asyncio.Server | None = None
+
+    async def start(self) -> None:
+        """Listen; what an earlier life left behind is replaced (the folder's lock says that it is over)."""
+        with _short(self._folder) as path:
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+            mask = os.umask(0o177)
+            try:
+                self._server = await asyncio.start_unix_server(self._answer, path)
+            except OSError as error:
+                raise DataError(f"cannot listen on {self._folder / SOCKET}: {error.strerror or error}") from error
+            finally:
+                os.umask(mask)
+
+    async def close(self) -> None:
+        """Stop listening, and remove the socket."""
+        if self._server is not None:
+            self._server.close()
+            (self._folder / SOCKET).unlink(missing_ok=True)
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        del reader
+        with suppress(OSError, TimeoutError):  # who asked has gone
+            writer.write(json.dumps(dict(self._status())).encode() + b"\n")
+            await asyncio.wait_for(writer.drain(), TIMEOUT_S)
+        writer.close()
+
+
+def ask(folder: Path) -> dict[str, Any]:
+    """Return the status of the agent that runs in a folder; DataError where none does."""
+    connection = socket.socket(socket.AF_UNIX)
+    connection.settimeout(TIMEOUT_S)
+    try:
+        with connection, _short(folder) as path:
+            connection.connect(path)
+            with connection.makefile("rb") as answer:
+                return json.loads(answer.read())
+    except (OSError, ValueError) as error:
+        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+        raise DataError(
+            f"no agent answers in {folder} ({reason}); is it running? start it with: dimat agent FILE"
+        ) from error
+
+
+def notify(message: str) -> None:
+    """Tell the service manager (systemd's `sd_notify` protocol) that the agent is READY=1, STOPPING=1, WATCHDOG=1, or
+    its STATUS=…; nothing happens where none has asked for it, or where it does not listen."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.settimeout(NOTIFY_S)  # a manager that is stuck must not hold up the agent
+        manager.connect("\0" + address[1:] if address.startswith("@") else address)
+        manager.send(message.encode())
+
+
+def watchdog_s() -> float | None:
+    """Return how often the service manager is to be told WATCHDOG=1: twice in the time after which it takes the agent
+    for hung. None where it does not watch this process."""
+    try:
+        microseconds = int(os.environ.get("WATCHDOG_USEC", ""))
+        watched = int(os.environ.get("WATCHDOG_PID", os.getpid()))
+    except ValueError:
+        return None
+    return microseconds / 2e6 if microseconds > 0 and watched == os.getpid() else None
+
+
+@contextmanager
+def _short(folder: Path) -> Generator[str]:
+    """Give a path to the socket that is short enough for the kernel (108 bytes), however deep the folder lies."""
+    path = str(folder / SOCKET)
+    if len(os.fsencode(path)) < 100:
+        yield path
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield f"/proc/self/fd/{descriptor}/{SOCKET}"
+    finally:
+        os.close(descriptor)
+
+
+class View:
+    """The newest of what happened to one agent."""
+
+    def __init__(self, agent: str, run: str) -> None:
+        self.leaving = asyncio.Event()
+        self._started = time.time()
+        self._values: dict[str, object] = {"agent": agent, "run": run, "started": self._started}
+        self._warnings: list[str] = []
+
+    def note(self, fact: events.Event) -> None:
+        """Take an event in."""
+        values = self._values
+        match fact:
+            case events.Trained(loss=loss, round=number):
+                values["trained"] = {"round": number, "loss": loss}
+            case events.Merged():
+                values["merged"] = {
+                    "round": fact.round,
+                    "heard": fact.heard,
+                    "expected": fact.expected,
+                    "accepted": fact.accepted,
+                    "before": dict(fact.before),
+                    "after": dict(fact.after),
+                    "weights": {part.agent: part.weight for part in fact.contributions},
+                }
+            case events.Checkpointed(round=number, stage=stage, time_s=at):
+                values["checkpoint"] = {"round": number, "stage": stage, "time": at}
+            case events.Warned(message=message):
+                self._warnings = [*self._warnings[-4:], message]
+            case events.PeerRefused(peer=peer, reason=reason):
+                self._warnings = [*self._warnings[-4:], f"{peer} refused: {reason}"]
+            case events.AgentLeft(reason=reason):
+                values["left"] = reason
+            case _:
+                pass
+
+    def plain(self) -> Mapping[str, object]:
+        """Return all that is known, as plain values. `time`, `started`: Unix seconds."""
+        return {**self._values, "time": time.time(), "warnings": list(self._warnings)}

@@ -1,0 +1,260 @@
+"""Would this agent run here, and is what runs here well? Looks at all that it needs, and changes nothing.
+
+`examine` works whether the agent runs or not. What costs long is done once: the task is loaded, since its model's
+schema decides which peers fit.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from cryptography import x509
+
+from dimat.agent.daemon.folder import read_mark
+from dimat.agent.daemon.resources import available_memory, held_bytes, memory_bytes, needed_bytes
+from dimat.agent.daemon.status_socket import ask
+from dimat.agent.doctor.check import Check, fail, failed, ok, warn
+from dimat.agent.doctor.network_checks import Around, look_around
+from dimat.agent.learner.checkpoint import look
+from dimat.agent.setup.prepare import AgentSetup, largest_snapshot, listen_address, neighbours_of, prepare_agent
+from dimat.config import ExperimentConfig, agent_folder
+from dimat.device import resolve_device
+from dimat.errors import ConfigError, DataError, DimatError
+from dimat.net.pki.identity import Identity, load_identity
+from dimat.net.pki.key_info import SOON
+
+MB = 1e6
+IMPORT_S = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """The agent's own process. `pid`: 0 where none runs; `address`: where it listens, "" where it does not say."""
+
+    pid: int = 0
+    address: str = ""
+
+
+def examine(config: ExperimentConfig) -> Iterator[Check]:
+    """Look at an agent's configuration, keys, machine, folder, port and peers; a finding each, once it is known."""
+    try:
+        setup = prepare_agent(config)
+    except DimatError as error:
+        yield failed("config", error)
+        yield from _machine(config)
+        return
+    peers = sorted(setup.programme.plan(setup.name).peers)
+    yield ok("config", f"agent {setup.name} of run {config.run}, task {setup.kit.task.name}")
+    if peers:
+        yield ok("map", f"{len(setup.programme.agents)} agents; {setup.name} listens to {', '.join(peers)}")
+    else:
+        yield warn("map", f"{setup.name} has no peers", "give the map another agent, or another graph")
+    identity, finding = _keys(config, setup.name)
+    yield finding
+    yield from _machine(config)
+    path = agent_folder(config, setup.name)
+    running = running_in(path)
+    schema, size, largest = _model(setup)
+    keep = setup.programme.snapshots_kept(config.agent.keep_snapshots)
+    yield from _room(config, path, len(peers), size, largest, keep)
+    yield from _folder(config, setup.name, path, running)
+    if identity is None and not config.agent.insecure:
+        yield warn("peers", "not asked, for want of keys", "see to the keys first")
+        return
+    around = Around(
+        run=config.run,
+        agent=setup.name,
+        identity=identity,
+        profile=setup.profile(schema),
+        listen=running.address or listen_address(setup),
+        running=running.pid,
+        neighbours=neighbours_of(setup.programme, setup.name),
+        bootstraps=config.dht.bootstraps,
+    )
+    yield from look_around(around)
+
+
+def running_in(folder: Path) -> Running:
+    """Return the process that holds a folder's lock, and where it listens."""
+    try:
+        lock = os.open(folder / "lock", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return Running()
+    try:
+        # shared, and for a moment: only a look whether somebody has it
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return Running()
+    except OSError:
+        said = os.pread(lock, 32, 0).decode(errors="replace").strip()
+    finally:
+        os.close(lock)
+    try:
+        address = str(ask(folder).get("address", ""))
+    except DataError:
+        address = ""  # it is about to start, or to end
+    return Running(int(said) if said.isdecimal() else -1, address)
+
+
+# ── keys ─────────────────────────────────────────────────────────────────────────────────────────────────────
+def _keys(config: ExperimentConfig, name: str) -> tuple[Identity | None, Check]:
+    if config.agent.insecure:
+        mend = "make keys with `dimat keys` and drop agent.insecure before others take part"
+        return None, warn("keys", "none: agent.insecure, on loopback only", mend)
+    try:
+        identity = load_identity(Path(config.folder) / config.agent.keys, name)
+    except DimatError as error:
+        return None, failed("keys", error)
+    until = x509.load_pem_x509_certificate(identity.certificate).not_valid_after_utc
+    left = until - datetime.now(UTC)
+    what = f"certificate of {name} is valid for {left.days} more days, until {until:%Y-%m-%d}"
+    if left < SOON:
+        return identity, warn("keys", what, f"renew it: dimat keys issue {name} --renew (or request and sign)")
+    return identity, ok("keys", what)
+
+
+# ── the machine ──────────────────────────────────────────────────────────────────────────────────────────────
+def _machine(config: ExperimentConfig) -> Iterator[Check]:
+    found = [f"python {platform.python_version()}"]
+    missing: list[str] = []
+    for name in ("dimat", "torch", "grpcio", "protobuf"):
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            missing.append(name)
+    if missing:
+        yield warn("versions", ", ".join(found) + f"; not installed: {', '.join(missing)}", "pip install dimat")
+    else:
+        yield ok("versions", ", ".join(found))
+    yield _hivemind(needed=bool(config.dht.bootstraps))
+    yield _device(config)
+
+
+def _hivemind(*, needed: bool) -> Check:
+    if not needed:  # whether it can be imported takes seconds to find out
+        try:
+            return ok("hivemind", f"{version('hivemind')} is installed; not needed, without dht.bootstraps")
+        except PackageNotFoundError:
+            return ok("hivemind", "not installed; not needed, without dht.bootstraps")
+    # in a process of its own, as the agent has it: what it imports and starts stays out of this one
+    program = "import hivemind; print(hivemind.__version__)"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, timeout=IMPORT_S, check=False
+        )
+        fault = done.stderr.strip().splitlines()[-1:] if done.returncode else []
+        found = "" if done.returncode else done.stdout.strip()
+    except subprocess.TimeoutExpired:
+        found, fault = "", [f"it takes more than {IMPORT_S:.0f} s"]
+    if found:
+        return ok("hivemind", f"{found} can be imported")
+    # an agent without it goes on with the addresses of the map
+    return warn(
+        "hivemind",
+        f"cannot be imported: {' '.join(fault) or 'it ended without a word'}",
+        "pip install hivemind, or find peers by the map's addresses alone: drop dht.bootstraps",
+    )
+
+
+def _device(config: ExperimentConfig) -> Check:
+    import torch
+
+    try:
+        device = resolve_device(config.train.device)
+    except ConfigError as error:
+        return failed("device", error, 'set train.device to "auto" or "cpu", or mend the driver (nvidia-smi)')
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        name = torch.cuda.get_device_name(device)
+        return ok("device", f"trains on {device}: {name}, {free / MB:,.0f} of {total / MB:,.0f} MB free")
+    gpus = torch.cuda.device_count()
+    if gpus and device.type == "cpu":
+        return warn("device", f"trains on the cpu, and {gpus} GPU can be had", 'set train.device to "auto"')
+    return ok("device", f"trains on {device} with {torch.get_num_threads()} threads")
+
+
+def _room(config: ExperimentConfig, path: Path, peers: int, size: int, largest: int, keep: int) -> Iterator[Check]:
+    """Say whether disk and memory hold what a round needs. `size`: bytes of the model; `largest`: of a snapshot at
+    most; `keep`: how many own ones are kept."""
+    needed = needed_bytes(largest, peers, keep, config.agent.keep_checkpoints)
+    place = path.absolute()
+    while not place.exists():
+        place = place.parent
+    held = held_bytes(path)
+    free = shutil.disk_usage(place).free
+    what = f"{free / MB:,.0f} MB free at {place}, about {max(needed - held, 0) / MB:,.0f} MB more are needed"
+    if free + held < needed:
+        yield fail("disk", what, "make room, or set agent.folder to another disk", DataError)
+    elif not os.access(place, os.W_OK):
+        mend = "give the agent's user the right to, or set agent.folder"
+        yield fail("disk", f"{place} cannot be written to", mend, DataError)
+    else:
+        yield ok("disk", what)
+    available = available_memory()
+    wanted = memory_bytes(size, peers)
+    if available is None:
+        yield ok("memory", f"a round takes about {wanted / MB:,.0f} MB for weights; what is free is not told here")
+    elif available < wanted:
+        mend = "stop other programs, or give the agent fewer peers or a smaller model"
+        yield warn("memory", f"{available / MB:,.0f} MB free, weights take about {wanted / MB:,.1f} MB", mend)
+    else:
+        yield ok("memory", f"{available / MB:,.0f} MB free, weights take about {wanted / MB:,.1f} MB of them")
+
+
+# ── the folder ───────────────────────────────────────────────────────────────────────────────────────────────
+def _folder(config: ExperimentConfig, name: str, path: Path, running: Running) -> Iterator[Check]:
+    try:
+        mark = read_mark(path)
+    except DataError as error:
+        yield failed("folder", error, f"move {path} away, or restore its agent.json")
+        return
+    if mark is None:
+        yield ok("folder", f"{path} is new: the agent begins there")
+        return
+    if mark != {"run": config.run, "agent": name}:
+        what = f"{path} is that of agent {mark.get('agent')!r} in run {mark.get('run')!r}"
+        yield fail("folder", what, "choose another agent.folder", DataError)
+        return
+    if running.pid:
+        heard = f" and listens on {running.address}" if running.address else ", and does not answer on its socket yet"
+        yield ok("folder", f"{path} is held by process {running.pid}, which runs the agent{heard}")
+        return
+    try:
+        found = look(path / "checkpoints")
+    except DataError as error:
+        yield failed("checkpoint", error, f"give the agent's user the right to read {path}")
+        return
+    yield ok("folder", f"{path}: no agent runs there")
+    if not found:
+        yield ok("checkpoint", "none yet")
+        return
+    damaged = [fault for _, fault in found if fault]
+    newest = next((file for file, fault in found if not fault), None)
+    if newest is None:
+        mend = "restore one from a backup, or remove the folder to begin as a newcomer"
+        yield fail("checkpoint", f"none of {len(found)} can be read: {damaged[0]}", mend, DataError)
+    elif found[0][1]:
+        what = f"{damaged[0]}; the agent goes on from {newest}"
+        yield warn("checkpoint", what, "look after the disk (dmesg, smartctl); the round is trained again")
+    else:
+        yield ok("checkpoint", f"{newest} can be read, {len(found)} are kept")
+
+
+# ── the model ────────────────────────────────────────────────────────────────────────────────────────────────
+def _model(setup: AgentSetup) -> tuple[str, int, int]:
+    """Return the schema of the task's model, its bytes, and those of a snapshot of it at most."""
+    with tempfile.TemporaryDirectory() as folder:
+        local = setup.local(Path(folder))
+    model = local.trainer.model
+    size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    return local.schema(), size, largest_snapshot(setup, model)

@@ -1,0 +1,238 @@
+"""The network, as `dimat doctor` sees it from an agent's place: its own port, its peers, the way back, the DHT."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+
+from dimat.agent.doctor.check import Check, fail, failed, ok, warn
+from dimat.errors import ConfigError, NetworkError, PeerError, SecurityError
+from dimat.net.compatibility import CLOCKS_DIFFER_S, Profile, incompatibility
+from dimat.net.peers.query import asking
+from dimat.net.pki.identity import Identity
+from dimat.net.ports import owner_of
+from dimat.net.transport import Neighbours
+from dimat.wire.v1 import peer_pb2 as pb
+
+DIAL_S = 5.0
+_MULTIADDRESS = re.compile(r"/(?:ip4|ip6|dns|dns4|dns6)/([^/]+)/tcp/(\d{1,5})(?:/.*)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Around:
+    """An agent's place in the network. `listen`: `host:port` of its own; `running`: process id of the agent, 0 where it
+    does not run."""
+
+    run: str
+    agent: str
+    identity: Identity | None
+    profile: Profile
+    listen: str
+    running: int
+    neighbours: Neighbours
+    bootstraps: Sequence[str]
+
+
+def look_around(around: Around) -> Iterator[Check]:
+    """Yield what there is to say of port, peers, clock, the way back, and the DHT's bootstraps."""
+    with ExitStack() as stack:
+        host, port = split(around.listen)
+        listening = True
+        if around.running:
+            yield ok("port", f"{around.listen} is held by the agent, process {around.running}")
+        else:
+            try:
+                own = stack.enter_context(closing(listen(host, port)))
+                port = int(own.getsockname()[1])
+                yield ok("port", f"{around.listen} can be had")
+            except OSError as error:
+                listening = False
+                yield _port_taken(around, port, error)
+        yield from asyncio.run(_peers(around, port if listening else 0))
+    yield from asyncio.run(_bootstraps(around.bootstraps))
+
+
+def split(address: str) -> tuple[str, int]:
+    """Return host and port of `host:port`, where an IPv6 address is in brackets."""
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Listen on a port as the agent would; OSError where it cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    own = socket.socket(family)
+    try:
+        own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        own.bind((host, port))
+        own.listen()
+    except OSError:
+        own.close()
+        raise
+    return own
+
+
+def _port_taken(around: Around, port: int, error: OSError) -> Check:
+    reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
+    what = f"cannot listen on {around.listen}: {reason}"
+    if error.errno == errno.EADDRNOTAVAIL or isinstance(error, socket.gaierror):
+        return fail("port", what, "set agent.listen to an address of this machine, or to 0.0.0.0", NetworkError)
+    if error.errno == errno.EACCES:
+        return fail("port", what, "take a port above 1023", NetworkError)
+    owner = owner_of(port) or f"what has it (ss -ltnp 'sport = :{port}' names it, as root)"
+    mend = f"stop {owner}, or set agent.listen to another port"
+    return fail("port", what, mend, NetworkError)
+
+
+# ── peers ────────────────────────────────────────────────────────────────────────────────────────────────────
+async def _peers(around: Around, port: int) -> list[Check]:
+    """Ask all peers at once. `port`: where this agent can be dialled, 0 for nowhere."""
+    peers = sorted(around.neighbours.peers)
+    asked = await asyncio.gather(*(_peer(around, peer) for peer in peers))
+    findings = [finding for finding, _, _ in asked]
+    apart = {peer: found for peer, (_, _, found) in zip(peers, asked, strict=True) if found is not None}
+    findings += _clock(apart)
+    there = {peer: address for peer, (_, address, _) in zip(peers, asked, strict=True) if address}
+    if port and there:
+        findings += await asyncio.gather(*(_back(around, peer, at, port) for peer, at in there.items()))
+    elif peers:
+        findings.append(warn("dial-back", "not tried: there is no peer or no port for it", "see to those first"))
+    return findings
+
+
+async def _peer(around: Around, peer: str) -> tuple[Check, str, float | None]:
+    """Return what there is to say of a peer, where it answers, and how many seconds its clock is ahead."""
+    name = f"peer {peer}"
+    addresses = sorted(around.neighbours.addresses.get(peer, ()))
+    if not addresses:
+        if around.bootstraps:
+            return ok(name, "has no address on the map; the DHT has to tell"), "", None
+        mend = "put its addresses on the map, or set dht.bootstraps"
+        return fail(name, "has no address on the map", mend, ConfigError), "", None
+    worst: Check | None = None
+    for address in addresses:
+        finding, apart = await _at(around, peer, address)
+        if apart is not None:
+            return finding, address, apart
+        worst = worst or finding
+    assert worst is not None
+    return worst, "", None
+
+
+async def _at(around: Around, peer: str, address: str) -> tuple[Check, float | None]:
+    """Try a peer at one address: name, TCP, TLS, hello. The clock's difference comes with a hello that was answered."""
+    name = f"peer {peer}"
+    fault = await dial(*split(address))
+    if fault is not None:
+        mend = "is it running, and do address, port and firewalls let us through? then try again"
+        if isinstance(fault, socket.gaierror):
+            return fail(
+                name, f"{address}: its name cannot be resolved", "correct it on the map, or see to DNS", NetworkError
+            ), None
+        return fail(name, f"{address}: no TCP connection ({reason(fault)})", mend, NetworkError), None
+    before = time.time()
+    try:
+        async with asking(peer, address, around.agent, around.identity) as asked:
+            reply = await asked.hello(around.run, around.profile)
+    except SecurityError as error:
+        mend = (
+            f"are both certificates of the same CA and valid, and is {around.agent} on {peer}'s map? (dimat keys show)"
+        )
+        return failed(name, error, mend), None
+    except PeerError as error:
+        return failed(name, error, "correct the address of one of the two on the map"), None
+    except NetworkError as error:
+        return failed(name, error, "TCP works, gRPC does not: is it a dimat agent, with keys as we have?"), None
+    apart = max(before - reply.time_s, reply.time_s - time.time(), 0.0)
+    ahead = apart if reply.time_s > before else -apart
+    fault_of_fit = incompatibility(around.profile, around.run, reply)
+    if fault_of_fit:
+        what, _, mend = fault_of_fit.rpartition("; ")
+        return fail(name, f"{address}: {what}", mend, ConfigError), ahead
+    return ok(name, f"{address}: answers, and fits (dimat {_plain(reply)}, schema {reply.schema[:12]})"), ahead
+
+
+def _plain(reply: pb.HelloReply) -> str:
+    return reply.dimat[:20] if reply.dimat.isprintable() else "?"
+
+
+def _clock(apart: dict[str, float]) -> list[Check]:
+    if not apart:
+        return [warn("clock", "not compared: no peer answered", "see to the peers first")]
+    worst = max(apart, key=lambda peer: abs(apart[peer]))
+    seconds = apart[worst]
+    if abs(seconds) < CLOCKS_DIFFER_S:
+        return [ok("clock", f"within {max(abs(seconds), 0.1):.1f} s of the clocks of {', '.join(sorted(apart))}")]
+    side = "behind" if seconds > 0 else "ahead of"
+    what = f"{abs(seconds):,.0f} s {side} that of {worst}"
+    return [warn("clock", what, "let NTP set the clocks of both (timedatectl): certificates and the DHT go by them")]
+
+
+async def _back(around: Around, peer: str, address: str, port: int) -> Check:
+    """Let a peer dial this agent's port."""
+    name = f"dial-back {peer}"
+    try:
+        async with asking(peer, address, around.agent, around.identity) as asked:
+            reply = await asked.dial_back(port)
+    except (NetworkError, SecurityError) as error:
+        return failed(name, error, "try again; a peer dials one caller at a time")
+    where = reply.address if reply.address.isprintable() else "an address"
+    if reply.reached:
+        return ok(name, f"reaches this agent at {where}")
+    said = reply.reason if reply.reason.isprintable() else "no reason"
+    mend = f"let TCP port {port} in (firewall, NAT), and put the address that others see on the map"
+    return fail(name, f"cannot reach this agent at {where}: {said}", mend, NetworkError)
+
+
+# ── the DHT ──────────────────────────────────────────────────────────────────────────────────────────────────
+async def _bootstraps(bootstraps: Sequence[str]) -> list[Check]:
+    if not bootstraps:
+        return [ok("dht", "none: peers are found by the map's addresses")]
+    findings: list[Check] = []
+    answering = 0
+    for address, fault in zip(bootstraps, await asyncio.gather(*map(_bootstrap, bootstraps)), strict=True):
+        if not fault:
+            answering += 1
+            findings.append(ok("dht", f"{address} answers"))
+        else:
+            mend = "is that node running (dimat dht), and is this the address that it prints?"
+            findings.append(warn("dht", f"{address}: {fault}", mend))
+    if not answering:
+        # the map's addresses do, where it has them; each peer without one has a line of its own
+        findings.append(warn("dht", "no bootstrap answers", "the agent goes by the map alone until one does"))
+    return findings
+
+
+async def _bootstrap(address: str) -> str:
+    match = _MULTIADDRESS.fullmatch(address)
+    if match is None:
+        return "no address of a DHT node, such as /ip4/10.0.0.1/tcp/7301/p2p/…"
+    fault = await dial(match[1], int(match[2]))
+    return "" if fault is None else f"no TCP connection ({reason(fault)})"
+
+
+async def dial(host: str, port: int) -> OSError | None:
+    """Open a TCP connection and close it; return why it cannot be opened, None where it can."""
+    try:
+        async with asyncio.timeout(DIAL_S):
+            _, writer = await asyncio.open_connection(host, port)
+    except OSError as error:  # TimeoutError is one
+        return error
+    writer.close()
+    return None
+
+
+def reason(error: OSError) -> str:
+    """Return an error of a connection in words."""
+    if isinstance(error, TimeoutError) and not error.errno:
+        return f"no answer within {DIAL_S:g} s"
+    if error.errno is not None and error.errno > 0:
+        return os.strerror(error.errno)
+    return str(error)

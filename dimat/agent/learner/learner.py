@@ -1,0 +1,324 @@
+"""What one agent does on its own machine when the round machine asks: train, record, adopt a basis, merge.
+
+`Learner` holds the model, the optimizer and the data of one agent and knows no peers beyond the files of
+their snapshots. Every driver (simulator, daemon) has one per agent.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dimat.agent.learner.checkpoint import Checkpoint
+from dimat.agent.learner.recorder import Sender
+from dimat.agent.learner.shared_base import load_base, plan_for
+from dimat.agent.learner.statistics import take_statistics
+from dimat.agent.protocol.messages import MergeDone, Moves
+from dimat.agent.protocol.state import MachineState
+from dimat.config import ExperimentConfig
+from dimat.errors import DimatError, PeerError
+from dimat.merge import MergeContext, MergePlan, Peer, adopt, merge, open_weights
+from dimat.merge.matching.assignment import moved_by_group, moved_share
+from dimat.merge.registry import combine_registry
+from dimat.merge.screen import norm_of, screen
+from dimat.merge.shared_statistics import OWN, apart, beside, permuted
+from dimat.merge.stages import Weights
+from dimat.seeds import torch_generator
+from dimat.symmetry import Observer, SymmetrySpec
+from dimat.tasks import Subset
+from dimat.tasks.base import Data, Task
+from dimat.train.trainer import ModelTrainer, Trainer
+from dimat.weights.snapshot import Form, Payload, schema_hash, write_weights
+
+HOLD_OUT = 0.1  # share of an agent's samples that `accept = no-worse` on "local" keeps from training
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """Outcome of `learn`; CPU times in seconds."""
+
+    loss: float
+    samples: int
+    train_s: float
+    statistics_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedReport:
+    """Outcome of `train`. `payload`: address of the recorded weights, and statistics beside them; `forms`: cheaper ways
+    to the same content; `schema`: hash of names, shapes and types of the weights; CPU times in seconds."""
+
+    loss: float
+    samples: int
+    payload: Payload
+    schema: str
+    train_s: float
+    record_s: float
+    statistics_s: float = 0.0
+    forms: tuple[Form, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class MergeReport:
+    """Outcome of `merge`: who was refused and why, test metrics around it, CPU-seconds by activity. `moved`: of each
+    peer that was aligned, the share of its units whose place changed, and `moved_groups` that of each group."""
+
+    refused: Mapping[str, str]
+    accepted: float
+    before: Mapping[str, float]
+    after: Mapping[str, float]
+    notes: tuple[str, ...]
+    merge_s: float
+    evaluate_s: float
+    checkpoint_s: float = 0.0
+    moved: Mapping[str, float] = field(default_factory=dict[str, float])
+    moved_groups: Mapping[str, Mapping[str, float]] = field(default_factory=dict[str, Mapping[str, float]])
+
+    def done(self, number: int) -> MergeDone:
+        """Return what the round machine is told of the merge of round `number`."""
+        return MergeDone(
+            number,
+            self.refused,
+            accepted=self.accepted,
+            before=self.before,
+            after=self.after,
+            merge_s=self.merge_s,
+            notes=self.notes,
+            moved=self.moved,
+            moved_groups=self.moved_groups,
+        )
+
+
+@dataclass(slots=True)
+class Learner:
+    """One agent: its trainer, its part of the data, and its merge pipeline.
+
+    `indices`: the agent's samples in the task's training split; `store`: folder of the snapshots; `spec`: symmetry
+    groups of the task's model, None where the merge needs none (`needs_symmetry`); `observers`: traced models, which
+    agents of one process may share because tracing takes longer than a merge.
+    """
+
+    name: str
+    config: ExperimentConfig
+    task: Task
+    indices: Tensor
+    store: Path
+    spec: SymmetrySpec | None
+    durable: bool = True
+    observers: dict[str, Observer] = field(default_factory=dict[str, Observer])
+    method: dict[str, Any] = field(default_factory=dict[str, Any])
+    """What the merge method carries from merge to merge: tensors and plain values by name."""
+    learner: ModelTrainer | None = None
+    """Trains the model, where it is not to be a `Trainer` made of task and configuration."""
+    trainer: ModelTrainer = field(init=False)
+    base: dict[str, Tensor] | None = field(init=False)
+    """Weights that task vectors are taken from, where the configuration names any."""
+    _plan: MergePlan = field(init=False)
+    _statistics: dict[str, Tensor] = field(init=False, default_factory=dict[str, Tensor])
+    """What the combine method rests on beside weights, from the end of training to the merge; in the basis of the
+    weights."""
+    _hold_out: Data | None = field(init=False, default=None)
+    _own: Data = field(init=False)
+    _sender: Sender = field(init=False)
+
+    def __post_init__(self) -> None:
+        config = self.config
+        self._sender = Sender(self.store, config.exchange, durable=self.durable)
+        self._plan = plan_for(config.merge, self.task)
+        self.base = load_base(config, self.task)
+        train = self.task.data("train")
+        indices = self.indices
+        if self._plan.accept.name == "no-worse" and self._plan.accept.options.get("on", "local") == "local":
+            order = torch.randperm(len(indices), generator=torch_generator(config.seed, "hold-out", self.name))
+            cut = max(1, int(len(indices) * HOLD_OUT))
+            self._hold_out = Subset(train, indices[order[:cut]])
+            indices = indices[order[cut:]]
+        self._own = Subset(train, indices)
+        self.trainer = self.learner or Trainer(
+            self.task,
+            self._own,
+            config.train,
+            seed=config.seed,
+            path=("agent", self.name),
+            rounds_total=max(config.schedule.rounds, 1),
+        )
+
+    def train(self, number: int, learn: bool) -> TrainedReport:
+        """Train for round `number` (not if `learn` is false) and record the weights as a snapshot, with the statistics
+        that the merge asks peers for."""
+        return self.record(self.learn(number, learn))
+
+    def learn(self, number: int, learn: bool = True) -> Learned:
+        """Train for round `number` (not if `learn` is false), and take the statistics that the merge asks peers for."""
+        start = time.thread_time()
+        report = self.trainer.train(number) if learn else None
+        trained = time.thread_time()
+        self._statistics = take_statistics(
+            self._plan,
+            self.task,
+            self.trainer.model,
+            self._own,
+            self.config.train.eval_batch_size,
+            torch_generator(self.config.seed, "statistics", self.name, number),
+        )
+        return Learned(
+            loss=report.loss if report else float("nan"),
+            samples=report.samples if report else 0,
+            train_s=trained - start,
+            statistics_s=time.thread_time() - trained if self._statistics else 0.0,
+        )
+
+    def record(self, learned: Learned) -> TrainedReport:
+        """Record the current weights as a snapshot, passed through the encoding that peers get them in. DataError where
+        it cannot be written; it may be tried again then."""
+        start = time.thread_time()
+        weights = self.trainer.weights()
+        payload, forms = self._sender.record(beside(weights, self._statistics))
+        return TrainedReport(
+            loss=learned.loss,
+            samples=learned.samples,
+            payload=payload,
+            schema=schema_hash(weights),
+            train_s=learned.train_s,
+            record_s=time.thread_time() - start,
+            statistics_s=learned.statistics_s,
+            forms=forms,
+        )
+
+    def take_over(self, peer: str, snapshot: Path) -> str:
+        """Take over a peer's weights whole (a newcomer that adopts). Returns why it could not be, with nothing changed,
+        or an empty string."""
+        weights, _ = self._open(snapshot)
+        try:
+            own = self.trainer.weights()
+            screen(own, weights, peer, norm_of(own), **self._plan.screen)
+        except DimatError as error:
+            return str(error)
+        self.trainer.start_from({name: weights[name] for name in own})
+        self._sender.forget()
+        return ""
+
+    def checkpoint(self, machine: MachineState) -> Checkpoint:
+        """Return all that this agent needs to go on, with the round machine's state."""
+        tensors = {name: value for name, value in self.method.items() if isinstance(value, Tensor)}
+        values = {name: value for name, value in self.method.items() if name not in tensors}
+        return Checkpoint(machine, self.trainer.state(), self.schema(), tensors, values, self._statistics)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint; DataError where it does not fit the task or the training's settings."""
+        self.trainer.load_state(checkpoint.trainer)
+        self.method = {**checkpoint.method_tensors, **checkpoint.method_values}
+        self._statistics = dict(checkpoint.statistics)
+
+    def schema(self) -> str:
+        """Return the hash of the model's tensor names, shapes and types."""
+        return schema_hash(self.trainer.model.state_dict())
+
+    def adopt(self, number: int, peer: str, snapshot: Path) -> Moves | None:
+        """Permute weights, buffers and optimizer into the basis of a peer's snapshot; return which units moved.
+        None, and nothing changed, where the snapshot is not fit to align to. Without symmetry groups nothing is
+        permuted: all bases are one then."""
+        if self.spec is None:
+            return Moves()
+        source = Peer(peer, self._open(snapshot)[0], weight=0.0)
+        try:
+            permutations = adopt(self.trainer.weights(), source, self._plan, self._context(number))
+        except PeerError:
+            return None  # the merge's own screen refuses this peer, and says why
+        self.trainer.permute(self.spec, permutations)
+        self._sender.forget()  # in another order of units the change since the last snapshot is no small one
+        self._statistics = dict(permuted(self._statistics, self.spec, permutations))
+        return Moves(moved_share(permutations), moved_by_group(permutations))
+
+    def merge(
+        self, number: int, own_weight: float, peers: Sequence[tuple[str, Path, float, bool]], evaluate: str
+    ) -> MergeReport:
+        """Merge own weights with peers' snapshots, given as (name, file, weight, already in our basis).
+
+        `evaluate`: "all" (test metrics before and after), "after" or "none".
+        """
+        start = time.thread_time()
+        before = self.evaluate() if evaluate == "all" else {}
+        ready = time.thread_time()
+        parts: list[Peer] = []
+        statistics: dict[str, Weights] = {OWN: self._statistics}
+        for name, file, weight, same in peers:
+            weights, statistics[name] = self._open(file)
+            parts.append(Peer(name, weights, weight, same))
+        context = self._context(number, statistics if self._plan.statistics is not None else None)
+        outcome = merge(self.trainer.weights(), own_weight, parts, self._plan, context)
+        self._statistics = {}  # they are of the weights before
+        changed = outcome.accepted > 0 and bool(outcome.mixing)
+        if changed:
+            self.trainer.load_weights(outcome.weights)
+        merged = time.thread_time()
+        after = before
+        if evaluate != "none" and (changed or not before):
+            after = self.evaluate()
+        return MergeReport(
+            refused=outcome.refused,
+            accepted=outcome.accepted,
+            before=before,
+            after=after,
+            notes=outcome.notes,
+            merge_s=merged - ready,
+            evaluate_s=(ready - start) + (time.thread_time() - merged),
+            # a method that does not align gives no permutations, and "none moved" would be said of nothing
+            moved={peer: share for peer, share in outcome.moved.items() if outcome.permutations[peer]},
+            moved_groups={peer: moved_by_group(p) for peer, p in outcome.permutations.items() if p},
+        )
+
+    def evaluate(self) -> dict[str, float]:
+        """Return the test metrics of the current weights."""
+        return self.trainer.evaluate(self.task.data("test"))
+
+    def save(self, file: Path) -> None:
+        """Write the current weights as plain safetensors."""
+        write_weights(file, self.trainer.weights(), durable=self.durable)
+
+    def _open(self, snapshot: Path) -> tuple[Weights, Weights]:
+        """Return a snapshot's weights and, where the combine method rests on statistics, those. Elsewhere they are
+        tensors too many, which the screen refuses."""
+        held = open_weights(snapshot)
+        return (held, {}) if self._plan.statistics is None else apart(held, self.trainer.model.state_dict())
+
+    def _context(self, number: int, aux: Mapping[str, Weights] | None = None) -> MergeContext:
+        order = torch_generator(self.config.seed, "align", self.name, number)
+        batches = self.trainer.input_batches(self._shared_inputs(), self.config.train.eval_batch_size, order)
+        return MergeContext(
+            model=self.trainer.model,
+            spec=self.spec,
+            data=batches,
+            score=self._score(),
+            generator=torch_generator(self.config.seed, "merge", self.name, number),
+            base=self.base,
+            aux=aux,
+            state=self.method,
+            observer_cache=self.observers,
+        )
+
+    def _shared_inputs(self) -> Data:
+        """Return the examples on which networks are compared and BatchNorm is re-estimated."""
+        if self._plan.align_data == "local":
+            return self._own
+        if self._plan.align_data == "pooled":
+            return self.task.data("train")
+        return self._probe()
+
+    def _probe(self) -> Data:
+        probe = self.task.data("probe")
+        return Subset(probe, torch.arange(min(self._plan.probe_samples, len(probe))))
+
+    def _score(self) -> Callable[[Mapping[str, Tensor]], float] | None:
+        combine = self._plan.combine
+        judged = combine_registry.options(combine.name) | combine.options  # a combine method may judge by score too
+        if self._plan.accept.name != "no-worse" and judged.get("objective") != "score":
+            return None
+        data = self._hold_out if self._hold_out is not None else self._probe()
+        return lambda weights: self.trainer.evaluate(data, weights)[self.task.metric]

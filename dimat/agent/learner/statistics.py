@@ -1,0 +1,63 @@
+"""The statistics that some combine methods rest on, as an agent takes them: on its own data, after training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from dimat.errors import ConfigError, DimatError
+from dimat.merge import MergePlan
+from dimat.merge.stages import Inputs
+from dimat.seeds import torch_generator
+from dimat.tasks.base import Data, Task
+from dimat.tasks.data import batch_bounds
+
+
+def take_statistics(
+    plan: MergePlan, task: Task, model: nn.Module, data: Data, batch_size: int, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Return the statistics of the plan's combine method at the model's weights, on the CPU; empty where it has none.
+
+    Taken on `statistics_samples` examples of `data` at most, drawn with the generator and not augmented, with the
+    task's loss. Equal weights, data and draws give equal bits. Raises MergeError where a value is not finite.
+    """
+    if plan.statistics is None:
+        return {}
+    order = torch.randperm(len(data), generator=generator)[: plan.statistics_samples]
+
+    def examples() -> Iterator[tuple[Inputs, Tensor]]:
+        for start, stop in pairwise(batch_bounds(len(order), batch_size)):
+            batch = data.batch(order[start:stop])
+            yield batch.inputs, batch.targets
+
+    found = plan.statistics(model, examples(), loss=task.loss)
+    return {name: tensor.cpu() for name, tensor in found.items()}
+
+
+def sample_statistics(plan: MergePlan, task: Task, model: nn.Module) -> dict[str, Tensor]:
+    """Return statistics as they travel with weights, of two examples: only what they are matters. ConfigError where the
+    method finds none in this model, or the task's loss or model cannot be used for it."""
+    if plan.statistics is None:
+        return {}
+    method = plan.combine.name
+    few = replace(plan, statistics_samples=2)
+    try:
+        found = take_statistics(few, task, model, task.data("train"), 2, torch_generator(0, "statistics"))
+    except DimatError:
+        raise
+    except Exception as error:  # a user's loss may do what cannot be differentiated example by example
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise ConfigError(
+            f"merge.combine = {method!r}: its statistics cannot be taken of task {task.name}: "
+            f"{type(error).__name__}: {first}; choose another method"
+        ) from error
+    if not found:
+        raise ConfigError(
+            f"merge.combine = {method!r} finds nothing to take statistics of in the model of task {task.name}; "
+            "choose another method"
+        )
+    return found

@@ -1,0 +1,185 @@
+"""Who contributed what: a record per merge, and the lineage of a model computed from them.
+
+A merged model is Σ_j w_j · snapshot_j, and a snapshot is the model its agent merged the round before plus what
+training added to it. Following the records back, a model is a weighted sum of the initial networks, with weights
+that sum to 1, plus every round of training of every agent, each with the weight that reached the model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dimat.agent.protocol.messages import MergeRecord
+from dimat.errors import DataError
+from dimat.events import Contribution
+
+Model = tuple[str, int]
+"""An agent's model after its merge of a round; round 0: its first network."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lineage:
+    """Of what a model is made. `initial[agent]`: weight of that agent's first network; `updates[agent, round]`: weight
+    with which that round of training is in the model, from 0 to 1; `earlier[agent, round]`: weight of that agent's
+    model as it went into that round, where nothing tells what it was made of. `initial` and `earlier` sum to 1."""
+
+    initial: Mapping[str, float]
+    updates: Mapping[tuple[str, int], float]
+    earlier: Mapping[Model, float] = field(default_factory=dict[Model, float])
+
+    def shares(self) -> dict[str, float]:
+        """Return each agent's part in all training that is in the model; sums to 1 where there was any."""
+        totals: defaultdict[str, float] = defaultdict(float)
+        for (agent, _), weight in self.updates.items():
+            totals[agent] += weight
+        whole = sum(totals.values())
+        return {agent: total / whole for agent, total in sorted(totals.items())} if whole else {}
+
+
+def lineage(
+    records: Iterable[MergeRecord], agent: str, round: int | None = None, *, starts: Mapping[Model, int] | None = None
+) -> Lineage:
+    """Return the lineage of `agent`'s model after its merge of `round` (default: its last).
+
+    `starts` is for one who has not all records, but `agent`'s own: of others' snapshots (agent, round) the round of the
+    merge that their training started from, 0 for a first network. What started from a merge that is not known ends in
+    `Lineage.earlier`. Without it the records must be complete.
+
+    Of several records of one agent and round the last counts: it is the one that became durable. DataError where
+    there is no such record, where one names another snapshot than its publisher's own record does, or where
+    merges rest on each other in a circle.
+    """
+    ledger = _Ledger(records, agent, starts)
+    wanted = round if round is not None else max(ledger.rounds.get(agent, [0]))
+    if (agent, wanted) not in ledger.last:
+        raise DataError(f"there is no record of a merge of {agent} in round {wanted}")
+    initial: defaultdict[str, float] = defaultdict(float)
+    updates: defaultdict[Model, float] = defaultdict(float)
+    earlier: defaultdict[Model, float] = defaultdict(float)
+    weights: defaultdict[Model, float] = defaultdict(float)
+    weights[agent, wanted] = 1.0
+    for model in ledger.newest_first((agent, wanted)):
+        weight = weights.pop(model)
+        if model not in ledger.last:
+            initial[model[0]] += weight
+            continue
+        for part in ledger.parts(model):
+            origin = ledger.origin(part)
+            if origin is None:
+                earlier[part.agent, part.round] += weight * part.weight
+            else:
+                weights[origin] += weight * part.weight
+            if ledger.trained(part, model):
+                updates[part.agent, part.round] += weight * part.weight
+    return Lineage(dict(sorted(initial.items())), dict(sorted(updates.items())), dict(sorted(earlier.items())))
+
+
+class _Ledger:
+    """Records by (agent, round), and the way back from a model to those that it was made of."""
+
+    def __init__(self, records: Iterable[MergeRecord], agent: str, starts: Mapping[Model, int] | None) -> None:
+        self._agent = agent
+        self._starts = starts
+        self.last: dict[Model, MergeRecord] = {(record.agent, record.round): record for record in records}
+        self.rounds: defaultdict[str, list[int]] = defaultdict(list)
+        for name, number in sorted(self.last):
+            self.rounds[name].append(number)
+
+    def parts(self, model: Model) -> list[Contribution]:
+        return [part for part in self.last[model].contributions if part.weight > 0]
+
+    def origin(self, part: Contribution) -> Model | None:
+        """Return the model that a snapshot's training started from: its agent's newest merge before, or round 0. None
+        where the records are not all there, and this is not known."""
+        if self._starts is not None and part.agent != self._agent:
+            start = self._starts.get((part.agent, part.round))
+            known = start == 0 or (part.agent, start) in self.last
+            return (part.agent, start) if start is not None and known else None
+        rounds = self.rounds.get(part.agent, [])
+        before = bisect_left(rounds, part.round)
+        return part.agent, rounds[before - 1] if before else 0
+
+    def trained(self, part: Contribution, model: Model) -> bool:
+        """Whether training went before a snapshot that `model` is made of. DataError if the publisher's own record
+        names another snapshot."""
+        record = self.last.get((part.agent, part.round))
+        if record is None or record.kind != "merge":
+            # its publisher was gone before its own merge; whether a round trains is planned alike for all
+            return self.last[model].trained or part.round != model[1]
+        if record.snapshot != part.snapshot:
+            raise DataError(
+                f"the records disagree about {part.agent}'s snapshot of round {part.round}: "
+                f"{record.snapshot[:12]}… and {part.snapshot[:12]}…"
+            )
+        return record.trained
+
+    def newest_first(self, start: Model) -> list[Model]:
+        """Return all models that `start` rests on, each before those that it is made of."""
+        done: list[Model] = []
+        state: dict[Model, bool] = {}  # True: all that it rests on is done
+        stack = [start]
+        while stack:
+            model = stack[-1]
+            if model in state:
+                stack.pop()
+                if not state[model]:
+                    state[model] = True
+                    done.append(model)
+                continue
+            state[model] = False
+            for part in self.parts(model) if model in self.last else ():
+                origin = self.origin(part)
+                if origin is None:
+                    continue
+                if state.get(origin) is False:
+                    raise DataError(f"the records of {model[0]} and {origin[0]} rest on each other in a circle")
+                if origin not in state:
+                    stack.append(origin)
+        return done[::-1]
+
+
+def append_record(file: Path, record: MergeRecord, *, durable: bool = True) -> None:
+    """Append a record to a ledger, one JSON object a line; `durable`: it survives power loss."""
+    line = json.dumps(record.to_dict(), separators=(",", ":")) + "\n"
+    try:
+        with file.open("a+b") as ledger:
+            # a line that a crash cut short stays behind as one damaged line of its own
+            if ledger.tell() and not _ends_with_newline(ledger):
+                line = "\n" + line
+            ledger.write(line.encode())
+            if durable:
+                ledger.flush()
+                os.fsync(ledger.fileno())
+    except OSError as error:
+        raise DataError(f"cannot write {file}: {error.strerror or error}") from error
+
+
+def read_records(file: Path) -> list[MergeRecord]:
+    """Read a ledger. A line that is cut short is passed over: its merge never became durable."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise DataError(f"cannot read {file}: {error.strerror or error}") from error
+    records: list[MergeRecord] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            values = json.loads(line)
+        except ValueError:
+            continue
+        try:
+            records.append(MergeRecord.from_dict(values))
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{file}, line {number}: no merge record ({error})") from None
+    return records
+
+
+def _ends_with_newline(file: Any) -> bool:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"

@@ -1,0 +1,141 @@
+"""The signed manifests of all snapshots that were fetched: who vouched for what, for whoever wants to check a lineage.
+
+One JSON object a line, in `manifests.jsonl` of the agent's folder: the manifest's very bytes and the signature over
+them (hex), beside what they say.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from blake3 import blake3
+
+from dimat.agent.lineage.lineage import Model
+from dimat.agent.protocol.messages import MergeRecord
+from dimat.errors import DataError
+from dimat.events import Contribution
+from dimat.net.transport import Fetched
+
+
+@dataclass(frozen=True, slots=True)
+class Vouched:
+    """One line of the ledger. `root`: address of the snapshot; `parents`: (agent, root, round, weight) of each part of
+    the merge that its training started from; `manifest`, `signature`: the bytes; `hash`: blake3 of the manifest;
+    `certificate`: the publisher's (DER), empty where it is not known."""
+
+    agent: str
+    round: int
+    root: str
+    parents: tuple[tuple[str, str, int, float], ...]
+    manifest: bytes
+    signature: bytes
+    certificate: bytes = b""
+
+    @property
+    def hash(self) -> str:
+        """Return the manifest's hash."""
+        return blake3(self.manifest).hexdigest()
+
+
+class ManifestLedger:
+    """Appends manifests to a file, each once in a life."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: BinaryIO | None = None
+        self._known: set[tuple[str, int, str]] = set()
+
+    def note(self, fetched: Fetched) -> None:
+        """Keep the manifest of a snapshot that has arrived; DataError where it cannot be written."""
+        manifest, (data, signature) = fetched.manifest, fetched.signed
+        key = (manifest.agent, manifest.round, manifest.payload.root)
+        if key in self._known:
+            return
+        line = {
+            "agent": manifest.agent,
+            "round": manifest.round,
+            "root": manifest.payload.root,
+            "parents": [list(parent) for parent in manifest.parents],
+            "manifest": data.hex(),
+            "signature": signature.hex(),
+            "certificate": fetched.certificate.hex(),
+        }
+        try:
+            if self._file is None:
+                self._file = self._path.open("ab")
+            # a line that a crash cut short stays behind as one damaged line of its own
+            start = b"\n" if self._file.tell() and not self._known else b""
+            self._file.write(start + json.dumps(line, separators=(",", ":")).encode() + b"\n")
+            self._file.flush()
+        except OSError as error:
+            raise DataError(f"cannot write {self._path}: {error.strerror or error}") from error
+        self._known.add(key)
+
+    def close(self) -> None:
+        """Close the file; closing twice is allowed."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def read_ledger(path: Path) -> Iterator[Vouched]:
+    """Read what `ManifestLedger` wrote, but for lines that were cut short; DataError where it cannot be read."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    for line in lines:
+        try:
+            yield read_line(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+
+
+def read_line(line: str) -> Vouched:
+    """Return what a line says; ValueError, KeyError or TypeError where it is none."""
+    found = json.loads(line)
+    return Vouched(
+        str(found["agent"]),
+        int(found["round"]),
+        str(found["root"]),
+        tuple((str(a), str(r), int(n), float(w)) for a, r, n, w in found["parents"]),
+        bytes.fromhex(found["manifest"]),
+        bytes.fromhex(found["signature"]),
+        bytes.fromhex(found.get("certificate", "")),
+    )
+
+
+def peers_records(vouched: Iterable[Vouched]) -> list[MergeRecord]:
+    """Return peers' merges as their own manifests tell of them: of each, what the training before a snapshot started
+    from."""
+    records: dict[tuple[str, int], MergeRecord] = {}
+    for entry in vouched:
+        if entry.parents:
+            parts = tuple(Contribution(agent=a, snapshot=r, round=n, weight=w) for a, r, n, w in entry.parents)
+            own = next((part for part in parts if part.agent == entry.agent), None)
+            number = _started_from(entry)
+            records[entry.agent, number] = MergeRecord(
+                entry.agent,
+                number,
+                own.snapshot if own is not None else "",
+                parts,
+                kind="merge" if own is not None else "join",
+            )
+    return list(records.values())
+
+
+def starts(vouched: Iterable[Vouched]) -> dict[Model, int]:
+    """Return of each snapshot (agent, round) the round of the merge that its training started from, as its manifest
+    tells; 0: its agent's first network."""
+    return {(entry.agent, entry.round): _started_from(entry) for entry in vouched}
+
+
+def _started_from(entry: Vouched) -> int:
+    own = next((number for agent, _, number, _ in entry.parents if agent == entry.agent), None)
+    if own is not None:
+        return own
+    return entry.round - 1 if entry.parents else 0  # a newcomer took over a peer's weights some round before

@@ -1,0 +1,282 @@
+"""What an agent hears and fetches: peers' offers, snapshots on their way, snapshots that are here.
+
+Part of the round machine, and like it without I/O, clock or chance. Whatever peers send, it keeps a bounded number
+of things per peer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from enum import Enum
+
+from dimat.agent.protocol.messages import Action, Fetch, Release
+from dimat.agent.protocol.offers import PATIENCE, ROUNDS_KEPT, Known, Offers, PeerPublished
+from dimat.agent.protocol.plan import Plan, RoundPlan, Rules
+
+SILENT = "silent since an earlier round"
+RECENT = 4
+"""Rounds after which a peer that was not heard again may be dead; one that is ahead and waits makes fewer of them."""
+PAST = "it is ahead and offers this round no more"
+
+
+class Heard(Enum):
+    """What came of an offer."""
+
+    IGNORED = "ignored"
+    NOTED = "noted"
+    OTHER_BASE = "other base"
+    CONFLICT = "conflict"
+
+
+class Inbox:
+    """Offers and snapshots of one agent's peers. `open`: whether snapshots for the current round are still fetched."""
+
+    def __init__(self, agent: str, run: str, plan: Plan, rules: Rules) -> None:
+        self.offers = Offers(newest_only=rules.mode == "async")
+        self.ready: dict[str, PeerPublished] = {}
+        self.fetching: dict[str, PeerPublished] = {}
+        self.lost: dict[str, str] = {}
+        """Peers that are not waited for in this round, and why."""
+        self.open = False
+        self.base: str | None = ""
+        """Address of the weights that deltas are taken from; None: a newcomer takes whatever the network's is."""
+        self._agent = agent
+        self._run = run
+        self._plan = plan
+        self._rules = rules
+        self._asynchronous = rules.mode == "async"
+        # gone, or missed a deadline, and not heard since: why, and the last round that may still come
+        self._silent: dict[str, tuple[str, int]] = {}
+        self._retired: list[PeerPublished] = []  # replaced while a merge may still read them
+        self._number = 0
+        self._current = RoundPlan({agent: 1.0})
+        self._expected: list[str] = []
+        self._next: Plan | None = None
+        self._turn = 0  # counts the rounds that were begun
+        self._heard: dict[str, int] = {}  # the turn in which a peer was heard last
+        self._apart: dict[str, int] = {}  # for how many rounds in a row a living peer was out of reach ahead
+
+    # ── rounds ───────────────────────────────────────────────────────────────────────────────────────────────
+    def begin(self, number: int, current: RoundPlan) -> list[Action]:
+        """Open a round: fetch what is offered for it."""
+        self._number, self._current, self._turn = number, current, self._turn + 1
+        self.offers.newest_first = self._asynchronous
+        # once a round: it is asked for with every message, and a dense graph has many of both
+        self._expected = [peer for peer, weight in current.mixing.items() if peer != self._agent and weight > 0]
+        self.open = True
+        # a dead peer costs its neighbours one deadline, not one in every round
+        self.lost = {peer: why for peer, (why, last) in self._silent.items() if last < number}
+        if not self._asynchronous:
+            self.offers.approach(number)
+            self.offers.forget_before(number)
+            for peer in self.expected():
+                self._pass_over(peer)
+        return [action for peer in self.expected() for action in self._fetch_from(peer)]
+
+    def end(self) -> list[Action]:
+        """Close a round and let go of what it fetched; in asynchronous mode of what was replaced meanwhile."""
+        self.open = False
+        done = self._retired
+        if not self._asynchronous:
+            done = [*done, *self.ready.values(), *self.fetching.values()]
+            self.ready, self.fetching = {}, {}
+        self._retired = []
+        return [Release(offer.peer, offer.round, offer.root) for offer in done]
+
+    def announce(self, plan: Plan) -> None:
+        """Know of a plan that holds from the next round on: what its peers offer from now on is not lost."""
+        self._next = plan
+
+    def change(self, plan: Plan) -> list[Action]:
+        """Take a new plan over, between rounds; what peers that it does not name have sent is dropped."""
+        self._plan, self._next = plan, None
+        self.offers.forget_all_but(plan.peers)
+        self._silent = {peer: gone for peer, gone in self._silent.items() if peer in plan.peers}
+        self._heard = {peer: turn for peer, turn in self._heard.items() if peer in plan.peers}
+        gone = [
+            offer for held in (self.ready, self.fetching) for offer in held.values() if offer.peer not in plan.peers
+        ]
+        for offer in gone:
+            self.ready.pop(offer.peer, None)
+            self.fetching.pop(offer.peer, None)
+        return [Release(offer.peer, offer.round, offer.root) for offer in gone]
+
+    def settle(self, base: str) -> None:
+        """Take the network's base over; what was offered with another one is dropped."""
+        self.base = base
+        self.offers.forget_all_but({offer.peer for offer in self.offers if offer.base == base})
+
+    def expire(self) -> None:
+        """Wait no more in this round. Peers of which a synchronous round heard nothing count as silent; one that is
+        late or rounds behind is waited for in the next round too: it may catch up."""
+        if not self._asynchronous:
+            for peer in self.expected():
+                if peer not in self.ready and peer not in self.lost and not self._heard_within(peer, 1):
+                    self._silent[peer] = (SILENT, 0)
+
+    def network_round(self, number: int) -> int:
+        """Return the round to go on with: `number`, or the network's where nobody offers `number` any more.
+
+        The network's round is a median, which one liar does not move. Where a living peer stays out of reach ahead of
+        it (two parts of a network that went on at different speeds and meet again) an agent makes up ground, a bounded
+        number of rounds at a time.
+        """
+        # who was heard in this round lives, though what it offered may not have come in time
+        heard = [peer for peer in self._plan.peers if peer not in self._silent or self._heard_within(peer, 1)]
+        front = self.offers.front(heard)
+        apart = self._out_of_reach(number, heard)
+        if front > number + self._slack and not self._still_offered(number, heard):
+            return front
+        if not apart:
+            return number
+        self._apart = {}
+        return max(number, min(apart[0], number + ROUNDS_KEPT))
+
+    @property
+    def _slack(self) -> int:
+        return self._rules.max_staleness if self._asynchronous else 0
+
+    def _heard_within(self, peer: str, turns: int) -> bool:
+        """Whether a peer was heard in this round or in one of so many before, this one counted."""
+        return peer in self._heard and self._turn - self._heard[peer] < turns
+
+    def _still_offered(self, number: int, peers: Sequence[str]) -> bool:
+        """Whether a synchronous round may find a peer: its offer is known, or one that was lost may be repeated."""
+        if self._asynchronous:
+            return False
+        for peer in peers:
+            oldest, newest = self.offers.range(peer)
+            lost = oldest <= number <= newest < number + ROUNDS_KEPT
+            if lost or self.offers.get(peer, number) is not None:
+                return True
+        return False
+
+    def _out_of_reach(self, number: int, peers: Sequence[str]) -> list[int]:
+        """Return the newest rounds, in order, of living peers that have been ahead out of reach for some rounds."""
+        ahead: dict[str, int] = {}
+        for peer in peers:
+            oldest, newest = self.offers.range(peer)
+            if self._heard_within(peer, RECENT) and (newest - self._slack if self._asynchronous else oldest) > number:
+                ahead[peer] = newest
+        self._apart = {peer: self._apart.get(peer, 0) + 1 for peer in ahead}
+        return sorted(newest for peer, newest in ahead.items() if self._apart[peer] >= PATIENCE)
+
+    # ── what is known for the round ──────────────────────────────────────────────────────────────────────────
+    def expected(self) -> list[str]:
+        """Return the peers that the round is planned with."""
+        return self._expected
+
+    def missing(self) -> list[str]:
+        """Return the peers that a synchronous round is planned with and that are not here."""
+        return [] if self._asynchronous else [peer for peer in self.expected() if peer not in self.ready]
+
+    def usable(self) -> Mapping[str, PeerPublished]:
+        """Return the snapshots that are here and may be merged in this round, by peer."""
+        if not self._asynchronous:
+            return self.ready
+        oldest = self._number - self._rules.max_staleness
+        return {
+            peer: self.ready[peer]
+            for peer in self.expected()
+            if peer in self.ready and self.ready[peer].round >= oldest
+        }
+
+    # ── what happens ─────────────────────────────────────────────────────────────────────────────────────────
+    def hear(self, offer: PeerPublished) -> tuple[Heard, list[Action]]:
+        """Note an offer. Only a neighbour's of this run counts, and a (peer, round) has one content for ever."""
+        known_peer = offer.peer in self._plan.peers or (self._next is not None and offer.peer in self._next.peers)
+        foreign = offer.run != self._run or not known_peer or offer.peer == self._agent
+        if foreign or offer.round < 1 or self._rules.beyond(offer.round):
+            return Heard.IGNORED, []
+        if self.base is not None and offer.base != self.base:
+            return Heard.OTHER_BASE, []
+        given_up = offer.peer in self.lost
+        if offer.peer in self._silent and self._silent[offer.peer][1] < offer.round:
+            del self._silent[offer.peer]
+            self.lost.pop(offer.peer, None)
+        self._heard[offer.peer] = self._turn
+        self.offers.heard(offer)
+        if self._far(offer):
+            self.offers.note_far(offer)
+        if self._far(offer) or self._useless(offer):
+            self._pass_over(offer.peer)
+            return Heard.NOTED, []
+        known = self.offers.note(offer)
+        if known is Known.CONFLICT:
+            return Heard.CONFLICT, []
+        self._pass_over(offer.peer)
+        # a peer that was given up and is back: one more try, which the deadline bounds
+        wanted = self.open and (known is Known.NEW or given_up)
+        return Heard.NOTED, self._fetch_from(offer.peer) if wanted else []
+
+    def arrived(self, peer: str, number: int, root: str) -> list[Action] | None:
+        """Note that a snapshot is here; None where it is not one that was asked for and is still of use."""
+        offer = self._asked(peer, number, root)
+        if offer is None or not (self.open or self._asynchronous):
+            return None
+        del self.fetching[peer]
+        before = self.ready.get(peer)
+        self.ready[peer] = offer
+        if not self.open:
+            self._retired += [before] if before is not None else []
+            return []
+        released: list[Action] = [Release(before.peer, before.round, before.root)] if before is not None else []
+        return released + self._fetch_from(peer)
+
+    def failed(self, peer: str, number: int, root: str, reason: str) -> list[Action] | None:
+        """Note that a snapshot cannot be had; None where it was not one that was asked for."""
+        offer = self._asked(peer, number, root)
+        if offer is None:
+            return None
+        del self.fetching[peer]
+        self.lost[peer] = reason
+        # one that the peer replaced meanwhile
+        newer = self._asynchronous and self.open and self.offers.newest(peer) not in (None, offer)
+        return self._fetch_from(peer) if newer else []
+
+    def gone(self, peer: str, reason: str, last: int) -> bool:
+        """Wait no more for a peer's rounds after `last`; what is here of it, or on its way, still counts. False for a
+        stranger."""
+        if peer not in self._plan.peers:
+            return False
+        self._silent[peer] = (reason, last)
+        if last < self._number and peer not in self.ready and peer not in self.fetching:
+            self.lost[peer] = reason
+        return True
+
+    def _asked(self, peer: str, number: int, root: str) -> PeerPublished | None:
+        offer = self.fetching.get(peer)
+        return offer if offer is not None and (offer.round, offer.root) == (number, root) else None
+
+    def _pass_over(self, peer: str) -> None:
+        """Do not wait for a peer that is ahead and offers this synchronous round no more."""
+        here = peer in self.ready or peer in self.fetching
+        if self._asynchronous or here or self.offers.get(peer, self._number) is not None:
+            return
+        if self.offers.range(peer)[0] > self._number:
+            self.lost[peer] = PAST
+
+    def _far(self, offer: PeerPublished) -> bool:
+        """Whether a synchronous agent would have to leave out many rounds to have use for an offer."""
+        return not self._asynchronous and 0 < self._number <= offer.round - self.offers.span
+
+    def _useless(self, offer: PeerPublished) -> bool:
+        """Whether a synchronous agent has no use for an offer: its round is over already, or not planned with it."""
+        if self._asynchronous or self._number == 0:
+            return False
+        if offer.round < self._number:
+            return True
+        plan = self._current if offer.round == self._number else (self._next or self._plan).of(offer.round)
+        return offer.peer not in plan.mixing
+
+    def _fetch_from(self, peer: str) -> list[Action]:
+        """Fetch what a peer offers for this round, unless that is on its way or here."""
+        if peer not in self._current.mixing or peer in self.fetching:
+            return []
+        offer = self.offers.newest(peer) if self._asynchronous else self.offers.get(peer, self._number)
+        ready = self.ready.get(peer)
+        if offer is None or (ready is not None and ready.round >= offer.round):
+            return []
+        self.fetching[peer] = offer
+        self.lost.pop(peer, None)
+        return [Fetch(peer, offer.round, offer.root)]

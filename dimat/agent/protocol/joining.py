@@ -1,0 +1,134 @@
+"""Joining: how a newcomer joins a network that lives already, at which round and with whose weights; and whose basis
+an agent joins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from dimat import events
+from dimat.agent.protocol import messages as m
+from dimat.agent.protocol.basis import BasisId
+from dimat.agent.protocol.inbox import Inbox
+from dimat.agent.protocol.offers import PeerPublished
+from dimat.agent.protocol.plan import Plan, Rules
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What a newcomer does. `round`: the network's, 0 where there is none and it founds one; `adopt`: the snapshot
+    whose weights it takes over, None where it keeps its own."""
+
+    round: int
+    adopt: PeerPublished | None = None
+
+
+class Newcomer:
+    """An agent that listens for a network, and then for the weights that it takes over.
+
+    Its methods return what is to be done; once `done` is set, listening is over and that is how it joins.
+    """
+
+    def __init__(self, agent: str, inbox: Inbox, plan: Plan, rules: Rules) -> None:
+        self.done: Choice | None = None
+        self._agent = agent
+        self._inbox = inbox
+        self._plan = plan
+        self._rules = rules
+        self._waited = False
+        self._adopting: PeerPublished | None = None
+        self._here = False  # what is adopted has arrived and is being taken over
+        self._unfit: set[str] = set()  # snapshots that turned out to be of no use, by address
+
+    def go_on(self) -> list[m.Action]:
+        """Decide, unless it is worth listening on: not everybody is heard and the wait is not over."""
+        if self.done is not None or self._adopting is not None:
+            return []
+        inbox, plan = self._inbox, self._plan
+        heard = {peer: offer for peer in sorted(plan.peers) if (offer := inbox.offers.newest(peer)) is not None}
+        silent = any(peer not in heard and peer not in inbox.lost for peer in plan.peers)
+        if not self._waited and (not heard or silent):
+            return []
+        self._waited = True
+        if not heard:
+            self.done = Choice(0)
+            return []
+        front = inbox.offers.front(list(heard))
+        fit = [offer for offer in heard.values() if offer.round >= front and offer.root not in self._unfit]
+        if self._rules.join == "align" or not fit:
+            self.done = Choice(front)
+            if self._rules.join == "align":
+                return []
+            return [self._warn("it joins with its own weights: no neighbour's of the network's round could be had")]
+        chosen = min(fit, key=lambda offer: (offer.basis, -offer.round, offer.peer))
+        self._adopting = chosen
+        return [m.SetTimer(0, self._rules.deadline_s), m.Fetch(chosen.peer, chosen.round, chosen.root)]
+
+    def arrived(self, event: m.SnapshotReady) -> list[m.Action]:
+        """Take the weights over that were asked for."""
+        offer = self._awaited(event.peer, event.root)
+        if offer is None:
+            return []
+        self._here = True
+        return [m.AdoptWeights(offer.peer, offer.round, offer.root, offer.base)]
+
+    def failed(self, event: m.FetchFailure) -> list[m.Action]:
+        """The weights that were asked for cannot be had."""
+        offer = self._awaited(event.peer, event.root)
+        return [] if offer is None else self._unusable(offer, event.reason)
+
+    def lost(self, event: m.PeerLost) -> list[m.Action]:
+        """A peer is gone; where its weights were on their way another's will do."""
+        offer = self._adopting
+        if offer is None or self._here or event.peer != offer.peer or event.last >= offer.round:
+            return self.go_on()
+        return [m.Release(offer.peer, offer.round, offer.root), *self._unusable(offer, event.reason)]
+
+    def remapped(self, plan: Plan) -> list[m.Action]:
+        """The map has changed: only the peers on the new one count."""
+        self._plan = plan
+        offer = self._adopting
+        if offer is None or self._here or offer.peer in plan.peers:
+            return self.go_on()
+        return [m.Release(offer.peer, offer.round, offer.root), *self._unusable(offer, "it is on the map no more")]
+
+    def time_is_up(self) -> list[m.Action]:
+        """The wait is over, for peers or for the weights that were asked for."""
+        offer = self._adopting
+        if offer is None:
+            self._waited = True
+            return self.go_on()
+        return (
+            []
+            if self._here
+            else [m.Release(offer.peer, offer.round, offer.root), *self._unusable(offer, "it does not come")]
+        )
+
+    def took_over(self, event: m.WeightsAdopted) -> list[m.Action]:
+        """The weights were taken over, or could not be."""
+        offer = self._adopting
+        if offer is None or event.root != offer.root:
+            return []
+        release = m.Release(offer.peer, offer.round, offer.root)
+        if event.fault:
+            return [release, *self._unusable(offer, event.fault)]
+        self.done = Choice(offer.round, offer)
+        return [release]
+
+    def _awaited(self, peer: str, root: str) -> PeerPublished | None:
+        offer = self._adopting
+        return offer if offer is not None and (peer, root) == (offer.peer, offer.root) else None
+
+    def _unusable(self, offer: PeerPublished, fault: str) -> list[m.Action]:
+        self._adopting, self._here = None, False
+        self._unfit.add(offer.root)
+        return [self._warn(f"cannot join with the weights of {offer.peer}: {fault}"), *self.go_on()]
+
+    def _warn(self, message: str) -> m.Report:
+        return m.Report(events.Warned(message=message, agent=self._agent))
+
+
+def better_basis(own: BasisId, offers: Iterable[PeerPublished], weight: Mapping[str, float]) -> PeerPublished | None:
+    """Return the offer whose basis is to be adopted: the smallest id below own, of equals the one with most weight."""
+    better = [offer for offer in offers if offer.basis < own]
+    return min(better, key=lambda offer: (offer.basis, -weight[offer.peer], offer.peer), default=None)

@@ -1,0 +1,128 @@
+"""Exact accounting: with what weights a merge is made, what it consists of, and what a snapshot comes from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from dimat.agent.protocol.basis import BasisId
+from dimat.agent.protocol.messages import MergeAction, MergeDone, MergeRecord, Part
+from dimat.agent.protocol.offers import PeerPublished
+from dimat.agent.protocol.plan import RoundPlan, Rules
+from dimat.agent.protocol.push_sum import PushSum
+from dimat.agent.protocol.state import MachineState
+from dimat.events import Contribution, Merged
+from dimat.topology.mixing import renormalise
+
+
+class MixingState:
+    """What an agent has to account for from round to round. `state`: of the checkpoint that it goes on from.
+
+    `root`: address of its newest snapshot; `parents`: what that one's training started from, and after a merge what the
+    next one's does; `push`: its push-sum weight and what became of it.
+    """
+
+    def __init__(self, agent: str, rules: Rules, state: MachineState | None = None) -> None:
+        self.root = "" if state is None else state.root
+        self.parents = () if state is None else state.parents
+        self.push = PushSum.from_dict(state.push) if state is not None and state.push else PushSum()
+        self._agent = agent
+        self._rules = rules
+        self._taking: dict[str, float] = {}
+
+    def push_weight(self, plan: RoundPlan) -> float | None:
+        """Return own push-sum weight; None where the plan has none."""
+        return self.push.weight if plan.push is not None else None
+
+    def trained(self, root: str, plan: RoundPlan) -> None:
+        """Take down the snapshot that a round's training has given, and the weight that goes out with it."""
+        self.root = root
+        if plan.push is not None:
+            self.push.push(plan.push)
+
+    def took_over(self, offer: PeerPublished) -> MergeRecord:
+        """Take down that the weights are a peer's."""
+        taken = Contribution(agent=offer.peer, snapshot=offer.root, round=offer.round, weight=1.0, verdict="adopted")
+        self.parents = (taken,)
+        return MergeRecord(self._agent, offer.round, "", self.parents, kind="join")
+
+    def merge(self, number: int, plan: RoundPlan, usable: Mapping[str, PeerPublished], basis: BasisId) -> MergeAction:
+        """Return the merge of a round, of the agent's own snapshot with those in `usable`."""
+        own, mixing = shares(self._rules, plan, self.push, self._agent, number, usable)
+        parts = tuple(
+            Part(peer, offer.round, offer.root, mixing[peer], offer.basis == basis)
+            for peer, offer in sorted(usable.items())
+            if mixing.get(peer, 0.0) > 0
+        )
+        self._taking = {part.peer: usable[part.peer].pushed for part in parts}
+        return MergeAction(number, own, parts)
+
+    def merged(self, merge: MergeAction, done: MergeDone, plan: RoundPlan, expected: int) -> tuple[Merged, MergeRecord]:
+        """Take down how a merge went; return what is told of it, and its record. `expected`: peers in the plan."""
+        # a refused peer's push-sum weight counts for self, as its mixing weight does
+        self.push.take(self._taking if plan.push is not None else {})
+        self.parents = contributions(self._agent, self.root, merge, done)
+        told = Merged(
+            agent=self._agent,
+            round=merge.round,
+            contributions=self.parents,
+            heard=len(merge.parts),
+            expected=expected,
+            before=done.before or {},
+            after=done.after or {},
+            accepted=done.accepted,
+            merge_s=done.merge_s,
+            notes=done.notes,
+            push_weight=self.push_weight(plan),
+        )
+        record = MergeRecord(
+            self._agent,
+            merge.round,
+            self.root,
+            self.parents,
+            refused=dict(done.refused),
+            accepted=done.accepted,
+            trained=plan.learn,
+            before=dict(done.before or {}),
+            after=dict(done.after or {}),
+            moved=dict(done.moved),
+            moved_groups=dict(done.moved_groups),
+        )
+        return told, record
+
+
+def shares(
+    rules: Rules, plan: RoundPlan, push: PushSum, agent: str, number: int, usable: Mapping[str, PeerPublished]
+) -> tuple[float, dict[str, float]]:
+    """Return own mixing weight and that of each peer in `usable`; they sum to 1.
+
+    As planned, what is missing goes to self; in asynchronous mode W_ij · decay^staleness, and what is taken off goes to
+    self; with push-sum by the shares that travel with the snapshots.
+    """
+    if plan.push is not None:
+        return push.mixing({peer: offer.pushed for peer, offer in usable.items()})
+    mixing = renormalise(plan.mixing, usable, agent)
+    if rules.mode == "sync":
+        return mixing.pop(agent), mixing
+    peers = {p: mixing[p] * rules.staleness_decay ** max(number - offer.round, 0) for p, offer in usable.items()}
+    return 1.0 - math.fsum(peers.values()), peers
+
+
+def contributions(agent: str, root: str, merge: MergeAction, done: MergeDone) -> tuple[Contribution, ...]:
+    """Return what a merge consists of, self first; what refused peers and an accept rule left out belongs to self."""
+    kept = [(part, part.weight * done.accepted) for part in merge.parts if part.peer not in done.refused]
+    own = 1.0 - math.fsum(weight for _, weight in kept)
+    return (
+        Contribution(agent=agent, snapshot=root, round=merge.round, weight=own, verdict="own"),
+        *(
+            Contribution(
+                agent=part.peer,
+                snapshot=part.root,
+                round=part.round,
+                weight=weight,
+                verdict="same basis" if part.same_basis else "other basis",
+            )
+            for part, weight in kept
+            if weight > 0
+        ),
+    )

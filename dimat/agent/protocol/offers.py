@@ -1,0 +1,133 @@
+"""What peers offer: the snapshots that they say they have, kept within bounds whatever they say."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from enum import Enum
+
+from dimat.agent.protocol.basis import BasisId
+
+ROUNDS_KEPT = 16
+"""Offers kept per peer in synchronous mode, the nearest rounds first. Undirected neighbours are at most one round
+ahead; along one-way links a peer may be ahead by as many rounds as the way back is long."""
+FAR_KEPT = 4
+"""Offers kept per peer of rounds that are further ahead than that, the newest ones: an agent that comes back after many
+rounds follows its peers there, and nobody repeats to it what it has heard once."""
+PATIENCE = 2
+"""Rounds in a row for which a living peer is out of reach ahead before an agent makes up ground."""
+
+
+@dataclass(frozen=True, slots=True)
+class PeerPublished:
+    """`peer` offers the snapshot `root`, its weights of `round`, written in `basis`.
+
+    `oldest`: the oldest round that it still offers (0: not known). `pushed`: all the push-sum weight that it has
+    ever sent to this agent, this snapshot's included. `base`: address of the weights that its deltas are taken
+    from, if any. A driver hands in each offer when it is made, and again whenever a connection is made anew.
+    """
+
+    peer: str
+    round: int
+    root: str
+    basis: BasisId
+    run: str = ""
+    oldest: int = 0
+    pushed: float = 0.0
+    base: str = ""
+
+
+class Known(Enum):
+    """What an offer turned out to be."""
+
+    NEW = "new"
+    AGAIN = "again"
+    CONFLICT = "conflict"
+    """Other content under an (agent, round) that was offered before: the first one counts."""
+    SURPLUS = "surplus"
+
+
+class Offers:
+    """Offers by peer and round. `newest_only`: of each peer just the newest round (asynchronous mode). `newest_first`:
+    where there are too many the oldest go, as for a newcomer, which has no round yet."""
+
+    def __init__(self, *, newest_only: bool) -> None:
+        self.span = 1 if newest_only else ROUNDS_KEPT
+        self.newest_first = True
+        self._offers: dict[str, dict[int, PeerPublished]] = {}
+        self._far: dict[str, dict[int, PeerPublished]] = {}
+        self._ranges: dict[str, tuple[int, int]] = {}
+
+    def heard(self, offer: PeerPublished) -> None:
+        """Note which rounds a peer has got to, and which it offers no more."""
+        oldest, newest = self._ranges.get(offer.peer, (0, 0))
+        oldest = max(oldest, offer.oldest)
+        self._ranges[offer.peer] = (oldest, max(newest, offer.round))
+        for kept in (self._offers.get(offer.peer, {}), self._far.get(offer.peer, {})):
+            for withdrawn in [number for number in kept if number < oldest]:
+                del kept[withdrawn]
+
+    def note(self, offer: PeerPublished) -> Known:
+        """Keep an offer, if it is new and there is room."""
+        offers = self._offers.setdefault(offer.peer, {})
+        known = offers.get(offer.round)
+        if known is not None:
+            return Known.AGAIN if known.root == offer.root else Known.CONFLICT
+        if offer.round < self.range(offer.peer)[0]:
+            return Known.SURPLUS
+        offers[offer.round] = offer
+        rounds = sorted(offers, reverse=self.newest_first)
+        for surplus in rounds[self.span :]:
+            del offers[surplus]
+        return Known.NEW if offer.round in offers else Known.SURPLUS
+
+    def note_far(self, offer: PeerPublished) -> None:
+        """Keep an offer of a round that is out of reach, as one of the newest few; the first one of a round counts."""
+        far = self._far.setdefault(offer.peer, {})
+        if offer.round >= self.range(offer.peer)[0]:
+            far.setdefault(offer.round, offer)
+        for surplus in sorted(far)[:-FAR_KEPT]:
+            del far[surplus]
+
+    def approach(self, number: int) -> None:
+        """Take what was out of reach, and is within it in this round, for an offer like others."""
+        for far in self._far.values():
+            for near in [r for r in far if r < number + self.span]:
+                self.note(far.pop(near))
+
+    def get(self, peer: str, number: int) -> PeerPublished | None:
+        """Return a peer's offer of a round, if it is known."""
+        return self._offers.get(peer, {}).get(number)
+
+    def newest(self, peer: str) -> PeerPublished | None:
+        """Return a peer's newest offer that is kept."""
+        offers = self._offers.get(peer)
+        return offers[max(offers)] if offers else None
+
+    def range(self, peer: str) -> tuple[int, int]:
+        """Return the oldest round that a peer still offers (0: not known) and its newest (0: it was never heard)."""
+        return self._ranges.get(peer, (0, 0))
+
+    def forget_before(self, number: int) -> None:
+        """Drop offers of earlier rounds (synchronous mode: they are of no use)."""
+        for offers in self._offers.values():
+            for old in [r for r in offers if r < number]:
+                del offers[old]
+
+    def forget_all_but(self, peers: Collection[str]) -> None:
+        """Drop whatever peers that are not named have offered."""
+        self._offers = {peer: offers for peer, offers in self._offers.items() if peer in peers}
+        self._far = {peer: far for peer, far in self._far.items() if peer in peers}
+        self._ranges = {peer: range_ for peer, range_ in self._ranges.items() if peer in peers}
+
+    def front(self, peers: Collection[str]) -> int:
+        """Return the round that a network is at: the lower median of the peers' newest rounds, 0 if none was heard.
+
+        A median, so that one peer that lies cannot drag an agent ahead where two or more others are heard.
+        """
+        rounds = sorted(self._ranges[peer][1] for peer in peers if peer in self._ranges)
+        return rounds[(len(rounds) - 1) // 2] if rounds else 0
+
+    def __iter__(self) -> Iterator[PeerPublished]:
+        for offers in self._offers.values():
+            yield from offers.values()

@@ -1,0 +1,69 @@
+"""What a round machine needs to go on after a crash, as plain values: the machine's part of a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, get_args
+
+from dimat.agent.protocol.basis import BasisId
+from dimat.agent.protocol.offers import PeerPublished
+from dimat.events import Contribution
+
+Stage = Literal["trained", "merged", "joined"]
+
+
+@dataclass(frozen=True, slots=True)
+class MachineState:
+    """The machine at a checkpoint. `stage`: "trained" (of `round`, not merged yet), "merged", or "joined" (has taken
+    over a network's round, and perhaps its weights; round 0: is there from the beginning). `root`, `parents`: own
+    snapshot of the round and what its training started from; `base`: address of the weights that deltas are taken from;
+    `push`: the push-sum ledger; `offers`: what peers offered; `leaves`: why the agent leaves with it, if it does."""
+
+    run: str
+    agent: str
+    round: int
+    stage: Stage
+    basis: BasisId
+    root: str = ""
+    parents: tuple[Contribution, ...] = ()
+    base: str = ""
+    push: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    offers: tuple[PeerPublished, ...] = ()
+    leaves: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, ready for JSON."""
+        return {
+            "run": self.run,
+            "agent": self.agent,
+            "round": self.round,
+            "stage": self.stage,
+            "basis": str(self.basis),
+            "root": self.root,
+            "parents": [asdict(part) for part in self.parents],
+            "base": self.base,
+            "push": dict(self.push),
+            "offers": [{**asdict(offer), "basis": str(offer.basis)} for offer in self.offers],
+            "leaves": self.leaves,
+        }
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> MachineState:
+        """Return what `to_dict` gave; KeyError, TypeError or ValueError where it is something else."""
+        if values["stage"] not in get_args(Stage):
+            raise ValueError(f"unknown stage {values['stage']!r}")
+        offers: list[dict[str, Any]] = [{**offer, "basis": BasisId.parse(offer["basis"])} for offer in values["offers"]]
+        return MachineState(
+            run=values["run"],
+            agent=values["agent"],
+            round=int(values["round"]),
+            stage=values["stage"],
+            basis=BasisId.parse(values["basis"]),
+            root=values["root"],
+            parents=tuple(Contribution(**part) for part in values["parents"]),
+            base=values["base"],
+            push=dict(values["push"]),
+            offers=tuple(PeerPublished(**offer) for offer in offers),
+            leaves=str(values.get("leaves", "")),
+        )

@@ -1,0 +1,203 @@
+"""How units of own and of peers go together on data: correlations, and the assignments that they give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from dimat.errors import SymmetryError, nearest
+from dimat.merge.matching.activation_statistics import CrossStatistics, PositionSampler, average_correlation
+from dimat.merge.matching.nested import assign_nested, nested_margin, nested_value, trees
+from dimat.merge.models.batches import GeometricChecks, count, device_of, first_inputs, on_device, take
+from dimat.merge.stages import Clock, Data, Inputs, Permutations, Points, Weights
+from dimat.merge.weight_views import WeightsOn
+from dimat.symmetry import Observer
+from dimat.symmetry.spec import Group, ObservationPoint, SymmetrySpec
+
+FIRST_LOOK = 64
+"""Images after which assignments are first made, to see whether they are stable."""
+
+NEGLIGIBLE = 1e-9
+"""Assignments worth less than this are worth nothing (constant units)."""
+
+
+@dataclass
+class Compared:
+    """What activations tell. By peer: permutations, and margins by the root of each tree of groups. `unseen`: groups
+    that cannot be observed and have no children that can; they have no permutation."""
+
+    permutations: list[Permutations]
+    margins: list[dict[str, float]]
+    unseen: list[str]
+    images: int = 0
+    clock: Clock = field(default_factory=Clock)
+
+
+def compare(
+    own: Weights,
+    peers: Sequence[Weights],
+    *,
+    spec: SymmetrySpec,
+    data: Data,
+    model: nn.Module | None,
+    observer: Callable[[Inputs], Observer],
+    generator: torch.Generator,
+    points: Points | None,
+    max_images: int | None,
+    positions: int | None,
+    points_per_group: int,
+    stable_within: float | None,
+) -> Compared:
+    """Return the assignments by activations; arguments are those of align = "activations"."""
+    chosen, _ = choose_points(spec, points, points_per_group)
+    pairs = Pairs(spec, chosen, len(peers))
+    result = Compared(pairs.permutations, [{} for _ in peers], pairs.unseen)
+    if not chosen:
+        return result
+    watch = observer(first_inputs(data))
+    sampler = PositionSampler(positions, generator)
+    checks = GeometricChecks(FIRST_LOOK)
+    clock = result.clock
+    device = device_of(model)
+    networks = [WeightsOn(weights, device) for weights in (own, *peers)]
+    steady = 0
+    shown = activity(watch, networks, data, chosen, device=device, sampler=sampler, max_images=max_images, clock=clock)
+    for examples, seen in shown:
+        result.images += examples
+        pairs.update(seen)
+        clock.lap("statistics")
+        if stable_within is not None and checks.due(result.images):
+            steady = steady + 1 if pairs.match() <= stable_within else 0
+            clock.lap("matching")
+            if steady == 2:
+                break
+    pairs.match()
+    result.margins = pairs.margins()
+    clock.lap("matching")
+    return result
+
+
+class Pairs:
+    """Statistics and current assignments of every group, own against each peer."""
+
+    def __init__(self, spec: SymmetrySpec, chosen: Mapping[str, Sequence[ObservationPoint]], peers: int) -> None:
+        self.permutations: list[Permutations] = [{} for _ in range(peers)]
+        self._statistics = {group: [CrossStatistics(peers) for _ in at] for group, at in chosen.items()}
+        self._trees = [tree for tree in trees(spec) if not chosen.keys().isdisjoint(tree.ids())]
+        seen = {
+            node.group.id for tree in self._trees for node in tree.nodes() if not chosen.keys().isdisjoint(node.ids())
+        }
+        self.unseen = [group.id for group in spec.groups if group.id not in seen]
+
+    def update(self, seen: Sequence[Mapping[str, Sequence[Tensor]]]) -> None:
+        """Add what own (first) and the peers showed on one batch."""
+        for group, points in self._statistics.items():
+            for i, point in enumerate(points):
+                own, *others = [tensors[group][i] for tensors in seen]
+                point.update(own, others)
+
+    def match(self) -> float:
+        """Assign anew; return the largest share of value that an assignment of before falls short of the new one."""
+        worst = 0.0
+        for number, tree in enumerate(self._trees):
+            for peer, permutations in enumerate(self.permutations):
+                scores = self._scores(number, peer)
+                before = {g: permutations[g] for g in tree.ids() if g in permutations}
+                found, value = assign_nested(tree, scores, self.unseen)
+                known = nested_value(tree, scores, before) if before else float("-inf")
+                permutations.update(found)
+                worst = max(worst, (value - known) / max(value, NEGLIGIBLE))
+        return worst
+
+    def margins(self) -> list[dict[str, float]]:
+        """Return, by peer, the margin of the assignments of each tree, by its root."""
+        return [
+            {
+                tree.group.id: nested_margin(tree, self._scores(number, peer), permutations)
+                for number, tree in enumerate(self._trees)
+            }
+            for peer, permutations in enumerate(self.permutations)
+        ]
+
+    def _scores(self, tree: int, peer: int) -> dict[str, Tensor]:
+        groups = [group for group in self._trees[tree].ids() if group in self._statistics]
+        return {group: average_correlation(self._statistics[group], peer) for group in groups}
+
+
+PIECE = 32
+"""Images per forward pass: bounds memory, and is no slower than more."""
+
+Shown = list[dict[str, list[Tensor]]]
+"""For each network, by group, a matrix (samples, units) per point; the same samples for all."""
+
+
+def activity(
+    watch: Observer,
+    networks: Sequence[Weights],
+    data: Data,
+    chosen: Mapping[str, Sequence[ObservationPoint]],
+    *,
+    device: torch.device,
+    sampler: PositionSampler,
+    max_images: int | None,
+    clock: Clock,
+) -> Iterator[tuple[int, Shown]]:
+    """Yield, for pieces of up to 32 examples of `data`, their number and what each network shows at the points."""
+    for batch in take(data, max_images, PIECE):
+        sampler.next_batch()
+        seen: Shown = []
+        inputs = on_device(batch, device)
+        images = count(inputs)
+        for weights in networks:
+            outputs = watch.run(weights, inputs, chosen)
+            clock.lap("forward")
+            # popped, so that no more than one model's activations are held whole
+            seen.append({group: [sampler(t, images) for t in outputs.pop(group)] for group in chosen})
+            clock.lap("statistics")
+        yield images, seen
+
+
+def choose_points(
+    spec: SymmetrySpec, pinned: Points | None, per_group: int
+) -> tuple[dict[str, list[ObservationPoint]], list[str]]:
+    """Return observation points by group id, and the groups that have none.
+
+    `pinned` groups are observed there and nowhere else. Raises SymmetryError for a group or node that the spec
+    does not know.
+    """
+    pinned = pinned or {}
+    known = {group.id for group in spec.groups}
+    for group_id in pinned:
+        if group_id not in known:
+            raise SymmetryError(f"the model has no symmetry group {group_id!r}{nearest(group_id, known)}")
+    chosen: dict[str, list[ObservationPoint]] = {}
+    unseen: list[str] = []
+    for group in spec.groups:
+        if group.id in pinned:
+            chosen[group.id] = [_resolve(group, point) for point in pinned[group.id]]
+        elif not group.points:
+            unseen.append(group.id)
+        else:
+            chosen[group.id] = _default(group.points, per_group)
+    return chosen, unseen
+
+
+def _default(points: Sequence[ObservationPoint], per_group: int) -> list[ObservationPoint]:
+    """Alternate between the last points after and before the first non-linearity: they see different things
+    (dead units are alive before a ReLU), and the last ones of a residual stream have seen the whole stage."""
+    after = [p for p in reversed(points) if not p.pre_activation]
+    before = [p for p in reversed(points) if p.pre_activation]
+    order = [p for i in range(len(points)) for side in (after, before) for p in side[i : i + 1]]
+    return order[:per_group]
+
+
+def _resolve(group: Group, point: ObservationPoint | str) -> ObservationPoint:
+    if isinstance(point, ObservationPoint):
+        return point
+    by_node = {p.node: p for p in group.points}
+    if point not in by_node:
+        raise SymmetryError(f"group {group.id!r} cannot be observed at node {point!r}{nearest(point, by_node)}")
+    return by_node[point]

@@ -1,0 +1,179 @@
+"""Statistics that travel with weights and that some combine methods rest on: Fisher diagonals, Gram matrices.
+
+In a snapshot they are tensors `aux.…`, in `MergeContext.aux` a mapping per agent of the names without `aux.`
+(own's under `OWN`): `fisher.<tensor>` has the tensor's shape, `gram.<tensor>` (in, in) for a weight (out, in).
+A combine method that asks for `aux` gets them as it gets weights: in the order own, peers, in own's basis. How an agent
+takes them is registered with the method: `combine_registry.register("fisher", statistics=empirical_fisher)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dimat.errors import MergeError, PeerError, nearest
+from dimat.merge.stages import Inputs, Permutations, Weights
+from dimat.merge.weight_views import PermutedWeights, axes_by_name
+from dimat.symmetry.spec import AxisRef, SymmetrySpec
+
+OWN = ""
+"""Name under which an agent's own statistics stand beside its peers'; no agent can be called so."""
+
+AUX = "aux."
+FISHER = "fisher."
+GRAM = "gram."
+GRAM_TOLERANCE = 1e-3
+"""What sums in single precision may be off by, of the product of two units' root mean squares."""
+
+Examples = Iterable[tuple[Inputs, Tensor]]
+"""Batches of (the model's arguments, targets), examples along dim 0; read once."""
+
+
+class TakeStatistics(Protocol):
+    """Takes the statistics of a model at its own weights: {"fisher.<tensor>" or "gram.<tensor>": tensor}.
+
+    `loss`: (output, targets) of a batch → its mean loss. The model is left as it was, and so are global draws.
+    """
+
+    def __call__(self, model: nn.Module, examples: Examples, *, loss: Callable[[Any, Tensor], Tensor]) -> Weights: ...
+
+
+def beside(weights: Weights, aux: Weights) -> dict[str, Tensor]:
+    """Return what a snapshot holds: weights, and statistics under `aux.…`; MergeError where a name is taken."""
+    extras = {AUX + name: tensor for name, tensor in aux.items()}
+    for name in extras.keys() & weights.keys():
+        raise MergeError(f"the model's tensor {name!r} has the name of a statistic; call its module something else")
+    return {**weights, **extras}
+
+
+def apart(snapshot: Weights, own: Weights) -> tuple[Weights, Weights]:
+    """Return a snapshot's weights, and the statistics beside them: what is named `aux.…` and is no tensor of own's (a
+    model may have a module of that name). Nothing is read yet."""
+    aux = {name.removeprefix(AUX): name for name in snapshot if name.startswith(AUX) and name not in own}
+    weights = {name: name for name in snapshot if name.removeprefix(AUX) not in aux}
+    return _Renamed(snapshot, weights), _Renamed(snapshot, aux)
+
+
+class _Renamed(Mapping[str, Tensor]):
+    """Some tensors of a mapping, under names of their own: each access reads one."""
+
+    def __init__(self, held: Weights, names: Mapping[str, str]) -> None:
+        self._held = held
+        self._names = names
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._held[self._names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def in_order(
+    aux: Mapping[str, Weights] | None,
+    names: Sequence[str],
+    permutations: Mapping[str, Permutations],
+    spec: SymmetrySpec | None,
+) -> list[Weights] | None:
+    """Return the statistics of own and of these peers, in own's basis; an empty mapping for who sent none.
+
+    `permutations`: by name of the peers that were aligned; their statistics move as their weights do.
+    """
+    if aux is None:
+        return None
+    listed: list[Weights] = [aux.get(OWN, {})]
+    for name in names:
+        theirs, moves = aux.get(name, {}), permutations.get(name)
+        listed.append(permuted(theirs, spec, moves) if moves and spec is not None else theirs)
+    return listed
+
+
+def permuted(aux: Weights, spec: SymmetrySpec, permutations: Permutations) -> Weights:
+    """Return the statistics of weights that these permutations move."""
+    return PermutedWeights(aux, _spec_for(aux, spec), permutations)
+
+
+def check_statistics(name: str, aux: Weights, own: Weights, expected: Weights | None = None) -> None:
+    """Check what a peer sent beside its weights; PeerError names the peer and the tensor.
+
+    `expected`: own's statistics where the merge rests on them; then the peer must have sent the same ones, no more and
+    no less. Fisher diagonals must have the shape of our tensor, Gram matrices that of its inputs; both must be finite,
+    with no negative value (on the diagonal), and a Gram matrix symmetric, with G[i, j]² ≤ G[i, i] G[j, j]. Where none
+    are expected, other names are left alone.
+    """
+    if expected and not aux:
+        raise PeerError(
+            f"{name}: came without statistics ({next(iter(expected))!r} and others); agents must merge by the same "
+            "merge.combine"
+        )
+    for key in expected or ():
+        if key not in aux:
+            raise PeerError(f"{name}: statistic {key!r} is missing{nearest(key, aux)}")
+    for key in aux:
+        if expected and key not in expected:
+            raise PeerError(f"{name}: statistic {key!r} is none of ours{nearest(key, expected)}")
+        if not key.startswith((FISHER, GRAM)):
+            continue
+        target = key.partition(".")[2]
+        if target not in own:
+            raise PeerError(f"{name}: statistic {key!r} is of no tensor of our model")
+        found, ours = aux[key], own[target].shape
+        shape = ours if key.startswith(FISHER) else torch.Size([ours[1], ours[1]] if len(ours) == 2 else [])
+        if found.shape != shape:
+            raise PeerError(f"{name}: statistic {key!r} is {[*found.shape]}, expected {[*shape]}")
+        values = found if key.startswith(FISHER) else found.diagonal()
+        if not found.is_floating_point() or not found.isfinite().all() or (values < 0).any():
+            raise PeerError(f"{name}: statistic {key!r} holds values that are negative or not finite")
+        if key.startswith(GRAM) and not _is_gram(found):
+            raise PeerError(
+                f"{name}: statistic {key!r} is no Gram matrix: not symmetric, or too large off its diagonal"
+            )
+
+
+def _is_gram(found: Tensor) -> bool:
+    wide = found.cpu().double()
+    scale = wide.diagonal().sqrt()
+    bound = torch.outer(scale, scale) * GRAM_TOLERANCE + torch.finfo(torch.float32).tiny
+    return bool(((wide - wide.mT).abs() <= bound).all() and (wide.abs() <= bound + torch.outer(scale, scale)).all())
+
+
+def statistic(aux: Sequence[Weights], key: str, device: torch.device) -> list[Tensor] | None:
+    """Return one statistic of own and peers on a device, each in its own type; None where nobody has it.
+
+    Raises MergeError where only some have it, naming the first who has not.
+    """
+    lacking = [k for k, theirs in enumerate(aux) if key not in theirs]
+    if len(lacking) == len(aux):
+        return None
+    if lacking:
+        who = f"peer {lacking[0] - 1} sent" if lacking[0] else "own statistics have"
+        raise MergeError(f"{who} no {key!r}; all agents that merge must compute the same statistics")
+    return [theirs[key].detach().to(device) for theirs in aux]
+
+
+def needs_aux(aux: Sequence[Weights] | None, prefix: str, method: str, how: str) -> Sequence[Weights]:
+    """Return the statistics; MergeError, saying `how` to get them, where own or a peer has none with this prefix."""
+    for k, theirs in enumerate(aux or [{}]):
+        if not any(key.startswith(prefix) for key in theirs):
+            who = f"peer {k - 1}" if k else "own weights"
+            raise MergeError(f"combine method {method!r} needs {prefix}* statistics, {who} came without: see {how}")
+    return aux or []
+
+
+def _spec_for(aux: Weights, spec: SymmetrySpec) -> SymmetrySpec:
+    """Return a spec whose axes are those of the statistics: a Gram matrix moves as its weight's inputs, twice."""
+    by_name = axes_by_name(spec)
+    axes: list[AxisRef] = []
+    for key in aux:
+        moving = by_name.get(key.partition(".")[2], [])
+        if key.startswith(FISHER):
+            axes += [replace(axis, tensor=key) for axis in moving]
+        elif key.startswith(GRAM):
+            axes += [replace(axis, tensor=key, dim=dim) for axis in moving if axis.dim == 1 for dim in (0, 1)]
+    return replace(spec, axes=tuple(axes), tied=())

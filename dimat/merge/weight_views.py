@@ -1,0 +1,130 @@
+"""Weights as mappings that are read one tensor at a time: safetensors files, weights in another basis, or
+on another device.
+
+Merging streams over tensor names, so that its peak memory is own model + one tensor per peer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from os import PathLike, fspath
+from typing import Any
+
+import torch
+from blake3 import blake3
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from dimat.errors import DataError
+from dimat.merge.stages import Permutations, Weights
+from dimat.symmetry import permute_weights
+from dimat.symmetry.spec import AxisRef, SymmetrySpec, groups_in
+
+
+def open_weights(source: Weights | str | PathLike[str]) -> Weights:
+    """Return weights as a mapping from tensor name to tensor; a safetensors file is mapped, not read.
+
+    A mapping is returned as it is. Raises DataError, naming the file, where it is missing, truncated or damaged.
+    """
+    return source if isinstance(source, Mapping) else SafetensorsFile(source)
+
+
+class SafetensorsFile(Mapping[str, Tensor]):
+    """A safetensors file as a mapping: each access reads one tensor, and nothing is kept."""
+
+    def __init__(self, path: str | PathLike[str]) -> None:
+        self.path = fspath(path)
+        try:
+            self._file = safe_open(self.path, framework="pt")
+            self._names = tuple(self._file.keys())
+        except (OSError, SafetensorError) as error:
+            raise DataError(f"cannot read weights from {self.path}: {error}") from error
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        try:
+            return self._file.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise DataError(f"cannot read tensor {name!r} from {self.path}: {error}") from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def axes_by_name(spec: SymmetrySpec) -> dict[str, list[AxisRef]]:
+    """Return the axes that hold units by the names of their tensors, all names of tied ones."""
+    aliases = {name: names for names in spec.tied for name in names}
+    found: dict[str, list[AxisRef]] = {}
+    for axis in spec.axes:
+        for name in aliases.get(axis.tensor, (axis.tensor,)):
+            # most are their own: copying each costs seconds where weights are matched, which asks for every step
+            found.setdefault(name, []).append(axis if name == axis.tensor else replace(axis, tensor=name))
+    return found
+
+
+class PermutedWeights(Mapping[str, Tensor]):
+    """Weights in another basis: each access permutes one tensor."""
+
+    def __init__(self, weights: Weights, spec: SymmetrySpec, permutations: Permutations) -> None:
+        self._weights = weights
+        self._spec = replace(spec, axes=(), tied=())
+        self._permutations = permutations
+        self._axes = axes_by_name(spec)
+
+    def __getitem__(self, name: str) -> Tensor:
+        axes = tuple(self._axes.get(name, ()))
+        groups = set[str]().union(*(groups_in(axis.layout) for axis in axes))
+        permutations = {group: p for group, p in self._permutations.items() if group in groups}
+        return permute_weights({name: self._weights[name]}, replace(self._spec, axes=axes), permutations)[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+
+class WeightsOn(Mapping[str, Tensor]):
+    """Weights on a device: each access moves one tensor."""
+
+    def __init__(self, weights: Weights, device: torch.device) -> None:
+        self._weights = weights
+        self._device = device
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._weights[name].to(self._device)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+
+def taking_part(peers: Sequence[Weights], weights: Sequence[float]) -> tuple[list[Weights], list[float]]:
+    """Return the peers whose weight is not 0, and the mixing weights of own (first, even if it is 0) and of them."""
+    chosen = [(peer, weight) for peer, weight in zip(peers, weights[1:]) if weight]
+    return [peer for peer, _ in chosen], [weights[0], *(weight for _, weight in chosen)]
+
+
+def content_hash(weights: Weights) -> str:
+    """Return a hash of all tensors, by which to tell equal models and to put models in an order of their own."""
+    digest = blake3()
+    for name in sorted(weights):
+        absorb(digest, name, weights[name].detach())
+    return digest.hexdigest(length=16)
+
+
+def absorb(digest: Any, name: str, tensor: Tensor) -> None:
+    """Take a tensor's name, shape and values into a hash, whatever its strides and device. Half types count as the
+    float32 that they are exactly, so that all agents have one order."""
+    values = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor.resolve_neg()
+    dense = values.to("cpu", torch.float32 if values.element_size() < 4 else values.dtype).contiguous()
+    digest.update(f"{name}\0{dense.dtype}{[*dense.shape]}\0".encode())
+    if dense.numel():
+        digest.update(dense.as_strided((dense.numel(),), (1,)).view(torch.uint8).numpy().data)

@@ -1,0 +1,6 @@
+"""Merging files: models on disk in, a merged model on disk out, tensor by tensor and without any network."""
+
+from dimat.merge_files.recipe import Recipe, load_recipe
+from dimat.merge_files.run import Report, merge_files, prepare
+
+__all__ = ["Recipe", "Report", "load_recipe", "merge_files", "prepare"]

@@ -1,0 +1,260 @@
+"""PEFT adapters whose products are merged ("lora-concat", "lora-svd", "lora-lego"), whatever their ranks and scales.
+
+Combine methods see models of the same tensors and one scale. So each adapter is shown to them as if it had own's
+scale, s_k/s_own being multiplied into B, and all modules: one that it does not adapt has ΔW = 0, as factors of zeros.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from dimat.errors import ConfigError, DataError, MergeError
+from dimat.merge.lora.factors import Pair, find_pairs, merged_rank
+from dimat.merge.stages import Weights
+from dimat.merge_files.files import ADAPTER_CONFIG, ModelFiles, check_alike, tell_differences
+from dimat.merge_files.peft import Settings, module_of, read_settings
+from dimat.merge_files.recipe import Part, Recipe
+from dimat.weights.header import TensorInfo
+
+PRODUCT_METHODS = frozenset({"lora-concat", "lora-svd", "lora-lego"})
+"""Combine methods that merge products of factors."""
+
+BIAS = re.compile(r"(?P<module>.+)\.lora_B(?:\.default)?\.bias")
+"""The bias of B, which an adapter adds times its scale."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter with its factors, biases of B, and other tensors, by a name that is the same in all adapters."""
+
+    model: ModelFiles
+    settings: Settings
+    pairs: Mapping[str, Pair]
+    biases: Mapping[str, str]
+    others: tuple[str, ...]
+
+    def rank(self, key: str) -> int:
+        return self.model.infos[self.pairs[key].a].shape[0] if key in self.pairs else 0
+
+
+@dataclass(frozen=True)
+class Merged:
+    """Adapters that fit together. `settings`: own's; `others`: those of peers that have a weight; `pairs`, `biases`,
+    `ranks`: of the merged adapter by module; `infos`: its tensors; `views`: what combine methods see, own's first."""
+
+    settings: Settings
+    others: tuple[Settings, ...]
+    pairs: Mapping[str, Pair]
+    biases: Mapping[str, str]
+    ranks: Mapping[str, int]
+    infos: dict[str, TensorInfo]
+    views: tuple[Weights, ...]
+
+    def scale(self, key: str) -> float:
+        """Return the scale of a module's merged factors."""
+        return self.settings.scale_of(module_of(key), self.ranks[key])
+
+    def config(self) -> bytes:
+        """Return the merged adapter's adapter_config.json."""
+        ranks = {module_of(key): rank for key, rank in self.ranks.items()}
+        return self.settings.merged(ranks, self.others)
+
+    def bases(self) -> list[str]:
+        """Return the names of the base models that the adapters were trained on, each once."""
+        named = (settings.config.get("base_model_name_or_path") for settings in (self.settings, *self.others))
+        return sorted({str(name) for name in named if name})
+
+
+def open_adapters(recipe: Recipe, models: Sequence[ModelFiles]) -> tuple[Adapter, ...] | None:
+    """Return the adapters of a recipe that merges products, checked; None where it merges tensors one by one.
+
+    Raises ConfigError where some of the models are adapters and some are not, DataError for adapters that are damaged
+    or not of plain LoRA, or do not fit together.
+    """
+    methods = {recipe.method_of(rule)[0] for rule in (None, *recipe.rules)}
+    if not (methods & PRODUCT_METHODS or recipe.into_base) or not any(model.adapter for model in models):
+        return None
+    for model in models:
+        if not model.adapter:
+            raise ConfigError(f"{model.path} is no PEFT adapter folder, which the other models are")
+    adapters = tuple(_open(model) for model in models)
+    _check_fit(adapters)
+    apart = {name for adapter in adapters for pair in adapter.pairs.values() for name in (pair.a, pair.b)}
+    apart |= {name for adapter in adapters for name in adapter.biases.values()}
+    check_alike(models, apart)
+    return adapters
+
+
+def names_of(recipe: Recipe, adapters: Sequence[Adapter]) -> dict[str, TensorInfo]:
+    """Return the tensors of all adapters that have a weight, as they are named where they first stand, own's first."""
+    mixings = [recipe.method_of(rule)[2] for rule in (None, *recipe.rules)]
+    found: dict[str, TensorInfo] = {}
+    known: set[str] = set()
+    for k, adapter in enumerate(adapters):
+        if not any(mixing[k] for mixing in mixings):
+            continue
+        fresh = {name for key, pair in adapter.pairs.items() if key not in known for name in (pair.a, pair.b)}
+        fresh |= {name for key, name in adapter.biases.items() if key + ".bias" not in known}
+        known |= adapter.pairs.keys() | {key + ".bias" for key in adapter.biases}
+        fresh |= set(adapter.others)
+        found |= {name: info for name, info in adapter.model.infos.items() if name in fresh and name not in found}
+    return found
+
+
+def fit_together(
+    adapters: tuple[Adapter, ...], names: Mapping[str, TensorInfo], parts: Sequence[Part], device: torch.device
+) -> Merged:
+    """Return adapters as one merge: the merged ranks, and each adapter in own's scale with the modules that it lacks.
+
+    Raises ConfigError for rules that part factors or merge them one by one, and ranks that the adapters do not have.
+    """
+    pairs = {pair.key: pair for pair in find_pairs(names)}
+    biases = {match["module"]: name for name in names if (match := BIAS.fullmatch(name))}
+    shown: dict[str, list[int]] = {}  # ranks in which the adapters are shown
+    ranks: dict[str, int] = {}
+    for part in parts:
+        inside = _pairs_inside(part, pairs)
+        for key in inside:
+            shown[key], ranks[key] = _ranks(part, [adapter.rank(key) for adapter in adapters], key)
+        rank = part.options.get("rank")
+        if inside and isinstance(rank, int) and all(ranks[key] < rank for key in inside):
+            raise ConfigError(
+                f"option rank = {rank} is more than the {max(ranks[key] for key in inside)} that the adapters have "
+                "together; lora-concat keeps them all"
+            )
+    infos = dict(names)
+    for key, pair in pairs.items():
+        a, b, rank = names[pair.a], names[pair.b], ranks[key]
+        infos[pair.a] = replace(a, shape=(rank, *a.shape[1:]))
+        infos[pair.b] = replace(b, shape=(b.shape[0], rank, *b.shape[2:]))
+    heard = [any(part.mixing[k] for part in parts) for k in range(len(adapters))]
+    others = tuple(adapter.settings for adapter, counts in zip(adapters[1:], heard[1:]) if counts)
+    merged = Merged(adapters[0].settings, others, pairs, biases, ranks, infos, ())
+    views = tuple(AdapterView(adapter, merged, shown, k, device) for k, adapter in enumerate(adapters))
+    return replace(merged, views=views)
+
+
+class AdapterView(Mapping[str, Tensor]):
+    """An adapter by the names, and in the scale, of a merged one."""
+
+    def __init__(
+        self, adapter: Adapter, merged: Merged, shown: Mapping[str, Sequence[int]], index: int, device: torch.device
+    ) -> None:
+        self._model = adapter.model
+        self._device = device
+        self._names = {name: name for name in adapter.others}
+        self._ratios: dict[str, float] = {}
+        self._zeros: dict[str, TensorInfo] = {}
+        for key, pair in merged.pairs.items():
+            mine = adapter.pairs.get(key)
+            if mine is None:
+                rank, a, b = shown[key][index], merged.infos[pair.a], merged.infos[pair.b]
+                self._zeros[pair.a] = replace(a, shape=(rank, *a.shape[1:]))
+                self._zeros[pair.b] = replace(b, shape=(b.shape[0], rank, *b.shape[2:]))
+            else:
+                self._names |= {pair.a: mine.a, pair.b: mine.b}
+                self._ratios[pair.b] = adapter.settings.scale_of(module_of(key), adapter.rank(key)) / merged.scale(key)
+        for key, name in merged.biases.items():
+            if key in adapter.biases:
+                self._names[name] = adapter.biases[key]
+                self._ratios[name] = self._ratios[merged.pairs[key].b]
+            else:
+                self._zeros[name] = merged.infos[name]
+        self._order = tuple(merged.infos)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._zeros:
+            info = self._zeros[name]
+            return torch.zeros(info.shape, dtype=info.dtype)
+        tensor = self._model[self._names[name]]
+        ratio = self._ratios.get(name, 1.0)
+        if ratio == 1:
+            return tensor
+        return tensor.to(torch.float32 if self._device.type == "mps" else torch.float64) * ratio
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._order)
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+
+def _open(model: ModelFiles) -> Adapter:
+    settings = read_settings(model.path)
+    try:
+        pairs = {pair.key: pair for pair in find_pairs(model.infos)}
+    except MergeError as error:
+        raise DataError(f"{model.path}: {error}") from None
+    if not pairs:
+        raise DataError(f"{model.path} has no LoRA factors (lora_A, lora_B)")
+    biases = {match["module"]: name for name in model.infos if (match := BIAS.fullmatch(name))}
+    known = {name for pair in pairs.values() for name in (pair.a, pair.b)} | {*biases.values()}
+    others = tuple(name for name in model.infos if name not in known)
+    for name in others:
+        if re.search(r"(^|\.)lora_", name):
+            raise DataError(f"{model.path}: tensor {name!r} is of no plain LoRA; merge it into its base model first")
+    for key, name in biases.items():
+        if key not in pairs:
+            raise DataError(f"{model.path}: tensor {name!r} is a bias of factors that are missing")
+    for key, pair in pairs.items():
+        a, b, rank = model.infos[pair.a], model.infos[pair.b], settings.rank_of(module_of(key))
+        if key.endswith("]"):
+            raise DataError(f"{model.path}: tensor {pair.a!r} is of a named adapter; save it alone with PEFT")
+        for name, info in ((pair.a, a), (pair.b, b)):
+            if not info.dtype.is_floating_point or len(info.shape) < 2:
+                raise DataError(f"{model.path}: {name!r} is {info}, which is no LoRA factor")
+        if b.shape[1] != a.shape[0] or any(size != 1 for size in b.shape[2:]):
+            raise DataError(f"{model.path}: {pair.a!r} {a} and {pair.b!r} {b} have no product B·A")
+        if a.shape[0] != rank:
+            raise DataError(f"{settings.path / ADAPTER_CONFIG}: the rank of {key!r} is {rank}, but its lora_A is {a}")
+    return Adapter(model, settings, pairs, biases, others)
+
+
+def _check_fit(adapters: Sequence[Adapter]) -> None:
+    """Check that factors of a module multiply to one shape."""
+    first: dict[str, Adapter] = {}
+    found: list[str] = []
+    for adapter in adapters:
+        for key, mine in adapter.pairs.items():
+            other = first.setdefault(key, adapter)
+            for name, theirs, free in ((mine.a, other.pairs[key].a, 0), (mine.b, other.pairs[key].b, 1)):
+                one, two = other.model.infos[theirs], adapter.model.infos[name]
+                if [*one.shape[:free], *one.shape[free + 1 :]] != [*two.shape[:free], *two.shape[free + 1 :]]:
+                    found.append(f"{name!r} is {one} in {other.model.path}, {two} in {adapter.model.path}")
+            if mine.embedding != other.pairs[key].embedding:
+                found.append(f"{key!r} is an embedding in one of {other.model.path} and {adapter.model.path}")
+    tell_differences(found)
+
+
+def _pairs_inside(part: Part, pairs: Mapping[str, Pair]) -> list[str]:
+    """Return the modules whose factors a method merges; ConfigError where it has one of two, or cannot take them."""
+    names = {*part.names}
+    inside = [key for key, pair in pairs.items() if pair.a in names or pair.b in names]
+    for key in inside:
+        if not {pairs[key].a, pairs[key].b} <= names:
+            raise ConfigError(f"a rule parts the factors of {key!r}: match both, e.g. {key + '.lora_*'!r}")
+        if part.method not in PRODUCT_METHODS:
+            raise ConfigError(
+                f"method {part.method!r} would merge the factors of {key!r} one by one, beside others whose products "
+                f"are merged: take one of {', '.join(sorted(PRODUCT_METHODS))}"
+            )
+    return inside
+
+
+def _ranks(part: Part, ranks: Sequence[int], key: str) -> tuple[list[int], int]:
+    """Return the ranks in which the adapters are shown to the method, and the merged rank."""
+    shown = [*ranks]
+    rank = part.options.get("rank")
+    taking_part = [rank for rank, weight in zip(ranks, part.mixing) if weight]
+    if not any(taking_part):
+        raise ConfigError(f"no model that has {key!r} has a weight; give one to it, or leave the model out")
+    if part.method == "lora-concat":
+        return shown, sum(taking_part)
+    if rank is None and not shown[0]:
+        shown[0] = max(taking_part)  # own has room for what others have
+    return shown, merged_rank(rank, shown[0], [rank for rank, weight in zip(shown, part.mixing) if weight])

@@ -1,0 +1,238 @@
+"""Models on disk: a safetensors file, shards with an index, a Hugging Face folder, or a PEFT adapter folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from copy import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from blake3 import blake3
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from dimat.errors import DataError
+from dimat.weights.header import NAMES, TensorInfo, read_header
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_model.safetensors"
+ADAPTER_CONFIG = "adapter_config.json"
+PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+CARRIED = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
+"""Endings of the files beside the weights that belong to a model: config, tokenizer, model code."""
+
+SHOWN = 10
+"""Differences between models that are told in full."""
+
+
+class ModelFiles(Mapping[str, Tensor]):
+    """A model's tensors by name, in the files' order; each access maps one tensor, and nothing is kept.
+
+    `path`: as it was named; `folder`: of a model folder, else None; `files`: those with tensors; `infos`: types and
+    shapes by name. A tensor's values are checked when it is first read: DataError where they are not finite.
+    """
+
+    def __init__(self, path: Path, folder: Path | None, where: Mapping[str, Path], adapter: bool = False) -> None:
+        self.path = path
+        self.folder = folder
+        self.adapter = adapter
+        self.files = tuple(dict.fromkeys(where.values()))
+        headers = {file: read_header(file) for file in self.files}
+        self.infos: dict[str, TensorInfo] = {}
+        for name, file in where.items():
+            if name not in headers[file]:
+                raise DataError(f"{path}: the index has tensor {name!r} in {file.name}, which does not hold it")
+            self.infos[name] = headers[file][name]
+        if not self.infos:
+            raise DataError(f"{path} holds no tensors")
+        self._where = where
+        self._dtype: torch.dtype | None = None
+        self._opened: dict[Path, Any] = {}
+        self._checked: set[str] = set()
+
+    def __getitem__(self, name: str) -> Tensor:
+        file = self._where[name]
+        try:
+            if file not in self._opened:
+                self._opened[file] = safe_open(file, framework="pt")
+            tensor: Tensor = self._opened[file].get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise DataError(f"cannot read tensor {name!r} from {file}: {error}") from error
+        if self._dtype is not None and tensor.is_floating_point():
+            tensor = tensor.to(self._dtype)  # before the check: what a narrow type cannot hold becomes infinite
+        if name not in self._checked:
+            _check_finite(tensor, name, file)
+            self._checked.add(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+    def read_in(self, dtype: torch.dtype) -> ModelFiles:
+        """Return the same model whose real tensors are rounded to a type as they are read."""
+        model = copy(self)
+        model._dtype = dtype
+        model._checked = set()
+        model.infos = {
+            name: replace(info, dtype=dtype) if info.dtype.is_floating_point else info
+            for name, info in self.infos.items()
+        }
+        return model
+
+    def hashes(self) -> dict[str, str]:
+        """Return the blake3 of each file that holds tensors, by its name."""
+        return {file.name: hash_of(file) for file in self.files}
+
+    def carried(self) -> list[Path]:
+        """Return the files of a model folder that go with the weights: config, tokenizer, model code, licence."""
+        if self.folder is None:
+            return []
+        return sorted(
+            file
+            for file in self.folder.iterdir()
+            if file.is_file()
+            and not file.name.startswith(".")
+            and not file.name.endswith(".index.json")
+            and (file.suffix in CARRIED or file.name.startswith(("LICENSE", "NOTICE")))
+        )
+
+
+def hash_of(file: Path) -> str:
+    """Return the blake3 of a file."""
+    return blake3(max_threads=blake3.AUTO).update_mmap(file).hexdigest()
+
+
+def open_model(path: Path) -> ModelFiles:
+    """Open a model; DataError says what a path lacks that is none."""
+    if path.is_dir():
+        return _open_folder(path)
+    if not path.exists():
+        raise DataError(f"no model {path}: give a safetensors file or a folder (models are not downloaded)")
+    if path.suffix in PICKLES:
+        raise DataError(f"{path} is a pickle, which can run code: convert it to safetensors first")
+    if path.name.endswith(".index.json"):
+        return ModelFiles(path, path.parent, _read_index(path))
+    return _single(path, path, None)
+
+
+def _open_folder(folder: Path) -> ModelFiles:
+    if (folder / ADAPTER).exists() and (folder / ADAPTER_CONFIG).exists():
+        return _single(folder, folder / ADAPTER, folder, adapter=True)
+    if (folder / INDEX).exists():
+        return ModelFiles(folder, folder, _read_index(folder / INDEX))
+    if (folder / WEIGHTS).exists():
+        return _single(folder, folder / WEIGHTS, folder)
+    found = sorted(folder.glob("*.safetensors"))
+    if len(found) == 1:
+        return _single(folder, found[0], folder)
+    if found:
+        raise DataError(f"{folder} has {len(found)} safetensors files and no {INDEX}: name one of them")
+    if any(file.suffix in PICKLES for file in folder.iterdir()):
+        raise DataError(f"{folder} has weights as pickles only, which can run code: convert them to safetensors first")
+    raise DataError(f"{folder} is no model folder: it has neither {WEIGHTS} nor {INDEX} nor {ADAPTER}")
+
+
+def _single(path: Path, file: Path, folder: Path | None, adapter: bool = False) -> ModelFiles:
+    return ModelFiles(path, folder, dict.fromkeys(read_header(file), file), adapter)
+
+
+def _read_index(path: Path) -> dict[str, Path]:
+    """Return the shard of each tensor; an index cannot name files outside its folder."""
+    table = read_json(path).get("weight_map")
+    if not isinstance(table, dict) or not table:
+        raise DataError(f"{path} is no index of shards: it has no weight_map")
+    where: dict[str, Path] = {}
+    for name, file in cast("dict[str, Any]", table).items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise DataError(f"{path}: tensor {name!r} is said to lie in {file!r}, which is no file of this folder")
+        where[name] = path.parent / file
+    for file in sorted({*where.values()}):
+        if not file.is_file():
+            raise DataError(f"{path} names {file.name}, which is missing; is the download complete?")
+    return where
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the table in a JSON file; DataError where it is none."""
+    try:
+        value: Any = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError):
+        raise DataError(f"{path} is not valid JSON") from None
+    if not isinstance(value, dict):
+        raise DataError(f"{path} is not a JSON table")
+    return cast("dict[str, Any]", value)
+
+
+def check_alike(models: Sequence[ModelFiles], apart: Collection[str] = ()) -> None:
+    """Check that all models have the tensors of the first, of its shapes; integers and reals do not mix.
+
+    Tensors named in `apart` may differ. Raises DataError with the number of differences and the first ten in full.
+    """
+    first, found = models[0], list[str]()
+    for other in models[1:]:
+        mine, theirs = ({n: i for n, i in m.infos.items() if n not in apart} for m in (first, other))
+        found += differences(mine, str(first.path), theirs, str(other.path))
+    tell_differences(found)
+
+
+def differences(first: Mapping[str, TensorInfo], where: str, other: Mapping[str, TensorInfo], there: str) -> list[str]:
+    """Return in words where tensors of the same names differ in shape or kind, or are in one of two places only."""
+    found: list[str] = []
+    for name, info in first.items():
+        theirs = other.get(name)
+        if theirs is None:
+            found.append(f"{name!r} is missing from {there}")
+        elif theirs.shape != info.shape or _is_real(theirs.dtype) != _is_real(info.dtype):
+            found.append(f"{name!r} is {info} in {where}, {theirs} in {there}")
+    return found + [f"{name!r} is in {there} alone" for name in other if name not in first]
+
+
+def told(found: Sequence[str]) -> str:
+    """Return differences in one line: their number and the first ten."""
+    more = f"; and {len(found) - SHOWN:,} more" if len(found) > SHOWN else ""
+    return f"{len(found):,} difference{'s' if len(found) > 1 else ''}: {'; '.join(found[:SHOWN])}{more}"
+
+
+def tell_differences(found: Sequence[str]) -> None:
+    """Raise DataError that tells the differences between models; none is no error."""
+    if found:
+        raise DataError(f"the models do not fit together, {told(found)}")
+
+
+def check_factors(models: Sequence[ModelFiles]) -> None:
+    """Check that adapters scale their factors alike, where factors are merged like any other tensors."""
+    models = [model for model in models if model.adapter]
+    settings = [read_json(model.path / ADAPTER_CONFIG) for model in models]
+    for key in ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
+        for model, setting in zip(models[1:], settings[1:]):
+            if setting.get(key) != settings[0].get(key):
+                plain = key not in ("peft_type", "use_dora")
+                raise DataError(
+                    f"adapters differ in {key!r}: {settings[0].get(key)!r} in {models[0].path}, "
+                    f"{setting.get(key)!r} in {model.path}; merge "
+                    + ("their products with --method lora-svd" if plain else "them into their base models first")
+                )
+
+
+def _is_real(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point or dtype.is_complex
+
+
+def _check_finite(tensor: Tensor, name: str, file: Path) -> None:
+    if not _is_real(tensor.dtype) or not tensor.numel():
+        return
+    values = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    values = values.float() if values.element_size() == 1 else values
+    low, high = torch.aminmax(values)  # both are NaN where one value is
+    if not (torch.isfinite(low) and torch.isfinite(high)):
+        count = int((~torch.isfinite(values)).sum())
+        raise DataError(f"{file}: tensor {name!r} holds {count:,} values that are not finite in {NAMES[tensor.dtype]}")

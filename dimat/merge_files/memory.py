@@ -1,0 +1,79 @@
+"""How much memory a merge of files needs, told before it begins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil
+
+from dimat.weights.header import TensorInfo
+
+LEARN = frozenset({"adamerging", "self-positioning"})
+"""Methods that hold the deltas of all models, beside the models."""
+
+PIECEWISE = frozenset(
+    {
+        "average",
+        "breadcrumbs",
+        "clipped-gossip",
+        "consensus",
+        "coordinate-median",
+        "dare-linear",
+        "dare-ties",
+        "della",
+        "emr",
+        "fisher",
+        "geometric-median",
+        "karcher",
+        "krum",
+        "layer-swap",
+        "magmax",
+        "model-stock",
+        "pcb-merging",
+        "sce",
+        "slerp",
+        "task-arithmetic",
+        "ties",
+        "trimmed-mean",
+    }
+)
+"""Methods that go through tensors in pieces: they hold the merged tensor, and a few of all values while they look for
+a threshold. The others hold one tensor of each model in the type in which they sum."""
+
+NEAR = 1 / 8
+"""Most of a tensor's values that a search for a threshold collects, as float32, of each model."""
+
+PROCESS = 300_000_000
+"""Bytes of Python, torch and its libraries."""
+
+WORK = 3
+"""Tensors that a method holds besides its inputs, in the type in which it sums."""
+
+
+def peak_memory(method: str, tensors: Sequence[TensorInfo], models: int, base: bool) -> int:
+    """Return about how many bytes a merge needs besides mapped files: the merged tensor where a method works in pieces,
+    else the largest tensor in the type in which it is summed, once for each model (twice where deltas are taken, and
+    once for the base), and for the work."""
+    if method in PIECEWISE:
+        return PROCESS + max((info.bytes + int(NEAR * 4 * models * info.elements) for info in tensors), default=0)
+    largest = max((info.elements * _sum_width(info) for info in tensors), default=0)
+    return PROCESS + largest * ((2 * models + 1 if base else models) + WORK)
+
+
+def whole_memory(methods: Sequence[str], tensors: Sequence[TensorInfo], models: int, base: bool, width: int) -> int:
+    """Return about how many bytes a merge needs that runs its models: all of them, the network, what is merged, and
+    deltas where a method holds them, at `width` bytes per number. Activations come on top."""
+    held = models + base + 2 + (models if LEARN.intersection(methods) else 0)
+    return PROCESS + held * width * sum(info.elements for info in tensors)
+
+
+def shown(count: int) -> str:
+    """Return a number of bytes as one reads it: 1.5 GB."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{ceil(count / size * 10) / 10:,} {unit}"
+    return f"{count} bytes"
+
+
+def _sum_width(info: TensorInfo) -> int:
+    """Return the bytes per element in which tensors like this are summed."""
+    return max(8 if info.dtype.itemsize >= 4 else 4, info.dtype.itemsize)

@@ -1,0 +1,140 @@
+"""What a PEFT adapter's adapter_config.json says of its ranks and scales, and what it says of a merged one."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+from typing import Any, cast
+
+from dimat.errors import DataError
+from dimat.merge_files.files import ADAPTER_CONFIG, read_json
+
+PREFIX = "base_model.model."
+"""What PEFT puts before the name of every module."""
+
+TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+"""Keys that say which modules have factors."""
+
+PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+"""Values of init_lora_weights that leave the base's weights as they are. Others (PiSSA, OLoRA, LoftQ, …) move a part of
+the base into the factors, so that a delta is none from the base that its name says."""
+
+UNFIT = {
+    "use_dora": "is DoRA: its magnitudes scale the base's weights too",
+    "use_qalora": "is QALoRA: its A sees pooled inputs",
+    "use_bdlora": "is BD-LoRA: its factors are blocks of a diagonal",
+    "kasa_config": "is KaSA: it changes the base's weights too",
+    "monteclora_config": "is MonteCLoRA: its factors are drawn at random",
+    "alora_invocation_tokens": "is aLoRA: it adds to a part of the text only",
+    "target_parameters": "adapts single parameters: the factors of several experts lie in one tensor",
+    "trainable_token_indices": "trains the embeddings of single tokens",
+}
+"""Settings under which ΔW = s·B·A is not what an adapter adds, and why."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """An adapter_config.json, checked. Ranks and alphas may differ from module to module by patterns of names."""
+
+    path: Path
+    config: Mapping[str, Any]
+    rank: int
+    alpha: float
+    ranks: Mapping[str, int]
+    alphas: Mapping[str, float]
+
+    def rank_of(self, module: str) -> int:
+        """Return a module's rank."""
+        return self.ranks.get(_pattern(self.ranks, module), self.rank)
+
+    def scale_of(self, module: str, rank: int) -> float:
+        """Return the s of a module's ΔW = s·B·A at a rank: alpha / rank, or alpha / √rank (rsLoRA)."""
+        alpha = self.alphas.get(_pattern(self.alphas, module), self.alpha)
+        return alpha / (rank**0.5 if self.config.get("use_rslora") else rank)
+
+    def merged(self, ranks: Mapping[str, int], others: Sequence[Settings]) -> bytes:
+        """Return the adapter_config.json of a merged adapter with these ranks, by module.
+
+        All that is not said of ranks stays, lora_alpha too: the scale follows from the rank by `scale_of`. Where
+        adapters' modules are not chosen alike, the merged ones are named one by one.
+        """
+        config = dict(self.config)
+        if any(self.rank_of(module) != rank for module, rank in ranks.items()):
+            counts = Counter(ranks.values())
+            config["r"] = max(counts, key=lambda rank: (counts[rank], rank))
+            apart = sorted((m for m, rank in ranks.items() if rank != config["r"]), key=lambda m: (-len(m), m))
+            config["rank_pattern"] = {module: ranks[module] for module in apart}  # a name may end like a longer one
+        if any(_targets(self.config, key) != _targets(o.config, key) for o in others for key in TARGETS):
+            config |= {key: None for key in TARGETS if key in config} | {"target_modules": sorted(ranks)}
+        return (json.dumps(config, indent=2) + "\n").encode()
+
+
+def read_settings(folder: Path) -> Settings:
+    """Read the settings of a PEFT folder; DataError where they are damaged, or the adapter is no plain LoRA."""
+    path = folder / ADAPTER_CONFIG
+    config = read_json(path)
+    if config.get("peft_type") != "LORA":
+        raise DataError(f"{path}: peft_type is {config.get('peft_type')!r}; products are merged of LORA adapters alone")
+    for key, why in UNFIT.items():
+        if config.get(key):
+            raise DataError(f"{path}: {key} is set, the adapter {why}; merge it into its base model with PEFT first")
+    start = config.get("init_lora_weights")
+    if not any(start is plain or (isinstance(start, str) and start == plain) for plain in PLAIN_STARTS):
+        raise DataError(
+            f"{path}: init_lora_weights is {start!r}, which moves a part of the base into the factors; "
+            "convert it to plain LoRA with PEFT first"
+        )
+    ranks, alphas = _table(path, config, "rank_pattern"), _table(path, config, "alpha_pattern")
+    return Settings(
+        folder,
+        config,
+        _rank(path, "r", config.get("r")),
+        _alpha(path, "lora_alpha", config.get("lora_alpha")),
+        {key: _rank(path, f"rank_pattern[{key!r}]", value) for key, value in ranks.items()},
+        {key: _alpha(path, f"alpha_pattern[{key!r}]", value) for key, value in alphas.items()},
+    )
+
+
+def module_of(name: str) -> str:
+    """Return a module's name in the base model."""
+    return name.removeprefix(PREFIX)
+
+
+def _targets(config: Mapping[str, Any], key: str) -> Any:
+    value = config.get(key)
+    return sorted(map(str, cast("list[Any]", value))) if isinstance(value, list) else value
+
+
+def _pattern(patterns: Mapping[str, Any], module: str) -> str:
+    """Return the first of the patterns, regular expressions, that a module's name ends in; else the name."""
+    return next((p for p in patterns if re.fullmatch(rf"(.*\.)?({p})", module)), module)
+
+
+def _table(path: Path, config: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = config.get(key) or {}
+    if not isinstance(value, dict):
+        raise DataError(f"{path}: {key} must be a table of modules, got {value!r}")
+    table = cast("dict[str, Any]", value)
+    for pattern in table:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise DataError(f"{path}: {key} has {pattern!r}, which is no pattern: {error}") from None
+    return table
+
+
+def _rank(path: Path, key: str, value: Any) -> int:
+    if type(value) is not int or value < 1:
+        raise DataError(f"{path}: {key} must be a rank of at least 1, got {value!r}")
+    return value
+
+
+def _alpha(path: Path, key: str, value: Any) -> float:
+    if type(value) not in (int, float) or not isfinite(value) or value == 0:
+        raise DataError(f"{path}: {key} must be a number other than 0, got {value!r}")
+    return float(value)

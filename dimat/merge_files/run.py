@@ -1,0 +1,341 @@
+"""Merging model files by a recipe: everything is checked first, then tensors are merged and written one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dimat.device import resolve_device
+from dimat.errors import ConfigError
+from dimat.merge.registry import CONTEXT, combine_registry
+from dimat.merge.shared_statistics import check_statistics
+from dimat.merge.stages import Weights
+from dimat.merge.tensors.streaming import handing_on
+from dimat.merge.weight_views import open_weights
+from dimat.merge_files.adapters import Merged, fit_together, names_of, open_adapters
+from dimat.merge_files.architecture import Network, open_network, runs
+from dimat.merge_files.card import config_of, model_card, provenance
+from dimat.merge_files.files import ADAPTER_CONFIG, ModelFiles, check_alike, check_factors, open_model
+from dimat.merge_files.into_base import IntoBase, target
+from dimat.merge_files.memory import peak_memory, whole_memory
+from dimat.merge_files.recipe import DTYPES, Part, Recipe
+from dimat.merge_files.whole import Outcome, merge_whole
+from dimat.merge_files.write import Output, Scratch, check_output, is_file_name, lay_out, weights_name
+from dimat.registry import keywords
+from dimat.weights.header import TensorInfo
+
+Progress = Callable[[int, int], None]
+"""Told after each tensor: (bytes merged, bytes in all)."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A merge that is checked and ready to run. `infos`: what is written; `layout`: its files and their tensors;
+    `network`: what the models are run with, None where tensors are merged by themselves; `adapters`: PEFT adapters
+    whose products are merged; `into`: the base that they are merged into."""
+
+    recipe: Recipe
+    models: tuple[ModelFiles, ...]
+    base: ModelFiles | None
+    statistics: tuple[Weights, ...] | None
+    parts: tuple[Part, ...]
+    infos: dict[str, TensorInfo]
+    layout: dict[str, list[str]]
+    out: Path
+    device: torch.device
+    network: Network | None = None
+    adapters: Merged | None = None
+    into: IntoBase | None = None
+
+    @property
+    def views(self) -> tuple[Weights, ...]:
+        """The models as methods see them, own's first."""
+        return self.models if self.adapters is None else self.adapters.views
+
+    @property
+    def merged(self) -> dict[str, TensorInfo]:
+        """What the methods make, in own's types."""
+        return self.models[0].infos if self.adapters is None else self.adapters.infos
+
+    @property
+    def bytes(self) -> int:
+        return sum(info.bytes for info in self.infos.values())
+
+    @property
+    def adapter(self) -> bool:
+        return self.models[0].adapter
+
+    def peak_memory(self) -> int:
+        """Return about how many bytes of memory the merge needs; mapped files are not counted."""
+        models = len(self.models)
+        if self.into is not None:
+            return self.into.peak_memory(self.merged)
+        if self.network is not None:
+            methods = [part.method for part in self.parts]
+            infos = [*self.models[0].infos.values()]
+            return whole_memory(methods, infos, models, self.base is not None, self.network.dtype.itemsize)
+        return max(
+            peak_memory(part.method, [self.merged_as(name) for name in part.names], models, self.base is not None)
+            for part in self.parts
+        )
+
+    def plan(self) -> dict[str, Any]:
+        """Return what the merge would do, as plain values."""
+        return {
+            "method": self.recipe.method,
+            "options": self.recipe.options,
+            "models": [
+                {"path": str(model.path), "weight": weight} for model, weight in zip(self.models, self.recipe.mixing)
+            ],
+            "base": None if self.base is None else str(self.base.path),
+            "into_base": self.into is not None,
+            "rules": [
+                {"method": part.method, "options": part.options, "weights": part.mixing, "tensors": len(part.names)}
+                for part in self.parts
+            ],
+            **({} if self.network is None else self._run_with(self.network)),
+            "out": str(self.out),
+            "files": [*self.layout],
+            "tensors": len(self.infos),
+            "bytes": self.bytes,
+            "peak_memory": self.peak_memory(),
+        }
+
+    def merged_as(self, name: str) -> TensorInfo:
+        """Return a tensor in the type in which the method sees own's: never narrower than what is written, and wide
+        where it is added to a base."""
+        own = self.merged[name]
+        wide = torch.float32 if self.device.type == "mps" else torch.float64
+        if self.into is None:
+            written = self.infos[name].dtype
+        else:
+            written = wide if own.dtype.is_floating_point else own.dtype
+        return replace(own, dtype=torch.promote_types(own.dtype, written)) if own.dtype != written else own
+
+    def _run_with(self, network: Network) -> dict[str, Any]:
+        return {
+            "model": self.recipe.model,
+            "data": self.recipe.data,
+            "align": self.recipe.align.model_dump() | ({"finds": network.coverage} if network.spec else {}),
+            "repair": self.recipe.repair.model_dump(),
+        }
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a merge did: its plan, the blake3 of each input file by model, and of a merge that ran the models, by model
+    the share of units that moved, and notes."""
+
+    plan: Mapping[str, Any]
+    inputs: Mapping[str, Mapping[str, str]]
+    moved: Mapping[str, float] = field(default_factory=dict[str, float])
+    notes: tuple[str, ...] = ()
+
+    def to_plain(self) -> dict[str, Any]:
+        more = {"moved": self.moved, "notes": self.notes} if self.moved or self.notes else {}
+        return {**self.plan, "inputs": self.inputs, **more}
+
+
+class View(Mapping[str, Tensor]):
+    """Some tensors of a model, on a device, and own's in the type in which they are merged."""
+
+    def __init__(
+        self,
+        weights: Weights,
+        names: Sequence[str],
+        device: torch.device,
+        dtypes: Mapping[str, torch.dtype] | None = None,
+    ) -> None:
+        self._weights = weights
+        self._names = dict.fromkeys(names)
+        self._device = device
+        self._dtypes = dtypes or {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._weights[name].to(self._device, self._dtypes.get(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def prepare(recipe: Recipe, *, overwrite: bool = False) -> Job:
+    """Open and check everything that a recipe names.
+
+    Raises ConfigError (what the recipe lacks, an output that is there), DataError (models that cannot be read or do
+    not fit together); nothing is written.
+    """
+    if recipe.out is None:
+        raise ConfigError("where to? give an output with -o, a name in .safetensors or a folder")
+    out = Path(recipe.out)
+    check_output(out, overwrite)
+    device = resolve_device(recipe.device, "device")
+    models = tuple(open_model(Path(model.path)) for model in recipe.models)
+    base = None if recipe.base is None else open_model(Path(recipe.base))
+    inputs = [*models, *([] if base is None else [base])]
+    for model in inputs:
+        if out.resolve() in (model.path.resolve(), *(file.resolve() for file in model.files)):
+            raise ConfigError(f"{out} is one of the inputs; write the merged model elsewhere")
+    if recipe.input_dtype is not None:
+        models = tuple(model.read_in(DTYPES[recipe.input_dtype]) for model in models)
+        base = None if base is None else base.read_in(DTYPES[recipe.input_dtype])
+    opened = open_adapters(recipe, models)
+    if opened is None:
+        check_factors(inputs)
+        check_alike(inputs)
+    names = models[0].infos if opened is None else names_of(recipe, opened)
+    statistics = _open_statistics(recipe, models)
+    parts = _parts(recipe, names)
+    methods = [part.method for part in parts]
+    for part in parts:
+        _check_needs(part, base, statistics)
+        if len(parts) > 1 and runs(part.method):
+            raise ConfigError(f"method {part.method!r} runs the whole model: it cannot merge some tensors by a rule")
+    network = open_network(recipe, methods, models[0], device)
+    if network is not None and models[0].adapter:
+        raise ConfigError("adapters are no models that could be run: merge them without model, align and repair")
+    adapters = None if opened is None else fit_together(opened, names, parts, device)
+    into = target(recipe, adapters, base, out)
+    infos = _written(recipe, base if into and base else models[0] if adapters is None else adapters)
+    single, adapter = is_file_name(out), models[0].adapter and into is None
+    name = out.name if single else weights_name(adapter)
+    layout = lay_out(infos, None if single or adapter else recipe.shard_size, name)
+    return Job(recipe, models, base, statistics, parts, infos, layout, out, device, network, adapters, into)
+
+
+def merge_files(job: Job, *, version: str, overwrite: bool = False, progress: Progress | None = None) -> Report:
+    """Merge and write; the output appears under its name when it is whole. `version`: dimat's, for the record.
+
+    Raises MergeError (the method cannot merge these), DataError (values that are not finite, a full disk); nothing
+    is left under the output's name then.
+    """
+    inputs = {str(model.path): model.hashes() for model in (*job.models, *([job.base] if job.base else []))}
+    if job.network is not None:
+        inputs |= {source: dict(files) for source, files in job.network.sources.items()}
+    record = provenance(version, job.recipe, inputs)
+    report = Report(job.plan(), inputs)
+    merged = None if job.network is None else _merge_whole(job, job.network)
+    done = 0
+    with Output(job.out, job.layout, job.infos, {"format": "pt", "dimat": record}, overwrite=overwrite) as output:
+
+        def receive(name: str, tensor: Tensor) -> None:
+            nonlocal done
+            output.put(name, tensor)
+            done += job.infos[name].bytes
+            if progress is not None:
+                progress(done, job.bytes)
+
+        added: dict[str, Tensor] = {}
+        take = receive if job.into is None else added.__setitem__
+        for part in job.parts if merged is None else ():
+            with handing_on(take, Scratch(job.out.parent)), torch.no_grad():
+                rest = _combine(job, part)
+            for name in [*rest]:  # what a method returns whole
+                take(name, rest.pop(name))
+        if job.into is not None:
+            for name in job.infos:
+                receive(name, job.into.tensor(name, added, job.device))
+        if merged is not None:
+            for name in job.infos:
+                receive(name, merged.weights.pop(name))
+            moved = {str(model.path): share for model, share in zip(job.models[1:], merged.moved) if share is not None}
+            report = replace(report, moved=moved, notes=merged.notes)
+        if not output.single:
+            for file in _companions(job):
+                output.add(file.name, config_of(file, job.recipe.dtype or job.recipe.input_dtype))
+            if job.adapters is not None and job.into is None:
+                output.add(ADAPTER_CONFIG, job.adapters.config())
+            output.add("README.md", model_card(job.out.name, report.plan, inputs, record))
+    return report
+
+
+def _merge_whole(job: Job, network: Network) -> Outcome:
+    with torch.no_grad():
+        return merge_whole(job.recipe, network, job.models, job.base, job.statistics, job.parts, job.device)
+
+
+def _combine(job: Job, part: Part) -> dict[str, Tensor]:
+    """Call the method on some tensors of all models; what it hands on is written, what it returns is returned."""
+    seen = {name: job.merged_as(name).dtype for name in part.names}
+    dtypes = {name: dtype for name, dtype in seen.items() if dtype != job.merged[name].dtype}
+    own, *peers = (View(model, part.names, job.device, None if i else dtypes) for i, model in enumerate(job.views))
+    known = keywords(combine_registry.get(part.method))
+    context: dict[str, Any] = {
+        "base": None if job.base is None else View(job.base, part.names, job.device),
+        "aux": job.statistics,
+        "generator": torch.Generator().manual_seed(job.recipe.seed),
+        "names": [str(model.path) for model in job.models[1:]],
+    }
+    # what is not here (a model, data, a state) is None, for methods that can do without
+    return combine_registry.call(
+        part.method, part.options, own, peers, part.mixing, **(dict.fromkeys(known.keys() & CONTEXT) | context)
+    )
+
+
+def _parts(recipe: Recipe, own: Collection[str]) -> tuple[Part, ...]:
+    """Return which tensors are merged how; ConfigError where a rule matches none."""
+    names: dict[int, list[str]] = {}
+    for name in own:
+        names.setdefault(next((i for i, rule in enumerate(recipe.rules) if rule.fits(name)), -1), []).append(name)
+    for i, rule in enumerate(recipe.rules):
+        if i not in names:
+            earlier = any(rule.fits(name) for name in own)
+            why = "earlier rules take all that it matches" if earlier else f"names are like {next(iter(own))!r}"
+            raise ConfigError(f"rule {i + 1} ({rule.pattern!r}) applies to no tensor: {why}")
+    return tuple(
+        Part(tuple(found), *recipe.method_of(None if i < 0 else recipe.rules[i])) for i, found in sorted(names.items())
+    )
+
+
+def _check_needs(part: Part, base: ModelFiles | None, statistics: Sequence[Weights] | None) -> None:
+    """Raise ConfigError where a method lacks the base or the statistics that it rests on."""
+    known = keywords(combine_registry.get(part.method))
+    optional = part.method == "nuslerp" and not part.options.get("deltas")
+    if "base" in known and base is None and not optional:
+        raise ConfigError(f"method {part.method!r} merges deltas from a base, and there is none: give one with --base")
+    if "aux" in known and statistics is None:
+        raise ConfigError(
+            f"method {part.method!r} needs statistics of every model: write them as statistics = FILE "
+            "in the recipe's [[models]]"
+        )
+
+
+def _open_statistics(recipe: Recipe, models: Sequence[ModelFiles]) -> tuple[Weights, ...] | None:
+    given = [model.statistics for model in recipe.models]
+    paths = [path for path in given if path is not None]
+    if not paths:
+        return None
+    if len(paths) < len(given):
+        raise ConfigError(f"model {given.index(None) + 1} has no statistics: give every model some, or none of them")
+    opened = tuple(open_weights(path) for path in paths)
+    for path, found in zip(paths, opened):
+        check_statistics(path, found, models[0])
+    return opened
+
+
+def _written(recipe: Recipe, own: ModelFiles | Merged) -> dict[str, TensorInfo]:
+    """Return what is written: own's tensors, real ones in the recipe's type."""
+    if recipe.dtype is None:
+        return dict(own.infos)
+    dtype = DTYPES[recipe.dtype]
+    return {
+        name: replace(info, dtype=dtype) if info.dtype.is_floating_point else info for name, info in own.infos.items()
+    }
+
+
+def _companions(job: Job) -> list[Path]:
+    """Return the files that go with the weights: the base's, else those of the first model that has some."""
+    for model in (*([job.base] if job.base else []), *job.models):
+        carried = model.carried()
+        if carried:
+            return carried
+    return []

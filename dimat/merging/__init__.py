@@ -1,6 +1,0 @@
-"""Merging files: models on disk in, a merged model on disk out, tensor by tensor and without any network."""
-
-from dimat.merging.recipe import Recipe, load_recipe
-from dimat.merging.run import Report, merge_files, prepare
-
-__all__ = ["Recipe", "Report", "load_recipe", "merge_files", "prepare"]

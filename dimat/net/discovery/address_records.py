@@ -1,0 +1,191 @@
+"""Records that agents leave of themselves in the DHT: where they are reached, and what they published last.
+
+A record is signed with the agent's TLS key and carries its certificate, so that whoever reads it, or is asked to keep
+it, can check it by the CA's certificate alone. The bytes are a magic word, the certificate, the signature over the
+body (each after its length, 2 bytes), and the body as JSON. On insecure trial networks certificate and signature are
+empty, and nothing but the form is checked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn, cast
+
+from dimat.errors import ConfigError, SecurityError
+from dimat.net.pki.identity import check_certificate, check_signature
+
+MAX_BYTES = 4096
+"""Size of a sealed record at most. hivemind breaks at about 60 KB, and a reader holds many."""
+MAX_ADDRESSES = 8
+MAX_LIFE_S = 86_400.0
+"""The longest that a record may hold, seconds."""
+MAX_SKEW_S = 300.0
+"""How far ahead of the reader's clock a record may have been written, seconds."""
+
+_MAGIC = b"dimat-record-1\n"
+_DOMAIN = b"dimat record v1\0"
+_AGENT = re.compile(r"\w[\w.-]{0,127}")
+_RUN = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff]{1,128}")
+_HEX = re.compile(r"[0-9a-f]{64}")
+_ROOT = re.compile(r"[0-9a-f]{0,128}")
+_ADDRESS = re.compile(r"([A-Za-z0-9_](?:[A-Za-z0-9._-]{0,251}[A-Za-z0-9._])?|\[[0-9A-Fa-f:.]{2,45}\]):([0-9]{1,5})")
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What an agent says of itself. `addresses`: `host:port`s; `fingerprint`: sha256 of its certificate, hex, empty
+    on insecure networks; `round` and `root`: its newest snapshot, 0 and empty before the first; `seq`: grows with
+    each record of the agent; `time_s` and `expires_s`: when it was written and until when it holds, Unix time."""
+
+    run: str
+    agent: str
+    addresses: tuple[str, ...]
+    fingerprint: str
+    round: int
+    root: str
+    seq: int
+    time_s: float
+    expires_s: float
+
+
+def record_key(run: str, agent: str) -> bytes:
+    """Return the DHT's key of an agent's record, 20 bytes."""
+    return hashlib.sha256(f"dimat record\0{run}\0{agent}".encode()).digest()[:20]
+
+
+def is_address(text: str) -> bool:
+    """Tell whether a text is `host:port`, with a name, an IPv4 address, or an IPv6 address in brackets."""
+    match = _ADDRESS.fullmatch(text)
+    return match is not None and 0 < int(match[2]) < 65536
+
+
+def seal_record(record: Record, sign: Callable[[bytes], bytes] | None, certificate_der: bytes) -> bytes:
+    """Return a record's bytes, signed with the key of the certificate; unsigned where `sign` is None.
+
+    The record's fingerprint is set to the certificate's. Raises ConfigError for a record that no reader would take.
+    """
+    fingerprint = hashlib.sha256(certificate_der).hexdigest() if sign is not None else ""
+    record = replace(record, fingerprint=fingerprint)
+    if (fault := _fault(record)) is not None:
+        raise ConfigError(f"own record of {record.agent!r} for the DHT: {fault}")
+    tree = {name: getattr(record, name) for name in Record.__slots__}
+    body = json.dumps(tree, separators=(",", ":"), ensure_ascii=False).encode()
+    parts = (certificate_der, sign(_DOMAIN + body)) if sign is not None else (b"", b"")
+    data = b"".join([_MAGIC, *map(_counted, parts), body])
+    if len(data) > MAX_BYTES:
+        raise ConfigError(
+            f"own record of {record.agent!r} for the DHT has {len(data)} bytes of {MAX_BYTES}: give it fewer addresses,"
+            " or a certificate of an EC key"
+        )
+    return data
+
+
+def open_record(data: bytes, *, ca: bytes | None, run: str | None, agent: str | None, now: float) -> Record:
+    """Return the record that bytes from the DHT hold, once everything about it is checked.
+
+    `ca`: the CA's certificate as PEM; None takes records as they are (insecure trial networks, and bootstrap nodes
+    that were given no CA). `run` and `agent`: whose record this must be; None for any. `now`: Unix time, seconds.
+    Raises SecurityError, in one line, for a record that is malformed, expired, from the future, another's, or whose
+    certificate or signature does not hold.
+    """
+    certificate, signature, body = _split(data)
+    record = _parse(body)
+    if (fault := _fault(record)) is not None:
+        _refuse(fault)
+    if run is not None and record.run != run:
+        _refuse(f"it is of run {record.run!r}, not {run!r}")
+    if agent is not None and record.agent != agent:
+        _refuse(f"it is of agent {record.agent!r}, not {agent!r}")
+    if record.expires_s <= now:
+        _refuse("it has expired")
+    if record.time_s > now + MAX_SKEW_S:
+        _refuse(f"it was written {record.time_s - now:.0f} s in the future (compare the machines' clocks)")
+    if ca is not None:
+        if not certificate or not signature:
+            _refuse("it is not signed")
+        if hashlib.sha256(certificate).hexdigest() != record.fingerprint:
+            _refuse("its fingerprint is not that of its certificate")
+        check_signature(check_certificate(certificate, ca, record.agent), _DOMAIN + body, signature)
+    return record
+
+
+def _counted(part: bytes) -> bytes:
+    return len(part).to_bytes(2, "big") + part
+
+
+def _split(data: bytes) -> tuple[bytes, bytes, bytes]:
+    """Return certificate, signature and body; each length is checked before anything is taken by it."""
+    if len(data) > MAX_BYTES:
+        _refuse(f"{len(data)} bytes are more than {MAX_BYTES}")
+    if not data.startswith(_MAGIC):
+        _refuse("it is not a record")
+    parts: list[bytes] = []
+    at = len(_MAGIC)
+    for _ in range(2):
+        size = int.from_bytes(data[at : at + 2], "big")
+        at += 2
+        if at + size > len(data):
+            _refuse("it is cut off")
+        parts.append(data[at : at + size])
+        at += size
+    return parts[0], parts[1], data[at:]
+
+
+def _parse(body: bytes) -> Record:
+    try:
+        tree: Any = json.loads(body.decode(), parse_constant=_not_finite)
+    except (ValueError, RecursionError):
+        _refuse("its body is not JSON")
+    if not isinstance(tree, dict):
+        _refuse("its body is not an object")
+    fields = cast("dict[str, Any]", tree)
+    if set(fields) != set(Record.__slots__):
+        _refuse("its body has other fields than a record")
+    for name in ("run", "agent", "fingerprint", "root"):
+        if not isinstance(fields[name], str):
+            _refuse(f"{name} is no text")
+    for name in ("round", "seq"):
+        if type(fields[name]) is not int or not 0 <= fields[name] < 2**62:
+            _refuse(f"{name} is no number that counts")
+    for name in ("time_s", "expires_s"):
+        # the bound also keeps integers of thousands of digits away from float()
+        if type(fields[name]) not in (int, float) or not 0 <= fields[name] < 2**40:
+            _refuse(f"{name} is no time")
+        fields[name] = float(fields[name])
+    addresses: Any = fields["addresses"]
+    if not isinstance(addresses, list) or not all(isinstance(item, str) for item in cast("list[Any]", addresses)):
+        _refuse("addresses are no list of texts")
+    fields["addresses"] = tuple(cast("list[str]", addresses))
+    return Record(**fields)
+
+
+def _fault(record: Record) -> str | None:
+    """Return what is wrong with a record whose values are out of bounds."""
+    if not _RUN.fullmatch(record.run):
+        return "its run has no name that can be"
+    if not _AGENT.fullmatch(record.agent):
+        return "its agent has no name that can be"
+    if record.fingerprint and not _HEX.fullmatch(record.fingerprint):
+        return "its fingerprint is no sha256"
+    if not _ROOT.fullmatch(record.root):
+        return "its root is no hash"
+    if len(record.addresses) > MAX_ADDRESSES:
+        return f"it has more than {MAX_ADDRESSES} addresses"
+    for address in record.addresses:
+        if not is_address(address):
+            return f"address {address[:80]!r} is not host:port"
+    if not 0 < record.expires_s - record.time_s <= MAX_LIFE_S:
+        return "its times do not fit each other"
+    return None
+
+
+def _not_finite(text: str) -> NoReturn:
+    raise ValueError(text)
+
+
+def _refuse(why: str) -> NoReturn:
+    raise SecurityError(f"a record from the DHT was refused: {why}")

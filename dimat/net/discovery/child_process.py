@@ -1,0 +1,240 @@
+"""A helper process in a group of its own, which answers requests in JSON lines over its stdin and stdout."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any, cast
+
+from dimat.errors import NetworkError
+
+MAX_LINE = 65_536
+_MAX_WAITING = 256
+_LOG_BYTES = 1_000_000
+
+
+class Refused(NetworkError):
+    """The helper lives, and says that it cannot do what it was asked; `kind` as the helper calls it."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class Helper:
+    """Started when it is made; `attach` before the first `ask`, `kill` in the end. `gone` is set once it has ended.
+
+    `first`, a request, is written at once, and `attach` gives the reply to come.
+    """
+
+    def __init__(self, module: str, *, environment: Mapping[str, str], log: Path, first: Mapping[str, Any]) -> None:
+        self.gone = asyncio.Event()
+        self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._number = 0
+        self._transports: list[asyncio.BaseTransport] = []
+        self._reading: asyncio.Task[None] | None = None
+        self._writer: asyncio.WriteTransport | None = None
+        with _open_log(log) as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", module, str(os.getpid())],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env=dict(environment),
+                bufsize=0,
+                start_new_session=True,  # Ctrl-C is not for it, and what it starts can be ended with it
+            )
+        line = _encode({**first, "id": 0})
+        with suppress(BrokenPipeError):  # it has ended already, which is noticed when it is waited for
+            cast("IO[bytes]", self._process.stdin).write(line)
+
+    async def attach(self, limit_s: float) -> dict[str, Any]:
+        """Begin to read, and return the reply to the first request. Errors as of `ask`."""
+        loop = asyncio.get_running_loop()
+        reader = asyncio.StreamReader(limit=MAX_LINE)
+        reading, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), self._process.stdout)
+        self._transports.append(reading)
+        self._writer, _ = await loop.connect_write_pipe(asyncio.BaseProtocol, self._process.stdin)
+        self._transports.append(self._writer)
+        answer = self._waiting[0] = loop.create_future()
+        self._reading = asyncio.create_task(self._read(reader), name="helper's replies")
+        return await self._answer(0, "start", answer, limit_s)
+
+    async def ask(self, op: str, limit_s: float, **values: Any) -> dict[str, Any]:
+        """Return the reply to a request.
+
+        Raises Refused where the helper refuses, NetworkError where it does not answer within `limit_s` or has ended.
+        """
+        if self.gone.is_set() or self._writer is None:
+            raise NetworkError("the helper process has ended")
+        if len(self._waiting) >= _MAX_WAITING:
+            raise NetworkError("the helper process does not keep up")
+        self._number += 1
+        number = self._number
+        answer = self._waiting[number] = asyncio.get_running_loop().create_future()
+        self._writer.write(_encode({"id": number, "op": op, **values}))
+        return await self._answer(number, op, answer, limit_s)
+
+    async def kill(self) -> None:
+        """End the helper and all that it started, and wait until they are gone."""
+        # the process was not waited for so far: its number, which is the group's too, cannot be another's
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        await asyncio.to_thread(self._process.wait)
+        if self._reading is not None:
+            self._reading.cancel()
+            await asyncio.wait([self._reading])
+        for transport in self._transports:
+            transport.close()
+        if not self._transports:
+            for pipe in (self._process.stdin, self._process.stdout):
+                cast("IO[bytes]", pipe).close()
+        await asyncio.to_thread(_await_group, self._process.pid, 2.0)  # a port that they hold is wanted next
+
+    async def _answer(
+        self, number: int, op: str, answer: asyncio.Future[dict[str, Any]], limit_s: float
+    ) -> dict[str, Any]:
+        try:
+            reply = await asyncio.wait_for(answer, limit_s)
+        except TimeoutError:
+            raise NetworkError(f"the helper process did not answer {op!r} within {limit_s:.0f} s") from None
+        finally:
+            self._waiting.pop(number, None)
+        if reply.get("ok") is not True:
+            raise Refused(str(reply.get("kind")), str(reply.get("error")))
+        return reply
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        """Hand replies to those who wait, until the helper's stdout ends."""
+        try:
+            while line := await reader.readline():
+                reply: Any = json.loads(line)
+                answer = self._waiting.get(reply["id"])
+                if answer is not None and not answer.done():
+                    answer.set_result(reply)
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            reason = f"the helper process writes what is no reply: {error}"
+        else:
+            reason = "the helper process has ended"
+        self.gone.set()
+        for answer in self._waiting.values():
+            if not answer.done():
+                answer.set_exception(NetworkError(reason))
+                answer.exception()  # whoever waited may have given up
+
+
+def _encode(request: Mapping[str, Any]) -> bytes:
+    line = json.dumps(request).encode() + b"\n"
+    if len(line) > MAX_LINE:
+        raise NetworkError(f"a request of {len(line)} bytes to the helper process; {MAX_LINE} are allowed")
+    return line
+
+
+def _open_log(file: Path) -> IO[bytes]:
+    """Open a log for more, afresh where it has grown large."""
+    large = file.exists() and file.stat().st_size > _LOG_BYTES
+    return file.open("wb" if large else "ab")
+
+
+def _await_group(group: int, limit_s: float) -> None:
+    """Wait until a process group has no members."""
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(group, 0)
+        except (ProcessLookupError, PermissionError):
+            return
+        time.sleep(0.01)
+
+
+VARIABLE = "DIMAT_HELPER"
+"""Environment variable that holds the token."""
+_PROC = Path("/proc")
+
+
+class Pidfile:
+    """`claim` takes a file over from whoever left it, ends what was left running, and gives the new token."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def claim(self, scratch: str = "") -> tuple[str, int]:
+        """Write the file for a helper that is about to be started; return its token, and how many processes of an
+        earlier one were ended. `scratch`: a folder of the helper's that is removed with it.
+
+        Raises NetworkError where the owner of the earlier one is alive and another process.
+        """
+        ended = self._sweep()
+        token = secrets.token_hex(16)
+        me = os.getpid()
+        entry = {"token": token, "owner": me, "began": _began(me), "scratch": scratch}
+        fresh = self._file.with_suffix(".new")
+        fresh.write_text(json.dumps(entry) + "\n", encoding="utf-8")
+        os.replace(fresh, self._file)
+        return token, ended
+
+    def release(self) -> None:
+        """Remove the file: nothing is running any more."""
+        self._file.unlink(missing_ok=True)
+
+    def _sweep(self) -> int:
+        try:
+            entry: Any = json.loads(self._file.read_text(encoding="utf-8"))
+            token, owner, began = str(entry["token"]), int(entry["owner"]), int(entry["began"])
+            scratch = str(entry["scratch"])
+        except FileNotFoundError:
+            return 0
+        except (ValueError, KeyError, TypeError):
+            return 0  # torn by a crash: it names nothing that could be looked for
+        if owner != os.getpid() and began and _began(owner) == began:
+            raise NetworkError(f"{self._file.parent}: process {owner} runs a DHT node from this folder; stop it first")
+        ended = end_by_token(token)
+        if scratch and Path(scratch).name.startswith("dimat-"):
+            shutil.rmtree(scratch, ignore_errors=True)
+        return ended
+
+
+def end_by_token(token: str, limit_s: float = 2.0) -> int:
+    """Kill all processes of this user whose environment holds the token, and wait until they are gone, since what they
+    hold (a port, say) is wanted next; return how many there were."""
+    found = find_by_token(token)
+    for pid in found:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + limit_s
+    while found and find_by_token(token) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return len(found)
+
+
+def find_by_token(token: str) -> list[int]:
+    """Return the living processes of this user whose environment holds the token."""
+    mark = f"{VARIABLE}={token}".encode()
+    found: list[int] = []
+    for folder in _PROC.glob("[0-9]*"):
+        pid = int(folder.name)
+        with suppress(OSError):  # gone meanwhile, or another user's
+            # that of a process which has ended and was not waited for yet is empty
+            if mark in (folder / "environ").read_bytes().split(b"\0") and pid != os.getpid():
+                found.append(pid)
+    return found
+
+
+def _began(pid: int) -> int:
+    """Return when a process began, in the kernel's ticks since it booted; 0 where there is none, or no /proc."""
+    try:
+        stat = (_PROC / str(pid) / "stat").read_text()
+    except OSError:
+        return 0
+    fields = stat.rpartition(")")[2].split()
+    return 0 if fields[0] in "ZX" else int(fields[19])

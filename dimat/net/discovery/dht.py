@@ -1,0 +1,397 @@
+"""A node of the DHT, which runs in a process of its own: it is watched, started again, and never waited for.
+
+hivemind's processes die, hang and are orphaned in ways that it does not notice itself, so it is kept out of the agent:
+`dimat.net.discovery.dht_process` holds it, and what is here asks that process, probes it, and replaces it. A DHT that
+is down makes `announce` return False and `lookup` None; it raises nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import ipaddress
+import os
+import random
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from dimat.errors import ConfigError, NetworkError, SecurityError
+from dimat.net.backoff import Backoff, Reminders
+from dimat.net.discovery.address_records import Record, open_record, record_key, seal_record
+from dimat.net.discovery.child_process import VARIABLE, Helper, Pidfile, Refused
+from dimat.net.discovery.map_records import MapRecord, map_key, open_map
+
+START_S = 60.0
+"""How long the process may take to import hivemind and to listen."""
+ASK_S = 20.0
+"""How long it may take to answer any other request; its own limits are shorter."""
+PROBE_S = 10.0
+MISSES = 3
+"""Probes in a row that may be late before the process is replaced."""
+_LONGEST_S = 300.0
+_STEADY_S = 60.0
+_MAX_CA = 32_768
+_BOOTSTRAP = re.compile(r"(/(ip4|ip6|dns|dns4|dns6)/[^/\s]{1,253})/tcp/[0-9]{1,5}/p2p/[1-9A-HJ-NP-Za-km-z]{20,80}")
+
+
+def check_bootstrap(address: str) -> str:
+    """Return a bootstrap node's address as it is; ConfigError unless it is a multiaddress with a peer's identity."""
+    if not _BOOTSTRAP.fullmatch(address):
+        raise ConfigError(
+            f"DHT bootstrap {address!r} is not an address as `dimat dht` prints it: /ip4/HOST/tcp/PORT/p2p/IDENTITY"
+        )
+    return address
+
+
+def split_listen(listen: str) -> tuple[str, int]:
+    """Return host and port of `host:port`; ConfigError unless the host is an IP address (IPv6 in brackets)."""
+    host, _, port = listen.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    try:
+        address = ipaddress.ip_address(host[1:-1] if bracketed else host)
+        if not (port.isdecimal() and int(port) < 65536 and bracketed == (address.version == 6)):
+            raise ValueError
+    except ValueError:
+        raise ConfigError(f"DHT listen address {listen!r} is not IP:port, e.g. 0.0.0.0:7301") from None
+    return str(address), int(port)
+
+
+class DhtSidecar:
+    """One DHT node of an agent (or of nobody, as a bootstrap node); its identity and log live in `folder`.
+
+    `run`: whose records it takes, None for those of all runs; `ca`: the CA's certificate as PEM, None where records
+    are not signed; `seal` makes the bytes of own records (unsigned by default); `notice` is told what a person should
+    know; `generator` draws the jitter of delays. `changed` is set whenever the node is up or has joined anew.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        run: str | None,
+        bootstraps: Sequence[str],
+        ca: bytes | None,
+        listen: str,
+        notice: Callable[[str], None],
+        generator: random.Random,
+        seal: Callable[[Record], bytes] | None = None,
+        probe_s: float = PROBE_S,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        if ca is not None and len(ca) > _MAX_CA:
+            raise ConfigError(f"the CA's certificates have {len(ca)} bytes; the DHT takes {_MAX_CA}")
+        self.healthy = False
+        self.missing = False
+        """hivemind is not there: the node will not come up any more."""
+        self.known = 0
+        """How many other nodes this one knows."""
+        self.refused = 0
+        """How many records this node has refused since it started."""
+        self.restarts = 0
+        """How often the process was started again since `start`."""
+        self.peer = ""
+        self.changed = asyncio.Event()
+        self._folder = folder
+        self._run = run
+        self._bootstraps = tuple(dict.fromkeys(map(check_bootstrap, bootstraps)))
+        self._ca = ca
+        self._host, self._port = split_listen(listen)
+        self._any_port = self._port == 0
+        self._reminders = Reminders(notice)
+        self._generator = generator
+        self._seal = seal or _unsigned
+        self._probe_s = probe_s
+        self._clock = clock
+        self._pidfile = Pidfile(folder / "dht.pid")
+        self._scratch = ""
+        self._helper: Helper | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._addresses: tuple[str, ...] = ()
+        self._newest: dict[str, Record] = {}
+        # of each bootstrap, when it is greeted next, and the waits since it answered last (None: it did)
+        self._due: dict[str, tuple[float, Backoff | None]] = {}
+        self._first: asyncio.Future[None] | None = None
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """The node's multiaddresses as seen from outside: what others give as bootstrap. Empty until it is up."""
+        return self._addresses
+
+    @property
+    def now(self) -> float:
+        """The time by which records are judged, Unix seconds."""
+        return self._clock()
+
+    def spawn(self) -> None:
+        """Start the process; returns at once. To be called before torch has threads and before grpc.
+
+        Raises NetworkError where another living process runs a node from the folder.
+        """
+        self._folder.mkdir(parents=True, exist_ok=True)
+        # sockets have names of 107 bytes at most: not in the folder
+        self._remove_scratch()
+        self._scratch = tempfile.mkdtemp(prefix="dimat-dht-")
+        try:
+            token, ended = self._pidfile.claim(self._scratch)
+        except (NetworkError, OSError):
+            self._remove_scratch()
+            raise
+        if ended:
+            self._reminders.tell("orphans", f"the DHT: ended {ended} processes that an earlier run left behind")
+        start = {
+            "op": "start",
+            "run": self._run,
+            "ca": None if self._ca is None else self._ca.decode(),
+            "host": self._host,
+            "port": self._port,
+            "identity": str((self._folder / "dht.key").resolve()),
+            "sockets": self._scratch,
+        }
+        self._helper = Helper(
+            "dimat.net.discovery.dht_process",
+            environment=_environment(token),
+            log=self._folder / "dht.log",
+            first=start,
+        )
+
+    async def start(self) -> None:
+        """Begin to watch over the process, which is started unless it was; returns at once."""
+        self._first = asyncio.get_running_loop().create_future()
+        if self._helper is None:
+            self.spawn()
+        self._task = asyncio.create_task(self._supervise(), name="dht")
+
+    async def ready(self) -> None:
+        """Wait until the node listens for the first time; NetworkError where it cannot (port taken, no hivemind)."""
+        if self._first is None:
+            raise NetworkError("the DHT node was not started")
+        await asyncio.shield(self._first)
+
+    async def announce(self, record: Record) -> bool:
+        """Leave an own record with other nodes; returns whether any took it. ConfigError for one that cannot be."""
+        data = self._seal(record)
+        key = record_key(record.run, record.agent).hex()
+        value = base64.b64encode(data).decode()
+        try:
+            reply = await self._ask("store", key=key, value=value, expires=record.expires_s)
+            return int(reply["stored"]) > 0
+        except (NetworkError, KeyError, ValueError):
+            return False
+
+    async def lookup(self, agent: str, *, elsewhere: bool = False) -> Record | None:
+        """Return the newest valid record of an agent of this run, None where there is none or the DHT is down.
+
+        `elsewhere` asks for what other nodes hold and nothing else. Otherwise a record that was seen before and still
+        holds wins over an older one.
+        """
+        if self._run is None:
+            return None
+        now = self._clock()
+        best = None if elsewhere else self._newest.get(agent)
+        if best is not None and best.expires_s <= now:
+            best = None
+        for data in await self._find(agent, elsewhere):
+            try:
+                record = open_record(data, ca=self._ca, run=self._run, agent=agent, now=now)
+            except SecurityError:
+                continue  # that a neighbour in the DHT holds rubbish harms nobody
+            if best is None or (record.seq, record.time_s) > (best.seq, best.time_s):
+                best = record
+        seen = self._newest.get(agent)
+        if best is not None and (seen is None or (best.seq, best.time_s) > (seen.seq, seen.time_s)):
+            self._newest[agent] = best
+        return best
+
+    async def announce_map(self, sealed: bytes, record: MapRecord) -> int:
+        """Leave a network map with other nodes; returns how many took it."""
+        value = base64.b64encode(sealed).decode()
+        try:
+            reply = await self._ask("store", key=map_key(record.run).hex(), value=value, expires=record.expires_s)
+            return int(reply["stored"])
+        except (NetworkError, KeyError, ValueError):
+            return 0
+
+    async def lookup_map(self) -> tuple[MapRecord, bytes] | None:
+        """Return this run's newest valid map with its sealed bytes, None where there is none or the DHT is down."""
+        if self._run is None:
+            return None
+        try:
+            reply = await self._ask("map", key=map_key(self._run).hex())
+            if reply["value"] is None:
+                return None
+            sealed = base64.b64decode(reply["value"], validate=True)
+            return open_map(sealed, ca=self._ca, run=self._run, now=self._clock()), sealed
+        except (NetworkError, SecurityError, KeyError, ValueError, TypeError):
+            return None
+
+    async def close(self) -> None:
+        """Stop the node and end its processes."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+            self._task = None
+        helper, self._helper = self._helper, None
+        if helper is not None:
+            if self.healthy:
+                with suppress(NetworkError):
+                    await helper.ask("stop", 4.0)
+            await helper.kill()
+            self._pidfile.release()
+        self._remove_scratch()
+        self._down()
+
+    async def _find(self, agent: str, elsewhere: bool) -> list[bytes]:
+        try:
+            reply = await self._ask("get", key=record_key(self._run or "", agent).hex())
+            texts = [*reply["others"], *([] if elsewhere or reply["own"] is None else [reply["own"]])]
+            return [base64.b64decode(text, validate=True) for text in texts]
+        except (NetworkError, KeyError, ValueError, TypeError):
+            return []
+
+    async def _ask(self, op: str, **values: Any) -> dict[str, Any]:
+        if self._helper is None or not self.healthy:
+            raise NetworkError("the DHT is down")
+        return await self._helper.ask(op, ASK_S, **values)
+
+    async def _supervise(self) -> None:
+        """Keep a node running until cancelled, or until it turns out that hivemind is not there."""
+        backoff = Backoff(1.0, _LONGEST_S, self._generator)
+        while True:
+            began = time.monotonic()
+            reason = await self._live()
+            self._down()
+            helper, self._helper = self._helper, None
+            if helper is not None:
+                await helper.kill()
+            if self.missing:
+                self._pidfile.release()
+                return
+            if time.monotonic() - began > _STEADY_S:
+                backoff.reset()
+            self._reminders.tell("down", f"the DHT is down, and is started again: {reason}")
+            await asyncio.sleep(backoff.next())
+            self.restarts += 1
+
+    async def _live(self) -> str:
+        """Run one process as long as it serves; return why it does not any more."""
+        try:
+            if self._helper is None:
+                self.spawn()
+            assert self._helper is not None
+            return await self._serve(self._helper)
+        except Refused as refusal:
+            if refusal.kind == "port" and self._any_port:
+                self._port = 0  # somebody took the one we had
+            self.missing = refusal.kind == "missing"
+            if self.missing:
+                self._reminders.tell("missing", f"no DHT, static addresses only: {refusal}")
+            reason = str(refusal)
+        except (NetworkError, OSError) as error:
+            reason = str(error)
+        if self._first is not None and not self._first.done():
+            self._first.set_exception(NetworkError(f"the DHT node does not start: {reason}"))
+            self._first.exception()  # nobody has to wait for it
+        return reason
+
+    async def _serve(self, helper: Helper) -> str:
+        self._take(await helper.attach(START_S))
+        self._port = self._port or _port_of(self._addresses)  # others know the node by it
+        self._due.clear()
+        self.healthy = True
+        self.changed.set()
+        self._reminders.over("down", "the DHT is up again")
+        if self._first is not None and not self._first.done():
+            self._first.set_result(None)
+        misses = 0
+        while True:
+            await self._join(helper)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(helper.gone.wait(), self._probe_s)
+                return "its process has ended"
+            try:
+                self._take(await helper.ask("probe", ASK_S))
+                misses = 0
+            except NetworkError as error:
+                # what it refuses is that p2pd is gone, of which nothing else would tell
+                misses += 1
+                late = not isinstance(error, Refused) or error.kind == "late"
+                if misses == MISSES or not late or helper.gone.is_set():
+                    raise
+
+    def _take(self, reply: Mapping[str, Any]) -> None:
+        """Keep what a probe told; NetworkError where that makes no sense."""
+        known = self.known
+        try:
+            self.peer = str(reply["peer"])
+            self._addresses = tuple(map(str, reply["addresses"]))
+            self.known, self.refused = int(reply["known"]), int(reply["refused"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise NetworkError(f"the helper process answered a probe with nonsense: {error}") from None
+        if self.known and not known:
+            self.changed.set()
+
+    async def _join(self, helper: Helper) -> None:
+        """Greet all bootstraps, not only the first that answers: each may be in another part of a DHT that is split."""
+        now = time.monotonic()
+        due = [address for address in self._bootstraps if self._due.get(address, (now, None))[0] <= now]
+        if not due:
+            return
+        try:
+            failed: Any = (await helper.ask("join", ASK_S, bootstraps=due))["failed"]
+            reasons = {address: str(failed[address]) for address in due if address in failed}
+        except (NetworkError, KeyError, TypeError) as error:
+            reasons = dict.fromkeys(due, str(error))
+        for address in due:
+            joined = address in self._due and self._due[address][1] is None
+            if address in reasons:
+                backoff = self._due.get(address, (now, None))[1] or Backoff(2.0, 60.0, self._generator)
+                self._due[address] = (now + backoff.next(), backoff)
+                self._reminders.tell(address, f"the DHT's bootstrap {address} is out of reach: {reasons[address]}")
+            else:
+                self._due[address] = (now, None)
+                self._reminders.over(address, f"the DHT's bootstrap {address} is back")
+                if not joined:
+                    self.changed.set()
+
+    def _down(self) -> None:
+        self.healthy = False
+        self.known = 0
+
+    def _remove_scratch(self) -> None:
+        if self._scratch:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+            self._scratch = ""
+
+
+def _unsigned(record: Record) -> bytes:
+    return seal_record(record, None, b"")
+
+
+def _port_of(addresses: Sequence[str]) -> int:
+    for address in addresses:
+        match = re.search(r"/tcp/([0-9]+)/", address)
+        if match is not None:
+            return int(match[1])
+    return 0
+
+
+def _environment(token: str) -> dict[str, str]:
+    """Return the helper's environment: ours, but that it finds this dimat, warns nobody and takes no GPU."""
+    root = str(Path(__file__).resolve().parents[3])
+    path = os.environ.get("PYTHONPATH")
+    return {
+        **os.environ,
+        VARIABLE: token,
+        "PYTHONPATH": os.pathsep.join([root, path] if path else [root]),
+        "PYTHONWARNINGS": "ignore",
+        "HIVEMIND_LOGLEVEL": "WARNING",
+        "HIVEMIND_COLORS": "0",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+    }

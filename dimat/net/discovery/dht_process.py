@@ -1,0 +1,388 @@
+"""The process that hivemind lives in: one DHT node and its p2pd, told what to do in JSON lines on stdin.
+
+Run as `python -m dimat.net.discovery.dht_process PARENT_PID` by `dimat.net.discovery.dht`, in a process group of its
+own. It answers on stdout: `{"id": …, "ok": true, …}` or `{"id": …, "ok": false, "kind": …, "error": …}`. It ends, with
+its whole group, when stdin ends or the parent dies. It imports hivemind at the first request, and of dimat no more than
+it needs.
+
+Requests, beside `id` and `op`; keys are hex, values base64:
+    start   run, ca, host, port, identity, sockets    -> peer, addresses
+    join    bootstraps                                -> failed: {address: reason}
+    probe                                             -> peer, addresses, known (nodes), refused (records)
+    store   key, value, expires                       -> stored (how many other nodes took it)
+    get     key                                       -> own, others (values that this node and others hold)
+    map     key                                       -> value (the newest valid map of those, or none)
+    stop
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import ctypes
+import json
+import os
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from dimat.errors import SecurityError
+from dimat.net.discovery.address_records import MAX_BYTES, open_record, record_key
+from dimat.net.discovery.map_records import MAGIC, MAX_MAP_BYTES, map_key, open_map
+
+MAX_LINE = 65_536
+"""Bytes of a request or reply at most."""
+LIMITS_S = {"start": 40.0, "join": 15.0, "probe": 5.0, "store": 15.0, "get": 15.0, "map": 15.0, "stop": 3.0}
+"""How long each request may take here."""
+REPLICAS = 5
+ASKED = 8
+_RPC_S = 3.0
+_RECORDS = 4096
+_PR_SET_PDEATHSIG = 1
+
+
+class Refusal(Exception):
+    """A request that cannot be done; `kind` lets the parent tell the cases apart: "missing" (no hivemind), "port",
+    "request", "late", "failed"."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class Sidecar:
+    """Reads requests, works on each in a task of its own, and writes replies with `write`."""
+
+    def __init__(self, write: Callable[[bytes], None]) -> None:
+        self.sockets = ""
+        self._write = write
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._node: Any = None
+        self._guard = RecordGuard(None, None)
+
+    def receive(self, line: bytes) -> None:
+        """Begin to work on a request; one that makes no sense is answered too."""
+        task = asyncio.ensure_future(self._answer(line))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _answer(self, line: bytes) -> None:
+        number: Any = None
+        try:
+            request = json.loads(line)
+            number = request["id"]
+            work = self._work(request["op"])
+            done = await asyncio.wait_for(work(request), LIMITS_S[request["op"]])
+            reply: dict[str, Any] = {"id": number, "ok": True, **done}
+        except Refusal as refusal:
+            reply = {"id": number, "ok": False, "kind": refusal.kind, "error": str(refusal)}
+        except TimeoutError:
+            reply = {"id": number, "ok": False, "kind": "late", "error": "it took too long"}
+        except (KeyError, TypeError, ValueError) as error:
+            reply = {"id": number, "ok": False, "kind": "request", "error": f"{type(error).__name__}: {error}"}
+        except Exception as error:  # whatever hivemind raises: the parent decides what follows
+            reply = {"id": number, "ok": False, "kind": "failed", "error": f"{type(error).__name__}: {error}"}
+        self._write(json.dumps(reply).encode() + b"\n")
+        if reply["ok"] and reply.get("stopped"):
+            end_group(self.sockets)
+
+    def _work(self, op: str) -> Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]:
+        works = {
+            "start": self._start,
+            "join": self._join,
+            "probe": self._probe,
+            "store": self._store,
+            "get": self._get,
+            "map": self._map,
+            "stop": self._stop,
+        }
+        if op not in works:
+            raise Refusal("request", f"no request {op!r}")
+        if op not in ("start", "stop") and self._node is None:
+            raise Refusal("request", f"{op} before start")
+        return works[op]
+
+    async def _start(self, request: dict[str, Any]) -> dict[str, Any]:
+        run, ca = request["run"], request["ca"]
+        host, port, identity = str(request["host"]), int(request["port"]), Path(request["identity"])
+        self.sockets = str(request["sockets"])
+        self._guard = RecordGuard(None if ca is None else str(ca).encode(), None if run is None else str(run))
+        if port:
+            _check_port(host, port)
+        self._node = await _make_node(self._guard, host, port, identity, self.sockets)
+        return await self._probe(request)
+
+    async def _probe(self, request: dict[str, Any]) -> dict[str, Any]:
+        # of all that hivemind offers, this alone notices that p2pd is gone
+        addresses = await self._node.get_visible_maddrs(latest=True)
+        return {
+            "peer": self._node.peer_id.to_base58(),
+            "addresses": [str(address) for address in addresses][:64],
+            "known": len(self._node.protocol.routing_table.uid_to_peer_id),
+            "refused": self._guard.refused,
+        }
+
+    async def _join(self, request: dict[str, Any]) -> dict[str, Any]:
+        addresses = [str(address) for address in request["bootstraps"]]
+        reasons = await asyncio.gather(*map(self._join_one, addresses))
+        if None in reasons:
+            await self._node.find_nearest_nodes([self._node.node_id])
+        return {"failed": {address: why[:300] for address, why in zip(addresses, reasons, strict=True) if why}}
+
+    async def _join_one(self, address: str) -> str | None:
+        """Make one bootstrap and this node known to each other; return why that failed."""
+        from hivemind.p2p import PeerID
+        from hivemind.utils.multiaddr import Multiaddr
+
+        where, _, peer = address.rpartition("/p2p/")
+        try:
+            peer_id = PeerID.from_base58(peer)
+            if peer_id == self._node.peer_id:
+                return None
+            # a node that is given its first peers when it is made fails for good where they are down: so it is made
+            # without any, and p2pd is told to dial them now
+            await asyncio.wait_for(self._node.p2p._client.connect(peer_id, [Multiaddr(where)]), 2 * _RPC_S)
+            answered = await self._node.protocol.call_ping(peer_id)
+        except TimeoutError:
+            return "no answer"
+        except Exception as error:
+            return " ".join(str(error).split()) or type(error).__name__
+        return None if answered is not None else "it listens, but no DHT node answers there"
+
+    async def _store(self, request: dict[str, Any]) -> dict[str, Any]:
+        key, value, expires = (
+            _key(request),
+            base64.b64decode(request["value"], validate=True),
+            float(request["expires"]),
+        )
+        if len(value) > MAX_MAP_BYTES:
+            raise Refusal("request", f"a record of {len(value)} bytes")
+        if self._guard.admits(key.to_bytes(), value, expires, time.time()):
+            self._node.protocol.storage.store(key, value, expires)
+        nearest = await self._nearest(key, REPLICAS)
+        stored = await asyncio.gather(
+            *(self._node.protocol.call_store(peer, [key], [value], expires) for peer in nearest)
+        )
+        return {"stored": sum(1 for answer in stored if answer and answer[0])}
+
+    async def _get(self, request: dict[str, Any]) -> dict[str, Any]:
+        own, others = await self._held(_key(request))
+        small = [value for value in others if len(value) <= MAX_BYTES]  # a reply has to fit a line
+        return {"own": _text(own), "others": [_text(value) for value in small]}
+
+    async def _map(self, request: dict[str, Any]) -> dict[str, Any]:
+        own, others = await self._held(_key(request))
+        values = [*others, *([] if own is None else [own])]
+        return {"value": _text(self._guard.newest_map(values, time.time()))}
+
+    async def _held(self, key: Any) -> tuple[bytes | None, set[bytes]]:
+        """Return what this node and others hold under a key."""
+        own = self._node.protocol.storage.get(key)
+        nearest = await self._nearest(key, ASKED)
+        answers = await asyncio.gather(*(self._node.protocol.call_find(peer, [key]) for peer in nearest))
+        found = [answer[key][0] for answer in answers if answer and key in answer]
+        others = {item.value for item in found if item is not None and isinstance(item.value, bytes)}
+        return (None if own is None else own.value), others
+
+    async def _nearest(self, key: Any, count: int) -> list[Any]:
+        found = await self._node.find_nearest_nodes([key], k_nearest=count, exclude_self=True)
+        return list(found[key].values())[:count]
+
+    async def _stop(self, request: dict[str, Any]) -> dict[str, Any]:
+        if self._node is not None:
+            await self._node.shutdown()
+        return {"stopped": True}
+
+
+async def _make_node(guard: RecordGuard, host: str, port: int, identity: Path, sockets: str) -> Any:
+    """Return a DHT node that listens, alone so far."""
+    try:
+        from hivemind.dht.node import DHTNode
+        from hivemind.dht.protocol import DHTProtocol
+        from hivemind.dht.storage import DHTLocalStorage
+        from hivemind.dht.validation import RecordValidatorBase
+        from hivemind.p2p import P2P
+    except Exception as error:  # a broken torch below it raises other things than ImportError
+        raise Refusal("missing", f"hivemind cannot be imported ({type(error).__name__}: {error})") from None
+
+    class Gate(RecordValidatorBase):
+        def validate(self, record: Any) -> bool:
+            plain = record.subkey == DHTProtocol.IS_REGULAR_VALUE
+            return plain and guard.admits(record.key, record.value, record.expiration_time, time.time())
+
+    class Storage(DHTLocalStorage):
+        """Holds plain values, each once: hivemind's lets an older value that comes again end a newer one's life."""
+
+        def store(self, key: Any, value: Any, expiration_time: float, subkey: Any = None) -> bool:
+            held = self.get(key)
+            if subkey is not None or not isinstance(value, bytes) or (held and held.expiration_time >= expiration_time):
+                return False
+            return super().store(key, value, expiration_time)
+
+        def store_subkey(self, key: Any, subkey: Any, value: Any, expiration_time: float) -> bool:
+            return False
+
+    _keep_identity(identity, P2P.generate_identity)
+    setattr(P2P, "_UNIX_SOCKET_PREFIX", f"/unix{sockets}/")  # noqa: B010  (in /tmp they would stay after a kill)
+    family = "ip6" if ":" in host else "ip4"
+    node = await DHTNode.create(
+        host_maddrs=[f"/{family}/{host}/tcp/{port}"],
+        identity_path=str(identity),
+        record_validator=Gate(),
+        num_replicas=REPLICAS,
+        wait_timeout=_RPC_S,
+        startup_timeout=30,
+        cache_size=_RECORDS,
+        cache_locally=False,
+        cache_nearest=0,
+        cache_on_store=False,
+        use_relay=False,
+        auto_nat=False,
+        nat_port_map=False,
+    )
+    node.protocol.storage, node.protocol.cache = Storage(_RECORDS), Storage(_RECORDS)
+    return node
+
+
+def _keep_identity(identity: Path, generate: Callable[[str], None]) -> None:
+    """Make the node's key unless it is there; whole, as a file that was half written would stop the node for good."""
+    if not identity.exists():
+        fresh = identity.with_suffix(".new")
+        fresh.unlink(missing_ok=True)
+        generate(str(fresh))
+        os.replace(fresh, identity)
+
+
+def _check_port(host: str, port: int) -> None:
+    """Raise Refusal where a port cannot be had: p2pd would share it without a word with whoever has it."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise Refusal("port", f"cannot listen on {host} port {port}: {error.strerror}") from None
+
+
+def _key(request: dict[str, Any]) -> Any:
+    from hivemind.dht.routing import DHTID
+
+    key = bytes.fromhex(request["key"])
+    if len(key) != DHTID.HASH_NBYTES:
+        raise Refusal("request", f"a key of {len(key)} bytes")
+    return DHTID.from_bytes(key)
+
+
+def _text(value: bytes | None) -> str | None:
+    return None if value is None else base64.b64encode(value).decode()
+
+
+def end_group(sockets: str) -> NoReturn:
+    """End this process and all that it started, p2pd above all."""
+    if sockets:
+        shutil.rmtree(sockets, ignore_errors=True)
+    os.killpg(0, signal.SIGKILL)
+    os._exit(1)
+
+
+def main() -> None:
+    """Serve one parent until it stops this process, closes stdin, or dies."""
+    parent = int(sys.argv[1])
+    if os.getpgid(0) != os.getpid():
+        os.setpgid(0, 0)  # what is killed in the end is a group, and must not be someone else's
+    os.umask(0o077)
+    replies = os.dup(1)
+    os.dup2(2, 1)  # nothing that a library prints may come between the replies
+
+    async def serve() -> None:
+        sidecar = Sidecar(lambda line: _write_all(replies, line))
+        loop = asyncio.get_running_loop()
+
+        def terminate(number: int, _: FrameType | None) -> None:
+            # of the parent's death the kernel tells too (SIGHUP), as stdin stays open where the parent's forked workers
+            # hold it; it says so as well when only the thread ended that started this process
+            if number == signal.SIGTERM or os.getppid() != parent:
+                end_group(sidecar.sockets)
+
+        signal.signal(signal.SIGTERM, terminate)
+        signal.signal(signal.SIGHUP, terminate)
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGHUP)
+        if os.getppid() != parent:
+            end_group(sidecar.sockets)
+
+        def listen() -> None:
+            while (line := sys.stdin.buffer.readline(MAX_LINE + 1)).endswith(b"\n"):
+                loop.call_soon_threadsafe(sidecar.receive, line)
+            end_group(sidecar.sockets)  # from this thread, so that it works whatever holds the loop up
+
+        threading.Thread(target=listen, name="requests", daemon=True).start()
+        await asyncio.Event().wait()
+
+    asyncio.run(serve())
+
+
+def _write_all(file: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(file, data) :]
+
+
+if __name__ == "__main__":
+    main()
+
+
+class RecordGuard:
+    """Decides what a DHT node keeps and passes on: valid records under their own key, none older than one it has seen;
+    those of agents, and an organiser's network map.
+
+    Without `ca` only the form is checked; without `run` records of all runs are taken. `refused` counts.
+    """
+
+    def __init__(self, ca: bytes | None, run: str | None) -> None:
+        self.refused = 0
+        self._ca = ca
+        self._run = run
+        self._newest: dict[bytes, tuple[int, float]] = {}
+
+    def admits(self, key: bytes, value: bytes, expires_s: float, now: float) -> bool:
+        """Tell whether a value may be kept under a key until `expires_s`, which has to be the time in the record."""
+        try:
+            place, number, lasts_s = self._read(value, now)
+        except SecurityError:
+            self.refused += 1
+            return False
+        # the DHT lets the later expiry win: were it not the signed one, an old record could be played over a new one
+        if key != place or expires_s != lasts_s or number < self._newest.get(key, (0, 0.0))[0]:
+            self.refused += 1
+            return False
+        if self._ca is not None:  # what nobody signed must not keep out what comes after it
+            self._newest[key] = (number, lasts_s)
+            if len(self._newest) > 10_000:
+                self._newest = {key: seen for key, seen in self._newest.items() if seen[1] > now}
+        return True
+
+    def newest_map(self, values: list[bytes], now: float) -> bytes | None:
+        """Return the valid map of the highest version (of one version, the one that lasts longest) among some."""
+        best: tuple[int, float, bytes] | None = None
+        for value in values:
+            try:
+                record = open_map(value, ca=self._ca, run=self._run, now=now)
+            except SecurityError:
+                continue  # that a neighbour in the DHT holds rubbish harms nobody
+            found = (record.version, record.expires_s, value)
+            best = found if best is None else max(best, found)
+        return None if best is None else best[2]
+
+    def _read(self, value: bytes, now: float) -> tuple[bytes, int, float]:
+        """Return a value's key, its number among those under that key, and its end."""
+        if value.startswith(MAGIC):
+            found = open_map(value, ca=self._ca, run=self._run, now=now)
+            return map_key(found.run), found.version, found.expires_s
+        record = open_record(value, ca=self._ca, run=self._run, agent=None, now=now)
+        return record_key(record.run, record.agent), record.seq, record.expires_s

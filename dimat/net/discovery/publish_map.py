@@ -1,0 +1,116 @@
+"""An organiser's way to change the network map of all agents that follow it: one signed record, left with the DHT."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dimat.config import TopologyConfig
+from dimat.errors import ConfigError, DataError, NetworkError
+from dimat.net.discovery.dht import DhtSidecar
+from dimat.net.discovery.map_records import open_map, seal_map
+from dimat.net.pki.identity import read_file
+from dimat.net.pki.keyring import authority_of
+from dimat.topology import build_topology, load_map
+from dimat.topology.network_map import check_alone, without_mixing
+
+FIND_S = 60.0
+"""How long other nodes of the DHT are looked for."""
+_TRIES = 5
+_AGAIN_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """`agents`: on the map; `nodes`: of the DHT that took it; `until_s`: how long they keep it, Unix time."""
+
+    version: int
+    agents: int
+    nodes: int
+    until_s: float
+
+
+async def publish_map(
+    file: Path,
+    keys: Path,
+    run: str,
+    bootstraps: Sequence[str],
+    *,
+    days: float,
+    listen: str,
+    notice: Callable[[str], None],
+) -> Published:
+    """Sign a network map with the CA's key of the folder `keys`, and leave it with the DHT of a run.
+
+    ConfigError and TopologyError for a map that agents could not use, that does not stand alone or is too large, or
+    whose version is not above the published one; SecurityError without the CA's key; NetworkError where no node takes
+    it.
+    """
+    _, key = authority_of(keys)
+    text, version, agents = _readable(file)
+    ca = read_file(keys / "ca.crt")
+    with tempfile.TemporaryDirectory(prefix="dimat-publish-") as folder:
+        node = DhtSidecar(
+            Path(folder),
+            run=run,
+            bootstraps=bootstraps,
+            ca=ca,
+            listen=listen,
+            notice=notice,
+            generator=random.Random(),
+        )
+        # before a process is started for a map that cannot be sealed
+        seal_map(run, version, text, time.time(), time.time() + days * 86_400, key)
+        try:
+            await node.start()
+            await node.ready()
+            async with asyncio.timeout(FIND_S):
+                while not node.known:
+                    node.changed.clear()
+                    await node.changed.wait()
+            now = time.time()
+            expires_s = now + days * 86_400
+            before = await node.lookup_map()
+            if before is not None:
+                if before[0].version > version or (before[0].version == version and before[0].text != text):
+                    raise ConfigError(
+                        f"{file} states version {version}, and version {before[0].version} of the map is published "
+                        f"already; state version = {before[0].version + 1}"
+                    )
+                expires_s = max(expires_s, before[0].expires_s + 1.0)  # the DHT keeps what runs out last
+            sealed = seal_map(run, version, text, now, expires_s, key)
+            record = open_map(sealed, ca=ca, run=run, now=now)  # as every node will
+            for _ in range(_TRIES):
+                nodes = await node.announce_map(sealed, record)
+                if nodes:
+                    break
+                await asyncio.sleep(_AGAIN_S)
+            else:
+                raise NetworkError(
+                    "no node of the DHT took the network map: do the bootstraps run, for this run, with this CA, in "
+                    "this version of dimat?"
+                )
+        except TimeoutError:
+            raise NetworkError(f"no node of the DHT was found within {FIND_S:.0f} s: do the bootstraps run?") from None
+        finally:
+            await node.close()
+    return Published(version, agents, nodes, expires_s)
+
+
+def _readable(file: Path) -> tuple[str, int, int]:
+    """Return a map's text, version and number of agents, once it is one that agents can use."""
+    check_alone(file)
+    version = load_map(file).version
+    if not version:
+        raise ConfigError(f"{file} states no version: put `version = 1` at its top, and more with each change")
+    # agents know their sample counts, the organiser need not
+    topology = build_topology(without_mixing(TopologyConfig(map=str(file.resolve()))))
+    try:
+        return file.read_text(encoding="utf-8"), version, len(topology.names)
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {file}: {error}") from error

@@ -1,0 +1,287 @@
+"""Manifests on the wire: sealed by their publisher, and checked whole before a reader acts on one.
+
+What is signed are the bytes of a `dimat.wire.v1.Manifest`, with `DOMAIN` before them, so that no signature made for
+anything else passes for a manifest's. Those very bytes are handed on and kept: nothing is serialised a second time.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+
+from blake3 import blake3
+from google.protobuf.message import DecodeError
+
+from dimat.errors import DataError, PeerError
+from dimat.weights.durable import write_bytes
+from dimat.weights.encodings import ENCODINGS
+from dimat.weights.snapshot import Form, Manifest, Payload
+from dimat.wire.v1 import peer_pb2 as pb
+
+DOMAIN = b"dimat manifest v1\0"
+
+Sign = Callable[[bytes], bytes]
+"""Gives the signature over bytes; on an insecure network an empty one."""
+
+Check = Callable[[bytes, bytes], None]
+"""Takes (bytes, signature); SecurityError where they do not belong together. On an insecure network all do."""
+
+LONGEST_TEXT = 1024  # bytes of a name
+MOST_FORMS = 4
+MOST_PARENTS = MOST_PUSHED = 10_000
+MOST_METRICS = 1_000
+SMALLEST_BLOCK, LARGEST_BLOCK = 64 * 2**10, 16 * 2**20
+LARGEST_NUMBER = 2**53 - 1  # that JSON and doubles hold exactly
+HASH_BYTES = 32
+_BESIDE_BLOCKS = 2 * 2**20  # bytes of a manifest but the hashes of blocks
+_BLOCK_ENTRY = HASH_BYTES + 2
+_AGENT = re.compile(r"\w[\w.-]*")  # as in a map (dimat.topology.network_map)
+_BASIS = re.compile(r"[0-9]{1,16}:\w[\w.-]*:[^:]+")  # as `dimat.agent.protocol.basis.BasisId` is written
+
+
+@dataclass(frozen=True, slots=True)
+class Signed:
+    """A manifest, the very bytes that are signed, and the publisher's signature over them."""
+
+    manifest: Manifest
+    data: bytes
+    signature: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """What a manifest may claim at most. `bytes`: the largest payload, and the largest form, that own schema allows."""
+
+    bytes: int
+
+    @property
+    def manifest_bytes(self) -> int:
+        """Return how long a manifest may be: the hashes of blocks take what the bound allows, the rest is fixed."""
+        return _BESIDE_BLOCKS + (MOST_FORMS + 1) * _BLOCK_ENTRY * _blocks(self.bytes, SMALLEST_BLOCK)
+
+
+class _Wrong(Exception):
+    """What is wrong with a manifest."""
+
+
+def seal(manifest: Manifest, sign: Sign) -> Signed:
+    """Sign an own manifest; equal ones give equal bytes. DataError where no reader would take it, saying why."""
+    try:
+        message = _message(manifest)
+        data = message.SerializeToString(deterministic=True)
+        checked = _manifest(message, LARGEST_NUMBER)
+        longest = Bound(max(payload.bytes for payload in _payloads(checked))).manifest_bytes
+        if len(data) > longest:
+            raise _Wrong(f"{len(data):,} bytes of manifest, at most {longest:,} are read")
+    except (_Wrong, ValueError) as error:
+        raise DataError(f"own snapshot of round {manifest.round} cannot be offered: {error}") from None
+    return Signed(checked, data, sign(DOMAIN + data))
+
+
+def unseal(data: bytes, signature: bytes, check: Check, *, publisher: str, run: str, bound: Bound) -> Signed:
+    """Return a peer's manifest, whole and checked; nothing is read before its signature is.
+
+    Raises SecurityError where the signature is wrong, and PeerError that says what else is.
+    """
+    try:
+        if len(data) > bound.manifest_bytes:
+            raise _Wrong(f"{len(data):,} bytes long, at most {bound.manifest_bytes:,} are read for this model")
+        check(DOMAIN + data, signature)
+        try:
+            message = pb.Manifest.FromString(data)
+        except DecodeError:
+            raise _Wrong("not a manifest of this protocol") from None
+        if message.agent != publisher:
+            raise _Wrong(f"it is of agent {_short(message.agent)}")
+        if message.run != run:
+            raise _Wrong(f"it is of run {_short(message.run)}, this is {_short(run)}")
+        return Signed(_manifest(message, bound.bytes), data, signature)
+    except _Wrong as wrong:
+        raise PeerError(f"manifest of {publisher} refused: {wrong}") from None
+
+
+def to_bytes(signed: Signed) -> bytes:
+    """Return a signed manifest as the content of a file, with a checksum of its own."""
+    content = pb.SignedManifest(manifest=signed.data, signature=signed.signature).SerializeToString()
+    return blake3(content).digest() + content
+
+
+def write_signed(path: Path, signed: Signed, *, durable: bool = True) -> None:
+    """Write a signed manifest by rename, to offer the same bytes again after a restart; DataError where that fails."""
+    write_bytes(path, to_bytes(signed), durable=durable)
+
+
+def read_signed(path: Path) -> tuple[bytes, bytes]:
+    """Return (data, signature), for `unseal`, as `write_signed` wrote them; DataError where missing or damaged."""
+    try:
+        stored = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read the manifest {path}: {error.strerror or error}") from error
+    content = stored[HASH_BYTES:]
+    try:
+        if blake3(content).digest() != stored[:HASH_BYTES]:
+            raise DecodeError
+        message = pb.SignedManifest.FromString(content)
+    except DecodeError:
+        raise DataError(f"the manifest {path} is damaged; remove it, and the round is published anew") from None
+    return message.manifest, message.signature
+
+
+# ── to a message ─────────────────────────────────────────────────────────────────────────────────────────────
+def _message(manifest: Manifest) -> pb.Manifest:
+    return pb.Manifest(
+        run=manifest.run,
+        agent=manifest.agent,
+        round=manifest.round,
+        basis=manifest.basis,
+        schema=manifest.schema,
+        payload=_payload_message(manifest.payload),
+        encoding=manifest.encoding,
+        forms=[
+            pb.Form(encoding=form.encoding, after=bytes.fromhex(form.after), payload=_payload_message(form.payload))
+            for form in manifest.forms
+        ],
+        base=manifest.base,
+        samples=manifest.samples,
+        parents=[
+            pb.Parent(agent=agent, root=bytes.fromhex(root), round=round_, weight=weight)
+            for agent, root, round_, weight in manifest.parents
+        ],
+        pushed=dict(manifest.pushed),
+        metrics=dict(manifest.metrics),
+    )
+
+
+def _payload_message(payload: Payload) -> pb.Payload:
+    return pb.Payload(
+        root=bytes.fromhex(payload.root),
+        bytes=payload.bytes,
+        block_bytes=payload.block_bytes,
+        blocks=[bytes.fromhex(block) for block in payload.blocks],
+    )
+
+
+# ── from a message, checked ──────────────────────────────────────────────────────────────────────────────────
+def _manifest(message: pb.Manifest, largest: int) -> Manifest:
+    """Return what a message says, `_Wrong` where that cannot be. `largest`: bytes of a payload."""
+    _number(message.round, "round", lowest=1)
+    _number(message.samples, "samples")
+    _agent(message.agent, "agent")
+    for what, text in (("run", message.run), ("schema", message.schema), ("base", message.base)):
+        _text(text, what)
+    _text(message.basis, "basis")
+    if _BASIS.fullmatch(message.basis) is None:
+        raise _Wrong(f"basis {_short(message.basis)} is none: round:founder:nonce")
+    _few(message.forms, "forms", MOST_FORMS)
+    _few(message.parents, "parents", MOST_PARENTS)
+    _few(message.pushed, "pushed", MOST_PUSHED)
+    _few(message.metrics, "metrics", MOST_METRICS)
+    for agent, weight in message.pushed.items():
+        _agent(agent, "pushed")
+        _finite(weight, "pushed")
+    for name, value in message.metrics.items():
+        _text(name, "metrics")
+        _finite(value, "metrics")
+    if not message.HasField("payload"):
+        raise _Wrong("it has no payload")
+    return Manifest(
+        run=message.run,
+        agent=message.agent,
+        round=message.round,
+        basis=message.basis,
+        schema=message.schema,
+        payload=_payload(message.payload, "payload", largest),
+        encoding=_encoding(message.encoding, "snapshot"),
+        forms=tuple(_form(form, f"form {number}", largest) for number, form in enumerate(message.forms)),
+        base=message.base,
+        samples=message.samples,
+        parents=tuple(_parent(parent) for parent in message.parents),
+        pushed=dict(message.pushed),
+        metrics=dict(message.metrics),
+    )
+
+
+def _payload(message: pb.Payload, where: str, largest: int) -> Payload:
+    size, block = message.bytes, message.block_bytes
+    if not 1 <= size <= largest:
+        raise _Wrong(f"{where} claims {size:,} bytes, this model takes 1 to {largest:,}")
+    if not SMALLEST_BLOCK <= block <= LARGEST_BLOCK:
+        raise _Wrong(f"{where} is in blocks of {block:,} bytes, not of {SMALLEST_BLOCK:,} to {LARGEST_BLOCK:,}")
+    if len(message.blocks) != _blocks(size, block):
+        raise _Wrong(f"{where} has {len(message.blocks)} blocks, its {size:,} bytes take {_blocks(size, block)}")
+    root = blake3()
+    for digest in message.blocks:
+        if len(digest) != HASH_BYTES:
+            raise _Wrong(f"{where} has the hash of a block of {len(digest)} bytes")
+        root.update(digest)
+    root.update(size.to_bytes(8, "big"))
+    if root.digest() != message.root:
+        raise _Wrong(f"{where} has an address that is not the hash of its blocks")
+    return Payload(message.root.hex(), size, tuple(digest.hex() for digest in message.blocks), block)
+
+
+def _form(message: pb.Form, where: str, largest: int) -> Form:
+    if message.after:
+        _hash(message.after, f"after of {where}")
+    return Form(_encoding(message.encoding, where), _payload(message.payload, where, largest), message.after.hex())
+
+
+def _parent(message: pb.Parent) -> tuple[str, str, int, float]:
+    _agent(message.agent, "parents")
+    _hash(message.root, "parents")
+    _number(message.round, "round of a parent")
+    _finite(message.weight, "parents")
+    return message.agent, message.root.hex(), message.round, message.weight
+
+
+def _encoding(name: str, where: str) -> str:
+    if name not in ENCODINGS:
+        raise _Wrong(f"encoding {_short(name)} of {where} is not known ({', '.join(ENCODINGS)})")
+    return name
+
+
+def _text(text: str, what: str) -> None:
+    """Refuse what would fill a log, or write over it."""
+    if len(text.encode()) > LONGEST_TEXT or not text.isprintable():
+        raise _Wrong(f"{what} {_short(text)} is longer than {LONGEST_TEXT} bytes or not printable")
+
+
+def _agent(name: str, what: str) -> None:
+    _text(name, what)
+    if _AGENT.fullmatch(name) is None:
+        raise _Wrong(f"{what}: {_short(name)} is no agent's name")
+
+
+def _number(number: int, what: str, lowest: int = 0) -> None:
+    if not lowest <= number <= LARGEST_NUMBER:
+        raise _Wrong(f"{what} {number} is not between {lowest} and 2^53")
+
+
+def _finite(number: float, what: str) -> None:
+    if not isfinite(number):
+        raise _Wrong(f"{what}: {number} is not finite")
+
+
+def _hash(digest: bytes, what: str) -> None:
+    if len(digest) != HASH_BYTES:
+        raise _Wrong(f"{what}: a hash of {len(digest)} bytes, not {HASH_BYTES}")
+
+
+def _few(entries: Sequence[object] | Mapping[str, object], what: str, most: int) -> None:
+    if len(entries) > most:
+        raise _Wrong(f"{len(entries):,} {what}, at most {most:,} are read")
+
+
+def _blocks(size: int, block_bytes: int) -> int:
+    return -(-size // block_bytes)
+
+
+def _payloads(manifest: Manifest) -> list[Payload]:
+    return [manifest.payload, *(form.payload for form in manifest.forms)]
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 40 else text[:40] + "…")

@@ -1,0 +1,198 @@
+"""Connections to peers: dialled, and both have said hello and fit."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+from grpc import aio
+
+from dimat.errors import SecurityError
+from dimat.net.compatibility import (
+    AGENT_HEADER,
+    CHUNK_BYTES,
+    DATA_SERVICE,
+    FETCH,
+    PEER_SERVICE,
+    Profile,
+    channel_options,
+    incompatibility,
+    shown,
+)
+from dimat.net.limits import Limits
+from dimat.net.manifest import MOST_FORMS, Bound, Check
+from dimat.net.pki.identity import Identity, check_certificate, check_signature, tls_name
+from dimat.wire.v1 import peer_pb2 as pb
+
+Code = grpc.StatusCode
+
+
+class RefusedError(Exception):
+    """The peer is there and does not fit, or will not have us: trying again soon is of no use."""
+
+
+class BrokenError(Exception):
+    """The connection broke, or a call on it failed in a way that another attempt may mend."""
+
+
+@dataclass(eq=False)
+class Connection:
+    """A channel to a peer that has said hello and fits; whoever dialled closes it. `check`: tells its signatures from
+    others; `apart_s`: its clock from ours; `heard_s`: when its last byte came, by the event loop's clock;
+    `certificate`: DER, checked, empty on an insecure network; `transfers`: how many are under way."""
+
+    peer: str
+    address: str
+    channel: aio.Channel
+    metadata: tuple[tuple[str, str], ...]
+    check: Check
+    apart_s: float
+    heard_s: float = 0.0
+    certificate: bytes = b""
+    transfers: int = field(default=0, init=False)
+    _closed: bool = field(default=False, init=False)
+    _ended: asyncio.Event = field(default_factory=asyncio.Event, init=False)
+
+    @contextmanager
+    def transferring(self) -> Generator[None]:
+        """Count as a transfer, which `settled` waits for."""
+        self.transfers += 1
+        try:
+            yield
+        finally:
+            self.transfers -= 1
+            self._ended.set()
+
+    async def settled(self) -> None:
+        """Wait until no transfer is under way."""
+        while self.transfers:
+            self._ended.clear()
+            await self._ended.wait()
+
+    async def close(self) -> None:
+        """Break off whatever is under way."""
+        self._closed = True
+        await self.channel.close()
+
+    def heard(self) -> None:
+        """A byte has come: it is alive."""
+        self.heard_s = asyncio.get_running_loop().time()
+
+    def fetch(self, root: str, first: int, blocks: int) -> Any:
+        """Begin a transfer of a range of blocks; the call gives raw chunks. BrokenError after `close`."""
+        if self._closed:
+            raise BrokenError("the connection was closed")
+        method: Any = self.channel.unary_stream(
+            f"/{DATA_SERVICE}/{FETCH}",
+            request_serializer=pb.FetchRequest.SerializeToString,
+            response_deserializer=None,
+        )
+        return method(
+            pb.FetchRequest(root=bytes.fromhex(root), first_block=first, blocks=blocks), metadata=self.metadata
+        )
+
+    async def call(self, method: str, request: Any, reply: Any, timeout_s: float) -> Any:
+        """Call a method of the peer's service."""
+        return await _call(self.channel, method, request, reply, timeout_s, self.metadata)
+
+
+class Connector:
+    """Makes connections of `agent` to its peers."""
+
+    def __init__(
+        self, run: str, agent: str, identity: Identity | None, profile: Profile, bound: Bound, limits: Limits
+    ) -> None:
+        self._run = run
+        self._agent = agent
+        self._identity = identity
+        self._profile = profile
+        self._bound = bound
+        self._limits = limits
+
+    async def dial(self, peer: str, address: str) -> Connection:
+        """Connect to a peer at an address. BrokenError or AioRpcError where it does not answer there, RefusedError
+        where it does not fit, or will not have us."""
+        channel = self._channel(peer, address)
+        try:
+            return await self._hello(peer, address, channel)
+        except BaseException:
+            await channel.close()
+            raise
+
+    def _channel(self, peer: str, address: str) -> aio.Channel:
+        # what a reply may take: all manifests that a peer offers
+        largest = max(4 * CHUNK_BYTES, MOST_FORMS * self._bound.manifest_bytes)
+        if self._identity is None:
+            return aio.insecure_channel(address, options=channel_options(largest, None))
+        options = channel_options(largest, tls_name(peer))
+        return aio.secure_channel(address, self._identity.channel_credentials(), options=options)
+
+    async def _hello(self, peer: str, address: str, channel: aio.Channel) -> Connection:
+        metadata = ((AGENT_HEADER, self._agent),) if self._identity is None else ()
+        request = pb.HelloRequest(**self._profile.fields(self._run, self._agent))
+        before = time.time()
+        try:
+            reply: pb.HelloReply = await _call(
+                channel, "Hello", request, pb.HelloReply, self._limits.connect_s, metadata
+            )
+        except aio.AioRpcError as error:
+            if error.code() in (Code.PERMISSION_DENIED, Code.UNAUTHENTICATED, Code.UNIMPLEMENTED):
+                raise RefusedError(f"it will not have this agent: {words(error)}") from None
+            raise
+        apart_s = max(before - reply.time_s, reply.time_s - time.time())
+        if reply.agent != peer:
+            raise BrokenError(f"{shown(reply.agent)} answers there, not {peer}")
+        reason = incompatibility(self._profile, self._run, reply)
+        if reason:
+            raise RefusedError(reason)
+        try:
+            check = self._checker(peer, reply.certificate)
+        except SecurityError as error:
+            raise RefusedError(str(error)) from None
+        # on an insecure network a certificate would be anybody's
+        certificate = b"" if self._identity is None else reply.certificate
+        return Connection(peer, address, channel, metadata, check, apart_s, certificate=certificate)
+
+    def _checker(self, peer: str, certificate: bytes) -> Check:
+        """Return what tells the peer's signatures from others; SecurityError where its certificate is not its own."""
+        if self._identity is None:
+            return _unsigned
+        key = check_certificate(certificate, self._identity.ca, peer)
+        return lambda data, signature: check_signature(key, data, signature)
+
+
+def _unsigned(data: bytes, signature: bytes) -> None:
+    """On an insecure network nothing is signed."""
+
+
+async def _call(
+    channel: aio.Channel, method: str, request: Any, reply: Any, timeout_s: float, metadata: Sequence[tuple[str, str]]
+) -> Any:
+    """Call a method of the service of `peer.proto`."""
+    call: Any = channel.unary_unary(
+        f"/{PEER_SERVICE}/{method}",
+        request_serializer=type(request).SerializeToString,
+        response_deserializer=reply.FromString,
+    )
+    try:
+        async with asyncio.timeout(timeout_s + 1.0):
+            return await call(request, timeout=timeout_s, metadata=metadata)
+    except TimeoutError:
+        raise BrokenError("no answer in time") from None
+
+
+def words(error: Exception) -> str:
+    """Return what a failed call says, in one line."""
+    if not isinstance(error, aio.AioRpcError):
+        return str(error)
+    details = " ".join((error.details() or "").split())[:200]
+    if error.code() is Code.DEADLINE_EXCEEDED:
+        return "no answer in time"
+    if any(word in details.lower() for word in ("handshake", "certificate", "hostname verification")):
+        return f"no TLS connection: is its certificate of the same CA, and valid? ({details})"
+    return details or error.code().name

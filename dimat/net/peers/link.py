@@ -1,0 +1,388 @@
+"""One peer, as this agent follows it over gRPC: reach it, see that it fits, hear what it offers, and begin anew when
+the connection breaks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from random import Random
+from typing import Any
+
+from grpc import aio
+
+from dimat.errors import DimatError, NetworkError, PeerError, SecurityError
+from dimat.net.backoff import Backoff, Breaker, Reminders
+from dimat.net.compatibility import CLOCKS_DIFFER_S, Profile, shown
+from dimat.net.limits import Limits
+from dimat.net.manifest import Bound, Signed, unseal
+from dimat.net.peers.connection import BrokenError, Code, Connection, Connector, RefusedError, words
+from dimat.net.threads import Notifier, Threads
+from dimat.net.transport import PeerListener
+from dimat.wire.v1 import peer_pb2 as pb
+
+Directory = Callable[[str], Awaitable[Sequence[str]]]
+"""Gives further addresses of an agent, from wherever they are known."""
+
+LATEST_REPLY_S = 600.0  # to a call for news, on a link where bytes of transfers come all the time
+PAUSE_S = 0.05  # from one call for news to the next, at least
+AWAKE_S = 1.0  # between two attempts because something was heard of the peer
+OFFERED_AT_MOST = 64  # snapshots that a peer offers at a time
+
+
+class PeerLink:
+    """Follows `peer` from `start` to `stop`."""
+
+    def __init__(
+        self,
+        peer: str,
+        *,
+        run: str,
+        dialler: Connector,
+        profile: Profile,
+        bound: Bound,
+        limits: Limits,
+        generator: Random,
+        hearing: PeerListener,
+        directory: Directory | None,
+        threads: Threads,
+    ) -> None:
+        self.peer = peer
+        self.streams = asyncio.Semaphore(limits.fetches_per_peer)
+        self._run = run
+        self._dialler = dialler
+        self._profile = profile
+        self._bound = bound
+        self._limits = limits
+        self._hearing = hearing
+        self._directory = directory
+        self._threads = threads
+        self._backoff = Backoff(limits.backoff_first_s, limits.backoff_last_s, generator)
+        self._breaker = Breaker(limits.breaker_failures, limits.breaker_open_s)
+        self._generator = generator
+        self.certificate = b""
+        """The peer's (DER), of the newest connection."""
+        self._addresses: list[str] = []
+        self._last_good = ""
+        self._heard_s: float | None = None  # when the last connection brought its last byte, by the loop's clock
+        self._task: asyncio.Task[None] | None = None
+        self._ending: set[asyncio.Task[None]] = set()  # connections that last until their transfers have ended
+        self._connection: Connection | None = None
+        self._offers: dict[tuple[int, str], Signed] = {}
+        self._refusal = ""
+        self._stopped = False
+        self._changed = Notifier()
+        self._wake = Notifier()
+        self._dropped: asyncio.Event = asyncio.Event()
+        self._lost_timer: asyncio.TimerHandle | None = None
+        self._told_lost = False
+        self._parting = ""  # what it said when it left, until it is reached anew
+        self._unreached = False  # whether the last attempt to reach it has failed
+        self._gone = ""  # why nobody needs to wait for it, until it is reached again
+        self._reason = "it was not reached yet"
+        self._reminders = Reminders(hearing.noticed)
+        self._said: set[str] = set()
+        self._awoken = float("-inf")
+
+    # ── what the transport asks ──────────────────────────────────────────────────────────────────────────────
+    def start(self) -> None:
+        """Begin to follow the peer."""
+        self._out_of_reach()
+        self._task = asyncio.create_task(self._follow(), name=f"link to {self.peer}")
+
+    async def stop(self) -> None:
+        """Let go of the peer; whoever waits for it is told."""
+        self._stopped = True
+        self._changed.fire()
+        self._in_reach()
+        if self._task is not None:
+            tasks = (self._task, *self._ending)
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+            self._task = None
+
+    def update_neighbours(self, addresses: Sequence[str]) -> None:
+        """Take over where the peer is reached, by a new map, and try at once if it is not reached now."""
+        self._addresses = list(addresses)
+        if self._task is not None:
+            self.awake()
+
+    def awake(self) -> None:
+        """The peer is likely there now: try at once, whatever failed before."""
+        now = asyncio.get_running_loop().time()
+        # two that dial each other, and both fail, must not drive each other on
+        if self._connection is None and now - self._awoken >= AWAKE_S:
+            self._awoken = now
+            self._backoff.reset()
+            self._breaker.succeeded()
+            self._wake.fire()
+
+    def find(self, round_: int, root: str) -> Signed | None:
+        """Return the manifest of a snapshot that the peer offers now."""
+        return self._offers.get((round_, root))
+
+    async def connection(self) -> Connection:
+        """Wait for a connection on which the peer has said what it offers; NetworkError where it will not come."""
+        while True:
+            if self._stopped:
+                raise NetworkError(f"{self.peer} is not followed any more")
+            if self._refusal:
+                raise NetworkError(f"{self.peer}: {self._refusal}")
+            if self._connection is not None:
+                return self._connection
+            if self._gone:
+                raise NetworkError(f"{self.peer} is gone: {self._gone}")
+            await self._changed.wait()
+
+    def drop(self, connection: Connection, reason: str) -> None:
+        """A call on a connection has failed: make another one."""
+        if connection is self._connection:
+            self._reason = reason
+            self._connection = None
+            self._dropped.set()
+
+    @property
+    def state(self) -> dict[str, object]:
+        """What `status` shows of the peer. `heard_s`: seconds since its last byte came, None before the first one."""
+        last_s = self._heard_s if self._connection is None else self._connection.heard_s
+        return {
+            "connected": self._connection is not None,
+            "address": self._connection.address if self._connection else self._last_good,
+            "trouble": "" if self._connection else self._refusal or self._reason,
+            "rounds": sorted(round_ for round_, _ in self._offers),
+            "heard_s": None if last_s is None else asyncio.get_running_loop().time() - last_s,
+        }
+
+    # ── the loop ─────────────────────────────────────────────────────────────────────────────────────────────
+    async def _follow(self) -> None:
+        while True:
+            wait_s = 0.0
+            self._unreached = True
+            try:
+                async with self._reach() as connection:
+                    self._unreached = False
+                    await self._listen(connection)
+            except RefusedError as refused:
+                self._refuse(str(refused))
+                wait_s = self._limits.refused_retry_s * self._generator.uniform(0.5, 1.0)
+            except (BrokenError, aio.AioRpcError) as error:
+                self._reason = words(error)
+                self._breaker.failed()
+                wait_s = self._breaker.wait_s(self._backoff.next())
+                if self._told_lost:
+                    self._reminders.tell("reach", f"{self.peer} is out of reach: {self._reason}; it is tried on")
+            except Exception as error:  # a fault of ours must not end the following, nor hide
+                self._reason = f"{type(error).__name__}: {error}"
+                self._breaker.failed()
+                wait_s = self._breaker.wait_s(self._backoff.next())
+                self._say(f"following {self.peer} failed: {self._reason}")
+            self._no_more()
+            try:
+                async with asyncio.timeout(wait_s):
+                    await self._wake.wait()
+            except TimeoutError:
+                continue
+
+    @asynccontextmanager
+    async def _reach(self) -> AsyncGenerator[Connection]:
+        """Connect to the first address that answers as the peer; RefusedError or BrokenError where none does."""
+        known = list(dict.fromkeys([*self._addresses, *await self._look_up()]))
+        known.sort(key=lambda address: address != self._last_good)
+        if not known:
+            raise BrokenError("no address of it is known")
+        trouble: list[str] = []
+        for address in known:
+            try:
+                connection = await self._dialler.dial(self.peer, address)
+            except (BrokenError, aio.AioRpcError) as error:
+                trouble.append(f"{address}: {words(error)}")
+                continue
+            kept = False
+            try:
+                self._last_good = address
+                if connection.apart_s > CLOCKS_DIFFER_S:
+                    self._reminders.tell(
+                        "clock",
+                        f"the clocks of {self.peer} and this machine differ by {connection.apart_s:.0f} s; set both by "
+                        "NTP",
+                    )
+                yield connection
+            except aio.AioRpcError:
+                # one that stops takes no calls any more, and lets its transfers end
+                kept = connection.transfers > 0
+                raise
+            finally:
+                if kept:
+                    task = asyncio.create_task(self._let_end(connection), name=f"last transfers of {self.peer}")
+                    self._ending.add(task)
+                else:
+                    await connection.close()
+            return
+        raise BrokenError("; ".join(trouble))
+
+    async def _let_end(self, connection: Connection) -> None:
+        """Close a connection once its transfers have ended; a peer that still sends is not out of reach."""
+        try:
+            await connection.settled()
+        finally:
+            await connection.close()
+            self._ending = {task for task in self._ending if task is not asyncio.current_task()}
+            if self._connection is None:
+                self._no_more()
+
+    async def _look_up(self) -> Sequence[str]:
+        if self._directory is None:
+            return ()
+        try:
+            async with asyncio.timeout(self._limits.connect_s):
+                return await self._directory(self.peer)
+        except TimeoutError:
+            return ()
+        except DimatError as error:
+            self._say(f"no addresses of {self.peer} were found: {error}")
+            return ()
+
+    async def _listen(self, connection: Connection) -> None:
+        """Ask for news until the connection breaks."""
+        self._dropped = asyncio.Event()
+        dropped = asyncio.create_task(self._dropped.wait())
+        poll: asyncio.Task[pb.ManifestsReply] | None = None
+        told: set[tuple[int, str]] = set()
+        seen, session = 0, ""
+        left = False
+        try:
+            while True:
+                began_s = asyncio.get_running_loop().time()
+                poll = asyncio.create_task(self._poll(connection, seen, session))
+                await asyncio.wait([poll, dropped], return_when=asyncio.FIRST_COMPLETED)
+                if dropped.done() or poll.cancelled():
+                    raise BrokenError(self._reason if dropped.done() else "the connection was closed")
+                reply = poll.result()
+                if session and reply.session != session:
+                    raise BrokenError("it was restarted")
+                seen, session = reply.sequence, reply.session
+                await self._take(connection, reply, told)
+                if reply.leaving and not left:
+                    left = True
+                    self._left(reply.leaving)
+                # one that answers at once with nothing new must not be asked in a rush
+                await asyncio.sleep(began_s + PAUSE_S - asyncio.get_running_loop().time())
+        finally:
+            self._connection = None
+            self._heard_s = connection.heard_s or self._heard_s
+            tasks: list[asyncio.Task[Any]] = [dropped] if poll is None else [dropped, poll]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _poll(self, connection: Connection, seen: int, session: str) -> pb.ManifestsReply:
+        wait_s = self._limits.poll_s
+        most_s = wait_s + self._limits.quiet_s
+        request = pb.ManifestsRequest(seen=seen, session=session, wait_ms=int(wait_s * 1000))
+        connection.heard()
+        call = asyncio.create_task(connection.call("Manifests", request, pb.ManifestsReply, LATEST_REPLY_S))
+        try:
+            # on a slow link an answer waits behind the data of a transfer, which shows that the peer is there
+            while not call.done():
+                quiet_s = asyncio.get_running_loop().time() - connection.heard_s
+                if quiet_s >= most_s:
+                    raise BrokenError(f"no answer for {most_s:g} s")
+                await asyncio.wait([call], timeout=most_s - quiet_s)
+            return call.result()
+        except aio.AioRpcError as error:
+            if error.code() is Code.PERMISSION_DENIED:
+                raise RefusedError(f"it will not have this agent: {words(error)}") from None
+            raise
+        finally:
+            call.cancel()
+            await asyncio.gather(call, return_exceptions=True)
+
+    async def _take(self, connection: Connection, reply: pb.ManifestsReply, told: set[tuple[int, str]]) -> None:
+        """Take over what the peer offers, tell what is new on this connection."""
+        if len(reply.offered) > OFFERED_AT_MOST:
+            raise RefusedError(f"it offers {len(reply.offered):,} snapshots, at most {OFFERED_AT_MOST} are read")
+        offers: dict[tuple[int, str], Signed] = {}
+        for offered in reply.offered:
+            try:
+                # long manifests are parsed off the event loop
+                signed = await self._threads.submit(
+                    unseal,
+                    offered.manifest,
+                    offered.signature,
+                    connection.check,
+                    publisher=self.peer,
+                    run=self._run,
+                    bound=self._bound,
+                )
+                if signed.manifest.schema != self._profile.schema:
+                    raise PeerError(f"manifest of {self.peer} refused: it is of another model than it said hello with")
+            except (PeerError, SecurityError) as error:
+                self._say(f"{self.peer} offers what cannot be taken: {error}")
+                continue
+            offers[signed.manifest.round, signed.manifest.payload.root] = signed
+        self._offers = offers
+        if self._connection is None:
+            self._connection = connection
+            self.certificate = connection.certificate
+            self._refusal = ""
+            self._in_reach()
+        oldest = min((round_ for round_, _ in offers), default=0)
+        for key, signed in sorted(offers.items()):
+            if key not in told:
+                told.add(key)
+                self._hearing.offered(signed.manifest, oldest)
+        told.intersection_update(offers)
+        self._changed.fire()
+
+    # ── in reach or not ──────────────────────────────────────────────────────────────────────────────────────
+    def _in_reach(self) -> None:
+        self._backoff.reset()
+        self._breaker.succeeded()
+        self._reminders.over("reach")
+        self._told_lost = False
+        self._parting = self._gone = ""
+        if self._lost_timer is not None:
+            self._lost_timer.cancel()
+            self._lost_timer = None
+
+    def _no_more(self) -> None:
+        """No connection is left on which a transfer goes on, unless one is let end."""
+        if self._ending:
+            return
+        self._out_of_reach()
+        if self._parting and self._unreached:  # it said so, and is not there any more: nothing will come
+            self._give_up(f"it has left ({shown(self._parting)})")
+
+    def _give_up(self, reason: str) -> None:
+        """Let those who wait for the peer go, whatever they had of it."""
+        self._gone = reason
+        self._changed.fire()
+
+    def _out_of_reach(self) -> None:
+        if self._lost_timer is None and not self._told_lost and not self._stopped:
+            self._lost_timer = asyncio.get_running_loop().call_later(self._limits.lost_after_s, self._lose)
+
+    def _lose(self) -> None:
+        self._lost_timer = None
+        self._told_lost = True
+        self._hearing.lost(self.peer, self._refusal or self._reason, 0)
+
+    def _left(self, reason: str) -> None:
+        self._told_lost, self._parting = True, reason
+        last = max((round_ for round_, _ in self._offers), default=0)
+        self._hearing.lost(self.peer, f"it has left ({shown(reason)})", last)
+
+    def _refuse(self, reason: str) -> None:
+        if reason != self._refusal:
+            self._refusal = reason
+            self._hearing.refused(self.peer, reason)
+        self._changed.fire()
+
+    def _say(self, message: str) -> None:
+        """Say something once."""
+        if message not in self._said:
+            if len(self._said) > 1000:
+                self._said.clear()
+            self._said.add(message)
+            self._hearing.noticed(message)

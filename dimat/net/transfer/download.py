@@ -1,0 +1,182 @@
+"""Brings one payload over from a peer: missing blocks only, each checked before it counts, on through broken
+connections."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+from grpc import aio
+
+from dimat.errors import NetworkError
+from dimat.net.backoff import Backoff
+from dimat.net.compatibility import CHUNK_BYTES, SMALLEST_CHUNK_BYTES
+from dimat.net.limits import Limits
+from dimat.net.peers.connection import BrokenError, Code, Connection, words
+from dimat.net.peers.link import PeerLink
+from dimat.net.threads import Threads
+from dimat.net.transfer.partial import Partial
+from dimat.weights.snapshot import Payload
+
+BLOCK_ATTEMPTS = 2
+EOF: Any = aio.EOF  # pyright: ignore[reportAttributeAccessIssue]  # what a stream gives at its end
+WRITES_AHEAD = 2  # blocks that are being hashed and written while the next one comes
+
+# what no other attempt mends; all else is a matter of the connection
+FINAL = {
+    Code.NOT_FOUND: "",
+    Code.PERMISSION_DENIED: "",
+    Code.DATA_LOSS: "",
+    Code.OUT_OF_RANGE: "",
+    Code.INVALID_ARGUMENT: "",
+    Code.UNIMPLEMENTED: "it does not serve snapshots: ",
+}
+
+
+class GoneError(NetworkError):
+    """A peer's payload cannot be had for good; what has come of it is of no use."""
+
+
+class WrongBlockError(Exception):
+    """A block came whole, and is not what its hash says."""
+
+    def __init__(self, index: int) -> None:
+        super().__init__(f"block {index}")
+        self.index = index
+
+
+@dataclass(slots=True)
+class Tally:
+    """Bytes of payload that came, counted where they are `received` by peer and encoding, and for one fetch; attempts
+    after the first are counted in `retries`, by peer. `encoding`: of what comes now."""
+
+    received: Counter[tuple[str, str]]
+    retries: Counter[str]
+    bytes: int = 0
+    encoding: str = "fp32"
+    wrong: Counter[tuple[str, int]] = field(default_factory=Counter[tuple[str, int]])
+
+    def count(self, peer: str, amount: int) -> None:
+        """Count a chunk."""
+        self.bytes += amount
+        self.received[peer, self.encoding] += amount
+
+
+async def download(
+    link: PeerLink,
+    payload: Payload,
+    partial: Partial,
+    tally: Tally,
+    *,
+    limits: Limits,
+    streams: asyncio.Semaphore,
+    threads: Threads,
+    generator: Random,
+) -> None:
+    """Bring what `partial` lacks of `payload`; ends when it is whole. `streams`: bounds transfers at a time.
+
+    Raises GoneError where the peer says that it cannot be had, or sends other content than it promised twice, and
+    NetworkError where the peer is not followed any more or does not fit.
+    """
+    backoff = Backoff(limits.backoff_first_s, limits.backoff_last_s, generator)
+    while not partial.whole:
+        connection = await link.connection()
+        before = partial.missing_bytes
+        try:
+            async with link.streams, streams:
+                with connection.transferring():
+                    for first, count in partial.runs():
+                        await _run(connection, payload, first, count, partial, tally, limits.idle_s, threads)
+        except WrongBlockError as wrong:
+            tally.wrong[payload.root, wrong.index] += 1
+            if tally.wrong[payload.root, wrong.index] >= BLOCK_ATTEMPTS:
+                raise GoneError(
+                    f"{link.peer} sends other content than it promised: block {wrong.index} of snapshot "
+                    f"{payload.root[:12]}… has a wrong hash, {BLOCK_ATTEMPTS} times; its disk or the link is damaged, "
+                    "or it lies"
+                ) from None
+            tally.retries[link.peer] += 1
+            continue
+        except aio.AioRpcError as error:
+            if error.code() in FINAL:
+                raise GoneError(f"{link.peer}: {FINAL[error.code()]}{words(error)}") from None
+            # a peer that is only busy keeps its connection
+            if error.code() is not Code.RESOURCE_EXHAUSTED:
+                link.drop(connection, words(error))
+        except BrokenError as error:
+            link.drop(connection, str(error))
+        if partial.missing_bytes < before:
+            backoff.reset()
+        if not partial.whole:
+            tally.retries[link.peer] += 1
+            await asyncio.sleep(backoff.next())
+
+
+async def _run(
+    connection: Connection,
+    payload: Payload,
+    first: int,
+    count: int,
+    partial: Partial,
+    tally: Tally,
+    idle_s: float,
+    threads: Threads,
+) -> None:
+    """Bring a run of blocks on one stream. Hashing and writing go on in threads, two blocks behind at most."""
+    call = connection.fetch(payload.root, first, count)
+    writes: deque[tuple[int, asyncio.Future[bool]]] = deque()
+    try:
+        for index in range(first, first + count):
+            chunks = await _block(call, connection, partial.length(index), tally, idle_s)
+            if len(writes) == WRITES_AHEAD:
+                await _written(*writes.popleft())
+            writes.append((index, threads.submit(partial.write, index, chunks)))
+        if await _read(call, idle_s) is not EOF:
+            raise GoneError(f"{connection.peer} sends more than it was asked for")
+        while writes:
+            await _written(*writes.popleft())
+    finally:
+        call.cancel()
+        # what came whole counts, whatever broke off after it
+        for _, write in writes:
+            await asyncio.wait([write])
+
+
+async def _written(index: int, write: asyncio.Future[bool]) -> None:
+    if not await write:
+        raise WrongBlockError(index)
+
+
+async def _block(call: Any, connection: Connection, length: int, tally: Tally, idle_s: float) -> list[bytes]:
+    """Read the chunks of one block."""
+    chunks: list[bytes] = []
+    while length:
+        chunk = await _read(call, idle_s)
+        if chunk is EOF:
+            raise BrokenError("the stream ended early")
+        connection.heard()
+        tally.count(connection.peer, len(chunk))
+        if not min(SMALLEST_CHUNK_BYTES, length) <= len(chunk) <= min(CHUNK_BYTES, length):
+            raise GoneError(
+                f"{connection.peer} sends chunks of {len(chunk)} bytes where {length} of a block are to come"
+            )
+        chunks.append(chunk)
+        length -= len(chunk)
+    return chunks
+
+
+async def _read(call: Any, idle_s: float) -> Any:
+    """Read a message; BrokenError where none comes for `idle_s`, or the channel was closed."""
+    try:
+        async with asyncio.timeout(idle_s):
+            return await call.read()
+    except TimeoutError:
+        raise BrokenError(f"no byte for {idle_s:g} s") from None
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise BrokenError("the connection was closed") from None

@@ -1,0 +1,217 @@
+"""Gets snapshots of peers by the cheapest way: held already, a form of fewer bytes, or whole."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from random import Random
+
+from dimat.errors import DataError, NetworkError
+from dimat.net.limits import Limits
+from dimat.net.manifest import Signed
+from dimat.net.peers.link import PeerLink
+from dimat.net.threads import Threads
+from dimat.net.transfer.cache import SnapshotCache
+from dimat.net.transfer.download import GoneError, Tally, download
+from dimat.net.transfer.partial import Partial
+from dimat.net.transport import Fetched
+from dimat.weights.durable import write_bytes
+from dimat.weights.encodings import decode_weights
+from dimat.weights.snapshot import Form, Manifest, Payload, SnapshotStore, checksum, encode
+
+Sources = Callable[[], Sequence[Payload]]
+
+
+class Fetcher:
+    """Brings snapshots into `received`. `own`: this agent's store, and `offered` gives what it holds there: content
+    that is there already is not sent. `bytes`: of payload by peer and encoding; `retries`: attempts to bring a payload
+    after the first, by peer."""
+
+    def __init__(
+        self,
+        received: SnapshotCache,
+        own: SnapshotStore,
+        offered: Sources,
+        encodings: Sequence[str],
+        limits: Limits,
+        threads: Threads,
+        generator: Random,
+        noticed: Callable[[str], None],
+    ) -> None:
+        self.bytes: Counter[tuple[str, str]] = Counter()
+        self.retries: Counter[str] = Counter()
+        self._received = received
+        self._own = own
+        self._offered = offered
+        self._encodings = encodings
+        self._limits = limits
+        self._threads = threads
+        self._generator = generator
+        self._noticed = noticed
+        self._streams = asyncio.Semaphore(limits.fetches)
+        self._locks: dict[tuple[str, str], tuple[asyncio.Lock, list[None]]] = {}
+
+    async def fetch(self, find: Callable[[], PeerLink], peer: str, round_: int, root: str) -> Fetched:
+        """Get a snapshot and hold it; NetworkError where it cannot be had. `find` gives the peer's link."""
+        tally = Tally(self.bytes, self.retries)
+        try:
+            async with self._alone(peer, root):  # two rounds may have equal content
+                signed = self._received.find(peer, round_, root)
+                if signed is None or not await self._held(root):
+                    signed = await self._offer(find(), round_, root)
+                    if not await self._held(root):
+                        await self._bring(find(), signed, tally)
+                    await self._threads.submit(self._received.note, signed)
+                self._received.keep(peer, signed)
+        except (DataError, OSError) as error:
+            raise NetworkError(f"snapshot {root[:12]}… of {peer}, round {round_}, cannot be stored: {error}") from error
+        return Fetched(signed.manifest, self._received.path(root), tally.bytes, (signed.data, signed.signature))
+
+    @asynccontextmanager
+    async def _alone(self, peer: str, root: str) -> AsyncGenerator[None]:
+        """Wait until no other fetch brings the same from the same peer."""
+        lock, users = self._locks.setdefault((peer, root), (asyncio.Lock(), []))
+        users.append(None)
+        try:
+            async with lock:
+                yield
+        finally:
+            users.pop()
+            if not users:
+                del self._locks[peer, root]
+
+    async def _offer(self, link: PeerLink, round_: int, root: str) -> Signed:
+        await link.connection()
+        signed = link.find(round_, root)
+        if signed is None:
+            raise NetworkError(f"{link.peer} offers no snapshot {root[:12]}… of round {round_}, or not any more")
+        return signed
+
+    async def _held(self, root: str) -> bool:
+        """Return whether a snapshot is there whole, from this life or an earlier one."""
+        return await self._threads.submit(self._received.verify, root)
+
+    async def _bring(self, link: PeerLink, signed: Signed, tally: Tally) -> None:
+        manifest = signed.manifest
+        payload = manifest.payload
+        if any(known.root == payload.root for known in self._offered()):
+            self._received.room(link.peer, payload)
+            if await self._threads.submit(self._received.link, self._own.path(payload.root), payload):
+                return
+        for form in await self._forms(manifest):
+            try:
+                await self._by_form(link, form, payload, tally)
+                return
+            except (DataError, GoneError) as error:
+                self._noticed(
+                    f"the {form.encoding} form of snapshot {payload.root[:12]}… of {link.peer} is of no use, it is "
+                    f"fetched whole: {error}"
+                )
+        await self._whole(link, payload, tally)
+
+    async def _forms(self, manifest: Manifest) -> list[Form]:
+        """Return the forms that cost less than the payload and can be decoded here, the cheapest first."""
+        forms = [form for form in manifest.forms if form.encoding in self._encodings]
+        usable = [form for form in forms if not form.after or await self._base(form.after) is not None]
+        if not usable:
+            return []
+        return await self._threads.submit(_cheaper, manifest.payload, usable, self._sources(manifest.payload.root))
+
+    async def _base(self, root: str) -> Path | None:
+        """Return the file of a snapshot that a delta is to."""
+        if await self._held(root):
+            return self._received.path(root)
+        return self._own.path(root) if any(known.root == root for known in self._offered()) else None
+
+    def _sources(self, but: str) -> list[tuple[Path, Payload]]:
+        own = [(self._own.path(known.root), known) for known in self._offered()]
+        return self._received.sources(but) + own
+
+    async def _whole(self, link: PeerLink, payload: Payload, tally: Tally) -> None:
+        self._received.room(link.peer, payload)
+        tally.encoding = "fp32"
+        partial = await self._partial(link, payload)
+        try:
+            await self._download(link, payload, partial, tally)
+            await self._threads.submit(self._received.finish, link.peer, partial, payload.root)
+        except GoneError:
+            self._received.drop(link.peer, payload.root)
+            raise
+        finally:
+            self._received.end(link.peer, partial, payload.root)
+
+    async def _by_form(self, link: PeerLink, form: Form, payload: Payload, tally: Tally) -> None:
+        """Get a form and make the snapshot from it; DataError where that gives another one."""
+        self._received.room(link.peer, form.payload, payload.bytes)
+        tally.encoding = form.encoding
+        partial = await self._partial(link, form.payload)
+        root = form.payload.root
+        try:
+            await self._download(link, form.payload, partial, tally)
+            path = await self._threads.submit(self._received.finish, link.peer, partial, root)
+            after = await self._base(form.after) if form.after else None
+            if form.after and after is None:
+                raise DataError(f"its base {form.after[:12]}… is gone")
+            await self._threads.submit(self._decode, path, after, payload)
+        except (DataError, GoneError):
+            self._received.drop(link.peer, root)
+            raise
+        finally:
+            self._received.end(link.peer, partial, root)
+        self._received.drop(link.peer, root)
+
+    def _decode(self, path: Path, after: Path | None, payload: Payload) -> None:
+        data = encode(decode_weights(path, after=after))
+        made = checksum(data, payload.block_bytes)
+        if made.root != payload.root:
+            raise DataError(f"it decodes to snapshot {made.root[:12]}…")
+        write_bytes(self._received.path(payload.root), data)
+
+    async def _partial(self, link: PeerLink, payload: Payload) -> Partial:
+        """Open a payload that is to come in, with all of it that is held already."""
+        opening = self._threads.submit(self._received.begin, link.peer, payload)
+
+        def end(opened: asyncio.Future[Partial]) -> None:
+            if opened.exception() is None:
+                self._received.end(link.peer, opened.result(), payload.root)
+
+        try:
+            partial = await asyncio.shield(opening)
+            await self._threads.submit(partial.fill, self._sources(payload.root))
+        except BaseException:
+            opening.add_done_callback(end)  # called off: it is closed as soon as it is open
+            raise
+        return partial
+
+    async def _download(self, link: PeerLink, payload: Payload, partial: Partial, tally: Tally) -> None:
+        await download(
+            link,
+            payload,
+            partial,
+            tally,
+            limits=self._limits,
+            streams=self._streams,
+            threads=self._threads,
+            generator=self._generator,
+        )
+
+
+def _cheaper(payload: Payload, forms: Sequence[Form], sources: Sequence[tuple[Path, Payload]]) -> list[Form]:
+    """Return the forms of which fewer bytes are to come than of the payload, the cheapest first."""
+    held = {digest for _, known in sources for digest in known.blocks}
+    whole = _missing(payload, held)
+    costs = [(_missing(form.payload, held), number, form) for number, form in enumerate(forms)]
+    return [form for cost, _, form in sorted(costs, key=lambda way: way[:2]) if cost < whole]
+
+
+def _missing(payload: Payload, held: set[str]) -> int:
+    """Return the bytes of a payload that come over the network where blocks with the hashes `held` are there."""
+    # by hash: blocks of equal content come once
+    lengths = {
+        digest: min(payload.block_bytes, payload.bytes - index * payload.block_bytes)
+        for index, digest in enumerate(payload.blocks)
+    }
+    return sum(length for digest, length in lengths.items() if digest not in held)

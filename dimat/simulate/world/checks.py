@@ -1,0 +1,164 @@
+"""What an experiment's times, faults and topology do not fit together with: refused, or warned of, before it runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import networkx as nx
+
+from dimat.config import ExperimentConfig, NetworkConfig, Span
+from dimat.errors import ConfigError
+from dimat.simulate.world.compute_model import Compute
+from dimat.simulate.world.faults import Crash, FaultPlan, Leave
+from dimat.simulate.world.link_model import BYTES_PER_MBIT
+from dimat.tasks.data import batch_bounds
+from dimat.train.trainer import round_steps
+
+
+class Pace:
+    """How fast an experiment's rounds can go. `samples`: by agent."""
+
+    def __init__(self, config: ExperimentConfig, samples: Mapping[str, int], compute: Compute) -> None:
+        self._config = config
+        self._compute = compute
+        self._batches = {
+            agent: len(batch_bounds(count, config.train.batch_size)) - 1 for agent, count in samples.items()
+        }
+
+    def train_s(self, number: int, now: float = 0.0) -> dict[str, float]:
+        """Return by agent how long its training of a round takes, if it begins now."""
+        learn = self._config.schedule.rounds == 0 or number <= self._config.schedule.rounds
+        return {
+            agent: self._compute.train_s(agent, round_steps(self._config.train, batches, number), learn, now)
+            for agent, batches in self._batches.items()
+        }
+
+    def reaches(self, number: int, by_s: float) -> bool:
+        """Return whether any agent can be in a round before a time, going on from the fastest one in each round."""
+        time = 0.0
+        for earlier in range(1, number):
+            if time >= by_s:
+                break
+            time += min(self.train_s(earlier, time).values())
+        return time < by_s
+
+
+def check_times(config: ExperimentConfig, pace: Pace, snapshot_bytes: int) -> list[str]:
+    """Check the deadline against times of training and of travel; return a warning for agents that will always be
+    late.
+
+    Raises ConfigError for a deadline that no agent can keep.
+    """
+    deadline = config.schedule.round_deadline_s
+    times = pace.train_s(2)  # the first round may have epochs of its own
+    quickest = min(times.values())
+    if deadline <= quickest:
+        raise ConfigError(
+            f"schedule.round_deadline_s is {deadline:g}, but the quickest agent trains for {quickest:g} s of virtual "
+            "time in a round: every peer would be late; give it more"
+        )
+    travel = travel_s(config.simulate.network, snapshot_bytes)
+    late = [agent for agent, seconds in times.items() if seconds + travel >= deadline]
+    if not late or config.schedule.mode == "async":
+        return []
+    who = listed(late) if len(late) < len(times) else f"all {len(times)} agents"
+    sending = f" and about {travel:.3g} s until peers have their snapshot" if travel else ""
+    return [
+        f"{who} need {min(times[agent] for agent in late):g} s or more to train{sending}, which "
+        f"schedule.round_deadline_s ({deadline:g} s) does not leave them: they will be late in every round; give it "
+        'more, or use mode = "async"'
+    ]
+
+
+def travel_s(network: NetworkConfig, size_bytes: int) -> float:
+    """Return how long a snapshot takes to a peer on a link as most are: two small messages (it is offered, and asked
+    for) and the transfer. Of a range, what half of all links stay below."""
+    rates = [_median(span, log=True) for span in (network.bandwidth_mbit_s, network.uplink_mbit_s) if span is not None]
+    transfer = size_bytes / (min(rates) * BYTES_PER_MBIT) if rates else 0.0
+    return 3 * _median(network.latency_s, log=False) + transfer
+
+
+def _median(span: Span, *, log: bool) -> float:
+    if not isinstance(span, tuple):
+        return span
+    return math.sqrt(span[0] * span[1]) if log else (span[0] + span[1]) / 2
+
+
+def check_crash_points(
+    config: ExperimentConfig,
+    faults: FaultPlan,
+    rounds: int,
+    pace: Pace,
+    hears: Callable[[str, int], bool],
+    *,
+    gossips: bool,
+) -> None:
+    """Raise ConfigError, naming the entry, for a crash that waits for what its agent never does: a round beyond the
+    last or after it has gone for good, a fetch where it hears nobody, an adoption where there is none.
+
+    `rounds`: 0 = without end; `hears(agent, round)`: whether an agent hears anybody; `gossips`: whether agents adopt
+    each other's basis.
+    """
+    ends: dict[str, tuple[float, str]] = {}
+    for fault in faults.timed:
+        if isinstance(fault, Leave):
+            ends[fault.agent] = (fault.at_s, "leaves")
+        elif isinstance(fault, Crash) and fault.restart_after_s is None:
+            ends[fault.agent] = (fault.at_s, "crashes for good")
+    for point in faults.on_action:
+        agent, number = point.agent, point.round
+        who = f"{point.entry}: agent {agent!r}"
+        if rounds and number > rounds:
+            raise ConfigError(
+                f"{who} is to crash in round {number}, but the last one is {rounds}; choose an earlier one"
+            )
+        joins = agent in faults.late
+        takes_over = joins and config.schedule.join == "adopt"
+        if point.on == "adopt" and not takes_over and not (gossips and hears(agent, number)):
+            raise ConfigError(
+                f"{who} never adopts anything in round {number}: that is done by methods that align in a shared basis, "
+                'with somebody to hear, and by an agent that joins late with schedule.join = "adopt"; choose another '
+                "moment"
+            )
+        if point.on == "fetch" and not hears(agent, number):
+            raise ConfigError(f"{who} hears nobody in round {number} and fetches nothing; choose another moment")
+        at_s, verb = ends.get(agent, (math.inf, ""))
+        if at_s < math.inf and not pace.reaches(number, at_s):
+            raise ConfigError(
+                f"{who} is to crash in round {number}, but it {verb} at {at_s:g} s, which is before anybody can be in "
+                "that round; change the script"
+            )
+
+
+def check_peers(config: ExperimentConfig, agents: Sequence[str], expected: Callable[[str], int]) -> None:
+    """Raise ConfigError where `schedule.min_peers` is more than any agent has. `expected`: peers of an agent."""
+    most = max(expected(agent) for agent in agents)
+    if config.schedule.min_peers > most:
+        raise ConfigError(
+            f"schedule.min_peers is {config.schedule.min_peers}, but no agent has more than {most} peers; give it less"
+        )
+
+
+def alone(graph: nx.Graph[str], faults: FaultPlan) -> list[str]:
+    """Return a warning for each agent of a graph whose peers all go for good, as far as the script says."""
+    gone = {
+        fault.agent: f"at {fault.at_s:g} s"
+        for fault in faults.timed
+        if isinstance(fault, Leave) or (isinstance(fault, Crash) and fault.restart_after_s is None)
+    }
+    gone = {p.agent: f"in round {p.round}" for p in faults.on_action if p.restart_after_s is None} | gone
+    warnings: list[str] = []
+    for agent in graph:
+        peers = set(graph.neighbors(agent))
+        if isinstance(graph, nx.DiGraph):
+            peers |= set(graph.predecessors(agent))
+        if agent not in gone and peers and peers <= gone.keys():
+            when = listed([f"{peer} {gone[peer]}" for peer in sorted(peers)])
+            warnings.append(f"{agent} is alone in the end: its peers go for good ({when})")
+    return warnings
+
+
+def listed(names: Sequence[str], limit: int = 4) -> str:
+    """Return names for a message, the first few of many."""
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -1,0 +1,150 @@
+"""From what an operator wrote to a checked graph or topology."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dimat.config import NamedConfig, TopologyConfig, build
+from dimat.errors import TopologyError
+from dimat.seeds import derive_seed
+from dimat.topology.files import format_of, from_edges, from_python, named, parse_graph
+from dimat.topology.graphs import agent_names, build_graph, check_graph
+from dimat.topology.mixing import Mixer
+from dimat.topology.network_map import DEFAULT_AGENTS, DEFAULT_GRAPH, NetworkMap, Topology, check_names, load_map
+from dimat.topology.rounds import check_schedule
+from dimat.topology.schedule import Setting, make_schedule
+
+if TYPE_CHECKING:
+    import networkx as nx
+if TYPE_CHECKING:
+    import networkx as nx
+
+    AnyGraph = nx.Graph[Any]
+
+
+def read_graph(
+    path: str | Path,
+    format: str | None = None,
+    agents: int | Sequence[str] | None = None,
+    seed: int = 0,
+) -> nx.Graph[str]:
+    """Read and check a graph; `agents` (a number, or names in order) must fit it.
+
+    A {connectivity, pi} file leaves its mixing matrix in the graph attribute `pi`. Of a TOML map only the graph is
+    taken (`seed` is for maps that name a random one). Raises TopologyError, naming the file, for what cannot be read
+    or used.
+    """
+    kind = format_of(path, format)
+    if kind == "toml":
+        network = load_map(path)
+        graph = graph_of(network, seed)
+        if graph is None:
+            raise TopologyError(f"{path}: the map gives no graph")
+    else:
+        graph = parse_graph(Path(path), kind)
+    return named(graph, agents, str(path))
+
+
+def graph_of(network: NetworkMap, seed: int = 0) -> nx.Graph[str] | None:
+    """Return a map's graph, or None where it names neither graph, edges, file nor python and is not static."""
+    return _graph(network.config, network.names or network.config.agents, seed, network.folder)
+
+
+def build_topology(
+    config: TopologyConfig,
+    seed: int = 0,
+    folder: str | Path = ".",
+    samples: Mapping[str, int] | None = None,
+) -> Topology:
+    """Return the checked topology of a configuration; a ring of 5 where it says nothing.
+
+    `seed` is the experiment's root seed (random graphs and schedules draw from streams under it), `folder` the one
+    that relative paths are taken from, `samples` the agents' sample counts where they are known (they win over the
+    map's). With `config.map` the map decides; `schedule` and `mixing` that are set beside it win over the map's.
+    Raises TopologyError, HookError or ConfigError, in one line, for anything that cannot be.
+    """
+    if config.map is None:
+        network = NetworkMap(config, folder=Path(folder))
+    else:
+        network = load_map(Path(folder) / config.map)
+        beside = {key: getattr(config, key) for key in ("schedule", "mixing") if key in config.model_fields_set}
+        network = NetworkMap(
+            network.config.model_copy(update=beside), network.names, network.addresses, network.samples, network.folder
+        )
+        if config.agents is not None and config.agents != (network.config.agents or config.agents):
+            raise TopologyError(f"{config.map}: the map has {network.config.agents} agents, agents = {config.agents}")
+        if config.agents is not None and network.config.agents is None:
+            network = NetworkMap(network.config.model_copy(update={"agents": config.agents}), folder=network.folder)
+    chosen = network.config
+    counts = dict(network.samples if samples is None else samples)
+    graph = graph_of(network, seed)
+    if graph is not None:
+        names = tuple(graph)
+    else:
+        names = network.names or agent_names(chosen.agents or DEFAULT_AGENTS)
+    check_names(names, "topology")
+    pi = graph.graph.get("pi") if graph is not None else None
+    mixing = chosen.mixing
+    if pi is not None and "mixing" not in chosen.model_fields_set:
+        mixing = NamedConfig(name="matrix")  # a file's own mixing matrix holds unless another rule is asked for
+    setting = Setting(
+        names,
+        graph,
+        Mixer(mixing.name, mixing.options, counts or None, pi),
+        derive_seed(seed, "topology", "schedule", chosen.schedule.name),
+        partial(_resolve, names=names, seed=seed, folder=network.folder),
+    )
+    schedule = make_schedule(setting, chosen.schedule.name, chosen.schedule.options)
+    return Topology(names, schedule, graph, network.addresses, counts, chosen.schedule, mixing)
+
+
+def check(topology: Topology | nx.Graph[str], rounds: int | None = None) -> None:
+    """Raise TopologyError unless a topology, or a graph by itself, can be used.
+
+    A graph has to be simple and connected; of a topology's schedule every row of `rounds` rounds (default: one
+    period, at most 64) is checked too: weights >= 0, sum 1 within 1e-9, above zero exactly on links and self.
+    """
+    if isinstance(topology, Topology):
+        if topology.base is not None:
+            check_graph(topology.base)
+        check_schedule(topology.schedule, rounds)
+    else:
+        check_graph(topology)
+
+
+def _graph(
+    config: TopologyConfig, agents: tuple[str, ...] | int | None, seed: int, folder: Path
+) -> nx.Graph[str] | None:
+    """Return the graph that a configuration gives, None if it gives none and the schedule needs none."""
+    if config.options and config.graph is None and (config.edges or config.file or config.python):
+        raise TopologyError("options belong to a generator (graph = …), not to edges, file or python")
+    if config.edges is not None:
+        return from_edges(config.edges, agents)
+    if config.file is not None:
+        return read_graph(folder / config.file, agents=agents, seed=seed)
+    if config.python is not None:
+        return from_python(config.python, folder, agents)
+    if config.graph is not None:
+        if agents is None:
+            raise TopologyError(f"graph {config.graph!r} needs the number of agents: agents = {DEFAULT_AGENTS}, say")
+        return build_graph(config.graph, agents, seed, config.options)
+    if config.schedule.name == "static":
+        return build_graph(DEFAULT_GRAPH, agents or DEFAULT_AGENTS, seed, config.options)
+    if config.options:
+        raise TopologyError("options belong to a generator: name it with graph = …")
+    return None
+
+
+def _resolve(entry: Any, names: tuple[str, ...], seed: int, folder: Path) -> nx.Graph[str]:
+    """Return the graph of one entry of schedule "cycle": a generator's name or a table as in a map."""
+    tree: dict[str, Any] = {"graph": entry} if isinstance(entry, str) else dict(entry)
+    extra = tree.keys() - {"graph", "options", "edges", "file", "python"}
+    if extra:
+        raise TopologyError(f"schedule 'cycle': unknown key {min(extra)!r} in graphs; use graph, options, edges, file")
+    graph = _graph(build(TopologyConfig, tree, "schedule 'cycle'"), names, seed, folder)
+    if graph is None:
+        raise TopologyError("schedule 'cycle': an entry of graphs names no graph")
+    return graph

@@ -1,0 +1,369 @@
+"""Local training between merges: one agent's model, optimizer and random streams.
+
+A `Trainer` knows nothing of peers or rounds beyond their number. All its randomness comes from streams derived
+from one seed and is part of its state, so training resumed from a state goes on bit for bit, and draws made
+elsewhere in the process change nothing. State is plain tensors and plain values; nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dimat.config import TrainConfig
+from dimat.device import own_streams, resolve_device, seeded_streams
+from dimat.errors import DataError, TrainingError
+from dimat.merge.models.functional import call_with
+from dimat.seeds import derive_seed, torch_generator
+from dimat.symmetry import Permutations, SymmetrySpec
+from dimat.symmetry.trace import eval_mode
+from dimat.tasks.base import Batch, Data, Task
+from dimat.tasks.data import InputBatches, batch_bounds, input_batches
+from dimat.train.model_state import ModelState, check_fit, copied
+from dimat.train.optimizers import build_optimizer, lr_factor
+
+GATHER_BYTES = 4 << 20
+"""Examples are gathered for several batches at once, up to about this size: it fits a cache."""
+DEFAULT_EPOCHS = 2.0
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+Value = int | float | str
+
+
+@dataclass(frozen=True, slots=True)
+class TrainReport:
+    """One round's training. `loss`: mean over the examples seen; `samples`: how many (with repeats);
+    `cpu_s`, `wall_s`: seconds of this process."""
+
+    loss: float
+    samples: int
+    steps: int
+    cpu_s: float
+    wall_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerState:
+    """All that a trainer needs to go on bit for bit.
+
+    `tensors`: on the CPU, named `model/<name>`, `optimizer/<parameter>/<entry>` and `rng/<stream>` (uint8);
+    `values`: plain numbers and strings. Both are flat, ready for safetensors and JSON.
+    """
+
+    tensors: dict[str, Tensor]
+    values: dict[str, Value]
+
+
+class ModelTrainer(Protocol):
+    """What trains one agent's model: a `Trainer`, or the user's own loop. Its members are those of `Trainer`."""
+
+    model: nn.Module
+
+    @property
+    def batches(self) -> int: ...
+    def train(self, round: int) -> TrainReport: ...
+    def evaluate(self, data: Data, weights: Mapping[str, Tensor] | None = None) -> dict[str, float]: ...
+    def input_batches(self, data: Data, batch_size: int, generator: torch.Generator | None = None) -> InputBatches: ...
+    def weights(self) -> dict[str, Tensor]: ...
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None: ...
+    def start_from(self, weights: Mapping[str, Tensor]) -> None: ...
+    def permute(self, spec: SymmetrySpec, permutations: Permutations) -> None: ...
+    def state(self) -> TrainerState: ...
+    def load_state(self, state: TrainerState) -> None: ...
+
+
+class Trainer(ModelState):
+    """Trains one agent's model on its own data.
+
+    `seed` and `path` name the agent's random streams (see `dimat.seeds`): equal ones give bit-equal training,
+    initialisation included (with `initialisation = "shared"` that depends on
+    `seed` alone). `rounds_total` is the length of the run, for learning rate schedules. Raises
+    ConfigError for an unusable device and DataError for empty data.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        data: Data,
+        config: TrainConfig,
+        *,
+        seed: int,
+        path: Sequence[str | int] = (),
+        rounds_total: int = 1,
+    ) -> None:
+        if len(data) == 0:
+            raise DataError("no samples to train on; check the partition")
+        self.task = task
+        self.data = data
+        self.config = config
+        self.rounds_total = rounds_total
+        self.device = resolve_device(config.device)
+        origin = path if config.initialisation == "own" else ()
+        self.model = task.build_model(torch_generator(seed, *origin, "init")).to(self.device)
+        self.optimizer = self._new_optimizer()
+        self.samples_seen = 0
+        """Training examples seen since the start, with repeats."""
+        self._order_rng = torch_generator(seed, *path, "batches")
+        self._augment_rng = torch_generator(seed, *path, "augment")
+        self._global_rng = seeded_streams(derive_seed(seed, *path, "dropout"), self.device)
+        self._epoch_rng = self._order_rng.get_state()  # where the current epoch's order was drawn from
+        self._order = torch.empty(0, dtype=torch.int64)
+        self._position = 0  # batches of the current epoch that are done; 0: its order is still to be drawn
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
+        self._bounds = batch_bounds(len(data), config.batch_size)
+        self._batches_gathered = 0
+        self._step: Any = getattr(task, "train_step", None)
+
+    # --- training ---
+
+    def steps_in(self, round: int) -> int:
+        """Return the optimizer steps of a round (rounds count from 1)."""
+        return round_steps(self.config, self.batches, round)
+
+    @property
+    def batches(self) -> int:
+        """Batches in an epoch."""
+        return len(self._bounds) - 1
+
+    def train(self, round: int) -> TrainReport:
+        """Train for one round and return what it took.
+
+        Raises TrainingError naming round and step where the loss stops being finite; the weights are then unusable.
+        """
+        if self.config.optimizer_state == "fresh":
+            self.optimizer = self._new_optimizer()
+        cpu, wall = time.process_time(), time.perf_counter()
+        steps = self.steps_in(round)
+        with own_streams(self._global_rng, self.device):
+            loss, samples = self._train(round, steps)
+        self._check_weights(round)
+        if self.config.optimizer_state == "fresh":
+            self.optimizer.state.clear()
+        self.samples_seen += samples
+        return TrainReport(loss, samples, steps, time.process_time() - cpu, time.perf_counter() - wall)
+
+    def _train(self, round: int, steps: int) -> tuple[float, int]:
+        self.model.train()
+        clip = self.config.grad_clip_norm
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        scaled = self._scaler.is_enabled()
+        rates = self._rates(round, steps)
+        done = samples = 0
+        total = 0.0
+        while done < steps:
+            batches = self._next_batches(steps - done)
+            losses: list[Tensor] = []
+            for batch in batches:
+                if rates is not None:
+                    for group in self.optimizer.param_groups:
+                        group["lr"] = rates[done + len(losses)]
+                self.optimizer.zero_grad()
+                loss = self._backward(batch)
+                if scaled:
+                    self._scaler.unscale_(self.optimizer)
+                if clip is not None:
+                    nn.utils.clip_grad_norm_(parameters, clip)
+                if scaled:
+                    self._scaler.step(self.optimizer)
+                    self._scaler.update()
+                else:
+                    self.optimizer.step()
+                losses.append(loss)
+            # Read once for many steps: reading every step would hold a GPU up.
+            values: list[float] = torch.stack(losses).tolist()
+            for number, (value, batch) in enumerate(zip(values, batches, strict=True), done + 1):
+                if not math.isfinite(value):
+                    raise TrainingError(
+                        f"training loss is {value} in round {round}, step {number} of {steps}; lower "
+                        "train.optimizer.lr or set train.grad_clip_norm, and check the data for non-finite inputs"
+                    )
+                total += value * len(batch.targets)
+                samples += len(batch.targets)
+            done += len(batches)
+        self.optimizer.zero_grad()  # gradients would double what many simulated agents hold
+        return total / samples, samples
+
+    def _backward(self, batch: Batch) -> Tensor:
+        """Add the gradients of a batch's mean loss, part by part, and return that loss."""
+        parts = _parts(batch, self.config.accumulate)
+        total: Tensor | None = None
+        for part in parts:
+            loss = self._loss(part)
+            if len(parts) > 1:
+                loss = loss * (len(part.targets) / len(batch.targets))
+            (self._scaler.scale(loss) if self._scaler.is_enabled() else loss).backward()
+            total = loss.detach() if total is None else total + loss.detach()
+        assert total is not None
+        return total
+
+    def _loss(self, batch: Batch) -> Tensor:
+        with self._autocast():
+            if self._step is not None:
+                return self._step(self.model, batch)
+            return self.task.loss(self.model(*batch.inputs), batch.targets)
+
+    def _autocast(self) -> Any:
+        dtype = AUTOCAST.get(self.config.precision)
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
+
+    def _next_batches(self, most: int) -> list[Batch]:
+        """Return the next batches of the epoch, at most `most`, on the device; epochs run on over rounds."""
+        count = len(self._bounds) - 1
+        if self._position == 0 or self._position == count:
+            self._position = 0
+            self._epoch_rng = self._order_rng.get_state()
+            self._order = torch.randperm(len(self.data), generator=self._order_rng)
+        if not self._batches_gathered:
+            example = self.data.batch(torch.zeros(1, dtype=torch.int64))
+            size = sum(t.numel() * t.element_size() for t in (*example.inputs, example.targets))
+            self._batches_gathered = max(1, GATHER_BYTES // max(1, size * self.config.batch_size))
+        first = self._position
+        last = min(count, first + most, first + self._batches_gathered)
+        bounds = self._bounds[first : last + 1]
+        gathered = self.data.batch(self._order[bounds[0] : bounds[-1]], self._augment_rng)
+        sizes = [b - a for a, b in pairwise(bounds)]
+        inputs = [t.to(self.device, non_blocking=True).split(sizes) for t in gathered.inputs]
+        targets = gathered.targets.to(self.device, non_blocking=True).split(sizes)
+        self._position = last
+        return [Batch(*pair) for pair in zip(zip(*inputs, strict=True), targets, strict=True)]
+
+    def _rates(self, round: int, steps: int) -> list[float] | None:
+        """Return the learning rate of each step of a round, or None where it never changes."""
+        schedule = self.config.lr_schedule
+        if schedule.name == "constant":
+            return None
+        # Placed by the round's number and not by steps done, so that a late joiner anneals with the others.
+        first, later = self.steps_in(1), self.steps_in(2)
+        before = 0 if round == 1 else first + (round - 2) * later
+        total = first + (self.rounds_total - 1) * later
+        return [self.config.optimizer.lr * lr_factor(schedule, min(1.0, (before + i) / total)) for i in range(steps)]
+
+    def _check_weights(self, round: int) -> None:
+        parameters = dict(self.model.named_parameters())
+        if not torch.stack([p.detach().sum() for p in parameters.values()]).isfinite().all():
+            bad = [name for name, p in parameters.items() if not p.isfinite().all()]
+            if bad:
+                raise TrainingError(
+                    f"weights are not finite after round {round}: {', '.join(bad[:3])}; lower train.optimizer.lr or "
+                    "set train.grad_clip_norm"
+                )
+
+    # --- evaluation ---
+
+    def evaluate(self, data: Data, weights: Mapping[str, Tensor] | None = None) -> dict[str, float]:
+        """Return the means over `data` of the loss ("loss") and of the task's metrics, in eval mode.
+
+        With `weights` (a whole state dict), those are evaluated and the model keeps its own. Neither mode nor
+        random streams are disturbed. Raises DataError for empty data or weights that do not fit.
+        """
+        if len(data) == 0:
+            raise DataError("no samples to evaluate on")
+        held: dict[str, Tensor] | None = None
+        if weights is not None:
+            own = self.model.state_dict(keep_vars=True)
+            check_fit(own, weights, "weights to evaluate")
+            held = {name: weights[name].to(self.device, own[name].dtype) for name in own}
+        bounds = batch_bounds(len(data), self.config.eval_batch_size)
+        sums: dict[str, list[Tensor]] = {}
+        with eval_mode(self.model), own_streams(seeded_streams(0, self.device), self.device), torch.no_grad():
+            for start, stop in pairwise(bounds):
+                batch = data.batch(torch.arange(start, stop))
+                inputs = tuple(t.to(self.device, non_blocking=True) for t in batch.inputs)
+                targets = batch.targets.to(self.device, non_blocking=True)
+                with self._autocast():
+                    if held is None:
+                        outputs = self.model(*inputs)
+                    else:
+                        outputs = call_with(self.model, held, inputs)
+                    loss = self.task.loss(outputs, targets)
+                    values = {name: value.sum() for name, value in self.task.metrics(outputs, targets).items()}
+                for name, value in {"loss": loss * (stop - start), **values}.items():
+                    sums.setdefault(name, []).append(value)
+        means = {name: torch.stack(parts).cpu().double().sum().item() / len(data) for name, parts in sums.items()}
+        derived = getattr(self.task, "derived_metrics", None)
+        return means if derived is None else {**means, **derived(means)}
+
+    def input_batches(
+        self, data: Data, batch_size: int, generator: torch.Generator | None = None, *, samples: int | None = None
+    ) -> InputBatches:
+        """Return inputs of `data` on this trainer's device, as a re-iterable of tuples: no augmentation, one
+        fixed order drawn from `generator` (that of the data without one), the first `samples` of it."""
+        return input_batches(data, batch_size, generator, samples=samples, device=self.device)
+
+    # --- state ---
+
+    def state(self) -> TrainerState:
+        """Return everything that is needed to go on bit for bit, as copies on the CPU."""
+        tensors = {f"model/{name}": tensor for name, tensor in self.weights().items()}
+        values: dict[str, Value] = {
+            "optimizer": self.config.optimizer.name,
+            "position": self._position,
+            "samples_seen": self.samples_seen,
+        }
+        for name, entries in self.optimizer_entries().items():
+            tensors |= {f"optimizer/{name}/{key}": copied(torch.as_tensor(value)) for key, value in entries.items()}
+        tensors |= {f"rng/{name}": state.clone() for name, state in self._global_rng.items()}
+        tensors |= {"rng/batches": self._order_rng.get_state(), "rng/augment": self._augment_rng.get_state()}
+        tensors |= {"rng/epoch": self._epoch_rng.clone()}
+        values |= {f"scaler/{key}": value for key, value in self._scaler.state_dict().items()}
+        return TrainerState(tensors, values)
+
+    def load_state(self, state: TrainerState) -> None:
+        """Go on from a state of a trainer with the same task, data and configuration.
+
+        Raises DataError where something is missing or does not fit; a GPU's random stream is needed on a GPU only.
+        """
+        tensors, values = state.tensors, state.values
+        try:
+            if values["optimizer"] != self.config.optimizer.name:
+                raise DataError(
+                    f"the state is of optimizer {values['optimizer']!r}, train.optimizer is "
+                    f"{self.config.optimizer.name!r}"
+                )
+            self.load_weights({n.removeprefix("model/"): t for n, t in tensors.items() if n.startswith("model/")})
+            self.load_optimizer({n: t for n, t in tensors.items() if n.startswith("optimizer/")})
+            for name in self._global_rng:
+                self._global_rng[name] = tensors[f"rng/{name}"].clone()
+            self._augment_rng.set_state(tensors["rng/augment"])
+            self._epoch_rng = tensors["rng/epoch"].clone()
+            self._order_rng.set_state(self._epoch_rng)
+            self._order = torch.randperm(len(self.data), generator=self._order_rng)
+            self._order_rng.set_state(tensors["rng/batches"])
+            self._position = int(values["position"])
+            self.samples_seen = int(values["samples_seen"])
+            scaler = {n.removeprefix("scaler/"): v for n, v in values.items() if n.startswith("scaler/")}
+            if self._scaler.is_enabled():
+                self._scaler.load_state_dict(scaler)
+        except KeyError as error:
+            raise DataError(f"the trainer's state lacks {error.args[0]!r}") from error
+
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        return build_optimizer(self.model, self.config.optimizer)
+
+
+def _parts(batch: Batch, count: int) -> list[Batch]:
+    """Cut a batch into so many parts, as even as may be; a batch of fewer examples into single ones."""
+    if count == 1:
+        return [batch]
+    size = len(batch.targets)
+    bounds = [size * i // min(count, size) for i in range(min(count, size) + 1)]
+    return [Batch(tuple(t[a:b] for t in batch.inputs), batch.targets[a:b]) for a, b in pairwise(bounds)]
+
+
+def round_steps(config: TrainConfig, batches: int, round: int) -> int:
+    """Return the optimizer steps of a round (from 1) of an agent whose epochs have so many batches."""
+    if round == 1 and config.first_round_epochs is not None:
+        epochs = config.first_round_epochs
+    elif config.steps_per_round is not None:
+        return config.steps_per_round
+    else:
+        epochs = config.epochs_per_round or DEFAULT_EPOCHS
+    return max(1, math.floor(epochs * batches + 0.5))

@@ -1,0 +1,235 @@
+"""What is known of a run, as the dashboard shows it: agents, links, merges, adoptions, log. Pure: no clock, no file.
+
+Each thing carries the version at which it last changed, so that `dimat.ui.dashboard.api` can tell a reader exactly
+what is new since a version that it has. All memory is bounded, by the constants below.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from dimat.ui.dashboard.field_values import count, name
+
+MOST_AGENTS = 10_000
+MOST_EDGES = 20_000
+MOST_MERGES = 50_000
+MOST_ADOPTIONS = 5_000
+MOST_LOG = 400
+MOST_POINTS = 400_000
+"""Points of all curves together; an agent's has at least `LEAST_POINTS`."""
+LEAST_POINTS = 100
+
+Values = Mapping[str, Any]
+
+
+class LogEntry:
+    """One event of the log's tail; ordered by time, then arrival."""
+
+    __slots__ = ("event", "key", "said")
+
+    def __init__(self, time_s: float, version: int, event: Values) -> None:
+        self.key = (time_s, version)
+        self.event = event
+        self.said: tuple[int, str] | None = None  # level and text, once somebody wants to see it
+
+    def __lt__(self, other: LogEntry) -> bool:
+        return self.key < other.key
+
+
+class RunModel:
+    """All that is known so far. `version` grows with each change."""
+
+    def __init__(self) -> None:
+        self.version = 0
+        self.run: dict[str, Any] = {}
+        self.run_version = 0
+        self.simulated = False
+        self.finished = ""
+        self.newest_s = 0.0
+        self.agents: dict[str, Agent] = {}
+        self.edges: dict[tuple[str, str], Edge] = {}
+        self.merges: dict[tuple[str, int], Merge] = {}
+        self.adoptions: dict[tuple[str, int, str], Adoption] = {}
+        self.log: list[LogEntry] = []
+        self.left_out = 0
+        """Agents and links that are not kept, since there are too many."""
+        self.rounds_changed: set[int] = set()
+        """Rounds whose means are to be made anew."""
+        self.readers: defaultdict[str, list[Edge]] = defaultdict(list)
+        """Links by their source."""
+
+    def _tell_run(self, **values: Any) -> None:
+        self.run.update(values)
+        self.run_version = self.version
+
+    @property
+    def metric(self) -> str:
+        """The metric that is shown: the run's own, else accuracy where there is one."""
+        return self.run.get("metric") or self.run.get("found_metric") or ""
+
+    def _agent(self, given: object) -> Agent | None:
+        if isinstance(given, str) and (found := self.agents.get(given)) is not None:
+            return found  # nearly always
+        who = name(given)
+        found = self.agents.get(who)
+        if found is not None or not who:
+            return found
+        if len(self.agents) >= MOST_AGENTS:
+            self.left_out += 1
+            return None
+        found = self.agents[who] = Agent(who, version=self.version)
+        return found
+
+    def _edge(self, source: object, reader: object) -> Edge | None:
+        if isinstance(source, str) and isinstance(reader, str) and (found := self.edges.get((source, reader))):
+            return found  # nearly always
+        key = (name(source), name(reader))
+        found = self.edges.get(key)
+        if found is not None or key[0] == key[1] or self._agent(key[0]) is None or self._agent(key[1]) is None:
+            return found
+        if len(self.edges) >= MOST_EDGES:
+            self.left_out += 1
+            return None
+        found = self.edges[key] = Edge(*key, version=self.version)
+        self.readers[key[0]].append(found)
+        return found
+
+    def _point(self, agent: Agent, event: Values) -> Point:
+        number_ = count(event.get("round"))
+        # the newest last, so that what is new is found from the end
+        point = agent.points.pop(number_, None) or Point()
+        agent.points[number_] = point
+        point.version = self.version
+        self.rounds_changed.add(number_)
+        most = max(LEAST_POINTS, MOST_POINTS // len(self.agents))
+        if len(agent.points) > most:
+            for old in sorted(agent.points)[1 : -LEAST_POINTS // 2 : 2]:
+                del agent.points[old]
+        return point
+
+    def _merge(self, agent: Agent, event: Values) -> Merge:
+        key = (agent.name, count(event.get("round")))
+        merge = self.merges.get(key)
+        if merge is None:
+            merge = self.merges[key] = Merge(*key)
+            while len(self.merges) > MOST_MERGES:
+                del self.merges[next(iter(self.merges))]
+        merge.version = self.version
+        return merge
+
+    def _adoption(self, adoption: Adoption) -> None:
+        self.adoptions[adoption.agent, adoption.round, adoption.peer] = adoption
+        while len(self.adoptions) > MOST_ADOPTIONS:
+            del self.adoptions[next(iter(self.adoptions))]
+
+    def _log(self, time_s: float, event: Values) -> None:
+        entry = LogEntry(time_s, self.version, event)
+        if len(self.log) < MOST_LOG:
+            heapq.heappush(self.log, entry)
+        else:
+            heapq.heappushpop(self.log, entry)
+
+
+State = Literal["running", "late", "lost", "left", "unknown"]
+
+
+@dataclass(slots=True)
+class Point:
+    """One round of one agent: mean training loss, and test metrics before and after the merge."""
+
+    loss: float | None = None
+    before: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    after: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    version: int = 0
+
+
+@dataclass(slots=True)
+class Agent:
+    """One agent. `own`: its own events are read, not only what others tell of it; `alive`: what asking it directly
+    told, None where it was not asked; `told`: by agent that listens to it, what is wrong with the link, "" for
+    nothing; `merged`: round of its last merge; times in seconds of the run's clock; bytes since the log began."""
+
+    name: str
+    own: bool = False
+    round: int = 0
+    phase: str = ""
+    merged: int = 0
+    event_s: float = 0.0
+    finished_s: float | None = None
+    round_s: float | None = None
+    address: str = ""
+    samples: int = 0
+    secure: bool | None = None
+    loss: float | None = None
+    after: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    before: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    heard: int = 0
+    expected: int = 0
+    accepted: float | None = None
+    basis: str = ""
+    sent: int = 0
+    received: int = 0
+    left: str = ""
+    crashed: bool = False
+    back_s: float | None = None
+    checkpoint: int | None = None
+    warnings: int = 0
+    alive: bool | None = None
+    told: dict[str, str] = field(default_factory=dict[str, str])
+    histogram: tuple[int, ...] = ()
+    points: dict[int, Point] = field(default_factory=dict[int, Point])
+    state: State = "unknown"
+    why: str = ""
+    version: int = 0
+
+
+@dataclass(slots=True)
+class Edge:
+    """A link: `reader` listens to `source`. `used`: round of the snapshot in the reader's last merge that had one;
+    `late`: the reader's last round that it was missing in; `fault`: why."""
+
+    source: str
+    reader: str
+    bytes: int = 0
+    used: int | None = None
+    late: int = 0
+    fault: str = ""
+    version: int = 0
+
+
+@dataclass(slots=True)
+class Merge:
+    """One merge. `parts`: contributions as the event has them; `missing`: peers that were late or refused, and why;
+    `done`: the merge itself has been told."""
+
+    agent: str
+    round: int
+    time_s: float = 0.0
+    parts: Sequence[Any] = ()
+    heard: int = 0
+    expected: int = 0
+    before: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    after: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    accepted: float | None = None
+    merge_s: float | None = None
+    notes: tuple[str, ...] = ()
+    missing: dict[str, str] = field(default_factory=dict[str, str])
+    done: bool = False
+    version: int = 0
+
+
+@dataclass(slots=True)
+class Adoption:
+    """An agent permuted itself into a peer's basis; `moved`: share of its units whose place changed, and in `groups` by
+    symmetry group."""
+
+    agent: str
+    round: int
+    peer: str
+    moved: float | None
+    groups: dict[str, float] = field(default_factory=dict[str, float])
+    version: int = 0

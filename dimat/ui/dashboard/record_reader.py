@@ -1,0 +1,104 @@
+"""What a model is made of and how far networks were permuted, from the ledgers of merges in a run's or agent's folder.
+
+Reading and following a ledger takes up to seconds in large runs: it is done when somebody looks, and kept until the
+ledger changes.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dimat.agent.lineage.lineage import Lineage, lineage, read_records
+from dimat.agent.protocol.messages import MergeRecord
+from dimat.errors import DataError
+from dimat.ui.dashboard.field_values import number, shares
+from dimat.ui.text import spans
+
+LEDGER = "lineage.jsonl"
+MOST_ROWS = 600
+MOST_UPDATES = 3_000
+
+
+class Records:
+    """Ledgers as read last, by file."""
+
+    def __init__(self) -> None:
+        self._kept: dict[Path, tuple[tuple[int, int], list[MergeRecord]]] = {}
+
+    def read(self, folder: Path) -> list[MergeRecord]:
+        """Return a folder's records; DataError where its ledger cannot be read, none where it has none."""
+        path = folder / LEDGER
+        try:
+            found = path.stat()
+        except OSError:
+            return []
+        stamp = (found.st_mtime_ns, found.st_size)
+        kept = self._kept.get(path)
+        if kept is None or kept[0] != stamp:
+            kept = self._kept[path] = (stamp, read_records(path))
+        return kept[1]
+
+    def lineage(self, agent: str, own: Path, folders: Sequence[Path]) -> dict[str, Any]:
+        """Return what an agent's model is made of. `own`: the folder with its ledger; `folders`: all that there are.
+        DataError where that is not on record."""
+        records = [record for folder in dict.fromkeys([own, *folders]) for record in self.read(folder)]
+        mine = [record for record in records if record.agent == agent]
+        if not mine:
+            raise DataError(f"no merge of {agent} is on record yet")
+        last = max(mine, key=lambda record: record.round)
+        told = {record.agent for record in records}
+        if all(part.agent in told for record in records for part in record.contributions):
+            made = lineage(records, agent, last.round)
+        else:  # of others only what their signed manifests say
+            from dimat.ui.report.agent_summary import agent_lineage
+
+            last, made, _ = agent_lineage(own, agent)
+        return {"agent": agent, "round": last.round, **_contributors(made)}
+
+    def moves(self, agents: Sequence[str], folders: Sequence[Path]) -> list[dict[str, Any]]:
+        """Return of each merge and each peer that was aligned for it what share of the peer's units changed places, in
+        all and by group of units, where the ledger tells it."""
+        rows: list[dict[str, Any]] = []
+        for folder in folders:
+            for record in self.read(folder):
+                if agents and record.agent not in agents:
+                    continue
+                rows += [
+                    {
+                        "agent": record.agent,
+                        "round": record.round,
+                        "peer": peer,
+                        "moved": number(moved),
+                        "groups": shares(record.moved_groups.get(peer)),
+                    }
+                    for peer, moved in record.moved.items()
+                ]
+        rows.sort(key=lambda row: (-row["round"], row["agent"], row["peer"]))
+        return rows[:MOST_ROWS]
+
+
+def _contributors(made: Lineage) -> dict[str, Any]:
+    training = made.shares()
+    rounds: defaultdict[str, list[int]] = defaultdict(list)
+    for (who, number_), weight in made.updates.items():
+        if weight > 0:
+            rounds[who].append(number_)
+    earlier: defaultdict[str, float] = defaultdict(float)
+    for (who, _), weight in made.earlier.items():
+        earlier[who] += weight
+    rows = [
+        {
+            "agent": who,
+            "rounds": spans(rounds[who]),
+            "training": training.get(who, 0.0),
+            "first": made.initial.get(who, 0.0),
+            "earlier": earlier[who],
+        }
+        for who in {**training, **made.initial, **earlier}
+    ]
+    rows.sort(key=lambda row: (-float(row["training"]), str(row["agent"])))
+    updates = [[who, number_, weight] for (who, number_), weight in made.updates.items() if weight > 0]
+    return {"contributors": rows, "updates": updates[-MOST_UPDATES:]}

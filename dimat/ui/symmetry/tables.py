@@ -1,0 +1,179 @@
+"""A model's symmetry groups as tables, and the model that a command names."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from dimat.config import TaskConfig, load_experiment
+from dimat.errors import ConfigError, DataError, HookError
+from dimat.hooks import load_hook
+from dimat.seeds import torch_generator
+from dimat.symmetry import Group, SymmetrySpec, derive_symmetry
+from dimat.tasks import list_tasks, load_task
+from dimat.tasks.base import Task
+from dimat.ui.text import Table, as_text
+
+
+@dataclass(frozen=True)
+class Described:
+    """A model's groups, and what is known of its tensors: (shape, dtype) by name, empty where only groups are known."""
+
+    name: str
+    spec: SymmetrySpec
+    tensors: Mapping[str, tuple[tuple[int, ...], str]]
+    parameters: int | None
+    trainable: frozenset[str] = frozenset()
+
+
+def load_model(hook: str) -> tuple[nn.Module, Any]:
+    """Return model and example inputs of a hook, an experiment or a bundled task; HookError where there are none."""
+    made: Any
+    if hook.endswith(".toml"):
+        config = load_experiment(Path(hook))
+        made = load_task(config.task, Path(config.folder))
+    elif hook in list_tasks():
+        made = load_task(TaskConfig(name=hook))
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # a hook may draw its initial weights from the global generator
+            function = load_hook(hook, Path(), "model hook")
+            try:
+                made = function()
+            except Exception as error:  # a user's code may fail in any way
+                raise HookError(f"model hook {hook!r} failed: {type(error).__name__}: {error}") from error
+    if isinstance(made, Task):
+        return made.build_model(torch_generator(0, "symmetry", "model")), made.example_inputs()
+    if isinstance(made, tuple) and len(cast("tuple[Any, ...]", made)) == 2:
+        model, inputs = cast("tuple[Any, Any]", made)
+        if isinstance(model, nn.Module) and isinstance(inputs, (Tensor, tuple, list, Mapping)):
+            given: Any = (inputs,) if isinstance(inputs, Tensor) else inputs
+            return model, given if isinstance(given, Mapping) else tuple(given)
+    raise HookError(f"model hook {hook!r} must return a Task or (model, example inputs), not {type(made).__name__}")
+
+
+def describe(name: str, model: nn.Module, inputs: Any, outputs: Sequence[str] = ()) -> Described:
+    """Derive a model's groups; what is wrong with them is in the spec's warnings."""
+    chosen = [int(each) if each.lstrip("-").isdigit() else each for each in outputs] or None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        spec = derive_symmetry(model, inputs, chosen)
+    state = {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
+    tensors = {key: (tuple(v.shape), str(v.dtype).removeprefix("torch.")) for key, v in sorted(state.items())}
+    trainable = frozenset(key for key, _ in model.named_parameters(remove_duplicate=False))
+    return Described(name, spec, tensors, sum(p.numel() for p in model.parameters()), trainable)
+
+
+def open_described(source: str) -> Described:
+    """Return what `source` names: a file of `symmetry show --json` or `SymmetrySpec.to_json`, else as `load_model`.
+
+    Raises DataError for a JSON file that cannot be read or is no spec, HookError and ConfigError as `load_model`.
+    """
+    if not source.endswith(".json"):
+        model, inputs = load_model(source)
+        return describe(source, model, inputs)
+    try:
+        text = Path(source).read_text(encoding="utf-8")
+        raw: Any = json.loads(text)
+        spec = SymmetrySpec.from_json(text)
+        summary: Any = raw.get("summary") or {}
+        given: dict[str, Any] = summary.get("tensors") or {}
+        tensors = {name: (tuple(shape), str(dtype)) for name, (shape, dtype) in given.items()}
+    except OSError as error:
+        raise DataError(f"cannot read {source}: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{source} is no symmetry spec; write one with `dimat symmetry show MODEL --json`") from error
+    return Described(source, spec, tensors, summary.get("parameters"))
+
+
+def summary_of(described: Described) -> dict[str, Any]:
+    """Return what `--json` adds to the spec: counts, what is frozen by reason, and the tensors."""
+    spec = described.spec
+    return {
+        "parameters": described.parameters,
+        "groups": len(spec.groups),
+        "nested_groups": sum(1 for group in spec.groups if group.parents),
+        "frozen": [{"reason": r, "axes": n, "share": s} for r, n, s in frozen_by_reason(described)],
+        "tensors": {name: [list(shape), dtype] for name, (shape, dtype) in described.tensors.items()},
+    }
+
+
+def units_text(group: Group, sizes: Mapping[str, int]) -> str:
+    """Return a group's size; that of a group with parents as e.g. `64 in each of 12`."""
+    each = " × ".join(str(sizes[name]) for name in group.parents)
+    return f"{group.size} in each of {each}" if each else str(group.size)
+
+
+def frozen_by_reason(described: Described) -> list[tuple[str, int, float]]:
+    """Return (reason, axes, share of the parameters whose tensor has such an axis), most axes first."""
+    by_reason: dict[str, set[tuple[str, int]]] = {}
+    for axis in described.spec.frozen:
+        by_reason.setdefault(axis.reason, set()).add((axis.tensor, axis.dim))
+    rows: list[tuple[str, int, float]] = []
+    for reason, axes in by_reason.items():
+        held = {tensor for tensor, _ in axes} & described.trainable
+        count = sum(prod(described.tensors[tensor][0]) for tensor in held)
+        rows.append((reason, len(axes), count / max(described.parameters or 0, 1)))
+    return sorted(rows, key=lambda row: (-row[1], row[0]))
+
+
+def groups_table(spec: SymmetrySpec) -> Table:
+    """Return the table of groups."""
+    sizes = {group.id: group.size for group in spec.groups}
+    numbers = {group.id: str(number) for number, group in enumerate(spec.groups, 1)}
+    rows = tuple(
+        (
+            numbers[group.id],
+            group.id,
+            units_text(group, sizes),
+            " ".join(numbers[name] for name in group.parents),
+            str(len({tensor for tensor, _ in group.axes})),
+            group.points[0].node + (f" +{len(group.points) - 1}" if len(group.points) > 1 else "")
+            if group.points
+            else "",
+            group.method,
+        )
+        for group in spec.groups
+    )
+    headers = ("#", "group", "units", "inside #", "tensors", "observed at", "by")
+    return Table("", headers, rows, left=frozenset({1, 2, 5, 6}))
+
+
+def frozen_table(described: Described) -> Table:
+    """Return the table of frozen axes; shares overlap, for a tensor may have axes frozen for several reasons."""
+    rows = tuple((reason, str(axes), f"{share:.1%}") for reason, axes, share in frozen_by_reason(described))
+    return Table("", ("frozen because", "axes", "in parameters"), rows)
+
+
+def lines_of(described: Described) -> list[str]:
+    """Return all that `symmetry show` prints, but the invariance error."""
+    spec = described.spec
+    lines = as_text(groups_table(spec)) if spec.groups else []
+    lines += ["", totals(described), ""]
+    return lines + (as_text(frozen_table(described)) if spec.frozen else []) + list(spec.warnings)
+
+
+def totals(described: Described) -> str:
+    """Return a model's figures as one line."""
+    spec = described.spec
+    nested = sum(1 for group in spec.groups if group.parents)
+    count = "unknown" if described.parameters is None else f"{described.parameters:,}"
+    return (
+        f"{len(spec.groups)} groups" + (f" ({nested} of them in each of another's units)" if nested else "") + "; "
+        f"{spec.coverage:.1%} of {count} parameters have an axis that moves; "
+        f"traced by {spec.trace_kind}; arch {spec.arch_hash[:16]}"
+    )
+
+
+def check_suffix(path: Path | None, suffix: str) -> None:
+    """Raise ConfigError where a file to write has another ending than its format's."""
+    if path is not None and path.suffix.lower() != suffix:
+        raise ConfigError(f"cannot draw to {path}: the name must end in {suffix}")

@@ -1,0 +1,235 @@
+"""What experiment trackers have in common: events become one row of numbers per agent and round, and a thread hands
+them over, so that a tracker that is slow, or whose network or disk is gone, holds nothing up.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from dimat import events
+from dimat.errors import ConfigError
+
+QUEUED = 10_000
+"""Rows that may wait for a tracker before it is taken for stuck."""
+CLOSE_S = 30.0
+"""Seconds that a tracker has at the end to hand over what is left."""
+EACH_AT_MOST = 32
+"""Agents of one simulated run whose numbers are told one by one where each makes a run or columns of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A run begins, or goes on after `round`. `agents`: one of a real agent, all of a simulated run; `settings`: plain
+    values that describe it; `time_s`: Unix seconds."""
+
+    run: str
+    agents: tuple[str, ...]
+    round: int
+    simulated: bool
+    time_s: float
+    settings: Mapping[str, str | int | float | bool] = field(default_factory=dict[str, str | int | float | bool])
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Numbers of an agent's round, or ("" for `agent`) over all agents of a simulated one; `time_s`: Unix seconds."""
+
+    agent: str
+    round: int
+    time_s: float
+    values: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A real agent has left, or a simulated run is over. `reason`: as the event says."""
+
+    reason: str
+
+
+Told = Started | Row | Ended
+
+
+class Backend(Protocol):
+    """One tracker. It is used from one thread, after `start`; whatever it raises switches it off."""
+
+    def start(self, started: Started) -> None:
+        """Begin a run."""
+        ...
+
+    def log(self, row: Row) -> None:
+        """Take a row of a run that has begun."""
+        ...
+
+    def end(self, reason: str) -> None:
+        """End the run; "" where it is not known how it ended."""
+        ...
+
+
+class Tracker:
+    """Tells a backend of a run; a listener. `name`: what people call the tracker; `backend`: what makes it; `warn`: is
+    told, once and from any thread, that the tracker failed and is switched off."""
+
+    def __init__(self, name: str, backend: Backend, warn: Callable[[str], None]) -> None:
+        self._name = name
+        self._backend = backend
+        self._warn = warn
+        self._reader = Reader()
+        self._queue: queue.Queue[Told | None] = queue.Queue(QUEUED)
+        self._lock = threading.Lock()
+        self._off = False
+        self._thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._thread.start()
+
+    def __call__(self, event: events.Event) -> None:
+        """Take one event in; never waits and never raises."""
+        with self._lock:
+            if self._off:
+                return
+            for told in self._reader.read(event):
+                try:
+                    self._queue.put_nowait(told)
+                except queue.Full:
+                    self._fail(f"{QUEUED:,} rows wait for it")
+                    return
+
+    def close(self) -> None:
+        """Hand over what is left, and end the run; gives up after `CLOSE_S`. Closing twice is allowed."""
+        try:
+            self._queue.put_nowait(None)
+        except queue.Full:
+            self._fail(f"{QUEUED:,} rows wait for it")
+        self._thread.join(CLOSE_S)
+        if self._thread.is_alive():
+            self._fail(f"it has not taken all in within {CLOSE_S:.0f} s")
+
+    def _work(self) -> None:
+        reason, begun = "", False
+        try:
+            while not self._off:
+                told = self._queue.get()
+                match told:
+                    case None:
+                        break
+                    case Started():
+                        if begun:
+                            self._backend.end(reason)
+                        self._backend.start(told)
+                        reason, begun = "", True
+                    case Row():
+                        if begun:
+                            self._backend.log(told)
+                    case Ended():
+                        reason = told.reason
+            if begun:
+                self._backend.end(reason)
+        # whatever a tracker's library raises, and not only Exception: the training must not care
+        except BaseException as error:
+            self._fail(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+
+    def _fail(self, reason: str) -> None:
+        first, self._off = not self._off, True
+        if first:
+            self._warn(f"{self._name} failed and is switched off; the training goes on: {reason}")
+
+
+class Reader:
+    """Makes rows of events. The names of their values are the same for all trackers: loss, samples, <metric>/before,
+    <metric>/after, accepted_share, peers/heard, peers/expected, bytes/sent, bytes/received, seconds/train,
+    seconds/wait and seconds/merge; over all agents of a simulated run loss, <metric>/before_mean, <metric>/after_mean,
+    _min and _max, consensus_distance, bases and bytes/sent_total."""
+
+    def __init__(self) -> None:
+        self._open: dict[str, dict[str, float]] = {}
+        self._metric = "accuracy"
+        self._began_s = 0.0
+
+    def read(self, event: events.Event) -> Iterator[Told]:
+        """Yield what an event adds."""
+        match event:
+            case events.AgentStarted():
+                self._metric = event.metric
+                settings = {"agent": event.agent, "samples": event.samples, "parameters": event.parameters}
+                yield Started(
+                    event.run,
+                    (event.agent,),
+                    event.round,
+                    False,
+                    event.time_s,
+                    settings | {"peers": ", ".join(event.peers), "rounds": event.rounds, "version": event.version},
+                )
+            case events.RunStarted():
+                self._metric = event.metric
+                self._began_s = time.time()
+                settings = {"method": event.method, "seed": event.seed, "agents": len(event.agents)}
+                yield Started(
+                    event.run,
+                    event.agents,
+                    0,
+                    True,
+                    self._began_s,
+                    settings | {"rounds": event.rounds, "parameters": event.parameters},
+                )
+            case events.RoundFinished():
+                values = self._open.pop(event.agent, {})
+                values |= {"bytes/sent": event.bytes_sent, "bytes/received": event.bytes_received}
+                values |= {"peers/heard": event.heard, "peers/expected": event.expected}
+                yield Row(event.agent, event.round, self._began_s + event.time_s, _finite(values))
+            case events.RoundSummary():
+                yield Row("", event.round, self._began_s + event.time_s, _finite(self._summary(event)))
+            case events.AgentLeft() if not self._began_s:
+                yield Ended(event.reason)
+            case events.RunFinished():
+                yield Ended(event.reason)
+            case events.AgentEvent():
+                self._note(event)
+            case _:
+                return
+
+    def _note(self, event: events.AgentEvent) -> None:
+        values = self._open.setdefault(event.agent, {})
+        match event:
+            case events.Trained():
+                values |= {"loss": event.loss, "samples": event.samples, "seconds/train": event.train_s}
+            case events.PhaseStarted(previous="wait", previous_s=seconds):
+                values["seconds/wait"] = seconds
+            case events.Merged():
+                values |= {f"{metric}/before": value for metric, value in event.before.items()}
+                values |= {f"{metric}/after": value for metric, value in event.after.items()}
+                values |= {"accepted_share": event.accepted, "seconds/merge": event.merge_s}
+            case _:
+                pass
+
+    def _summary(self, event: events.RoundSummary) -> dict[str, float | None]:
+        metric = self._metric
+        return {
+            "loss": event.loss,
+            f"{metric}/before_mean": event.before_mean,
+            f"{metric}/after_mean": event.after_mean,
+            f"{metric}/after_min": event.after_min,
+            f"{metric}/after_max": event.after_max,
+            "consensus_distance": event.consensus_distance,
+            "bases": event.bases,
+            "bytes/sent_total": 1e6 * event.mb_sent,
+        }
+
+
+def need(module: str, extra: str) -> None:
+    """Raise ConfigError, with what to do, where a tracker's package is not there."""
+    try:
+        found = importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that a module is in
+        found = False
+    if not found:
+        raise ConfigError(f"monitor.{extra} needs the package {module.partition('.')[0]}: pip install 'dimat[{extra}]'")
+
+
+def _finite(values: Mapping[str, float | None]) -> dict[str, float]:
+    return {name: float(value) for name, value in values.items() if value is not None and math.isfinite(value)}

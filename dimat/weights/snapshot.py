@@ -1,0 +1,218 @@
+"""Snapshots: one agent's weights at one round, immutable and content-addressed, and the store that keeps them.
+
+A snapshot is a safetensors payload (weights, and `aux.…` statistics where a merge asks for them) and a manifest. The
+payload's address is its root hash: blake3 over the concatenated blake3 hashes of its blocks and its length, so that a
+reader can check block by block and equal content has one address. Payloads appear under their address by rename, so a
+reader never sees half of one.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from blake3 import blake3
+from safetensors.torch import save as encode_safetensors
+from torch import Tensor
+
+from dimat.errors import DataError
+from dimat.weights.durable import write_bytes
+
+BLOCK_BYTES = 4 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """Address and checksums of a payload. `blocks`: hex blake3 of each block of `block_bytes` (the last is shorter)."""
+
+    root: str
+    bytes: int
+    blocks: tuple[str, ...]
+    block_bytes: int = BLOCK_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """A cheaper way to the content of a snapshot: a payload that decodes to it (`dimat.weights.encodings`), with the
+    snapshot `after` at hand where it is a delta to that one ("" for none)."""
+
+    encoding: str
+    payload: Payload
+    after: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What an agent says about a snapshot that it offers. `payload`: the snapshot as every reader comes to hold it,
+    by whatever way it travels; `encoding`: that its weights were passed through before, and `forms`: the ways to it
+    that are cheaper than the payload itself. `parents`: (agent, root, round, weight) of each part of
+    the merge that training started from; `pushed`: by reader, all push-sum weight ever sent to it; `schema`: hash of
+    names, shapes and dtypes of the weights (`schema_hash`): statistics are no part of it, so that it says whether two
+    models fit whatever their agents merge by."""
+
+    run: str
+    agent: str
+    round: int
+    basis: str
+    schema: str
+    payload: Payload
+    encoding: str = "fp32"
+    forms: tuple[Form, ...] = ()
+    base: str = ""
+    samples: int = 0
+    parents: tuple[tuple[str, str, int, float], ...] = ()
+    pushed: Mapping[str, float] = field(default_factory=dict[str, float])
+    metrics: Mapping[str, float] = field(default_factory=dict[str, float])
+
+
+def schema_hash(weights: Mapping[str, Tensor]) -> str:
+    """Return a hex blake3 of names, shapes and dtypes: equal for models that can be merged without alignment."""
+    lines = [f"{name} {tuple(t.shape)} {t.dtype}" for name, t in sorted(weights.items())]
+    return blake3("\n".join(lines).encode()).hexdigest()
+
+
+def checksum(data: bytes | memoryview, block_bytes: int = BLOCK_BYTES) -> Payload:
+    """Return the payload record of `data`."""
+    view = memoryview(data)
+    blocks = [blake3(view[i : i + block_bytes]).digest() for i in range(0, len(view), block_bytes)]
+    root = blake3(b"".join(blocks) + len(view).to_bytes(8, "big")).hexdigest()
+    return Payload(root, len(view), tuple(b.hex() for b in blocks), block_bytes)
+
+
+def write_weights(path: Path, weights: Mapping[str, Tensor], *, durable: bool = True) -> None:
+    """Write a state dict as safetensors under a temporary name, then rename; DataError where that fails."""
+    write_bytes(path, encode(weights), durable=durable)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder for snapshots, if it is not there; DataError where that fails."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"cannot make the snapshot store {folder}: {error.strerror or error}") from error
+
+
+def record(folder: Path, weights: Mapping[str, Tensor], *, durable: bool = True) -> Payload:
+    """Write weights into a store folder under their address and return it; content already there is not rewritten."""
+    return record_bytes(folder, encode(weights), durable=durable)
+
+
+def record_bytes(folder: Path, data: bytes, *, durable: bool = True) -> Payload:
+    """Write a payload into a store folder under its address and return it; content already there is not rewritten."""
+    payload = checksum(data)
+    path = folder / f"{payload.root}.safetensors"
+    if not path.exists():
+        write_bytes(path, data, durable=durable)
+    return payload
+
+
+def encode(weights: Mapping[str, Tensor]) -> bytes:
+    """Return a state dict as the bytes of a safetensors file: the same for equal weights, wherever they lie."""
+    # safetensors refuses tensors that share memory; views and tied tensors are written out, each under its name
+    plain: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in weights.items():
+        t = tensor.detach().to("cpu").contiguous()
+        pointer = t.untyped_storage().data_ptr()
+        if pointer in seen or t.untyped_storage().nbytes() != t.numel() * t.element_size():
+            t = t.clone(memory_format=torch.contiguous_format)
+        seen.add(pointer)
+        plain[name] = t
+    return encode_safetensors(plain)
+
+
+class SnapshotStore:
+    """Payload files of one run and who still needs them.
+
+    An agent's newest `keep` snapshots are held, and those that somebody has use for (`hold`): readers, and whoever is
+    yet to publish what it recorded. Payload files are removed as soon as nobody holds them, so disk use is bounded.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2) -> None:
+        self.folder = folder
+        self._keep = keep
+        self._published: dict[str, list[Manifest]] = {}
+        self._holds: Counter[str] = Counter()
+        self._verified: set[str] = set()
+        make_folder(folder)
+
+    def path(self, root: str) -> Path:
+        """Return where the payload with this address lies, or would."""
+        return self.folder / f"{root}.safetensors"
+
+    def take_in(self, payload: Payload, folder: Path) -> None:
+        """Move a payload that was recorded in another folder of the same disk into the store. Whoever records has a
+        folder of its own, so that what is let go here meanwhile is never what it has just written."""
+        try:
+            (folder / f"{payload.root}.safetensors").replace(self.path(payload.root))
+        except OSError as error:
+            raise DataError(f"cannot move {payload.root} into {self.folder}: {error.strerror or error}") from error
+
+    def publish(self, manifest: Manifest) -> None:
+        """Offer a recorded snapshot; the agent's oldest one beyond `keep` is let go."""
+        held = self._published.setdefault(manifest.agent, [])
+        insort(held, manifest, key=lambda known: known.round)
+        for root in roots_of(manifest):
+            self.hold(root)
+        while len(held) > self._keep:
+            for root in roots_of(held.pop(0)):
+                self.release(root)
+
+    def offered(self, agent: str) -> Sequence[Manifest]:
+        """Return the manifests of an agent that are still held, oldest first."""
+        return self._published.get(agent, [])
+
+    def find(self, agent: str, round_: int) -> Manifest | None:
+        """Return the manifest that `agent` published for a round, if it is still held."""
+        return next((m for m in self._published.get(agent, ()) if m.round == round_), None)
+
+    def verify(self, payload: Payload) -> Path:
+        """Check length and every block of a payload file; DataError says what is wrong. Checked once per address."""
+        path = self.path(payload.root)
+        if payload.root not in self._verified:
+            verify_file(path, payload)
+            self._verified.add(payload.root)
+        return path
+
+    def sweep(self, keep: Collection[str]) -> None:
+        """Remove payload files that nobody holds and that are not named in `keep`: what a crash left behind."""
+        for path in self.folder.glob("*.safetensors"):
+            if path.stem not in self._holds and path.stem not in keep:
+                path.unlink(missing_ok=True)
+        for path in self.folder.glob(".*.tmp"):
+            path.unlink(missing_ok=True)
+
+    def hold(self, root: str) -> None:
+        """Keep a payload until `release`, whatever its publisher does."""
+        self._holds[root] += 1
+
+    def release(self, root: str) -> None:
+        """Undo one `hold`; a payload that nobody holds any more is removed."""
+        self._holds[root] -= 1
+        if self._holds[root] <= 0:
+            del self._holds[root]
+            self._verified.discard(root)
+            self.path(root).unlink(missing_ok=True)
+
+
+def roots_of(manifest: Manifest) -> tuple[str, ...]:
+    """Return the addresses of all payloads of a snapshot: its own, and those of its forms."""
+    return manifest.payload.root, *(form.payload.root for form in manifest.forms)
+
+
+def verify_file(path: Path, payload: Payload) -> None:
+    """Check a payload file against its record, block by block; DataError where it is missing, cut short or altered."""
+    try:
+        size = path.stat().st_size
+        if size != payload.bytes:
+            raise DataError(f"snapshot {path} is damaged: {size} bytes, its manifest says {payload.bytes}")
+        with path.open("rb") as file:
+            for number, expected in enumerate(payload.blocks):
+                if blake3(file.read(payload.block_bytes)).hexdigest() != expected:
+                    raise DataError(f"snapshot {path} is damaged: block {number} does not match its hash")
+    except OSError as error:
+        raise DataError(f"cannot read snapshot {path}: {error.strerror or error}") from error

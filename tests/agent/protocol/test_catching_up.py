@@ -1,0 +1,169 @@
+"""Rounds that drift apart: who follows whom, how far, and what a liar can do.
+
+Reference: the promises of `dimat.agent.protocol.round`; docs/what-happens-when.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from dimat import events
+from dimat.agent.protocol import messages as r
+from dimat.agent.protocol.offers import FAR_KEPT, PATIENCE, ROUNDS_KEPT
+from dimat.agent.protocol.plan import Plan, PushShares, RoundPlan
+from dimat.agent.protocol.round import Phase
+from tests.agent.machines import go_to, have, machine, of, offer, told
+
+
+def own_round(m, ahead: dict[str, int]) -> list[r.Action]:
+    """Go through a round in which peers offer rounds ahead, and what they do offer of this one does not come."""
+    number = m.round
+    for peer, newest in ahead.items():
+        m.handle(offer(peer, newest))
+    m.handle(r.TrainingDone(number, f"own{number}"))
+    m.handle(r.Deadline(number))
+    return m.handle(r.MergeDone(number, {})) if m.phase is Phase.MERGING else []
+
+
+def test_withdrawn_offers_are_of_no_use() -> None:
+    """A peer says with each offer what it still has: an agent that is behind skips what is not to be had."""
+    m = machine()
+    m.handle(r.Started())
+    for number in range(1, 8):
+        m.handle(offer("b", number, oldest=max(number - 1, 1)))
+        m.handle(offer("c", number, oldest=max(number - 1, 1)))
+    m.handle(r.TrainingDone(1, "own"))
+    for peer in ("b", "c"):
+        m.handle(r.FetchFailed(peer, 1, f"{peer}1", "gone"))
+    actions = m.handle(r.MergeDone(1, {}))
+    assert told(actions, events.RoundsSkipped)[0].round == 7
+    assert {fetch.round for fetch in of(actions, r.Fetch)} == {7}
+
+
+@pytest.mark.parametrize("newest", [1 + ROUNDS_KEPT, 2 + ROUNDS_KEPT, 500])
+def test_what_was_offered_far_ahead_is_there_once_the_agent_follows(newest: int) -> None:
+    """An agent comes back after many rounds. Its peers wait for it where they are and repeat nothing: it fetches there
+    what it has heard before it followed, and waits for nobody's deadline."""
+    m = machine(rounds=None)
+    m.handle(r.Started())
+    for number in (newest - 1, newest):
+        m.handle(offer("b", number, oldest=newest - 1))
+        m.handle(offer("c", number, oldest=newest - 1))
+    m.handle(offer("c", newest + 1, oldest=newest))
+    m.handle(r.TrainingDone(1, "own1"))
+    actions = m.handle(r.MergeDone(1, {}))
+    assert told(actions, events.RoundsSkipped)[0].round == newest
+    assert {(fetch.peer, fetch.round) for fetch in of(actions, r.Fetch)} == {("b", newest), ("c", newest)}
+    m.handle(r.TrainingDone(newest, "own"))
+    m.handle(r.SnapshotReady("b", newest, f"b{newest}"))
+    (merge,) = of(m.handle(r.SnapshotReady("c", newest, f"c{newest}")), r.Merge)
+    assert [part.peer for part in merge.parts] == ["b", "c"]
+    (next_, *_) = told(m.handle(r.MergeDone(newest, {})), events.RoundStarted)
+    assert next_.round == newest + 1
+
+
+def test_what_was_offered_far_ahead_is_kept_within_bounds() -> None:
+    """A peer that offers a thousand rounds, in any order: a few are kept. One that it has withdrawn is not fetched, and
+    of two contents of a round the first one counts."""
+    m = machine(rounds=None)
+    m.handle(r.Started())
+    for number in [*range(100, 600), *range(1100, 600, -1)]:
+        m.handle(offer("b", number, oldest=1))
+    assert sum(map(len, m._inbox.offers._far.values())) == FAR_KEPT
+    m.handle(offer("b", 1102, oldest=1102))
+    m.handle(replace(offer("b", 1102, oldest=1102), root="other"))
+    m.handle(offer("c", 1101))
+    m.handle(offer("c", 1102, oldest=1102))
+    m.handle(r.TrainingDone(1, "own1"))
+    actions = m.handle(r.MergeDone(1, {}))
+    assert of(actions, r.Fetch) == [r.Fetch("b", 1102, "b1102"), r.Fetch("c", 1102, "c1102")]
+
+
+def test_a_peer_that_stays_out_of_reach_ahead_is_followed_a_bounded_way() -> None:
+    """b's part of the network is far ahead, c's is here: after PATIENCE rounds it makes up ROUNDS_KEPT at most."""
+    m = machine(rounds=None)
+    m.handle(r.Started())
+    ahead = 100
+    for waited in range(1, PATIENCE + 1):
+        have(m, "c", m.round)
+        before = m.round
+        actions = own_round(m, {"b": ahead + waited})
+        skipped = told(actions, events.RoundsSkipped)
+        if waited < PATIENCE:
+            assert (skipped, m.round) == ([], before + 1), "it may yet come within reach"
+    assert m.round == before + 1 + ROUNDS_KEPT
+    assert skipped[0].reason == "the network is ahead"
+
+
+def test_one_that_is_not_heard_again_is_not_followed_for_long() -> None:
+    """An offer far ahead, once: b is dead since, or lied. It is not followed on and on."""
+    m = machine(rounds=None)
+    m.handle(r.Started())
+    skipped = []
+    for turn in range(20):
+        have(m, "c", m.round)
+        skipped += told(own_round(m, {"b": 10_000} if turn == 0 else {}), events.RoundsSkipped)
+    assert len(skipped) <= 2
+    assert m.round <= 21 + 2 * ROUNDS_KEPT
+
+
+def test_offers_that_were_lost_are_waited_for_only_within_reach() -> None:
+    """A publisher that keeps all its snapshots, and whose offers got lost, is not waited for over and over: beyond what
+    an agent keeps track of it goes on with the network's round."""
+    m = machine()
+    m.handle(r.Started())
+    far = ROUNDS_KEPT + 2
+    m.handle(offer("b", far - 1, oldest=1))
+    m.handle(offer("c", far - 1, oldest=1))
+    assert told(own_round(m, {}), events.RoundsSkipped) == [], "round 2 is within reach of an offer made anew"
+    m.handle(offer("b", far + 1, oldest=1))
+    m.handle(offer("c", far + 1, oldest=1))
+    assert told(own_round(m, {}), events.RoundsSkipped)[0].round == far + 1
+
+
+def test_nobody_is_waited_for_in_vain_for_the_sake_of_min_peers() -> None:
+    """All peers are past this round: waiting for more of them would only cost the deadline."""
+    m = machine(min_peers=1)
+    m.handle(r.Started())
+    m.handle(offer("b", 7, oldest=6))
+    m.handle(offer("c", 7, oldest=6))
+    actions = m.handle(r.TrainingDone(1, "own"))
+    assert [len(merge.parts) for merge in of(actions, r.Merge)] == [0]
+
+
+def test_a_new_peer_is_heard_before_its_map_holds() -> None:
+    """Its offer for the next round comes before the agent's own round is over, and is not lost."""
+    m = machine()
+    go_to(m, 2)
+    m.handle(r.TrainingDone(2, "own2"))
+    new = Plan(frozenset({"d"}), lambda _: RoundPlan({"me": 0.5, "d": 0.5}))
+    m.handle(r.MapChanged(new))
+    assert m.handle(offer("d", 3)) == []
+    m.handle(r.Deadline(2))
+    assert of(m.handle(r.MergeDone(2, {})), r.Fetch) == [r.Fetch("d", 3, "d3")]
+
+
+def test_push_sum_shares_survive_a_change_of_the_map() -> None:
+    """What was given to a reader whom the agent does not hear is still accounted for under the new map."""
+    row = RoundPlan({"me": 1.0, "b": 1.0}, push=PushShares(0.5, {"reader": 0.5}))
+    m = machine()
+    m.handle(r.MapChanged(Plan(frozenset({"b"}), lambda _: row)))
+    m.handle(r.Started())
+    (first,) = of(m.handle(r.TrainingDone(1, "own1")), r.Publish)
+    m.handle(r.MapChanged(Plan(frozenset({"b"}), lambda _: row)))
+    m.handle(r.Deadline(1))
+    m.handle(r.MergeDone(1, {}))
+    (second,) = of(m.handle(r.TrainingDone(2, "own2")), r.Publish)
+    assert (first.pushed["reader"], second.pushed["reader"]) == (0.5, 0.75)
+
+
+def test_an_asynchronous_agent_fetches_what_replaced_a_snapshot_that_is_gone() -> None:
+    """The publisher let go of round 1 meanwhile, and has offered round 2."""
+    m = machine(mode="async")
+    m.handle(r.Started())
+    assert of(m.handle(offer("b", 1)), r.Fetch) == [r.Fetch("b", 1, "b1")]
+    assert of(m.handle(offer("b", 2)), r.Fetch) == []
+    assert of(m.handle(r.FetchFailed("b", 1, "b1", "gone")), r.Fetch) == [r.Fetch("b", 2, "b2")]
+    assert of(m.handle(r.FetchFailed("b", 2, "b2", "gone")), r.Fetch) == []

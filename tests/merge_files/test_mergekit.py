@@ -1,0 +1,205 @@
+"""mergekit's YAML end to end: its golden runs (mergekit 0.1.5 on a tiny Llama, float32), from folders to a folder.
+
+The tolerance is float32's last bits, 2e-7, as for the methods themselves.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dimat.cli import main
+from dimat.merge.combine.slerp import slerp
+from dimat.merge.combine.ties import ties
+from tests.merge.methods import GOLDEN, part
+from tests.merge_files.models import metadata, read_model, weights, write_folder
+
+RUNS: dict[str, dict[str, Any]] = {
+    name: run["config"] for name, run in json.loads((GOLDEN / "mergekit.json").read_text())["runs"].items()
+}
+SHARED = [name for name, config in RUNS.items() if config["merge_method"] != "arcee_fusion"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    tensors = load_file(GOLDEN / "mergekit.safetensors")
+    for name in ("base", "t0", "t1", "t2"):
+        write_folder(tmp_path / name, part(tensors, f"in.{name}."), shards=2 if name == "t1" else 1)
+    return tmp_path
+
+
+def run(config: dict[str, Any], *flags: str) -> int:
+    Path("config.yml").write_text(yaml.safe_dump(config))
+    return main(["merge", "--from-mergekit", "config.yml", "-o", "out", "--quiet", *flags])
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_golden_runs(name: str, folder: Path) -> None:
+    """Same result as mergekit itself for all methods that both have."""
+    assert run(RUNS[name]) == 0
+    expected = part(load_file(GOLDEN / "mergekit.safetensors"), f"{name}.")
+    found = read_model(Path("out"))
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert float((found[key] - tensor).abs().max()) <= 2e-7 * max(1.0, float(tensor.abs().max())), key
+    assert Path("out/tokenizer.json").exists()
+
+
+def test_linear_normalises_its_weights(folder: Path) -> None:
+    """mergekit's default: Σ w θ / Σ w; base_model may be one of the models; inputs are rounded to dtype."""
+    models = [{"model": m, "parameters": {"weight": w}} for m, w in (("base", 1.0), ("t0", 3.0))]
+    assert run({"merge_method": "linear", "models": models, "dtype": "bfloat16"}) == 0
+    base, other = (read_model(Path(m))["lm_head.weight"].bfloat16().double() for m in ("base", "t0"))
+    assert torch.equal(read_model(Path("out"))["lm_head.weight"], (base + 0.75 * (other - base)).float().bfloat16())
+
+
+def test_random_methods_run_and_depend_on_the_seed_alone(folder: Path) -> None:
+    """Their draws are ours, so only their laws can be compared, which the methods' own tests do."""
+    models = [{"model": "base"}, *({"model": f"t{k}", "parameters": {"weight": 0.5, "density": 0.6}} for k in range(2))]
+    for method in ("dare_linear", "dare_ties", "della", "della_linear", "breadcrumbs_ties"):
+        config = {"merge_method": method, "base_model": "base", "models": models}
+        assert run(config, "--overwrite") == 0
+        first = read_model(Path("out"))
+        assert run(config, "--overwrite") == 0
+        assert all(torch.equal(tensor, first[name]) for name, tensor in read_model(Path("out")).items())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"merge_method": "arcee_fusion"}, "unknown merge method 'arcee_fusion'"),
+        ({"slices": []}, "'slices' of mergekit is not supported"),
+        ({"parameters": {"normalise": True}}, "parameter 'normalise' of ties is not supported"),
+        ({"parameters": {"rescale": True}}, "ties with rescale: true is not supported"),
+        ({"parameters": {"density": "half"}}, "density of t0 is no number"),
+        ({"parameters": {"density": ["a", "b"]}}, "density: a list is of numbers (a gradient), or of tables"),
+        ({"parameters": {"density": []}}, "density is an empty list"),
+        ({"parameters": {"density": [{"value": 0.5, "where": "mlp"}]}}, "density: a list is of numbers"),
+        ({"parameters": {"normalize": [{"value": 1}]}}, "normalize must be true or false"),
+        (
+            {"merge_method": "linear", "parameters": {"weight": [{"filter": "mlp", "value": 0.5}]}},
+            "weight of t0 is missing for lm_head.weight",
+        ),
+        (
+            {
+                "merge_method": "breadcrumbs",
+                "models": [{"model": f"t{k}", "parameters": {"gamma": k / 10}} for k in (0, 1)],
+            },
+            "models with gamma of their own are not supported",
+        ),
+        ({"models": {}}, "models must be a list"),
+        ({"models": [{"model": "org/name"}]}, "no model org/name: give a safetensors file or a folder (models are not"),
+        ({"dtype": "float31"}, "dtype: unknown type; did you mean 'float32'"),
+        ({"base_model": None}, "merges deltas from a base"),
+    ],
+)
+def test_what_is_not_supported_is_refused(
+    change: dict[str, Any], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line that names it; nothing is approximated."""
+    config = {"merge_method": "ties", "base_model": "base", "models": [{"model": "t0"}, {"model": "t1"}], **change}
+    assert run(config) in (2, 5)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("text", ["models: [", "- a", "!!python/object/apply:os.system [true]", "\x00"])
+def test_files_that_are_no_configuration(text: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """YAML is read without running anything."""
+    Path("config.yml").write_text(text)
+    assert main(["merge", "--from-mergekit", "config.yml", "-o", "out"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("dimat: config.yml is not")
+
+
+def layered(seed: int, layers: int = 3) -> dict[str, Tensor]:
+    """Tensors as a language model's files have them."""
+    g = torch.Generator().manual_seed(seed)
+    names = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+    names += [f"model.layers.{i}.{part}.weight" for i in range(layers) for part in ("mlp.up_proj", "self_attn.q_proj")]
+    return {name: torch.randn(6, 4, generator=g) for name in names}
+
+
+def test_gradients_filters_and_values_of_single_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reference: each tensor merged by itself with the values that mergekit's documentation gives it: a list is
+    interpolated over the layers, the first and last value hold before and after them, the first filter that is part of
+    the name counts, and a model's own value goes before the common one."""
+    monkeypatch.chdir(tmp_path)
+    for name, seed in (("base", 9), ("a", 0), ("b", 1)):
+        write_folder(tmp_path / name, layered(seed))
+    own = [{"filter": "self_attn", "value": [1, 0.5, 0.75]}, {"value": 2.0}]
+    config = {
+        "merge_method": "ties",
+        "base_model": "base",
+        "parameters": {"density": [{"filter": "mlp", "value": 0.25}], "weight": 1.0, "normalize": False},
+        "models": [
+            {"model": "a", "parameters": {"weight": [0.0, 1.0], "density": 0.5}},
+            {"model": "b", "parameters": {"weight": own}},
+        ],
+    }
+    assert run(config) == 0
+    found = read_model(Path("out"))
+    base, a, b = layered(9), layered(0), layered(1)
+    depths = {"model.embed_tokens.weight": 0.0, "model.norm.weight": 1.0, "lm_head.weight": 1.0}
+    attention = {0.0: 1.0, 0.5: 0.5, 1.0: 0.75}
+    for name in base:
+        depth = depths.get(name, 0.5 * int(name.split(".")[2]) if "layers" in name else None)
+        assert depth is not None
+        weights = [depth, attention[depth] if "self_attn" in name else 2.0]
+        densities = [0.5, 0.25 if "mlp" in name else 1.0]
+        one: list[dict[str, Tensor]] = [{name: model[name]} for model in (a, b)]
+        options: dict[str, Any] = {"base": base, "density": densities, "merge_func": "sum"}
+        expected = ties(one[0], one[1:], [0.5, 0.5], weights=weights, **options)[name]
+        torch.testing.assert_close(found[name], expected, rtol=1e-6, atol=1e-6)
+    record = json.loads(metadata(Path("out/model.safetensors"))["dimat"])["recipe"]
+    assert len(record["rules"]) == 7  # embedding; norm and head; mlp and attention of three layers; one is no rule
+
+
+def test_slerp_with_filters_and_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The form that most published configurations have."""
+    monkeypatch.chdir(tmp_path)
+    for name, seed in (("base", 9), ("a", 0)):
+        write_folder(tmp_path / name, layered(seed, layers=5))
+    t = [{"filter": "self_attn", "value": [0, 0.5, 0.3, 0.7, 1]}, {"filter": "mlp", "value": [1, 0.5]}, {"value": 0.25}]
+    models = [{"model": "base"}, {"model": "a"}]
+    assert run({"merge_method": "slerp", "base_model": "base", "models": models, "parameters": {"t": t}}) == 0
+    found, base, a = read_model(Path("out")), layered(9, 5), layered(0, 5)
+    for name in base:
+        layer = int(name.split(".")[2]) if "layers" in name else 0
+        value = [0, 0.5, 0.3, 0.7, 1][layer] if "attn" in name else 1 - layer / 8 if "mlp" in name else 0.25
+        expected = slerp({name: base[name]}, [{name: a[name]}], [0.5, 0.5], t=value)[name]
+        torch.testing.assert_close(found[name], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_where_no_model_has_weight_the_base_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zeros for all models, and a gradient over tensors of which nobody knows where they lie."""
+    monkeypatch.chdir(tmp_path)
+    for name, seed in (("base", 9), ("a", 0), ("b", 1)):
+        write_folder(tmp_path / name, {**layered(seed), "projector.weight": torch.full((2,), float(seed))})
+    weight: list[dict[str, Any]] = [{"filter": "mlp", "value": 0.5}, {"value": 0}]
+    config: dict[str, Any] = {"merge_method": "task_arithmetic", "base_model": "base", "parameters": {"weight": weight}}
+    config["models"] = [{"model": "a"}, {"model": "b"}]
+    assert run(config) == 0
+    found = read_model(Path("out"))
+    assert torch.equal(found["lm_head.weight"], layered(9)["lm_head.weight"])
+    assert not torch.equal(found["model.layers.1.mlp.up_proj.weight"], layered(9)["model.layers.1.mlp.up_proj.weight"])
+    weight[1]["value"] = [0.5, 0.25]
+    assert run(config, "--overwrite") == 2
+
+
+def test_models_beside_the_configuration_are_found(tmp_path: Path) -> None:
+    """Paths are taken from where the command runs, else from the file's folder."""
+    for k in range(2):
+        write_folder(tmp_path / f"m{k}", weights(k))
+    models = [{"model": f"m{k}", "parameters": {"weight": 1}} for k in range(2)]
+    (tmp_path / "c.yml").write_text(yaml.safe_dump({"merge_method": "linear", "models": models}))
+    assert main(["merge", "--from-mergekit", str(tmp_path / "c.yml"), "-o", str(tmp_path / "out")]) == 0
