@@ -41,10 +41,9 @@ from dimat.merge import MergeContext, MergePlan, Peer, adopt, merge, plan_merge
 from dimat.merge.registry import combine_registry
 from dimat.seeds import numpy_generator, torch_generator
 from dimat.symmetry import Observer, SymmetrySpec, derive_symmetry, permute_weights
-from dimat.tasks import Subset, TensorData, load_task, partition
-from dimat.tasks.base import Data, Task
+from dimat.tasks import Data, Subset, Task, TensorData, load_task, partition
 from dimat.topology import build_topology
-from dimat.train.trainer import Trainer, TrainerState
+from dimat.train import Trainer, TrainerState
 
 METHODS = (
     "average",

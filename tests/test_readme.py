@@ -128,7 +128,7 @@ def test_new_merge_method(tmp_path: Path) -> None:
 
 
 def test_tree_is_true() -> None:
-    """README, "What is where": every name exists, and every module of the package's top is named."""
+    """README, "What is where": every name exists, and every module of the package's top and every room are named."""
     (tree,) = [b for b in blocks("text") if "pyproject.toml  constraints.txt" in b]
     for line in tree.splitlines():
         inside = line.startswith("  ")
@@ -142,3 +142,6 @@ def test_tree_is_true() -> None:
             assert path.name in tree
         if path.is_dir() and path.name != "__pycache__":
             assert f"{path.name}/" in tree
+    rooms = {path.parent.relative_to(ROOT / "dimat").as_posix() for path in (ROOT / "dimat").rglob("__init__.py")}
+    named = {name.rstrip("/") for name in tree.split() if name.endswith("/")}
+    assert rooms - {".", "wire/v1"} <= named

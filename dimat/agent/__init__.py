@@ -1,0 +1,4 @@
+"""One agent: its round protocol, the drivers that run it for real, its own learning.
+
+Knows no simulator.
+"""

@@ -1,5 +1,9 @@
-"""Tasks: what is trained. Bundled ones by name, a user's own by hook, and the pieces to build them from."""
+"""Tasks: what is trained. Bundled ones by name, a user's own by hook, and the pieces to build them from.
 
+Knows no agents, no training loop and no network.
+"""
+
+from dimat.tasks.base import Batch, Data, Task
 from dimat.tasks.classification import ClassificationTask
 from dimat.tasks.data import InputBatches, Subset, TensorData, from_dataset, input_batches
 from dimat.tasks.models import DigitsCNN, ImageCNN, ResNet20, mlp, resnet20, seeded
@@ -8,12 +12,15 @@ from dimat.tasks.registry import TASKS, list_tasks, load_task
 
 __all__ = [
     "TASKS",
+    "Batch",
     "ClassificationTask",
+    "Data",
     "DigitsCNN",
     "ImageCNN",
     "InputBatches",
     "ResNet20",
     "Subset",
+    "Task",
     "TensorData",
     "from_dataset",
     "histogram",

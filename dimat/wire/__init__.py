@@ -1,0 +1,4 @@
+"""The messages that agents exchange, generated from proto/.
+
+Edit proto/, then run `make proto`.
+"""

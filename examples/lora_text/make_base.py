@@ -10,7 +10,7 @@ import torch
 
 from dimat.config import TaskConfig, TrainConfig
 from dimat.tasks import load_task
-from dimat.train.trainer import Trainer
+from dimat.train import Trainer
 
 
 def main() -> None:

@@ -9,8 +9,7 @@ import torch
 
 from dimat.config import TaskConfig
 from dimat.errors import ConfigError
-from dimat.tasks import load_task
-from dimat.tasks.base import Task
+from dimat.tasks import Task, load_task
 
 
 def test_splits_are_all_of_scikit_learns_digits() -> None:

@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
 from dimat.errors import DataError
-from dimat.tasks import Subset, TensorData, from_dataset, input_batches
-from dimat.tasks.base import Data
+from dimat.tasks import Data, Subset, TensorData, from_dataset, input_batches
 from dimat.tasks.data import balanced_draw, batch_bounds
 
 

@@ -1,0 +1,4 @@
+"""One agent's model on its own machine: train, record, merge, checkpoint.
+
+Knows no network and no daemon.
+"""

@@ -1,0 +1,4 @@
+"""The files that `dimat init` writes.
+
+Text only: no torch, no network.
+"""

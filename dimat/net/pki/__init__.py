@@ -1,0 +1,4 @@
+"""Keys, certificates and identities of agents.
+
+Knows nothing of transfers.
+"""

@@ -1,0 +1,4 @@
+"""The simulated world: virtual clock, links, computers, faults, scenario.
+
+Trains nothing.
+"""

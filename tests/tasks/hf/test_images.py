@@ -16,8 +16,7 @@ from dimat.config import TaskConfig
 from dimat.errors import ConfigError, DataError
 from dimat.seeds import torch_generator
 from dimat.symmetry import derive_symmetry, verify_symmetry
-from dimat.tasks import load_task, partition
-from dimat.tasks.base import Task
+from dimat.tasks import Task, load_task, partition
 from tests.tasks.hf.samples import CONVNEXT, RESNET, VIT, picture, png, write_class_folders, write_parquet
 
 

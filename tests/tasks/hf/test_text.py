@@ -15,9 +15,8 @@ from dimat.config import TaskConfig, TrainConfig
 from dimat.errors import ConfigError, DataError
 from dimat.seeds import torch_generator
 from dimat.symmetry import derive_symmetry, tolerance_of, verify_symmetry
-from dimat.tasks import load_task
-from dimat.tasks.base import Task
-from dimat.train.trainer import Trainer
+from dimat.tasks import Task, load_task
+from dimat.train import Trainer
 from tests.tasks.hf.samples import GPT2, LLAMA, sentences, write_text, write_tokenizer
 
 
