@@ -52,7 +52,7 @@ async def _serve(
     listen: str, folder: Path, ca: bytes | None, run: str | None, bootstraps: tuple[str, ...], as_json: bool
 ) -> int:
     """Return the exit code: 130 after Ctrl-C, 143 after SIGTERM."""
-    from dimat.net.discovery.dht import DhtSidecar
+    from dimat.net.discovery.dht import DhtNode
 
     stopped: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
@@ -63,7 +63,7 @@ async def _serve(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop, number)
-    node = DhtSidecar(
+    node = DhtNode(
         folder,
         run=run,
         bootstraps=bootstraps,

@@ -16,14 +16,14 @@ import pytest
 
 from dimat.net.discovery.address_records import Record
 from dimat.net.discovery.child_process import find_by_token
-from dimat.net.discovery.dht import DhtSidecar
+from dimat.net.discovery.dht import DhtNode
 
 needs_hivemind = pytest.mark.skipif(importlib.util.find_spec("hivemind") is None, reason="hivemind is not installed")
 LIMIT_S = 120.0
 RUN = "digits"
 
 
-def make_node(folder: Path, *, notices: list[str] | None = None, **options: Any) -> DhtSidecar:
+def make_node(folder: Path, *, notices: list[str] | None = None, **options: Any) -> DhtNode:
     said = [] if notices is None else notices
     settings = {
         "run": RUN,
@@ -35,10 +35,10 @@ def make_node(folder: Path, *, notices: list[str] | None = None, **options: Any)
         "notice": said.append,
         **options,
     }
-    return DhtSidecar(folder, **settings)
+    return DhtNode(folder, **settings)
 
 
-async def up(node: DhtSidecar, others: int = 0) -> None:
+async def up(node: DhtNode, others: int = 0) -> None:
     """Wait until a node serves and knows so many others."""
     await until(lambda: node.healthy and node.known >= others)
 

@@ -30,7 +30,7 @@ _SEALED = "map.record"
 
 
 class MapDirectory(Protocol):
-    """What keeps published maps: `dimat.net.discovery.dht.DhtSidecar`."""
+    """What keeps published maps: `dimat.net.discovery.dht.DhtNode`."""
 
     healthy: bool
     known: int

@@ -9,7 +9,7 @@ from pathlib import Path
 from dimat.config import ExperimentConfig
 from dimat.errors import ConfigError
 from dimat.net.discovery.address_records import seal_record
-from dimat.net.discovery.dht import DhtSidecar
+from dimat.net.discovery.dht import DhtNode
 from dimat.net.discovery.resolver import Announcement, Discovery
 from dimat.net.pki.identity import Identity
 from dimat.net.transport import Neighbours
@@ -27,7 +27,7 @@ class PeerDiscovery:
         self._announced = config.dht.announce
         self._agent = agent
         self._told = Announcement()
-        self.dht = DhtSidecar(
+        self.dht = DhtNode(
             folder,
             run=config.run,
             bootstraps=config.dht.bootstraps,

@@ -62,7 +62,7 @@ def split_listen(listen: str) -> tuple[str, int]:
     return str(address), int(port)
 
 
-class DhtSidecar:
+class DhtNode:
     """One DHT node of an agent (or of nobody, as a bootstrap node); its identity and log live in `folder`.
 
     `run`: whose records it takes, None for those of all runs; `ca`: the CA's certificate as PEM, None where records

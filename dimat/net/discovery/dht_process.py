@@ -33,9 +33,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from dimat.errors import SecurityError
-from dimat.net.discovery.address_records import MAX_BYTES, open_record, record_key
-from dimat.net.discovery.map_records import MAGIC, MAX_MAP_BYTES, map_key, open_map
+from dimat.net.discovery.address_records import MAX_BYTES
+from dimat.net.discovery.map_records import MAX_MAP_BYTES
+from dimat.net.discovery.record_validator import RecordValidator
 
 MAX_LINE = 65_536
 """Bytes of a request or reply at most."""
@@ -57,7 +57,7 @@ class Refusal(Exception):
         self.kind = kind
 
 
-class Sidecar:
+class DhtService:
     """Reads requests, works on each in a task of its own, and writes replies with `write`."""
 
     def __init__(self, write: Callable[[bytes], None]) -> None:
@@ -65,7 +65,7 @@ class Sidecar:
         self._write = write
         self._tasks: set[asyncio.Task[None]] = set()
         self._node: Any = None
-        self._guard = RecordGuard(None, None)
+        self._validator = RecordValidator(None, None)
 
     def receive(self, line: bytes) -> None:
         """Begin to work on a request; one that makes no sense is answered too."""
@@ -113,10 +113,10 @@ class Sidecar:
         run, ca = request["run"], request["ca"]
         host, port, identity = str(request["host"]), int(request["port"]), Path(request["identity"])
         self.sockets = str(request["sockets"])
-        self._guard = RecordGuard(None if ca is None else str(ca).encode(), None if run is None else str(run))
+        self._validator = RecordValidator(None if ca is None else str(ca).encode(), None if run is None else str(run))
         if port:
             _check_port(host, port)
-        self._node = await _make_node(self._guard, host, port, identity, self.sockets)
+        self._node = await _make_node(self._validator, host, port, identity, self.sockets)
         return await self._probe(request)
 
     async def _probe(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -126,7 +126,7 @@ class Sidecar:
             "peer": self._node.peer_id.to_base58(),
             "addresses": [str(address) for address in addresses][:64],
             "known": len(self._node.protocol.routing_table.uid_to_peer_id),
-            "refused": self._guard.refused,
+            "refused": self._validator.refused,
         }
 
     async def _join(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -164,7 +164,7 @@ class Sidecar:
         )
         if len(value) > MAX_MAP_BYTES:
             raise Refusal("request", f"a record of {len(value)} bytes")
-        if self._guard.admits(key.to_bytes(), value, expires, time.time()):
+        if self._validator.admits(key.to_bytes(), value, expires, time.time()):
             self._node.protocol.storage.store(key, value, expires)
         nearest = await self._nearest(key, REPLICAS)
         stored = await asyncio.gather(
@@ -180,7 +180,7 @@ class Sidecar:
     async def _map(self, request: dict[str, Any]) -> dict[str, Any]:
         own, others = await self._held(_key(request))
         values = [*others, *([] if own is None else [own])]
-        return {"value": _text(self._guard.newest_map(values, time.time()))}
+        return {"value": _text(self._validator.newest_map(values, time.time()))}
 
     async def _held(self, key: Any) -> tuple[bytes | None, set[bytes]]:
         """Return what this node and others hold under a key."""
@@ -201,7 +201,7 @@ class Sidecar:
         return {"stopped": True}
 
 
-async def _make_node(guard: RecordGuard, host: str, port: int, identity: Path, sockets: str) -> Any:
+async def _make_node(validator: RecordValidator, host: str, port: int, identity: Path, sockets: str) -> Any:
     """Return a DHT node that listens, alone so far."""
     try:
         from hivemind.dht.node import DHTNode
@@ -212,10 +212,10 @@ async def _make_node(guard: RecordGuard, host: str, port: int, identity: Path, s
     except Exception as error:  # a broken torch below it raises other things than ImportError
         raise Refusal("missing", f"hivemind cannot be imported ({type(error).__name__}: {error})") from None
 
-    class Gate(RecordValidatorBase):
+    class Validator(RecordValidatorBase):
         def validate(self, record: Any) -> bool:
             plain = record.subkey == DHTProtocol.IS_REGULAR_VALUE
-            return plain and guard.admits(record.key, record.value, record.expiration_time, time.time())
+            return plain and validator.admits(record.key, record.value, record.expiration_time, time.time())
 
     class Storage(DHTLocalStorage):
         """Holds plain values, each once: hivemind's lets an older value that comes again end a newer one's life."""
@@ -235,7 +235,7 @@ async def _make_node(guard: RecordGuard, host: str, port: int, identity: Path, s
     node = await DHTNode.create(
         host_maddrs=[f"/{family}/{host}/tcp/{port}"],
         identity_path=str(identity),
-        record_validator=Gate(),
+        record_validator=Validator(),
         num_replicas=REPLICAS,
         wait_timeout=_RPC_S,
         startup_timeout=30,
@@ -301,26 +301,26 @@ def main() -> None:
     os.dup2(2, 1)  # nothing that a library prints may come between the replies
 
     async def serve() -> None:
-        sidecar = Sidecar(lambda line: _write_all(replies, line))
+        service = DhtService(lambda line: _write_all(replies, line))
         loop = asyncio.get_running_loop()
 
         def terminate(number: int, _: FrameType | None) -> None:
             # of the parent's death the kernel tells too (SIGHUP), as stdin stays open where the parent's forked workers
             # hold it; it says so as well when only the thread ended that started this process
             if number == signal.SIGTERM or os.getppid() != parent:
-                end_group(sidecar.sockets)
+                end_group(service.sockets)
 
         signal.signal(signal.SIGTERM, terminate)
         signal.signal(signal.SIGHUP, terminate)
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGHUP)
         if os.getppid() != parent:
-            end_group(sidecar.sockets)
+            end_group(service.sockets)
 
         def listen() -> None:
             while (line := sys.stdin.buffer.readline(MAX_LINE + 1)).endswith(b"\n"):
-                loop.call_soon_threadsafe(sidecar.receive, line)
-            end_group(sidecar.sockets)  # from this thread, so that it works whatever holds the loop up
+                loop.call_soon_threadsafe(service.receive, line)
+            end_group(service.sockets)  # from this thread, so that it works whatever holds the loop up
 
         threading.Thread(target=listen, name="requests", daemon=True).start()
         await asyncio.Event().wait()
@@ -335,54 +335,3 @@ def _write_all(file: int, data: bytes) -> None:
 
 if __name__ == "__main__":
     main()
-
-
-class RecordGuard:
-    """Decides what a DHT node keeps and passes on: valid records under their own key, none older than one it has seen;
-    those of agents, and an organiser's network map.
-
-    Without `ca` only the form is checked; without `run` records of all runs are taken. `refused` counts.
-    """
-
-    def __init__(self, ca: bytes | None, run: str | None) -> None:
-        self.refused = 0
-        self._ca = ca
-        self._run = run
-        self._newest: dict[bytes, tuple[int, float]] = {}
-
-    def admits(self, key: bytes, value: bytes, expires_s: float, now: float) -> bool:
-        """Tell whether a value may be kept under a key until `expires_s`, which has to be the time in the record."""
-        try:
-            place, number, lasts_s = self._read(value, now)
-        except SecurityError:
-            self.refused += 1
-            return False
-        # the DHT lets the later expiry win: were it not the signed one, an old record could be played over a new one
-        if key != place or expires_s != lasts_s or number < self._newest.get(key, (0, 0.0))[0]:
-            self.refused += 1
-            return False
-        if self._ca is not None:  # what nobody signed must not keep out what comes after it
-            self._newest[key] = (number, lasts_s)
-            if len(self._newest) > 10_000:
-                self._newest = {key: seen for key, seen in self._newest.items() if seen[1] > now}
-        return True
-
-    def newest_map(self, values: list[bytes], now: float) -> bytes | None:
-        """Return the valid map of the highest version (of one version, the one that lasts longest) among some."""
-        best: tuple[int, float, bytes] | None = None
-        for value in values:
-            try:
-                record = open_map(value, ca=self._ca, run=self._run, now=now)
-            except SecurityError:
-                continue  # that a neighbour in the DHT holds rubbish harms nobody
-            found = (record.version, record.expires_s, value)
-            best = found if best is None else max(best, found)
-        return None if best is None else best[2]
-
-    def _read(self, value: bytes, now: float) -> tuple[bytes, int, float]:
-        """Return a value's key, its number among those under that key, and its end."""
-        if value.startswith(MAGIC):
-            found = open_map(value, ca=self._ca, run=self._run, now=now)
-            return map_key(found.run), found.version, found.expires_s
-        record = open_record(value, ca=self._ca, run=self._run, agent=None, now=now)
-        return record_key(record.run, record.agent), record.seq, record.expires_s

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dimat.config import TopologyConfig
 from dimat.errors import ConfigError, DataError, NetworkError
-from dimat.net.discovery.dht import DhtSidecar
+from dimat.net.discovery.dht import DhtNode
 from dimat.net.discovery.map_records import open_map, seal_map
 from dimat.net.pki.identity import read_file
 from dimat.net.pki.keyring import authority_of
@@ -55,7 +55,7 @@ async def publish_map(
     text, version, agents = _readable(file)
     ca = read_file(keys / "ca.crt")
     with tempfile.TemporaryDirectory(prefix="dimat-publish-") as folder:
-        node = DhtSidecar(
+        node = DhtNode(
             Path(folder),
             run=run,
             bootstraps=bootstraps,

@@ -31,7 +31,7 @@ _RETRY_S = 5.0
 
 
 class Directory(Protocol):
-    """Keeps records: `dimat.net.discovery.dht.DhtSidecar`. `changed` is set when it is up, or has met others, anew."""
+    """Keeps records: `dimat.net.discovery.dht.DhtNode`. `changed` is set when it is up, or has met others, anew."""
 
     healthy: bool
     changed: asyncio.Event

@@ -1,6 +1,6 @@
 """Who an agent is: its key and certificate, read from the folder of keys, and used for TLS and signatures.
 
-gRPC is imported only where credentials are made: the DHT's sidecar checks certificates and signatures without it.
+gRPC is imported only where credentials are made: the DHT's process checks certificates and signatures without it.
 """
 
 from __future__ import annotations

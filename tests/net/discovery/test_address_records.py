@@ -23,7 +23,7 @@ from dimat.net.discovery.address_records import (
     record_key,
     seal_record,
 )
-from dimat.net.discovery.dht_process import RecordGuard
+from dimat.net.discovery.record_validator import RecordValidator
 from tests.net.authority import Authority
 
 CA = Authority()
@@ -192,7 +192,7 @@ def test_addresses() -> None:
 
 
 def test_the_guard_keeps_what_is_valid_under_its_key_until_its_time() -> None:
-    guard = RecordGuard(CA.pem, "digits")
+    guard = RecordValidator(CA.pem, "digits")
     key, sealed = record_key("digits", "lab-a"), KEYS.seal(RECORD)
     assert guard.admits(key, sealed, NOW + 600, NOW + 1)
     assert guard.admits(key, sealed, NOW + 600, NOW + 2), "the same record may come again"
@@ -205,7 +205,7 @@ def test_the_guard_keeps_what_is_valid_under_its_key_until_its_time() -> None:
 
 
 def test_the_guard_refuses_a_replayed_record() -> None:
-    guard = RecordGuard(CA.pem, "digits")
+    guard = RecordValidator(CA.pem, "digits")
     key = record_key("digits", "lab-a")
     newer = replace(RECORD, seq=8, time_s=NOW + 10, expires_s=NOW + 610)
     assert guard.admits(key, KEYS.seal(newer), NOW + 610, NOW + 11)
@@ -213,7 +213,7 @@ def test_the_guard_refuses_a_replayed_record() -> None:
 
 
 def test_a_guard_without_ca_checks_the_form_alone() -> None:
-    guard = RecordGuard(None, None)
+    guard = RecordValidator(None, None)
     key = record_key("digits", "lab-a")
     assert guard.admits(key, seal_record(replace(RECORD, seq=8), None, b""), NOW + 600, NOW + 1)
     assert guard.admits(key, seal_record(RECORD, None, b""), NOW + 600, NOW + 1), "a forged number keeps nobody out"

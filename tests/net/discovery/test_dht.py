@@ -15,7 +15,7 @@ import pytest
 
 from dimat.errors import ConfigError
 from dimat.net.discovery.address_records import Record, seal_record
-from dimat.net.discovery.dht import DhtSidecar, check_bootstrap, split_listen
+from dimat.net.discovery.dht import DhtNode, check_bootstrap, split_listen
 from dimat.net.discovery.resolver import Announcement, Discovery
 from tests.net.authority import Authority
 from tests.net.nodes import make_node, make_record, needs_hivemind, until, until_there, up
@@ -29,10 +29,10 @@ class Network:
     sends whatever it likes: `forged` holds the bytes that it gives out as a record."""
 
     authority: Authority
-    bootstrap: DhtSidecar
-    a: DhtSidecar
-    b: DhtSidecar
-    attacker: DhtSidecar
+    bootstrap: DhtNode
+    a: DhtNode
+    b: DhtNode
+    attacker: DhtNode
     forged: list[bytes]
 
 
@@ -62,7 +62,7 @@ async def network(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Net
             await node.close()
 
 
-async def announced(node: DhtSidecar, record: Record) -> None:
+async def announced(node: DhtNode, record: Record) -> None:
     async def announce() -> bool:
         return await node.announce(record)
 
@@ -138,7 +138,7 @@ async def test_discovery_over_the_dht(network: Network, tmp_path: Path) -> None:
     """lab-b is not on the map with an address; lab-a finds it, and hears of its next address at once."""
     said: list[str] = []
 
-    def make(agent: str, node: DhtSidecar) -> Discovery:
+    def make(agent: str, node: DhtNode) -> Discovery:
         (tmp_path / agent).mkdir()
         return Discovery(
             run="digits",

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from dimat.errors import NetworkError
-from dimat.net.discovery.dht import DhtSidecar
+from dimat.net.discovery.dht import DhtNode
 from tests.net.nodes import make_node, make_record, needs_hivemind, processes, token_of, until, until_there, up
 
 pytestmark = [
@@ -30,7 +30,7 @@ pytestmark = [
 
 
 @asynccontextmanager
-async def running(folder: Path, **options: Any) -> AsyncIterator[DhtSidecar]:
+async def running(folder: Path, **options: Any) -> AsyncIterator[DhtNode]:
     node = make_node(folder, **options)
     try:
         await node.start()
@@ -85,10 +85,10 @@ async def test_killed_and_hanging_processes_are_replaced(tmp_path: Path) -> None
 PARENT = """
 import asyncio, os, random, sys
 from pathlib import Path
-from dimat.net.discovery.dht import DhtSidecar
+from dimat.net.discovery.dht import DhtNode
 
 async def main():
-    node = DhtSidecar(Path(sys.argv[1]), run="digits", bootstraps=[], ca=None, listen="127.0.0.1:0",
+    node = DhtNode(Path(sys.argv[1]), run="digits", bootstraps=[], ca=None, listen="127.0.0.1:0",
                       notice=print, generator=random.Random(0))
     node.spawn()
     await node.start()

@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dimat.errors import ConfigError, SecurityError
-from dimat.net.discovery.dht_process import RecordGuard
 from dimat.net.discovery.map_records import (
     MAGIC,
     MAX_MAP_BYTES,
@@ -25,6 +24,7 @@ from dimat.net.discovery.map_records import (
     open_map,
     seal_map,
 )
+from dimat.net.discovery.record_validator import RecordValidator
 from tests.net.keys import Authority
 
 CA, OTHER = Authority(), Authority("another")
@@ -118,7 +118,7 @@ def test_maps_that_cannot_be_published_are_named() -> None:
 
 
 def test_the_guard_keeps_maps_apart_from_records_and_takes_no_older_one() -> None:
-    guard = RecordGuard(CA.pem, "digits")
+    guard = RecordValidator(CA.pem, "digits")
     key, until = map_key("digits"), NOW + DAY
     assert guard.admits(key, sealed(3), until, NOW)
     assert not guard.admits(key, sealed(2), until, NOW), "an older version"
