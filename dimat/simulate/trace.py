@@ -19,7 +19,15 @@ from dimat.agent.protocol.round import RoundMachine
 from dimat.agent.protocol.state import MachineState
 from dimat.errors import DataError
 
-EVENTS: Mapping[str, type[Any]] = {kind.__name__: kind for kind in get_args(m.Event) if kind is not m.MapChanged}
+KINDS: Mapping[type[Any], str] = {
+    m.MergeAction: "Merge",
+    m.CheckpointAction: "Checkpoint",
+    m.FetchFailure: "FetchFailed",
+}
+"""Names in traces that are not those of the classes: a trace outlives a renaming."""
+EVENTS: Mapping[str, type[Any]] = {
+    KINDS.get(kind, kind.__name__): kind for kind in get_args(m.Event) if kind is not m.MapChanged
+}
 NOTHING = "nothing"
 SHOWN = 100
 """Characters of a value that a difference shows."""
@@ -160,7 +168,8 @@ def plain(value: Any) -> Any:
     if isinstance(value, MachineState):
         return value.to_dict()
     if is_dataclass(value) and not isinstance(value, type):
-        return {"kind": type(value).__name__, **{f.name: plain(getattr(value, f.name)) for f in fields(value)}}
+        kind = KINDS.get(type(value), type(value).__name__)
+        return {"kind": kind, **{f.name: plain(getattr(value, f.name)) for f in fields(value)}}
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
