@@ -1,7 +1,7 @@
 """Runs of an earlier version are read, judged and gone on with.
 
 Reference: tests/golden/old-run, written by dimat at commit 63d4f03 (event logs of format 1): three agents' folders after
-round 3, a simulation with a crash, and in expected.json what that version itself said of them, and its rounds 4 and 5.
+round 3, a simulation with a crash, and in expected.json what that version said of them, and its rounds 4 and 5.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def test_a_simulation_is_reported_and_replayed(old: Path) -> None:
 
 
 def test_the_same_experiment_has_the_same_results(old: Path) -> None:
-    """Who heard whom, bytes, bases and samples are equal; losses and accuracies but for another processor's rounding."""
+    """Who heard whom, bytes, bases and samples are equal; losses and accuracies up to another processor's rounding."""
     expected = json.loads((OLD / "simulation" / "results.json").read_text())
     results = run_simulation(load_experiment(old / "experiment.toml")).model_dump(mode="json")
     assert len(results["rows"]) == len(expected["rows"])
