@@ -1,7 +1,8 @@
 """Runs of an earlier version are read, judged and gone on with.
 
 Reference: tests/golden/old-run, written by dimat at commit 63d4f03 (event logs of format 1): three agents'
-folders after round 3, a simulation with a crash, and in expected.json what that version said of them, and its rounds 4 and 5.
+folders after round 3, a simulation with a crash, and in expected.json what that version said of them, and how its
+rounds 4 and 5 went.
 """
 
 from __future__ import annotations
