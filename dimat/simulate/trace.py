@@ -25,9 +25,13 @@ KINDS: Mapping[type[Any], str] = {
     m.FetchFailure: "FetchFailed",
 }
 """Names in traces that are not those of the classes: a trace outlives a renaming."""
-EVENTS: Mapping[str, type[Any]] = {
-    KINDS.get(kind, kind.__name__): kind for kind in get_args(m.Event) if kind is not m.MapChanged
-}
+
+
+def _name_of(kind: type[Any]) -> str:
+    return KINDS.get(kind) or kind.__name__
+
+
+EVENTS: Mapping[str, type[Any]] = {_name_of(kind): kind for kind in get_args(m.Event) if kind is not m.MapChanged}
 NOTHING = "nothing"
 SHOWN = 100
 """Characters of a value that a difference shows."""
@@ -168,8 +172,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, MachineState):
         return value.to_dict()
     if is_dataclass(value) and not isinstance(value, type):
-        kind = KINDS.get(type(value), type(value).__name__)
-        return {"kind": kind, **{f.name: plain(getattr(value, f.name)) for f in fields(value)}}
+        return {"kind": _name_of(type(value)), **{f.name: plain(getattr(value, f.name)) for f in fields(value)}}
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
