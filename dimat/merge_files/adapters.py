@@ -15,14 +15,12 @@ from torch import Tensor
 
 from dimat.errors import ConfigError, DataError, MergeError
 from dimat.merge.lora.factors import Pair, find_pairs, merged_rank
+from dimat.merge.registry import product_methods
 from dimat.merge.stages import Weights
 from dimat.merge_files.files import ADAPTER_CONFIG, ModelFiles, check_alike, tell_differences
 from dimat.merge_files.peft import Settings, module_of, read_settings
 from dimat.merge_files.recipe import Part, Recipe
 from dimat.weights.header import TensorInfo
-
-PRODUCT_METHODS = frozenset({"lora-concat", "lora-svd", "lora-lego"})
-"""Combine methods that merge products of factors."""
 
 BIAS = re.compile(r"(?P<module>.+)\.lora_B(?:\.default)?\.bias")
 """The bias of B, which an adapter adds times its scale."""
@@ -77,7 +75,7 @@ def open_adapters(recipe: Recipe, models: Sequence[ModelFiles]) -> tuple[Adapter
     or not of plain LoRA, or do not fit together.
     """
     methods = {recipe.method_of(rule)[0] for rule in (None, *recipe.rules)}
-    if not (methods & PRODUCT_METHODS or recipe.into_base) or not any(model.adapter for model in models):
+    if not (methods.intersection(product_methods()) or recipe.into_base) or not any(model.adapter for model in models):
         return None
     for model in models:
         if not model.adapter:
@@ -238,10 +236,10 @@ def _pairs_inside(part: Part, pairs: Mapping[str, Pair]) -> list[str]:
     for key in inside:
         if not {pairs[key].a, pairs[key].b} <= names:
             raise ConfigError(f"a rule parts the factors of {key!r}: match both, e.g. {key + '.lora_*'!r}")
-        if part.method not in PRODUCT_METHODS:
+        if part.method not in product_methods():
             raise ConfigError(
                 f"method {part.method!r} would merge the factors of {key!r} one by one, beside others whose products "
-                f"are merged: take one of {', '.join(sorted(PRODUCT_METHODS))}"
+                f"are merged: take one of {', '.join(product_methods())}"
             )
     return inside
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dimat.cli import main
+from dimat.merge import product_methods
 from dimat.merge.registry import combine_registry
-from dimat.merge_files.adapters import PRODUCT_METHODS
 from dimat.merge_files.peft import read_settings
 from tests.merge_files.adapters import LAYERS, PREFIX, delta, factors, read_adapter, write_adapter
 
@@ -113,7 +113,7 @@ def test_lego_is_the_library_s_on_adapters_of_one_scale() -> None:
     assert read_adapter(Path("mixed"))[1]["r"] == 4
 
 
-@pytest.mark.parametrize("method", sorted(PRODUCT_METHODS))
+@pytest.mark.parametrize("method", product_methods())
 def test_weight_one_on_an_adapter_gives_its_files_bit_for_bit(method: str) -> None:
     """Tensors and settings; modules that only others have do not come in."""
     for folder, weights in (("a", "1,0,0"), ("b", "1,0,0"), ("c", "1,0,0")):

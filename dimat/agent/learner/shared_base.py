@@ -12,8 +12,7 @@ from torch import Tensor
 
 from dimat.config import ExperimentConfig, MergeConfig, NamedConfig
 from dimat.errors import ConfigError, DataError
-from dimat.merge import MergePlan, needs_symmetry, open_weights, plan_merge
-from dimat.merge_files.adapters import PRODUCT_METHODS
+from dimat.merge import MergePlan, needs_symmetry, open_weights, plan_merge, product_methods
 from dimat.seeds import torch_generator
 from dimat.tasks.base import Task
 from dimat.weights.snapshot import checksum, encode, schema_hash
@@ -74,7 +73,7 @@ def plan_for(config: MergeConfig, task: Task) -> MergePlan:
             f'combine method "{plan.combine.name}" pairs units of whole models, and {task.name} trains a part on a '
             f'frozen base; use merge.combine = "{wanted}"'
         )
-    if wanted in PRODUCT_METHODS and plan.combine.name not in PRODUCT_METHODS:
+    if wanted in product_methods() and plan.combine.name not in product_methods():
         notes.append(
             f'"{plan.combine.name}" merges LoRA factors one by one, which is no merge of the changes that they stand '
             f'for; "{wanted}" is'

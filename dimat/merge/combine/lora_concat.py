@@ -12,7 +12,7 @@ from dimat.merge.stages import Weights
 from dimat.merge.tensors.task_vectors import Number
 
 
-@combine_registry.register("lora-concat")
+@combine_registry.register("lora-concat", lora_products=True)
 def lora_concat(
     own: Weights, peers: Sequence[Weights], weights: Sequence[float], *, scaling: Number = 1.0
 ) -> dict[str, Tensor]:

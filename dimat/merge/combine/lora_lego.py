@@ -15,7 +15,7 @@ from dimat.merge.stages import Weights
 from dimat.merge.tensors.task_vectors import Number
 
 
-@combine_registry.register("lora-lego")
+@combine_registry.register("lora-lego", lora_products=True)
 def lora_lego(
     own: Weights,
     peers: Sequence[Weights],

@@ -15,7 +15,7 @@ from dimat.merge.stages import Weights
 from dimat.merge.tensors.task_vectors import Number
 
 
-@combine_registry.register("lora-svd")
+@combine_registry.register("lora-svd", lora_products=True)
 def lora_svd(
     own: Weights,
     peers: Sequence[Weights],
