@@ -159,7 +159,7 @@ def transport(folder: Path, name: str, keys: str, schema: str, megabytes: int) -
     """Return an agent's transport and its store."""
     from dimat.net.compatibility import Profile
     from dimat.net.grpc_transport import GrpcTransport
-    from dimat.net.manifest import Bound
+    from dimat.net.manifest import ManifestLimits
     from dimat.weights.snapshot import SnapshotStore
 
     store = SnapshotStore(folder / "own")
@@ -170,7 +170,7 @@ def transport(folder: Path, name: str, keys: str, schema: str, megabytes: int) -
         store=store,
         received=folder / "received",
         profile=Profile(schema),
-        bound=Bound(2 * megabytes * 1_000_000),
+        manifest_limits=ManifestLimits(2 * megabytes * 1_000_000),
         listen="127.0.0.1:0",
         generator=Random(0),
         durable=False,

@@ -25,11 +25,11 @@ from grpc_reflection.v1alpha import reflection
 from dimat.errors import DataError, NetworkError, SecurityError
 from dimat.net.compatibility import (
     AGENT_HEADER,
-    ASKING_HEADER,
     DATA_SERVICE,
     FETCH,
     LONGEST_POLL_S,
     PEER_SERVICE,
+    QUERY_HEADER,
     Profile,
     incompatibility,
     server_options,
@@ -52,7 +52,7 @@ MOST_DIALLED = 4
 GONE_S = 2.0  # without a call for news: a reader that is there asks again at once
 
 
-class Server:
+class GrpcServer:
     """Answers the members of the map. `heard(agent)` is called when one that fits says hello: it is there."""
 
     def __init__(
@@ -62,8 +62,8 @@ class Server:
         agent: str,
         identity: Identity | None,
         profile: Profile,
-        offering: Outbox,
-        serving: Uploader,
+        outbox: Outbox,
+        uploader: Uploader,
         store: SnapshotStore,
         limits: Limits,
         status: Status,
@@ -75,8 +75,8 @@ class Server:
         self._agent = agent
         self._identity = identity
         self._profile = profile
-        self._offering = offering
-        self._serving = serving
+        self._outbox = outbox
+        self._uploader = uploader
         self._store = store
         self._limits = limits
         self._status = status
@@ -137,7 +137,7 @@ class Server:
     async def close(self, grace_s: float) -> None:
         """Take no new calls, let transfers end within `grace_s`, answer those who wait for news now."""
         self._closing = True
-        self._offering.changed.fire()
+        self._outbox.changed.fire()
         if self._server is not None:
             await self._health.enter_graceful_shutdown()
             await self._server.stop(grace_s)
@@ -152,7 +152,7 @@ class Server:
         caller = await self._member(context)
         if request.agent != caller:
             await _abort(context, Code.PERMISSION_DENIED, f"{caller} says hello as {shown(request.agent)}")
-        if not any(key == ASKING_HEADER for key, _ in context.invocation_metadata() or ()):
+        if not any(key == QUERY_HEADER for key, _ in context.invocation_metadata() or ()):
             self._hellos[caller] = incompatibility(self._profile, self._run, request)
             if not self._hellos[caller]:
                 self._heard(caller)
@@ -171,8 +171,8 @@ class Server:
                 wait_s = min(request.wait_ms / 1000, LONGEST_POLL_S)
                 try:
                     async with asyncio.timeout(wait_s):
-                        while not (self._closing or self._offering.news(request.seen, request.session)):
-                            await self._offering.changed.wait()
+                        while not (self._closing or self._outbox.news(request.seen, request.session)):
+                            await self._outbox.changed.wait()
                 except TimeoutError:
                     pass  # nothing new: the same is said again
         except FullError as full:
@@ -180,7 +180,7 @@ class Server:
         finally:
             self._polled[reader] = asyncio.get_running_loop().time()
         await self._reader(context)  # it may be off the map by now
-        return self._offering.reply()
+        return self._outbox.reply()
 
     async def status(self, request: pb.StatusRequest, context: Context) -> pb.StatusReply:
         await self._member(context)
@@ -211,7 +211,7 @@ class Server:
     async def fetch(self, request: pb.FetchRequest, context: Context) -> None:
         reader = await self._reader(context)
         root = request.root.hex()
-        payload = self._offering.payload(root)
+        payload = self._outbox.payload(root)
         if payload is None:
             await _abort(context, Code.NOT_FOUND, f"{self._agent} offers no snapshot {root[:12]}…, or not any more")
         if request.blocks < 1 or request.first_block + request.blocks > len(payload.blocks):
@@ -223,23 +223,23 @@ class Server:
         if self._closing:
             await _abort(context, Code.UNAVAILABLE, f"{self._agent} stops")
         try:
-            with self._serving.slots.take(reader):
+            with self._uploader.slots.take(reader):
                 self._store.hold(root)
                 try:
-                    await self._serving.stream(
+                    await self._uploader.stream(
                         reader,
                         self._store.path(root),
                         payload,
                         request.first_block,
                         request.blocks,
                         context.write,
-                        self._offering.encoding(root),
+                        self._outbox.encoding(root),
                     )
                 finally:
                     self._store.release(root)
                 if request.first_block + request.blocks == len(payload.blocks):
                     had = self._had.get(reader, set())
-                    self._had[reader] = {known for known in had if self._offering.payload(known)} | {root}
+                    self._had[reader] = {known for known in had if self._outbox.payload(known)} | {root}
         except FullError as full:
             await _abort(context, Code.RESOURCE_EXHAUSTED, str(full))
         except SlowReaderError:

@@ -12,11 +12,11 @@ from random import Random
 
 from dimat.errors import NetworkError
 from dimat.net.compatibility import CHUNK_BYTES, Profile
-from dimat.net.grpc_server import Server
+from dimat.net.grpc_server import GrpcServer
 from dimat.net.limits import Limits
-from dimat.net.manifest import Bound, Check, Sign
+from dimat.net.manifest import ManifestLimits, Sign, Verify
 from dimat.net.peers.connection import Connector
-from dimat.net.peers.link import Directory, PeerLink
+from dimat.net.peers.link import AddressLookup, PeerLink
 from dimat.net.pki.identity import Identity, check_certificate, check_signature
 from dimat.net.threads import Threads
 from dimat.net.transfer.cache import SnapshotCache
@@ -34,10 +34,10 @@ class GrpcTransport:
 
     `identity`: its keys; None makes an insecure network, on loopback only, where names are taken on trust. `store`: its
     own snapshots, offered again after a restart; forms' payloads lie in the store's folder under their address, too.
-    `received`: a folder for what is fetched, of its own. `bound`: what a manifest may claim. `listen`: `host:port`,
-    port 0 takes a free one, see `port`. `generator`: for the jitter of waits. `status`: what `Status` answers.
-    `directory`: where else peers may be reached, beside the map's addresses. `durable`: received files survive power
-    loss.
+    `received`: the folder of the snapshots that are fetched. `manifest_limits`: the most that a manifest may claim.
+    `listen`: `host:port`, port 0 takes a free one, see `port`. `generator`: draws the jitter of waits. `status`: gives
+    the answer to `Status`. `directory`: gives further addresses of a peer, beside those of the map. `durable`: received
+    files survive power loss.
     """
 
     def __init__(
@@ -49,12 +49,12 @@ class GrpcTransport:
         store: SnapshotStore,
         received: Path,
         profile: Profile,
-        bound: Bound,
+        manifest_limits: ManifestLimits,
         listen: str,
         generator: Random,
         limits: Limits | None = None,
         status: Status = dict,
-        directory: Directory | None = None,
+        directory: AddressLookup | None = None,
         durable: bool = True,
     ) -> None:
         self._run = run
@@ -63,7 +63,7 @@ class GrpcTransport:
         self._store = store
         self._folder = received
         self._profile = profile
-        self._bound = bound
+        self._manifest_limits = manifest_limits
         self._listen = listen
         self._generator = generator
         self._limits = limits or Limits()
@@ -71,17 +71,17 @@ class GrpcTransport:
         self._directory = directory
         self._durable = durable
         self._threads = Threads()
-        self._offering = Outbox(store, run, agent, self._signer(), self._threads)
-        self._serving = Uploader(self._limits, self._threads)
-        self._dialler = Connector(run, agent, identity, profile, bound, self._limits)
+        self._outbox = Outbox(store, run, agent, self._signer(), self._threads)
+        self._uploader = Uploader(self._limits, self._threads)
+        self._connector = Connector(run, agent, identity, profile, manifest_limits, self._limits)
         self._links: dict[str, PeerLink] = {}
         self._neighbours = Neighbours((), (), (), {})
         self._fetches: set[asyncio.Task[object]] = set()
         self._ending: set[asyncio.Task[None]] = set()
-        self._hearing: PeerListener | None = None
-        self._server: Server | None = None
+        self._listener: PeerListener | None = None
+        self._server: GrpcServer | None = None
         self._received: SnapshotCache | None = None
-        self._fetching: Fetcher | None = None
+        self._fetcher: Fetcher | None = None
         self._port = 0
 
     # ── for the daemon and its tools ─────────────────────────────────────────────────────────────────────────
@@ -93,24 +93,24 @@ class GrpcTransport:
     @property
     def sent_bytes(self) -> Mapping[str, int]:
         """Bytes of payload sent, by reader."""
-        return _by_peer(self._serving.sent)
+        return _by_peer(self._uploader.sent)
 
     @property
     def received_bytes(self) -> Mapping[str, int]:
         """Bytes of payload that came, by peer, those of attempts that failed too."""
-        return {} if self._fetching is None else _by_peer(self._fetching.bytes)
+        return {} if self._fetcher is None else _by_peer(self._fetcher.bytes)
 
     @property
     def traffic(self) -> list[tuple[str, str, str, int]]:
         """Bytes of payload in this life: direction ("sent" or "received"), peer, encoding, bytes."""
-        received = {} if self._fetching is None else self._fetching.bytes
-        ways = (("sent", self._serving.sent), ("received", received))
+        received = {} if self._fetcher is None else self._fetcher.bytes
+        ways = (("sent", self._uploader.sent), ("received", received))
         return [(way, *key, count) for way, counts in ways for key, count in sorted(counts.items())]
 
     @property
     def retries(self) -> Mapping[str, int]:
         """Attempts to bring a payload after the first one, by peer, in this life."""
-        return {} if self._fetching is None else dict(self._fetching.retries)
+        return {} if self._fetcher is None else dict(self._fetcher.retries)
 
     @property
     def peers(self) -> Mapping[str, Mapping[str, object]]:
@@ -122,36 +122,36 @@ class GrpcTransport:
         }
 
     # ── the protocol ─────────────────────────────────────────────────────────────────────────────────────────
-    async def start(self, hearing: PeerListener) -> None:
+    async def start(self, listener: PeerListener) -> None:
         """Listen, offer what was offered before a restart, and begin to follow the peers. NetworkError where the port
         cannot be had, SecurityError where an insecure network would be open to others, DataError for the folder."""
-        self._hearing = hearing
+        self._listener = listener
         keep_freed()
         received = await self._threads.submit(self._open_received)
         self._received = received
-        self._fetching = Fetcher(
+        self._fetcher = Fetcher(
             received,
             self._store,
-            self._offering.payloads,
+            self._outbox.payloads,
             self._profile.encodings,
             self._limits,
             self._threads,
             self._generator,
-            hearing.noticed,
+            listener.noticed,
         )
-        self._offering.restore(self._own_check(), self._bound, hearing.noticed)
-        self._server = Server(
+        self._outbox.restore(self._own_check(), self._manifest_limits, listener.noticed)
+        self._server = GrpcServer(
             run=self._run,
             agent=self._agent,
             identity=self._identity,
             profile=self._profile,
-            offering=self._offering,
-            serving=self._serving,
+            outbox=self._outbox,
+            uploader=self._uploader,
             store=self._store,
             limits=self._limits,
             status=self._status,
             heard=self._heard,
-            noticed=hearing.noticed,
+            noticed=listener.noticed,
         )
         self._port = await self._server.start(self._listen)
         self.update_neighbours(self._neighbours)
@@ -159,7 +159,7 @@ class GrpcTransport:
     def update_neighbours(self, neighbours: Neighbours) -> None:
         """Take a new map over: follow whoever is new, let go of whoever is not on it any more."""
         self._neighbours = neighbours
-        if self._server is None or self._hearing is None:
+        if self._server is None or self._listener is None:
             return  # `start` does it
         self._server.neighbours = neighbours
         for peer in [peer for peer in self._links if peer not in neighbours.peers]:
@@ -175,12 +175,12 @@ class GrpcTransport:
             link = self._links[peer] = PeerLink(
                 peer,
                 run=self._run,
-                dialler=self._dialler,
+                connector=self._connector,
                 profile=self._profile,
-                bound=self._bound,
+                manifest_limits=self._manifest_limits,
                 limits=self._limits,
                 generator=self._generator,
-                hearing=self._hearing,
+                listener=self._listener,
                 directory=self._directory,
                 threads=self._threads,
             )
@@ -189,17 +189,17 @@ class GrpcTransport:
 
     def publish(self, manifest: Manifest) -> None:
         """Offer a recorded snapshot to the readers. Doing it again changes nothing."""
-        self._offering.publish(manifest, self._notice)
+        self._outbox.publish(manifest, self._notice)
 
     async def fetch(self, peer: str, round: int, root: str) -> Fetched:
         """Get a snapshot that a peer offers, and hold it until `release`; see `Transport.fetch`."""
-        if self._fetching is None:
+        if self._fetcher is None:
             raise NetworkError("the network is not started")
         task = asyncio.current_task()
         assert task is not None
         self._fetches.add(task)
         try:
-            fetched = await self._fetching.fetch(lambda: self._link(peer), peer, round, root)
+            fetched = await self._fetcher.fetch(lambda: self._link(peer), peer, round, root)
             link = self._links.get(peer)  # gone, where it left the map meanwhile
             return fetched if link is None else replace(fetched, certificate=link.certificate)
         finally:
@@ -227,7 +227,7 @@ class GrpcTransport:
 
     def leave(self, reason: str) -> None:
         """Tell the readers that this agent leaves."""
-        self._offering.leave(reason)
+        self._outbox.leave(reason)
 
     async def close(self, grace_s: float) -> None:
         """Stop: no new transfers, those that are on their way may end within `grace_s`."""
@@ -237,7 +237,7 @@ class GrpcTransport:
             await self._server.close(grace_s)
         if self._fetches:  # their links are gone, so they end; what they work on in threads ends before these do
             await asyncio.wait(self._fetches, timeout=self._limits.call_s)
-        await self._offering.settle()
+        await self._outbox.settle()
         self._threads.close()
 
     # ── within ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -248,7 +248,7 @@ class GrpcTransport:
             limits.disk_bytes,
             limits.disk_reserve_bytes,
             self._run,
-            self._bound,
+            self._manifest_limits,
             self._threads,
             durable=self._durable,
         )
@@ -263,16 +263,16 @@ class GrpcTransport:
         """A member has said hello: it is there, so it is worth trying."""
         link = self._links.get(agent)
         if link is not None:
-            link.awake()
+            link.wake()
 
     def _notice(self, message: str) -> None:
-        if self._hearing is not None:
-            self._hearing.noticed(message)
+        if self._listener is not None:
+            self._listener.noticed(message)
 
     def _signer(self) -> Sign:
         return _unsigned if self._identity is None else self._identity.sign
 
-    def _own_check(self) -> Check:
+    def _own_check(self) -> Verify:
         """Return what tells own signatures, of before a restart, from others."""
         identity = self._identity
         if identity is None:

@@ -26,7 +26,7 @@ DOMAIN = b"dimat manifest v1\0"
 Sign = Callable[[bytes], bytes]
 """Gives the signature over bytes; on an insecure network an empty one."""
 
-Check = Callable[[bytes, bytes], None]
+Verify = Callable[[bytes, bytes], None]
 """Takes (bytes, signature); SecurityError where they do not belong together. On an insecure network all do."""
 
 LONGEST_TEXT = 1024  # bytes of a name
@@ -43,7 +43,7 @@ _BASIS = re.compile(r"[0-9]{1,16}:\w[\w.-]*:[^:]+")  # as `dimat.agent.protocol.
 
 
 @dataclass(frozen=True, slots=True)
-class Signed:
+class SignedManifest:
     """A manifest, the very bytes that are signed, and the publisher's signature over them."""
 
     manifest: Manifest
@@ -52,7 +52,7 @@ class Signed:
 
 
 @dataclass(frozen=True, slots=True)
-class Bound:
+class ManifestLimits:
     """What a manifest may claim at most. `bytes`: the largest payload, and the largest form, that own schema allows."""
 
     bytes: int
@@ -67,29 +67,31 @@ class _Wrong(Exception):
     """What is wrong with a manifest."""
 
 
-def seal(manifest: Manifest, sign: Sign) -> Signed:
+def seal(manifest: Manifest, sign: Sign) -> SignedManifest:
     """Sign an own manifest; equal ones give equal bytes. DataError where no reader would take it, saying why."""
     try:
         message = _message(manifest)
         data = message.SerializeToString(deterministic=True)
         checked = _manifest(message, LARGEST_NUMBER)
-        longest = Bound(max(payload.bytes for payload in _payloads(checked))).manifest_bytes
+        longest = ManifestLimits(max(payload.bytes for payload in _payloads(checked))).manifest_bytes
         if len(data) > longest:
             raise _Wrong(f"{len(data):,} bytes of manifest, at most {longest:,} are read")
     except (_Wrong, ValueError) as error:
         raise DataError(f"own snapshot of round {manifest.round} cannot be offered: {error}") from None
-    return Signed(checked, data, sign(DOMAIN + data))
+    return SignedManifest(checked, data, sign(DOMAIN + data))
 
 
-def unseal(data: bytes, signature: bytes, check: Check, *, publisher: str, run: str, bound: Bound) -> Signed:
+def unseal(
+    data: bytes, signature: bytes, verify: Verify, *, publisher: str, run: str, limits: ManifestLimits
+) -> SignedManifest:
     """Return a peer's manifest, whole and checked; nothing is read before its signature is.
 
     Raises SecurityError where the signature is wrong, and PeerError that says what else is.
     """
     try:
-        if len(data) > bound.manifest_bytes:
-            raise _Wrong(f"{len(data):,} bytes long, at most {bound.manifest_bytes:,} are read for this model")
-        check(DOMAIN + data, signature)
+        if len(data) > limits.manifest_bytes:
+            raise _Wrong(f"{len(data):,} bytes long, at most {limits.manifest_bytes:,} are read for this model")
+        verify(DOMAIN + data, signature)
         try:
             message = pb.Manifest.FromString(data)
         except DecodeError:
@@ -98,18 +100,18 @@ def unseal(data: bytes, signature: bytes, check: Check, *, publisher: str, run: 
             raise _Wrong(f"it is of agent {_short(message.agent)}")
         if message.run != run:
             raise _Wrong(f"it is of run {_short(message.run)}, this is {_short(run)}")
-        return Signed(_manifest(message, bound.bytes), data, signature)
+        return SignedManifest(_manifest(message, limits.bytes), data, signature)
     except _Wrong as wrong:
         raise PeerError(f"manifest of {publisher} refused: {wrong}") from None
 
 
-def to_bytes(signed: Signed) -> bytes:
+def to_bytes(signed: SignedManifest) -> bytes:
     """Return a signed manifest as the content of a file, with a checksum of its own."""
     content = pb.SignedManifest(manifest=signed.data, signature=signed.signature).SerializeToString()
     return blake3(content).digest() + content
 
 
-def write_signed(path: Path, signed: Signed, *, durable: bool = True) -> None:
+def write_signed(path: Path, signed: SignedManifest, *, durable: bool = True) -> None:
     """Write a signed manifest by rename, to offer the same bytes again after a restart; DataError where that fails."""
     write_bytes(path, to_bytes(signed), durable=durable)
 

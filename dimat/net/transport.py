@@ -67,7 +67,7 @@ class Transport(Protocol):
         """Bytes of snapshots that were sent so far, by reader."""
         ...
 
-    async def start(self, hearing: PeerListener) -> None:
+    async def start(self, listener: PeerListener) -> None:
         """Listen, and begin to follow the peers. NetworkError where the port cannot be had."""
         ...
 

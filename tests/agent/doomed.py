@@ -22,7 +22,7 @@ from dimat.agent.lineage.manifest_log import ManifestLedger
 from dimat.cli import main
 from dimat.net import grpc_server
 from dimat.net.grpc_transport import GrpcTransport
-from dimat.net.transfer.partial import Partial
+from dimat.net.transfer.received_blocks import ReceivedBlocks
 from dimat.net.transfer.upload import Uploader
 
 
@@ -109,7 +109,7 @@ MOMENTS: dict[str, Callable[[int], None]] = {
     "published": lambda count: at_call(GrpcTransport, "publish", count, after=True),
     "serving": mid_stream,
     "pausing": lambda count: mid_stream(count, pause),
-    "fetching": lambda count: at_call(Partial, "write", count),
+    "fetching": lambda count: at_call(ReceivedBlocks, "write", count),
     "fetched": lambda count: at_call(ManifestLedger, "note", count),
     "merging": lambda count: at_call(Learner, "merge", count, after=True),
     "ledger": lambda count: at_call(checkpoint.CheckpointStore, "save", count),

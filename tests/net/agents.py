@@ -18,7 +18,7 @@ from torch import Tensor
 from dimat.net.compatibility import Profile
 from dimat.net.grpc_transport import GrpcTransport
 from dimat.net.limits import Limits
-from dimat.net.manifest import Bound
+from dimat.net.manifest import ManifestLimits
 from dimat.net.pki.identity import Identity
 from dimat.net.transport import Neighbours
 from dimat.weights.durable import write_bytes
@@ -145,7 +145,7 @@ def make(
                 "store": store,
                 "received": folder / "received",
                 "profile": profile or Profile(SCHEMA),
-                "bound": Bound(bound),
+                "manifest_limits": ManifestLimits(bound),
                 "listen": listen,
                 "generator": Random(0),
                 "limits": limits,

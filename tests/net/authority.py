@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from dimat.net.discovery.address_records import Record, seal_record
+from dimat.net.discovery.address_records import AddressRecord, seal_record
 from dimat.net.pki.identity import tls_name
 
 
@@ -24,7 +24,7 @@ class Keys:
     def sign(self, data: bytes) -> bytes:
         return self.key.sign(data, ec.ECDSA(hashes.SHA256()))
 
-    def seal(self, record: Record) -> bytes:
+    def seal(self, record: AddressRecord) -> bytes:
         return seal_record(record, self.sign, self.certificate_der)
 
 

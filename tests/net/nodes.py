@@ -14,7 +14,7 @@ from typing import Any
 import anyio
 import pytest
 
-from dimat.net.discovery.address_records import Record
+from dimat.net.discovery.address_records import AddressRecord
 from dimat.net.discovery.child_process import find_by_token
 from dimat.net.discovery.dht import DhtNode
 
@@ -61,10 +61,10 @@ async def until_there(find: Callable[[], Awaitable[Any]]) -> Any:
         await anyio.sleep(0.05)
 
 
-def make_record(agent: str, *, seq: int = 1, port: int = 7300, ttl_s: float = 600.0, **changes: Any) -> Record:
+def make_record(agent: str, *, seq: int = 1, port: int = 7300, ttl_s: float = 600.0, **changes: Any) -> AddressRecord:
     now = time.time()
     values = {"round": seq, "root": "ab" * 32, "run": RUN, "time_s": now, "expires_s": now + ttl_s, **changes}
-    return Record(agent=agent, addresses=(f"10.0.0.1:{port}",), fingerprint="", seq=seq, **values)
+    return AddressRecord(agent=agent, addresses=(f"10.0.0.1:{port}",), fingerprint="", seq=seq, **values)
 
 
 def token_of(folder: Path) -> str:

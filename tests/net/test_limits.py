@@ -10,7 +10,7 @@ import pytest
 from dimat.net.backoff import Backoff, Breaker
 from dimat.net.compatibility import CHUNK_BYTES, SMALLEST_CHUNK_BYTES
 from dimat.net.limits import FullError, Rate, Slots
-from dimat.net.transfer import upload as serving
+from dimat.net.transfer import upload
 from dimat.weights.snapshot import Payload
 
 pytestmark = pytest.mark.anyio
@@ -74,21 +74,21 @@ def test_blocks_are_cut_into_chunks_none_of_which_crosses_a_block(block: int, si
     count = -(-size // block)
     payload = Payload("", size, ("",) * count, block)
     for first, blocks in ((0, count), (1, 1), (count - 1, 1)):
-        spans = [span for group in serving.spans(payload, first, blocks) for span in group]
+        spans = [span for group in upload.spans(payload, first, blocks) for span in group]
         place = first * block
         for offset, length in spans:
             assert offset == place
             assert length == min(CHUNK_BYTES, min((offset // block + 1) * block, size) - offset)
             place += length
         assert place == min((first + blocks) * block, size)
-    for group in serving.spans(payload, 0, count):
-        assert sum(length for _, length in group) < serving.READ_BYTES + CHUNK_BYTES
+    for group in upload.spans(payload, 0, count):
+        assert sum(length for _, length in group) < upload.READ_BYTES + CHUNK_BYTES
 
 
 def test_messages_grow_while_they_go_fast_and_shrink_where_they_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr(serving, "monotonic", lambda: now)
-    pace = serving.Pace()
+    monkeypatch.setattr(upload, "monotonic", lambda: now)
+    pace = upload.ChunkSizer()
     chunk = bytes(range(256)) * (CHUNK_BYTES // 256)
     lengths: list[int] = []
     for took_s in (0.1, 0.1, 0.1, 5.0, 5.0, 5.0, 5.0, 5.0, 5.0, 5.0):

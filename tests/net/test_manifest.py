@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 
 from dimat.agent.protocol.basis import BasisId
 from dimat.errors import DataError, PeerError, SecurityError
-from dimat.net.manifest import DOMAIN, Bound, Signed, read_signed, seal, to_bytes, unseal, write_signed
+from dimat.net.manifest import DOMAIN, ManifestLimits, SignedManifest, read_signed, seal, to_bytes, unseal, write_signed
 from dimat.weights.encodings import ENCODINGS
 from dimat.weights.snapshot import BLOCK_BYTES, Form, Manifest, Payload, checksum
 from dimat.wire.v1 import peer_pb2 as pb
 
 KEY = ec.generate_private_key(ec.SECP256R1())
-BOUND = Bound(2**27)
+BOUND = ManifestLimits(2**27)
 
 
 def sign(data: bytes) -> bytes:
@@ -56,8 +56,8 @@ def manifest(**changes) -> Manifest:
     return replace(plain, **changes)
 
 
-def opened(signed: Signed, **changes) -> Signed:
-    arguments = {"check": check, "publisher": signed.manifest.agent, "run": signed.manifest.run, "bound": BOUND}
+def opened(signed: SignedManifest, **changes) -> SignedManifest:
+    arguments = {"verify": check, "publisher": signed.manifest.agent, "run": signed.manifest.run, "limits": BOUND}
     return unseal(signed.data, signed.signature, **{**arguments, **changes})
 
 
@@ -127,7 +127,7 @@ def test_a_signature_over_something_else_does_not_pass() -> None:
             opened(replace(FULL, signature=signature))
 
 
-def changed(change: Callable[[pb.Manifest], object]) -> Signed:
+def changed(change: Callable[[pb.Manifest], object]) -> SignedManifest:
     """A manifest that a member signed, whatever it says."""
     message = pb.Manifest.FromString(FULL.data)
     change(message)
@@ -209,7 +209,7 @@ def test_what_is_too_long_is_not_even_checked() -> None:
         raise AssertionError("looked at")
 
     with pytest.raises(PeerError, match="bytes long"):
-        opened(replace(FULL, data=bytes(BOUND.manifest_bytes + 1)), check=unwanted)
+        opened(replace(FULL, data=bytes(BOUND.manifest_bytes + 1)), verify=unwanted)
 
 
 def test_the_largest_honest_manifest_passes() -> None:
@@ -227,9 +227,9 @@ def test_the_largest_honest_manifest_passes() -> None:
 def test_arbitrary_bytes_are_refused(data: bytes, signature: bytes) -> None:
     """Attack: garbage, with keys and on an insecure network, raises nothing but the errors that are promised."""
     with pytest.raises(SecurityError):
-        unseal(data, signature, check, publisher="a", run="r", bound=BOUND)
+        unseal(data, signature, check, publisher="a", run="r", limits=BOUND)
     with pytest.raises(PeerError):
-        unseal(data, signature, believe, publisher="a", run="r", bound=BOUND)
+        unseal(data, signature, believe, publisher="a", run="r", limits=BOUND)
 
 
 @settings(max_examples=300)
@@ -242,7 +242,7 @@ def test_bent_manifests_are_refused_or_whole(data: st.DataObject) -> None:
         place = data.draw(st.integers(0, len(bent)))
         bent[place : place + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=3))
     try:
-        got = unseal(bytes(bent), b"", believe, publisher="a", run="r", bound=BOUND).manifest
+        got = unseal(bytes(bent), b"", believe, publisher="a", run="r", limits=BOUND).manifest
     except PeerError:
         return
     assert seal(got, sign).manifest == got
@@ -254,8 +254,8 @@ def test_hostile_manifests_take_little_memory() -> None:
     script = """
         import resource
         from dimat.errors import PeerError
-        from dimat.net.manifest import Bound, unseal
-        bound = Bound(2**26)
+        from dimat.net.manifest import ManifestLimits, unseal
+        bound = ManifestLimits(2**26)
         size = bound.manifest_bytes // 2 - 16
         nested = b"\\x22\\x00" * size
         length = bytes([len(nested) & 127 | 128, len(nested) >> 7 & 127 | 128, len(nested) >> 14 & 127 | 128,
@@ -268,7 +268,7 @@ def test_hostile_manifests_take_little_memory() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         for number, data in enumerate(many):
             try:
-                unseal(head + data, b"", lambda data, signature: None, publisher="a", run="r", bound=bound)
+                unseal(head + data, b"", lambda data, signature: None, publisher="a", run="r", limits=bound)
             except PeerError as error:
                 print(number, error)
     """

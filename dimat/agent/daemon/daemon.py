@@ -32,7 +32,7 @@ from dimat.config import agent_folder
 from dimat.errors import DataError, DimatError
 from dimat.net.grpc_transport import GrpcTransport
 from dimat.net.limits import Limits
-from dimat.net.manifest import Bound
+from dimat.net.manifest import ManifestLimits
 from dimat.net.pki.identity import Identity, load_identity
 from dimat.seeds import derive_seed
 from dimat.train.trainer import ModelTrainer
@@ -105,7 +105,7 @@ class Daemon:
             store=self._store,
             received=folder.received,
             profile=setup.profile(self._local.schema()),
-            bound=Bound(size),
+            manifest_limits=ManifestLimits(size),
             limits=Limits(
                 fetches=exchange.transfers,
                 streams_per_peer=exchange.transfers,

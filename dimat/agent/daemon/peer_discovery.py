@@ -10,7 +10,7 @@ from dimat.config import ExperimentConfig
 from dimat.errors import ConfigError
 from dimat.net.discovery.address_records import seal_record
 from dimat.net.discovery.dht import DhtNode
-from dimat.net.discovery.resolver import Announcement, Discovery
+from dimat.net.discovery.resolver import AddressResolver, Announcement
 from dimat.net.pki.identity import Identity
 from dimat.net.transport import Neighbours
 from dimat.seeds import derive_seed
@@ -37,7 +37,7 @@ class PeerDiscovery:
             generator=generator,
             seal=lambda record: seal_record(record, identity.sign, identity.certificate_der),
         )
-        self._discovery = Discovery(
+        self._discovery = AddressResolver(
             run=config.run,
             agent=agent,
             static={},

@@ -9,7 +9,7 @@ from typing import Any
 from dimat.agent.setup.prepare import addresses_on_map
 from dimat.config import ExperimentConfig
 from dimat.errors import ConfigError, NetworkError, unknown_agent
-from dimat.net.peers.query import asking
+from dimat.net.peers.query import query_peer
 from dimat.net.pki.identity import Identity, load_identity
 
 
@@ -32,7 +32,7 @@ async def _ask(peer: str, addresses: list[str], name: str, identity: Identity | 
     fault: NetworkError | None = None
     for address in addresses:
         try:
-            async with asking(peer, address, name, identity) as asked:
+            async with query_peer(peer, address, name, identity) as asked:
                 return await asked.status()
         except NetworkError as error:
             fault = fault or error

@@ -25,7 +25,7 @@ from dimat.agent.daemon.folder import read_mark
 from dimat.agent.daemon.resources import available_memory, held_bytes, memory_bytes, needed_bytes
 from dimat.agent.daemon.status_socket import ask
 from dimat.agent.doctor.check import Check, fail, failed, ok, warn
-from dimat.agent.doctor.network_checks import Around, look_around
+from dimat.agent.doctor.network_checks import AgentEndpoint, look_around
 from dimat.agent.learner.checkpoint import look
 from dimat.agent.setup.prepare import AgentSetup, largest_snapshot, listen_address, neighbours_of, prepare_agent
 from dimat.config import ExperimentConfig, agent_folder
@@ -72,7 +72,7 @@ def examine(config: ExperimentConfig) -> Iterator[Check]:
     if identity is None and not config.agent.insecure:
         yield warn("peers", "not asked, for want of keys", "see to the keys first")
         return
-    around = Around(
+    around = AgentEndpoint(
         run=config.run,
         agent=setup.name,
         identity=identity,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from dimat.agent.doctor.check import Check, fail, failed, ok, warn
 from dimat.errors import ConfigError, NetworkError, PeerError, SecurityError
 from dimat.net.compatibility import CLOCKS_DIFFER_S, Profile, incompatibility
-from dimat.net.peers.query import asking
+from dimat.net.peers.query import query_peer
 from dimat.net.pki.identity import Identity
 from dimat.net.ports import owner_of
 from dimat.net.transport import Neighbours
@@ -26,7 +26,7 @@ _MULTIADDRESS = re.compile(r"/(?:ip4|ip6|dns|dns4|dns6)/([^/]+)/tcp/(\d{1,5})(?:
 
 
 @dataclass(frozen=True, slots=True)
-class Around:
+class AgentEndpoint:
     """An agent's place in the network. `listen`: `host:port` of its own; `running`: process id of the agent, 0 where it
     does not run."""
 
@@ -40,7 +40,7 @@ class Around:
     bootstraps: Sequence[str]
 
 
-def look_around(around: Around) -> Iterator[Check]:
+def look_around(around: AgentEndpoint) -> Iterator[Check]:
     """Yield what there is to say of port, peers, clock, the way back, and the DHT's bootstraps."""
     with ExitStack() as stack:
         host, port = split(around.listen)
@@ -79,7 +79,7 @@ def listen(host: str, port: int) -> socket.socket:
     return own
 
 
-def _port_taken(around: Around, port: int, error: OSError) -> Check:
+def _port_taken(around: AgentEndpoint, port: int, error: OSError) -> Check:
     reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
     what = f"cannot listen on {around.listen}: {reason}"
     if error.errno == errno.EADDRNOTAVAIL or isinstance(error, socket.gaierror):
@@ -92,7 +92,7 @@ def _port_taken(around: Around, port: int, error: OSError) -> Check:
 
 
 # ── peers ────────────────────────────────────────────────────────────────────────────────────────────────────
-async def _peers(around: Around, port: int) -> list[Check]:
+async def _peers(around: AgentEndpoint, port: int) -> list[Check]:
     """Ask all peers at once. `port`: where this agent can be dialled, 0 for nowhere."""
     peers = sorted(around.neighbours.peers)
     asked = await asyncio.gather(*(_peer(around, peer) for peer in peers))
@@ -107,7 +107,7 @@ async def _peers(around: Around, port: int) -> list[Check]:
     return findings
 
 
-async def _peer(around: Around, peer: str) -> tuple[Check, str, float | None]:
+async def _peer(around: AgentEndpoint, peer: str) -> tuple[Check, str, float | None]:
     """Return what there is to say of a peer, where it answers, and how many seconds its clock is ahead."""
     name = f"peer {peer}"
     addresses = sorted(around.neighbours.addresses.get(peer, ()))
@@ -126,7 +126,7 @@ async def _peer(around: Around, peer: str) -> tuple[Check, str, float | None]:
     return worst, "", None
 
 
-async def _at(around: Around, peer: str, address: str) -> tuple[Check, float | None]:
+async def _at(around: AgentEndpoint, peer: str, address: str) -> tuple[Check, float | None]:
     """Try a peer at one address: name, TCP, TLS, hello. The clock's difference comes with a hello that was answered."""
     name = f"peer {peer}"
     fault = await dial(*split(address))
@@ -139,7 +139,7 @@ async def _at(around: Around, peer: str, address: str) -> tuple[Check, float | N
         return fail(name, f"{address}: no TCP connection ({reason(fault)})", mend, NetworkError), None
     before = time.time()
     try:
-        async with asking(peer, address, around.agent, around.identity) as asked:
+        async with query_peer(peer, address, around.agent, around.identity) as asked:
             reply = await asked.hello(around.run, around.profile)
     except SecurityError as error:
         mend = (
@@ -175,11 +175,11 @@ def _clock(apart: dict[str, float]) -> list[Check]:
     return [warn("clock", what, "let NTP set the clocks of both (timedatectl): certificates and the DHT go by them")]
 
 
-async def _back(around: Around, peer: str, address: str, port: int) -> Check:
+async def _back(around: AgentEndpoint, peer: str, address: str, port: int) -> Check:
     """Let a peer dial this agent's port."""
     name = f"dial-back {peer}"
     try:
-        async with asking(peer, address, around.agent, around.identity) as asked:
+        async with query_peer(peer, address, around.agent, around.identity) as asked:
             reply = await asked.dial_back(port)
     except (NetworkError, SecurityError) as error:
         return failed(name, error, "try again; a peer dials one caller at a time")

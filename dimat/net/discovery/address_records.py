@@ -36,7 +36,7 @@ _ADDRESS = re.compile(r"([A-Za-z0-9_](?:[A-Za-z0-9._-]{0,251}[A-Za-z0-9._])?|\[[
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class AddressRecord:
     """What an agent says of itself. `addresses`: `host:port`s; `fingerprint`: sha256 of its certificate, hex, empty
     on insecure networks; `round` and `root`: its newest snapshot, 0 and empty before the first; `seq`: grows with
     each record of the agent; `time_s` and `expires_s`: when it was written and until when it holds, Unix time."""
@@ -63,7 +63,7 @@ def is_address(text: str) -> bool:
     return match is not None and 0 < int(match[2]) < 65536
 
 
-def seal_record(record: Record, sign: Callable[[bytes], bytes] | None, certificate_der: bytes) -> bytes:
+def seal_record(record: AddressRecord, sign: Callable[[bytes], bytes] | None, certificate_der: bytes) -> bytes:
     """Return a record's bytes, signed with the key of the certificate; unsigned where `sign` is None.
 
     The record's fingerprint is set to the certificate's. Raises ConfigError for a record that no reader would take.
@@ -72,7 +72,7 @@ def seal_record(record: Record, sign: Callable[[bytes], bytes] | None, certifica
     record = replace(record, fingerprint=fingerprint)
     if (fault := _fault(record)) is not None:
         raise ConfigError(f"own record of {record.agent!r} for the DHT: {fault}")
-    tree = {name: getattr(record, name) for name in Record.__slots__}
+    tree = {name: getattr(record, name) for name in AddressRecord.__slots__}
     body = json.dumps(tree, separators=(",", ":"), ensure_ascii=False).encode()
     parts = (certificate_der, sign(_DOMAIN + body)) if sign is not None else (b"", b"")
     data = b"".join([_MAGIC, *map(_counted, parts), body])
@@ -84,7 +84,7 @@ def seal_record(record: Record, sign: Callable[[bytes], bytes] | None, certifica
     return data
 
 
-def open_record(data: bytes, *, ca: bytes | None, run: str | None, agent: str | None, now: float) -> Record:
+def open_record(data: bytes, *, ca: bytes | None, run: str | None, agent: str | None, now: float) -> AddressRecord:
     """Return the record that bytes from the DHT hold, once everything about it is checked.
 
     `ca`: the CA's certificate as PEM; None takes records as they are (insecure trial networks, and bootstrap nodes
@@ -135,7 +135,7 @@ def _split(data: bytes) -> tuple[bytes, bytes, bytes]:
     return parts[0], parts[1], data[at:]
 
 
-def _parse(body: bytes) -> Record:
+def _parse(body: bytes) -> AddressRecord:
     try:
         tree: Any = json.loads(body.decode(), parse_constant=_not_finite)
     except (ValueError, RecursionError):
@@ -143,7 +143,7 @@ def _parse(body: bytes) -> Record:
     if not isinstance(tree, dict):
         _refuse("its body is not an object")
     fields = cast("dict[str, Any]", tree)
-    if set(fields) != set(Record.__slots__):
+    if set(fields) != set(AddressRecord.__slots__):
         _refuse("its body has other fields than a record")
     for name in ("run", "agent", "fingerprint", "root"):
         if not isinstance(fields[name], str):
@@ -160,10 +160,10 @@ def _parse(body: bytes) -> Record:
     if not isinstance(addresses, list) or not all(isinstance(item, str) for item in cast("list[Any]", addresses)):
         _refuse("addresses are no list of texts")
     fields["addresses"] = tuple(cast("list[str]", addresses))
-    return Record(**fields)
+    return AddressRecord(**fields)
 
 
-def _fault(record: Record) -> str | None:
+def _fault(record: AddressRecord) -> str | None:
     """Return what is wrong with a record whose values are out of bounds."""
     if not _RUN.fullmatch(record.run):
         return "its run has no name that can be"

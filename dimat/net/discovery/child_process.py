@@ -23,7 +23,7 @@ _MAX_WAITING = 256
 _LOG_BYTES = 1_000_000
 
 
-class Refused(NetworkError):
+class RequestError(NetworkError):
     """The helper lives, and says that it cannot do what it was asked; `kind` as the helper calls it."""
 
     def __init__(self, kind: str, message: str) -> None:
@@ -31,7 +31,7 @@ class Refused(NetworkError):
         self.kind = kind
 
 
-class Helper:
+class ChildProcess:
     """Started when it is made; `attach` before the first `ask`, `kill` in the end. `gone` is set once it has ended.
 
     `first`, a request, is written at once, and `attach` gives the reply to come.
@@ -73,7 +73,8 @@ class Helper:
     async def ask(self, op: str, limit_s: float, **values: Any) -> dict[str, Any]:
         """Return the reply to a request.
 
-        Raises Refused where the helper refuses, NetworkError where it does not answer within `limit_s` or has ended.
+        Raises RequestError where the child cannot do it, NetworkError where it does not answer within `limit_s` or has
+        ended.
         """
         if self.gone.is_set() or self._writer is None:
             raise NetworkError("the helper process has ended")
@@ -111,7 +112,7 @@ class Helper:
         finally:
             self._waiting.pop(number, None)
         if reply.get("ok") is not True:
-            raise Refused(str(reply.get("kind")), str(reply.get("error")))
+            raise RequestError(str(reply.get("kind")), str(reply.get("error")))
         return reply
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
@@ -162,7 +163,7 @@ VARIABLE = "DIMAT_HELPER"
 _PROC = Path("/proc")
 
 
-class Pidfile:
+class PidFile:
     """`claim` takes a file over from whoever left it, ends what was left running, and gives the new token."""
 
     def __init__(self, file: Path) -> None:

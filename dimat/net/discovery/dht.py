@@ -23,8 +23,8 @@ from typing import Any
 
 from dimat.errors import ConfigError, NetworkError, SecurityError
 from dimat.net.backoff import Backoff, Reminders
-from dimat.net.discovery.address_records import Record, open_record, record_key, seal_record
-from dimat.net.discovery.child_process import VARIABLE, Helper, Pidfile, Refused
+from dimat.net.discovery.address_records import AddressRecord, open_record, record_key, seal_record
+from dimat.net.discovery.child_process import VARIABLE, ChildProcess, PidFile, RequestError
 from dimat.net.discovery.map_records import MapRecord, map_key, open_map
 
 START_S = 60.0
@@ -80,7 +80,7 @@ class DhtNode:
         listen: str,
         notice: Callable[[str], None],
         generator: random.Random,
-        seal: Callable[[Record], bytes] | None = None,
+        seal: Callable[[AddressRecord], bytes] | None = None,
         probe_s: float = PROBE_S,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -108,12 +108,12 @@ class DhtNode:
         self._seal = seal or _unsigned
         self._probe_s = probe_s
         self._clock = clock
-        self._pidfile = Pidfile(folder / "dht.pid")
+        self._pid_file = PidFile(folder / "dht.pid")
         self._scratch = ""
-        self._helper: Helper | None = None
+        self._child: ChildProcess | None = None
         self._task: asyncio.Task[None] | None = None
         self._addresses: tuple[str, ...] = ()
-        self._newest: dict[str, Record] = {}
+        self._newest: dict[str, AddressRecord] = {}
         # of each bootstrap, when it is greeted next, and the waits since it answered last (None: it did)
         self._due: dict[str, tuple[float, Backoff | None]] = {}
         self._first: asyncio.Future[None] | None = None
@@ -138,7 +138,7 @@ class DhtNode:
         self._remove_scratch()
         self._scratch = tempfile.mkdtemp(prefix="dimat-dht-")
         try:
-            token, ended = self._pidfile.claim(self._scratch)
+            token, ended = self._pid_file.claim(self._scratch)
         except (NetworkError, OSError):
             self._remove_scratch()
             raise
@@ -153,7 +153,7 @@ class DhtNode:
             "identity": str((self._folder / "dht.key").resolve()),
             "sockets": self._scratch,
         }
-        self._helper = Helper(
+        self._child = ChildProcess(
             "dimat.net.discovery.dht_process",
             environment=_environment(token),
             log=self._folder / "dht.log",
@@ -163,7 +163,7 @@ class DhtNode:
     async def start(self) -> None:
         """Begin to watch over the process, which is started unless it was; returns at once."""
         self._first = asyncio.get_running_loop().create_future()
-        if self._helper is None:
+        if self._child is None:
             self.spawn()
         self._task = asyncio.create_task(self._supervise(), name="dht")
 
@@ -173,7 +173,7 @@ class DhtNode:
             raise NetworkError("the DHT node was not started")
         await asyncio.shield(self._first)
 
-    async def announce(self, record: Record) -> bool:
+    async def announce(self, record: AddressRecord) -> bool:
         """Leave an own record with other nodes; returns whether any took it. ConfigError for one that cannot be."""
         data = self._seal(record)
         key = record_key(record.run, record.agent).hex()
@@ -184,7 +184,7 @@ class DhtNode:
         except (NetworkError, KeyError, ValueError):
             return False
 
-    async def lookup(self, agent: str, *, elsewhere: bool = False) -> Record | None:
+    async def lookup(self, agent: str, *, elsewhere: bool = False) -> AddressRecord | None:
         """Return the newest valid record of an agent of this run, None where there is none or the DHT is down.
 
         `elsewhere` asks for what other nodes hold and nothing else. Otherwise a record that was seen before and still
@@ -236,13 +236,13 @@ class DhtNode:
             self._task.cancel()
             await asyncio.wait([self._task])
             self._task = None
-        helper, self._helper = self._helper, None
-        if helper is not None:
+        child, self._child = self._child, None
+        if child is not None:
             if self.healthy:
                 with suppress(NetworkError):
-                    await helper.ask("stop", 4.0)
-            await helper.kill()
-            self._pidfile.release()
+                    await child.ask("stop", 4.0)
+            await child.kill()
+            self._pid_file.release()
         self._remove_scratch()
         self._down()
 
@@ -255,9 +255,9 @@ class DhtNode:
             return []
 
     async def _ask(self, op: str, **values: Any) -> dict[str, Any]:
-        if self._helper is None or not self.healthy:
+        if self._child is None or not self.healthy:
             raise NetworkError("the DHT is down")
-        return await self._helper.ask(op, ASK_S, **values)
+        return await self._child.ask(op, ASK_S, **values)
 
     async def _supervise(self) -> None:
         """Keep a node running until cancelled, or until it turns out that hivemind is not there."""
@@ -266,11 +266,11 @@ class DhtNode:
             began = time.monotonic()
             reason = await self._live()
             self._down()
-            helper, self._helper = self._helper, None
-            if helper is not None:
-                await helper.kill()
+            child, self._child = self._child, None
+            if child is not None:
+                await child.kill()
             if self.missing:
-                self._pidfile.release()
+                self._pid_file.release()
                 return
             if time.monotonic() - began > _STEADY_S:
                 backoff.reset()
@@ -281,11 +281,11 @@ class DhtNode:
     async def _live(self) -> str:
         """Run one process as long as it serves; return why it does not any more."""
         try:
-            if self._helper is None:
+            if self._child is None:
                 self.spawn()
-            assert self._helper is not None
-            return await self._serve(self._helper)
-        except Refused as refusal:
+            assert self._child is not None
+            return await self._serve(self._child)
+        except RequestError as refusal:
             if refusal.kind == "port" and self._any_port:
                 self._port = 0  # somebody took the one we had
             self.missing = refusal.kind == "missing"
@@ -299,8 +299,8 @@ class DhtNode:
             self._first.exception()  # nobody has to wait for it
         return reason
 
-    async def _serve(self, helper: Helper) -> str:
-        self._take(await helper.attach(START_S))
+    async def _serve(self, child: ChildProcess) -> str:
+        self._take(await child.attach(START_S))
         self._port = self._port or _port_of(self._addresses)  # others know the node by it
         self._due.clear()
         self.healthy = True
@@ -310,18 +310,18 @@ class DhtNode:
             self._first.set_result(None)
         misses = 0
         while True:
-            await self._join(helper)
+            await self._join(child)
             with suppress(TimeoutError):
-                await asyncio.wait_for(helper.gone.wait(), self._probe_s)
+                await asyncio.wait_for(child.gone.wait(), self._probe_s)
                 return "its process has ended"
             try:
-                self._take(await helper.ask("probe", ASK_S))
+                self._take(await child.ask("probe", ASK_S))
                 misses = 0
             except NetworkError as error:
                 # what it refuses is that p2pd is gone, of which nothing else would tell
                 misses += 1
-                late = not isinstance(error, Refused) or error.kind == "late"
-                if misses == MISSES or not late or helper.gone.is_set():
+                late = not isinstance(error, RequestError) or error.kind == "late"
+                if misses == MISSES or not late or child.gone.is_set():
                     raise
 
     def _take(self, reply: Mapping[str, Any]) -> None:
@@ -332,18 +332,18 @@ class DhtNode:
             self._addresses = tuple(map(str, reply["addresses"]))
             self.known, self.refused = int(reply["known"]), int(reply["refused"])
         except (KeyError, TypeError, ValueError) as error:
-            raise NetworkError(f"the helper process answered a probe with nonsense: {error}") from None
+            raise NetworkError(f"the child process answered a probe with nonsense: {error}") from None
         if self.known and not known:
             self.changed.set()
 
-    async def _join(self, helper: Helper) -> None:
+    async def _join(self, child: ChildProcess) -> None:
         """Greet all bootstraps, not only the first that answers: each may be in another part of a DHT that is split."""
         now = time.monotonic()
         due = [address for address in self._bootstraps if self._due.get(address, (now, None))[0] <= now]
         if not due:
             return
         try:
-            failed: Any = (await helper.ask("join", ASK_S, bootstraps=due))["failed"]
+            failed: Any = (await child.ask("join", ASK_S, bootstraps=due))["failed"]
             reasons = {address: str(failed[address]) for address in due if address in failed}
         except (NetworkError, KeyError, TypeError) as error:
             reasons = dict.fromkeys(due, str(error))
@@ -369,7 +369,7 @@ class DhtNode:
             self._scratch = ""
 
 
-def _unsigned(record: Record) -> bytes:
+def _unsigned(record: AddressRecord) -> bytes:
     return seal_record(record, None, b"")
 
 
@@ -382,7 +382,7 @@ def _port_of(addresses: Sequence[str]) -> int:
 
 
 def _environment(token: str) -> dict[str, str]:
-    """Return the helper's environment: ours, but that it finds this dimat, warns nobody and takes no GPU."""
+    """Return the child's environment: ours, but that it finds this dimat, warns nobody and takes no GPU."""
     root = str(Path(__file__).resolve().parents[3])
     path = os.environ.get("PYTHONPATH")
     return {

@@ -48,7 +48,7 @@ _RECORDS = 4096
 _PR_SET_PDEATHSIG = 1
 
 
-class Refusal(Exception):
+class RequestError(Exception):
     """A request that cannot be done; `kind` lets the parent tell the cases apart: "missing" (no hivemind), "port",
     "request", "late", "failed"."""
 
@@ -81,7 +81,7 @@ class DhtService:
             work = self._work(request["op"])
             done = await asyncio.wait_for(work(request), LIMITS_S[request["op"]])
             reply: dict[str, Any] = {"id": number, "ok": True, **done}
-        except Refusal as refusal:
+        except RequestError as refusal:
             reply = {"id": number, "ok": False, "kind": refusal.kind, "error": str(refusal)}
         except TimeoutError:
             reply = {"id": number, "ok": False, "kind": "late", "error": "it took too long"}
@@ -104,9 +104,9 @@ class DhtService:
             "stop": self._stop,
         }
         if op not in works:
-            raise Refusal("request", f"no request {op!r}")
+            raise RequestError("request", f"no request {op!r}")
         if op not in ("start", "stop") and self._node is None:
-            raise Refusal("request", f"{op} before start")
+            raise RequestError("request", f"{op} before start")
         return works[op]
 
     async def _start(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -163,7 +163,7 @@ class DhtService:
             float(request["expires"]),
         )
         if len(value) > MAX_MAP_BYTES:
-            raise Refusal("request", f"a record of {len(value)} bytes")
+            raise RequestError("request", f"a record of {len(value)} bytes")
         if self._validator.admits(key.to_bytes(), value, expires, time.time()):
             self._node.protocol.storage.store(key, value, expires)
         nearest = await self._nearest(key, REPLICAS)
@@ -210,7 +210,7 @@ async def _make_node(validator: RecordValidator, host: str, port: int, identity:
         from hivemind.dht.validation import RecordValidatorBase
         from hivemind.p2p import P2P
     except Exception as error:  # a broken torch below it raises other things than ImportError
-        raise Refusal("missing", f"hivemind cannot be imported ({type(error).__name__}: {error})") from None
+        raise RequestError("missing", f"hivemind cannot be imported ({type(error).__name__}: {error})") from None
 
     class Validator(RecordValidatorBase):
         def validate(self, record: Any) -> bool:
@@ -261,13 +261,13 @@ def _keep_identity(identity: Path, generate: Callable[[str], None]) -> None:
 
 
 def _check_port(host: str, port: int) -> None:
-    """Raise Refusal where a port cannot be had: p2pd would share it without a word with whoever has it."""
+    """Raise RequestError where a port cannot be had: p2pd would share it without a word with whoever has it."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise Refusal("port", f"cannot listen on {host} port {port}: {error.strerror}") from None
+            raise RequestError("port", f"cannot listen on {host} port {port}: {error.strerror}") from None
 
 
 def _key(request: dict[str, Any]) -> Any:
@@ -275,7 +275,7 @@ def _key(request: dict[str, Any]) -> Any:
 
     key = bytes.fromhex(request["key"])
     if len(key) != DHTID.HASH_NBYTES:
-        raise Refusal("request", f"a key of {len(key)} bytes")
+        raise RequestError("request", f"a key of {len(key)} bytes")
     return DHTID.from_bytes(key)
 
 

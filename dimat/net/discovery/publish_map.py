@@ -26,7 +26,7 @@ _AGAIN_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Published:
+class PublishedMap:
     """`agents`: on the map; `nodes`: of the DHT that took it; `until_s`: how long they keep it, Unix time."""
 
     version: int
@@ -44,7 +44,7 @@ async def publish_map(
     days: float,
     listen: str,
     notice: Callable[[str], None],
-) -> Published:
+) -> PublishedMap:
     """Sign a network map with the CA's key of the folder `keys`, and leave it with the DHT of a run.
 
     ConfigError and TopologyError for a map that agents could not use, that does not stand alone or is too large, or
@@ -99,7 +99,7 @@ async def publish_map(
             raise NetworkError(f"no node of the DHT was found within {FIND_S:.0f} s: do the bootstraps run?") from None
         finally:
             await node.close()
-    return Published(version, agents, nodes, expires_s)
+    return PublishedMap(version, agents, nodes, expires_s)
 
 
 def _readable(file: Path) -> tuple[str, int, int]:

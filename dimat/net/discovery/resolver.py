@@ -18,7 +18,7 @@ from typing import Protocol
 
 from dimat.errors import DimatError
 from dimat.net.backoff import Reminders
-from dimat.net.discovery.address_records import Record
+from dimat.net.discovery.address_records import AddressRecord
 
 TTL_S = 600.0
 """How long an own record holds without being renewed, seconds. Beyond what clocks may differ by."""
@@ -30,17 +30,17 @@ _SAMPLE = 8
 _RETRY_S = 5.0
 
 
-class Directory(Protocol):
+class RecordDirectory(Protocol):
     """Keeps records: `dimat.net.discovery.dht.DhtNode`. `changed` is set when it is up, or has met others, anew."""
 
     healthy: bool
     changed: asyncio.Event
 
-    async def announce(self, record: Record) -> bool:
+    async def announce(self, record: AddressRecord) -> bool:
         """Leave a record; returns whether anybody took it."""
         ...
 
-    async def lookup(self, agent: str, *, elsewhere: bool = False) -> Record | None:
+    async def lookup(self, agent: str, *, elsewhere: bool = False) -> AddressRecord | None:
         """Return an agent's newest record; with `elsewhere`, of those that others hold."""
         ...
 
@@ -54,7 +54,7 @@ class Announcement:
     root: str = ""
 
 
-class Discovery:
+class AddressResolver:
     """Answers where an agent is reached, and tells others where this one is.
 
     `static`: the map's addresses by agent; `members`: all agents of the map. Without a DHT only the map speaks.
@@ -68,14 +68,14 @@ class Discovery:
         agent: str,
         static: Mapping[str, Collection[str]],
         members: Collection[str],
-        dht: Directory | None,
+        dht: RecordDirectory | None,
         folder: Path,
         notice: Callable[[str], None],
         generator: random.Random,
         ttl_s: float = TTL_S,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self.visible: Mapping[str, Record] = {}
+        self.visible: Mapping[str, AddressRecord] = {}
         """The other members' records, as far as they were looked for and found of late."""
         self._run = run
         self._agent = agent
@@ -87,10 +87,10 @@ class Discovery:
         self._clock = clock
         self._own = Announcement()
         self._told = asyncio.Event()
-        self._found: dict[str, tuple[float, Record | None]] = {}
-        self._asking: dict[str, asyncio.Task[Record | None]] = {}
+        self._found: dict[str, tuple[float, AddressRecord | None]] = {}
+        self._asking: dict[str, asyncio.Task[AddressRecord | None]] = {}
         self._loop: asyncio.Task[None] | None = None
-        self._last: Record | None = None
+        self._last: AddressRecord | None = None
         self._number = _read_number(self._file)
         self._alone = 0
         self.update_neighbours(static, members)
@@ -127,7 +127,7 @@ class Discovery:
             await asyncio.wait(tasks)
         self._loop = None
 
-    async def _lookup(self, agent: str) -> Record | None:
+    async def _lookup(self, agent: str) -> AddressRecord | None:
         """Return an agent's record, from memory where it is fresh. Whoever asks meanwhile waits for the same lookup."""
         if self._dht is None or agent == self._agent or agent not in self._members:
             return None
@@ -144,13 +144,13 @@ class Discovery:
             return await asyncio.wait_for(asyncio.shield(task), LOOKUP_S)
         return record
 
-    async def _ask(self, dht: Directory, agent: str) -> Record | None:
+    async def _ask(self, dht: RecordDirectory, agent: str) -> AddressRecord | None:
         record = await dht.lookup(agent)
         if record is not None:  # nothing found is asked for again: the agent may be about to come
             self._found[agent] = (time.monotonic(), record)
         return record
 
-    async def _announce(self, dht: Directory) -> None:
+    async def _announce(self, dht: RecordDirectory) -> None:
         """Renew the record in time, and at once when there is news or the DHT is another; look who is there."""
         while True:
             self._told.clear()
@@ -171,7 +171,7 @@ class Discovery:
                     self._reminders.tell("own", str(error))
             await self._pause(dht, wait_s * self._generator.uniform(0.8, 1.0))
 
-    async def _pause(self, dht: Directory, seconds: float) -> None:
+    async def _pause(self, dht: RecordDirectory, seconds: float) -> None:
         waits = [asyncio.create_task(event.wait()) for event in (self._told, dht.changed)]
         try:
             await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
@@ -179,7 +179,7 @@ class Discovery:
             for task in waits:
                 task.cancel()
 
-    def _next(self) -> Record:
+    def _next(self) -> AddressRecord:
         """Return the record to announce; its number is above all that were announced before, in earlier lives too."""
         now = self._clock()
         # the time helps where the folder was lost, the count where the clock was set back
@@ -189,9 +189,11 @@ class Discovery:
             expires_s = self._last.expires_s + 0.001  # the DHT keeps what runs out last
         _write_number(self._file, self._number)
         own = self._own
-        return Record(self._run, self._agent, own.addresses, "", own.round, own.root, self._number, now, expires_s)
+        return AddressRecord(
+            self._run, self._agent, own.addresses, "", own.round, own.root, self._number, now, expires_s
+        )
 
-    async def _look_for_twin(self, dht: Directory) -> None:
+    async def _look_for_twin(self, dht: RecordDirectory) -> None:
         """Look whether others hold a record of this agent that is newer than any that this process wrote."""
         held = await dht.lookup(self._agent, elsewhere=True)
         before = self._last
@@ -204,7 +206,7 @@ class Discovery:
                 "twin", f"another process announces itself as {self._agent!r}, at {where}: stop one of the two"
             )
 
-    async def _look_around(self, dht: Directory) -> None:
+    async def _look_around(self, dht: RecordDirectory) -> None:
         """Look for other members, a few of many, and say so where none is there time and again."""
         some = self._generator.sample(self._members, min(_SAMPLE, len(self._members)))
         records = await asyncio.gather(*(self._ask(dht, name) for name in some))

@@ -25,18 +25,18 @@ from dimat.net.compatibility import (
     shown,
 )
 from dimat.net.limits import Limits
-from dimat.net.manifest import MOST_FORMS, Bound, Check
+from dimat.net.manifest import MOST_FORMS, ManifestLimits, Verify
 from dimat.net.pki.identity import Identity, check_certificate, check_signature, tls_name
 from dimat.wire.v1 import peer_pb2 as pb
 
 Code = grpc.StatusCode
 
 
-class RefusedError(Exception):
+class PeerRefusedError(Exception):
     """The peer is there and does not fit, or will not have us: trying again soon is of no use."""
 
 
-class BrokenError(Exception):
+class ConnectionBrokenError(Exception):
     """The connection broke, or a call on it failed in a way that another attempt may mend."""
 
 
@@ -50,7 +50,7 @@ class Connection:
     address: str
     channel: aio.Channel
     metadata: tuple[tuple[str, str], ...]
-    check: Check
+    check: Verify
     apart_s: float
     heard_s: float = 0.0
     certificate: bytes = b""
@@ -84,9 +84,9 @@ class Connection:
         self.heard_s = asyncio.get_running_loop().time()
 
     def fetch(self, root: str, first: int, blocks: int) -> Any:
-        """Begin a transfer of a range of blocks; the call gives raw chunks. BrokenError after `close`."""
+        """Begin a transfer of a range of blocks; the call gives raw chunks. ConnectionBrokenError after `close`."""
         if self._closed:
-            raise BrokenError("the connection was closed")
+            raise ConnectionBrokenError("the connection was closed")
         method: Any = self.channel.unary_stream(
             f"/{DATA_SERVICE}/{FETCH}",
             request_serializer=pb.FetchRequest.SerializeToString,
@@ -105,18 +105,27 @@ class Connector:
     """Makes connections of `agent` to its peers."""
 
     def __init__(
-        self, run: str, agent: str, identity: Identity | None, profile: Profile, bound: Bound, limits: Limits
+        self,
+        run: str,
+        agent: str,
+        identity: Identity | None,
+        profile: Profile,
+        manifest_limits: ManifestLimits,
+        limits: Limits,
     ) -> None:
         self._run = run
         self._agent = agent
         self._identity = identity
         self._profile = profile
-        self._bound = bound
+        self._manifest_limits = manifest_limits
         self._limits = limits
 
     async def dial(self, peer: str, address: str) -> Connection:
-        """Connect to a peer at an address. BrokenError or AioRpcError where it does not answer there, RefusedError
-        where it does not fit, or will not have us."""
+        """Connect to a peer at an address.
+
+        Raises ConnectionBrokenError or AioRpcError where it does not answer there, PeerRefusedError where it does not
+        fit or refuses this agent.
+        """
         channel = self._channel(peer, address)
         try:
             return await self._hello(peer, address, channel)
@@ -126,7 +135,7 @@ class Connector:
 
     def _channel(self, peer: str, address: str) -> aio.Channel:
         # what a reply may take: all manifests that a peer offers
-        largest = max(4 * CHUNK_BYTES, MOST_FORMS * self._bound.manifest_bytes)
+        largest = max(4 * CHUNK_BYTES, MOST_FORMS * self._manifest_limits.manifest_bytes)
         if self._identity is None:
             return aio.insecure_channel(address, options=channel_options(largest, None))
         options = channel_options(largest, tls_name(peer))
@@ -142,23 +151,23 @@ class Connector:
             )
         except aio.AioRpcError as error:
             if error.code() in (Code.PERMISSION_DENIED, Code.UNAUTHENTICATED, Code.UNIMPLEMENTED):
-                raise RefusedError(f"it will not have this agent: {words(error)}") from None
+                raise PeerRefusedError(f"it will not have this agent: {words(error)}") from None
             raise
         apart_s = max(before - reply.time_s, reply.time_s - time.time())
         if reply.agent != peer:
-            raise BrokenError(f"{shown(reply.agent)} answers there, not {peer}")
+            raise ConnectionBrokenError(f"{shown(reply.agent)} answers there, not {peer}")
         reason = incompatibility(self._profile, self._run, reply)
         if reason:
-            raise RefusedError(reason)
+            raise PeerRefusedError(reason)
         try:
             check = self._checker(peer, reply.certificate)
         except SecurityError as error:
-            raise RefusedError(str(error)) from None
+            raise PeerRefusedError(str(error)) from None
         # on an insecure network a certificate would be anybody's
         certificate = b"" if self._identity is None else reply.certificate
         return Connection(peer, address, channel, metadata, check, apart_s, certificate=certificate)
 
-    def _checker(self, peer: str, certificate: bytes) -> Check:
+    def _checker(self, peer: str, certificate: bytes) -> Verify:
         """Return what tells the peer's signatures from others; SecurityError where its certificate is not its own."""
         if self._identity is None:
             return _unsigned
@@ -183,7 +192,7 @@ async def _call(
         async with asyncio.timeout(timeout_s + 1.0):
             return await call(request, timeout=timeout_s, metadata=metadata)
     except TimeoutError:
-        raise BrokenError("no answer in time") from None
+        raise ConnectionBrokenError("no answer in time") from None
 
 
 def words(error: Exception) -> str:

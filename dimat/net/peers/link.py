@@ -15,13 +15,13 @@ from dimat.errors import DimatError, NetworkError, PeerError, SecurityError
 from dimat.net.backoff import Backoff, Breaker, Reminders
 from dimat.net.compatibility import CLOCKS_DIFFER_S, Profile, shown
 from dimat.net.limits import Limits
-from dimat.net.manifest import Bound, Signed, unseal
-from dimat.net.peers.connection import BrokenError, Code, Connection, Connector, RefusedError, words
+from dimat.net.manifest import ManifestLimits, SignedManifest, unseal
+from dimat.net.peers.connection import Code, Connection, ConnectionBrokenError, Connector, PeerRefusedError, words
 from dimat.net.threads import Notifier, Threads
 from dimat.net.transport import PeerListener
 from dimat.wire.v1 import peer_pb2 as pb
 
-Directory = Callable[[str], Awaitable[Sequence[str]]]
+AddressLookup = Callable[[str], Awaitable[Sequence[str]]]
 """Gives further addresses of an agent, from wherever they are known."""
 
 LATEST_REPLY_S = 600.0  # to a call for news, on a link where bytes of transfers come all the time
@@ -38,23 +38,23 @@ class PeerLink:
         peer: str,
         *,
         run: str,
-        dialler: Connector,
+        connector: Connector,
         profile: Profile,
-        bound: Bound,
+        manifest_limits: ManifestLimits,
         limits: Limits,
         generator: Random,
-        hearing: PeerListener,
-        directory: Directory | None,
+        listener: PeerListener,
+        directory: AddressLookup | None,
         threads: Threads,
     ) -> None:
         self.peer = peer
         self.streams = asyncio.Semaphore(limits.fetches_per_peer)
         self._run = run
-        self._dialler = dialler
+        self._connector = connector
         self._profile = profile
-        self._bound = bound
+        self._manifest_limits = manifest_limits
         self._limits = limits
-        self._hearing = hearing
+        self._listener = listener
         self._directory = directory
         self._threads = threads
         self._backoff = Backoff(limits.backoff_first_s, limits.backoff_last_s, generator)
@@ -68,7 +68,7 @@ class PeerLink:
         self._task: asyncio.Task[None] | None = None
         self._ending: set[asyncio.Task[None]] = set()  # connections that last until their transfers have ended
         self._connection: Connection | None = None
-        self._offers: dict[tuple[int, str], Signed] = {}
+        self._offers: dict[tuple[int, str], SignedManifest] = {}
         self._refusal = ""
         self._stopped = False
         self._changed = Notifier()
@@ -80,9 +80,9 @@ class PeerLink:
         self._unreached = False  # whether the last attempt to reach it has failed
         self._gone = ""  # why nobody needs to wait for it, until it is reached again
         self._reason = "it was not reached yet"
-        self._reminders = Reminders(hearing.noticed)
+        self._reminders = Reminders(listener.noticed)
         self._said: set[str] = set()
-        self._awoken = float("-inf")
+        self._woken_s = float("-inf")
 
     # ── what the transport asks ──────────────────────────────────────────────────────────────────────────────
     def start(self) -> None:
@@ -106,19 +106,19 @@ class PeerLink:
         """Take over where the peer is reached, by a new map, and try at once if it is not reached now."""
         self._addresses = list(addresses)
         if self._task is not None:
-            self.awake()
+            self.wake()
 
-    def awake(self) -> None:
+    def wake(self) -> None:
         """The peer is likely there now: try at once, whatever failed before."""
         now = asyncio.get_running_loop().time()
         # two that dial each other, and both fail, must not drive each other on
-        if self._connection is None and now - self._awoken >= AWAKE_S:
-            self._awoken = now
+        if self._connection is None and now - self._woken_s >= AWAKE_S:
+            self._woken_s = now
             self._backoff.reset()
             self._breaker.succeeded()
             self._wake.fire()
 
-    def find(self, round_: int, root: str) -> Signed | None:
+    def find(self, round_: int, root: str) -> SignedManifest | None:
         """Return the manifest of a snapshot that the peer offers now."""
         return self._offers.get((round_, root))
 
@@ -163,10 +163,10 @@ class PeerLink:
                 async with self._reach() as connection:
                     self._unreached = False
                     await self._listen(connection)
-            except RefusedError as refused:
+            except PeerRefusedError as refused:
                 self._refuse(str(refused))
                 wait_s = self._limits.refused_retry_s * self._generator.uniform(0.5, 1.0)
-            except (BrokenError, aio.AioRpcError) as error:
+            except (ConnectionBrokenError, aio.AioRpcError) as error:
                 self._reason = words(error)
                 self._breaker.failed()
                 wait_s = self._breaker.wait_s(self._backoff.next())
@@ -186,16 +186,19 @@ class PeerLink:
 
     @asynccontextmanager
     async def _reach(self) -> AsyncGenerator[Connection]:
-        """Connect to the first address that answers as the peer; RefusedError or BrokenError where none does."""
+        """Connect to the first address that answers as the peer.
+
+        PeerRefusedError where it does not fit, ConnectionBrokenError where no address answers.
+        """
         known = list(dict.fromkeys([*self._addresses, *await self._look_up()]))
         known.sort(key=lambda address: address != self._last_good)
         if not known:
-            raise BrokenError("no address of it is known")
+            raise ConnectionBrokenError("no address of it is known")
         trouble: list[str] = []
         for address in known:
             try:
-                connection = await self._dialler.dial(self.peer, address)
-            except (BrokenError, aio.AioRpcError) as error:
+                connection = await self._connector.dial(self.peer, address)
+            except (ConnectionBrokenError, aio.AioRpcError) as error:
                 trouble.append(f"{address}: {words(error)}")
                 continue
             kept = False
@@ -219,7 +222,7 @@ class PeerLink:
                 else:
                     await connection.close()
             return
-        raise BrokenError("; ".join(trouble))
+        raise ConnectionBrokenError("; ".join(trouble))
 
     async def _let_end(self, connection: Connection) -> None:
         """Close a connection once its transfers have ended; a peer that still sends is not out of reach."""
@@ -257,10 +260,10 @@ class PeerLink:
                 poll = asyncio.create_task(self._poll(connection, seen, session))
                 await asyncio.wait([poll, dropped], return_when=asyncio.FIRST_COMPLETED)
                 if dropped.done() or poll.cancelled():
-                    raise BrokenError(self._reason if dropped.done() else "the connection was closed")
+                    raise ConnectionBrokenError(self._reason if dropped.done() else "the connection was closed")
                 reply = poll.result()
                 if session and reply.session != session:
-                    raise BrokenError("it was restarted")
+                    raise ConnectionBrokenError("it was restarted")
                 seen, session = reply.sequence, reply.session
                 await self._take(connection, reply, told)
                 if reply.leaving and not left:
@@ -287,12 +290,12 @@ class PeerLink:
             while not call.done():
                 quiet_s = asyncio.get_running_loop().time() - connection.heard_s
                 if quiet_s >= most_s:
-                    raise BrokenError(f"no answer for {most_s:g} s")
+                    raise ConnectionBrokenError(f"no answer for {most_s:g} s")
                 await asyncio.wait([call], timeout=most_s - quiet_s)
             return call.result()
         except aio.AioRpcError as error:
             if error.code() is Code.PERMISSION_DENIED:
-                raise RefusedError(f"it will not have this agent: {words(error)}") from None
+                raise PeerRefusedError(f"it will not have this agent: {words(error)}") from None
             raise
         finally:
             call.cancel()
@@ -301,8 +304,8 @@ class PeerLink:
     async def _take(self, connection: Connection, reply: pb.ManifestsReply, told: set[tuple[int, str]]) -> None:
         """Take over what the peer offers, tell what is new on this connection."""
         if len(reply.offered) > OFFERED_AT_MOST:
-            raise RefusedError(f"it offers {len(reply.offered):,} snapshots, at most {OFFERED_AT_MOST} are read")
-        offers: dict[tuple[int, str], Signed] = {}
+            raise PeerRefusedError(f"it offers {len(reply.offered):,} snapshots, at most {OFFERED_AT_MOST} are read")
+        offers: dict[tuple[int, str], SignedManifest] = {}
         for offered in reply.offered:
             try:
                 # long manifests are parsed off the event loop
@@ -313,7 +316,7 @@ class PeerLink:
                     connection.check,
                     publisher=self.peer,
                     run=self._run,
-                    bound=self._bound,
+                    limits=self._manifest_limits,
                 )
                 if signed.manifest.schema != self._profile.schema:
                     raise PeerError(f"manifest of {self.peer} refused: it is of another model than it said hello with")
@@ -331,7 +334,7 @@ class PeerLink:
         for key, signed in sorted(offers.items()):
             if key not in told:
                 told.add(key)
-                self._hearing.offered(signed.manifest, oldest)
+                self._listener.offered(signed.manifest, oldest)
         told.intersection_update(offers)
         self._changed.fire()
 
@@ -366,17 +369,17 @@ class PeerLink:
     def _lose(self) -> None:
         self._lost_timer = None
         self._told_lost = True
-        self._hearing.lost(self.peer, self._refusal or self._reason, 0)
+        self._listener.lost(self.peer, self._refusal or self._reason, 0)
 
     def _left(self, reason: str) -> None:
         self._told_lost, self._parting = True, reason
         last = max((round_ for round_, _ in self._offers), default=0)
-        self._hearing.lost(self.peer, f"it has left ({shown(reason)})", last)
+        self._listener.lost(self.peer, f"it has left ({shown(reason)})", last)
 
     def _refuse(self, reason: str) -> None:
         if reason != self._refusal:
             self._refusal = reason
-            self._hearing.refused(self.peer, reason)
+            self._listener.refused(self.peer, reason)
         self._changed.fire()
 
     def _say(self, message: str) -> None:
@@ -385,4 +388,4 @@ class PeerLink:
             if len(self._said) > 1000:
                 self._said.clear()
             self._said.add(message)
-            self._hearing.noticed(message)
+            self._listener.noticed(message)

@@ -18,7 +18,7 @@ from google.protobuf.message import Message
 from grpc import aio
 
 from dimat.errors import NetworkError, PeerError, SecurityError
-from dimat.net.compatibility import AGENT_HEADER, ASKING_HEADER, PEER_SERVICE, Profile, channel_options, shown
+from dimat.net.compatibility import AGENT_HEADER, PEER_SERVICE, QUERY_HEADER, Profile, channel_options, shown
 from dimat.net.limits import MIB
 from dimat.net.peers.connection import words
 from dimat.net.pki.identity import Identity, check_certificate, tls_name
@@ -31,7 +31,7 @@ _TRUST = (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED)
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class PeerQuery:
     """A peer that can be asked, at an address."""
 
     peer: str
@@ -71,7 +71,7 @@ class Asked:
             request_serializer=type(request).SerializeToString,
             response_deserializer=reply.FromString,
         )
-        metadata = [(ASKING_HEADER, "1")]
+        metadata = [(QUERY_HEADER, "1")]
         if self._identity is None:
             metadata.append((AGENT_HEADER, self._agent))
         where = f"{self.peer} at {self.address}"
@@ -88,7 +88,7 @@ class Asked:
 
 
 @asynccontextmanager
-async def asking(peer: str, address: str, agent: str, identity: Identity | None) -> AsyncGenerator[Asked]:
+async def query_peer(peer: str, address: str, agent: str, identity: Identity | None) -> AsyncGenerator[PeerQuery]:
     """Give a peer at `host:port` to be asked in the name of `agent`. Its calls raise NetworkError where it does not
     answer, SecurityError where one of the two does not trust the other."""
     if identity is None:
@@ -97,4 +97,4 @@ async def asking(peer: str, address: str, agent: str, identity: Identity | None)
         options = channel_options(LARGEST_REPLY, tls_name(peer))
         channel = aio.secure_channel(address, identity.channel_credentials(), options=options)
     async with channel:
-        yield Asked(peer, address, channel, agent, identity)
+        yield PeerQuery(peer, address, channel, agent, identity)

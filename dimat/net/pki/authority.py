@@ -27,7 +27,7 @@ _HOST = re.compile(r"(?=.{1,253}$)[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?(\.[a-z0-
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class CertificateRequest:
     """What an organiser takes from a certificate request, and all that is taken from it."""
 
     name: str
@@ -95,7 +95,7 @@ def make_request(key: ec.EllipticCurvePrivateKey, name: str, hosts: Iterable[str
     return builder.add_extension(_alternatives(name, hosts), critical=False).sign(key, hashes.SHA256())
 
 
-def read_request(pem: bytes) -> Request:
+def read_request(pem: bytes) -> CertificateRequest:
     """Return who asks for a certificate, with which key, reached where; nothing else of a request is looked at.
 
     SecurityError where it is garbage, not signed by its own key, or asks for what no agent may have.
@@ -117,7 +117,7 @@ def read_request(pem: bytes) -> Request:
         raise SecurityError("request holds a key that is not P-256; make it with `dimat keys request`")
     try:
         check_name(name)
-        return Request(name, hosts_of(found), key)
+        return CertificateRequest(name, hosts_of(found), key)
     except DimatError as error:
         raise SecurityError(f"request: {error}") from error
 

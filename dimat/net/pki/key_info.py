@@ -25,7 +25,7 @@ _ENDINGS = (".crt", ".csr", ".key")
 
 
 @dataclass(slots=True)
-class KeyFacts:
+class KeyInfo:
     """One certificate, request, or key without either.
 
     `key`: whether its private key lies beside it: "here", "not here", "another's" or "unusable". `faults`: why it
@@ -46,10 +46,10 @@ class KeyFacts:
     warnings: list[str] = field(default_factory=list[str])
 
 
-def look_at(paths: Iterable[Path], now: datetime | None = None) -> list[KeyFacts]:
+def look_at(paths: Iterable[Path], now: datetime | None = None) -> list[KeyInfo]:
     """Return what there is to say of files and folders of keys, CAs first; ConfigError where there is nothing."""
     now = now or datetime.now(UTC)
-    found: list[KeyFacts] = []
+    found: list[KeyInfo] = []
     for stem in dict.fromkeys(stem for path in paths for stem in _stems(path)):
         found += _authorities(stem, now) if stem.name == "ca" else [_agent(stem, now)]
     return found
@@ -69,15 +69,15 @@ def _stems(path: Path) -> list[Path]:
     return [path.with_suffix("")]
 
 
-def _authorities(stem: Path, now: datetime) -> list[KeyFacts]:
+def _authorities(stem: Path, now: datetime) -> list[KeyInfo]:
     file, key_file = _with(stem, ".crt"), _with(stem, ".key")
     try:
         certificates = authorities(read_file(file))
     except SecurityError as error:
-        return [KeyFacts(file, "ca", stem.name, faults=[str(error)])]
-    found: list[KeyFacts] = []
+        return [KeyInfo(file, "ca", stem.name, faults=[str(error)])]
+    found: list[KeyInfo] = []
     for certificate in certificates:
-        facts = KeyFacts(file, "ca", _common_name(certificate.subject))
+        facts = KeyInfo(file, "ca", _common_name(certificate.subject))
         _describe(facts, certificate, now)
         first, last = certificate.not_valid_before_utc, certificate.not_valid_after_utc
         if not first <= now <= last:
@@ -88,7 +88,7 @@ def _authorities(stem: Path, now: datetime) -> list[KeyFacts]:
     return found
 
 
-def _agent(stem: Path, now: datetime) -> KeyFacts:
+def _agent(stem: Path, now: datetime) -> KeyInfo:
     file, key_file = _with(stem, ".crt"), _with(stem, ".key")
     if not file.exists():
         file = _with(stem, ".csr")
@@ -97,7 +97,7 @@ def _agent(stem: Path, now: datetime) -> KeyFacts:
         if key_file.exists():
             _compare([facts], key_file)
         return facts
-    facts = KeyFacts(key_file, "key", stem.name, warnings=["has neither a certificate nor a request beside it"])
+    facts = KeyInfo(key_file, "key", stem.name, warnings=["has neither a certificate nor a request beside it"])
     try:
         facts.key_fingerprint = key_fingerprint(read_key(key_file).public_key())
         facts.key = "here"
@@ -107,8 +107,8 @@ def _agent(stem: Path, now: datetime) -> KeyFacts:
     return facts
 
 
-def _certificate(file: Path, now: datetime) -> KeyFacts:
-    facts = KeyFacts(file, "agent", file.stem)
+def _certificate(file: Path, now: datetime) -> KeyInfo:
+    facts = KeyInfo(file, "agent", file.stem)
     try:
         with readable("certificate"):
             certificate = x509.load_pem_x509_certificate(read_file(file))
@@ -126,8 +126,8 @@ def _certificate(file: Path, now: datetime) -> KeyFacts:
     return facts
 
 
-def _request(file: Path) -> KeyFacts:
-    facts = KeyFacts(file, "request", file.stem)
+def _request(file: Path) -> KeyInfo:
+    facts = KeyInfo(file, "request", file.stem)
     try:
         asked = read_request(read_file(file))
         facts.name, facts.hosts, facts.key_fingerprint = asked.name, asked.hosts, key_fingerprint(asked.public_key)
@@ -138,7 +138,7 @@ def _request(file: Path) -> KeyFacts:
     return facts
 
 
-def _describe(facts: KeyFacts, certificate: x509.Certificate, now: datetime) -> None:
+def _describe(facts: KeyInfo, certificate: x509.Certificate, now: datetime) -> None:
     facts.first, facts.until = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     facts.fingerprint = certificate.fingerprint(hashes.SHA256()).hex()
     facts.issuer = _common_name(certificate.issuer)
@@ -149,7 +149,7 @@ def _describe(facts: KeyFacts, certificate: x509.Certificate, now: datetime) -> 
         facts.warnings.append("ends soon, renew it")
 
 
-def _compare(found: list[KeyFacts], key_file: Path) -> None:
+def _compare(found: list[KeyInfo], key_file: Path) -> None:
     """Say of certificates (one, or the CA's several) whether a private key is that of one of them."""
     try:
         own = key_fingerprint(read_key(key_file).public_key())

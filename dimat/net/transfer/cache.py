@@ -16,9 +16,9 @@ from pathlib import Path
 from blake3 import blake3
 
 from dimat.errors import DataError, DimatError
-from dimat.net.manifest import Bound, Signed, read_signed, unseal, write_signed
+from dimat.net.manifest import ManifestLimits, SignedManifest, read_signed, unseal, write_signed
 from dimat.net.threads import Threads
-from dimat.net.transfer.partial import Partial
+from dimat.net.transfer.received_blocks import ReceivedBlocks
 from dimat.weights.snapshot import Payload, make_folder, verify_file
 from dimat.wire.v1 import peer_pb2 as pb
 
@@ -31,7 +31,7 @@ class _Entry:
     content was read and found right in this life; `used`: grows with use, for the quota."""
 
     payload: Payload
-    signed: dict[tuple[str, int], Signed] = field(default_factory=dict[tuple[str, int], Signed])
+    signed: dict[tuple[str, int], SignedManifest] = field(default_factory=dict[tuple[str, int], SignedManifest])
     holds: Counter[tuple[str, int]] = field(default_factory=Counter[tuple[str, int]])
     checked: bool = False
     used: int = 0
@@ -48,7 +48,7 @@ class SnapshotCache:
         quota_bytes: int,
         reserve_bytes: int,
         run: str,
-        bound: Bound,
+        manifest_limits: ManifestLimits,
         threads: Threads,
         *,
         durable: bool = True,
@@ -58,7 +58,7 @@ class SnapshotCache:
         self._quota_bytes = quota_bytes
         self._reserve_bytes = reserve_bytes
         self._run = run
-        self._bound = bound
+        self._manifest_limits = manifest_limits
         self._durable = durable
         self._entries: dict[str, _Entry] = {}
         self._latest: dict[str, tuple[int, str]] = {}
@@ -79,7 +79,7 @@ class SnapshotCache:
         entry = self._entries.get(root)
         return None if entry is None else entry.payload
 
-    def find(self, peer: str, round_: int, root: str) -> Signed | None:
+    def find(self, peer: str, round_: int, root: str) -> SignedManifest | None:
         """Return a peer's signed manifest of a snapshot that is there whole."""
         entry = self._entries.get(root)
         return None if entry is None else entry.signed.get((peer, round_))
@@ -130,17 +130,17 @@ class SnapshotCache:
                 f"quota is {self._quota_bytes:,}; raise disk_bytes"
             )
 
-    def begin(self, peer: str, payload: Payload) -> Partial:
+    def begin(self, peer: str, payload: Payload) -> ReceivedBlocks:
         """Open a payload that is to come in from a peer, with what an earlier attempt has left of it; `end` it."""
         part, whole = self.part(peer, payload.root), self.path(payload.root)
         if payload.root not in self._entries and whole.exists():
             whole.replace(part)  # an attempt was called off when the file had just got its name
-        partial = Partial(part, payload, self._reserve_bytes)
+        partial = ReceivedBlocks(part, payload, self._reserve_bytes)
         self._coming[peer, payload.root] = payload
         self._open[peer, payload.root] += 1
         return partial
 
-    def end(self, peer: str, partial: Partial, root: str) -> None:
+    def end(self, peer: str, partial: ReceivedBlocks, root: str) -> None:
         """Close what `begin` gave; what is missing stays so, for another attempt."""
         self._open[peer, root] -= 1
         if not self._open[peer, root]:
@@ -151,7 +151,7 @@ class SnapshotCache:
         """Return where a payload lies while it comes in from a peer."""
         return self.folder / f"{root}.{blake3(peer.encode()).hexdigest()[:16]}.part"
 
-    def finish(self, peer: str, partial: Partial, root: str) -> Path:
+    def finish(self, peer: str, partial: ReceivedBlocks, root: str) -> Path:
         """Give a whole payload its name."""
         path = self.path(root)
         partial.finish(path, durable=self._durable)
@@ -183,12 +183,12 @@ class SnapshotCache:
         if root not in self._entries:
             self._discard(self.path(root))
 
-    def note(self, signed: Signed) -> None:
+    def note(self, signed: SignedManifest) -> None:
         """Write a manifest beside its snapshot, so that a later life knows it."""
         write_signed(self._manifest_path(signed.manifest.payload.root), signed, durable=self._durable)
 
     # ── who needs it ─────────────────────────────────────────────────────────────────────────────────────────
-    def keep(self, peer: str, signed: Signed) -> None:
+    def keep(self, peer: str, signed: SignedManifest) -> None:
         """Hold a snapshot that is there whole until `release`; it is the last one of its peer if its round is."""
         manifest = signed.manifest
         root, round_ = manifest.payload.root, manifest.round
@@ -248,13 +248,15 @@ class SnapshotCache:
     # ── at the start ─────────────────────────────────────────────────────────────────────────────────────────
     def _clean(self) -> None:
         """Take over what an earlier life has left whole, keep pieces that are fresh, remove all else."""
-        found: list[Signed] = []
+        found: list[SignedManifest] = []
         for path in self.folder.glob("*.manifest"):
             try:
                 data, signature = read_signed(path)
                 publisher = pb.Manifest.FromString(data).agent
                 # its signature was checked when it came; what it says of the content is checked before use (`verify`)
-                signed = unseal(data, signature, _taken, publisher=publisher, run=self._run, bound=self._bound)
+                signed = unseal(
+                    data, signature, _taken, publisher=publisher, run=self._run, limits=self._manifest_limits
+                )
             except (DimatError, ValueError):
                 continue
             if path.stem == signed.manifest.payload.root and self.path(path.stem).exists():

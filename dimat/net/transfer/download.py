@@ -15,10 +15,10 @@ from dimat.errors import NetworkError
 from dimat.net.backoff import Backoff
 from dimat.net.compatibility import CHUNK_BYTES, SMALLEST_CHUNK_BYTES
 from dimat.net.limits import Limits
-from dimat.net.peers.connection import BrokenError, Code, Connection, words
+from dimat.net.peers.connection import Code, Connection, ConnectionBrokenError, words
 from dimat.net.peers.link import PeerLink
 from dimat.net.threads import Threads
-from dimat.net.transfer.partial import Partial
+from dimat.net.transfer.received_blocks import ReceivedBlocks
 from dimat.weights.snapshot import Payload
 
 BLOCK_ATTEMPTS = 2
@@ -49,7 +49,7 @@ class WrongBlockError(Exception):
 
 
 @dataclass(slots=True)
-class Tally:
+class DownloadStats:
     """Bytes of payload that came, counted where they are `received` by peer and encoding, and for one fetch; attempts
     after the first are counted in `retries`, by peer. `encoding`: of what comes now."""
 
@@ -68,8 +68,8 @@ class Tally:
 async def download(
     link: PeerLink,
     payload: Payload,
-    partial: Partial,
-    tally: Tally,
+    partial: ReceivedBlocks,
+    stats: DownloadStats,
     *,
     limits: Limits,
     streams: asyncio.Semaphore,
@@ -89,16 +89,16 @@ async def download(
             async with link.streams, streams:
                 with connection.transferring():
                     for first, count in partial.runs():
-                        await _run(connection, payload, first, count, partial, tally, limits.idle_s, threads)
+                        await _run(connection, payload, first, count, partial, stats, limits.idle_s, threads)
         except WrongBlockError as wrong:
-            tally.wrong[payload.root, wrong.index] += 1
-            if tally.wrong[payload.root, wrong.index] >= BLOCK_ATTEMPTS:
+            stats.wrong[payload.root, wrong.index] += 1
+            if stats.wrong[payload.root, wrong.index] >= BLOCK_ATTEMPTS:
                 raise GoneError(
                     f"{link.peer} sends other content than it promised: block {wrong.index} of snapshot "
                     f"{payload.root[:12]}… has a wrong hash, {BLOCK_ATTEMPTS} times; its disk or the link is damaged, "
                     "or it lies"
                 ) from None
-            tally.retries[link.peer] += 1
+            stats.retries[link.peer] += 1
             continue
         except aio.AioRpcError as error:
             if error.code() in FINAL:
@@ -106,12 +106,12 @@ async def download(
             # a peer that is only busy keeps its connection
             if error.code() is not Code.RESOURCE_EXHAUSTED:
                 link.drop(connection, words(error))
-        except BrokenError as error:
+        except ConnectionBrokenError as error:
             link.drop(connection, str(error))
         if partial.missing_bytes < before:
             backoff.reset()
         if not partial.whole:
-            tally.retries[link.peer] += 1
+            stats.retries[link.peer] += 1
             await asyncio.sleep(backoff.next())
 
 
@@ -120,8 +120,8 @@ async def _run(
     payload: Payload,
     first: int,
     count: int,
-    partial: Partial,
-    tally: Tally,
+    partial: ReceivedBlocks,
+    stats: DownloadStats,
     idle_s: float,
     threads: Threads,
 ) -> None:
@@ -130,7 +130,7 @@ async def _run(
     writes: deque[tuple[int, asyncio.Future[bool]]] = deque()
     try:
         for index in range(first, first + count):
-            chunks = await _block(call, connection, partial.length(index), tally, idle_s)
+            chunks = await _block(call, connection, partial.length(index), stats, idle_s)
             if len(writes) == WRITES_AHEAD:
                 await _written(*writes.popleft())
             writes.append((index, threads.submit(partial.write, index, chunks)))
@@ -150,15 +150,15 @@ async def _written(index: int, write: asyncio.Future[bool]) -> None:
         raise WrongBlockError(index)
 
 
-async def _block(call: Any, connection: Connection, length: int, tally: Tally, idle_s: float) -> list[bytes]:
+async def _block(call: Any, connection: Connection, length: int, stats: DownloadStats, idle_s: float) -> list[bytes]:
     """Read the chunks of one block."""
     chunks: list[bytes] = []
     while length:
         chunk = await _read(call, idle_s)
         if chunk is EOF:
-            raise BrokenError("the stream ended early")
+            raise ConnectionBrokenError("the stream ended early")
         connection.heard()
-        tally.count(connection.peer, len(chunk))
+        stats.count(connection.peer, len(chunk))
         if not min(SMALLEST_CHUNK_BYTES, length) <= len(chunk) <= min(CHUNK_BYTES, length):
             raise GoneError(
                 f"{connection.peer} sends chunks of {len(chunk)} bytes where {length} of a block are to come"
@@ -169,14 +169,14 @@ async def _block(call: Any, connection: Connection, length: int, tally: Tally, i
 
 
 async def _read(call: Any, idle_s: float) -> Any:
-    """Read a message; BrokenError where none comes for `idle_s`, or the channel was closed."""
+    """Read a message; ConnectionBrokenError where none comes for `idle_s`, or the channel was closed."""
     try:
         async with asyncio.timeout(idle_s):
             return await call.read()
     except TimeoutError:
-        raise BrokenError(f"no byte for {idle_s:g} s") from None
+        raise ConnectionBrokenError(f"no byte for {idle_s:g} s") from None
     except asyncio.CancelledError:
         task = asyncio.current_task()
         if task is not None and task.cancelling():
             raise
-        raise BrokenError("the connection was closed") from None
+        raise ConnectionBrokenError("the connection was closed") from None

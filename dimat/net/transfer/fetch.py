@@ -11,12 +11,12 @@ from random import Random
 
 from dimat.errors import DataError, NetworkError
 from dimat.net.limits import Limits
-from dimat.net.manifest import Signed
+from dimat.net.manifest import SignedManifest
 from dimat.net.peers.link import PeerLink
 from dimat.net.threads import Threads
 from dimat.net.transfer.cache import SnapshotCache
-from dimat.net.transfer.download import GoneError, Tally, download
-from dimat.net.transfer.partial import Partial
+from dimat.net.transfer.download import DownloadStats, GoneError, download
+from dimat.net.transfer.received_blocks import ReceivedBlocks
 from dimat.net.transport import Fetched
 from dimat.weights.durable import write_bytes
 from dimat.weights.encodings import decode_weights
@@ -56,19 +56,19 @@ class Fetcher:
 
     async def fetch(self, find: Callable[[], PeerLink], peer: str, round_: int, root: str) -> Fetched:
         """Get a snapshot and hold it; NetworkError where it cannot be had. `find` gives the peer's link."""
-        tally = Tally(self.bytes, self.retries)
+        stats = DownloadStats(self.bytes, self.retries)
         try:
             async with self._alone(peer, root):  # two rounds may have equal content
                 signed = self._received.find(peer, round_, root)
                 if signed is None or not await self._held(root):
                     signed = await self._offer(find(), round_, root)
                     if not await self._held(root):
-                        await self._bring(find(), signed, tally)
+                        await self._bring(find(), signed, stats)
                     await self._threads.submit(self._received.note, signed)
                 self._received.keep(peer, signed)
         except (DataError, OSError) as error:
             raise NetworkError(f"snapshot {root[:12]}… of {peer}, round {round_}, cannot be stored: {error}") from error
-        return Fetched(signed.manifest, self._received.path(root), tally.bytes, (signed.data, signed.signature))
+        return Fetched(signed.manifest, self._received.path(root), stats.bytes, (signed.data, signed.signature))
 
     @asynccontextmanager
     async def _alone(self, peer: str, root: str) -> AsyncGenerator[None]:
@@ -83,7 +83,7 @@ class Fetcher:
             if not users:
                 del self._locks[peer, root]
 
-    async def _offer(self, link: PeerLink, round_: int, root: str) -> Signed:
+    async def _offer(self, link: PeerLink, round_: int, root: str) -> SignedManifest:
         await link.connection()
         signed = link.find(round_, root)
         if signed is None:
@@ -94,7 +94,7 @@ class Fetcher:
         """Return whether a snapshot is there whole, from this life or an earlier one."""
         return await self._threads.submit(self._received.verify, root)
 
-    async def _bring(self, link: PeerLink, signed: Signed, tally: Tally) -> None:
+    async def _bring(self, link: PeerLink, signed: SignedManifest, stats: DownloadStats) -> None:
         manifest = signed.manifest
         payload = manifest.payload
         if any(known.root == payload.root for known in self._offered()):
@@ -103,14 +103,14 @@ class Fetcher:
                 return
         for form in await self._forms(manifest):
             try:
-                await self._by_form(link, form, payload, tally)
+                await self._by_form(link, form, payload, stats)
                 return
             except (DataError, GoneError) as error:
                 self._noticed(
                     f"the {form.encoding} form of snapshot {payload.root[:12]}… of {link.peer} is of no use, it is "
                     f"fetched whole: {error}"
                 )
-        await self._whole(link, payload, tally)
+        await self._whole(link, payload, stats)
 
     async def _forms(self, manifest: Manifest) -> list[Form]:
         """Return the forms that cost less than the payload and can be decoded here, the cheapest first."""
@@ -130,12 +130,12 @@ class Fetcher:
         own = [(self._own.path(known.root), known) for known in self._offered()]
         return self._received.sources(but) + own
 
-    async def _whole(self, link: PeerLink, payload: Payload, tally: Tally) -> None:
+    async def _whole(self, link: PeerLink, payload: Payload, stats: DownloadStats) -> None:
         self._received.room(link.peer, payload)
-        tally.encoding = "fp32"
+        stats.encoding = "fp32"
         partial = await self._partial(link, payload)
         try:
-            await self._download(link, payload, partial, tally)
+            await self._download(link, payload, partial, stats)
             await self._threads.submit(self._received.finish, link.peer, partial, payload.root)
         except GoneError:
             self._received.drop(link.peer, payload.root)
@@ -143,14 +143,14 @@ class Fetcher:
         finally:
             self._received.end(link.peer, partial, payload.root)
 
-    async def _by_form(self, link: PeerLink, form: Form, payload: Payload, tally: Tally) -> None:
+    async def _by_form(self, link: PeerLink, form: Form, payload: Payload, stats: DownloadStats) -> None:
         """Get a form and make the snapshot from it; DataError where that gives another one."""
         self._received.room(link.peer, form.payload, payload.bytes)
-        tally.encoding = form.encoding
+        stats.encoding = form.encoding
         partial = await self._partial(link, form.payload)
         root = form.payload.root
         try:
-            await self._download(link, form.payload, partial, tally)
+            await self._download(link, form.payload, partial, stats)
             path = await self._threads.submit(self._received.finish, link.peer, partial, root)
             after = await self._base(form.after) if form.after else None
             if form.after and after is None:
@@ -170,11 +170,11 @@ class Fetcher:
             raise DataError(f"it decodes to snapshot {made.root[:12]}…")
         write_bytes(self._received.path(payload.root), data)
 
-    async def _partial(self, link: PeerLink, payload: Payload) -> Partial:
+    async def _partial(self, link: PeerLink, payload: Payload) -> ReceivedBlocks:
         """Open a payload that is to come in, with all of it that is held already."""
         opening = self._threads.submit(self._received.begin, link.peer, payload)
 
-        def end(opened: asyncio.Future[Partial]) -> None:
+        def end(opened: asyncio.Future[ReceivedBlocks]) -> None:
             if opened.exception() is None:
                 self._received.end(link.peer, opened.result(), payload.root)
 
@@ -186,12 +186,12 @@ class Fetcher:
             raise
         return partial
 
-    async def _download(self, link: PeerLink, payload: Payload, partial: Partial, tally: Tally) -> None:
+    async def _download(self, link: PeerLink, payload: Payload, partial: ReceivedBlocks, stats: DownloadStats) -> None:
         await download(
             link,
             payload,
             partial,
-            tally,
+            stats,
             limits=self._limits,
             streams=self._streams,
             threads=self._threads,

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dimat.errors import DataError, DimatError
-from dimat.net.manifest import Bound, Check, Sign, Signed, read_signed, seal, unseal, write_signed
+from dimat.net.manifest import ManifestLimits, Sign, SignedManifest, Verify, read_signed, seal, unseal, write_signed
 from dimat.net.threads import Notifier, Threads
 from dimat.weights.snapshot import Manifest, Payload, SnapshotStore
 from dimat.wire.v1 import peer_pb2 as pb
@@ -30,17 +30,17 @@ class Outbox:
         self._sign = sign
         self._threads = threads
         self._sequence = 1
-        self._signed: dict[tuple[int, str], Signed] = {}
+        self._signed: dict[tuple[int, str], SignedManifest] = {}
         self._disk = asyncio.Lock()
         self._writing: set[asyncio.Task[None]] = set()
 
-    def restore(self, check: Check, bound: Bound, noticed: Callable[[str], None]) -> None:
+    def restore(self, check: Verify, manifest_limits: ManifestLimits, noticed: Callable[[str], None]) -> None:
         """Offer again what was offered before a restart, where the payload still lies in the store."""
-        found: list[Signed] = []
+        found: list[SignedManifest] = []
         for path in sorted(self._store.folder.glob("*.manifest")):
             try:
                 data, signature = read_signed(path)
-                signed = unseal(data, signature, check, publisher=self._agent, run=self._run, bound=bound)
+                signed = unseal(data, signature, check, publisher=self._agent, run=self._run, limits=manifest_limits)
             except DimatError as error:
                 noticed(f"{path.name} is not offered again: {error}")
                 path.unlink(missing_ok=True)
@@ -105,7 +105,7 @@ class Outbox:
             await asyncio.wait(self._writing)
 
     # ── changes ──────────────────────────────────────────────────────────────────────────────────────────────
-    def _offer(self, signed: Signed) -> None:
+    def _offer(self, signed: SignedManifest) -> None:
         manifest = signed.manifest
         if self._store.find(self._agent, manifest.round) is None:
             self._store.publish(manifest)
@@ -122,7 +122,11 @@ class Outbox:
         self.changed.fire()
 
     def _later(
-        self, write: Callable[[Path, Signed], None], path: Path, signed: Signed, noticed: Callable[[str], None]
+        self,
+        write: Callable[[Path, SignedManifest], None],
+        path: Path,
+        signed: SignedManifest,
+        noticed: Callable[[str], None],
     ) -> None:
         async def task() -> None:
             async with self._disk:

@@ -26,7 +26,7 @@ class SlowReaderError(Exception):
     """A reader took no bytes for too long."""
 
 
-class OpenPayload:
+class PayloadReader:
     """A payload file that is open for reading in threads."""
 
     def __init__(self, path: Path, payload: Payload) -> None:
@@ -60,7 +60,7 @@ class OpenPayload:
                 self._file = -1
 
 
-class Pace:
+class ChunkSizer:
     """How long the messages of a stream are: short ones at first and on a slow link, so that both sides see within
     seconds that bytes move, and `CHUNK_BYTES` where they go fast."""
 
@@ -124,7 +124,7 @@ class Uploader:
     ) -> None:
         """Send a range of blocks through `write`; `encoding` is what they are counted under. Raises DataError where
         the file is damaged, SlowReaderError where the reader takes nothing for `idle_s`."""
-        file = await self._threads.submit(OpenPayload, path, payload)
+        file = await self._threads.submit(PayloadReader, path, payload)
         try:
             await self._send((reader, encoding), file, spans(payload, first, blocks), write)
         finally:
@@ -134,11 +134,11 @@ class Uploader:
     async def _send(
         self,
         counted: tuple[str, str],
-        file: OpenPayload,
+        file: PayloadReader,
         groups: Iterator[list[Span]],
         write: Callable[[bytes], Awaitable[None]],
     ) -> None:
-        pace = Pace()
+        pace = ChunkSizer()
         group = next(groups, None)
         ahead = None if group is None else self._threads.submit(file.read, group)
         while ahead is not None:

@@ -19,7 +19,7 @@ from typing import Any
 from dimat import events
 from dimat.agent.daemon.daemon import Daemon
 from dimat.errors import DimatError
-from dimat.net.peers.query import asking
+from dimat.net.peers.query import query_peer
 from dimat.ui.dashboard.field_values import mapping
 from dimat.ui.dashboard.guard import check_exposure, open_socket, parse_listen, read_token
 from dimat.ui.dashboard.reducer import RunState
@@ -146,7 +146,10 @@ class _OwnView:
 
     async def _ask(self, peer: str, address: str) -> tuple[str, Mapping[str, Any] | None]:
         try:
-            async with asyncio.timeout(ANSWER_S / 2), asking(peer, address, self.view, self._daemon.identity) as asked:
+            async with (
+                asyncio.timeout(ANSWER_S / 2),
+                query_peer(peer, address, self.view, self._daemon.identity) as asked,
+            ):
                 return peer, await asked.status()
         except (DimatError, TimeoutError):
             return peer, None  # its link tells how it is reached

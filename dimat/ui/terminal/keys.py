@@ -7,7 +7,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
-from dimat.net.pki.key_info import KeyFacts
+from dimat.net.pki.key_info import KeyInfo
 from dimat.net.pki.keyring import KeyFiles
 from dimat.ui.text import NONE, Table, as_text, clean
 
@@ -22,7 +22,7 @@ def made_lines(made: KeyFiles, what: str) -> list[str]:
     ]
 
 
-def keys_text(found: Sequence[KeyFacts], now: datetime | None = None) -> str:
+def keys_text(found: Sequence[KeyInfo], now: datetime | None = None) -> str:
     """Return a table of keys, with fingerprints below, and a line for each fault and warning."""
     now = now or datetime.now(UTC)
     headers = ("name", "kind", "addresses", "valid until", "days left", "key", "issuer")
@@ -50,7 +50,7 @@ def keys_text(found: Sequence[KeyFacts], now: datetime | None = None) -> str:
     return "\n".join(lines)
 
 
-def keys_json(found: Sequence[KeyFacts], now: datetime | None = None) -> dict[str, Any]:
+def keys_json(found: Sequence[KeyInfo], now: datetime | None = None) -> dict[str, Any]:
     """Return keys as one JSON object: dates in ISO 8601, days left as a whole number, negative once it is over."""
     now = now or datetime.now(UTC)
     listed: list[dict[str, Any]] = []

@@ -14,7 +14,7 @@ import anyio.to_thread
 import pytest
 
 from dimat.agent.doctor.check import Check, exit_code, fail, failed, ok, warn
-from dimat.agent.doctor.network_checks import Around, look_around
+from dimat.agent.doctor.network_checks import AgentEndpoint, look_around
 from dimat.agent.learner.checkpoint import look
 from dimat.errors import ConfigError, DataError, NetworkError, SecurityError
 from dimat.net.compatibility import Profile
@@ -31,7 +31,7 @@ def authority() -> Authority:
     return Authority()
 
 
-def around(authority: Authority | None, peers: dict[str, str], **more: Any) -> Around:
+def around(authority: Authority | None, peers: dict[str, str], **more: Any) -> AgentEndpoint:
     """Agent a, which does not run, on a map with these peers."""
     known = {name: [address] for name, address in peers.items()}
     neighbours = Neighbours(list(known), (), ["a", *known], known)
@@ -43,10 +43,10 @@ def around(authority: Authority | None, peers: dict[str, str], **more: Any) -> A
         "profile": Profile(SCHEMA, groups="d" * 64),
         "listen": "127.0.0.1:0",
     }
-    return Around(**(values | {"running": 0, "neighbours": neighbours, "bootstraps": ()} | more))
+    return AgentEndpoint(**(values | {"running": 0, "neighbours": neighbours, "bootstraps": ()} | more))
 
 
-async def found(place: Around) -> dict[str, Check]:
+async def found(place: AgentEndpoint) -> dict[str, Check]:
     findings = await anyio.to_thread.run_sync(lambda: list(look_around(place)))
     return {finding.name: finding for finding in findings}
 

@@ -17,7 +17,7 @@ from dimat.net.discovery.address_records import (
     MAX_BYTES,
     MAX_LIFE_S,
     MAX_SKEW_S,
-    Record,
+    AddressRecord,
     is_address,
     open_record,
     record_key,
@@ -29,10 +29,10 @@ from tests.net.authority import Authority
 CA = Authority()
 KEYS = CA.issue("lab-a")
 NOW = 1_800_000_000.0
-RECORD = Record("digits", "lab-a", ("10.0.0.1:7300",), "", 3, "ab" * 32, 7, NOW, NOW + 600)
+RECORD = AddressRecord("digits", "lab-a", ("10.0.0.1:7300",), "", 3, "ab" * 32, 7, NOW, NOW + 600)
 
 
-def opened(data: bytes, **changes: Any) -> Record:
+def opened(data: bytes, **changes: Any) -> AddressRecord:
     options = {"ca": CA.pem, "run": "digits", "agent": "lab-a", "now": NOW + 1, **changes}
     return open_record(data, **options)
 
@@ -43,7 +43,7 @@ def by_hand(body: bytes, certificate: bytes = KEYS.certificate_der, signature: b
     return b"dimat-record-1\n" + b"".join(counted) + body
 
 
-def body_of(record: Record = RECORD, **changes: Any) -> bytes:
+def body_of(record: AddressRecord = RECORD, **changes: Any) -> bytes:
     fingerprint = hashlib.sha256(KEYS.certificate_der).hexdigest()
     return json.dumps({**asdict(record), "fingerprint": fingerprint, **changes}).encode()
 
@@ -54,7 +54,7 @@ addresses = st.lists(
     max_size=8,
 ).map(tuple)
 records = st.builds(
-    Record,
+    AddressRecord,
     run=names,
     agent=st.just("lab-a"),
     addresses=addresses,
@@ -68,7 +68,7 @@ records = st.builds(
 
 
 @given(records)
-def test_what_was_sealed_is_opened(record: Record) -> None:
+def test_what_was_sealed_is_opened(record: AddressRecord) -> None:
     data = KEYS.seal(record)
     assert len(data) <= MAX_BYTES
     fingerprint = hashlib.sha256(KEYS.certificate_der).hexdigest()
@@ -110,14 +110,14 @@ json_values = st.recursive(
 )
 
 
-@given(st.sampled_from([name for name in Record.__slots__ if name != "fingerprint"]), json_values)
+@given(st.sampled_from([name for name in AddressRecord.__slots__ if name != "fingerprint"]), json_values)
 def test_a_member_gains_nothing_by_odd_values(name: str, value: Any) -> None:
     """Signed by a member of the run, so that only the form can be wrong: refused, or a record of the right types."""
     try:
         record = opened(by_hand(body_of(**{name: value})), run=None, agent=None)
     except SecurityError:
         return
-    assert all(type(getattr(record, key)) is type(getattr(RECORD, key)) for key in Record.__slots__)
+    assert all(type(getattr(record, key)) is type(getattr(RECORD, key)) for key in AddressRecord.__slots__)
     assert all(map(is_address, record.addresses))
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from dimat.errors import ConfigError
-from dimat.net.discovery.address_records import Record, seal_record
+from dimat.net.discovery.address_records import AddressRecord, seal_record
 from dimat.net.discovery.dht import DhtNode, check_bootstrap, split_listen
-from dimat.net.discovery.resolver import Announcement, Discovery
+from dimat.net.discovery.resolver import AddressResolver, Announcement
 from tests.net.authority import Authority
 from tests.net.nodes import make_node, make_record, needs_hivemind, until, until_there, up
 
@@ -62,7 +62,7 @@ async def network(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Net
             await node.close()
 
 
-async def announced(node: DhtNode, record: Record) -> None:
+async def announced(node: DhtNode, record: AddressRecord) -> None:
     async def announce() -> bool:
         return await node.announce(record)
 
@@ -138,9 +138,9 @@ async def test_discovery_over_the_dht(network: Network, tmp_path: Path) -> None:
     """lab-b is not on the map with an address; lab-a finds it, and hears of its next address at once."""
     said: list[str] = []
 
-    def make(agent: str, node: DhtNode) -> Discovery:
+    def make(agent: str, node: DhtNode) -> AddressResolver:
         (tmp_path / agent).mkdir()
-        return Discovery(
+        return AddressResolver(
             run="digits",
             agent=agent,
             static={"lab-a": ["10.0.0.1:1"]},

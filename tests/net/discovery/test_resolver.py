@@ -1,5 +1,5 @@
-"""Discovery beside a directory of records in memory, which can be split, emptied and written to by others; the same
-over a real DHT is in test_dht.py. Reference: what was put into the directory."""
+"""AddressResolver beside a directory of records in memory, which can be split, emptied and written to by others; the
+same over a real DHT is in test_dht.py. Reference: what was put into the directory."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from dimat.net.backoff import Reminders
-from dimat.net.discovery.address_records import Record
-from dimat.net.discovery.resolver import Announcement, Directory, Discovery
+from dimat.net.discovery.address_records import AddressRecord
+from dimat.net.discovery.resolver import AddressResolver, Announcement, RecordDirectory
 from tests.net.nodes import make_record, until, until_there
 
 pytestmark = pytest.mark.anyio
@@ -29,19 +29,19 @@ class Shelf:
     healthy: bool = True
     lost: bool = False
     changed: asyncio.Event = field(default_factory=asyncio.Event)
-    records: dict[str, Record] = field(default_factory=dict)
-    announced: list[Record] = field(default_factory=list)
+    records: dict[str, AddressRecord] = field(default_factory=dict)
+    announced: list[AddressRecord] = field(default_factory=list)
     lookups: list[str] = field(default_factory=list)
     slow: asyncio.Event | None = None
 
-    async def announce(self, record: Record) -> bool:
+    async def announce(self, record: AddressRecord) -> bool:
         self.announced.append(record)
         held = self.records.get(record.agent)
         if not self.lost and (held is None or (held.seq, held.expires_s) < (record.seq, record.expires_s)):
             self.records[record.agent] = record
         return True
 
-    async def lookup(self, agent: str, *, elsewhere: bool = False) -> Record | None:
+    async def lookup(self, agent: str, *, elsewhere: bool = False) -> AddressRecord | None:
         self.lookups.append(agent)
         if self.slow is not None:
             await self.slow.wait()
@@ -49,7 +49,9 @@ class Shelf:
 
 
 @asynccontextmanager
-async def discovering(folder: Path, dht: Directory | None, said: list[str], **options: Any) -> AsyncIterator[Discovery]:
+async def discovering(
+    folder: Path, dht: RecordDirectory | None, said: list[str], **options: Any
+) -> AsyncIterator[AddressResolver]:
     settings = {
         "run": "digits",
         "agent": "lab-a",
@@ -60,7 +62,7 @@ async def discovering(folder: Path, dht: Directory | None, said: list[str], **op
         "ttl_s": 0.6,
         **options,
     }
-    discovery = Discovery(dht=dht, folder=folder, **settings)
+    discovery = AddressResolver(dht=dht, folder=folder, **settings)
     await discovery.start()
     try:
         yield discovery
@@ -145,7 +147,7 @@ async def test_a_lost_folder_goes_on_above_what_the_dht_holds(tmp_path: Path) ->
     assert not [line for line in said if "another process" in line]
 
 
-async def _announced(shelf: Shelf) -> Record | None:
+async def _announced(shelf: Shelf) -> AddressRecord | None:
     return shelf.announced[0] if shelf.announced else None
 
 
@@ -181,7 +183,7 @@ async def test_own_addresses_that_cannot_be_are_told_and_end_nothing(tmp_path: P
     from dimat.net.discovery.address_records import seal_record
 
     class Sealing(Shelf):
-        async def announce(self, record: Record) -> bool:
+        async def announce(self, record: AddressRecord) -> bool:
             seal_record(record, None, b"")
             return await super().announce(record)
 

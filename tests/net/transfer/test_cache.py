@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 
 from dimat.errors import DataError
-from dimat.net.manifest import Bound, Signed, seal
+from dimat.net.manifest import ManifestLimits, SignedManifest, seal
 from dimat.net.threads import Threads
 from dimat.net.transfer.cache import STALE_S, SnapshotCache
-from dimat.net.transfer.partial import Partial
+from dimat.net.transfer.received_blocks import ReceivedBlocks
 from dimat.weights.snapshot import Payload, checksum
 from tests.net.agents import BLOCK, RUN, record, weights
 
 pytestmark = pytest.mark.anyio
-BOUND = Bound(2**28)
+BOUND = ManifestLimits(2**28)
 QUOTA = 3 * 2**20 + 2**19  # three snapshots
 
 
@@ -33,7 +33,7 @@ def open_store(tmp_path: Path, threads: Threads, quota: int = 2**30, reserve: in
     return SnapshotCache(tmp_path / "received", quota, reserve, RUN, BOUND, threads, durable=False)
 
 
-def sign(tmp_path: Path, agent: str, round_: int, seed: int) -> tuple[Signed, bytes]:
+def sign(tmp_path: Path, agent: str, round_: int, seed: int) -> tuple[SignedManifest, bytes]:
     """Return a signed manifest and the content of its payload."""
     (tmp_path / "made").mkdir(exist_ok=True)
     manifest = record(tmp_path / "made", agent, round_, weights(seed))
@@ -44,7 +44,7 @@ def blocks(data: bytes, payload: Payload) -> list[bytes]:
     return [data[start : start + payload.block_bytes] for start in range(0, len(data), payload.block_bytes)]
 
 
-def bring(store: SnapshotCache, peer: str, signed: Signed, data: bytes) -> Path:
+def bring(store: SnapshotCache, peer: str, signed: SignedManifest, data: bytes) -> Path:
     """Take a whole snapshot in, as a fetch does."""
     payload = signed.manifest.payload
     store.room(peer, payload)
@@ -118,7 +118,7 @@ def test_a_payload_counts_by_the_hashes_of_its_blocks(tmp_path: Path) -> None:
     data = os.urandom(5 * BLOCK + 100)
     payload = checksum(data, BLOCK)
     path = tmp_path / "x.part"
-    partial = Partial(path, payload)
+    partial = ReceivedBlocks(path, payload)
     assert path.stat().st_size == len(data)
     assert partial.runs() == [(0, 6)]
     parts = blocks(data, payload)
@@ -134,7 +134,7 @@ def test_a_payload_counts_by_the_hashes_of_its_blocks(tmp_path: Path) -> None:
     with path.open("r+b") as file:
         file.seek(BLOCK)
         file.write(b"\x00")
-    partial = Partial(path, payload)
+    partial = ReceivedBlocks(path, payload)
     assert partial.runs() == [(0, 5)]
     # other files serve, as far as their content is what their record says
     source = tmp_path / "source"
@@ -155,5 +155,5 @@ def test_a_payload_counts_by_the_hashes_of_its_blocks(tmp_path: Path) -> None:
 def test_a_payload_that_the_disk_has_no_room_for_is_refused_before_it_is_begun(tmp_path: Path) -> None:
     payload = checksum(b"x" * 100, BLOCK)
     with pytest.raises(DataError, match=r"no room for a snapshot of 100 bytes in .* are free"):
-        Partial(tmp_path / "x.part", payload, 2**62)
+        ReceivedBlocks(tmp_path / "x.part", payload, 2**62)
     assert not list(tmp_path.iterdir())

@@ -16,7 +16,7 @@ from dimat.weights.durable import sync_folder
 from dimat.weights.snapshot import Payload
 
 
-class Partial:
+class ReceivedBlocks:
     """Blocks of `payload` in the file `path`; all methods may be called from any thread, one works at a time.
 
     The file has its full length from the start, so that a disk that is too small says so before anything is sent.
