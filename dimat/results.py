@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from dimat.config.presets import CEILING
 from dimat.errors import DataError
 from dimat.events import RoundSummary
 
@@ -206,14 +207,14 @@ class MethodCurve(Record):
 
 
 class Comparison(Record):
-    """Methods side by side: `splits[split][method]`. "centralised", where present, is the ceiling."""
+    """Methods side by side: `splits[split][method]`. Where the method "centralised" is there, it is the ceiling."""
 
     metric: str
     splits: dict[str, dict[str, MethodCurve]]
 
     def target(self, split: str, share: float = 0.9) -> float | None:
         """Return `share` of the ceiling's best mean metric; None where the ceiling was not run."""
-        ceiling = self.splits[split].get("centralised")
+        ceiling = self.splits[split].get(CEILING)
         return share * max(ceiling.after_merge) if ceiling is not None and ceiling.after_merge else None
 
     def to_plain(self) -> dict[str, dict[str, dict[str, object]]]:

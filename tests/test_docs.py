@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dimat.cli import main
-from dimat.config import MergeConfig, build
-from dimat.merge import PRESETS, plan_merge
+from dimat.config import PRESETS, MergeConfig, build
+from dimat.merge import plan_merge
 from dimat.merge.registry import combine_registry
 from dimat.registry import keywords
 from dimat.tasks import mlp, seeded
@@ -82,7 +82,7 @@ def test_rows_agree_with_the_code(name: str) -> None:
 def test_presets_are_as_described() -> None:
     """ "A merge in five lines": the presets that it names, and the stages that it gives them; its table is valid."""
     text = section("A merge in five lines")
-    stages = {name: [plan.align.name, plan.combine.name, plan.repair.name] for name, plan in PRESETS.items()}
+    stages = {name: [preset.align, preset.combine, preset.repair] for name, preset in PRESETS.items()}
     assert stages["average"] == stages["dpsgd"] == stages["sgp"] == ["none", "average", "none"]
     assert stages["dimat"] == stages["dimat-paper"] == ["activations", "average", "batchnorm"]
     assert stages["opcm"] == ["none", "opcm", "none"]

@@ -26,6 +26,7 @@ from dimat.config.load import (
     read_toml,
 )
 from dimat.config.monitor import MlflowConfig, MonitorConfig, WandbConfig
+from dimat.config.presets import CEILING, PRESETS, Preset
 from dimat.config.simulate import (
     ComputeConfig,
     FaultConfig,
@@ -45,6 +46,8 @@ from dimat.config.tree import (
 from dimat.config.variants import VariantConfig, changed
 
 __all__ = [
+    "CEILING",
+    "PRESETS",
     "AgentConfig",
     "BaseConfig",
     "ComputeConfig",
@@ -65,6 +68,7 @@ __all__ = [
     "OptimizerConfig",
     "Options",
     "PartitionConfig",
+    "Preset",
     "RandomFaultsConfig",
     "ScheduleConfig",
     "SimulateConfig",

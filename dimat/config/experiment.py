@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from dimat.config.agent import AgentConfig, DhtConfig, ExchangeConfig
 from dimat.config.monitor import MonitorConfig
-from dimat.config.presets import apply_preset
+from dimat.config.presets import Preset, apply_preset, preset_of
 from dimat.config.simulate import SimulateConfig
 from dimat.config.tree import Named, NamedConfig, Options, Tree, as_stage
 from dimat.config.variants import VariantConfig
@@ -193,6 +193,11 @@ class MergeConfig(Tree):
     """Options of the screen, which is always on: max_norm_ratio."""
     base: BaseConfig | None = None
     """Weights that task-vector methods take deltas from; all agents have the same."""
+
+    @property
+    def preset(self) -> Preset:
+        """The preset of the method, with its traits; ConfigError for a method that there is not."""
+        return preset_of(self.method)
 
 
 class MapChange(Tree):

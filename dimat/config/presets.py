@@ -1,53 +1,108 @@
-"""Methods that are more than a merge: D-PSGD and SGP also say how long a round trains and how weights are mixed."""
+"""The merge methods by name: the stages of each one's merge, and what it is beyond a merge.
+
+A method that is more than a merge says so here by a trait, and everybody who has to do with that reads the trait: what
+the simulator and the agents do depends on no method's name.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any, Literal, cast
 
 from pydantic import BaseModel
 
 from dimat.config.tree import NamedConfig
+from dimat.errors import ConfigError, unknown_name
 
-ONE_STEP = ("dpsgd", "sgp")
-"""Methods that merge after every optimizer step."""
 PUSH_SUM = "push-sum"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preset:
+    """A merge method. `align`, `combine` and `repair` name the stages of its merge; the rest are its traits."""
+
+    align: str = "none"
+    align_to: Literal["shared", "self"] = "shared"
+    combine: str = "average"
+    repair: str = "none"
+    exchanges: bool = True
+    """Whether agents exchange weights at all."""
+    ceiling: bool = False
+    """Whether it is one model trained on all data, in the agents' place: the mark to measure networks by. One is so."""
+    every_step: bool = False
+    """Whether agents merge after every optimizer step, unless the configuration says how long a round trains."""
+    push_sum: bool = False
+    """Whether weights have to be mixed by push-sum."""
+
+
+PRESETS: Mapping[str, Preset] = {
+    "isolated": Preset(exchanges=False),
+    "centralised": Preset(exchanges=False, ceiling=True),
+    "average": Preset(),
+    "dpsgd": Preset(every_step=True),
+    "sgp": Preset(every_step=True, push_sum=True),
+    "opcm": Preset(combine="opcm"),
+    "dimat": Preset(align="activations", repair="batchnorm"),
+    "dimat-paper": Preset(align="activations", repair="batchnorm", align_to="self"),
+    "zipit": Preset(repair="batchnorm", combine="zipit"),
+    "pleas": Preset(align="activations", repair="batchnorm", combine="pleas"),
+}
+"""Method name → preset. `average` is the paper's baseline WA, whole state dicts; `dimat` aligns once into a shared
+basis (basis gossip); `dimat-paper` aligns peers to self at every merge, as published; `opcm` (Tang et al. 2025,
+arXiv 2501.09522) folds deltas from a common base; `zipit` (Stoica et al. 2024, arXiv 2305.03053) pairs units anew at
+every merge, also within a model; `pleas` (Nasery et al. 2025, arXiv 2407.02447) is `dimat` with layers fitted to the
+models' mean activations in the average's place; `dpsgd` (Lian et al. 2017, arXiv 1705.09056) averages after every
+optimizer step, `sgp` (Assran et al. 2019, arXiv 1811.10792) with push-sum; `isolated` never merges, and `centralised`
+is one model on all data."""
+
+CEILING = next(name for name, preset in PRESETS.items() if preset.ceiling)
+"""Name of the method that is the ceiling."""
+
+
+def preset_of(method: str) -> Preset:
+    """Return the preset of a merge method, or raise ConfigError with the nearest known name."""
+    if method not in PRESETS:
+        raise ConfigError(unknown_name("merge method", method, PRESETS))
+    return PRESETS[method]
 
 
 def apply_preset(values: Any) -> Any:
     """Return an experiment's values with what its merge method sets in other tables; what is given there stands.
 
-    "dpsgd" and "sgp": one step a round; "sgp": push-sum mixing. Raises ValueError where sgp is given another mixing.
+    A method that merges every step trains one step a round, and one that needs push-sum mixing sets it; ValueError
+    where it is given another mixing. A name that is no method's is left to `preset_of`.
     """
     if not isinstance(values, Mapping):
         return values
     tree: dict[str, Any] = dict(cast("Mapping[str, Any]", values))
     method = _get(tree.get("merge"), "method")
-    if method not in ONE_STEP:
+    preset = PRESETS.get(method) if isinstance(method, str) else None
+    if preset is None:
         return tree
     train = tree.get("train")
-    if all(_get(train, key) is None for key in ("steps_per_round", "epochs_per_round")):
+    if preset.every_step and all(_get(train, key) is None for key in ("steps_per_round", "epochs_per_round")):
         tree["train"] = _with(train, "steps_per_round", 1)
-    if method == "sgp":
-        tree["topology"] = _push_sum(tree.get("topology"), "topology.mixing")
+    if preset.push_sum:
+        tree["topology"] = _push_sum(method, tree.get("topology"), "topology.mixing")
         changes = _get(tree.get("schedule"), "changes")
         if isinstance(changes, list | tuple) and changes:
             entries = [
-                _with(change, "topology", _push_sum(_get(change, "topology"), f"schedule.changes[{i}].topology.mixing"))
-                for i, change in enumerate(cast("list[Any]", changes))
+                _with(change, "topology", _push_sum(method, _get(change, "topology"), f"{where}.topology.mixing"))
+                for where, change in ((f"schedule.changes[{i}]", c) for i, c in enumerate(cast("list[Any]", changes)))
             ]
             tree["schedule"] = _with(tree["schedule"], "changes", tuple(entries))
     return tree
 
 
-def _push_sum(topology: Any, where: str) -> Any:
+def _push_sum(method: str, topology: Any, where: str) -> Any:
     if _get(topology, "map") is not None:  # the map says how weights are mixed
         return topology
     if _given(topology, "mixing"):
         mixing = _get(topology, "mixing")
         name = mixing if isinstance(mixing, str) else _get(mixing, "name")
         if name != PUSH_SUM:
-            raise ValueError(f'method "sgp" mixes by push-sum, but {where} is {name!r}; leave it out')
+            raise ValueError(f'method "{method}" mixes by push-sum, but {where} is {name!r}; leave it out')
         return topology
     return _with(topology, "mixing", NamedConfig(name=PUSH_SUM))
 

@@ -1,4 +1,4 @@
-"""The merge pipeline: screen → align → combine → repair → accept, and the presets that fill it.
+"""The merge pipeline: screen → align → combine → repair → accept.
 
     plan = plan_merge(MergeConfig(method="dimat"))
     outcome = merge(own, 0.5, [Peer("lab-b", weights, 0.5)], plan, MergeContext(model, spec, data))
@@ -9,7 +9,7 @@ global random state. A peer that cannot be trusted is refused whole, and its wei
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import isclose, isfinite
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from dimat.config import MergeConfig, NamedConfig
-from dimat.errors import ConfigError, DimatError, MergeError, unknown_name
+from dimat.errors import DimatError, MergeError
 from dimat.merge.context import MergeContext
 from dimat.merge.matching.assignment import moved_share
 from dimat.merge.registry import CONTEXT, accept_registry, align_registry, combine_registry, repair_registry
@@ -53,31 +53,6 @@ class MergePlan:
         return combine_registry.declared(self.combine.name, "statistics")
 
 
-def _preset(align: str, repair: str, align_to: str = "shared", combine: str = "average") -> MergePlan:
-    names = [NamedConfig(name=name) for name in (align, combine, repair, "always")]
-    return MergePlan(*names, align_to=align_to)
-
-
-PRESETS: Mapping[str, MergePlan] = {
-    "isolated": _preset("none", "none"),  # never merges: such agents are given no peers
-    "centralised": _preset("none", "none"),  # nor does the one agent that holds all data
-    "average": _preset("none", "none"),
-    "dpsgd": _preset("none", "none"),  # what makes it more than "average" is in dimat.config.presets
-    "sgp": _preset("none", "none"),
-    "opcm": _preset("none", "none", combine="opcm"),
-    "dimat": _preset("activations", "batchnorm"),
-    "dimat-paper": _preset("activations", "batchnorm", align_to="self"),
-    "zipit": _preset("none", "batchnorm", combine="zipit"),
-    "pleas": _preset("activations", "batchnorm", combine="pleas"),
-}
-"""Method name → plan. `average` is the paper's baseline WA, whole state dicts; `dimat` aligns once into a shared
-basis (basis gossip); `dimat-paper` aligns peers to self at every merge, as published; `opcm` (Tang et al. 2025,
-arXiv 2501.09522) folds deltas from a common base; `zipit` (Stoica et al. 2024, arXiv 2305.03053) pairs units anew at
-every merge, also within a model; `pleas` (Nasery et al. 2025, arXiv 2407.02447) is `dimat` with layers fitted to the
-models' mean activations in the average's place; `dpsgd` (Lian et al. 2017,
-arXiv 1705.09056) averages after every optimizer step, `sgp` (Assran et al. 2019, arXiv 1811.10792) with push-sum."""
-
-
 @dataclass(frozen=True)
 class Peer:
     """A neighbour's weights and their mixing weight. `same_basis`: its units are already in our order."""
@@ -111,14 +86,12 @@ def plan_merge(config: MergeConfig) -> MergePlan:
 
     Raises ConfigError that names the first fault and the nearest known name.
     """
-    if config.method not in PRESETS:
-        raise ConfigError(unknown_name("merge method", config.method, PRESETS))
-    preset = PRESETS[config.method]
+    preset = config.preset
     plan = MergePlan(
-        align=config.align or preset.align,
-        combine=config.combine or preset.combine,
-        repair=config.repair or preset.repair,
-        accept=config.accept or preset.accept,
+        align=config.align or NamedConfig(name=preset.align),
+        combine=config.combine or NamedConfig(name=preset.combine),
+        repair=config.repair or NamedConfig(name=preset.repair),
+        accept=config.accept or NamedConfig(name="always"),
         align_to=config.align_to or preset.align_to,
         align_data=config.align_data,
         probe_samples=config.probe_samples,

@@ -16,17 +16,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dimat.config import ExperimentConfig, PartitionConfig, VariantConfig, build, changed
+from dimat.config import CEILING, PRESETS, ExperimentConfig, PartitionConfig, VariantConfig, build, changed
 from dimat.errors import ConfigError, DataError, DimatError, unknown_name
 from dimat.events import Event, Listener
-from dimat.merge.pipeline import PRESETS
 from dimat.results import Comparison, MethodCurve, Results, mean_timeline
 from dimat.simulate.engines.pool import WorkerPool, default_workers
 from dimat.simulate.folder import RunFolder, check_folder
 from dimat.simulate.simulation import Simulation
 from dimat.simulate.world.scenario import prepare
 
-ALL, CENTRALISED = "all", "centralised"
+ALL = "all"
 SIDE_BY_SIDE = 3  # runs at a time per pool: enough to even out how agents fall on workers
 
 
@@ -64,7 +63,7 @@ def cases_of(
 
     All else is as in `base`, but for methods other than its own the stages that make a method (align, combine,
     repair) are those of the method's preset. A variant with a group is compared under that instead of the split.
-    "centralised" holds all data whatever the split, so it runs once and counts for all.
+    The ceiling holds all data whatever the split, so it runs once and counts for all.
     Raises ConfigError for a name that is neither a method nor a variant, or both.
     """
     forms = {variant.name: variant for variant in base.variants}
@@ -79,10 +78,10 @@ def cases_of(
     cases: list[Case] = []
     for split, partition in splits.items():
         for name in chosen:
-            if name == CENTRALISED and split != next(iter(splits)):
+            if name == CEILING and split != next(iter(splits)):
                 continue
             form = forms.get(name)
-            group = form.group if form is not None else groups[0] if groups and name == CENTRALISED else None
+            group = form.group if form is not None else groups[0] if groups and name == CEILING else None
             heading = group or split
             tree = _form(base, partition, name if form is None else form)
             for seed in seeds:
@@ -194,9 +193,9 @@ def summarise(done: Mapping[Case, Results]) -> Comparison:
             curves=rows,
             timeline=mean_timeline([results.timeline() for _, results in runs]),
         )
-    ceiling = next((methods[CENTRALISED] for methods in splits.values() if CENTRALISED in methods), None)
+    ceiling = next((methods[CEILING] for methods in splits.values() if CEILING in methods), None)
     if ceiling is not None:
-        splits = {split: {**methods, CENTRALISED: ceiling} for split, methods in splits.items()}
+        splits = {split: {**methods, CEILING: ceiling} for split, methods in splits.items()}
     metric = next(iter(done.values())).metric
     return Comparison(metric=metric, splits=splits)
 

@@ -81,8 +81,8 @@ def prepare_agent(config: ExperimentConfig, make_kit: Callable[[bool], LoadedTas
     task (with symmetry groups if it is told so), where it is not the configuration's."""
     name = _name(config)
     by_config = needs_symmetry(plan_merge(config.merge))
-    if config.merge.method == "centralised":
-        raise ConfigError('merge.method "centralised" has no agents; use it with dimat simulate')
+    if config.merge.preset.ceiling:
+        raise ConfigError(f'merge.method "{config.merge.method}" has no agents; use it with dimat simulate')
     if config.merge.align_data == "pooled":
         raise ConfigError('merge.align_data = "pooled" is for simulation only: no agent sees the others\' data')
     if config.schedule.target is not None and config.agent.evaluate == "none":

@@ -39,7 +39,7 @@ class RunSchedule:
     @property
     def exchanges(self) -> bool:
         """Whether agents exchange weights at all."""
-        return self.config.merge.method not in ("isolated", "centralised") and len(self.agents) > 1
+        return self.config.merge.preset.exchanges and len(self.agents) > 1
 
     def schedule_at(self, number: int) -> tuple[Schedule, int]:
         """Return the schedule that holds in a round, and the round as that schedule counts it."""
@@ -125,7 +125,7 @@ class RunSchedule:
 def with_final_merge(config: ExperimentConfig, agents: Sequence[str]) -> tuple[Schedule | None, int]:
     """Return the schedule of the final merge, if there is one, and the number of rounds with it."""
     rounds = config.schedule.rounds
-    if not config.schedule.final_merge or len(agents) < 2 or config.merge.method == "isolated":
+    if not config.schedule.final_merge or len(agents) < 2 or not config.merge.preset.exchanges:
         return None, rounds
     final = BaseK(tuple(agents), config.schedule.final_merge_peers)
     return final, rounds + (final.period or 0)

@@ -136,12 +136,12 @@ class _Life:
 def plan_faults(config: ExperimentConfig, agents: Sequence[str]) -> FaultPlan:
     """Return the faults of `agents` in an experiment: its script and what its random faults draw from its seed.
 
-    One model trained on all data (method "centralised") is no network, and has no faults.
+    One model trained on all data (the ceiling) is no network, and has no faults.
     Raises ConfigError, naming the entry, for a script that contradicts itself: an unknown agent; a crash of one that
     is down, has left or is not there yet; a second join; a leave while down; groups that overlap or leave nobody to
     part from; nobody to found the network.
     """
-    if config.merge.method == "centralised":
+    if config.merge.preset.ceiling:
         return FaultPlan()
     script = config.simulate.faults
     _check_names(script, agents)

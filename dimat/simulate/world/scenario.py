@@ -84,9 +84,9 @@ def prepare(config: ExperimentConfig) -> Scenario:
     who = config.topology.model_copy(update={"mixing": NamedConfig(name="metropolis")} if by_samples else {})
     topology = build_topology(who, seed, folder)
     agents = topology.names
-    centralised = config.merge.method == "centralised"
-    if centralised:
-        agents = ("centralised",)
+    ceiling = config.merge.preset.ceiling
+    if ceiling:
+        agents = (config.merge.method,)
         parts = [torch.arange(len(train))]
     else:
         if len(agents) > len(train):
@@ -102,7 +102,7 @@ def prepare(config: ExperimentConfig) -> Scenario:
         )
         if by_samples:
             topology = build_topology(config.topology, seed, folder, counts_of(agents, parts))
-    changes = [] if centralised else later_topologies(config, agents, counts_of(agents, parts))
+    changes = [] if ceiling else later_topologies(config, agents, counts_of(agents, parts))
     warnings: list[str] = []
     if config.exchange != ExchangeConfig():
         warnings.append("[exchange] is for real agents: the simulator moves weights in fp32")
@@ -147,10 +147,10 @@ def prepare(config: ExperimentConfig) -> Scenario:
         return replace(scenario, warnings=())
     warnings += check_times(config, pace, scenario.snapshot_bytes)
     for _, each in scenario.schedules:
-        if config.merge.method == "sgp" and each.mixing_config.name != PUSH_SUM:
+        if config.merge.preset.push_sum and each.mixing_config.name != PUSH_SUM:
             raise ConfigError(
-                f'method "sgp" mixes by push-sum, but the network map says {each.mixing_config.name!r}; set '
-                'topology.mixing = "push-sum", or use method "dpsgd"'
+                f'method "{config.merge.method}" mixes by push-sum, but the network map says '
+                f'{each.mixing_config.name!r}; set topology.mixing = "push-sum", or use method "dpsgd"'
             )
     check_peers(config, agents, lambda agent: len(scenario.round_plan(agent, 1).mixing) - 1)
     for _, each in scenario.schedules:
@@ -167,7 +167,7 @@ def counts_of(agents: Sequence[str], parts: Sequence[torch.Tensor]) -> dict[str,
 
 def _plain(config: ExperimentConfig) -> ExperimentConfig:
     """Return the experiment without the network where one model holds all data: no agent there has a name."""
-    if config.merge.method != "centralised":
+    if not config.merge.preset.ceiling:
         return config
     compute = config.simulate.compute.model_copy(update={"speeds": {}, "speed": 1.0})
     simulate = config.simulate.model_copy(update={"network": NetworkConfig(), "compute": compute})

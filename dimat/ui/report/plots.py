@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import networkx as nx
 
+from dimat.config import CEILING
 from dimat.errors import ConfigError
-from dimat.ui.tables import CEILING, timed
+from dimat.ui.tables import timed
 from dimat.ui.text import clean, count_text, mean
 
 if TYPE_CHECKING:
