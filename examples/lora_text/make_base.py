@@ -17,7 +17,8 @@ def main() -> None:
     torch.set_num_threads(1)  # more would wait for each other over so small a model
     folder = Path(__file__).parent
     sizes = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
-    options: dict[str, Any] = {"data": "general.txt", "config": sizes, "tokenizer": "bytes", "max_length": 64}
+    data = {"name": "general.txt", "tokenizer": "bytes", "max_length": 64}
+    options: dict[str, Any] = {"data": data, "model": {"config": sizes}}
     task = load_task(TaskConfig(name="hf-causal-lm", options=options), folder)
     config = TrainConfig.model_validate({"epochs_per_round": 4, "batch_size": 16, "optimizer": {"lr": 5e-3}})
     trainer = Trainer(task, task.data("train"), config, seed=0)

@@ -93,12 +93,14 @@ name = "hf-image-classification"   # needs: pip install 'dimat[hf]'
 """
         + _SKEWED
         + """
-[task.options]
-model = "google/vit-base-patch16-224-in21k"   # a name on the Hugging Face hub, or a folder, which needs no network
-data = "uoft-cs/cifar10"       # likewise; or a Parquet file, or a folder of class folders of images
+[task.options.model]
+name = "google/vit-base-patch16-224-in21k"    # on the Hugging Face hub, or a folder, which needs no network
+# lora = { r = 8, targets = "all-linear" }    # freeze the model; agents train and exchange adapters
+
+[task.options.data]
+name = "uoft-cs/cifar10"       # on the hub, or a Parquet file, or a folder of class folders of images
 train_samples = 2000           # leave out for all
 test_samples = 500
-# lora = { r = 8, targets = "all-linear" }    # freeze the model; agents train and exchange adapters
 """,
         "train": _PRETRAINED,
         "merge": _DIMAT,
@@ -110,14 +112,16 @@ test_samples = 500
         "task": """\
 name = "hf-causal-lm"          # needs: pip install 'dimat[hf]'
 
-[task.options]
-model = "distilbert/distilgpt2"   # a name on the Hugging Face hub, or a folder, which needs no network
-data = "Salesforce/wikitext"   # likewise; or a text, Parquet, JSON Lines or CSV file
+[task.options.model]
+name = "distilbert/distilgpt2" # on the Hugging Face hub, or a folder, which needs no network
+lora = { r = 8 }               # freeze the model; agents train and exchange adapters. Leave out to train all
+
+[task.options.data]
+name = "Salesforce/wikitext"   # on the hub, or a text, Parquet, JSON Lines or CSV file
 subset = "wikitext-2-raw-v1"   # configuration of a data set on the hub
 max_length = 128               # tokens in a block
 train_samples = 2000           # documents; leave out for all
 test_samples = 200
-lora = { r = 8 }               # freeze the model; agents train and exchange adapters. Leave out to train all
 """,
         "train": _ADAPTERS,
         "merge": """\

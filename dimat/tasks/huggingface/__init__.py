@@ -2,11 +2,11 @@
 
     [task]
     name = "hf-image-classification"
-    options = { model = "models/vit-base", data = "data/flowers" }
+    options = { model = { name = "models/vit-base" }, data = { name = "data/flowers" } }
 
 Models and data sets are folders on disk, which never touch the network, or names on the hub. Weights are read from
-safetensors alone, and no code that comes with a model is run. With the option `lora` the base is frozen, and adapters
-are all that agents train, exchange, checkpoint and merge.
+safetensors alone, and no code that comes with a model is run. With the option `model.lora` the base is frozen, and
+adapters are all that agents train, exchange, checkpoint and merge.
 """
 
 from dimat.tasks.huggingface.images import hf_image_classification

@@ -1,8 +1,8 @@
-"""What the tasks of Hugging Face have in common: how their models are made and merged."""
+"""Makes the models of the Hugging Face tasks, with or without adapters, and says how they are merged."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -10,59 +10,65 @@ import torch
 from torch import Tensor, nn
 
 from dimat.errors import ConfigError
+from dimat.registry import OptionNames
 from dimat.seeds import torch_generator
-from dimat.tasks.huggingface.lora import MERGE_STAGES, LoraOptions, adapt, frozen_hash, head_names, share_frozen
+from dimat.tasks.huggingface.lora import MERGE_STAGES, adapt, frozen_hash, head_names, share_frozen
 from dimat.tasks.huggingface.models import Architecture
+from dimat.tasks.huggingface.options import ModelOptions
 from dimat.tasks.models import seeded
 
 
 @dataclass(frozen=True)
 class ModelMaker:
-    """Makes a task's models, with adapters where there is `lora`.
+    """Makes a task's models, with adapters where the options have `lora`.
 
-    `seed`: without pretrained weights, or with a new classifier, the frozen base of adapters is drawn with it, so that
-    all agents have the same; `dtype`: the base's. Models with adapters share the memory of their frozen tensors as long
-    as they stay on the CPU, so that N agents of a process hold one base and N times adapters.
+    `names`: the options' keys as the user wrote them. `seed`: without pretrained weights, or with a new classifier,
+    the frozen base of adapters is drawn with it, so that all agents have the same. Models with adapters share the
+    memory of their frozen tensors as long as they stay on the CPU, so that N agents of a process hold one base and N
+    times adapters.
 
     Raises ConfigError for a `dtype` of weights that are trained.
     """
 
     architecture: Architecture
-    lora: LoraOptions | None = None
-    dtype: str = "fp32"
+    options: ModelOptions
+    names: OptionNames
     seed: int = 0
     _frozen: dict[str, Tensor] = field(default_factory=dict[str, Tensor], init=False, repr=False, compare=False)
     """Frozen tensors by name, which all models that this maker makes use: they are equal, and never change."""
 
     def __post_init__(self) -> None:
-        if self.lora is None and self.dtype != "fp32":
+        if self.options.lora is None and self.options.dtype != "fp32":
             raise ConfigError(
-                "task.options.dtype is for the frozen base of lora; trained weights are fp32 (see train.precision)"
+                f"task.options.{self.names('model.dtype')} is for the frozen base of lora; trained weights are fp32 "
+                "(see train.precision)"
             )
 
     def build(self, generator: torch.Generator) -> nn.Module:
         """Return a model; what is drawn in it comes from the generator."""
-        if self.lora is None:
+        lora = self.options.lora
+        if lora is None:
             return seeded(lambda: self.architecture.build())(generator)
-        base = seeded(lambda: self.architecture.build(self.dtype))(torch_generator(self.seed, "hf", "base"))
+        base = seeded(lambda: self.architecture.build(self.options.dtype))(torch_generator(self.seed, "hf", "base"))
         heads = head_names(base) if self.architecture.kind == "AutoModelForImageClassification" else ()
-        model = seeded(_adapter(base, self.lora, heads))(generator)
+        model = seeded(lambda: adapt(base, lora, heads, self.names("model.lora")))(generator)
         share_frozen(model, self._frozen)
         return model
 
     @cached_property
     def base_hash(self) -> str:
         """A hash of the frozen base and the adapters' scale; empty without adapters."""
-        return "" if self.lora is None else frozen_hash(self.build(torch.Generator().manual_seed(0)), self.lora)
+        lora = self.options.lora
+        return "" if lora is None else frozen_hash(self.build(torch.Generator().manual_seed(0)), lora)
 
     @property
     def merge_stages(self) -> Mapping[str, str] | None:
         """The stages in which adapters are merged; None without adapters."""
-        return None if self.lora is None else MERGE_STAGES
+        return None if self.options.lora is None else MERGE_STAGES
 
 
 class MadeByMaker:
-    """What a task says of its model that its maker knows; see `dimat.tasks.base.Task`."""
+    """Members of a task that its model's maker answers; see `dimat.tasks.Task`."""
 
     maker: ModelMaker
 
@@ -75,7 +81,3 @@ class MadeByMaker:
     def merge_stages(self) -> Mapping[str, str] | None:
         """The stages in which adapters are merged; None without adapters."""
         return self.maker.merge_stages
-
-
-def _adapter(base: nn.Module, lora: LoraOptions, heads: list[str] | tuple[str, ...]) -> Callable[[], nn.Module]:
-    return lambda: adapt(base, lora, heads)

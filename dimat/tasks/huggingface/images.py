@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -13,18 +13,42 @@ from pydantic import Field
 from torch import Tensor
 
 from dimat.errors import ConfigError, DataError
+from dimat.registry import OptionNames
 from dimat.tasks.classification import ClassificationTask
 from dimat.tasks.data import Subset, balanced_draw
 from dimat.tasks.huggingface.base import MadeByMaker, ModelMaker
 from dimat.tasks.huggingface.library import library
-from dimat.tasks.huggingface.lora import LoraOptions
 from dimat.tasks.huggingface.models import architecture, fits_kind
+from dimat.tasks.huggingface.options import MODEL, NAMES, Count, DataOptions, ModelOptions, ProbeOptions, moved_keys
 from dimat.tasks.huggingface.pixels import image_data, pixel_format
 from dimat.tasks.huggingface.sources import column_of, first_rows, open_probe, open_splits
 from dimat.tasks.image_files import IMAGE_COLUMNS, LABEL_COLUMNS
 from dimat.tasks.registry import TASKS
 
-Count = Annotated[int, Field(ge=1)]
+
+class ImageData(DataOptions):
+    """Labelled images: a Parquet file, a folder of them or of class folders of images, or a name on the hub.
+
+    `image_column`, `label_column`: by default the usual names. `classes`: their names in label order, where labels are
+    text; **agents with data of their own must give the same**. `size`, `mean`, `std`: instead of the settings of the
+    model's image processor. `augment`: random crop and flip when training.
+    """
+
+    image_column: str | None = None
+    classes: tuple[str, ...] | None = None
+    size: Count | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    augment: bool = False
+
+
+class ImageProbe(ProbeOptions):
+    """A probe set of images, 100 by default."""
+
+    count: Annotated[int, Field(ge=2)] = 100
+
+
+PROBE = ImageProbe()
 
 
 @dataclass(frozen=True)
@@ -40,109 +64,77 @@ class HfImageClassification(MadeByMaker, ClassificationTask):
         return super().metrics(outputs.logits, targets)
 
 
-@TASKS.register("hf-image-classification")
+@TASKS.register("hf-image-classification", moved=moved_keys(ImageData))
 def hf_image_classification(
     *,
-    data: str,
-    model: str | None = None,
-    config: str | dict[str, Any] | None = None,
-    test: str | None = None,
-    subset: str | None = None,
-    train_split: str = "train",
-    test_split: str = "test",
-    test_share: Annotated[float, Field(gt=0, lt=1)] = 0.1,
-    image_column: str | None = None,
-    label_column: str | None = None,
-    classes: tuple[str, ...] | None = None,
-    train_samples: Count | None = None,
-    test_samples: Count | None = None,
-    size: Annotated[int, Field(ge=1)] | None = None,
-    mean: tuple[float, ...] | None = None,
-    std: tuple[float, ...] | None = None,
-    augment: bool = False,
-    probe: Annotated[int, Field(ge=2)] = 100,
-    probe_data: str | None = None,
-    probe_subset: str | None = None,
-    probe_split: str | None = None,
-    lora: LoraOptions | None = None,
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32",
+    data: ImageData,
+    model: ModelOptions = MODEL,
+    probe: ImageProbe = PROBE,
     seed: Annotated[int, Field(ge=0)] = 0,
     folder: Path = Path(),
+    names: OptionNames = NAMES,
 ) -> HfImageClassification:
     """Image classification with a model and data from Hugging Face's libraries (extra `hf`), or from disk.
 
-    model: a folder of a pretrained model or its name on the hub; weights are read from safetensors only. Or config: a
-    folder, a config.json or a table such as { model_type = "vit", hidden_size = 64, … }, with random weights.
-    data: a Parquet file, a folder of them or of class folders of images, or a name on the hub (`subset`: its
-    configuration), with the splits `train_split` and `test_split`; test: test data apart from it. Where there are
-    none, `test_share` of the training data become them. image_column, label_column: the usual names by default.
-    classes: names in label order, where labels are text; **agents with data of their own must give the same**.
-    train_samples, test_samples: at most so many. size, mean, std: in the place of what the model's image processor
-    says. augment: random crop and flip when training. probe: training images set aside as the probe set; with
-    probe_data (a file, folder or name as `data` takes, with probe_subset and probe_split), images of that at most, and
-    all training images are trained on. **Agents that compare networks on it must give equal images, probe and seed**.
-    lora: { r, alpha, dropout, targets } freezes the model; adapters and the classifier are what agents exchange.
-    dtype: of the frozen base. seed: of what is drawn from the data, and of a frozen base without pretrained weights.
+    data: { name, … }, see `ImageData`. model: { name, … } or { config, … }, see `ModelOptions`; adapters and the
+    classifier are what agents with `lora` exchange. probe: `count` training images, or images of { name, … }, in which
+    case all training images are trained on. **Agents that compare networks on it must give equal images, probe and
+    seed**. seed: of the draws from the data, and of a frozen base without pretrained weights.
     """
-    train, held = open_splits(
-        data,
-        test,
-        subset=subset,
-        train_split=train_split,
-        test_split=test_split,
-        test_share=test_share,
-        seed=seed,
-        folder=folder,
-    )
-    image = column_of(train, image_column, IMAGE_COLUMNS, "image_column")
-    label = column_of(train, label_column, LABEL_COLUMNS, "label_column")
-    column_of(held, image, (), "image_column")
-    column_of(held, label, (), "label_column")
-    aside = probe if probe_data is None else 0
-    names = _class_names(train, held, label, classes)
-    train = first_rows(train, None if train_samples is None else train_samples + aside, seed)
-    held = first_rows(held, test_samples, seed)
-    labels, test_labels = (_labels(rows, label, names) for rows in (train, held))
+    train, held = open_splits(data, names, seed=seed, folder=folder)
+    option = names("data.image_column"), names("data.label_column")
+    image = column_of(train, data.image_column, IMAGE_COLUMNS, option[0])
+    label = column_of(train, data.label_column, LABEL_COLUMNS, option[1])
+    column_of(held, image, (), option[0])
+    column_of(held, label, (), option[1])
+    aside = probe.count if probe.name is None else 0
+    classes = _class_names(train, held, label, data.classes, names("data.classes"))
+    train = first_rows(train, None if data.train_samples is None else data.train_samples + aside, seed)
+    held = first_rows(held, data.test_samples, seed)
+    labels, test_labels = (_labels(rows, label, classes) for rows in (train, held))
     if len(labels) < aside + 2:
-        raise DataError(f"{len(labels)} images of {data} to train on are too few for a probe set of {aside}; set probe")
+        raise DataError(
+            f"{len(labels)} images of {data.name} to train on are too few for a probe set of {aside}; set "
+            f"task.options.{names('probe.count')}"
+        )
     changes: dict[str, Any] = {
-        "num_labels": len(names),
-        "id2label": dict(enumerate(names)),
-        "label2id": {name: i for i, name in enumerate(names)},
+        "num_labels": len(classes),
+        "id2label": dict(enumerate(classes)),
+        "label2id": {name: i for i, name in enumerate(classes)},
     }
-    built = architecture("AutoModelForImageClassification", model, config, folder, changes)
+    built = architecture("AutoModelForImageClassification", model, names, folder, changes)
     fits_kind(built)
-    form = pixel_format(built, size, mean, std)
-    maker = ModelMaker(built, lora, dtype, seed)
+    form = pixel_format(built, data.size, data.mean, data.std, names)
+    maker = ModelMaker(built, model, names, seed)
     order = balanced_draw(labels, len(labels), np.random.default_rng(seed))
     own, probes = order[aside:].sort().values, order[:aside]
-    images = image_data(train, image, labels, form, augment=augment)
+    images = image_data(train, image, labels, form, augment=data.augment)
     public = images
-    if probe_data is not None:
-        rows = open_probe(probe_data, subset=probe_subset, split=probe_split, folder=folder)
-        column_of(rows, image, (), "image_column")
-        column_of(rows, label, (), "label_column")
-        known = _labels(rows, label, names)
+    if probe.name is not None:
+        rows = open_probe(probe.name, probe, names, folder)
+        column_of(rows, image, (), option[0])
+        column_of(rows, label, (), option[1])
+        known = _labels(rows, label, classes)
         if len(known) < 2:
-            raise DataError(f"the probe set of {probe_data} has {len(known)} images; two are needed")
+            raise DataError(f"the probe set of {probe.name} has {len(known)} images; two are needed")
         public = image_data(rows, image, known, form, augment=False)
-        probes = balanced_draw(known, min(probe, len(known)), np.random.default_rng(seed))
+        probes = balanced_draw(known, min(probe.count, len(known)), np.random.default_rng(seed))
     return HfImageClassification(
         name="hf-image-classification",
         model=maker.build,
         train=Subset(images, own),
         test=image_data(held, image, test_labels, form, augment=False),
         probe=Subset(public, probes),
-        classes=names,
+        classes=classes,
         maker=maker,
     )
 
 
-def _class_names(train: Any, held: Any, column: str, classes: tuple[str, ...] | None) -> tuple[str, ...]:
+def _class_names(train: Any, held: Any, column: str, classes: tuple[str, ...] | None, option: str) -> tuple[str, ...]:
     """Return the names of the classes: those given, those the data name, or those that occur in them."""
     if classes is not None:
         if len(set(classes)) != len(classes) or len(classes) < 2:
-            raise ConfigError("task.options.classes must be two names or more, each once")
+            raise ConfigError(f"task.options.{option} must be two names or more, each once")
         return classes
     feature, other = train.features[column], held.features[column]
     label_kind = library("datasets").ClassLabel

@@ -8,31 +8,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from blake3 import blake3
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
 from dimat.errors import ConfigError, DimatError
 from dimat.tasks.huggingface.library import first_line, library
+from dimat.tasks.huggingface.options import LoraOptions
 
 MERGE_STAGES = {"align": "none", "combine": "lora-svd", "repair": "none"}
 """How adapters are merged: in the space of their products. Units are not moved, as the base that they meet is."""
-
-
-class LoraOptions(BaseModel):
-    """`r`: rank; `alpha`: the product of the factors is scaled by alpha / r; `dropout` before the first factor;
-    `targets`: endings of the names of the modules that are adapted, "all-linear", or PEFT's choice for the model."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    r: Annotated[int, Field(ge=1)] = 8
-    alpha: Annotated[float, Field(gt=0)] = 16.0
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    targets: tuple[str, ...] | str | None = None
 
 
 class KeepNames:
@@ -46,17 +34,19 @@ class KeepNames:
             del state[name]
 
 
-def adapt(base: nn.Module, options: LoraOptions, heads: Collection[str] = ()) -> nn.Module:
+def adapt(base: nn.Module, options: LoraOptions, heads: Collection[str] = (), option: str = "model.lora") -> nn.Module:
     """Freeze a model, add adapters, and return it with a state dict of what is trained.
 
     The first factors are drawn from torch's global generator, the second are 0. `heads`: modules that are trained
-    whole, such as a new classifier. Raises ConfigError for targets that the model has not, and for a model with
-    BatchNorm, whose statistics would change in a base that must not.
+    whole, such as a new classifier; `option`: the key of `options` as the user wrote it.
+
+    Raises ConfigError for targets that the model has not, and for a model with BatchNorm, whose statistics would change
+    in a base that must not.
     """
     for name, module in base.named_modules():
         if isinstance(module, _BatchNorm) and module.track_running_stats:
             raise ConfigError(
-                f"task.options.lora: {name} is a BatchNorm, and training would change its statistics in the frozen "
+                f"task.options.{option}: {name} is a BatchNorm, and training would change its statistics in the frozen "
                 "base; take a model without BatchNorm, or leave lora out"
             )
     peft = library("peft")
@@ -76,7 +66,7 @@ def adapt(base: nn.Module, options: LoraOptions, heads: Collection[str] = ()) ->
                 ),
             )
     except ValueError as error:
-        raise ConfigError(f"task.options.lora.targets: {first_line(error)}") from error
+        raise ConfigError(f"task.options.{option}.targets: {first_line(error)}") from error
     trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
     adapted.register_state_dict_post_hook(KeepNames(trained))
     return adapted

@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from dimat.errors import ConfigError, nearest
+from dimat.registry import OptionNames
 from dimat.tasks.huggingface.library import first_line, library, local_path, telling
+from dimat.tasks.huggingface.options import ModelOptions
 
 Kind = Literal["AutoModelForImageClassification", "AutoModelForCausalLM"]
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -21,11 +23,13 @@ TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Architecture:
     """A model that can be built: its configuration, and where its weights are if it is a pretrained one.
 
-    `changes`: what the task sets in the configuration, e.g. the number of classes.
+    `option`: the key that describes it, as the user wrote it. `changes`: settings of the configuration that the task
+    makes, e.g. the number of classes.
     """
 
     kind: Kind
     config: Any
+    option: str
     weights: str | None = None
     local: bool = True
     changes: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -38,8 +42,10 @@ class Architecture:
             try:
                 return maker.from_config(self.config, dtype=TYPES[dtype])
             except Exception as error:  # sizes that do not fit each other fail anywhere in a model
-                raise ConfigError(f"task.options.config: no such model can be made: {first_line(error)}") from error
-        with telling("model", self.weights, self.local):
+                raise ConfigError(
+                    f"task.options.{self.option}: no such model can be made: {first_line(error)}"
+                ) from error
+        with telling(self.option, self.weights, self.local):
             return maker.from_pretrained(
                 self.weights,
                 config=self.config,
@@ -52,25 +58,27 @@ class Architecture:
 
 
 def architecture(
-    kind: Kind, model: str | None, config: str | Mapping[str, Any] | None, folder: Path, changes: Mapping[str, Any]
+    kind: Kind, model: ModelOptions, names: OptionNames, folder: Path, changes: Mapping[str, Any]
 ) -> Architecture:
-    """Return what the options `model` and `config`, of which one is given, describe.
+    """Return the architecture that `model.name` or `model.config`, of which one is given, describes.
 
-    `config`: a folder with a config.json, that file, or a table of `model_type` and sizes; its weights are random.
-    Raises ConfigError, DataError or NetworkError that names the option.
+    Raises ConfigError, DataError or NetworkError that names the option as the user wrote it (`names`).
     """
-    if (model is None) == (config is None):
-        raise ConfigError("give task.options.model (pretrained) or task.options.config (random weights), one of them")
+    pretrained, drawn = names("model.name"), names("model.config")
+    if (model.name is None) == (model.config is None):
+        raise ConfigError(
+            f"give task.options.{pretrained} (pretrained) or task.options.{drawn} (random weights), one of them"
+        )
     auto = library("transformers").AutoConfig
-    if isinstance(config, Mapping):
-        return Architecture(kind, _from_table(auto, config, changes), changes=changes)
-    option, name = ("model", model) if config is None else ("config", config)
+    if isinstance(model.config, Mapping):
+        return Architecture(kind, _from_table(auto, model.config, changes, drawn), drawn, changes=changes)
+    option, name = (pretrained, model.name) if model.config is None else (drawn, model.config)
     assert name is not None
     path = local_path(name, folder, option)
     where = name if path is None else str(path)
     with telling(option, where, path is not None):
         read = auto.from_pretrained(where, local_files_only=path is not None, trust_remote_code=False, **changes)
-    return Architecture(kind, read, where if option == "model" else None, path is not None, changes)
+    return Architecture(kind, read, option, where if model.config is None else None, path is not None, changes)
 
 
 def fits_kind(built: Architecture) -> None:
@@ -81,20 +89,20 @@ def fits_kind(built: Architecture) -> None:
         raise ConfigError(f"transformers has no {what} of the type {built.config.model_type!r}; choose another model")
 
 
-def _from_table(auto: Any, table: Mapping[str, Any], changes: Mapping[str, Any]) -> Any:
+def _from_table(auto: Any, table: Mapping[str, Any], changes: Mapping[str, Any], option: str) -> Any:
     sizes = dict(table)
     kind = sizes.pop("model_type", None)
     if not isinstance(kind, str):
-        raise ConfigError('task.options.config needs model_type, e.g. { model_type = "vit", hidden_size = 64 }')
+        raise ConfigError(f'task.options.{option} needs model_type, e.g. {{ model_type = "vit", hidden_size = 64 }}')
     known: list[str] = list(library("transformers").CONFIG_MAPPING.keys())
     if kind not in known:
-        raise ConfigError(f"task.options.config: transformers has no model_type {kind!r}{nearest(kind, known)}")
+        raise ConfigError(f"task.options.{option}: transformers has no model_type {kind!r}{nearest(kind, known)}")
     plain = auto.for_model(kind)
     for name in sizes:
         if not hasattr(plain, name):
             public = [key for key in plain.to_dict() if not key.startswith("_")]
-            raise ConfigError(f"task.options.config: {kind} has no setting {name!r}{nearest(name, public)}")
+            raise ConfigError(f"task.options.{option}: {kind} has no setting {name!r}{nearest(name, public)}")
     try:
         return auto.for_model(kind, **{**sizes, **changes})
     except Exception as error:  # each configuration checks its values in its own way
-        raise ConfigError(f"task.options.config: {first_line(error)}") from error
+        raise ConfigError(f"task.options.{option}: {first_line(error)}") from error

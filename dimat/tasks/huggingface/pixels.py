@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dimat.errors import ConfigError, DataError
+from dimat.registry import OptionNames
 from dimat.tasks.base import Batch, Data
 from dimat.tasks.data import TensorData
 from dimat.tasks.huggingface.library import library, telling
@@ -30,7 +31,7 @@ CONVNEXT_CROPS_BELOW = 384
 class PixelFormat:
     """Images become (channels, height, width) uint8, and then (x / 255 − mean) / std per channel.
 
-    `shortest`: the shorter edge is resized to so many pixels and the middle of (height, width) is cut out; without it
+    `shortest`: the shorter edge is resized to this many pixels and the middle of (height, width) is cut out; without it
     an image is resized to (height, width). `resample`: pillow's number of the filter.
     """
 
@@ -67,22 +68,28 @@ def pixel_format(
     size: int | None,
     mean: tuple[float, ...] | None,
     std: tuple[float, ...] | None,
+    names: OptionNames,
 ) -> PixelFormat:
-    """Return what the image processor of a pretrained model says, with `size`, `mean` and `std` in its place where
-    they are given. Without a processor: the configuration's image size, and mean and std of 0.5."""
+    """Return the format that a pretrained model's image processor asks for; `size`, `mean` and `std`, where given, go
+    before it. Without a processor: the configuration's image size, and mean and std of 0.5. Raises ConfigError that
+    names the option as the user wrote it (`names`)."""
     held = _processor(built)
     channels = int(getattr(built.config, "num_channels", 3))
     if channels not in (1, 3):
         raise ConfigError(f"the model takes images of {channels} channels; this task reads 1 (grey) or 3 (RGB)")
-    height, width, shortest = _sizes(built, held, size)
+    sizes = _sizes(built, held, size)
+    if sizes is None:
+        raise ConfigError(f"set task.options.{names('data.size')}: the model does not say how large its images are")
+    height, width, shortest = sizes
     plain = not held.get("do_normalize", True)
     means = mean or tuple(held.get("image_mean") or (0.5,) * channels if not plain else (0.0,) * channels)
     stds = std or tuple(held.get("image_std") or (0.5,) * channels if not plain else (1.0,) * channels)
     for name, values in (("mean", means), ("std", stds)):
         if len(values) != channels:
-            raise ConfigError(f"task.options.{name} has {len(values)} values; the model takes {channels} channels")
+            option = names(f"data.{name}")
+            raise ConfigError(f"task.options.{option} has {len(values)} values; the model takes {channels} channels")
     if min(stds) <= 0:
-        raise ConfigError("task.options.std must be positive")
+        raise ConfigError(f"task.options.{names('data.std')} must be positive")
     return PixelFormat(channels, height, width, shortest, int(held.get("resample", BILINEAR)), means, stds)
 
 
@@ -142,12 +149,13 @@ def _processor(built: Architecture) -> dict[str, Any]:
     from importlib import import_module
 
     mixin = import_module("transformers.image_processing_base").ImageProcessingMixin
-    with telling("model", built.weights, built.local):
+    with telling(built.option, built.weights, built.local):
         return dict(mixin.get_image_processor_dict(built.weights, local_files_only=built.local)[0])
 
 
-def _sizes(built: Architecture, held: Mapping[str, Any], size: int | None) -> tuple[int, int, int | None]:
-    """Return height, width and the length to which the shorter edge is resized, None where both edges are."""
+def _sizes(built: Architecture, held: Mapping[str, Any], size: int | None) -> tuple[int, int, int | None] | None:
+    """Return height, width and the length to which the shorter edge is resized (None where both edges are); None
+    where nobody says them."""
     if size is not None:
         return size, size, None
     told = held.get("size")
@@ -171,4 +179,4 @@ def _sizes(built: Architecture, held: Mapping[str, Any], size: int | None) -> tu
         return known, known, None
     if isinstance(known, list | tuple) and len(known) == 2:
         return int(known[0]), int(known[1]), None
-    raise ConfigError("set task.options.size: the model does not say how large its images are")
+    return None

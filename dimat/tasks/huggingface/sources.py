@@ -1,4 +1,4 @@
-"""Where the examples come from: files on disk or a data set on the hub, as the data sets of `datasets`."""
+"""Opens the examples of a task, from files on disk or from the hub, as data sets of the library `datasets`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from dimat.errors import ConfigError, DataError, nearest
+from dimat.registry import OptionNames
 from dimat.tasks.huggingface.library import library, local_path, telling
+from dimat.tasks.huggingface.options import DataOptions, ProbeOptions
 
 BUILDERS = {
     ".parquet": "parquet",
@@ -20,53 +22,48 @@ BUILDERS = {
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
-def open_splits(
-    data: str,
-    test: str | None,
-    *,
-    subset: str | None,
-    train_split: str,
-    test_split: str,
-    test_share: float,
-    seed: int,
-    folder: Path,
-) -> tuple[Any, Any]:
+def open_splits(options: DataOptions, names: OptionNames, *, seed: int, folder: Path) -> tuple[Any, Any]:
     """Return the training and the test data as `datasets.Dataset`s.
 
-    `data`, `test`: a Parquet, JSON Lines, CSV or text file, a folder of such files or of class folders of images, or
-    a name on the hub, with `subset` as its configuration. A source of several splits has them by the names
-    `train_split` and `test_split`. Where no test data are to be had, `test_share` of the training data, drawn with
-    `seed`, become them. Raises DataError, ConfigError or NetworkError that names the option.
+    `options.name`, `options.test`: a Parquet, JSON Lines, CSV or text file, a folder of such files or of class folders
+    of images, or a name on the hub. Where there are no test data, a share of the training data, drawn with `seed`,
+    become them. Raises DataError, ConfigError or NetworkError that names the option as the user wrote it (`names`).
     """
-    splits = _open(data, "data", subset, folder)
-    train = _split(splits, train_split, "train_split", data)
+    data, test, held_split = options.name, options.test, options.test_split
+    splits = _open(data, names("data.name"), options.subset, folder)
+    train = _split(splits, options.train_split, names("data.train_split"), data)
     if test is not None:
-        others = _open(test, "test", subset, folder)
+        others = _open(test, names("data.test"), options.subset, folder)
         # a file or folder of its own has its rows in one split, whatever that is called
-        held = next(iter(others.values())) if len(others) == 1 else _split(others, test_split, "test_split", test)
-    elif test_split in splits and test_split != train_split:
-        held = splits[test_split]
+        one = len(others) == 1
+        held = next(iter(others.values())) if one else _split(others, held_split, names("data.test_split"), test)
+    elif held_split in splits and held_split != options.train_split:
+        held = splits[held_split]
     elif len(splits) > 1:
-        held = _split(splits, test_split, "test_split", data)
+        held = _split(splits, held_split, names("data.test_split"), data)
     else:
         if len(train) < 2:
-            raise DataError(f"task.options.data: {data} has {len(train)} rows, too few to set any aside for testing")
-        parted = train.train_test_split(test_size=test_share, seed=seed)
+            option = names("data.name")
+            raise DataError(
+                f"task.options.{option}: {data} has {len(train)} rows, too few to set any aside for testing"
+            )
+        parted = train.train_test_split(test_size=options.test_share, seed=seed)
         train, held = parted["train"], parted["test"]
     return train, held
 
 
-def open_probe(name: str, *, subset: str | None, split: str | None, folder: Path) -> Any:
-    """Return data that are set aside for the probe set, as a `datasets.Dataset`. `name` is what `open_splits` takes;
-    `split`: which one of a source of several. Raises as `open_splits` does."""
-    splits = _open(name, "probe_data", subset, folder)
-    if split is None and len(splits) == 1:
+def open_probe(name: str, options: ProbeOptions, names: OptionNames, folder: Path) -> Any:
+    """Return the source that the probe set is drawn from, as a `datasets.Dataset`. `name`: what `open_splits` takes.
+    Raises as `open_splits` does."""
+    splits = _open(name, names("probe.name"), options.subset, folder)
+    if options.split is None and len(splits) == 1:
         return next(iter(splits.values()))
-    return _split(splits, split or "train", "probe_split", name)
+    return _split(splits, options.split or "train", names("probe.split"), name)
 
 
 def column_of(rows: Any, wanted: str | None, usual: tuple[str, ...], option: str) -> str:
-    """Return the column that the option names, or the first of the usual ones; ConfigError where there is none."""
+    """Return the column that the option (its key as the user wrote it) names, or the first of the usual ones.
+    Raises ConfigError where there is none."""
     names: list[str] = list(rows.column_names)
     if wanted is not None:
         if wanted in names:
@@ -82,7 +79,7 @@ def column_of(rows: Any, wanted: str | None, usual: tuple[str, ...], option: str
 
 
 def first_rows(rows: Any, most: int | None, seed: int) -> Any:
-    """Return at most so many rows, drawn with `seed`, in the order of the data."""
+    """Return at most `most` rows, drawn with `seed`, in the order of the data."""
     if most is None or most >= len(rows):
         return rows
     import numpy as np

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,10 @@ import torch
 from torch import Tensor
 
 from dimat.errors import ConfigError, DataError
+from dimat.registry import OptionNames
 from dimat.tasks.base import Batch
 from dimat.tasks.huggingface.library import library, local_path, telling
+from dimat.tasks.huggingface.options import ModelOptions
 
 BYTES = "bytes"
 DOCUMENTS = 1000  # tokenised at a time
@@ -58,17 +59,19 @@ class Blocks:
         return Batch((block,), block)
 
 
-def tokenizer_of(
-    tokenizer: str | None, model: str | None, config: str | Mapping[str, Any] | None, folder: Path
-) -> Tokens:
-    """Return the tokenizer that the options name: `tokenizer`, or that of the model's folder or name."""
+def tokenizer_of(tokenizer: str | None, model: ModelOptions, names: OptionNames, folder: Path) -> Tokens:
+    """Return the tokenizer that the options name: `tokenizer`, or that of the model's folder or name.
+
+    Raises ConfigError, DataError or NetworkError that names the option as the user wrote it (`names`).
+    """
     if tokenizer == BYTES:
         return Tokens(257, 256)
-    option, name = ("tokenizer", tokenizer) if tokenizer is not None else ("model", model)
-    if name is None:
-        if not isinstance(config, str):
-            raise ConfigError('task.options.tokenizer: which one? A folder, a name on the hub, or "bytes"')
-        option, name = "config", config
+    given = {"data.tokenizer": tokenizer, "model.name": model.name, "model.config": model.config}
+    key, name = next(((key, value) for key, value in given.items() if isinstance(value, str)), ("", ""))
+    if not key:
+        option = names("data.tokenizer")
+        raise ConfigError(f'task.options.{option}: which one? A folder, a name on the hub, or "bytes"')
+    option = names(key)
     path = local_path(name, folder, option)
     if path is not None and path.is_file():
         path = path.parent
@@ -80,9 +83,17 @@ def tokenizer_of(
 
 
 def pack(
-    rows: Any, column: str, label: str | None, classes: tuple[str, ...], tokens: Tokens, length: int, what: str
+    rows: Any,
+    column: str,
+    label: str | None,
+    classes: tuple[str, ...],
+    tokens: Tokens,
+    length: int,
+    what: str,
+    option: str,
 ) -> Blocks:
     """Tokenise documents and cut them, one after the other, into blocks of `length` tokens; each class by itself.
+    `option`: the key of `length` as the user wrote it.
 
     Raises DataError where not one block is filled, and for rows that are no text.
     """
@@ -106,6 +117,6 @@ def pack(
         blocks.append(torch.from_numpy(joined[: whole * length].reshape(whole, length).copy()))
     ids = torch.cat(blocks)
     if not len(ids):
-        raise DataError(f"the {what} fills not one block of {length} tokens; lower task.options.max_length")
+        raise DataError(f"the {what} fills not one block of {length} tokens; lower task.options.{option}")
     labels = torch.cat([torch.full((len(b),), i) for i, b in enumerate(blocks)]) if classes else None
     return Blocks(ids, labels)

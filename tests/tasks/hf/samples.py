@@ -52,6 +52,14 @@ LLAMA = {
 }
 
 
+def grouped(defaults: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Return a task's options with changes put into their groups; a value that is no group replaces what was there."""
+    tree = dict(defaults)
+    for key, value in changes.items():
+        tree[key] = {**tree.get(key, {}), **value} if isinstance(value, dict) else value
+    return tree
+
+
 def picture(label: int, generator: np.random.Generator, size: int = 12) -> np.ndarray[Any, Any]:
     """Return noise that is brighter in channel `label`, (size, size, 3) uint8."""
     pixels = generator.integers(0, 120, (size, size, 3), dtype=np.uint8)

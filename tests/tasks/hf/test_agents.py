@@ -30,11 +30,11 @@ RANK = 2
 TABLES = {
     "task": 'name = "hf-causal-lm"\npartition = { kind = "iid" }',
     "task.options": """
-data = "text.txt"
+data = { name = "text.txt", tokenizer = "bytes", max_length = 32 }
+probe = { count = 8 }
+
+[task.options.model]
 config = { model_type = "gpt2", n_embd = 64, n_layer = 2, n_head = 4, n_positions = 64 }
-tokenizer = "bytes"
-max_length = 32
-probe = 8
 lora = { r = 2, targets = "all-linear" }
 """,
     "train": 'steps_per_round = 10\nbatch_size = 8\noptimizer = { name = "adam", lr = 0.01 }',

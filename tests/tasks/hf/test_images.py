@@ -17,13 +17,13 @@ from dimat.errors import ConfigError, DataError
 from dimat.seeds import torch_generator
 from dimat.symmetry import derive_symmetry, verify_symmetry
 from dimat.tasks import Task, load_task, partition
-from tests.tasks.hf.samples import CONVNEXT, RESNET, VIT, picture, png, write_class_folders, write_parquet
+from tests.tasks.hf.samples import CONVNEXT, RESNET, VIT, grouped, picture, png, write_class_folders, write_parquet
 
 
 def made(folder: Path, **options: Any) -> Any:
-    tree = {"data": "colours.parquet", "config": VIT, "probe": 6, **options}
-    if tree["config"] == RESNET:  # which says nothing of how large its images are
-        tree["size"] = 12
+    tree = grouped({"data": {"name": "colours.parquet"}, "model": {"config": VIT}, "probe": {"count": 6}}, options)
+    if tree["model"].get("config") == RESNET:  # which says nothing of how large its images are
+        tree["data"]["size"] = 12
     return load_task(TaskConfig(name="hf-image-classification", options=tree), folder)
 
 
@@ -35,7 +35,7 @@ def colours(tmp_path: Path) -> Path:
 
 def test_a_task_from_parquet_is_one(colours: Path) -> None:
     """Splits are disjoint and of the sizes asked for; images come as the processor of the model has them."""
-    task = made(colours, test_share=0.25)
+    task = made(colours, data={"test_share": 0.25})
     assert isinstance(task, Task)
     assert task.classes == ("0", "1", "2")
     train, test, probe = (task.data(split) for split in ("train", "test", "probe"))
@@ -54,7 +54,7 @@ def test_a_task_from_parquet_is_one(colours: Path) -> None:
 @pytest.mark.parametrize("config", [VIT, RESNET, CONVNEXT], ids=lambda c: c["model_type"])
 def test_models_are_drawn_from_the_generator_alone(colours: Path, config: dict[str, Any]) -> None:
     """Equal seeds give equal weights and others do not; the global stream is as it was; logits are the model's."""
-    task = made(colours, config=config)
+    task = made(colours, model={"config": config})
     before = torch.random.get_rng_state()
     one, same, other = (task.build_model(torch_generator(seed, "init")) for seed in (0, 0, 1))
     assert torch.equal(torch.random.get_rng_state(), before)
@@ -72,7 +72,7 @@ def test_models_are_drawn_from_the_generator_alone(colours: Path, config: dict[s
 @pytest.mark.parametrize("config", [VIT, RESNET, CONVNEXT], ids=lambda c: c["model_type"])
 def test_groups_are_derived_and_hold(colours: Path, config: dict[str, Any]) -> None:
     """Alignment goes by groups of the model as the task builds it; random permutations leave its outputs."""
-    task = made(colours, config=config)
+    task = made(colours, model={"config": config})
     model = task.build_model(torch_generator(0, "init"))
     spec = derive_symmetry(model, task.example_inputs())
     assert spec.groups
@@ -89,7 +89,7 @@ def test_a_pretrained_folder_with_its_processor(colours: Path) -> None:
     held = {"do_resize": True, "size": {"shortest_edge": 16}, "do_center_crop": True, "resample": 3}
     held |= {"crop_size": {"height": 12, "width": 12}, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7]}
     (colours / "vit" / "preprocessor_config.json").write_text(json.dumps(held))
-    task = made(colours, model="vit", config=None)
+    task = made(colours, model={"name": "vit", "config": None})
     model = task.build_model(torch_generator(0, "init"))
     assert all(torch.equal(t, source.state_dict()[name]) for name, t in model.state_dict().items())
     generator = np.random.default_rng(0)
@@ -99,13 +99,18 @@ def test_a_pretrained_folder_with_its_processor(colours: Path) -> None:
 
     images = [{"bytes": png(p), "path": None} for p in written]
     parquet.write_table(pa.table({"image": images, "label": [0, 1, 2] * 4}), colours / "large.parquet")
-    task = made(colours, model="vit", config=None, data="large.parquet", test="large.parquet", probe=2)
+    task = made(
+        colours,
+        data={"name": "large.parquet", "test": "large.parquet"},
+        model={"name": "vit", "config": None},
+        probe={"count": 2},
+    )
     found = task.data("test").batch(torch.tensor([0])).inputs[0][0]
     resized = Image.fromarray(written[0]).resize((16, 16), Image.Resampling.BICUBIC).crop((2, 2, 14, 14))
     expected = torch.from_numpy(np.asarray(resized).copy()).permute(2, 0, 1) / 255
     expected = (expected - torch.tensor([0.1, 0.2, 0.3])[:, None, None]) / torch.tensor([0.5, 0.6, 0.7])[:, None, None]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-    five = made(colours, model="five", config=None)
+    five = made(colours, model={"name": "five", "config": None})
     one, two = (five.build_model(torch_generator(seed, "init")) for seed in (0, 0))
     assert one.classifier.weight.shape == (3, 16)
     assert torch.equal(one.classifier.weight, two.classifier.weight)
@@ -114,18 +119,18 @@ def test_a_pretrained_folder_with_its_processor(colours: Path) -> None:
 def test_class_folders_and_text_labels(tmp_path: Path) -> None:
     """Folders name the classes and the splits; text labels are sorted, or in the order that is given."""
     write_class_folders(tmp_path / "flowers")
-    task = made(tmp_path, data="flowers")
+    task = made(tmp_path, data={"name": "flowers"})
     assert task.classes == ("blue", "green", "red")
     assert (len(task.data("train")), len(task.data("test"))) == (24, 30)
     batch = task.data("test").batch(torch.arange(30))
     assert torch.equal(batch.inputs[0].mean((2, 3)).argmax(1), batch.targets)
     names = ["rot", "grün", "blau"] * 40
     write_parquet(tmp_path / "text.parquet", 120, farbe=names)
-    task = made(tmp_path, data="text.parquet", label_column="farbe", classes=["rot", "grün", "blau"])
+    task = made(tmp_path, data={"name": "text.parquet", "label_column": "farbe", "classes": ["rot", "grün", "blau"]})
     assert task.classes == ("rot", "grün", "blau")
     batch = task.data("train").batch(torch.arange(50))
     assert torch.equal(batch.inputs[0].mean((2, 3)).argmax(1), batch.targets)
-    assert made(tmp_path, data="text.parquet", label_column="farbe").classes == ("blau", "grün", "rot")
+    assert made(tmp_path, data={"name": "text.parquet", "label_column": "farbe"}).classes == ("blau", "grün", "rot")
 
 
 def test_labels_can_be_partitioned(colours: Path) -> None:
@@ -149,22 +154,30 @@ def test_decoding_when_read_gives_the_same(colours: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("options", "error", "said"),
     [
-        ({"config": {**VIT, "hiden_size": 3}}, ConfigError, "no setting 'hiden_size'; did you mean 'hidden_size'"),
-        ({"config": {"model_type": "vitt"}}, ConfigError, "no model_type 'vitt'; did you mean 'vit'"),
-        ({"config": {"model_type": "gpt2"}}, ConfigError, "no image classifier of the type 'gpt2'"),
-        ({"config": {**VIT, "hidden_size": "x"}}, ConfigError, "task.options.config"),
-        ({"config": {"hidden_size": 3}}, ConfigError, "needs model_type"),
-        ({"config": None}, ConfigError, "give task.options.model (pretrained) or task.options.config"),
-        ({"data": "nowhere.parquet"}, DataError, "there is no file or folder"),
-        ({"data": "colours.parquet", "label_column": "lable"}, ConfigError, "no column 'lable'; did you mean 'label'"),
-        ({"train_split": "trian"}, ConfigError, "no split 'trian'; did you mean 'train'"),
-        ({"classes": ["a", "b"]}, DataError, "label 2 is none of the 2 classes"),
-        ({"probe": 119}, DataError, "too few for a probe set of 119"),
-        ({"mean": [0.5]}, ConfigError, "task.options.mean has 1 values"),
-        ({"dtype": "bf16"}, ConfigError, "task.options.dtype is for the frozen base of lora"),
-        ({"lora": {"rank": 4}}, ConfigError, "Extra inputs are not permitted"),
-        ({"lora": {"targets": ["nothing"]}}, ConfigError, "task.options.lora.targets"),
-        ({"config": RESNET, "lora": {}}, ConfigError, "is a BatchNorm"),
+        (
+            {"model": {"config": {**VIT, "hiden_size": 3}}},
+            ConfigError,
+            "no setting 'hiden_size'; did you mean 'hidden_size'",
+        ),
+        ({"model": {"config": {"model_type": "vitt"}}}, ConfigError, "no model_type 'vitt'; did you mean 'vit'"),
+        ({"model": {"config": {"model_type": "gpt2"}}}, ConfigError, "no image classifier of the type 'gpt2'"),
+        ({"model": {"config": {**VIT, "hidden_size": "x"}}}, ConfigError, "task.options.model.config"),
+        ({"model": {"config": {"hidden_size": 3}}}, ConfigError, "task.options.model.config needs model_type"),
+        (
+            {"model": {"config": None}},
+            ConfigError,
+            "give task.options.model.name (pretrained) or task.options.model.config (random weights)",
+        ),
+        ({"data": {"name": "nowhere.parquet"}}, DataError, "task.options.data.name: there is no file or folder"),
+        ({"data": {"label_column": "lable"}}, ConfigError, "no column 'lable'; did you mean 'label'"),
+        ({"data": {"train_split": "trian"}}, ConfigError, "no split 'trian'; did you mean 'train'"),
+        ({"data": {"classes": ["a", "b"]}}, DataError, "label 2 is none of the 2 classes"),
+        ({"probe": {"count": 119}}, DataError, "too few for a probe set of 119; set task.options.probe.count"),
+        ({"data": {"mean": [0.5]}}, ConfigError, "task.options.data.mean has 1 values"),
+        ({"model": {"dtype": "bf16"}}, ConfigError, "task.options.model.dtype is for the frozen base of lora"),
+        ({"model": {"lora": {"rank": 4}}}, ConfigError, "option 'model.lora' has no key 'rank' (its keys: alpha"),
+        ({"model": {"lora": {"targets": ["nothing"]}}}, ConfigError, "task.options.model.lora.targets"),
+        ({"model": {"config": RESNET, "lora": {}}}, ConfigError, "is a BatchNorm"),
         ({"epochs": 3}, ConfigError, "has no option 'epochs'"),
     ],
 )
@@ -184,7 +197,7 @@ def test_a_damaged_image_is_named(tmp_path: Path) -> None:
     rows = [{"bytes": b"no image" if i == 7 else good, "path": None} for i in range(20)]
     parquet.write_table(pa.table({"image": rows, "label": [0, 1] * 10}), tmp_path / "colours.parquet")
     with pytest.raises(DataError, match=r"column 'image', row \d+ is no readable image"):
-        made(tmp_path, probe=2)
+        made(tmp_path, probe={"count": 2})
 
 
 def test_weights_that_are_no_safetensors_are_refused(colours: Path) -> None:
@@ -194,16 +207,16 @@ def test_weights_that_are_no_safetensors_are_refused(colours: Path) -> None:
     model.config.save_pretrained(colours / "pickled")
     torch.save(model.state_dict(), colours / "pickled" / "pytorch_model.bin")
     with pytest.raises(DataError, match="safetensors"):
-        made(colours, model="pickled", config=None).build_model(torch_generator(0))
+        made(colours, model={"name": "pickled", "config": None}).build_model(torch_generator(0))
 
 
 def test_probe_images_of_their_own(colours: Path) -> None:
     """Probe images are those of the probe file, classes in balance and without augmentation; all training images are
     trained on."""
     write_parquet(colours / "public.parquet", 30, seed=4)
-    task = made(colours, probe_data="public.parquet", probe=9, augment=True)
-    whole = {"data": "public.parquet", "probe_data": "public.parquet", "probe_split": "train"}
-    every = made(colours, probe=9, **whole).data("probe")
+    task = made(colours, data={"augment": True}, probe={"name": "public.parquet", "count": 9})
+    whole = {"name": "public.parquet", "split": "train", "count": 9}
+    every = made(colours, data={"name": "public.parquet"}, probe=whole).data("probe")
     probe, plain = task.data("probe"), made(colours)
     assert len(task.data("train")) == len(plain.data("train")) + len(plain.data("probe"))
     assert probe.labels is not None
@@ -212,5 +225,5 @@ def test_probe_images_of_their_own(colours: Path) -> None:
     first = probe.batch(rows, torch_generator(0)).inputs[0]
     assert torch.equal(first, probe.batch(rows, torch_generator(1)).inputs[0])
     assert torch.equal(first, every.batch(rows).inputs[0])
-    with pytest.raises(DataError, match=r"task.options.probe_data: there is no file or folder"):
-        made(colours, probe_data="./nothing.parquet")
+    with pytest.raises(DataError, match=r"task.options.probe.name: there is no file or folder"):
+        made(colours, probe={"name": "./nothing.parquet"})

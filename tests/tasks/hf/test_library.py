@@ -26,7 +26,8 @@ def test_a_missing_package_is_one_line(tmp_path: Path, monkeypatch: pytest.Monke
     """With the command that installs the extra."""
     write_text(tmp_path / "text.txt", 40)
     monkeypatch.setitem(sys.modules, package, None)
-    options: dict[str, Any] = {"data": "text.txt", "config": GPT2, "tokenizer": "bytes", "max_length": 32, "lora": {}}
+    data = {"name": "text.txt", "tokenizer": "bytes", "max_length": 32}
+    options: dict[str, Any] = {"data": data, "model": {"config": GPT2, "lora": {}}}
     with pytest.raises(ConfigError) as caught:
         load_task(TaskConfig(name="hf-causal-lm", options=options), tmp_path).build_model(torch_generator(0))
     said = str(caught.value)
@@ -36,14 +37,14 @@ def test_a_missing_package_is_one_line(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    "changes", [["task.options.data=some-owner/some-data"], ["task.options.model=some-owner/some-model"]]
+    "changes", [["task.options.data.name=some-owner/some-data"], ["task.options.model.name=some-owner/some-model"]]
 )
 def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path: Path, changes: list[str]) -> None:
     """Exit code 3, what was asked for, and that a folder does without: a process of its own, which is offline."""
     write_text(tmp_path / "text.txt", 40)
-    (tmp_path / "e.toml").write_text('[task]\nname = "hf-causal-lm"\n[task.options]\ndata = "text.txt"\n')
+    (tmp_path / "e.toml").write_text('[task]\nname = "hf-causal-lm"\n[task.options.data]\nname = "text.txt"\n')
     if "data" in changes[0]:
-        changes = [*changes, f"task.options.config={GPT2_TOML}", "task.options.tokenizer=bytes"]
+        changes = [*changes, f"task.options.model.config={GPT2_TOML}", "task.options.data.tokenizer=bytes"]
     program = [sys.executable, "-m", "dimat.cli", "simulate", "e.toml", *(w for c in changes for w in ("--set", c))]
     done = subprocess.run(
         program,
@@ -72,14 +73,15 @@ def test_init_scaffolds_every_task(tmp_path: Path, task: str) -> None:
     if task == "hf-image-classification":
         write_parquet(tmp_path / "colours.parquet", 150)
         text = file.read_text().replace("uoft-cs/cifar10", "colours.parquet")
-        text = text.replace('model = "google/vit-base-patch16-224-in21k"', f"config = {VIT_TOML}")
+        text = text.replace('name = "google/vit-base-patch16-224-in21k"', f"config = {VIT_TOML}")
         file.write_text(text)
     elif task == "hf-causal-lm":
         write_text(tmp_path / "text.txt", 150)
         text = (
             file.read_text().replace("Salesforce/wikitext", "text.txt").replace("max_length = 128", "max_length = 48")
         )
-        text = text.replace('model = "distilbert/distilgpt2"', f'config = {GPT2_TOML}\ntokenizer = "bytes"')
+        text = text.replace("max_length =", 'tokenizer = "bytes"\nmax_length =')
+        text = text.replace('name = "distilbert/distilgpt2"', f"config = {GPT2_TOML}")
         file.write_text(text)
     else:
         return

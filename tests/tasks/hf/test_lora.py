@@ -20,7 +20,7 @@ from dimat.merge.lora.factors import find_pairs
 from dimat.seeds import torch_generator
 from dimat.simulate import run_simulation
 from dimat.simulate.world.scenario import prepare
-from tests.tasks.hf.samples import GPT2, VIT, write_parquet, write_text
+from tests.tasks.hf.samples import GPT2, VIT, grouped, write_parquet, write_text
 
 RANK = 4
 
@@ -30,8 +30,8 @@ def experiment(
 ) -> ExperimentConfig:
     if options is None:
         write_text(folder / "text.txt", 90)
-        options = {"data": "text.txt", "config": GPT2, "tokenizer": "bytes", "max_length": 32, "probe": 4}
-        options |= {"lora": {"r": RANK, "dropout": 0.1}, "seed": 5}
+        options = {"data": {"name": "text.txt", "tokenizer": "bytes", "max_length": 32}, "probe": {"count": 4}}
+        options |= {"model": {"config": GPT2, "lora": {"r": RANK, "dropout": 0.1}}, "seed": 5}
     tree: dict[str, Any] = {
         "run": "adapters",
         "topology": {"graph": "complete", "agents": 3},
@@ -138,8 +138,8 @@ def test_an_agent_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
 def test_an_image_classifier_is_adapted_and_its_head_trained_whole(tmp_path: Path) -> None:
     """The classifier travels beside the factors and is averaged, as it is no product; a base in bfloat16 stays so."""
     write_parquet(tmp_path / "colours.parquet")
-    task = {"data": "colours.parquet", "config": VIT, "probe": 6, "dtype": "bf16"}
-    task["lora"] = {"r": 2, "targets": "all-linear"}
+    task: dict[str, Any] = {"data": {"name": "colours.parquet"}, "probe": {"count": 6}}
+    task["model"] = {"config": VIT, "dtype": "bf16", "lora": {"r": 2, "targets": "all-linear"}}
     one, two, _ = agents(tmp_path, experiment(tmp_path, task, "hf-image-classification"))
     files = [one.store / f"{agent.train(1, learn=True).payload.root}.safetensors" for agent in (one, two)]
     held = [load_file(file) for file in files]
@@ -161,10 +161,10 @@ def test_the_frozen_base_is_compared_by_its_hash(tmp_path: Path) -> None:
     assert address
     assert prepare(experiment(tmp_path, train={"steps_per_round": 1})).base == address
     seen = {address}
-    for change in ({"seed": 6}, {"lora": {"r": 2}}, {"lora": {"r": RANK, "alpha": 3.0}}):
-        seen.add(prepare(experiment(tmp_path, {**config.task.options, **change})).base)
+    for change in ({"seed": 6}, {"model": {"lora": {"r": 2}}}, {"model": {"lora": {"r": RANK, "alpha": 3.0}}}):
+        seen.add(prepare(experiment(tmp_path, grouped(config.task.options, change))).base)
     assert len(seen) == 4
-    plain = {key: value for key, value in config.task.options.items() if key != "lora"}
+    plain = {**config.task.options, "model": {"config": GPT2}}
     other = experiment(tmp_path, plain)
     assert base_address(other, prepare(other).task) == ""
     based = experiment(tmp_path, merge={"base": {"seed": 0}})

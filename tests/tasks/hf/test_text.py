@@ -17,11 +17,12 @@ from dimat.seeds import torch_generator
 from dimat.symmetry import derive_symmetry, tolerance_of, verify_symmetry
 from dimat.tasks import Task, load_task
 from dimat.train import Trainer
-from tests.tasks.hf.samples import GPT2, LLAMA, sentences, write_text, write_tokenizer
+from tests.tasks.hf.samples import GPT2, LLAMA, grouped, sentences, write_text, write_tokenizer
 
 
 def made(folder: Path, **options: Any) -> Any:
-    tree = {"data": "text.txt", "config": GPT2, "tokenizer": "bytes", "max_length": 32, "probe": 4, **options}
+    data = {"name": "text.txt", "tokenizer": "bytes", "max_length": 32}
+    tree = grouped({"data": data, "model": {"config": GPT2}, "probe": {"count": 4}}, options)
     return load_task(TaskConfig(name="hf-causal-lm", options=tree), folder)
 
 
@@ -33,7 +34,7 @@ def test_documents_are_packed_into_blocks(tmp_path: Path) -> None:
     """All bytes of all documents come once, an end mark after each, in blocks of one length; the rest is left out."""
     texts = write_text(tmp_path / "text.txt", 40)
     (tmp_path / "test.txt").write_text("\n\n".join(texts[:5]), encoding="utf-8")
-    task = made(tmp_path, test="test.txt")
+    task = made(tmp_path, data={"test": "test.txt"})
     assert isinstance(task, Task)
     stream = [byte for text in texts for byte in [*text.encode(), 256]]
     expected = torch.tensor(stream[: len(stream) // 32 * 32]).reshape(-1, 32)
@@ -51,7 +52,7 @@ def test_loss_and_metrics_are_those_of_transformers(tmp_path: Path, config: dict
     """The loss is the model's own with labels; perplexity is its exponential over the whole set; equal seeds give
     equal models; permuting the derived groups leaves the logits."""
     write_text(tmp_path / "text.txt")
-    task = made(tmp_path, config=config)
+    task = made(tmp_path, model={"config": config})
     one, same, other = (task.build_model(torch_generator(seed, "init")) for seed in (0, 0, 1))
     weights, again, others = (model.state_dict() for model in (one, same, other))
     assert all(torch.equal(weights[name], again[name]) for name in weights)
@@ -79,7 +80,7 @@ def test_training_learns_and_goes_on_from_a_state(tmp_path: Path) -> None:
     """The loss falls by a good part, and training from a saved state equals unbroken training bit for bit, dropout
     included."""
     write_text(tmp_path / "text.txt", 60)
-    task = made(tmp_path, config={**GPT2, "resid_pdrop": 0.1})
+    task = made(tmp_path, model={"config": {**GPT2, "resid_pdrop": 0.1}})
     settings = TrainConfig.model_validate({"device": "cpu", "steps_per_round": 12, "accumulate": 2, "batch_size": 8})
     whole, first, second = (Trainer(task, task.data("train"), settings, seed=0) for _ in range(3))
     start = whole.evaluate(task.data("test"))["loss"]
@@ -98,14 +99,14 @@ def test_a_tokenizer_of_a_folder(tmp_path: Path) -> None:
     model and its tokenizer is a pretrained one."""
     texts = write_text(tmp_path / "text.txt")
     fast = write_tokenizer(tmp_path / "tokens", texts)
-    task = made(tmp_path, tokenizer="tokens", test="text.txt", max_length=16)
+    task = made(tmp_path, data={"tokenizer": "tokens", "test": "text.txt", "max_length": 16})
     stream = [i for text in texts for i in [*fast(text)["input_ids"], fast.eos_token_id]]
     assert everything(task.data("test")).flatten().tolist() == stream[: len(stream) // 16 * 16]
     model = task.build_model(torch_generator(0))
     assert model.config.vocab_size == len(fast)
     assert model.config.eos_token_id == fast.eos_token_id
     model.save_pretrained(tmp_path / "tokens")
-    again = made(tmp_path, model="tokens", config=None, tokenizer=None)
+    again = made(tmp_path, model={"name": "tokens", "config": None}, data={"tokenizer": None})
     read = again.build_model(torch_generator(9))
     assert all(torch.equal(t, model.state_dict()[name]) for name, t in read.state_dict().items())
 
@@ -114,29 +115,42 @@ def test_labels_go_with_documents(tmp_path: Path) -> None:
     """JSON Lines with a column of labels: every block is of one label, and has it."""
     rows = [{"body": text, "topic": "a" if i % 3 else "b"} for i, text in enumerate(sentences(60))]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    task = made(tmp_path, data="rows.jsonl", test="rows.jsonl", text_column="body", label_column="topic")
+    data = {"name": "rows.jsonl", "test": "rows.jsonl", "text_column": "body"}
+    task = made(tmp_path, data={**data, "label_column": "topic"})
     assert task.classes == ("a", "b")
     test = task.data("test")
     for label, name in enumerate(task.classes):
         stream = [byte for row in rows if row["topic"] == name for byte in [*row["body"].encode(), 256]]
         own = everything(test)[test.labels == label].flatten().tolist()
         assert own == stream[: len(stream) // 32 * 32]
-    assert made(tmp_path, data="rows.jsonl", text_column="body").data("train").labels is None
+    assert made(tmp_path, data=data).data("train").labels is None
 
 
 @pytest.mark.parametrize(
     ("options", "error", "said"),
     [
-        ({"tokenizer": None}, ConfigError, "task.options.tokenizer: which one?"),
-        ({"tokenizer": "./nothing"}, DataError, "there is no file or folder"),
-        ({"max_length": 65}, ConfigError, "max_length is 65; the model takes 64 tokens at most"),
-        ({"config": {**GPT2, "vocab_size": 100}}, ConfigError, "has 257 tokens, the model a vocabulary of 100"),
-        ({"config": {"model_type": "vit"}}, ConfigError, "no causal language model of the type 'vit'"),
-        ({"text_column": "body"}, ConfigError, "no column 'body'"),
-        ({"train_samples": 1}, DataError, "too few for a probe set"),
-        ({"data": "empty.txt"}, DataError, "task.options.data"),
-        ({"data": "text.pdf"}, ConfigError, "is none of .parquet"),
-        ({"model": "no-model", "config": None}, DataError, "cannot read"),
+        ({"data": {"tokenizer": None}}, ConfigError, "task.options.data.tokenizer: which one?"),
+        ({"data": {"tokenizer": "./nothing"}}, DataError, "task.options.data.tokenizer: there is no file or folder"),
+        (
+            {"data": {"max_length": 65}},
+            ConfigError,
+            "task.options.data.max_length is 65; the model takes 64 tokens at most",
+        ),
+        (
+            {"model": {"config": {**GPT2, "vocab_size": 100}}},
+            ConfigError,
+            "has 257 tokens, the model a vocabulary of 100",
+        ),
+        ({"model": {"config": {"model_type": "vit"}}}, ConfigError, "no causal language model of the type 'vit'"),
+        (
+            {"data": {"text_column": "body"}},
+            ConfigError,
+            "task.options.data.text_column: the data have no column 'body'",
+        ),
+        ({"data": {"train_samples": 1}}, DataError, "too few for a probe set"),
+        ({"data": {"name": "empty.txt"}}, DataError, "task.options.data.name"),
+        ({"data": {"name": "text.pdf"}}, ConfigError, "is none of .parquet"),
+        ({"model": {"name": "no-model", "config": None}}, DataError, "cannot read"),
     ],
 )
 def test_bad_options_are_one_line(tmp_path: Path, options: dict[str, Any], error: type[Exception], said: str) -> None:
@@ -159,7 +173,8 @@ def test_a_probe_text_of_its_own(tmp_path: Path) -> None:
     public = sentences(9, seed=2)
     (tmp_path / "public.txt").write_text("\n\n".join(public))
     one, two = (
-        made(tmp_path, data=f"{name}.txt", test="text.txt", probe_data="public.txt") for name in ("text", "other")
+        made(tmp_path, data={"name": f"{name}.txt", "test": "text.txt"}, probe={"name": "public.txt"})
+        for name in ("text", "other")
     )
     stream = [byte for text in public for byte in [*text.encode(), 256]]
     blocks = torch.tensor(stream[: len(stream) // 32 * 32]).reshape(-1, 32).tolist()
@@ -169,9 +184,9 @@ def test_a_probe_text_of_its_own(tmp_path: Path) -> None:
     assert everything(two.data("probe")).tolist() == probe
     own = [byte for text in texts for byte in [*text.encode(), 256]]
     assert everything(one.data("train")).flatten().tolist() == own[: len(own) // 32 * 32]
-    every = made(tmp_path, test="text.txt", probe_data="public.txt", probe=1000).data("probe")
+    every = made(tmp_path, data={"test": "text.txt"}, probe={"name": "public.txt", "count": 1000}).data("probe")
     assert sorted(everything(every).tolist()) == sorted(blocks)
-    with pytest.raises(ConfigError, match=r"task.options.probe_split: public.txt has no split 'validation'"):
-        made(tmp_path, probe_data="public.txt", probe_split="validation")
-    with pytest.raises(DataError, match=r"task.options.probe_data: there is no file or folder"):
-        made(tmp_path, probe_data="./nothing.txt")
+    with pytest.raises(ConfigError, match=r"task.options.probe.split: public.txt has no split 'validation'"):
+        made(tmp_path, probe={"name": "public.txt", "split": "validation"})
+    with pytest.raises(DataError, match=r"task.options.probe.name: there is no file or folder"):
+        made(tmp_path, probe={"name": "./nothing.txt"})
