@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import nn
@@ -18,9 +21,23 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Op
     fused = kinds <= {"cpu", "cuda"} and all(p.is_floating_point() for p in parameters)
     lr, decay = config.lr, config.weight_decay
     if config.name == "sgd":
-        return torch.optim.SGD(parameters, lr=lr, momentum=config.momentum, weight_decay=decay, fused=fused)
-    kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
-    return kind(parameters, lr=lr, weight_decay=decay, fused=fused)
+        sgd = _uncompiled(torch.optim.SGD)
+        return sgd(parameters, lr=lr, momentum=config.momentum, weight_decay=decay, fused=fused)
+    adam = _uncompiled(torch.optim.Adam if config.name == "adam" else torch.optim.AdamW)
+    return adam(parameters, lr=lr, weight_decay=decay, fused=fused)
+
+
+@cache
+def _uncompiled(kind: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
+    """Return the optimizer without the decorators that keep torch.compile out of it.
+
+    The decorated methods load the compiler (a CPU-second, 100 MB) when they are first called, whether anything is
+    compiled or not; what they compute is the same. Nothing here compiles an optimizer's step.
+    """
+    names = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
+    methods = {name: inspect.unwrap(getattr(kind, name)) for name in names}
+    # an optimizer that is not differentiable, as all of these, makes its steps without gradients
+    return type(kind.__name__, (kind,), {**methods, "step": torch.no_grad()(inspect.unwrap(kind.step))})
 
 
 def lr_factor(schedule: LrScheduleConfig, progress: float) -> float:

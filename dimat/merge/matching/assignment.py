@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 
@@ -15,6 +14,8 @@ def assign(scores: Tensor) -> Tensor:
     scores: (units, units), finite; row = own unit, column = peer's unit. p: (units,) int64. Where several
     permutations are best, which of them is returned depends on scipy alone (the same input gives the same p).
     """
+    from scipy.optimize import linear_sum_assignment  # takes 0.2 CPU-s to import
+
     _, columns = linear_sum_assignment(scores.numpy(force=True), maximize=True)
     return torch.from_numpy(columns).long()
 
