@@ -41,10 +41,9 @@ function open() {
   const name = current();
   for (const section of document.querySelectorAll("[data-view]")) section.hidden = section.dataset.view !== name;
   for (const link of document.querySelectorAll("nav a")) {
-    if (link.hash === `#${name}`) {
-      link.setAttribute("aria-current", "page");
-      link.scrollIntoView({ block: "nearest", inline: "nearest" });
-    } else link.removeAttribute("aria-current");
+    // not scrolled to: in newer browsers the first Tab would begin there, behind the skip link
+    if (link.hash === `#${name}`) link.setAttribute("aria-current", "page");
+    else link.removeAttribute("aria-current");
   }
   draw();
 }
