@@ -180,9 +180,10 @@ def transport(folder: Path, name: str, keys: str, schema: str, megabytes: int) -
 
 async def publish(made: Any, store: Any, name: str, round_: int, weights: Mapping[str, Any]) -> None:
     """Record weights, in a thread, and offer them."""
-    from dimat.weights.snapshot import Manifest, record, schema_hash
+    from dimat.weights.snapshot import Manifest, record_bytes
+    from dimat.weights.tensors import encode, schema_hash
 
-    payload = await asyncio.to_thread(record, store.folder, weights, durable=False)
+    payload = await asyncio.to_thread(record_bytes, store.folder, encode(weights), durable=False)
     made.publish(Manifest("wire", name, round_, f"0:{name}:0", schema_hash(weights), payload))
 
 
@@ -198,7 +199,7 @@ def neighbours(addresses: Mapping[str, str], name: str, *, follow: bool = True) 
 
 def dimat_server(pipe: Any, megabytes: int, repeats: int, keys: str) -> None:
     """Offer one snapshot a repeat, all different."""
-    from dimat.weights.snapshot import schema_hash
+    from dimat.weights.tensors import schema_hash
 
     weights = {"x": numbers(megabytes)}
 
@@ -222,7 +223,7 @@ def dimat_server(pipe: Any, megabytes: int, repeats: int, keys: str) -> None:
 def dimat_client(port: int, megabytes: int, keys: str) -> Any:
     """Return a function that fetches the next snapshot, block by block verified, into a file; what prepares; and
     what closes."""
-    from dimat.weights.snapshot import schema_hash
+    from dimat.weights.tensors import schema_hash
 
     folder = tempfile.TemporaryDirectory()
     held: dict[str, Any] = {}
@@ -263,7 +264,7 @@ def dimat_averager(index: int, count: int, barrier: Any, ports: Any, results: An
     import torch
     from safetensors.torch import load_file
 
-    from dimat.weights.snapshot import schema_hash
+    from dimat.weights.tensors import schema_hash
 
     torch.set_num_threads(1)
     megabytes, repeats, keys = job

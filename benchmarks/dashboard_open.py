@@ -63,7 +63,8 @@ def a_round(names: list[str], i: int, name: str, number: int) -> Iterator[events
     roots = {who: f"{hash((who, number)) & (1 << 256) - 1:064x}" for who in (name, *peers)}
     level = 0.95 - 0.6 * math.exp(-number / 4) - 0.02 * math.sin(i)
     yield events.RoundStarted(**common, time_s=start)
-    yield events.Trained(**common, time_s=end, loss=2 * math.exp(-number / 5), samples=288, train_s=0.1)
+    trained = events.TrainResult(loss=2 * math.exp(-number / 5), samples=288)
+    yield events.Trained(**common, time_s=end, result=trained, train_s=0.1)
     yield events.Checkpointed(**common, time_s=end, stage="trained")
     yield events.Published(**common, time_s=end, snapshot=roots[name], bytes=BYTES, basis="0:agent-0:1b589c379cb7aa14")
     for peer in peers:
@@ -77,9 +78,11 @@ def a_round(names: list[str], i: int, name: str, number: int) -> Iterator[events
         ),
         heard=2,
         expected=2,
-        before={"loss": 1.65746697, "accuracy": level - 0.02, "nll": 1.65746697},
-        after={"loss": 1.61165564, "accuracy": level, "nll": 1.61165564},
-        merge_s=0.1665213,
+        result=events.MergeResult(
+            before={"loss": 1.65746697, "accuracy": level - 0.02, "nll": 1.65746697},
+            after={"loss": 1.61165564, "accuracy": level, "nll": 1.61165564},
+            cpu_s={"merge": 0.1665213},
+        ),
     )
     yield events.RoundFinished(
         **common, time_s=end, heard=2, expected=2, bytes_sent=2 * BYTES, bytes_received=2 * BYTES

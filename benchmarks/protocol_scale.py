@@ -13,7 +13,7 @@ import resource
 import statistics
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,15 +25,17 @@ from dimat.agent.protocol import messages as m
 from dimat.agent.protocol.basis import BasisId
 from dimat.agent.protocol.plan import Plan, RoundPlan, Rules
 from dimat.agent.protocol.round import RoundMachine
+from dimat.agent.protocol.work import Outcome
 from dimat.config import NetworkConfig
 from dimat.errors import DataError
+from dimat.events import MergeResult, TrainResult
 from dimat.seeds import numpy_generator
 from dimat.simulate.driver import Driver, Node
 from dimat.simulate.in_process_network import MemoryNetwork
 from dimat.simulate.world.faults import FaultPlan
 from dimat.simulate.world.link_model import Links
 from dimat.topology import Schedule, Setting, build_graph, make_schedule
-from dimat.weights.snapshot import Manifest, Payload, checksum
+from dimat.weights.snapshot import Manifest, Payload, RecordedSnapshot, checksum
 
 FEW, MANY, MOST = 100, 1_000, 10_000
 ROUNDS, ROUNDS_OF_MOST = 50, 10
@@ -85,54 +87,46 @@ class MemoryStore:
             del self._holds[root], self._data[root]
 
 
-@dataclass(frozen=True, slots=True)
-class Trained:
-    """What training that was left out gives back."""
-
-    payload: Payload
-    schema: str = "eight numbers"
-    loss: float = 0.0
-    samples: int = 0
-    train_s: float = 0.0
-
-
 class Averaging:
-    """Work without training: a round's merge is the weighted average of the snapshots, as they came."""
+    """Work of one agent without training: a round's merge is the weighted average of the snapshots, as they came."""
 
-    def __init__(self, values: dict[str, Weights], store: MemoryStore) -> None:
+    def __init__(self, values: Weights, store: MemoryStore) -> None:
         self.values = values
         self._store = store
 
-    def train_s(self, agent: str, action: m.Train, now: float) -> float:
+    def train_s(self, action: m.Train, now: float) -> float:
         return 1.0
 
-    def merge_s(self, agent: str, action: m.MergeAction) -> float:
+    def merge_s(self, action: m.MergeAction) -> float:
         return 0.0
 
-    def train(self, agent: str, action: m.Train) -> Callable[[], Trained]:
-        data = self.values[agent].tobytes()
-        return lambda: Trained(self._store.record(data))
+    def train(self, action: m.Train) -> Outcome[TrainResult]:
+        return TrainResult
 
-    def checkpoint(self, agent: str, action: m.CheckpointAction) -> Callable[[], None]:
+    def record(self, action: m.Train) -> Outcome[RecordedSnapshot]:
+        data = self.values.tobytes()
+        return lambda: RecordedSnapshot(self._store.record(data), (), "eight numbers", 0)
+
+    def checkpoint(self, action: m.CheckpointAction) -> Outcome[None]:
         return lambda: None
 
-    def merge(self, agent: str, action: m.MergeAction, sources: Mapping[str, Weights]) -> Callable[[], m.MergeDone]:
-        merged = action.own_weight * self.values[agent]
+    def merge(self, action: m.MergeAction, sources: Mapping[str, Weights]) -> Outcome[MergeResult]:
+        merged = action.own_weight * self.values
         for part in action.parts:
             merged += part.weight * sources[part.peer]
-        self.values[agent] = merged
-        return lambda: m.MergeDone(action.round, {})
+        self.values = merged
+        return MergeResult
 
-    def restore(self, agent: str) -> Callable[[], None]:
+    def restore(self) -> Outcome[None]:
         raise NotImplementedError("nobody crashes here")
 
-    def crash(self, agent: str) -> None:
+    def crash(self) -> None:
         raise NotImplementedError("nobody crashes here")
 
-    def adopt_basis(self, agent: str, action: m.AdoptBasis, source: Weights) -> Callable[[], float | None]:
+    def adopt_basis(self, action: m.AdoptBasis, source: Weights) -> Outcome[m.Moves | None]:
         raise NotImplementedError("all share one basis here")
 
-    def adopt_weights(self, agent: str, action: m.AdoptWeights, source: Weights) -> Callable[[], str]:
+    def adopt_weights(self, action: m.AdoptWeights, source: Weights) -> Outcome[str]:
         raise NotImplementedError("nobody joins late here")
 
 
@@ -146,12 +140,11 @@ class Network:
         self.start = numpy_generator(0, "protocol-scale").standard_normal((agents, SIZE))
         self.told: Counter[type[events.Event]] = Counter()
         store = MemoryStore()
-        self._work = Averaging(dict(zip(names, self.start, strict=True)), store)
+        self._work = {name: Averaging(start, store) for name, start in zip(names, self.start, strict=True)}
         rules = Rules(rounds=rounds, deadline_s=600.0)
         self._driver = Driver(
             "scale",
             {name: self._node(name, rules) for name in names},
-            self._work,
             MemoryNetwork(store),
             Links(NetworkConfig(), names, 0),
             FaultPlan(),
@@ -162,7 +155,9 @@ class Network:
     def _node(self, name: str, rules: Rules) -> Node:
         peers = frozenset(self.schedule.in_neighbours(1, name))
         plan = Plan(peers, lambda number: RoundPlan(self.schedule.row(number, name)))
-        return Node(plan, lambda _, __: RoundMachine(name, "scale", plan, rules, basis=BasisId(0, name, "0")))
+        return Node(
+            plan, lambda _, __: RoundMachine(name, "scale", plan, rules, basis=BasisId(0, name, "0")), self._work[name]
+        )
 
     def _tell(self, fact: events.Event) -> None:
         self.told[type(fact)] += 1

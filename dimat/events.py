@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from math import nan
 from typing import Any
 
 
@@ -100,12 +101,28 @@ class RoundStarted(AgentEvent):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Trained(AgentEvent):
-    """Local training of a round is over. `loss`: mean training loss; `samples`: examples seen in it."""
+class TrainResult:
+    """How the training of one round went. `loss`: mean training loss, NaN where the round had no training; `samples`:
+    examples seen, repeats counted; `cpu_s`: CPU-seconds by activity ("train", and "statistics" where the merge method
+    asks for some)."""
 
-    loss: float
-    samples: int
+    loss: float = nan
+    samples: int = 0
+    cpu_s: Mapping[str, float] = field(default_factory=dict[str, float])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trained(AgentEvent):
+    """Local training of a round is over. `train_s`: wall-clock seconds of it (CPU-seconds in the simulator)."""
+
+    result: TrainResult
     train_s: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values; the result's stand among the event's own."""
+        plain = Event.to_dict(self)
+        del plain["result"]
+        return {**plain, "loss": self.result.loss, "samples": self.result.samples, "train_s": self.train_s}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,21 +192,48 @@ class Contribution:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MergeResult:
+    """How one merge went. `refused`: peers that the screen kept out, with the reason; `accepted`: share of the way from
+    the agent's own to the merged weights, 0 where the merge was turned down; `before`, `after`: test metrics where they
+    were evaluated; `notes`: for people; `moved`: by peer that was aligned the share of its units whose place changed,
+    and `moved_groups` that of each symmetry group; `cpu_s`: CPU-seconds by activity ("merge", "evaluate",
+    "checkpoint")."""
+
+    refused: Mapping[str, str] = field(default_factory=dict[str, str])
+    accepted: float = 1.0
+    before: Mapping[str, float] = field(default_factory=dict[str, float])
+    after: Mapping[str, float] = field(default_factory=dict[str, float])
+    notes: tuple[str, ...] = ()
+    moved: Mapping[str, float] = field(default_factory=dict[str, float])
+    moved_groups: Mapping[str, Mapping[str, float]] = field(default_factory=dict[str, Mapping[str, float]])
+    cpu_s: Mapping[str, float] = field(default_factory=dict[str, float])
+
+    @property
+    def merge_s(self) -> float:
+        """CPU-seconds of the merge itself, evaluation apart."""
+        return self.cpu_s.get("merge", 0.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Merged(AgentEvent):
     """A merge is done. `contributions` list self first; their weights sum to 1; `heard` of `expected` peers came in
-    time, refused ones among them. `before` and `after` are test metrics where they were evaluated; `accepted` is
-    the share of the way from own to merged weights. `push_weight`: own push-sum weight after the merge, where one is
-    kept."""
+    time, refused ones among them. `push_weight`: the agent's own push-sum weight after the merge, where one is kept."""
 
     contributions: tuple[Contribution, ...]
     heard: int = 0
     expected: int = 0
-    before: Mapping[str, float] = field(default_factory=dict[str, float])
-    after: Mapping[str, float] = field(default_factory=dict[str, float])
-    accepted: float = 1.0
-    merge_s: float = 0.0
-    notes: tuple[str, ...] = ()
+    result: MergeResult = field(default_factory=MergeResult)
     push_weight: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values; the result's that a log holds stand among the event's own."""
+        plain = Event.to_dict(self)
+        del plain["result"]
+        return {**plain, **{name: getattr(self.result, name) for name in MERGE_LOGGED}}
+
+
+MERGE_LOGGED = ("before", "after", "accepted", "merge_s", "notes")
+"""The part of a merge's result that its event writes; the rest stands in the record of the merge (lineage.jsonl)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

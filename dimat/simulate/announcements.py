@@ -7,6 +7,7 @@ from functools import cached_property
 
 from dimat.agent.protocol import messages as m
 from dimat.agent.protocol.basis import BasisId
+from dimat.agent.protocol.offers import PeerPublished
 from dimat.simulate.in_process_network import MemoryNetwork
 from dimat.simulate.node import Node
 from dimat.simulate.world.clock import Clock
@@ -41,17 +42,8 @@ class Announcer:
         if arrives is None or self._nodes[reader].machine is None:
             return
         offered = self._network.offered(publisher)
-        offer = m.PeerPublished(
-            publisher,
-            manifest.round,
-            manifest.payload.root,
-            basis or BasisId.parse(manifest.basis),
-            run=manifest.run,
-            oldest=offered[0].round if offered else manifest.round,
-            pushed=manifest.pushed.get(reader, 0.0),
-            base=manifest.base,
-        )
-        self._post(reader, arrives, offer)
+        oldest = offered[0].round if offered else manifest.round
+        self._post(reader, arrives, PeerPublished.of(manifest, reader, oldest, basis))
 
     def connect(self, name: str) -> None:
         """An agent is back, or new: it hears what its peers offer, and its readers what it offers."""

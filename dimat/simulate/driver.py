@@ -3,14 +3,13 @@
 Events wait in a queue ordered by virtual time, then by when they were put there. Work (training, merging) is
 handed out at once and its outcome is queued for the virtual time at which it ends; the loop waits for it only when
 its turn comes. So workers run ahead in parallel, while the order in which machines see events, and with it every
-result, depends on the experiment alone. What the work is, is not known here: `Work` does it.
+result, depends on the experiment alone. Each node brings its own `Work`.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 
 from dimat import events
 from dimat.agent.protocol import messages as m
@@ -20,16 +19,17 @@ from dimat.agent.protocol.state import MachineState
 from dimat.errors import DimatError
 from dimat.simulate.announcements import Announcer
 from dimat.simulate.in_process_network import MemoryNetwork
-from dimat.simulate.node import Node, Recorded, Trace, Work
+from dimat.simulate.node import Node, StepListener
 from dimat.simulate.transfers import TransferScheduler
 from dimat.simulate.world.clock import Clock
 from dimat.simulate.world.faults import Crash, CrashPoint, Cut, Fault, FaultPlan, Heal, Join, Leave, Restart
 from dimat.simulate.world.link_model import Links
-from dimat.weights.snapshot import Manifest
+from dimat.weights.snapshot import RecordedSnapshot
 
 
 class Driver:
-    """All agents of one run. `nodes`: by agent, its plan and how its machine is made; `emit`: is told every fact.
+    """All agents of one run. `nodes`: by agent, its plan, its work and how its machine is made; `emit`: is told every
+    event.
 
     `max_time_s`: when all finish their round and leave.
     """
@@ -38,7 +38,6 @@ class Driver:
         self,
         run: str,
         nodes: Mapping[str, Node],
-        work: Work,
         network: MemoryNetwork,
         links: Links,
         faults: FaultPlan,
@@ -50,13 +49,12 @@ class Driver:
         self.clock = Clock()
         self.nodes = dict(nodes)
         self._run = run
-        self._work = work
         self._network = network
         self._links = links
         self._points: dict[tuple[str, int, str], CrashPoint] = {(p.agent, p.round, p.on): p for p in faults.on_action}
         self._emit = emit
         self._readers = readers
-        self.trace: Trace | None = None
+        self.trace: StepListener | None = None
         self._late = faults.late
         self._max_time_s = max_time_s
         self._herald = Announcer(self.clock, network, links, self.nodes, self._post)
@@ -124,7 +122,7 @@ class Driver:
             return
         self._emit(events.AgentCrashed(agent=name, round=node.machine.round, back_s=cause.restart_after_s))
         self._take_down(name, "down")
-        self._work.crash(name)
+        self.nodes[name].work.crash()
         if cause.restart_after_s is not None:
             node.outage = cause
             self._coming += 1
@@ -136,11 +134,11 @@ class Driver:
         node.outage = None
         self._coming -= 1
         self._up += 1
-        found = self._work.restore(name)()
+        found = node.work.restore()()
         if found is None:
             self._start(name, join=name in self._late)
         else:
-            self._start(name, join=False, state=found[0], published=found[1])
+            self._start(name, join=False, state=found.state, published=found.published)
 
     def _leave(self, name: str) -> None:
         """An agent goes for good: in the middle of its rounds, while it still serves, or while it is down."""
@@ -245,7 +243,7 @@ class Driver:
             self._perform(name, machine, action)
 
     def _perform(self, name: str, machine: RoundMachine, action: m.Action) -> None:
-        now = self.clock.now
+        now, node = self.clock.now, self.nodes[name]
         match action:
             case m.Report(fact=fact):
                 self._emit(fact)
@@ -259,42 +257,38 @@ class Driver:
                 self._train(name, action)
             case m.CheckpointAction(round=number, stage=stage):
                 # not waited for here: agents' work goes on side by side until one of them is to act on its checkpoint
-                self.nodes[name].unsure = self._work.checkpoint(name, action)
+                node.unsure = node.work.checkpoint(action)
                 self._emit(events.Checkpointed(agent=name, round=number, stage=stage))
             case m.Publish():
                 self._publish(name, action)
             case m.AdoptBasis():
                 self._adopt_basis(name, machine.basis, action)
             case m.AdoptWeights():
-                wait = self._work.adopt_weights(name, action, self._courier.source(name, action.peer, action.root))
+                wait = node.work.adopt_weights(action, self._courier.source(name, action.peer, action.root))
                 self._post(name, now, lambda: m.WeightsAdopted(action.root, wait()))
             case m.MergeAction():
                 sources = {part.peer: self._courier.source(name, part.peer, part.root) for part in action.parts}
-                self._post(name, now + self._work.merge_s(name, action), self._work.merge(name, action, sources))
+                merge = node.work.merge(action, sources)
+                self._post(name, now + node.work.merge_s(action), lambda: m.MergeDone(action.round, merge()))
             case m.Exit(reason=reason):
                 self._exit(name, machine.round, reason)
 
     def _train(self, name: str, action: m.Train) -> None:
-        now = self.clock.now
-        wait = self._work.train(name, action)
-        self._post(name, now + self._work.train_s(name, action, now), partial(self._trained, name, action, wait))
+        node, now = self.nodes[name], self.clock.now
+        # both at once, one after the other: another agent's work need not wait for the driver in between
+        train, record = node.work.train(action), node.work.record(action)
 
-    def _trained(self, name: str, action: m.Train, wait: Callable[[], Recorded]) -> m.Event:
-        recorded = wait()
-        self._keep(self.nodes[name].recorded, recorded)
-        if action.learn:
-            self._emit(
-                events.Trained(
-                    agent=name,
-                    round=action.round,
-                    loss=recorded.loss,
-                    samples=recorded.samples,
-                    train_s=recorded.train_s,
-                )
-            )
-        return m.TrainingDone(action.round, recorded.payload.root)
+        def trained() -> m.Event:
+            result, recorded = train(), record()
+            self._keep(node.recorded, recorded)
+            if action.learn:
+                train_s = result.cpu_s.get("train", 0.0)
+                self._emit(events.Trained(agent=name, round=action.round, result=result, train_s=train_s))
+            return m.TrainingDone(action.round, recorded.payload.root)
 
-    def _keep(self, held: dict[str, Recorded], recorded: Recorded) -> None:
+        self._post(name, now + node.work.train_s(action, now), trained)
+
+    def _keep(self, held: dict[str, RecordedSnapshot], recorded: RecordedSnapshot) -> None:
         """Hold a snapshot that was recorded, whoever else lets equal content go, and the one before: an agent whose
         newest checkpoint is damaged publishes that again."""
         root = recorded.payload.root
@@ -306,22 +300,12 @@ class Driver:
         held[root] = recorded
 
     def _publish(self, name: str, action: m.Publish) -> None:
-        self.nodes[name].settle()
-        recorded = self.nodes[name].recorded.get(action.root)
+        node = self.nodes[name]
+        node.settle()
+        recorded = node.recorded.get(action.root)
         if recorded is None:
             raise DimatError(f"{name} was asked to publish a snapshot that it has not recorded")
-        manifest = Manifest(
-            run=self._run,
-            agent=name,
-            round=action.round,
-            basis=str(action.basis),
-            schema=recorded.schema,
-            payload=recorded.payload,
-            samples=recorded.samples,
-            parents=tuple((p.agent, p.snapshot, p.round, p.weight) for p in action.parents),
-            pushed=action.pushed,
-            base=action.base,
-        )
+        manifest = action.manifest(self._run, name, recorded)
         self._network.publish(manifest)
         self._emit(
             events.Published(
@@ -336,7 +320,7 @@ class Driver:
             self._herald.tell(manifest, reader, action.basis)
 
     def _adopt_basis(self, name: str, own: BasisId, action: m.AdoptBasis) -> None:
-        wait = self._work.adopt_basis(name, action, self._courier.source(name, action.peer, action.root))
+        wait = self.nodes[name].work.adopt_basis(action, self._courier.source(name, action.peer, action.root))
 
         def done() -> m.Event:
             return m.BasisChanged.after(action, own, wait())

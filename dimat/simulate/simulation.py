@@ -20,7 +20,7 @@ from dimat.errors import DimatError
 from dimat.results import AgentRound, Results, round_summary
 from dimat.simulate.driver import Driver, Node
 from dimat.simulate.engines.pool import WorkerPool
-from dimat.simulate.engines.pooled_learners import PoolWork
+from dimat.simulate.engines.pooled_learners import PooledLearners
 from dimat.simulate.folder import RunFolder, describe
 from dimat.simulate.in_process_network import MemoryNetwork
 from dimat.simulate.trace import TraceWriter
@@ -47,12 +47,14 @@ class Simulation:
         self._pool = pool
         self.listeners = list(listeners)
         store = SnapshotStore(folder.snapshots, keep=scenario.snapshots_kept(self._config.simulate.keep_snapshots))
-        self._work = PoolWork(scenario, folder, pool, store, warm)
+        self._learners = PooledLearners(scenario, folder, pool, store, warm)
         self._network = MemoryNetwork(store)
         self._driver = Driver(
             self._config.run,
-            {name: Node(scenario.plan(name), partial(machine_for, scenario, name)) for name in scenario.agents},
-            self._work,
+            {
+                name: Node(scenario.plan(name), partial(machine_for, scenario, name), work)
+                for name, work in self._learners.of.items()
+            },
             self._network,
             Links(self._config.simulate.network, scenario.agents, self._config.seed),
             scenario.faults,
@@ -107,7 +109,7 @@ class Simulation:
         self._folder.write_results(results)
         self._emit(events.RunFinished(reason=status, rounds_done=complete, wall_s=wall))
         with suppress(DimatError):  # a worker that has ended remembers nothing
-            self._work.drop_all()
+            self._learners.drop_all()
         return results
 
     def _begin(self) -> None:
@@ -130,7 +132,7 @@ class Simulation:
                 workers=self._pool.size,
             )
         )
-        for message in (*scenario.warnings, *self._work.create_all()):
+        for message in (*scenario.warnings, *self._learners.create_all()):
             self._warn(message)
 
     # ── facts in ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -163,7 +165,7 @@ class Simulation:
                 pass
 
     def _merged(self, fact: events.Merged) -> None:
-        for note in fact.notes:
+        for note in fact.result.notes:
             self._warn(note)
         metric = self._scenario.task.metric
         trained = self._trained.get(fact.agent)
@@ -172,17 +174,17 @@ class Simulation:
         self._merging[fact.agent] = AgentRound(
             round=fact.round,
             agent=fact.agent,
-            loss=trained.loss if trained is not None and learned else None,
-            before=fact.before.get(metric),
-            after=fact.after.get(metric),
+            loss=trained.result.loss if trained is not None and learned else None,
+            before=fact.result.before.get(metric),
+            after=fact.result.after.get(metric),
             heard=fact.heard,
             expected=fact.expected,
             bytes_sent=0,
             bytes_received=0,
             basis=self._basis.get(fact.agent, ""),
-            accepted=fact.accepted,
+            accepted=fact.result.accepted,
             consensus_distance=0.0,
-            samples=trained.samples if trained is not None and learned else 0,
+            samples=trained.result.samples if trained is not None and learned else 0,
             time_s=self._driver.clock.now,
             push_weight=fact.push_weight,
         )
@@ -298,7 +300,7 @@ class Simulation:
             rows=rows,
             warnings=self._warnings,
             wall_s=wall_s,
-            cpu_s=dict(self._work.cpu_s),
+            cpu_s=dict(self._learners.cpu_s),
         )
 
     def _warn(self, message: str) -> None:

@@ -15,9 +15,11 @@ from typing import Any, TextIO, get_args
 
 from dimat.agent.protocol import messages as m
 from dimat.agent.protocol.basis import BasisId
+from dimat.agent.protocol.messages import MERGE_RECORDED
 from dimat.agent.protocol.round import RoundMachine
 from dimat.agent.protocol.state import MachineState
 from dimat.errors import DataError
+from dimat.events import MERGE_LOGGED, Merged, MergeResult
 
 KINDS: Mapping[type[Any], str] = {
     m.MergeAction: "Merge",
@@ -32,6 +34,12 @@ def _name_of(kind: type[Any]) -> str:
 
 
 EVENTS: Mapping[str, type[Any]] = {_name_of(kind): kind for kind in get_args(m.Event) if kind is not m.MapChanged}
+IN_PLACE: Mapping[type[Any], Sequence[str]] = {
+    m.MergeDone: tuple(dict.fromkeys((*MERGE_RECORDED, *MERGE_LOGGED))),
+    Merged: MERGE_LOGGED,
+    m.MergeRecord: MERGE_RECORDED,
+}
+"""The part of a merge's result that stands among a message's own values: there was no record of its own at first."""
 NOTHING = "nothing"
 SHOWN = 100
 """Characters of a value that a difference shows."""
@@ -172,7 +180,11 @@ def plain(value: Any) -> Any:
     if isinstance(value, MachineState):
         return value.to_dict()
     if is_dataclass(value) and not isinstance(value, type):
-        return {"kind": _name_of(type(value)), **{f.name: plain(getattr(value, f.name)) for f in fields(value)}}
+        values = {f.name: getattr(value, f.name) for f in fields(value)}
+        if (names := IN_PLACE.get(type(value))) is not None:
+            result = values.pop("result")
+            values |= {name: getattr(result, name) for name in names}
+        return {"kind": _name_of(type(value)), **{name: plain(item) for name, item in values.items()}}
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -185,6 +197,12 @@ def event_of(values: Mapping[str, Any]) -> m.Event:
     given = {key: value for key, value in values.items() if key != "kind"}
     if "basis" in given:
         given["basis"] = BasisId.parse(given["basis"])
-    if "notes" in given:
-        given["notes"] = tuple(given["notes"])
-    return EVENTS[values["kind"]](**given)
+    kind = EVENTS[values["kind"]]
+    return _merge_done(**given) if kind is m.MergeDone else kind(**given)
+
+
+def _merge_done(
+    round: int, before: Any = None, after: Any = None, merge_s: float = 0.0, notes: Any = (), **more: Any
+) -> m.MergeDone:
+    result = MergeResult(before=before or {}, after=after or {}, cpu_s={"merge": merge_s}, notes=tuple(notes), **more)
+    return m.MergeDone(round, result)

@@ -8,18 +8,18 @@ reader never sees half of one.
 
 from __future__ import annotations
 
+import json
 from bisect import insort
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
-import torch
 from blake3 import blake3
-from safetensors.torch import save as encode_safetensors
-from torch import Tensor
 
 from dimat.errors import DataError
+from dimat.events import Contribution
 from dimat.weights.durable import write_bytes
 
 BLOCK_BYTES = 4 * 2**20
@@ -46,6 +46,34 @@ class Form:
 
 
 @dataclass(frozen=True, slots=True)
+class RecordedSnapshot:
+    """A snapshot that an agent has recorded and may still publish. `forms`: the cheaper ways to it; `schema`: hash of
+    the weights' names, shapes and types; `samples`: examples of the training that it came out of."""
+
+    payload: Payload
+    forms: tuple[Form, ...]
+    schema: str
+    samples: int
+
+    def save(self, folder: Path) -> None:
+        """Write it beside its payload; DataError where that fails."""
+        write_bytes(folder / f"{self.payload.root}.json", json.dumps(asdict(self)).encode())
+
+    @staticmethod
+    def load(folder: Path, root: str) -> RecordedSnapshot | None:
+        """Read the snapshot recorded under an address; None where there is none, DataError where it is damaged."""
+        path = folder / f"{root}.json"
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            forms = tuple(Form(f["encoding"], _payload(f["payload"]), f["after"]) for f in values["forms"])
+            return RecordedSnapshot(_payload(values["payload"]), forms, values["schema"], int(values["samples"]))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"cannot read {path}: {type(error).__name__}: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """What an agent says about a snapshot that it offers. `payload`: the snapshot as every reader comes to hold it,
     by whatever way it travels; `encoding`: that its weights were passed through before, and `forms`: the ways to it
@@ -68,11 +96,33 @@ class Manifest:
     pushed: Mapping[str, float] = field(default_factory=dict[str, float])
     metrics: Mapping[str, float] = field(default_factory=dict[str, float])
 
-
-def schema_hash(weights: Mapping[str, Tensor]) -> str:
-    """Return a hex blake3 of names, shapes and dtypes: equal for models that can be merged without alignment."""
-    lines = [f"{name} {tuple(t.shape)} {t.dtype}" for name, t in sorted(weights.items())]
-    return blake3("\n".join(lines).encode()).hexdigest()
+    @staticmethod
+    def of(
+        snapshot: RecordedSnapshot,
+        *,
+        run: str,
+        agent: str,
+        round: int,
+        basis: str,
+        base: str,
+        parents: Iterable[Contribution],
+        pushed: Mapping[str, float],
+    ) -> Manifest:
+        """Return the manifest of a recorded snapshot."""
+        return Manifest(
+            run=run,
+            agent=agent,
+            round=round,
+            basis=basis,
+            schema=snapshot.schema,
+            payload=snapshot.payload,
+            encoding=snapshot.forms[0].encoding if snapshot.forms else "fp32",
+            forms=snapshot.forms,
+            base=base,
+            samples=snapshot.samples,
+            parents=tuple((part.agent, part.snapshot, part.round, part.weight) for part in parents),
+            pushed=pushed,
+        )
 
 
 def checksum(data: bytes | memoryview, block_bytes: int = BLOCK_BYTES) -> Payload:
@@ -83,22 +133,12 @@ def checksum(data: bytes | memoryview, block_bytes: int = BLOCK_BYTES) -> Payloa
     return Payload(root, len(view), tuple(b.hex() for b in blocks), block_bytes)
 
 
-def write_weights(path: Path, weights: Mapping[str, Tensor], *, durable: bool = True) -> None:
-    """Write a state dict as safetensors under a temporary name, then rename; DataError where that fails."""
-    write_bytes(path, encode(weights), durable=durable)
-
-
 def make_folder(folder: Path) -> None:
     """Make a folder for snapshots, if it is not there; DataError where that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"cannot make the snapshot store {folder}: {error.strerror or error}") from error
-
-
-def record(folder: Path, weights: Mapping[str, Tensor], *, durable: bool = True) -> Payload:
-    """Write weights into a store folder under their address and return it; content already there is not rewritten."""
-    return record_bytes(folder, encode(weights), durable=durable)
 
 
 def record_bytes(folder: Path, data: bytes, *, durable: bool = True) -> Payload:
@@ -108,21 +148,6 @@ def record_bytes(folder: Path, data: bytes, *, durable: bool = True) -> Payload:
     if not path.exists():
         write_bytes(path, data, durable=durable)
     return payload
-
-
-def encode(weights: Mapping[str, Tensor]) -> bytes:
-    """Return a state dict as the bytes of a safetensors file: the same for equal weights, wherever they lie."""
-    # safetensors refuses tensors that share memory; views and tied tensors are written out, each under its name
-    plain: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in weights.items():
-        t = tensor.detach().to("cpu").contiguous()
-        pointer = t.untyped_storage().data_ptr()
-        if pointer in seen or t.untyped_storage().nbytes() != t.numel() * t.element_size():
-            t = t.clone(memory_format=torch.contiguous_format)
-        seen.add(pointer)
-        plain[name] = t
-    return encode_safetensors(plain)
 
 
 class SnapshotStore:
@@ -216,3 +241,7 @@ def verify_file(path: Path, payload: Payload) -> None:
                     raise DataError(f"snapshot {path} is damaged: block {number} does not match its hash")
     except OSError as error:
         raise DataError(f"cannot read snapshot {path}: {error.strerror or error}") from error
+
+
+def _payload(values: Mapping[str, Any]) -> Payload:
+    return Payload(values["root"], int(values["bytes"]), tuple(values["blocks"]), int(values["block_bytes"]))

@@ -12,9 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from blake3 import blake3
+from safetensors.torch import save as encode_safetensors
 from torch import Tensor
 
 from dimat.errors import DataError
+from dimat.weights.durable import write_bytes
 from dimat.weights.header import TensorInfo, compose_header, parse_header, shown
 
 SPARE = 2**20
@@ -88,3 +91,29 @@ def join_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
     # one copy, from where each tensor lies
     raw = (tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy() for name in starts if infos[name].bytes)
     return b"".join([head, *(part.data for part in raw)])
+
+
+def encode(weights: Mapping[str, Tensor]) -> bytes:
+    """Return a state dict as the bytes of a safetensors file: the same for equal weights, wherever they lie."""
+    # safetensors refuses tensors that share memory; views and tied tensors are written out, each under its name
+    plain: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in weights.items():
+        t = tensor.detach().to("cpu").contiguous()
+        pointer = t.untyped_storage().data_ptr()
+        if pointer in seen or t.untyped_storage().nbytes() != t.numel() * t.element_size():
+            t = t.clone(memory_format=torch.contiguous_format)
+        seen.add(pointer)
+        plain[name] = t
+    return encode_safetensors(plain)
+
+
+def write_weights(path: Path, weights: Mapping[str, Tensor], *, durable: bool = True) -> None:
+    """Write a state dict as safetensors under a temporary name, then rename; DataError where that fails."""
+    write_bytes(path, encode(weights), durable=durable)
+
+
+def schema_hash(weights: Mapping[str, Tensor]) -> str:
+    """Return a hex blake3 of names, shapes and dtypes: equal for models that can be merged without alignment."""
+    lines = [f"{name} {tuple(t.shape)} {t.dtype}" for name, t in sorted(weights.items())]
+    return blake3("\n".join(lines).encode()).hexdigest()

@@ -48,6 +48,27 @@ def at_call(owner: Any, name: str, count: int, *, after: bool = False) -> None:
     setattr(owner, name, doomed)
 
 
+def at_outcome(owner: Any, name: str, count: int) -> None:
+    """Die once the outcome of the `count`-th call of a method is there."""
+    method: Callable[..., Any] = getattr(owner, name)
+    calls = 0
+
+    def doomed(*args: Any, **kwargs: Any) -> Callable[[], Any]:
+        nonlocal calls
+        calls += 1
+        wait, last = method(*args, **kwargs), calls == count
+
+        def outcome() -> Any:
+            found = wait()
+            if last:
+                die()
+            return found
+
+        return outcome
+
+    setattr(owner, name, doomed)
+
+
 def half_written(count: int, act: Callable[[], None] = die) -> None:
     """Do something in the middle of the `count`-th checkpoint's file."""
     calls = 0
@@ -103,8 +124,8 @@ def skew(seconds: int) -> None:
 
 
 MOMENTS: dict[str, Callable[[int], None]] = {
-    "training": lambda count: at_call(Learner, "learn", count, after=True),
-    "recording": lambda count: at_call(AgentWorker, "record", count, after=True),
+    "training": lambda count: at_call(Learner, "train", count, after=True),
+    "recording": lambda count: at_outcome(AgentWorker, "record", count),
     "publishing": lambda count: at_call(GrpcTransport, "publish", count),
     "published": lambda count: at_call(GrpcTransport, "publish", count, after=True),
     "serving": mid_stream,
@@ -115,7 +136,7 @@ MOMENTS: dict[str, Callable[[int], None]] = {
     "ledger": lambda count: at_call(checkpoint.CheckpointStore, "save", count),
     "checkpointing": lambda count: half_written(count),
     "hanging": lambda count: half_written(count, hang),
-    "checkpointed": lambda count: at_call(AgentWorker, "checkpoint", count, after=True),
+    "checkpointed": lambda count: at_outcome(AgentWorker, "checkpoint", count),
     "skew": skew,
 }
 

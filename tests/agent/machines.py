@@ -50,6 +50,6 @@ def go_to(m: RoundMachine, number: int, *, peers: bool = True) -> list[r.Action]
         for peer in ("b", "c") if peers else ():
             have(m, peer, current)
         m.handle(r.Deadline(current))
-        actions = m.handle(r.MergeDone(current, {}))
+        actions = m.handle(r.MergeDone(current))
     assert m.round == number
     return actions

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -17,14 +17,16 @@ from dimat.agent.protocol.basis import BasisId
 from dimat.agent.protocol.plan import Plan, PushShares, RoundPlan, Rules
 from dimat.agent.protocol.push_sum import PushSum
 from dimat.agent.protocol.round import RoundMachine
+from dimat.agent.protocol.work import Outcome
 from dimat.config import NetworkConfig, TopologyConfig
+from dimat.events import MergeResult, TrainResult
 from dimat.simulate.driver import Driver, Node
 from dimat.simulate.in_process_network import MemoryNetwork
 from dimat.simulate.world.faults import FaultPlan
 from dimat.simulate.world.link_model import Links
 from dimat.topology import CycleSchedule, Mixer, Schedule, build_topology
 from dimat.topology.mixing import PUSH_SUM
-from dimat.weights.snapshot import Manifest, Payload, checksum
+from dimat.weights.snapshot import Manifest, Payload, RecordedSnapshot, checksum
 
 Values = NDArray[np.float64]
 T = TypeVar("T")
@@ -62,60 +64,54 @@ class Store:
         pass
 
 
-@dataclass(frozen=True, slots=True)
-class Trained:
-    payload: Payload
-    schema: str = "numbers"
-    loss: float = 0.0
-    samples: int = 0
-    train_s: float = 0.0
-
-
 class Averaging:
     """Training changes nothing and takes between 0.5 and 1.5 virtual seconds; a merge is the weighted sum of what came.
 
-    `merged[agent][round]`, `ledgers[agent][round]`: values and push-sum ledger after the merge (round 0: at first).
+    `merged[round]`, `ledgers[round]`: values and push-sum ledger after the merge (round 0: at first).
     """
 
-    def __init__(self, start: Mapping[str, Values], store: Store, seed: int) -> None:
-        self.merged = {agent: {0: values} for agent, values in start.items()}
-        self.ledgers = {agent: {0: PushSum()} for agent in start}
-        self._values = dict(start)
+    def __init__(self, agent: str, start: Values, store: Store, seed: int) -> None:
+        self.merged = {0: start}
+        self.ledgers = {0: PushSum()}
+        self._values = start
         self._store = store
-        self._random = {agent: random.Random(f"{seed} {agent}") for agent in start}
+        self._random = random.Random(f"{seed} {agent}")
 
-    def train_s(self, agent: str, action: m.Train, now: float) -> float:
-        return self._random[agent].uniform(0.5, 1.5)
+    def train_s(self, action: m.Train, now: float) -> float:
+        return self._random.uniform(0.5, 1.5)
 
-    def merge_s(self, agent: str, action: m.MergeAction) -> float:
+    def merge_s(self, action: m.MergeAction) -> float:
         return 0.0
 
-    def train(self, agent: str, action: m.Train) -> Callable[[], Trained]:
-        trained = Trained(self._store.record(self._values[agent].tobytes()))
-        return lambda: trained
+    def train(self, action: m.Train) -> Outcome[TrainResult]:
+        return TrainResult
 
-    def checkpoint(self, agent: str, action: m.CheckpointAction) -> Callable[[], None]:
+    def record(self, action: m.Train) -> Outcome[RecordedSnapshot]:
+        recorded = RecordedSnapshot(self._store.record(self._values.tobytes()), (), "numbers", 0)
+        return lambda: recorded
+
+    def checkpoint(self, action: m.CheckpointAction) -> Outcome[None]:
         if action.stage == "merged":
-            self.ledgers[agent][action.round] = PushSum.from_dict(action.state.push)
+            self.ledgers[action.round] = PushSum.from_dict(action.state.push)
         return lambda: None
 
-    def merge(self, agent: str, action: m.MergeAction, sources: Mapping[str, Values]) -> Callable[[], m.MergeDone]:
-        merged = action.own_weight * self._values[agent]
+    def merge(self, action: m.MergeAction, sources: Mapping[str, Values]) -> Outcome[MergeResult]:
+        merged = action.own_weight * self._values
         for part in action.parts:
             merged = merged + part.weight * sources[part.peer]
-        self._values[agent] = self.merged[agent][action.round] = merged
-        return lambda: m.MergeDone(action.round, {})
+        self._values = self.merged[action.round] = merged
+        return MergeResult
 
-    def restore(self, agent: str) -> Callable[[], None]:
+    def restore(self) -> Outcome[None]:
         raise NotImplementedError
 
-    def crash(self, agent: str) -> None:
+    def crash(self) -> None:
         raise NotImplementedError
 
-    def adopt_basis(self, agent: str, action: m.AdoptBasis, source: Values) -> Callable[[], m.Moves | None]:
+    def adopt_basis(self, action: m.AdoptBasis, source: Values) -> Outcome[m.Moves | None]:
         raise NotImplementedError
 
-    def adopt_weights(self, agent: str, action: m.AdoptWeights, source: Values) -> Callable[[], str]:
+    def adopt_weights(self, action: m.AdoptWeights, source: Values) -> Outcome[str]:
         raise NotImplementedError
 
 
@@ -195,25 +191,26 @@ def run(
     names = schedule.names
     first = np.eye(len(names)) if start is None else start
     store = Store(keep)
-    work = Averaging(dict(zip(names, first, strict=True)), store, seed)
+    work = {agent: Averaging(agent, values, store, seed) for agent, values in zip(names, first, strict=True)}
     rules = Rules(rounds=rounds, deadline_s=deadline_s)
     told: list[events.Event] = []
 
     def node(agent: str) -> Node:
         plan = Plan(frozenset(schedule.peers(agent)), lambda number: round_plan(schedule, agent, number))
-        return Node(plan, lambda _, __: RoundMachine(agent, "run", plan, rules, basis=BasisId(0, agent, "0")))
+        return Node(
+            plan, lambda _, __: RoundMachine(agent, "run", plan, rules, basis=BasisId(0, agent, "0")), work[agent]
+        )
 
     Driver(
         "run",
         {agent: node(agent) for agent in names},
-        work,
         MemoryNetwork(store),
         Links(network or NetworkConfig(), names, seed),
         FaultPlan(),
         told.append,
         lambda agent, number: schedule.out_neighbours(number, agent),
     ).run()
-    ledgers = [_by_round(work.ledgers[agent], rounds) for agent in names]
+    ledgers = [_by_round(work[agent].ledgers, rounds) for agent in names]
     late = [
         [
             [mine.sent.get(b, 0.0) - theirs.taken.get(a, 0.0) for b, theirs in zip(names, row, strict=True)]
@@ -222,7 +219,7 @@ def run(
         for row in zip(*ledgers, strict=True)
     ]
     return Run(
-        np.array([_by_round(work.merged[agent], rounds) for agent in names]).swapaxes(0, 1),
+        np.array([_by_round(work[agent].merged, rounds) for agent in names]).swapaxes(0, 1),
         np.array([[ledger.weight for ledger in row] for row in zip(*ledgers, strict=True)]),
         np.array(late),
         tuple(told),

@@ -216,7 +216,7 @@ def _noise(world: World, fault: Fault, node: Node) -> None:
         m.SnapshotReady(peer, number, "never asked for"),
         m.FetchFailure(peer, number, "never asked for", "gone"),
         m.TrainingDone(number + 3, "x"),
-        m.MergeDone(number + 1, {}),
+        m.MergeDone(number + 1),
         m.BasisChanged(number + 1, BasisId(-1, "zz", "0")),
         m.WeightsAdopted("never asked for"),
         m.Deadline(number + 2),

@@ -16,6 +16,7 @@ from dimat.agent.protocol import mixing_state as accounts
 from dimat.agent.protocol import round as round_module
 from dimat.agent.protocol.offers import Known, PeerPublished
 from dimat.agent.protocol.round import RoundMachine
+from dimat.events import MergeResult
 from tests.faults.node import Node
 from tests.faults.world import World
 
@@ -102,12 +103,12 @@ def _no_decay(rules: Any, *more: Any) -> Any:
 _shares = accounts.shares
 
 
-def _refused_counts(agent: str, root: str, merge: m.MergeAction, done: m.MergeDone) -> Any:
-    return _contributions(agent, root, merge, replace(done, refused={}))
+def _refused_counts(agent: str, root: str, merge: m.MergeAction, result: MergeResult) -> Any:
+    return _contributions(agent, root, merge, replace(result, refused={}))
 
 
-def _backing_off_forgotten(agent: str, root: str, merge: m.MergeAction, done: m.MergeDone) -> Any:
-    return _contributions(agent, root, merge, replace(done, accepted=1.0))
+def _backing_off_forgotten(agent: str, root: str, merge: m.MergeAction, result: MergeResult) -> Any:
+    return _contributions(agent, root, merge, replace(result, accepted=1.0))
 
 
 _contributions = accounts.contributions

@@ -13,7 +13,7 @@ from dimat.agent.protocol.basis import BasisId
 from dimat.agent.protocol.messages import MergeRecord
 from dimat.agent.protocol.offers import PeerPublished
 from dimat.agent.protocol.round import RoundMachine
-from dimat.events import Merged
+from dimat.events import Merged, MergeResult
 from tests.faults import inject
 from tests.faults.invariants import Watch
 from tests.faults.links import Links
@@ -238,7 +238,7 @@ class World:
                 raise Violation("whole or not at all", f"{node.name} merges a snapshot of {part.peer} released before")
             snapshots.append((part.weight, snapshot))
         node.model.merge(own, snapshots, accepted)
-        return m.MergeDone(action.round, refused, accepted)
+        return m.MergeDone(action.round, MergeResult(refused=refused, accepted=accepted))
 
     def rebase(self, node: Node, action: m.AdoptBasis) -> m.Event:
         assert node.machine is not None

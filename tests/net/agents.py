@@ -22,7 +22,8 @@ from dimat.net.manifest import ManifestLimits
 from dimat.net.pki.identity import Identity
 from dimat.net.transport import Neighbours
 from dimat.weights.durable import write_bytes
-from dimat.weights.snapshot import Form, Manifest, SnapshotStore, checksum, encode, schema_hash
+from dimat.weights.snapshot import Form, Manifest, SnapshotStore, checksum
+from dimat.weights.tensors import encode, schema_hash
 from dimat.wire.v1 import peer_pb2 as pb
 
 RUN = "test-run"

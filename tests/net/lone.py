@@ -19,7 +19,7 @@ import torch
 
 from dimat.net.compatibility import Profile
 from dimat.net.pki.identity import Identity, load_identity
-from dimat.weights.snapshot import schema_hash
+from dimat.weights.tensors import schema_hash
 from tests.net.agents import QUICK, make, started, update_neighbours, weights
 
 WIDTH = 2048  # 16 MiB

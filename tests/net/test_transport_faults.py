@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from dimat.net.compatibility import Profile
-from dimat.weights.snapshot import Manifest, schema_hash
+from dimat.weights.snapshot import Manifest
+from dimat.weights.tensors import schema_hash
 from tests.net.agents import BLOCK, QUICK, Agent, make, started, update_neighbours, weights
 from tests.net.keys import Authority, save
 from tests.net.lone import WIDE

@@ -16,7 +16,7 @@ from dimat import events
 from dimat.errors import ConfigError
 from dimat.events import Event
 from dimat.simulate import run_simulation
-from dimat.weights.snapshot import encode
+from dimat.weights.tensors import encode
 from tests.simulate.helpers import tiny_experiment
 
 METHODS = ("fisher", "regmean")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from dimat.events import Event, RoundSummary, RunFinished, RunStarted, Trained
+from dimat.events import Event, RoundSummary, RunFinished, RunStarted, Trained, TrainResult
 from dimat.results import AgentRound, Comparison, MethodCurve, Results, Timeline
 
 SNAPSHOT = 940_600
@@ -119,7 +119,9 @@ def make_events(run: str = "digits-ring", rounds: int = 3) -> list[Event]:
     events: list[Event] = [started]
     for number in range(1, rounds + 1):
         events += [
-            Trained(run=run, agent=agent, round=number, loss=1.2 / number, samples=288, train_s=0.31)
+            Trained(
+                run=run, agent=agent, round=number, result=TrainResult(loss=1.2 / number, samples=288), train_s=0.31
+            )
             for agent in agents
         ]
         events.append(

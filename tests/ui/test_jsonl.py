@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dimat.errors import DataError
-from dimat.events import Trained, Warned
+from dimat.events import Trained, TrainResult, Warned
 from dimat.ui.jsonl import HEADER, JsonlListener, read_events
 from tests.ui.samples import make_events
 
@@ -123,7 +123,7 @@ def test_non_finite_numbers_and_lone_surrogates_are_still_json(tmp_path: Path) -
     """Reference: RFC 8259 has no NaN; null stands for it. A strict parser reads every line."""
     path = tmp_path / "events.jsonl"
     listener = JsonlListener(path)
-    listener(Trained(agent="a\ud800", round=1, loss=float("nan"), samples=1, train_s=float("inf")))
+    listener(Trained(agent="a\ud800", round=1, result=TrainResult(loss=float("nan"), samples=1), train_s=float("inf")))
     listener.close()
     (event,) = read_events(path)
     assert (event["agent"], event["loss"], event["train_s"]) == ("a\ud800", None, None)

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from dimat.errors import DataError
 from dimat.weights.encodings import ENCODINGS, SMALLEST, decode_weights, encode_weights, encoded_bytes
-from dimat.weights.snapshot import encode as whole
-from dimat.weights.snapshot import write_weights
+from dimat.weights.tensors import encode as whole
+from dimat.weights.tensors import write_weights
 from tests.weights.models import DTYPES, bits, network, same, weights
 
 FORMS = ENCODINGS[1:]
@@ -263,7 +263,8 @@ def test_vector_instructions_change_no_bit(tmp_path: Path) -> None:
     script = """
         import sys
         from pathlib import Path
-        from dimat.weights.snapshot import checksum, encode
+        from dimat.weights.snapshot import checksum
+        from dimat.weights.tensors import encode
         from dimat.weights.encodings import decode_weights
         folder = Path(sys.argv[1])
         print(checksum(encode(decode_weights(folder / "form", after=folder / "held"))).root)

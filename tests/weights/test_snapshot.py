@@ -12,18 +12,9 @@ from safetensors.torch import load_file
 
 from dimat.errors import DataError, NetworkError
 from dimat.simulate.in_process_network import MemoryNetwork
-from dimat.weights.snapshot import (
-    Manifest,
-    Payload,
-    SnapshotStore,
-    checksum,
-    encode,
-    record,
-    schema_hash,
-    verify_file,
-    write_bytes,
-    write_weights,
-)
+from dimat.weights.durable import write_bytes
+from dimat.weights.snapshot import Manifest, Payload, SnapshotStore, checksum, record_bytes, verify_file
+from dimat.weights.tensors import encode, schema_hash, write_weights
 
 
 def weights(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -33,6 +24,10 @@ def weights(seed: int = 0) -> dict[str, torch.Tensor]:
         "h": torch.randn(7, generator=generator).to(torch.bfloat16),
         "n": torch.tensor(3),
     }
+
+
+def record(folder: Path, tensors: dict[str, torch.Tensor]) -> Payload:
+    return record_bytes(folder, encode(tensors))
 
 
 def manifest(payload: Payload, agent: str = "a", number: int = 1) -> Manifest:

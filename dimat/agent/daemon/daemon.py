@@ -22,7 +22,7 @@ from dimat.agent.daemon.peer_discovery import PeerDiscovery, check_discovery
 from dimat.agent.daemon.resources import RESERVE_BYTES, available_memory, held_bytes, little_memory, needed_bytes
 from dimat.agent.daemon.runner import Runner
 from dimat.agent.daemon.status_socket import StatusSocket, View, notify, watchdog_s
-from dimat.agent.daemon.worker import AgentWorker, Recorded, WorkThread
+from dimat.agent.daemon.worker import AgentWorker, WorkThread
 from dimat.agent.learner.checkpoint import CheckpointStore
 from dimat.agent.lineage.manifest_log import ManifestLedger
 from dimat.agent.setup.followed_map import with_map
@@ -37,7 +37,7 @@ from dimat.net.pki.identity import Identity, load_identity
 from dimat.seeds import derive_seed
 from dimat.train.trainer import ModelTrainer
 from dimat.version import __version__
-from dimat.weights.snapshot import SnapshotStore
+from dimat.weights.snapshot import RecordedSnapshot, SnapshotStore
 
 MB = 1e6
 _TURNS = (events.AgentStarted, events.Trained, events.Published, events.Merged, events.Checkpointed)
@@ -89,10 +89,10 @@ class Daemon:
         self._check_room(size, keep)
         checkpoints = CheckpointStore(folder.checkpoints, agent.keep_checkpoints)
         self._work = AgentWorker(self._local, config.run, checkpoints, folder.lineage, agent.evaluate, folder.weights)
-        found = self._work.restore()
+        found = self._work.restore()()
         self._passed_over = () if found is None else found.passed_over
         self._new = found is None
-        state = None if found is None else found.checkpoint.machine
+        state = None if found is None else found.state
         self._kept = _addresses(folder.snapshots, "" if state is None else state.root)
         published = 0 if found is None else found.published
         self._machine = machine_for(setup.programme, setup.name, state, published)
@@ -353,7 +353,7 @@ class Daemon:
 
 def _addresses(folder: Path, root: str) -> frozenset[str]:
     """Return the addresses of all payloads of a recorded snapshot, which may not be published yet."""
-    recorded = Recorded.load(folder, root) if root else None
+    recorded = RecordedSnapshot.load(folder, root) if root else None
     forms = () if recorded is None else (form.payload.root for form in recorded.forms)
     return frozenset((root, *forms))
 

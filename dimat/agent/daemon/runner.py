@@ -17,15 +17,16 @@ from typing import Any, TypeVar
 from blake3 import blake3
 
 from dimat import events
-from dimat.agent.daemon.worker import AgentWorker, Recorded, WorkThread
+from dimat.agent.daemon.worker import AgentWorker, WorkThread
 from dimat.agent.protocol import messages as m
 from dimat.agent.protocol.basis import BasisId
 from dimat.agent.protocol.offers import PeerPublished
 from dimat.agent.protocol.plan import Plan
 from dimat.agent.protocol.round import Phase, RoundMachine
+from dimat.agent.protocol.work import Outcome
 from dimat.errors import DataError, NetworkError
 from dimat.net.transport import Fetched, Transport
-from dimat.weights.snapshot import Manifest
+from dimat.weights.snapshot import Manifest, RecordedSnapshot
 
 T = TypeVar("T")
 RETRY_S = (1.0, 60.0)
@@ -67,7 +68,7 @@ class Runner:
         self._jobs: set[asyncio.Task[None]] = set()
         self._sources: dict[tuple[str, int, str], Path] = {}
         self._manifests: dict[tuple[str, int, str], str] = {}  # of what is fetched: hashes, for the record of the merge
-        self._recorded: dict[str, Recorded] = {}
+        self._recorded: dict[str, RecordedSnapshot] = {}
         self._merged: events.Merged | None = None
         self._sent = sum(transport.sent_bytes.values())  # up to the end of the last round
         self._received = 0  # since then
@@ -109,18 +110,7 @@ class Runner:
     # ── what is heard ────────────────────────────────────────────────────────────────────────────────────────
     def offered(self, manifest: Manifest, oldest: int) -> None:
         """A peer offers a snapshot."""
-        self.post(
-            PeerPublished(
-                manifest.agent,
-                manifest.round,
-                manifest.payload.root,
-                BasisId.parse(manifest.basis),
-                run=manifest.run,
-                oldest=oldest,
-                pushed=manifest.pushed.get(self.machine.agent, 0.0),
-                base=manifest.base,
-            )
-        )
+        self.post(PeerPublished.of(manifest, self.machine.agent, oldest))
 
     def lost(self, peer: str, reason: str, last: int) -> None:
         """A peer has left, or is out of reach."""
@@ -177,7 +167,7 @@ class Runner:
                 self._enter("train")
                 self._start(self._train, action)
             case m.CheckpointAction(round=number, stage=stage):
-                await self._durable(self._work.checkpoint, self._vouched(action))
+                await self._durable(self._work.checkpoint(self._vouched(action)))
                 self._emit(events.Checkpointed(agent=agent, round=number, stage=stage))
                 if stage == "merged":
                     await self._save_weights()
@@ -215,13 +205,13 @@ class Runner:
         task.add_done_callback(self._jobs.discard)
         return task
 
-    async def _durable(self, write: Callable[..., T], *args: Any) -> T:
+    async def _durable(self, write: Outcome[T]) -> T:
         """Do what has to be on disk before anything goes on. A disk that is full may have room again: the agent waits,
         says so, and serves meanwhile; it gives up only when it is stopped."""
         wait, most = RETRY_S
         while True:
             try:
-                return await self._thread.do(write, *args)
+                return await self._thread.do(write)
             except DataError as error:
                 if self._stopping.is_set():
                     raise
@@ -244,18 +234,11 @@ class Runner:
 
     async def _train(self, action: m.Train) -> None:
         started = time.perf_counter()
-        learned = await self._thread.do(self._work.learn, action)
+        result = await self._thread.do(self._work.train(action))
         if action.learn:
-            self._emit(
-                events.Trained(
-                    agent=self.machine.agent,
-                    round=action.round,
-                    loss=learned.loss,
-                    samples=learned.samples,
-                    train_s=time.perf_counter() - started,
-                )
-            )
-        recorded = await self._durable(self._work.record, learned)
+            train_s = time.perf_counter() - started
+            self._emit(events.Trained(agent=self.machine.agent, round=action.round, result=result, train_s=train_s))
+        recorded = await self._durable(self._work.record(action))
         # the one before too: an agent whose newest checkpoint is damaged publishes that again
         self._recorded = dict([*self._recorded.items()][-1:]) | {recorded.payload.root: recorded}
         self.post(m.TrainingDone(action.round, recorded.payload.root))
@@ -264,26 +247,13 @@ class Runner:
         agent = self.machine.agent
         recorded = self._recorded.get(action.root)
         if recorded is None:  # of an earlier life
-            recorded = await self._thread.do(Recorded.load, self._work.local.store, action.root)
+            recorded = await self._thread.do(self._work.recorded(action.root))
         if recorded is None:
             gone = f"the snapshot of round {action.round} ({action.root[:12]}…) is gone from the agent's folder"
             self.noticed(f"{gone}; peers have to do without it")
             return
         self._recorded.setdefault(action.root, recorded)
-        manifest = Manifest(
-            run=self.machine.run,
-            agent=agent,
-            round=action.round,
-            basis=str(action.basis),
-            schema=recorded.schema,
-            payload=recorded.payload,
-            encoding=recorded.forms[0].encoding if recorded.forms else "fp32",
-            forms=recorded.forms,
-            base=action.base,
-            samples=recorded.samples,
-            parents=tuple((p.agent, p.snapshot, p.round, p.weight) for p in action.parents),
-            pushed=action.pushed,
-        )
+        manifest = action.manifest(self.machine.run, agent, recorded)
         self._transport.publish(manifest)
         size = recorded.payload.bytes
         self._emit(
@@ -329,20 +299,20 @@ class Runner:
         return next(path for (of, _, what), path in self._sources.items() if (of, what) == (peer, root))
 
     async def _adopt_basis(self, action: m.AdoptBasis, own: BasisId) -> None:
-        moves = await self._thread.do(self._work.adopt_basis, action, self._source(action.peer, action.root))
+        moves = await self._thread.do(self._work.adopt_basis(action, self._source(action.peer, action.root)))
         self.post(m.BasisChanged.after(action, own, moves))
 
     async def _adopt_weights(self, action: m.AdoptWeights) -> None:
-        source = self._source(action.peer, action.root)
-        self.post(m.WeightsAdopted(action.root, await self._thread.do(self._work.adopt_weights, action, source)))
+        work = self._work.adopt_weights(action, self._source(action.peer, action.root))
+        self.post(m.WeightsAdopted(action.root, await self._thread.do(work)))
 
     async def _merge(self, action: m.MergeAction) -> None:
         sources = {part.peer: self._source(part.peer, part.root) for part in action.parts}
-        self.post(await self._thread.do(self._work.merge, action, sources))
+        self.post(m.MergeDone(action.round, await self._thread.do(self._work.merge(action, sources))))
 
     async def _save_weights(self) -> None:
         try:
-            await self._thread.do(self._work.save_weights)
+            await self._thread.do(self._work.save_weights())
         except DataError as error:  # a convenience for people; the checkpoint has them too
             self.noticed(str(error))
 

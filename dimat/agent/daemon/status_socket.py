@@ -121,16 +121,16 @@ class View:
         """Take an event in."""
         values = self._values
         match fact:
-            case events.Trained(loss=loss, round=number):
+            case events.Trained(result=events.TrainResult(loss=loss), round=number):
                 values["trained"] = {"round": number, "loss": loss}
             case events.Merged():
                 values["merged"] = {
                     "round": fact.round,
                     "heard": fact.heard,
                     "expected": fact.expected,
-                    "accepted": fact.accepted,
-                    "before": dict(fact.before),
-                    "after": dict(fact.after),
+                    "accepted": fact.result.accepted,
+                    "before": dict(fact.result.before),
+                    "after": dict(fact.result.after),
                     "weights": {part.agent: part.weight for part in fact.contributions},
                 }
             case events.Checkpointed(round=number, stage=stage, time_s=at):

@@ -1,24 +1,22 @@
-"""What a real agent does on its own machine, one thing after the other, in a thread of its own: the event loop goes
-on serving meanwhile."""
+"""The work of a real agent, done in a thread of its own: the event loop goes on serving meanwhile."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import queue
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from dimat.agent.learner.checkpoint import CheckpointStore, Loaded
-from dimat.agent.learner.learner import Learned, Learner
+from dimat.agent.learner.checkpoint import CheckpointStore
+from dimat.agent.learner.learner import Learner
 from dimat.agent.lineage.lineage import append_record
 from dimat.agent.protocol import messages as m
-from dimat.errors import DataError
-from dimat.weights.durable import write_bytes
-from dimat.weights.snapshot import Form, Payload
+from dimat.agent.protocol.state import Restored
+from dimat.agent.protocol.work import Outcome
+from dimat.events import MergeResult, TrainResult
+from dimat.weights.snapshot import RecordedSnapshot
 
 T = TypeVar("T")
 
@@ -31,7 +29,7 @@ class WorkThread:
         self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         threading.Thread(target=self._loop, name="dimat-work", daemon=True).start()
 
-    def do(self, job: Callable[..., T], *args: Any) -> asyncio.Future[T]:
+    def do(self, job: Callable[[], T]) -> asyncio.Future[T]:
         """Do a job once those before it are done; the future has its outcome, in the event loop that asks."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
@@ -46,7 +44,7 @@ class WorkThread:
 
         def run() -> None:
             try:
-                outcome, error = job(*args), None
+                outcome, error = job(), None
             except BaseException as caught:  # whoever asked is told, whatever it was
                 outcome, error = None, caught
             if not loop.is_closed():
@@ -63,90 +61,78 @@ class WorkThread:
             self.busy = False
 
 
-@dataclass(frozen=True, slots=True)
-class Recorded:
-    """A snapshot that was recorded and may still be asked for: what a manifest says of it."""
-
-    payload: Payload
-    forms: tuple[Form, ...]
-    schema: str
-    samples: int
-
-    def save(self, folder: Path) -> None:
-        """Write it beside its payload; DataError where that fails."""
-        write_bytes(folder / f"{self.payload.root}.json", json.dumps(asdict(self)).encode())
-
-    @staticmethod
-    def load(folder: Path, root: str) -> Recorded | None:
-        """Read what was recorded under an address; None where there is nothing. DataError where it is damaged."""
-        path = folder / f"{root}.json"
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            forms = tuple(Form(f["encoding"], _payload(f["payload"]), f["after"]) for f in values["forms"])
-            return Recorded(_payload(values["payload"]), forms, values["schema"], int(values["samples"]))
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"cannot read {path}: {type(error).__name__}: {error}") from error
-
-
 class AgentWorker:
-    """The work of one agent, as plain calls that take as long as they take; they belong to one thread."""
+    """The work of a real agent (`Work`): each piece is done when its outcome is taken, in the agent's one thread.
+
+    `evaluate`: on what occasions a merge is evaluated (`Learner.merge`); `lineage`: file of the records of merges;
+    `weights`: file in which people find the newest merged weights.
+    """
 
     def __init__(
-        self, local: Learner, run: str, checkpoints: CheckpointStore, lineage: Path, evaluate: str, weights: Path
+        self, learner: Learner, run: str, checkpoints: CheckpointStore, lineage: Path, evaluate: str, weights: Path
     ) -> None:
-        self.local = local
+        self._learner = learner
         self._run = run
         self._checkpoints = checkpoints
         self._lineage = lineage
         self._evaluate = evaluate
         self._weights = weights
 
-    def restore(self) -> Loaded | None:
-        """Go on from the newest checkpoint that can be read; None where there is none."""
-        found = self._checkpoints.newest(self._run, self.local.name, self.local.schema())
-        if found is not None:
-            self.local.restore(found.checkpoint)
-        return found
+    def restore(self) -> Outcome[Restored | None]:
+        """Go on from the newest checkpoint that can be read."""
 
-    def learn(self, action: m.Train) -> Learned:
+        def restored() -> Restored | None:
+            found = self._checkpoints.newest(self._run, self._learner.name, self._learner.schema())
+            if found is None:
+                return None
+            self._learner.restore(found.checkpoint)
+            return Restored(found.checkpoint.machine, found.published, found.passed_over)
+
+        return restored
+
+    def train(self, action: m.Train) -> Outcome[TrainResult]:
         """Train for a round."""
-        return self.local.learn(action.round, action.learn)
+        return lambda: self._learner.train(action.round, action.learn)
 
-    def record(self, learned: Learned) -> Recorded:
-        """Record the weights as a snapshot; DataError where it cannot be written, and it may be tried again then."""
-        report = self.local.record(learned)
-        recorded = Recorded(report.payload, report.forms, report.schema, report.samples)
-        recorded.save(self.local.store)
-        for record in self.local.store.glob("*.json"):
-            if not record.with_suffix(".safetensors").exists():
-                record.unlink(missing_ok=True)
-        return recorded
+    def record(self, action: m.Train) -> Outcome[RecordedSnapshot]:
+        """Record the weights as a snapshot, and beside it what a manifest says of it."""
+        return self._record
 
-    def checkpoint(self, action: m.CheckpointAction) -> None:
-        """Make the record of a merge and the agent's state durable; DataError where that fails."""
-        if action.record is not None:
-            append_record(self._lineage, action.record)
-        self._checkpoints.save(self.local.checkpoint(action.state))
+    def recorded(self, root: str) -> Outcome[RecordedSnapshot | None]:
+        """Return a snapshot that was recorded in an earlier life, by address; None where it is gone."""
+        return lambda: RecordedSnapshot.load(self._learner.store, root)
 
-    def adopt_basis(self, action: m.AdoptBasis, source: Path) -> m.Moves | None:
-        """Permute the agent into the basis of a snapshot; None where it is not fit to align to."""
-        return self.local.adopt(action.round, action.peer, source)
+    def checkpoint(self, action: m.CheckpointAction) -> Outcome[None]:
+        """Make the record of a merge and the agent's state durable."""
 
-    def adopt_weights(self, action: m.AdoptWeights, source: Path) -> str:
-        """Take over the weights of a snapshot; return why they could not be, or an empty string."""
-        return self.local.take_over(action.peer, source)
+        def written() -> None:
+            if action.record is not None:
+                append_record(self._lineage, action.record)
+            self._checkpoints.save(self._learner.checkpoint(action.state))
 
-    def merge(self, action: m.MergeAction, sources: Mapping[str, Path]) -> m.MergeDone:
-        """Merge snapshots into own weights."""
-        parts = [(part.peer, sources[part.peer], part.weight, part.same_basis) for part in action.parts]
-        return self.local.merge(action.round, action.own_weight, parts, self._evaluate).done(action.round)
+        return written
 
-    def save_weights(self) -> None:
+    def adopt_basis(self, action: m.AdoptBasis, source: Path) -> Outcome[m.Moves | None]:
+        """Permute the agent into the basis of a snapshot."""
+        return lambda: self._learner.adopt_basis(action.round, action.peer, source)
+
+    def adopt_weights(self, action: m.AdoptWeights, source: Path) -> Outcome[str]:
+        """Take over the weights of a snapshot."""
+        return lambda: self._learner.adopt_weights(action.peer, source)
+
+    def merge(self, action: m.MergeAction, sources: Mapping[str, Path]) -> Outcome[MergeResult]:
+        """Merge snapshots into the agent's own weights."""
+        return lambda: self._learner.merge(action, sources, self._evaluate)
+
+    def save_weights(self) -> Outcome[None]:
         """Write the current weights to where people find them."""
-        self.local.save(self._weights)
+        return lambda: self._learner.save(self._weights)
 
-
-def _payload(values: Mapping[str, Any]) -> Payload:
-    return Payload(values["root"], int(values["bytes"]), tuple(values["blocks"]), int(values["block_bytes"]))
+    def _record(self) -> RecordedSnapshot:
+        snapshot = self._learner.record()
+        store = self._learner.store
+        snapshot.save(store)
+        for file in store.glob("*.json"):
+            if not file.with_suffix(".safetensors").exists():
+                file.unlink(missing_ok=True)
+        return snapshot

@@ -7,8 +7,9 @@ their snapshots. Every driver (simulator, daemon) has one per agent.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ import torch
 from torch import Tensor
 
 from dimat.agent.learner.checkpoint import Checkpoint
-from dimat.agent.learner.recorder import Sender
+from dimat.agent.learner.recorder import Recorder
 from dimat.agent.learner.shared_base import load_base, plan_for
 from dimat.agent.learner.statistics import take_statistics
-from dimat.agent.protocol.messages import MergeDone, Moves
+from dimat.agent.protocol.messages import MergeAction, Moves
 from dimat.agent.protocol.state import MachineState
 from dimat.config import ExperimentConfig
 from dimat.errors import DimatError, PeerError
+from dimat.events import MergeResult, TrainResult
 from dimat.merge import MergeContext, MergePlan, Peer, adopt, merge, open_weights
 from dimat.merge.matching.assignment import moved_by_group, moved_share
 from dimat.merge.registry import combine_registry
@@ -34,65 +36,10 @@ from dimat.symmetry import Observer, SymmetrySpec
 from dimat.tasks import Subset
 from dimat.tasks.base import Data, Task
 from dimat.train.trainer import ModelTrainer, Trainer
-from dimat.weights.snapshot import Form, Payload, schema_hash, write_weights
+from dimat.weights.snapshot import RecordedSnapshot
+from dimat.weights.tensors import schema_hash, write_weights
 
 HOLD_OUT = 0.1  # share of an agent's samples that `accept = no-worse` on "local" keeps from training
-
-
-@dataclass(frozen=True, slots=True)
-class Learned:
-    """Outcome of `learn`; CPU times in seconds."""
-
-    loss: float
-    samples: int
-    train_s: float
-    statistics_s: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class TrainedReport:
-    """Outcome of `train`. `payload`: address of the recorded weights, and statistics beside them; `forms`: cheaper ways
-    to the same content; `schema`: hash of names, shapes and types of the weights; CPU times in seconds."""
-
-    loss: float
-    samples: int
-    payload: Payload
-    schema: str
-    train_s: float
-    record_s: float
-    statistics_s: float = 0.0
-    forms: tuple[Form, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class MergeReport:
-    """Outcome of `merge`: who was refused and why, test metrics around it, CPU-seconds by activity. `moved`: of each
-    peer that was aligned, the share of its units whose place changed, and `moved_groups` that of each group."""
-
-    refused: Mapping[str, str]
-    accepted: float
-    before: Mapping[str, float]
-    after: Mapping[str, float]
-    notes: tuple[str, ...]
-    merge_s: float
-    evaluate_s: float
-    checkpoint_s: float = 0.0
-    moved: Mapping[str, float] = field(default_factory=dict[str, float])
-    moved_groups: Mapping[str, Mapping[str, float]] = field(default_factory=dict[str, Mapping[str, float]])
-
-    def done(self, number: int) -> MergeDone:
-        """Return what the round machine is told of the merge of round `number`."""
-        return MergeDone(
-            number,
-            self.refused,
-            accepted=self.accepted,
-            before=self.before,
-            after=self.after,
-            merge_s=self.merge_s,
-            notes=self.notes,
-            moved=self.moved,
-            moved_groups=self.moved_groups,
-        )
 
 
 @dataclass(slots=True)
@@ -125,11 +72,13 @@ class Learner:
     weights."""
     _hold_out: Data | None = field(init=False, default=None)
     _own: Data = field(init=False)
-    _sender: Sender = field(init=False)
+    _recorder: Recorder = field(init=False)
+    _samples: int = field(init=False, default=0)
+    """Examples of the last training."""
 
     def __post_init__(self) -> None:
         config = self.config
-        self._sender = Sender(self.store, config.exchange, durable=self.durable)
+        self._recorder = Recorder(self.store, config.exchange, durable=self.durable)
         self._plan = plan_for(config.merge, self.task)
         self.base = load_base(config, self.task)
         train = self.task.data("train")
@@ -149,13 +98,8 @@ class Learner:
             rounds_total=max(config.schedule.rounds, 1),
         )
 
-    def train(self, number: int, learn: bool) -> TrainedReport:
-        """Train for round `number` (not if `learn` is false) and record the weights as a snapshot, with the statistics
-        that the merge asks peers for."""
-        return self.record(self.learn(number, learn))
-
-    def learn(self, number: int, learn: bool = True) -> Learned:
-        """Train for round `number` (not if `learn` is false), and take the statistics that the merge asks peers for."""
+    def train(self, number: int, learn: bool = True) -> TrainResult:
+        """Train for round `number` (not if `learn` is false), and take the statistics that the merge rests on."""
         start = time.thread_time()
         report = self.trainer.train(number) if learn else None
         trained = time.thread_time()
@@ -167,31 +111,21 @@ class Learner:
             self.config.train.eval_batch_size,
             torch_generator(self.config.seed, "statistics", self.name, number),
         )
-        return Learned(
-            loss=report.loss if report else float("nan"),
-            samples=report.samples if report else 0,
-            train_s=trained - start,
-            statistics_s=time.thread_time() - trained if self._statistics else 0.0,
-        )
+        cpu_s = {"train": trained - start}
+        if self._statistics:
+            cpu_s["statistics"] = time.thread_time() - trained
+        self._samples = report.samples if report is not None else 0
+        loss = report.loss if report is not None else nan
+        return TrainResult(loss=loss, samples=self._samples, cpu_s=cpu_s)
 
-    def record(self, learned: Learned) -> TrainedReport:
-        """Record the current weights as a snapshot, passed through the encoding that peers get them in. DataError where
-        it cannot be written; it may be tried again then."""
-        start = time.thread_time()
+    def record(self) -> RecordedSnapshot:
+        """Record the current weights as a snapshot, passed through the encoding in which peers get them. DataError
+        where it cannot be written; it may be tried again then."""
         weights = self.trainer.weights()
-        payload, forms = self._sender.record(beside(weights, self._statistics))
-        return TrainedReport(
-            loss=learned.loss,
-            samples=learned.samples,
-            payload=payload,
-            schema=schema_hash(weights),
-            train_s=learned.train_s,
-            record_s=time.thread_time() - start,
-            statistics_s=learned.statistics_s,
-            forms=forms,
-        )
+        payload, forms = self._recorder.record(beside(weights, self._statistics))
+        return RecordedSnapshot(payload, forms, schema_hash(weights), self._samples)
 
-    def take_over(self, peer: str, snapshot: Path) -> str:
+    def adopt_weights(self, peer: str, snapshot: Path) -> str:
         """Take over a peer's weights whole (a newcomer that adopts). Returns why it could not be, with nothing changed,
         or an empty string."""
         weights, _ = self._open(snapshot)
@@ -201,7 +135,7 @@ class Learner:
         except DimatError as error:
             return str(error)
         self.trainer.start_from({name: weights[name] for name in own})
-        self._sender.forget()
+        self._recorder.forget()
         return ""
 
     def checkpoint(self, machine: MachineState) -> Checkpoint:
@@ -220,7 +154,7 @@ class Learner:
         """Return the hash of the model's tensor names, shapes and types."""
         return schema_hash(self.trainer.model.state_dict())
 
-    def adopt(self, number: int, peer: str, snapshot: Path) -> Moves | None:
+    def adopt_basis(self, number: int, peer: str, snapshot: Path) -> Moves | None:
         """Permute weights, buffers and optimizer into the basis of a peer's snapshot; return which units moved.
         None, and nothing changed, where the snapshot is not fit to align to. Without symmetry groups nothing is
         permuted: all bases are one then."""
@@ -232,14 +166,12 @@ class Learner:
         except PeerError:
             return None  # the merge's own screen refuses this peer, and says why
         self.trainer.permute(self.spec, permutations)
-        self._sender.forget()  # in another order of units the change since the last snapshot is no small one
+        self._recorder.forget()  # in another order of units the change since the last snapshot is no small one
         self._statistics = dict(permuted(self._statistics, self.spec, permutations))
         return Moves(moved_share(permutations), moved_by_group(permutations))
 
-    def merge(
-        self, number: int, own_weight: float, peers: Sequence[tuple[str, Path, float, bool]], evaluate: str
-    ) -> MergeReport:
-        """Merge own weights with peers' snapshots, given as (name, file, weight, already in our basis).
+    def merge(self, action: MergeAction, sources: Mapping[str, Path], evaluate: str) -> MergeResult:
+        """Merge the agent's own weights with its peers' snapshots, whose files `sources` gives by peer.
 
         `evaluate`: "all" (test metrics before and after), "after" or "none".
         """
@@ -248,11 +180,11 @@ class Learner:
         ready = time.thread_time()
         parts: list[Peer] = []
         statistics: dict[str, Weights] = {OWN: self._statistics}
-        for name, file, weight, same in peers:
-            weights, statistics[name] = self._open(file)
-            parts.append(Peer(name, weights, weight, same))
-        context = self._context(number, statistics if self._plan.statistics is not None else None)
-        outcome = merge(self.trainer.weights(), own_weight, parts, self._plan, context)
+        for part in action.parts:
+            weights, statistics[part.peer] = self._open(sources[part.peer])
+            parts.append(Peer(part.peer, weights, part.weight, part.same_basis))
+        context = self._context(action.round, statistics if self._plan.statistics is not None else None)
+        outcome = merge(self.trainer.weights(), action.own_weight, parts, self._plan, context)
         self._statistics = {}  # they are of the weights before
         changed = outcome.accepted > 0 and bool(outcome.mixing)
         if changed:
@@ -261,14 +193,13 @@ class Learner:
         after = before
         if evaluate != "none" and (changed or not before):
             after = self.evaluate()
-        return MergeReport(
+        return MergeResult(
             refused=outcome.refused,
             accepted=outcome.accepted,
             before=before,
             after=after,
             notes=outcome.notes,
-            merge_s=merged - ready,
-            evaluate_s=(ready - start) + (time.thread_time() - merged),
+            cpu_s={"merge": merged - ready, "evaluate": (ready - start) + (time.thread_time() - merged)},
             # a method that does not align gives no permutations, and "none moved" would be said of nothing
             moved={peer: share for peer, share in outcome.moved.items() if outcome.permutations[peer]},
             moved_groups={peer: moved_by_group(p) for peer, p in outcome.permutations.items() if p},

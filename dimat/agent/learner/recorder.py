@@ -10,10 +10,11 @@ from torch import Tensor
 
 from dimat.config import ExchangeConfig
 from dimat.weights.encodings import encode_weights
-from dimat.weights.snapshot import Form, Payload, record, record_bytes
+from dimat.weights.snapshot import Form, Payload, record_bytes
+from dimat.weights.tensors import encode
 
 
-class Sender:
+class Recorder:
     """Records snapshots of one agent, one after the other. `store`: folder that they are recorded in.
 
     What an encoding cuts off is kept, and added to what is sent next (error feedback); with `delta` the next snapshot
@@ -31,7 +32,7 @@ class Sender:
         """Record weights; return their payload, and the cheaper forms of it. DataError where they cannot be written."""
         config = self._config
         if config.encoding == "fp32":
-            return record(self._store, weights, durable=self._durable), ()
+            return record_bytes(self._store, encode(weights), durable=self._durable), ()
         before = self._before if config.delta and self._before is not None and self._before.exists() else None
         encoded = encode_weights(
             weights,
@@ -39,7 +40,7 @@ class Sender:
             after=before,
             residual=self._residual or None,
         )
-        payload = record(self._store, encoded.weights, durable=self._durable)
+        payload = record_bytes(self._store, encode(encoded.weights), durable=self._durable)
         forms: tuple[Form, ...] = ()
         if encoded.data is not None:
             form = record_bytes(self._store, encoded.data, durable=self._durable)

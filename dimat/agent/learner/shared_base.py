@@ -15,7 +15,8 @@ from dimat.errors import ConfigError, DataError
 from dimat.merge import MergePlan, needs_symmetry, open_weights, plan_merge, product_methods
 from dimat.seeds import torch_generator
 from dimat.tasks.base import Task
-from dimat.weights.snapshot import checksum, encode, schema_hash
+from dimat.weights.snapshot import checksum
+from dimat.weights.tensors import encode, schema_hash
 
 
 def load_base(config: ExperimentConfig, task: Task) -> dict[str, Tensor] | None:

@@ -11,7 +11,8 @@ from dimat.agent.protocol.basis import BasisId
 from dimat.agent.protocol.offers import PeerPublished
 from dimat.agent.protocol.plan import Plan
 from dimat.agent.protocol.state import MachineState, Stage
-from dimat.events import Contribution
+from dimat.events import Contribution, MergeResult
+from dimat.weights.snapshot import Manifest, RecordedSnapshot
 
 
 # ── what the machine is told ─────────────────────────────────────────────────────────────────────────────────
@@ -105,18 +106,10 @@ class WeightsAdopted:
 
 @dataclass(frozen=True, slots=True)
 class MergeDone:
-    """The merge of `round` is in place. `refused`: peers that the screen kept out, and why; `moved`: of each peer that
-    was aligned, the share of its units whose place changed, and `moved_groups` that of each symmetry group."""
+    """The merge of `round` is in place."""
 
     round: int
-    refused: Mapping[str, str]
-    accepted: float = 1.0
-    before: Mapping[str, float] | None = None
-    after: Mapping[str, float] | None = None
-    merge_s: float = 0.0
-    notes: tuple[str, ...] = ()
-    moved: Mapping[str, float] = field(default_factory=dict[str, float])
-    moved_groups: Mapping[str, Mapping[str, float]] = field(default_factory=dict[str, Mapping[str, float]])
+    result: MergeResult = field(default_factory=MergeResult)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,37 +152,36 @@ Event = (
 @dataclass(frozen=True, slots=True)
 class MergeRecord:
     """One merge of one agent. `snapshot`: its own snapshot of the round, by address; `contributions`: whose
-    snapshots with what weight, self first, summing to 1; `refused`: peers kept out, with the reason; `trained`: whether
-    own snapshot came out of training; `kind`: "merge", or "join" where a newcomer took a peer's weights over whole;
-    `accepted`: share of the way from own to merged weights, 0 where the merge was turned down; `before`, `after`: test
-    metrics where they were evaluated; `manifests`: by peer the blake3 of the manifest that it signed for its part;
-    `moved`: by peer that was aligned the share of its units whose place changed, and `moved_groups` that of each
-    symmetry group."""
+    snapshots with what weight, self first, summing to 1; `trained`: whether the agent's own snapshot came out of
+    training; `kind`: "merge", or "join" where a newcomer took a peer's weights over whole; `manifests`: by peer the
+    blake3 of the manifest that it signed for its part."""
 
     agent: str
     round: int
     snapshot: str
     contributions: tuple[Contribution, ...]
-    refused: Mapping[str, str] = field(default_factory=dict[str, str])
-    accepted: float = 1.0
+    result: MergeResult = field(default_factory=MergeResult)
     trained: bool = True
     kind: str = "merge"
-    before: Mapping[str, float] = field(default_factory=dict[str, float])
-    after: Mapping[str, float] = field(default_factory=dict[str, float])
     manifests: Mapping[str, str] = field(default_factory=dict[str, str])
-    moved: Mapping[str, float] = field(default_factory=dict[str, float])
-    moved_groups: Mapping[str, Mapping[str, float]] = field(default_factory=dict[str, Mapping[str, float]])
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values."""
-        return {**asdict(self), "contributions": [asdict(part) for part in self.contributions]}
+        """Return plain values; the result's that a record keeps stand among its own."""
+        plain = asdict(self)
+        result = plain.pop("result")
+        return {**plain, **{name: result[name] for name in MERGE_RECORDED}}
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> MergeRecord:
         """Return what `to_dict` gave; KeyError or TypeError where it is something else."""
-        plain: dict[str, Any] = dict(values)
-        plain["contributions"] = tuple(Contribution(**part) for part in values["contributions"])
-        return MergeRecord(**plain)
+        own: dict[str, Any] = dict(values)
+        own["contributions"] = tuple(Contribution(**part) for part in values["contributions"])
+        result = {name: own.pop(name) for name in MERGE_RECORDED if name in own}
+        return MergeRecord(**own, result=MergeResult(**result))
+
+
+MERGE_RECORDED = ("refused", "accepted", "before", "after", "moved", "moved_groups")
+"""The part of a merge's result that is kept for good."""
 
 
 # ── what the machine asks for ────────────────────────────────────────────────────────────────────────────────
@@ -224,9 +216,22 @@ class Publish:
     round: int
     root: str
     basis: BasisId
-    parents: tuple[events.Contribution, ...]
+    parents: tuple[Contribution, ...]
     pushed: Mapping[str, float] = field(default_factory=dict[str, float])
     base: str = ""
+
+    def manifest(self, run: str, agent: str, snapshot: RecordedSnapshot) -> Manifest:
+        """Return what the peers are told of the snapshot."""
+        return Manifest.of(
+            snapshot,
+            run=run,
+            agent=agent,
+            round=self.round,
+            basis=str(self.basis),
+            base=self.base,
+            parents=self.parents,
+            pushed=self.pushed,
+        )
 
 
 @dataclass(frozen=True, slots=True)

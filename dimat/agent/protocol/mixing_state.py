@@ -6,12 +6,12 @@ import math
 from collections.abc import Mapping
 
 from dimat.agent.protocol.basis import BasisId
-from dimat.agent.protocol.messages import MergeAction, MergeDone, MergeRecord, Part
+from dimat.agent.protocol.messages import MergeAction, MergeRecord, Part
 from dimat.agent.protocol.offers import PeerPublished
 from dimat.agent.protocol.plan import RoundPlan, Rules
 from dimat.agent.protocol.push_sum import PushSum
 from dimat.agent.protocol.state import MachineState
-from dimat.events import Contribution, Merged
+from dimat.events import Contribution, Merged, MergeResult
 from dimat.topology.mixing import renormalise
 
 
@@ -57,38 +57,23 @@ class MixingState:
         self._taking = {part.peer: usable[part.peer].pushed for part in parts}
         return MergeAction(number, own, parts)
 
-    def merged(self, merge: MergeAction, done: MergeDone, plan: RoundPlan, expected: int) -> tuple[Merged, MergeRecord]:
-        """Take down how a merge went; return what is told of it, and its record. `expected`: peers in the plan."""
+    def merged(
+        self, merge: MergeAction, result: MergeResult, plan: RoundPlan, expected: int
+    ) -> tuple[Merged, MergeRecord]:
+        """Take down how a merge went; return its event and its record. `expected`: peers in the plan."""
         # a refused peer's push-sum weight counts for self, as its mixing weight does
         self.push.take(self._taking if plan.push is not None else {})
-        self.parents = contributions(self._agent, self.root, merge, done)
+        self.parents = contributions(self._agent, self.root, merge, result)
         told = Merged(
             agent=self._agent,
             round=merge.round,
             contributions=self.parents,
             heard=len(merge.parts),
             expected=expected,
-            before=done.before or {},
-            after=done.after or {},
-            accepted=done.accepted,
-            merge_s=done.merge_s,
-            notes=done.notes,
+            result=result,
             push_weight=self.push_weight(plan),
         )
-        record = MergeRecord(
-            self._agent,
-            merge.round,
-            self.root,
-            self.parents,
-            refused=dict(done.refused),
-            accepted=done.accepted,
-            trained=plan.learn,
-            before=dict(done.before or {}),
-            after=dict(done.after or {}),
-            moved=dict(done.moved),
-            moved_groups=dict(done.moved_groups),
-        )
-        return told, record
+        return told, MergeRecord(self._agent, merge.round, self.root, self.parents, result, trained=plan.learn)
 
 
 def shares(
@@ -108,9 +93,9 @@ def shares(
     return 1.0 - math.fsum(peers.values()), peers
 
 
-def contributions(agent: str, root: str, merge: MergeAction, done: MergeDone) -> tuple[Contribution, ...]:
-    """Return what a merge consists of, self first; what refused peers and an accept rule left out belongs to self."""
-    kept = [(part, part.weight * done.accepted) for part in merge.parts if part.peer not in done.refused]
+def contributions(agent: str, root: str, merge: MergeAction, result: MergeResult) -> tuple[Contribution, ...]:
+    """Return the parts of a merge, self first; the weight that refused peers and an accept rule left goes to self."""
+    kept = [(part, part.weight * result.accepted) for part in merge.parts if part.peer not in result.refused]
     own = 1.0 - math.fsum(weight for _, weight in kept)
     return (
         Contribution(agent=agent, snapshot=root, round=merge.round, weight=own, verdict="own"),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from dimat.agent.protocol.basis import BasisId
+from dimat.weights.snapshot import Manifest
 
 ROUNDS_KEPT = 16
 """Offers kept per peer in synchronous mode, the nearest rounds first. Undirected neighbours are at most one round
@@ -35,6 +36,21 @@ class PeerPublished:
     oldest: int = 0
     pushed: float = 0.0
     base: str = ""
+
+    @staticmethod
+    def of(manifest: Manifest, reader: str, oldest: int, basis: BasisId | None = None) -> PeerPublished:
+        """Return a manifest's offer to `reader`. `basis`: the manifest's, where it is at hand parsed. ValueError where
+        it has none that can be read."""
+        return PeerPublished(
+            manifest.agent,
+            manifest.round,
+            manifest.payload.root,
+            basis or BasisId.parse(manifest.basis),
+            run=manifest.run,
+            oldest=oldest,
+            pushed=manifest.pushed.get(reader, 0.0),
+            base=manifest.base,
+        )
 
 
 class Known(Enum):

@@ -346,13 +346,13 @@ class RoundMachine:
         if event.round != self.round or self.phase is not Phase.MERGING or merge is None:
             return []
         expected = len(self._inbox.expected())
-        merged, record = self._accounts.merged(merge, event, self._current, expected)
+        merged, record = self._accounts.merged(merge, event.result, self._current, expected)
         target = self._rules.target
-        reached = target is not None and (event.after or {}).get(target[0], -math.inf) >= target[1]
+        reached = target is not None and event.result.after.get(target[0], -math.inf) >= target[1]
         actions: list[m.Action] = [
             *(
                 m.Report(events.PeerRefused(agent=self.agent, round=self.round, peer=peer, reason=reason))
-                for peer, reason in sorted(event.refused.items())
+                for peer, reason in sorted(event.result.refused.items())
             ),
             m.Report(merged),
             m.CheckpointAction(self.round, "merged", self._state_now("merged", "target" if reached else ""), record),

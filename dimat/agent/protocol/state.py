@@ -67,3 +67,13 @@ class MachineState:
             offers=tuple(PeerPublished(**offer) for offer in offers),
             leaves=str(values.get("leaves", "")),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """The machine's part of the newest checkpoint that can be read. `published`: the last round that a checkpoint of
+    stage "trained" was ever made for, readable or not; `passed_over`: why newer ones could not be read."""
+
+    state: MachineState
+    published: int
+    passed_over: tuple[str, ...] = ()

@@ -20,7 +20,8 @@ from dimat.net.transfer.received_blocks import ReceivedBlocks
 from dimat.net.transport import Fetched
 from dimat.weights.durable import write_bytes
 from dimat.weights.encodings import decode_weights
-from dimat.weights.snapshot import Form, Manifest, Payload, SnapshotStore, checksum, encode
+from dimat.weights.snapshot import Form, Manifest, Payload, SnapshotStore, checksum
+from dimat.weights.tensors import encode
 
 Sources = Callable[[], Sequence[Payload]]
 

@@ -1,4 +1,4 @@
-"""What simulated agents do on their own machines, done for real by the worker pool."""
+"""The work of simulated agents, done for real by the learners that live in the worker pool."""
 
 from __future__ import annotations
 
@@ -8,22 +8,25 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from dimat.agent.learner.learner import MergeReport, TrainedReport
 from dimat.agent.lineage.lineage import append_record
 from dimat.agent.protocol import messages as m
-from dimat.agent.protocol.state import MachineState
+from dimat.agent.protocol.state import Restored
+from dimat.agent.protocol.work import Outcome
+from dimat.events import MergeResult, TrainResult
 from dimat.simulate.engines import worker
 from dimat.simulate.engines.pool import WorkerPool, result_of
 from dimat.simulate.folder import RunFolder
 from dimat.simulate.world.compute_model import Compute
 from dimat.simulate.world.scenario import Scenario
 from dimat.train.trainer import round_steps
-from dimat.weights.snapshot import SnapshotStore
+from dimat.weights.snapshot import RecordedSnapshot, SnapshotStore
 
 
-class PoolWork:
-    """The work of a scenario's agents. `store`: takes their snapshots in; `warm`: folder of first rounds shared by
-    runs. `cpu_s`: seconds by activity."""
+class PooledLearners:
+    """The learners of a scenario's agents, each in a worker of the pool. `of`: by agent, its work.
+
+    `store`: takes their snapshots in; `warm`: folder of first rounds shared by runs; `cpu_s`: CPU-seconds by activity.
+    """
 
     def __init__(
         self,
@@ -34,118 +37,132 @@ class PoolWork:
         warm: Path | None = None,
     ) -> None:
         self.cpu_s: defaultdict[str, float] = defaultdict(float)
-        self._scenario = scenario
-        self._config = scenario.config
-        self._folder = folder
-        self._pool = pool
-        self._store = store
-        self._slots = {name: i for i, name in enumerate(scenario.agents, pool.take_slots(len(scenario.agents)))}
-        self._batches: dict[str, int] = {}
-        self._compute = Compute(
-            self._config.simulate.compute, scenario.agents, self._config.seed, scenario.faults.timed
-        )
-        self._setups = {
-            name: worker.Setup(
-                self._key(name),
+        self.scenario = scenario
+        self.folder = folder
+        self.pool = pool
+        self.store = store
+        config = scenario.config
+        self.compute = Compute(config.simulate.compute, scenario.agents, config.seed, scenario.faults.timed)
+        first = pool.take_slots(len(scenario.agents))
+        self.of: dict[str, PooledLearner] = {}
+        for slot, (name, part) in enumerate(zip(scenario.agents, scenario.parts, strict=True), first):
+            setup = worker.AgentSetup(
+                f"{folder.path}:{name}",
                 name,
-                self._config,
+                config,
                 part,
                 folder.recorded(name),
                 warm,
                 folder.checkpoints / name if scenario.faults.crashes else None,
             )
-            for name, part in zip(scenario.agents, scenario.parts, strict=True)
-        }
+            self.of[name] = PooledLearner(self, setup, slot)
 
     def create_all(self) -> list[str]:
         """Set all agents up; return warnings, each once."""
-        jobs = {name: self._pool.submit(self._slots[name], worker.create, s) for name, s in self._setups.items()}
-        messages: dict[str, None] = {}
-        for name, job in jobs.items():
-            made = result_of(job, f"the set-up of {name}")
-            self._batches[name] = made.batches
-            messages |= dict.fromkeys(made.warnings)
-        return list(messages)
+        created = [learner.create() for learner in self.of.values()]
+        return list(dict.fromkeys(warning for wait in created for warning in wait()))
 
     def drop_all(self) -> None:
         """Let the workers forget all agents."""
-        for name in self._setups:
-            self.crash(name)
+        for learner in self.of.values():
+            learner.crash()
 
-    def crash(self, agent: str) -> None:
-        """Forget all of an agent that is not on disk."""
-        self._pool.submit(self._slots[agent], worker.drop, self._key(agent))
 
-    def restore(self, agent: str) -> Callable[[], tuple[MachineState, int] | None]:
-        """Set an agent up from its newest checkpoint."""
-        job = self._pool.submit(self._slots[agent], worker.restore, self._setups[agent])
-        return self._outcome(agent, job, lambda found: found)
+class PooledLearner:
+    """The work of one agent (`SimulatedWork`): it begins with the call, in the agent's worker."""
 
-    def train_s(self, agent: str, action: m.Train, now: float) -> float:
+    def __init__(self, learners: PooledLearners, setup: worker.AgentSetup, slot: int) -> None:
+        self._learners = learners
+        self._setup = setup
+        self._slot = slot
+        self._batches = 0
+
+    def create(self) -> Outcome[tuple[str, ...]]:
+        """Set the agent up; the outcome is the warnings of its symmetry derivation."""
+        name = f"the set-up of {self._setup.agent}"
+        job = self._learners.pool.submit(self._slot, worker.create, self._setup)
+
+        def created() -> tuple[str, ...]:
+            made: worker.CreatedAgent = result_of(job, name)
+            self._batches = made.batches
+            return made.warnings
+
+        return created
+
+    def crash(self) -> None:
+        """Forget all of the agent that is not on disk."""
+        self._submit(worker.drop)
+
+    def restore(self) -> Outcome[Restored | None]:
+        """Set the agent up from its newest checkpoint."""
+        return self._outcome(self._learners.pool.submit(self._slot, worker.restore, self._setup))
+
+    def train_s(self, action: m.Train, now: float) -> float:
         """Return how long training that begins now takes, in virtual seconds."""
-        steps = round_steps(self._config.train, self._batches[agent], action.round)
-        return self._compute.train_s(agent, steps, action.learn, now)
+        steps = round_steps(self._setup.config.train, self._batches, action.round)
+        return self._learners.compute.train_s(self._setup.agent, steps, action.learn, now)
 
-    def merge_s(self, agent: str, action: m.MergeAction) -> float:
+    def merge_s(self, action: m.MergeAction) -> float:
         """Return how long a merge takes, in virtual seconds."""
-        return self._config.simulate.compute.merge_s if action.parts else 0.0
+        return self._setup.config.simulate.compute.merge_s if action.parts else 0.0
 
-    def train(self, agent: str, action: m.Train) -> Callable[[], TrainedReport]:
-        """Train for a round and record the weights."""
+    def train(self, action: m.Train) -> Outcome[TrainResult]:
+        """Train for a round."""
+        return self._counted(self._submit(worker.train, action))
 
-        def outcome(report: TrainedReport) -> TrainedReport:
-            self._store.take_in(report.payload, self._setups[agent].store)
-            self.cpu_s["train"] += report.train_s
-            self.cpu_s["publish"] += report.record_s
-            if report.statistics_s:
-                self.cpu_s["statistics"] += report.statistics_s
-            return report
+    def record(self, action: m.Train) -> Outcome[RecordedSnapshot]:
+        """Record the weights: once the outcome is here their snapshot is in the network's store."""
+        wait = self._outcome(self._submit(worker.record))
 
-        return self._outcome(agent, self._submit(agent, worker.train, action.round, action.learn), outcome)
+        def recorded() -> RecordedSnapshot:
+            snapshot, seconds = wait()
+            self._learners.store.take_in(snapshot.payload, self._setup.store)
+            self._learners.cpu_s["publish"] += seconds
+            return snapshot
 
-    def checkpoint(self, agent: str, action: m.CheckpointAction) -> Callable[[], object]:
+        return recorded
+
+    def checkpoint(self, action: m.CheckpointAction) -> Outcome[None]:
         """Write the record of the merge, and the checkpoint where agents may crash."""
         if action.record is not None:
-            append_record(self._folder.lineage, action.record, durable=False)
-        if not self._scenario.faults.crashes:
+            append_record(self._learners.folder.lineage, action.record, durable=False)
+        if self._setup.checkpoints is None:
             return lambda: None
-        job = self._submit(agent, worker.checkpoint, action.state)
+        wait = self._outcome(self._submit(worker.checkpoint, action.state))
 
-        def outcome(seconds: float) -> None:
-            self.cpu_s["checkpoint"] += seconds
+        def written() -> None:
+            self._learners.cpu_s["checkpoint"] += wait()
 
-        return self._outcome(agent, job, outcome)
+        return written
 
-    def adopt_basis(self, agent: str, action: m.AdoptBasis, source: Path) -> Callable[[], m.Moves | None]:
-        """Permute an agent into the basis of a snapshot."""
-        return self._outcome(
-            agent, self._submit(agent, worker.adopt, action.round, action.peer, source), lambda moves: moves
-        )
+    def adopt_basis(self, action: m.AdoptBasis, source: Path) -> Outcome[m.Moves | None]:
+        """Permute the agent into the basis of a snapshot."""
+        return self._outcome(self._submit(worker.adopt_basis, action, source))
 
-    def adopt_weights(self, agent: str, action: m.AdoptWeights, source: Path) -> Callable[[], str]:
+    def adopt_weights(self, action: m.AdoptWeights, source: Path) -> Outcome[str]:
         """Take over the weights of a snapshot."""
-        return self._outcome(agent, self._submit(agent, worker.take_over, action.peer, source), lambda fault: fault)
+        return self._outcome(self._submit(worker.adopt_weights, action, source))
 
-    def merge(self, agent: str, action: m.MergeAction, sources: Mapping[str, Path]) -> Callable[[], m.MergeDone]:
-        """Merge snapshots into own weights."""
+    def merge(self, action: m.MergeAction, sources: Mapping[str, Path]) -> Outcome[MergeResult]:
+        """Merge snapshots into the agent's own weights."""
+        file = self._learners.folder.state_file(self._setup.agent, action.round)
+        evaluate = self._setup.config.simulate.evaluate
+        return self._counted(self._submit(worker.merge, action, sources, evaluate, file))
 
-        def outcome(report: MergeReport) -> m.MergeDone:
-            self.cpu_s["merge"] += report.merge_s
-            self.cpu_s["evaluate"] += report.evaluate_s
-            self.cpu_s["checkpoint"] += report.checkpoint_s
-            return report.done(action.round)
+    def _submit(self, job: Callable[..., Any], *args: Any) -> Future[Any]:
+        return self._learners.pool.submit(self._slot, job, self._setup.key, *args)
 
-        parts = [(part.peer, sources[part.peer], part.weight, part.same_basis) for part in action.parts]
-        file = self._folder.state_file(agent, action.round)
-        evaluate = self._config.simulate.evaluate
-        job = self._submit(agent, worker.merge, action.round, action.own_weight, parts, evaluate, file)
-        return self._outcome(agent, job, outcome)
+    def _outcome(self, job: Future[Any]) -> Outcome[Any]:
+        return lambda: result_of(job, f"the work of {self._setup.agent}")
 
-    def _key(self, agent: str) -> str:
-        return f"{self._folder.path}:{agent}"
+    def _counted(self, job: Future[Any]) -> Outcome[Any]:
+        """Return the outcome of a job, whose CPU-seconds are added up."""
+        wait = self._outcome(job)
 
-    def _submit(self, agent: str, job: Callable[..., Any], *args: Any) -> Future[Any]:
-        return self._pool.submit(self._slots[agent], job, self._key(agent), *args)
+        def counted() -> Any:
+            result: TrainResult | MergeResult = wait()
+            for activity, seconds in result.cpu_s.items():
+                self._learners.cpu_s[activity] += seconds
+            return result
 
-    def _outcome(self, agent: str, job: Future[Any], outcome: Callable[[Any], Any]) -> Callable[[], Any]:
-        return lambda: outcome(result_of(job, f"the work of {agent}"))
+        return counted

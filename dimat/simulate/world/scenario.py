@@ -29,7 +29,7 @@ from dimat.tasks import histogram, partition
 from dimat.tasks.base import Task
 from dimat.topology import build_topology
 from dimat.topology.mixing import PUSH_SUM
-from dimat.weights.snapshot import encode
+from dimat.weights.tensors import encode
 
 MB = 1e6
 PROCESS_MB = 260.0  # resident memory of a process with torch and this package loaded

@@ -72,9 +72,9 @@ class Records:
                         "round": record.round,
                         "peer": peer,
                         "moved": number(moved),
-                        "groups": shares(record.moved_groups.get(peer)),
+                        "groups": shares(record.result.moved_groups.get(peer)),
                     }
-                    for peer, moved in record.moved.items()
+                    for peer, moved in record.result.moved.items()
                 ]
         rows.sort(key=lambda row: (-row["round"], row["agent"], row["peer"]))
         return rows[:MOST_ROWS]

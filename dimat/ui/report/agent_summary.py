@@ -47,12 +47,14 @@ def lineage_rows(agent: str, number: int, made: Lineage) -> list[tuple[object, .
 
 def report_lines(agent: str, last: MergeRecord, made: Lineage) -> list[str]:
     """Return what `dimat report` prints of an agent: its last merge, and a row per contributor."""
-    moves = {peer: f" ({share:.0%} of its units moved)" for peer, share in last.moved.items()}
+    result = last.result
+    moves = {peer: f" ({share:.0%} of its units moved)" for peer, share in result.moved.items()}
     parts = ", ".join(f"{clean(p.agent)} {p.weight:.3f}{moves.get(p.agent, '')}" for p in last.contributions)
     metrics = "; ".join(
-        f"{name} {metric_text(last.before.get(name))} → {metric_text(value)}" for name, value in last.after.items()
+        f"{name} {metric_text(result.before.get(name))} → {metric_text(value)}" for name, value in result.after.items()
     )
-    verdict = "accepted" if last.accepted == 1 else f"accepted {last.accepted:.0%}" if last.accepted else "turned down"
+    kept = result.accepted
+    verdict = "accepted" if kept == 1 else f"accepted {kept:.0%}" if kept else "turned down"
     lines = [
         f"{clean(agent)} after round {last.round}: {parts}; {verdict}" + (f"; {metrics}" if metrics else ""),
         "",

@@ -13,7 +13,7 @@ from dimat.ui.report.page import document, facts, heading, notices, paragraph, s
 from dimat.ui.symmetry.draw import draw
 from dimat.ui.symmetry.flow import Flow, flow_of, loose
 from dimat.ui.symmetry.tables import Described, frozen_table, groups_table, totals
-from dimat.weights.snapshot import write_bytes
+from dimat.weights.durable import write_bytes
 
 
 def write_drawing(

@@ -63,14 +63,15 @@ class AgentListener:
     def _finished(self, event: events.RoundFinished) -> str:
         parts = [f"heard {event.heard}/{event.expected}"]
         if self._trained is not None and self._trained.round == event.round:
-            parts.insert(0, f"loss {metric_text(self._trained.loss)}")
+            parts.insert(0, f"loss {metric_text(self._trained.result.loss)}")
         if self._merged is not None and self._merged.round == event.round:
-            before, after = self._merged.before.get(self._metric), self._merged.after.get(self._metric)
+            result = self._merged.result
+            before, after = result.before.get(self._metric), result.after.get(self._metric)
             if after is not None:
                 came = "" if before is None else f"{metric_text(before)} -> "
                 parts.append(f"{self._metric} {came}{metric_text(after)}")
-            if self._merged.accepted < 1:
-                parts.append(f"{self._merged.accepted:.0%} of the merge kept")
+            if result.accepted < 1:
+                parts.append(f"{result.accepted:.0%} of the merge kept")
         moved = f"sent {bytes_text(event.bytes_sent)}, received {bytes_text(event.bytes_received)}"
         return f"round {event.round}: {', '.join(parts)}, {moved}"
 

@@ -39,7 +39,7 @@ class Line:
 def lines_of(event: events.Event, agents: Collection[str] = ()) -> list[Line]:
     """Return what there is to say of an event. `agents`: all of the run."""
     line = _line_of(event, agents)
-    notes = event.notes if isinstance(event, events.Merged) else ()
+    notes = event.result.notes if isinstance(event, events.Merged) else ()
     return ([] if line is None else [line]) + [Line(f"{_where(event)}: {note}", 1) for note in notes]
 
 
@@ -159,7 +159,7 @@ def _step(event: events.AgentEvent) -> Line | None:
     """A step of an agent's round that went as planned."""
     where = _where(event)
     match event:
-        case events.Trained(loss=loss, train_s=train_s):
+        case events.Trained(result=events.TrainResult(loss=loss), train_s=train_s):
             return Line(f"{where}: trained, loss {metric_text(loss)} in {seconds_text(train_s)}", 2)
         case events.BasisAdopted(peer=peer, basis=basis, moved=moved):
             return Line(f"{where}: adopted basis {basis[:12]} from {peer}, {100 * moved:.0f} % of units moved", 1)

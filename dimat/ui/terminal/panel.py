@@ -68,12 +68,13 @@ class AgentState:
                 self.phase, self.phase_began = phase, now
             case events.RoundStarted():
                 self._missing = []
-            case events.Trained(loss=loss):
+            case events.Trained(result=events.TrainResult(loss=loss)):
                 self.loss = loss
             case events.PeerLate(peer=peer):
                 self._missing.append(peer)
             case events.Merged():
-                self.before, self.after = event.before.get(self.metric), event.after.get(self.metric)
+                result = event.result
+                self.before, self.after = result.before.get(self.metric), result.after.get(self.metric)
                 self.heard, self.expected, self.late = event.heard, event.expected, tuple(self._missing)
             case events.NetworkObserved():
                 self.connected = len(event.connected)

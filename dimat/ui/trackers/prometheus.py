@@ -166,18 +166,18 @@ class PrometheusListener:
 
     def _learned(self, event: events.AgentEvent) -> None:
         match event:
-            case events.Trained(loss=loss, samples=samples):
+            case events.Trained(result=events.TrainResult(loss=loss, samples=samples)):
                 self._set("dimat_loss", loss)
                 self._add("dimat_samples_total", samples)
             case events.Merged():
-                for stage, metrics in (("before", event.before), ("after", event.after)):
+                for stage, metrics in (("before", event.result.before), ("after", event.result.after)):
                     for metric, value in metrics.items():
                         self._set("dimat_metric", value, clean(metric), stage)
                 others = [part for part in event.contributions if part.agent != event.agent and part.weight > 0]
                 for part in others:
                     self._add("dimat_screen_total", 1, self._named(part.agent), "merged")
                 if others:
-                    accepted = event.accepted
+                    accepted = event.result.accepted
                     verdict = "accepted" if accepted >= 1 else "partly" if accepted > 0 else "refused"
                     self._add("dimat_accept_total", 1, verdict)
                     self._set("dimat_accepted_share", accepted)

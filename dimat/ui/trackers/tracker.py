@@ -197,13 +197,13 @@ class Reader:
         values = self._open.setdefault(event.agent, {})
         match event:
             case events.Trained():
-                values |= {"loss": event.loss, "samples": event.samples, "seconds/train": event.train_s}
+                values |= {"loss": event.result.loss, "samples": event.result.samples, "seconds/train": event.train_s}
             case events.PhaseStarted(previous="wait", previous_s=seconds):
                 values["seconds/wait"] = seconds
             case events.Merged():
-                values |= {f"{metric}/before": value for metric, value in event.before.items()}
-                values |= {f"{metric}/after": value for metric, value in event.after.items()}
-                values |= {"accepted_share": event.accepted, "seconds/merge": event.merge_s}
+                values |= {f"{metric}/before": value for metric, value in event.result.before.items()}
+                values |= {f"{metric}/after": value for metric, value in event.result.after.items()}
+                values |= {"accepted_share": event.result.accepted, "seconds/merge": event.result.merge_s}
             case _:
                 pass
 

@@ -23,6 +23,7 @@ from dimat.agent.setup.loaded_task import derive_checked
 from dimat.errors import DataError
 from dimat.simulate.world.scenario import prepare
 from dimat.train.trainer import TrainerState
+from tests.agent.learner.rounds import merged, trained
 from tests.simulate.helpers import tiny_experiment
 
 SCHEMA = "5" * 64
@@ -100,17 +101,17 @@ def test_an_agent_goes_on_bit_for_bit(tmp_path: Path) -> None:
         return Learner(name, config, scenario.task, part, tmp_path / "store", spec, durable=False)
 
     one, two = agent(0), agent(1)
-    one.train(1, learn=True)
-    peer = tmp_path / "store" / f"{two.train(1, learn=True).payload.root}.safetensors"
-    assert one.adopt(1, "two", peer)
-    one.merge(1, 0.5, [("two", peer, 0.5, True)], "none")
+    trained(one, 1, learn=True)
+    peer = tmp_path / "store" / f"{trained(two, 1, learn=True).payload.root}.safetensors"
+    assert one.adopt_basis(1, "two", peer)
+    merged(one, 1, 0.5, [("two", peer, 0.5, True)], "none")
     store = CheckpointStore(tmp_path / "c")
     store.save(one.checkpoint(made(1, agent="agent-0").machine))
     again = agent(0)
     loaded = store.newest("r", "agent-0", again.schema())
     assert loaded is not None
     again.restore(loaded.checkpoint)
-    assert one.train(2, learn=True).payload == again.train(2, learn=True).payload
+    assert trained(one, 2, learn=True).payload == trained(again, 2, learn=True).payload
     ours, theirs = one.trainer.state(), again.trainer.state()
     assert ours.values == theirs.values
     assert all(torch.equal(tensor, theirs.tensors[name]) for name, tensor in ours.tensors.items())

@@ -14,6 +14,7 @@ from dimat.agent.setup.loaded_task import derive_checked
 from dimat.errors import DataError
 from dimat.merge.matching.assignment import moved_share
 from dimat.simulate.world.scenario import prepare
+from tests.agent.learner.rounds import merged, trained
 from tests.simulate.helpers import tiny_experiment
 
 
@@ -44,9 +45,9 @@ def shares_moved(permutations: dict[str, torch.Tensor]) -> dict[str, float]:
 def test_merge_with_nobody_keeps_own_weights_bit_for_bit(tmp_path: Path) -> None:
     """Exactness rule: weight 1 on self returns own weights bit for bit, and nothing else changes either."""
     one, _ = agents(tmp_path)
-    one.train(1, learn=True)
+    trained(one, 1, learn=True)
     before, state = one.trainer.weights(), one.trainer.state()
-    report = one.merge(1, 1.0, [], "all")
+    report = merged(one, 1, 1.0, [], "all")
     assert report.before == report.after
     assert all(torch.equal(v, before[k]) for k, v in one.trainer.weights().items())
     assert all(torch.equal(v, state.tensors[k]) for k, v in one.trainer.state().tensors.items())
@@ -55,8 +56,8 @@ def test_merge_with_nobody_keeps_own_weights_bit_for_bit(tmp_path: Path) -> None
 def test_a_peer_with_nan_is_refused_and_named(tmp_path: Path) -> None:
     """Bad input: a NaN in a peer's weights; its mass goes to self, the other peer is merged, own weights live."""
     one, two = agents(tmp_path, merge__method="average")
-    good = two.train(1, learn=True).payload
-    own = one.train(1, learn=True).payload
+    good = trained(two, 1, learn=True).payload
+    own = trained(one, 1, learn=True).payload
     bad = two.trainer.weights()
     name = next(k for k in bad if k.endswith("bias"))
     bad[name][3] = float("nan")
@@ -66,7 +67,7 @@ def test_a_peer_with_nan_is_refused_and_named(tmp_path: Path) -> None:
         ("two", one.store / f"{good.root}.safetensors", 0.4, True),
     ]
     expected = {k: 0.6 * v + 0.4 * two.trainer.weights()[k] for k, v in one.trainer.weights().items()}
-    report = one.merge(1, 0.2, parts, "none")
+    report = merged(one, 1, 0.2, parts, "none")
     assert set(report.refused) == {"eve"}
     assert name in report.refused["eve"]
     for key, tensor in one.trainer.weights().items():
@@ -77,12 +78,12 @@ def test_a_peer_with_nan_is_refused_and_named(tmp_path: Path) -> None:
 def test_a_peer_with_nan_cannot_be_aligned_to(tmp_path: Path) -> None:
     """Bad input, for basis gossip: nothing is adopted and nothing changes; the merge then refuses the peer."""
     one, two = agents(tmp_path)
-    one.train(1, learn=True)
+    trained(one, 1, learn=True)
     before = one.trainer.weights()
     bad = {k: torch.full_like(v, float("nan")) for k, v in two.trainer.weights().items()}
     save_file(bad, tmp_path / "bad.safetensors")
-    assert one.adopt(1, "eve", tmp_path / "bad.safetensors") is None
-    report = one.merge(1, 0.5, [("eve", tmp_path / "bad.safetensors", 0.5, False)], "none")
+    assert one.adopt_basis(1, "eve", tmp_path / "bad.safetensors") is None
+    report = merged(one, 1, 0.5, [("eve", tmp_path / "bad.safetensors", 0.5, False)], "none")
     assert set(report.refused) == {"eve"}
     assert all(torch.equal(v, before[k]) for k, v in one.trainer.weights().items())
 
@@ -92,13 +93,13 @@ def test_adopting_a_permuted_copys_basis_gives_that_copy(tmp_path: Path) -> None
     from dimat.symmetry import permute_weights, random_permutations
 
     one, _ = agents(tmp_path)
-    one.train(1, learn=True)
+    trained(one, 1, learn=True)
     assert one.spec is not None
     planted = random_permutations(one.spec, torch.Generator().manual_seed(5))
     copy = permute_weights(one.trainer.weights(), one.spec, planted)
     save_file({k: v.contiguous() for k, v in copy.items()}, tmp_path / "copy.safetensors")
     metrics = one.evaluate()
-    moves = one.adopt(1, "copy", tmp_path / "copy.safetensors")
+    moves = one.adopt_basis(1, "copy", tmp_path / "copy.safetensors")
     assert moves is not None
     assert moves.share == pytest.approx(moved_share(planted))
     assert moves.groups == pytest.approx(shares_moved(planted))
@@ -115,7 +116,7 @@ def test_a_merge_tells_how_many_units_of_a_peer_moved(tmp_path: Path) -> None:
     for method, told in (("dimat", True), ("average", False)):
         (tmp_path / method).mkdir()
         one, _ = agents(tmp_path / method, merge__method=method)
-        one.train(1, learn=True)
+        trained(one, 1, learn=True)
         assert one.spec is not None
         planted = random_permutations(one.spec, torch.Generator().manual_seed(5))
         copy = permute_weights(one.trainer.weights(), one.spec, planted)
@@ -125,7 +126,7 @@ def test_a_merge_tells_how_many_units_of_a_peer_moved(tmp_path: Path) -> None:
             ("copy", tmp_path / "copy.safetensors", 0.25, False),
             ("same", tmp_path / "same.safetensors", 0.25, True),
         ]
-        done = one.merge(1, 0.5, parts, "none").done(1)
+        done = merged(one, 1, 0.5, parts, "none")
         assert done.moved == ({"copy": pytest.approx(moved_share(planted))} if told else {})
         assert done.moved_groups == ({"copy": pytest.approx(shares_moved(planted))} if told else {})
 
@@ -135,14 +136,14 @@ def test_checkpoint_holds_a_trainer(tmp_path: Path) -> None:
     from dimat.train.trainer import TrainerState
 
     one, _ = agents(tmp_path)
-    one.train(1, learn=True)
+    trained(one, 1, learn=True)
     state = one.trainer.state()
     write_state(tmp_path / "c", Stored(state.tensors, state.values))
-    one.train(2, learn=True)
+    trained(one, 2, learn=True)
     kept = read_state(tmp_path / "c")
     again = Learner("agent-0", one.config, one.task, one.indices, one.store, one.spec, durable=False)
     again.trainer.load_state(TrainerState(dict(kept.tensors), dict(kept.values)))
-    again.train(2, learn=True)
+    trained(again, 2, learn=True)
     ours, theirs = one.trainer.state(), again.trainer.state()
     assert ours.values == theirs.values
     assert all(torch.equal(v, theirs.tensors[k]) for k, v in ours.tensors.items())

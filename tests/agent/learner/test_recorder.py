@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dimat.agent.learner.recorder import Sender
+from dimat.agent.learner.recorder import Recorder
 from dimat.config import ExchangeConfig
 from dimat.weights.encodings import decode_weights
-from dimat.weights.snapshot import Form, Payload, checksum, encode
+from dimat.weights.snapshot import Form, Payload, checksum
+from dimat.weights.tensors import encode
 
 
 def weights(step: int) -> dict[str, Tensor]:
@@ -31,17 +32,17 @@ def read(folder: Path, payload: Payload, form: Form) -> dict[str, Tensor]:
 
 
 def test_plain(tmp_path: Path) -> None:
-    sender = Sender(tmp_path, ExchangeConfig(), durable=False)
-    payload, forms = sender.record(weights(1))
+    recorder = Recorder(tmp_path, ExchangeConfig(), durable=False)
+    payload, forms = recorder.record(weights(1))
     assert forms == ()
     assert torch.equal(load_file(tmp_path / f"{payload.root}.safetensors")["w"], weights(1)["w"])
 
 
 @pytest.mark.parametrize(("encoding", "share"), [("bf16", 0.55), ("fp16", 0.55), ("int8", 0.3)])
 def test_encodings_are_smaller_ways_to_one_content(tmp_path: Path, encoding: str, share: float) -> None:
-    sender = Sender(tmp_path, ExchangeConfig(encoding=encoding), durable=False)
+    recorder = Recorder(tmp_path, ExchangeConfig(encoding=encoding), durable=False)
     for step in (1, 2):
-        payload, (form,) = sender.record(weights(step))
+        payload, (form,) = recorder.record(weights(step))
         assert (form.encoding, form.after) == (encoding, "")
         assert form.payload.bytes < share * payload.bytes
         assert (read(tmp_path, payload, form)["w"] - weights(step)["w"]).abs().max() < 0.05
@@ -49,8 +50,8 @@ def test_encodings_are_smaller_ways_to_one_content(tmp_path: Path, encoding: str
 
 def test_what_is_cut_off_is_carried_over(tmp_path: Path) -> None:
     """Error feedback: the mean of what readers hold of constant weights comes ever closer to them."""
-    sender = Sender(tmp_path, ExchangeConfig(encoding="int8"), durable=False)
-    sent = [read(tmp_path, payload, form)["w"] for payload, (form,) in (sender.record(weights(1)) for _ in range(16))]
+    recorder = Recorder(tmp_path, ExchangeConfig(encoding="int8"), durable=False)
+    sent = [read(tmp_path, payload, form)["w"] for payload, (form,) in (recorder.record(weights(1)) for _ in range(16))]
     errors = [(torch.stack(sent[:count]).mean(0) - weights(1)["w"]).abs().max() for count in (1, 16)]
     assert errors[1] < errors[0] / 4
 
@@ -58,16 +59,16 @@ def test_what_is_cut_off_is_carried_over(tmp_path: Path) -> None:
 def test_deltas(tmp_path: Path) -> None:
     """Each is a change to the one before, and far closer than a whole int8 snapshot; after a move into another basis,
     or where the one before is gone, the weights come whole."""
-    sender = Sender(tmp_path, ExchangeConfig(encoding="int8", delta=True), durable=False)
-    first, (form,) = sender.record(weights(1))
+    recorder = Recorder(tmp_path, ExchangeConfig(encoding="int8", delta=True), durable=False)
+    first, (form,) = recorder.record(weights(1))
     assert form.after == ""
     coarse = (read(tmp_path, first, form)["w"] - weights(1)["w"]).abs().max()
-    second, (form,) = sender.record(weights(2))
+    second, (form,) = recorder.record(weights(2))
     assert form.after == first.root
     assert (read(tmp_path, second, form)["w"] - weights(2)["w"]).abs().max() < coarse / 10
-    sender.forget()
-    third, (form,) = sender.record(weights(3))
+    recorder.forget()
+    third, (form,) = recorder.record(weights(3))
     assert form.after == ""
     (tmp_path / f"{third.root}.safetensors").unlink()
-    _, (form,) = sender.record(weights(4))
+    _, (form,) = recorder.record(weights(4))
     assert form.after == ""

@@ -25,7 +25,8 @@ from dimat.merge.models.gram import gram_matrices
 from dimat.merge.shared_statistics import apart, beside
 from dimat.symmetry import permute_weights, random_permutations
 from dimat.tasks.base import Batch
-from dimat.weights.snapshot import schema_hash
+from dimat.weights.tensors import schema_hash
+from tests.agent.learner.rounds import merged, trained
 from tests.agent.learner.test_learner import agents
 from tests.merge.methods import assert_same_bits, worst
 from tests.simulate.helpers import tiny_experiment
@@ -38,13 +39,13 @@ def pair(tmp_path: Path, method: str, **merge: Any) -> tuple[Learner, Learner]:
     """Two agents that have trained, and merge by this method."""
     one, two = agents(tmp_path, merge={"method": "average", "combine": method, **merge})
     for agent in (one, two):
-        agent.train(1, learn=True)
+        trained(agent, 1, learn=True)
     return one, two
 
 
 def snapshot_of(agent: Learner) -> Path:
     """Record the agent's weights as they are, as a round without training does."""
-    return agent.store / f"{agent.train(1, learn=False).payload.root}.safetensors"
+    return agent.store / f"{trained(agent, 1, learn=False).payload.root}.safetensors"
 
 
 def by_hand(agent: Learner) -> dict[str, Tensor]:
@@ -66,14 +67,14 @@ def test_a_merge_of_snapshots_is_the_merge_of_weights_and_statistics(tmp_path: P
     assert held.keys() == two.trainer.weights().keys() | {f"aux.{name}" for name in taken}
     for name, tensor in taken.items():
         torch.testing.assert_close(held[f"aux.{name}"], tensor, rtol=1e-4, atol=1e-7)
-    assert two.train(1, learn=False).schema == schema_hash(two.trainer.weights()) == two.schema()
+    assert trained(two, 1, learn=False).schema == schema_hash(two.trainer.weights()) == two.schema()
 
     weights = [agent.trainer.weights() for agent in (one, two)]
     expected = merge_weights(
         weights[0], weights[1:], [0.7, 0.3], "average", combine=method, aux=[by_hand(one), by_hand(two)]
     )
     mean = merge_weights(weights[0], weights[1:], [0.7, 0.3], "average")
-    report = one.merge(1, 0.7, [("two", theirs, 0.3, True)], "none")
+    report = merged(one, 1, 0.7, [("two", theirs, 0.3, True)], "none")
     assert report.refused == {}
     assert worst(one.trainer.weights(), expected) < 1e-4
     assert worst(one.trainer.weights(), mean) > 0.01
@@ -103,10 +104,10 @@ def test_own_statistics_move_with_the_basis_that_is_adopted(tmp_path: Path, meth
     assert any(not torch.allclose(moved[name], tensor) for name, tensor in taken.items())
 
     save_file({k: v.contiguous() for k, v in beside(copy, moved).items()}, tmp_path / "copy.safetensors")
-    assert one.adopt(1, "copy", tmp_path / "copy.safetensors")
+    assert one.adopt_basis(1, "copy", tmp_path / "copy.safetensors")
     for name, tensor in one.checkpoint(STATE).statistics.items():
         torch.testing.assert_close(tensor, moved[name], rtol=1e-4, atol=1e-7)
-    report = one.merge(1, 0.5, [("copy", tmp_path / "copy.safetensors", 0.5, True)], "none")
+    report = merged(one, 1, 0.5, [("copy", tmp_path / "copy.safetensors", 0.5, True)], "none")
     assert report.refused == {}
     assert worst(one.trainer.weights(), copy) < 1e-5
 
@@ -122,7 +123,7 @@ def test_a_peer_in_another_basis_is_permuted_with_its_statistics(tmp_path: Path,
     theirs = snapshot_of(one)
     one.trainer.load_weights(own)
     snapshot_of(one)
-    report = one.merge(1, 0.5, [("copy", theirs, 0.5, False)], "none")
+    report = merged(one, 1, 0.5, [("copy", theirs, 0.5, False)], "none")
     assert report.refused == {}
     assert worst(one.trainer.weights(), own) < 1e-5
 
@@ -171,18 +172,18 @@ def test_a_peer_whose_statistics_cannot_be_right_is_refused(tmp_path: Path, meth
     save_file(damaged(load_file(good), fault), tmp_path / "bad.safetensors")
     own = one.trainer.weights()
     snapshot_of(one)
-    report = one.merge(1, 0.5, [("eve", tmp_path / "bad.safetensors", 0.3, True), ("two", good, 0.2, True)], "none")
+    report = merged(one, 1, 0.5, [("eve", tmp_path / "bad.safetensors", 0.3, True), ("two", good, 0.2, True)], "none")
     assert set(report.refused) == {"eve"}
     assert re.match(said, report.refused["eve"])
     assert "\n" not in report.refused["eve"]
     found = one.trainer.weights()
     one.trainer.load_weights(own)
     snapshot_of(one)
-    one.merge(1, 0.8, [("two", good, 0.2, True)], "none")
+    merged(one, 1, 0.8, [("two", good, 0.2, True)], "none")
     assert_same_bits(found, one.trainer.weights())
     one.trainer.load_weights(own)
     snapshot_of(one)
-    alone = one.merge(1, 0.5, [("eve", tmp_path / "bad.safetensors", 0.5, True)], "none")
+    alone = merged(one, 1, 0.5, [("eve", tmp_path / "bad.safetensors", 0.5, True)], "none")
     assert set(alone.refused) == {"eve"}
     assert_same_bits(one.trainer.weights(), own)
 
@@ -194,14 +195,14 @@ def test_who_asks_for_no_statistics_takes_none(tmp_path: Path) -> None:
     config = tiny_experiment(tmp_path, merge__method="average")
     plain = Learner("plain", config, one.task, one.indices, one.store, None, durable=False)
     assert load_file(snapshot_of(plain)).keys() == plain.trainer.weights().keys()
-    report = plain.merge(1, 0.5, [("two", theirs, 0.5, True)], "none")
+    report = merged(plain, 1, 0.5, [("two", theirs, 0.5, True)], "none")
     assert "tensor 'aux.fisher." in report.refused["two"]
 
 
 def test_a_newcomer_takes_over_weights_alone(tmp_path: Path) -> None:
     """Statistics are the publisher's, of its data."""
     one, two = pair(tmp_path, "fisher")
-    assert one.take_over("two", snapshot_of(two)) == ""
+    assert one.adopt_weights("two", snapshot_of(two)) == ""
     assert_same_bits(one.trainer.weights(), two.trainer.weights())
 
 

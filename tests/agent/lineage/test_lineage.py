@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from dimat.agent.lineage.lineage import Lineage, append_record, lineage, read_records
 from dimat.agent.protocol.messages import MergeRecord
 from dimat.errors import DataError
-from dimat.events import Contribution
+from dimat.events import Contribution, MergeResult
 
 Symbol = tuple[str, int]  # (agent, 0): its first network; (agent, n): what its training of round n added
 Vector = dict[Symbol, float]
@@ -264,7 +264,13 @@ def test_records_that_cannot_be(records: list[MergeRecord], said: str) -> None:
 
 # ── the file ─────────────────────────────────────────────────────────────────────────────────────────────────
 MANY = [
-    record("a", 1, ("a", 1, 1 / 3), ("b", 1, 2 / 3), refused={"c": "fc.weight: not finite"}, accepted=0.5),
+    record(
+        "a",
+        1,
+        ("a", 1, 1 / 3),
+        ("b", 1, 2 / 3),
+        result=MergeResult(refused={"c": "fc.weight: not finite"}, accepted=0.5),
+    ),
     record("lab-ä", 1, ("lab-ä", 1, 1.0), trained=False),
     record("a", 2, ("b", 2, 1.0), kind="join"),
 ]

@@ -24,7 +24,7 @@ def own_round(m, ahead: dict[str, int]) -> list[r.Action]:
         m.handle(offer(peer, newest))
     m.handle(r.TrainingDone(number, f"own{number}"))
     m.handle(r.Deadline(number))
-    return m.handle(r.MergeDone(number, {})) if m.phase is Phase.MERGING else []
+    return m.handle(r.MergeDone(number)) if m.phase is Phase.MERGING else []
 
 
 def test_withdrawn_offers_are_of_no_use() -> None:
@@ -36,8 +36,8 @@ def test_withdrawn_offers_are_of_no_use() -> None:
         m.handle(offer("c", number, oldest=max(number - 1, 1)))
     m.handle(r.TrainingDone(1, "own"))
     for peer in ("b", "c"):
-        m.handle(r.FetchFailed(peer, 1, f"{peer}1", "gone"))
-    actions = m.handle(r.MergeDone(1, {}))
+        m.handle(r.FetchFailure(peer, 1, f"{peer}1", "gone"))
+    actions = m.handle(r.MergeDone(1))
     assert told(actions, events.RoundsSkipped)[0].round == 7
     assert {fetch.round for fetch in of(actions, r.Fetch)} == {7}
 
@@ -53,14 +53,14 @@ def test_what_was_offered_far_ahead_is_there_once_the_agent_follows(newest: int)
         m.handle(offer("c", number, oldest=newest - 1))
     m.handle(offer("c", newest + 1, oldest=newest))
     m.handle(r.TrainingDone(1, "own1"))
-    actions = m.handle(r.MergeDone(1, {}))
+    actions = m.handle(r.MergeDone(1))
     assert told(actions, events.RoundsSkipped)[0].round == newest
     assert {(fetch.peer, fetch.round) for fetch in of(actions, r.Fetch)} == {("b", newest), ("c", newest)}
     m.handle(r.TrainingDone(newest, "own"))
     m.handle(r.SnapshotReady("b", newest, f"b{newest}"))
-    (merge,) = of(m.handle(r.SnapshotReady("c", newest, f"c{newest}")), r.Merge)
+    (merge,) = of(m.handle(r.SnapshotReady("c", newest, f"c{newest}")), r.MergeAction)
     assert [part.peer for part in merge.parts] == ["b", "c"]
-    (next_, *_) = told(m.handle(r.MergeDone(newest, {})), events.RoundStarted)
+    (next_, *_) = told(m.handle(r.MergeDone(newest)), events.RoundStarted)
     assert next_.round == newest + 1
 
 
@@ -77,7 +77,7 @@ def test_what_was_offered_far_ahead_is_kept_within_bounds() -> None:
     m.handle(offer("c", 1101))
     m.handle(offer("c", 1102, oldest=1102))
     m.handle(r.TrainingDone(1, "own1"))
-    actions = m.handle(r.MergeDone(1, {}))
+    actions = m.handle(r.MergeDone(1))
     assert of(actions, r.Fetch) == [r.Fetch("b", 1102, "b1102"), r.Fetch("c", 1102, "c1102")]
 
 
@@ -130,7 +130,7 @@ def test_nobody_is_waited_for_in_vain_for_the_sake_of_min_peers() -> None:
     m.handle(offer("b", 7, oldest=6))
     m.handle(offer("c", 7, oldest=6))
     actions = m.handle(r.TrainingDone(1, "own"))
-    assert [len(merge.parts) for merge in of(actions, r.Merge)] == [0]
+    assert [len(merge.parts) for merge in of(actions, r.MergeAction)] == [0]
 
 
 def test_a_new_peer_is_heard_before_its_map_holds() -> None:
@@ -142,7 +142,7 @@ def test_a_new_peer_is_heard_before_its_map_holds() -> None:
     m.handle(r.MapChanged(new))
     assert m.handle(offer("d", 3)) == []
     m.handle(r.Deadline(2))
-    assert of(m.handle(r.MergeDone(2, {})), r.Fetch) == [r.Fetch("d", 3, "d3")]
+    assert of(m.handle(r.MergeDone(2)), r.Fetch) == [r.Fetch("d", 3, "d3")]
 
 
 def test_push_sum_shares_survive_a_change_of_the_map() -> None:
@@ -154,7 +154,7 @@ def test_push_sum_shares_survive_a_change_of_the_map() -> None:
     (first,) = of(m.handle(r.TrainingDone(1, "own1")), r.Publish)
     m.handle(r.MapChanged(Plan(frozenset({"b"}), lambda _: row)))
     m.handle(r.Deadline(1))
-    m.handle(r.MergeDone(1, {}))
+    m.handle(r.MergeDone(1))
     (second,) = of(m.handle(r.TrainingDone(2, "own2")), r.Publish)
     assert (first.pushed["reader"], second.pushed["reader"]) == (0.5, 0.75)
 
@@ -165,5 +165,5 @@ def test_an_asynchronous_agent_fetches_what_replaced_a_snapshot_that_is_gone() -
     m.handle(r.Started())
     assert of(m.handle(offer("b", 1)), r.Fetch) == [r.Fetch("b", 1, "b1")]
     assert of(m.handle(offer("b", 2)), r.Fetch) == []
-    assert of(m.handle(r.FetchFailed("b", 1, "b1", "gone")), r.Fetch) == [r.Fetch("b", 2, "b2")]
-    assert of(m.handle(r.FetchFailed("b", 2, "b2", "gone")), r.Fetch) == []
+    assert of(m.handle(r.FetchFailure("b", 1, "b1", "gone")), r.Fetch) == [r.Fetch("b", 2, "b2")]
+    assert of(m.handle(r.FetchFailure("b", 2, "b2", "gone")), r.Fetch) == []

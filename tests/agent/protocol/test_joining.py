@@ -26,7 +26,7 @@ def test_a_newcomer_adopts_weights_round_and_basis() -> None:
     assert (fetch.peer, fetch.round) == ("c", 7)
     assert m.handle(r.SnapshotReady("c", 7, "c7")) == [r.AdoptWeights("c", 7, "c7", "base")]
     actions = m.handle(r.WeightsAdopted("c7"))
-    (checkpoint,) = of(actions, r.Checkpoint)
+    (checkpoint,) = of(actions, r.CheckpointAction)
     assert checkpoint.record is not None
     assert [(p.agent, p.round, p.weight) for p in checkpoint.record.contributions] == [("c", 7, 1.0)]
     assert of(actions, r.Train) == [r.Train(8, learn=True)]
@@ -56,7 +56,7 @@ def test_a_newcomer_tries_the_next_peer_and_at_last_keeps_its_own() -> None:
     assert "not finite" in told(actions, events.Warned)[0].message
     (second,) = of(actions, r.Fetch)
     assert second.peer != fetch.peer
-    actions = m.handle(r.FetchFailed(second.peer, 6, second.root, "gone"))
+    actions = m.handle(r.FetchFailure(second.peer, 6, second.root, "gone"))
     assert told(actions, events.Joined)[0].how == "align"
     assert "own weights" in told(actions, events.Warned)[-1].message
     assert m.round == 7

@@ -19,6 +19,7 @@ from dimat.agent.protocol.basis import BasisId
 from dimat.agent.protocol.offers import ROUNDS_KEPT
 from dimat.agent.protocol.plan import Plan, RoundPlan, Rules
 from dimat.agent.protocol.round import Phase, RoundMachine
+from dimat.events import MergeResult
 
 
 def metropolis_row(graph: nx.Graph, agent: str) -> dict[str, float]:
@@ -47,7 +48,7 @@ class Network:
         self.values = {a: float(i) for i, a in enumerate(sorted(self.graph))}
         self.published: dict[str, float] = {}
         self.done: dict[str, str] = {}
-        self.merges: dict[tuple[str, int], r.Merge] = {}
+        self.merges: dict[tuple[str, int], r.MergeAction] = {}
         self.machines = {
             a: RoundMachine(
                 a,
@@ -88,20 +89,20 @@ class Network:
                 self.put(soon(), a, r.SnapshotReady(peer, n, root))
             case r.AdoptBasis(round=n, basis=basis):
                 self.put(0, a, r.BasisChanged(n, basis, 0.5))
-            case r.Merge(round=n):
+            case r.MergeAction(round=n):
                 self.merges[a, n] = action
                 refused = {p.peer: "not finite" for p in action.parts if (a, p.peer) in self.refuse}
                 kept = [p for p in action.parts if p.peer not in refused]
                 own = 1 - sum(p.weight for p in kept)
                 self.values[a] = own * self.values[a] + sum(p.weight * self.published[p.root] for p in kept)
-                self.put(0, a, r.MergeDone(n, refused))
+                self.put(0, a, r.MergeDone(n, MergeResult(refused=refused)))
             case r.SetTimer(round=n, seconds=s):
                 self.put(s, a, r.Deadline(n))
             case r.Report(fact=fact):
                 self.facts.append(fact)
             case r.Exit(reason=reason):
                 self.done[a] = reason
-            case r.Checkpoint():
+            case r.CheckpointAction():
                 pass
 
 
@@ -168,19 +169,19 @@ def test_a_dead_peer_costs_one_deadline() -> None:
     m.handle(r.TrainingDone(1, "own1"))
     m.handle(offer("b", 1))
     m.handle(r.SnapshotReady("b", 1, "b1"))
-    assert kinds(m.handle(r.Deadline(1))) == ["Report", "Merge"]
-    m.handle(r.MergeDone(1, {}))
+    assert kinds(m.handle(r.Deadline(1))) == ["Report", "MergeAction"]
+    m.handle(r.MergeDone(1))
     m.handle(offer("b", 2))
     m.handle(r.TrainingDone(2, "own2"))
-    assert kinds(m.handle(r.SnapshotReady("b", 2, "b2"))) == ["Report", "Merge"], "c is silent: no waiting"
-    m.handle(r.MergeDone(2, {}))
+    assert kinds(m.handle(r.SnapshotReady("b", 2, "b2"))) == ["Report", "MergeAction"], "c is silent: no waiting"
+    m.handle(r.MergeDone(2))
     m.handle(offer("b", 3))
     m.handle(offer("c", 2))  # late, but alive
     m.handle(r.TrainingDone(3, "own3"))
     assert m.handle(r.SnapshotReady("b", 3, "b3")) == [], "c is waited for again"
     m.handle(offer("c", 3))
     (merge,) = m.handle(r.SnapshotReady("c", 3, "c3"))
-    assert isinstance(merge, r.Merge)
+    assert isinstance(merge, r.MergeAction)
     assert [p.peer for p in merge.parts] == ["b", "c"]
 
 
@@ -223,14 +224,14 @@ def kinds(actions: list[r.Action]) -> list[str]:
 def test_order_of_actions_in_a_round() -> None:
     """Design: train → record → publish → gather → merge → checkpoint; durable before published."""
     m = machine(basis_gossip=False)
-    assert kinds(m.handle(r.Started())) == ["Checkpoint", "Report", "SetTimer", "Train"]
+    assert kinds(m.handle(r.Started())) == ["CheckpointAction", "Report", "SetTimer", "Train"]
     assert kinds(m.handle(offer("b", 1))) == ["Fetch"], "fetching begins during training"
-    assert kinds(m.handle(r.TrainingDone(1, "own1"))) == ["Checkpoint", "Publish"]
+    assert kinds(m.handle(r.TrainingDone(1, "own1"))) == ["CheckpointAction", "Publish"]
     assert m.handle(r.SnapshotReady("b", 1, "b1")) == []
     assert kinds(m.handle(offer("c", 1))) == ["Fetch"]
-    assert kinds(m.handle(r.SnapshotReady("c", 1, "c1"))) == ["Merge"]
-    after = m.handle(r.MergeDone(1, {}))
-    assert kinds(after) == ["Report", "Checkpoint", "Release", "Release", "Report", "SetTimer", "Train"]
+    assert kinds(m.handle(r.SnapshotReady("c", 1, "c1"))) == ["MergeAction"]
+    after = m.handle(r.MergeDone(1))
+    assert kinds(after) == ["Report", "CheckpointAction", "Release", "Release", "Report", "SetTimer", "Train"]
 
 
 def test_messages_of_no_concern_change_nothing() -> None:
@@ -241,9 +242,9 @@ def test_messages_of_no_concern_change_nothing() -> None:
         offer("me", 1),
         offer("b", 99),
         r.SnapshotReady("b", 1, "never asked for"),
-        r.FetchFailed("c", 1, "c1", "gone"),
+        r.FetchFailure("c", 1, "c1", "gone"),
         r.Deadline(7),
-        r.MergeDone(1, {}),
+        r.MergeDone(1),
         r.BasisChanged(1, BasisId(0, "b", "0")),
         r.TrainingDone(5, "x"),
     ]
@@ -272,9 +273,9 @@ def test_after_the_deadline_nobody_is_waited_for() -> None:
     assert m.handle(r.SnapshotReady("b", 1, "b1")) == []
     assert kinds(m.handle(offer("c", 1))) == ["Fetch"]
     actions = m.handle(r.TrainingDone(1, "own"))
-    assert kinds(actions) == ["Checkpoint", "Publish", "Report", "Merge"]
+    assert kinds(actions) == ["CheckpointAction", "Publish", "Report", "MergeAction"]
     merge = actions[-1]
-    assert isinstance(merge, r.Merge)
+    assert isinstance(merge, r.MergeAction)
     assert [p.peer for p in merge.parts] == ["b"]
     assert merge.own_weight == pytest.approx(0.75)
 
@@ -287,9 +288,9 @@ def test_failed_fetch_and_lost_peer_end_the_wait() -> None:
     m.handle(r.PeerLost("b"))
     assert kinds(m.handle(offer("b", 1))) == ["Fetch"]
     m.handle(offer("c", 1))
-    assert m.handle(r.FetchFailed("c", 1, "c1", "damaged: block 3")) == []
+    assert m.handle(r.FetchFailure("c", 1, "c1", "damaged: block 3")) == []
     actions = m.handle(r.SnapshotReady("b", 1, "b1"))
-    assert kinds(actions) == ["Report", "Merge"]
+    assert kinds(actions) == ["Report", "MergeAction"]
     report = actions[0]
     assert isinstance(report, r.Report)
     assert isinstance(report.fact, events.PeerLate)
@@ -305,7 +306,7 @@ def test_early_offers_wait_for_their_round_and_are_bounded() -> None:
     assert len(list(m._inbox.offers)) <= ROUNDS_KEPT
     m.handle(r.TrainingDone(1, "own"))
     m.handle(r.Deadline(1))
-    actions = m.handle(r.MergeDone(1, {}))
+    actions = m.handle(r.MergeDone(1))
     assert any(isinstance(a, r.Fetch) and a.round == 2 for a in actions)
 
 
@@ -322,7 +323,7 @@ def test_smallest_basis_is_adopted_and_only_a_smaller_one() -> None:
     assert adopt == r.AdoptBasis(1, "c", "c1", old)
     report, merge = m.handle(r.BasisChanged(1, old, 0.9))
     assert isinstance(report, r.Report)
-    assert isinstance(merge, r.Merge)
+    assert isinstance(merge, r.MergeAction)
     assert m.basis == old
     assert [(p.peer, p.same_basis) for p in merge.parts] == [("b", False), ("c", True)]
 
@@ -341,7 +342,7 @@ def test_a_peer_that_cannot_be_aligned_to_does_not_block_the_next_best() -> None
     (adopt,) = m.handle(r.BasisChanged(1, MINE))
     assert adopt == r.AdoptBasis(1, "c", "c1", second)
     (merge,) = m.handle(r.BasisChanged(1, MINE))
-    assert isinstance(merge, r.Merge)
+    assert isinstance(merge, r.MergeAction)
     assert m.basis == MINE
     assert not any(part.same_basis for part in merge.parts)
 
@@ -352,13 +353,13 @@ def test_a_peer_that_was_lost_and_is_back_is_tried_again() -> None:
     m.handle(r.Started())
     m.handle(r.TrainingDone(1, "own"))
     m.handle(offer("b", 1))
-    m.handle(r.FetchFailed("b", 1, "b1", "connection reset"))
+    m.handle(r.FetchFailure("b", 1, "b1", "connection reset"))
     assert kinds(m.handle(offer("b", 1))) == ["Fetch"]
     assert m.handle(offer("b", 1)) == [], "not twice at once"
     m.handle(r.PeerLost("c"))
     actions = m.handle(r.SnapshotReady("b", 1, "b1"))
     merge = actions[-1]
-    assert isinstance(merge, r.Merge)
+    assert isinstance(merge, r.MergeAction)
     assert [part.peer for part in merge.parts] == ["b"]
 
 

@@ -17,6 +17,7 @@ from dimat.agent.protocol.messages import MergeRecord
 from dimat.agent.protocol.plan import Plan, PushShares, RoundPlan, Rules
 from dimat.agent.protocol.round import Phase, RoundMachine
 from dimat.agent.protocol.state import MachineState
+from dimat.events import MergeResult
 from tests.agent.machines import MINE, go_to, have, machine, of, offer, told
 
 
@@ -25,18 +26,18 @@ def test_asynchronous_merges_take_the_newest_within_reach_with_decayed_weight() 
     """Weight W_ij · decay^staleness, the rest to self; what is staler does not count; nobody is waited for."""
     m = machine(mode="async", max_staleness=2, staleness_decay=0.5)
     m.handle(r.Started())
-    (merge,) = of(m.handle(r.TrainingDone(1, "own1")), r.Merge)
+    (merge,) = of(m.handle(r.TrainingDone(1, "own1")), r.MergeAction)
     assert merge.parts == ()
-    m.handle(r.MergeDone(1, {}))
+    m.handle(r.MergeDone(1))
     have(m, "b", 1)
     have(m, "c", 1)
     have(m, "c", 2)
-    (merge,) = of(m.handle(r.TrainingDone(2, "own2")), r.Merge)
+    (merge,) = of(m.handle(r.TrainingDone(2, "own2")), r.MergeAction)
     assert [(p.peer, p.round, p.weight) for p in merge.parts] == [("b", 1, 0.125), ("c", 2, 0.25)]
     assert merge.own_weight == 0.625
     for number in (3, 4):
-        m.handle(r.MergeDone(number - 1, {}))
-        (merge,) = of(m.handle(r.TrainingDone(number, f"own{number}")), r.Merge)
+        m.handle(r.MergeDone(number - 1))
+        (merge,) = of(m.handle(r.TrainingDone(number, f"own{number}")), r.MergeAction)
     assert [(p.peer, p.weight) for p in merge.parts] == [("c", 0.0625)], "b is three rounds behind"
 
 
@@ -52,7 +53,7 @@ def test_asynchronous_machines_let_go_of_what_is_replaced() -> None:
     m.handle(r.TrainingDone(1, "own1"))
     assert m.phase is Phase.MERGING
     assert m.handle(r.SnapshotReady("b", 3, "b3")) == []
-    assert of(m.handle(r.MergeDone(1, {})), r.Release) == [r.Release("b", 2, "b2")]
+    assert of(m.handle(r.MergeDone(1)), r.Release) == [r.Release("b", 2, "b2")]
 
 
 def test_a_slow_asynchronous_agent_takes_the_networks_round() -> None:
@@ -62,7 +63,7 @@ def test_a_slow_asynchronous_agent_takes_the_networks_round() -> None:
     have(m, "b", 40)
     have(m, "c", 9)
     m.handle(r.TrainingDone(1, "own1"))
-    actions = m.handle(r.MergeDone(1, {}))
+    actions = m.handle(r.MergeDone(1))
     assert m.round == 9, "the lower median: one peer alone cannot drag it to 40"
     assert told(actions, events.RoundsSkipped)[0].first == 2
 
@@ -73,11 +74,11 @@ def test_min_peers_are_waited_for_and_without_them_own_weights_stay(mode: str) -
     """Fewer than min_peers at the deadline: no merge, said so; peers that are lost may come back until then."""
     m = machine(mode=mode, min_peers=2, max_staleness=0)
     m.handle(r.Started())
-    assert of(m.handle(r.TrainingDone(1, "own1")), r.Merge) == []
+    assert of(m.handle(r.TrainingDone(1, "own1")), r.MergeAction) == []
     m.handle(r.PeerLost("c"))
-    assert of(have(m, "b", 1), r.Merge) == []
+    assert of(have(m, "b", 1), r.MergeAction) == []
     actions = m.handle(r.Deadline(1))
-    (merge,) = of(actions, r.Merge)
+    (merge,) = of(actions, r.MergeAction)
     assert (merge.own_weight, merge.parts) == (1.0, ())
     if mode == "sync":
         assert "1 of at least 2 peers" in told(actions, events.Warned)[0].message
@@ -90,7 +91,7 @@ def test_a_peer_that_is_past_this_round_is_not_waited_for() -> None:
     m.handle(r.TrainingDone(1, "own1"))
     have(m, "b", 1)
     actions = m.handle(offer("c", 3, oldest=2))
-    (merge,) = of(actions, r.Merge)
+    (merge,) = of(actions, r.MergeAction)
     assert [p.peer for p in merge.parts] == ["b"]
     assert told(actions, events.PeerLate)[0].reason == "it is ahead and offers this round no more"
 
@@ -101,12 +102,12 @@ def test_a_peer_that_leaves_is_waited_for_up_to_its_last_round() -> None:
     m.handle(r.Started())
     m.handle(r.TrainingDone(1, "own1"))
     have(m, "b", 1)
-    assert of(m.handle(r.PeerLost("c", "it has left", last=1)), r.Merge) == []
-    (merge,) = of(have(m, "c", 1), r.Merge)
+    assert of(m.handle(r.PeerLost("c", "it has left", last=1)), r.MergeAction) == []
+    (merge,) = of(have(m, "c", 1), r.MergeAction)
     assert len(merge.parts) == 2
-    m.handle(r.MergeDone(1, {}))
+    m.handle(r.MergeDone(1))
     m.handle(r.TrainingDone(2, "own2"))
-    assert of(have(m, "b", 2), r.Merge), "c is gone"
+    assert of(have(m, "b", 2), r.MergeAction), "c is gone"
 
 
 def test_an_agent_that_is_behind_skips_to_the_networks_round() -> None:
@@ -116,7 +117,7 @@ def test_an_agent_that_is_behind_skips_to_the_networks_round() -> None:
     m.handle(offer("b", 9, oldest=8))
     m.handle(offer("c", 8, oldest=7))
     m.handle(r.TrainingDone(3, "own3"))
-    actions = m.handle(r.MergeDone(3, {}))
+    actions = m.handle(r.MergeDone(3))
     assert m.round == 8
     (skipped,) = told(actions, events.RoundsSkipped)
     assert (skipped.first, skipped.round) == (4, 8)
@@ -133,7 +134,7 @@ def test_peers_with_another_base_are_refused() -> None:
 
 
 # ── resuming ─────────────────────────────────────────────────────────────────────────────────────────────────────
-def again(checkpoint: r.Checkpoint, published: int) -> RoundMachine:
+def again(checkpoint: r.CheckpointAction, published: int) -> RoundMachine:
     """Make a machine from a checkpoint's state, by way of JSON."""
     state = MachineState.from_dict(json.loads(json.dumps(checkpoint.state.to_dict())))
     return machine(state=state, published=published)
@@ -145,7 +146,7 @@ def test_resuming_after_training_publishes_the_same_again() -> None:
     go_to(m, 2)
     m.handle(offer("b", 2))
     actions = m.handle(r.TrainingDone(2, "own2"))
-    (checkpoint,), (published,) = of(actions, r.Checkpoint), of(actions, r.Publish)
+    (checkpoint,), (published,) = of(actions, r.CheckpointAction), of(actions, r.Publish)
     resumed = again(checkpoint, published=2)
     actions = resumed.handle(r.Started())
     assert of(actions, r.Publish) == [published]
@@ -160,11 +161,11 @@ def test_resuming_after_a_merge_begins_the_next_round() -> None:
     m.handle(r.Started())
     m.handle(r.TrainingDone(1, "own1"))
     m.handle(r.Deadline(1))
-    (checkpoint,) = of(m.handle(r.MergeDone(1, {})), r.Checkpoint)
+    (checkpoint,) = of(m.handle(r.MergeDone(1)), r.CheckpointAction)
     assert of(again(checkpoint, 1).handle(r.Started()), r.Train) == [r.Train(2, learn=True)]
     m.handle(r.TrainingDone(2, "own2"))
     m.handle(r.Deadline(2))
-    (checkpoint,) = of(m.handle(r.MergeDone(2, {})), r.Checkpoint)
+    (checkpoint,) = of(m.handle(r.MergeDone(2)), r.CheckpointAction)
     state = MachineState.from_dict(checkpoint.state.to_dict())
     assert of(machine(state=state, published=2, rounds=2).handle(r.Started()), r.Exit) == [r.Exit("done")]
 
@@ -175,24 +176,26 @@ def test_the_record_of_a_merge_tells_what_moved() -> None:
     m.handle(r.Started())
     m.handle(r.TrainingDone(1, "own1"))
     m.handle(r.Deadline(1))
-    (checkpoint,) = of(m.handle(r.MergeDone(1, {}, moved={"b": 0.25}, moved_groups={"b": {"g": 0.5}})), r.Checkpoint)
+    (checkpoint,) = of(
+        m.handle(r.MergeDone(1, MergeResult(moved={"b": 0.25}, moved_groups={"b": {"g": 0.5}}))), r.CheckpointAction
+    )
     assert checkpoint.record is not None
     values = checkpoint.record.to_dict()
-    assert MergeRecord.from_dict(values).moved == {"b": 0.25}
-    assert MergeRecord.from_dict(values).moved_groups == {"b": {"g": 0.5}}
+    assert MergeRecord.from_dict(values).result.moved == {"b": 0.25}
+    assert MergeRecord.from_dict(values).result.moved_groups == {"b": {"g": 0.5}}
     del values["moved"]
-    assert MergeRecord.from_dict(values).moved == {}
+    assert MergeRecord.from_dict(values).result.moved == {}
 
 
 def test_rounds_published_before_a_checkpoint_was_lost_are_left_out() -> None:
     """Round 2 was published, its checkpoint is damaged: going on from round 1, the next is round 3."""
     m = machine()
     m.handle(r.Started())
-    (checkpoint,) = of(m.handle(r.TrainingDone(1, "own1")), r.Checkpoint)
+    (checkpoint,) = of(m.handle(r.TrainingDone(1, "own1")), r.CheckpointAction)
     resumed = again(checkpoint, published=2)
     resumed.handle(r.Started())
     resumed.handle(r.Deadline(1))
-    actions = resumed.handle(r.MergeDone(1, {}))
+    actions = resumed.handle(r.MergeDone(1))
     assert of(actions, r.Train) == [r.Train(3, learn=True)]
 
 
@@ -206,13 +209,13 @@ def test_push_sum_weights_follow_from_shares_and_late_ones_are_made_up_for() -> 
     assert publish.pushed == {"b": 0.5}
     assert m.push_weight == 0.5
     m.handle(r.Deadline(1))
-    m.handle(r.MergeDone(1, {}))
+    m.handle(r.MergeDone(1))
     have(m, "b", 2, pushed=0.5 + 0.25)
-    (merge,) = of(m.handle(r.TrainingDone(2, "own2")), r.Merge)
+    (merge,) = of(m.handle(r.TrainingDone(2, "own2")), r.MergeAction)
     assert m.push_weight == 0.25
     assert merge.own_weight == pytest.approx(0.25)
     assert merge.parts[0].weight == pytest.approx(0.75)
-    (merged,) = told(m.handle(r.MergeDone(2, {})), events.Merged)
+    (merged,) = told(m.handle(r.MergeDone(2)), events.Merged)
     assert merged.push_weight == pytest.approx(1.0)
 
 
@@ -224,10 +227,10 @@ def test_stop_rules() -> None:
     m.handle(r.Started())
     m.handle(r.TrainingDone(1, "own1"))
     m.handle(r.Deadline(1))
-    actions = m.handle(r.MergeDone(1, {}, after={"accuracy": 0.9}))
-    assert of(actions, r.Checkpoint)
+    actions = m.handle(r.MergeDone(1, MergeResult(after={"accuracy": 0.9})))
+    assert of(actions, r.CheckpointAction)
     assert of(actions, r.Exit) == [r.Exit("target")]
-    (checkpoint,) = of(actions, r.Checkpoint)
+    (checkpoint,) = of(actions, r.CheckpointAction)
     resumed = again(checkpoint, published=1)
     assert of(resumed.handle(r.Started()), r.Exit) == [r.Exit("target")]
     m = machine(rounds=None)
@@ -235,7 +238,7 @@ def test_stop_rules() -> None:
     assert m.handle(r.TimeUp()) == []
     m.handle(r.TrainingDone(150, "own"))
     m.handle(r.Deadline(150))
-    assert of(m.handle(r.MergeDone(150, {})), r.Exit) == [r.Exit("time")]
+    assert of(m.handle(r.MergeDone(150)), r.Exit) == [r.Exit("time")]
 
 
 def test_a_changed_map_holds_from_the_next_round() -> None:
@@ -245,12 +248,12 @@ def test_a_changed_map_holds_from_the_next_round() -> None:
     m.handle(r.MapChanged(Plan(frozenset({"d"}), lambda _: RoundPlan({"me": 0.5, "d": 0.5}))))
     m.handle(r.TrainingDone(1, "own1"))
     have(m, "b", 1)
-    (merge,) = of(have(m, "c", 1), r.Merge)
+    (merge,) = of(have(m, "c", 1), r.MergeAction)
     assert len(merge.parts) == 2
-    m.handle(r.MergeDone(1, {}))
+    m.handle(r.MergeDone(1))
     assert have(m, "b", 2) == []
     assert of(have(m, "d", 2), r.Fetch)
-    (merge,) = of(m.handle(r.TrainingDone(2, "own2")), r.Merge)
+    (merge,) = of(m.handle(r.TrainingDone(2, "own2")), r.MergeAction)
     assert [p.peer for p in merge.parts] == ["d"]
 
 

@@ -19,7 +19,7 @@ from dimat.config import load_experiment
 from dimat.merge.lora.factors import find_pairs
 from dimat.tasks import load_task
 from dimat.train import Trainer
-from dimat.weights.snapshot import encode, schema_hash
+from dimat.weights.tensors import encode, schema_hash
 from dimat.wire.v1 import peer_pb2 as pb
 from tests.agent.conftest import free_ports  # noqa: F401  # a fixture
 from tests.agent.processes import Network, check_ledgers, network

@@ -20,6 +20,7 @@ from dimat.merge.lora.factors import find_pairs
 from dimat.seeds import torch_generator
 from dimat.simulate import run_simulation
 from dimat.simulate.world.scenario import prepare
+from tests.agent.learner.rounds import merged, trained
 from tests.tasks.hf.samples import GPT2, VIT, grouped, write_parquet, write_text
 
 RANK = 4
@@ -70,7 +71,7 @@ def test_adapters_alone_are_exchanged_and_merged_as_products(tmp_path: Path) -> 
     mean of the products, in the Frobenius norm, which is no product of mean factors; the base is untouched."""
     one, two, three = agents(tmp_path, experiment(tmp_path))
     before = frozen(one)
-    reports = [agent.train(1, learn=True) for agent in (one, two, three)]
+    reports = [trained(agent, 1, learn=True) for agent in (one, two, three)]
     files = [one.store / f"{report.payload.root}.safetensors" for report in reports]
     held = [load_file(file) for file in files]
     trained = {name for name, p in one.trainer.model.named_parameters() if p.requires_grad}
@@ -82,7 +83,7 @@ def test_adapters_alone_are_exchanged_and_merged_as_products(tmp_path: Path) -> 
     assert files[0].stat().st_size < 4 * adapters + 200 * len(held[0])
     mean = {key: sum(products(weights)[key] for weights in held) / 3 for key in products(held[0])}
     parts = [(agent.name, file, 1 / 3, True) for agent, file in ((two, files[1]), (three, files[2]))]
-    report = one.merge(1, 1 / 3, parts, "all")
+    report = merged(one, 1, 1 / 3, parts, "all")
     assert report.refused == {}
     assert report.notes == ("the base is frozen and shared by all, so nothing is aligned",)
     for key, found in products(one.trainer.weights()).items():
@@ -126,12 +127,12 @@ def test_an_agent_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     config = experiment(tmp_path)
     one, broken, again = (agents(tmp_path, config)[0] for _ in range(3))
     for agent in (one, broken):
-        agent.train(1, learn=True)
+        trained(agent, 1, learn=True)
     held = broken.trainer.state()
     assert {name.split("/")[1] for name in held.tensors if name.startswith("model/")} == set(one.trainer.weights())
     again.trainer.load_state(held)
     for agent in (one, again):
-        agent.train(2, learn=True)
+        trained(agent, 2, learn=True)
     assert all(torch.equal(tensor, again.trainer.weights()[name]) for name, tensor in one.trainer.weights().items())
 
 
@@ -141,12 +142,12 @@ def test_an_image_classifier_is_adapted_and_its_head_trained_whole(tmp_path: Pat
     task: dict[str, Any] = {"data": {"name": "colours.parquet"}, "probe": {"count": 6}}
     task["model"] = {"config": VIT, "dtype": "bf16", "lora": {"r": 2, "targets": "all-linear"}}
     one, two, _ = agents(tmp_path, experiment(tmp_path, task, "hf-image-classification"))
-    files = [one.store / f"{agent.train(1, learn=True).payload.root}.safetensors" for agent in (one, two)]
+    files = [one.store / f"{trained(agent, 1, learn=True).payload.root}.safetensors" for agent in (one, two)]
     held = [load_file(file) for file in files]
     heads = [name for name in held[0] if "classifier" in name]
     assert len(heads) == 2
     assert len(held[0]) == 2 * len(find_pairs(held[0])) + 2
-    one.merge(1, 0.5, [(two.name, files[1], 0.5, True)], "none")
+    merged(one, 1, 0.5, [(two.name, files[1], 0.5, True)], "none")
     for name in heads:
         torch.testing.assert_close(one.trainer.weights()[name], (held[0][name] + held[1][name]) / 2)
     assert {t.dtype for name, t in frozen(one).items() if "q_proj.base_layer" in name} == {torch.bfloat16}
@@ -202,7 +203,7 @@ def test_agents_of_a_process_share_the_frozen_base(tmp_path: Path) -> None:
     assert sum(storages.values()) == frozen_bytes + 3 * trained_bytes
     before = {name: tensor.clone() for name, tensor in frozen(parties[0]).items()}
     for agent in parties:
-        agent.train(1, learn=True)
+        trained(agent, 1, learn=True)
     for agent in parties:
         assert all(torch.equal(tensor, before[name]) for name, tensor in frozen(agent).items())
     held = next(p for p in parties[1].trainer.model.parameters() if not p.requires_grad)

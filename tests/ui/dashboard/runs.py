@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
 
-from dimat.events import AgentCrashed, BasisAdopted, Contribution, Event, Merged, PeerLate, Warned
+from dimat.events import AgentCrashed, BasisAdopted, Contribution, Event, Merged, MergeResult, PeerLate, Warned
 from dimat.ui.jsonl import JsonlListener
 from tests.ui.samples import make_events
 
@@ -27,8 +27,10 @@ def told(rounds: int = 3) -> list[Event]:
             ),
             heard=2,
             expected=2,
-            before={"accuracy": 0.4 + 0.1 * number, "loss": 1.0},
-            after={"accuracy": 0.5 + 0.1 * number, "loss": 0.9},
+            result=MergeResult(
+                before={"accuracy": 0.4 + 0.1 * number, "loss": 1.0},
+                after={"accuracy": 0.5 + 0.1 * number, "loss": 0.9},
+            ),
             time_s=float(number),
         )
         for number in range(1, rounds + 1)

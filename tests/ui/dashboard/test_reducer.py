@@ -18,12 +18,14 @@ from dimat.events import (
     Contribution,
     Event,
     Merged,
+    MergeResult,
     PeerLate,
     RoundFinished,
     RoundStarted,
     RunStarted,
     SnapshotFetched,
     Trained,
+    TrainResult,
 )
 from dimat.ui.dashboard import model as known
 from dimat.ui.dashboard.api import Shown
@@ -45,9 +47,14 @@ def taken(events: Sequence[Event | Mapping[str, Any]]) -> RunState:
     return state
 
 
-def merged(agent: str, number: int, after: float, *peers: str, time_s: float = 0.0, **more: Any) -> Merged:
+def merged(
+    agent: str, number: int, after: float, *peers: str, time_s: float = 0.0, heard: int = 0, **more: Any
+) -> Merged:
     parts = tuple(Contribution(agent=who, snapshot="s", round=number, weight=0.5) for who in (agent, *peers))
-    return Merged(agent=agent, round=number, contributions=parts, after={"accuracy": after}, time_s=time_s, **more)
+    result = MergeResult(after={"accuracy": after}, **more)
+    return Merged(
+        agent=agent, round=number, contributions=parts, result=result, time_s=time_s, heard=heard, expected=heard
+    )
 
 
 class Client:
@@ -140,9 +147,9 @@ def test_what_the_page_shows() -> None:
                 run="r",
             ),
             RoundStarted(agent="a", round=1),
-            Trained(agent="a", round=1, loss=0.5, samples=7, train_s=0.1),
+            Trained(agent="a", round=1, result=TrainResult(loss=0.5, samples=7), train_s=0.1),
             SnapshotFetched(agent="a", round=1, peer="b", snapshot="s", bytes=400),
-            merged("a", 1, 0.75, "b", heard=1, expected=1, before={"accuracy": 0.5}, accepted=0.5, notes=("n",)),
+            merged("a", 1, 0.75, "b", heard=1, before={"accuracy": 0.5}, accepted=0.5, notes=("n",)),
             RoundFinished(agent="a", round=1, heard=1, expected=1, bytes_sent=4, bytes_received=400, time_s=5.0),
         ]
     )

@@ -17,7 +17,7 @@ import pytest
 
 from dimat.cli import main
 from dimat.errors import DataError, NetworkError, SecurityError
-from dimat.events import RoundStarted, Trained
+from dimat.events import RoundStarted, Trained, TrainResult
 from dimat.ui.dashboard.guard import check_exposure, open_socket, read_token
 from dimat.ui.dashboard.run_source import FolderSource
 from dimat.ui.dashboard.server import Server
@@ -133,7 +133,11 @@ def test_stream_goes_on_where_it_was(tmp_path: Path) -> None:
         assert all_of_it["since"] == 0
         assert len(all_of_it["agents"]) == 3
         write_log(
-            log, [RoundStarted(agent="lab-b", round=9), Trained(agent="lab-b", round=9, loss=1, samples=1, train_s=1)]
+            log,
+            [
+                RoundStarted(agent="lab-b", round=9),
+                Trained(agent="lab-b", round=9, result=TrainResult(loss=1, samples=1), train_s=1),
+            ],
         )
         ((second, news),) = messages(address, 1, headers={"last-event-id": first})
         assert (news["since"], second != first) == (all_of_it["version"], True)
@@ -150,7 +154,7 @@ def test_damaged_lines_are_passed_over_and_counted(tmp_path: Path) -> None:
     log = write_run(tmp_path / "run") / "events.jsonl"
     with log.open("ab") as file:
         file.write(b'{"event": "Tr\n[1, 2]\n\xff\xfe\n' + b"[" * 100_000 + b"\n")
-    write_log(log, [Trained(agent="lab-a", round=8, loss=0.25, samples=1, train_s=1)])
+    write_log(log, [Trained(agent="lab-a", round=8, result=TrainResult(loss=0.25, samples=1), train_s=1)])
     source = FolderSource(tmp_path / "run")
     assert source.damaged == 4
     assert source.state.agents["lab-a"].loss == 0.25

@@ -11,7 +11,7 @@ import pytest
 from dimat.agent.lineage.lineage import append_record
 from dimat.agent.protocol.messages import MergeRecord
 from dimat.cli import main
-from dimat.events import Contribution
+from dimat.events import Contribution, MergeResult
 from dimat.ui.report.agent_summary import spans
 from tests.agent.lineage.test_verify import fetched
 from tests.agent.lineage.test_verify import write as write_manifests
@@ -36,7 +36,9 @@ def folder(tmp_path: Path) -> Path:
             Contribution(agent="b", snapshot=arrived.manifest.payload.root, round=number, weight=0.5),
         )
         after = {"accuracy": 0.5 + number / 10}
-        append_record(tmp_path / "lineage.jsonl", MergeRecord("a", number, f"a{number}", parts, before={}, after=after))
+        append_record(
+            tmp_path / "lineage.jsonl", MergeRecord("a", number, f"a{number}", parts, MergeResult(after=after))
+        )
     return tmp_path
 
 

@@ -41,13 +41,15 @@ def story() -> list[events.Event]:
         ),
         events.RoundStarted(**who, round=3),
         events.PhaseStarted(**who, round=3, phase="train"),
-        events.Trained(**who, round=3, loss=0.4123, samples=10, train_s=1.0),
+        events.Trained(**who, round=3, result=events.TrainResult(loss=0.4123, samples=10), train_s=1.0),
         events.PhaseStarted(**who, round=3, phase="wait", previous="train", previous_s=12.0),
         events.PeerLate(**who, round=3, peer="lab-\x1b[31mc"),
         events.PhaseStarted(**who, round=3, phase="merge", previous="wait", previous_s=3.0),
         events.Warned(run="tiny", message="the disk is nearly full\x1b[2J", agent="lab-a"),
         events.Merged(
-            **who, round=3, contributions=(), heard=1, expected=2, before={"accuracy": 0.5}, after={"accuracy": 0.75}
+            **who, round=3, contributions=(), heard=1, expected=2, result=events.MergeResult(
+                before={"accuracy": 0.5}, after={"accuracy": 0.75}
+            ),
         ),
         events.NetworkObserved(
             **who, round=3, connected=("lab-b",), sent={"lab-b": {"fp32": 1500}},

@@ -15,6 +15,7 @@ from dimat.events import (
     Contribution,
     Event,
     Merged,
+    MergeResult,
     PeerLate,
     PeerRefused,
     RoundFinished,
@@ -38,7 +39,7 @@ STEPS: list[Event] = [
         agent="a",
         round=2,
         contributions=(Contribution(agent="a", snapshot="x", round=2, weight=1.0),),
-        notes=("merge backed off to 0.5",),
+        result=MergeResult(notes=("merge backed off to 0.5",)),
     ),
     RoundFinished(run="r", agent="a", round=2, heard=0, expected=2, bytes_sent=1_881_200, bytes_received=0),
 ]

@@ -59,8 +59,11 @@ def test_what_a_merge_tells() -> None:
         started(),
         events.PeerRefused(peer="b", reason="nan", **at()),
         events.PeerLate(peer="b", **at()),
-        events.Merged(contributions=parts, accepted=1.0, **at()),
-        *(events.Merged(contributions=(*parts, peer), accepted=accepted, **at()) for accepted in (1.0, 0.5, 0.0, 0.25)),
+        events.Merged(contributions=parts, result=events.MergeResult(accepted=1.0), **at()),
+        *(
+            events.Merged(contributions=(*parts, peer), result=events.MergeResult(accepted=accepted), **at())
+            for accepted in (1.0, 0.5, 0.0, 0.25)
+        ),
     )
     verdicts = {v: value(listener, "dimat_screen_total", peer="b", verdict=v) for v in ("merged", "refused", "late")}
     assert verdicts == {"merged": 4, "refused": 1, "late": 1}

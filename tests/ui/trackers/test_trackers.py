@@ -36,10 +36,14 @@ def a_round(agent: str, number: int, at: float) -> list[events.Event]:
     who: dict[str, Any] = {"run": "r", "agent": agent, "round": number, "time_s": at}
     return [
         events.RoundStarted(**who),
-        events.Trained(loss=1 / number, samples=10 * number, train_s=2.0, **who),
+        events.Trained(result=events.TrainResult(loss=1 / number, samples=10 * number), train_s=2.0, **who),
         events.PhaseStarted(phase="merge", previous="wait", previous_s=0.25, **who),
         events.Merged(
-            contributions=(), before={ACCURACY: 0.25}, after={ACCURACY: 0.5}, accepted=0.75, merge_s=0.5, **who
+            contributions=(),
+            result=events.MergeResult(
+                before={ACCURACY: 0.25}, after={ACCURACY: 0.5}, accepted=0.75, cpu_s={"merge": 0.5}
+            ),
+            **who,
         ),
         events.RoundFinished(heard=1, expected=2, bytes_sent=100 * number, bytes_received=7, **who),
     ]
@@ -358,7 +362,7 @@ def test_rows_of_a_reader() -> None:
     reader = Reader()
     read: Callable[[events.Event], list[Any]] = lambda event: list(reader.read(event))  # noqa: E731
     who: dict[str, Any] = {"run": "r", "agent": "a", "round": 1}
-    assert read(events.Trained(loss=float("nan"), samples=1, train_s=1.0, **who)) == []
+    assert read(events.Trained(result=events.TrainResult(loss=float("nan"), samples=1), train_s=1.0, **who)) == []
     (row,) = read(events.RoundFinished(heard=0, expected=0, bytes_sent=0, bytes_received=0, **who))
     assert "loss" not in row.values
     assert row.values["samples"] == 1

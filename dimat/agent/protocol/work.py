@@ -1,0 +1,54 @@
+"""The work of an agent on its own machine, as its driver asks for it: one protocol for the daemon and the simulator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Protocol, TypeVar
+
+from dimat.agent.protocol import messages as m
+from dimat.agent.protocol.state import Restored
+from dimat.events import MergeResult, TrainResult
+from dimat.weights.snapshot import RecordedSnapshot
+
+T = TypeVar("T")
+Source = TypeVar("Source", contravariant=True)
+
+Outcome = Callable[[], T]
+"""Gives the outcome of a piece of work, and may take as long as the work does; raises what went wrong in it."""
+
+
+class Work(Protocol[Source]):
+    """What one agent does when its round machine asks. `Source`: how a driver has a peer's snapshot (a file's path).
+
+    A call asks for a piece of work, and its outcome is taken once: in the order of the calls, as each piece of work
+    builds on the one before. The work may begin with the call (on the simulator's workers) or when its outcome is taken
+    (in the daemon's thread). Where an outcome raised DataError it may be taken again.
+    """
+
+    def restore(self) -> Outcome[Restored | None]:
+        """Go on from the newest checkpoint that can be read. None where there is no checkpoint: the agent is new."""
+        ...
+
+    def train(self, action: m.Train) -> Outcome[TrainResult]:
+        """Train for a round (not if the action says so), and take the statistics that the merge method asks for."""
+        ...
+
+    def record(self, action: m.Train) -> Outcome[RecordedSnapshot]:
+        """Record the weights that a round's training gave; DataError where they cannot be written."""
+        ...
+
+    def checkpoint(self, action: m.CheckpointAction) -> Outcome[None]:
+        """Make the record of a merge and the agent's state durable; DataError where that fails."""
+        ...
+
+    def adopt_basis(self, action: m.AdoptBasis, source: Source) -> Outcome[m.Moves | None]:
+        """Permute the agent into the basis of a snapshot; None, and nothing changed, where it is not fit for that."""
+        ...
+
+    def adopt_weights(self, action: m.AdoptWeights, source: Source) -> Outcome[str]:
+        """Take over the weights of a snapshot; the outcome is why they could not be, or an empty string."""
+        ...
+
+    def merge(self, action: m.MergeAction, sources: Mapping[str, Source]) -> Outcome[MergeResult]:
+        """Merge snapshots, given by peer, into the agent's own weights."""
+        ...
