@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.forks import end_servers
+
 _scratch = tempfile.TemporaryDirectory(prefix="dimat-tests-")
 os.environ["XDG_CACHE_HOME"] = _scratch.name  # tests, and the processes that they start, leave the user's cache alone
 
@@ -26,6 +28,11 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     """One worker more than cores (`-n auto`): tests of real agents wait for peers and deadlines much of their time."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return cores + 1 if config.option.numprocesses == "auto" else None
+
+
+def pytest_unconfigure() -> None:
+    """Processes that tests have forked, and those that fork them, end with the tests."""
+    end_servers()
 
 
 @pytest.fixture(scope="session")

@@ -6,11 +6,11 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 from dimat.errors import SecurityError
 from dimat.net.pki.identity import Identity, check_certificate, load_identity
+from tests.forks import program
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "keys.md").read_text(encoding="utf-8")
@@ -27,10 +27,7 @@ class Places:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        program = folder / "bin" / "dimat"
-        program.parent.mkdir()
-        program.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -m dimat.cli "$@"\n')
-        program.chmod(0o755)
+        program(folder / "bin" / "dimat", "-m", "dimat.cli", env={"PYTHONPATH": str(ROOT)})
         self._left = blocks()
 
     def at(self, name: str) -> Path:

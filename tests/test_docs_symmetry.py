@@ -6,11 +6,12 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.forks import dimat
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -27,7 +28,7 @@ def blocks(text: str, language: str = "") -> list[str]:
 def execute(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     words = shlex.split(command)
     assert words[0] == "dimat"
-    program = [sys.executable, "-m", "dimat.cli", *words[1:]]
+    program = [dimat(), *words[1:]]
     return subprocess.run(program, cwd=folder, capture_output=True, text=True, timeout=250, check=False)
 
 

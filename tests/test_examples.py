@@ -8,11 +8,12 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+from tests.forks import dimat, python
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "examples").glob("*/README.md"))
@@ -32,11 +33,11 @@ def copy(tmp_path: Path) -> Path:
 
 
 def execute(command: list[str], folder: Path) -> str:
-    program = [sys.executable, "-m", "dimat.cli"] if command[0] == "dimat" else [sys.executable]
     assert command[0] in ("dimat", "python"), command
+    stand_in = dimat() if command[0] == "dimat" else python()
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [*program, *command[1:]],
+        [stand_in, *command[1:]],
         cwd=folder,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": path},
         capture_output=True,

@@ -8,7 +8,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 import tomllib
 from contextlib import ExitStack, suppress
@@ -18,6 +17,7 @@ import pytest
 
 from dimat.config import ExperimentConfig, TopologyConfig, build
 from dimat.topology import build_topology, summarise
+from tests.forks import program
 from tests.pages import DOCS, OWN_TESTS, README, ROOT, Block, Step, blocks, name_of, steps
 
 PATIENCE_S = 150.0
@@ -93,10 +93,8 @@ class Reading:
         self.page = page
         self.groups: list[int] = []
         bin_folder = folder / "bin"
-        bin_folder.mkdir()
-        for name, words in (("dimat", f"{sys.executable} -m dimat.cli"), ("python", sys.executable)):
-            (bin_folder / name).write_text(f'#!/bin/sh\nexec {words} "$@"\n')
-            (bin_folder / name).chmod(0o755)
+        program(bin_folder / "dimat", "-m", "dimat.cli")
+        self.python = program(bin_folder / "python")
         self.env = {
             **os.environ,
             **OTHERWISE_SHORT.get(name_of(page), SHORT),
@@ -127,7 +125,7 @@ class Reading:
                     os.killpg(group, signal.SIGKILL)
 
     def run(self, block: Block) -> None:
-        words = [sys.executable, "-c"] if block.language == "python" else ["bash", "-euc"]
+        words = [self.python, "-c"] if block.language == "python" else ["bash", "-euc"]
         process = subprocess.Popen(
             [*words, self.text(block)],
             cwd=self.at(block.place or "here"),

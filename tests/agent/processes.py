@@ -15,6 +15,7 @@ from typing import Any
 
 from dimat.net.pki.keyring import init_authority, issue
 from tests.agent.bound import bound
+from tests.forks import Process, start
 from tests.net.namespaces import Host
 from tests.simulate.helpers import TINY_TASK
 
@@ -37,7 +38,7 @@ class Life:
     """One process of an agent."""
 
     name: str
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Process
     said: Path
 
     def wait(self, timeout: float = PATIENCE_S) -> int:
@@ -58,13 +59,14 @@ class Life:
 @dataclass
 class Network:
     """Agents on one map. `lives`: all processes that were started, in order; `hosts`: the network namespaces that
-    agents live in, by name, where it is not this one."""
+    agents live in, by name, where it is not this one; `loads`: what is loaded before they fork, see `tests.forks`."""
 
     folder: Path
     names: Sequence[str]
     ports: Mapping[str, int]
     lives: list[Life] = field(default_factory=list)
     hosts: Mapping[str, Host] = field(default_factory=dict)
+    loads: Sequence[str] = ()
 
     def address(self, name: str) -> str:
         """Return where an agent is reached."""
@@ -79,22 +81,29 @@ class Network:
             entries.append(f'[[agents]]\nname = "{name}"{at}')
         (self.folder / "map.toml").write_text("\n".join(entries) + "\n")
 
-    def start(self, name: str, *sets: str, driver: Sequence[str] = (), file: str = "agents.toml") -> Life:
-        """Start an agent; `driver`: another module than dimat's command line, with its first arguments."""
+    def start(
+        self, name: str, *sets: str, driver: Sequence[str] = (), file: str = "agents.toml", anew: bool = False
+    ) -> Life:
+        """Start an agent; `driver`: another module than dimat's command line, with its first arguments; `anew`: in a
+        new interpreter, as people start it, in place of a fork."""
         said = self.folder / f"{name}.{len(self.lives)}.err"
-        program = bound(*(driver or ("dimat.cli",)))
         own = [f"agent.folder={self.folder / name}", f"agent.listen={self.address(name)}"]
-        words = [word for one in (*own, *sets) for word in ("--set", one)]
-        command = [*program, "agent", str(self.folder / file), "--name", name, "-vv", *words]
+        options = [word for one in (*own, *sets) for word in ("--set", one)]
+        words = [*(driver or ("dimat.cli",)), "agent", str(self.folder / file), "--name", name, "-vv", *options]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         with said.open("wb") as stream:
-            process = subprocess.Popen(
-                self.hosts[name].command(command) if name in self.hosts else command,
-                cwd=ROOT,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=stream,
-            )
+            if anew or name in self.hosts:
+                command = bound(*words)
+                process = subprocess.Popen(
+                    self.hosts[name].command(command) if name in self.hosts else command,
+                    cwd=ROOT,
+                    env=env,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=stream,
+                )
+            else:
+                process = start(["-m", *words], env=env, stderr=stream.fileno(), loads=self.loads)
         life = Life(name, process, said)
         self.lives.append(life)
         return life
@@ -154,12 +163,17 @@ class Network:
 
 @contextmanager
 def network(
-    folder: Path, names: Sequence[str], ports: Sequence[int], hosts: Sequence[Host] = (), **tables: str
+    folder: Path,
+    names: Sequence[str],
+    ports: Sequence[int],
+    hosts: Sequence[Host] = (),
+    loads: Sequence[str] = (),
+    **tables: str,
 ) -> Iterator[Network]:
     """Write map, keys and configuration of agents, and end all that was started. `hosts`: one for each agent, where
-    they are to live apart; `tables`: lines of the configuration's tables, instead of those of `TABLES` or on top of
-    them."""
-    net = Network(folder, names, dict(zip(names, ports)), hosts=dict(zip(names, hosts)))
+    they are to live apart; `loads`: see `Network`; `tables`: lines of the configuration's tables, instead of those of
+    `TABLES` or on top of them."""
+    net = Network(folder, names, dict(zip(names, ports)), hosts=dict(zip(names, hosts)), loads=loads)
     net.write_map()
     (folder / "tiny_task.py").write_text(TINY_TASK)
     init_authority(folder / "keys", "tests", 30)

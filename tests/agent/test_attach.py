@@ -4,8 +4,7 @@ torch loops."""
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import os
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from dimat.agent.attach import Agent
 from dimat.cli.agent import load_agent
 from dimat.errors import ConfigError, DataError
 from tests.agent.own_loop import STEPS, examples, experiment, learn, network
+from tests.forks import start
 
 
 def test_two_loops_merge_each_other(tmp_path: Path, free_ports: list[int]) -> None:
@@ -25,7 +25,9 @@ def test_two_loops_merge_each_other(tmp_path: Path, free_ports: list[int]) -> No
     user's function."""
     file = experiment(tmp_path, dict(zip("ab", free_ports)))
     loops = [
-        subprocess.Popen([sys.executable, "-m", "tests.agent.own_loop", file, name, str(seed), tmp_path / name])
+        start(
+            ["-m", "tests.agent.own_loop", str(file), name, str(seed), str(tmp_path / name)], env=os.environ, stderr=2
+        )
         for seed, name in enumerate("ab")
     ]
     assert [loop.wait(timeout=200) for loop in loops] == [0, 0]

@@ -17,6 +17,7 @@ import pytest
 
 from dimat import __version__
 from dimat.cli import main
+from tests.forks import dimat
 from tests.simulate.helpers import TINY_TASK
 
 TINY = """
@@ -38,7 +39,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "dimat.cli", *map(str, arguments)]
+    command = [dimat(), *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=110, check=False)
 
 

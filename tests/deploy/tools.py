@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
+from tests import forks
+
 ROOT = Path(__file__).parent.parent.parent
 DEPLOY = ROOT / "deploy"
 
@@ -49,11 +51,8 @@ def passes(*words: str | Path, cwd: Path = ROOT, **env: str) -> str:
 
 def program(folder: Path) -> Path:
     """Write `dimat` into a folder of programs, as an installation has it; return the folder, for PATH."""
-    folder.mkdir(exist_ok=True)
-    file = folder / "dimat"
-    file.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} OMP_NUM_THREADS=1 exec {sys.executable} -m dimat.cli "$@"\n')
-    file.chmod(0o755)
-    return folder
+    env = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return forks.program(folder / "dimat", "-m", "dimat.cli", env=env).parent
 
 
 def documents(file: Path) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ import pytest
 
 from dimat.errors import NetworkError
 from dimat.net.ports import owner_of
+from tests.forks import dimat
 
 pytestmark = pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="sockets are told in /proc on Linux only")
 
@@ -44,7 +45,7 @@ def test_an_agent_that_cannot_listen_says_who_does(tmp_path: Path) -> None:
             f'[agent]\nname = "agent-0"\ninsecure = true\nlisten = "127.0.0.1:{port}"\n'
         )
         run = subprocess.run(
-            [sys.executable, "-m", "dimat.cli", "agent", str(tmp_path / "a.toml")],
+            [dimat(), "agent", str(tmp_path / "a.toml")],
             capture_output=True,
             text=True,
             check=False,

@@ -6,12 +6,12 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 
+from tests.forks import dimat
 from tests.pages import ROOT, blocks
 
 
@@ -20,7 +20,7 @@ def test_variants_of_the_example(tmp_path: Path) -> None:
     (block,) = [b for b in blocks(ROOT / "docs" / "simulate.md") if "examples/wan" in b.text]
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     short = {"DIMAT_SCHEDULE__ROUNDS": "1", "DIMAT_TRAIN__FIRST_ROUND_EPOCHS": "0.2"}
-    command = [sys.executable, "-m", "dimat.cli", *shlex.split(block.text)[1:]]
+    command = [dimat(), *shlex.split(block.text)[1:]]
     env = {**os.environ, **short}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -9,7 +9,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from dimat import run_simulation
 from dimat.agent.daemon.folder import AgentFolder
 from dimat.config import load_experiment
 from tests.agent.processes import ROOT, Network, check_ledgers, network, write_config
+from tests.forks import dimat
 from tests.simulate.helpers import TINY_TASK
 
 ABC = ("lab-a", "lab-b", "lab-c")
@@ -37,16 +37,14 @@ class Numbered(nn.Sequential):
 
 def command(*words: object, code: int = 0) -> str:
     """Run a command of dimat; return what it says."""
-    done = subprocess.run(
-        [sys.executable, "-m", "dimat.cli", *map(str, words)], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([dimat(), *map(str, words)], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == code, done.stderr
     return done.stdout + done.stderr
 
 
-def finish(net: Network, names: tuple[str, ...] = ABC) -> None:
-    """Start agents and wait until all are through."""
-    lives = [net.start(name) for name in names]
+def finish(net: Network, names: tuple[str, ...] = ABC, *, anew: bool = False) -> None:
+    """Start agents and wait until all are through; `anew`: see `Network.start`."""
+    lives = [net.start(name, anew=anew) for name in names]
     assert [life.wait() for life in lives] == [0] * len(names), "\n".join(life.text() for life in lives)
 
 
@@ -54,7 +52,7 @@ def test_three_agents_as_in_the_simulator(tmp_path: Path, free_ports: list[int])
     """Three agents with own initialisations do what the simulator does: who merged whom with what weight, one basis,
     and the accuracies within a few test examples (threads add up in another order)."""
     with network(tmp_path, ABC, free_ports) as net:
-        finish(net)
+        finish(net, anew=True)
         results = run_simulation(load_experiment(tmp_path / "agents.toml", ("simulate.workers=1",)))
         simulated = {(row.agent, row.round): row for row in results.rows}
         for name in ABC:

@@ -15,8 +15,8 @@ import pytest
 
 from dimat import run_simulation
 from dimat.config import load_experiment
-from tests.agent.bound import bound
-from tests.agent.processes import ROOT, Network, check_ledgers, network, write_config
+from tests.agent.processes import Network, check_ledgers, network, write_config
+from tests.forks import Process, start
 from tests.net.nodes import needs_hivemind, processes, token_of
 
 pytestmark = [needs_hivemind, pytest.mark.slow]
@@ -32,18 +32,23 @@ DIGITS = {
 
 
 @contextmanager
-def bootstrap(net: Network, run: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+def bootstrap(net: Network, run: str) -> Iterator[tuple[subprocess.Popen[bytes] | Process, str]]:
     """Run `dimat dht` for a run; give its process and its address."""
     said = net.folder / "bootstrap.json"
-    words = ["dht", "--listen", "127.0.0.1:0", "--folder", str(net.folder / "bootstrap"), "--run", run, "--json"]
+    words = [
+        "-m",
+        "dimat.cli",
+        "dht",
+        "--listen",
+        "127.0.0.1:0",
+        "--folder",
+        str(net.folder / "bootstrap"),
+        "--run",
+        run,
+        "--json",
+    ]
     with said.open("wb") as stream, (net.folder / "bootstrap.err").open("wb") as errors:
-        process = subprocess.Popen(
-            bound("dimat.cli", *words, "--ca", str(net.folder / "keys" / "ca.crt")),
-            cwd=ROOT,
-            stdin=subprocess.DEVNULL,
-            stdout=stream,
-            stderr=errors,
-        )
+        process = start(words, env=os.environ, stdout=stream.fileno(), stderr=errors.fileno())
     try:
         net.until(lambda: said.read_bytes().endswith(b"\n"), "the bootstrap's address")
         yield process, json.loads(said.read_text())["addresses"][0]

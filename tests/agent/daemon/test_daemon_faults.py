@@ -25,9 +25,9 @@ WIDE = "epochs_per_round = 4\nbatch_size = 16"
 STAGES = ("joined", "trained", "merged")
 
 
-def doomed(net: Network, name: str, moment: str, count: int) -> Life:
-    """Start an agent that will die."""
-    return net.start(name, driver=("tests.agent.doomed", moment, str(count)))
+def doomed(net: Network, name: str, moment: str, count: int, *, anew: bool = False) -> Life:
+    """Start an agent that will die; `anew`: see `Network.start`."""
+    return net.start(name, driver=("tests.agent.doomed", moment, str(count)), anew=anew)
 
 
 def widen(net: Network) -> None:
@@ -101,7 +101,7 @@ def rejoin(net: Network) -> None:
 def test_kill_9(tmp_path: Path, free_ports: list[int], moments: list[tuple[str, int]]) -> None:
     """lab-b dies at one moment, is started again, dies at the next, …; the others go on meanwhile and end each round in
     time; at last all merge all again. Nothing is published anew with other content, nothing merged in part."""
-    serving = "serving" in dict(moments)
+    serving, anew = "serving" in dict(moments), "training" in dict(moments)
     train = WIDE if serving else TRAIN
     with network(tmp_path, ABC, free_ports, schedule=SCHEDULE, train=train, exchange=EXCHANGE) as net:
         if serving:
@@ -109,13 +109,13 @@ def test_kill_9(tmp_path: Path, free_ports: list[int], moments: list[tuple[str, 
         net.start("lab-a")
         net.start("lab-c")
         for number, (moment, count) in enumerate(moments):
-            life = doomed(net, "lab-b", moment, count)
+            life = doomed(net, "lab-b", moment, count, anew=anew)
             assert life.wait() == -signal.SIGKILL, f"{moment}: {life.text()}"
             held = len(net.events("lab-a", "Merged"))
             net.until(lambda held=held: len(net.events("lab-a", "Merged")) > held, f"lab-a goes on after {moment}")
             if number and moment != "fetched":
                 assert net.events("lab-b", "Resumed")
-        net.start("lab-b")
+        net.start("lab-b", anew=anew)
         rejoin(net)
         for name in ("lab-a", "lab-c"):
             times = [event["time_s"] for event in net.events(name, "Merged")]

@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import pytest
 
 from dimat import errors
 from tests.agent.processes import PATIENCE_S, ROOT, network
+from tests.forks import program
 
 PAGE = (ROOT / "docs" / "operating.md").read_text(encoding="utf-8")
 BLOCKS: list[str] = re.findall(r"^```\n# here\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL)
@@ -39,10 +39,7 @@ def run(folder: Path, commands: str, code: int = 0) -> str:
 
 def test_the_page_as_pasted(tmp_path: Path, free_ports: list[int]) -> None:
     """All blocks in order: doctor, start, status, map change, logs, report, backup; then the stop and the resume."""
-    program = tmp_path / "bin" / "dimat"
-    program.parent.mkdir()
-    program.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} OMP_NUM_THREADS=1 exec {sys.executable} -m dimat.cli "$@"\n')
-    program.chmod(0o755)
+    program(tmp_path / "bin" / "dimat", "-m", "dimat.cli", env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
     check, start, status, watch, reload, logs, report, backup = BLOCKS
     slow = {"train": "epochs_per_round = 20\nbatch_size = 8", "schedule": "rounds = 0\nround_deadline_s = 30"}
     with network(tmp_path, ("lab-a", "lab-b"), free_ports, **slow) as net:

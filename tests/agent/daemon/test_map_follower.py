@@ -7,7 +7,6 @@ import json
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from dimat.net.pki.keyring import authority_of, init_authority, issue
 from tests.agent.daemon.test_daemon import ABC, SLOW
 from tests.agent.daemon.test_daemon_dht import bootstrap, nothing_left
 from tests.agent.processes import ROOT, Network, check_ledgers, network, write_config
+from tests.forks import dimat
 from tests.net.keys import Authority
 from tests.net.nodes import make_node, needs_hivemind, token_of, until_there, up
 from tests.simulate.helpers import TINY_TASK
@@ -44,9 +44,7 @@ def publish(net: Network, file: Path, address: str) -> str:
     """Publish a map as an organiser does; return what is said."""
     words = ["keys", "publish-map", str(file), "--keys", str(net.folder / "keys"), "--run", "tiny"]
     words += ["--bootstrap", address, "--listen", "127.0.0.1:0"]
-    done = subprocess.run(
-        [sys.executable, "-m", "dimat.cli", *words], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([dimat(), *words], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stderr
 

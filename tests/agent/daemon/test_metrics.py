@@ -7,7 +7,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -20,6 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from dimat.ui.trackers.prometheus import LABELS, METRICS, UNLISTED
 from dimat.version import __version__
 from tests.agent.processes import ROOT, Network, network
+from tests.forks import dimat
 
 AB = ("lab-a", "lab-b")
 TRAIN = "steps_per_round = 20\nbatch_size = 16"
@@ -133,7 +133,7 @@ def test_a_port_that_is_taken(tmp_path: Path, free_ports: list[int]) -> None:
         port = taken.getsockname()[1]
         words = ["agent", str(tmp_path / "agents.toml"), "--name", "lab-a", "--metrics", str(port)]
         done = subprocess.run(
-            [sys.executable, "-m", "dimat.cli", *words, "--set", f"agent.folder={tmp_path / 'lab-a'}"],
+            [dimat(), *words, "--set", f"agent.folder={tmp_path / 'lab-a'}"],
             cwd=ROOT,
             capture_output=True,
             text=True,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import socket
 import subprocess
-import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from dimat.errors import ConfigError, DataError, NetworkError, SecurityError
 from dimat.net.compatibility import Profile
 from dimat.net.transport import Neighbours
 from tests.agent.processes import ROOT, Network, network
+from tests.forks import dimat
 from tests.net.agents import RUN, SCHEMA, make, started, update_neighbours, weights
 from tests.net.keys import Authority
 
@@ -199,7 +199,7 @@ def doctor(net: Network, name: str, *words: str) -> tuple[int, dict[str, dict[st
     port = net.ports.get(name, 0)
     own = [f"agent.folder={net.folder / name}", f"agent.listen=127.0.0.1:{port}"]
     sets = [word for one in own for word in ("--set", one)]
-    command = [sys.executable, "-m", "dimat.cli", "doctor", str(net.folder / "agents.toml"), "--name", name, "--json"]
+    command = [dimat(), "doctor", str(net.folder / "agents.toml"), "--name", name, "--json"]
     done = subprocess.run([*command, *sets, *words], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stdout, done.stderr
     answer = json.loads(done.stdout)
@@ -221,7 +221,7 @@ def test_doctor_and_status_of_real_agents(tmp_path: Path, free_ports: list[int])
         assert {name for name, finding in told.items() if finding["level"] != "ok"} == {"keys"}  # they end in 10 days
         assert str(lives["lab-a"].process.pid) in told["port"]["what"]
         assert "reaches this agent" in told["dial-back lab-b"]["what"]
-        asked = [sys.executable, "-m", "dimat.cli", "status", str(tmp_path / "agents.toml"), "--name", "lab-a"]
+        asked = [dimat(), "status", str(tmp_path / "agents.toml"), "--name", "lab-a"]
         done = subprocess.run(
             [*asked, "--peer", "lab-b", "--json"], cwd=ROOT, capture_output=True, text=True, check=True
         )

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,12 +13,13 @@ from pathlib import Path
 import pytest
 
 from dimat.cli import main
+from tests.forks import dimat
 from tests.net.nodes import needs_hivemind, processes, token_of
 
 
 @contextmanager
 def command(folder: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    line = [sys.executable, "-m", "dimat.cli", "dht", "--folder", str(folder), *arguments]
+    line = [dimat(), "dht", "--folder", str(folder), *arguments]
     process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         yield process

@@ -15,6 +15,7 @@ from dimat.config import TaskConfig, load_experiment
 from dimat.errors import ConfigError
 from dimat.seeds import torch_generator
 from dimat.tasks import list_tasks, load_task
+from tests.forks import dimat
 from tests.tasks.hf.samples import GPT2, VIT, write_parquet, write_text
 
 VIT_TOML = "{ " + ", ".join(f'{k} = "{v}"' if isinstance(v, str) else f"{k} = {v}" for k, v in VIT.items()) + " }"
@@ -45,7 +46,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path: Path, changes: list[
     (tmp_path / "e.toml").write_text('[task]\nname = "hf-causal-lm"\n[task.options.data]\nname = "text.txt"\n')
     if "data" in changes[0]:
         changes = [*changes, f"task.options.model.config={GPT2_TOML}", "task.options.data.tokenizer=bytes"]
-    program = [sys.executable, "-m", "dimat.cli", "simulate", "e.toml", *(w for c in changes for w in ("--set", c))]
+    program = [dimat(), "simulate", "e.toml", *(w for c in changes for w in ("--set", c))]
     done = subprocess.run(
         program,
         cwd=tmp_path,

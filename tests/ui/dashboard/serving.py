@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from tests.agent.bound import bound
 from tests.agent.processes import PATIENCE_S, ROOT
+from tests.forks import Process, start
 
 CHROMIUM = "/usr/bin/chromium"
 FLAGS = [
@@ -30,10 +30,9 @@ FLAGS = [
 @contextmanager
 def serving(folder: Path, said: Path, *options: str) -> Iterator[str]:
     """Serve a folder with `dimat dashboard` on a free port, and give its address."""
-    command = [*bound("dimat.cli"), "dashboard", str(folder), "--listen", "127.0.0.1:0", *options]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = ["-m", "dimat.cli", "dashboard", str(folder), "--listen", "127.0.0.1:0", *options]
     with said.open("wb") as stream:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stderr=stream)
+        process = start(words, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=stream.fileno())
     try:
         yield address_in(said, process)
     finally:
@@ -41,7 +40,7 @@ def serving(folder: Path, said: Path, *options: str) -> Iterator[str]:
         process.wait()
 
 
-def address_in(said: Path, process: subprocess.Popen[bytes]) -> str:
+def address_in(said: Path, process: subprocess.Popen[bytes] | Process) -> str:
     """Wait until a process has said where its dashboard is, and return the address."""
 
     def found() -> re.Match[str] | None:

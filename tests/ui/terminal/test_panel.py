@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import os
 import signal
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +15,7 @@ from dimat import events
 from dimat.ui.terminal.agent import AgentListener
 from dimat.ui.terminal.panel import AgentState, LiveAgentListener, agent_listener
 from tests.agent.processes import ROOT, network
+from tests.forks import start
 from tests.ui.terminal.test_watch import CURSOR, read, screen, terminal
 
 __all__ = ["terminal"]  # the fixture
@@ -138,10 +137,10 @@ def test_ctrl_c_gives_the_terminal_back(tmp_path: Path, wide: tuple[int, int]) -
     lingering = "rounds = 0\nround_deadline_s = 5\njoin_wait_s = 1"
     with network(tmp_path, ("lab-a",), (0,), schedule=lingering, train="epochs_per_round = 50\nbatch_size = 8") as net:
         net.write_map(addresses=False)
-        command = [sys.executable, "-m", "dimat.cli", "agent", str(tmp_path / "agents.toml"), "--name", "lab-a"]
+        command = ["-m", "dimat.cli", "agent", str(tmp_path / "agents.toml"), "--name", "lab-a"]
         command += ["--set", f"agent.folder={tmp_path / 'lab-a'}", "--set", "agent.listen=127.0.0.1:0"]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stderr=program)
+        process = start(command, env=environment, stderr=program)
         try:
             sent = read(person, until="lab-a of run tiny")
             sent += read(person, until="round 1: ")

@@ -9,7 +9,6 @@ import pty
 import re
 import select
 import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import pytest
 from dimat.agent.daemon.status_socket import StatusSocket
 from dimat.ui.terminal.watch import Watch
 from tests.agent.processes import PATIENCE_S, ROOT
+from tests.forks import dimat
 from tests.net.agents import RUN, make, started, update_neighbours
 
 WIDTH, HEIGHT = 40, 12
@@ -98,9 +98,6 @@ def test_elsewhere_one_stands_below_the_other() -> None:
 
 
 # ── the command ──────────────────────────────────────────────────────────────────────────────────────────────
-STATUS = (sys.executable, "-m", "dimat.cli", "status")
-
-
 @pytest.mark.anyio
 async def test_status_watch_on_a_terminal(tmp_path: Path, terminal: tuple[int, int]) -> None:
     """An agent's socket is asked again and again, what is shown is the newest answer; Ctrl-C ends it with 130."""
@@ -191,7 +188,7 @@ def environment() -> dict[str, str]:
 async def watching(*words: str, stdout: int = asyncio.subprocess.PIPE) -> asyncio.subprocess.Process:
     """Start `dimat status --watch`."""
     return await asyncio.create_subprocess_exec(
-        *STATUS, *words, "--watch", cwd=ROOT, env=environment(), stdout=stdout, stderr=asyncio.subprocess.PIPE
+        dimat(), "status", *words, "--watch", cwd=ROOT, env=environment(), stdout=stdout, stderr=asyncio.subprocess.PIPE
     )
 
 
