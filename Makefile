@@ -11,7 +11,7 @@ ZOO_ARGS ?=
 
 PROTO := build/proto-venv
 
-.PHONY: help install setup demo test lint format docs proto proto-check zoo bench bench-quick screenshots clean
+.PHONY: help install setup demo test test-all test-times lint format docs proto proto-check zoo bench bench-quick screenshots clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -34,8 +34,14 @@ setup: $(VENV)/.dev  ## Make the virtual environment with everything for develop
 demo: $(VENV)/.run  ## Set up, then run the main job on bundled data (about two minutes; offline)
 	$(BIN)/dimat demo $(DEMO_ARGS)
 
-test: $(VENV)/.dev  ## Set up, then run all tests
+test: $(VENV)/.dev  ## Set up, then run all tests but for what `test-all` adds
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-all: $(VENV)/.dev  ## Run all tests, with 5,000 fault schedules more and all mutants of the round machine (an hour)
+	$(BIN)/python -m pytest --all $(PYTEST_ARGS)
+
+test-times: $(VENV)/.dev  ## Run the tests and list what each costs in CPU-seconds, its processes included
+	$(BIN)/python -m pytest -p tests.times $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev  ## Check style, types and the import floors
 	$(BIN)/ruff check .

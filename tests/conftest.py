@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import tempfile
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
 
+from tests.faults.seeds import first_seed
 from tests.forks import end_servers
 
 _scratch = tempfile.TemporaryDirectory(prefix="dimat-tests-")
@@ -28,6 +30,29 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     """One worker more than cores (`-n auto`): tests of real agents wait for peers and deadlines much of their time."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return cores + 1 if config.option.numprocesses == "auto" else None
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("dimat", "how much is tested")
+    group.addoption("--all", action="store_true", help="also what is marked exhaustive, and more fault schedules")
+    group.addoption("--fault-seed", type=int, help="the first seed of the fault schedules (default: by the commit)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What is marked exhaustive is left to `make test-all`."""
+    if config.getoption("all"):
+        return
+    left = [item for item in items if item.get_closest_marker("exhaustive") is not None]
+    config.hook.pytest_deselected(items=left)
+    items[:] = [item for item in items if item not in left]
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Say which fault schedules were run, so that they can be run again at another commit."""
+    reports = (report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, ()))
+    if any("test_promises_hold" in getattr(report, "nodeid", "") for report in reports):
+        seed = first_seed(config.getoption("fault_seed"))
+        terminalreporter.write_line(f"fault schedules from seed {seed}; again: --fault-seed {seed}")
 
 
 def pytest_unconfigure() -> None:

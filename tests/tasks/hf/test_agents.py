@@ -84,7 +84,7 @@ def test_two_agents_exchange_adapters(tmp_path: Path, free_ports: list[int]) -> 
     """One is killed with -9 on its way and goes on. On the wire are adapters and nothing else; merges are of products,
     and kept where the check says so; checkpoints hold adapters and their moments."""
     write_text(tmp_path / "text.txt", 200)
-    with network(tmp_path, PAIR, free_ports, **TABLES) as net:
+    with network(tmp_path, PAIR, free_ports, loads=("tests.tasks.hf.loaded",), **TABLES) as net:
         net.write_map(graph="complete")
         doomed, other = net.start("lab-a"), net.start("lab-b", *LAX)
         config = load_experiment(tmp_path / "agents.toml")
