@@ -165,9 +165,9 @@ def program(file: Path, *words: str, env: Mapping[str, str] | None = None, loads
 
 
 @cache
-def dimat() -> str:
-    """Return a program that stands in for `python -m dimat.cli`."""
-    return str(program(Path(_folder()) / "dimat", "-m", "dimat.cli"))
+def dimat(*loads: str) -> str:
+    """Return a program that stands in for `python -m dimat.cli`; `loads`: see `start`."""
+    return str(program(Path(_folder()) / "dimat", "-m", "dimat.cli", loads=loads))
 
 
 @cache

@@ -8,9 +8,13 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from dimat.errors import SecurityError
 from dimat.net.pki.identity import Identity, check_certificate, load_identity
 from tests.forks import program
+
+pytestmark = pytest.mark.page
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "keys.md").read_text(encoding="utf-8")

@@ -22,6 +22,8 @@ import pytest
 from tests.pages import ROOT, blocks
 from tests.test_readme import other_ports
 
+pytestmark = pytest.mark.page
+
 PATIENCE_S = 240.0
 START, LOOK, AGAIN = [block.text.splitlines() for block in blocks(ROOT / "docs" / "index.md") if block.runs]
 

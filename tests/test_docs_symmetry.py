@@ -13,6 +13,8 @@ import pytest
 
 from tests.forks import dimat
 
+pytestmark = pytest.mark.page
+
 DOCS = Path(__file__).parent.parent / "docs"
 
 

@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import subprocess
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -32,9 +33,9 @@ def copy(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def execute(command: list[str], folder: Path) -> str:
+def execute(command: list[str], folder: Path, loads: Sequence[str] = ()) -> str:
     assert command[0] in ("dimat", "python"), command
-    stand_in = dimat() if command[0] == "dimat" else python()
+    stand_in = dimat(*loads) if command[0] == "dimat" else python()
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [stand_in, *command[1:]],
@@ -48,6 +49,7 @@ def execute(command: list[str], folder: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.page
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name)
@@ -60,7 +62,7 @@ def test_commands_of_an_example(page: Path, copy: Path) -> None:
     listed = commands(page)
     assert listed
     for command in listed:
-        execute(command, copy)
+        execute(command, copy, ("tests.tasks.hf.loaded",) if page.parent.name == "lora_text" else ())
     results = list((copy / "runs").glob("**/results.json"))
     assert results
     for file in results:

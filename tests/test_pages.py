@@ -76,6 +76,7 @@ def test_something_is_run() -> None:
     assert len({page for page, block in runnable if here(page, block)}) >= 6
 
 
+@pytest.mark.page
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if any(here(page, block) for block in blocks(page))], ids=lambda page: page.stem
 )

@@ -58,6 +58,7 @@ def other_ports(file: Path) -> None:
     file.write_text(re.sub(r"127\.0\.0\.1:\d+", lambda _: f"127.0.0.1:{next(free)}", text))
 
 
+@pytest.mark.page
 def test_commands_of_real_agents(tmp_path: Path) -> None:
     """README, "Three uses": a network is written, three agents run side by side, how one is, whose rounds are in its
     model; then a newcomer's keys."""
@@ -107,6 +108,7 @@ def test_python_example(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(space["results"].after_merge()) == 2  # type: ignore[attr-defined]
 
 
+@pytest.mark.page
 def test_new_merge_method(tmp_path: Path) -> None:
     """README, "Adding things": the method as pasted, found by its file alone. It is put into a copy of the package."""
     (code,) = [b for b in blocks("python") if "combine_registry" in b]

@@ -19,6 +19,8 @@ from dimat.errors import ConfigError, DataError
 from tests.agent.own_loop import STEPS, examples, experiment, learn, network
 from tests.forks import start
 
+pytestmark = pytest.mark.live
+
 
 def test_two_loops_merge_each_other(tmp_path: Path, free_ports: list[int]) -> None:
     """Two loops in two processes end with one network in one basis; each merge took both, and metrics come from the

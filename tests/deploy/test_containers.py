@@ -15,6 +15,8 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from dimat.cli import main
 from dimat.config import load_experiment
 from tests.agent.processes import Life, Network
@@ -154,6 +156,7 @@ def test_compose_is_confined() -> None:
     assert set(targets["targets"]) == {f"{name}:{port}" for name in AGENTS for port in ports}
 
 
+@pytest.mark.live
 def test_the_five_agents_of_compose(tmp_path: Path, free_ports: list[int]) -> None:
     """Compose's own files and commands with the image's variables, on loopback instead of in containers: keys by the
     script, five agents, the health check of each passes, all merge with their neighbours; on SIGTERM all end with 143,

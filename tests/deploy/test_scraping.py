@@ -13,9 +13,13 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.agent.processes import PATIENCE_S, network
 from tests.deploy.test_monitoring import FOLDER, PANELS, RULES, VARIABLES
 from tests.deploy.tools import tool
+
+pytestmark = pytest.mark.live
 
 SLOW = "rounds = 0\nround_deadline_s = 60\njoin_wait_s = 3"
 SELDOM = {"DHT nodes", "Refused and late, by peer", "Failed fetches and new attempts"}

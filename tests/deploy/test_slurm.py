@@ -12,8 +12,12 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
+
 from tests.agent.processes import PATIENCE_S, Life, Network, network
 from tests.deploy.tools import DEPLOY, ROOT, program
+
+pytestmark = pytest.mark.live
 
 SCRIPT = DEPLOY / "slurm" / "dimat.sbatch"
 SCONTROL = """#!/bin/sh

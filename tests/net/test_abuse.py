@@ -33,7 +33,7 @@ from tests.net.agents import (
 )
 from tests.net.lone import WIDE, WIDTH
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.live]
 Code = grpc.StatusCode
 REFUSALS = (Code.OK, Code.INVALID_ARGUMENT, Code.PERMISSION_DENIED, Code.FAILED_PRECONDITION)
 HEADER = (("dimat-agent", "b"),)

@@ -35,7 +35,7 @@ from tests.net.agents import (
 from tests.net.keys import Authority
 from tests.net.test_hostile_peer import Liar, against
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.live]
 Code = grpc.StatusCode
 MIB = 2**20
 TERABYTE = 10**12

@@ -27,7 +27,7 @@ from tests.net.agents import QUICK, Agent, call, ends_with, hello, make, started
 from tests.net.keys import Authority, save
 from tests.net.lone import WIDE, WIDTH
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.live]
 Code = grpc.StatusCode
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 SETTINGS = b"\0\0\0\4\0\0\0\0\0"

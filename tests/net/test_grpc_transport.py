@@ -20,7 +20,7 @@ from dimat.wire.v1 import peer_pb2 as pb
 from tests.net.agents import QUICK, WIDTH, call, join, make, pair, started, update_neighbours, weights
 from tests.net.keys import Authority
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.live]
 
 
 @pytest.fixture(params=["insecure", "mtls"])

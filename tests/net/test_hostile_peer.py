@@ -20,7 +20,7 @@ from dimat.weights.snapshot import Manifest, Payload
 from dimat.wire.v1 import peer_pb2 as pb
 from tests.net.agents import QUICK, RUN, SCHEMA, Agent, make, record, started, update_neighbours, weights
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.live]
 MIB = 2**20
 
 

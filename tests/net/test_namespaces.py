@@ -9,6 +9,8 @@ import pytest
 
 from tests.net.namespaces import hosts, ip, need_namespaces
 
+pytestmark = pytest.mark.live
+
 # answers each line; says where it listens
 ECHO = """
 import socket, sys

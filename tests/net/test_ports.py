@@ -36,6 +36,7 @@ def test_names_the_process_that_listens(host: str, family: int) -> None:
     assert owner_of(int(said)) == ""
 
 
+@pytest.mark.live
 def test_an_agent_that_cannot_listen_says_who_does(tmp_path: Path) -> None:
     """Reference: this very process, which holds the port that the agent wants; exit code 3 of network faults."""
     with socket.create_server(("127.0.0.1", 0)) as held:

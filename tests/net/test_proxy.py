@@ -10,6 +10,8 @@ import pytest
 
 from tests.net.proxy import Fault, FaultProxy
 
+pytestmark = pytest.mark.live
+
 DATA = bytes(range(256)) * 400
 
 

@@ -25,7 +25,7 @@ from tests.net.lone import WIDTH as LONE_WIDTH
 from tests.net.proxy import Direction, Fault, FaultProxy
 from tests.net.transfer.test_resume import lone, until_received
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.live]
 MIB = 2**20
 WIDTH = 1024  # 4 MiB, 65 blocks
 PROFILE = Profile(schema_hash(weights(0, WIDTH)))

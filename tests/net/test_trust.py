@@ -15,7 +15,7 @@ from dimat.wire.v1 import peer_pb2 as pb
 from tests.net.agents import call, join, make, started, update_neighbours, weights
 from tests.net.keys import Authority
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.live]
 Code = grpc.StatusCode
 
 

@@ -14,6 +14,8 @@ import pytest
 from tests.forks import dimat
 from tests.pages import ROOT, blocks
 
+pytestmark = pytest.mark.page
+
 
 @pytest.mark.timeout(900)  # eleven runs of sixteen agents: half a minute of two idle cores
 def test_variants_of_the_example(tmp_path: Path) -> None:

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import importlib.util
 import random
-import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
 import torch
 
-from dimat.symmetry import derive_symmetry, verify_symmetry
-from tests.symmetry.wide import ENTRIES, Entry, build, measure, shortcomings
+from dimat.symmetry import verify_symmetry
+from tests.symmetry.wide import ENTRIES, Entry, Subject, measure, shortcomings
 from tests.symmetry.wide.planted import FOUND, recover
+
+pytestmark = pytest.mark.zoo
 
 COSTLY = {
     "wide_resnet50_2": "69 M parameters in float64, the graph of resnet50",
@@ -32,6 +33,7 @@ def _params(names: Iterable[str]) -> list[object]:
 
 
 CHEAP = [name for name in ENTRIES if name not in COSTLY]
+OF_TRANSFORMERS = [name for name in CHEAP if ENTRIES[name].source == "transformers"]
 
 
 def test_lists_name_models_of_the_zoo() -> None:
@@ -39,27 +41,26 @@ def test_lists_name_models_of_the_zoo() -> None:
     assert set(COSTLY) <= set(ENTRIES)
 
 
-def _skip_unless_installed(entry: Entry) -> None:
+@pytest.fixture(scope="module", params=_params(CHEAP))
+def subject(request: pytest.FixtureRequest) -> Subject:
+    """A model of the zoo, built and described once for the tests below, which run one after the other for each."""
+    entry: Entry = request.param
     # not importorskip: these import torchvision, which needs help first
     if entry.source != "own" and importlib.util.find_spec(entry.source) is None:
         pytest.skip(f"{entry.source} is not installed (it is in the extra `dev`)")
+    return measure(entry)
 
 
-@pytest.mark.parametrize("entry", _params(CHEAP))
-def test_meets_its_targets(entry: Entry) -> None:
+def test_meets_its_targets(subject: Subject) -> None:
     """Reference: the entry's tolerance, least coverage and counts. Fails where the model cannot be built or traced."""
-    _skip_unless_installed(entry)
-    assert shortcomings(entry, measure(entry)) == []
+    assert shortcomings(subject.entry, subject.row) == []
 
 
-@pytest.mark.parametrize("entry", _params(name for name in CHEAP if ENTRIES[name].source == "transformers"))
-def test_a_matrix_left_out_shows(entry: Entry) -> None:
+@pytest.mark.parametrize("subject", _params(OF_TRANSFORMERS), indirect=True)
+def test_a_matrix_left_out_shows(subject: Subject) -> None:
     """Reference: with one axis of one matrix left out, the output must change, by far more than the tolerance."""
-    _skip_unless_installed(entry)
-    model, inputs = build(entry)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        spec = derive_symmetry(model, inputs, entry.outputs)
+    model, inputs, spec = subject.model, subject.inputs, subject.spec
+    assert spec is not None, subject.row.failure
     shapes = {name: value.ndim for name, value in model.state_dict().items()}
     axes = [axis for axis in spec.axes if shapes[axis.tensor] == 2]
     for axis in random.Random(0).sample(axes, min(len(axes), 8)):
@@ -69,12 +70,11 @@ def test_a_matrix_left_out_shows(entry: Entry) -> None:
         assert any(error > 1e-3 for error in errors), f"{axis.tensor} axis {axis.dim} left out, nothing changed"
 
 
-@pytest.mark.parametrize("entry", _params(name for name in CHEAP if name != "efficientnet_v2_s"))
-def test_planted_permutations_are_found(entry: Entry) -> None:
+@pytest.mark.parametrize("subject", _params(name for name in CHEAP if name != "efficientnet_v2_s"), indirect=True)
+def test_planted_permutations_are_found(subject: Subject) -> None:
     """Reference: the network is the average of itself and its permuted copy, aligned back by activations, and by
     weights where nothing can be observed; without alignment it is not. (One of 75 groups by weights is left to
     `make zoo`, for it takes long.)"""
-    _skip_unless_installed(entry)
-    found = recover(entry)
+    found = recover(subject)
     assert found.error <= FOUND
     assert found.before > 100 * FOUND

@@ -17,6 +17,8 @@ from dimat.symmetry import AxisRef, SymmetrySpec, derive_symmetry, verify_symmet
 from dimat.symmetry.verify import randomised
 from tests.symmetry.zoo import LARGE, SMALL, ResNet20, case, derived
 
+pytestmark = pytest.mark.zoo
+
 
 def _groups_in(axis: AxisRef) -> set[str | None]:
     return {factor.group for segment in axis.layout for factor in segment}

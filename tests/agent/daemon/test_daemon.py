@@ -20,6 +20,8 @@ from tests.agent.processes import ROOT, Network, check_ledgers, network, write_c
 from tests.forks import dimat
 from tests.simulate.helpers import TINY_TASK
 
+pytestmark = pytest.mark.live
+
 ABC = ("lab-a", "lab-b", "lab-c")
 SLOW = "epochs_per_round = 20\nbatch_size = 8"  # endless runs of a tiny task would make hundreds of rounds a second
 

@@ -19,7 +19,7 @@ from tests.agent.processes import Network, check_ledgers, network, write_config
 from tests.forks import Process, start
 from tests.net.nodes import needs_hivemind, processes, token_of
 
-pytestmark = [needs_hivemind, pytest.mark.slow]
+pytestmark = [needs_hivemind, pytest.mark.slow, pytest.mark.live]
 
 RING = ("lab-a", "lab-b", "lab-c", "lab-d", "lab-e")
 ROUNDS = 6

@@ -15,6 +15,8 @@ from blake3 import blake3
 
 from tests.agent.processes import Life, Network, check_ledgers, network
 
+pytestmark = pytest.mark.live
+
 ABC = ("lab-a", "lab-b", "lab-c")
 DEADLINE_S = 10
 SCHEDULE = f"rounds = 0\nround_deadline_s = {DEADLINE_S}\njoin_wait_s = 3"

@@ -17,6 +17,8 @@ from dimat import errors
 from tests.agent.processes import PATIENCE_S, ROOT, network
 from tests.forks import program
 
+pytestmark = pytest.mark.page
+
 PAGE = (ROOT / "docs" / "operating.md").read_text(encoding="utf-8")
 BLOCKS: list[str] = re.findall(r"^```\n# here\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL)
 

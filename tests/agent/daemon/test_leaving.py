@@ -7,9 +7,13 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
+
 from dimat.agent.daemon.status_socket import ask
 from tests.agent.daemon.test_daemon_faults import WIDE, check_resumed, comes_in, doomed, widen
 from tests.agent.processes import Life, Network, check_ledgers, network
+
+pytestmark = pytest.mark.live
 
 AB = ("lab-a", "lab-b")
 SCHEDULE = "rounds = 0\nround_deadline_s = 60\njoin_wait_s = 3"

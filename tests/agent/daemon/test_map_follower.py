@@ -30,6 +30,8 @@ from tests.net.keys import Authority
 from tests.net.nodes import make_node, needs_hivemind, token_of, until_there, up
 from tests.simulate.helpers import TINY_TASK
 
+pytestmark = pytest.mark.live
+
 ADDRESS = "/ip4/127.0.0.1/tcp/7301/p2p/QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N"
 
 

@@ -21,6 +21,8 @@ from dimat.version import __version__
 from tests.agent.processes import ROOT, Network, network
 from tests.forks import dimat
 
+pytestmark = pytest.mark.live
+
 AB = ("lab-a", "lab-b")
 TRAIN = "steps_per_round = 20\nbatch_size = 16"
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]

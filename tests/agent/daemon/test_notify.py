@@ -14,6 +14,8 @@ import pytest
 from dimat.agent.daemon.status_socket import notify, watchdog_s
 from tests.agent.processes import network
 
+pytestmark = pytest.mark.live
+
 
 def test_an_agent_tells_its_manager(tmp_path: Path, free_ports: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """READY once, then how far it is and that it lives (more than once, as WATCHDOG_USEC asks), and STOPPING at its

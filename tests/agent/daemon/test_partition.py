@@ -8,9 +8,13 @@ import signal
 from itertools import pairwise
 from pathlib import Path
 
+import pytest
+
 from tests.agent.daemon.test_daemon_faults import EXCHANGE, WIDE, check_resumed, comes_in, widen
 from tests.agent.processes import Network, check_ledgers, network
 from tests.net.namespaces import hosts, need_namespaces
+
+pytestmark = pytest.mark.live
 
 RING = ("lab-a", "lab-b", "lab-c", "lab-d")
 HALVES = (RING[:2], RING[2:])

@@ -14,6 +14,8 @@ import pytest
 
 from tests.agent.processes import PATIENCE_S, ROOT
 
+pytestmark = pytest.mark.live
+
 PARENT = """
 import subprocess, sys
 from tests.agent.bound import bound

@@ -207,6 +207,7 @@ def doctor(net: Network, name: str, *words: str) -> tuple[int, dict[str, dict[st
     return done.returncode, {finding["name"]: finding for finding in answer["findings"]}
 
 
+@pytest.mark.live
 def test_doctor_and_status_of_real_agents(tmp_path: Path, free_ports: list[int]) -> None:
     """Two agents that run: all is well. One is stopped: the other one's doctor says so, and its own says what it would
     go on from; a damaged checkpoint, lost keys and a folder of another are told."""

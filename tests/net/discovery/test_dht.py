@@ -20,7 +20,7 @@ from dimat.net.discovery.resolver import AddressResolver, Announcement
 from tests.net.authority import Authority
 from tests.net.nodes import make_node, make_record, needs_hivemind, until, until_there, up
 
-pytestmark = [pytest.mark.anyio, needs_hivemind]
+pytestmark = [pytest.mark.anyio, needs_hivemind, pytest.mark.live]
 
 
 @dataclass(frozen=True)

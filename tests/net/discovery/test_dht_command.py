@@ -16,6 +16,8 @@ from dimat.cli import main
 from tests.forks import dimat
 from tests.net.nodes import needs_hivemind, processes, token_of
 
+pytestmark = pytest.mark.live
+
 
 @contextmanager
 def command(folder: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:

@@ -12,7 +12,7 @@ import pytest
 from dimat.errors import NetworkError
 from tests.net.agents import QUICK, Agent, join, make, started, weights
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.live]
 
 SLOW = replace(QUICK, rate_mb_s=0.25)  # 4 s a snapshot
 

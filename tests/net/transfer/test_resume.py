@@ -22,7 +22,7 @@ from dimat.weights.snapshot import Manifest
 from tests.net.agents import BLOCK, QUICK, Agent, make, pair, started, update_neighbours, weights
 from tests.net.lone import WIDE
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.live]
 MIB = 2**20
 
 

@@ -13,7 +13,7 @@ import pytest
 from tests.net.agents import make, started, update_neighbours, weights
 from tests.net.keys import Authority
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.live]
 BYTES_S = 80e3
 
 

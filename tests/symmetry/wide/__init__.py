@@ -5,8 +5,8 @@
 
 from tests.symmetry.wide import images_timm, language, own, vision
 from tests.symmetry.wide.entry import Built, Entry, build
-from tests.symmetry.wide.measure import Row, measure, shortcomings
+from tests.symmetry.wide.measure import Row, Subject, measure, shortcomings
 
 ENTRIES = {entry.name: entry for part in (vision, images_timm, language, own) for entry in part.ENTRIES}
 
-__all__ = ["ENTRIES", "Built", "Entry", "Row", "build", "measure", "shortcomings"]
+__all__ = ["ENTRIES", "Built", "Entry", "Row", "Subject", "build", "measure", "shortcomings"]

@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     rows: list[Row] = []
     print(_HEAD, flush=True)
     for entry in chosen:
-        rows.append(measure(entry))
+        rows.append(measure(entry).row)
         print(line(rows[-1]), flush=True)
         if options.json:
             options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
@@ -56,7 +56,7 @@ def planted_table(entries: list[Entry]) -> int:
     for entry in entries:
         if sum(p.numel() for p in build(entry)[0].parameters()) > LARGEST:
             continue
-        found = recover(entry)
+        found = recover(measure(entry))
         good = found.error <= FOUND
         missed += not good
         print(

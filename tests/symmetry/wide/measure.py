@@ -50,13 +50,28 @@ class Row:
     problems: list[str] = field(default_factory=list)
 
 
-def measure(entry: Entry) -> Row:
+@dataclass
+class Subject:
+    """One model of the zoo, built and described once for all that is asked of it. Its model must not be modified.
+
+    `spec` is None where `row` says why there is none.
+    """
+
+    entry: Entry
+    row: Row
+    model: nn.Module = field(default_factory=nn.Identity)
+    inputs: Any = ()
+    spec: SymmetrySpec | None = None
+
+
+def measure(entry: Entry) -> Subject:
     """Build, trace, describe and verify one model. What goes wrong on the way is told in the row."""
     row = Row(entry.name, entry.source, entry.family, entry.unseen, exception=entry.exception)
+    subject = Subject(entry, row)
     try:
-        model, inputs = build(entry)
+        subject.model, subject.inputs = model, inputs = build(entry)
         row.parameters = sum(parameter.numel() for parameter in model.parameters())
-        spec = _derive(entry, model, inputs, row)
+        subject.spec = spec = _derive(entry, model, inputs, row)
         _fill(row, spec, model)
         generator = torch.Generator().manual_seed(0)
         row.error, row.verify_seconds = _timed(lambda: verify_symmetry(model, spec, inputs, generator))
@@ -65,7 +80,7 @@ def measure(entry: Entry) -> Row:
     row.problems = shortcomings(entry, row)
     if row.derive_seconds >= MOST_DERIVE_SECONDS:
         row.problems.append(f"derived in {row.derive_seconds:.1f} s")
-    return row
+    return subject
 
 
 def shortcomings(entry: Entry, row: Row) -> list[str]:

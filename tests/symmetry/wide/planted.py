@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dimat.merge import align_weights
 from dimat.symmetry import derive_symmetry, permute_weights, random_permutations, tree
 from dimat.symmetry.verify import randomised
-from tests.symmetry.wide.entry import Entry, build
+from tests.symmetry.wide.measure import Subject
 
 LARGEST = 30e6
 """Parameters up to which models are aligned."""
@@ -56,20 +56,24 @@ class _Positional(nn.Module):
         return self.inner(**dict(zip(self.names, inputs)), **self.others)
 
 
-def recover(entry: Entry, batches: int = 6) -> Planted:
+def recover(subject: Subject, batches: int = 6) -> Planted:
     """Plant a random element of the whole group in a network with random weights, and align it back.
 
     By activations, and by weights where a group cannot be observed; all by weights where `BY_WEIGHTS` has the model.
     """
-    using = "weights" if entry.name in BY_WEIGHTS else "activations"
-    model, inputs = build(entry)
-    if isinstance(inputs, Mapping):
-        model, inputs = _Positional(model, inputs).eval(), tuple(v for v in inputs.values() if isinstance(v, Tensor))
-    inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+    using = "weights" if subject.entry.name in BY_WEIGHTS else "activations"
+    model, inputs, spec = subject.model, subject.inputs, subject.spec
+    assert spec is not None, subject.row.failure
     generator = torch.Generator().manual_seed(0)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        spec = derive_symmetry(model, inputs, entry.outputs)
+        if isinstance(inputs, Mapping):
+            model, inputs = (
+                _Positional(model, inputs).eval(),
+                tuple(v for v in inputs.values() if isinstance(v, Tensor)),
+            )
+            spec = derive_symmetry(model, inputs, subject.entry.outputs)  # observing goes by the trace
+        inputs = inputs if isinstance(inputs, tuple) else (inputs,)
         state = {name: value.detach().clone() for name, value in model.state_dict().items()}
         own = {name: _awake(value) for name, value in randomised(state, generator).items()}
         for tied in spec.tied:

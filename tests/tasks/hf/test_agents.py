@@ -7,6 +7,7 @@ import signal
 from collections import Counter
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -24,6 +25,8 @@ from dimat.wire.v1 import peer_pb2 as pb
 from tests.agent.conftest import free_ports  # noqa: F401  # a fixture
 from tests.agent.processes import Network, check_ledgers, network
 from tests.tasks.hf.samples import write_text
+
+pytestmark = pytest.mark.live
 
 PAIR = ("lab-a", "lab-b")
 RANK = 2

@@ -12,6 +12,8 @@ from tests.agent.processes import network
 from tests.ui.dashboard.runs import MARKUP, write_run
 from tests.ui.dashboard.serving import Looking, browser, chromium, serving, views
 
+pytestmark = pytest.mark.live
+
 ABC = ("lab-a", "lab-b", "lab-c")
 SCHEDULE = "rounds = 0\nround_deadline_s = 5\njoin_wait_s = 3"
 TRAIN = "epochs_per_round = 20\nbatch_size = 8\noptimizer = { name = 'adam', lr = 0.003 }"

@@ -130,6 +130,7 @@ def test_plain_lines_elsewhere(wide: tuple[int, int], monkeypatch: pytest.Monkey
         assert type(agent_listener("accuracy", to, -(how == "quiet"), how == "plain")) is AgentListener
 
 
+@pytest.mark.live
 def test_ctrl_c_gives_the_terminal_back(tmp_path: Path, wide: tuple[int, int]) -> None:
     """`dimat agent` on a terminal: the panel shows rounds; Ctrl-C twice in a row, the second while it leaves, ends it
     with 130, and the cursor is back."""
