@@ -344,6 +344,6 @@ def _size(thing: Any, depth: int) -> int:
         return len(thing) + (sum(_size(value, depth - 1) for value in thing.values()) if depth else 0)
     if isinstance(thing, list | tuple | set | frozenset):
         return len(thing)
-    if depth and type(thing).__name__ in ("Inbox", "Offers", "Accounts", "PushSum"):
+    if depth and type(thing).__name__ in ("Inbox", "Offers", "MixingState", "PushSum"):
         return _size(vars(thing), depth - 1)
     return 0

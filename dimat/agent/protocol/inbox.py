@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from enum import Enum
 
 from dimat.agent.protocol.messages import Action, Fetch, Release
+from dimat.agent.protocol.modes import mode_of
 from dimat.agent.protocol.offers import PATIENCE, ROUNDS_KEPT, Known, Offers, PeerPublished
 from dimat.agent.protocol.plan import Plan, RoundPlan, Rules
 
@@ -32,7 +33,8 @@ class Inbox:
     """Offers and snapshots of one agent's peers. `open`: whether snapshots for the current round are still fetched."""
 
     def __init__(self, agent: str, run: str, plan: Plan, rules: Rules) -> None:
-        self.offers = Offers(newest_only=rules.mode == "async")
+        self.mode = mode_of(rules)
+        self.offers = Offers(newest_only=self.mode.newest_only)
         self.ready: dict[str, PeerPublished] = {}
         self.fetching: dict[str, PeerPublished] = {}
         self.lost: dict[str, str] = {}
@@ -44,7 +46,6 @@ class Inbox:
         self._run = run
         self._plan = plan
         self._rules = rules
-        self._asynchronous = rules.mode == "async"
         # gone, or missed a deadline, and not heard since: why, and the last round that may still come
         self._silent: dict[str, tuple[str, int]] = {}
         self._retired: list[PeerPublished] = []  # replaced while a merge may still read them
@@ -60,24 +61,21 @@ class Inbox:
     def begin(self, number: int, current: RoundPlan) -> list[Action]:
         """Open a round: fetch what is offered for it."""
         self._number, self._current, self._turn = number, current, self._turn + 1
-        self.offers.newest_first = self._asynchronous
         # once a round: it is asked for with every message, and a dense graph has many of both
         self._expected = [peer for peer, weight in current.mixing.items() if peer != self._agent and weight > 0]
         self.open = True
         # a dead peer costs its neighbours one deadline, not one in every round
         self.lost = {peer: why for peer, (why, last) in self._silent.items() if last < number}
-        if not self._asynchronous:
-            self.offers.approach(number)
-            self.offers.forget_before(number)
-            for peer in self.expected():
-                self._pass_over(peer)
+        self.mode.open(self.offers, number)
+        for peer in self.expected():
+            self._pass_over(peer)
         return [action for peer in self.expected() for action in self._fetch_from(peer)]
 
     def end(self) -> list[Action]:
-        """Close a round and let go of what it fetched; in asynchronous mode of what was replaced meanwhile."""
+        """Close a round and let go of the snapshots that no later one may merge."""
         self.open = False
         done = self._retired
-        if not self._asynchronous:
+        if not self.mode.keeps:
             done = [*done, *self.ready.values(), *self.fetching.values()]
             self.ready, self.fetching = {}, {}
         self._retired = []
@@ -107,12 +105,11 @@ class Inbox:
         self.offers.forget_all_but({offer.peer for offer in self.offers if offer.base == base})
 
     def expire(self) -> None:
-        """Wait no more in this round. Peers of which a synchronous round heard nothing count as silent; one that is
-        late or rounds behind is waited for in the next round too: it may catch up."""
-        if not self._asynchronous:
-            for peer in self.expected():
-                if peer not in self.ready and peer not in self.lost and not self._heard_within(peer, 1):
-                    self._silent[peer] = (SILENT, 0)
+        """Wait no more in this round. A peer that was waited for and not heard counts as silent; one that is late or
+        rounds behind is waited for in the next round too: it may catch up."""
+        for peer in self.missing():
+            if peer not in self.lost and not self._heard_within(peer, 1):
+                self._silent[peer] = (SILENT, 0)
 
     def network_round(self, number: int) -> int:
         """Return the round to go on with: `number`, or the network's where nobody offers `number` any more.
@@ -125,38 +122,24 @@ class Inbox:
         heard = [peer for peer in self._plan.peers if peer not in self._silent or self._heard_within(peer, 1)]
         front = self.offers.front(heard)
         apart = self._out_of_reach(number, heard)
-        if front > number + self._slack and not self._still_offered(number, heard):
+        still_offered = any(self.mode.may_come(self.offers, peer, number) for peer in heard)
+        if front > number + self.mode.slack and not still_offered:
             return front
         if not apart:
             return number
         self._apart = {}
         return max(number, min(apart[0], number + ROUNDS_KEPT))
 
-    @property
-    def _slack(self) -> int:
-        return self._rules.max_staleness if self._asynchronous else 0
-
     def _heard_within(self, peer: str, turns: int) -> bool:
         """Whether a peer was heard in this round or in one of so many before, this one counted."""
         return peer in self._heard and self._turn - self._heard[peer] < turns
-
-    def _still_offered(self, number: int, peers: Sequence[str]) -> bool:
-        """Whether a synchronous round may find a peer: its offer is known, or one that was lost may be repeated."""
-        if self._asynchronous:
-            return False
-        for peer in peers:
-            oldest, newest = self.offers.range(peer)
-            lost = oldest <= number <= newest < number + ROUNDS_KEPT
-            if lost or self.offers.get(peer, number) is not None:
-                return True
-        return False
 
     def _out_of_reach(self, number: int, peers: Sequence[str]) -> list[int]:
         """Return the newest rounds, in order, of living peers that have been ahead out of reach for some rounds."""
         ahead: dict[str, int] = {}
         for peer in peers:
             oldest, newest = self.offers.range(peer)
-            if self._heard_within(peer, RECENT) and (newest - self._slack if self._asynchronous else oldest) > number:
+            if self._heard_within(peer, RECENT) and self.mode.meets_at(oldest, newest) > number:
                 ahead[peer] = newest
         self._apart = {peer: self._apart.get(peer, 0) + 1 for peer in ahead}
         return sorted(newest for peer, newest in ahead.items() if self._apart[peer] >= PATIENCE)
@@ -167,19 +150,12 @@ class Inbox:
         return self._expected
 
     def missing(self) -> list[str]:
-        """Return the peers that a synchronous round is planned with and that are not here."""
-        return [] if self._asynchronous else [peer for peer in self.expected() if peer not in self.ready]
+        """Return the peers that the round waits for."""
+        return self.mode.missing(self._expected, self.ready)
 
     def usable(self) -> Mapping[str, PeerPublished]:
         """Return the snapshots that are here and may be merged in this round, by peer."""
-        if not self._asynchronous:
-            return self.ready
-        oldest = self._number - self._rules.max_staleness
-        return {
-            peer: self.ready[peer]
-            for peer in self.expected()
-            if peer in self.ready and self.ready[peer].round >= oldest
-        }
+        return self.mode.usable(self._expected, self.ready, self._number)
 
     # ── what happens ─────────────────────────────────────────────────────────────────────────────────────────
     def hear(self, offer: PeerPublished) -> tuple[Heard, list[Action]]:
@@ -196,9 +172,10 @@ class Inbox:
             self.lost.pop(offer.peer, None)
         self._heard[offer.peer] = self._turn
         self.offers.heard(offer)
-        if self._far(offer):
+        far = self.mode.is_far(self.offers, offer, self._number)
+        if far:
             self.offers.note_far(offer)
-        if self._far(offer) or self._useless(offer):
+        if far or self.mode.is_useless(offer, self._number, self._planned):
             self._pass_over(offer.peer)
             return Heard.NOTED, []
         known = self.offers.note(offer)
@@ -212,7 +189,7 @@ class Inbox:
     def arrived(self, peer: str, number: int, root: str) -> list[Action] | None:
         """Note that a snapshot is here; None where it is not one that was asked for and is still of use."""
         offer = self._asked(peer, number, root)
-        if offer is None or not (self.open or self._asynchronous):
+        if offer is None or not (self.open or self.mode.keeps):
             return None
         del self.fetching[peer]
         before = self.ready.get(peer)
@@ -230,9 +207,7 @@ class Inbox:
             return None
         del self.fetching[peer]
         self.lost[peer] = reason
-        # one that the peer replaced meanwhile
-        newer = self._asynchronous and self.open and self.offers.newest(peer) not in (None, offer)
-        return self._fetch_from(peer) if newer else []
+        return self._fetch_from(peer) if self.open and self.mode.replaced(self.offers, offer) else []
 
     def gone(self, peer: str, reason: str, last: int) -> bool:
         """Wait no more for a peer's rounds after `last`; what is here of it, or on its way, still counts. False for a
@@ -249,31 +224,20 @@ class Inbox:
         return offer if offer is not None and (offer.round, offer.root) == (number, root) else None
 
     def _pass_over(self, peer: str) -> None:
-        """Do not wait for a peer that is ahead and offers this synchronous round no more."""
+        """Do not wait for a peer that is ahead and offers this round no more."""
         here = peer in self.ready or peer in self.fetching
-        if self._asynchronous or here or self.offers.get(peer, self._number) is not None:
-            return
-        if self.offers.range(peer)[0] > self._number:
+        if not here and self.mode.is_past(self.offers, peer, self._number):
             self.lost[peer] = PAST
 
-    def _far(self, offer: PeerPublished) -> bool:
-        """Whether a synchronous agent would have to leave out many rounds to have use for an offer."""
-        return not self._asynchronous and 0 < self._number <= offer.round - self.offers.span
-
-    def _useless(self, offer: PeerPublished) -> bool:
-        """Whether a synchronous agent has no use for an offer: its round is over already, or not planned with it."""
-        if self._asynchronous or self._number == 0:
-            return False
-        if offer.round < self._number:
-            return True
-        plan = self._current if offer.round == self._number else (self._next or self._plan).of(offer.round)
-        return offer.peer not in plan.mixing
+    def _planned(self, number: int) -> RoundPlan:
+        """Return the plan of this round, or of a later one as it is known now."""
+        return self._current if number == self._number else (self._next or self._plan).of(number)
 
     def _fetch_from(self, peer: str) -> list[Action]:
         """Fetch what a peer offers for this round, unless that is on its way or here."""
         if peer not in self._current.mixing or peer in self.fetching:
             return []
-        offer = self.offers.newest(peer) if self._asynchronous else self.offers.get(peer, self._number)
+        offer = self.mode.wanted(self.offers, peer, self._number)
         ready = self.ready.get(peer)
         if offer is None or (ready is not None and ready.round >= offer.round):
             return []

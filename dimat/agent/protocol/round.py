@@ -297,9 +297,7 @@ class RoundMachine:
             )
             for peer in missing
         ]
-        # an asynchronous agent is alone at first, until somebody else has trained
-        early = self._rules.mode == "async" and self.round <= self._rules.max_staleness + 1
-        if len(usable) < max(needed, min(1, len(expected))) and not early:
+        if len(usable) < max(needed, min(1, len(expected))) and not inbox.mode.begins_alone(self.round):
             heard = "no peer was" if not usable else f"{len(usable)} of at least {needed} peers were"
             message = f"{heard} heard in round {self.round}; own weights are kept"
             actions.append(m.Report(events.Warned(message=message, agent=self.agent)))

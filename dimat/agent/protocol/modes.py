@@ -1,0 +1,188 @@
+"""The two modes of a round: whose snapshots are fetched for it, which of them may be merged, and who is waited for.
+
+A mode keeps nothing: it answers for the inbox, from the offers and snapshots that the inbox keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+from dimat.agent.protocol.offers import ROUNDS_KEPT, Offers, PeerPublished
+from dimat.agent.protocol.plan import RoundPlan, Rules
+
+Ready = Mapping[str, PeerPublished]
+"""The snapshots that are here, by peer."""
+
+
+class Mode(Protocol):
+    """What differs between the modes. `number`: the round in progress, 0 before the first."""
+
+    keeps: bool
+    """Whether a snapshot may be merged in a later round than the one that it was fetched in."""
+    newest_only: bool
+    """Whether of each peer's offers only the newest counts."""
+    slack: int
+    """Rounds by which a peer may be ahead without being out of reach."""
+
+    def open(self, offers: Offers, number: int) -> None:
+        """Sort the offers for a round that begins."""
+        ...
+
+    def wanted(self, offers: Offers, peer: str, number: int) -> PeerPublished | None:
+        """Return the peer's offer that the round takes, if it is known."""
+        ...
+
+    def replaced(self, offers: Offers, offer: PeerPublished) -> bool:
+        """Whether the peer offers another snapshot in the place of one that could not be had."""
+        ...
+
+    def missing(self, expected: Sequence[str], ready: Ready) -> list[str]:
+        """Return the peers that the round waits for."""
+        ...
+
+    def usable(self, expected: Sequence[str], ready: Ready, number: int) -> Ready:
+        """Return the snapshots that may be merged in the round."""
+        ...
+
+    def is_past(self, offers: Offers, peer: str, number: int) -> bool:
+        """Whether a peer is ahead of the round and offers its snapshot of it no more."""
+        ...
+
+    def is_far(self, offers: Offers, offer: PeerPublished, number: int) -> bool:
+        """Whether many rounds would have to be left out before an offer is of use."""
+        ...
+
+    def is_useless(self, offer: PeerPublished, number: int, planned: Callable[[int], RoundPlan]) -> bool:
+        """Whether an offer is of no use: its round is over already, or not planned with it."""
+        ...
+
+    def may_come(self, offers: Offers, peer: str, number: int) -> bool:
+        """Whether a peer's snapshot of the round may still be found: its offer is known, or may be repeated."""
+        ...
+
+    def meets_at(self, oldest: int, newest: int) -> int:
+        """Return the earliest round that can take a peer in that offers its rounds `oldest` to `newest`."""
+        ...
+
+    def begins_alone(self, number: int) -> bool:
+        """Whether it is no wonder that nobody was heard for the round."""
+        ...
+
+
+class Synchronous:
+    """A round merges its neighbours' snapshots of the same round, and waits for them."""
+
+    keeps = False
+    newest_only = False
+    slack = 0
+
+    def open(self, offers: Offers, number: int) -> None:
+        """Take offers within reach in; offers of earlier rounds are of no use."""
+        offers.newest_first = False
+        offers.approach(number)
+        offers.forget_before(number)
+
+    def wanted(self, offers: Offers, peer: str, number: int) -> PeerPublished | None:
+        """Return the peer's offer of this very round."""
+        return offers.get(peer, number)
+
+    def replaced(self, offers: Offers, offer: PeerPublished) -> bool:
+        """A peer has one snapshot of a round for ever."""
+        return False
+
+    def missing(self, expected: Sequence[str], ready: Ready) -> list[str]:
+        """Return the peers that are planned and not here."""
+        return [peer for peer in expected if peer not in ready]
+
+    def usable(self, expected: Sequence[str], ready: Ready, number: int) -> Ready:
+        """Return all that is here: it was fetched for this round."""
+        return ready
+
+    def is_past(self, offers: Offers, peer: str, number: int) -> bool:
+        """The peer's offers begin after the round."""
+        return offers.get(peer, number) is None and offers.range(peer)[0] > number
+
+    def is_far(self, offers: Offers, offer: PeerPublished, number: int) -> bool:
+        """The offer is further ahead than offers are kept."""
+        return 0 < number <= offer.round - offers.span
+
+    def is_useless(self, offer: PeerPublished, number: int, planned: Callable[[int], RoundPlan]) -> bool:
+        """The round is over, or the peer is not in its plan."""
+        if number == 0:
+            return False
+        return offer.round < number or offer.peer not in planned(offer.round).mixing
+
+    def may_come(self, offers: Offers, peer: str, number: int) -> bool:
+        """The offer is known, or was lost on its way and lies within what the peer still offers."""
+        oldest, newest = offers.range(peer)
+        lost = oldest <= number <= newest < number + ROUNDS_KEPT
+        return lost or offers.get(peer, number) is not None
+
+    def meets_at(self, oldest: int, newest: int) -> int:
+        """The peer's oldest round."""
+        return oldest
+
+    def begins_alone(self, number: int) -> bool:
+        """Each round has the same neighbours' snapshots to hear of, the first too."""
+        return False
+
+
+class Asynchronous:
+    """A round merges the newest snapshots that are at most `max_staleness` rounds behind, and waits for nobody."""
+
+    keeps = True
+    newest_only = True
+
+    def __init__(self, rules: Rules) -> None:
+        self.slack = rules.max_staleness
+
+    def open(self, offers: Offers, number: int) -> None:
+        """The newest offers stay, whatever the round."""
+        offers.newest_first = True
+
+    def wanted(self, offers: Offers, peer: str, number: int) -> PeerPublished | None:
+        """Return the peer's newest offer."""
+        return offers.newest(peer)
+
+    def replaced(self, offers: Offers, offer: PeerPublished) -> bool:
+        """The peer has published another round meanwhile."""
+        return offers.newest(offer.peer) not in (None, offer)
+
+    def missing(self, expected: Sequence[str], ready: Ready) -> list[str]:
+        """Nobody is waited for."""
+        return []
+
+    def usable(self, expected: Sequence[str], ready: Ready, number: int) -> Ready:
+        """Return the planned peers' snapshots that are not too old."""
+        oldest = number - self.slack
+        return {peer: ready[peer] for peer in expected if peer in ready and ready[peer].round >= oldest}
+
+    def is_past(self, offers: Offers, peer: str, number: int) -> bool:
+        """A snapshot of a later round is as good."""
+        return False
+
+    def is_far(self, offers: Offers, offer: PeerPublished, number: int) -> bool:
+        """A snapshot of a later round is as good."""
+        return False
+
+    def is_useless(self, offer: PeerPublished, number: int, planned: Callable[[int], RoundPlan]) -> bool:
+        """An older one may be within `max_staleness`, and who is planned may change."""
+        return False
+
+    def may_come(self, offers: Offers, peer: str, number: int) -> bool:
+        """No peer's snapshot of a certain round is looked for."""
+        return False
+
+    def meets_at(self, oldest: int, newest: int) -> int:
+        """The first round in which the peer's newest snapshot is not ahead by more than the slack."""
+        return newest - self.slack
+
+    def begins_alone(self, number: int) -> bool:
+        """An agent is alone at first, until somebody else has trained."""
+        return number <= self.slack + 1
+
+
+def mode_of(rules: Rules) -> Mode:
+    """Return the mode that the rules name."""
+    return Synchronous() if rules.mode == "sync" else Asynchronous(rules)
