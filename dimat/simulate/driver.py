@@ -245,7 +245,7 @@ class Driver:
     def _perform(self, name: str, machine: RoundMachine, action: m.Action) -> None:
         now, node = self.clock.now, self.nodes[name]
         match action:
-            case m.Report(fact=fact):
+            case m.Emit(fact=fact):
                 self._emit(fact)
             case m.SetTimer(round=number, seconds=seconds):
                 self._set_timer(name, number, seconds)

@@ -25,6 +25,8 @@ KINDS: Mapping[type[Any], str] = {
     m.MergeAction: "Merge",
     m.CheckpointAction: "Checkpoint",
     m.FetchFailure: "FetchFailed",
+    m.Emit: "Report",
+    m.MergePart: "Part",
 }
 """Names in traces that are not those of the classes: a trace outlives a renaming."""
 

@@ -31,7 +31,7 @@ def of(actions: list[r.Action], kind: type[Any]) -> list[Any]:
 
 
 def told(actions: list[r.Action], kind: type[events.Event]) -> list[Any]:
-    return [action.fact for action in of(actions, r.Report) if isinstance(action.fact, kind)]
+    return [action.fact for action in of(actions, r.Emit) if isinstance(action.fact, kind)]
 
 
 def have(m: RoundMachine, peer: str, number: int, **fields: Any) -> list[r.Action]:

@@ -67,7 +67,7 @@ class Watch:
         machine = node.machine
         assert machine is not None
         if idle:
-            told = all(isinstance(action, m.Report) for action in actions)
+            told = all(isinstance(action, m.Emit) for action in actions)
             self._demand(told and machine.phase is before, "messages of no concern", node, f"{event} gave {actions}")
         if machine.phase is Phase.GATHERING and node.expired == machine.round:
             raise Violation("deadline", f"{node.name} still waits in round {machine.round}")
@@ -304,7 +304,7 @@ class Watch:
             for part in merge.parts
             if part.peer not in refused and part.weight * accepted > 0
         }
-        told = [a.fact for a in actions if isinstance(a, m.Report) and isinstance(a.fact, events.Merged)]
+        told = [a.fact for a in actions if isinstance(a, m.Emit) and isinstance(a.fact, events.Merged)]
         self._demand(len(told) == 1, "contributions", node, f"{len(told)} reports of one merge")
         own, *others = told[0].contributions
         found = {c.agent: (c.snapshot, c.round, c.weight) for c in others}

@@ -249,7 +249,7 @@ def _larger_basis(own: Any, offers_: Any, weight: Any) -> Any:
 
 
 def _old_basis(machine: Any, action: m.Action) -> m.Action:
-    if isinstance(action, m.Report) and isinstance(action.fact, events.Joined) and action.fact.how == "align":
+    if isinstance(action, m.Emit) and isinstance(action.fact, events.Joined) and action.fact.how == "align":
         machine.basis = machine.made_with[2]._replace(round=-1)
     return action
 

@@ -17,7 +17,7 @@ def show(now: float, node: Node, event: m.Event, actions: list[m.Action]) -> str
 def brief(thing: Any) -> str:
     """Write an event or action short enough to read a thousand of."""
     match thing:
-        case m.Report():
+        case m.Emit():
             return f"Report {thing.fact}"
         case m.CheckpointAction():
             return f"Checkpoint({thing.round}, {thing.stage!r}, basis={thing.state.basis})"

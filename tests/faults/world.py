@@ -157,7 +157,7 @@ class World:
 
     def perform(self, node: Node, action: m.Action) -> None:
         match action:
-            case m.Report():
+            case m.Emit():
                 if isinstance(action.fact, Merged):
                     self.totals["merges"] += 1
                 self.watch.reports(node, action.fact)

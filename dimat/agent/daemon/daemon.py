@@ -21,7 +21,7 @@ from dimat.agent.daemon.network_monitor import NetworkMonitor
 from dimat.agent.daemon.peer_discovery import PeerDiscovery, check_discovery
 from dimat.agent.daemon.resources import RESERVE_BYTES, available_memory, held_bytes, little_memory, needed_bytes
 from dimat.agent.daemon.runner import Runner
-from dimat.agent.daemon.status_socket import StatusSocket, View, notify, watchdog_s
+from dimat.agent.daemon.status_socket import StatusSocket, StatusView, notify, watchdog_s
 from dimat.agent.daemon.worker import AgentWorker, WorkThread
 from dimat.agent.learner.checkpoint import CheckpointStore
 from dimat.agent.lineage.manifest_log import ManifestLedger
@@ -80,7 +80,7 @@ class Daemon:
     def _prepare(self, learner: ModelTrainer | None) -> None:
         setup, folder, config = self.setup, self.folder, self.setup.config
         agent, exchange = config.agent, config.exchange
-        self._view = View(setup.name, config.run)
+        self._view = StatusView(setup.name, config.run)
         self._programme = setup.programme
         self._local = setup.local(folder.snapshots, learner)
         keep = setup.programme.snapshots_kept(agent.keep_snapshots)

@@ -29,6 +29,12 @@ from dimat.net.transport import Fetched, Transport
 from dimat.weights.snapshot import Manifest, RecordedSnapshot
 
 T = TypeVar("T")
+
+
+class _Over(Exception):
+    """Ends the task group of a run: the jobs that still go on are called off."""
+
+
 RETRY_S = (1.0, 60.0)
 """Seconds after which a write that failed (a full disk, say) is tried again: at first, and at most."""
 
@@ -65,9 +71,8 @@ class Runner:
         self._fault: BaseException | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._fetches: dict[tuple[str, int, str], asyncio.Task[None]] = {}
-        self._jobs: set[asyncio.Task[None]] = set()
-        self._sources: dict[tuple[str, int, str], Path] = {}
-        self._manifests: dict[tuple[str, int, str], str] = {}  # of what is fetched: hashes, for the record of the merge
+        self._jobs = asyncio.TaskGroup()
+        self._held: dict[tuple[str, int, str], Fetched] = {}
         self._recorded: dict[str, RecordedSnapshot] = {}
         self._merged: events.Merged | None = None
         self._sent = sum(transport.sent_bytes.values())  # up to the end of the last round
@@ -76,23 +81,31 @@ class Runner:
 
     # ── the loop ─────────────────────────────────────────────────────────────────────────────────────────────
     async def run(self, *, join: bool) -> str:
-        """Run until the agent leaves; return why. Raises what its work raised, as TrainingError."""
+        """Run until the agent leaves; return why. Raises what its work raised."""
         loop = asyncio.get_running_loop()
         over = None if self._max_time_s is None else loop.call_later(self._max_time_s, self.post, m.TimeUp())
         self.post(m.Started(join=join))
         try:
-            while self.ended is None:
-                await self._handle(await self._events.get())
-                if self._fault is not None:
-                    raise self._fault
+            async with self._jobs:
+                try:
+                    await self._go_on()
+                except Exception as error:  # raised below as it is: a task group would wrap it
+                    self._fault = error
+                raise _Over
+        except* _Over:
+            pass
         finally:
             for handle in (over, self._timer):
                 if handle is not None:
                     handle.cancel()
-            for task in self._jobs:
-                task.cancel()
-            await asyncio.gather(*self._jobs, return_exceptions=True)
-        return self.ended
+        if self._fault is not None:
+            raise self._fault
+        return self.ended or ""
+
+    async def _go_on(self) -> None:
+        """Hand the machine one event after the other, until the agent leaves or a job has raised something."""
+        while self.ended is None and self._fault is None:
+            await self._handle(await self._events.get())
 
     def post(self, event: m.Event) -> None:
         """Hand the machine an event, once it has dealt with those before."""
@@ -151,7 +164,7 @@ class Runner:
     async def _perform(self, action: m.Action) -> None:
         agent = self.machine.agent
         match action:
-            case m.Report(fact=fact):
+            case m.Emit(fact=fact):
                 self._emit(fact)
             case m.SetTimer(round=number, seconds=seconds):
                 if self._timer is not None:
@@ -200,10 +213,7 @@ class Runner:
                 self._fault = error
                 self.stop(str(error))
 
-        task = asyncio.create_task(guarded())
-        self._jobs.add(task)
-        task.add_done_callback(self._jobs.discard)
-        return task
+        return self._jobs.create_task(guarded())
 
     async def _durable(self, write: Outcome[T]) -> T:
         """Do what has to be on disk before anything goes on. A disk that is full may have room again: the agent waits,
@@ -222,14 +232,14 @@ class Runner:
                     wait = min(2 * wait, most)
 
     def _vouched(self, action: m.CheckpointAction) -> m.CheckpointAction:
-        """Say in the record of a merge which manifests its parts rest on."""
+        """Say in the record of a merge which manifests its parts rest on: they are held until the round ends."""
         record = action.record
         if record is None:
             return action
         keys = {part.agent: (part.agent, part.round, part.snapshot) for part in record.contributions}
-        hashes = {peer: self._manifests[key] for peer, key in keys.items() if key in self._manifests}
-        # what later rounds may still take is held, and so has a source
-        self._manifests = {key: known for key, known in self._manifests.items() if key in self._sources}
+        hashes = {
+            peer: blake3(self._held[key].signed[0]).hexdigest() for peer, key in keys.items() if key in self._held
+        }
         return replace(action, record=replace(record, manifests=hashes))
 
     async def _train(self, action: m.Train) -> None:
@@ -273,8 +283,7 @@ class Runner:
             self.post(m.FetchFailure(*key, str(error)))
             return
         self._fetches.pop(key, None)
-        self._sources[key] = fetched.path
-        self._manifests[key] = blake3(fetched.signed[0]).hexdigest()
+        self._held[key] = fetched
         self._received += fetched.bytes
         try:
             self._note_fetched(fetched)
@@ -291,12 +300,12 @@ class Runner:
         task = self._fetches.pop(key, None)
         if task is not None:
             task.cancel()
-        if self._sources.pop(key, None) is not None:
+        if self._held.pop(key, None) is not None:
             self._transport.release(*key)
 
     def _source(self, peer: str, root: str) -> Path:
         """Return where a snapshot lies that is here, of whatever round it has this content."""
-        return next(path for (of, _, what), path in self._sources.items() if (of, what) == (peer, root))
+        return next(held.path for (of, _, what), held in self._held.items() if (of, what) == (peer, root))
 
     async def _adopt_basis(self, action: m.AdoptBasis, own: BasisId) -> None:
         moves = await self._thread.do(self._work.adopt_basis(action, self._source(action.peer, action.root)))

@@ -108,7 +108,7 @@ def _short(folder: Path) -> Generator[str]:
         os.close(descriptor)
 
 
-class View:
+class StatusView:
     """The newest of what happened to one agent."""
 
     def __init__(self, agent: str, run: str) -> None:

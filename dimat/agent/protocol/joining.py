@@ -124,8 +124,8 @@ class Newcomer:
         self._unfit.add(offer.root)
         return [self._warn(f"cannot join with the weights of {offer.peer}: {fault}"), *self.go_on()]
 
-    def _warn(self, message: str) -> m.Report:
-        return m.Report(events.Warned(message=message, agent=self._agent))
+    def _warn(self, message: str) -> m.Emit:
+        return m.Emit(events.Warned(message=message, agent=self._agent))
 
 
 def better_basis(own: BasisId, offers: Iterable[PeerPublished], weight: Mapping[str, float]) -> PeerPublished | None:

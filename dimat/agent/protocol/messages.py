@@ -276,7 +276,7 @@ class AdoptBasis:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class MergePart:
     """A peer's share in a merge: its snapshot `root` of `round`. `same_basis`: its units are in the order of ours, no
     alignment is needed."""
 
@@ -293,7 +293,7 @@ class MergeAction:
 
     round: int
     own_weight: float
-    parts: tuple[Part, ...]
+    parts: tuple[MergePart, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,7 +305,7 @@ class SetTimer:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class Emit:
     """Tell the listeners a fact (the driver adds run and time)."""
 
     fact: events.Event
@@ -328,6 +328,6 @@ Action = (
     | AdoptBasis
     | MergeAction
     | SetTimer
-    | Report
+    | Emit
     | Exit
 )

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 
 from dimat.agent.protocol.basis import BasisId
-from dimat.agent.protocol.messages import MergeAction, MergeRecord, Part
+from dimat.agent.protocol.messages import MergeAction, MergePart, MergeRecord
 from dimat.agent.protocol.offers import PeerPublished
 from dimat.agent.protocol.plan import RoundPlan, Rules
 from dimat.agent.protocol.push_sum import PushSum
@@ -50,7 +50,7 @@ class MixingState:
         """Return the merge of a round, of the agent's own snapshot with those in `usable`."""
         own, mixing = shares(self._rules, plan, self.push, self._agent, number, usable)
         parts = tuple(
-            Part(peer, offer.round, offer.root, mixing[peer], offer.basis == basis)
+            MergePart(peer, offer.round, offer.root, mixing[peer], offer.basis == basis)
             for peer, offer in sorted(usable.items())
             if mixing.get(peer, 0.0) > 0
         )

@@ -132,7 +132,7 @@ class RoundMachine:
             return [m.SetTimer(0, self._rules.join_wait_s), *self._go_on()]
         if state is None:
             return self._found()
-        actions: list[m.Action] = [m.Report(events.Resumed(agent=self.agent, round=state.round, stage=state.stage))]
+        actions: list[m.Action] = [m.Emit(events.Resumed(agent=self.agent, round=state.round, stage=state.stage))]
         if state.leaves:
             return actions + self._exit(state.leaves)
         for offer in state.offers:
@@ -172,14 +172,14 @@ class RoundMachine:
             return actions + self._exit("done")
         if number > first:
             skipped = events.RoundsSkipped(agent=self.agent, round=number, first=first, reason=reason)
-            actions.append(m.Report(skipped))
+            actions.append(m.Emit(skipped))
         self.round = number
         self.phase = Phase.TRAINING
         self._current = self._plan.of(number)
         self._merge, self._unfit, self._expired = None, set(), False
         return [
             *actions,
-            m.Report(events.RoundStarted(agent=self.agent, round=number)),
+            m.Emit(events.RoundStarted(agent=self.agent, round=number)),
             m.SetTimer(number, self._rules.deadline_s),
             m.Train(number, self._current.learn),
             *self._inbox.begin(number, self._current),
@@ -214,13 +214,13 @@ class RoundMachine:
                 f"{offer.peer} offers another snapshot for round {offer.round} ({offer.root[:12]}…) than before; "
                 "the first one counts"
             )
-            return [m.Report(events.Warned(message=message, agent=self.agent))]
+            return [m.Emit(events.Warned(message=message, agent=self.agent))]
         if heard is Heard.OTHER_BASE and offer.peer not in self._other_base:
             self._other_base.add(offer.peer)
             bases = f"its base is {offer.base[:12] or 'none'}, ours {self.base[:12] or 'none'}"
             reason = f"{bases}; agree on merge.base, and where adapters are trained on the model below them"
             refused = events.PeerRefused(agent=self.agent, round=self.round, peer=offer.peer, reason=reason)
-            return [m.Report(refused)]
+            return [m.Emit(refused)]
         return actions + self._go_on() if heard is Heard.NOTED else []
 
     def _arrived(self, event: m.SnapshotReady) -> list[m.Action]:
@@ -265,7 +265,7 @@ class RoundMachine:
             return actions
         self._newcomer = None
         if done.round == 0:
-            return [*actions, m.Report(events.Joined(agent=self.agent, round=1, how="found")), *self._found(1)]
+            return [*actions, m.Emit(events.Joined(agent=self.agent, round=1, how="found")), *self._found(1)]
         offer, record = done.adopt, None
         self.round = done.round
         if offer is None:
@@ -278,7 +278,7 @@ class RoundMachine:
             joined = events.Joined(agent=self.agent, round=self.round + 1, how="adopt", peer=offer.peer)
         self._inbox.settle(self.base)
         checkpoint = m.CheckpointAction(self.round, "joined", self._state_now("joined"), record)
-        return [m.Report(joined), checkpoint, *actions, *(self._through() or self._begin(self.round + 1))]
+        return [m.Emit(joined), checkpoint, *actions, *(self._through() or self._begin(self.round + 1))]
 
     # ── merging ──────────────────────────────────────────────────────────────────────────────────────────────
     def _maybe_merge(self) -> list[m.Action]:
@@ -292,7 +292,7 @@ class RoundMachine:
             return []
         inbox.open = False
         actions: list[m.Action] = [
-            m.Report(
+            m.Emit(
                 events.PeerLate(agent=self.agent, round=self.round, peer=peer, reason=inbox.lost.get(peer, "deadline"))
             )
             for peer in missing
@@ -300,7 +300,7 @@ class RoundMachine:
         if len(usable) < max(needed, min(1, len(expected))) and not inbox.mode.begins_alone(self.round):
             heard = "no peer was" if not usable else f"{len(usable)} of at least {needed} peers were"
             message = f"{heard} heard in round {self.round}; own weights are kept"
-            actions.append(m.Report(events.Warned(message=message, agent=self.agent)))
+            actions.append(m.Emit(events.Warned(message=message, agent=self.agent)))
         return actions + self._adopt_or_merge()
 
     def _adopt_or_merge(self) -> list[m.Action]:
@@ -329,7 +329,7 @@ class RoundMachine:
             moved=event.moved,
             groups=event.groups,
         )
-        return [m.Report(adopted), *self._start_merge()]
+        return [m.Emit(adopted), *self._start_merge()]
 
     def _start_merge(self) -> list[m.Action]:
         self.phase = Phase.MERGING
@@ -349,10 +349,10 @@ class RoundMachine:
         reached = target is not None and event.result.after.get(target[0], -math.inf) >= target[1]
         actions: list[m.Action] = [
             *(
-                m.Report(events.PeerRefused(agent=self.agent, round=self.round, peer=peer, reason=reason))
+                m.Emit(events.PeerRefused(agent=self.agent, round=self.round, peer=peer, reason=reason))
                 for peer, reason in sorted(event.result.refused.items())
             ),
-            m.Report(merged),
+            m.Emit(merged),
             m.CheckpointAction(self.round, "merged", self._state_now("merged", "target" if reached else ""), record),
         ]
         if reached:

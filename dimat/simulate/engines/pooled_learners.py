@@ -46,7 +46,7 @@ class PooledLearners:
         first = pool.take_slots(len(scenario.agents))
         self.of: dict[str, PooledLearner] = {}
         for slot, (name, part) in enumerate(zip(scenario.agents, scenario.parts, strict=True), first):
-            setup = worker.AgentSetup(
+            setup = worker.LearnerSetup(
                 f"{folder.path}:{name}",
                 name,
                 config,
@@ -71,7 +71,7 @@ class PooledLearners:
 class PooledLearner:
     """The work of one agent (`SimulatedWork`): it begins with the call, in the agent's worker."""
 
-    def __init__(self, learners: PooledLearners, setup: worker.AgentSetup, slot: int) -> None:
+    def __init__(self, learners: PooledLearners, setup: worker.LearnerSetup, slot: int) -> None:
         self._learners = learners
         self._setup = setup
         self._slot = slot
@@ -83,7 +83,7 @@ class PooledLearner:
         job = self._learners.pool.submit(self._slot, worker.create, self._setup)
 
         def created() -> tuple[str, ...]:
-            made: worker.CreatedAgent = result_of(job, name)
+            made: worker.CreatedLearner = result_of(job, name)
             self._batches = made.batches
             return made.warnings
 

@@ -27,7 +27,7 @@ from dimat.weights.snapshot import RecordedSnapshot, make_folder
 
 
 @dataclass(frozen=True, slots=True)
-class AgentSetup:
+class LearnerSetup:
     """What a worker needs to make an agent. `store`: folder in which it alone records its snapshots; `warm`: folder in
     which first rounds of training are kept and found; `checkpoints`: folder of the agent's checkpoints, None where it
     needs none."""
@@ -42,17 +42,17 @@ class AgentSetup:
 
 
 @dataclass(frozen=True, slots=True)
-class CreatedAgent:
+class CreatedLearner:
     """An agent that was set up. `batches`: in an epoch of its data; `warnings` of its symmetry derivation."""
 
     batches: int
     warnings: tuple[str, ...]
 
 
-_agents: dict[str, tuple[Learner, AgentSetup]] = {}
+_agents: dict[str, tuple[Learner, LearnerSetup]] = {}
 
 
-def create(setup: AgentSetup) -> CreatedAgent:
+def create(setup: LearnerSetup) -> CreatedLearner:
     """Make an agent in this process."""
     make_folder(setup.store)
     symmetry = needs_symmetry(plan_for(setup.config.merge, kit_for(setup.config, symmetry=False).task))
@@ -69,10 +69,10 @@ def create(setup: AgentSetup) -> CreatedAgent:
         observers=kit.observers,
     )
     _agents[setup.key] = (agent, setup)
-    return CreatedAgent(agent.trainer.batches, spec.warnings if spec is not None else ())
+    return CreatedLearner(agent.trainer.batches, spec.warnings if spec is not None else ())
 
 
-def restore(setup: AgentSetup) -> Restored | None:
+def restore(setup: LearnerSetup) -> Restored | None:
     """Make an agent anew from its newest checkpoint; return the round machine's part of it."""
     create(setup)
     learner = _agents[setup.key][0]
@@ -142,13 +142,13 @@ def drop(key: str) -> None:
     _agents.pop(key, None)
 
 
-def _store(setup: AgentSetup) -> CheckpointStore:
+def _store(setup: LearnerSetup) -> CheckpointStore:
     assert setup.checkpoints is not None
     # what a simulated crash must survive is the end of an object in memory, not of this machine
     return CheckpointStore(setup.checkpoints, setup.config.simulate.checkpoints, durable=False)
 
 
-def _first_round_key(setup: AgentSetup) -> str:
+def _first_round_key(setup: LearnerSetup) -> str:
     """Name everything that the outcome of the first round of training depends on, and nothing else."""
     config = setup.config
     parts = [

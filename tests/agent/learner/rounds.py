@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dimat.agent.learner.learner import Learner
-from dimat.agent.protocol.messages import MergeAction, Part
+from dimat.agent.protocol.messages import MergeAction, MergePart
 from dimat.events import MergeResult
 from dimat.weights.snapshot import RecordedSnapshot
 
@@ -21,5 +21,5 @@ def merged(
     learner: Learner, number: int, own: float, parts: Sequence[tuple[str, Path, float, bool]], evaluate: str
 ) -> MergeResult:
     """Merge snapshots, given as (peer, file, weight, same basis)."""
-    asked = tuple(Part(peer, number, file.stem, weight, same) for peer, file, weight, same in parts)
+    asked = tuple(MergePart(peer, number, file.stem, weight, same) for peer, file, weight, same in parts)
     return learner.merge(MergeAction(number, own, asked), {peer: file for peer, file, *_ in parts}, evaluate)

@@ -98,7 +98,7 @@ class Network:
                 self.put(0, a, r.MergeDone(n, MergeResult(refused=refused)))
             case r.SetTimer(round=n, seconds=s):
                 self.put(s, a, r.Deadline(n))
-            case r.Report(fact=fact):
+            case r.Emit(fact=fact):
                 self.facts.append(fact)
             case r.Exit(reason=reason):
                 self.done[a] = reason
@@ -169,11 +169,11 @@ def test_a_dead_peer_costs_one_deadline() -> None:
     m.handle(r.TrainingDone(1, "own1"))
     m.handle(offer("b", 1))
     m.handle(r.SnapshotReady("b", 1, "b1"))
-    assert kinds(m.handle(r.Deadline(1))) == ["Report", "MergeAction"]
+    assert kinds(m.handle(r.Deadline(1))) == ["Emit", "MergeAction"]
     m.handle(r.MergeDone(1))
     m.handle(offer("b", 2))
     m.handle(r.TrainingDone(2, "own2"))
-    assert kinds(m.handle(r.SnapshotReady("b", 2, "b2"))) == ["Report", "MergeAction"], "c is silent: no waiting"
+    assert kinds(m.handle(r.SnapshotReady("b", 2, "b2"))) == ["Emit", "MergeAction"], "c is silent: no waiting"
     m.handle(r.MergeDone(2))
     m.handle(offer("b", 3))
     m.handle(offer("c", 2))  # late, but alive
@@ -224,14 +224,14 @@ def kinds(actions: list[r.Action]) -> list[str]:
 def test_order_of_actions_in_a_round() -> None:
     """Design: train → record → publish → gather → merge → checkpoint; durable before published."""
     m = machine(basis_gossip=False)
-    assert kinds(m.handle(r.Started())) == ["CheckpointAction", "Report", "SetTimer", "Train"]
+    assert kinds(m.handle(r.Started())) == ["CheckpointAction", "Emit", "SetTimer", "Train"]
     assert kinds(m.handle(offer("b", 1))) == ["Fetch"], "fetching begins during training"
     assert kinds(m.handle(r.TrainingDone(1, "own1"))) == ["CheckpointAction", "Publish"]
     assert m.handle(r.SnapshotReady("b", 1, "b1")) == []
     assert kinds(m.handle(offer("c", 1))) == ["Fetch"]
     assert kinds(m.handle(r.SnapshotReady("c", 1, "c1"))) == ["MergeAction"]
     after = m.handle(r.MergeDone(1))
-    assert kinds(after) == ["Report", "CheckpointAction", "Release", "Release", "Report", "SetTimer", "Train"]
+    assert kinds(after) == ["Emit", "CheckpointAction", "Release", "Release", "Emit", "SetTimer", "Train"]
 
 
 def test_messages_of_no_concern_change_nothing() -> None:
@@ -255,7 +255,7 @@ def test_messages_of_no_concern_change_nothing() -> None:
     m.handle(offer("b", 1))
     assert m.handle(offer("b", 1)) == [], "the same offer again"
     other = m.handle(offer("b", 1, root="other content"))
-    assert kinds(other) == ["Report"], "other content under an old (agent, round) is told, not taken"
+    assert kinds(other) == ["Emit"], "other content under an old (agent, round) is told, not taken"
     m.handle(r.TrainingDone(1, "own"))
     m.handle(r.SnapshotReady("b", 1, "b1"))
     assert m.handle(r.SnapshotReady("b", 1, "b1")) == []
@@ -273,7 +273,7 @@ def test_after_the_deadline_nobody_is_waited_for() -> None:
     assert m.handle(r.SnapshotReady("b", 1, "b1")) == []
     assert kinds(m.handle(offer("c", 1))) == ["Fetch"]
     actions = m.handle(r.TrainingDone(1, "own"))
-    assert kinds(actions) == ["CheckpointAction", "Publish", "Report", "MergeAction"]
+    assert kinds(actions) == ["CheckpointAction", "Publish", "Emit", "MergeAction"]
     merge = actions[-1]
     assert isinstance(merge, r.MergeAction)
     assert [p.peer for p in merge.parts] == ["b"]
@@ -290,9 +290,9 @@ def test_failed_fetch_and_lost_peer_end_the_wait() -> None:
     m.handle(offer("c", 1))
     assert m.handle(r.FetchFailure("c", 1, "c1", "damaged: block 3")) == []
     actions = m.handle(r.SnapshotReady("b", 1, "b1"))
-    assert kinds(actions) == ["Report", "MergeAction"]
+    assert kinds(actions) == ["Emit", "MergeAction"]
     report = actions[0]
-    assert isinstance(report, r.Report)
+    assert isinstance(report, r.Emit)
     assert isinstance(report.fact, events.PeerLate)
     assert report.fact.reason == "damaged: block 3"
 
@@ -322,7 +322,7 @@ def test_smallest_basis_is_adopted_and_only_a_smaller_one() -> None:
     (adopt,) = m.handle(r.SnapshotReady("c", 1, "c1"))
     assert adopt == r.AdoptBasis(1, "c", "c1", old)
     report, merge = m.handle(r.BasisChanged(1, old, 0.9))
-    assert isinstance(report, r.Report)
+    assert isinstance(report, r.Emit)
     assert isinstance(merge, r.MergeAction)
     assert m.basis == old
     assert [(p.peer, p.same_basis) for p in merge.parts] == [("b", False), ("c", True)]
