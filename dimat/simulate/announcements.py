@@ -1,4 +1,4 @@
-"""Carries what agents tell each other in virtual time: what they offer, and that they leave."""
+"""Carries agents' announcements in virtual time: their offers, and that they leave."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Announcer:
                 self._introduce(publisher, reader)
 
     def farewell(self, name: str, reason: str, last: int) -> None:
-        """An agent tells its readers that it leaves, and the last round that can still be had of it."""
+        """Tell an agent's readers that it leaves, and the last round that it still offers."""
         lost = m.PeerLost(name, f"it has left ({reason})", last)
         for reader in self._readers[name]:
             arrives = self._links.message(self._clock.now, name, reader)

@@ -1,4 +1,4 @@
-"""Drives the round machines of all agents on a virtual clock, over links that take time and may fail.
+"""Drives all agents' round machines on a virtual clock, over links that may fail.
 
 Events wait in a queue ordered by virtual time, then by when they were put there. Work (training, merging) is
 handed out at once and its outcome is queued for the virtual time at which it ends; the loop waits for it only when
@@ -28,8 +28,9 @@ from dimat.weights.snapshot import RecordedSnapshot
 
 
 class Driver:
-    """All agents of one run. `nodes`: by agent, its plan, its work and how its machine is made; `emit`: is told every
-    event.
+    """All agents of one run.
+
+    `nodes`: by agent, its plan, its work and how its machine is made; `emit`: is told every event.
 
     `max_time_s`: when all finish their round and leave.
     """
@@ -340,8 +341,10 @@ class Driver:
 
 
 def moment(action: m.Action, number: int) -> tuple[int, str]:
-    """Return the round (that an agent is in, where an action does not say) and the word by which a script of faults
-    names an action."""
+    """Return an action's round, and the word by which a script of faults names it.
+
+    `number`: the round that the agent is in, for actions that do not say.
+    """
     match action:
         case m.Train():
             return action.round, "train"

@@ -1,4 +1,4 @@
-"""The network within one process: agents hand each other's snapshots over through a shared store.
+"""The network within one process: snapshots change hands through a shared store.
 
 It moves no bytes, yet counts those that a real network would have to: what a reader holds of a payload is not sent
 again.
@@ -15,7 +15,7 @@ from dimat.weights.snapshot import Manifest, Payload
 
 
 class Store(Protocol):
-    """What keeps snapshots for the network: `dimat.weights.snapshot.SnapshotStore`, or one in memory."""
+    """Keeps snapshots for the network: a `SnapshotStore` on disk, or one in memory."""
 
     def publish(self, manifest: Manifest) -> None:
         """Offer a recorded snapshot; the agent's oldest ones may be let go."""
@@ -43,8 +43,10 @@ class Store(Protocol):
 
 
 class MemoryNetwork:
-    """Publishes and hands over snapshots among the agents of one store. `sent`: bytes by publisher and the snapshot's
-    round; `received`: bytes by reader and its own round."""
+    """Publishes and hands over snapshots among the agents of one store.
+
+    `sent`: bytes by publisher and the snapshot's round; `received`: bytes by reader and its own round.
+    """
 
     def __init__(self, store: Store) -> None:
         self.sent: Counter[tuple[str, int]] = Counter()
@@ -62,7 +64,10 @@ class MemoryNetwork:
         self._store.release(root)
 
     def publish(self, manifest: Manifest) -> None:
-        """Offer a recorded snapshot to whoever asks; offering it again, after a restart, changes nothing."""
+        """Offer a recorded snapshot to whoever asks.
+
+        Offering it again, after a restart, changes nothing.
+        """
         if self._store.find(manifest.agent, manifest.round) is None:
             self._store.publish(manifest)
 
@@ -89,8 +94,10 @@ class MemoryNetwork:
         return manifest.payload.bytes - (bytes_ if root == manifest.payload.root else 0)
 
     def moved(self, reader: str, round_: int, manifest: Manifest, sent: int, there: int) -> None:
-        """Count bytes that were sent for `reader`'s round, those of attempts that failed too; `there` of them have
-        reached it."""
+        """Count bytes that were sent for `reader`'s round, those of attempts that failed too.
+
+        `there` of them have reached it.
+        """
         self.sent[manifest.agent, manifest.round] += sent
         self.received[reader, round_] += sent
         if there:
@@ -98,8 +105,10 @@ class MemoryNetwork:
             self._held[reader, manifest.agent] = (manifest.payload.root, have)
 
     def receive(self, reader: str, manifest: Manifest) -> Any:
-        """Return the payload that was moved, or where it lies, whole and checked; DataError where it is damaged, and
-        then the reader holds nothing of it."""
+        """Return the payload that was moved, or where it lies, whole and checked.
+
+        DataError where it is damaged, and then the reader holds nothing of it.
+        """
         try:
             return self._store.verify(manifest.payload)
         except DataError:

@@ -1,4 +1,4 @@
-"""An agent in the simulated world: its round machine, its work, and its state between crashes and restarts."""
+"""An agent in the simulated world: its round machine, its work, whether it is up."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class StepListener(Protocol):
 
 
 class SimulatedWork(Work[Any], Protocol):
-    """One agent's work in the simulated world: it begins with the call, and an agent's is done in order."""
+    """One agent's work in the simulated world; it begins with the call."""
 
     def crash(self) -> None:
         """Forget all of the agent that is not on disk."""

@@ -1,4 +1,4 @@
-"""One simulated run: sets agents up, drives them, and turns what they tell into rows, summaries and results."""
+"""One simulated run: sets agents up, drives them, and turns their events into results."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ from dimat.weights.snapshot import SnapshotStore
 
 
 class Simulation:
-    """One run of a scenario. `listeners` are told every event; `warm`: folder of first rounds shared by runs."""
+    """One run of a scenario.
+
+    `listeners` are told every event; `warm`: folder of first rounds shared by runs.
+    """
 
     def __init__(
         self,
@@ -75,7 +78,10 @@ class Simulation:
         self._written = 0.0
 
     def stop(self) -> None:
-        """End the run as Ctrl-C does, from another thread. Whoever calls it ends the pool's workers too."""
+        """End the run as Ctrl-C does, from another thread.
+
+        Whoever calls it ends the pool's workers too.
+        """
         self._driver.stop()
 
     # ── the run ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -327,7 +333,9 @@ def _told(scenario: Scenario) -> Callable[[str, int], Sequence[str]]:
 
 
 def consensus_distances(files: Mapping[str, Path]) -> dict[str, float]:
-    """Return ‖θ_i − θ̄‖₂ / ‖θ̄‖₂ for each agent i, over all floating-point tensors; θ̄ is the mean of the agents.
+    """Return ‖θ_i − θ̄‖₂ / ‖θ̄‖₂ for each agent i, over all floating-point tensors.
+
+    Θ̄ is the mean of the agents.
 
     Read tensor by tensor from safetensors files: one tensor per agent is in memory.
     """

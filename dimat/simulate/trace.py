@@ -1,4 +1,4 @@
-"""A trace: every event that a round machine was handed and every action that it asked for, one JSON object a line.
+"""A trace: each round machine's events and actions, one JSON object a line.
 
 Round machines draw nothing and read no clock, so the events alone decide what they do: `replay` hands them to fresh
 machines and compares. A trace so tells whether other code does the same, and is a bug report that runs.
@@ -83,8 +83,11 @@ class TraceWriter:
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """What a replay found. `steps`: events that were handed in; `difference`: the first step that came out otherwise,
-    empty where all are the same."""
+    """What a replay found.
+
+    `steps`: events that were handed in; `difference`: the first step that came out otherwise, empty where all are the
+    same.
+    """
 
     steps: int
     actions: int
@@ -104,9 +107,10 @@ class _Line:
 
 
 def replay(path: Path, make: Callable[[str, MachineState | None, int], RoundMachine]) -> Replay:
-    """Hand a trace's events to machines that `make(agent, state, published)` gives, and compare what they ask for.
+    """Hand a trace's events to fresh machines, and compare the actions they ask for.
 
-    A last line that a killed run left unfinished is passed over. Raises DataError for a file that is no trace.
+    `make(agent, state, published)` gives a machine. A last line that a killed run left unfinished is passed over.
+    Raises DataError for a file that is no trace.
     """
     machines: dict[str, RoundMachine] = {}
     steps = asked = 0
@@ -195,7 +199,10 @@ def plain(value: Any) -> Any:
 
 
 def event_of(values: Mapping[str, Any]) -> m.Event:
-    """Return the event that `plain` gave; KeyError, TypeError or ValueError where it is something else."""
+    """Return the event that `plain` gave.
+
+    KeyError, TypeError or ValueError where it is something else.
+    """
     given = {key: value for key, value in values.items() if key != "kind"}
     if "basis" in given:
         given["basis"] = BasisId.parse(given["basis"])

@@ -1,4 +1,4 @@
-"""Carries snapshots from publishers to readers in virtual time, and knows which are on their way."""
+"""Carries snapshots from publishers to readers in virtual time."""
 
 from __future__ import annotations
 
@@ -19,9 +19,12 @@ from dimat.weights.snapshot import Manifest
 
 @dataclass(slots=True)
 class PendingTransfer:
-    """A snapshot that `reader` asked for in its round `number`. `manifest`: once it was found at its publisher;
-    `transfer`: while it is on its way, and `due` is the number of its arrival in the queue; `sent`: bytes that moved
-    for it so far, those of attempts that failed too; `source`: what the store gave once it was there."""
+    """A snapshot that `reader` asked for in its round `number`.
+
+    `manifest`: once it was found at its publisher; `transfer`: while it is on its way, and `due` is the number of its
+    arrival in the queue; `sent`: bytes that moved for it so far, those of attempts that failed too; `source`: what the
+    store gave once it was there.
+    """
 
     reader: str
     number: int
@@ -34,7 +37,9 @@ class PendingTransfer:
 
 
 class TransferScheduler:
-    """`post(agent, time, event)` hands an agent an event later, in this life; `handle` at once; `emit` tells facts.
+    """`post(agent, time, event)` hands an agent an event later, in this life; `handle` at once.
+
+    `emit` tells facts.
 
     What breaks off, or finds its publisher down or cut off, waits until it is back (`retry`), and then goes on with
     what is missing; the reader's deadline bounds that. Bytes are counted when a transfer ends, as many as were sent

@@ -1,4 +1,4 @@
-"""Snapshots: one agent's weights at one round, immutable and content-addressed, and the store that keeps them.
+"""Snapshots: an agent's weights at one round, content-addressed, and their store.
 
 A snapshot is a safetensors payload (weights, and `aux.…` statistics where a merge asks for them) and a manifest. The
 payload's address is its root hash: blake3 over the concatenated blake3 hashes of its blocks and its length, so that a
@@ -27,7 +27,10 @@ BLOCK_BYTES = 4 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class Payload:
-    """Address and checksums of a payload. `blocks`: hex blake3 of each block of `block_bytes` (the last is shorter)."""
+    """Address and checksums of a payload.
+
+    `blocks`: hex blake3 of each block of `block_bytes` (the last is shorter).
+    """
 
     root: str
     bytes: int
@@ -37,8 +40,10 @@ class Payload:
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """A cheaper way to the content of a snapshot: a payload that decodes to it (`dimat.weights.encodings`), with the
-    snapshot `after` at hand where it is a delta to that one ("" for none)."""
+    """A cheaper way to the content of a snapshot: a payload that decodes to it.
+
+    `after`: the snapshot that has to be at hand where this is a delta to it, "" for none (`dimat.weights.encodings`).
+    """
 
     encoding: str
     payload: Payload
@@ -47,8 +52,11 @@ class Form:
 
 @dataclass(frozen=True, slots=True)
 class RecordedSnapshot:
-    """A snapshot that an agent has recorded and may still publish. `forms`: the cheaper ways to it; `schema`: hash of
-    the weights' names, shapes and types; `samples`: examples of the training that it came out of."""
+    """A snapshot that an agent has recorded and may still publish.
+
+    `forms`: the cheaper ways to it; `schema`: hash of the weights' names, shapes and types; `samples`: examples of the
+    training that it came out of.
+    """
 
     payload: Payload
     forms: tuple[Form, ...]
@@ -61,7 +69,10 @@ class RecordedSnapshot:
 
     @staticmethod
     def load(folder: Path, root: str) -> RecordedSnapshot | None:
-        """Read the snapshot recorded under an address; None where there is none, DataError where it is damaged."""
+        """Read the snapshot recorded under an address.
+
+        None where there is none, DataError where it is damaged.
+        """
         path = folder / f"{root}.json"
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -75,12 +86,14 @@ class RecordedSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What an agent says about a snapshot that it offers. `payload`: the snapshot as every reader comes to hold it,
-    by whatever way it travels; `encoding`: that its weights were passed through before, and `forms`: the ways to it
-    that are cheaper than the payload itself. `parents`: (agent, root, round, weight) of each part of
-    the merge that training started from; `pushed`: by reader, all push-sum weight ever sent to it; `schema`: hash of
-    names, shapes and dtypes of the weights (`schema_hash`): statistics are no part of it, so that it says whether two
-    models fit whatever their agents merge by."""
+    """What an agent says about a snapshot that it offers.
+
+    `payload`: the snapshot as every reader comes to hold it, by whatever way it travels; `encoding`: that its weights
+    were passed through before, and `forms`: the ways to it that are cheaper than the payload itself. `parents`: (agent,
+    root, round, weight) of each part of the merge that training started from; `pushed`: by reader, all push-sum weight
+    ever sent to it; `schema`: hash of names, shapes and dtypes of the weights (`schema_hash`): statistics are no part
+    of it, so that it says whether two models fit whatever their agents merge by.
+    """
 
     run: str
     agent: str
@@ -142,7 +155,10 @@ def make_folder(folder: Path) -> None:
 
 
 def record_bytes(folder: Path, data: bytes, *, durable: bool = True) -> Payload:
-    """Write a payload into a store folder under its address and return it; content already there is not rewritten."""
+    """Write a payload into a store folder under its address and return it.
+
+    Content already there is not rewritten.
+    """
     payload = checksum(data)
     path = folder / f"{payload.root}.safetensors"
     if not path.exists():
@@ -170,8 +186,11 @@ class SnapshotStore:
         return self.folder / f"{root}.safetensors"
 
     def take_in(self, payload: Payload, folder: Path) -> None:
-        """Move a payload that was recorded in another folder of the same disk into the store. Whoever records has a
-        folder of its own, so that what is let go here meanwhile is never what it has just written."""
+        """Move a payload that was recorded in another folder of the same disk into the store.
+
+        Whoever records has a folder of its own, so that what is let go here meanwhile is never what it has just
+        written.
+        """
         try:
             (folder / f"{payload.root}.safetensors").replace(self.path(payload.root))
         except OSError as error:
@@ -196,7 +215,10 @@ class SnapshotStore:
         return next((m for m in self._published.get(agent, ()) if m.round == round_), None)
 
     def verify(self, payload: Payload) -> Path:
-        """Check length and every block of a payload file; DataError says what is wrong. Checked once per address."""
+        """Check length and every block of a payload file; DataError says what is wrong.
+
+        Checked once per address.
+        """
         path = self.path(payload.root)
         if payload.root not in self._verified:
             verify_file(path, payload)
@@ -204,7 +226,7 @@ class SnapshotStore:
         return path
 
     def sweep(self, keep: Collection[str]) -> None:
-        """Remove payload files that nobody holds and that are not named in `keep`: what a crash left behind."""
+        """Remove the files that a crash left behind: held by nobody, not named in `keep`."""
         for path in self.folder.glob("*.safetensors"):
             if path.stem not in self._holds and path.stem not in keep:
                 path.unlink(missing_ok=True)
@@ -230,7 +252,10 @@ def roots_of(manifest: Manifest) -> tuple[str, ...]:
 
 
 def verify_file(path: Path, payload: Payload) -> None:
-    """Check a payload file against its record, block by block; DataError where it is missing, cut short or altered."""
+    """Check a payload file against its record, block by block.
+
+    DataError where it is missing, cut short or altered.
+    """
     try:
         size = path.stat().st_size
         if size != payload.bytes:

@@ -1,7 +1,7 @@
-"""A real agent from its start to its end: folder, keys, checkpoint, network, rounds, and the way out.
+"""A real agent from start to end: folder, keys, checkpoint, network, rounds, leaving.
 
-`Daemon.run` is what `dimat agent` does, signals apart; an own training loop runs the same daemon in a thread beside it
-(`dimat.agent.attach`).
+`dimat agent` runs `Daemon.run` and handles signals; `dimat.Agent` (`dimat.agent.attach`) runs the same daemon in a
+thread beside your own training loop.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ _TURNS = (events.AgentStarted, events.Trained, events.Published, events.Merged, 
 
 
 class Daemon:
-    """One agent of one run. `listeners` are told every event; `learner`: trains the model, where that is not dimat's
-    own trainer.
+    """One agent of one run.
+
+    `listeners` are told every event; `learner`: trains the model, where that is not dimat's own trainer.
 
     Made outside the event loop (it reads keys and the newest checkpoint, and may take long); `run` belongs to the loop,
     as do `stop` and `reload`.
@@ -144,8 +145,10 @@ class Daemon:
 
     # ── its life ─────────────────────────────────────────────────────────────────────────────────────────────
     async def run(self, ready: Callable[[], None] | None = None) -> str:
-        """Run until the agent leaves, and return why; raises what ended it otherwise. `ready` is called once it
-        listens."""
+        """Run until the agent leaves, and return why; raises what ended it otherwise.
+
+        `ready` is called once it listens.
+        """
         config = self.setup.config
         socket = StatusSocket(self.folder.path, self.status)
         watchdog = asyncio.create_task(_watchdog())
@@ -189,8 +192,10 @@ class Daemon:
         self._leaving.set()
 
     async def reload(self) -> None:
-        """Take the network map over as it is in its file now, or as it was followed; where it cannot be used, the old
-        one stands."""
+        """Take the network map over as it is in its file now, or as it was followed.
+
+        Where it cannot be used, the old one stands.
+        """
         try:
             programme, _ = await asyncio.to_thread(programme_of, self.setup.config, self.setup.kit)
         except DimatError as error:

@@ -19,7 +19,10 @@ MARK = "agent.json"
 
 
 class AgentFolder:
-    """Folder of one agent in one run; made if it is not there. DataError where it is another's, or in use."""
+    """Folder of one agent in one run; made if it is not there.
+
+    DataError where it is another's, or in use.
+    """
 
     def __init__(self, path: Path, run: str, agent: str) -> None:
         self.path = path
@@ -74,7 +77,10 @@ class AgentFolder:
 
 
 def read_mark(path: Path) -> dict[str, Any] | None:
-    """Return whose folder this is ("run", "agent"), None where it is nobody's; DataError for one that is damaged."""
+    """Return whose folder this is ("run", "agent"), None where it is nobody's.
+
+    DataError for one that is damaged.
+    """
     try:
         return json.loads((path / MARK).read_text(encoding="utf-8"))
     except FileNotFoundError:

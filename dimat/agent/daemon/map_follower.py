@@ -1,4 +1,4 @@
-"""Network maps that the organiser publishes in the DHT: `dht.follow_map` takes them over as SIGHUP takes a file.
+"""Follows the network maps that the organiser publishes in the DHT (`dht.follow_map`).
 
 What was followed last lies in the agent's folder (`dht/map.toml`), never in the operator's file. Of the two the one of
 the higher version counts, so that an operator can overrule a published map, and no older one comes back. An agent also
@@ -50,8 +50,11 @@ class MapDirectory(Protocol):
 
 
 class MapFollower:
-    """Looks for newer maps for one agent. `folder`: the agent's, for what belongs to the DHT; `check` raises DimatError
-    where a map file cannot be used; `take` is called when one has been written that can."""
+    """Looks for newer maps for one agent.
+
+    `folder`: the agent's, for what belongs to the DHT; `check` raises DimatError where a map file cannot be used;
+    `take` is called when one has been written that can.
+    """
 
     def __init__(
         self,
@@ -90,7 +93,7 @@ class MapFollower:
             self._task = None
 
     async def look(self, now: float) -> None:
-        """Look once: take a newer map over, or leave the one that is held with a DHT that does not have it."""
+        """Look once: take a newer map over, or put the one that is held into the DHT."""
         found = await self._dht.lookup_map()
         known = self._followed()
         newer = found is not None and found[0].version > max(known, self._passed_over)

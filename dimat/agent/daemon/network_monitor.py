@@ -1,4 +1,4 @@
-"""How an agent's network is, told as events while it changes and in between, so that listeners need not ask."""
+"""Tells as events how an agent's network is, so that listeners need not ask."""
 
 from __future__ import annotations
 
@@ -29,9 +29,11 @@ class Observed(Protocol):
 
 
 class NetworkMonitor:
-    """Tells `emit` a `NetworkObserved` from the event loop's thread. `round`: gives the agent's round; `dht`: gives the
-    state of the DHT, None where there is none; `folders`: of own and of received snapshots; `every_s`: seconds after
-    which it is told although nothing has changed."""
+    """Tells `emit` a `NetworkObserved` from the event loop's thread.
+
+    `round`: gives the agent's round; `dht`: gives the state of the DHT, None where there is none; `folders`: of own and
+    of received snapshots; `every_s`: seconds after which it is told although nothing has changed.
+    """
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""How an agent finds its peers: by the map's addresses and, where the configuration names bootstraps, the DHT."""
+"""How an agent finds its peers: by the map's addresses and, with bootstraps, by the DHT."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from dimat.seeds import derive_seed
 
 
 class PeerDiscovery:
-    """The DHT node of an agent, in a process of its own, and what is found through it. Made before torch works on
-    several threads and before gRPC runs; the rest belongs to the event loop."""
+    """The DHT node of an agent, in a process of its own, and what is found through it.
+
+    Made before torch works on several threads and before gRPC runs; the rest belongs to the event loop.
+    """
 
     def __init__(
         self, config: ExperimentConfig, agent: str, folder: Path, identity: Identity, notice: Callable[[str], None]

@@ -14,8 +14,11 @@ from dimat.net.pki.identity import Identity, load_identity
 
 
 def ask_peer(config: ExperimentConfig, peer: str) -> dict[str, Any]:
-    """Return the status of an agent on the map, asked at each of its addresses until one answers. ConfigError where the
-    map does not have it or no address of it, NetworkError and SecurityError where it does not answer."""
+    """Return the status of an agent on the map, from the first of its addresses that answers.
+
+    ConfigError where the map does not have it or no address of it, NetworkError and SecurityError where it does not
+    answer.
+    """
     name = config.agent.name
     if name is None:
         raise ConfigError("who asks? set agent.name to its name on the network map, or give --name")

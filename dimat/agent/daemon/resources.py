@@ -1,4 +1,4 @@
-"""The room that an agent takes on disk and in memory: looked at before it begins, by itself and by `dimat doctor`."""
+"""The disk space and memory that an agent needs, checked before it begins."""
 
 from __future__ import annotations
 
@@ -9,14 +9,19 @@ RESERVE_BYTES = 64 * 2**20
 
 
 def needed_bytes(size: int, peers: int, snapshots: int, checkpoints: int) -> int:
-    """Return what a round needs on disk, what is left free among it. `size`: bytes of a snapshot; `snapshots`,
-    `checkpoints`: how many own ones are kept."""
+    """Return what a round needs on disk, what is left free among it.
+
+    `size`: bytes of a snapshot; `snapshots`, `checkpoints`: how many own ones are kept.
+    """
     # one more of each is being written; a checkpoint has two optimizer moments beside the weights
     return (snapshots + 1 + peers + 3 * (checkpoints + 1)) * size + RESERVE_BYTES
 
 
 def memory_bytes(size: int, peers: int) -> int:
-    """Return about what weights take in memory in a round: weights, gradients, two moments, what a merge reads."""
+    """Return about how much memory a round takes.
+
+    Weights, gradients, two moments, and the tensors that a merge reads.
+    """
     return (4 + peers + 1) * size
 
 
@@ -30,7 +35,10 @@ def available_memory(meminfo: Path = Path("/proc/meminfo")) -> int | None:
 
 
 def little_memory(size: int, peers: int, available: int | None) -> str:
-    """Return a warning where less is free than a round takes, else "". No more than that: both are estimates."""
+    """Return a warning where less is free than a round takes, else "".
+
+    No more than that: both are estimates.
+    """
     wanted = memory_bytes(size, peers)
     if available is None or available >= wanted:
         return ""

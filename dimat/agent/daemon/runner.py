@@ -1,4 +1,4 @@
-"""Drives one agent's round machine for real: asyncio, a network, a thread that trains, and the wall clock.
+"""Drives one agent's round machine for real: event loop, network, thread, wall clock.
 
 Actions are carried out in the order in which the machine gives them, and the next event is handed in once they are
 under way; a checkpoint is waited for, so that what comes after it (publishing above all) rests on a durable state.
@@ -40,7 +40,9 @@ RETRY_S = (1.0, 60.0)
 
 
 class Runner:
-    """One life of one agent. It is the `Hearing` of its transport, whose `start` and `close` are its owner's affair.
+    """One life of one agent.
+
+    It is the `PeerListener` of its transport, whose `start` and `close` are its owner's affair.
 
     `emit` is told every fact, from the event loop's thread; `fetched` of every snapshot that arrives, with the
     publisher's signed manifest, before the machine knows of it.

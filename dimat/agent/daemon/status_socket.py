@@ -1,4 +1,4 @@
-"""How an agent is: told to whoever asks on a socket in its folder, and to the service manager that started it."""
+"""Tells how an agent is, on a socket in its folder and to the service manager."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ NOTIFY_S = 0.5
 
 
 class StatusSocket:
-    """Answers each connection with one JSON object, then closes it. Only the agent's own user can connect."""
+    """Answers each connection with one JSON object, then closes it.
+
+    Only the agent's own user can connect.
+    """
 
     def __init__(self, folder: Path, status: Callable[[], Mapping[str, object]]) -> None:
         self._folder = folder
@@ -29,7 +32,10 @@ class StatusSocket:
         self._server: asyncio.Server | None = None
 
     async def start(self) -> None:
-        """Listen; what an earlier life left behind is replaced (the folder's lock says that it is over)."""
+        """Listen.
+
+        What an earlier life left behind is replaced (the folder's lock says that it is over).
+        """
         with _short(self._folder) as path:
             with suppress(FileNotFoundError):
                 os.unlink(path)
@@ -72,8 +78,10 @@ def ask(folder: Path) -> dict[str, Any]:
 
 
 def notify(message: str) -> None:
-    """Tell the service manager (systemd's `sd_notify` protocol) that the agent is READY=1, STOPPING=1, WATCHDOG=1, or
-    its STATUS=…; nothing happens where none has asked for it, or where it does not listen."""
+    """Tell the service manager READY=1, STOPPING=1, WATCHDOG=1, or STATUS=… (`sd_notify`).
+
+    Nothing happens where none has asked for it, or where it does not listen.
+    """
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:
         return
@@ -84,8 +92,10 @@ def notify(message: str) -> None:
 
 
 def watchdog_s() -> float | None:
-    """Return how often the service manager is to be told WATCHDOG=1: twice in the time after which it takes the agent
-    for hung. None where it does not watch this process."""
+    """Return how often the service manager is to be told WATCHDOG=1.
+
+    Twice in the time after which it takes the agent for hung. None where it does not watch this process.
+    """
     try:
         microseconds = int(os.environ.get("WATCHDOG_USEC", ""))
         watched = int(os.environ.get("WATCHDOG_PID", os.getpid()))

@@ -1,4 +1,4 @@
-"""The work of a real agent, done in a thread of its own: the event loop goes on serving meanwhile."""
+"""A real agent's work in a thread of its own, so that the event loop goes on serving."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ T = TypeVar("T")
 
 
 class WorkThread:
-    """A thread that does what it is given, in order. It is a daemon: nobody waits for it when the process ends."""
+    """A thread that does what it is given, in order.
+
+    It is a daemon: nobody waits for it when the process ends.
+    """
 
     def __init__(self) -> None:
         self.busy = False
@@ -30,7 +33,10 @@ class WorkThread:
         threading.Thread(target=self._loop, name="dimat-work", daemon=True).start()
 
     def do(self, job: Callable[[], T]) -> asyncio.Future[T]:
-        """Do a job once those before it are done; the future has its outcome, in the event loop that asks."""
+        """Do a job once those before it are done.
+
+        The future has its outcome, in the event loop that asks.
+        """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
 
@@ -62,7 +68,7 @@ class WorkThread:
 
 
 class AgentWorker:
-    """The work of a real agent (`Work`): each piece is done when its outcome is taken, in the agent's one thread.
+    """The work of a real agent (`Work`), done as its outcomes are taken in the one thread.
 
     `evaluate`: on what occasions a merge is evaluated (`Learner.merge`); `lineage`: file of the records of merges;
     `weights`: file in which people find the newest merged weights.
@@ -99,7 +105,10 @@ class AgentWorker:
         return self._record
 
     def recorded(self, root: str) -> Outcome[RecordedSnapshot | None]:
-        """Return a snapshot that was recorded in an earlier life, by address; None where it is gone."""
+        """Return a snapshot that was recorded in an earlier life, by address.
+
+        None where it is gone.
+        """
         return lambda: RecordedSnapshot.load(self._learner.store, root)
 
     def checkpoint(self, action: m.CheckpointAction) -> Outcome[None]:

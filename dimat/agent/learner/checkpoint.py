@@ -1,4 +1,4 @@
-"""Checkpoints: all that an agent needs to go on after a crash, and the store on disk that keeps the last few.
+"""Checkpoints: an agent's whole state in one file, and the folder that keeps the last few.
 
 A checkpoint is plain tensors and plain values in a safetensors file, without pickle. Files appear by rename, after
 fsync, and carry the hash of their content in their name, so that a reader sees a whole checkpoint or knows that it
@@ -58,8 +58,11 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """The newest checkpoint that can be read. `published`: the last round that a checkpoint of stage "trained" was
-    ever made for, readable or not; `passed_over`: why newer ones could not be read."""
+    """The newest checkpoint that can be read.
+
+    `published`: the last round that a checkpoint of stage "trained" was ever made for, readable or not; `passed_over`:
+    why newer ones could not be read.
+    """
 
     checkpoint: Checkpoint
     published: int
@@ -67,7 +70,10 @@ class Loaded:
 
 
 class CheckpointStore:
-    """The last `keep` checkpoints of one agent in a folder of their own. `durable`: they survive power loss."""
+    """The last `keep` checkpoints of one agent in a folder of their own.
+
+    `durable`: they survive power loss.
+    """
 
     def __init__(self, folder: Path, keep: int = 3, *, durable: bool = True) -> None:
         self.folder = folder
@@ -81,7 +87,10 @@ class CheckpointStore:
             raise DataError(f"cannot make the checkpoint folder {folder}: {error.strerror or error}") from error
 
     def save(self, checkpoint: Checkpoint) -> Path:
-        """Write a checkpoint, then remove those beyond `keep`; DataError where it cannot be written."""
+        """Write a checkpoint, then remove those beyond `keep`.
+
+        DataError where it cannot be written.
+        """
         machine, trainer = checkpoint.machine, checkpoint.trainer
         tensors = {f"trainer/{name}": tensor for name, tensor in trainer.tensors.items()}
         tensors |= {f"method/{name}": tensor for name, tensor in checkpoint.method_tensors.items()}
@@ -142,8 +151,11 @@ class CheckpointStore:
 
 
 def look(folder: Path) -> list[tuple[str, str]]:
-    """Return the checkpoints in a folder (file name, what is wrong with it or ""), newest first. Nothing is changed,
-    unlike by a `CheckpointStore`, which is the running agent's alone. DataError where the folder cannot be read."""
+    """Return the checkpoints in a folder, newest first: file name, and its fault or "".
+
+    Nothing is changed, unlike by a `CheckpointStore`, which is the running agent's alone. DataError where the folder
+    cannot be read.
+    """
     try:
         names = sorted((path.name for path in folder.iterdir() if NAME.fullmatch(path.name)), reverse=True)
     except FileNotFoundError:
@@ -180,7 +192,10 @@ def write_state(path: Path, stored: Stored, *, durable: bool = True) -> None:
 
 
 def read_state(path: Path) -> Stored:
-    """Read what `write_state` wrote; DataError where it is missing, damaged or of another format."""
+    """Read what `write_state` wrote.
+
+    DataError where it is missing, damaged or of another format.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = cast("dict[str, str]", file.metadata() or {})

@@ -1,7 +1,7 @@
-"""What one agent does on its own machine when the round machine asks: train, record, adopt a basis, merge.
+"""The learner: one agent's model, optimizer and data, and what a round does with them.
 
-`Learner` holds the model, the optimizer and the data of one agent and knows no peers beyond the files of
-their snapshots. Every driver (simulator, daemon) has one per agent.
+It trains, records snapshots, adopts a basis and merges, and knows no peers beyond the files of their snapshots. Every
+driver (simulator, daemon) has one per agent.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Learner:
         )
 
     def train(self, number: int, learn: bool = True) -> TrainResult:
-        """Train for round `number` (not if `learn` is false), and take the statistics that the merge rests on."""
+        """Train for a round (not if `learn` is false), and take the merge method's statistics."""
         start = time.thread_time()
         report = self.trainer.train(number) if learn else None
         trained = time.thread_time()
@@ -119,15 +119,19 @@ class Learner:
         return TrainResult(loss=loss, samples=self._samples, cpu_s=cpu_s)
 
     def record(self) -> RecordedSnapshot:
-        """Record the current weights as a snapshot, passed through the encoding in which peers get them. DataError
-        where it cannot be written; it may be tried again then."""
+        """Record the current weights as a snapshot, in the encoding in which peers get them.
+
+        DataError where it cannot be written; it may be tried again then.
+        """
         weights = self.trainer.weights()
         payload, forms = self._recorder.record(beside(weights, self._statistics))
         return RecordedSnapshot(payload, forms, schema_hash(weights), self._samples)
 
     def adopt_weights(self, peer: str, snapshot: Path) -> str:
-        """Take over a peer's weights whole (a newcomer that adopts). Returns why it could not be, with nothing changed,
-        or an empty string."""
+        """Take over a peer's weights whole (a newcomer that adopts).
+
+        Returns why it could not be, with nothing changed, or an empty string.
+        """
         weights, _ = self._open(snapshot)
         try:
             own = self.trainer.weights()
@@ -145,7 +149,10 @@ class Learner:
         return Checkpoint(machine, self.trainer.state(), self.schema(), tensors, values, self._statistics)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint; DataError where it does not fit the task or the training's settings."""
+        """Go on from a checkpoint.
+
+        DataError where it does not fit the task or the training's settings.
+        """
         self.trainer.load_state(checkpoint.trainer)
         self.method = {**checkpoint.method_tensors, **checkpoint.method_values}
         self._statistics = dict(checkpoint.statistics)
@@ -155,9 +162,11 @@ class Learner:
         return schema_hash(self.trainer.model.state_dict())
 
     def adopt_basis(self, number: int, peer: str, snapshot: Path) -> Moves | None:
-        """Permute weights, buffers and optimizer into the basis of a peer's snapshot; return which units moved.
-        None, and nothing changed, where the snapshot is not fit to align to. Without symmetry groups nothing is
-        permuted: all bases are one then."""
+        """Permute weights, buffers and optimizer into the basis of a peer's snapshot.
+
+        Return which units moved. None, and nothing changed, where the snapshot is not fit to align to. Without symmetry
+        groups nothing is permuted: all bases are one then.
+        """
         if self.spec is None:
             return Moves()
         source = Peer(peer, self._open(snapshot)[0], weight=0.0)
@@ -171,9 +180,9 @@ class Learner:
         return Moves(moved_share(permutations), moved_by_group(permutations))
 
     def merge(self, action: MergeAction, sources: Mapping[str, Path], evaluate: str) -> MergeResult:
-        """Merge the agent's own weights with its peers' snapshots, whose files `sources` gives by peer.
+        """Merge the agent's own weights with its peers' snapshots.
 
-        `evaluate`: "all" (test metrics before and after), "after" or "none".
+        `sources`: the snapshots' files, by peer; `evaluate`: "all" (test metrics before and after), "after" or "none".
         """
         start = time.thread_time()
         before = self.evaluate() if evaluate == "all" else {}

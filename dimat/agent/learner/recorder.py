@@ -1,5 +1,7 @@
-"""How own weights become a snapshot: passed through the encoding in which they travel, so that every reader holds the
-same, whichever way it came to it."""
+"""How an agent's weights become a snapshot: passed through the encoding they travel in.
+
+So every reader holds the same content, in whatever form it came.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from dimat.weights.tensors import encode
 
 
 class Recorder:
-    """Records snapshots of one agent, one after the other. `store`: folder that they are recorded in.
+    """Records snapshots of one agent, one after the other.
+
+    `store`: folder that they are recorded in.
 
     What an encoding cuts off is kept, and added to what is sent next (error feedback); with `delta` the next snapshot
     is a change to the one before, which carries it along by itself.
@@ -29,7 +33,10 @@ class Recorder:
         self._residual: dict[str, Tensor] = {}
 
     def record(self, weights: Mapping[str, Tensor]) -> tuple[Payload, tuple[Form, ...]]:
-        """Record weights; return their payload, and the cheaper forms of it. DataError where they cannot be written."""
+        """Record weights; return their payload, and the cheaper forms of it.
+
+        DataError where they cannot be written.
+        """
         config = self._config
         if config.encoding == "fp32":
             return record_bytes(self._store, encode(weights), durable=self._durable), ()

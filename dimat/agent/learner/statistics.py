@@ -1,4 +1,4 @@
-"""The statistics that some combine methods rest on, as an agent takes them: on its own data, after training."""
+"""The statistics that some combine methods rest on, taken on an agent's own data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from dimat.tasks.data import batch_bounds
 def take_statistics(
     plan: MergePlan, task: Task, model: nn.Module, data: Data, batch_size: int, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """Return the statistics of the plan's combine method at the model's weights, on the CPU; empty where it has none.
+    """Return the statistics of the plan's combine method at the model's weights, on the CPU.
+
+    Empty where it has none.
 
     Taken on `statistics_samples` examples of `data` at most, drawn with the generator and not augmented, with the
     task's loss. Equal weights, data and draws give equal bits. Raises MergeError where a value is not finite.
@@ -39,8 +41,10 @@ def take_statistics(
 
 
 def sample_statistics(plan: MergePlan, task: Task, model: nn.Module) -> dict[str, Tensor]:
-    """Return statistics as they travel with weights, of two examples: only what they are matters. ConfigError where the
-    method finds none in this model, or the task's loss or model cannot be used for it."""
+    """Return a merge method's statistics, of two examples: only names and shapes count.
+
+    ConfigError where the method finds none in this model, or the task's loss or model cannot be used for it.
+    """
     if plan.statistics is None:
         return {}
     method = plan.combine.name

@@ -26,16 +26,22 @@ Model = tuple[str, int]
 
 @dataclass(frozen=True, slots=True)
 class Lineage:
-    """Of what a model is made. `initial[agent]`: weight of that agent's first network; `updates[agent, round]`: weight
-    with which that round of training is in the model, from 0 to 1; `earlier[agent, round]`: weight of that agent's
-    model as it went into that round, where nothing tells what it was made of. `initial` and `earlier` sum to 1."""
+    """Of what a model is made.
+
+    `initial[agent]`: weight of that agent's first network; `updates[agent, round]`: weight with which that round of
+    training is in the model, from 0 to 1; `earlier[agent, round]`: weight of that agent's model as it went into that
+    round, where nothing tells what it was made of. `initial` and `earlier` sum to 1.
+    """
 
     initial: Mapping[str, float]
     updates: Mapping[tuple[str, int], float]
     earlier: Mapping[Model, float] = field(default_factory=dict[Model, float])
 
     def shares(self) -> dict[str, float]:
-        """Return each agent's part in all training that is in the model; sums to 1 where there was any."""
+        """Return each agent's part in all training that is in the model.
+
+        Sums to 1 where there was any.
+        """
         totals: defaultdict[str, float] = defaultdict(float)
         for (agent, _), weight in self.updates.items():
             totals[agent] += weight
@@ -96,8 +102,11 @@ class _Ledger:
         return [part for part in self.last[model].contributions if part.weight > 0]
 
     def origin(self, part: Contribution) -> Model | None:
-        """Return the model that a snapshot's training started from: its agent's newest merge before, or round 0. None
-        where the records are not all there, and this is not known."""
+        """Return the model that a snapshot's training started from.
+
+        It is its agent's newest merge before, or round 0. None where the records are not all there, and this is not
+        known.
+        """
         if self._starts is not None and part.agent != self._agent:
             start = self._starts.get((part.agent, part.round))
             known = start == 0 or (part.agent, start) in self.last
@@ -107,8 +116,10 @@ class _Ledger:
         return part.agent, rounds[before - 1] if before else 0
 
     def trained(self, part: Contribution, model: Model) -> bool:
-        """Whether training went before a snapshot that `model` is made of. DataError if the publisher's own record
-        names another snapshot."""
+        """Whether training went before a snapshot that `model` is made of.
+
+        DataError if the publisher's own record names another snapshot.
+        """
         record = self.last.get((part.agent, part.round))
         if record is None or record.kind != "merge":
             # its publisher was gone before its own merge; whether a round trains is planned alike for all

@@ -1,4 +1,4 @@
-"""The signed manifests of all snapshots that were fetched: who vouched for what, for whoever wants to check a lineage.
+"""The log of signed manifests of all fetched snapshots: who vouched for which content.
 
 One JSON object a line, in `manifests.jsonl` of the agent's folder: the manifest's very bytes and the signature over
 them (hex), beside what they say.
@@ -23,9 +23,12 @@ from dimat.net.transport import Fetched
 
 @dataclass(frozen=True, slots=True)
 class Vouched:
-    """One line of the ledger. `root`: address of the snapshot; `parents`: (agent, root, round, weight) of each part of
-    the merge that its training started from; `manifest`, `signature`: the bytes; `hash`: blake3 of the manifest;
-    `certificate`: the publisher's (DER), empty where it is not known."""
+    """One line of the ledger.
+
+    `root`: address of the snapshot; `parents`: (agent, root, round, weight) of each part of the merge that its training
+    started from; `manifest`, `signature`: the bytes; `hash`: blake3 of the manifest; `certificate`: the publisher's
+    (DER), empty where it is not known.
+    """
 
     agent: str
     round: int
@@ -83,7 +86,10 @@ class ManifestLedger:
 
 
 def read_ledger(path: Path) -> Iterator[Vouched]:
-    """Read what `ManifestLedger` wrote, but for lines that were cut short; DataError where it cannot be read."""
+    """Read what `ManifestLedger` wrote, but for lines that were cut short.
+
+    DataError where it cannot be read.
+    """
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     except OSError as error:
@@ -110,8 +116,10 @@ def read_line(line: str) -> Vouched:
 
 
 def peers_records(vouched: Iterable[Vouched]) -> list[MergeRecord]:
-    """Return peers' merges as their own manifests tell of them: of each, what the training before a snapshot started
-    from."""
+    """Return peers' merges as their own manifests tell of them.
+
+    Of each snapshot: the parts of the merge that its training started from.
+    """
     records: dict[tuple[str, int], MergeRecord] = {}
     for entry in vouched:
         if entry.parents:
@@ -129,8 +137,10 @@ def peers_records(vouched: Iterable[Vouched]) -> list[MergeRecord]:
 
 
 def starts(vouched: Iterable[Vouched]) -> dict[Model, int]:
-    """Return of each snapshot (agent, round) the round of the merge that its training started from, as its manifest
-    tells; 0: its agent's first network."""
+    """Return by snapshot (agent, round) the round of the merge its training started from.
+
+    0: its agent's first network.
+    """
     return {(entry.agent, entry.round): _started_from(entry) for entry in vouched}
 
 

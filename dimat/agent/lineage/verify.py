@@ -1,4 +1,4 @@
-"""Is a ledger what peers have signed? Each line of `manifests.jsonl` against the CA, and own merges against both."""
+"""Checks a log of manifests against the CA, and an agent's merges against both."""
 
 from __future__ import annotations
 
@@ -23,8 +23,11 @@ from dimat.wire.v1 import peer_pb2 as pb
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """`checked`: lines whose signature was looked at; `faults`: what is wrong, each with file and line; `torn`: lines
-    that cannot be read, as a crash leaves them: they vouch for nothing."""
+    """`checked`: lines whose signature was looked at.
+
+    `faults`: what is wrong, each with file and line; `torn`: lines that cannot be read, as a crash leaves them: they
+    vouch for nothing.
+    """
 
     checked: int
     faults: tuple[str, ...]
@@ -32,9 +35,10 @@ class Verified:
 
 
 def verify_ledger(path: Path, keys: Path, records: Sequence[MergeRecord] = ()) -> Verified:
-    """Check every line of a ledger of manifests: signed by the agent that it names, whose certificate the CA in `keys`
-    (ca.crt) issued, and saying what the signed bytes say. `records`: own merges; each manifest that one rests on has to
-    be among the lines.
+    """Check every line of a log of manifests: its signature, its signer, and its content.
+
+    It has to be signed by the agent that it names, whose certificate the CA in `keys` (ca.crt) issued, and say what the
+    signed bytes say. `records`: the agent's own merges; each manifest that one rests on has to be among the lines.
 
     A ledger outlives certificates, so their dates are not looked at. Of a line without a certificate, other lines'
     of that agent and NAME.crt in `keys` are tried. SecurityError where there is no CA to check against, DataError for

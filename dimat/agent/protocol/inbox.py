@@ -1,4 +1,4 @@
-"""What an agent hears and fetches: peers' offers, snapshots on their way, snapshots that are here.
+"""An agent's inbox: peers' offers, snapshots on their way, snapshots that are here.
 
 Part of the round machine, and like it without I/O, clock or chance. Whatever peers send, it keeps a bounded number
 of things per peer.
@@ -30,7 +30,10 @@ class Heard(Enum):
 
 
 class Inbox:
-    """Offers and snapshots of one agent's peers. `open`: whether snapshots for the current round are still fetched."""
+    """Offers and snapshots of one agent's peers.
+
+    `open`: whether snapshots for the current round are still fetched.
+    """
 
     def __init__(self, agent: str, run: str, plan: Plan, rules: Rules) -> None:
         self.mode = mode_of(rules)
@@ -82,11 +85,14 @@ class Inbox:
         return [Release(offer.peer, offer.round, offer.root) for offer in done]
 
     def announce(self, plan: Plan) -> None:
-        """Know of a plan that holds from the next round on: what its peers offer from now on is not lost."""
+        """Note the plan of the next round on: offers of its peers count from now on."""
         self._next = plan
 
     def change(self, plan: Plan) -> list[Action]:
-        """Take a new plan over, between rounds; what peers that it does not name have sent is dropped."""
+        """Take a new plan over, between rounds.
+
+        What peers that it does not name have sent is dropped.
+        """
         self._plan, self._next = plan, None
         self.offers.forget_all_but(plan.peers)
         self._silent = {peer: gone for peer, gone in self._silent.items() if peer in plan.peers}
@@ -105,14 +111,17 @@ class Inbox:
         self.offers.forget_all_but({offer.peer for offer in self.offers if offer.base == base})
 
     def expire(self) -> None:
-        """Wait no more in this round. A peer that was waited for and not heard counts as silent; one that is late or
-        rounds behind is waited for in the next round too: it may catch up."""
+        """Wait no more in this round.
+
+        A peer that was waited for and not heard counts as silent; one that is late or rounds behind is waited for in
+        the next round too: it may catch up.
+        """
         for peer in self.missing():
             if peer not in self.lost and not self._heard_within(peer, 1):
                 self._silent[peer] = (SILENT, 0)
 
     def network_round(self, number: int) -> int:
-        """Return the round to go on with: `number`, or the network's where nobody offers `number` any more.
+        """Return the round to go on with: `number`, or the network's where it has gone on.
 
         The network's round is a median, which one liar does not move. Where a living peer stays out of reach ahead of
         it (two parts of a network that went on at different speeds and meet again) an agent makes up ground, a bounded
@@ -159,7 +168,10 @@ class Inbox:
 
     # ── what happens ─────────────────────────────────────────────────────────────────────────────────────────
     def hear(self, offer: PeerPublished) -> tuple[Heard, list[Action]]:
-        """Note an offer. Only a neighbour's of this run counts, and a (peer, round) has one content for ever."""
+        """Note an offer.
+
+        Only a neighbour's of this run counts, and a (peer, round) has one content for ever.
+        """
         known_peer = offer.peer in self._plan.peers or (self._next is not None and offer.peer in self._next.peers)
         foreign = offer.run != self._run or not known_peer or offer.peer == self._agent
         if foreign or offer.round < 1 or self._rules.beyond(offer.round):
@@ -187,7 +199,10 @@ class Inbox:
         return Heard.NOTED, self._fetch_from(offer.peer) if wanted else []
 
     def arrived(self, peer: str, number: int, root: str) -> list[Action] | None:
-        """Note that a snapshot is here; None where it is not one that was asked for and is still of use."""
+        """Note that a snapshot is here.
+
+        None where it is not one that was asked for and is still of use.
+        """
         offer = self._asked(peer, number, root)
         if offer is None or not (self.open or self.mode.keeps):
             return None
@@ -210,8 +225,10 @@ class Inbox:
         return self._fetch_from(peer) if self.open and self.mode.replaced(self.offers, offer) else []
 
     def gone(self, peer: str, reason: str, last: int) -> bool:
-        """Wait no more for a peer's rounds after `last`; what is here of it, or on its way, still counts. False for a
-        stranger."""
+        """Wait no more for a peer's rounds after `last`.
+
+        What is here of it, or on its way, still counts. False for a stranger.
+        """
         if peer not in self._plan.peers:
             return False
         self._silent[peer] = (reason, last)

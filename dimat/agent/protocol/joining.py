@@ -1,5 +1,7 @@
-"""Joining: how a newcomer joins a network that lives already, at which round and with whose weights; and whose basis
-an agent joins."""
+"""How a newcomer joins a network that lives already: at which round, with whose weights.
+
+And whose basis an agent adopts.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,11 @@ from dimat.agent.protocol.plan import Plan, Rules
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What a newcomer does. `round`: the network's, 0 where there is none and it founds one; `adopt`: the snapshot
-    whose weights it takes over, None where it keeps its own."""
+    """What a newcomer does.
+
+    `round`: the network's, 0 where there is none and it founds one; `adopt`: the snapshot whose weights it takes over,
+    None where it keeps its own.
+    """
 
     round: int
     adopt: PeerPublished | None = None
@@ -129,6 +134,9 @@ class Newcomer:
 
 
 def better_basis(own: BasisId, offers: Iterable[PeerPublished], weight: Mapping[str, float]) -> PeerPublished | None:
-    """Return the offer whose basis is to be adopted: the smallest id below own, of equals the one with most weight."""
+    """Return the offer whose basis is to be adopted; None where no basis is better.
+
+    It is the smallest id below the agent's own, and of equal ones the offer with most weight.
+    """
     better = [offer for offer in offers if offer.basis < own]
     return min(better, key=lambda offer: (offer.basis, -weight[offer.peer], offer.peer), default=None)

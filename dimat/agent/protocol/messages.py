@@ -1,4 +1,4 @@
-"""What the round machine is told (events) and what it asks for (actions): plain frozen facts, without behaviour."""
+"""The round machine's messages: the events it is told, and the actions it asks for."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ from dimat.weights.snapshot import Manifest, RecordedSnapshot
 # ── what the machine is told ─────────────────────────────────────────────────────────────────────────────────
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The agent is up. It goes on from its checkpoint if the machine was given one, else it begins at round 1; with
-    `join` it first listens for a network that lives already."""
+    """The agent is up.
+
+    It goes on from its checkpoint if the machine was given one, else it begins at round 1; with `join` it first listens
+    for a network that lives already.
+    """
 
     join: bool = False
 
@@ -72,7 +75,7 @@ class Deadline:
 
 @dataclass(frozen=True, slots=True)
 class Moves:
-    """What a change of basis moved: the share of all units whose place changed, and that of each symmetry group."""
+    """The share of all units that a change of basis moved, and that of each symmetry group."""
 
     share: float = 0.0
     groups: Mapping[str, float] = field(default_factory=dict[str, float])
@@ -80,8 +83,10 @@ class Moves:
 
 @dataclass(frozen=True, slots=True)
 class BasisChanged:
-    """The agent has permuted itself (or could not, and `basis` is its old one). `moved`: share of its units whose place
-    changed; `groups`: the same of each symmetry group."""
+    """The agent has permuted itself (or could not, and `basis` is its old one).
+
+    `moved`: share of its units whose place changed; `groups`: the same of each symmetry group.
+    """
 
     round: int
     basis: BasisId
@@ -90,7 +95,10 @@ class BasisChanged:
 
     @staticmethod
     def after(action: AdoptBasis, own: BasisId, moves: Moves | None) -> BasisChanged:
-        """Return what became of an action; `own`: the basis before, which stays where there are no moves."""
+        """Return what became of an action.
+
+        `own`: the basis before, which stays where there are no moves.
+        """
         if moves is None:
             return BasisChanged(action.round, own)
         return BasisChanged(action.round, action.basis, moves.share, moves.groups)
@@ -98,7 +106,10 @@ class BasisChanged:
 
 @dataclass(frozen=True, slots=True)
 class WeightsAdopted:
-    """The agent has taken over the weights of the snapshot `root` whole; not if it could not and says why (`fault`)."""
+    """The agent has taken over the weights of the snapshot `root` whole.
+
+    Not if it could not and says why (`fault`).
+    """
 
     root: str
     fault: str = ""
@@ -151,10 +162,13 @@ Event = (
 # ── what is kept of a merge ───
 @dataclass(frozen=True, slots=True)
 class MergeRecord:
-    """One merge of one agent. `snapshot`: its own snapshot of the round, by address; `contributions`: whose
-    snapshots with what weight, self first, summing to 1; `trained`: whether the agent's own snapshot came out of
-    training; `kind`: "merge", or "join" where a newcomer took a peer's weights over whole; `manifests`: by peer the
-    blake3 of the manifest that it signed for its part."""
+    """One merge of one agent.
+
+    `snapshot`: its own snapshot of the round, by address; `contributions`: whose snapshots with what weight, self
+    first, summing to 1; `trained`: whether the agent's own snapshot came out of training; `kind`: "merge", or "join"
+    where a newcomer took a peer's weights over whole; `manifests`: by peer the blake3 of the manifest that it signed
+    for its part.
+    """
 
     agent: str
     round: int
@@ -187,7 +201,10 @@ MERGE_RECORDED = ("refused", "accepted", "before", "after", "moved", "moved_grou
 # ── what the machine asks for ────────────────────────────────────────────────────────────────────────────────
 @dataclass(frozen=True, slots=True)
 class Train:
-    """Train for a round (not if `learn` is false), then record the weights; answer `TrainingDone`."""
+    """Train for a round (not if `learn` is false), then record the weights.
+
+    Answer `TrainingDone`.
+    """
 
     round: int
     learn: bool
@@ -195,9 +212,10 @@ class Train:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointAction:
-    """Make the agent's state durable: weights, optimizer, random streams, and `state`, from which a machine goes on.
+    """Make the agent's state durable: weights, optimizer, random streams, machine.
 
-    `record`: what the weights were merged from, where they were; it is made durable no later than the state.
+    `state`: the machine's, from which another goes on; `record`: of the merge or join that gave the weights, if any; it
+    is made durable no later than the state.
     """
 
     round: int
@@ -208,7 +226,7 @@ class CheckpointAction:
 
 @dataclass(frozen=True, slots=True)
 class Publish:
-    """Offer the recorded snapshot `root` to the peers, from the `CheckpointAction` before on, never earlier.
+    """Offer the recorded snapshot `root` to the peers, once the action before is durable.
 
     `pushed`: by reader, all the push-sum weight ever sent to it.
     """
@@ -236,8 +254,11 @@ class Publish:
 
 @dataclass(frozen=True, slots=True)
 class Fetch:
-    """Get a peer's snapshot; answer `SnapshotReady`, or `FetchFailure` where it cannot be had for good (withdrawn,
-    damaged). While the peer is only out of reach a driver goes on trying, until `Release`."""
+    """Get a peer's snapshot.
+
+    Answer `SnapshotReady`, or `FetchFailure` where it cannot be had for good (withdrawn, damaged). While the peer is
+    only out of reach a driver goes on trying, until `Release`.
+    """
 
     peer: str
     round: int
@@ -246,8 +267,10 @@ class Fetch:
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """A snapshot that was asked for with `Fetch` is needed no more, here or on its way. Another round's of the same
-    peer with equal content is not meant."""
+    """A snapshot that was asked for with `Fetch` is needed no more, here or on its way.
+
+    Another round's of the same peer with equal content is not meant.
+    """
 
     peer: str
     round: int
@@ -256,8 +279,10 @@ class Release:
 
 @dataclass(frozen=True, slots=True)
 class AdoptWeights:
-    """Take over a peer's weights whole, with a fresh optimizer, and its `base` if it has one; answer
-    `WeightsAdopted`."""
+    """Take over a peer's weights whole, with a fresh optimizer, and its `base` if it has one.
+
+    Answer `WeightsAdopted`.
+    """
 
     peer: str
     round: int
@@ -267,7 +292,10 @@ class AdoptWeights:
 
 @dataclass(frozen=True, slots=True)
 class AdoptBasis:
-    """Permute own weights, buffers and optimizer state into the basis of a peer's snapshot; answer `BasisChanged`."""
+    """Permute own weights, buffers and optimizer state into the basis of a peer's snapshot.
+
+    Answer `BasisChanged`.
+    """
 
     round: int
     peer: str
@@ -277,8 +305,10 @@ class AdoptBasis:
 
 @dataclass(frozen=True, slots=True)
 class MergePart:
-    """A peer's share in a merge: its snapshot `root` of `round`. `same_basis`: its units are in the order of ours, no
-    alignment is needed."""
+    """A peer's share in a merge: its snapshot `root` of `round`.
+
+    `same_basis`: its units are in the order of ours, no alignment is needed.
+    """
 
     peer: str
     round: int
@@ -289,7 +319,10 @@ class MergePart:
 
 @dataclass(frozen=True, slots=True)
 class MergeAction:
-    """Merge own weights (with `own_weight`) and the parts; answer `MergeDone`. Weights sum to 1."""
+    """Merge own weights (with `own_weight`) and the parts; answer `MergeDone`.
+
+    Weights sum to 1.
+    """
 
     round: int
     own_weight: float

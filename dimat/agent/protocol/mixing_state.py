@@ -1,4 +1,6 @@
-"""Exact accounting: with what weights a merge is made, what it consists of, and what a snapshot comes from."""
+"""The mixing weights that a merge really uses, and the parts that a snapshot comes from.
+
+All of them are computed here, staleness included, and nowhere else."""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from dimat.topology.mixing import renormalise
 
 
 class MixingState:
-    """What an agent has to account for from round to round. `state`: of the checkpoint that it goes on from.
+    """An agent's mixing weights from round to round, and its snapshot's parts.
+
+    `state`: of the checkpoint that it goes on from.
 
     `root`: address of its newest snapshot; `parents`: what that one's training started from, and after a merge what the
     next one's does; `push`: its push-sum weight and what became of it.
@@ -35,13 +39,13 @@ class MixingState:
         return self.push.weight if plan.push is not None else None
 
     def trained(self, root: str, plan: RoundPlan) -> None:
-        """Take down the snapshot that a round's training has given, and the weight that goes out with it."""
+        """Note the snapshot that a round's training gave, and the push-sum weight it takes out."""
         self.root = root
         if plan.push is not None:
             self.push.push(plan.push)
 
     def took_over(self, offer: PeerPublished) -> MergeRecord:
-        """Take down that the weights are a peer's."""
+        """Note that the weights are a peer's; return the record."""
         taken = Contribution(agent=offer.peer, snapshot=offer.root, round=offer.round, weight=1.0, verdict="adopted")
         self.parents = (taken,)
         return MergeRecord(self._agent, offer.round, "", self.parents, kind="join")
@@ -60,7 +64,10 @@ class MixingState:
     def merged(
         self, merge: MergeAction, result: MergeResult, plan: RoundPlan, expected: int
     ) -> tuple[Merged, MergeRecord]:
-        """Take down how a merge went; return its event and its record. `expected`: peers in the plan."""
+        """Note how a merge went; return its event and its record.
+
+        `expected`: peers in the plan.
+        """
         # a refused peer's push-sum weight counts for self, as its mixing weight does
         self.push.take(self._taking if plan.push is not None else {})
         self.parents = contributions(self._agent, self.root, merge, result)
@@ -94,7 +101,10 @@ def shares(
 
 
 def contributions(agent: str, root: str, merge: MergeAction, result: MergeResult) -> tuple[Contribution, ...]:
-    """Return the parts of a merge, self first; the weight that refused peers and an accept rule left goes to self."""
+    """Return the parts of a merge, self first.
+
+    The weight that refused peers and an accept rule left goes to self.
+    """
     kept = [(part, part.weight * result.accepted) for part in merge.parts if part.peer not in result.refused]
     own = 1.0 - math.fsum(weight for _, weight in kept)
     return (

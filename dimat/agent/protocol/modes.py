@@ -1,4 +1,4 @@
-"""The two modes of a round: whose snapshots are fetched for it, which of them may be merged, and who is waited for.
+"""The modes of a round, sync and async: which snapshots it merges, whom it waits for.
 
 A mode keeps nothing: it answers for the inbox, from the offers and snapshots that the inbox keeps.
 """
@@ -58,11 +58,11 @@ class Mode(Protocol):
         ...
 
     def may_come(self, offers: Offers, peer: str, number: int) -> bool:
-        """Whether a peer's snapshot of the round may still be found: its offer is known, or may be repeated."""
+        """Whether a peer's snapshot of the round may still be found."""
         ...
 
     def meets_at(self, oldest: int, newest: int) -> int:
-        """Return the earliest round that can take a peer in that offers its rounds `oldest` to `newest`."""
+        """Return the first round that can merge a peer offering rounds `oldest` to `newest`."""
         ...
 
     def begins_alone(self, number: int) -> bool:
@@ -129,7 +129,7 @@ class Synchronous:
 
 
 class Asynchronous:
-    """A round merges the newest snapshots that are at most `max_staleness` rounds behind, and waits for nobody."""
+    """A round merges the newest snapshots, at most `max_staleness` rounds old; it never waits."""
 
     keeps = True
     newest_only = True

@@ -1,4 +1,4 @@
-"""What peers offer: the snapshots that they say they have, kept within bounds whatever they say."""
+"""Peers' offers of snapshots, kept within bounds whatever they say."""
 
 from __future__ import annotations
 
@@ -39,8 +39,10 @@ class PeerPublished:
 
     @staticmethod
     def of(manifest: Manifest, reader: str, oldest: int, basis: BasisId | None = None) -> PeerPublished:
-        """Return a manifest's offer to `reader`. `basis`: the manifest's, where it is at hand parsed. ValueError where
-        it has none that can be read."""
+        """Return a manifest's offer to `reader`.
+
+        `basis`: the manifest's, where it is at hand parsed. ValueError where it has none that can be read.
+        """
         return PeerPublished(
             manifest.agent,
             manifest.round,
@@ -64,8 +66,11 @@ class Known(Enum):
 
 
 class Offers:
-    """Offers by peer and round. `newest_only`: of each peer just the newest round (asynchronous mode). `newest_first`:
-    where there are too many the oldest go, as for a newcomer, which has no round yet."""
+    """Offers by peer and round.
+
+    `newest_only`: of each peer just the newest round (asynchronous mode). `newest_first`: where there are too many the
+    oldest go, as for a newcomer, which has no round yet.
+    """
 
     def __init__(self, *, newest_only: bool) -> None:
         self.span = 1 if newest_only else ROUNDS_KEPT
@@ -98,7 +103,10 @@ class Offers:
         return Known.NEW if offer.round in offers else Known.SURPLUS
 
     def note_far(self, offer: PeerPublished) -> None:
-        """Keep an offer of a round that is out of reach, as one of the newest few; the first one of a round counts."""
+        """Keep an offer of a round that is out of reach, as one of the newest few.
+
+        The first one of a round counts.
+        """
         far = self._far.setdefault(offer.peer, {})
         if offer.round >= self.range(offer.peer)[0]:
             far.setdefault(offer.round, offer)
@@ -121,7 +129,7 @@ class Offers:
         return offers[max(offers)] if offers else None
 
     def range(self, peer: str) -> tuple[int, int]:
-        """Return the oldest round that a peer still offers (0: not known) and its newest (0: it was never heard)."""
+        """Return the oldest and newest round that a peer offers (0: not known, never heard)."""
         return self._ranges.get(peer, (0, 0))
 
     def forget_before(self, number: int) -> None:
@@ -137,7 +145,9 @@ class Offers:
         self._ranges = {peer: range_ for peer, range_ in self._ranges.items() if peer in peers}
 
     def front(self, peers: Collection[str]) -> int:
-        """Return the round that a network is at: the lower median of the peers' newest rounds, 0 if none was heard.
+        """Return the round that a network is at, 0 if no peer was heard.
+
+        It is the lower median of the peers' newest rounds.
 
         A median, so that one peer that lies cannot drag an agent ahead where two or more others are heard.
         """

@@ -1,4 +1,4 @@
-"""What an operator decides about the rounds: with whom and with what weights (the plan), and by what rules."""
+"""The plan of the rounds (with whom, with what weights) and the rules they go by."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True)
 class PushShares:
-    """How an agent splits its push-sum weight in one round: `keep` stays, `to[reader]` goes; they sum to 1."""
+    """How an agent splits its push-sum weight in one round: `keep` stays, `to[reader]` goes.
+
+    They sum to 1.
+    """
 
     keep: float
     to: Mapping[str, float]
@@ -17,7 +20,9 @@ class PushShares:
 
 @dataclass(frozen=True, slots=True)
 class RoundPlan:
-    """One round as planned. `mixing`: weight by agent, self included, summing to 1; `learn`: train before it.
+    """One round as planned.
+
+    `mixing`: weight by agent, self included, summing to 1; `learn`: train before it.
 
     With `push`, weights follow from the push-sum weights that travel with the snapshots; `mixing` then only names
     who is heard.
@@ -30,7 +35,10 @@ class RoundPlan:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All rounds as planned. `peers`: everybody whom the agent may ever hear; `of(round)`: one round, from 1."""
+    """All rounds as planned.
+
+    `peers`: everybody whom the agent may ever hear; `of(round)`: one round, from 1.
+    """
 
     peers: frozenset[str]
     of: Callable[[int], RoundPlan]

@@ -24,7 +24,10 @@ SMALLEST = 1e-200
 
 
 class PushSum:
-    """One agent's push-sum weight. `sent[reader]`, `taken[peer]`: sums of shares since the start."""
+    """One agent's push-sum weight.
+
+    `sent[reader]`, `taken[peer]`: sums of shares since the start.
+    """
 
     def __init__(self) -> None:
         self.weight = 1.0
@@ -38,7 +41,10 @@ class PushSum:
         self.weight = max(self.weight * shares.keep, SMALLEST)
 
     def mixing(self, pushed: Mapping[str, float]) -> tuple[float, dict[str, float]]:
-        """Return own mixing weight and that of each peer in `pushed` (peer → its sum of shares); they sum to 1."""
+        """Return own mixing weight and that of each peer in `pushed` (peer → its sum of shares).
+
+        They sum to 1.
+        """
         shares = {peer: max(total - self.taken.get(peer, 0.0), 0.0) for peer, total in pushed.items()}
         whole = self.weight + sum(shares.values())
         mixing = {peer: share / whole for peer, share in shares.items()}

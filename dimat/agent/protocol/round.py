@@ -1,4 +1,4 @@
-"""The round: train → record → publish → gather → merge → checkpoint, as a state machine without I/O.
+"""The round as a state machine: train, record, publish, gather, merge, checkpoint.
 
 `RoundMachine.handle(event)` takes what happened and returns what to do, in order. It reads no clock (the
 driver turns `SetTimer` into a `Deadline`), opens no socket, and draws no random number. The simulator drives
@@ -41,8 +41,10 @@ class Phase(Enum):
 
 
 class RoundMachine:
-    """The rounds of one agent in one run. `basis`: the agent's own, and `base`: address of the weights that a method
-    takes deltas from, "" for none; both where no checkpoint names others.
+    """The rounds of one agent in one run.
+
+    `basis`: the agent's own, and `base`: address of the weights that a method takes deltas from, "" for none; both
+    where no checkpoint names others.
 
     `state`: of the newest readable checkpoint. `published`: the last round that a checkpoint of stage "trained" was
     ever made for; rounds up to it may be known to peers, so none of them is published anew with other content.

@@ -1,4 +1,4 @@
-"""What a round machine needs to go on after a crash, as plain values: the machine's part of a checkpoint."""
+"""The round machine's part of a checkpoint: plain values to go on from after a crash."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ Stage = Literal["trained", "merged", "joined"]
 
 @dataclass(frozen=True, slots=True)
 class MachineState:
-    """The machine at a checkpoint. `stage`: "trained" (of `round`, not merged yet), "merged", or "joined" (has taken
-    over a network's round, and perhaps its weights; round 0: is there from the beginning). `root`, `parents`: own
-    snapshot of the round and what its training started from; `base`: address of the weights that deltas are taken from;
-    `push`: the push-sum ledger; `offers`: what peers offered; `leaves`: why the agent leaves with it, if it does."""
+    """The machine at a checkpoint.
+
+    `stage`: "trained" (of `round`, not merged yet), "merged", or "joined" (has taken over a network's round, and
+    perhaps its weights; round 0: is there from the beginning). `root`, `parents`: own snapshot of the round and what
+    its training started from; `base`: address of the weights that deltas are taken from; `push`: the push-sum ledger;
+    `offers`: what peers offered; `leaves`: why the agent leaves with it, if it does.
+    """
 
     run: str
     agent: str
@@ -71,8 +74,11 @@ class MachineState:
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """The machine's part of the newest checkpoint that can be read. `published`: the last round that a checkpoint of
-    stage "trained" was ever made for, readable or not; `passed_over`: why newer ones could not be read."""
+    """The machine's part of the newest checkpoint that can be read.
+
+    `published`: the last round that a checkpoint of stage "trained" was ever made for, readable or not; `passed_over`:
+    why newer ones could not be read.
+    """
 
     state: MachineState
     published: int

@@ -1,4 +1,4 @@
-"""The work of an agent on its own machine, as its driver asks for it: one protocol for the daemon and the simulator."""
+"""The work of an agent on its own machine: one protocol for daemon and simulator."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ Outcome = Callable[[], T]
 
 
 class Work(Protocol[Source]):
-    """What one agent does when its round machine asks. `Source`: how a driver has a peer's snapshot (a file's path).
+    """What one agent does when its round machine asks.
+
+    `Source`: how a driver has a peer's snapshot (a file's path).
 
     A call asks for a piece of work, and its outcome is taken once: in the order of the calls, as each piece of work
     builds on the one before. The work may begin with the call (on the simulator's workers) or when its outcome is taken
@@ -26,11 +28,14 @@ class Work(Protocol[Source]):
     """
 
     def restore(self) -> Outcome[Restored | None]:
-        """Go on from the newest checkpoint that can be read. None where there is no checkpoint: the agent is new."""
+        """Go on from the newest checkpoint that can be read.
+
+        None where there is no checkpoint: the agent is new.
+        """
         ...
 
     def train(self, action: m.Train) -> Outcome[TrainResult]:
-        """Train for a round (not if the action says so), and take the statistics that the merge method asks for."""
+        """Train for a round (unless the action says not to); take the method's statistics."""
         ...
 
     def record(self, action: m.Train) -> Outcome[RecordedSnapshot]:
@@ -42,11 +47,17 @@ class Work(Protocol[Source]):
         ...
 
     def adopt_basis(self, action: m.AdoptBasis, source: Source) -> Outcome[m.Moves | None]:
-        """Permute the agent into the basis of a snapshot; None, and nothing changed, where it is not fit for that."""
+        """Permute the agent into the basis of a snapshot.
+
+        None, and nothing changed, where it is not fit for that.
+        """
         ...
 
     def adopt_weights(self, action: m.AdoptWeights, source: Source) -> Outcome[str]:
-        """Take over the weights of a snapshot; the outcome is why they could not be, or an empty string."""
+        """Take over the weights of a snapshot.
+
+        The outcome is why they could not be, or an empty string.
+        """
         ...
 
     def merge(self, action: m.MergeAction, sources: Mapping[str, Source]) -> Outcome[MergeResult]:

@@ -34,7 +34,7 @@ def default_workers() -> int:
 
 
 class WorkerPool:
-    """`size` workers, chosen by slot: jobs of one slot run in one process, in the order submitted.
+    """Worker processes, chosen by slot: a slot's jobs run in one of them, in order.
 
     A context manager. Workers ignore Ctrl-C (the parent decides) and end with the parent.
     """
@@ -89,13 +89,16 @@ class WorkerPool:
                 process.join(5)  # one that still writes would do so behind the back of whoever tidies up
 
     def take_slots(self, count: int) -> int:
-        """Return the first of `count` slots in a row that nobody else has: runs side by side even out over workers."""
+        """Return the first of `count` slots in a row, so that runs side by side share workers."""
         first = self._slots_taken
         self._slots_taken += count
         return first
 
     def submit(self, slot: int, job: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> Future[R]:
-        """Run `job` in the worker of a slot. In this process, if there is one worker: then it has run on return."""
+        """Run `job` in the worker of a slot.
+
+        In this process, if there is one worker: then it has run on return.
+        """
         if self._executors:
             try:
                 return self._executors[slot % self.size].submit(job, *args, **kwargs)
@@ -110,8 +113,11 @@ class WorkerPool:
 
 
 def result_of(future: Future[Any], what: str) -> Any:
-    """Wait for a job. Whatever goes wrong in it becomes an error in one line that names the job: a worker that
-    died (out of memory, killed), and faults in a user's model, loss or data."""
+    """Wait for a job.
+
+    Whatever goes wrong in it becomes an error in one line that names the job: a worker that died (out of memory,
+    killed), and faults in a user's model, loss or data.
+    """
     try:
         return future.result()
     except BrokenProcessPool as error:

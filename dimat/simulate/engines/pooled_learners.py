@@ -23,7 +23,9 @@ from dimat.weights.snapshot import RecordedSnapshot, SnapshotStore
 
 
 class PooledLearners:
-    """The learners of a scenario's agents, each in a worker of the pool. `of`: by agent, its work.
+    """The learners of a scenario's agents, each in a worker of the pool.
+
+    `of`: by agent, its work.
 
     `store`: takes their snapshots in; `warm`: folder of first rounds shared by runs; `cpu_s`: CPU-seconds by activity.
     """

@@ -1,4 +1,4 @@
-"""The simulator's side of a worker process: the agents that live in it, by key, and what can be asked of them.
+"""A worker process of the simulator: its agents by key, and the work they are asked for.
 
 Imported by the clean server process from which workers are forked, so that torch is loaded once.
 """
@@ -28,9 +28,11 @@ from dimat.weights.snapshot import RecordedSnapshot, make_folder
 
 @dataclass(frozen=True, slots=True)
 class LearnerSetup:
-    """What a worker needs to make an agent. `store`: folder in which it alone records its snapshots; `warm`: folder in
-    which first rounds of training are kept and found; `checkpoints`: folder of the agent's checkpoints, None where it
-    needs none."""
+    """What a worker needs to make an agent.
+
+    `store`: folder in which it alone records its snapshots; `warm`: folder in which first rounds of training are kept
+    and found; `checkpoints`: folder of the agent's checkpoints, None where it needs none.
+    """
 
     key: str
     agent: str
@@ -43,7 +45,10 @@ class LearnerSetup:
 
 @dataclass(frozen=True, slots=True)
 class CreatedLearner:
-    """An agent that was set up. `batches`: in an epoch of its data; `warnings` of its symmetry derivation."""
+    """An agent that was set up.
+
+    `batches`: in an epoch of its data; `warnings` of its symmetry derivation.
+    """
 
     batches: int
     warnings: tuple[str, ...]
@@ -93,7 +98,10 @@ def checkpoint(key: str, machine: MachineState) -> float:
 
 
 def train(key: str, action: Train) -> TrainResult:
-    """Train an agent; the first round is taken from the warm folder if an equal one was trained before."""
+    """Train an agent.
+
+    The first round is taken from the warm folder if an equal one was trained before.
+    """
     learner, setup = _agents[key]
     if action.round != 1 or not action.learn or setup.warm is None:
         return learner.train(action.round, action.learn)
@@ -119,7 +127,10 @@ def record(key: str) -> tuple[RecordedSnapshot, float]:
 
 
 def adopt_basis(key: str, action: AdoptBasis, source: Path) -> Moves | None:
-    """Bring an agent into the basis of a peer's snapshot; return which units moved, None if it cannot."""
+    """Bring an agent into the basis of a peer's snapshot.
+
+    Return which units moved, None if it cannot.
+    """
     return _agents[key][0].adopt_basis(action.round, action.peer, source)
 
 
