@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,11 @@ from dimat.ui.jsonl_read import HEADER
 
 PAGE = (Path(__file__).parent.parent.parent / "docs" / "events.md").read_text(encoding="utf-8")
 NAMES = {str: "string", int: "integer", float: "number", bool: "boolean"}
+RESULTS: dict[type[Any], tuple[type[Any], Sequence[str]]] = {
+    events.Trained: (events.TrainResult, ("loss", "samples")),
+    events.Merged: (events.MergeResult, events.MERGE_LOGGED),
+}
+"""Events that carry a result, of which these values stand among the event's own in a log."""
 
 
 def json_type(annotation: Any) -> str:
@@ -38,7 +43,8 @@ def json_type(annotation: Any) -> str:
 def classes() -> list[type[Any]]:
     """Return all events and what they are made of, but for the bases."""
     found = [each for each in vars(events).values() if isinstance(each, type) and is_dataclass(each)]
-    return [each for each in found if each not in (events.Event, events.AgentEvent)]
+    results = [result for result, _ in RESULTS.values()]
+    return [each for each in found if each not in (events.Event, events.AgentEvent, *results)]
 
 
 def expected(event: type[Any]) -> dict[str, str]:
@@ -46,7 +52,21 @@ def expected(event: type[Any]) -> dict[str, str]:
     base = events.AgentEvent if issubclass(event, events.AgentEvent) else events.Event
     common = {each.name for each in fields(base)} if issubclass(event, events.Event) else set[str]()
     hints = typing.get_type_hints(event)
-    return {each.name: json_type(hints[each.name]) for each in fields(event) if each.name not in common}
+    found: dict[str, str] = {}
+    for name in [each.name for each in fields(event) if each.name not in common]:
+        if name == "result":
+            found |= {part: json_type(value_type(RESULTS[event][0], part)) for part in RESULTS[event][1]}
+        else:
+            found[name] = json_type(hints[name])
+    return found
+
+
+def value_type(of: type[Any], name: str) -> Any:
+    """Return the type of a field, or of a property."""
+    found = getattr(of, name, None)
+    return (
+        typing.get_type_hints(found.fget)["return"] if isinstance(found, property) else typing.get_type_hints(of)[name]
+    )
 
 
 def section(name: str) -> str:
@@ -73,6 +93,20 @@ def test_each_event_is_documented(event: type[Any]) -> None:
         assert unit or "number" not in kind, f"{name} has no unit"
     if issubclass(event, events.Event):
         assert ("Of an agent." in text) == issubclass(event, events.AgentEvent)
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        events.Trained(agent="a", round=1, result=events.TrainResult(), train_s=0.0),
+        events.Merged(agent="a", round=1, contributions=()),
+    ],
+    ids=["Trained", "Merged"],
+)
+def test_a_result_stands_among_its_events_values(event: events.AgentEvent) -> None:
+    """What is documented is what is written."""
+    common = {each.name for each in fields(events.AgentEvent)}
+    assert event.to_dict().keys() == {"event"} | common | expected(type(event)).keys()
 
 
 def test_nothing_else_is_documented() -> None:
