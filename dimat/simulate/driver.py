@@ -157,7 +157,7 @@ class Driver:
             self._emit(events.AgentLeft(agent=name, round=node.round, reason="left"))
 
     def _take_down(self, name: str, state: str) -> None:
-        """End an agent's process: what was on its way to it is lost to it, what was on its way from it breaks off."""
+        """End an agent's process: transfers to it are lost, transfers from it break off."""
         node = self.nodes[name]
         node.settle()
         if node.state == "up":

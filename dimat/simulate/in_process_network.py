@@ -1,7 +1,7 @@
 """The network within one process: snapshots change hands through a shared store.
 
-It moves no bytes, yet counts those that a real network would have to: what a reader holds of a payload is not sent
-again.
+It moves no bytes, yet counts those that a real network would have to: the part of a payload that a reader holds is not
+sent again.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ class TraceWriter:
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """What a replay found.
+    """The outcome of a replay.
 
     `steps`: events that were handed in; `difference`: the first step that came out otherwise, empty where all are the
     same.

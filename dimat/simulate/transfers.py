@@ -169,7 +169,7 @@ class TransferScheduler:
         return transfer.arrives_s is not None and now >= transfer.arrives_s
 
     def _break_off(self, parcel: PendingTransfer) -> None:
-        """End a transfer that is on its way before its time; what waits behind it moves up."""
+        """End a transfer before its time; those that wait behind it move up."""
         transfer, publisher, now = parcel.transfer, parcel.action.peer, self._clock.now
         if transfer is None:
             return

@@ -86,7 +86,7 @@ class RecordedSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What an agent says about a snapshot that it offers.
+    """An agent's statement about a snapshot that it offers.
 
     `payload`: the snapshot as every reader comes to hold it, by whatever way it travels; `encoding`: that its weights
     were passed through before, and `forms`: the ways to it that are cheaper than the payload itself. `parents`: (agent,

@@ -186,7 +186,7 @@ class Daemon:
             self.folder.close()
 
     def stop(self, reason: str = "stopped") -> None:
-        """Leave: what is not in the newest checkpoint is lost, and made again by the next life."""
+        """Leave: the next life goes on from the newest checkpoint."""
         if self.runner.ended is None:
             self.runner.stop(reason)
         self._leaving.set()

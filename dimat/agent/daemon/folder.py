@@ -1,4 +1,4 @@
-"""The folder of a real agent: what it keeps and where, and the guards around it.
+"""The folder of a real agent: the places of its files, and the guards around it.
 
 `agent.json` marks a folder as that of one agent in one run; a folder of another is never touched. While an agent
 runs it holds a lock, so that no second process works on its files.

@@ -1,9 +1,9 @@
 """Follows the network maps that the organiser publishes in the DHT (`dht.follow_map`).
 
-What was followed last lies in the agent's folder (`dht/map.toml`), never in the operator's file. Of the two the one of
-the higher version counts, so that an operator can overrule a published map, and no older one comes back. An agent also
-keeps the signed record, and leaves it with the DHT again when others do not have it any more: nodes forget it when they
-are started anew.
+The map that was followed last lies in the agent's folder (`dht/map.toml`), never in the operator's file. Of the two the
+one of the higher version counts, so that an operator can overrule a published map, and no older one comes back. An
+agent also keeps the signed record, and leaves it with the DHT again when others do not have it any more: nodes forget
+it when they are started anew.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _SEALED = "map.record"
 
 
 class MapDirectory(Protocol):
-    """What keeps published maps: `dimat.net.discovery.dht.DhtNode`."""
+    """Keeps published maps: `dimat.net.discovery.dht.DhtNode`."""
 
     healthy: bool
     known: int

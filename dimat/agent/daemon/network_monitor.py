@@ -16,7 +16,7 @@ LOOK_S = 1.0
 
 
 class Observed(Protocol):
-    """What is looked at: `dimat.net.grpc_transport.GrpcTransport`."""
+    """The network that is looked at: `dimat.net.grpc_transport.GrpcTransport`."""
 
     @property
     def peers(self) -> Mapping[str, Mapping[str, object]]: ...
@@ -109,7 +109,7 @@ class NetworkMonitor:
 
 
 def _size(folder: Path) -> int:
-    """Return the bytes of the files in a folder; what goes away meanwhile, or cannot be read, counts nothing."""
+    """Return the bytes of the files in a folder; files that go away meanwhile count nothing."""
     total = 0
     try:
         with os.scandir(folder) as entries:

@@ -74,7 +74,7 @@ class PeerDiscovery:
         return await self._discovery.addresses(peer)
 
     async def close(self) -> None:
-        """Stop the node; what was announced runs out by itself."""
+        """Stop the node; its announcements run out by themselves."""
         await self._discovery.close()
         await self.dht.close()
 

@@ -204,7 +204,7 @@ class Runner:
                 self._emit(events.AgentLeft(agent=agent, round=self.machine.round, reason=reason))
 
     def _start(self, job: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> asyncio.Task[None]:
-        """Let a job go on beside the loop; what it raises ends the run."""
+        """Let a job go on beside the loop; an error in it ends the run."""
 
         async def guarded() -> None:
             try:

@@ -42,7 +42,7 @@ class Stored:
 class Checkpoint:
     """An agent at the end of a step of its round.
 
-    `machine`: the round machine (round, basis, own snapshot, push-sum weight, peers' offers); `trainer`: weights,
+    `machine`: the round machine (round, basis, newest snapshot, push-sum weight, peers' offers); `trainer`: weights,
     optimizer, random streams, position in the data; `method_tensors`, `method_values`: what the merge method carries
     from merge to merge; `schema`: hash of the model's tensor names, shapes and types; `statistics`: what the merge to
     come rests on beside weights, as it was published with them (stage "trained").

@@ -60,7 +60,7 @@ class Learner:
     durable: bool = True
     observers: dict[str, Observer] = field(default_factory=dict[str, Observer])
     method: dict[str, Any] = field(default_factory=dict[str, Any])
-    """What the merge method carries from merge to merge: tensors and plain values by name."""
+    """State that the merge method carries from merge to merge: tensors and plain values by name."""
     learner: ModelTrainer | None = None
     """Trains the model, where it is not to be a `Trainer` made of task and configuration."""
     trainer: ModelTrainer = field(init=False)
@@ -68,8 +68,7 @@ class Learner:
     """Weights that task vectors are taken from, where the configuration names any."""
     _plan: MergePlan = field(init=False)
     _statistics: dict[str, Tensor] = field(init=False, default_factory=dict[str, Tensor])
-    """What the combine method rests on beside weights, from the end of training to the merge; in the basis of the
-    weights."""
+    """Statistics that the combine method rests on, from the end of training to the merge; in the weights' basis."""
     _hold_out: Data | None = field(init=False, default=None)
     _own: Data = field(init=False)
     _recorder: Recorder = field(init=False)

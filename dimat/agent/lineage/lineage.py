@@ -55,7 +55,7 @@ def lineage(
     """Return the lineage of `agent`'s model after its merge of `round` (default: its last).
 
     `starts` is for one who has not all records, but `agent`'s own: of others' snapshots (agent, round) the round of the
-    merge that their training started from, 0 for a first network. What started from a merge that is not known ends in
+    merge that their training started from, 0 for a first network. Training from a merge that is not known ends in
     `Lineage.earlier`. Without it the records must be complete.
 
     Of several records of one agent and round the last counts: it is the one that became durable. DataError where

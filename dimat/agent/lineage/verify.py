@@ -25,7 +25,7 @@ from dimat.wire.v1 import peer_pb2 as pb
 class Verified:
     """`checked`: lines whose signature was looked at.
 
-    `faults`: what is wrong, each with file and line; `torn`: lines that cannot be read, as a crash leaves them: they
+    `faults`: each with file and line; `torn`: lines that cannot be read, as a crash leaves them: they
     vouch for nothing.
     """
 

@@ -21,7 +21,7 @@ PAST = "it is ahead and offers this round no more"
 
 
 class Heard(Enum):
-    """What came of an offer."""
+    """The fate of an offer."""
 
     IGNORED = "ignored"
     NOTED = "noted"
@@ -106,7 +106,7 @@ class Inbox:
         return [Release(offer.peer, offer.round, offer.root) for offer in gone]
 
     def settle(self, base: str) -> None:
-        """Take the network's base over; what was offered with another one is dropped."""
+        """Take the network's base over; offers with another base are dropped."""
         self.base = base
         self.offers.forget_all_but({offer.peer for offer in self.offers if offer.base == base})
 
@@ -140,7 +140,7 @@ class Inbox:
         return max(number, min(apart[0], number + ROUNDS_KEPT))
 
     def _heard_within(self, peer: str, turns: int) -> bool:
-        """Whether a peer was heard in this round or in one of so many before, this one counted."""
+        """Whether a peer was heard in this round or in the last `turns` rounds, this one counted."""
         return peer in self._heard and self._turn - self._heard[peer] < turns
 
     def _out_of_reach(self, number: int, peers: Sequence[str]) -> list[int]:

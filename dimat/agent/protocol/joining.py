@@ -18,7 +18,7 @@ from dimat.agent.protocol.plan import Plan, Rules
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What a newcomer does.
+    """How a newcomer joins.
 
     `round`: the network's, 0 where there is none and it founds one; `adopt`: the snapshot whose weights it takes over,
     None where it keeps its own.

@@ -292,7 +292,7 @@ class AdoptWeights:
 
 @dataclass(frozen=True, slots=True)
 class AdoptBasis:
-    """Permute own weights, buffers and optimizer state into the basis of a peer's snapshot.
+    """Permute the agent's weights, buffers and optimizer state into the basis of a peer's snapshot.
 
     Answer `BasisChanged`.
     """
@@ -319,7 +319,7 @@ class MergePart:
 
 @dataclass(frozen=True, slots=True)
 class MergeAction:
-    """Merge own weights (with `own_weight`) and the parts; answer `MergeDone`.
+    """Merge the agent's own weights (with `own_weight`) and the parts; answer `MergeDone`.
 
     Weights sum to 1.
     """

@@ -16,7 +16,7 @@ Ready = Mapping[str, PeerPublished]
 
 
 class Mode(Protocol):
-    """What differs between the modes. `number`: the round in progress, 0 before the first."""
+    """The decisions in which the modes differ. `number`: the round in progress, 0 before the first."""
 
     keeps: bool
     """Whether a snapshot may be merged in a later round than the one that it was fetched in."""

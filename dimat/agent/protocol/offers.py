@@ -56,7 +56,7 @@ class PeerPublished:
 
 
 class Known(Enum):
-    """What an offer turned out to be."""
+    """Whether an offer was known before."""
 
     NEW = "new"
     AGAIN = "again"

@@ -50,8 +50,8 @@ class Rules:
 
     `mode`: "sync" merges neighbours' snapshots of the same round, "async" the newest ones that are at most
     `max_staleness` rounds behind, each round of staleness multiplying a peer's weight by `staleness_decay` (what
-    is taken off goes to self). `min_peers`: a merge waits for at least so many peers as long as the deadline
-    allows, and with fewer own weights are kept. `rounds`: the last round, None for no end. `join`: what a
+    is taken off goes to self). `min_peers`: a merge waits for at least this many peers while the deadline
+    allows; with fewer the agent keeps its own weights. `rounds`: the last round, None for no end. `join`: what a
     newcomer does once it hears a living network, within `join_wait_s`. `target`: (metric, value); an agent whose
     metric after a merge is at least the value is through.
     """

@@ -1,11 +1,11 @@
-"""Push-sum weights: what makes averaging exact on directed graphs.
+"""Push-sum weights, which make averaging exact on directed graphs.
 
 Every agent holds a weight y (1 at first) beside its network θ. Before it publishes it gives shares of y away, one
 to each reader, and keeps the rest; a reader that merges the snapshot takes the share in: y' = y_kept + Σ m_k and
 θ' = (y_kept θ + Σ m_k θ_k) / y'. Where nothing is lost Σ y stays n, and all θ tend to the true mean. Kempe, Dobra &
 Gehrke 2003; as stochastic gradient push: Assran et al. 2019, arXiv 1811.10792.
 
-Publishers state for each reader the sum of all shares so far. What a reader misses in one round it so takes in with
+Publishers state for each reader the sum of all shares so far. So a share that a reader misses in one round comes with
 the next snapshot that it gets, as in the running sums of Hadjicostis, Vaidya & Domínguez-García 2016: weight is never
 lost between two agents that live, only late. They sum up y θ alike, at the price of a second network in each message;
 here late weight counts for the newer θ, so that where snapshots are missed the agreed value is off by

@@ -1,15 +1,15 @@
 """The round as a state machine: train, record, publish, gather, merge, checkpoint.
 
-`RoundMachine.handle(event)` takes what happened and returns what to do, in order. It reads no clock (the
-driver turns `SetTimer` into a `Deadline`), opens no socket, and draws no random number. The simulator drives
-it here, a daemon will, and so does whatever test wants to delay, drop or reorder its events.
+`RoundMachine.handle(event)` takes an event and returns the actions that follow from it, in order. It reads no clock (a
+driver turns `SetTimer` into a `Deadline`), opens no socket, and draws no random number. Three drivers run it: the
+daemon's runner, the simulator, and the tests' fault simulator, which delays, drops and reorders its events.
 
-What it promises: a round ends, whichever peers are dead, no later than its deadline allows; a peer's snapshot
-enters a merge whole or not at all and at most once per round; mixing weights sum to 1, and what is missing goes to
-self; late, repeated, foreign or unknown messages change nothing; whatever is sent, it keeps a bounded number of
+It promises that a round ends, whichever peers are dead, no later than its deadline allows; a peer's snapshot enters a
+merge whole or not at all and at most once per round; mixing weights sum to 1, and missing weight goes to the agent
+itself; late, repeated, foreign or unknown messages change nothing; whatever is sent, it keeps a bounded number of
 things per peer; and a machine made from a checkpoint's state goes on as the one that wrote it would have.
 
-A driver carries actions out in the order given, and `Publish` only after the `Checkpoint` before it is durable.
+A driver carries actions out in the order given, and a `Publish` only once the `CheckpointAction` before it is durable.
 """
 
 from __future__ import annotations
@@ -247,7 +247,7 @@ class RoundMachine:
             return self._join(self._newcomer.time_is_up()) if event.round == 0 else []
         if event.round != self.round or self.phase not in (Phase.TRAINING, Phase.GATHERING):
             return []
-        # from here on nobody is waited for; what arrives before own training ends is still welcome
+        # from here on nobody is waited for; snapshots that arrive before the agent's training ends are still welcome
         self._expired = True
         self._inbox.expire()
         return self._go_on()

@@ -18,7 +18,7 @@ Outcome = Callable[[], T]
 
 
 class Work(Protocol[Source]):
-    """What one agent does when its round machine asks.
+    """The work that one agent does when its round machine asks.
 
     `Source`: how a driver has a peer's snapshot (a file's path).
 

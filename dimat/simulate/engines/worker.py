@@ -28,7 +28,7 @@ from dimat.weights.snapshot import RecordedSnapshot, make_folder
 
 @dataclass(frozen=True, slots=True)
 class LearnerSetup:
-    """What a worker needs to make an agent.
+    """The settings from which a worker makes an agent.
 
     `store`: folder in which it alone records its snapshots; `warm`: folder in which first rounds of training are kept
     and found; `checkpoints`: folder of the agent's checkpoints, None where it needs none.
