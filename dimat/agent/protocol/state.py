@@ -18,8 +18,8 @@ class MachineState:
     """The machine at a checkpoint.
 
     `stage`: "trained" (of `round`, not merged yet), "merged", or "joined" (has taken over a network's round, and
-    perhaps its weights; round 0: is there from the beginning). `root`: the agent's snapshot of the round; `parents`: the
-    parts of the merge that its training started from; `base`: address of the weights that deltas are taken from;
+    perhaps its weights; round 0: is there from the beginning). `root`: the agent's snapshot of the round; `parents`:
+    the parts of the merge that its training started from; `base`: address of the weights that deltas are taken from;
     `push`: the push-sum ledger; `offers`: the peers'; `leaves`: why the agent leaves with it, if it does.
     """
 
