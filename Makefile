@@ -37,7 +37,7 @@ demo: $(VENV)/.run  ## Set up, then run the main job on bundled data (about two 
 test: $(VENV)/.dev  ## Set up, then run all tests but for what `test-all` adds
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-test-all: $(VENV)/.dev  ## Run all tests, with 5,000 fault schedules more and all mutants of the round machine (an hour)
+test-all: $(VENV)/.dev  ## Run all tests, with 5,000 fault schedules more (five CPU-minutes)
 	$(BIN)/python -m pytest --all $(PYTEST_ARGS)
 
 test-times: $(VENV)/.dev  ## Run the tests and list what each costs in CPU-seconds, its processes included

@@ -34,17 +34,8 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("dimat", "how much is tested")
-    group.addoption("--all", action="store_true", help="also what is marked exhaustive, and more fault schedules")
+    group.addoption("--all", action="store_true", help="all fault schedules, as `make test-all`")
     group.addoption("--fault-seed", type=int, help="the first seed of the fault schedules (default: by the commit)")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What is marked exhaustive is left to `make test-all`."""
-    if config.getoption("all"):
-        return
-    left = [item for item in items if item.get_closest_marker("exhaustive") is not None]
-    config.hook.pytest_deselected(items=left)
-    items[:] = [item for item in items if item not in left]
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

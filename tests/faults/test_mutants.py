@@ -11,8 +11,6 @@ from tests.faults.mutants import MUTANTS, Mutant
 
 MOST = 5000
 
-pytestmark = pytest.mark.exhaustive
-
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_mutant_is_caught(mutant: Mutant, record_property: Callable[[str, object], None]) -> None:

@@ -24,6 +24,7 @@ from tests.net.nodes import make_node, make_record, needs_hivemind, processes, t
 
 pytestmark = [
     pytest.mark.anyio,
+    pytest.mark.live,
     needs_hivemind,
     pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks at processes through /proc"),
 ]

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from tests.agent.processes import ROOT
-from tests.ui.dashboard.serving import browser, serving, views
+from tests.ui.dashboard.serving import page, serving, started_browser, views
 
 PICTURES = ROOT / "docs" / "screenshots"
 
@@ -38,7 +38,10 @@ def main() -> None:
 
 def take(address: str, scheme: str, width: int) -> None:
     """Take a picture of each view."""
-    with browser(color_scheme=scheme, viewport={"width": width, "height": 800}) as looking:
+    with (
+        started_browser() as browser,
+        page(browser, color_scheme=scheme, viewport={"width": width, "height": 800}) as looking,
+    ):
         looking.open("network", address)
         for view in views():
             looking.open(view)

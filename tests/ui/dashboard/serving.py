@@ -97,16 +97,26 @@ class Looking:
 
 
 @contextmanager
-def browser(**context: Any) -> Iterator[Looking]:
-    """Open a page in Chromium; skips the test where there is none."""
+def started_browser() -> Iterator[Any]:
+    """Start Chromium; skips the test where there is none."""
     playwright = pytest.importorskip("playwright.sync_api")
     program = chromium()
     with playwright.sync_playwright() as driver:
         started = driver.chromium.launch(executable_path=program, args=FLAGS)
         try:
-            yield Looking(started.new_context(**context).new_page())
+            yield started
         finally:
             started.close()
+
+
+@contextmanager
+def page(browser: Any, **context: Any) -> Iterator[Looking]:
+    """Open a page in a browser, with nothing of the pages before."""
+    opened = browser.new_context(**context)
+    try:
+        yield Looking(opened.new_page())
+    finally:
+        opened.close()
 
 
 def chromium() -> str:

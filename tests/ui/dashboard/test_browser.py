@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.agent.processes import network
-from tests.ui.dashboard.runs import MARKUP, write_run
-from tests.ui.dashboard.serving import Looking, browser, chromium, serving, views
+from tests.ui.dashboard.runs import MARKUP
+from tests.ui.dashboard.serving import Looking, page, serving, views
 
 pytestmark = pytest.mark.live
 
@@ -43,13 +44,12 @@ def check_axe(looking: Looking, where: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_network_lives_dies_and_comes_back(tmp_path: Path, free_ports: list[int]) -> None:
+def test_a_network_lives_dies_and_comes_back(tmp_path: Path, free_ports: list[int], browser: Any) -> None:
     """Three nodes appear, the curve of the metric grows, a killed agent turns red, and comes back."""
-    chromium()
     with network(tmp_path, ABC, free_ports, schedule=SCHEDULE, train=TRAIN, exchange=EXCHANGE) as net:
         lives = {name: net.start(name) for name in ABC}
         net.wait_for("lab-a", "AgentStarted")
-        with serving(tmp_path, tmp_path / "dashboard.err") as address, browser() as looking:
+        with serving(tmp_path, tmp_path / "dashboard.err") as address, page(browser) as looking:
             looking.open("network", address)
             looking.until(f"{NODES}.length === 3")
             for name in ABC:
@@ -87,13 +87,11 @@ def test_a_network_lives_dies_and_comes_back(tmp_path: Path, free_ports: list[in
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_accessible_by_axe(tmp_path: Path, scheme: str) -> None:
+def test_accessible_by_axe(served: str, browser: Any, scheme: str) -> None:
     """No serious or critical fault by axe-core's rules, in any view, wide and narrow; nothing overflows, and nothing is
     said on the console."""
-    chromium()
-    write_run(tmp_path / "run")
-    with serving(tmp_path / "run", tmp_path / "said") as address, browser(color_scheme=scheme) as looking:
-        looking.open("network", address)
+    with page(browser, color_scheme=scheme) as looking:
+        looking.open("network", served)
         for view in views():
             looking.open(view)
             for width in (1280, 360):
@@ -103,15 +101,13 @@ def test_accessible_by_axe(tmp_path: Path, scheme: str) -> None:
         assert not looking.faults
 
 
-def test_nothing_is_hidden_on_a_narrow_screen(tmp_path: Path) -> None:
+def test_nothing_is_hidden_on_a_narrow_screen(served: str, browser: Any) -> None:
     """At 360 px every view's link is within the window, no word or number of a table of shares is broken, names in the
     picture stand outside of the circle, and columns without a word in them are left out. Reference: the run of
     `tests.ui.dashboard.runs`, in which an agent is lost and nobody is doing anything."""
-    chromium()
-    write_run(tmp_path / "run")
     narrow = {"width": 360, "height": 740}
-    with serving(tmp_path / "run", tmp_path / "said") as address, browser(viewport=narrow) as looking:
-        looking.open("network", address)
+    with page(browser, viewport=narrow) as looking:
+        looking.open("network", served)
         looking.until(f"{NODES}.length === 3")
         right = "Math.max(...[...document.querySelectorAll('nav a')].map((a) => a.getBoundingClientRect().right))"
         assert 0 < looking.page.evaluate(right) <= 360
@@ -128,13 +124,11 @@ def test_nothing_is_hidden_on_a_narrow_screen(tmp_path: Path) -> None:
         assert not looking.faults
 
 
-def test_by_keyboard_alone(tmp_path: Path) -> None:
+def test_by_keyboard_alone(served: str, browser: Any) -> None:
     """The skip link comes first, each view is reached with Tab and Enter, focus is seen, an agent is chosen from the
     table, and a peer's text is never markup."""
-    chromium()
-    write_run(tmp_path / "run")
-    with serving(tmp_path / "run", tmp_path / "said") as address, browser(reduced_motion="reduce") as looking:
-        looking.open("network", address)
+    with page(browser, reduced_motion="reduce") as looking:
+        looking.open("network", served)
         looking.until(f"{state('lab-a')} !== undefined")
         keyboard = looking.page.keyboard
         keyboard.press("Tab")
