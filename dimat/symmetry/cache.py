@@ -1,8 +1,9 @@
-"""Verified specs, kept on disk by architecture, so that an agent that starts again need not prove them anew.
+"""Verified specs, kept on disk by architecture, so that an agent that starts again need not derive them anew.
 
-A spec is found by the hash of its trace, the outputs asked for, and dimat's own source and torch's version, on which
-the derivation rests. Nothing is kept of modules that export cannot follow (their trace is no sure sign of what they
-are), nor once rules were registered from outside.
+A spec is found by the module's fingerprint, its code and constructor state, for which nothing is traced; one found so
+is checked by numbers before it is used. A module without a fingerprint is known by the hash of its trace. Either way
+the outputs asked for, dimat's own rules and torch's version are part of the key. Nothing is kept of modules that export
+cannot follow (which paths they take depends on the inputs' values), nor once rules were registered from outside.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from torch import nn
 
 from dimat.errors import DimatError, SymmetryError
 from dimat.symmetry.derive import derive_symmetry, fits
+from dimat.symmetry.fingerprint import fingerprint
 from dimat.symmetry.rules import own_rules
 from dimat.symmetry.spec import SymmetrySpec
 from dimat.symmetry.trace import SymmetryWarning, Trace, retrace
-from dimat.symmetry.verify import freeze_failing
+from dimat.symmetry.verify import freeze_failing, holds
 from dimat.weights.durable import write_bytes
 
 
@@ -39,16 +41,31 @@ def verified_symmetry(
     """Return a module's spec without the groups that fail the proof; its `warnings` say what was given up.
 
     `folder`: where specs are kept, `default_folder()` by default. The same spec comes out whether it was kept or not.
+    A kept one that does not hold for this module is derived anew, with a SymmetryWarning (SYM-W07).
     Raises SymmetryError as `derive_symmetry` and `verify_symmetry` do.
     """
-    path = _path(model, example_inputs, outputs, folder or default_folder())
-    known = _read(path, model, example_inputs)
-    if known is not None:
-        return known
+    folder = folder or default_folder()
+    mark = fingerprint(model, example_inputs) if own_rules() else None
+    start = generator.get_state()
+    if mark is not None:
+        path = folder / f"{_key(mark, outputs)}.json"
+        known = _read(path)
+        if known is not None:
+            if holds(model, known, example_inputs, generator):
+                return known
+            generator.set_state(start)
+            message = f"SYM-W07 the symmetry groups in {path} do not hold for this model; derived anew"
+            warnings.warn(message, SymmetryWarning, stacklevel=2)
+    else:
+        traced = _exported(model, example_inputs)
+        path = None if traced is None else folder / f"{_key(traced.digest, outputs)}.json"
+        known = None if path is None else _read(path)
+        if known is not None and traced is not None and fits(known, traced):
+            return known
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SymmetryWarning)  # they are in the spec
         spec = freeze_failing(model, derive_symmetry(model, example_inputs, outputs), example_inputs, generator)
-    if path is not None:
+    if path is not None and spec.trace_kind == "export":
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_bytes(path, spec.to_json().encode(), durable=False)
@@ -57,24 +74,33 @@ def verified_symmetry(
     return spec
 
 
+def forget(spec: SymmetrySpec, folder: Path | None = None) -> None:
+    """Remove what is kept of a spec that turned out to be another model's; the next start derives it anew."""
+    for path in (folder or default_folder()).glob("*.json"):
+        kept = _read(path)
+        if kept is not None and kept.arch_hash == spec.arch_hash:
+            path.unlink(missing_ok=True)
+
+
 def default_folder() -> Path:
     """Return `$XDG_CACHE_HOME/dimat/symmetry`, by default under ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dimat" / "symmetry"
 
 
-def _path(model: nn.Module, example_inputs: Any, outputs: Sequence[int | str] | None, folder: Path) -> Path | None:
+def _exported(model: nn.Module, example_inputs: Any) -> Trace | None:
+    """Return the trace by which a module without a fingerprint is known, if it is known by one."""
+    if not own_rules():
+        return None
     try:
         traced = retrace(model, example_inputs)
     except SymmetryError:
         return None
-    if traced.kind != "export" or not own_rules():
-        return None
-    return folder / f"{_key(traced, outputs)}.json"
+    return traced if traced.kind == "export" else None
 
 
-def _key(traced: Trace, outputs: Sequence[int | str] | None) -> str:
-    chosen = traced.select_outputs(outputs)
-    return blake3(repr((traced.digest, chosen, outputs is None, torch.__version__, _sources())).encode()).hexdigest()
+def _key(mark: str, outputs: Sequence[int | str] | None) -> str:
+    chosen = None if outputs is None else tuple(outputs)
+    return blake3(repr((mark, chosen, torch.__version__, _sources())).encode()).hexdigest()
 
 
 @cache
@@ -86,12 +112,9 @@ def _sources() -> str:
     return digest.hexdigest()
 
 
-def _read(path: Path | None, model: nn.Module, example_inputs: Any) -> SymmetrySpec | None:
-    """Return a kept spec, or None where there is none, or it is damaged or another model's."""
-    if path is None:
-        return None
+def _read(path: Path) -> SymmetrySpec | None:
+    """Return a kept spec, or None where there is none or it is damaged."""
     try:
-        spec = SymmetrySpec.from_json(path.read_text())
+        return SymmetrySpec.from_json(path.read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError):
         return None
-    return spec if fits(spec, retrace(model, example_inputs)) else None

@@ -12,6 +12,7 @@ from torch.fx.node import map_arg
 
 from dimat.errors import SymmetryError
 from dimat.symmetry import tree
+from dimat.symmetry.cache import forget
 from dimat.symmetry.derive import fits
 from dimat.symmetry.points import shows_again
 from dimat.symmetry.spec import ObservationPoint, SymmetrySpec
@@ -28,6 +29,7 @@ class Observer:
     def __init__(self, model: nn.Module, spec: SymmetrySpec, example_inputs: Any) -> None:
         self._trace: Trace = retrace(model, example_inputs)
         if not fits(spec, self._trace):
+            forget(spec)  # should it be one that was kept from an earlier start
             raise SymmetryError("the spec was derived from another model; call derive_symmetry for this one")
         self._spec = spec
         self._nodes = self._trace.nodes

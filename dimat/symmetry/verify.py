@@ -34,6 +34,15 @@ def verify_symmetry(model: nn.Module, spec: SymmetrySpec, example_inputs: Any, g
     return _Check(model, example_inputs, spec, generator).error(spec, generator)
 
 
+def holds(model: nn.Module, spec: SymmetrySpec, example_inputs: Any, generator: torch.Generator) -> bool:
+    """Tell whether a spec fits a module and all of its groups at once pass `verify_symmetry`."""
+    try:
+        check = _Check(model, example_inputs, spec, generator)
+        return check.error(spec, generator) <= check.tolerance
+    except (SymmetryError, LookupError, RuntimeError):  # it names outputs, tensors or sizes that the module lacks
+        return False
+
+
 def tolerance_of(model: nn.Module, spec: SymmetrySpec, example_inputs: Any) -> float:
     """Return the error below which a group passes: 1e-9, or 1e-5 where the module itself computes in less than float64.
 
@@ -109,6 +118,10 @@ class _Precision(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.rounds = False
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and to be kept from torch's compiler would load it: a CPU-second
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
