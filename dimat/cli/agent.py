@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from dimat.cli.app import app
-from dimat.cli.shared import Json, Overrides, Quiet, say, show
+from dimat.cli.shared import Json, Overrides, Quiet, collector_paused, say, show
 from dimat.errors import ConfigError, NetworkError
 
 if TYPE_CHECKING:
@@ -62,14 +62,15 @@ def agent(
         from dimat.ui.dashboard.available import need_dashboard
 
         need_dashboard()
-    from dimat.agent.daemon.daemon import Daemon
-    from dimat.agent.setup.prepare import prepare_agent
-    from dimat.config import agent_folder
-    from dimat.ui.jsonl import JsonlListener
-    from dimat.ui.listeners import open_listeners
-    from dimat.ui.terminal.panel import agent_listener
+    with collector_paused():
+        from dimat.agent.daemon.daemon import Daemon
+        from dimat.agent.setup.prepare import prepare_agent
+        from dimat.config import agent_folder
+        from dimat.ui.jsonl import JsonlListener
+        from dimat.ui.listeners import open_listeners
+        from dimat.ui.terminal.panel import agent_listener
 
-    setup = prepare_agent(config)
+        setup = prepare_agent(config)
     # before the agent is made: what cannot be had is said before anything is done
     with open_listeners(config, agent_folder(config, setup.name), agent=setup.name) as watching:
         daemon = Daemon(setup)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +14,18 @@ from torch import nn
 
 import dimat.symmetry.cache as spec_cache
 import dimat.symmetry.rules.call as rule_table
-from dimat.symmetry import register_rule, verified_symmetry
+from dimat.errors import SymmetryError
+from dimat.symmetry import (
+    AxisRef,
+    Factor,
+    Group,
+    Observer,
+    SymmetrySpec,
+    SymmetryWarning,
+    register_rule,
+    verified_symmetry,
+)
+from dimat.symmetry.fingerprint import fingerprint
 from tests.symmetry.test_paths import Loop
 from tests.symmetry.zoo import MLP, ResNet20
 
@@ -35,10 +50,92 @@ def test_another_width_or_a_damaged_file_is_derived_anew(tmp_path: Path) -> None
     (file,) = tmp_path.iterdir()
     _kept(ResNet20("B", 4), torch.randn(2, 3, 32, 32), tmp_path)
     (other,) = set(tmp_path.iterdir()) - {file}
-    for damage in (b"", file.read_bytes()[:100], b"{}", b"\xff\xfe", other.read_bytes()):
+    for damage in (b"", file.read_bytes()[:100], b"{}", b"\xff\xfe"):
         file.write_bytes(damage)
         assert _kept(MLP(), inputs, tmp_path) == fresh
         assert file.read_text() == fresh
+    file.write_bytes(other.read_bytes())
+    with pytest.warns(SymmetryWarning, match="SYM-W07"):
+        assert _kept(MLP(), inputs, tmp_path) == fresh
+    assert file.read_text() == fresh
+
+
+@pytest.mark.parametrize("wrong", ["a group too many", "an output too many", "another size"])
+def test_a_spec_that_does_not_hold_is_caught_and_derived_anew(wrong: str, tmp_path: Path) -> None:
+    """Reference: the spec as proved. The wrong one permutes outputs, or does not fit the module; it is
+    found under the module's own key, as where the key had missed a difference."""
+    inputs = torch.randn(3, 12)
+    fresh = _kept(MLP(), inputs, tmp_path)
+    (file,) = tmp_path.iterdir()
+    spec = SymmetrySpec.from_json(fresh)
+    if wrong == "a group too many":  # the units of the output
+        tensor, size = "layers.2.weight", 5
+        group = Group("new", size, ((tensor, 0),))
+        bad = replace(
+            spec, groups=(*spec.groups, group), axes=(*spec.axes, AxisRef(tensor, 0, ((Factor(size, "new"),),)))
+        )
+    elif wrong == "an output too many":
+        bad = replace(spec, outputs=(*spec.outputs, 7))
+    else:
+        first = spec.axes[0]
+        bad = replace(spec, axes=(AxisRef(first.tensor, first.dim, (*first.layout, (Factor(1),))), *spec.axes[1:]))
+    file.write_text(bad.to_json())
+    with pytest.warns(SymmetryWarning, match="SYM-W07 the symmetry groups in .* do not hold"):
+        assert _kept(MLP(), inputs, tmp_path) == fresh
+    assert file.read_text() == fresh
+    assert _kept(MLP(), inputs, tmp_path) == fresh
+
+
+def test_a_module_without_a_fingerprint_is_known_by_its_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reference: the spec as derived; the second time nothing is proved, but the module is traced."""
+
+    class Local(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.two(self.one(x).relu())
+
+    inputs = torch.randn(3, 4)
+    assert fingerprint(Local(), inputs) is None
+    fresh = _kept(Local(), inputs, tmp_path)
+    assert len([*tmp_path.iterdir()]) == 1
+    monkeypatch.setattr(spec_cache, "freeze_failing", None)
+    assert _kept(Local(), inputs, tmp_path) == fresh
+
+
+def test_an_observer_of_another_model_forgets_the_kept_spec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reference: a spec kept for a width of 8; the file of the one that is refused is gone, the other's stays."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    inputs = torch.randn(3, 12)
+    verified_symmetry(MLP(), inputs, torch.Generator().manual_seed(0))
+    (kept,) = spec_cache.default_folder().iterdir()
+    image = torch.randn(2, 3, 32, 32)
+    spec = verified_symmetry(ResNet20("B", 4), image, torch.Generator().manual_seed(0))
+    with pytest.raises(SymmetryError, match="another model"):
+        Observer(MLP(), spec, inputs)
+    assert [*spec_cache.default_folder().iterdir()] == [kept]
+
+
+def test_a_second_start_does_not_trace(tmp_path: Path) -> None:
+    """Reference: torch's compiler, which every trace loads, and scipy are not loaded when the spec was kept."""
+    code = (
+        "import sys, torch\n"
+        "from dimat.symmetry import verified_symmetry\n"
+        "from tests.symmetry.zoo import MLP\n"
+        "spec = verified_symmetry(MLP(), torch.randn(3, 12), torch.Generator().manual_seed(0))\n"
+        "print(spec.groups_hash, *[m in sys.modules for m in ('torch.export._trace', 'torch._dynamo', 'scipy')])\n"
+    )
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+        ).stdout.split()
+        for _ in range(2)
+    ]
+    assert said[0][1:3] == ["True", "True"]
+    assert said[1] == [said[0][0], "False", "False", "False"]
 
 
 def test_a_folder_that_cannot_be_made_costs_time_only(tmp_path: Path) -> None:

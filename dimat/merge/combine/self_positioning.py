@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
-from scipy.optimize import minimize
 from torch import Tensor, nn
 
 from dimat.errors import MergeError
@@ -134,6 +133,8 @@ def _searched(
     simplex = torch.cat([start[None], start + 0.5 * torch.eye(len(start), dtype=start.dtype)])
     options: Any = {"maxfev": steps, "initial_simplex": simplex.numpy(), "xatol": 1e-3, "fatol": 0.0}
     if steps:
+        from scipy.optimize import minimize  # takes 0.2 CPU-s to import
+
         minimize(cost, start.numpy(), method="Nelder-Mead", options=options)
     return best
 

@@ -34,7 +34,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
-from scipy.linalg import blas, lapack
 from torch import Tensor, nn
 
 from dimat.errors import ConfigError, MergeError
@@ -179,6 +178,8 @@ def _singular_values(squares: Tensor) -> Tensor:
 def _by_tridiagonal(matrix: Tensor, alpha: float) -> Basis | None:
     """Return σ (1, n) falling, V_k (1, n, k) and k of one real matrix on the CPU: one reduction of the Gram matrix to
     tridiagonal form gives all σ, and then as many vectors as are needed. None where LAPACK does not converge."""
+    from scipy.linalg import blas  # takes 0.1 CPU-s to import
+
     n = matrix.shape[1]
     if matrix.mT.is_contiguous():
         gram = blas.dsyrk(1.0, matrix.numpy(), trans=1, lower=1)
@@ -217,6 +218,8 @@ def _last_vectors(d: Array, e: Array, values: Array, r: int) -> Array | None:
 
 def _call(name: str, *args: Any, **options: Any) -> tuple[Any, ...]:
     """Call a LAPACK routine; its stubs know no overloads for arrays that it works in."""
+    from scipy.linalg import lapack
+
     return cast(tuple[Any, ...], getattr(lapack, name)(*args, **options))
 
 
