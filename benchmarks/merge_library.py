@@ -162,7 +162,8 @@ def child(method: str, blocks: int, diagonal: bool = False, products: str | None
         run = partial(_merge_networks, method)
     else:
         third = {name: (tuned[0][name] + 2 * tuned[1][name]) / 3 for name in base}
-        run = partial(combine_registry.call, method, {}, tuned[0], [tuned[1], third], [1 / 3] * 3, base=base)
+        bound = combine_registry.bind(method, {})
+        run = lambda: dict(bound(tuned[0], [tuned[1], third], [1 / 3] * 3, base=base))  # noqa: E731
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts at what is held now
     before, began = peak_mb(), process_time()
     run()
@@ -174,7 +175,7 @@ def _merge_networks(method: str) -> object:
     models = [resnet20() for _ in range(3)]
     data = [(torch.randn(64, 3, 32, 32, generator=torch_generator(0, "noise", k)),) for k in range(4)]
     weights = [dict(model.state_dict()) for model in models]
-    return combine_registry.call(method, {}, weights[0], weights[1:], [1 / 3] * 3, model=models[0], data=data)
+    return dict(combine_registry.call(method, {}, weights[0], weights[1:], [1 / 3] * 3, model=models[0], data=data))
 
 
 def peak_mb() -> float:

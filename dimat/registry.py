@@ -8,9 +8,11 @@
 A keyword-only argument of a registered function is an **option**, settable in the configuration and checked against
 its annotation (any type that pydantic knows: `Annotated[int, Field(ge=1)] | None`, `Literal["a", "b"]`, …), or, if
 the registry names it so, **context** that the caller hands in where the function asks for it. What callers have to
-know before they call a function stands beside its name, `register("fisher", statistics=…)`, and `declared` returns it.
-An option may be a **group**, a pydantic model given as a table; `register("hf-causal-lm", moved={"test": "data.test"})`
-still reads the flat keys of older files into it.
+know before they call a function stands beside its name as a **trait**, `register("fisher", statistics=…)`. Options
+that several functions share are one class (see `SharedOptions`). An option may also be a **group**, a pydantic model
+given as a table; `register("hf-causal-lm", moved={"test": "data.test"})` still reads the flat keys of older files into
+it. `bind` checks options once, for any number of calls.
+
 With a package, a registry fills itself by importing the package's modules, so that a new function touches no other
 file.
 """
@@ -21,10 +23,10 @@ import inspect
 import json
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, get_type_hints
 
 from dimat.errors import ConfigError, nearest, unknown_name
 
@@ -58,13 +60,47 @@ class OptionNames:
         return path
 
 
-NAMES = "names"
+NAMES = "option_names"
 """The argument by which a function with groups is given its `OptionNames`, for its own errors."""
+
+
+class SharedOptions:
+    """Base of frozen dataclasses whose fields are options that several functions share.
+
+    A keyword-only argument whose default is an instance stands for one option per field, by the field's name and with
+    the instance's value as its default; the function gets an instance.
+    """
+
+
+@dataclass(frozen=True)
+class Bound(Generic[R]):
+    """A registered function with checked options. `options`: those that were given; `settings`: all of them, in
+    the types that they are declared in; `asks`: its other keyword arguments; `traits`: what it was registered with."""
+
+    name: str
+    options: Mapping[str, Any]
+    settings: Mapping[str, Any] = field(repr=False, compare=False)
+    asks: frozenset[str] = field(repr=False, compare=False)
+    traits: Mapping[str, Any] = field(repr=False, compare=False)
+    _function: Callable[..., R] = field(repr=False, compare=False)
+    _arguments: Mapping[str, Any] = field(repr=False, compare=False)
+    _needs: tuple[str, ...] = field(repr=False, compare=False)
+    _missing: Callable[[str], ConfigError] = field(repr=False, compare=False)
+
+    def __call__(self, *args: Any, **context: Any) -> R:
+        """Call the function with `args`, its options, and what it asks for of `context`; the registry's error where
+        it needs an option that nobody gave."""
+        for key in self._needs:
+            if key not in context:
+                raise self._missing(key)
+        given = {key: value for key, value in context.items() if key in self.asks}
+        return self._function(*args, **given, **self._arguments)
 
 
 class Registry(Generic[R]):
     """Named functions that return an `R`. `kind` ("graph", "task", …) is how messages call them; `package` is scanned
-    when a name is first asked for; names in `context` are never options; faults raise `error`."""
+    when a name is first asked for; names in `context` are never options; `traits`: which traits functions may have,
+    and the values of those that are left out; faults raise `error`."""
 
     def __init__(
         self,
@@ -72,27 +108,33 @@ class Registry(Generic[R]):
         package: str = "",
         *,
         context: frozenset[str] = frozenset(),
+        traits: Mapping[str, Any] | None = None,
         error: type[ConfigError] = ConfigError,
     ) -> None:
         self.kind = kind
         self.package = package
         self.context = context | {NAMES}
+        self._defaults: dict[str, Any] = {"moved": {}, **(traits or {})}
         self.error = error
         self._functions: dict[str, Callable[..., R]] = {}
-        self._declared: dict[str, dict[str, Any]] = {}
+        self._traits: dict[str, dict[str, Any]] = {}
         self._scanned = not package
         self._scanning = False
         self._lock = threading.RLock()
 
-    def register(self, name: str, **declared: Any) -> Callable[[F], F]:
-        """Return a decorator that makes a function known as `name`; an error where the name is taken. `declared`: what
+    def register(self, name: str, **traits: Any) -> Callable[[F], F]:
+        """Return a decorator that makes a function known as `name`; an error where the name is taken. `traits`: what
         is to be known of it beyond its signature; "moved": flat keys of options that stand in groups now."""
+        for trait in traits:
+            if trait not in self._defaults:
+                known = ", ".join(sorted(self._defaults))
+                raise self.error(f"{self.kind} {name!r} declares {trait!r}, which is none of its traits ({known})")
 
         def enter(function: F) -> F:
             if self._functions.get(name, function) is not function:
                 raise self.error(f"{self.kind} {name!r} is registered twice; choose another name")
             self._functions[name] = function
-            self._declared[name] = declared
+            self._traits[name] = traits
             return function
 
         return enter
@@ -109,14 +151,14 @@ class Registry(Generic[R]):
             raise self.error(unknown_name(self.kind, name, self._functions))
         return self._functions[name]
 
-    def declared(self, name: str, key: str) -> Any:
-        """Return what the function `name` was registered with under `key`; None where that is nothing."""
+    def traits(self, name: str) -> dict[str, Any]:
+        """Return the traits of the function `name`."""
         self.get(name)
-        return self._declared[name].get(key)
+        return {**self._defaults, **self._traits[name]}
 
     def options(self, name: str) -> dict[str, Any]:
         """Return the options of a function and their defaults (`inspect.Parameter.empty` where it has none)."""
-        return {key: p.default for key, p in keywords(self.get(name)).items() if key not in self.context}
+        return {option.key: option.default for option in _options(self.get(name), self.context).values()}
 
     def entries(self) -> list[Entry]:
         """Return all entries in the order of registration."""
@@ -130,22 +172,30 @@ class Registry(Generic[R]):
         """Check name and options and return the options as their annotations have them."""
         return self._checked(name, options)[0]
 
+    def bind(self, name: str, options: Mapping[str, Any]) -> Bound[R]:
+        """Return the function `name` with its options, checked once for all calls."""
+        given, names = self._checked(name, options)
+        function, known = self.get(name), _options(self.get(name), self.context)
+        settings = {key: given.get(key, option.default) for key, option in known.items()}
+        arguments = {NAMES: names} if NAMES in keywords(function) else {}
+        arguments |= _arguments(known, given)
+        open_to = {key: p.default is p.empty for key, p in keywords(function).items() if key not in arguments}
+        needs = tuple(key for key, needed in open_to.items() if needed)
+
+        def missing(key: str) -> ConfigError:
+            return self.error(f"{self.kind} {name!r} needs the option {key!r}")
+
+        traits = self.traits(name)
+        return Bound(name, dict(options), settings, frozenset(open_to), traits, function, arguments, needs, missing)
+
     def call(self, name: str, options: Mapping[str, Any], *args: Any, **context: Any) -> R:
         """Call a function with `args`, its options, and those of `context` that it asks for and options do not set."""
-        given, names = self._checked(name, options)
-        function = self.get(name)
-        known = keywords(function)
-        context = {**context, NAMES: names}
-        extra = {key: value for key, value in context.items() if key in known and key not in given}
-        for key, parameter in known.items():
-            if parameter.default is parameter.empty and key not in given and key not in extra:
-                raise self.error(f"{self.kind} {name!r} needs the option {key!r}")
-        return function(*args, **extra, **given)
+        return self.bind(name, options)(*args, **context)
 
     def _checked(self, name: str, options: Mapping[str, Any]) -> tuple[dict[str, Any], OptionNames]:
         where = f"{self.kind} {name!r}"
         function = self.get(name)
-        grouped, names = regroup(options, self.declared(name, "moved") or {}, where, self.error)
+        grouped, names = regroup(options, self.traits(name)["moved"], where, self.error)
         return check_options(function, grouped, where, context=self.context, error=self.error, names=names), names
 
     def _scan(self) -> None:
@@ -193,6 +243,43 @@ def regroup(
     return grouped, OptionNames({moved[key]: key for key in flat})
 
 
+@dataclass(frozen=True)
+class _Option:
+    """An option: its default, its annotation, the function or class that has it, and the argument that it is a field
+    of, for those of a class of shared options."""
+
+    key: str
+    default: Any
+    annotation: Any
+    owner: Callable[..., Any]
+    shared: inspect.Parameter | None = None
+
+
+def _options(function: Callable[..., Any], context: frozenset[str]) -> dict[str, _Option]:
+    found: dict[str, _Option] = {}
+    for key, parameter in keywords(function).items():
+        if isinstance(parameter.default, SharedOptions):
+            kind = type(parameter.default)
+            hints = get_type_hints(kind, include_extras=True)
+            for name in (each.name for each in fields(kind)):  # pyright: ignore[reportArgumentType]
+                found[name] = _Option(name, getattr(parameter.default, name), hints[name], kind, parameter)
+        elif key not in context:
+            found[key] = _Option(key, parameter.default, parameter.annotation, function)
+    return found
+
+
+def _arguments(known: Mapping[str, _Option], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keyword arguments that options are."""
+    arguments: dict[str, Any] = {}
+    for key, value in given.items():
+        shared = known[key].shared
+        if shared is None:
+            arguments[key] = value
+        else:
+            arguments[shared.name] = replace(arguments.get(shared.name, shared.default), **{key: value})
+    return arguments
+
+
 def check_options(
     function: Callable[..., Any],
     options: Mapping[str, Any],
@@ -207,19 +294,18 @@ def check_options(
     Raises `error` that names `where`, the option as the user wrote it (`names`), and the nearest known one or what its
     type asks for.
     """
-    known = {key: p for key, p in keywords(function).items() if key not in context}
+    known = _options(function, context)
     checked: dict[str, Any] = {}
     for key, value in options.items():
         if key not in known:
             listed = f"its options: {', '.join(sorted(known))}" if known else "it has none"
             raise error(f"{where} has no option {key!r}{nearest(key, known)} ({listed})")
-        checked[key] = _converted(function, known[key], value, where, error, names)
+        checked[key] = _converted(known[key], value, where, error, names)
     return checked
 
 
 def _converted(
-    function: Callable[..., Any],
-    parameter: inspect.Parameter,
+    option: _Option,
     value: Any,
     where: str,
     error: type[ConfigError],
@@ -227,10 +313,10 @@ def _converted(
 ) -> Any:
     from pydantic import TypeAdapter, ValidationError  # here, so that names can be listed without loading pydantic
 
-    annotation: Any = parameter.annotation
+    annotation: Any = option.annotation
     if isinstance(annotation, str):
         try:
-            annotation = eval(annotation, function.__globals__)  # ours or a plug-in's own source, never input
+            annotation = eval(annotation, option.owner.__globals__)  # ours or a plug-in's own source, never input
         except NameError:
             return value  # of a type imported for type checkers only: the function checks it itself
     adapter: TypeAdapter[Any] = TypeAdapter(annotation)
@@ -242,7 +328,7 @@ def _converted(
         # as JSON, whose strict rules are those of a configuration file: a list may be a tuple, a text is no number
         return adapter.validate_python(value, strict=True) if text is None else adapter.validate_json(text, strict=True)
     except ValidationError as fault:
-        raise error(f"{where}: {_explained(fault, parameter.name, annotation, value, names)}") from None
+        raise error(f"{where}: {_explained(fault, option.key, annotation, value, names)}") from None
 
 
 def _explained(fault: ValidationError, option: str, annotation: Any, value: Any, names: OptionNames) -> str:

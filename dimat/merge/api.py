@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dimat.config import MergeConfig, NamedConfig, build
+from dimat.config import MergeConfig, build
 from dimat.errors import ConfigError, MergeError, nearest
 from dimat.merge.context import MergeContext
 from dimat.merge.models.batches import as_data, first_inputs
 from dimat.merge.pipeline import MergePlan, Peer, check_mixing, merge, needs_symmetry, plan_merge
-from dimat.merge.registry import accept_registry, align_registry, combine_registry, repair_registry
+from dimat.merge.registry import align_registry
 from dimat.merge.shared_statistics import OWN
 from dimat.merge.stages import Permutations, Points, Score, Weights
 from dimat.merge.weight_views import open_weights
-from dimat.registry import Registry
+from dimat.registry import Bound
 from dimat.symmetry import derive_symmetry
 from dimat.symmetry.spec import SymmetrySpec
 
@@ -28,12 +28,7 @@ Source = Weights | str | PathLike[str]
 Batches = Iterable[Tensor | Sequence[Tensor]] | Tensor
 """Model inputs: one tensor, or an iterable of batches, each a tensor or a tuple of the model's arguments."""
 
-STAGES: Mapping[str, Registry[Any]] = {
-    "align": align_registry,
-    "combine": combine_registry,
-    "repair": repair_registry,
-    "accept": accept_registry,
-}
+STAGES = ("align", "combine", "repair", "accept")
 
 
 def align_weights(
@@ -60,10 +55,7 @@ def align_weights(
         aligned = permute_weights(peer, spec, permutations)
     """
     context = MergeContext(model, spec, as_data(data), points=points)
-    config = NamedConfig(name=using, options=options)
-    aligned = align_registry.call(
-        config.name, config.options, open_weights(own), [open_weights(peer)], **context.offered()
-    )
+    aligned = align_registry.call(using, options, open_weights(own), [open_weights(peer)], **context.offered())
     return aligned.permutations[0]
 
 
@@ -126,14 +118,14 @@ def _plan(method: str, options: Mapping[str, Any]) -> MergePlan:
     """Return the plan of a preset with whole stages and single options replaced."""
     stages = {key: value for key, value in options.items() if key in STAGES or key == "screen"}
     plan = plan_merge(build(MergeConfig, {"method": method, **stages}, "merge_weights"))
-    chosen = {stage: getattr(plan, stage) for stage in STAGES}
+    chosen: dict[str, Bound[Any]] = {stage: getattr(plan, stage) for stage in STAGES}
     extra: dict[str, dict[str, Any]] = {stage: {} for stage in STAGES}
     for key, value in options.items():
         if key in stages:
             continue
-        owners = [stage for stage, registry in STAGES.items() if key in registry.options(chosen[stage].name)]
+        owners = [stage for stage in STAGES if key in chosen[stage].settings]
         if not owners:
-            known = {name for stage, registry in STAGES.items() for name in registry.options(chosen[stage].name)}
+            known = {name for stage in STAGES for name in chosen[stage].settings}
             raise ConfigError(f"merge_weights has no option {key!r} with method {method!r}{nearest(key, known)}")
         for stage in owners:
             extra[stage][key] = value

@@ -1,4 +1,4 @@
-"""The merge pipeline: screen → align → combine → repair → accept.
+"""The merge pipeline: screen → align → combine → repair → accept, and the presets that fill it.
 
     plan = plan_merge(MergeConfig(method="dimat"))
     outcome = merge(own, 0.5, [Peer("lab-b", weights, 0.5)], plan, MergeContext(model, spec, data))
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import isclose, isfinite
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -23,9 +23,11 @@ from dimat.merge.matching.assignment import moved_share
 from dimat.merge.registry import CONTEXT, accept_registry, align_registry, combine_registry, repair_registry
 from dimat.merge.screen import norm_of, screen
 from dimat.merge.shared_statistics import OWN, TakeStatistics, check_statistics, in_order
-from dimat.merge.stages import Aligned, Clock, Permutations, Weights
+from dimat.merge.stages import Accepted, Aligned, Clock, Permutations, Repaired, Weights
 from dimat.merge.weight_views import PermutedWeights
-from dimat.registry import check_options, keywords
+from dimat.registry import Bound, Registry, check_options
+
+R = TypeVar("R")
 
 MIXING_TOLERANCE = 1e-6
 """Mixing weights sum to 1 within this."""
@@ -33,12 +35,12 @@ MIXING_TOLERANCE = 1e-6
 
 @dataclass(frozen=True)
 class MergePlan:
-    """A merge configuration with every stage filled in and checked."""
+    """A merge configuration with every stage filled in: a method with its options, checked and ready to be called."""
 
-    align: NamedConfig
-    combine: NamedConfig
-    repair: NamedConfig
-    accept: NamedConfig
+    align: Bound[Aligned]
+    combine: Bound[Weights]
+    repair: Bound[Repaired]
+    accept: Bound[Accepted]
     align_to: str = "shared"
     align_data: str = "local"
     probe_samples: int = 100
@@ -50,7 +52,7 @@ class MergePlan:
     @property
     def statistics(self) -> TakeStatistics | None:
         """How an agent takes the statistics that the combine method rests on; None where it rests on none."""
-        return combine_registry.declared(self.combine.name, "statistics")
+        return self.combine.traits["statistics"]
 
 
 @dataclass(frozen=True)
@@ -87,28 +89,27 @@ def plan_merge(config: MergeConfig) -> MergePlan:
     Raises ConfigError that names the first fault and the nearest known name.
     """
     preset = config.preset
-    plan = MergePlan(
-        align=config.align or NamedConfig(name=preset.align),
-        combine=config.combine or NamedConfig(name=preset.combine),
-        repair=config.repair or NamedConfig(name=preset.repair),
-        accept=config.accept or NamedConfig(name="always"),
+    return MergePlan(
+        align=_bound(align_registry, config.align, preset.align),
+        combine=_bound(combine_registry, config.combine, preset.combine),
+        repair=_bound(repair_registry, config.repair, preset.repair),
+        accept=_bound(accept_registry, config.accept, "always"),
         align_to=config.align_to or preset.align_to,
         align_data=config.align_data,
         probe_samples=config.probe_samples,
         statistics_samples=config.statistics_samples,
-        screen=dict(config.screen),
+        screen=check_options(screen, config.screen, "merge.screen", context=CONTEXT),
     )
-    align_registry.check(plan.align.name, plan.align.options)
-    combine_registry.check(plan.combine.name, plan.combine.options)
-    repair_registry.check(plan.repair.name, plan.repair.options)
-    accept_registry.check(plan.accept.name, plan.accept.options)
-    check_options(screen, plan.screen, "merge.screen", context=CONTEXT)
-    return plan
+
+
+def _bound(registry: Registry[R], stage: NamedConfig | None, preset: str) -> Bound[R]:
+    """Return a stage's method with its options, or the preset's without."""
+    return registry.bind(preset, {}) if stage is None else registry.bind(stage.name, stage.options)
 
 
 def needs_symmetry(plan: MergePlan) -> bool:
     """Tell whether a plan rests on the model's symmetry groups: because it aligns, or its combine method asks."""
-    return plan.align.name != "none" or "spec" in keywords(combine_registry.get(plan.combine.name))
+    return plan.align.name != "none" or "spec" in plan.combine.asks
 
 
 def merge(
@@ -158,25 +159,19 @@ def merge(
     views = [_view(peer.weights, permutations.get(peer.name), context) for peer in merging]
     clock.lap("align")
     aux = in_order(context.aux, [peer.name for peer in merging], permutations, context.spec)
-    combined = combine_registry.call(
-        plan.combine.name,
-        plan.combine.options,
-        own,
-        views,
-        [own_weight, *(peer.weight for peer in merging)],
-        **(context.offered() | {"aux": aux, "names": [peer.name for peer in merging]}),
-    )
+    offered = context.offered()
+    own_first = [own_weight, *(peer.weight for peer in merging)]
+    names = [peer.name for peer in merging]
+    combined = dict(plan.combine(own, views, own_first, **(offered | {"aux": aux, "names": names})))
     _check_shapes(own, combined, plan.combine.name)
     clock.lap("combine")
-    repaired = repair_registry.call(plan.repair.name, plan.repair.options, combined, **context.offered())
+    repaired = plan.repair(combined, **offered)
     clock.lap("repair")
 
     def repair_again(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        return repair_registry.call(plan.repair.name, plan.repair.options, weights, **context.offered()).weights
+        return plan.repair(weights, **offered).weights
 
-    accepted = accept_registry.call(
-        plan.accept.name, plan.accept.options, own, repaired.weights, **context.offered(), repair=repair_again
-    )
+    accepted = plan.accept(own, repaired.weights, **offered, repair=repair_again)
     clock.lap("accept")
     return MergeOutcome(
         weights=accepted.weights if accepted.share else _copy(own),
@@ -216,7 +211,7 @@ def _align(own: Weights, peers: Sequence[Weights], plan: MergePlan, context: Mer
         return Aligned([{} for _ in peers])
     if context.spec is None or not context.spec.groups:
         return Aligned([{} for _ in peers], notes=("no symmetry groups are known: averaged without alignment",))
-    return align_registry.call(plan.align.name, plan.align.options, own, peers, **context.offered())
+    return plan.align(own, peers, **context.offered())
 
 
 def _view(weights: Weights, permutations: Permutations | None, context: MergeContext) -> Weights:

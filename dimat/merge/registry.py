@@ -1,33 +1,60 @@
 """The methods of each stage of the merge by name, filled by scanning the stage's folder (see `dimat.registry`).
 
-@combine_registry.register("median")
+@combine_registry.register("median", holds="pieces")
 def median(own, peers, weights, *, alpha: float = 0.5): ...
 
-A combine method that asks for `aux` says how agents take its statistics (`dimat.merge.shared_statistics`):
-
-@combine_registry.register("fisher", statistics=empirical_fisher)
-
-One that merges products of LoRA factors, not tensor by tensor, is registered with `lora_products=True`.
+A method is wholly one file: what others have to know of it stands in its signature, or beside its name (`TRAITS`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from dimat.merge.stages import Accepted, Aligned, Repaired
+from dimat.merge.stages import Accepted, Aligned, Repaired, Weights
 from dimat.registry import Registry
 
 CONTEXT = frozenset(
-    {"base", "aux", "names", "generator", "state", "model", "spec", "data", "score", "points", "observer", "repair"}
+    {
+        "base",
+        "aux",
+        "names",
+        "generator",
+        "state",
+        "model",
+        "spec",
+        "data",
+        "score",
+        "points",
+        "observer",
+        "repair",
+        "put_away",
+    }
 )
 """Keyword arguments that the pipeline fills; they can never be options."""
 
+TRAITS: Mapping[str, Any] = {
+    "statistics": None,
+    "base_with": None,
+    "holds": "tensors",
+    "lora_products": False,
+    "adds_ranks": False,
+}
+"""What a combine method is registered with, and what holds where it does not say.
+
+`statistics`: how an agent takes the statistics that the method asks for as `aux` (`dimat.merge.shared_statistics`).
+`base_with`: the option with which it needs the base that it asks for; None: it always does.
+`holds`: what it keeps in memory while it merges mapped files: "pieces" of each tensor, one of the "tensors" of each
+model, or the "deltas" of all models.
+`lora_products`: it merges the products of LoRA factors, of whatever ranks. `adds_ranks`: to the sum of their ranks.
+"""
+
 align_registry: Registry[Aligned] = Registry("align method", "dimat.merge.align", context=CONTEXT)
-combine_registry: Registry[dict[str, Any]] = Registry("combine method", "dimat.merge.combine", context=CONTEXT)
+combine_registry: Registry[Weights] = Registry("combine method", "dimat.merge.combine", context=CONTEXT, traits=TRAITS)
 repair_registry: Registry[Repaired] = Registry("repair method", "dimat.merge.repair", context=CONTEXT)
 accept_registry: Registry[Accepted] = Registry("accept rule", "dimat.merge.accept", context=CONTEXT)
 
 
 def product_methods() -> list[str]:
     """Return the combine methods that merge products of LoRA factors, sorted."""
-    return [name for name in combine_registry.names() if combine_registry.declared(name, "lora_products")]
+    return [name for name in combine_registry.names() if combine_registry.traits(name)["lora_products"]]

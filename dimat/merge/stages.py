@@ -1,7 +1,7 @@
 """What the stages of a merge take and give: the contract that every method file follows.
 
     align(own, peers, *, …)             -> Aligned    one set of permutations per peer
-    combine(own, peers, weights, *, …)  -> dict       one state dict; `weights` lists self first
+    combine(own, peers, weights, *, …)  -> Weights    one state dict, which may be lazy; `weights` lists self first
     repair(weights, *, …)               -> Repaired   the same weights with what averaging broke estimated anew
     accept(own, merged, *, …)           -> Accepted   the weights to go on with
 
@@ -37,6 +37,9 @@ Points = Mapping[str, Sequence[ObservationPoint | str]]
 
 Score = Callable[[Weights], float]
 """Judges weights on a named set; higher is better."""
+
+PutAway = Callable[[Tensor], Tensor]
+"""Puts a tensor away, out of memory, and returns it as one that is read from there."""
 
 
 @dataclass(frozen=True)

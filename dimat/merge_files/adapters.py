@@ -1,4 +1,4 @@
-"""PEFT adapters whose products are merged ("lora-concat", "lora-svd", "lora-lego"), whatever their ranks and scales.
+"""PEFT adapters whose products are merged, by combine methods for that, whatever their ranks and scales.
 
 Combine methods see models of the same tensors and one scale. So each adapter is shown to them as if it had own's
 scale, s_k/s_own being multiplied into B, and all modules: one that it does not adapt has ΔW = 0, as factors of zeros.
@@ -74,8 +74,8 @@ def open_adapters(recipe: Recipe, models: Sequence[ModelFiles]) -> tuple[Adapter
     Raises ConfigError where some of the models are adapters and some are not, DataError for adapters that are damaged
     or not of plain LoRA, or do not fit together.
     """
-    methods = {recipe.method_of(rule)[0] for rule in (None, *recipe.rules)}
-    if not (methods.intersection(product_methods()) or recipe.into_base) or not any(model.adapter for model in models):
+    products = any(recipe.method_of(rule).traits["lora_products"] for rule in (None, *recipe.rules))
+    if not (products or recipe.into_base) or not any(model.adapter for model in models):
         return None
     for model in models:
         if not model.adapter:
@@ -90,7 +90,7 @@ def open_adapters(recipe: Recipe, models: Sequence[ModelFiles]) -> tuple[Adapter
 
 def names_of(recipe: Recipe, adapters: Sequence[Adapter]) -> dict[str, TensorInfo]:
     """Return the tensors of all adapters that have a weight, as they are named where they first stand, own's first."""
-    mixings = [recipe.method_of(rule)[2] for rule in (None, *recipe.rules)]
+    mixings = [recipe.mixing_of(rule) for rule in (None, *recipe.rules)]
     found: dict[str, TensorInfo] = {}
     known: set[str] = set()
     for k, adapter in enumerate(adapters):
@@ -119,7 +119,7 @@ def fit_together(
         inside = _pairs_inside(part, pairs)
         for key in inside:
             shown[key], ranks[key] = _ranks(part, [adapter.rank(key) for adapter in adapters], key)
-        rank = part.options.get("rank")
+        rank = part.method.options.get("rank")
         if inside and isinstance(rank, int) and all(ranks[key] < rank for key in inside):
             raise ConfigError(
                 f"option rank = {rank} is more than the {max(ranks[key] for key in inside)} that the adapters have "
@@ -236,10 +236,10 @@ def _pairs_inside(part: Part, pairs: Mapping[str, Pair]) -> list[str]:
     for key in inside:
         if not {pairs[key].a, pairs[key].b} <= names:
             raise ConfigError(f"a rule parts the factors of {key!r}: match both, e.g. {key + '.lora_*'!r}")
-        if part.method not in product_methods():
+        if not part.method.traits["lora_products"]:
             raise ConfigError(
-                f"method {part.method!r} would merge the factors of {key!r} one by one, beside others whose products "
-                f"are merged: take one of {', '.join(product_methods())}"
+                f"method {part.method.name!r} would merge the factors of {key!r} one by one, beside others whose "
+                f"products are merged: take one of {', '.join(product_methods())}"
             )
     return inside
 
@@ -247,11 +247,11 @@ def _pairs_inside(part: Part, pairs: Mapping[str, Pair]) -> list[str]:
 def _ranks(part: Part, ranks: Sequence[int], key: str) -> tuple[list[int], int]:
     """Return the ranks in which the adapters are shown to the method, and the merged rank."""
     shown = [*ranks]
-    rank = part.options.get("rank")
+    rank = part.method.options.get("rank")
     taking_part = [rank for rank, weight in zip(ranks, part.mixing) if weight]
     if not any(taking_part):
         raise ConfigError(f"no model that has {key!r} has a weight; give one to it, or leave the model out")
-    if part.method == "lora-concat":
+    if part.method.traits["adds_ranks"]:
         return shown, sum(taking_part)
     if rank is None and not shown[0]:
         shown[0] = max(taking_part)  # own has room for what others have

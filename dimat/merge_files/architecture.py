@@ -19,12 +19,12 @@ from dimat.errors import ConfigError, DataError, DimatError, HookError
 from dimat.hooks import load_hook
 from dimat.merge.align.none import none as no_alignment
 from dimat.merge.models.batches import as_data, device_of, first_inputs, on_device
-from dimat.merge.registry import align_registry, combine_registry
+from dimat.merge.registry import align_registry
 from dimat.merge.repair.none import none as no_repair
-from dimat.merge.stages import Data, Inputs
+from dimat.merge.stages import Data, Inputs, Weights
 from dimat.merge_files.files import ModelFiles, differences, hash_of, told
 from dimat.merge_files.recipe import Recipe
-from dimat.registry import keywords
+from dimat.registry import Bound
 from dimat.seeds import torch_generator
 from dimat.symmetry import SymmetrySpec, derive_symmetry
 from dimat.tasks import input_batches, list_tasks, load_task
@@ -61,18 +61,20 @@ class Network:
         return f"{groups} groups of units, {share:.0%} of parameters have an axis that moves"
 
 
-def runs_models(recipe: Recipe, methods: Sequence[str]) -> list[str]:
+def runs_models(recipe: Recipe, methods: Sequence[Bound[Weights]]) -> list[str]:
     """Return what in a recipe runs the models, in words; nothing where tensors are merged by themselves."""
     found: list[str] = []
     if align_registry.get(recipe.align.name) is not no_alignment:
         found.append(f"align = {recipe.align.name!r}")
-    found += [f"method {name!r}" for name in dict.fromkeys(methods) if runs(name)]
+    found += [f"method {name!r}" for name in dict.fromkeys(method.name for method in methods if runs(method))]
     if recipe.repair.name != no_repair.__name__:
         found.append(f"repair = {recipe.repair.name!r}")
     return found
 
 
-def open_network(recipe: Recipe, methods: Sequence[str], own: ModelFiles, device: torch.device) -> Network | None:
+def open_network(
+    recipe: Recipe, methods: Sequence[Bound[Weights]], own: ModelFiles, device: torch.device
+) -> Network | None:
     """Return what the recipe's models are run with, checked against own tensors; None where nothing runs them.
 
     Raises ConfigError where the recipe lacks model or data, HookError (a hook that fails or returns something else),
@@ -98,7 +100,7 @@ def open_network(recipe: Recipe, methods: Sequence[str], own: ModelFiles, device
     inputs = first_inputs(data)
     _try_out(model, inputs, recipe.data)
     spec = None
-    if align_registry.get(recipe.align.name) is not no_alignment or any(_asks(name) & GROUPS for name in methods):
+    if align_registry.get(recipe.align.name) is not no_alignment or any(method.asks & GROUPS for method in methods):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they are in the spec, and told as notes
             spec = derive_symmetry(model, inputs)
@@ -108,13 +110,9 @@ def open_network(recipe: Recipe, methods: Sequence[str], own: ModelFiles, device
     return Network(model, kind, data, spec, sources)
 
 
-def runs(method: str) -> bool:
+def runs(method: Bound[Weights]) -> bool:
     """Tell whether a combine method runs the models."""
-    return bool(_asks(method) & RUNS)
-
-
-def _asks(method: str) -> set[str]:
-    return {*keywords(combine_registry.get(method))}
+    return bool(method.asks & RUNS)
 
 
 def _made(spec: str, folder: str, what: str) -> Any:

@@ -5,39 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import ceil
 
+from dimat.merge.stages import Weights
+from dimat.registry import Bound
 from dimat.weights.header import TensorInfo
-
-LEARN = frozenset({"adamerging", "self-positioning"})
-"""Methods that hold the deltas of all models, beside the models."""
-
-PIECEWISE = frozenset(
-    {
-        "average",
-        "breadcrumbs",
-        "clipped-gossip",
-        "consensus",
-        "coordinate-median",
-        "dare-linear",
-        "dare-ties",
-        "della",
-        "emr",
-        "fisher",
-        "geometric-median",
-        "karcher",
-        "krum",
-        "layer-swap",
-        "magmax",
-        "model-stock",
-        "pcb-merging",
-        "sce",
-        "slerp",
-        "task-arithmetic",
-        "ties",
-        "trimmed-mean",
-    }
-)
-"""Methods that go through tensors in pieces: they hold the merged tensor, and a few of all values while they look for
-a threshold. The others hold one tensor of each model in the type in which they sum."""
 
 NEAR = 1 / 8
 """Most of a tensor's values that a search for a threshold collects, as float32, of each model."""
@@ -49,20 +19,22 @@ WORK = 3
 """Tensors that a method holds besides its inputs, in the type in which it sums."""
 
 
-def peak_memory(method: str, tensors: Sequence[TensorInfo], models: int, base: bool) -> int:
+def peak_memory(method: Bound[Weights], tensors: Sequence[TensorInfo], models: int, base: bool) -> int:
     """Return about how many bytes a merge needs besides mapped files: the merged tensor where a method works in pieces,
     else the largest tensor in the type in which it is summed, once for each model (twice where deltas are taken, and
     once for the base), and for the work."""
-    if method in PIECEWISE:
+    if method.traits["holds"] == "pieces":  # the merged tensor, and a few of all values in search of a threshold
         return PROCESS + max((info.bytes + int(NEAR * 4 * models * info.elements) for info in tensors), default=0)
     largest = max((info.elements * _sum_width(info) for info in tensors), default=0)
     return PROCESS + largest * ((2 * models + 1 if base else models) + WORK)
 
 
-def whole_memory(methods: Sequence[str], tensors: Sequence[TensorInfo], models: int, base: bool, width: int) -> int:
+def whole_memory(
+    methods: Sequence[Bound[Weights]], tensors: Sequence[TensorInfo], models: int, base: bool, width: int
+) -> int:
     """Return about how many bytes a merge needs that runs its models: all of them, the network, what is merged, and
     deltas where a method holds them, at `width` bytes per number. Activations come on top."""
-    held = models + base + 2 + (models if LEARN.intersection(methods) else 0)
+    held = models + base + 2 + (models if any(method.traits["holds"] == "deltas" for method in methods) else 0)
     return PROCESS + held * width * sum(info.elements for info in tensors)
 
 

@@ -18,6 +18,8 @@ from dimat.config.load import build, read_toml
 from dimat.config.tree import Named, NamedConfig, Options, Tree
 from dimat.errors import ConfigError, nearest
 from dimat.merge.registry import align_registry, combine_registry, repair_registry
+from dimat.merge.stages import Weights
+from dimat.registry import Bound
 
 DTYPES: Mapping[str, torch.dtype] = {
     "fp64": torch.float64,
@@ -160,14 +162,19 @@ class Recipe(Tree):
             raise ConfigError(f"model {given.index(None) + 1} has no weight: give every model one, or none of them")
         return checked_mixing(weights, len(given))
 
-    def method_of(self, rule: Rule | None) -> tuple[str, Options, list[float]]:
-        """Return method, options and mixing weights of a rule's tensors, or of those that no rule matches."""
+    def method_of(self, rule: Rule | None) -> Bound[Weights]:
+        """Return the method, with its options, of a rule's tensors, or of those that no rule matches."""
         if rule is None:
-            return self.method, self.options, self.mixing
-        mixing = self.mixing if rule.weights is None else checked_mixing(rule.weights, len(self.models))
+            return combine_registry.bind(self.method, self.options)
         if rule.method is None:
-            return self.method, {**self.options, **rule.options}, mixing
-        return rule.method, rule.options, mixing
+            return combine_registry.bind(self.method, {**self.options, **rule.options})
+        return combine_registry.bind(rule.method, rule.options)
+
+    def mixing_of(self, rule: Rule | None) -> list[float]:
+        """Return the mixing weights of a rule's tensors, or of those that no rule matches; own's first."""
+        if rule is None or rule.weights is None:
+            return self.mixing
+        return checked_mixing(rule.weights, len(self.models))
 
 
 def checked_mixing(weights: Sequence[float], models: int) -> list[float]:
@@ -219,8 +226,8 @@ def build_recipe(tree: Mapping[str, Any], changes: Mapping[str, Any], options: M
         models = tuple(m.model_copy(update={"weight": w}) for m, w in zip(recipe.models, weights))
         recipe = recipe.model_copy(update={"models": models})
     for rule in (None, *recipe.rules):
-        method, chosen, _ = recipe.method_of(rule)
-        combine_registry.check(method, chosen)
+        recipe.method_of(rule)
+        recipe.mixing_of(rule)
     align_registry.check(recipe.align.name, recipe.align.options)
     repair_registry.check(recipe.repair.name, recipe.repair.options)
     return recipe
@@ -282,6 +289,5 @@ class Part:
     """Tensors that are merged alike."""
 
     names: tuple[str, ...]
-    method: str
-    options: Options
+    method: Bound[Weights]
     mixing: list[float]

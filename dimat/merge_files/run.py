@@ -12,10 +12,9 @@ from torch import Tensor
 
 from dimat.device import resolve_device
 from dimat.errors import ConfigError
-from dimat.merge.registry import CONTEXT, combine_registry
+from dimat.merge.registry import CONTEXT
 from dimat.merge.shared_statistics import check_statistics
 from dimat.merge.stages import Weights
-from dimat.merge.tensors.streaming import handing_on
 from dimat.merge.weight_views import open_weights
 from dimat.merge_files.adapters import Merged, fit_together, names_of, open_adapters
 from dimat.merge_files.architecture import Network, open_network, runs
@@ -26,7 +25,6 @@ from dimat.merge_files.memory import peak_memory, whole_memory
 from dimat.merge_files.recipe import DTYPES, Part, Recipe
 from dimat.merge_files.whole import Outcome, merge_whole
 from dimat.merge_files.write import Output, Scratch, check_output, is_file_name, lay_out, weights_name
-from dimat.registry import keywords
 from dimat.weights.header import TensorInfo
 
 Progress = Callable[[int, int], None]
@@ -95,7 +93,12 @@ class Job:
             "base": None if self.base is None else str(self.base.path),
             "into_base": self.into is not None,
             "rules": [
-                {"method": part.method, "options": part.options, "weights": part.mixing, "tensors": len(part.names)}
+                {
+                    "method": part.method.name,
+                    "options": part.method.options,
+                    "weights": part.mixing,
+                    "tensors": len(part.names),
+                }
                 for part in self.parts
             ],
             **({} if self.network is None else self._run_with(self.network)),
@@ -199,7 +202,9 @@ def prepare(recipe: Recipe, *, overwrite: bool = False) -> Job:
     for part in parts:
         _check_needs(part, base, statistics)
         if len(parts) > 1 and runs(part.method):
-            raise ConfigError(f"method {part.method!r} runs the whole model: it cannot merge some tensors by a rule")
+            raise ConfigError(
+                f"method {part.method.name!r} runs the whole model: it cannot merge some tensors by a rule"
+            )
     network = open_network(recipe, methods, models[0], device)
     if network is not None and models[0].adapter:
         raise ConfigError("adapters are no models that could be run: merge them without model, align and repair")
@@ -237,10 +242,10 @@ def merge_files(job: Job, *, version: str, overwrite: bool = False, progress: Pr
         added: dict[str, Tensor] = {}
         take = receive if job.into is None else added.__setitem__
         for part in job.parts if merged is None else ():
-            with handing_on(take, Scratch(job.out.parent)), torch.no_grad():
-                rest = _combine(job, part)
-            for name in [*rest]:  # what a method returns whole
-                take(name, rest.pop(name))
+            with torch.no_grad():
+                combined = _combine(job, part)
+                for name in combined:  # merged one at a time, as they are asked for
+                    take(name, combined[name])
         if job.into is not None:
             for name in job.infos:
                 receive(name, job.into.tensor(name, added, job.device))
@@ -263,22 +268,20 @@ def _merge_whole(job: Job, network: Network) -> Outcome:
         return merge_whole(job.recipe, network, job.models, job.base, job.statistics, job.parts, job.device)
 
 
-def _combine(job: Job, part: Part) -> dict[str, Tensor]:
-    """Call the method on some tensors of all models; what it hands on is written, what it returns is returned."""
+def _combine(job: Job, part: Part) -> Weights:
+    """Return some tensors of all models merged, each when it is asked for."""
     seen = {name: job.merged_as(name).dtype for name in part.names}
     dtypes = {name: dtype for name, dtype in seen.items() if dtype != job.merged[name].dtype}
     own, *peers = (View(model, part.names, job.device, None if i else dtypes) for i, model in enumerate(job.views))
-    known = keywords(combine_registry.get(part.method))
     context: dict[str, Any] = {
         "base": None if job.base is None else View(job.base, part.names, job.device),
         "aux": job.statistics,
         "generator": torch.Generator().manual_seed(job.recipe.seed),
         "names": [str(model.path) for model in job.models[1:]],
+        "put_away": Scratch(job.out.parent),
     }
     # what is not here (a model, data, a state) is None, for methods that can do without
-    return combine_registry.call(
-        part.method, part.options, own, peers, part.mixing, **(dict.fromkeys(known.keys() & CONTEXT) | context)
-    )
+    return part.method(own, peers, part.mixing, **(dict.fromkeys(CONTEXT) | context))
 
 
 def _parts(recipe: Recipe, own: Collection[str]) -> tuple[Part, ...]:
@@ -291,20 +294,19 @@ def _parts(recipe: Recipe, own: Collection[str]) -> tuple[Part, ...]:
             earlier = any(rule.fits(name) for name in own)
             why = "earlier rules take all that it matches" if earlier else f"names are like {next(iter(own))!r}"
             raise ConfigError(f"rule {i + 1} ({rule.pattern!r}) applies to no tensor: {why}")
-    return tuple(
-        Part(tuple(found), *recipe.method_of(None if i < 0 else recipe.rules[i])) for i, found in sorted(names.items())
-    )
+    rules = {i: None if i < 0 else recipe.rules[i] for i in sorted(names)}
+    return tuple(Part(tuple(names[i]), recipe.method_of(rule), recipe.mixing_of(rule)) for i, rule in rules.items())
 
 
 def _check_needs(part: Part, base: ModelFiles | None, statistics: Sequence[Weights] | None) -> None:
     """Raise ConfigError where a method lacks the base or the statistics that it rests on."""
-    known = keywords(combine_registry.get(part.method))
-    optional = part.method == "nuslerp" and not part.options.get("deltas")
-    if "base" in known and base is None and not optional:
-        raise ConfigError(f"method {part.method!r} merges deltas from a base, and there is none: give one with --base")
-    if "aux" in known and statistics is None:
+    method, option = part.method, part.method.traits["base_with"]
+    wanted = "base" in method.asks and (option is None or method.settings[option])
+    if wanted and base is None:
+        raise ConfigError(f"method {method.name!r} merges deltas from a base, and there is none: give one with --base")
+    if "aux" in method.asks and statistics is None:
         raise ConfigError(
-            f"method {part.method!r} needs statistics of every model: write them as statistics = FILE "
+            f"method {method.name!r} needs statistics of every model: write them as statistics = FILE "
             "in the recipe's [[models]]"
         )
 

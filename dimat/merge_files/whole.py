@@ -11,7 +11,7 @@ from torch import Tensor
 from dimat.merge.align.none import none as no_alignment
 from dimat.merge.context import MergeContext
 from dimat.merge.matching.assignment import moved_share
-from dimat.merge.registry import align_registry, combine_registry, repair_registry
+from dimat.merge.registry import align_registry, repair_registry
 from dimat.merge.shared_statistics import OWN, in_order
 from dimat.merge.stages import Permutations, Weights
 from dimat.merge.weight_views import PermutedWeights
@@ -64,9 +64,7 @@ def merge_whole(
     aux = in_order(given, names, dict(zip(names, moves)), network.spec)
     result: dict[str, Tensor] = {}
     for part in parts:
-        result |= combine_registry.call(
-            part.method,
-            part.options,
+        result |= part.method(
             _only(own, part.names),
             [_only(view, part.names) for view in views],
             part.mixing,

@@ -60,7 +60,7 @@ def combine(
         base = state(99, own["linear"].dtype)
     if aux is None and "linear" in own:
         aux = [fishers(k) for k in range(len(weights))]
-    return combine_registry.call(method, options, own, peers, weights, base=base, aux=aux)
+    return dict(combine_registry.call(method, options, own, peers, weights, base=base, aux=aux))
 
 
 def assert_same_bits(found: Weights, expected: Weights) -> None:

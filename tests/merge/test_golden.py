@@ -153,7 +153,7 @@ def merged(net: str, run: str) -> dict[str, Tensor]:
     info = facts(net, run)
     own, *rest = (network.block(f"in.{k}") for k in info["models"])
     views = [PermutedWeights(peer, network.spec, reference_permutations(net, run, k)) for k, peer in enumerate(rest, 1)]
-    return average(own, views, info["weights"])
+    return dict(average(own, views, info["weights"]))
 
 
 def logits(network: Network, weights: dict[str, Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -10,8 +11,16 @@ from dimat.config import MergeConfig, NamedConfig
 from dimat.errors import ConfigError
 from dimat.merge import accept_registry, align_registry, combine_registry, plan_merge, repair_registry
 from dimat.merge.models.fisher_information import empirical_fisher
-from dimat.merge.registry import CONTEXT, Registry
-from dimat.registry import keywords
+from dimat.merge.registry import CONTEXT, TRAITS
+from dimat.registry import Registry, SharedOptions, keywords
+
+
+@dataclass(frozen=True)
+class Sizes(SharedOptions):
+    """Options of two methods."""
+
+    rows: int = 1
+    columns: int | None = None
 
 
 def test_every_stage_finds_its_methods() -> None:
@@ -62,8 +71,8 @@ def test_a_method_that_rests_on_statistics_says_how_agents_take_them() -> None:
     for name in combine_registry.names():
         plan = plan_merge(MergeConfig.model_validate({"combine": name}))
         assert ("aux" in keywords(combine_registry.get(name))) == (plan.statistics is not None), name
-    assert combine_registry.declared("fisher", "statistics") is empirical_fisher
-    assert combine_registry.declared("fisher", "other") is None
+    assert combine_registry.traits("fisher")["statistics"] is empirical_fisher
+    assert "other" not in combine_registry.traits("fisher")
 
 
 def test_whole_numbers_serve_as_floats() -> None:
@@ -97,3 +106,30 @@ def test_a_method_is_called_with_its_options_and_the_context_it_asks_for() -> No
     assert registry.options("toy") == {"factor": 2.0}
     with pytest.raises(ConfigError, match="twice"):
         registry.register("toy")(test_presets_and_overrides)
+    with pytest.raises(ConfigError, match="needs the option 'data'"):
+        registry.bind("toy", {})(1)
+
+
+def test_options_that_methods_share_are_options_of_each() -> None:
+    """A class of them: one option per field, with the method's own defaults, checked as any other."""
+    registry: Registry[Sizes] = Registry("toy")
+
+    @registry.register("toy")
+    def toy(*, sizes: Sizes = Sizes(rows=5), name: str = "a") -> Sizes:
+        return sizes
+
+    assert registry.options("toy") == {"rows": 5, "columns": None, "name": "a"}
+    bound = registry.bind("toy", {"columns": 3})
+    assert bound() == Sizes(5, 3)
+    assert bound.settings == {"rows": 5, "columns": 3, "name": "a"}
+    assert registry.call("toy", {}) == Sizes(5)
+    for options, message in (({"row": 1}, "did you mean 'rows'"), ({"columns": "many"}, "'columns': .*got 'many'")):
+        with pytest.raises(ConfigError, match=message):
+            registry.bind("toy", options)
+
+
+def test_a_trait_that_no_method_can_have_is_refused() -> None:
+    """And those that a method does not mention have the registry's values."""
+    with pytest.raises(ConfigError, match="'hold', which is none of its traits"):
+        combine_registry.register("other", hold="pieces")
+    assert combine_registry.traits("average") == {**TRAITS, "moved": {}, "holds": "pieces"}

@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from dimat import __version__, merge_weights
 from dimat.cli import main
 from dimat.merge import combine_registry
-from dimat.merge.tensors.streaming import handing_on
+from dimat.merge.tensors.streaming import MergedWeights
 from dimat.registry import keywords
-from tests.merge.methods import assert_same_bits
+from tests.merge.methods import Counted, assert_same_bits
 from tests.merge_files.models import metadata, read_model, weights, write_folder
 
 WANTED = {"aux", "data", "observer"}
@@ -90,22 +90,29 @@ def test_methods_that_read_the_whole_model_first_hand_on_tensor_by_tensor(
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_methods_hand_on_every_tensor(method: str) -> None:
-    """No method returns (and so holds) tensors, also where own has all the weight."""
+def test_methods_merge_a_tensor_when_it_is_asked_for(method: str) -> None:
+    """No method holds merged tensors, also where own has all the weight: each is made, alike whenever it is asked for,
+    from the models' tensors of that name alone."""
     for mixing in ([0.5, 0.5], [1.0, 0.0]):
-        received: dict[str, torch.Tensor] = {}
-        with handing_on(received.__setitem__):
-            rest = combine_registry.call(
-                method,
-                {},
-                weights(0),
-                [weights(1)],
-                mixing,
-                base=weights(3),
-                generator=torch.Generator().manual_seed(0),
-            )
-        assert received.keys() == weights(0).keys()
-        assert not rest
+        own, peer = Counted(weights(0)), Counted(weights(1))
+        merged = combine_registry.call(
+            method,
+            {},
+            own,
+            [peer],
+            mixing,
+            base=weights(3),
+            generator=torch.Generator().manual_seed(0),
+            put_away=torch.clone,
+        )
+        assert isinstance(merged, MergedWeights)
+        assert [*merged] == [*weights(0)]
+        for name in merged:
+            own.reads.clear()
+            peer.reads.clear()
+            first = merged[name]
+            assert {*own.reads, *peer.reads} == {name}
+            assert torch.equal(merged[name], first)
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

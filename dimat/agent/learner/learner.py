@@ -27,7 +27,6 @@ from dimat.errors import DimatError, PeerError
 from dimat.events import MergeResult, TrainResult
 from dimat.merge import MergeContext, MergePlan, Peer, adopt, merge, open_weights
 from dimat.merge.matching.assignment import moved_by_group, moved_share
-from dimat.merge.registry import combine_registry
 from dimat.merge.screen import norm_of, screen
 from dimat.merge.shared_statistics import OWN, apart, beside, permuted
 from dimat.merge.stages import Weights
@@ -82,7 +81,7 @@ class Learner:
         self.base = load_base(config, self.task)
         train = self.task.data("train")
         indices = self.indices
-        if self._plan.accept.name == "no-worse" and self._plan.accept.options.get("on", "local") == "local":
+        if self._plan.accept.name == "no-worse" and self._plan.accept.settings["on"] == "local":
             order = torch.randperm(len(indices), generator=torch_generator(config.seed, "hold-out", self.name))
             cut = max(1, int(len(indices) * HOLD_OUT))
             self._hold_out = Subset(train, indices[order[:cut]])
@@ -255,9 +254,8 @@ class Learner:
         return Subset(probe, torch.arange(min(self._plan.probe_samples, len(probe))))
 
     def _score(self) -> Callable[[Mapping[str, Tensor]], float] | None:
-        combine = self._plan.combine
-        judged = combine_registry.options(combine.name) | combine.options  # a combine method may judge by score too
-        if self._plan.accept.name != "no-worse" and judged.get("objective") != "score":
+        judged = self._plan.combine.settings.get("objective")  # a combine method may judge by score too
+        if self._plan.accept.name != "no-worse" and judged != "score":
             return None
         data = self._hold_out if self._hold_out is not None else self._probe()
         return lambda weights: self.trainer.evaluate(data, weights)[self.task.metric]

@@ -10,9 +10,18 @@ from pathlib import Path
 from blake3 import blake3
 from torch import Tensor
 
-from dimat.config import ExperimentConfig, MergeConfig, NamedConfig
+from dimat.config import ExperimentConfig, MergeConfig
 from dimat.errors import ConfigError, DataError
-from dimat.merge import MergePlan, needs_symmetry, open_weights, plan_merge, product_methods
+from dimat.merge import (
+    MergePlan,
+    align_registry,
+    combine_registry,
+    needs_symmetry,
+    open_weights,
+    plan_merge,
+    product_methods,
+    repair_registry,
+)
 from dimat.seeds import torch_generator
 from dimat.tasks.base import Task
 from dimat.weights.snapshot import checksum
@@ -63,18 +72,18 @@ def plan_for(config: MergeConfig, task: Task) -> MergePlan:
     notes: list[str] = []
     if plan.align.name != "none":
         notes.append("the base is frozen and shared by all, so nothing is aligned")
-        plan = replace(plan, align=NamedConfig(name="none"))
+        plan = replace(plan, align=align_registry.bind("none", {}))
     if config.repair is None:
-        plan = replace(plan, repair=NamedConfig(name=stages.get("repair", plan.repair.name)))
+        plan = replace(plan, repair=repair_registry.bind(stages.get("repair", plan.repair.name), {}))
     wanted = stages.get("combine", plan.combine.name)
     if config.combine is None and plan.combine.name == "average":
-        plan = replace(plan, combine=NamedConfig(name=wanted))
+        plan = replace(plan, combine=combine_registry.bind(wanted, {}))
     if needs_symmetry(plan):
         raise ConfigError(
             f'combine method "{plan.combine.name}" pairs units of whole models, and {task.name} trains a part on a '
             f'frozen base; use merge.combine = "{wanted}"'
         )
-    if wanted in product_methods() and plan.combine.name not in product_methods():
+    if wanted in product_methods() and not plan.combine.traits["lora_products"]:
         notes.append(
             f'"{plan.combine.name}" merges LoRA factors one by one, which is no merge of the changes that they stand '
             f'for; "{wanted}" is'

@@ -18,7 +18,7 @@ from dimat.merge.tensors.streaming import needs_base
 from dimat.merge.tensors.task_vectors import Density, Number, cast_of, copy_of, elected_sign
 
 
-@combine_registry.register("adamerging")
+@combine_registry.register("adamerging", holds="deltas")
 def adamerging(
     own: Weights,
     peers: Sequence[Weights],
@@ -34,7 +34,7 @@ def adamerging(
     scaling: Number = 1.0,
     density: Density | None = None,
     class_dim: int = -1,
-) -> dict[str, Tensor]:
+) -> Weights:
     """Return θ^l = θ_base^l + Σ_k λ_k^l τ_k^l with the λ that minimise the mean entropy of softmax outputs on `data`.
 
     `granularity`: "layer", a λ for each model and parameter tensor, or "task", one for each model. `steps` of Adam

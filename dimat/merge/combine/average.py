@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from dimat.merge.registry import combine_registry
 from dimat.merge.stages import Weights
 from dimat.merge.tensors.pieces import alike
@@ -14,8 +12,8 @@ from dimat.merge.tensors.task_vectors import mean_of
 from dimat.merge.weight_views import taking_part
 
 
-@combine_registry.register("average")
-def average(own: Weights, peers: Sequence[Weights], weights: Sequence[float]) -> dict[str, Tensor]:
+@combine_registry.register("average", holds="pieces")
+def average(own: Weights, peers: Sequence[Weights], weights: Sequence[float]) -> Weights:
     """Return θ = w_0 θ_own + Σ_k w_k θ_k, computed as θ_own + Σ_k w_k (θ_k − θ_own).
 
     `weights`: own first, sum 1. All floating-point tensors are averaged, BatchNorm's running statistics too;

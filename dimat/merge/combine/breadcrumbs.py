@@ -38,7 +38,7 @@ def ends(pieces: Pieces, densities: Sequence[float], gamma: float) -> list[tuple
     return [(0.0 if x is None else x, inf if y is None else y) for x, y in zip(low, high)]
 
 
-@combine_registry.register("breadcrumbs")
+@combine_registry.register("breadcrumbs", holds="pieces")
 def breadcrumbs(
     own: Weights,
     peers: Sequence[Weights],
@@ -51,7 +51,7 @@ def breadcrumbs(
     scaling: Number = 1.0,
     normalize: bool = False,
     weights: Coefficients | None = None,
-) -> dict[str, Tensor]:
+) -> Weights:
     """Return θ = θ_base + scaling · Σ_k w_k m_k τ_k, where m_k leaves out outliers and small changes, tensor by tensor.
 
     In a tensor of n elements the ⌊gamma·n⌋ largest magnitudes go, then the smallest until ⌊density·n⌋ are left (at

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Annotated
 
 from pydantic import Field
-from torch import Tensor
 
 from dimat.merge.combine.average import average
 from dimat.merge.registry import combine_registry
@@ -17,7 +16,7 @@ from dimat.merge.weight_views import taking_part
 ROUNDING = 1e-9
 
 
-@combine_registry.register("clipped-gossip")
+@combine_registry.register("clipped-gossip", holds="pieces")
 def clipped_gossip(
     own: Weights,
     peers: Sequence[Weights],
@@ -25,7 +24,7 @@ def clipped_gossip(
     *,
     radius: Annotated[float, Field(gt=0)] | None = None,
     byzantine: Annotated[float, Field(gt=0, lt=1)] = 0.34,
-) -> dict[str, Tensor]:
+) -> Weights:
     """Return θ = θ_own + Σ_k w_k clip(θ_k − θ_own, τ), clip(z, τ) = z · min(1, τ/‖z‖), norms over the whole model.
 
     τ = `radius`, a length in weight space. None adapts it to this merge: τ² = Σ_{k ∈ H} w_k ‖θ_k − θ_own‖² / δ,

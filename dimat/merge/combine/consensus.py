@@ -22,7 +22,7 @@ def tall_masks(deltas: Sequence[Tensor], relative: Sequence[float], tall_lambda:
     return [delta.abs() >= tall_lambda * (total - delta).abs() for delta in deltas]
 
 
-@combine_registry.register("consensus")
+@combine_registry.register("consensus", holds="pieces")
 def consensus(
     own: Weights,
     peers: Sequence[Weights],
@@ -33,7 +33,7 @@ def consensus(
     k: Annotated[int, Field(ge=0)] = 2,
     scaling: Number = 1.0,
     weights: Coefficients | None = None,
-) -> dict[str, Tensor]:
+) -> Weights:
     """Return θ = θ_base + scaling · [Σ_t m_t ≥ k] · Σ_t w_t τ_t, element by element.
 
     TALL masks: m_t = |τ_t| ≥ tall_lambda · |Σ_s r_s τ_s − τ_t| with r_s = n·w_s, so that with equal weights the sum

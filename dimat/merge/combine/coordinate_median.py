@@ -15,8 +15,8 @@ TIE = 1e-6
 """Sums of mixing weights this close to one half count as one half, whatever rounding made of them."""
 
 
-@combine_registry.register("coordinate-median")
-def coordinate_median(own: Weights, peers: Sequence[Weights], weights: Sequence[float]) -> dict[str, Tensor]:
+@combine_registry.register("coordinate-median", holds="pieces")
+def coordinate_median(own: Weights, peers: Sequence[Weights], weights: Sequence[float]) -> Weights:
     """Return the weighted median of each coordinate: θ[i] = argmin_x Σ_k w_k |x − θ_k[i]|.
 
     The smallest value at which the weight of values up to it passes 1/2; where it is 1/2 exactly, the middle

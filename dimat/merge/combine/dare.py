@@ -25,7 +25,7 @@ from dimat.merge.tensors.task_vectors import (
 )
 
 
-@combine_registry.register("dare-linear")
+@combine_registry.register("dare-linear", holds="pieces")
 def dare_linear(
     own: Weights,
     peers: Sequence[Weights],
@@ -38,7 +38,7 @@ def dare_linear(
     scaling: Number = 1.0,
     normalize: bool = False,
     weights: Coefficients | None = None,
-) -> dict[str, Tensor]:
+) -> Weights:
     """Return θ = θ_base + scaling · Σ_k w_k m_k τ_k / density, where each element of m_k is 1 with probability density.
 
     The expectation is task arithmetic's. One seed is drawn from `generator` for a merge; the masks follow from it,
@@ -66,7 +66,7 @@ def dare_linear(
     return merge_elements(cast, base, plan, scaling, ordered=True)
 
 
-@combine_registry.register("dare-ties")
+@combine_registry.register("dare-ties", holds="pieces")
 def dare_ties(
     own: Weights,
     peers: Sequence[Weights],
@@ -79,7 +79,7 @@ def dare_ties(
     scaling: Number = 1.0,
     normalize: bool = False,
     weights: Coefficients | None = None,
-) -> dict[str, Tensor]:
+) -> Weights:
     """Return θ = θ_base + scaling · Σ_k w_k m_k τ_k / density over those k whose sign is elected as in TIES.
 
     Masks, options and errors are dare-linear's. `normalize` = True divides at each element by the weights of the

@@ -42,7 +42,7 @@ def keep_probability(delta: Tensor, density: float, epsilon: float) -> Tensor:
     return rank.mul_(epsilon / (columns - 1)).add_(density - epsilon / 2).reshape(delta.shape)
 
 
-@combine_registry.register("della")
+@combine_registry.register("della", holds="pieces")
 def della(
     own: Weights,
     peers: Sequence[Weights],
@@ -56,7 +56,7 @@ def della(
     merge_func: Literal["mean", "sum", "linear"] = "mean",
     scaling: Number = 1.0,
     weights: Coefficients | None = None,
-) -> dict[str, Tensor]:
+) -> Weights:
     """Return θ = θ_base + scaling · M(m_k τ_k / q_k), where each element stays with probability q_k.
 
     MagPrune: within each row (output unit; a vector is one row) elements are ranked by magnitude, and q goes in

@@ -23,7 +23,7 @@ from dimat.merge.tensors.task_vectors import (
 )
 
 
-@combine_registry.register("emr")
+@combine_registry.register("emr", holds="pieces")
 def emr(
     own: Weights,
     peers: Sequence[Weights],
@@ -34,7 +34,7 @@ def emr(
     balance: Literal["tensor", "element"] = "tensor",
     scaling: Number = 1.0,
     weights: Coefficients | None = None,
-) -> dict[str, Tensor]:
+) -> Weights:
     """Return θ = θ_base + scaling · λ · [τ_own · τ > 0] · τ: the elected task vector, masked and rescaled for own.
 
     τ has at each element the sign of Σ_k w_k τ_k (a tie is +) and the largest magnitude among the deltas of that

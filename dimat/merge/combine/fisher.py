@@ -14,11 +14,11 @@ from dimat.merge.registry import combine_registry
 from dimat.merge.shared_statistics import FISHER, needs_aux, statistic
 from dimat.merge.stages import Weights
 from dimat.merge.tensors.pieces import Pieces, real
-from dimat.merge.tensors.streaming import each_tensor
+from dimat.merge.tensors.streaming import MergedWeights
 from dimat.merge.tensors.task_vectors import copy_of
 
 
-@combine_registry.register("fisher", statistics=empirical_fisher)
+@combine_registry.register("fisher", statistics=empirical_fisher, holds="pieces")
 def fisher(
     own: Weights,
     peers: Sequence[Weights],
@@ -27,7 +27,7 @@ def fisher(
     aux: Sequence[Weights] | None,
     normalise: bool = True,
     minimal: Annotated[float, Field(ge=0)] = 1e-6,
-) -> dict[str, Tensor]:
+) -> Weights:
     """Return θ[i] = Σ_k c_k (F_k[i] + m) θ_k[i] / Σ_k c_k (F_k[i] + m), m = `minimal`.
 
     F_k, `fisher.<tensor>` of `aux` (own first), is the diagonal of model k's Fisher information, of the tensor's shape;
@@ -69,7 +69,7 @@ def fisher(
         merged = Pieces([*map(real, models), *found], real(start)).merged(merge)
         return torch.view_as_complex(merged) if start.is_complex() else merged
 
-    return each_tensor(own, peers, one)
+    return MergedWeights(own, peers, one)
 
 
 def _scales(statistics: Sequence[Weights], weights: Sequence[float], taking: Sequence[int]) -> list[float]:

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from dimat.merge.combine.average import average
 from dimat.merge.registry import combine_registry
@@ -19,7 +18,7 @@ SETTLED = 1e-12
 """The search ends where no coefficient moves by more than this."""
 
 
-@combine_registry.register("geometric-median")
+@combine_registry.register("geometric-median", holds="pieces")
 def geometric_median(
     own: Weights,
     peers: Sequence[Weights],
@@ -27,7 +26,7 @@ def geometric_median(
     *,
     smoothing: Annotated[float, Field(gt=0)] = 1e-6,
     iterations: Annotated[int, Field(ge=1)] = 1000,
-) -> dict[str, Tensor]:
+) -> Weights:
     """Return the point nearest to all models: θ = argmin_z Σ_k w_k ‖z − θ_k‖, norms over the whole model.
 
     Smoothed Weiszfeld: from the average, z ← Σ_k β_k θ_k / Σ_k β_k with β_k = w_k / max(ν, ‖z − θ_k‖), until it

@@ -21,7 +21,7 @@ def iso_c(
     *,
     base: Weights | None,
     scaling: Annotated[float, Field(ge=0)] = 1.0,
-) -> dict[str, Tensor]:
+) -> Weights:
     """Return θ = θ_base + α σ̄ U Vᵀ per matrix, where U Σ Vᵀ = Σ_k n w_k τ_k and σ̄ is the mean singular value.
 
     α = `scaling`, τ_k = θ_k − θ_base of shape (rows, columns), n models; σ̄ is over all min(rows, columns) values,

@@ -23,7 +23,7 @@ def iso_cts(
     base: Weights | None,
     scaling: Annotated[float, Field(ge=0)] = 1.0,
     common: Annotated[float, Field(ge=0, le=1)] = 0.8,
-) -> dict[str, Tensor]:
+) -> Weights:
     """Return θ = θ_base + α σ̄ Û V̂ᵀ per matrix, α = `scaling`, from common and task-specific vectors.
 
     With n models, τ_k = θ_k − θ_base of shape (rows, columns) and r = min(rows, columns): the sum Σ_k n w_k τ_k

@@ -42,7 +42,7 @@ def mean_direction(gram: Tensor, weights: Tensor, iterations: int, tolerance: fl
     return a
 
 
-@combine_registry.register("karcher")
+@combine_registry.register("karcher", holds="pieces")
 def karcher(
     own: Weights,
     peers: Sequence[Weights],
@@ -50,7 +50,7 @@ def karcher(
     *,
     iterations: Annotated[int, Field(ge=1)] = 100,
     tolerance: Annotated[float, Field(gt=0)] = 1e-10,
-) -> dict[str, Tensor]:
+) -> Weights:
     """Return θ = (Σ_k w_k ‖θ_k‖) · x, tensor by tensor, with x the Fréchet mean of the directions θ_k/‖θ_k‖.
 
     x minimises Σ_k w_k Ω(x, θ_k)² over unit vectors, Ω the angle, found by Riemannian gradient steps from the

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Annotated
 
 from pydantic import Field
-from torch import Tensor
 
 from dimat.errors import MergeError
 from dimat.merge.combine.average import average
@@ -19,7 +18,7 @@ TIE = 1e-9
 """Scores that differ by no more than this, relatively, are equal."""
 
 
-@combine_registry.register("krum")
+@combine_registry.register("krum", holds="pieces")
 def krum(
     own: Weights,
     peers: Sequence[Weights],
@@ -27,7 +26,7 @@ def krum(
     *,
     f: Annotated[int, Field(ge=0)] | None = None,
     m: Annotated[int, Field(ge=1)] = 1,
-) -> dict[str, Tensor]:
+) -> Weights:
     """Return the mean of the `m` models with the lowest score: m = 1 is Krum, more is multi-Krum.
 
     score(k) = Σ ‖θ_k − θ_l‖² over the n − f − 2 models l nearest to k (at least one), norms over the whole model

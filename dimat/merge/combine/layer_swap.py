@@ -7,7 +7,6 @@ from fnmatch import fnmatchcase
 from typing import Annotated, Literal
 
 from pydantic import Field
-from torch import Tensor
 
 from dimat.errors import MergeError
 from dimat.merge.registry import combine_registry
@@ -20,7 +19,7 @@ Choice = Annotated[int, Field(ge=0)] | Literal["average"]
 """A model by number, own is 0 and peers count from 1, or the weighted average."""
 
 
-@combine_registry.register("layer-swap")
+@combine_registry.register("layer-swap", holds="pieces")
 def layer_swap(
     own: Weights,
     peers: Sequence[Weights],
@@ -28,7 +27,7 @@ def layer_swap(
     *,
     layers: Mapping[str, Choice] | None = None,
     rest: Choice = "average",
-) -> dict[str, Tensor]:
+) -> Weights:
     """Return for each tensor that of the model which the first matching pattern of `layers` names, else of `rest`.
 
     `layers`: pattern of tensor names (`*`, `?`, `[…]`; case counts) → whose tensor: 0 is own's, k that of the k-th peer

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from dimat.merge.lora.factors import Factors, concatenated, merge_products
 from dimat.merge.registry import combine_registry
 from dimat.merge.stages import Weights
 from dimat.merge.tensors.task_vectors import Number
 
 
-@combine_registry.register("lora-concat", lora_products=True)
-def lora_concat(
-    own: Weights, peers: Sequence[Weights], weights: Sequence[float], *, scaling: Number = 1.0
-) -> dict[str, Tensor]:
+@combine_registry.register("lora-concat", lora_products=True, adds_ranks=True)
+def lora_concat(own: Weights, peers: Sequence[Weights], weights: Sequence[float], *, scaling: Number = 1.0) -> Weights:
     """Return LoRA factors B = [α w_1 B_1, α w_2 B_2, …] and A = [A_1; A_2; …], so that B·A = α Σ_k w_k B_k A_k.
 
     Exact, at rank Σ_k r_k: A (Σr, in), B (out, Σr), α = `scaling`. `weights` (own first, sum 1) multiply each model's

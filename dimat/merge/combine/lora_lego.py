@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Annotated
 
 from pydantic import Field
-from torch import Tensor
 
 from dimat.merge.lora.factors import Factors, merge_products, merged_rank, nothing_to_merge
 from dimat.merge.lora.lora_units import assembled, clusters_of, units_of
@@ -23,7 +22,7 @@ def lora_lego(
     *,
     rank: Annotated[int, Field(ge=1)] | None = None,
     scaling: Number = 1.0,
-) -> dict[str, Tensor]:
+) -> Weights:
     """Return LoRA factors whose ranks are the centroids of r clusters of all models' ranks.
 
     A unit is a row a of A (r, in) with its column b of B (out, r). As b aᵀ is the same for (c a, b/c) and (−a, −b), a

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from dimat.merge.lora.factors import Factors, compressed, concatenated, merge_products, merged_rank, nothing_to_merge
 from dimat.merge.registry import combine_registry
@@ -23,7 +22,7 @@ def lora_svd(
     *,
     rank: Annotated[int, Field(ge=1)] | None = None,
     scaling: Number = 1.0,
-) -> dict[str, Tensor]:
+) -> Weights:
     """Return the LoRA factors of own's rank whose product is closest to ΔW = α Σ_k w_k B_k A_k in Frobenius norm.
 
     With U σ Vᵀ the first r terms of ΔW's SVD, B = U √σ (out, r) and A = √σ Vᵀ (r, in). The SVD is that of a matrix of

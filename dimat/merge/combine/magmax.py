@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from dimat.merge.registry import combine_registry
 from dimat.merge.stages import Weights
 from dimat.merge.tensors.pieces import alike
@@ -13,7 +11,7 @@ from dimat.merge.tensors.streaming import needs_base
 from dimat.merge.tensors.task_vectors import Coefficients, Number, cast_of, copy_of, loudest, merge_elements
 
 
-@combine_registry.register("magmax")
+@combine_registry.register("magmax", holds="pieces")
 def magmax(
     own: Weights,
     peers: Sequence[Weights],
@@ -22,7 +20,7 @@ def magmax(
     base: Weights | None = None,
     scaling: Number = 1.0,
     weights: Coefficients | None = None,
-) -> dict[str, Tensor]:
+) -> Weights:
     """Return θ = θ_base + scaling · τ_{k*}, element by element, with k* = argmax_k w_k |τ_k|.
 
     `mixing`: own first, sum 1; a weight says how loud a model is, not how far the result goes: equal weights give

@@ -22,7 +22,7 @@ def ratio(cosine: Tensor, squares: float, clamp: bool) -> Tensor:
     return torch.where((cosine > 0), t.clamp(0, 1), 0.0) if clamp else t
 
 
-@combine_registry.register("model-stock")
+@combine_registry.register("model-stock", holds="pieces")
 def model_stock(
     own: Weights,
     peers: Sequence[Weights],
@@ -32,7 +32,7 @@ def model_stock(
     filter_wise: bool = False,
     clamp: bool = True,
     weights: Coefficients | None = None,
-) -> dict[str, Tensor]:
+) -> Weights:
     """Return θ = θ_base + t · Σ_k w_k τ_k with t = N cos Ω / (1 + (N − 1) cos Ω), tensor by tensor.
 
     cos Ω is the mean cosine between the deltas of pairs of models, weighted with w_i w_j, and N = 1/Σ_k w_k² the number

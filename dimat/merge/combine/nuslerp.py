@@ -12,11 +12,11 @@ from dimat.merge.registry import combine_registry
 from dimat.merge.stages import Weights
 from dimat.merge.tensors.pieces import Pieces, accumulator
 from dimat.merge.tensors.spheres import around, interpolate, two_models
-from dimat.merge.tensors.streaming import base_tensor, each_tensor, needs_base
+from dimat.merge.tensors.streaming import MergedWeights, base_tensor, needs_base
 from dimat.merge.tensors.task_vectors import copy_of, row_length, rows_of
 
 
-@combine_registry.register("nuslerp")
+@combine_registry.register("nuslerp", base_with="deltas")
 def nuslerp(
     own: Weights,
     peers: Sequence[Weights],
@@ -26,7 +26,7 @@ def nuslerp(
     t: Annotated[float, Field(ge=0, le=1)] | None = None,
     along: Literal["tensor", "rows", "columns"] = "tensor",
     deltas: bool = False,
-) -> dict[str, Tensor]:
+) -> Weights:
     """Return θ = [sin((1−t)Ω) θ_own + sin(tΩ) θ_peer] / sin Ω, with t = w_peer / (w_own + w_peer).
 
     `along` = "tensor": each tensor is one vector with one angle Ω; "rows": one angle for each index of the first
@@ -67,4 +67,4 @@ def nuslerp(
         turned = turned.reshape(ours.shape)
         return (turned if origin is None else turned + origin).to(ours.dtype)
 
-    return each_tensor(own, [peer], merge)
+    return MergedWeights(own, [peer], merge)

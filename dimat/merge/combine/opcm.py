@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from dimat.errors import MergeError
 from dimat.merge.registry import combine_registry
-from dimat.merge.stages import Weights
+from dimat.merge.stages import PutAway, Weights
 from dimat.merge.tensors.pieces import PIECE
 from dimat.merge.tensors.projection import Layout, Split
-from dimat.merge.tensors.streaming import each_tensor, kept, needs_base
+from dimat.merge.tensors.streaming import MergedWeights, needs_base
 from dimat.merge.tensors.task_vectors import copy_of
 from dimat.merge.weight_views import absorb
 
@@ -40,13 +40,14 @@ def opcm(
     state: MutableMapping[str, Any] | None = None,
     model: nn.Module | None = None,
     names: Sequence[str] | None = None,
+    put_away: PutAway | None = None,
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.5,
     diagonal: bool = False,
     split: Mapping[str, Split] | None = None,
     mode: Literal["fold", "stream"] = "fold",
     products: Literal["float64", "float32"] | None = None,
     state_dtype: Literal["float32", "float64"] = "float32",
-) -> dict[str, Tensor]:
+) -> Weights:
     """Return base + M, where M is folded from the deltas T_i = θ_i − base:
 
         M = UΣVᵀ,  A = Uᵀ T_i V,  A[:k, :k] = 0,  C = U A Vᵀ,  Y = λM + C,  λ ← ‖Y‖ / mean_{j≤i} ‖T_j‖,  M ← Y/λ
@@ -98,7 +99,7 @@ def opcm(
     layout = Layout.of(own, model, split or {})
     fold = Fold(layout, start, alpha, diagonal, getattr(torch, products or state_dtype))
     if mode == "fold":
-        folded = _once(fold, parties, getattr(torch, state_dtype))
+        folded = _once(fold, parties, getattr(torch, state_dtype), put_away)
     elif state is None:
         raise MergeError("opcm: mode 'stream' needs a state that is kept from merge to merge; use mode 'fold' without")
     elif names is None:
@@ -106,7 +107,7 @@ def opcm(
     else:
         folded = Stream(fold, state, getattr(torch, state_dtype)).advance(parties).pop
     known, shared = {*layout.folded}, {*layout.tied.values()}
-    made: dict[str, Tensor] = {}  # of tied tensors: each is asked for once, as it is let go then
+    made: dict[str, Tensor] = {}  # of tied tensors, as M's are let go when they have been asked for
 
     def merge(name: str, tensor: Tensor, _: list[Tensor]) -> Tensor:
         source = layout.tied.get(name, name)
@@ -120,7 +121,8 @@ def opcm(
             return _averaged(fold, name, tensor, [*zip(called, peers, weights[1:])])
         return tensor.clone()
 
-    return each_tensor(own, [], merge)
+    merged = MergedWeights(own, [], merge)
+    return {**merged} if put_away is None else merged  # M in memory gives way to the result, tensor by tensor
 
 
 @dataclass(frozen=True)
@@ -213,11 +215,14 @@ class Fold:
         exact = self.dtype == torch.float64 or delta.is_complex() or self.layout.meta[name].dtype == torch.float64
         return delta if exact else delta.to(self.dtype)
 
-    def result(self, name: str, delta: Tensor) -> Tensor:
-        """Return base + delta in own's type."""
+    def result(self, name: str, delta: Tensor, factor: float | None = None) -> Tensor:
+        """Return base + factor · delta in own's type; the product is in the type of delta."""
         meta = self.layout.meta[name]
         result = torch.empty(meta.shape, dtype=meta.dtype, device=meta.device)
-        return _by_parts(result, _sum, self.read(self.base, name, "the base").to(meta.device), delta.to(meta.device))
+        base = self.read(self.base, name, "the base").to(meta.device)
+        if factor is None:
+            return _by_parts(result, _sum, base, delta.to(meta.device))
+        return _by_parts(result, lambda one, other: _sum(one, other * factor), base, delta.to(meta.device))
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -255,9 +260,11 @@ def _stacked(tensors: Sequence[Tensor]) -> Tensor:
     return tensors[0].contiguous()[None] if len(tensors) == 1 else torch.stack([*tensors])
 
 
-def _once(fold: Fold, parties: Sequence[Party], dtype: torch.dtype) -> Callable[[str], Tensor]:
-    """Fold the distinct deltas at hand in the order of their hashes; return what gives base + M by tensor name, each
-    once. M is in `dtype`."""
+def _once(
+    fold: Fold, parties: Sequence[Party], dtype: torch.dtype, put_away: PutAway | None
+) -> Callable[[str], Tensor]:
+    """Fold the distinct deltas at hand in the order of their hashes; return what gives base + M by tensor name. M is in
+    `dtype`; where it is not put away, each tensor is given once, as its part of M is let go then."""
     distinct: dict[str, Party] = {}
     for party in fold.survey(parties):
         distinct.setdefault(party.digest, party)
@@ -269,9 +276,11 @@ def _once(fold: Fold, parties: Sequence[Party], dtype: torch.dtype) -> Callable[
     squares: list[float] = []
     for name, total in fold.totals([distinct[digest] for digest in sorted(distinct)]):
         squares.append(_square(total))
-        totals[name] = kept(total.to(_stored(fold.layout.meta[name].dtype, dtype), copy=True))
+        kept = total.to(_stored(fold.layout.meta[name].dtype, dtype), copy=True)
+        totals[name] = kept if put_away is None else put_away(kept)
     inverse = _length([party.norm for party in distinct.values()], squares)[1]
-    return lambda name: fold.result(name, totals.pop(name).mul_(inverse))
+    take = totals.pop if put_away is None else totals.__getitem__
+    return lambda name: fold.result(name, take(name), inverse)
 
 
 class Stream:

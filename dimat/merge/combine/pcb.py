@@ -31,7 +31,7 @@ def scaled(values: Tensor, low: float, high: float) -> Tensor:
     return (values.clamp(low, high) - low) / (high - low) if high > low else torch.ones_like(values)
 
 
-@combine_registry.register("pcb-merging")
+@combine_registry.register("pcb-merging", holds="pieces")
 def pcb_merging(
     own: Weights,
     peers: Sequence[Weights],
@@ -42,7 +42,7 @@ def pcb_merging(
     clip: Annotated[float, Field(ge=0, lt=0.5)] = 1e-4,
     scaling: Number = 1.0,
     weights: Coefficients | None = None,
-) -> dict[str, Tensor]:
+) -> Weights:
     """Return θ = θ_base + scaling · Σ_k w_k s_k τ̃_k / Σ_k w_k s_k, with scores s_k in [0, 1] for each parameter.
 
     Over the whole model of d elements and n models: τ̃_k is τ_k with |τ_k| clipped to its quantiles `clip` and

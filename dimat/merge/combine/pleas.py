@@ -36,7 +36,7 @@ def pleas(
     ridge: Annotated[float, Field(ge=0)] = 1e-3,
     max_images: Annotated[int, Field(ge=1)] | None = 1000,
     positions: Annotated[int, Field(ge=1)] | None = 16,
-) -> dict[str, Tensor]:
+) -> Weights:
     """Return, for each linear layer and convolution, the W and c that minimise ‖W Z̃ + c − Ỹ‖² over `data`:
 
         Z̃ = Σ_k w_k Z_k,   Ỹ = Σ_k w_k (W_k Z_k + c_k)

@@ -15,7 +15,7 @@ from dimat.merge.registry import combine_registry
 from dimat.merge.shared_statistics import GRAM, needs_aux, statistic
 from dimat.merge.stages import Weights
 from dimat.merge.tensors.pieces import Pieces, accumulator
-from dimat.merge.tensors.streaming import each_tensor
+from dimat.merge.tensors.streaming import MergedWeights
 from dimat.merge.tensors.task_vectors import copy_of, mean_of
 from dimat.merge.weight_views import taking_part
 
@@ -28,7 +28,7 @@ def regmean(
     *,
     aux: Sequence[Weights] | None,
     off_diagonal: Annotated[float, Field(ge=0, le=1)] = 0.9,
-) -> dict[str, Tensor]:
+) -> Weights:
     """Return Wᵀ = (Σ_k w_k G̃_k)⁻¹ Σ_k w_k G̃_k W_kᵀ for weights (out, in) of linear layers.
 
     G_k = X_kᵀ X_k, `gram.<tensor>` of `aux` (own first), of shape (in, in), is the Gram matrix of the layer's inputs
@@ -67,4 +67,4 @@ def regmean(
                 right.add_(gram @ (model.to(wide) - wide).mT, alpha=weight)
         return (wide + solve_semidefinite(left, right).mT).to(start)
 
-    return each_tensor(own, taken, one)
+    return MergedWeights(own, taken, one)

@@ -24,7 +24,7 @@ from dimat.merge.tensors.task_vectors import (
 )
 
 
-@combine_registry.register("sce")
+@combine_registry.register("sce", holds="pieces")
 def sce(
     own: Weights,
     peers: Sequence[Weights],
@@ -34,7 +34,7 @@ def sce(
     select_topk: Density = 1.0,
     scaling: Number = 1.0,
     weights: Coefficients | None = None,
-) -> dict[str, Tensor]:
+) -> Weights:
     """Return θ = θ_base + scaling · Σ_k η_k τ̂_k / Σ_k η_k, over those k whose sign is the elected one.
 
     Tensor by tensor, of n elements each. Select: τ̂ keeps the ⌊select_topk·n⌋ elements (at least one) where the

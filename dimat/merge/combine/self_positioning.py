@@ -14,14 +14,14 @@ from dimat.errors import MergeError
 from dimat.merge.models.learned import Span, batches_of, cross_entropy, descend, needs_model
 from dimat.merge.registry import combine_registry
 from dimat.merge.stages import Data, Inputs, Score, Weights
-from dimat.merge.tensors.streaming import handing_on, needs_base
+from dimat.merge.tensors.streaming import needs_base
 from dimat.merge.tensors.task_vectors import cast_of, copy_of
 
 PARALLEL = 1e-6
 """Directions whose sine is below this are interpolated along the straight line."""
 
 
-@combine_registry.register("self-positioning")
+@combine_registry.register("self-positioning", holds="deltas")
 def self_positioning(
     own: Weights,
     peers: Sequence[Weights],
@@ -39,7 +39,7 @@ def self_positioning(
     batch_size: Annotated[int, Field(ge=1)] | None = 64,
     scaling: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0,
     class_dim: int = -1,
-) -> dict[str, Tensor]:
+) -> Weights:
     """Return θ = θ_base + λ · V(a), with λ > 0 and one a_k > 0 per model that minimise a loss on a probe set + μλ.
 
     V goes from one task vector to the next, V_1 = τ_1, V_i = slerp(V_{i−1}, τ_i, t_i) with t_i = a_i / Σ_{j≤i} a_j,
@@ -122,10 +122,7 @@ def _searched(
     def cost(values: Any) -> float:
         nonlocal best, highest
         logs = torch.as_tensor(values, dtype=torch.float64).clone()
-        weights: dict[str, Tensor] = {}
-        with handing_on(weights.__setitem__):
-            weights |= span.merged(placed(logs)[:, None])
-        value = float(judge(weights)) - penalty * float(logs[-1].exp())
+        value = float(judge({**span.merged(placed(logs)[:, None])})) - penalty * float(logs[-1].exp())
         if value > highest:
             best, highest = logs, value
         return float("inf") if isnan(value) else -value

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Annotated
 
 from pydantic import Field
-from torch import Tensor
 
 from dimat.merge.registry import combine_registry
 from dimat.merge.stages import Weights
@@ -16,7 +15,7 @@ from dimat.merge.tensors.streaming import combine_elements
 from dimat.merge.tensors.task_vectors import copy_of
 
 
-@combine_registry.register("slerp")
+@combine_registry.register("slerp", holds="pieces")
 def slerp(
     own: Weights,
     peers: Sequence[Weights],
@@ -24,7 +23,7 @@ def slerp(
     *,
     t: Annotated[float, Field(ge=0, le=1)] | None = None,
     lerp_above: Annotated[float, Field(ge=0, le=1)] = 0.9995,
-) -> dict[str, Tensor]:
+) -> Weights:
     """Return θ = [sin((1−t)Ω) θ_own + sin(tΩ) θ_peer] / sin Ω, tensor by tensor, with Ω the angle between the two.
 
     Each tensor is one vector. Where |cos Ω| exceeds `lerp_above`, or one of the two is zero, θ = θ_own +

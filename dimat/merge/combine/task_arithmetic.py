@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from dimat.merge.registry import combine_registry
 from dimat.merge.stages import Weights
 from dimat.merge.tensors.pieces import alike
@@ -20,7 +18,7 @@ from dimat.merge.tensors.task_vectors import (
 )
 
 
-@combine_registry.register("task-arithmetic")
+@combine_registry.register("task-arithmetic", holds="pieces")
 def task_arithmetic(
     own: Weights,
     peers: Sequence[Weights],
@@ -30,7 +28,7 @@ def task_arithmetic(
     scaling: Number = 1.0,
     normalize: bool = False,
     weights: Coefficients | None = None,
-) -> dict[str, Tensor]:
+) -> Weights:
     """Return θ = θ_base + scaling · Σ_k w_k τ_k with τ_k = θ_k − θ_base.
 
     `mixing`: own first, sum 1; with `scaling` 1 the result is the weighted average. The paper's λ Σ_k τ_k over n

@@ -25,7 +25,7 @@ from dimat.merge.tensors.task_vectors import (
 )
 
 
-@combine_registry.register("ties")
+@combine_registry.register("ties", holds="pieces")
 def ties(
     own: Weights,
     peers: Sequence[Weights],
@@ -37,7 +37,7 @@ def ties(
     merge_func: Literal["mean", "sum", "max"] = "mean",
     scaling: Number = 1.0,
     weights: Coefficients | None = None,
-) -> dict[str, Tensor]:
+) -> Weights:
     """Return θ = θ_base + scaling · M(τ̂), where each τ̂_k keeps its largest magnitudes and M merges agreeing signs.
 
     Trim: τ̂_k = τ_k where |τ_k| reaches a threshold, else 0. `trim` = "tensor": in each tensor of n elements the

@@ -14,14 +14,14 @@ from dimat.merge.stages import Weights
 from dimat.merge.tensors.coordinates import at_share, by_coordinate
 
 
-@combine_registry.register("trimmed-mean")
+@combine_registry.register("trimmed-mean", holds="pieces")
 def trimmed_mean(
     own: Weights,
     peers: Sequence[Weights],
     weights: Sequence[float],
     *,
     share: Annotated[float, Field(ge=0, lt=0.5)] = 0.34,
-) -> dict[str, Tensor]:
+) -> Weights:
     """Return the mean of each coordinate with the weight `share` cut off at both ends of its sorted values.
 
     θ[i] = Σ_k r_k θ_(k)[i] / (1 − 2β), β = `share`, with θ_(k)[i] sorted and r_k what of the weight w_(k) lies

@@ -22,7 +22,7 @@ def tsv_m(
     *,
     base: Weights | None,
     scaling: Annotated[float, Field(ge=0)] = 1.0,
-) -> dict[str, Tensor]:
+) -> Weights:
     """Return θ = θ_base + α Û Σ̂ V̂ᵀ per matrix, α = `scaling`, from every delta's strongest singular vectors.
 
     With n models and τ_k = θ_k − θ_base = U_k Σ_k V_kᵀ of shape (rows, columns), r = min(rows, columns): each

@@ -42,7 +42,7 @@ def zipit(
     max_images: Annotated[int, Field(ge=1)] | None = 1000,
     positions: Annotated[int, Field(ge=1)] | None = 64,
     points_per_group: Annotated[int, Field(ge=1)] = 2,
-) -> dict[str, Tensor]:
+) -> Weights:
     """Return W = Σ_k M_out,k W_k U_in,k: each symmetry group's units of all models, merged to as many as one has.
 
     **Matching.** corr[i, j], (n·units)² for n models, is the correlation of two units of whatever models over images

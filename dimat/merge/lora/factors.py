@@ -90,9 +90,7 @@ def factors_of(a: Tensor, b: Tensor, pair: Pair, of: str = "") -> Factors:
     return Factors(right, left)
 
 
-def merge_products(
-    own: Weights, peers: Sequence[Weights], weights: Sequence[float], merge: MergeFactors
-) -> dict[str, Tensor]:
+def merge_products(own: Weights, peers: Sequence[Weights], weights: Sequence[float], merge: MergeFactors) -> Weights:
     """Return own's tensors with each pair of factors replaced by `merge`'s, and all other tensors averaged.
 
     Peers' factors may be of other ranks than own's. Raises MergeError for factors that do not fit.

@@ -20,7 +20,7 @@ from dimat.merge.models.batches import count, device_of, on_device, take
 from dimat.merge.models.functional import aliases, call_with
 from dimat.merge.stages import Data, Inputs, Weights
 from dimat.merge.tensors.pieces import accumulator, real
-from dimat.merge.tensors.streaming import base_tensor, each_tensor
+from dimat.merge.tensors.streaming import MergedWeights, base_tensor
 from dimat.merge.tensors.task_vectors import Participants, weighted_sum
 from dimat.symmetry.trace import eval_mode
 
@@ -149,7 +149,7 @@ class Span:
                     gram[i, j] += _dot(flat[i], flat[j])
         return gram + gram.tril(-1).T
 
-    def merged(self, coefficients: Tensor) -> dict[str, Tensor]:
+    def merged(self, coefficients: Tensor) -> Weights:
         """Return the weights at coefficients of shape (models, layers) or (models, 1), in own's types."""
         columns = dict(zip(self.layers, coefficients.detach().expand(-1, len(self.layers)).T.tolist()))
 
@@ -160,7 +160,7 @@ class Span:
                 return (start + weighted_sum(deltas, self.shares)).to(own.dtype)
             return (start + weighted_sum(self._directions(deltas), column)).to(own.dtype)
 
-        return each_tensor(self.cast.own, [], merge)
+        return MergedWeights(self.cast.own, [], merge)
 
     def _run(self, tensors: Mapping[str, Tensor], inputs: Inputs) -> Tensor:
         arguments = [x.to(self._input_kind) if x.is_floating_point() else x for x in inputs]

@@ -17,7 +17,7 @@ Rule = Callable[[Tensor, Tensor], Tensor]
 mixing weights: shares[i] is the weight of values 0 … i."""
 
 
-def by_coordinate(own: Weights, peers: Sequence[Weights], weights: Sequence[float], rule: Rule) -> dict[str, Tensor]:
+def by_coordinate(own: Weights, peers: Sequence[Weights], weights: Sequence[float], rule: Rule) -> Weights:
     """Return the rule's value at each coordinate, over all models whose weight is not 0.
 
     Complex numbers are taken as two reals each. Own weights come back where no peer takes part.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dimat.merge.stages import Weights
 from dimat.merge.tensors.pieces import Pieces, accumulator
-from dimat.merge.tensors.streaming import base_tensor, each_tensor, needs_base
+from dimat.merge.tensors.streaming import MergedWeights, base_tensor, needs_base
 from dimat.merge.tensors.task_vectors import weighted_sum
 from dimat.merge.weight_views import taking_part
 
@@ -29,7 +29,7 @@ def merge_matrices(
     method: str,
     scaling: float,
     merge: MergeMatrices,
-) -> dict[str, Tensor]:
+) -> Weights:
     """Return θ = θ_base + α · merge(n w_k τ_k) for matrices and θ_base + α Σ_k w_k τ_k for all else, α = `scaling`.
 
     Models of weight 0 take no part. Where all deltas are equal there is nothing to merge: θ = θ_base + α τ, which
@@ -56,7 +56,7 @@ def merge_matrices(
         merged = merge([delta.mul_(weight * len(mass)).reshape(shape) for delta, weight in zip(deltas, mass)])
         return (origin.to(dtype) + scaling * merged.reshape(start.shape)).to(start.dtype)
 
-    return each_tensor(own, peers, merge_tensor)
+    return MergedWeights(own, peers, merge_tensor)
 
 
 def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:

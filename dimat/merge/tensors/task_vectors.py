@@ -24,7 +24,7 @@ from torch import Tensor
 from dimat.errors import MergeError
 from dimat.merge.stages import Weights
 from dimat.merge.tensors.pieces import PIECE, Pieces, PlanPieces, real
-from dimat.merge.tensors.streaming import base_tensor, each_tensor
+from dimat.merge.tensors.streaming import MergedWeights, base_tensor
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 """A finite number."""
@@ -103,9 +103,9 @@ def densities_of(density: float | Sequence[float], cast: Participants, mixing: S
     return [d for d, c in zip(density, mixing) if c]
 
 
-def copy_of(own: Weights) -> dict[str, Tensor]:
+def copy_of(own: Weights) -> Weights:
     """Return own tensors as they are, in memory of their own."""
-    return each_tensor(own, [], lambda _, start, __: start.clone())
+    return MergedWeights(own, [], lambda _, start, __: start.clone())
 
 
 def read_deltas(cast: Participants, base: Weights) -> Iterator[Pieces]:
@@ -125,7 +125,7 @@ def merge_elements(
     *,
     rows: bool = False,
     ordered: bool = False,
-) -> dict[str, Tensor]:
+) -> Weights:
     """Return θ_base + scaling · merge(τ), merge = plan(name, τ), in own's types; integer and boolean tensors are own's.
 
     Pieces of deltas come each once and may be written to; in order, one at a time, where `ordered`, else several at a
@@ -137,7 +137,7 @@ def merge_elements(
         pieces = Pieces(taking, own, base_tensor(name, own, base), rows_of(own) if rows else PIECE)
         return pieces.merged(plan(name, pieces), scaling, ordered)
 
-    return each_tensor(cast.own, cast.peers, one)
+    return MergedWeights(cast.own, cast.peers, one)
 
 
 def row_length(tensor: Tensor) -> int:

@@ -72,7 +72,7 @@ def hf_image_classification(
     probe: ImageProbe = PROBE,
     seed: Annotated[int, Field(ge=0)] = 0,
     folder: Path = Path(),
-    names: OptionNames = NAMES,
+    option_names: OptionNames = NAMES,
 ) -> HfImageClassification:
     """Image classification with a model and data from Hugging Face's libraries (extra `hf`), or from disk.
 
@@ -81,37 +81,37 @@ def hf_image_classification(
     case all training images are trained on. **Agents that compare networks on it must give equal images, probe and
     seed**. seed: of the draws from the data, and of a frozen base without pretrained weights.
     """
-    train, held = open_splits(data, names, seed=seed, folder=folder)
-    option = names("data.image_column"), names("data.label_column")
+    train, held = open_splits(data, option_names, seed=seed, folder=folder)
+    option = option_names("data.image_column"), option_names("data.label_column")
     image = column_of(train, data.image_column, IMAGE_COLUMNS, option[0])
     label = column_of(train, data.label_column, LABEL_COLUMNS, option[1])
     column_of(held, image, (), option[0])
     column_of(held, label, (), option[1])
     aside = probe.count if probe.name is None else 0
-    classes = _class_names(train, held, label, data.classes, names("data.classes"))
+    classes = _class_names(train, held, label, data.classes, option_names("data.classes"))
     train = first_rows(train, None if data.train_samples is None else data.train_samples + aside, seed)
     held = first_rows(held, data.test_samples, seed)
     labels, test_labels = (_labels(rows, label, classes) for rows in (train, held))
     if len(labels) < aside + 2:
         raise DataError(
             f"{len(labels)} images of {data.name} to train on are too few for a probe set of {aside}; set "
-            f"task.options.{names('probe.count')}"
+            f"task.options.{option_names('probe.count')}"
         )
     changes: dict[str, Any] = {
         "num_labels": len(classes),
         "id2label": dict(enumerate(classes)),
         "label2id": {name: i for i, name in enumerate(classes)},
     }
-    built = architecture("AutoModelForImageClassification", model, names, folder, changes)
+    built = architecture("AutoModelForImageClassification", model, option_names, folder, changes)
     fits_kind(built)
-    form = pixel_format(built, data.size, data.mean, data.std, names)
-    maker = ModelMaker(built, model, names, seed)
+    form = pixel_format(built, data.size, data.mean, data.std, option_names)
+    maker = ModelMaker(built, model, option_names, seed)
     order = balanced_draw(labels, len(labels), np.random.default_rng(seed))
     own, probes = order[aside:].sort().values, order[:aside]
     images = image_data(train, image, labels, form, augment=data.augment)
     public = images
     if probe.name is not None:
-        rows = open_probe(probe.name, probe, names, folder)
+        rows = open_probe(probe.name, probe, option_names, folder)
         column_of(rows, image, (), option[0])
         column_of(rows, label, (), option[1])
         known = _labels(rows, label, classes)

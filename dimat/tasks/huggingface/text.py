@@ -98,7 +98,7 @@ def hf_causal_lm(
     probe: TextProbe = PROBE,
     seed: Annotated[int, Field(ge=0)] = 0,
     folder: Path = Path(),
-    names: OptionNames = NAMES,
+    option_names: OptionNames = NAMES,
 ) -> HfCausalLM:
     """Causal language modelling with a model and text from Hugging Face's libraries (extra `hf`), or from disk.
 
@@ -107,23 +107,23 @@ def hf_causal_lm(
     all training text is trained on. **Agents that compare networks on it must give the same text, probe, tokenizer,
     max_length and seed**. seed: of the draws from the data, and of a frozen base without pretrained weights.
     """
-    train, held = open_splits(data, names, seed=seed, folder=folder)
+    train, held = open_splits(data, option_names, seed=seed, folder=folder)
     length, label = data.max_length, data.label_column
-    columns, lengths = names("data.text_column"), names("data.max_length")
+    columns, lengths = option_names("data.text_column"), option_names("data.max_length")
     column = column_of(train, data.text_column, TEXT_COLUMNS, columns)
     column_of(held, column, (), columns)
     classes: tuple[str, ...] = ()
     if label is not None:
         for rows in (train, held):
-            column_of(rows, label, (), names("data.label_column"))
+            column_of(rows, label, (), option_names("data.label_column"))
         classes = tuple(sorted({*map(str, train.unique(label)), *map(str, held.unique(label))}))
-    tokens = tokenizer_of(data.tokenizer, model, names, folder)
+    tokens = tokenizer_of(data.tokenizer, model, option_names, folder)
     changes: dict[str, Any] = {"use_cache": False}
     if isinstance(model.config, Mapping):
         # the end of text is the tokenizer's, and the vocabulary as large as it must be
         own = {"vocab_size": tokens.size, "bos_token_id": tokens.end, "eos_token_id": tokens.end}
         changes |= {key: value for key, value in own.items() if key not in model.config}
-    built = architecture("AutoModelForCausalLM", model, names, folder, changes)
+    built = architecture("AutoModelForCausalLM", model, option_names, folder, changes)
     fits_kind(built)
     _check_sizes(built.config, tokens, length, lengths)
     parts = [
@@ -136,21 +136,21 @@ def hf_causal_lm(
     blocks, public = parts[0], parts[0]
     aside = probe.count
     if probe.name is not None:
-        rows = open_probe(probe.name, probe, names, folder)
+        rows = open_probe(probe.name, probe, option_names, folder)
         column_of(rows, column, (), columns)
         public = pack(rows, column, None, (), tokens, length, f"probe text of {probe.name}", lengths)
         aside = 0
     if len(blocks) < aside + 2:
         raise DataError(
             f"the training text of {data.name} fills {len(blocks)} blocks of {length} tokens, too few for a probe set "
-            f"of {aside} and training; lower task.options.{lengths} or task.options.{names('probe.count')}"
+            f"of {aside} and training; lower task.options.{lengths} or task.options.{option_names('probe.count')}"
         )
     if len(public) < 2:
         raise DataError(f"the probe text of {probe.name} fills one block of {length} tokens; two are needed")
     order, drawn = (torch.from_numpy(np.random.default_rng(seed).permutation(len(part))) for part in (blocks, public))
     return HfCausalLM(
         name="hf-causal-lm",
-        maker=ModelMaker(built, model, names, seed),
+        maker=ModelMaker(built, model, option_names, seed),
         train=Subset(blocks, order[aside:].sort().values),
         test=parts[1],
         probe=Subset(public, drawn[: probe.count]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 
 from dimat.merge_files.memory import shown
@@ -20,7 +20,9 @@ def plan_lines(job: Job) -> str:
     if job.recipe.rules:
         for part in job.parts:
             weights = ", ".join(f"{weight:g}" for weight in part.mixing)
-            lines.append(f"part     {len(part.names):,} tensors: {_method(part.method, part.options)}, {weights}")
+            lines.append(
+                f"part     {len(part.names):,} tensors: {_method(part.method.name, part.method.options)}, {weights}"
+            )
     if job.network is not None:
         lines.append(f"network  {job.recipe.model}, run on {job.recipe.data}")
         if job.network.spec is not None:
@@ -60,6 +62,6 @@ def progress_bar(quiet: bool = False) -> Generator[Progress | None]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _method(name: str, options: dict[str, object]) -> str:
+def _method(name: str, options: Mapping[str, object]) -> str:
     listed = ", ".join(f"{key}={value}" for key, value in options.items())
     return f"{name} ({listed})" if listed else name

@@ -190,7 +190,7 @@ def agreed(net: str, own: dict[str, Tensor], peer: dict[str, Tensor], found: Per
         with torch.no_grad():
             return torch.func.functional_call(network.model.eval(), state, (images,))
 
-    merged = average(own, [permute_weights(peer, network.spec, found)], [0.5, 0.5])
+    merged = dict(average(own, [permute_weights(peer, network.spec, found)], [0.5, 0.5]))
     merged = batchnorm(merged, model=network.model, data=data, estimator="batch-mean").weights
     a, b, m = outputs(own), outputs(peer), outputs(merged)
     classes = sum(float((m.argmax(1) == one.argmax(1)).float().mean()) for one in (a, b)) / 2

@@ -31,7 +31,7 @@ def test_average_equals_the_weighted_sum(raw: list[float], seed: int) -> None:
     """Reference: Σ w_k θ_k in float64; integers and booleans are own's."""
     weights = [w / (sum(raw) + 1) for w in [1.0, *raw]]
     states = [state(seed + k) for k in range(len(weights))]
-    merged = average(states[0], states[1:], weights)
+    merged = dict(average(states[0], states[1:], weights))
     for name, tensor in states[0].items():
         if tensor.is_floating_point():
             expected = sum((w * s[name].double() for w, s in zip(weights, states)), torch.zeros_like(tensor).double())
@@ -46,7 +46,7 @@ def test_average_equals_the_weighted_sum(raw: list[float], seed: int) -> None:
 def test_equal_copies_return_own_bit_for_bit(dtype: torch.dtype, weights: list[float]) -> None:
     """Zero deltas add nothing, whatever the weights round to."""
     own = {"w": torch.randn(1000, generator=torch.Generator().manual_seed(0)).to(dtype) * 37}
-    merged = average(own, [own] * (len(weights) - 1), weights)
+    merged = dict(average(own, [own] * (len(weights) - 1), weights))
     assert torch.equal(merged["w"], own["w"])
     assert merged["w"].data_ptr() != own["w"].data_ptr()
 
@@ -54,13 +54,13 @@ def test_equal_copies_return_own_bit_for_bit(dtype: torch.dtype, weights: list[f
 def test_weight_one_on_self_is_bit_exact_even_for_negative_zero() -> None:
     """Bits are compared, so that −0.0 and 0.0 differ."""
     own = {"w": torch.tensor([-0.0, 0.0, 1e-45, 3.4e38])}
-    merged = average(own, [{"w": torch.ones(4)}], [1.0, 0.0])
+    merged = dict(average(own, [{"w": torch.ones(4)}], [1.0, 0.0]))
     assert torch.equal(merged["w"].view(torch.int32), own["w"].view(torch.int32))
 
 
 def test_weight_one_on_a_peer_returns_the_peer() -> None:
     """θ_own + (θ_peer − θ_own) must not lose a small peer to a large own: the sum is in float64."""
-    merged = average({"w": torch.tensor([1e8, -1e8])}, [{"w": torch.tensor([1.0, 1e-3])}], [0.0, 1.0])
+    merged = dict(average({"w": torch.tensor([1e8, -1e8])}, [{"w": torch.tensor([1.0, 1e-3])}], [0.0, 1.0]))
     torch.testing.assert_close(merged["w"], torch.tensor([1.0, 1e-3]), rtol=1e-4, atol=0)
 
 
@@ -75,5 +75,5 @@ def test_half_types_accumulate_in_float32() -> None:
 def test_peers_are_read_once_tensor_by_tensor() -> None:
     """Peak memory is one tensor per peer: each that is averaged is asked for once, in the same order."""
     own, peer = state(0), Counted(state(1))
-    average(own, [peer], [0.5, 0.5])
+    dict(average(own, [peer], [0.5, 0.5]))
     assert peer.reads == [name for name, tensor in own.items() if tensor.is_floating_point() and tensor.numel()]

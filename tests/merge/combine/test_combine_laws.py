@@ -165,7 +165,7 @@ def combine(
     }
     if "data" in keywords(combine_registry.get(name)):
         context = network("head.weight" in own).offered() | context
-    return combine_registry.call(name, options or {}, own, peers, weights, **context)
+    return dict(combine_registry.call(name, options or {}, own, peers, weights, **context))
 
 
 def merged(name: str, own: Model, peers: list[Model], **more: Any) -> Model:
@@ -396,7 +396,7 @@ def test_draws_follow_the_generator(name: str) -> None:
     )
     assert not torch.equal(first["fc.weight"], other["fc.weight"])
     with pytest.raises(MergeError, match="generator="):
-        combine_registry.call(name, {}, own, peers, mixing(2), base=BASE, generator=None)
+        dict(combine_registry.call(name, {}, own, peers, mixing(2), base=BASE, generator=None))
 
 
 def test_options_are_those_of_a_configuration() -> None:

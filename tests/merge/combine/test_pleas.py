@@ -44,7 +44,7 @@ def random_weights(model: nn.Module, seed: int, dtype: torch.dtype = torch.float
 
 def pleas(model: nn.Module, data: list[Tensor], models: list[Model], mixing: list[float], **options: Any) -> Model:
     batches = [(x,) for x in data]
-    return combine_registry.call("pleas", options, models[0], models[1:], mixing, model=model, data=batches)
+    return dict(combine_registry.call("pleas", options, models[0], models[1:], mixing, model=model, data=batches))
 
 
 EXACT: dict[str, Any] = {"ridge": 0.0, "positions": None, "max_images": None}
@@ -141,7 +141,7 @@ def test_convolutions_are_the_closed_form(kind: str) -> None:
         loss = (out(free, z) - target).square().sum()
         return max(float(g.abs().max()) for g in torch.autograd.grad(loss, [*free.values()]))
 
-    start = gradient(average(models[0], models[1:], [0.6, 0.4]))
+    start = gradient(dict(average(models[0], models[1:], [0.6, 0.4])))
     assert start > 1e-3
     assert gradient(found) < 1e-9 * start
 
@@ -188,7 +188,7 @@ def test_every_layer_errs_less_than_the_average_s(name: str) -> None:
     models = [{k: t.clone() for k, t in randomise(make(), seed).state_dict().items()} for seed in (1, 2, 3)]
     data = torch.randn(64, *shape, generator=generator())
     found = pleas(model, [data], models, [0.5, 0.5, 0.0], **EXACT)
-    plain = average(models[0], [models[1]], [0.5, 0.5])
+    plain = dict(average(models[0], [models[1]], [0.5, 0.5]))
     before, after = (layer_errors(model, data, models[:2], weights) for weights in (plain, found))
     moved = {key.rpartition(".")[0] for key, tensor in found.items() if not torch.equal(tensor, plain[key])}
     assert moved == after.keys() - {next(iter(after))}  # the first layer takes in the same in all models
@@ -282,7 +282,7 @@ def test_an_output_layer_tied_to_an_embedding_is_averaged() -> None:
         weights["out.weight"] = weights["embedding.weight"]
     data = [torch.randint(0, 20, (50, 7), generator=generator())]
     found = pleas(model, data, models, [0.5, 0.5])
-    plain = average(models[0], models[1:], [0.5, 0.5])
+    plain = dict(average(models[0], models[1:], [0.5, 0.5]))
     assert torch.equal(found["out.weight"], plain["out.weight"])
     assert torch.equal(found["embedding.weight"], plain["embedding.weight"])
     assert worst({"up.weight": found["up.weight"]}, {"up.weight": plain["up.weight"]}) > 1e-3
@@ -294,7 +294,7 @@ def test_inputs_that_nobody_sees_keep_the_average() -> None:
     models = [random_weights(model, seed, torch.float64) for seed in (1, 2)]
     x = torch.randn(30, 6, generator=generator(), dtype=torch.float64)
     x[:, 2], x[:, 4] = 0, x[:, 3]
-    plain = average(models[0], models[1:], [0.5, 0.5])
+    plain = dict(average(models[0], models[1:], [0.5, 0.5]))
     found = pleas(model, [x], models, [0.5, 0.5], **EXACT)
     torch.testing.assert_close(found["0.weight"], plain["0.weight"], rtol=1e-9, atol=1e-9)  # all models see one input
     few = pleas(model, [x[:2]], models, [0.5, 0.5], **EXACT)

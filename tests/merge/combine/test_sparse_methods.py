@@ -249,7 +249,7 @@ def test_the_global_random_state_is_left_alone() -> None:
     """Only the generator that was handed in is drawn from, once."""
     base, models = mlp()
     before, source = torch.random.get_rng_state(), generator()
-    dare_ties(models[0], models[1:], [0.25] * 4, base=base, generator=source)
+    dict(dare_ties(models[0], models[1:], [0.25] * 4, base=base, generator=source))
     assert torch.equal(before, torch.random.get_rng_state())
     expected = generator()
     torch.randint(2**62, (1,), generator=expected)

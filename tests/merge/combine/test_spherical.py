@@ -211,10 +211,10 @@ def test_layer_swap_errors() -> None:
     """A pattern that matches nothing, a model that is not there."""
     _, (own, first, *_) = mlp()
     with pytest.raises(MergeError, match=r"no tensor's name matches 'fc9\.\*'"):
-        layer_swap(own, [first], [0.5, 0.5], layers={"fc9.*": 1})
+        dict(layer_swap(own, [first], [0.5, 0.5], layers={"fc9.*": 1}))
     for options in ({"layers": {"fc1.*": 2}}, {"rest": 2}):
         with pytest.raises(MergeError, match=r"takes model 2, there are own \(0\) and 1 peers"):
-            layer_swap(own, [first], [0.5, 0.5], **options)  # type: ignore[arg-type]
+            dict(layer_swap(own, [first], [0.5, 0.5], **options))  # type: ignore[arg-type]
 
 
 def test_angles_are_of_whole_tensors() -> None:

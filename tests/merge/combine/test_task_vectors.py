@@ -99,7 +99,7 @@ def test_weights_that_do_not_fit_are_errors() -> None:
         ([1.0, torch.nan], "finite"),
     ):
         with pytest.raises(MergeError, match=message):
-            task_arithmetic(own, [peer], [0.5, 0.5], base=base, weights=weights)
+            dict(task_arithmetic(own, [peer], [0.5, 0.5], base=base, weights=weights))
 
 
 def test_ties_golden_trimmed_per_tensor() -> None:
@@ -239,7 +239,7 @@ def test_peers_are_read_as_often_as_documented(merge: Any, options: dict[str, An
     """Tensor by tensor: what is global takes more passes, not more memory."""
     base, models = mlp()
     peers = [Counted(model) for model in models[1:]]
-    merge(models[0], peers, QUARTERS, base=base, **options)
+    dict(merge(models[0], peers, QUARTERS, base=base, **options))
     for peer in peers:
         assert Counter(peer.reads) == dict.fromkeys(models[0], passes)
 

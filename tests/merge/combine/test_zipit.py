@@ -273,7 +273,7 @@ def test_pairs_across_models_are_align_and_average(name: str) -> None:
     context = network(name)
     assert context.model is not None
     found = align_weights(context.model, own, peer, spec, [x for (x,) in context.data or ()], stable_within=None)
-    expected = average(own, [permute_weights(peer, spec, found)], [0.7, 0.3])
+    expected = dict(average(own, [permute_weights(peer, spec, found)], [0.7, 0.3]))
     assert worst(zipit(name, own, [peer], [0.7, 0.3], within=False), expected) < 1e-6
 
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dimat.errors import MergeError
-from dimat.merge.combine.adamerging import adamerging
-from dimat.merge.combine.self_positioning import _spherical, self_positioning
+from dimat.merge.combine import adamerging as adamerging_module
+from dimat.merge.combine import self_positioning as self_positioning_module
+from dimat.merge.combine.self_positioning import _spherical
 from dimat.merge.combine.task_arithmetic import task_arithmetic
 from dimat.merge.models.learned import Span, batches_of, cross_entropy, descend
 from dimat.merge.registry import combine_registry
@@ -29,6 +30,18 @@ from tests.simulate.helpers import tiny_experiment
 
 Model = dict[str, Tensor]
 LEARNED = ["adamerging", "self-positioning"]
+
+
+def adamerging(*args: Any, **options: Any) -> Model:
+    """AdaMerging, all tensors at once."""
+    return dict(adamerging_module.adamerging(*args, **options))
+
+
+def self_positioning(*args: Any, **options: Any) -> Model:
+    """Self Positioning, all tensors at once."""
+    return dict(self_positioning_module.self_positioning(*args, **options))
+
+
 COMBINE: dict[str, Callable[..., Model]] = {"adamerging": adamerging, "self-positioning": self_positioning}
 MIXING = [0.5, 0.3, 0.2]
 
@@ -353,7 +366,7 @@ def test_what_is_missing_is_one_clear_error(name: str, change: dict[str, Any], m
     base = state(model)
     context = {"base": base, "model": model, "data": [(inputs(),)], "score": None, **change}
     with pytest.raises(MergeError, match=message):
-        combine_registry.call(name, {}, changed(base, 1), [changed(base, 2)], [0.5, 0.5], **context)
+        dict(combine_registry.call(name, {}, changed(base, 1), [changed(base, 2)], [0.5, 0.5], **context))
 
 
 def test_a_score_that_is_missing_and_outputs_that_are_no_logits() -> None:

@@ -74,8 +74,8 @@ def test_threads_change_no_bit(method: str, dtype: torch.dtype) -> None:
     for count in (1, 3):
         generator = torch.Generator().manual_seed(0)
         with threads(count):
-            merged = combine_registry.call(method, {}, own, peers, mixing, base=base, generator=generator)
-        results.append(merged["w"])
+            merged = combine_registry.call(method, {}, own, peers, mixing, base=base, generator=generator)["w"]
+        results.append(merged)
     assert own["w"].numel() > 16 * PIECE
     assert torch.equal(*results)
     assert results[0].isfinite().all()
