@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from _common import Result, finish, options, table
+from _plain_loop import AGENTS, BATCH, ROUNDS, SIZES, mnist_shaped, plain_loop
 
 from dimat.config import ExperimentConfig, build
 from dimat.simulate.engines.pool import WorkerPool
@@ -23,15 +24,10 @@ from dimat.simulate.simulation import Simulation
 from dimat.simulate.world.scenario import prepare
 from dimat.tasks import ClassificationTask, TensorData, mlp, seeded
 
-AGENTS, SAMPLES, ROUNDS, BATCH = 5, 2000, 3, 64
-SIZES = (784, 256, 128, 10)
-
 
 def task() -> ClassificationTask:
-    """Random images of MNIST's shape with labels from a random linear teacher: only the work counts here."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.rand(AGENTS * SAMPLES, 784, generator=generator)
-    labels = (images @ torch.randn(784, 10, generator=generator)).argmax(1)
+    """The plain loop's images and labels."""
+    images, labels = mnist_shaped()
     data = TensorData(images, labels)
     small = TensorData(images[:64], labels[:64])
     return ClassificationTask(
@@ -42,29 +38,6 @@ def task() -> ClassificationTask:
         probe=small,
         classes=tuple(map(str, range(10))),
     )
-
-
-def plain_loop() -> float:
-    """Train five MLPs and mix them on a ring, as one would write it by hand; return CPU-seconds."""
-    data = task().data("train")
-    models, optimizers, parts = [], [], torch.randperm(len(data)).split(SAMPLES)
-    for seed in range(AGENTS):
-        torch.manual_seed(seed)
-        models.append(mlp(SIZES))
-        optimizers.append(torch.optim.Adam(models[-1].parameters(), lr=1e-3))
-    images, labels = data.inputs[0], data.targets
-    start = time.process_time()
-    for _ in range(ROUNDS):
-        for model, optimizer, part in zip(models, optimizers, parts):
-            for batch in part[torch.randperm(SAMPLES)].split(BATCH):
-                optimizer.zero_grad()
-                torch.nn.functional.cross_entropy(model(images[batch]), labels[batch]).backward()
-                optimizer.step()
-        states = [{k: v.clone() for k, v in model.state_dict().items()} for model in models]
-        for i, model in enumerate(models):
-            near = [states[(i + d) % AGENTS] for d in (-1, 0, 1)]
-            model.load_state_dict({k: sum(s[k] for s in near) / 3 for k in near[0]})
-    return time.process_time() - start
 
 
 def simulated() -> tuple[float, dict[str, float]]:
