@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from dimat import events
 from dimat.agent.daemon.daemon import Daemon
-from dimat.agent.setup.loaded_task import LoadedTask, derive_checked
 from dimat.agent.setup.prepare import prepare_agent
 from dimat.config import ExperimentConfig, load_experiment, naming
 from dimat.errors import ConfigError, DataError
@@ -227,10 +226,7 @@ class Agent:
             agent = self.config.agent.model_copy(update={"evaluate": "none"})
             self.config = self.config.model_copy(update={"agent": agent})
 
-        def kit(symmetry: bool) -> LoadedTask:
-            return LoadedTask(task, derive_checked(task) if symmetry else None)
-
-        self._daemon = Daemon(prepare_agent(self.config, kit), learner=learner)
+        self._daemon = Daemon(prepare_agent(self.config, task), learner=learner)
         self._learner = learner
         return self
 

@@ -74,7 +74,7 @@ def agent(
     # before the agent is made: what cannot be had is said before anything is done
     with open_listeners(config, agent_folder(config, setup.name), agent=setup.name) as watching:
         daemon = Daemon(setup)
-        listener = agent_listener(setup.programme.metric, sys.stderr, -1 if quiet else verbose, plain)
+        listener = agent_listener(setup.schedule.metric, sys.stderr, -1 if quiet else verbose, plain)
         with closing(listener), closing(JsonlListener(daemon.folder.events)) as log, _dashboard(daemon) as shown:
             daemon.listeners += [listener, log, *watching.listeners, *shown]
             watching.warned += [listener, log, *shown]

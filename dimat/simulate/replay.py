@@ -28,4 +28,4 @@ def replay_run(run_dir: Path) -> Replay:
     # nothing is trained: a trace from a machine with a GPU replays on one without
     train = config.train.model_copy(update={"device": "cpu"})
     scenario = prepare(config.model_copy(update={"train": train}))
-    return replay(trace, partial(machine_for, scenario))
+    return replay(trace, partial(machine_for, scenario.schedule))

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dimat.agent.setup.loaded_task import kit_for
 from dimat.config import ExperimentConfig, build, load_experiment
 from dimat.errors import DataError
 from dimat.events import Listener
@@ -17,6 +16,7 @@ from dimat.simulate.engines.pool import WorkerPool, default_workers
 from dimat.simulate.folder import RunFolder
 from dimat.simulate.simulation import Simulation
 from dimat.simulate.world.scenario import Scenario, prepare
+from dimat.tasks import load_task
 from dimat.train.trainer import Trainer
 
 
@@ -63,7 +63,7 @@ def evaluate_file(weights: Path, config: ExperimentConfig) -> dict[str, float]:
     Raises DataError where the file is missing, damaged, or not of the task's model.
     """
     opened = open_weights(weights)
-    task = kit_for(config, symmetry=False).task
+    task = load_task(config.task, Path(config.folder))
     test = task.data("test")
     trainer = Trainer(task, test, config.train, seed=config.seed)
     try:

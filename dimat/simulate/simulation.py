@@ -16,6 +16,7 @@ from safetensors import safe_open
 
 from dimat import events
 from dimat.agent.setup.machine import machine_for
+from dimat.agent.setup.schedule import RunSchedule
 from dimat.errors import DimatError
 from dimat.results import AgentRound, Results, round_summary
 from dimat.simulate.driver import Driver, Node
@@ -49,20 +50,21 @@ class Simulation:
         self._folder = folder
         self._pool = pool
         self.listeners = list(listeners)
-        store = SnapshotStore(folder.snapshots, keep=scenario.snapshots_kept(self._config.simulate.keep_snapshots))
+        schedule = scenario.schedule
+        store = SnapshotStore(folder.snapshots, keep=schedule.snapshots_kept(self._config.simulate.keep_snapshots))
         self._learners = PooledLearners(scenario, folder, pool, store, warm)
         self._network = MemoryNetwork(store)
         self._driver = Driver(
             self._config.run,
             {
-                name: Node(scenario.plan(name), partial(machine_for, scenario, name), work)
+                name: Node(schedule.plan(name), partial(machine_for, schedule, name), work)
                 for name, work in self._learners.of.items()
             },
             self._network,
             Links(self._config.simulate.network, scenario.agents, self._config.seed),
             scenario.faults,
             self._told,
-            _told(scenario),
+            _told(schedule),
             max_time_s=self._config.schedule.max_time_s,
         )
         self._trained: dict[str, events.Trained] = {}
@@ -126,8 +128,8 @@ class Simulation:
                 method=self._config.merge.method,
                 seed=self._config.seed,
                 agents=scenario.agents,
-                edges=scenario.edges(),
-                rounds=scenario.rounds,
+                edges=scenario.schedule.edges(),
+                rounds=scenario.schedule.rounds,
                 parameters=scenario.parameters,
                 snapshot_bytes=scenario.snapshot_bytes,
                 histogram=scenario.histogram,
@@ -257,7 +259,7 @@ class Simulation:
                 self._folder.state_file(agent, self._kept[agent]).unlink(missing_ok=True)
             self._kept[agent] = number
         sent = sum(self._network.sent.values()) / 1e6
-        self._emit(round_summary(self._config.run, finished, self._scenario.rounds, sent))
+        self._emit(round_summary(self._config.run, finished, self._scenario.schedule.rounds, sent))
         if time.perf_counter() - self._written > 1:  # what kill -9 leaves; not once a round where rounds are short
             self._folder.write_results(self._results("stopped", 0.0))
             self._written = time.perf_counter()
@@ -297,7 +299,7 @@ class Simulation:
             status=status,
             config=describe(self._config),
             agents=list(scenario.agents),
-            edges=list(scenario.edges()),
+            edges=list(scenario.schedule.edges()),
             metric=scenario.task.metric,
             classes=list(scenario.task.classes),
             histogram={agent: list(row) for agent, row in scenario.histogram.items()},
@@ -320,14 +322,14 @@ class Simulation:
             listener(stamped)
 
 
-def _told(scenario: Scenario) -> Callable[[str, int], Sequence[str]]:
+def _told(schedule: RunSchedule) -> Callable[[str, int], Sequence[str]]:
     """Return who is told of an agent's snapshot of a round: who merges it; in asynchronous mode all who ever hear the
     agent, since the newest snapshot counts there in whatever round."""
-    if scenario.config.schedule.mode == "sync":
-        return scenario.readers
-    hearing: dict[str, list[str]] = {agent: [] for agent in scenario.agents}
-    for reader in scenario.agents:
-        for peer in scenario.plan(reader).peers:
+    if schedule.config.schedule.mode == "sync":
+        return schedule.readers
+    hearing: dict[str, list[str]] = {agent: [] for agent in schedule.agents}
+    for reader in schedule.agents:
+        for peer in schedule.plan(reader).peers:
             hearing[peer].append(reader)
     return lambda agent, number: hearing[agent]
 

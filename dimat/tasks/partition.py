@@ -47,7 +47,9 @@ def partition(
     if agents < 1:
         raise PartitionError(f"a partition among {agents} agents; there must be at least one")
     if agents > len(classes):
-        raise PartitionError(f"{agents} agents but only {len(classes)} training samples; use fewer agents or more data")
+        raise PartitionError(
+            f"{agents} agents cannot share {len(classes)} training samples; use fewer agents or more data"
+        )
     if agents * config.min_samples > len(classes):
         raise PartitionError(
             f"{len(classes)} training samples do not give {agents} agents {config.min_samples} each; "

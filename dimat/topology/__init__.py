@@ -39,6 +39,7 @@ _HOME = {
     "push_sum_matrix": "mixing",
     "read_graph": "build",
     "renormalise": "mixing",
+    "resolve_map": "build",
     "rounds_bound": "analysis",
     "rounds_to_consensus": "analysis",
     "spectral_gap": "analysis",
@@ -74,6 +75,7 @@ __all__ = [
     "push_sum_matrix",
     "read_graph",
     "renormalise",
+    "resolve_map",
     "rounds_bound",
     "rounds_to_consensus",
     "spectral_gap",
@@ -92,7 +94,7 @@ if TYPE_CHECKING:
         summarise,
     )
     from dimat.topology.base_k import BaseK
-    from dimat.topology.build import build_topology, check, read_graph
+    from dimat.topology.build import build_topology, check, read_graph, resolve_map
     from dimat.topology.draw import draw_graph
     from dimat.topology.graphs import build_graph, check_graph, list_graphs
     from dimat.topology.mixing import Mixer, check_matrix, list_mixings, mixing_matrix, push_sum_matrix, renormalise

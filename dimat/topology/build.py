@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +18,6 @@ from dimat.topology.network_map import DEFAULT_AGENTS, DEFAULT_GRAPH, NetworkMap
 from dimat.topology.rounds import check_schedule
 from dimat.topology.schedule import Setting, make_schedule
 
-if TYPE_CHECKING:
-    import networkx as nx
 if TYPE_CHECKING:
     import networkx as nx
 
@@ -53,18 +52,43 @@ def graph_of(network: NetworkMap, seed: int = 0) -> nx.Graph[str] | None:
     return _graph(network.config, network.names or network.config.agents, seed, network.folder)
 
 
-def build_topology(
-    config: TopologyConfig,
-    seed: int = 0,
-    folder: str | Path = ".",
-    samples: Mapping[str, int] | None = None,
-) -> Topology:
-    """Return the checked topology of a configuration; a ring of 5 where it says nothing.
+@dataclass(frozen=True)
+class ResolvedMap:
+    """A network map whose agents and graph are known. Its mixing weights come last: they may need sample counts, and
+    those are known once the data are split among the agents."""
+
+    network: NetworkMap
+    names: tuple[str, ...]
+    graph: nx.Graph[str] | None
+    """None where the schedule makes its own from the names alone."""
+    seed: int
+
+    def topology(self, samples: Mapping[str, int] | None = None) -> Topology:
+        """Return the checked topology. `samples`: the agents' sample counts where they are known; they win over the
+        map's."""
+        chosen = self.network.config
+        counts = dict(self.network.samples if samples is None else samples)
+        pi = self.graph.graph.get("pi") if self.graph is not None else None
+        mixing = chosen.mixing
+        if pi is not None and "mixing" not in chosen.model_fields_set:
+            mixing = NamedConfig(name="matrix")  # a file's own mixing matrix holds unless another rule is asked for
+        setting = Setting(
+            self.names,
+            self.graph,
+            Mixer(mixing.name, mixing.options, counts or None, pi),
+            derive_seed(self.seed, "topology", "schedule", chosen.schedule.name),
+            partial(_resolve, names=self.names, seed=self.seed, folder=self.network.folder),
+        )
+        schedule = make_schedule(setting, chosen.schedule.name, chosen.schedule.options)
+        return Topology(self.names, schedule, self.graph, self.network.addresses, counts, chosen.schedule, mixing)
+
+
+def resolve_map(config: TopologyConfig, seed: int = 0, folder: str | Path = ".") -> ResolvedMap:
+    """Return the agents and the graph of a configuration; a ring of 5 where it says nothing.
 
     `seed` is the experiment's root seed (random graphs and schedules draw from streams under it), `folder` the one
-    that relative paths are taken from, `samples` the agents' sample counts where they are known (they win over the
-    map's). With `config.map` the map decides; `schedule` and `mixing` that are set beside it win over the map's.
-    Raises TopologyError, HookError or ConfigError, in one line, for anything that cannot be.
+    that relative paths are taken from. With `config.map` the map decides; `schedule` and `mixing` that are set beside
+    it win over the map's. Raises TopologyError, HookError or ConfigError, in one line, for anything that cannot be.
     """
     if config.map is None:
         network = NetworkMap(config, folder=Path(folder))
@@ -78,27 +102,24 @@ def build_topology(
             raise TopologyError(f"{config.map}: the map has {network.config.agents} agents, agents = {config.agents}")
         if config.agents is not None and network.config.agents is None:
             network = NetworkMap(network.config.model_copy(update={"agents": config.agents}), folder=network.folder)
-    chosen = network.config
-    counts = dict(network.samples if samples is None else samples)
     graph = graph_of(network, seed)
     if graph is not None:
         names = tuple(graph)
     else:
-        names = network.names or agent_names(chosen.agents or DEFAULT_AGENTS)
+        names = network.names or agent_names(network.config.agents or DEFAULT_AGENTS)
     check_names(names, "topology")
-    pi = graph.graph.get("pi") if graph is not None else None
-    mixing = chosen.mixing
-    if pi is not None and "mixing" not in chosen.model_fields_set:
-        mixing = NamedConfig(name="matrix")  # a file's own mixing matrix holds unless another rule is asked for
-    setting = Setting(
-        names,
-        graph,
-        Mixer(mixing.name, mixing.options, counts or None, pi),
-        derive_seed(seed, "topology", "schedule", chosen.schedule.name),
-        partial(_resolve, names=names, seed=seed, folder=network.folder),
-    )
-    schedule = make_schedule(setting, chosen.schedule.name, chosen.schedule.options)
-    return Topology(names, schedule, graph, network.addresses, counts, chosen.schedule, mixing)
+    return ResolvedMap(network, names, graph, seed)
+
+
+def build_topology(
+    config: TopologyConfig,
+    seed: int = 0,
+    folder: str | Path = ".",
+    samples: Mapping[str, int] | None = None,
+) -> Topology:
+    """Return the checked topology of a configuration. Arguments and errors are those of `resolve_map` and of
+    `ResolvedMap.topology`, which it calls."""
+    return resolve_map(config, seed, folder).topology(samples)
 
 
 def check(topology: Topology | nx.Graph[str], rounds: int | None = None) -> None:

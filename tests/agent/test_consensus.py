@@ -295,7 +295,7 @@ def test_push_sum_shares_are_those_of_experiments(tmp_path: Path) -> None:
     mixing = {"name": "push-sum", "options": {"lazy": 0.25}}
     scenario = prepare(tiny_experiment(tmp_path, topology={"graph": "star", "agents": 4, "mixing": mixing}))
     for agent in scenario.agents:
-        assert round_plan(scenario.schedules[0][1].schedule, agent, 2) == scenario.round_plan(agent, 2)
+        assert round_plan(scenario.schedule.first.schedule, agent, 2) == scenario.schedule.round_plan(agent, 2)
 
 
 # ── lossy networks ───────────────────────────────────────────────────────────────────────────────────────────────────

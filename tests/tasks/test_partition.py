@@ -102,7 +102,7 @@ def test_without_labels_only_a_random_split_is_possible() -> None:
 @pytest.mark.parametrize(
     ("samples", "agents", "config", "message"),
     [
-        (4, 5, {}, "5 agents but only 4 training samples"),
+        (4, 5, {}, "5 agents cannot share 4 training samples"),
         (20, 5, {}, "do not give 5 agents 8 each"),
         (100, 7, {"kind": "dirichlet", "alpha": 1e-3, "min_samples": 14}, "raise partition.alpha"),
         (100, 4, {"kind": "classes", "classes_per_agent": 2}, "raise partition.classes_per_agent to 3"),

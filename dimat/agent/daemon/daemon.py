@@ -25,9 +25,8 @@ from dimat.agent.daemon.status_socket import StatusSocket, StatusView, notify, w
 from dimat.agent.daemon.worker import AgentWorker, WorkThread
 from dimat.agent.learner.checkpoint import CheckpointStore
 from dimat.agent.lineage.manifest_log import ManifestLedger
-from dimat.agent.setup.followed_map import with_map
 from dimat.agent.setup.machine import machine_for
-from dimat.agent.setup.prepare import AgentSetup, largest_snapshot, listen_address, neighbours_of, programme_of
+from dimat.agent.setup.prepare import PreparedAgent, neighbours_of
 from dimat.config import agent_folder
 from dimat.errors import DataError, DimatError
 from dimat.net.grpc_transport import GrpcTransport
@@ -53,7 +52,7 @@ class Daemon:
     """
 
     def __init__(
-        self, setup: AgentSetup, listeners: Sequence[events.Listener] = (), *, learner: ModelTrainer | None = None
+        self, setup: PreparedAgent, listeners: Sequence[events.Listener] = (), *, learner: ModelTrainer | None = None
     ) -> None:
         config = setup.config
         agent = config.agent
@@ -82,11 +81,11 @@ class Daemon:
         setup, folder, config = self.setup, self.folder, self.setup.config
         agent, exchange = config.agent, config.exchange
         self._view = StatusView(setup.name, config.run)
-        self._programme = setup.programme
-        self._local = setup.local(folder.snapshots, learner)
-        keep = setup.programme.snapshots_kept(agent.keep_snapshots)
+        self._schedule = setup.schedule
+        self._local = setup.learner(folder.snapshots, learner)
+        keep = setup.schedule.snapshots_kept(agent.keep_snapshots)
         self._store = SnapshotStore(folder.snapshots, keep=keep)
-        size = largest_snapshot(setup, self._local.trainer.model)
+        size = setup.largest_snapshot(self._local.trainer.model)
         self._check_room(size, keep)
         checkpoints = CheckpointStore(folder.checkpoints, agent.keep_checkpoints)
         self._work = AgentWorker(self._local, config.run, checkpoints, folder.lineage, agent.evaluate, folder.weights)
@@ -96,8 +95,8 @@ class Daemon:
         state = None if found is None else found.state
         self._kept = _addresses(folder.snapshots, "" if state is None else state.root)
         published = 0 if found is None else found.published
-        self._machine = machine_for(setup.programme, setup.name, state, published)
-        peers = max(1, len(setup.programme.plan(setup.name).peers))
+        self._machine = machine_for(setup.schedule, setup.name, state, published)
+        peers = max(1, len(setup.schedule.plan(setup.name).peers))
         quota = agent.disk_quota_mb * MB if agent.disk_quota_mb is not None else 4 * (peers + 1) * size
         self._transport = GrpcTransport(
             run=config.run,
@@ -116,7 +115,7 @@ class Daemon:
                 disk_bytes=int(quota),
                 disk_reserve_bytes=RESERVE_BYTES,
             ),
-            listen=listen_address(setup),
+            listen=setup.listen_address(),
             generator=random.Random(derive_seed(config.seed, "jitter", setup.name)),
             status=self.status,
             directory=None if self._finding is None else self._finding.addresses,
@@ -154,11 +153,11 @@ class Daemon:
         watchdog = asyncio.create_task(_watchdog())
         observing = asyncio.create_task(self._observing.go_on())
         try:
-            neighbours = neighbours_of(self._programme, self.setup.name)
+            neighbours = neighbours_of(self._schedule, self.setup.name)
             self._transport.update_neighbours(neighbours)
             await self._transport.start(self.runner)
             self._store.sweep(self._kept)
-            self.address = f"{listen_address(self.setup).rpartition(':')[0]}:{self._transport.port}"
+            self.address = f"{self.setup.listen_address().rpartition(':')[0]}:{self._transport.port}"
             if self._finding is not None:
                 await self._finding.start(neighbours, self.address)
                 self._follow(self._finding)
@@ -197,29 +196,29 @@ class Daemon:
         Where it cannot be used, the old one stands.
         """
         try:
-            programme, _ = await asyncio.to_thread(programme_of, self.setup.config, self.setup.kit)
+            schedule = await asyncio.to_thread(self.setup.schedule_now)
         except DimatError as error:
             self.runner.noticed(f"the network map is not taken over: {error}; the one before stands")
             return
-        self._programme = programme
-        neighbours = neighbours_of(programme, self.setup.name)
+        self._schedule = schedule
+        neighbours = neighbours_of(schedule, self.setup.name)
         self._transport.update_neighbours(neighbours)
         if self._finding is not None:
             self._finding.update_neighbours(neighbours)
-        self.runner.remap(programme.plan(self.setup.name))
+        self.runner.remap(schedule.plan(self.setup.name))
         self._emit(
             events.MapRead(
                 run=self.setup.config.run,
                 time_s=time.time(),
                 agent=self.setup.name,
                 round=self._machine.round,
-                members=tuple(programme.agents),
-                peers=tuple(sorted(programme.plan(self.setup.name).peers)),
+                members=tuple(schedule.agents),
+                peers=tuple(sorted(schedule.plan(self.setup.name).peers)),
             )
         )
-        from_file = programme.config.topology.map == self.setup.config.topology.map
+        from_file = schedule.config.topology.map == self.setup.config.topology.map
         followed = "" if from_file else ", as published in the DHT"
-        self.runner.noticed(f"the network map was read again: {len(programme.agents)} agents{followed}")
+        self.runner.noticed(f"the network map was read again: {len(schedule.agents)} agents{followed}")
 
     def status(self) -> dict[str, object]:
         """Return how the agent is, as plain values."""
@@ -232,7 +231,7 @@ class Daemon:
             "folder": str(self.folder.path),
             "secure": self.identity is not None,
             "round": machine.round,
-            "rounds": self._programme.rounds,
+            "rounds": self._schedule.rounds,
             "phase": machine.phase.value,
             "basis": str(machine.basis),
             "sent_bytes": sum(self._transport.sent_bytes.values()),
@@ -248,16 +247,15 @@ class Daemon:
 
     def _follow(self, finding: PeerDiscovery) -> None:
         """Begin to look for network maps that the organiser publishes, where they are to be followed."""
-        config, kit = self.setup.config, self.setup.kit
+        config = self.setup.config
         if not config.dht.follow_map or self.identity is None:
             return
-        plain = config.model_copy(update={"dht": config.dht.model_copy(update={"follow_map": False})})
         self._follower = MapFollower(
             config,
             self.folder.dht,
             finding.dht,
             self.identity.ca,
-            check=lambda path: programme_of(with_map(plain, path), kit),
+            check=self.setup.schedule_on,
             take=self.reload,
             notice=self._notice,
             generator=random.Random(derive_seed(config.seed, "map", self.setup.name)),
@@ -273,13 +271,13 @@ class Daemon:
                 agent=self.setup.name,
                 round=machine.round,
                 address=self.address,
-                peers=tuple(sorted(self._programme.plan(self.setup.name).peers)),
+                peers=tuple(sorted(self._schedule.plan(self.setup.name).peers)),
                 samples=len(self.setup.indices),
                 parameters=sum(p.numel() for p in model.parameters()),
                 secure=self.identity is not None,
-                members=tuple(self._programme.agents),
-                rounds=self._programme.rounds,
-                metric=self._programme.metric,
+                members=tuple(self._schedule.agents),
+                rounds=self._schedule.rounds,
+                metric=self._schedule.metric,
                 version=__version__,
                 histogram=self.setup.histogram(),
             )
@@ -296,7 +294,7 @@ class Daemon:
         if self._leaving.is_set():
             return
         await self._transport.unfollow_all()
-        readers = self._programme.readers(self.setup.name, self._machine.round)
+        readers = self._schedule.readers(self.setup.name, self._machine.round)
         served = asyncio.create_task(self._transport.served(readers))
         told = asyncio.create_task(self._leaving.wait())
         await asyncio.wait(
@@ -307,7 +305,7 @@ class Daemon:
 
     def _check_room(self, size: int, keep: int) -> None:
         """Refuse to begin where the disk cannot hold what a round needs."""
-        peers = len(self.setup.programme.plan(self.setup.name).peers)
+        peers = len(self.setup.schedule.plan(self.setup.name).peers)
         needed = needed_bytes(size, peers, keep, self.setup.config.agent.keep_checkpoints)
         held = held_bytes(self.folder.path)
         free = shutil.disk_usage(self.folder.path).free
@@ -351,7 +349,7 @@ class Daemon:
     def _tell_manager(self) -> None:
         """Say in a line how the agent is, for `systemctl status`."""
         machine, peers = self._machine, self._transport.peers
-        of = f" of {self._programme.rounds}" if self._programme.rounds else ""
+        of = f" of {self._schedule.rounds}" if self._schedule.rounds else ""
         connected = sum(bool(peer["connected"]) for peer in peers.values())
         notify(f"STATUS=round {machine.round}{of}, {machine.phase.value}; {connected} of {len(peers)} peers connected")
 

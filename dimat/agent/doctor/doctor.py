@@ -27,7 +27,7 @@ from dimat.agent.daemon.status_socket import ask
 from dimat.agent.doctor.check import Check, fail, failed, ok, warn
 from dimat.agent.doctor.network_checks import AgentEndpoint, look_around
 from dimat.agent.learner.checkpoint import look
-from dimat.agent.setup.prepare import AgentSetup, largest_snapshot, listen_address, neighbours_of, prepare_agent
+from dimat.agent.setup.prepare import PreparedAgent, neighbours_of, prepare_agent
 from dimat.config import ExperimentConfig, agent_folder
 from dimat.device import resolve_device
 from dimat.errors import ConfigError, DataError, DimatError
@@ -54,10 +54,10 @@ def examine(config: ExperimentConfig) -> Iterator[Check]:
         yield failed("config", error)
         yield from _machine(config)
         return
-    peers = sorted(setup.programme.plan(setup.name).peers)
-    yield ok("config", f"agent {setup.name} of run {config.run}, task {setup.kit.task.name}")
+    peers = sorted(setup.schedule.plan(setup.name).peers)
+    yield ok("config", f"agent {setup.name} of run {config.run}, task {setup.experiment.task.name}")
     if peers:
-        yield ok("map", f"{len(setup.programme.agents)} agents; {setup.name} listens to {', '.join(peers)}")
+        yield ok("map", f"{len(setup.schedule.agents)} agents; {setup.name} listens to {', '.join(peers)}")
     else:
         yield warn("map", f"{setup.name} has no peers", "give the map another agent, or another graph")
     identity, finding = _keys(config, setup.name)
@@ -66,7 +66,7 @@ def examine(config: ExperimentConfig) -> Iterator[Check]:
     path = agent_folder(config, setup.name)
     running = running_in(path)
     schema, size, largest = _model(setup)
-    keep = setup.programme.snapshots_kept(config.agent.keep_snapshots)
+    keep = setup.schedule.snapshots_kept(config.agent.keep_snapshots)
     yield from _room(config, path, len(peers), size, largest, keep)
     yield from _folder(config, setup.name, path, running)
     if identity is None and not config.agent.insecure:
@@ -77,9 +77,9 @@ def examine(config: ExperimentConfig) -> Iterator[Check]:
         agent=setup.name,
         identity=identity,
         profile=setup.profile(schema),
-        listen=running.address or listen_address(setup),
+        listen=running.address or setup.listen_address(),
         running=running.pid,
-        neighbours=neighbours_of(setup.programme, setup.name),
+        neighbours=neighbours_of(setup.schedule, setup.name),
         bootstraps=config.dht.bootstraps,
     )
     yield from look_around(around)
@@ -251,10 +251,10 @@ def _folder(config: ExperimentConfig, name: str, path: Path, running: Running) -
 
 
 # ── the model ────────────────────────────────────────────────────────────────────────────────────────────────
-def _model(setup: AgentSetup) -> tuple[str, int, int]:
+def _model(setup: PreparedAgent) -> tuple[str, int, int]:
     """Return the schema of the task's model, its bytes, and those of a snapshot of it at most."""
     with tempfile.TemporaryDirectory() as folder:
-        local = setup.local(Path(folder))
+        local = setup.learner(Path(folder))
     model = local.trainer.model
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    return local.schema(), size, largest_snapshot(setup, model)
+    return local.schema(), size, setup.largest_snapshot(model)

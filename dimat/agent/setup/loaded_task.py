@@ -1,38 +1,107 @@
-"""A task as loaded in a process, with its symmetry groups: what the agents of one process may share."""
+"""A task as loaded in a process, with the merge that its agents do: what all agents of one process may share."""
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
+from dimat.agent.learner.learner import Learner
+from dimat.agent.learner.shared_base import plan_for
+from dimat.agent.learner.statistics import sample_statistics
 from dimat.config import ExperimentConfig
+from dimat.device import resolve_device
+from dimat.errors import DimatError, HookError
+from dimat.merge import MergePlan, needs_symmetry, plan_merge
+from dimat.merge.shared_statistics import beside
 from dimat.seeds import torch_generator
 from dimat.symmetry import Observer, SymmetrySpec, verified_symmetry
 from dimat.tasks import load_task
 from dimat.tasks.base import Task
+from dimat.train.trainer import ModelTrainer
 
 
 @dataclass(slots=True)
-class LoadedTask:
-    """A task as loaded in this process, with its symmetry groups once somebody needs them."""
+class _Shared:
+    """What a process keeps of a task, for every experiment that has it."""
 
     task: Task
     spec: SymmetrySpec | None = None
     observers: dict[str, Observer] = field(default_factory=dict[str, Observer])
 
 
-_kits: dict[str, LoadedTask] = {}
+_loaded: dict[str, _Shared] = {}
 
 
-def kit_for(config: ExperimentConfig, *, symmetry: bool) -> LoadedTask:
-    """Return the task of an experiment, loaded once per process; with its verified symmetry spec if asked for."""
-    key = f"{config.task.model_dump_json(exclude={'partition'})}@{Path(config.folder).resolve()}"
-    if key not in _kits:
-        _kits[key] = LoadedTask(load_task(config.task, Path(config.folder)))
-    kit = _kits[key]
-    if symmetry and kit.spec is None:
-        kit.spec = derive_checked(kit.task)
-    return kit
+@dataclass(frozen=True, slots=True)
+class LoadedTask:
+    """A task that is loaded, and how models of it are merged. `plan`: the configuration's merge, or the one that the
+    task asks for in its place; `spec`: the model's symmetry groups, None where the merge does not rest on them or they
+    were not asked for; `observers`: of activations, shared by all agents of the process."""
+
+    task: Task
+    plan: MergePlan
+    spec: SymmetrySpec | None
+    observers: dict[str, Observer]
+
+    def learner(
+        self,
+        agent: str,
+        config: ExperimentConfig,
+        indices: Tensor,
+        store: Path,
+        *,
+        durable: bool = True,
+        trainer: ModelTrainer | None = None,
+    ) -> Learner:
+        """Return what does an agent's work. `indices`: its samples in the task's training split; `store`: folder in
+        which it records its snapshots; `trainer`: trains the model, where that is not dimat's own."""
+        return Learner(
+            agent,
+            config,
+            self.task,
+            indices,
+            store,
+            self.spec,
+            durable=durable,
+            observers=self.observers,
+            learner=trainer,
+        )
+
+    def sample_snapshot(self, model: torch.nn.Module) -> dict[str, Tensor]:
+        """Return tensors of the names, shapes and types of a snapshot: the model's, and the statistics beside them."""
+        return beside(model.state_dict(), sample_statistics(self.plan, self.task, model))
+
+
+def load_for(config: ExperimentConfig, task: Task | None = None, *, symmetry: bool = True) -> LoadedTask:
+    """Load the task of an experiment, once per process, and what its merge rests on. `task`: one to take instead of
+    the configuration's; `symmetry`: False leaves the symmetry groups out, for a process in which nothing is merged.
+
+    Raises ConfigError for a merge or a device that cannot be, HookError where the task cannot be loaded.
+    """
+    plan_merge(config.merge)  # its faults come before the task is loaded
+    resolve_device(config.train.device)
+    shared = _shared(config) if task is None else _Shared(task)
+    plan = plan_for(config.merge, shared.task)
+    wanted = symmetry and needs_symmetry(plan)
+    if wanted and shared.spec is None:
+        shared.spec = derive_checked(shared.task)
+    return LoadedTask(shared.task, plan, shared.spec if wanted else None, shared.observers)
+
+
+@contextmanager
+def hook_errors(task: Task) -> Generator[None]:
+    """Raise HookError, which names the task, for whatever its code raises inside; errors of dimat's own pass."""
+    try:
+        yield
+    except DimatError:
+        raise
+    except Exception as error:  # a user's code may fail in any way
+        raise HookError(f"task {task.name} failed: {type(error).__name__}: {error}; mend its code") from error
 
 
 def derive_checked(task: Task) -> SymmetrySpec:
@@ -41,3 +110,10 @@ def derive_checked(task: Task) -> SymmetrySpec:
     model = task.build_model(torch_generator(0, "symmetry", "model"))
     inputs = task.example_inputs()
     return verified_symmetry(model, inputs, torch_generator(0, "symmetry", "verify"))
+
+
+def _shared(config: ExperimentConfig) -> _Shared:
+    key = f"{config.task.model_dump_json(exclude={'partition'})}@{Path(config.folder).resolve()}"
+    if key not in _loaded:
+        _loaded[key] = _Shared(load_task(config.task, Path(config.folder)))
+    return _loaded[key]

@@ -26,7 +26,7 @@ class RunSchedule:
     """All rounds of all agents. `metric`: of the task; `rounds`: with the final merge's, 0 for no end."""
 
     config: ExperimentConfig
-    plan_of_merge: MergePlan
+    merge_plan: MergePlan
     metric: str
     agents: tuple[str, ...]
     schedules: tuple[tuple[int, Topology], ...]
@@ -40,6 +40,11 @@ class RunSchedule:
     def exchanges(self) -> bool:
         """Whether agents exchange weights at all."""
         return self.config.merge.preset.exchanges and len(self.agents) > 1
+
+    @property
+    def first(self) -> Topology:
+        """The network of the first round: as the map says, before any of `schedule.changes`."""
+        return self.schedules[0][1]
 
     def schedule_at(self, number: int) -> tuple[Schedule, int]:
         """Return the schedule that holds in a round, and the round as that schedule counts it."""
@@ -88,7 +93,7 @@ class RunSchedule:
             min_peers=schedule.min_peers,
             max_staleness=schedule.max_staleness,
             staleness_decay=schedule.staleness_decay,
-            basis_gossip=self.plan_of_merge.align.name != "none" and self.plan_of_merge.align_to == "shared",
+            basis_gossip=self.merge_plan.align.name != "none" and self.merge_plan.align_to == "shared",
             join=schedule.join,
             join_wait_s=schedule.join_wait_s,
             target=None if schedule.target is None else (self.metric, schedule.target),

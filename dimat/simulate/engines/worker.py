@@ -15,13 +15,12 @@ from blake3 import blake3
 
 from dimat.agent.learner.checkpoint import CheckpointStore, Stored, read_state, write_state
 from dimat.agent.learner.learner import Learner
-from dimat.agent.learner.shared_base import plan_for
 from dimat.agent.protocol.messages import AdoptBasis, AdoptWeights, MergeAction, Moves, Train
 from dimat.agent.protocol.state import MachineState, Restored
-from dimat.agent.setup.loaded_task import kit_for
+from dimat.agent.setup.loaded_task import load_for
 from dimat.config import ExperimentConfig
 from dimat.events import MergeResult, TrainResult
-from dimat.merge import needs_symmetry, plan_merge
+from dimat.merge import plan_merge
 from dimat.train.trainer import TrainerState
 from dimat.weights.snapshot import RecordedSnapshot, make_folder
 
@@ -60,21 +59,10 @@ _agents: dict[str, tuple[Learner, LearnerSetup]] = {}
 def create(setup: LearnerSetup) -> CreatedLearner:
     """Make an agent in this process."""
     make_folder(setup.store)
-    symmetry = needs_symmetry(plan_for(setup.config.merge, kit_for(setup.config, symmetry=False).task))
-    kit = kit_for(setup.config, symmetry=symmetry)
-    spec = kit.spec if symmetry else None
-    agent = Learner(
-        setup.agent,
-        setup.config,
-        kit.task,
-        setup.indices,
-        setup.store,
-        spec,
-        durable=False,
-        observers=kit.observers,
-    )
+    loaded = load_for(setup.config)
+    agent = loaded.learner(setup.agent, setup.config, setup.indices, setup.store, durable=False)
     _agents[setup.key] = (agent, setup)
-    return CreatedLearner(agent.trainer.batches, spec.warnings if spec is not None else ())
+    return CreatedLearner(agent.trainer.batches, loaded.spec.warnings if loaded.spec is not None else ())
 
 
 def restore(setup: LearnerSetup) -> Restored | None:

@@ -89,8 +89,8 @@ class _OwnView:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._asked_s = float("-inf")
         self._turn = 0
-        self.state.run["metric"] = daemon.setup.programme.metric
-        self.state.run["rounds"] = daemon.setup.programme.rounds
+        self.state.run["metric"] = daemon.setup.schedule.metric
+        self.state.run["rounds"] = daemon.setup.schedule.rounds
         self.state.run["method"] = daemon.setup.config.merge.method or ""
 
     def take(self, event: events.Event) -> None:

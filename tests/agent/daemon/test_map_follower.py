@@ -14,9 +14,10 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from dimat.agent.daemon.map_follower import MapFollower
-from dimat.agent.setup.followed_map import with_map, with_newest_map
-from dimat.agent.setup.loaded_task import kit_for
-from dimat.agent.setup.prepare import programme_of
+from dimat.agent.setup.experiment import resolve
+from dimat.agent.setup.followed_map import with_newest_map
+from dimat.agent.setup.loaded_task import load_for
+from dimat.agent.setup.prepare import PreparedAgent
 from dimat.config import ExperimentConfig, build, load_experiment
 from dimat.errors import ConfigError, SecurityError, TopologyError
 from dimat.net.discovery.map_records import MapRecord, seal_map
@@ -214,8 +215,8 @@ class Lab:
         self.taken: list[tuple[str, ...]] = []
         self.said: list[str] = []
         self._key = authority_of(folder / "keys")[1]
-        plain = self.config.model_copy(update={"dht": self.config.dht.model_copy(update={"follow_map": False})})
-        kit = kit_for(self.config, symmetry=False)
+        loaded = load_for(self.config, symmetry=False)
+        self.prepared = PreparedAgent("lab-a", self.config, resolve(with_newest_map(self.config), loaded))
 
         async def take() -> None:
             self.taken.append(self.agents())
@@ -225,7 +226,7 @@ class Lab:
             self.folder,
             self.shelf,
             (folder / "keys" / "ca.crt").read_bytes(),
-            check=lambda path: programme_of(with_map(plain, path), kit),
+            check=self.prepared.schedule_on,
             take=take,
             notice=self.said.append,
             generator=random.Random(0),
@@ -233,7 +234,7 @@ class Lab:
 
     def agents(self) -> tuple[str, ...]:
         """Return who is in the network by the map that counts."""
-        return programme_of(self.config, kit_for(self.config, symmetry=False))[0].agents
+        return self.prepared.schedule_now().agents
 
     async def sees(self, version: int, text: str) -> None:
         """Look once at a DHT that holds a map of this version."""

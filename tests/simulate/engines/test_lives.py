@@ -132,7 +132,7 @@ def test_agents_hear_of_their_sources_only(tmp_path: Path) -> None:
     scenario = prepare(config)
     ring = nx.cycle_graph([f"agent-{i}" for i in range(4)], create_using=nx.DiGraph)
     for agent in ring:
-        assert scenario.plan(agent).peers == set(ring.predecessors(agent))
+        assert scenario.schedule.plan(agent).peers == set(ring.predecessors(agent))
 
     run_simulation(config, out=tmp_path / "run")
     heard = set[tuple[str, str]]()

@@ -158,18 +158,18 @@ def test_the_frozen_base_is_compared_by_its_hash(tmp_path: Path) -> None:
     """The address that peers compare is one for equal bases, whatever the agent's adapters, and another for another
     base, rank or scale; a plain model has none."""
     config = experiment(tmp_path)
-    address = prepare(config).base
+    address = prepare(config).schedule.base
     assert address
-    assert prepare(experiment(tmp_path, train={"steps_per_round": 1})).base == address
+    assert prepare(experiment(tmp_path, train={"steps_per_round": 1})).schedule.base == address
     seen = {address}
     for change in ({"seed": 6}, {"model": {"lora": {"r": 2}}}, {"model": {"lora": {"r": RANK, "alpha": 3.0}}}):
-        seen.add(prepare(experiment(tmp_path, grouped(config.task.options, change))).base)
+        seen.add(prepare(experiment(tmp_path, grouped(config.task.options, change))).schedule.base)
     assert len(seen) == 4
     plain = {**config.task.options, "model": {"config": GPT2}}
     other = experiment(tmp_path, plain)
     assert base_address(other, prepare(other).task) == ""
     based = experiment(tmp_path, merge={"base": {"seed": 0}})
-    assert prepare(based).base not in {"", address}
+    assert prepare(based).schedule.base not in {"", address}
 
 
 def test_what_a_frozen_base_does_not_allow_is_said(tmp_path: Path) -> None:

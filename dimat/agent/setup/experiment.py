@@ -1,0 +1,106 @@
+"""From a configuration to a resolved experiment: its task, who holds which samples, and all rounds as planned.
+
+The simulator and every agent resolve an experiment by this one function, so that all come to the same. The simulator
+adds faults and checks to it, an agent its keys and addresses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dimat.agent.learner.shared_base import base_address
+from dimat.agent.setup.loaded_task import LoadedTask, hook_errors
+from dimat.agent.setup.schedule import RunSchedule, later_topologies, with_final_merge
+from dimat.config import ExperimentConfig
+from dimat.seeds import derive_seed, numpy_generator
+from dimat.tasks import partition
+from dimat.tasks.base import Task
+from dimat.topology import resolve_map
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """An experiment that is resolved."""
+
+    loaded: LoadedTask
+    schedule: RunSchedule
+    parts: tuple[Tensor, ...]
+    """Training indices of each agent of the schedule, int64; empty where each has data of its own."""
+
+    @property
+    def config(self) -> ExperimentConfig:
+        """Its configuration."""
+        return self.schedule.config
+
+    @property
+    def task(self) -> Task:
+        """Its task."""
+        return self.loaded.task
+
+    @property
+    def agents(self) -> tuple[str, ...]:
+        """All agents, in the order of the network map."""
+        return self.schedule.agents
+
+    def part(self, agent: str) -> Tensor:
+        """Return the training indices of an agent: its part, or all where each agent has data of its own."""
+        if not self.parts:
+            return torch.arange(len(self.task.data("train")))
+        return self.parts[self.agents.index(agent)]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Training samples by agent; empty where each has data of its own."""
+        return _counts(self.agents, self.parts) if self.parts else {}
+
+
+def resolve(config: ExperimentConfig, loaded: LoadedTask, *, split: bool = False) -> Experiment:
+    """Return the experiment of a configuration, its task loaded.
+
+    One data set is split among the agents where `task.partition` is given, and always with `split`, as in a simulation;
+    otherwise each agent has data of its own. Then a map states the sample counts, where weights are mixed by them.
+    Raises TopologyError, PartitionError and ConfigError for what cannot be, HookError where the task's data cannot be
+    read.
+    """
+    with hook_errors(loaded.task):
+        train = loaded.task.data("train")
+        loaded.task.data("test")
+    folder, seed = Path(config.folder), derive_seed(config.seed, "topology")
+    resolved = resolve_map(config.topology, seed, folder)
+    agents = resolved.names
+    given = "partition" in config.task.model_fields_set
+    if config.merge.preset.ceiling:  # one model on all data, in the place of the network
+        agents = (config.merge.method,)
+        parts: tuple[Tensor, ...] = (torch.arange(len(train)),)
+        topology = resolved.topology(dict.fromkeys(resolved.names, 1))
+        changes = []
+    else:
+        parts = ()
+        if split or given:  # equal seeds give equal parts, in the simulator and in every agent
+            draws = numpy_generator(config.seed, "partition")
+            parts = tuple(partition(train.labels, len(agents), config.task.partition, draws, samples=len(train)))
+        counts = _counts(agents, parts) if parts else None
+        # in a simulation of a map whose agents have data of their own, its sample counts hold
+        topology = resolved.topology(counts if given or config.topology.map is None else None)
+        changes = later_topologies(config, agents, counts)
+    final, rounds = with_final_merge(config, agents)
+    schedule = RunSchedule(
+        config=config,
+        merge_plan=loaded.plan,
+        metric=loaded.task.metric,
+        agents=agents,
+        schedules=((1, topology), *changes),
+        final=final,
+        rounds=rounds,
+        base=base_address(config, loaded.task),
+    )
+    return Experiment(loaded=loaded, schedule=schedule, parts=parts)
+
+
+def _counts(agents: Sequence[str], parts: Sequence[Tensor]) -> dict[str, int]:
+    return {agent: len(part) for agent, part in zip(agents, parts, strict=True)}
