@@ -174,8 +174,10 @@ def become(job: Job, loaded: dict[str, str], path: list[str]) -> None:
     sys.path[:] = [*filter(None, job.env.get("PYTHONPATH", "").split(os.pathsep)), *path]
     importlib.invalidate_caches()
     import numpy as np
+    import torch
 
     np.random.seed()  # else all that are forked would draw the same
+    torch.default_generator.seed()
     try:
         _run(job.words)
     except SystemExit as end:
