@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +13,19 @@ from blake3 import blake3
 from safetensors.torch import load_file
 
 from dimat.errors import DataError, NetworkError
+from dimat.events import Contribution
 from dimat.simulate.in_process_network import MemoryNetwork
 from dimat.weights.durable import write_bytes
-from dimat.weights.snapshot import Manifest, Payload, SnapshotStore, checksum, record_bytes, verify_file
+from dimat.weights.snapshot import (
+    Form,
+    Manifest,
+    Payload,
+    RecordedSnapshot,
+    SnapshotStore,
+    checksum,
+    record_bytes,
+    verify_file,
+)
 from dimat.weights.tensors import encode, schema_hash, write_weights
 
 
@@ -236,3 +248,33 @@ def test_schema_hash_sees_names_shapes_and_dtypes() -> None:
         {**weights(), "x": torch.zeros(1)},
     ]
     assert len({one, *map(schema_hash, changed)}) == 4
+
+
+def test_a_recorded_snapshot_is_known_in_the_next_life(tmp_path: Path) -> None:
+    """load ∘ save = identity; none under another address; a damaged file is named."""
+    whole, form = checksum(b"whole"), checksum(b"form", block_bytes=2)
+    recorded = RecordedSnapshot(whole, (Form("int8", form, after="abc"),), "schema", 288)
+    recorded.save(tmp_path)
+    assert RecordedSnapshot.load(tmp_path, whole.root) == recorded
+    assert RecordedSnapshot.load(tmp_path, form.root) is None
+    (tmp_path / f"{whole.root}.json").write_text("[]")
+    with pytest.raises(DataError, match=f"{whole.root}.json: TypeError"):
+        RecordedSnapshot.load(tmp_path, whole.root)
+
+
+def test_a_manifest_says_what_was_recorded_and_where_it_comes_from() -> None:
+    """Field by field; `encoding` is that of the forms, and fp32 where there are none."""
+    whole, form = checksum(b"whole"), checksum(b"form")
+    parents = (Contribution(agent="b", snapshot="bb", round=2, weight=0.25, verdict="same basis"),)
+    more: dict[str, Any] = {"run": "r", "agent": "a", "round": 3, "basis": "0:a:0", "base": "f0", "pushed": {"b": 0.5}}
+    recorded = RecordedSnapshot(whole, (Form("bf16", form),), "schema", 288)
+    assert Manifest.of(recorded, parents=parents, **more) == Manifest(
+        schema="schema",
+        payload=whole,
+        encoding="bf16",
+        forms=(Form("bf16", form),),
+        samples=288,
+        parents=(("b", "bb", 2, 0.25),),
+        **more,
+    )
+    assert Manifest.of(replace(recorded, forms=()), parents=(), **more).encoding == "fp32"

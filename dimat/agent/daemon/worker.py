@@ -14,7 +14,7 @@ from dimat.agent.learner.learner import Learner
 from dimat.agent.lineage.lineage import append_record
 from dimat.agent.protocol import messages as m
 from dimat.agent.protocol.state import Restored
-from dimat.agent.protocol.work import Outcome
+from dimat.agent.protocol.work import Outcome, Work
 from dimat.events import MergeResult, TrainResult
 from dimat.weights.snapshot import RecordedSnapshot
 
@@ -67,8 +67,8 @@ class WorkThread:
             self.busy = False
 
 
-class AgentWorker:
-    """The work of a real agent (`Work`), done as its outcomes are taken in the one thread.
+class AgentWorker(Work[Path]):
+    """The work of a real agent, done as its outcomes are taken in the agent's one thread.
 
     `evaluate`: on what occasions a merge is evaluated (`Learner.merge`); `lineage`: file of the records of merges;
     `weights`: file in which people find the newest merged weights.

@@ -16,6 +16,7 @@ from dimat.events import MergeResult, TrainResult
 from dimat.simulate.engines import worker
 from dimat.simulate.engines.pool import WorkerPool, result_of
 from dimat.simulate.folder import RunFolder
+from dimat.simulate.node import SimulatedWork
 from dimat.simulate.world.compute_model import Compute
 from dimat.simulate.world.scenario import Scenario
 from dimat.train.trainer import round_steps
@@ -70,8 +71,8 @@ class PooledLearners:
             learner.crash()
 
 
-class PooledLearner:
-    """The work of one agent (`SimulatedWork`): it begins with the call, in the agent's worker."""
+class PooledLearner(SimulatedWork):
+    """The work of one agent: it begins with the call, in the agent's worker process."""
 
     def __init__(self, learners: PooledLearners, setup: worker.LearnerSetup, slot: int) -> None:
         self._learners = learners
