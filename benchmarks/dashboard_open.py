@@ -19,12 +19,14 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
 from _common import Result, finish, options, table
 
 from dimat import events
+from dimat.events.view import AgentView
 from dimat.ui.jsonl import JsonlListener
 
 AGENTS = 1_000
@@ -56,7 +58,17 @@ def told(rounds: int) -> Iterator[events.Event]:
 
 
 def a_round(names: list[str], i: int, name: str, number: int) -> Iterator[events.Event]:
-    """Yield what an agent tells of a round."""
+    """Yield the events of an agent's round."""
+    view = AgentView(name)
+    for event in steps(names, i, name, number):
+        view.take(event)
+        yield event
+    end = view.round_finished(number, bytes_sent=2 * BYTES, bytes_received=2 * BYTES)
+    yield replace(end, run="thousand", time_s=float(number))
+
+
+def steps(names: list[str], i: int, name: str, number: int) -> Iterator[events.Event]:
+    """Yield the events of an agent's round before its end."""
     common = {"run": "thousand", "agent": name, "round": number}
     start, end = float(number - 1), float(number)
     peers = (names[i - 1], names[(i + 1) % AGENTS])
@@ -83,9 +95,6 @@ def a_round(names: list[str], i: int, name: str, number: int) -> Iterator[events
             after={"loss": 1.61165564, "accuracy": level, "nll": 1.61165564},
             cpu_s={"merge": 0.1665213},
         ),
-    )
-    yield events.RoundFinished(
-        **common, time_s=end, heard=2, expected=2, bytes_sent=2 * BYTES, bytes_received=2 * BYTES
     )
 
 

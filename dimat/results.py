@@ -15,16 +15,16 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dimat.config.presets import CEILING
 from dimat.errors import DataError
-from dimat.events import RoundSummary
+from dimat.events import RoundFinished, RoundSummary
 
 FORMAT = 1
 
 
-class Record(BaseModel):
+class ResultsModel(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class AgentRound(Record):
+class AgentRound(ResultsModel):
     """One agent's round. Metrics are on the test set; None where they were not evaluated."""
 
     round: int
@@ -47,8 +47,22 @@ class AgentRound(Record):
     push_weight: float | None = None
     """Push-sum weight after the merge, where the mixing keeps one."""
 
+    @classmethod
+    def of(cls, finished: RoundFinished, metric: str) -> AgentRound:
+        """Return the row of a round that is over; the distance between the agents is filled in once all are."""
+        return cls(
+            before=finished.before.get(metric),
+            after=finished.after.get(metric),
+            consensus_distance=0.0,
+            **{name: getattr(finished, name) for name in cls.model_fields if name not in _DERIVED},
+        )
 
-class Timeline(Record):
+
+_DERIVED = ("before", "after", "consensus_distance")
+"""Fields of a row that are not as the end of the round tells them."""
+
+
+class Timeline(ResultsModel):
     """A metric over virtual time and over traffic. From `time_s[i]` on it is `value[i]`, the mean over agents of the
     newest merged model that each has, and an agent has fetched `mb[i]` megabytes (10⁶ bytes) on average."""
 
@@ -66,7 +80,7 @@ class Timeline(Record):
         return all(abs(time - number) < 1e-6 for number, time in enumerate(self.time_s, 1))
 
 
-class Results(Record):
+class Results(ResultsModel):
     """One run: its configuration, who held what, and a row per agent and round."""
 
     format: int = FORMAT
@@ -180,7 +194,7 @@ def _timeline(points: Sequence[tuple[float, float, float]]) -> Timeline:
     return Timeline(time_s=[p[0] for p in points], mb=[p[1] for p in points], value=[p[2] for p in points])
 
 
-class MethodCurve(Record):
+class MethodCurve(ResultsModel):
     """One method on one split: test metric after merge 1, 2, …, mean and standard deviation over `seeds` runs
     of the mean over agents; `timeline` is their mean. `curves` holds the runs themselves."""
 
@@ -206,7 +220,7 @@ class MethodCurve(Record):
         return None if place is None else self.timeline.mb[place]
 
 
-class Comparison(Record):
+class Comparison(ResultsModel):
     """Methods side by side: `splits[split][method]`. Where the method "centralised" is there, it is the ceiling."""
 
     metric: str

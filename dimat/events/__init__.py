@@ -297,12 +297,29 @@ class Checkpointed(AgentEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundFinished(AgentEvent):
-    """An agent's round is over. `heard` of `expected` peers came in time."""
+    """An agent's round is over: all that is known of it, made by `AgentView.round_finished`.
+
+    `heard` of `expected` peers came in time; `loss`: mean training loss, None where the round had no training;
+    `contributions` list the agent itself first, and are empty where the round had no merge; `late` and `refused`: why,
+    by peer; `seconds`: by phase ("train", "wait", "merge"), those that are known; the others as `Trained`, `Published`
+    and `Merged` have them."""
 
     heard: int
     expected: int
     bytes_sent: int
     bytes_received: int
+    loss: float | None = None
+    samples: int = 0
+    basis: str = ""
+    contributions: tuple[Contribution, ...] = ()
+    before: Mapping[str, float] = field(default_factory=dict[str, float])
+    after: Mapping[str, float] = field(default_factory=dict[str, float])
+    accepted: float = 1.0
+    late: Mapping[str, str] = field(default_factory=dict[str, str])
+    refused: Mapping[str, str] = field(default_factory=dict[str, str])
+    seconds: Mapping[str, float] = field(default_factory=dict[str, float])
+    push_weight: float | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

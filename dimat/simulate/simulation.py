@@ -10,6 +10,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import safe_open
@@ -18,6 +19,7 @@ from dimat import events
 from dimat.agent.setup.machine import machine_for
 from dimat.agent.setup.schedule import RunSchedule
 from dimat.errors import DimatError
+from dimat.events.view import AgentView
 from dimat.results import AgentRound, Results, round_summary
 from dimat.simulate.driver import Driver, Node
 from dimat.simulate.engines.pool import WorkerPool
@@ -29,6 +31,8 @@ from dimat.simulate.world.link_model import Links
 from dimat.simulate.world.scenario import Scenario
 from dimat.version import __version__
 from dimat.weights.snapshot import SnapshotStore
+
+E = TypeVar("E", bound=events.Event)
 
 
 class Simulation:
@@ -67,9 +71,7 @@ class Simulation:
             _told(schedule),
             max_time_s=self._config.schedule.max_time_s,
         )
-        self._trained: dict[str, events.Trained] = {}
-        self._basis: dict[str, str] = {}
-        self._merging: dict[str, AgentRound] = {}
+        self._views = {agent: AgentView(agent) for agent in scenario.agents}
         self._open: dict[int, dict[str, AgentRound]] = {}
         self._rows: list[AgentRound] = []
         self._progress = dict.fromkeys((a for a in scenario.agents if a not in scenario.faults.late), 0)
@@ -148,14 +150,9 @@ class Simulation:
         """Take a fact from the driver, pass it on, and keep what the results need."""
         self._emit(fact)
         match fact:
-            case events.Trained():
-                self._trained[fact.agent] = fact
-            case events.Published():
-                self._basis[fact.agent] = fact.basis
-            case events.BasisAdopted():
-                self._basis[fact.agent] = fact.basis
             case events.Merged():
-                self._merged(fact)
+                for note in fact.result.notes:
+                    self._warn(note)
             case events.Checkpointed(stage="merged"):
                 self._passed(fact.agent, fact.round)
             case events.Joined():
@@ -171,31 +168,6 @@ class Simulation:
                 self._warnings.append(f"{fact.agent}: {fact.message}")
             case _:
                 pass
-
-    def _merged(self, fact: events.Merged) -> None:
-        for note in fact.result.notes:
-            self._warn(note)
-        metric = self._scenario.task.metric
-        trained = self._trained.get(fact.agent)
-        learned = trained is not None and trained.round == fact.round
-        # a row counts once the merge is durable: after a crash before that it is made anew
-        self._merging[fact.agent] = AgentRound(
-            round=fact.round,
-            agent=fact.agent,
-            loss=trained.result.loss if trained is not None and learned else None,
-            before=fact.result.before.get(metric),
-            after=fact.result.after.get(metric),
-            heard=fact.heard,
-            expected=fact.expected,
-            bytes_sent=0,
-            bytes_received=0,
-            basis=self._basis.get(fact.agent, ""),
-            accepted=fact.result.accepted,
-            consensus_distance=0.0,
-            samples=trained.result.samples if trained is not None and learned else 0,
-            time_s=self._driver.clock.now,
-            push_weight=fact.push_weight,
-        )
 
     # ── rounds and results ───────────────────────────────────────────────────────────────────────────────────
     def _come(self, agent: str, number: int) -> None:
@@ -214,17 +186,10 @@ class Simulation:
             self._finish_rounds()
 
     def _passed(self, agent: str, number: int) -> None:
-        row = self._open.setdefault(number, {})[agent] = self._merging.pop(agent)
-        self._emit(
-            events.RoundFinished(
-                agent=agent,
-                round=number,
-                heard=row.heard,
-                expected=row.expected,
-                bytes_sent=self._network.sent[agent, number],
-                bytes_received=self._network.received[agent, number],
-            )
-        )
+        sent, received = self._network.sent[agent, number], self._network.received[agent, number]
+        finished = self._emit(self._views[agent].round_finished(number, sent, received))
+        # a row counts once the merge is durable: after a crash before that it is made anew
+        self._open.setdefault(number, {})[agent] = AgentRound.of(finished, self._scenario.task.metric)
         if agent in self._progress:
             self._at[self._progress[agent]] -= 1
             self._at[number] += 1
@@ -316,10 +281,14 @@ class Simulation:
             self._warnings.append(message)
             self._emit(events.Warned(message=message))
 
-    def _emit(self, fact: events.Event) -> None:
+    def _emit(self, fact: E) -> E:
+        """Tell the listeners an event; return it as they are told it."""
         stamped = replace(fact, run=self._config.run, time_s=self._driver.clock.now)
+        if isinstance(stamped, events.AgentEvent):
+            self._views[stamped.agent].take(stamped)
         for listener in self.listeners:
             listener(stamped)
+        return stamped
 
 
 def _told(schedule: RunSchedule) -> Callable[[str, int], Sequence[str]]:

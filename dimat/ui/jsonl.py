@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import threading
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO
 
 from dimat.errors import DataError
 from dimat.events import Event
-from dimat.ui.jsonl_read import HEADER, parsed, read_events
+from dimat.ui.jsonl_read import HEADER, OLD_HEADER, finite, parsed, read_events
 
 __all__ = ["HEADER", "JsonlListener", "read_events"]
 
@@ -21,9 +20,9 @@ _HEADER_LINE = json.dumps(HEADER).encode() + b"\n"
 class JsonlListener:
     """Writes each event as one line, flushed at once; a listener that any thread may call.
 
-    An existing log is continued. A last line that was torn by a kill is cut off first, so that it cannot run into
-    the next one. Non-finite numbers become null, as JSON has none. Raises DataError where the file cannot be
-    written or is not an event log.
+    An existing log is continued, whichever format its header has. A last line that was torn by a kill is cut off
+    first, so that it cannot run into the next one. Non-finite numbers become null, as JSON has none. Raises DataError
+    where the file cannot be written or is not an event log.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -44,7 +43,7 @@ class JsonlListener:
 
     def __call__(self, event: Event) -> None:
         """Append one event."""
-        line = json.dumps(_finite(event.to_dict()), allow_nan=False, separators=(",", ":")).encode() + b"\n"
+        line = json.dumps(finite(event.to_dict()), allow_nan=False, separators=(",", ":")).encode() + b"\n"
         with self._lock:
             if self._file.closed:
                 raise DataError(f"cannot write to {self.path}: the log is closed")
@@ -74,7 +73,7 @@ def _mend(file: BinaryIO, path: Path) -> None:
     if size < len(_HEADER_LINE) and _HEADER_LINE.startswith(start):  # new, empty, or torn within the header
         file.truncate(0)
         file.write(_HEADER_LINE)
-    elif start != _HEADER_LINE:
+    elif parsed(start) not in (HEADER, OLD_HEADER):
         raise DataError(f"{path} exists and is not a dimat event log: choose another name or remove it")
     else:
         end, tail = size, b""
@@ -88,13 +87,3 @@ def _mend(file: BinaryIO, path: Path) -> None:
         elif keep < size:
             file.truncate(keep)
     file.flush()
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in cast("dict[Any, Any]", value).items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in cast("list[Any]", value)]
-    return value

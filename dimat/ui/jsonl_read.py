@@ -4,21 +4,27 @@ somebody watches a run that goes on."""
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from dimat import events
 from dimat.errors import DataError
+from dimat.events.parse import parse_event
+from dimat.events.view import AgentView
 
 try:  # several times as fast; of the extra `dashboard`
     from orjson import loads
 except ImportError:
     from json import loads
 
-HEADER = {"format": 1, "kind": "dimat.events"}
+HEADER = {"format": 2, "kind": "dimat.events"}
 """The first line. `format` changes when a reader of the one before would misunderstand; further events and further
 fields do not change it, so readers pass over what they do not know."""
+OLD_HEADER = {**HEADER, "format": 1}
+"""Of logs in which `RoundFinished` has neither training nor merge; readers complete it."""
 READ_BYTES = 4 << 20
 """Read and parsed at a time where a log is followed; a line that is longer is no event."""
 
@@ -28,12 +34,11 @@ def read_events(path: str | Path) -> Iterator[dict[str, Any]]:
     passed over; any other damage is a DataError that names the line."""
     try:
         with open(path, "rb") as file:
-            if not is_header(file.readline()):
-                raise _foreign(path)
+            complete = Completion(file.readline(), path)
             for number, line in enumerate(file, 2):
                 event = parsed(line)
                 if event is not None:
-                    yield event
+                    yield complete(event)
                 elif line.endswith(b"\n"):
                     raise DataError(f"{path}, line {number}: not a JSON object; the file is damaged")
     except OSError as error:
@@ -54,15 +59,16 @@ class EventReader:
         self._at = 0
         self._within = False  # a line that is too long, of which the end is still to come
         self._file: tuple[int, int] | None = None
+        self._complete: Completion | None = None  # once the header is read
 
     def read(self) -> Iterator[list[dict[str, Any]]]:
         """Yield the events that are new, in lists of about `READ_BYTES`. A log that is not there has none; DataError
         where it cannot be read or is no event log of this format."""
         try:
             with self.path.open("rb") as file:
-                found = os.fstat(file.fileno())
-                if self._file != (found.st_dev, found.st_ino) or found.st_size < self._at:
-                    self._file, self._at, self._within = (found.st_dev, found.st_ino), 0, False
+                now = os.fstat(file.fileno())
+                if self._file != (now.st_dev, now.st_ino) or now.st_size < self._at:
+                    self._file, self._at, self._within = (now.st_dev, now.st_ino), 0, False
                 file.seek(self._at)
                 if self._at == 0 and not self._begin(file):
                     return
@@ -79,8 +85,8 @@ class EventReader:
                         continue
                     start = data.index(b"\n") + 1 if self._within else 0
                     self._within = False
-                    if events := self._events(data[start:end]):
-                        yield events
+                    if found := self._events(data[start:end]):
+                        yield found
         except FileNotFoundError:
             return
         except OSError as error:
@@ -91,8 +97,7 @@ class EventReader:
         line = file.readline(READ_BYTES)
         if not line.endswith(b"\n") and len(line) < READ_BYTES:
             return False
-        if not is_header(line):
-            raise _foreign(self.path)
+        self._complete = Completion(line, self.path)
         self._at = len(line)
         return True
 
@@ -105,18 +110,49 @@ class EventReader:
                 raise ValueError
         except (ValueError, RecursionError):
             values = [parsed(line) for line in data[:-1].split(b"\n")]
-        events = [
+        found = [
             cast("dict[str, Any]", value)
             for value in values
             if isinstance(value, dict) and isinstance(cast("dict[str, Any]", value).get("event"), str)
         ]
-        self.skipped += lines - len(events)
-        return events
+        self.skipped += lines - len(found)
+        assert self._complete is not None
+        return [self._complete(event) for event in found] if self._complete.old else found
 
 
-def is_header(line: bytes) -> bool:
-    """Return whether a line is the header of a log of this format."""
-    return parsed(line) == HEADER
+class Completion:
+    """Completes the ends of rounds in a log of format 1 from the events before them. `header`: first line of the log;
+    DataError where it is none."""
+
+    def __init__(self, header: bytes, path: str | Path) -> None:
+        found = parsed(header)
+        if found not in (HEADER, OLD_HEADER):
+            raise DataError(f"{path} is not a dimat event log: its first line is not {json.dumps(HEADER)}")
+        self.old = found == OLD_HEADER
+        self._views: dict[str, AgentView] = {}
+
+    def __call__(self, plain: dict[str, Any]) -> dict[str, Any]:
+        """Return an event, completed where it is the end of a round without what was done in it."""
+        event = parse_event(plain) if self.old else None
+        if not isinstance(event, events.AgentEvent):
+            return plain
+        view = self._views.setdefault(event.agent, AgentView(event.agent))
+        view.take(event)
+        if not isinstance(event, events.RoundFinished) or "contributions" in plain:
+            return plain
+        whole = view.round_finished(event.round, event.bytes_sent, event.bytes_received)
+        return {**finite(whole.to_dict()), **plain}
+
+
+def finite(value: Any) -> Any:
+    """Return plain values as JSON has them: what is not finite is None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): finite(item) for key, item in cast("dict[Any, Any]", value).items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in cast("list[Any]", value)]
+    return value
 
 
 def parsed(line: bytes) -> dict[str, Any] | None:
@@ -126,10 +162,6 @@ def parsed(line: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):  # covers bytes that are not UTF-8
         return None
     return cast("dict[str, Any]", value) if isinstance(value, dict) else None
-
-
-def _foreign(path: str | Path) -> DataError:
-    return DataError(f"{path} is not a dimat event log: its first line is not {json.dumps(HEADER)}")
 
 
 def _unreadable(path: str | Path, error: OSError) -> DataError:

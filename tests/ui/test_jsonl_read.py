@@ -115,7 +115,7 @@ def test_a_log_that_is_replaced(tmp_path: Path) -> None:
     assert reader.skipped == 1
 
 
-@pytest.mark.parametrize("first", [b"x\n", line(0), b'{"format": 2, "kind": "dimat.events"}\n', b"z" * (5 << 20)])
+@pytest.mark.parametrize("first", [b"x\n", line(0), b'{"format": 3, "kind": "dimat.events"}\n', b"z" * (5 << 20)])
 def test_what_is_no_log_of_this_format(tmp_path: Path, first: bytes) -> None:
     """It is refused, each time, in one line."""
     path = tmp_path / "events.jsonl"

@@ -21,7 +21,7 @@ from dimat.agent.daemon.network_monitor import NetworkMonitor
 from dimat.agent.daemon.peer_discovery import PeerDiscovery, check_discovery
 from dimat.agent.daemon.resources import RESERVE_BYTES, available_memory, held_bytes, little_memory, needed_bytes
 from dimat.agent.daemon.runner import Runner
-from dimat.agent.daemon.status_socket import StatusSocket, StatusView, notify, watchdog_s
+from dimat.agent.daemon.status_socket import StatusSocket, notify, plain_view, watchdog_s
 from dimat.agent.daemon.worker import AgentWorker, WorkThread
 from dimat.agent.learner.checkpoint import CheckpointStore
 from dimat.agent.lineage.manifest_log import ManifestLedger
@@ -68,6 +68,8 @@ class Daemon:
         self._finding: PeerDiscovery | None = None
         self._follower: MapFollower | None = None
         self._log_fault = ""
+        self._started_s = time.time()
+        self._leaving = asyncio.Event()
         self._early: list[str] = []  # to be said once there is a run to say it in
         try:
             if finds and self.identity is not None:
@@ -80,7 +82,6 @@ class Daemon:
     def _prepare(self, learner: ModelTrainer | None) -> None:
         setup, folder, config = self.setup, self.folder, self.setup.config
         agent, exchange = config.agent, config.exchange
-        self._view = StatusView(setup.name, config.run)
         self._schedule = setup.schedule
         self._local = setup.learner(folder.snapshots, learner)
         keep = setup.schedule.snapshots_kept(agent.keep_snapshots)
@@ -138,7 +139,7 @@ class Daemon:
             self._transport,
             None if (finding := self._finding) is None else lambda: finding.state,
             (folder.snapshots, folder.received),
-            self._emit,
+            self.runner.emit,
             config.monitor.observe_s,
         )
 
@@ -206,10 +207,8 @@ class Daemon:
         if self._finding is not None:
             self._finding.update_neighbours(neighbours)
         self.runner.remap(schedule.plan(self.setup.name))
-        self._emit(
+        self.runner.emit(
             events.MapRead(
-                run=self.setup.config.run,
-                time_s=time.time(),
                 agent=self.setup.name,
                 round=self._machine.round,
                 members=tuple(schedule.agents),
@@ -224,7 +223,9 @@ class Daemon:
         """Return how the agent is, as plain values."""
         machine = self._machine
         return {
-            **self._view.plain(),
+            **plain_view(self.runner.view),
+            "started": self._started_s,
+            "time": time.time(),
             "version": __version__,
             "pid": os.getpid(),
             "address": self.address,
@@ -241,10 +242,6 @@ class Daemon:
         }
 
     # ── parts ────────────────────────────────────────────────────────────────────────────────────────────────
-    @property
-    def _leaving(self) -> asyncio.Event:
-        return self._view.leaving
-
     def _follow(self, finding: PeerDiscovery) -> None:
         """Begin to look for network maps that the organiser publishes, where they are to be followed."""
         config = self.setup.config
@@ -264,10 +261,8 @@ class Daemon:
 
     def _introduce(self) -> None:
         machine, model = self._machine, self._local.trainer.model
-        self._emit(
+        self.runner.emit(
             events.AgentStarted(
-                run=self.setup.config.run,
-                time_s=time.time(),
                 agent=self.setup.name,
                 round=machine.round,
                 address=self.address,
@@ -324,7 +319,6 @@ class Daemon:
             self._early.append(message)
 
     def _emit(self, fact: events.Event) -> None:
-        self._view.note(fact)
         if isinstance(fact, events.Published) and self._finding is not None:
             self._finding.tell(fact.round, fact.snapshot)
         fault = ""
@@ -335,12 +329,10 @@ class Daemon:
                 fault = str(error)
         if fault != self._log_fault:
             self._log_fault = fault
-            said = (
+            message = (
                 f"{fault}; the agent goes on, and so does the log once it can" if fault else "events are logged again"
             )
-            self._emit(
-                events.Warned(run=self.setup.config.run, time_s=time.time(), message=said, agent=self.setup.name)
-            )
+            self.runner.noticed(message)
         if isinstance(fact, _TURNS):
             self._tell_manager()
         if isinstance(fact, events.RoundFinished):

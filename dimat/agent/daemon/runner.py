@@ -25,6 +25,7 @@ from dimat.agent.protocol.plan import Plan
 from dimat.agent.protocol.round import Phase, RoundMachine
 from dimat.agent.protocol.work import Outcome
 from dimat.errors import DataError, NetworkError
+from dimat.events.view import AgentView
 from dimat.net.transport import Fetched, Transport
 from dimat.weights.snapshot import Manifest, RecordedSnapshot
 
@@ -62,6 +63,7 @@ class Runner:
         self.machine = machine
         self.ended: str | None = None
         """Why the agent has left, once it has."""
+        self.view = AgentView(machine.agent, machine.run)
         self._work = work
         self._thread = thread
         self._transport = transport
@@ -76,7 +78,6 @@ class Runner:
         self._jobs = asyncio.TaskGroup()
         self._held: dict[tuple[str, int, str], Fetched] = {}
         self._recorded: dict[str, RecordedSnapshot] = {}
-        self._merged: events.Merged | None = None
         self._sent = sum(transport.sent_bytes.values())  # up to the end of the last round
         self._received = 0  # since then
         self._phase, self._phase_began = "", time.monotonic()
@@ -133,11 +134,11 @@ class Runner:
 
     def refused(self, peer: str, reason: str) -> None:
         """A peer does not fit."""
-        self._emit(events.PeerRefused(agent=self.machine.agent, round=self.machine.round, peer=peer, reason=reason))
+        self.emit(events.PeerRefused(agent=self.machine.agent, round=self.machine.round, peer=peer, reason=reason))
 
     def noticed(self, message: str) -> None:
         """Something that a person should know."""
-        self._emit(events.Warned(message=message, agent=self.machine.agent))
+        self.emit(events.Warned(message=message, agent=self.machine.agent))
 
     # ── actions ──────────────────────────────────────────────────────────────────────────────────────────────
     async def _handle(self, event: m.Event) -> None:
@@ -152,7 +153,7 @@ class Runner:
         if phase == self._phase:
             return
         now = time.monotonic()
-        self._emit(
+        self.emit(
             events.PhaseStarted(
                 agent=self.machine.agent,
                 round=self.machine.round,
@@ -167,7 +168,7 @@ class Runner:
         agent = self.machine.agent
         match action:
             case m.Emit(fact=fact):
-                self._emit(fact)
+                self.emit(fact)
             case m.SetTimer(round=number, seconds=seconds):
                 if self._timer is not None:
                     self._timer.cancel()
@@ -183,7 +184,7 @@ class Runner:
                 self._start(self._train, action)
             case m.CheckpointAction(round=number, stage=stage):
                 await self._durable(self._work.checkpoint(self._vouched(action)))
-                self._emit(events.Checkpointed(agent=agent, round=number, stage=stage))
+                self.emit(events.Checkpointed(agent=agent, round=number, stage=stage))
                 if stage == "merged":
                     await self._save_weights()
                     self._finish(number)
@@ -201,7 +202,7 @@ class Runner:
             case m.Exit(reason=reason):
                 self.ended = reason
                 self._enter("done")
-                self._emit(events.AgentLeft(agent=agent, round=self.machine.round, reason=reason))
+                self.emit(events.AgentLeft(agent=agent, round=self.machine.round, reason=reason))
 
     def _start(self, job: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> asyncio.Task[None]:
         """Let a job go on beside the loop; an error in it ends the run."""
@@ -249,7 +250,7 @@ class Runner:
         result = await self._thread.do(self._work.train(action))
         if action.learn:
             train_s = time.perf_counter() - started
-            self._emit(events.Trained(agent=self.machine.agent, round=action.round, result=result, train_s=train_s))
+            self.emit(events.Trained(agent=self.machine.agent, round=action.round, result=result, train_s=train_s))
         recorded = await self._durable(self._work.record(action))
         # the one before too: an agent whose newest checkpoint is damaged publishes that again
         self._recorded = dict([*self._recorded.items()][-1:]) | {recorded.payload.root: recorded}
@@ -268,7 +269,7 @@ class Runner:
         manifest = action.manifest(self.machine.run, agent, recorded)
         self._transport.publish(manifest)
         size = recorded.payload.bytes
-        self._emit(
+        self.emit(
             events.Published(agent=agent, round=action.round, snapshot=action.root, bytes=size, basis=manifest.basis)
         )
 
@@ -279,7 +280,7 @@ class Runner:
             fetched = await self._transport.fetch(*key)
         except NetworkError as error:
             self._fetches.pop(key, None)
-            self._emit(
+            self.emit(
                 events.FetchFailed(agent=agent, round=number, peer=action.peer, snapshot=action.root, reason=str(error))
             )
             self.post(m.FetchFailure(*key, str(error)))
@@ -291,7 +292,7 @@ class Runner:
             self._note_fetched(fetched)
         except DataError as error:
             self.noticed(f"{error}; the manifest of {action.peer}'s round {action.round} is not kept")
-        self._emit(
+        self.emit(
             events.SnapshotFetched(
                 agent=agent, round=number, peer=action.peer, snapshot=action.root, bytes=fetched.bytes
             )
@@ -329,20 +330,11 @@ class Runner:
 
     def _finish(self, number: int) -> None:
         sent = sum(self._transport.sent_bytes.values())
-        merged, received = self._merged, self._received
-        self._emit(
-            events.RoundFinished(
-                agent=self.machine.agent,
-                round=number,
-                heard=merged.heard if merged is not None else 0,
-                expected=merged.expected if merged is not None else 0,
-                bytes_sent=sent - self._sent,
-                bytes_received=received,
-            )
-        )
+        self.emit(self.view.round_finished(number, sent - self._sent, self._received))
         self._sent, self._received = sent, 0
 
-    def _emit(self, fact: events.Event) -> None:
-        if isinstance(fact, events.Merged):
-            self._merged = fact
-        self._emit_to(replace(fact, run=self.machine.run, time_s=time.time()))
+    def emit(self, fact: events.Event) -> None:
+        """Fold an event of this agent into its view, and pass it on."""
+        stamped = replace(fact, run=self.machine.run, time_s=time.time())
+        self.view.take(stamped)
+        self._emit_to(stamped)

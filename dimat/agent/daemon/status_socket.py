@@ -6,14 +6,13 @@ import asyncio
 import json
 import os
 import socket
-import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from dimat import events
 from dimat.errors import DataError
+from dimat.events.view import AgentView
 
 SOCKET = "status.sock"
 TIMEOUT_S = 5.0
@@ -118,42 +117,23 @@ def _short(folder: Path) -> Generator[str]:
         os.close(descriptor)
 
 
-class StatusView:
-    """The newest of what happened to one agent."""
-
-    def __init__(self, agent: str, run: str) -> None:
-        self.leaving = asyncio.Event()
-        self._started = time.time()
-        self._values: dict[str, object] = {"agent": agent, "run": run, "started": self._started}
-        self._warnings: list[str] = []
-
-    def note(self, fact: events.Event) -> None:
-        """Take an event in."""
-        values = self._values
-        match fact:
-            case events.Trained(result=events.TrainResult(loss=loss), round=number):
-                values["trained"] = {"round": number, "loss": loss}
-            case events.Merged():
-                values["merged"] = {
-                    "round": fact.round,
-                    "heard": fact.heard,
-                    "expected": fact.expected,
-                    "accepted": fact.result.accepted,
-                    "before": dict(fact.result.before),
-                    "after": dict(fact.result.after),
-                    "weights": {part.agent: part.weight for part in fact.contributions},
-                }
-            case events.Checkpointed(round=number, stage=stage, time_s=at):
-                values["checkpoint"] = {"round": number, "stage": stage, "time": at}
-            case events.Warned(message=message):
-                self._warnings = [*self._warnings[-4:], message]
-            case events.PeerRefused(peer=peer, reason=reason):
-                self._warnings = [*self._warnings[-4:], f"{peer} refused: {reason}"]
-            case events.AgentLeft(reason=reason):
-                values["left"] = reason
-            case _:
-                pass
-
-    def plain(self) -> Mapping[str, object]:
-        """Return all that is known, as plain values. `time`, `started`: Unix seconds."""
-        return {**self._values, "time": time.time(), "warnings": list(self._warnings)}
+def plain_view(view: AgentView) -> dict[str, object]:
+    """Return the parts of an agent's status that its events tell, as plain values. Times are Unix seconds."""
+    plain: dict[str, object] = {"agent": view.agent, "run": view.run, "warnings": list(view.warnings)}
+    if view.trained is not None:
+        plain["trained"] = {"round": view.trained.round, "loss": view.loss}
+    if (merged := view.merged) is not None:
+        plain["merged"] = {
+            "round": merged.round,
+            "heard": merged.heard,
+            "expected": merged.expected,
+            "accepted": merged.result.accepted,
+            "before": dict(view.before),
+            "after": dict(view.after),
+            "weights": {part.agent: part.weight for part in merged.contributions},
+        }
+    if (kept := view.checkpoint) is not None:
+        plain["checkpoint"] = {"round": kept.round, "stage": kept.stage, "time": kept.time_s}
+    if view.left:
+        plain["left"] = view.left
+    return plain

@@ -115,7 +115,7 @@ class _OwnView:
             self.state.take(self._waiting.popleft().to_dict())
         return found
 
-    async def asked(self) -> Told:
+    async def statuses(self) -> Told:
         """Return the agent's status, and those of peers that answered."""
         if self._loop is None:
             return {}

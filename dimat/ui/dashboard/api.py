@@ -1,24 +1,26 @@
-"""What the page is told: the state, or what of it is new since a version, as plain values for JSON."""
+"""Answers to the page: the state, or the part of it that is new since a version, as plain values for JSON."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import fields
-from typing import Any, cast
+from collections.abc import Collection, Iterable
+from typing import Any
 
 from dimat import events
-from dimat.ui.dashboard.field_values import count, items, mapping, name, number, text
-from dimat.ui.dashboard.model import Agent, LogEntry, Merge, RunModel
+from dimat.events.parse import parse_event
+from dimat.ui.dashboard.field_values import name, number, shares, text
+from dimat.ui.dashboard.model import Agent, LogEntry, Plain, RunModel
+from dimat.ui.dashboard.reducer import late_text, refused_text
 from dimat.ui.terminal.lines import lines_of
 
 CURVES_MOST = 60
-"""Up to so many agents each one's curve is told at once; beyond, the mean and range, and a curve when it is asked."""
+"""Of at most so many agents each one's curve is sent at once; of more the mean and range, and a curve on request."""
 PAGE = 50
 PAGE_MOST = 500
+MOST_NOTES = 20
 
 
-class Shown:
-    """Tells a state's readers what is new. Means over the agents are kept here, since they are made from all curves."""
+class StateApi:
+    """Answers a page's questions from a state. Means over the agents are kept here: they are made from all curves."""
 
     def __init__(self, state: RunModel) -> None:
         self._state = state
@@ -75,13 +77,13 @@ class Shown:
         """Return merges, those of the highest rounds first: of one agent, of one round, or of all."""
         metric = self._state.metric
         found = [
-            merge
-            for merge in self._state.merges.values()
-            if merge.done and agent in ("", merge.agent) and round_ in (None, merge.round)
+            (-number_, who, merge.finished)
+            for (who, number_), merge in self._state.merges.items()
+            if agent in ("", who) and round_ in (None, number_)
         ]
-        found.sort(key=lambda merge: (-merge.round, merge.agent))
+        found.sort(key=lambda row: row[:2])
         limit = max(1, min(limit, PAGE_MOST))
-        rows = [merge_row(merge, metric) for merge in found[offset : offset + limit]]
+        rows = [merge_row(finished, metric) for *_, finished in found[offset : offset + limit]]
         return {"metric": metric, "total": len(found), "offset": offset, "merges": rows}
 
     def curves(self, agents: Iterable[str]) -> dict[str, object]:
@@ -93,35 +95,45 @@ class Shown:
     def adoptions(self, agents: Collection[str]) -> list[dict[str, object]]:
         """Return which agents took over a peer's basis."""
         return [
-            {"agent": a.agent, "round": a.round, "peer": a.peer, "moved": a.moved, "groups": a.groups}
-            for a in self._state.adoptions.values()
-            if not agents or a.agent in agents
+            {
+                "agent": who,
+                "round": number_,
+                "peer": peer,
+                "moved": number(a.event.get("moved")),
+                "groups": shares(a.event.get("groups")),
+            }
+            for (who, number_, peer), a in self._state.adoptions.items()
+            if not agents or who in agents
         ]
 
 
 def agent_row(agent: Agent, metric: str) -> dict[str, object]:
     """Return what the page shows of an agent."""
+    view = agent.view
+    finished = view.finished or events.RoundFinished(
+        agent=agent.name, round=0, heard=0, expected=0, bytes_sent=0, bytes_received=0
+    )
     return {
         "name": agent.name,
         "own": agent.own,
         "state": agent.state,
         "why": agent.why,
-        "round": agent.round,
+        "round": view.round,
         "phase": agent.phase,
-        "merged": agent.merged,
-        "metric": number(agent.after.get(metric)),
-        "before": number(agent.before.get(metric)),
-        "loss": agent.loss,
-        "heard": agent.heard,
-        "expected": agent.expected,
-        "accepted": agent.accepted,
-        "basis": agent.basis,
+        "merged": finished.round,
+        "metric": number(finished.after.get(metric)),
+        "before": number(finished.before.get(metric)),
+        "loss": number(view.loss),
+        "heard": finished.heard,
+        "expected": finished.expected,
+        "accepted": None if view.finished is None else finished.accepted,
+        "basis": text(view.basis, 100),
         "sent": agent.sent,
         "received": agent.received,
         "address": agent.address,
         "samples": agent.samples,
-        "secure": agent.secure,
-        "checkpoint": agent.checkpoint,
+        "secure": None if view.started is None else view.started.secure,
+        "checkpoint": None if view.checkpoint is None else view.checkpoint.round,
         "warnings": agent.warnings,
         "event_s": agent.event_s,
         "round_s": agent.round_s,
@@ -141,78 +153,55 @@ def curve(agent: Agent, metric: str, version: int) -> list[list[float | None]]:
     return rows
 
 
-def merge_row(merge: Merge, metric: str) -> dict[str, object]:
-    """Return what the page shows of a merge."""
+def merge_row(plain: Plain, metric: str) -> dict[str, object]:
+    """Return what the page shows of a round's merge. `plain`: its `RoundFinished`."""
+    finished = parse_event(plain)
+    assert isinstance(finished, events.RoundFinished)
     return {
-        "agent": merge.agent,
-        "round": merge.round,
-        "time_s": merge.time_s,
-        "heard": merge.heard,
-        "expected": merge.expected,
+        "agent": name(finished.agent),
+        "round": finished.round,
+        "time_s": finished.time_s,
+        "heard": finished.heard,
+        "expected": finished.expected,
         "parts": [
-            (
-                name(part.get("agent")),
-                count(part.get("round")),
-                number(part.get("weight")),
-                text(part.get("verdict"), 40),
-            )
-            for part in map(mapping, merge.parts)
+            (name(part.agent), part.round, number(part.weight), text(part.verdict, 40))
+            for part in finished.contributions
         ],
-        "before": number(merge.before.get(metric)),
-        "after": number(merge.after.get(metric)),
-        "verdict": verdict(merge.accepted),
-        "merge_s": merge.merge_s,
-        "notes": merge.notes,
-        "missing": merge.missing,
+        "before": number(finished.before.get(metric)),
+        "after": number(finished.after.get(metric)),
+        "verdict": verdict(finished.accepted),
+        "merge_s": finished.seconds.get("merge"),
+        "notes": tuple(text(note) for note in finished.notes[:MOST_NOTES]),
+        "missing": {name(peer): late_text(reason) for peer, reason in finished.late.items()}
+        | {name(peer): refused_text(reason) for peer, reason in finished.refused.items()},
     }
 
 
-def verdict(accepted: float | None) -> str:
+def verdict(accepted: float) -> str:
     """Return in words what share of a merge was kept."""
-    if accepted is None:
-        return ""
     return "accepted" if accepted >= 1 else f"{accepted:.0%} accepted" if accepted > 0 else "turned down"
 
 
 def log_row(entry: LogEntry) -> list[object]:
     """Return [version, time in s, level, agent, text] of an event; levels as `dimat.ui.terminal.lines` has them."""
-    if entry.said is None:
-        entry.said = messages_of(entry.event)
-    level, words = entry.said
+    if entry.message is None:
+        entry.message = message_of(entry.event)
+    level, words = entry.message
     return [entry.key[1], entry.key[0], level, name(entry.event.get("agent")), words]
 
 
-def messages_of(event: Mapping[str, Any]) -> tuple[int, str]:
+def message_of(plain: Plain) -> tuple[int, str]:
     """Return how loud an event is, and what there is to say of it."""
-    try:
-        lines = lines_of(event_of(event))
-    except (TypeError, ValueError, AttributeError, KeyError):  # a field of another form than ours
-        lines = []
-    if lines:
+    event = parse_event(plain)
+    if event is not None and (lines := lines_of(event)):
         return min(line.level for line in lines), text("; ".join(line.text for line in lines), 600)
-    kind = text(event.get("event"), 60)
-    match kind:
-        case "RoundFinished":
-            return 2, f"{text(event.get('agent'), 100)}: round {text(event.get('round'), 20)} done"
-        case "AgentStarted":
-            return 0, f"{text(event.get('agent'), 100)} is up at {text(event.get('address'), 100)}"
-        case "RunFinished":
-            return 0, f"the run ended: {text(event.get('reason'), 60)}"
+    match event:
+        case events.AgentStarted():
+            return 0, f"{text(event.agent, 100)} is up at {text(event.address, 100)}"
+        case events.RunFinished():
+            return 0, f"the run ended: {text(event.reason, 60)}"
         case _:
-            return 1, kind
-
-
-def event_of(values: Mapping[str, Any]) -> events.Event:
-    """Return the event that `Event.to_dict` told; TypeError, KeyError or AttributeError where it is another thing."""
-    kind = getattr(events, str(values["event"]))
-    if not (isinstance(kind, type) and issubclass(kind, events.Event)):
-        raise TypeError(f"{values['event']} is no event")
-    known = {field.name for field in fields(kind)}
-    given = {key: value for key, value in values.items() if key in known}
-    if "contributions" in given:
-        parts = (cast("dict[str, Any]", mapping(part)) for part in items(given["contributions"]))
-        given["contributions"] = tuple(events.Contribution(**part) for part in parts)
-    return kind(**given)
+            return 1, text(plain.get("event"), 60)
 
 
 def _mean(values: list[float]) -> float | None:

@@ -1,4 +1,4 @@
-"""What is known of a run, as the dashboard shows it: agents, links, merges, adoptions, log. Pure: no clock, no file.
+"""A run as the dashboard shows it: agents, links, merges, adoptions, log. Pure: no clock, no file.
 
 Each thing carries the version at which it last changed, so that `dimat.ui.dashboard.api` can tell a reader exactly
 what is new since a version that it has. All memory is bounded, by the constants below.
@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import heapq
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from dimat.ui.dashboard.field_values import count, name
+from dimat.events.parse import parse_event
+from dimat.events.view import AgentView
+from dimat.ui.dashboard.field_values import name
 
 MOST_AGENTS = 10_000
 MOST_EDGES = 20_000
@@ -23,18 +25,19 @@ MOST_POINTS = 400_000
 """Points of all curves together; an agent's has at least `LEAST_POINTS`."""
 LEAST_POINTS = 100
 
-Values = Mapping[str, Any]
+Plain = Mapping[str, Any]
+"""An event as `Event.to_dict` gives it, or another thing from outside."""
 
 
 class LogEntry:
     """One event of the log's tail; ordered by time, then arrival."""
 
-    __slots__ = ("event", "key", "said")
+    __slots__ = ("event", "key", "message")
 
-    def __init__(self, time_s: float, version: int, event: Values) -> None:
+    def __init__(self, time_s: float, version: int, event: Plain) -> None:
         self.key = (time_s, version)
         self.event = event
-        self.said: tuple[int, str] | None = None  # level and text, once somebody wants to see it
+        self.message: tuple[int, str] | None = None  # level and text, once somebody wants to see it
 
     def __lt__(self, other: LogEntry) -> bool:
         return self.key < other.key
@@ -98,35 +101,29 @@ class RunModel:
         self.readers[key[0]].append(found)
         return found
 
-    def _point(self, agent: Agent, event: Values) -> Point:
-        number_ = count(event.get("round"))
+    def _point(self, agent: Agent, round_: int) -> Point:
         # the newest last, so that what is new is found from the end
-        point = agent.points.pop(number_, None) or Point()
-        agent.points[number_] = point
+        point = agent.points.pop(round_, None) or Point()
+        agent.points[round_] = point
         point.version = self.version
-        self.rounds_changed.add(number_)
+        self.rounds_changed.add(round_)
         most = max(LEAST_POINTS, MOST_POINTS // len(self.agents))
         if len(agent.points) > most:
             for old in sorted(agent.points)[1 : -LEAST_POINTS // 2 : 2]:
                 del agent.points[old]
         return point
 
-    def _merge(self, agent: Agent, event: Values) -> Merge:
-        key = (agent.name, count(event.get("round")))
-        merge = self.merges.get(key)
-        if merge is None:
-            merge = self.merges[key] = Merge(*key)
-            while len(self.merges) > MOST_MERGES:
-                del self.merges[next(iter(self.merges))]
-        merge.version = self.version
-        return merge
+    def _merge(self, agent: Agent, round_: int, finished: Plain) -> None:
+        self.merges[agent.name, round_] = Merge(finished, self.version)
+        while len(self.merges) > MOST_MERGES:
+            del self.merges[next(iter(self.merges))]
 
-    def _adoption(self, adoption: Adoption) -> None:
-        self.adoptions[adoption.agent, adoption.round, adoption.peer] = adoption
+    def _adoption(self, agent: Agent, round_: int, peer: str, event: Plain) -> None:
+        self.adoptions[agent.name, round_, peer] = Adoption(event, self.version)
         while len(self.adoptions) > MOST_ADOPTIONS:
             del self.adoptions[next(iter(self.adoptions))]
 
-    def _log(self, time_s: float, event: Values) -> None:
+    def _log(self, time_s: float, event: Plain) -> None:
         entry = LogEntry(time_s, self.version, event)
         if len(self.log) < MOST_LOG:
             heapq.heappush(self.log, entry)
@@ -149,42 +146,51 @@ class Point:
 
 @dataclass(slots=True)
 class Agent:
-    """One agent. `own`: its own events are read, not only what others tell of it; `alive`: what asking it directly
-    told, None where it was not asked; `told`: by agent that listens to it, what is wrong with the link, "" for
-    nothing; `merged`: round of its last merge; times in seconds of the run's clock; bytes since the log began."""
+    """One agent. `own`: its events are read, not only what others tell of it; `alive`: whether it answered when it was
+    asked, None where it was not asked; `link_faults`: by agent that listens to it, what is wrong with the link, "" for
+    nothing; times in seconds of the run's clock; `round_s`: how long its rounds take lately; bytes since the log began.
+    """
 
     name: str
     own: bool = False
-    round: int = 0
     phase: str = ""
-    merged: int = 0
     event_s: float = 0.0
     finished_s: float | None = None
     round_s: float | None = None
     address: str = ""
     samples: int = 0
-    secure: bool | None = None
-    loss: float | None = None
-    after: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    before: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    heard: int = 0
-    expected: int = 0
-    accepted: float | None = None
-    basis: str = ""
     sent: int = 0
     received: int = 0
-    left: str = ""
-    crashed: bool = False
-    back_s: float | None = None
-    checkpoint: int | None = None
     warnings: int = 0
     alive: bool | None = None
-    told: dict[str, str] = field(default_factory=dict[str, str])
+    link_faults: dict[str, str] = field(default_factory=dict[str, str])
     histogram: tuple[int, ...] = ()
     points: dict[int, Point] = field(default_factory=dict[int, Point])
     state: State = "unknown"
     why: str = ""
     version: int = 0
+
+    _view: AgentView = field(default_factory=AgentView)
+    _newest: dict[str, Plain] = field(default_factory=dict[str, Plain])
+
+    def note(self, kind: str, event: Plain) -> None:
+        """Keep an event of this agent for `view`."""
+        self._newest.pop(kind, None)  # to the end: they are folded in the order in which they came
+        self._newest[kind] = event
+
+    @property
+    def view(self) -> AgentView:
+        """What the newest event of each kind tells, or else its status."""
+        while self._newest:
+            event = parse_event(self._newest.pop(next(iter(self._newest))))
+            if event is not None:
+                self._view.take(event)
+        return self._view
+
+    @property
+    def merged(self) -> int:
+        """Round of its last merge, 0 for none."""
+        return 0 if self.view.finished is None else self.view.finished.round
 
 
 @dataclass(slots=True)
@@ -203,33 +209,15 @@ class Edge:
 
 @dataclass(slots=True)
 class Merge:
-    """One merge. `parts`: contributions as the event has them; `missing`: peers that were late or refused, and why;
-    `done`: the merge itself has been told."""
+    """One merge, as the `RoundFinished` of its round tells it."""
 
-    agent: str
-    round: int
-    time_s: float = 0.0
-    parts: Sequence[Any] = ()
-    heard: int = 0
-    expected: int = 0
-    before: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    after: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    accepted: float | None = None
-    merge_s: float | None = None
-    notes: tuple[str, ...] = ()
-    missing: dict[str, str] = field(default_factory=dict[str, str])
-    done: bool = False
+    finished: Plain
     version: int = 0
 
 
 @dataclass(slots=True)
 class Adoption:
-    """An agent permuted itself into a peer's basis; `moved`: share of its units whose place changed, and in `groups` by
-    symmetry group."""
+    """An agent permuted itself into a peer's basis, as `BasisAdopted` tells it."""
 
-    agent: str
-    round: int
-    peer: str
-    moved: float | None
-    groups: dict[str, float] = field(default_factory=dict[str, float])
+    event: Plain
     version: int = 0

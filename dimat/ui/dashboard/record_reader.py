@@ -22,7 +22,7 @@ MOST_ROWS = 600
 MOST_UPDATES = 3_000
 
 
-class Records:
+class RecordReader:
     """Ledgers as read last, by file."""
 
     def __init__(self) -> None:

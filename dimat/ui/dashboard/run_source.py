@@ -79,7 +79,7 @@ class FolderSource:
         """All folders with ledgers of merges."""
         return [log.parent for log in self._logs]
 
-    async def asked(self) -> Mapping[str, Mapping[str, Any] | None]:
+    async def statuses(self) -> Mapping[str, Mapping[str, Any] | None]:
         """Ask the agents that run in these folders, or did when they were killed, how they are; None: no answer."""
         return await asyncio.to_thread(self._ask)
 

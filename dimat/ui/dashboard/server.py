@@ -27,9 +27,9 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from dimat.errors import DimatError
-from dimat.ui.dashboard.api import Shown
+from dimat.ui.dashboard.api import StateApi
 from dimat.ui.dashboard.guard import Guard
-from dimat.ui.dashboard.record_reader import Records
+from dimat.ui.dashboard.record_reader import RecordReader
 from dimat.ui.dashboard.reducer import RunState
 from dimat.version import __version__
 
@@ -55,7 +55,7 @@ class Source(Protocol):
         """Take in what is new; return whether anything was."""
         ...
 
-    async def asked(self) -> Mapping[str, Mapping[str, Any] | None]:
+    async def statuses(self) -> Mapping[str, Mapping[str, Any] | None]:
         """Return how agents are that can be asked; None for one that should answer and does not."""
         ...
 
@@ -74,8 +74,8 @@ class Dashboard:
 
     def __init__(self, source: Source) -> None:
         self._source = source
-        self._shown = Shown(source.state)
-        self._records = Records()
+        self._api = StateApi(source.state)
+        self._records = RecordReader()
         self._mark = secrets.token_hex(4)
         self._readers = 0
         self._looked_s = time.monotonic()
@@ -128,13 +128,13 @@ class Dashboard:
 
     async def _ask(self) -> None:
         if self._readers or time.monotonic() - self._looked_s < 2 * ASK_S:
-            for agent, status in (await self._source.asked()).items():
+            for agent, status in (await self._source.statuses()).items():
                 self._source.state.take_status(agent, status, time.time())
         await asyncio.sleep(ASK_S)
 
     # ── answers ──────────────────────────────────────────────────────────────────────────────────────────────
     def _since(self, version: int) -> dict[str, Any]:
-        told = self._shown.since(version)
+        told = self._api.since(version)
         told["run"] |= {
             "damaged": self._source.damaged,
             "view": self._source.view,
@@ -190,7 +190,7 @@ class Dashboard:
         query = request.query_params
         round_ = query.get("round", "")
         return JSONResponse(
-            self._shown.merges(
+            self._api.merges(
                 query.get("agent", ""),
                 _whole(round_, "round") if round_ else None,
                 _whole(query.get("offset", "0"), "offset"),
@@ -199,7 +199,7 @@ class Dashboard:
         )
 
     async def _curves(self, request: Request) -> Response:
-        return JSONResponse(self._shown.curves(request.query_params.getlist("agent")[:100]))
+        return JSONResponse(self._api.curves(request.query_params.getlist("agent")[:100]))
 
     async def _lineage(self, request: Request) -> Response:
         agent = request.query_params.get("agent", "") or self._source.view
@@ -220,7 +220,7 @@ class Dashboard:
             moves = await run_in_threadpool(self._records.moves, agents, self._source.ledgers)
         except DimatError as error:
             return JSONResponse({"error": str(error)})
-        return JSONResponse({"moves": moves, "adoptions": self._shown.adoptions(agents)})
+        return JSONResponse({"moves": moves, "adoptions": self._api.adoptions(agents)})
 
 
 class _Static(StaticFiles):

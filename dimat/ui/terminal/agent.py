@@ -27,25 +27,16 @@ class AgentListener:
         self._verbosity = verbosity
         self._lock = threading.RLock()
         self._repeats = Repeats()
-        self._trained: events.Trained | None = None
-        self._merged: events.Merged | None = None
         self._broken = False
 
     def __call__(self, event: events.Event) -> None:
         """Show one event, as far as the verbosity wants it."""
         with self._lock:
-            match event:
-                case events.Trained():
-                    self._trained = event
-                case events.Merged():
-                    self._merged = event
-                case events.AgentStarted() if self._verbosity >= 0:
-                    self._say(event.time_s, _started(event))
-                case events.RoundFinished() if self._verbosity >= 0:
-                    self._say(event.time_s, self._finished(event))
-                case _:
-                    pass
+            if self._verbosity >= 0 and isinstance(event, events.AgentStarted):
+                self._say(event.time_s, _started(event))
             if isinstance(event, events.RoundFinished):
+                if self._verbosity >= 0:
+                    self._say(event.time_s, self._finished(event))
                 return
             for line in lines_of(event):
                 heard = self._verbosity >= line.level
@@ -62,16 +53,14 @@ class AgentListener:
 
     def _finished(self, event: events.RoundFinished) -> str:
         parts = [f"heard {event.heard}/{event.expected}"]
-        if self._trained is not None and self._trained.round == event.round:
-            parts.insert(0, f"loss {metric_text(self._trained.result.loss)}")
-        if self._merged is not None and self._merged.round == event.round:
-            result = self._merged.result
-            before, after = result.before.get(self._metric), result.after.get(self._metric)
-            if after is not None:
-                came = "" if before is None else f"{metric_text(before)} -> "
-                parts.append(f"{self._metric} {came}{metric_text(after)}")
-            if result.accepted < 1:
-                parts.append(f"{result.accepted:.0%} of the merge kept")
+        if event.loss is not None:
+            parts.insert(0, f"loss {metric_text(event.loss)}")
+        before, after = event.before.get(self._metric), event.after.get(self._metric)
+        if after is not None:
+            came = "" if before is None else f"{metric_text(before)} -> "
+            parts.append(f"{self._metric} {came}{metric_text(after)}")
+        if event.accepted < 1:
+            parts.append(f"{event.accepted:.0%} of the merge kept")
         moved = f"sent {bytes_text(event.bytes_sent)}, received {bytes_text(event.bytes_received)}"
         return f"round {event.round}: {', '.join(parts)}, {moved}"
 

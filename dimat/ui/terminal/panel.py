@@ -5,11 +5,10 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections import Counter, deque
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TextIO
 
 from dimat import events
+from dimat.events.view import AgentView
 from dimat.ui.terminal.agent import AgentListener
 from dimat.ui.terminal.run import is_terminal, open_screen
 from dimat.ui.text import bytes_text, clean, listed, metric_text, seconds_text
@@ -26,98 +25,37 @@ WARNINGS = 3
 PHASES = ("train", "wait", "merge")
 
 
-@dataclass
-class AgentState:
-    """What the panel says. Times are monotonic seconds; `late`: who was missing in the newest merge; `spent`: seconds
-    by phase; `sent`, `received`: bytes of payload since the start."""
-
-    run: str = ""
-    agent: str = ""
-    metric: str = "accuracy"
-    round: int = 0
-    rounds: int = 0
-    phase: str = ""
-    phase_began: float = 0.0
-    loss: float | None = None
-    before: float | None = None
-    after: float | None = None
-    listened: int = 0
-    connected: int = 0
-    heard: int = 0
-    expected: int = 0
-    late: tuple[str, ...] = ()
-    sent: int = 0
-    received: int = 0
-    left: str = ""
-    spent: Counter[str] = field(default_factory=Counter[str])
-    warnings: deque[str] = field(default_factory=lambda: deque[str](maxlen=WARNINGS))
-    _missing: list[str] = field(default_factory=list[str])
-
-    def note(self, event: events.Event, now: float) -> None:
-        """Take an event in."""
-        if isinstance(event, events.AgentEvent):
-            self.round = event.round
-        match event:
-            case events.AgentStarted():
-                self.run, self.agent, self.metric = event.run, event.agent, event.metric
-                self.rounds, self.listened = event.rounds, len(event.peers)
-            case events.MapRead(peers=peers):
-                self.listened = len(peers)
-            case events.PhaseStarted(phase=phase, previous=previous, previous_s=seconds):
-                self.spent[previous] += seconds  # pyright: ignore[reportArgumentType]  # seconds are counted like things
-                self.phase, self.phase_began = phase, now
-            case events.RoundStarted():
-                self._missing = []
-            case events.Trained(result=events.TrainResult(loss=loss)):
-                self.loss = loss
-            case events.PeerLate(peer=peer):
-                self._missing.append(peer)
-            case events.Merged():
-                result = event.result
-                self.before, self.after = result.before.get(self.metric), result.after.get(self.metric)
-                self.heard, self.expected, self.late = event.heard, event.expected, tuple(self._missing)
-            case events.NetworkObserved():
-                self.connected = len(event.connected)
-                self.sent = sum(sum(counts.values()) for counts in event.sent.values())
-                self.received = sum(sum(counts.values()) for counts in event.received.values())
-            case events.Warned(message=message):
-                self.warnings.append(message)
-            case events.PeerRefused(peer=peer, reason=reason):
-                self.warnings.append(f"{peer} refused: {reason}")
-            case events.AgentLeft(reason=reason):
-                self.left = reason
-            case _:
-                pass
-
-    def lines(self, now: float) -> list[tuple[str, str]]:
-        """Return what the panel says: a word and what there is to say of it."""
-        of = f" of {self.rounds}" if self.rounds else ""
-        if self.left:
-            doing = f"has left ({self.left}), still serves its weights"
-        elif self.phase:
-            doing = f"{self.phase} for {seconds_text(max(0.0, now - self.phase_began))}"
-        else:
-            doing = "begins"
-        learned = f"loss {metric_text(self.loss)}"
-        if self.after is not None:
-            came = "" if self.before is None else f"{metric_text(self.before)} → "
-            learned += f", {self.metric} {came}{metric_text(self.after)}"
-        peers = f"{self.connected} of {self.listened} connected, heard {self.heard} of {self.expected}"
-        if self.late:
-            peers += f", late: {listed(self.late, 4)}"
-        spent = ", ".join(f"{phase} {seconds_text(self._seconds(phase, now))}" for phase in PHASES)
-        return [
-            ("round", f"{self.round}{of}, {doing}"),
-            ("model", learned),
-            ("peers", peers),
-            ("bytes", f"{bytes_text(self.sent)} out, {bytes_text(self.received)} in"),
-            ("time", spent),
-            *(("warning", message) for message in self.warnings),
-        ]
-
-    def _seconds(self, phase: str, now: float) -> float:
-        running = now - self.phase_began if phase == self.phase and not self.left else 0.0
-        return self.spent[phase] + max(0.0, running)
+def panel_lines(view: AgentView, now: float) -> list[tuple[str, str]]:
+    """Return the lines of the panel: a word and what there is to say of it. `now`: of the view's clock."""
+    of = f" of {view.started.rounds}" if view.started is not None and view.started.rounds else ""
+    if view.left:
+        doing = f"has left ({view.left}), still serves its weights"
+    elif view.phase:
+        doing = f"{view.phase} for {seconds_text(max(0.0, now - view.phase_began))}"
+    else:
+        doing = "begins"
+    learned = f"loss {metric_text(view.loss)}"
+    before, after = view.before.get(view.metric), view.after.get(view.metric)
+    if after is not None:
+        came = "" if before is None else f"{metric_text(before)} → "
+        learned += f", {view.metric} {came}{metric_text(after)}"
+    network = view.network or events.NetworkObserved(agent=view.agent, round=0)
+    heard = f"heard {view.finished.heard} of {view.finished.expected}" if view.finished else "heard 0 of 0"
+    peers = f"{len(network.connected)} of {len(view.peers)} connected, {heard}"
+    if view.finished and view.finished.late:
+        peers += f", late: {listed(tuple(view.finished.late), 4)}"
+    sent, received = (
+        sum(sum(by_encoding.values()) for by_encoding in counts.values()) for counts in (network.sent, network.received)
+    )
+    spent = ", ".join(f"{phase} {seconds_text(view.seconds(phase, now))}" for phase in PHASES)
+    return [
+        ("round", f"{view.round}{of}, {doing}"),
+        ("model", learned),
+        ("peers", peers),
+        ("bytes", f"{bytes_text(sent)} out, {bytes_text(received)} in"),
+        ("time", spent),
+        *(("warning", message) for message in list(view.warnings)[-WARNINGS:]),
+    ]
 
 
 class LiveAgentListener(AgentListener):
@@ -126,7 +64,7 @@ class LiveAgentListener(AgentListener):
 
     def __init__(self, metric: str, stream: TextIO | None = None, verbosity: int = 0) -> None:
         super().__init__(metric, stream, verbosity)
-        self._state = AgentState(metric=metric)
+        self._view = AgentView(metric=metric)
         self._console = open_screen(self._stream)
         self._live: Live | None = None
         self._drawn_at = float("-inf")
@@ -137,7 +75,7 @@ class LiveAgentListener(AgentListener):
     def __call__(self, event: events.Event) -> None:
         """Show one event, and how the agent is after it."""
         with self._lock:
-            self._state.note(event, time.monotonic())
+            self._view.take(event, time.monotonic())
             if isinstance(event, events.AgentStarted) and self._live is None and not self._ended.is_set():
                 self._open()
             super().__call__(event)
@@ -177,13 +115,13 @@ class LiveAgentListener(AgentListener):
         from rich.text import Text
 
         self._drawn_at = time.monotonic()
-        state = self._state
+        view = self._view
         text = Text(no_wrap=True, overflow="ellipsis")
-        for number, (word, said) in enumerate(state.lines(time.monotonic())):
+        for number, (word, said) in enumerate(panel_lines(view, time.monotonic())):
             text.append("\n" * (number > 0))
             text.append(f"{word:8}", style="yellow" if word == "warning" else "dim")
             text.append(clean(said))
-        title = Text(clean(f"{state.agent} of run {state.run}"), style="bold")
+        title = Text(clean(f"{view.agent} of run {view.run}"), style="bold")
         panel = Panel(text, title=title, title_align="left")
         self._guarded(lambda: live.update(panel, refresh=True))
 

@@ -9,11 +9,12 @@ import os
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TextIO
 
-from dimat.events import Event, Merged, RoundFinished, RoundSummary, RunFinished, RunStarted, Trained
+from dimat.events import AgentEvent, Event, RoundFinished, RoundSummary, RunFinished, RunStarted
+from dimat.events.view import AgentView
 from dimat.ui import tables, text
 from dimat.ui.terminal.lines import Repeats, lines_of
 from dimat.ui.text import Table, clean
@@ -32,15 +33,15 @@ ROWS_BESIDE_TABLE = 8
 
 @dataclass
 class _Run:
-    """What is known of one run. `stage`: agent → (round, "trained" or "merged"); `through`: agents by the round that
-    they have ended and that is not summed up yet."""
+    """One run as the console shows it. `views`: what is known of each agent; `through`: agents by the round that they
+    have ended and that is not summed up yet."""
 
     name: str
     started: RunStarted | None = None
     finished: RunFinished | None = None
     summaries: list[RoundSummary] = field(default_factory=list[RoundSummary])
     rows: list[tuple[str, ...]] = field(default_factory=list[tuple[str, ...]])
-    stage: dict[str, tuple[int, str]] = field(default_factory=dict[str, tuple[int, str]])
+    views: defaultdict[str, AgentView] = field(default_factory=lambda: defaultdict(AgentView))
     through: Counter[int] = field(default_factory=Counter[int])
     repeats: Repeats = field(default_factory=Repeats)
 
@@ -65,9 +66,9 @@ class _Run:
         rounds = self.started.rounds if self.started else 0
         if rounds and number > rounds:
             return "finishing"
-        total = len(self.agents) or len(self.stage)
-        merged = sum(1 for at, stage in self.stage.values() if at > number or (at == number and stage == "merged"))
-        trained = sum(1 for at, _ in self.stage.values() if at >= number)
+        total = len(self.agents) or len(self.views)
+        merged = sum(view.merged is not None and view.merged.round >= number for view in self.views.values())
+        trained = sum(view.trained is not None and view.trained.round >= number for view in self.views.values())
         verb, count = ("merged", merged) if merged else ("trained", trained)
         return f"round {number}: {verb} {count}/{total}"
 
@@ -173,15 +174,10 @@ class ConsoleListener:
             self._print(histogram)
 
     def _tell(self, run: _Run, event: Event) -> None:
-        match event:
-            case Trained(agent=agent, round=number):
-                run.stage[agent] = (number, "trained")
-            case Merged(agent=agent, round=number):
-                run.stage[agent] = (number, "merged")
-            case RoundFinished(round=number):
-                run.through[number] += 1
-            case _:
-                pass
+        if isinstance(event, AgentEvent):
+            run.views[event.agent].take(event)
+        if isinstance(event, RoundFinished):
+            run.through[event.round] += 1
         # of a comparison's runs, each one's faults are more than the lines above its live rows should hold
         many = self._console is not None and len(self._runs) > 1
         for line in lines_of(event, run.agents):

@@ -10,7 +10,8 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, cast
 
@@ -20,6 +21,7 @@ from prometheus_client.exposition import choose_encoder
 
 from dimat import events
 from dimat.errors import NetworkError
+from dimat.events.view import AgentView
 from dimat.ui.text import clean
 from dimat.version import __version__
 
@@ -84,166 +86,136 @@ REQUEST_S = 10.0
 
 
 class PrometheusListener:
-    """Keeps the newest numbers of one agent; a listener that any thread may call. `registry`: what exports them."""
+    """Keeps what is known of one agent, and counts; a listener that any thread may call. `registry`: exports both."""
 
     def __init__(self, run: str, agent: str) -> None:
         self.registry = CollectorRegistry(auto_describe=False)
         self._who = (clean(agent), clean(run))
         self._lock = threading.Lock()
-        self._values: dict[str, dict[tuple[str, ...], float]] = {name: {} for name in METRICS}
-        self._members: frozenset[str] = frozenset()
-        self._phase, self._phase_began = "", 0.0
-        self._set("dimat_info", 1, __version__)
+        self._view = AgentView(agent, run)
+        self._counts: Counter[tuple[str, ...]] = Counter()  # by name and labels
+        self._accepted: float | None = None
         for name in METRICS:
             if name.endswith("_total") and name not in LABELS and name != "dimat_dht_restarts_total":
-                self._set(name, 0)
-        for phase in PHASES:
-            self._set("dimat_phase", 0, phase)
-            self._set("dimat_phase_seconds_total", 0, phase)
+                self._counts[name,] = 0
         for verdict in ACCEPTS:
-            self._set("dimat_accept_total", 0, verdict)
+            self._counts["dimat_accept_total", verdict] = 0
         self.registry.register(self)
 
     # ── events ───────────────────────────────────────────────────────────────────────────────────────────────
     def __call__(self, event: events.Event) -> None:
         """Take one event in."""
         with self._lock:
-            if isinstance(event, events.AgentEvent) and not isinstance(event, events.AgentLeft):
-                self._set("dimat_round", event.round)
+            self._view.take(event, time.monotonic())
             match event:
-                case events.AgentStarted():
-                    self._set("dimat_up_since_timestamp_seconds", event.time_s)
-                    self._map(event.members, event.peers)
-                case events.MapRead():
-                    self._map(event.members, event.peers)
+                case events.AgentStarted() | events.MapRead():
+                    self._map()
                 case events.Warned():
-                    self._add("dimat_warnings_total", 1)
-                case events.PhaseStarted() | events.Checkpointed() | events.AgentLeft() | events.RoundFinished():
-                    self._turn(event)
-                case events.Trained() | events.Merged() | events.BasisAdopted():
-                    self._learned(event)
-                case events.SnapshotFetched() | events.FetchFailed() | events.PeerLate() | events.PeerRefused():
-                    self._heard(event)
-                case events.NetworkObserved():
-                    self._network(event)
+                    self._counts["dimat_warnings_total",] += 1
+                case events.RoundFinished():
+                    self._counts["dimat_rounds_total",] += 1
+                case events.Trained(result=events.TrainResult(samples=samples)):
+                    self._counts["dimat_samples_total",] += samples
+                case events.Merged():
+                    self._merged(event)
+                case events.BasisAdopted():
+                    self._counts["dimat_basis_changes_total",] += 1
+                case events.SnapshotFetched(peer=peer):
+                    self._counts["dimat_fetches_total", self._named(peer), "ok"] += 1
+                case events.FetchFailed(peer=peer):
+                    self._counts["dimat_fetches_total", self._named(peer), "failed"] += 1
+                case events.PeerLate(peer=peer):
+                    self._counts["dimat_screen_total", self._named(peer), "late"] += 1
+                case events.PeerRefused(peer=peer):
+                    self._counts["dimat_screen_total", self._named(peer), "refused"] += 1
                 case _:
                     pass
 
-    def _map(self, members: Iterable[str], peers: tuple[str, ...]) -> None:
-        """Take over who is on the map; what is no more is not told any more."""
-        self._members = frozenset((*members, *peers))
-        names = {clean(member) for member in self._members} | {UNLISTED}
-        for metric, labels in LABELS.items():
-            if "peer" in labels:
-                place = labels.index("peer")
-                kept = {key: value for key, value in self._values[metric].items() if key[place] in names}
-                self._values[metric] = kept
-        self._set("dimat_peers", len(peers), "listened")
-        for peer in map(self._named, peers):
-            self._add("dimat_fetch_retries_total", 0, peer)
+    def _map(self) -> None:
+        """Take over who is on the map; those that are no more are not counted any more."""
+        names = {*map(clean, (*self._view.members, *self._view.peers)), UNLISTED}
+        for name, *labels in list(self._counts):
+            if "peer" in (known := LABELS.get(name, ())) and labels[known.index("peer")] not in names:
+                del self._counts[name, *labels]
+        for peer in map(self._named, self._view.peers):
             for outcome in ("ok", "failed"):
-                self._add("dimat_fetches_total", 0, peer, outcome)
+                self._counts["dimat_fetches_total", peer, outcome] += 0
             for verdict in VERDICTS:
-                self._add("dimat_screen_total", 0, peer, verdict)
+                self._counts["dimat_screen_total", peer, verdict] += 0
 
-    def _turn(self, event: events.AgentEvent) -> None:
-        match event:
-            case events.PhaseStarted(phase=phase):
-                self._pass_time()
-                self._phase, self._phase_began = phase, time.monotonic()
-                for known in PHASES:
-                    self._set("dimat_phase", float(known == phase), known)
-            case events.Checkpointed(stage=stage, time_s=at):
-                self._set("dimat_checkpoint_timestamp_seconds", at, clean(stage))
-            case events.AgentLeft(reason=reason):
-                self._set("dimat_left", 1, reason if reason in REASONS else "failed")
-            case events.RoundFinished(heard=heard, expected=expected):
-                self._add("dimat_rounds_total", 1)
-                self._set("dimat_peers", heard, "heard")
-                self._set("dimat_peers", expected, "expected")
-            case _:
-                pass
-
-    def _learned(self, event: events.AgentEvent) -> None:
-        match event:
-            case events.Trained(result=events.TrainResult(loss=loss, samples=samples)):
-                self._set("dimat_loss", loss)
-                self._add("dimat_samples_total", samples)
-            case events.Merged():
-                for stage, metrics in (("before", event.result.before), ("after", event.result.after)):
-                    for metric, value in metrics.items():
-                        self._set("dimat_metric", value, clean(metric), stage)
-                others = [part for part in event.contributions if part.agent != event.agent and part.weight > 0]
-                for part in others:
-                    self._add("dimat_screen_total", 1, self._named(part.agent), "merged")
-                if others:
-                    accepted = event.result.accepted
-                    verdict = "accepted" if accepted >= 1 else "partly" if accepted > 0 else "refused"
-                    self._add("dimat_accept_total", 1, verdict)
-                    self._set("dimat_accepted_share", accepted)
-            case events.BasisAdopted():
-                self._add("dimat_basis_changes_total", 1)
-            case _:
-                pass
-
-    def _heard(self, event: events.AgentEvent) -> None:
-        match event:
-            case events.SnapshotFetched(peer=peer):
-                self._add("dimat_fetches_total", 1, self._named(peer), "ok")
-            case events.FetchFailed(peer=peer):
-                self._add("dimat_fetches_total", 1, self._named(peer), "failed")
-            case events.PeerLate(peer=peer):
-                self._add("dimat_screen_total", 1, self._named(peer), "late")
-            case events.PeerRefused(peer=peer):
-                self._add("dimat_screen_total", 1, self._named(peer), "refused")
-            case _:
-                pass
-
-    def _network(self, event: events.NetworkObserved) -> None:
-        self._set("dimat_peers", len(event.connected), "connected")
-        for peer, at in event.heard_at_s.items():
-            self._set("dimat_peer_last_heard_timestamp_seconds", at, self._named(peer))
-        for direction, counts in (("sent", event.sent), ("received", event.received)):
-            for peer, by_encoding in counts.items():
-                for encoding, count in by_encoding.items():
-                    self._set("dimat_bytes_total", count, direction, self._named(peer), clean(encoding))
-        for peer, count in event.retries.items():
-            self._set("dimat_fetch_retries_total", count, self._named(peer))
-        if event.dht_up is not None:
-            self._set("dimat_dht_up", float(event.dht_up))
-            self._set("dimat_dht_restarts_total", event.dht_restarts)
-        self._set("dimat_snapshot_disk_bytes", event.own_disk_bytes, "own")
-        self._set("dimat_snapshot_disk_bytes", event.received_disk_bytes, "received")
+    def _merged(self, event: events.Merged) -> None:
+        others = [part for part in event.contributions if part.agent != event.agent and part.weight > 0]
+        for part in others:
+            self._counts["dimat_screen_total", self._named(part.agent), "merged"] += 1
+        if others:
+            self._accepted = accepted = event.result.accepted
+            verdict = "accepted" if accepted >= 1 else "partly" if accepted > 0 else "refused"
+            self._counts["dimat_accept_total", verdict] += 1
 
     def _named(self, peer: str) -> str:
-        return clean(peer) if peer in self._members else UNLISTED
-
-    def _pass_time(self) -> None:
-        """Count the seconds of the phase that goes on."""
-        if self._phase in PHASES:
-            now = time.monotonic()
-            self._add("dimat_phase_seconds_total", now - self._phase_began, self._phase)
-            self._phase_began = now
-
-    def _set(self, name: str, value: float, *labels: str) -> None:
-        self._values[name][labels] = value
-
-    def _add(self, name: str, amount: float, *labels: str) -> None:
-        values = self._values[name]
-        values[labels] = values.get(labels, 0.0) + amount
+        return clean(peer) if peer in self._view.members or peer in self._view.peers else UNLISTED
 
     # ── export ───────────────────────────────────────────────────────────────────────────────────────────────
     def collect(self) -> Iterator[Metric]:
         """Yield all that is known, as the registry wants it."""
+        held: defaultdict[str, defaultdict[tuple[str, ...], float]]
+        held = defaultdict(lambda: defaultdict(float))
         with self._lock:
-            self._pass_time()
-            held = {name: dict(values) for name, values in self._values.items() if values}
-        for name, values in held.items():
+            for (name, *labels), value in [*self._counts.items(), *self._state()]:
+                key, counts = tuple(labels), name.endswith("_total")
+                held[name][key] = value + counts * held[name][key]  # peers that are not on the map are one
+        for name, help_ in METRICS.items():
             kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
-            family = kind(name, METRICS[name], labels=("agent", "run", *LABELS.get(name, ())))
-            for labels, value in values.items():
+            family = kind(name, help_, labels=("agent", "run", *LABELS.get(name, ())))
+            for labels, value in held[name].items():
                 family.add_metric((*self._who, *labels), value)
-            yield family
+            if held[name]:
+                yield family
+
+    def _state(self) -> Iterator[tuple[tuple[str, ...], float]]:
+        """Yield what the view tells: name and labels, and the value."""
+        view = self._view
+        yield ("dimat_info", __version__), 1
+        for phase in PHASES:
+            yield ("dimat_phase", phase), phase == view.phase
+            yield ("dimat_phase_seconds_total", phase), view.seconds(phase, time.monotonic())
+        if view.started is not None:
+            yield ("dimat_up_since_timestamp_seconds",), view.started.time_s
+            yield ("dimat_round",), view.round
+            yield ("dimat_peers", "listened"), len(view.peers)
+        if view.loss is not None:
+            yield ("dimat_loss",), view.loss
+        for stage, metrics in (("before", view.before), ("after", view.after)):
+            for metric, value in metrics.items():
+                yield ("dimat_metric", clean(metric), stage), value
+        if self._accepted is not None:
+            yield ("dimat_accepted_share",), self._accepted
+        for stage, checkpoint in view.checkpoints.items():
+            yield ("dimat_checkpoint_timestamp_seconds", clean(stage)), checkpoint.time_s
+        if view.finished is not None:
+            yield ("dimat_peers", "heard"), view.finished.heard
+            yield ("dimat_peers", "expected"), view.finished.expected
+        if view.left:
+            yield ("dimat_left", view.left if view.left in REASONS else "failed"), 1
+        retries = {} if view.network is None else view.network.retries
+        for peer in {*view.peers, *retries}:
+            yield ("dimat_fetch_retries_total", self._named(peer)), retries.get(peer, 0)
+        if view.network is not None:
+            yield from self._network(view.network)
+
+    def _network(self, network: events.NetworkObserved) -> Iterator[tuple[tuple[str, ...], float]]:
+        yield ("dimat_peers", "connected"), len(network.connected)
+        for peer, at in network.heard_at_s.items():
+            yield ("dimat_peer_last_heard_timestamp_seconds", self._named(peer)), at
+        for direction, counts in (("sent", network.sent), ("received", network.received)):
+            for peer, by_encoding in counts.items():
+                for encoding, count in by_encoding.items():
+                    yield ("dimat_bytes_total", direction, self._named(peer), clean(encoding)), count
+        if network.dht_up is not None:
+            yield ("dimat_dht_up",), network.dht_up
+            yield ("dimat_dht_restarts_total",), network.dht_restarts
+        yield ("dimat_snapshot_disk_bytes", "own"), network.own_disk_bytes
+        yield ("dimat_snapshot_disk_bytes", "received"), network.received_disk_bytes
 
 
 class MetricsServer:

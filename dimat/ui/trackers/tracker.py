@@ -147,7 +147,6 @@ class Reader:
     _min and _max, consensus_distance, bases and bytes/sent_total."""
 
     def __init__(self) -> None:
-        self._open: dict[str, dict[str, float]] = {}
         self._metric = "accuracy"
         self._began_s = 0.0
 
@@ -178,34 +177,15 @@ class Reader:
                     settings | {"rounds": event.rounds, "parameters": event.parameters},
                 )
             case events.RoundFinished():
-                values = self._open.pop(event.agent, {})
-                values |= {"bytes/sent": event.bytes_sent, "bytes/received": event.bytes_received}
-                values |= {"peers/heard": event.heard, "peers/expected": event.expected}
-                yield Row(event.agent, event.round, self._began_s + event.time_s, _finite(values))
+                yield Row(event.agent, event.round, self._began_s + event.time_s, _finite(_values(event)))
             case events.RoundSummary():
                 yield Row("", event.round, self._began_s + event.time_s, _finite(self._summary(event)))
             case events.AgentLeft() if not self._began_s:
                 yield Ended(event.reason)
             case events.RunFinished():
                 yield Ended(event.reason)
-            case events.AgentEvent():
-                self._note(event)
             case _:
                 return
-
-    def _note(self, event: events.AgentEvent) -> None:
-        values = self._open.setdefault(event.agent, {})
-        match event:
-            case events.Trained():
-                values |= {"loss": event.result.loss, "samples": event.result.samples, "seconds/train": event.train_s}
-            case events.PhaseStarted(previous="wait", previous_s=seconds):
-                values["seconds/wait"] = seconds
-            case events.Merged():
-                values |= {f"{metric}/before": value for metric, value in event.result.before.items()}
-                values |= {f"{metric}/after": value for metric, value in event.result.after.items()}
-                values |= {"accepted_share": event.result.accepted, "seconds/merge": event.result.merge_s}
-            case _:
-                pass
 
     def _summary(self, event: events.RoundSummary) -> dict[str, float | None]:
         metric = self._metric
@@ -219,6 +199,22 @@ class Reader:
             "bases": event.bases,
             "bytes/sent_total": 1e6 * event.mb_sent,
         }
+
+
+def _values(event: events.RoundFinished) -> dict[str, float | None]:
+    trained = {} if event.loss is None else {"loss": event.loss, "samples": event.samples}
+    merged = {"accepted_share": event.accepted} if event.contributions else {}
+    return {
+        **trained,
+        **{f"{metric}/before": value for metric, value in event.before.items()},
+        **{f"{metric}/after": value for metric, value in event.after.items()},
+        **merged,
+        **{f"seconds/{phase}": seconds for phase, seconds in event.seconds.items()},
+        "bytes/sent": event.bytes_sent,
+        "bytes/received": event.bytes_received,
+        "peers/heard": event.heard,
+        "peers/expected": event.expected,
+    }
 
 
 def need(module: str, extra: str) -> None:

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
-from dimat.events import AgentCrashed, BasisAdopted, Contribution, Event, Merged, MergeResult, PeerLate, Warned
+from dimat.events import (
+    AgentCrashed,
+    BasisAdopted,
+    Contribution,
+    Event,
+    Merged,
+    MergeResult,
+    PeerLate,
+    RoundFinished,
+    Warned,
+)
 from dimat.ui.jsonl import JsonlListener
 from tests.ui.samples import make_events
 
@@ -17,25 +29,29 @@ def told(rounds: int = 3) -> list[Event]:
     """Return a run with an agent that is late, one that crashed, and a text that would be markup."""
     *events, last = make_events(rounds=rounds)
     agents = ("lab-a", "lab-b", "lab-c")
-    merges = [
-        Merged(
-            agent=agent,
-            round=number,
-            contributions=tuple(
-                Contribution(agent=who, snapshot="s", round=number, weight=1 / 3, verdict="own" * (who == agent))
-                for who in (agent, *(other for other in agents if other != agent))
-            ),
-            heard=2,
-            expected=2,
-            result=MergeResult(
-                before={"accuracy": 0.4 + 0.1 * number, "loss": 1.0},
-                after={"accuracy": 0.5 + 0.1 * number, "loss": 0.9},
-            ),
-            time_s=float(number),
+    merges: list[Event] = []
+    for number, agent in itertools.product(range(1, rounds + 1), agents):
+        parts = tuple(
+            Contribution(agent=who, snapshot="s", round=number, weight=1 / 3, verdict="own" * (who == agent))
+            for who in (agent, *(other for other in agents if other != agent))
         )
-        for number in range(1, rounds + 1)
-        for agent in agents
-    ]
+        before = {"accuracy": 0.4 + 0.1 * number, "loss": 1.0}
+        after = {"accuracy": 0.5 + 0.1 * number, "loss": 0.9}
+        common: dict[str, Any] = {"agent": agent, "round": number, "heard": 2, "expected": 2, "time_s": float(number)}
+        merges += [
+            Merged(contributions=parts, result=MergeResult(before=before, after=after), **common),
+            RoundFinished(
+                bytes_sent=0,
+                bytes_received=0,
+                loss=1.2 / number,
+                samples=288,
+                contributions=parts,
+                before=before,
+                after=after,
+                late={"lab-c": "deadline"} if (agent, number) == ("lab-a", rounds) else {},
+                **common,
+            ),
+        ]
     return [
         *events,
         *merges,

@@ -28,7 +28,7 @@ from dimat.events import (
     TrainResult,
 )
 from dimat.ui.dashboard import model as known
-from dimat.ui.dashboard.api import Shown
+from dimat.ui.dashboard.api import StateApi
 from dimat.ui.dashboard.reducer import RunState
 from tests.ui.dashboard.runs import told
 
@@ -55,6 +55,13 @@ def merged(
     return Merged(
         agent=agent, round=number, contributions=parts, result=result, time_s=time_s, heard=heard, expected=heard
     )
+
+
+def finished(agent: str, number: int, after: float, *peers: str, **more: Any) -> RoundFinished:
+    """Return the end of a round that merged as `merged` has it."""
+    merge = merged(agent, number, after, *peers)
+    common = {"heard": 0, "expected": 0, "bytes_sent": 4, "bytes_received": 400, "after": {"accuracy": after}}
+    return RoundFinished(agent=agent, round=number, contributions=merge.contributions, **{**common, **more})
 
 
 class Client:
@@ -90,7 +97,7 @@ def test_bit_by_bit_as_at_once(events: list[Values], data: st.DataObject) -> Non
     """Whatever the order, and however often an event comes: a reader that is told what is new, at any moments, knows
     what one knows that is told everything at the end."""
     state = RunState()
-    shown, reader = Shown(state), Client()
+    shown, reader = StateApi(state), Client()
     for event in events:
         state.take(event)
         if data.draw(st.booleans()):
@@ -104,7 +111,7 @@ def test_bit_by_bit_as_at_once(events: list[Values], data: st.DataObject) -> Non
     again = Client()
     fresh = taken(events)
     fresh.refresh(200.0)
-    again.apply(Shown(fresh).since(0))
+    again.apply(StateApi(fresh).since(0))
     for one, other in zip(late.all()[1:4], again.all()[1:4]):
         assert one == other
     assert {name: {**a} for name, a in late.agents.items()} == again.agents
@@ -119,7 +126,7 @@ def test_fields_of_any_form(changes: list[tuple[Values, str, Any]]) -> None:
         state.take({**event, keys[len(key) % len(keys)]: value})
         state.take({k: v for k, v in event.items() if k != keys[len(key) % len(keys)]})
     state.refresh(1.0)
-    shown = Shown(state)
+    shown = StateApi(state)
     json.dumps([shown.since(0), shown.merges(), shown.curves(state.agents), shown.adoptions([])], allow_nan=False)
 
 
@@ -129,7 +136,7 @@ def test_status_of_any_form(name: Any, status: Values) -> None:
     state = taken(PLAIN)
     state.take_status("lab-z", {"peers": {"lab-a": name}, **status}, 1.0)
     state.refresh(1.0)
-    json.dumps(Shown(state).since(0), allow_nan=False)
+    json.dumps(StateApi(state).since(0), allow_nan=False)
 
 
 def test_what_the_page_shows() -> None:
@@ -150,11 +157,25 @@ def test_what_the_page_shows() -> None:
             Trained(agent="a", round=1, result=TrainResult(loss=0.5, samples=7), train_s=0.1),
             SnapshotFetched(agent="a", round=1, peer="b", snapshot="s", bytes=400),
             merged("a", 1, 0.75, "b", heard=1, before={"accuracy": 0.5}, accepted=0.5, notes=("n",)),
-            RoundFinished(agent="a", round=1, heard=1, expected=1, bytes_sent=4, bytes_received=400, time_s=5.0),
+            finished(
+                "a",
+                1,
+                0.75,
+                "b",
+                heard=1,
+                expected=1,
+                before={"accuracy": 0.5},
+                accepted=0.5,
+                notes=("n",),
+                loss=0.5,
+                late={"c": "deadline"},
+                refused={"d": "nan"},
+                time_s=5.0,
+            ),
         ]
     )
     state.refresh(5.0)
-    found = Shown(state).since(0)
+    found = StateApi(state).since(0)
     run = found["run"]
     assert (run["name"], run["rounds"], run["metric"], run["simulated"]) == ("r", 4, "accuracy", True)
     a = next(agent for agent in found["agents"] if agent["name"] == "a")
@@ -163,8 +184,9 @@ def test_what_the_page_shows() -> None:
     assert ["b", "a", 400, 1, 0, ""] in found["edges"]
     assert found["curves"]["a"] == [[1, 0.5, 0.5, 0.75]]
     assert found["means"] == [[1, 0.75, 0.75, 0.75, 0.5]]
-    (row,) = Shown(state).merges()["merges"]  # pyright: ignore[reportGeneralTypeIssues]
+    (row,) = StateApi(state).merges()["merges"]  # pyright: ignore[reportGeneralTypeIssues]
     assert (row["verdict"], row["notes"]) == ("50% accepted", ("n",))
+    assert row["missing"] == {"c": "late", "d": "refused: nan"}
     assert row["parts"] == [("a", 1, 0.5, ""), ("b", 1, 0.5, "")]
 
 
@@ -192,9 +214,9 @@ def test_how_an_agent_is() -> None:
     state.take(started("b", "a", time_s=192.0).to_dict())
     assert states(state, 192.0)["b"] == "running"
     state.take(PeerLate(agent="a", round=1, peer="b", time_s=193.0).to_dict())
-    state.take(merged("a", 1, 0.5, time_s=193.0).to_dict())
+    state.take(finished("a", 1, 0.5, time_s=193.0).to_dict())
     assert states(state, 193.0) == {"a": "running", "b": "late"}
-    state.take(merged("a", 2, 0.5, "b", time_s=194.0).to_dict())
+    state.take(finished("a", 2, 0.5, "b", time_s=194.0).to_dict())
     assert states(state, 194.0)["b"] == "running"
     state.take(AgentLeft(agent="b", round=2, reason="done", time_s=195.0).to_dict())
     assert states(state, 1e6) == {"a": "lost", "b": "left"}
@@ -219,11 +241,11 @@ def test_one_agents_view_of_its_peers() -> None:
     }
     state.take_status("a", {"round": 4, "phase": "training", "peers": links}, 2.0)
     assert states(state, 2.0) == {"a": "running", "b": "running", "c": "lost", "d": "left"}
-    assert state.agents["b"].round == 4
+    assert state.agents["b"].view.round == 4
     assert state.edges["b", "a"].bytes == 10
     said = {"round": 5, "phase": "merging", "merged": {"round": 4, "after": {"accuracy": 0.9}}, "peers": {"e": {}}}
     state.take_status("b", said, 3.0)
-    assert state.agents["b"].after["accuracy"] == 0.9
+    assert state.agents["b"].view.finished.after["accuracy"] == 0.9
     assert states(state, 3.0)["e"] in ("lost", "unknown")
 
 
@@ -232,7 +254,7 @@ def test_one_agents_view_of_its_peers() -> None:
     [
         ("MOST_AGENTS", 5, lambda i: started(f"a{i}")),
         ("MOST_EDGES", 5, lambda i: started("a", f"b{i}")),
-        ("MOST_MERGES", 5, lambda i: merged("a", i, 0.5)),
+        ("MOST_MERGES", 5, lambda i: finished("a", i, 0.5)),
         ("MOST_LOG", 5, lambda i: merged("a", i, 0.5, time_s=float(i))),
     ],
 )
@@ -253,7 +275,7 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch, name: str, most: int
 
 def test_long_curves_are_thinned_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(known, "MOST_POINTS", 0)
-    state = taken([merged("a", i, i / 1000) for i in range(1, 1001)])
+    state = taken([finished("a", i, i / 1000) for i in range(1, 1001)])
     points = state.agents["a"].points
     assert len(points) <= known.LEAST_POINTS
     assert max(points) == 1000

@@ -157,7 +157,7 @@ def test_damaged_lines_are_passed_over_and_counted(tmp_path: Path) -> None:
     write_log(log, [Trained(agent="lab-a", round=8, result=TrainResult(loss=0.25, samples=1), train_s=1)])
     source = FolderSource(tmp_path / "run")
     assert source.damaged == 4
-    assert source.state.agents["lab-a"].loss == 0.25
+    assert source.state.agents["lab-a"].view.loss == 0.25
     with running(source) as address:
         assert httpx.get(f"{address}/api/state").json()["run"]["damaged"] == 4
 
@@ -172,7 +172,7 @@ def test_a_log_that_is_cut_or_replaced_is_read_anew(tmp_path: Path) -> None:
     with log.open("ab") as file:
         file.write(b'ss":0.5}\n')
     assert source.read()
-    assert source.state.agents["lab-a"].loss == 0.5
+    assert source.state.agents["lab-a"].view.loss == 0.5
     log.unlink()
     assert not source.read()
     log.write_bytes(whole)
@@ -197,7 +197,7 @@ def test_a_log_of_another_schema_hides_no_other(tmp_path: Path) -> None:
     source = FolderSource(tmp_path)
     strange = tmp_path / "lab-a" / "events.jsonl"
     strange.parent.mkdir()
-    strange.write_text('{"format": 2, "kind": "dimat.events"}\n')
+    strange.write_text('{"format": 3, "kind": "dimat.events"}\n')
     write_log(tmp_path / "lab-b" / "events.jsonl", rest)
     with running(source) as address:
         until(lambda: str(strange) in httpx.get(f"{address}/api/state").json()["run"]["notice"], "the notice")

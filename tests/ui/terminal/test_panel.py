@@ -7,13 +7,15 @@ import os
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from dimat import events
+from dimat.events.view import AgentView
 from dimat.ui.terminal.agent import AgentListener
-from dimat.ui.terminal.panel import AgentState, LiveAgentListener, agent_listener
+from dimat.ui.terminal.panel import LiveAgentListener, agent_listener, panel_lines
 from tests.agent.processes import ROOT, network
 from tests.forks import start
 from tests.ui.terminal.test_watch import CURSOR, read, screen, terminal
@@ -33,7 +35,8 @@ def wide(terminal: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> tuple[in
 def story() -> list[events.Event]:
     """Return the events of a round in which one peer is late and one warned of."""
     who = {"run": "tiny", "agent": "lab-a"}
-    return [
+    view = AgentView()
+    told = [
         events.AgentStarted(
             **who, round=2, address="127.0.0.1:1", peers=("lab-b", "lab-c"), samples=10, parameters=5, secure=True,
             rounds=9,
@@ -54,16 +57,18 @@ def story() -> list[events.Event]:
             **who, round=3, connected=("lab-b",), sent={"lab-b": {"fp32": 1500}},
             received={"lab-b": {"int8": 2_000_000}},
         ),
-        events.RoundFinished(**who, round=3, heard=1, expected=2, bytes_sent=1500, bytes_received=2_000_000),
     ]  # fmt: skip
+    for event in told:
+        view.take(event)
+    return [*told, replace(view.round_finished(3, bytes_sent=1500, bytes_received=2_000_000), run="tiny")]
 
 
 def test_what_the_panel_says() -> None:
     """Each number is that of an event; the phase's seconds go on."""
-    state = AgentState()
+    view = AgentView()
     for event in story():
-        state.note(event, 100.0)
-    assert dict(state.lines(104.0)) == {
+        view.take(event, 100.0)
+    assert dict(panel_lines(view, 104.0)) == {
         "round": "3 of 9, merge for 4.0 s",
         "model": "loss 0.412, accuracy 0.500 → 0.750",
         "peers": "1 of 2 connected, heard 1 of 2, late: lab-\x1b[31mc",
@@ -71,8 +76,8 @@ def test_what_the_panel_says() -> None:
         "time": "train 12.0 s, wait 3.0 s, merge 4.0 s",
         "warning": "the disk is nearly full\x1b[2J",
     }
-    state.note(events.AgentLeft(run="tiny", agent="lab-a", round=3, reason="done"), 105.0)
-    assert dict(state.lines(200.0))["round"].startswith("3 of 9, has left (done)")
+    view.take(events.AgentLeft(run="tiny", agent="lab-a", round=3, reason="done"), 105.0)
+    assert dict(panel_lines(view, 200.0))["round"].startswith("3 of 9, has left (done)")
 
 
 def test_a_terminal_has_lines_above_the_panel(wide: tuple[int, int]) -> None:

@@ -45,7 +45,20 @@ def a_round(agent: str, number: int, at: float) -> list[events.Event]:
             ),
             **who,
         ),
-        events.RoundFinished(heard=1, expected=2, bytes_sent=100 * number, bytes_received=7, **who),
+        events.RoundFinished(
+            heard=1,
+            expected=2,
+            bytes_sent=100 * number,
+            bytes_received=7,
+            loss=1 / number,
+            samples=10 * number,
+            contributions=(events.Contribution(agent=agent, snapshot="s", round=number, weight=1.0),),
+            before={ACCURACY: 0.25},
+            after={ACCURACY: 0.5},
+            accepted=0.75,
+            seconds={"train": 2.0, "wait": 0.25, "merge": 0.5},
+            **who,
+        ),
     ]
 
 
@@ -363,7 +376,8 @@ def test_rows_of_a_reader() -> None:
     read: Callable[[events.Event], list[Any]] = lambda event: list(reader.read(event))  # noqa: E731
     who: dict[str, Any] = {"run": "r", "agent": "a", "round": 1}
     assert read(events.Trained(result=events.TrainResult(loss=float("nan"), samples=1), train_s=1.0, **who)) == []
-    (row,) = read(events.RoundFinished(heard=0, expected=0, bytes_sent=0, bytes_received=0, **who))
+    common = {"heard": 0, "expected": 0, "bytes_sent": 0, "bytes_received": 0}
+    (row,) = read(events.RoundFinished(loss=float("nan"), samples=1, **common, **who))
     assert "loss" not in row.values
     assert row.values["samples"] == 1
     assert read(events.AgentLeft(reason="stopped", **who)) == [Ended("stopped")]
