@@ -1,4 +1,4 @@
-"""docs/events.md. Reference: the classes of dimat/events.py, whose events and fields are all there with their types,
+"""docs/events.md. Reference: the classes of dimat/events, whose events and fields are all there with their types,
 and no others."""
 
 from __future__ import annotations
