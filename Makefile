@@ -11,7 +11,7 @@ ZOO_ARGS ?=
 
 PROTO := build/proto-venv
 
-.PHONY: help install setup demo test test-all test-times lint format docs proto proto-check zoo bench bench-quick screenshots clean
+.PHONY: help install setup demo test test-all test-times lint format index docs proto proto-check zoo bench bench-quick screenshots clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -52,6 +52,9 @@ lint: $(VENV)/.dev  ## Check style, types and the import floors
 format: $(VENV)/.dev  ## Put the code into the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+index: $(VENV)/.dev  ## Write the index of the code in CONTRIBUTING.md anew
+	$(BIN)/python -m tests.code_index
 
 docs: $(VENV)/.dev  ## Build the pages of docs/ into build/site (offline); fails on a dead link
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

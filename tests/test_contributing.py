@@ -1,0 +1,27 @@
+"""CONTRIBUTING.md: its index of the code is what the docstrings say now, and the files that its walks name are there."""
+
+from __future__ import annotations
+
+import re
+
+from tests.code_index import BEGIN, PAGE, ROOT, first_sentence, with_index
+
+
+def test_the_index_is_current() -> None:
+    """`make index` would change nothing."""
+    page = PAGE.read_text(encoding="utf-8")
+    assert page == with_index(page), "run make index"
+
+
+def test_every_module_says_what_it_is() -> None:
+    """Folders and files of the package have a docstring; generated code has none."""
+    files = [path for path in (ROOT / "dimat").rglob("*.py") if "_pb2" not in path.name and path.name != "__main__.py"]
+    assert len(files) > 200
+    assert [path for path in files if not first_sentence(path)] == []
+
+
+def test_files_that_walks_name_are_there() -> None:
+    """Each step of a walk stands in a file of the package."""
+    text = PAGE.read_text(encoding="utf-8").partition(BEGIN)[0]
+    named = re.findall(r"`(dimat/[\w/]+\.py)`", text)
+    assert [name for name in named if not (ROOT / name).is_file()] == []
