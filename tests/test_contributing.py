@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md: its index of the code is what the docstrings say now, and the files that its walks name are there."""
+"""CONTRIBUTING.md: its index of the code is what the docstrings say, and the files that its walks name exist."""
 
 from __future__ import annotations
 
