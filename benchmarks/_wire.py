@@ -162,7 +162,7 @@ def transport(folder: Path, name: str, keys: str, schema: str, megabytes: int) -
     from dimat.net.manifest import ManifestLimits
     from dimat.weights.snapshot import SnapshotStore
 
-    store = SnapshotStore(folder / "own")
+    store = SnapshotStore(folder / "own", keep=2)
     made = GrpcTransport(
         run="wire",
         agent=name,

@@ -9,6 +9,9 @@ from pydantic import Field, field_validator, model_validator
 
 from dimat.config.tree import Tree
 
+CHECKPOINTS_KEPT, SNAPSHOTS_KEPT = 3, 2
+"""How many of its checkpoints and of its newest snapshots an agent keeps, real or simulated, unless it is told."""
+
 _ADDRESS = re.compile(r"(\[[0-9a-fA-F:.%\w]+\]|[^:\s\[\]]+):\d{1,5}")
 
 
@@ -36,9 +39,9 @@ class AgentConfig(Tree):
     founder: bool = False
     """Whether it is there when the network begins: it starts with round 1 at once. Otherwise an agent without a
     checkpoint first listens for a network that lives, for schedule.join_wait_s, and joins it."""
-    keep_checkpoints: Annotated[int, Field(ge=1)] = 3
+    keep_checkpoints: Annotated[int, Field(ge=1)] = CHECKPOINTS_KEPT
     """Checkpoints kept, of two a round."""
-    keep_snapshots: Annotated[int, Field(ge=1)] = 2
+    keep_snapshots: Annotated[int, Field(ge=1)] = SNAPSHOTS_KEPT
     """Own newest snapshots that peers can have; where peers may be further behind, as many as they need."""
     disk_quota_mb: Annotated[float, Field(gt=0)] | None = None
     """What peers' snapshots may take on disk, in MB. Default: what a round needs, twice."""

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from dimat.config.agent import CHECKPOINTS_KEPT, SNAPSHOTS_KEPT
 from dimat.config.tree import Tree
 
 Span = float | tuple[float, float]
@@ -195,10 +196,10 @@ class SimulateConfig(Tree):
     """Worker processes; default: one per core. Results do not depend on it."""
     evaluate: Literal["all", "after", "none"] = "all"
     """Test metrics before and after each merge, only after it, or never."""
-    keep_snapshots: Annotated[int, Field(ge=1)] = 2
+    keep_snapshots: Annotated[int, Field(ge=1)] = SNAPSHOTS_KEPT
     """Snapshots kept per agent, at least; more where readers may be further behind (asynchronous mode, links one way,
     time-varying graphs). Older ones are removed as soon as nobody reads them."""
-    checkpoints: Annotated[int, Field(ge=1)] = 3
+    checkpoints: Annotated[int, Field(ge=1)] = CHECKPOINTS_KEPT
     """Checkpoints kept per agent, where agents may crash."""
     trace: bool = False
     """Write every message to and from the agents' round machines to `trace.jsonl` in the run folder."""

@@ -173,7 +173,7 @@ class SnapshotStore:
     yet to publish what it recorded. Payload files are removed as soon as nobody holds them, so disk use is bounded.
     """
 
-    def __init__(self, folder: Path, keep: int = 2) -> None:
+    def __init__(self, folder: Path, keep: int) -> None:
         self.folder = folder
         self._keep = keep
         self._published: dict[str, list[Manifest]] = {}

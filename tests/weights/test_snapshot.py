@@ -146,7 +146,7 @@ def test_network_counts_each_payload_once_per_reader(tmp_path: Path) -> None:
 
 def test_a_transfer_goes_on_where_it_broke_off(tmp_path: Path) -> None:
     """By hand: of what was sent 100 and then 50 bytes arrived; the rest is missing, and all of any other payload."""
-    store = SnapshotStore(tmp_path / "s")
+    store = SnapshotStore(tmp_path / "s", keep=2)
     network = MemoryNetwork(store)
     payload, other = (record(store.folder, weights(i)) for i in range(2))
     network.publish(manifest(payload))
@@ -235,7 +235,7 @@ def test_unwritable_places(tmp_path: Path) -> None:
         write_bytes(tmp_path / "none" / "x", b"")
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot make the snapshot store"):
-        SnapshotStore(tmp_path / "file" / "s")
+        SnapshotStore(tmp_path / "file" / "s", keep=2)
 
 
 def test_schema_hash_sees_names_shapes_and_dtypes() -> None:

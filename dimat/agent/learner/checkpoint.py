@@ -20,6 +20,7 @@ from safetensors.torch import save as encode_safetensors
 from torch import Tensor
 
 from dimat.agent.protocol.state import MachineState
+from dimat.config.agent import CHECKPOINTS_KEPT
 from dimat.errors import DataError
 from dimat.train.trainer import TrainerState
 from dimat.weights.durable import write_bytes
@@ -75,7 +76,7 @@ class CheckpointStore:
     `durable`: they survive power loss.
     """
 
-    def __init__(self, folder: Path, keep: int = 3, *, durable: bool = True) -> None:
+    def __init__(self, folder: Path, keep: int = CHECKPOINTS_KEPT, *, durable: bool = True) -> None:
         self.folder = folder
         self._keep = keep
         self._durable = durable
