@@ -66,7 +66,7 @@ class AttachedTask:
         return self._data
 
     def loss(self, outputs: Any, targets: Tensor) -> Tensor:
-        """Raise: the loss is the user's affair."""
+        """Raise ConfigError: only the user's loop knows the loss."""
         raise ConfigError("a method that needs the loss (fisher) cannot merge an attached model; choose another one")
 
     def metrics(self, outputs: Any, targets: Tensor) -> Mapping[str, Tensor]:
@@ -77,8 +77,8 @@ class AttachedTask:
 class AttachedLearner(ModelState):
     """Trains a round by letting the user's thread do so: it waits meanwhile in the agent's.
 
-    The two threads take turns; the model belongs to whoever's turn it is. `optimizer` keeps its place: state is moved
-    in it, never replaced by another object.
+    The two threads take turns; the model belongs to the one whose turn it is. `optimizer` keeps its place: state is
+    moved in it, never replaced by another object.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class AttachedLearner(ModelState):
     # ── what a trainer does ──────────────────────────────────────────────────────────────────────────────────
     def evaluate(self, data: Data, weights: Mapping[str, Tensor] | None = None) -> dict[str, float]:
         """Return the user's metrics of the model, or of `weights` in its place; none where no way to them was given.
-        `data` is not used: on what they are taken is the user's affair."""
+        `data` is not used: the user decides on which data they are taken."""
         if self._evaluate is None:
             return {}
         if weights is None:
@@ -177,7 +177,7 @@ class AttachedLearner(ModelState):
 
 class Agent:
     """An agent of a network, for a training loop of one's own. `config`: a file, or an experiment's configuration;
-    `overrides` and `name` change what a file says.
+    `overrides` and `name` change settings of a file.
 
     Raises ConfigError where the configuration cannot be used; network and data faults come out of `with` and `step`.
     """

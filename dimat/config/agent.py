@@ -35,20 +35,20 @@ class AgentConfig(Tree):
     keys: str = "keys"
     """Folder with <name>.key, <name>.crt and ca.crt (see `dimat keys`); a path, relative to the file's folder."""
     insecure: bool = False
-    """Without keys, encryption and proof of who is who: for trials on one host; listens on loopback only."""
+    """Without keys, encryption and proof of identity: for trials on one host; listens on loopback only."""
     founder: bool = False
     """Whether it is there when the network begins: it starts with round 1 at once. Otherwise an agent without a
     checkpoint first listens for a network that lives, for schedule.join_wait_s, and joins it."""
     keep_checkpoints: Annotated[int, Field(ge=1)] = CHECKPOINTS_KEPT
     """Checkpoints kept, of two a round."""
     keep_snapshots: Annotated[int, Field(ge=1)] = SNAPSHOTS_KEPT
-    """Own newest snapshots that peers can have; where peers may be further behind, as many as they need."""
+    """Newest snapshots of its own that peers can fetch; where peers may be further behind, as many as they need."""
     disk_quota_mb: Annotated[float, Field(gt=0)] | None = None
-    """What peers' snapshots may take on disk, in MB. Default: what a round needs, twice."""
+    """Most that peers' snapshots may take on disk, in MB. Default: twice the need of a round."""
     evaluate: Literal["all", "after", "none"] = "after"
     """Test metrics before and after each merge, after it, or never."""
     linger_s: Annotated[float, Field(ge=0)] = 60.0
-    """After its last round an agent serves on until its readers have what they need, at most for so many seconds."""
+    """Seconds for which an agent serves on after its last round at most, until its readers have all that they need."""
     drain_s: Annotated[float, Field(ge=0)] = 5.0
     """Seconds for which transfers that are on their way may go on when the agent is stopped."""
 
@@ -62,18 +62,18 @@ class ExchangeConfig(Tree):
     """How weights travel between real agents."""
 
     encoding: Literal["fp32", "bf16", "fp16", "int8"] = "fp32"
-    """What own weights are cast to before they are sent: "bf16" and "fp16" halve the bytes, "int8" (a scale per block
-    of 256; what is cut off is carried over to the next round) takes about a quarter. Own weights stay fp32."""
+    """Type that weights are cast to before they are sent: "bf16" and "fp16" halve the bytes, "int8" (a scale per block
+    of 256; rounding errors are carried over to the next round) takes about a quarter. The agent's own stay fp32."""
     delta: bool = False
-    """With "int8": send the change since the snapshot before; who does not hold that one gets the weights whole."""
+    """With "int8": send the change since the snapshot before; peers that do not hold that one get whole weights."""
     transfers: Annotated[int, Field(ge=1)] = 4
     """Snapshots that are fetched at a time, and that are served to one peer at a time."""
     rate_limit_mb_s: Annotated[float, Field(gt=0)] | None = None
     """Most that is sent to all peers together, in MB/s; none by default."""
     idle_s: Annotated[float, Field(gt=0)] = 15.0
-    """A transfer in which nothing moves for so many seconds is broken off and begun anew from what is held."""
+    """Seconds after which a transfer in which nothing moves is broken off; it is begun anew from what has arrived."""
     lost_after_s: Annotated[float, Field(gt=0)] = 10.0
-    """A peer out of reach for so many seconds is waited for no more until it is heard again."""
+    """Seconds for which a peer may be out of reach; after them no merge waits for it until it is heard again."""
 
     @model_validator(mode="after")
     def _delta_of_int8(self) -> ExchangeConfig:

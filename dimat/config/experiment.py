@@ -171,8 +171,8 @@ class MergeConfig(Tree):
     model on all data: the ceiling). "dpsgd" and "sgp" set `train.steps_per_round` = 1 unless steps
     or epochs per round are given; "sgp" sets `topology.mixing` = "push-sum" unless a map says how to mix."""
     align: Named | None = None
-    """How units are matched: "none", "activations", "weights" (no data needed), or "auto" (what of these, or
-    of both mixed by group, the networks agree on best)."""
+    """How units are matched: "none", "activations", "weights" (no data needed), or "auto" (the one of these, or the
+    mixture of both by group, on which the networks agree best)."""
     align_to: Literal["shared", "self"] | None = None
     """"shared": basis gossip, each agent permutes itself once; "self": peers are permuted at every merge."""
     align_data: Literal["local", "probe", "pooled"] = "local"
@@ -181,8 +181,8 @@ class MergeConfig(Tree):
     probe_samples: Annotated[int, Field(ge=2)] = 100
     """Size of the probe set, for align_data = "probe" and accept sets named "probe"."""
     statistics_samples: Annotated[int, Field(ge=1)] = 256
-    """Examples of its training data, at most, on which an agent takes the statistics that combine = "fisher" and
-    "regmean" rest on and that travel with its weights."""
+    """Most examples of its training data on which an agent takes the statistics that combine = "fisher" and "regmean"
+    rest on; they travel with its weights."""
     combine: Named | None = None
     """"average"."""
     repair: Named | None = None
@@ -215,16 +215,16 @@ class ScheduleConfig(Tree):
     rounds: Annotated[int, Field(ge=0)] = 10
     """Number of rounds (a round: train, publish, gather, merge); 0 = until `target`, `max_time_s` or Ctrl-C."""
     round_deadline_s: Annotated[float, Field(gt=0)] = 600.0
-    """Seconds after which a round goes on with the peers that it has heard."""
+    """Seconds after which a round goes on with the peers whose snapshots have arrived."""
     mode: Literal["sync", "async"] = "sync"
     """"sync": agents merge their peers' snapshots of the same round; "async": the newest ones, without waiting."""
     min_peers: Annotated[int, Field(ge=0)] = 0
-    """A merge needs snapshots of at least so many peers and waits for them until the deadline; with fewer an agent
-    keeps its own weights."""
+    """Fewest peers whose snapshots a merge needs. It waits for them until the deadline; with fewer an agent keeps its
+    own weights."""
     max_staleness: Annotated[int, Field(ge=0)] = 4
     """Rounds that a peer's newest snapshot may be behind (mode "async")."""
     staleness_decay: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """A peer's weight is multiplied by this for each round that it is behind; the rest goes to self (mode "async")."""
+    """Factor on a peer's weight for each round that it is behind; the rest goes to self (mode "async")."""
     join: Literal["adopt", "align"] = "adopt"
     """What a newcomer does in a living network: "adopt" a neighbour's weights, or "align": keep its own, permuted
     into the network's basis."""

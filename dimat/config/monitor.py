@@ -42,8 +42,8 @@ class MonitorConfig(Tree):
     """Who watches an agent or a simulated run. All are off by default; none can stop a training."""
 
     metrics: Annotated[str | None, BeforeValidator(_local)] = None
-    """`host:port` (a port alone: on loopback) where a real agent serves Prometheus metrics under /metrics, to whoever
-    can reach it: there is no password, and there are no secrets in them."""
+    """`host:port` (a port alone: on loopback) where a real agent serves Prometheus metrics under /metrics. All who can
+    reach it can read them: there is no password, and there are no secrets in them."""
     observe_s: Annotated[float, Field(ge=0.1, allow_inf_nan=False)] = 15.0
     """Seconds after which a real agent tells its listeners anew how its network is; changes are told at once."""
     tensorboard: bool | str = False
@@ -58,7 +58,7 @@ class MonitorConfig(Tree):
     """`host:port` (a port alone: on loopback) of a real agent's dashboard, a page for a browser. Hosts other than
     loopback need a token."""
     dashboard_token_file: str | None = None
-    """File with the token that whoever looks must give; a path, relative to the file's folder."""
+    """File with the token that a reader of the dashboard must give; a path, relative to the file's folder."""
 
     @field_validator("metrics", "dashboard")
     @classmethod

@@ -43,10 +43,10 @@ PositiveSpan = Annotated[Span, BeforeValidator(_positive_span)]
 
 
 class LinkConfig(Tree):
-    """One link that differs from the others; what is left out is as everywhere."""
+    """One link that differs from the others; settings that are left out are those of all links."""
 
     between: tuple[str, str]
-    """The two agents; what is said holds for both directions."""
+    """The two agents; the settings hold for both directions."""
     latency_s: Seconds | None = None
     """One-way latency in seconds."""
     bandwidth_mbit_s: Annotated[float, Field(gt=0)] | None = None
@@ -70,8 +70,8 @@ class NetworkConfig(Tree):
     """Bandwidth of a link in Mbit/s in each direction, None = unlimited; a range is drawn from log-uniformly, once
     per link and direction. Transfers over one link queue."""
     uplink_mbit_s: PositiveSpan | None = None
-    """What an agent can send in all, in Mbit/s, None = unlimited; a range is drawn from log-uniformly, once per agent.
-    Transfers of one agent queue."""
+    """Bandwidth of all that one agent sends, in Mbit/s, None = unlimited; a range is drawn from log-uniformly, once per
+    agent. Transfers of one agent queue."""
     loss: Loss = 0.0
     """Probability in [0, 1) that a message or transfer is lost on its way."""
     attempts: Annotated[int, Field(ge=1)] = 3
@@ -128,13 +128,13 @@ class FaultConfig(Tree):
     """"crash": the agent's process dies, its disk stays; "join": it is not there before; "leave": it goes for good;
     "partition": groups of agents cannot reach each other; "slow": it trains more slowly."""
     agent: str | None = None
-    """Whom it happens to (all kinds but "partition")."""
+    """The agent that it happens to (all kinds but "partition")."""
     at_s: Seconds | None = None
     """Virtual time in seconds; a crash may have `round` and `on` instead."""
     round: Annotated[int, Field(ge=1)] | None = None
     """Round of the agent at which it crashes, with `on`."""
     on: Moment | None = None
-    """What the agent is about to do in `round` when it crashes: "train", "publish", "fetch" a snapshot, "adopt" a
+    """The step of `round` before which the agent crashes: "train", "publish", "fetch" a snapshot, "adopt" a
     basis or weights, "merge", or make the checkpoint after training ("trained") or after the merge ("merged")."""
     restart_after_s: Seconds | None = None
     """Seconds after which a crashed agent is started again; None = never."""
@@ -143,7 +143,7 @@ class FaultConfig(Tree):
     heal_after_s: SomeSeconds | None = None
     """Seconds after which a partition ends; None = never."""
     factor: Factor | None = None
-    """From then on training takes so many times as long as at first (kind "slow"; 1 = as at first)."""
+    """Factor by which training takes longer from then on than at first (kind "slow"; 1 = as at first)."""
 
     @model_validator(mode="after")
     def _fields_of_kind(self) -> FaultConfig:

@@ -1,4 +1,4 @@
-"""The run folder: what a run writes and where, and the guards around it.
+"""The run folder: the files that a run writes, and the guards around them.
 
 `experiment.json` (the resolved configuration) marks a folder as a run of that experiment; `results.json`,
 `events.jsonl`, `final/<agent>.safetensors` and the report go beside it. A folder that holds another experiment

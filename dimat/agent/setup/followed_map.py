@@ -1,4 +1,4 @@
-"""Which network map counts for an agent: the operator's file, or the newer one that it followed in the DHT."""
+"""The network map that counts for an agent: the operator's file, or a newer one that it followed in the DHT."""
 
 from __future__ import annotations
 
