@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Annotated
 
 import torch
-from pydantic import Field
 from torch import nn
 
 from dimat.errors import MergeError
 from dimat.merge.matching.coordinate_descent import fill_in
-from dimat.merge.matching.correlation import compare
+from dimat.merge.matching.correlation import UNTIL_STABLE, UntilStable, compare
 from dimat.merge.registry import align_registry
 from dimat.merge.stages import Aligned, Data, Inputs, Points, Weights
 from dimat.symmetry import Observer
@@ -29,10 +27,7 @@ def activations(
     observer: Callable[[Inputs], Observer],
     generator: torch.Generator | None = None,
     points: Points | None = None,
-    max_images: Annotated[int, Field(ge=1)] | None = None,
-    positions: Annotated[int, Field(ge=1)] | None = 64,
-    points_per_group: Annotated[int, Field(ge=1)] = 2,
-    stable_within: Annotated[float, Field(ge=0)] | None = 0.02,
+    sampling: UntilStable = UNTIL_STABLE,
 ) -> Aligned:
     """Return, for each peer and group, the permutation p that maximises Σ_j corr[j, p[j]].
 
@@ -66,14 +61,11 @@ def activations(
         observer=observer,
         generator=generator,
         points=points,
-        max_images=max_images,
-        positions=positions,
-        points_per_group=points_per_group,
-        stable_within=stable_within,
+        sampling=sampling,
     )
     if not seen.unseen:
         return Aligned(seen.permutations, seen.images, cpu_s=seen.clock.seconds)
-    free = [set(seen.unseen) for _ in peers]
+    free = seen.by_weights()
     permutations = fill_in(own, peers, spec, seen.permutations, free, model=model, generator=generator)
     seen.clock.lap("weights")
     note = f"{len(seen.unseen)} groups cannot be observed and are matched by weights: {', '.join(seen.unseen)}"

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated
 
 import torch
-from pydantic import Field
 from torch import nn
 
 from dimat.errors import MergeError
 from dimat.merge.align.weights import weights
 from dimat.merge.matching.agreement import agreements, half_way
 from dimat.merge.matching.coordinate_descent import fill_in
-from dimat.merge.matching.correlation import compare
-from dimat.merge.matching.nested import trees
+from dimat.merge.matching.correlation import UNTIL_STABLE, UntilStable, compare
 from dimat.merge.registry import align_registry
 from dimat.merge.stages import Aligned, Data, Inputs, Permutations, Points, Weights
 from dimat.merge.weight_views import PermutedWeights
@@ -60,10 +57,7 @@ def auto(
     generator: torch.Generator | None = None,
     points: Points | None = None,
     least_margin: float = LEAST_MARGIN,
-    max_images: Annotated[int, Field(ge=1)] | None = None,
-    positions: Annotated[int, Field(ge=1)] | None = 64,
-    points_per_group: Annotated[int, Field(ge=1)] = 2,
-    stable_within: Annotated[float, Field(ge=0)] | None = 0.02,
+    sampling: UntilStable = UNTIL_STABLE,
 ) -> Aligned:
     """Return, for each peer, the permutations whose average with own agrees best in function with own and the peer.
 
@@ -94,21 +88,14 @@ def auto(
         observer=observer,
         generator=generator,
         points=points,
-        max_images=max_images,
-        positions=positions,
-        points_per_group=points_per_group,
-        stable_within=stable_within,
+        sampling=sampling,
     )
-    members = {tree.group.id: tree.ids() for tree in trees(spec)}
-    vague = [
-        {group for root, margin in margins.items() if margin < least_margin for group in members[root]}
-        for margins in seen.margins
-    ]
+    mixed = seen.by_weights(least_margin)
     unseen = set(seen.unseen)
     everything = {group.id for group in spec.groups}
     ways: list[tuple[str, Sequence[Permutations], Sequence[set[str]]]] = [
-        ("activations", seen.permutations, [unseen for _ in peers]),
-        ("both", [_without(p, g) for p, g in zip(seen.permutations, vague)], [g | unseen for g in vague]),
+        ("activations", seen.permutations, seen.by_weights()),
+        ("both", [_without(p, groups) for p, groups in zip(seen.permutations, mixed)], mixed),
         ("weights", [{} for _ in peers], [everything for _ in peers]),
     ]
     state = generator.get_state()
@@ -127,7 +114,7 @@ def auto(
     chosen: list[Permutations] = []
     notes: list[str] = []
     for peer, listed in zip(peers, tried):
-        way, agreed = _best(own, peer, [*listed, Way("none", {}, None)], spec, model, data, max_images)
+        way, agreed = _best(own, peer, [*listed, Way("none", {}, None)], spec, model, data, sampling.max_images)
         chosen.append(way.permutations)
         notes.append(f"{_split(way, everything, unseen)} ({agreed})")
     seen.clock.lap("agreement")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dimat.errors import MergeError
 from dimat.merge.matching.activation_statistics import CrossStatistics, PositionSampler, average_correlation
-from dimat.merge.matching.correlation import activity, choose_points
+from dimat.merge.matching.correlation import Sampling, activity, choose_points
 from dimat.merge.matching.units import labels_of, merge_units, taken_axes
 from dimat.merge.matching.zip_units import keep_places, zip_units
 from dimat.merge.models.batches import device_of, first_inputs
@@ -23,6 +23,9 @@ from dimat.merge.tensors.task_vectors import copy_of
 from dimat.merge.weight_views import axes_by_name, content_hash
 from dimat.symmetry import Observer
 from dimat.symmetry.spec import Layout, ObservationPoint, SymmetrySpec, groups_in
+
+SAMPLING = Sampling(max_images=1000)
+"""What is looked at by default."""
 
 
 @combine_registry.register("zipit")
@@ -39,9 +42,7 @@ def zipit(
     a: Annotated[float, Field(ge=0, le=1)] = 0.3,
     b: Annotated[float, Field(ge=0, le=1)] = 0.125,
     within: bool = True,
-    max_images: Annotated[int, Field(ge=1)] | None = 1000,
-    positions: Annotated[int, Field(ge=1)] | None = 64,
-    points_per_group: Annotated[int, Field(ge=1)] = 2,
+    sampling: Sampling = SAMPLING,
 ) -> Weights:
     """Return W = Σ_k M_out,k W_k U_in,k: each symmetry group's units of all models, merged to as many as one has.
 
@@ -80,7 +81,9 @@ def zipit(
         raise MergeError("combine method 'zipit' needs the model and data to run it on: hand in model= and data=")
     parties, mass = _distinct(own, peers, weights)
     plain = _plain(spec)
-    chosen = {group: at for group, at in choose_points(spec, points, points_per_group)[0].items() if group in plain}
+    chosen = {
+        group: at for group, at in choose_points(spec, points, sampling.points_per_group)[0].items() if group in plain
+    }
     labels: dict[str, Tensor] = {}
     if chosen and len(parties) > 1:
         device = device_of(model)
@@ -90,8 +93,8 @@ def zipit(
             data,
             chosen,
             device=device,
-            sampler=PositionSampler(positions, torch.Generator().manual_seed(0)),
-            max_images=max_images,
+            sampler=PositionSampler(sampling.positions, torch.Generator().manual_seed(0)),
+            max_images=sampling.max_images,
             clock=Clock(),
         )
         seen = _Correlations(chosen)

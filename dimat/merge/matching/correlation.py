@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from dimat.errors import SymmetryError, nearest
@@ -14,6 +17,7 @@ from dimat.merge.matching.nested import assign_nested, nested_margin, nested_val
 from dimat.merge.models.batches import GeometricChecks, count, device_of, first_inputs, on_device, take
 from dimat.merge.stages import Clock, Data, Inputs, Permutations, Points, Weights
 from dimat.merge.weight_views import WeightsOn
+from dimat.registry import SharedOptions
 from dimat.symmetry import Observer
 from dimat.symmetry.spec import Group, ObservationPoint, SymmetrySpec
 
@@ -22,6 +26,30 @@ FIRST_LOOK = 64
 
 NEGLIGIBLE = 1e-9
 """Assignments worth less than this are worth nothing (constant units)."""
+
+
+@dataclass(frozen=True)
+class Sampling(SharedOptions):
+    """How much of the data is looked at to tell which units go together."""
+
+    max_images: Annotated[int, Field(ge=1)] | None = None
+    """Images, at most; None: all."""
+    positions: Annotated[int, Field(ge=1)] | None = 64
+    """Positions of each image, drawn anew for each batch; None: all."""
+    points_per_group: Annotated[int, Field(ge=1)] = 2
+    """Points at which a group is observed, at most, where they are not pinned."""
+
+
+@dataclass(frozen=True)
+class UntilStable(Sampling):
+    """The same, and when to stop."""
+
+    stable_within: Annotated[float, Field(ge=0)] | None = 0.02
+    """Stop once assignments are worth at most this share less than the next ones; None: never."""
+
+
+UNTIL_STABLE = UntilStable()
+"""What methods take by default."""
 
 
 @dataclass
@@ -35,6 +63,14 @@ class Compared:
     images: int = 0
     clock: Clock = field(default_factory=Clock)
 
+    def by_weights(self, least_margin: float = -inf) -> list[set[str]]:
+        """Return, for each peer, the groups that are to be matched by weights: those that cannot be observed, and those
+        that activations leave vague, with a margin below `least_margin`."""
+        return [
+            {*self.unseen, *(group for group, margin in margins.items() if margin < least_margin)}
+            for margins in self.margins
+        ]
+
 
 def compare(
     own: Weights,
@@ -46,31 +82,30 @@ def compare(
     observer: Callable[[Inputs], Observer],
     generator: torch.Generator,
     points: Points | None,
-    max_images: int | None,
-    positions: int | None,
-    points_per_group: int,
-    stable_within: float | None,
+    sampling: UntilStable,
 ) -> Compared:
     """Return the assignments by activations; arguments are those of align = "activations"."""
-    chosen, _ = choose_points(spec, points, points_per_group)
+    chosen, _ = choose_points(spec, points, sampling.points_per_group)
     pairs = Pairs(spec, chosen, len(peers))
     result = Compared(pairs.permutations, [{} for _ in peers], pairs.unseen)
     if not chosen:
         return result
     watch = observer(first_inputs(data))
-    sampler = PositionSampler(positions, generator)
+    sampler = PositionSampler(sampling.positions, generator)
     checks = GeometricChecks(FIRST_LOOK)
     clock = result.clock
     device = device_of(model)
     networks = [WeightsOn(weights, device) for weights in (own, *peers)]
     steady = 0
-    shown = activity(watch, networks, data, chosen, device=device, sampler=sampler, max_images=max_images, clock=clock)
+    shown = activity(
+        watch, networks, data, chosen, device=device, sampler=sampler, max_images=sampling.max_images, clock=clock
+    )
     for examples, seen in shown:
         result.images += examples
         pairs.update(seen)
         clock.lap("statistics")
-        if stable_within is not None and checks.due(result.images):
-            steady = steady + 1 if pairs.match() <= stable_within else 0
+        if sampling.stable_within is not None and checks.due(result.images):
+            steady = steady + 1 if pairs.match() <= sampling.stable_within else 0
             clock.lap("matching")
             if steady == 2:
                 break
@@ -113,14 +148,14 @@ class Pairs:
         return worst
 
     def margins(self) -> list[dict[str, float]]:
-        """Return, by peer, the margin of the assignments of each tree, by its root."""
-        return [
-            {
-                tree.group.id: nested_margin(tree, self._scores(number, peer), permutations)
-                for number, tree in enumerate(self._trees)
-            }
-            for peer, permutations in enumerate(self.permutations)
-        ]
+        """Return, by peer, the margins of the groups."""
+        found: list[dict[str, float]] = []
+        for peer, permutations in enumerate(self.permutations):
+            found.append({})
+            for number, tree in enumerate(self._trees):
+                margin = nested_margin(tree, self._scores(number, peer), permutations)
+                found[-1].update(dict.fromkeys(tree.ids(), margin))
+        return found
 
     def _scores(self, tree: int, peer: int) -> dict[str, Tensor]:
         groups = [group for group in self._trees[tree].ids() if group in self._statistics]

@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-NEGLIGIBLE = 1e-7
-"""Products of standard deviations below this count as this: units that hardly move go with nothing."""
-
 WHOLE = 1e-4
 """What a budget may lack of a whole number, as in the authors' program."""
-
-
-def correlation_of(covariance: Tensor) -> Tensor:
-    """Return cov[i, j] / max(σ_i σ_j, 1e-7): the correlation that ZipIt matches by, in the covariance's own type."""
-    deviation = covariance.diagonal().sqrt()
-    return covariance / torch.outer(deviation, deviation).clamp_min(NEGLIGIBLE)
 
 
 def zip_units(correlation: Tensor, models: int, a: float = 0.3, b: float = 0.125, *, within: bool = True) -> Tensor:
@@ -64,23 +53,6 @@ def zip_units(correlation: Tensor, models: int, a: float = 0.3, b: float = 0.125
             if left[number] <= 0:
                 table.bar((origin == number).nonzero()[:, 0])
     return merged_into.unique(return_inverse=True)[1]
-
-
-def zip_matrices(
-    covariance: Tensor, models: int, a: float = 0.3, b: float = 0.125, weights: Sequence[float] | None = None
-) -> tuple[Tensor, Tensor]:
-    """Return ZipIt's merge matrix (units, models · units) and unmerge matrix (models · units, units).
-
-    unmerge[i, c] is 1 where unit i becomes merged unit c, else 0. merge is its transpose with row c scaled to sum 1:
-    unit i enters with its model's weight over the sum of the members' (`weights`; equal ones if None, so that a
-    row is a mean). The authors divide by count + 1e-5 instead, which shrinks weights at every merge.
-    """
-    labels = zip_units(correlation_of(covariance), models, a, b)
-    units = covariance.shape[0] // models
-    unmerge = torch.nn.functional.one_hot(labels, units).to(covariance)
-    mass = torch.tensor(weights or [1.0] * models).repeat_interleave(units).to(covariance)
-    merge = unmerge * mass[:, None]
-    return (merge / merge.sum(0)).mT, unmerge
 
 
 def keep_places(labels: Tensor, units: int) -> Tensor:

@@ -36,6 +36,13 @@ def test_slerp_golden() -> None:
     assert_golden(slerp(base, [models[2]], [0.5, 0.5], t=0.3), part("mergekit", "slerp_t03"))
 
 
+@pytest.mark.parametrize(("lerp_above", "straight"), [(1.0, False), (0.7, False), (0.49, True), (0.0, True)])
+def test_slerp_is_linear_where_models_are_nearer_than_lerp_above(lerp_above: float, straight: bool) -> None:
+    """60° apart, cos Ω = 0.5: half-way on the arc the length is 1, on the chord cos 30°."""
+    got = slerp(at(0), [at(60)], [0.5, 0.5], lerp_above=lerp_above)["w"]
+    torch.testing.assert_close(got, at(30, cos(radians(30)) if straight else 1.0)["w"], rtol=0, atol=1e-12)
+
+
 def test_nuslerp_golden() -> None:
     """mergekit `nuslerp` of t0 and t1, weights 0.6 and 0.4."""
     _, models = llama()

@@ -179,6 +179,15 @@ def test_tall_masks_golden() -> None:
             assert torch.equal(mask, part("fusionbench_mlp", f"tall.mask{k}")[name].bool())
 
 
+@pytest.mark.parametrize(("tall_lambda", "kept"), [(0.0, [6.0, 4.0]), (0.4, [6.0, 0.0]), (2.0, [0.0, 0.0])])
+def test_a_larger_tall_lambda_needs_more_of_a_task(tall_lambda: float, kept: list[float]) -> None:
+    """Deltas of two models (8, 8) and (4, 0), k = 2: the other's share of the second element is all or nothing."""
+    base = {"w": torch.zeros(2, dtype=torch.float64)}
+    own, peer = ({"w": torch.tensor(delta, dtype=torch.float64)} for delta in ([8.0, 8.0], [4.0, 0.0]))
+    got = consensus(own, [peer], [0.5, 0.5], base=base, k=2, tall_lambda=tall_lambda)
+    assert got["w"].tolist() == kept
+
+
 def test_consensus_k_zero_is_task_arithmetic_and_large_k_is_capped() -> None:
     """Bit for bit; k beyond the number of models counts as that number."""
     base, models = mlp()

@@ -25,12 +25,13 @@ from dimat.errors import MergeError
 from dimat.merge import MergeContext, needs_symmetry, plan_merge
 from dimat.merge.combine.average import average
 from dimat.merge.matching.units import Taken, merge_units, taken_axes
-from dimat.merge.matching.zip_units import correlation_of, keep_places, zip_matrices, zip_units
+from dimat.merge.matching.zip_units import keep_places, zip_units
 from dimat.merge.weight_views import axes_by_name
 from dimat.symmetry import AxisRef, Factor, random_permutations
 from dimat.symmetry.permute import axis_index
 from tests.merge.methods import assert_same_bits, combine, worst
 from tests.merge.networks import LeNet, ResNet, UNet, Vgg, mlp, randomise
+from tests.merge.zip_reference import correlation_of, zip_matrices
 from tests.symmetry.zoo import Grouped, TiedText, Volume
 
 GOLDEN = load_file(Path(__file__).parents[2] / "golden" / "zipit_vgg.safetensors")
