@@ -119,7 +119,7 @@ def _plain_client(
 ) -> Callable[[], Any]:
     import grpc
 
-    from dimat.net.pki.identity import tls_name
+    from dimat.net.pki.certificates import tls_name
 
     own = identity(keys, "b")
 

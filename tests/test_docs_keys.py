@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from dimat.errors import SecurityError
-from dimat.net.pki.identity import Identity, check_certificate, load_identity
+from dimat.net.pki.certificates import check_certificate
+from dimat.net.pki.identity import Identity, load_identity
 from tests.forks import program
 
 pytestmark = pytest.mark.page

@@ -1,4 +1,4 @@
-"""When to try again: growing waits with jitter, and a breaker for a peer that stays away."""
+"""Retry back-off: growing waits with jitter, a circuit breaker, and reminders of trouble that lasts."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from random import Random
 
 
 class Backoff:
-    """Waits that double from `first_s` to `last_s`, each cut by up to half at random, so that agents which lost a peer
-    together do not come back together."""
+    """Waits that double from `first_s` to `last_s`, each shortened at random by up to half.
+
+    The jitter keeps agents that lost a peer together from coming back together.
+    """
 
     def __init__(self, first_s: float, last_s: float, generator: Random) -> None:
         self._first_s = first_s
@@ -18,18 +20,18 @@ class Backoff:
         self._attempts = 0
 
     def next(self) -> float:
-        """Return how long to wait before the next attempt, in seconds."""
+        """Return the wait before the next attempt, in seconds."""
         wait_s = min(self._first_s * 2.0 ** min(self._attempts, 60), self._last_s)
         self._attempts += 1
         return wait_s * self._generator.uniform(0.5, 1.0)
 
     def reset(self) -> None:
-        """Begin with the shortest wait again: it worked."""
+        """Begin with the shortest wait again, after a success."""
         self._attempts = 0
 
 
 class Breaker:
-    """Stops attempts at a peer after `failures` in a row: none for `open_s`, then one, which closes it or not."""
+    """A circuit breaker: after `failures` in a row no attempt for `open_s`, then one at a time until one succeeds."""
 
     def __init__(self, failures: int, open_s: float) -> None:
         self._most = failures
@@ -50,12 +52,12 @@ class Breaker:
         self._failures = 0
 
     def wait_s(self, backoff_s: float) -> float:
-        """Return how long to wait before the next attempt where the back-off asks for `backoff_s`."""
+        """Return the wait before the next attempt, where the back-off asks for `backoff_s`; seconds."""
         return max(backoff_s, self._open_s) if self.is_open else backoff_s
 
 
 class Reminders:
-    """Passes messages on to `notice`; one that has the same topic only after 1, 2, 4, … minutes, at most an hour."""
+    """Passes messages to `notice`; of one topic again only after 1, 2, 4, … minutes, at most an hour."""
 
     def __init__(self, notice: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
         self._notice = notice
@@ -63,7 +65,7 @@ class Reminders:
         self._topics: dict[str, tuple[float, float]] = {}
 
     def tell(self, topic: str, message: str) -> None:
-        """Say a message, unless its topic was spoken of not long ago."""
+        """Pass a message on, unless one of its topic was passed a short time ago."""
         now = self._clock()
         due, interval = self._topics.get(topic, (now, 60.0))
         if now >= due:
@@ -71,6 +73,6 @@ class Reminders:
             self._notice(message)
 
     def over(self, topic: str, message: str = "") -> None:
-        """The trouble is over: say so, where it was spoken of, and begin anew should it come back."""
+        """End a topic: pass `message` where the trouble was told, and begin anew should it come back."""
         if self._topics.pop(topic, None) is not None and message:
             self._notice(message)

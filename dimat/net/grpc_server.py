@@ -1,7 +1,7 @@
-"""The serving side over gRPC: who calls, whether it may, and what it gets.
+"""The gRPC server: identifies each caller, checks its rights, and answers its calls.
 
-Peers are known by their certificates. On an insecure network, which is bound to loopback, a caller's name is what the
-header `dimat-agent` says: nothing vouches for it, and whoever reaches the port can take any name.
+Callers are identified by their certificates. On an insecure network, which is bound to loopback, the header
+`dimat-agent` names the caller: nothing proves it, and any program that reaches the port can take any name.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-import os
 from collections.abc import Awaitable, Callable, Collection
 from time import time as clock
 from typing import Any, NoReturn, TypeVar, cast
@@ -23,37 +22,34 @@ from grpc_health.v1.health import aio as health_aio  # pyright: ignore[reportAtt
 from grpc_reflection.v1alpha import reflection
 
 from dimat.errors import DataError, NetworkError, SecurityError
-from dimat.net.compatibility import (
-    AGENT_HEADER,
-    DATA_SERVICE,
-    FETCH,
+from dimat.net.compatibility import Profile, incompatibility, quoted
+from dimat.net.grpc_options import server_options
+from dimat.net.limits import (
+    DIAL_BACK_S,
     LONGEST_POLL_S,
-    PEER_SERVICE,
-    QUERY_HEADER,
-    Profile,
-    incompatibility,
-    server_options,
-    shown,
+    MOST_CALLS,
+    MOST_DIAL_BACK_ADDRESSES,
+    MOST_DIAL_BACKS,
+    READER_GONE_S,
+    Limits,
 )
-from dimat.net.limits import FullError, Limits, Slots
 from dimat.net.pki.identity import Identity, agent_of
-from dimat.net.ports import is_loopback, owner_of
+from dimat.net.ports import dial, dial_error_text, is_loopback, owner_of, split_address
+from dimat.net.throttle import FullError, Slots
 from dimat.net.transfer.outbox import Outbox
 from dimat.net.transfer.upload import SlowReaderError, Uploader
 from dimat.net.transport import Neighbours, Status
 from dimat.weights.snapshot import SnapshotStore
+from dimat.wire import AGENT_HEADER, DATA_SERVICE, FETCH, PEER_SERVICE, QUERY_HEADER
 from dimat.wire.v1 import peer_pb2 as pb
 
 Context = aio.ServicerContext[Any, Any]
 T = TypeVar("T")
 Code = grpc.StatusCode
-DIAL_S = 3.0
-MOST_DIALLED = 4
-GONE_S = 2.0  # without a call for news: a reader that is there asks again at once
 
 
 class GrpcServer:
-    """Answers the members of the map. `heard(agent)` is called when one that fits says hello: it is there."""
+    """Answers calls of the map's members. `heard(agent)` is called when a member that fits says hello."""
 
     def __init__(
         self,
@@ -82,24 +78,23 @@ class GrpcServer:
         self._status = status
         self._heard = heard
         self._noticed = noticed
-        self._hellos: dict[str, str] = {}  # by caller why it does not fit, "" where it does
+        self._hellos: dict[str, str] = {}  # by caller the reason why it does not fit, "" where it does
         self._polls = Slots("calls for news", 10**6, limits.polls_per_peer)
-        self._dials = Slots("dials", 8, 1)
-        self._had: dict[str, set[str]] = {}  # by reader the payloads that were sent to it up to their end
+        self._dials = Slots("dials", MOST_DIAL_BACKS, 1)
+        self._received: dict[str, set[str]] = {}  # by reader the payloads that it has received to their end
         self._polled: dict[str, float] = {}  # by reader when its last call for news ended, by the loop's clock
         self._closing = False
         self._server: aio.Server | None = None
         self._health: Any = health_aio.HealthServicer()
 
     async def start(self, listen: str) -> int:
-        """Listen on `host:port` and return the port. NetworkError where it cannot be had."""
+        """Listen on `host:port` and return the port. NetworkError where it is taken."""
         if self._identity is None and not loopback(listen):
             raise SecurityError(
                 f"cannot listen on {listen} without keys: an insecure network is bound to loopback; "
                 "listen on 127.0.0.1, or issue keys"
             )
-        # more than all members could ask for: calls of strangers beyond it are refused at once
-        server = aio.server(options=server_options(self._limits), maximum_concurrent_rpcs=1024)
+        server = aio.server(options=server_options(self._limits), maximum_concurrent_rpcs=MOST_CALLS)
         peer = {
             "Hello": _unary(self.hello, pb.HelloRequest),
             "Manifests": _unary(self.manifests, pb.ManifestsRequest),
@@ -108,7 +103,7 @@ class GrpcServer:
         }
         # no serializer: raw bytes, which no message wraps
         data: Any = grpc.unary_stream_rpc_method_handler(
-            cast("Any", _checked(self.fetch)), request_deserializer=_reader_of(pb.FetchRequest)
+            cast("Any", _checked(self.fetch)), request_deserializer=_parser(pb.FetchRequest)
         )
         server.add_generic_rpc_handlers(
             (
@@ -135,7 +130,7 @@ class GrpcServer:
         return port
 
     async def close(self, grace_s: float) -> None:
-        """Take no new calls, let transfers end within `grace_s`, answer those who wait for news now."""
+        """Take no new calls, answer calls that wait for news, and give transfers `grace_s` to end."""
         self._closing = True
         self._outbox.changed.fire()
         if self._server is not None:
@@ -143,15 +138,15 @@ class GrpcServer:
             await self._server.stop(grace_s)
 
     def waiting(self, reader: str, roots: Collection[str]) -> bool:
-        """Return whether a reader still asks for news and has had none of some payloads (ways to one snapshot)."""
-        here = asyncio.get_running_loop().time() - self._polled.get(reader, -math.inf) < GONE_S
-        return here and self._had.get(reader, set()).isdisjoint(roots)
+        """Return whether a reader still polls for news and has had none of `roots`, a snapshot's payloads."""
+        here = asyncio.get_running_loop().time() - self._polled.get(reader, -math.inf) < READER_GONE_S
+        return here and self._received.get(reader, set()).isdisjoint(roots)
 
     # ── calls ────────────────────────────────────────────────────────────────────────────────────────────────
     async def hello(self, request: pb.HelloRequest, context: Context) -> pb.HelloReply:
         caller = await self._member(context)
         if request.agent != caller:
-            await _abort(context, Code.PERMISSION_DENIED, f"{caller} says hello as {shown(request.agent)}")
+            await _abort(context, Code.PERMISSION_DENIED, f"{caller} says hello as {quoted(request.agent)}")
         if not any(key == QUERY_HEADER for key, _ in context.invocation_metadata() or ()):
             self._hellos[caller] = incompatibility(self._profile, self._run, request)
             if not self._hellos[caller]:
@@ -174,7 +169,7 @@ class GrpcServer:
                         while not (self._closing or self._outbox.news(request.seen, request.session)):
                             await self._outbox.changed.wait()
                 except TimeoutError:
-                    pass  # nothing new: the same is said again
+                    pass  # nothing new: the same offers are sent again
         except FullError as full:
             await _abort(context, Code.RESOURCE_EXHAUSTED, str(full))
         finally:
@@ -191,7 +186,7 @@ class GrpcServer:
         if not 1 <= request.port <= 65535:
             await _abort(context, Code.INVALID_ARGUMENT, f"{request.port} is no port")
         hosts = [(host, request.port) for host in [_host(context.peer())] if host]
-        for address in list(self.neighbours.addresses.get(caller, ()))[:MOST_DIALLED]:
+        for address in list(self.neighbours.addresses.get(caller, ()))[:MOST_DIAL_BACK_ADDRESSES]:
             host, _, port = address.rpartition(":")
             if port.isdecimal() and 1 <= int(port) <= 65535:
                 hosts.append((host.strip("[]"), int(port)))
@@ -201,9 +196,10 @@ class GrpcServer:
                 dialled = ""
                 for host, port in hosts:
                     dialled = f"{host}:{port}"
-                    reason = await _dial(host, port)
-                    if not reason:
+                    error = await dial(host, port, DIAL_BACK_S)
+                    if error is None:
                         return pb.DialBackReply(reached=True, address=dialled)
+                    reason = dial_error_text(error, DIAL_BACK_S)
                 return pb.DialBackReply(reached=False, address=dialled, reason=reason)
         except FullError as full:
             await _abort(context, Code.RESOURCE_EXHAUSTED, str(full))
@@ -238,8 +234,8 @@ class GrpcServer:
                 finally:
                     self._store.release(root)
                 if request.first_block + request.blocks == len(payload.blocks):
-                    had = self._had.get(reader, set())
-                    self._had[reader] = {known for known in had if self._outbox.payload(known)} | {root}
+                    had = self._received.get(reader, set())
+                    self._received[reader] = {known for known in had if self._outbox.payload(known)} | {root}
         except FullError as full:
             await _abort(context, Code.RESOURCE_EXHAUSTED, str(full))
         except SlowReaderError:
@@ -248,18 +244,18 @@ class GrpcServer:
             self._noticed(f"{reader} could not be served: {error}")
             await _abort(context, Code.DATA_LOSS, f"snapshot {root[:12]}… is damaged at {self._agent}")
 
-    # ── who calls ────────────────────────────────────────────────────────────────────────────────────────────
+    # ── callers ────────────────────────────────────────────────────────────────────────────────────────────
     async def _member(self, context: Context) -> str:
-        """Return the caller's name, if the map has it; else the call ends here."""
+        """Return the caller's name if it is on the map; abort the call otherwise."""
         caller = self._name(context)
         if caller is None:
             await _abort(context, Code.UNAUTHENTICATED, "a certificate that names an agent is needed")
         if caller not in self.neighbours.members:
-            await _abort(context, Code.PERMISSION_DENIED, f"{shown(caller)} is not on the map of {self._agent}")
+            await _abort(context, Code.PERMISSION_DENIED, f"{quoted(caller)} is not on the map of {self._agent}")
         return caller
 
     async def _reader(self, context: Context) -> str:
-        """Return the caller's name, if it may read and has said a hello that fits; else the call ends here."""
+        """Return the caller's name if it may read and fits by its hello; abort the call otherwise."""
         caller = await self._member(context)
         if caller not in self.neighbours.readers:
             await _abort(context, Code.PERMISSION_DENIED, f"{caller} is no neighbour that reads from {self._agent}")
@@ -280,20 +276,20 @@ class GrpcServer:
 
 
 def _unary(method: Callable[[Any, Context], Awaitable[Message]], request: type[Message]) -> Any:
-    """Return the handler of a method that takes one message and answers with one."""
+    """Return the gRPC handler of a method with one request and one reply."""
     return grpc.unary_unary_rpc_method_handler(
         cast("Any", _checked(method)),
-        request_deserializer=_reader_of(request),
-        response_serializer=_written,
+        request_deserializer=_parser(request),
+        response_serializer=_serialized,
     )
 
 
-def _written(reply: Message) -> bytes:
+def _serialized(reply: Message) -> bytes:
     return reply.SerializeToString()
 
 
-def _reader_of(request: type[Message]) -> Callable[[bytes], Message | None]:
-    """Return what reads a message, None where it is none: gRPC would log a stack for each."""
+def _parser(request: type[Message]) -> Callable[[bytes], Message | None]:
+    """Return a parser of messages that gives None for malformed ones: gRPC would log a traceback for each."""
 
     def read(data: bytes) -> Message | None:
         try:
@@ -305,7 +301,7 @@ def _reader_of(request: type[Message]) -> Callable[[bytes], Message | None]:
 
 
 def _checked(method: Callable[[Any, Context], Awaitable[T]]) -> Callable[[Any, Context], Awaitable[T]]:
-    """Refuse what is no message before a method sees it."""
+    """Return a method that aborts a call whose request is malformed."""
 
     async def checked(request: Any, context: Context) -> T:
         if request is None:
@@ -318,24 +314,11 @@ def _checked(method: Callable[[Any, Context], Awaitable[T]]) -> Callable[[Any, C
 async def _abort(context: Context, code: grpc.StatusCode, details: str) -> NoReturn:
     async with asyncio.timeout(5):
         await context.abort(code, details)
-    raise AssertionError("a call that was ended goes on")
-
-
-async def _dial(host: str, port: int) -> str:
-    """Open a TCP connection and close it; return why it cannot be opened, "" where it can."""
-    try:
-        async with asyncio.timeout(DIAL_S):
-            _, writer = await asyncio.open_connection(host, port)
-    except TimeoutError:
-        return f"no answer within {DIAL_S:g} s"
-    except OSError as error:
-        return os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
-    writer.close()
-    return ""
+    raise AssertionError("an aborted call goes on")
 
 
 def _host(peer: str) -> str:
-    """Return the address in what gRPC calls a peer: `ipv4:10.0.0.1:7300`, `ipv6:%5B::1%5D:7300`."""
+    """Return the host in gRPC's name of a peer, `ipv4:10.0.0.1:7300` or `ipv6:%5B::1%5D:7300`; "" for others."""
     kind, _, rest = peer.partition(":")
     host = rest.rpartition(":")[0].replace("%5B", "").replace("%5D", "").strip("[]")
     return host if kind in ("ipv4", "ipv6") else ""
@@ -343,16 +326,16 @@ def _host(peer: str) -> str:
 
 def loopback(listen: str) -> bool:
     """Return whether `host:port` can be reached from this machine only."""
-    return is_loopback(listen.rpartition(":")[0].strip("[]"))
+    return is_loopback(split_address(listen)[0])
 
 
 def _cannot_listen(listen: str, cause: str) -> str:
-    owner = owner_of(int(listen.rpartition(":")[2]))
+    owner = owner_of(split_address(listen)[1])
     if owner:
         return f"cannot listen on {listen}: in use by {owner}; stop it, or choose another port"
     return f"cannot listen on {listen}: {cause}; is another agent running there?"
 
 
 def _cause(error: Exception) -> str:
-    """Return the first line of gRPC's words."""
+    """Return the first line of gRPC's error text."""
     return (str(error).splitlines() or ["no reason given"])[0][:200]

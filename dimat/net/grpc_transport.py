@@ -1,4 +1,4 @@
-"""The network over gRPC, as one agent sees it: keeps `dimat.net.transport.Transport`."""
+"""The transport over gRPC: one agent's server, links, downloads and uploads behind `transport.Transport`."""
 
 from __future__ import annotations
 
@@ -6,19 +6,21 @@ import asyncio
 import ctypes
 import os
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from random import Random
 
 from dimat.errors import NetworkError
-from dimat.net.compatibility import CHUNK_BYTES, Profile
+from dimat.net.compatibility import Profile
 from dimat.net.grpc_server import GrpcServer
-from dimat.net.limits import Limits
+from dimat.net.limits import CHUNK_BYTES, SERVED_CHECK_S, Limits
 from dimat.net.manifest import ManifestLimits, Sign, Verify
 from dimat.net.peers.connection import Connector
 from dimat.net.peers.link import AddressLookup, PeerLink
-from dimat.net.pki.identity import Identity, check_certificate, check_signature
-from dimat.net.threads import Threads
+from dimat.net.pki.certificates import check_certificate, check_signature
+from dimat.net.pki.identity import Identity
+from dimat.net.threads import BackgroundTasks, InFlight, Threads
 from dimat.net.transfer.cache import SnapshotCache
 from dimat.net.transfer.fetch import Fetcher
 from dimat.net.transfer.outbox import Outbox
@@ -26,18 +28,16 @@ from dimat.net.transfer.upload import Uploader
 from dimat.net.transport import Fetched, Neighbours, PeerListener, Status
 from dimat.weights.snapshot import Manifest, SnapshotStore, roots_of
 
-SERVED_S = 0.1
-
 
 class GrpcTransport:
-    """`agent`'s part in the network of `run`.
+    """The transport of `agent` in the network of `run`.
 
     `identity`: its keys; None makes an insecure network, on loopback only, where names are taken on trust. `store`: its
-    own snapshots, offered again after a restart; forms' payloads lie in the store's folder under their address, too.
+    own snapshots, offered again after a restart; payloads of forms lie in the store's folder under their address, too.
     `received`: the folder of the snapshots that are fetched. `manifest_limits`: the most that a manifest may claim.
     `listen`: `host:port`, port 0 takes a free one, see `port`. `generator`: draws the jitter of waits. `status`: gives
-    the answer to `Status`. `directory`: gives further addresses of a peer, beside those of the map. `durable`: received
-    files survive power loss.
+    the answer to `Status`. `address_lookup`: gives further addresses of a peer, beside those of the map. `durable`:
+    received files survive power loss.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class GrpcTransport:
         generator: Random,
         limits: Limits | None = None,
         status: Status = dict,
-        directory: AddressLookup | None = None,
+        address_lookup: AddressLookup | None = None,
         durable: bool = True,
     ) -> None:
         self._run = run
@@ -68,7 +68,7 @@ class GrpcTransport:
         self._generator = generator
         self._limits = limits or Limits()
         self._status = status
-        self._directory = directory
+        self._address_lookup = address_lookup
         self._durable = durable
         self._threads = Threads()
         self._outbox = Outbox(store, run, agent, self._signer(), self._threads)
@@ -76,18 +76,18 @@ class GrpcTransport:
         self._connector = Connector(run, agent, identity, profile, manifest_limits, self._limits)
         self._links: dict[str, PeerLink] = {}
         self._neighbours = Neighbours((), (), (), {})
-        self._fetches: set[asyncio.Task[object]] = set()
-        self._ending: set[asyncio.Task[None]] = set()
+        self._fetches = InFlight()
+        self._tasks = BackgroundTasks()
         self._listener: PeerListener | None = None
         self._server: GrpcServer | None = None
-        self._received: SnapshotCache | None = None
+        self._cache: SnapshotCache | None = None
         self._fetcher: Fetcher | None = None
         self._port = 0
 
-    # ── for the daemon and its tools ─────────────────────────────────────────────────────────────────────────
+    # ── for the daemon and its tools ──────────────────────────────────────────────────────────────────────────
     @property
     def port(self) -> int:
-        """The port that is listened on, once started."""
+        """The port that the server listens on, after `start`."""
         return self._port
 
     @property
@@ -97,40 +97,43 @@ class GrpcTransport:
 
     @property
     def received_bytes(self) -> Mapping[str, int]:
-        """Bytes of payload that came, by peer, those of attempts that failed too."""
+        """Bytes of payload received, by peer, failed attempts included."""
         return {} if self._fetcher is None else _by_peer(self._fetcher.bytes)
 
     @property
     def traffic(self) -> list[tuple[str, str, str, int]]:
-        """Bytes of payload in this life: direction ("sent" or "received"), peer, encoding, bytes."""
+        """Bytes of payload since the start, as rows of direction ("sent" or "received"), peer, encoding, bytes."""
         received = {} if self._fetcher is None else self._fetcher.bytes
         ways = (("sent", self._uploader.sent), ("received", received))
         return [(way, *key, count) for way, counts in ways for key, count in sorted(counts.items())]
 
     @property
     def retries(self) -> Mapping[str, int]:
-        """Attempts to bring a payload after the first one, by peer, in this life."""
+        """Download attempts after the first of each payload since the start, by peer."""
         return {} if self._fetcher is None else dict(self._fetcher.retries)
 
     @property
     def peers(self) -> Mapping[str, Mapping[str, object]]:
-        """How each peer is reached now, and the bytes of payload to and from it in this life, for `dimat status`."""
+        """State of each peer's link, with bytes of payload sent and received since the start, for `dimat status`."""
         sent, received = self.sent_bytes, self.received_bytes
         return {
             peer: {**link.state, "sent_bytes": sent.get(peer, 0), "received_bytes": received.get(peer, 0)}
             for peer, link in sorted(self._links.items())
         }
 
-    # ── the protocol ─────────────────────────────────────────────────────────────────────────────────────────
+    # ── the interface of Transport ────────────────────────────────────────────────────────────────────────────
     async def start(self, listener: PeerListener) -> None:
-        """Listen, offer what was offered before a restart, and begin to follow the peers. NetworkError where the port
-        cannot be had, SecurityError where an insecure network would be open to others, DataError for the folder."""
+        """Listen, offer the snapshots of before a restart again, and begin to follow the peers.
+
+        NetworkError where the port is taken, SecurityError where an insecure network would be open to other machines,
+        DataError where the folder cannot be used.
+        """
         self._listener = listener
         keep_freed()
-        received = await self._threads.submit(self._open_received)
-        self._received = received
+        cache = await self._threads.submit(self._open_cache)
+        self._cache = cache
         self._fetcher = Fetcher(
-            received,
+            cache,
             self._store,
             self._outbox.payloads,
             self._profile.encodings,
@@ -154,23 +157,23 @@ class GrpcTransport:
             noticed=listener.noticed,
         )
         self._port = await self._server.start(self._listen)
+        await self._tasks.open()
+        self._tasks.start(self._outbox.write_manifests(listener.noticed), "writing manifests")
         self.update_neighbours(self._neighbours)
 
     def update_neighbours(self, neighbours: Neighbours) -> None:
-        """Take a new map over: follow whoever is new, let go of whoever is not on it any more."""
+        """Take over a new map: follow new peers, and stop following those that are not on it any more."""
         self._neighbours = neighbours
-        if self._server is None or self._listener is None:
-            return  # `start` does it
+        if self._server is None or self._listener is None or not self._tasks.is_open:
+            return  # `start` does it, and after `close` nobody is followed
         self._server.neighbours = neighbours
         for peer in [peer for peer in self._links if peer not in neighbours.peers]:
-            ending = asyncio.get_running_loop().create_task(self._links.pop(peer).stop())
-            self._ending.add(ending)
-            ending.add_done_callback(self._ending.discard)
+            self._tasks.start(self._links.pop(peer).stop(), f"end of the link to {peer}")
         for peer in sorted(neighbours.peers):
             addresses = list(neighbours.addresses.get(peer, ()))
             link = self._links.get(peer)
             if link is not None:
-                link.update_neighbours(addresses)
+                link.update_addresses(addresses)
                 continue
             link = self._links[peer] = PeerLink(
                 peer,
@@ -181,67 +184,64 @@ class GrpcTransport:
                 limits=self._limits,
                 generator=self._generator,
                 listener=self._listener,
-                directory=self._directory,
+                address_lookup=self._address_lookup,
                 threads=self._threads,
             )
-            link.update_neighbours(addresses)
-            link.start()
+            link.update_addresses(addresses)
+            link.start(self._tasks)
 
     def publish(self, manifest: Manifest) -> None:
-        """Offer a recorded snapshot to the readers. Doing it again changes nothing."""
-        self._outbox.publish(manifest, self._notice)
+        """Offer a recorded snapshot to the readers. Offering it again changes nothing."""
+        self._outbox.publish(manifest)
 
     async def fetch(self, peer: str, round: int, root: str) -> Fetched:
-        """Get a snapshot that a peer offers, and hold it until `release`; see `Transport.fetch`."""
+        """Fetch a snapshot that a peer offers, and hold it until `release`; see `Transport.fetch`."""
         if self._fetcher is None:
             raise NetworkError("the network is not started")
-        task = asyncio.current_task()
-        assert task is not None
-        self._fetches.add(task)
-        try:
+        with self._fetches.one():
             fetched = await self._fetcher.fetch(lambda: self._link(peer), peer, round, root)
             link = self._links.get(peer)  # gone, where it left the map meanwhile
             return fetched if link is None else replace(fetched, certificate=link.certificate)
-        finally:
-            self._fetches.discard(task)
 
     def release(self, peer: str, round: int, root: str) -> None:
-        """A snapshot that was fetched is needed no more."""
-        if self._received is not None:
-            self._received.release(peer, round, root)
+        """Give up a fetched snapshot."""
+        if self._cache is not None:
+            self._cache.release(peer, round, root)
 
     async def unfollow_all(self) -> None:
-        """Follow the peers no more; what is offered can still be had."""
+        """Stop following all peers; this agent's snapshots can still be fetched."""
         links = list(self._links.values())
         self._links.clear()
         await asyncio.gather(*(link.stop() for link in links))
 
     async def served(self, readers: Collection[str]) -> None:
-        """Wait until none of these readers is there that has not had the newest snapshot."""
+        """Wait until each of these readers has had the newest snapshot, or is gone."""
         offered = self._store.offered(self._agent)
         roots = roots_of(offered[-1]) if offered else ()
         server = self._server
-        # by the clock: no event says that a reader asks no more
+        # by the clock: no event tells that a reader makes no more calls
         while server is not None and roots and any(server.waiting(reader, roots) for reader in readers):  # noqa: ASYNC110
-            await asyncio.sleep(SERVED_S)
+            await asyncio.sleep(SERVED_CHECK_S)
 
     def leave(self, reason: str) -> None:
         """Tell the readers that this agent leaves."""
         self._outbox.leave(reason)
 
     async def close(self, grace_s: float) -> None:
-        """Stop: no new transfers, those that are on their way may end within `grace_s`."""
+        """Stop: take no new transfers, and give those under way `grace_s` to end."""
         await self.unfollow_all()
-        await asyncio.gather(*self._ending)
         if self._server is not None:
             await self._server.close(grace_s)
-        if self._fetches:  # their links are gone, so they end; what they work on in threads ends before these do
-            await asyncio.wait(self._fetches, timeout=self._limits.call_s)
-        await self._outbox.settle()
+        # their links are gone, so the fetches end, and their work in threads ends before they do
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._limits.call_s):
+                await self._fetches.none()
+        self._outbox.close()
+        await self._tasks.close()
         self._threads.close()
 
-    # ── within ───────────────────────────────────────────────────────────────────────────────────────────────
-    def _open_received(self) -> SnapshotCache:
+    # ── internals ─────────────────────────────────────────────────────────────────────────────────────────────
+    def _open_cache(self) -> SnapshotCache:
         limits = self._limits
         return SnapshotCache(
             self._folder,
@@ -260,20 +260,16 @@ class GrpcTransport:
         return link
 
     def _heard(self, agent: str) -> None:
-        """A member has said hello: it is there, so it is worth trying."""
+        """Try a member at once that has said hello to this agent."""
         link = self._links.get(agent)
         if link is not None:
             link.wake()
-
-    def _notice(self, message: str) -> None:
-        if self._listener is not None:
-            self._listener.noticed(message)
 
     def _signer(self) -> Sign:
         return _unsigned if self._identity is None else self._identity.sign
 
     def _own_check(self) -> Verify:
-        """Return what tells own signatures, of before a restart, from others."""
+        """Return the check of this agent's own signatures of before a restart."""
         identity = self._identity
         if identity is None:
             return _any
@@ -298,21 +294,22 @@ def _any(data: bytes, signature: bytes) -> None:
     """On an insecure network nothing is checked."""
 
 
+# ── memory of the process ─────────────────────────────────────────────────────────────────────────────────────
 CHOSEN = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_")
 # parameters of glibc's mallopt (malloc.h)
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 KEPT_BYTES = 16 * CHUNK_BYTES
-"""Free memory at the top of an arena that stays with the process: more than the chunks of two streams take."""
+"""Freed memory that stays with the process, per arena: more than the chunks of two streams take."""
 MAPPED_BYTES = 2 * CHUNK_BYTES
-"""Pieces from this size on are mapped on their own, and gone when freed: a message of a transfer is smaller."""
+"""Allocations from this size on are mapped and freed on their own; a message of a transfer is smaller."""
 
 
 def keep_freed() -> bool:
-    """Keep up to `KEPT_BYTES` of freed memory an arena, in the whole process; return whether that was set.
+    """Let glibc keep up to `KEPT_BYTES` of freed memory per arena; return whether that was set.
 
     Left to itself, glibc trims an arena as soon as about two chunks are free at its top. A transfer allocates and
-    frees each chunk at every hand-over, so it would pay a page fault for every 4 KiB that it moves. Nothing is done
-    where the C library is another one, or where whoever starts the process has set the thresholds.
+    frees each chunk at every hand-over, so it would pay a page fault for every 4 KiB that it moves. Nothing is set
+    where the C library is another one, or where the environment sets the thresholds.
     """
     if any(name in os.environ for name in CHOSEN) or "malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return False

@@ -16,6 +16,16 @@ from blake3 import blake3
 from google.protobuf.message import DecodeError
 
 from dimat.errors import DataError, PeerError
+from dimat.net.limits import (
+    MAX_BLOCK_BYTES,
+    MAX_MANIFEST_REST_BYTES,
+    MAX_TEXT_BYTES,
+    MIN_BLOCK_BYTES,
+    MOST_FORMS,
+    MOST_METRICS,
+    MOST_PARENTS,
+    MOST_PUSHED,
+)
 from dimat.weights.durable import write_bytes
 from dimat.weights.encodings import ENCODINGS
 from dimat.weights.snapshot import Form, Manifest, Payload
@@ -29,14 +39,8 @@ Sign = Callable[[bytes], bytes]
 Verify = Callable[[bytes, bytes], None]
 """Takes (bytes, signature); SecurityError where they do not belong together. On an insecure network all do."""
 
-LONGEST_TEXT = 1024  # bytes of a name
-MOST_FORMS = 4
-MOST_PARENTS = MOST_PUSHED = 10_000
-MOST_METRICS = 1_000
-SMALLEST_BLOCK, LARGEST_BLOCK = 64 * 2**10, 16 * 2**20
 LARGEST_NUMBER = 2**53 - 1  # that JSON and doubles hold exactly
 HASH_BYTES = 32
-_BESIDE_BLOCKS = 2 * 2**20  # bytes of a manifest but the hashes of blocks
 _BLOCK_ENTRY = HASH_BYTES + 2
 _AGENT = re.compile(r"\w[\w.-]*")  # as in a map (dimat.topology.network_map)
 _BASIS = re.compile(r"[0-9]{1,16}:\w[\w.-]*:[^:]+")  # as `dimat.agent.protocol.basis.BasisId` is written
@@ -60,7 +64,7 @@ class ManifestLimits:
     @property
     def manifest_bytes(self) -> int:
         """Return how long a manifest may be: the hashes of blocks take what the bound allows, the rest is fixed."""
-        return _BESIDE_BLOCKS + (MOST_FORMS + 1) * _BLOCK_ENTRY * _blocks(self.bytes, SMALLEST_BLOCK)
+        return MAX_MANIFEST_REST_BYTES + (MOST_FORMS + 1) * _BLOCK_ENTRY * _blocks(self.bytes, MIN_BLOCK_BYTES)
 
 
 class _Wrong(Exception):
@@ -210,8 +214,8 @@ def _payload(message: pb.Payload, where: str, largest: int) -> Payload:
     size, block = message.bytes, message.block_bytes
     if not 1 <= size <= largest:
         raise _Wrong(f"{where} claims {size:,} bytes, this model takes 1 to {largest:,}")
-    if not SMALLEST_BLOCK <= block <= LARGEST_BLOCK:
-        raise _Wrong(f"{where} is in blocks of {block:,} bytes, not of {SMALLEST_BLOCK:,} to {LARGEST_BLOCK:,}")
+    if not MIN_BLOCK_BYTES <= block <= MAX_BLOCK_BYTES:
+        raise _Wrong(f"{where} is in blocks of {block:,} bytes, not of {MIN_BLOCK_BYTES:,} to {MAX_BLOCK_BYTES:,}")
     if len(message.blocks) != _blocks(size, block):
         raise _Wrong(f"{where} has {len(message.blocks)} blocks, its {size:,} bytes take {_blocks(size, block)}")
     root = blake3()
@@ -247,8 +251,8 @@ def _encoding(name: str, where: str) -> str:
 
 def _text(text: str, what: str) -> None:
     """Refuse what would fill a log, or write over it."""
-    if len(text.encode()) > LONGEST_TEXT or not text.isprintable():
-        raise _Wrong(f"{what} {_short(text)} is longer than {LONGEST_TEXT} bytes or not printable")
+    if len(text.encode()) > MAX_TEXT_BYTES or not text.isprintable():
+        raise _Wrong(f"{what} {_short(text)} is longer than {MAX_TEXT_BYTES} bytes or not printable")
 
 
 def _agent(name: str, what: str) -> None:

@@ -1,50 +1,34 @@
-"""Who listens on a port: read from /proc, where there is one and it may be read."""
+"""Addresses and TCP ports: which process listens on a port, is a host loopback, does an address answer."""
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import os
-from pathlib import Path
 
-_LISTENS = "0A"
+import psutil
 
 
 def owner_of(port: int) -> str:
-    """Return `process 1234 (its command)` of whoever listens on a TCP port of this machine, "" where it is not told.
+    """Return `process 1234 (its command)` for the process that listens on a TCP port of this machine.
 
-    Other users' processes are told to root only.
+    "" where none does, and where the system does not tell: processes of other users are told to root only.
     """
-    sockets = _listening(port)
-    if not sockets:
-        return ""
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            held = {os.readlink(entry) for entry in (process / "fd").iterdir()}
-            if held & sockets:
-                return f"process {process.name} ({_command(process)})"
-        except OSError:
-            continue  # it is over, or another user's
+    try:
+        for connection in psutil.net_connections(kind="tcp"):
+            listens = connection.status == psutil.CONN_LISTEN and connection.laddr and connection.laddr[1] == port
+            if listens and connection.pid is not None:
+                command = " ".join(psutil.Process(connection.pid).cmdline())
+                return f"process {connection.pid} ({command[:80]})"
+    except (psutil.Error, OSError):
+        return ""  # it has ended meanwhile, or this system tells root only
     return ""
 
 
-def _listening(port: int) -> set[str]:
-    """Return the sockets that listen on a port, as links of /proc/PID/fd name them."""
-    found: set[str] = set()
-    for family in ("tcp", "tcp6"):
-        try:
-            rows = Path(f"/proc/net/{family}").read_text(encoding="ascii").splitlines()[1:]
-        except OSError:
-            continue
-        for row in rows:
-            words = row.split()
-            if int(words[1].rpartition(":")[2], 16) == port and words[3] == _LISTENS:
-                found.add(f"socket:[{words[9]}]")
-    return found
-
-
-def _command(process: Path) -> str:
-    words = (process / "cmdline").read_bytes().rstrip(b"\0").split(b"\0")
-    return " ".join(word.decode(errors="replace") for word in words)[:80]
+def split_address(address: str) -> tuple[str, int]:
+    """Return host and port of `host:port`, where an IPv6 address is in brackets. ValueError for a port that is none."""
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
 
 
 def is_loopback(host: str) -> bool:
@@ -53,3 +37,21 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+async def dial(host: str, port: int, timeout_s: float) -> OSError | None:
+    """Open a TCP connection and close it; return the error where that fails (TimeoutError is one), None otherwise."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            _, writer = await asyncio.open_connection(host, port)
+    except OSError as error:
+        return error
+    writer.close()
+    return None
+
+
+def dial_error_text(error: OSError, timeout_s: float) -> str:
+    """Return an error of `dial` in words."""
+    if isinstance(error, TimeoutError) and not error.errno:
+        return f"no answer within {timeout_s:g} s"
+    return os.strerror(error.errno) if error.errno is not None and error.errno > 0 else str(error)

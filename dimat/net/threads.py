@@ -1,19 +1,22 @@
-"""Threads for what would hold the event loop: hashing, reading and writing files. They are the transport's own, so
-that training in other threads never keeps a peer waiting; and a signal that wakes whoever waits for news."""
+"""Threads, background tasks, notifications and counters of a transport: all belong to one event loop."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Generator
 from concurrent.futures import ThreadPoolExecutor
-from typing import ParamSpec, TypeVar
+from contextlib import contextmanager
+from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 class Threads:
-    """A small pool; all methods belong to the event loop's thread."""
+    """A small pool for work that would hold up the event loop: hashing, reading and writing files.
+
+    It is the transport's own, so that training in other threads never keeps a peer waiting.
+    """
 
     def __init__(self, count: int = 8) -> None:
         self._pool = ThreadPoolExecutor(count, thread_name_prefix="dimat-net")
@@ -23,18 +26,58 @@ class Threads:
         return asyncio.wrap_future(self._pool.submit(function, *args, **kwargs))
 
     def close(self) -> None:
-        """Take no more work; what is under way ends on its own."""
+        """Take no more work; calls that are under way end on their own."""
         self._pool.shutdown(wait=False)
 
 
+class BackgroundTasks:
+    """A TaskGroup that its owner opens and closes, from different tasks where need be.
+
+    No task outlives `close`. As in any TaskGroup, an error of one task cancels the others, and `close` raises it.
+    """
+
+    def __init__(self) -> None:
+        self._group: asyncio.TaskGroup | None = None
+        self._closing = asyncio.Event()
+        self._holder: asyncio.Task[None] | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether tasks are taken: from `open` to `close`."""
+        return self._group is not None and not self._closing.is_set()
+
+    async def open(self) -> None:
+        """Begin to take tasks."""
+        opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._holder = asyncio.create_task(self._hold(opened), name="background tasks")
+        await opened
+
+    def start(self, coroutine: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
+        """Run a coroutine in a task of the group, between `open` and `close`."""
+        assert self._group is not None, "tasks are started after `open`"
+        return self._group.create_task(coroutine, name=name)
+
+    async def close(self) -> None:
+        """Wait until all tasks have ended; ExceptionGroup of their errors."""
+        self._closing.set()
+        if self._holder is not None:
+            await self._holder
+
+    async def _hold(self, opened: asyncio.Future[None]) -> None:
+        async with asyncio.TaskGroup() as group:
+            self._group = group
+            opened.set_result(None)
+            await self._closing.wait()
+
+
 class Notifier:
-    """Wakes all who wait, each time it is fired."""
+    """Wakes every task that waits, each time it is fired."""
 
     def __init__(self) -> None:
         self._waiting: set[asyncio.Future[None]] = set()
 
     def fire(self) -> None:
-        """Wake whoever waits now."""
+        """Wake the tasks that wait now."""
         for future in self._waiting:
             if not future.done():
                 future.set_result(None)
@@ -47,3 +90,27 @@ class Notifier:
             await future
         finally:
             self._waiting.discard(future)
+
+
+class InFlight:
+    """Counts operations that are under way, and lets others wait for their end."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._ended = asyncio.Event()
+
+    @contextmanager
+    def one(self) -> Generator[None]:
+        """Count the body as one operation."""
+        self.count += 1
+        try:
+            yield
+        finally:
+            self.count -= 1
+            self._ended.set()
+
+    async def none(self) -> None:
+        """Wait until no operation is under way."""
+        while self.count:
+            self._ended.clear()
+            await self._ended.wait()

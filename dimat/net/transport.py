@@ -1,6 +1,6 @@
-"""What an agent asks of a network, whatever carries it: offer snapshots, hear what peers offer, get theirs.
+"""The interface between an agent and its network: offer snapshots, hear of those of peers, fetch them.
 
-The daemon's runner knows these protocols only. `dimat.net.grpc_transport` keeps them over gRPC.
+The daemon's runner knows these protocols only. `dimat.net.grpc_transport` implements them over gRPC.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ from dimat.weights.snapshot import Manifest
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """A peer's snapshot, whole and checked. `path`: a safetensors file of it in fp32; `bytes`: what crossed the network
-    for it, failed attempts too; `signed`: the manifest's bytes and the publisher's signature over them, as received;
-    `certificate`: the publisher's (DER), empty on an insecure network."""
+    """A peer's snapshot, whole and checked.
+
+    `path`: a safetensors file of it in fp32; `bytes`: the traffic that it took, failed attempts included; `signed`: the
+    manifest's bytes and the publisher's signature over them, as received; `certificate`: the publisher's (DER), empty
+    on an insecure network.
+    """
 
     manifest: Manifest
     path: Path
@@ -27,31 +30,38 @@ class Fetched:
 
 
 class PeerListener(Protocol):
-    """Is told what is heard of peers, in the event loop's thread."""
+    """Receives news of peers; all methods are called in the event loop's thread."""
 
     def offered(self, manifest: Manifest, oldest: int) -> None:
-        """A peer offers a snapshot; told when it is made, and again whenever a connection is made anew. `oldest`: the
-        oldest round that the peer still offers."""
+        """A peer offers a snapshot; called when it is published, and again after each new connection to the peer.
+
+        `oldest`: the oldest round that the peer still offers.
+        """
         ...
 
     def lost(self, peer: str, reason: str, last: int) -> None:
-        """A peer has left, or has been out of reach for too long. `last`: the last round that it says can still be had
-        of it, 0 where it says nothing."""
+        """A peer has left, or has been out of reach for longer than `Limits.lost_after_s`.
+
+        `last`: the last round that can still be fetched from a peer that has left; 0 where it has not said so.
+        """
         ...
 
     def refused(self, peer: str, reason: str) -> None:
-        """A peer is there, and does not fit: another run, architecture, protocol, base, or certificate."""
+        """A peer answers and does not fit: another run, architecture, protocol, base, or certificate."""
         ...
 
     def noticed(self, message: str) -> None:
-        """Something that a person should know, said once and then at growing intervals."""
+        """A message for a person: passed once, then at growing intervals."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Neighbours:
-    """Who may fetch from this agent (`readers`), whom it listens to (`peers`), who is on the map (`members`), and
-    where they are reached (`addresses`, `host:port`s by agent), as the map says now."""
+    """An agent's neighbours by the current map.
+
+    `peers`: agents that it fetches from; `readers`: agents that may fetch from it; `members`: all agents of the map;
+    `addresses`: their `host:port`s, by agent.
+    """
 
     peers: Collection[str]
     readers: Collection[str]
@@ -60,19 +70,19 @@ class Neighbours:
 
 
 class Transport(Protocol):
-    """A network, as one agent sees it. All methods belong to the event loop's thread."""
+    """One agent's connection to the network. All methods belong to the event loop's thread."""
 
     @property
     def sent_bytes(self) -> Mapping[str, int]:
-        """Bytes of snapshots that were sent so far, by reader."""
+        """Bytes of snapshots sent so far, by reader."""
         ...
 
     async def start(self, listener: PeerListener) -> None:
-        """Listen, and begin to follow the peers. NetworkError where the port cannot be had."""
+        """Listen, and begin to follow the peers. NetworkError where the port is taken."""
         ...
 
     def update_neighbours(self, neighbours: Neighbours) -> None:
-        """Take a new map over: follow whoever is new, let go of whoever is not on it any more."""
+        """Take over a new map: follow new peers, and stop following those that are not on it any more."""
         ...
 
     def publish(self, manifest: Manifest) -> None:
@@ -80,25 +90,26 @@ class Transport(Protocol):
         ...
 
     async def fetch(self, peer: str, round: int, root: str) -> Fetched:
-        """Get a snapshot that a peer offers, and hold it until `release`. Goes on trying while the peer is only out of
-        reach, from the blocks that are held, until it is cancelled.
+        """Fetch a snapshot that a peer offers, and hold it until `release`.
 
-        Raises NetworkError where it cannot be had for good: withdrawn, refused, or other content than was promised.
+        While the peer is out of reach it tries again, from the blocks that have come, until it is cancelled. Raises
+        NetworkError where trying again is of no use: the snapshot was withdrawn or refused, or has other content than
+        its manifest promised.
         """
         ...
 
     def release(self, peer: str, round: int, root: str) -> None:
-        """A snapshot that was fetched is needed no more; it may stay on disk as the base of the peer's next delta."""
+        """Give up a fetched snapshot; it may stay on disk as the base of the peer's next delta."""
         ...
 
     def leave(self, reason: str) -> None:
-        """Tell the readers that this agent leaves; what it offers can be had until `close`."""
+        """Tell the readers that this agent leaves; its snapshots can be fetched until `close`."""
         ...
 
     async def close(self, grace_s: float) -> None:
-        """Stop: no new transfers, those that are on their way may end within `grace_s`."""
+        """Stop: take no new transfers, and give those under way `grace_s` to end."""
         ...
 
 
 Status = Callable[[], Mapping[str, object]]
-"""Gives what `dimat status` shows of an agent, as plain values."""
+"""Returns the status of an agent, as plain values, for `dimat status`."""

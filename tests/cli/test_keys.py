@@ -24,7 +24,7 @@ from dimat.cli import main
 from dimat.errors import DataError, SecurityError
 from dimat.net.pki.authority import make_key, make_request
 from dimat.net.pki.identity import load_identity
-from dimat.net.pki.keyring import write_file, write_key
+from dimat.net.pki.key_files import write_file, write_key
 from tests.net.keys import Authority
 
 MAP = """

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from dimat.net.discovery.address_records import AddressRecord, seal_record
-from dimat.net.pki.identity import tls_name
+from dimat.net.pki.certificates import tls_name
 
 
 @dataclass(frozen=True)

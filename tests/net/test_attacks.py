@@ -16,7 +16,8 @@ from grpc import aio
 
 from dimat.errors import NetworkError
 from dimat.net.manifest import seal
-from dimat.net.pki.identity import Identity, tls_name
+from dimat.net.pki.certificates import tls_name
+from dimat.net.pki.identity import Identity
 from dimat.wire.v1 import peer_pb2 as pb
 from tests.net.agents import (
     RUN,

@@ -20,8 +20,9 @@ from grpc import aio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dimat.net.compatibility import AGENT_HEADER
-from dimat.net.pki.identity import Identity, tls_name
+from dimat.net.pki.certificates import tls_name
+from dimat.net.pki.identity import Identity
+from dimat.wire import AGENT_HEADER
 from dimat.wire.v1 import peer_pb2 as pb
 from tests.net.agents import QUICK, Agent, call, ends_with, hello, make, started, update_neighbours, weights
 from tests.net.keys import Authority, save
@@ -298,7 +299,7 @@ async def test_a_reader_that_never_reads_is_cut_off_and_holds_nobody_up(tmp_path
             assert await ends_with(begin(request)) is Code.RESOURCE_EXHAUSTED
             await serves(a, authority, tmp_path, **wide)
             async with asyncio.timeout(60):
-                while a.transport._serving.slots._taken["b"]:  # noqa: ASYNC110
+                while a.transport._uploader.slots._taken["b"]:  # noqa: ASYNC110
                     await asyncio.sleep(0.1)
             # they are told so, and have had a part
             assert [await ends_with(stream) for stream in idle] == [Code.ABORTED] * 2

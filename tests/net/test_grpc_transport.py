@@ -304,7 +304,7 @@ async def test_further_addresses_come_from_a_directory(tmp_path: Path) -> None:
     async def directory(agent: str) -> list[str]:
         return [a.address] if agent == "a" else []
 
-    b = make(tmp_path / "b", "b", directory=directory)
+    b = make(tmp_path / "b", "b", address_lookup=directory)
     async with started(a, b):
         a.transport.update_neighbours(Neighbours(["b"], ["b"], ["a", "b"], {}))
         b.transport.update_neighbours(Neighbours(["a"], ["a"], ["a", "b"], {"a": ["127.0.0.1:1"]}))

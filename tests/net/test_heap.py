@@ -13,8 +13,8 @@ import pytest
 MOVE = """
 import os, resource, tempfile
 from concurrent.futures import ThreadPoolExecutor
+from dimat.net.limits import CHUNK_BYTES
 from dimat.net.grpc_transport import keep_freed
-from dimat.net.compatibility import CHUNK_BYTES
 kept = keep_freed()
 with tempfile.TemporaryFile() as file, ThreadPoolExecutor(2) as pool:
     file.truncate(4 * CHUNK_BYTES)

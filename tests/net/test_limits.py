@@ -8,8 +8,8 @@ from random import Random
 import pytest
 
 from dimat.net.backoff import Backoff, Breaker
-from dimat.net.compatibility import CHUNK_BYTES, SMALLEST_CHUNK_BYTES
-from dimat.net.limits import FullError, Rate, Slots
+from dimat.net.limits import CHUNK_BYTES, MIN_CHUNK_BYTES
+from dimat.net.throttle import FullError, Rate, Slots
 from dimat.net.transfer import upload
 from dimat.weights.snapshot import Payload
 
@@ -82,7 +82,7 @@ def test_blocks_are_cut_into_chunks_none_of_which_crosses_a_block(block: int, si
             place += length
         assert place == min((first + blocks) * block, size)
     for group in upload.spans(payload, 0, count):
-        assert sum(length for _, length in group) < upload.READ_BYTES + CHUNK_BYTES
+        assert sum(length for _, length in group) < upload.READ_AHEAD_BYTES + CHUNK_BYTES
 
 
 def test_messages_grow_while_they_go_fast_and_shrink_where_they_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +97,7 @@ def test_messages_grow_while_they_go_fast_and_shrink_where_they_do_not(monkeypat
             parts.append(part)
             now += took_s
         assert b"".join(parts) == chunk
-        assert all(len(part) >= SMALLEST_CHUNK_BYTES for part in parts)
+        assert all(len(part) >= MIN_CHUNK_BYTES for part in parts)
         lengths.append(max(map(len, parts)))
     assert lengths[2] == CHUNK_BYTES
-    assert lengths[-1] == SMALLEST_CHUNK_BYTES
+    assert lengths[-1] == MIN_CHUNK_BYTES

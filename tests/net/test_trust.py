@@ -9,7 +9,8 @@ import grpc
 import pytest
 from grpc import aio
 
-from dimat.net.pki.identity import Identity, tls_name
+from dimat.net.pki.certificates import tls_name
+from dimat.net.pki.identity import Identity
 from dimat.net.transport import Neighbours
 from dimat.wire.v1 import peer_pb2 as pb
 from tests.net.agents import call, join, make, started, update_neighbours, weights
@@ -83,11 +84,11 @@ async def test_one_that_is_not_on_the_map_or_no_neighbour_is_told_so(tmp_path: P
         a.publish(1, weights(1))
         b.transport.update_neighbours(Neighbours(["a"], ["a"], ["a", "b"], {"a": [a.address]}))
         await b.ears.until(lambda: b.ears.refusals)
-        assert b.ears.refusals == [("a", "it will not have this agent: 'b' is not on the map of a")]
+        assert b.ears.refusals == [("a", "it refuses this agent: 'b' is not on the map of a")]
         # on the map now, and no reader
         a.transport.update_neighbours(Neighbours([], [], ["a", "b"], {}))
         await b.ears.until(lambda: len(b.ears.refusals) == 2)
-        assert b.ears.refusals[1][1] == "it will not have this agent: b is no neighbour that reads from a"
+        assert b.ears.refusals[1][1] == "it refuses this agent: b is no neighbour that reads from a"
         a.transport.update_neighbours(Neighbours([], ["b"], ["a", "b"], {}))
         await b.ears.offer("a", 1)
 
@@ -107,14 +108,14 @@ async def test_an_address_where_another_member_answers_is_not_taken_for_the_peer
 async def test_a_manifest_that_another_key_signed_is_refused(tmp_path: Path, authority: Authority) -> None:
     a, b = (make(tmp_path / name, name, identity=authority.issue(name)) for name in "ab")
     another: Any = authority.issue("a").sign  # the same name, another key
-    a.transport._offering._sign = another
+    a.transport._outbox._sign = another
     async with started(a, b):
         join(a, b)
         a.publish(1, weights(1))
         await b.ears.until(lambda: b.ears.notices)
         assert "a offers what cannot be taken" in b.ears.notices[0]
         assert "signature" in b.ears.notices[0]
-        a.transport._offering._sign = a.transport._identity.sign  # type: ignore[union-attr]
+        a.transport._outbox._sign = a.transport._identity.sign  # type: ignore[union-attr]
         a.publish(2, weights(2))
         await b.ears.offer("a", 2)
         assert [manifest.round for manifest, _ in b.ears.offers] == [2]
@@ -126,10 +127,10 @@ async def test_anothers_manifest_offered_as_ones_own_is_refused(tmp_path: Path, 
         join(a, b, c)
         published = a.publish(1, weights(1))
         await c.ears.offer("a", 1)
-        signed = c.transport._links["a"].find(1, published.payload.root)
+        signed = c.transport._links["a"].offer(1, published.payload.root)
         assert signed is not None
-        c.transport._offering._signed[1, published.payload.root] = signed
-        c.transport._offering._change()
+        c.transport._outbox._signed[1, published.payload.root] = signed
+        c.transport._outbox._change()
         await b.ears.until(lambda: b.ears.notices)
         assert "c offers what cannot be taken" in b.ears.notices[0]
         assert {manifest.agent for manifest, _ in b.ears.offers} <= {"a"}

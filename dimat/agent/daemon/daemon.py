@@ -119,7 +119,7 @@ class Daemon:
             listen=setup.listen_address(),
             generator=random.Random(derive_seed(config.seed, "jitter", setup.name)),
             status=self.status,
-            directory=None if self._finding is None else self._finding.addresses,
+            address_lookup=None if self._finding is None else self._finding.addresses,
         )
         self.thread = WorkThread()
         self._ledger = ManifestLedger(folder.manifests)

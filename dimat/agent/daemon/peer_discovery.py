@@ -39,7 +39,7 @@ class PeerDiscovery:
             generator=generator,
             seal=lambda record: seal_record(record, identity.sign, identity.certificate_der),
         )
-        self._discovery = AddressResolver(
+        self._resolver = AddressResolver(
             run=config.run,
             agent=agent,
             static={},
@@ -57,25 +57,25 @@ class PeerDiscovery:
         addresses = self._announced or tuple(neighbours.addresses.get(self._agent, ())) or (listens,)
         self._told = Announcement(addresses=tuple(addresses))
         await self.dht.start()
-        await self._discovery.start()
-        self._discovery.tell(self._told)
+        await self._resolver.start()
+        self._resolver.announce(self._told)
 
     def update_neighbours(self, neighbours: Neighbours) -> None:
         """Take a new map over."""
-        self._discovery.update_neighbours(neighbours.addresses, neighbours.members)
+        self._resolver.update_members(neighbours.addresses, neighbours.members)
 
     def tell(self, number: int, root: str) -> None:
         """Announce the newest snapshot."""
         self._told = Announcement(self._told.addresses, number, root)
-        self._discovery.tell(self._told)
+        self._resolver.announce(self._told)
 
     async def addresses(self, peer: str) -> Sequence[str]:
         """Return where a peer is reached, as the map and the DHT say."""
-        return await self._discovery.addresses(peer)
+        return await self._resolver.addresses(peer)
 
     async def close(self) -> None:
         """Stop the node; its announcements run out by themselves."""
-        await self._discovery.close()
+        await self._resolver.close()
         await self.dht.close()
 
     @property
@@ -86,7 +86,7 @@ class PeerDiscovery:
             "restarts": self.dht.restarts,
             "nodes": self.dht.known,
             "addresses": list(self.dht.addresses),
-            "agents": sorted(self._discovery.visible),
+            "agents": sorted(self._resolver.visible),
         }
 
 

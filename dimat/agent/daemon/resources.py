@@ -1,46 +1,38 @@
-"""The disk space and memory that an agent needs, checked before it begins."""
+"""Disk and memory that an agent needs: estimated before it begins, by the daemon and by `dimat doctor`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import psutil
+
 RESERVE_BYTES = 64 * 2**20
-"""Left free on the disk, whatever is kept."""
+"""Disk that stays free, whatever is kept."""
 
 
 def needed_bytes(size: int, peers: int, snapshots: int, checkpoints: int) -> int:
-    """Return what a round needs on disk, what is left free among it.
+    """Return the bytes of disk that a round needs, the reserve that stays free included.
 
-    `size`: bytes of a snapshot; `snapshots`, `checkpoints`: how many own ones are kept.
+    `size`: bytes of a snapshot; `snapshots`, `checkpoints`: how many of its own the agent keeps.
     """
     # one more of each is being written; a checkpoint has two optimizer moments beside the weights
     return (snapshots + 1 + peers + 3 * (checkpoints + 1)) * size + RESERVE_BYTES
 
 
 def memory_bytes(size: int, peers: int) -> int:
-    """Return about how much memory a round takes.
-
-    Weights, gradients, two moments, and the tensors that a merge reads.
-    """
+    """Return an estimate of the memory for weights in a round: weights, gradients, two moments, the peers' weights."""
     return (4 + peers + 1) * size
 
 
-def available_memory(meminfo: Path = Path("/proc/meminfo")) -> int | None:
-    """Return the bytes of memory that are free for new programs; None where this is not told."""
-    try:
-        lines = meminfo.read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+def available_memory() -> int:
+    """Return the bytes of this machine's memory that new programs can have without swapping."""
+    return psutil.virtual_memory().available
 
 
-def little_memory(size: int, peers: int, available: int | None) -> str:
-    """Return a warning where less is free than a round takes, else "".
-
-    No more than that: both are estimates.
-    """
+def little_memory(size: int, peers: int, available: int) -> str:
+    """Return a warning where less memory is free than a round takes, else "". Both are estimates."""
     wanted = memory_bytes(size, peers)
-    if available is None or available >= wanted:
+    if available >= wanted:
         return ""
     return (
         f"{available / 1e6:,.0f} MB of memory are free, weights take about {wanted / 1e6:,.0f} MB in a round; "
@@ -49,5 +41,5 @@ def little_memory(size: int, peers: int, available: int | None) -> str:
 
 
 def held_bytes(folder: Path) -> int:
-    """Return what an agent's folder takes by now; 0 where it is not there."""
+    """Return the bytes that an agent's folder takes on the disk; 0 where it is not there."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

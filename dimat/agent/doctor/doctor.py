@@ -202,9 +202,7 @@ def _room(config: ExperimentConfig, path: Path, peers: int, size: int, largest: 
         yield ok("disk", what)
     available = available_memory()
     wanted = memory_bytes(size, peers)
-    if available is None:
-        yield ok("memory", f"a round takes about {wanted / MB:,.0f} MB for weights; what is free is not told here")
-    elif available < wanted:
+    if available < wanted:
         mend = "stop other programs, or give the agent fewer peers or a smaller model"
         yield warn("memory", f"{available / MB:,.0f} MB free, weights take about {wanted / MB:,.1f} MB", mend)
     else:

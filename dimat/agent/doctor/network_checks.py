@@ -14,10 +14,11 @@ from dataclasses import dataclass
 
 from dimat.agent.doctor.check import Check, fail, failed, ok, warn
 from dimat.errors import ConfigError, NetworkError, PeerError, SecurityError
-from dimat.net.compatibility import CLOCKS_DIFFER_S, Profile, incompatibility
+from dimat.net.compatibility import Profile, incompatibility
+from dimat.net.limits import CLOCKS_DIFFER_S
 from dimat.net.peers.query import query_peer
 from dimat.net.pki.identity import Identity
-from dimat.net.ports import owner_of
+from dimat.net.ports import dial, dial_error_text, owner_of, split_address
 from dimat.net.transport import Neighbours
 from dimat.wire.v1 import peer_pb2 as pb
 
@@ -43,7 +44,7 @@ class AgentEndpoint:
 def look_around(around: AgentEndpoint) -> Iterator[Check]:
     """Yield what there is to say of port, peers, clock, the way back, and the DHT's bootstraps."""
     with ExitStack() as stack:
-        host, port = split(around.listen)
+        host, port = split_address(around.listen)
         listening = True
         if around.running:
             yield ok("port", f"{around.listen} is held by the agent, process {around.running}")
@@ -57,12 +58,6 @@ def look_around(around: AgentEndpoint) -> Iterator[Check]:
                 yield _port_taken(around, port, error)
         yield from asyncio.run(_peers(around, port if listening else 0))
     yield from asyncio.run(_bootstraps(around.bootstraps))
-
-
-def split(address: str) -> tuple[str, int]:
-    """Return host and port of `host:port`, where an IPv6 address is in brackets."""
-    host, _, port = address.rpartition(":")
-    return host.strip("[]"), int(port)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -129,14 +124,14 @@ async def _peer(around: AgentEndpoint, peer: str) -> tuple[Check, str, float | N
 async def _at(around: AgentEndpoint, peer: str, address: str) -> tuple[Check, float | None]:
     """Try a peer at one address: name, TCP, TLS, hello. The clock's difference comes with a hello that was answered."""
     name = f"peer {peer}"
-    fault = await dial(*split(address))
+    fault = await dial(*split_address(address), DIAL_S)
     if fault is not None:
         mend = "is it running, and do address, port and firewalls let us through? then try again"
         if isinstance(fault, socket.gaierror):
             return fail(
                 name, f"{address}: its name cannot be resolved", "correct it on the map, or see to DNS", NetworkError
             ), None
-        return fail(name, f"{address}: no TCP connection ({reason(fault)})", mend, NetworkError), None
+        return fail(name, f"{address}: no TCP connection ({dial_error_text(fault, DIAL_S)})", mend, NetworkError), None
     before = time.time()
     try:
         async with query_peer(peer, address, around.agent, around.identity) as asked:
@@ -214,25 +209,5 @@ async def _bootstrap(address: str) -> str:
     match = _MULTIADDRESS.fullmatch(address)
     if match is None:
         return "no address of a DHT node, such as /ip4/10.0.0.1/tcp/7301/p2p/…"
-    fault = await dial(match[1], int(match[2]))
-    return "" if fault is None else f"no TCP connection ({reason(fault)})"
-
-
-async def dial(host: str, port: int) -> OSError | None:
-    """Open a TCP connection and close it; return why it cannot be opened, None where it can."""
-    try:
-        async with asyncio.timeout(DIAL_S):
-            _, writer = await asyncio.open_connection(host, port)
-    except OSError as error:  # TimeoutError is one
-        return error
-    writer.close()
-    return None
-
-
-def reason(error: OSError) -> str:
-    """Return an error of a connection in words."""
-    if isinstance(error, TimeoutError) and not error.errno:
-        return f"no answer within {DIAL_S:g} s"
-    if error.errno is not None and error.errno > 0:
-        return os.strerror(error.errno)
-    return str(error)
+    fault = await dial(match[1], int(match[2]), DIAL_S)
+    return "" if fault is None else f"no TCP connection ({dial_error_text(fault, DIAL_S)})"

@@ -17,7 +17,7 @@ from dimat.agent.protocol.messages import MergeRecord
 from dimat.errors import DataError, SecurityError
 from dimat.net.manifest import DOMAIN
 from dimat.net.pki.certificates import check_certificate, check_signature, readable
-from dimat.net.pki.identity import read_file
+from dimat.net.pki.key_files import read_file
 from dimat.wire.v1 import peer_pb2 as pb
 
 

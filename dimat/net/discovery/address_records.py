@@ -1,7 +1,8 @@
-"""Records that agents leave of themselves in the DHT: where they are reached, and what they published last.
+"""An agent's address record in the DHT: its addresses and newest snapshot, signed; how it is sealed and checked.
 
-A record is signed with the agent's TLS key and carries its certificate, so that whoever reads it, or is asked to keep
-it, can check it by the CA's certificate alone. The bytes are a magic word, the certificate, the signature over the
+How long a record lives, and its other bounds, stand in `dimat.net.limits`. A record is signed with the agent's TLS key
+and carries its certificate, so that every reader, and every node that is to keep it, can check it by the CA's
+certificate alone. The bytes are a magic word, the certificate, the signature over the
 body (each after its length, 2 bytes), and the body as JSON. On insecure trial networks certificate and signature are
 empty, and nothing but the form is checked.
 """
@@ -16,15 +17,8 @@ from dataclasses import dataclass, replace
 from typing import Any, NoReturn, cast
 
 from dimat.errors import ConfigError, SecurityError
-from dimat.net.pki.identity import check_certificate, check_signature
-
-MAX_BYTES = 4096
-"""Size of a sealed record at most. hivemind breaks at about 60 KB, and a reader holds many."""
-MAX_ADDRESSES = 8
-MAX_LIFE_S = 86_400.0
-"""The longest that a record may hold, seconds."""
-MAX_SKEW_S = 300.0
-"""How far ahead of the reader's clock a record may have been written, seconds."""
+from dimat.net.limits import CLOCK_SKEW_S, MAX_RECORD_ADDRESSES, MAX_RECORD_BYTES, MAX_RECORD_LIFE_S
+from dimat.net.pki.certificates import check_certificate, check_signature
 
 _MAGIC = b"dimat-record-1\n"
 _DOMAIN = b"dimat record v1\0"
@@ -37,9 +31,12 @@ _ADDRESS = re.compile(r"([A-Za-z0-9_](?:[A-Za-z0-9._-]{0,251}[A-Za-z0-9._])?|\[[
 
 @dataclass(frozen=True, slots=True)
 class AddressRecord:
-    """What an agent says of itself. `addresses`: `host:port`s; `fingerprint`: sha256 of its certificate, hex, empty
-    on insecure networks; `round` and `root`: its newest snapshot, 0 and empty before the first; `seq`: grows with
-    each record of the agent; `time_s` and `expires_s`: when it was written and until when it holds, Unix time."""
+    """An agent's addresses and newest snapshot.
+
+    `addresses`: `host:port`s; `fingerprint`: SHA-256 of its certificate, hex, empty on insecure networks; `round` and
+    `root`: of its newest snapshot, 0 and empty before the first; `seq`: grows with each record of the agent; `time_s`
+    and `expires_s`: when it was written and until when it holds, Unix time.
+    """
 
     run: str
     agent: str
@@ -58,7 +55,7 @@ def record_key(run: str, agent: str) -> bytes:
 
 
 def is_address(text: str) -> bool:
-    """Tell whether a text is `host:port`, with a name, an IPv4 address, or an IPv6 address in brackets."""
+    """Return whether a text is `host:port`, with a name, an IPv4 address, or an IPv6 address in brackets."""
     match = _ADDRESS.fullmatch(text)
     return match is not None and 0 < int(match[2]) < 65536
 
@@ -76,10 +73,10 @@ def seal_record(record: AddressRecord, sign: Callable[[bytes], bytes] | None, ce
     body = json.dumps(tree, separators=(",", ":"), ensure_ascii=False).encode()
     parts = (certificate_der, sign(_DOMAIN + body)) if sign is not None else (b"", b"")
     data = b"".join([_MAGIC, *map(_counted, parts), body])
-    if len(data) > MAX_BYTES:
+    if len(data) > MAX_RECORD_BYTES:
         raise ConfigError(
-            f"own record of {record.agent!r} for the DHT has {len(data)} bytes of {MAX_BYTES}: give it fewer addresses,"
-            " or a certificate of an EC key"
+            f"own record of {record.agent!r} for the DHT has {len(data)} bytes of {MAX_RECORD_BYTES}: give it fewer "
+            "addresses, or a certificate of an EC key"
         )
     return data
 
@@ -88,7 +85,7 @@ def open_record(data: bytes, *, ca: bytes | None, run: str | None, agent: str | 
     """Return the record that bytes from the DHT hold, once everything about it is checked.
 
     `ca`: the CA's certificate as PEM; None takes records as they are (insecure trial networks, and bootstrap nodes
-    that were given no CA). `run` and `agent`: whose record this must be; None for any. `now`: Unix time, seconds.
+    without a CA). `run` and `agent`: whose record this must be; None for any. `now`: Unix time, seconds.
     Raises SecurityError, in one line, for a record that is malformed, expired, from the future, another's, or whose
     certificate or signature does not hold.
     """
@@ -102,7 +99,7 @@ def open_record(data: bytes, *, ca: bytes | None, run: str | None, agent: str | 
         _refuse(f"it is of agent {record.agent!r}, not {agent!r}")
     if record.expires_s <= now:
         _refuse("it has expired")
-    if record.time_s > now + MAX_SKEW_S:
+    if record.time_s > now + CLOCK_SKEW_S:
         _refuse(f"it was written {record.time_s - now:.0f} s in the future (compare the machines' clocks)")
     if ca is not None:
         if not certificate or not signature:
@@ -118,9 +115,9 @@ def _counted(part: bytes) -> bytes:
 
 
 def _split(data: bytes) -> tuple[bytes, bytes, bytes]:
-    """Return certificate, signature and body; each length is checked before anything is taken by it."""
-    if len(data) > MAX_BYTES:
-        _refuse(f"{len(data)} bytes are more than {MAX_BYTES}")
+    """Return certificate, signature and body; each length is checked before it is used."""
+    if len(data) > MAX_RECORD_BYTES:
+        _refuse(f"{len(data)} bytes are more than {MAX_RECORD_BYTES}")
     if not data.startswith(_MAGIC):
         _refuse("it is not a record")
     parts: list[bytes] = []
@@ -164,7 +161,7 @@ def _parse(body: bytes) -> AddressRecord:
 
 
 def _fault(record: AddressRecord) -> str | None:
-    """Return what is wrong with a record whose values are out of bounds."""
+    """Return the fault of a record whose values are out of bounds, None where it has none."""
     if not _RUN.fullmatch(record.run):
         return "its run has no name that can be"
     if not _AGENT.fullmatch(record.agent):
@@ -173,12 +170,12 @@ def _fault(record: AddressRecord) -> str | None:
         return "its fingerprint is no sha256"
     if not _ROOT.fullmatch(record.root):
         return "its root is no hash"
-    if len(record.addresses) > MAX_ADDRESSES:
-        return f"it has more than {MAX_ADDRESSES} addresses"
+    if len(record.addresses) > MAX_RECORD_ADDRESSES:
+        return f"it has more than {MAX_RECORD_ADDRESSES} addresses"
     for address in record.addresses:
         if not is_address(address):
             return f"address {address[:80]!r} is not host:port"
-    if not 0 < record.expires_s - record.time_s <= MAX_LIFE_S:
+    if not 0 < record.expires_s - record.time_s <= MAX_RECORD_LIFE_S:
         return "its times do not fit each other"
     return None
 

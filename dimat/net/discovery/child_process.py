@@ -1,4 +1,9 @@
-"""A helper process in a group of its own, which answers requests in JSON lines over its stdin and stdout."""
+"""A child process that answers requests, never outlives its owner, and is found again after a crash.
+
+`ChildProcess` talks to it in JSON lines over stdin and stdout. `PidFile` keeps its token in a file. The token also
+stands in the environment of the child and of the processes that it starts, by which the orphans of a killed owner are
+found and ended.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +21,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, cast
 
-from dimat.errors import NetworkError
+import psutil
 
-MAX_LINE = 65_536
-_MAX_WAITING = 256
-_LOG_BYTES = 1_000_000
+from dimat.errors import NetworkError
+from dimat.net.limits import MAX_LINE_BYTES, MAX_LOG_BYTES, MAX_WAITING_REQUESTS
+
+TOKEN_VARIABLE = "DIMAT_HELPER"
+"""Environment variable that holds the token."""
 
 
 class RequestError(NetworkError):
-    """The helper lives, and says that it cannot do what it was asked; `kind` as the helper calls it."""
+    """A request that the child cannot do; `kind` as the child calls it, to tell the cases apart."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -32,9 +39,10 @@ class RequestError(NetworkError):
 
 
 class ChildProcess:
-    """Started when it is made; `attach` before the first `ask`, `kill` in the end. `gone` is set once it has ended.
+    """A Python module run in a process group of its own; started when the object is made.
 
-    `first`, a request, is written at once, and `attach` gives the reply to come.
+    `module` is run with this process's id as its argument. `first`, a request, is written at once, and `attach`, to be
+    called before `ask`, returns the reply to it. `kill` ends the child. `gone` is set once it has ended.
     """
 
     def __init__(self, module: str, *, environment: Mapping[str, str], log: Path, first: Mapping[str, Any]) -> None:
@@ -52,22 +60,22 @@ class ChildProcess:
                 stderr=errors,
                 env=dict(environment),
                 bufsize=0,
-                start_new_session=True,  # Ctrl-C is not for it, and what it starts can be ended with it
+                start_new_session=True,  # Ctrl-C is not for it, and the processes that it starts can be ended with it
             )
         line = _encode({**first, "id": 0})
         with suppress(BrokenPipeError):  # it has ended already, which is noticed when it is waited for
             cast("IO[bytes]", self._process.stdin).write(line)
 
     async def attach(self, limit_s: float) -> dict[str, Any]:
-        """Begin to read, and return the reply to the first request. Errors as of `ask`."""
+        """Begin to read, and return the reply to the first request. Raises as `ask` does."""
         loop = asyncio.get_running_loop()
-        reader = asyncio.StreamReader(limit=MAX_LINE)
+        reader = asyncio.StreamReader(limit=MAX_LINE_BYTES)
         reading, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), self._process.stdout)
         self._transports.append(reading)
         self._writer, _ = await loop.connect_write_pipe(asyncio.BaseProtocol, self._process.stdin)
         self._transports.append(self._writer)
         answer = self._waiting[0] = loop.create_future()
-        self._reading = asyncio.create_task(self._read(reader), name="helper's replies")
+        self._reading = asyncio.create_task(self._read(reader), name="child's replies")
         return await self._answer(0, "start", answer, limit_s)
 
     async def ask(self, op: str, limit_s: float, **values: Any) -> dict[str, Any]:
@@ -77,9 +85,9 @@ class ChildProcess:
         ended.
         """
         if self.gone.is_set() or self._writer is None:
-            raise NetworkError("the helper process has ended")
-        if len(self._waiting) >= _MAX_WAITING:
-            raise NetworkError("the helper process does not keep up")
+            raise NetworkError("the child process has ended")
+        if len(self._waiting) >= MAX_WAITING_REQUESTS:
+            raise NetworkError("the child process does not keep up")
         self._number += 1
         number = self._number
         answer = self._waiting[number] = asyncio.get_running_loop().create_future()
@@ -87,7 +95,7 @@ class ChildProcess:
         return await self._answer(number, op, answer, limit_s)
 
     async def kill(self) -> None:
-        """End the helper and all that it started, and wait until they are gone."""
+        """End the child and the processes that it started, and wait until they are gone."""
         # the process was not waited for so far: its number, which is the group's too, cannot be another's
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
@@ -108,7 +116,7 @@ class ChildProcess:
         try:
             reply = await asyncio.wait_for(answer, limit_s)
         except TimeoutError:
-            raise NetworkError(f"the helper process did not answer {op!r} within {limit_s:.0f} s") from None
+            raise NetworkError(f"the child process did not answer {op!r} within {limit_s:.0f} s") from None
         finally:
             self._waiting.pop(number, None)
         if reply.get("ok") is not True:
@@ -116,7 +124,7 @@ class ChildProcess:
         return reply
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
-        """Hand replies to those who wait, until the helper's stdout ends."""
+        """Hand replies to the waiting calls, until the child's stdout ends."""
         try:
             while line := await reader.readline():
                 reply: Any = json.loads(line)
@@ -124,61 +132,32 @@ class ChildProcess:
                 if answer is not None and not answer.done():
                     answer.set_result(reply)
         except (ValueError, KeyError, TypeError, OSError) as error:
-            reason = f"the helper process writes what is no reply: {error}"
+            reason = f"the child process writes something that is no reply: {error}"
         else:
-            reason = "the helper process has ended"
+            reason = "the child process has ended"
         self.gone.set()
         for answer in self._waiting.values():
             if not answer.done():
                 answer.set_exception(NetworkError(reason))
-                answer.exception()  # whoever waited may have given up
-
-
-def _encode(request: Mapping[str, Any]) -> bytes:
-    line = json.dumps(request).encode() + b"\n"
-    if len(line) > MAX_LINE:
-        raise NetworkError(f"a request of {len(line)} bytes to the helper process; {MAX_LINE} are allowed")
-    return line
-
-
-def _open_log(file: Path) -> IO[bytes]:
-    """Open a log for more, afresh where it has grown large."""
-    large = file.exists() and file.stat().st_size > _LOG_BYTES
-    return file.open("wb" if large else "ab")
-
-
-def _await_group(group: int, limit_s: float) -> None:
-    """Wait until a process group has no members."""
-    deadline = time.monotonic() + limit_s
-    while time.monotonic() < deadline:
-        try:
-            os.killpg(group, 0)
-        except (ProcessLookupError, PermissionError):
-            return
-        time.sleep(0.01)
-
-
-VARIABLE = "DIMAT_HELPER"
-"""Environment variable that holds the token."""
-_PROC = Path("/proc")
+                answer.exception()  # the caller may have given up waiting
 
 
 class PidFile:
-    """`claim` takes a file over from whoever left it, ends what was left running, and gives the new token."""
+    """A file that names the child of a folder, so that whoever comes next can end what was left running."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
 
     def claim(self, scratch: str = "") -> tuple[str, int]:
-        """Write the file for a helper that is about to be started; return its token, and how many processes of an
-        earlier one were ended. `scratch`: a folder of the helper's that is removed with it.
+        """Take the file over for a child that is about to be started.
 
-        Raises NetworkError where the owner of the earlier one is alive and another process.
+        Returns the child's token, and how many processes of an earlier child were ended. `scratch`: a folder of the
+        child's that is removed with it. NetworkError where the owner of the earlier child is another living process.
         """
-        ended = self._sweep()
+        ended = self._end_earlier()
         token = secrets.token_hex(16)
-        me = os.getpid()
-        entry = {"token": token, "owner": me, "began": _began(me), "scratch": scratch}
+        owner = os.getpid()
+        entry = {"token": token, "owner": owner, "began": _began(owner), "scratch": scratch}
         fresh = self._file.with_suffix(".new")
         fresh.write_text(json.dumps(entry) + "\n", encoding="utf-8")
         os.replace(fresh, self._file)
@@ -188,7 +167,8 @@ class PidFile:
         """Remove the file: nothing is running any more."""
         self._file.unlink(missing_ok=True)
 
-    def _sweep(self) -> int:
+    def _end_earlier(self) -> int:
+        """End the processes of an earlier child, remove its scratch folder, and return how many there were."""
         try:
             entry: Any = json.loads(self._file.read_text(encoding="utf-8"))
             token, owner, began = str(entry["token"]), int(entry["owner"]), int(entry["began"])
@@ -197,7 +177,8 @@ class PidFile:
             return 0
         except (ValueError, KeyError, TypeError):
             return 0  # torn by a crash: it names nothing that could be looked for
-        if owner != os.getpid() and began and _began(owner) == began:
+        # the same moment, give or take a rounded hundredth
+        if owner != os.getpid() and began and abs(_began(owner) - began) <= 1:
             raise NetworkError(f"{self._file.parent}: process {owner} runs a DHT node from this folder; stop it first")
         ended = end_by_token(token)
         if scratch and Path(scratch).name.startswith("dimat-"):
@@ -206,8 +187,10 @@ class PidFile:
 
 
 def end_by_token(token: str, limit_s: float = 2.0) -> int:
-    """Kill all processes of this user whose environment holds the token, and wait until they are gone, since what they
-    hold (a port, say) is wanted next; return how many there were."""
+    """Kill all processes of this user whose environment holds the token; return how many there were.
+
+    Waits for at most `limit_s` until they are gone, since the next child needs what they hold, such as a port.
+    """
     found = find_by_token(token)
     for pid in found:
         with suppress(ProcessLookupError):
@@ -220,22 +203,47 @@ def end_by_token(token: str, limit_s: float = 2.0) -> int:
 
 def find_by_token(token: str) -> list[int]:
     """Return the living processes of this user whose environment holds the token."""
-    mark = f"{VARIABLE}={token}".encode()
     found: list[int] = []
-    for folder in _PROC.glob("[0-9]*"):
-        pid = int(folder.name)
-        with suppress(OSError):  # gone meanwhile, or another user's
-            # that of a process which has ended and was not waited for yet is empty
-            if mark in (folder / "environ").read_bytes().split(b"\0") and pid != os.getpid():
+    for pid in psutil.pids():
+        with suppress(psutil.Error):  # gone meanwhile, or another user's
+            # the environment of a process that has ended and was not waited for yet is empty
+            if pid != os.getpid() and psutil.Process(pid).environ().get(TOKEN_VARIABLE) == token:
                 found.append(pid)
     return found
 
 
 def _began(pid: int) -> int:
-    """Return when a process began, in the kernel's ticks since it booted; 0 where there is none, or no /proc."""
+    """Return when a process began, in hundredths of a second since the machine booted; 0 where there is none.
+
+    Counted from the boot, as the time of day may be set meanwhile.
+    """
     try:
-        stat = (_PROC / str(pid) / "stat").read_text()
-    except OSError:
+        process = psutil.Process(pid)
+        boot_s = psutil.boot_time()
+        return 0 if process.status() == psutil.STATUS_ZOMBIE else round((process.create_time() - boot_s) * 100)
+    except psutil.Error:
         return 0
-    fields = stat.rpartition(")")[2].split()
-    return 0 if fields[0] in "ZX" else int(fields[19])
+
+
+def _encode(request: Mapping[str, Any]) -> bytes:
+    line = json.dumps(request).encode() + b"\n"
+    if len(line) > MAX_LINE_BYTES:
+        raise NetworkError(f"a request of {len(line)} bytes to the child process; {MAX_LINE_BYTES} are allowed")
+    return line
+
+
+def _open_log(file: Path) -> IO[bytes]:
+    """Open a log for appending, afresh where it has grown large."""
+    large = file.exists() and file.stat().st_size > MAX_LOG_BYTES
+    return file.open("wb" if large else "ab")
+
+
+def _await_group(group: int, limit_s: float) -> None:
+    """Wait until a process group has no members."""
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(group, 0)
+        except (ProcessLookupError, PermissionError):
+            return
+        time.sleep(0.01)

@@ -1,8 +1,8 @@
-"""A node of the DHT, which runs in a process of its own: it is watched, started again, and never waited for.
+"""The agent's side of a DHT node, which runs in a process of its own that is probed and restarted here.
 
 hivemind's processes die, hang and are orphaned in ways that it does not notice itself, so it is kept out of the agent:
-`dimat.net.discovery.dht_process` holds it, and what is here asks that process, probes it, and replaces it. A DHT that
-is down makes `announce` return False and `lookup` None; it raises nothing.
+`dimat.net.discovery.dht_process` holds it, and `DhtNode` sends requests to that process, probes it, and replaces it.
+While the DHT is down, `announce` returns False and `lookup` None; neither raises.
 """
 
 from __future__ import annotations
@@ -24,19 +24,18 @@ from typing import Any
 from dimat.errors import ConfigError, NetworkError, SecurityError
 from dimat.net.backoff import Backoff, Reminders
 from dimat.net.discovery.address_records import AddressRecord, open_record, record_key, seal_record
-from dimat.net.discovery.child_process import VARIABLE, ChildProcess, PidFile, RequestError
+from dimat.net.discovery.child_process import TOKEN_VARIABLE, ChildProcess, PidFile, RequestError
 from dimat.net.discovery.map_records import MapRecord, map_key, open_map
+from dimat.net.limits import (
+    DHT_MISSES,
+    DHT_PROBE_S,
+    DHT_REQUEST_S,
+    DHT_RESTART_S,
+    DHT_START_S,
+    DHT_STEADY_S,
+    MAX_CA_BYTES,
+)
 
-START_S = 60.0
-"""How long the process may take to import hivemind and to listen."""
-ASK_S = 20.0
-"""How long it may take to answer any other request; its own limits are shorter."""
-PROBE_S = 10.0
-MISSES = 3
-"""Probes in a row that may be late before the process is replaced."""
-_LONGEST_S = 300.0
-_STEADY_S = 60.0
-_MAX_CA = 32_768
 _BOOTSTRAP = re.compile(r"(/(ip4|ip6|dns|dns4|dns6)/[^/\s]{1,253})/tcp/[0-9]{1,5}/p2p/[1-9A-HJ-NP-Za-km-z]{20,80}")
 
 
@@ -63,11 +62,12 @@ def split_listen(listen: str) -> tuple[str, int]:
 
 
 class DhtNode:
-    """One DHT node of an agent (or of nobody, as a bootstrap node); its identity and log live in `folder`.
+    """One DHT node, of an agent or a bootstrap node; its identity and log lie in `folder`.
 
-    `run`: whose records it takes, None for those of all runs; `ca`: the CA's certificate as PEM, None where records
-    are not signed; `seal` makes the bytes of own records (unsigned by default); `notice` is told what a person should
-    know; `generator` draws the jitter of delays. `changed` is set whenever the node is up or has joined anew.
+    `run`: the run whose records it takes, None for all; `bootstraps`: multiaddresses of other nodes; `ca`: the CA's
+    certificate as PEM, None where records are not signed; `listen`: IP:port; `notice` receives messages for a person;
+    `generator` draws the jitter of waits; `seal` makes the bytes of this agent's records, unsigned by default;
+    `probe_s`: interval of probes. `changed` is set whenever the node has come up or joined others again.
     """
 
     def __init__(
@@ -81,20 +81,20 @@ class DhtNode:
         notice: Callable[[str], None],
         generator: random.Random,
         seal: Callable[[AddressRecord], bytes] | None = None,
-        probe_s: float = PROBE_S,
+        probe_s: float = DHT_PROBE_S,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        if ca is not None and len(ca) > _MAX_CA:
-            raise ConfigError(f"the CA's certificates have {len(ca)} bytes; the DHT takes {_MAX_CA}")
+        if ca is not None and len(ca) > MAX_CA_BYTES:
+            raise ConfigError(f"the CA's certificates have {len(ca)} bytes; the DHT takes {MAX_CA_BYTES}")
         self.healthy = False
         self.missing = False
-        """hivemind is not there: the node will not come up any more."""
+        """Whether hivemind cannot be imported: the node will not come up."""
         self.known = 0
         """How many other nodes this one knows."""
         self.refused = 0
         """How many records this node has refused since it started."""
         self.restarts = 0
-        """How often the process was started again since `start`."""
+        """How often the process was restarted since `start`."""
         self.peer = ""
         self.changed = asyncio.Event()
         self._folder = folder
@@ -114,13 +114,13 @@ class DhtNode:
         self._task: asyncio.Task[None] | None = None
         self._addresses: tuple[str, ...] = ()
         self._newest: dict[str, AddressRecord] = {}
-        # of each bootstrap, when it is greeted next, and the waits since it answered last (None: it did)
+        # by bootstrap: when it is joined next, and its back-off, None while it answers
         self._due: dict[str, tuple[float, Backoff | None]] = {}
         self._first: asyncio.Future[None] | None = None
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        """The node's multiaddresses as seen from outside: what others give as bootstrap. Empty until it is up."""
+        """The node's multiaddresses as seen from outside, for others' `bootstraps`. Empty until it is up."""
         return self._addresses
 
     @property
@@ -129,7 +129,7 @@ class DhtNode:
         return self._clock()
 
     def spawn(self) -> None:
-        """Start the process; returns at once. To be called before torch has threads and before grpc.
+        """Start the process; return at once. To be called before torch has threads and before gRPC.
 
         Raises NetworkError where another living process runs a node from the folder.
         """
@@ -161,20 +161,20 @@ class DhtNode:
         )
 
     async def start(self) -> None:
-        """Begin to watch over the process, which is started unless it was; returns at once."""
+        """Begin to supervise the process, started here if it was not by `spawn`; return at once."""
         self._first = asyncio.get_running_loop().create_future()
         if self._child is None:
             self.spawn()
         self._task = asyncio.create_task(self._supervise(), name="dht")
 
     async def ready(self) -> None:
-        """Wait until the node listens for the first time; NetworkError where it cannot (port taken, no hivemind)."""
+        """Wait until the node listens for the first time; NetworkError where it cannot: port taken, no hivemind."""
         if self._first is None:
             raise NetworkError("the DHT node was not started")
         await asyncio.shield(self._first)
 
     async def announce(self, record: AddressRecord) -> bool:
-        """Leave an own record with other nodes; returns whether any took it. ConfigError for one that cannot be."""
+        """Store this agent's record with other nodes; return whether any took it. ConfigError for an invalid one."""
         data = self._seal(record)
         key = record_key(record.run, record.agent).hex()
         value = base64.b64encode(data).decode()
@@ -187,8 +187,8 @@ class DhtNode:
     async def lookup(self, agent: str, *, elsewhere: bool = False) -> AddressRecord | None:
         """Return the newest valid record of an agent of this run, None where there is none or the DHT is down.
 
-        `elsewhere` asks for what other nodes hold and nothing else. Otherwise a record that was seen before and still
-        holds wins over an older one.
+        `elsewhere` looks at the records of other nodes only. Otherwise a record that was seen before and still holds
+        wins over an older one.
         """
         if self._run is None:
             return None
@@ -200,7 +200,7 @@ class DhtNode:
             try:
                 record = open_record(data, ca=self._ca, run=self._run, agent=agent, now=now)
             except SecurityError:
-                continue  # that a neighbour in the DHT holds rubbish harms nobody
+                continue  # an invalid value of a neighbour in the DHT does no harm
             if best is None or (record.seq, record.time_s) > (best.seq, best.time_s):
                 best = record
         seen = self._newest.get(agent)
@@ -209,7 +209,7 @@ class DhtNode:
         return best
 
     async def announce_map(self, sealed: bytes, record: MapRecord) -> int:
-        """Leave a network map with other nodes; returns how many took it."""
+        """Store a network map with other nodes; return how many took it."""
         value = base64.b64encode(sealed).decode()
         try:
             reply = await self._ask("store", key=map_key(record.run).hex(), value=value, expires=record.expires_s)
@@ -257,14 +257,14 @@ class DhtNode:
     async def _ask(self, op: str, **values: Any) -> dict[str, Any]:
         if self._child is None or not self.healthy:
             raise NetworkError("the DHT is down")
-        return await self._child.ask(op, ASK_S, **values)
+        return await self._child.ask(op, DHT_REQUEST_S, **values)
 
     async def _supervise(self) -> None:
         """Keep a node running until cancelled, or until it turns out that hivemind is not there."""
-        backoff = Backoff(1.0, _LONGEST_S, self._generator)
+        backoff = Backoff(1.0, DHT_RESTART_S, self._generator)
         while True:
             began = time.monotonic()
-            reason = await self._live()
+            reason = await self._run_once()
             self._down()
             child, self._child = self._child, None
             if child is not None:
@@ -272,14 +272,14 @@ class DhtNode:
             if self.missing:
                 self._pid_file.release()
                 return
-            if time.monotonic() - began > _STEADY_S:
+            if time.monotonic() - began > DHT_STEADY_S:
                 backoff.reset()
             self._reminders.tell("down", f"the DHT is down, and is started again: {reason}")
             await asyncio.sleep(backoff.next())
             self.restarts += 1
 
-    async def _live(self) -> str:
-        """Run one process as long as it serves; return why it does not any more."""
+    async def _run_once(self) -> str:
+        """Run one process as long as it serves; return why it has stopped to."""
         try:
             if self._child is None:
                 self.spawn()
@@ -287,7 +287,7 @@ class DhtNode:
             return await self._serve(self._child)
         except RequestError as refusal:
             if refusal.kind == "port" and self._any_port:
-                self._port = 0  # somebody took the one we had
+                self._port = 0  # another process took the earlier port
             self.missing = refusal.kind == "missing"
             if self.missing:
                 self._reminders.tell("missing", f"no DHT, static addresses only: {refusal}")
@@ -296,12 +296,12 @@ class DhtNode:
             reason = str(error)
         if self._first is not None and not self._first.done():
             self._first.set_exception(NetworkError(f"the DHT node does not start: {reason}"))
-            self._first.exception()  # nobody has to wait for it
+            self._first.exception()  # it need not be awaited
         return reason
 
     async def _serve(self, child: ChildProcess) -> str:
-        self._take(await child.attach(START_S))
-        self._port = self._port or _port_of(self._addresses)  # others know the node by it
+        self._take(await child.attach(DHT_START_S))
+        self._port = self._port or _port_of(self._addresses)  # a restarted node keeps its port, by which others know it
         self._due.clear()
         self.healthy = True
         self.changed.set()
@@ -315,17 +315,17 @@ class DhtNode:
                 await asyncio.wait_for(child.gone.wait(), self._probe_s)
                 return "its process has ended"
             try:
-                self._take(await child.ask("probe", ASK_S))
+                self._take(await child.ask("probe", DHT_REQUEST_S))
                 misses = 0
             except NetworkError as error:
-                # what it refuses is that p2pd is gone, of which nothing else would tell
+                # a refused probe tells that p2pd is gone, which nothing else would
                 misses += 1
                 late = not isinstance(error, RequestError) or error.kind == "late"
-                if misses == MISSES or not late or child.gone.is_set():
+                if misses == DHT_MISSES or not late or child.gone.is_set():
                     raise
 
     def _take(self, reply: Mapping[str, Any]) -> None:
-        """Keep what a probe told; NetworkError where that makes no sense."""
+        """Take over the reply to a probe; NetworkError where it is malformed."""
         known = self.known
         try:
             self.peer = str(reply["peer"])
@@ -337,13 +337,13 @@ class DhtNode:
             self.changed.set()
 
     async def _join(self, child: ChildProcess) -> None:
-        """Greet all bootstraps, not only the first that answers: each may be in another part of a DHT that is split."""
+        """Join all bootstraps, not only the first that answers: a DHT may be split, with each in another part."""
         now = time.monotonic()
         due = [address for address in self._bootstraps if self._due.get(address, (now, None))[0] <= now]
         if not due:
             return
         try:
-            failed: Any = (await child.ask("join", ASK_S, bootstraps=due))["failed"]
+            failed: Any = (await child.ask("join", DHT_REQUEST_S, bootstraps=due))["failed"]
             reasons = {address: str(failed[address]) for address in due if address in failed}
         except (NetworkError, KeyError, TypeError) as error:
             reasons = dict.fromkeys(due, str(error))
@@ -382,12 +382,12 @@ def _port_of(addresses: Sequence[str]) -> int:
 
 
 def _environment(token: str) -> dict[str, str]:
-    """Return the child's environment: ours, but that it finds this dimat, warns nobody and takes no GPU."""
+    """Return the child's environment: this process's, with the path of this dimat, without warnings and GPUs."""
     root = str(Path(__file__).resolve().parents[3])
     path = os.environ.get("PYTHONPATH")
     return {
         **os.environ,
-        VARIABLE: token,
+        TOKEN_VARIABLE: token,
         "PYTHONPATH": os.pathsep.join([root, path] if path else [root]),
         "PYTHONWARNINGS": "ignore",
         "HIVEMIND_LOGLEVEL": "WARNING",

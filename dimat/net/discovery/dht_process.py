@@ -1,9 +1,9 @@
-"""The process that hivemind lives in: one DHT node and its p2pd, told what to do in JSON lines on stdin.
+"""The process that runs hivemind: one DHT node and its p2pd, which takes requests as JSON lines on stdin.
 
 Run as `python -m dimat.net.discovery.dht_process PARENT_PID` by `dimat.net.discovery.dht`, in a process group of its
 own. It answers on stdout: `{"id": …, "ok": true, …}` or `{"id": …, "ok": false, "kind": …, "error": …}`. It ends, with
-its whole group, when stdin ends or the parent dies. It imports hivemind at the first request, and of dimat no more than
-it needs.
+its whole group, when stdin ends or the parent dies. It imports hivemind at the first request, and of dimat neither gRPC
+nor torch.
 
 Requests, beside `id` and `op`; keys are hex, values base64:
     start   run, ca, host, port, identity, sockets    -> peer, addresses
@@ -33,45 +33,35 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from dimat.net.discovery.address_records import MAX_BYTES
-from dimat.net.discovery.map_records import MAX_MAP_BYTES
+from dimat.net.discovery.child_process import RequestError
 from dimat.net.discovery.record_validator import RecordValidator
+from dimat.net.limits import (
+    DHT_ASKED,
+    DHT_RECORDS,
+    DHT_REPLICAS,
+    DHT_RPC_S,
+    DHT_WORK_S,
+    MAX_LINE_BYTES,
+    MAX_MAP_BYTES,
+    MAX_RECORD_BYTES,
+)
 
-MAX_LINE = 65_536
-"""Bytes of a request or reply at most."""
-LIMITS_S = {"start": 40.0, "join": 15.0, "probe": 5.0, "store": 15.0, "get": 15.0, "map": 15.0, "stop": 3.0}
-"""How long each request may take here."""
-REPLICAS = 5
-ASKED = 8
-_RPC_S = 3.0
-_RECORDS = 4096
 _PR_SET_PDEATHSIG = 1
 
 
-class RequestError(Exception):
-    """A request that cannot be done; `kind` lets the parent tell the cases apart: "missing" (no hivemind), "port",
-    "request", "late", "failed"."""
-
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(message)
-        self.kind = kind
-
-
 class DhtService:
-    """Reads requests, works on each in a task of its own, and writes replies with `write`."""
+    """Works on each request in a task of `tasks`, and writes replies with `write`."""
 
-    def __init__(self, write: Callable[[bytes], None]) -> None:
+    def __init__(self, write: Callable[[bytes], None], tasks: asyncio.TaskGroup) -> None:
         self.sockets = ""
         self._write = write
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = tasks
         self._node: Any = None
         self._validator = RecordValidator(None, None)
 
     def receive(self, line: bytes) -> None:
-        """Begin to work on a request; one that makes no sense is answered too."""
-        task = asyncio.ensure_future(self._answer(line))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        """Begin to work on a request; a malformed one gets a reply, too."""
+        self._tasks.create_task(self._answer(line))
 
     async def _answer(self, line: bytes) -> None:
         number: Any = None
@@ -79,7 +69,7 @@ class DhtService:
             request = json.loads(line)
             number = request["id"]
             work = self._work(request["op"])
-            done = await asyncio.wait_for(work(request), LIMITS_S[request["op"]])
+            done = await asyncio.wait_for(work(request), DHT_WORK_S[request["op"]])
             reply: dict[str, Any] = {"id": number, "ok": True, **done}
         except RequestError as refusal:
             reply = {"id": number, "ok": False, "kind": refusal.kind, "error": str(refusal)}
@@ -87,7 +77,7 @@ class DhtService:
             reply = {"id": number, "ok": False, "kind": "late", "error": "it took too long"}
         except (KeyError, TypeError, ValueError) as error:
             reply = {"id": number, "ok": False, "kind": "request", "error": f"{type(error).__name__}: {error}"}
-        except Exception as error:  # whatever hivemind raises: the parent decides what follows
+        except Exception as error:  # from hivemind: the parent decides what follows
             reply = {"id": number, "ok": False, "kind": "failed", "error": f"{type(error).__name__}: {error}"}
         self._write(json.dumps(reply).encode() + b"\n")
         if reply["ok"] and reply.get("stopped"):
@@ -120,7 +110,7 @@ class DhtService:
         return await self._probe(request)
 
     async def _probe(self, request: dict[str, Any]) -> dict[str, Any]:
-        # of all that hivemind offers, this alone notices that p2pd is gone
+        # of hivemind's calls, this one alone notices that p2pd is gone
         addresses = await self._node.get_visible_maddrs(latest=True)
         return {
             "peer": self._node.peer_id.to_base58(),
@@ -137,7 +127,7 @@ class DhtService:
         return {"failed": {address: why[:300] for address, why in zip(addresses, reasons, strict=True) if why}}
 
     async def _join_one(self, address: str) -> str | None:
-        """Make one bootstrap and this node known to each other; return why that failed."""
+        """Make one bootstrap and this node known to each other; return why that failed, None where it did not."""
         from hivemind.p2p import PeerID
         from hivemind.utils.multiaddr import Multiaddr
 
@@ -148,7 +138,7 @@ class DhtService:
                 return None
             # a node that is given its first peers when it is made fails for good where they are down: so it is made
             # without any, and p2pd is told to dial them now
-            await asyncio.wait_for(self._node.p2p._client.connect(peer_id, [Multiaddr(where)]), 2 * _RPC_S)
+            await asyncio.wait_for(self._node.p2p._client.connect(peer_id, [Multiaddr(where)]), 2 * DHT_RPC_S)
             answered = await self._node.protocol.call_ping(peer_id)
         except TimeoutError:
             return "no answer"
@@ -166,7 +156,7 @@ class DhtService:
             raise RequestError("request", f"a record of {len(value)} bytes")
         if self._validator.admits(key.to_bytes(), value, expires, time.time()):
             self._node.protocol.storage.store(key, value, expires)
-        nearest = await self._nearest(key, REPLICAS)
+        nearest = await self._nearest(key, DHT_REPLICAS)
         stored = await asyncio.gather(
             *(self._node.protocol.call_store(peer, [key], [value], expires) for peer in nearest)
         )
@@ -174,7 +164,7 @@ class DhtService:
 
     async def _get(self, request: dict[str, Any]) -> dict[str, Any]:
         own, others = await self._held(_key(request))
-        small = [value for value in others if len(value) <= MAX_BYTES]  # a reply has to fit a line
+        small = [value for value in others if len(value) <= MAX_RECORD_BYTES]  # a reply has to fit a line
         return {"own": _text(own), "others": [_text(value) for value in small]}
 
     async def _map(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -183,9 +173,9 @@ class DhtService:
         return {"value": _text(self._validator.newest_map(values, time.time()))}
 
     async def _held(self, key: Any) -> tuple[bytes | None, set[bytes]]:
-        """Return what this node and others hold under a key."""
+        """Return the value that this node holds under a key, and those of others."""
         own = self._node.protocol.storage.get(key)
-        nearest = await self._nearest(key, ASKED)
+        nearest = await self._nearest(key, DHT_ASKED)
         answers = await asyncio.gather(*(self._node.protocol.call_find(peer, [key]) for peer in nearest))
         found = [answer[key][0] for answer in answers if answer and key in answer]
         others = {item.value for item in found if item is not None and isinstance(item.value, bytes)}
@@ -202,7 +192,7 @@ class DhtService:
 
 
 async def _make_node(validator: RecordValidator, host: str, port: int, identity: Path, sockets: str) -> Any:
-    """Return a DHT node that listens, alone so far."""
+    """Return a DHT node that listens and knows no others yet."""
     try:
         from hivemind.dht.node import DHTNode
         from hivemind.dht.protocol import DHTProtocol
@@ -236,10 +226,10 @@ async def _make_node(validator: RecordValidator, host: str, port: int, identity:
         host_maddrs=[f"/{family}/{host}/tcp/{port}"],
         identity_path=str(identity),
         record_validator=Validator(),
-        num_replicas=REPLICAS,
-        wait_timeout=_RPC_S,
+        num_replicas=DHT_REPLICAS,
+        wait_timeout=DHT_RPC_S,
         startup_timeout=30,
-        cache_size=_RECORDS,
+        cache_size=DHT_RECORDS,
         cache_locally=False,
         cache_nearest=0,
         cache_on_store=False,
@@ -247,12 +237,12 @@ async def _make_node(validator: RecordValidator, host: str, port: int, identity:
         auto_nat=False,
         nat_port_map=False,
     )
-    node.protocol.storage, node.protocol.cache = Storage(_RECORDS), Storage(_RECORDS)
+    node.protocol.storage, node.protocol.cache = Storage(DHT_RECORDS), Storage(DHT_RECORDS)
     return node
 
 
 def _keep_identity(identity: Path, generate: Callable[[str], None]) -> None:
-    """Make the node's key unless it is there; whole, as a file that was half written would stop the node for good."""
+    """Make the node's key unless it is there; by rename, as a partly written file would stop the node for good."""
     if not identity.exists():
         fresh = identity.with_suffix(".new")
         fresh.unlink(missing_ok=True)
@@ -261,7 +251,7 @@ def _keep_identity(identity: Path, generate: Callable[[str], None]) -> None:
 
 
 def _check_port(host: str, port: int) -> None:
-    """Raise RequestError where a port cannot be had: p2pd would share it without a word with whoever has it."""
+    """Raise RequestError where a port is taken: p2pd would share it silently with the process that has it."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -284,7 +274,7 @@ def _text(value: bytes | None) -> str | None:
 
 
 def end_group(sockets: str) -> NoReturn:
-    """End this process and all that it started, p2pd above all."""
+    """End this process and those that it started, above all p2pd."""
     if sockets:
         shutil.rmtree(sockets, ignore_errors=True)
     os.killpg(0, signal.SIGKILL)
@@ -295,13 +285,13 @@ def main() -> None:
     """Serve one parent until it stops this process, closes stdin, or dies."""
     parent = int(sys.argv[1])
     if os.getpgid(0) != os.getpid():
-        os.setpgid(0, 0)  # what is killed in the end is a group, and must not be someone else's
+        os.setpgid(0, 0)  # the whole group is killed in the end, so it must hold nothing else
     os.umask(0o077)
     replies = os.dup(1)
-    os.dup2(2, 1)  # nothing that a library prints may come between the replies
+    os.dup2(2, 1)  # output of libraries must not come between the replies
 
-    async def serve() -> None:
-        service = DhtService(lambda line: _write_all(replies, line))
+    async def serve(tasks: asyncio.TaskGroup) -> None:
+        service = DhtService(lambda line: _write_all(replies, line), tasks)
         loop = asyncio.get_running_loop()
 
         def terminate(number: int, _: FrameType | None) -> None:
@@ -318,14 +308,18 @@ def main() -> None:
             end_group(service.sockets)
 
         def listen() -> None:
-            while (line := sys.stdin.buffer.readline(MAX_LINE + 1)).endswith(b"\n"):
+            while (line := sys.stdin.buffer.readline(MAX_LINE_BYTES + 1)).endswith(b"\n"):
                 loop.call_soon_threadsafe(service.receive, line)
             end_group(service.sockets)  # from this thread, so that it works whatever holds the loop up
 
         threading.Thread(target=listen, name="requests", daemon=True).start()
         await asyncio.Event().wait()
 
-    asyncio.run(serve())
+    async def run() -> None:
+        async with asyncio.TaskGroup() as tasks:
+            await serve(tasks)
+
+    asyncio.run(run())
 
 
 def _write_all(file: int, data: bytes) -> None:

@@ -1,4 +1,4 @@
-"""The record by which an organiser changes who is in the network: the map itself, in the DHT, signed by the CA.
+"""The network map as a record in the DHT, by which an organiser changes the members; signed by the CA.
 
 A member's key cannot sign one, whatever its certificate says: the signature is checked against the public keys of the
 CA's own certificates. The bytes are a magic word, the signature (after its length, 2 bytes), and the body that it is
@@ -20,14 +20,9 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from dimat.errors import ConfigError, SecurityError
-from dimat.net.discovery.address_records import MAX_SKEW_S
+from dimat.net.limits import CLOCK_SKEW_S, MAX_MAP_BYTES, MAX_MAP_LIFE_S, MAX_MAP_TEXT_BYTES
 from dimat.net.pki.certificates import CLOCK_SKEW, authorities, check_signature, is_p256
 
-MAX_MAP_BYTES = 32 * 2**10
-"""Size of a sealed map record at most; hivemind breaks at about 60 KB."""
-MAX_TEXT_BYTES = 2**20
-"""Size of the map's text at most."""
-MAX_MAP_LIFE_S = 366 * 86_400.0
 MAGIC = b"dimat-map-1\n"
 _DOMAIN = b"dimat map v1\0"
 _RUN = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff]{1,128}")
@@ -36,8 +31,11 @@ _FIELDS = {"run", "version", "digest", "time_s", "expires_s"}
 
 @dataclass(frozen=True, slots=True)
 class MapRecord:
-    """A network map as it was published. `version`: the map's own, above those before it; `digest`: blake3 of its
-    text's UTF-8, hex; `time_s`, `expires_s`: when it was signed and until when nodes keep it, Unix time."""
+    """A network map as it was published.
+
+    `version`: the map's own, above those before it; `digest`: BLAKE3 of its text's UTF-8, hex; `time_s` and
+    `expires_s`: when it was signed and until when nodes keep it, Unix time.
+    """
 
     run: str
     version: int
@@ -60,8 +58,8 @@ def seal_map(
     record = MapRecord(run, version, digest, text, time_s, expires_s)
     if (fault := _fault(record)) is not None:
         raise ConfigError(f"the network map cannot be published: {fault}")
-    if len(text.encode()) > MAX_TEXT_BYTES:
-        raise ConfigError(f"the network map cannot be published: its text is longer than {MAX_TEXT_BYTES:,} bytes")
+    if len(text.encode()) > MAX_MAP_TEXT_BYTES:
+        raise ConfigError(f"the network map cannot be published: its text is longer than {MAX_MAP_TEXT_BYTES:,} bytes")
     head = {"run": run, "version": version, "digest": digest, "time_s": time_s, "expires_s": expires_s}
     line = json.dumps(head, separators=(",", ":"), ensure_ascii=False).encode()
     body = line + b"\n" + zlib.compress(text.encode(), 9)
@@ -101,7 +99,7 @@ def open_map(data: bytes, *, ca: bytes | None, run: str | None, now: float) -> M
         _refuse(f"it is of run {record.run!r}, not {run!r}")
     if record.expires_s <= now:
         _refuse("it has expired")
-    if record.time_s > now + MAX_SKEW_S:
+    if record.time_s > now + CLOCK_SKEW_S:
         _refuse(f"it was signed {record.time_s - now:.0f} s in the future (compare the machines' clocks)")
     return record
 
@@ -124,7 +122,7 @@ def _check_signed(ca: bytes, data: bytes, signature: bytes, now: float) -> None:
 def _inflated(packed: bytes) -> str:
     unpacking = zlib.decompressobj()
     try:
-        text = unpacking.decompress(packed, MAX_TEXT_BYTES)
+        text = unpacking.decompress(packed, MAX_MAP_TEXT_BYTES)
         if not unpacking.eof or unpacking.unused_data:
             _refuse("its map is cut off, too long, or followed by something else")
         return text.decode()
@@ -154,7 +152,7 @@ def _parse(line: bytes, text: str) -> MapRecord:
 
 
 def _fault(record: MapRecord) -> str | None:
-    """Return what is wrong with a record whose values are out of bounds."""
+    """Return the fault of a record whose values are out of bounds, None where it has none."""
     if not _RUN.fullmatch(record.run):
         return "its run has no name that can be"
     if not 0 < record.version < 2**53:

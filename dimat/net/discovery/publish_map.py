@@ -1,4 +1,4 @@
-"""An organiser's way to change the network map of all agents that follow it: one signed record, left with the DHT."""
+"""Publish a network map in the DHT, signed by the CA, for all agents that follow it: `dimat keys publish-map`."""
 
 from __future__ import annotations
 
@@ -14,20 +14,16 @@ from dimat.config import TopologyConfig
 from dimat.errors import ConfigError, DataError, NetworkError
 from dimat.net.discovery.dht import DhtNode
 from dimat.net.discovery.map_records import open_map, seal_map
-from dimat.net.pki.identity import read_file
+from dimat.net.limits import DHT_FIND_S, PUBLISH_RETRY_S, PUBLISH_TRIES
+from dimat.net.pki.key_files import read_file
 from dimat.net.pki.keyring import authority_of
 from dimat.topology import build_topology, load_map
 from dimat.topology.network_map import check_alone, without_mixing
 
-FIND_S = 60.0
-"""How long other nodes of the DHT are looked for."""
-_TRIES = 5
-_AGAIN_S = 1.0
-
 
 @dataclass(frozen=True, slots=True)
 class PublishedMap:
-    """`agents`: on the map; `nodes`: of the DHT that took it; `until_s`: how long they keep it, Unix time."""
+    """A map that was published: its `agents`, the `nodes` that keep it, and until when (`until_s`, Unix time)."""
 
     version: int
     agents: int
@@ -45,11 +41,10 @@ async def publish_map(
     listen: str,
     notice: Callable[[str], None],
 ) -> PublishedMap:
-    """Sign a network map with the CA's key of the folder `keys`, and leave it with the DHT of a run.
+    """Sign a network map with the CA's key of the folder `keys`, and store it in the DHT of a run.
 
-    ConfigError and TopologyError for a map that agents could not use, that does not stand alone or is too large, or
-    whose version is not above the published one; SecurityError without the CA's key; NetworkError where no node takes
-    it.
+    ConfigError and TopologyError for a map that agents could not use, that needs other files, is too large, or whose
+    version is not above the published one; SecurityError without the CA's key; NetworkError where no node takes it.
     """
     _, key = authority_of(keys)
     text, version, agents = _readable(file)
@@ -64,12 +59,12 @@ async def publish_map(
             notice=notice,
             generator=random.Random(),
         )
-        # before a process is started for a map that cannot be sealed
+        # checked before a process is started
         seal_map(run, version, text, time.time(), time.time() + days * 86_400, key)
         try:
             await node.start()
             await node.ready()
-            async with asyncio.timeout(FIND_S):
+            async with asyncio.timeout(DHT_FIND_S):
                 while not node.known:
                     node.changed.clear()
                     await node.changed.wait()
@@ -82,21 +77,23 @@ async def publish_map(
                         f"{file} states version {version}, and version {before[0].version} of the map is published "
                         f"already; state version = {before[0].version + 1}"
                     )
-                expires_s = max(expires_s, before[0].expires_s + 1.0)  # the DHT keeps what runs out last
+                expires_s = max(expires_s, before[0].expires_s + 1.0)  # the DHT keeps the value that expires last
             sealed = seal_map(run, version, text, now, expires_s, key)
             record = open_map(sealed, ca=ca, run=run, now=now)  # as every node will
-            for _ in range(_TRIES):
+            for _ in range(PUBLISH_TRIES):
                 nodes = await node.announce_map(sealed, record)
                 if nodes:
                     break
-                await asyncio.sleep(_AGAIN_S)
+                await asyncio.sleep(PUBLISH_RETRY_S)
             else:
                 raise NetworkError(
                     "no node of the DHT took the network map: do the bootstraps run, for this run, with this CA, in "
                     "this version of dimat?"
                 )
         except TimeoutError:
-            raise NetworkError(f"no node of the DHT was found within {FIND_S:.0f} s: do the bootstraps run?") from None
+            raise NetworkError(
+                f"no node of the DHT was found within {DHT_FIND_S:.0f} s: do the bootstraps run?"
+            ) from None
         finally:
             await node.close()
     return PublishedMap(version, agents, nodes, expires_s)

@@ -8,10 +8,10 @@ from dimat.net.discovery.map_records import MAGIC, map_key, open_map
 
 
 class RecordValidator:
-    """Decides what a DHT node keeps and passes on: valid records under their own key, none older than one it has seen;
-    those of agents, and an organiser's network map.
+    """Decides which values a DHT node keeps and passes on: agents' address records and an organiser's network map.
 
-    Without `ca` only the form is checked; without `run` records of all runs are taken. `refused` counts.
+    `ca`: PEM of the CA's certificates, None to check the form only; `run`: the run whose records are taken, None for
+    all. `refused`: number of values that were refused.
     """
 
     def __init__(self, ca: bytes | None, run: str | None) -> None:
@@ -21,7 +21,7 @@ class RecordValidator:
         self._newest: dict[bytes, tuple[int, float]] = {}
 
     def admits(self, key: bytes, value: bytes, expires_s: float, now: float) -> bool:
-        """Tell whether a value may be kept under a key until `expires_s`, which has to be the time in the record."""
+        """Return whether a value may be kept under `key` until `expires_s`, which must be the time in the record."""
         try:
             place, number, lasts_s = self._read(value, now)
         except SecurityError:
@@ -31,7 +31,7 @@ class RecordValidator:
         if key != place or expires_s != lasts_s or number < self._newest.get(key, (0, 0.0))[0]:
             self.refused += 1
             return False
-        if self._ca is not None:  # what nobody signed must not keep out what comes after it
+        if self._ca is not None:  # an unsigned record must not keep out the ones that come after it
             self._newest[key] = (number, lasts_s)
             if len(self._newest) > 10_000:
                 self._newest = {key: seen for key, seen in self._newest.items() if seen[1] > now}
@@ -44,7 +44,7 @@ class RecordValidator:
             try:
                 record = open_map(value, ca=self._ca, run=self._run, now=now)
             except SecurityError:
-                continue  # that a neighbour in the DHT holds rubbish harms nobody
+                continue  # an invalid value of a neighbour in the DHT does no harm
             found = (record.version, record.expires_s, value)
             best = found if best is None else max(best, found)
         return None if best is None else best[2]

@@ -1,6 +1,6 @@
-"""Where agents are reached: the addresses of the map, and those that the agents themselves leave in the DHT.
+"""Resolves agents to addresses, by the map and the DHT, and announces this agent in the DHT.
 
-Either source suffices, and neither is waited for longer than it is worth.
+Either source suffices, and a lookup in the DHT delays its caller for at most `LOOKUP_S`.
 """
 
 from __future__ import annotations
@@ -19,35 +19,30 @@ from typing import Protocol
 from dimat.errors import DimatError
 from dimat.net.backoff import Reminders
 from dimat.net.discovery.address_records import AddressRecord
-
-TTL_S = 600.0
-"""How long an own record holds without being renewed, seconds. Beyond what clocks may differ by."""
-FRESH_S = 30.0
-"""How long what was found of an agent is taken as it is."""
-LOOKUP_S = 5.0
-"""How long a lookup may keep the caller waiting."""
-_SAMPLE = 8
-_RETRY_S = 5.0
+from dimat.net.limits import ANNOUNCE_RETRY_S, LOOKUP_S, RECORD_FRESH_S, RECORD_LIFE_S, RECORD_SAMPLE
 
 
 class RecordDirectory(Protocol):
-    """Keeps records: `dimat.net.discovery.dht.DhtNode`. `changed` is set when it is up, or has met others, anew."""
+    """A store of address records: `dimat.net.discovery.dht.DhtNode`.
+
+    `changed` is set when it has come up, or has met other nodes, again.
+    """
 
     healthy: bool
     changed: asyncio.Event
 
     async def announce(self, record: AddressRecord) -> bool:
-        """Leave a record; returns whether anybody took it."""
+        """Store a record with other nodes; return whether any took it."""
         ...
 
     async def lookup(self, agent: str, *, elsewhere: bool = False) -> AddressRecord | None:
-        """Return an agent's newest record; with `elsewhere`, of those that others hold."""
+        """Return an agent's newest record; with `elsewhere`, only of those that other nodes hold."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Announcement:
-    """What this agent tells of itself: `host:port`s where it is reached, and its newest snapshot."""
+    """The facts that this agent announces: its `host:port`s, and its newest snapshot."""
 
     addresses: tuple[str, ...] = ()
     round: int = 0
@@ -55,10 +50,11 @@ class Announcement:
 
 
 class AddressResolver:
-    """Answers where an agent is reached, and tells others where this one is.
+    """Returns the addresses of agents, and announces those of this one.
 
-    `static`: the map's addresses by agent; `members`: all agents of the map. Without a DHT only the map speaks.
-    `folder` keeps the number of the last record, as readers take no older one. All methods belong to one event loop.
+    `static`: the map's addresses by agent; `members`: all agents of the map; `dht`: None for the map alone; `folder`
+    keeps the number of the last record, as readers take no older one; `notice` receives messages for a person;
+    `record_life_s`: how long a record holds without renewal. All methods belong to one event loop.
     """
 
     def __init__(
@@ -72,55 +68,55 @@ class AddressResolver:
         folder: Path,
         notice: Callable[[str], None],
         generator: random.Random,
-        ttl_s: float = TTL_S,
+        record_life_s: float = RECORD_LIFE_S,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.visible: Mapping[str, AddressRecord] = {}
-        """The other members' records, as far as they were looked for and found of late."""
+        """The other members' records that were looked up and found of late, by agent."""
         self._run = run
         self._agent = agent
         self._dht = dht
         self._file = folder / "dht.seq"
         self._reminders = Reminders(notice)
         self._generator = generator
-        self._ttl_s = ttl_s
+        self._record_life_s = record_life_s
         self._clock = clock
-        self._own = Announcement()
-        self._told = asyncio.Event()
+        self._announcement = Announcement()
+        self._news = asyncio.Event()
         self._found: dict[str, tuple[float, AddressRecord | None]] = {}
-        self._asking: dict[str, asyncio.Task[AddressRecord | None]] = {}
+        self._lookups: dict[str, asyncio.Task[AddressRecord | None]] = {}
         self._loop: asyncio.Task[None] | None = None
         self._last: AddressRecord | None = None
         self._number = _read_number(self._file)
         self._alone = 0
-        self.update_neighbours(static, members)
+        self.update_members(static, members)
 
-    def update_neighbours(self, static: Mapping[str, Collection[str]], members: Collection[str]) -> None:
-        """Take over what a map says, now and when it is loaded anew."""
+    def update_members(self, static: Mapping[str, Collection[str]], members: Collection[str]) -> None:
+        """Take over the addresses and members of a new map."""
         self._static = {name: tuple(addresses) for name, addresses in static.items()}
         self._members = tuple(sorted(set(members) - {self._agent}))
         self.visible = {name: record for name, record in self.visible.items() if name in self._members}
         self._found = {name: found for name, found in self._found.items() if name in self._members}
 
     async def start(self) -> None:
-        """Begin to announce this agent; returns at once."""
+        """Begin to announce this agent; return at once."""
         if self._dht is not None:
-            self._loop = asyncio.create_task(self._announce(self._dht), name="announcing")
+            self._loop = asyncio.create_task(self._keep_announced(self._dht), name="announcing")
 
-    def tell(self, own: Announcement) -> None:
-        """Announce at once what is new of this agent."""
-        if own != self._own:
-            self._own = own
-            self._told.set()
+    def announce(self, own: Announcement) -> None:
+        """Announce new facts about this agent at once."""
+        if own != self._announcement:
+            self._announcement = own
+            self._news.set()
 
     async def addresses(self, agent: str) -> tuple[str, ...]:
-        """Return where an agent is reached, each once: the map's addresses first, then those it gives itself."""
+        """Return an agent's addresses, each once: those of the map first, then those of its record."""
         found = await self._lookup(agent)
         return tuple(dict.fromkeys([*self._static.get(agent, ()), *(found.addresses if found is not None else ())]))
 
     async def close(self) -> None:
-        """Stop announcing; the last record runs out by itself."""
-        tasks = [task for task in (self._loop, *self._asking.values()) if task is not None]
+        """Stop announcing; the last record expires by itself."""
+        tasks = [task for task in (self._loop, *self._lookups.values()) if task is not None]
         for task in tasks:
             task.cancel()
         if tasks:
@@ -128,43 +124,43 @@ class AddressResolver:
         self._loop = None
 
     async def _lookup(self, agent: str) -> AddressRecord | None:
-        """Return an agent's record, from memory where it is fresh. Whoever asks meanwhile waits for the same lookup."""
+        """Return an agent's record, from memory where it is fresh. Concurrent calls wait for one lookup."""
         if self._dht is None or agent == self._agent or agent not in self._members:
             return None
         now = time.monotonic()
         when, record = self._found.get(agent, (float("-inf"), None))
-        if now - when < FRESH_S or not self._dht.healthy:
+        if now - when < RECORD_FRESH_S or not self._dht.healthy:
             return record if record is not None and record.expires_s > self._clock() else None
-        task = self._asking.get(agent)
+        task = self._lookups.get(agent)
         if task is None:
-            task = self._asking[agent] = asyncio.create_task(self._ask(self._dht, agent))
-            task.add_done_callback(lambda _: self._asking.pop(agent, None))
+            task = self._lookups[agent] = asyncio.create_task(self._look_up(self._dht, agent))
+            task.add_done_callback(lambda _: self._lookups.pop(agent, None))
         with suppress(TimeoutError):
             # where the map gives addresses too, the DHT only adds to them
             return await asyncio.wait_for(asyncio.shield(task), LOOKUP_S)
         return record
 
-    async def _ask(self, dht: RecordDirectory, agent: str) -> AddressRecord | None:
+    async def _look_up(self, dht: RecordDirectory, agent: str) -> AddressRecord | None:
         record = await dht.lookup(agent)
-        if record is not None:  # nothing found is asked for again: the agent may be about to come
+        if record is not None:  # not kept where nothing was found: the agent may be about to start
             self._found[agent] = (time.monotonic(), record)
         return record
 
-    async def _announce(self, dht: RecordDirectory) -> None:
-        """Renew the record in time, and at once when there is news or the DHT is another; look who is there."""
+    async def _keep_announced(self, dht: RecordDirectory) -> None:
+        """Renew the record in time, and at once when it or the DHT has changed; look up some other members."""
         while True:
-            self._told.clear()
+            self._news.clear()
             dht.changed.clear()
-            wait_s = self._ttl_s / 3
-            if self._own.addresses and dht.healthy:
+            wait_s = self._record_life_s / 3
+            if self._announcement.addresses and dht.healthy:
                 try:
                     await self._look_for_twin(dht)
                     self._last = self._next()
                     if not await dht.announce(self._last):
-                        wait_s = min(_RETRY_S, wait_s)
+                        wait_s = min(ANNOUNCE_RETRY_S, wait_s)
                     elif await dht.lookup(self._agent, elsewhere=True) is not None:
                         self._reminders.over("gone", "own record is found in the DHT again")
-                    else:  # only what others hold can be found
+                    else:  # only records that others hold can be found
                         self._reminders.tell("gone", "own record is not found in the DHT: it is split, or refuses it")
                     await self._look_around(dht)
                 except DimatError as error:
@@ -172,7 +168,7 @@ class AddressResolver:
             await self._pause(dht, wait_s * self._generator.uniform(0.8, 1.0))
 
     async def _pause(self, dht: RecordDirectory, seconds: float) -> None:
-        waits = [asyncio.create_task(event.wait()) for event in (self._told, dht.changed)]
+        waits = [asyncio.create_task(event.wait()) for event in (self._news, dht.changed)]
         try:
             await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -180,26 +176,26 @@ class AddressResolver:
                 task.cancel()
 
     def _next(self) -> AddressRecord:
-        """Return the record to announce; its number is above all that were announced before, in earlier lives too."""
+        """Return the record to announce; its number is above all those announced before, by earlier runs too."""
         now = self._clock()
         # the time helps where the folder was lost, the count where the clock was set back
         self._number = max(self._number + 1, int(now * 1000))
-        expires_s = now + self._ttl_s
+        expires_s = now + self._record_life_s
         if self._last is not None and self._last.expires_s >= expires_s:
-            expires_s = self._last.expires_s + 0.001  # the DHT keeps what runs out last
+            expires_s = self._last.expires_s + 0.001  # the DHT keeps the value that expires last
         _write_number(self._file, self._number)
-        own = self._own
+        own = self._announcement
         return AddressRecord(
             self._run, self._agent, own.addresses, "", own.round, own.root, self._number, now, expires_s
         )
 
     async def _look_for_twin(self, dht: RecordDirectory) -> None:
-        """Look whether others hold a record of this agent that is newer than any that this process wrote."""
+        """Look for a record of this agent that is newer than all that this process wrote."""
         held = await dht.lookup(self._agent, elsewhere=True)
         before = self._last
         if held is None or held.seq <= (self._number if before is None else before.seq):
             return
-        self._number = held.seq  # of an earlier life whose folder is lost, else of another process
+        self._number = held.seq  # of an earlier run whose folder is lost, else of another process
         if before is not None and held.addresses != before.addresses:
             where = ", ".join(held.addresses) or "no address"
             self._reminders.tell(
@@ -207,9 +203,9 @@ class AddressResolver:
             )
 
     async def _look_around(self, dht: RecordDirectory) -> None:
-        """Look for other members, a few of many, and say so where none is there time and again."""
-        some = self._generator.sample(self._members, min(_SAMPLE, len(self._members)))
-        records = await asyncio.gather(*(self._ask(dht, name) for name in some))
+        """Look up a sample of the other members, and give notice where none is found time and again."""
+        some = self._generator.sample(self._members, min(RECORD_SAMPLE, len(self._members)))
+        records = await asyncio.gather(*(self._look_up(dht, name) for name in some))
         seen = {name: record for name, record in zip(some, records, strict=True) if record is not None}
         now = self._clock()
         self.visible = {**{name: old for name, old in self.visible.items() if old.expires_s > now}, **seen}

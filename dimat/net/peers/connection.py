@@ -1,11 +1,10 @@
-"""Connections to peers: dialled, and both have said hello and fit."""
+"""Connections to peers: dialled over TLS, greeted, found compatible, and ready for calls."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,78 +12,58 @@ import grpc
 from grpc import aio
 
 from dimat.errors import SecurityError
-from dimat.net.compatibility import (
-    AGENT_HEADER,
-    CHUNK_BYTES,
-    DATA_SERVICE,
-    FETCH,
-    PEER_SERVICE,
-    Profile,
-    channel_options,
-    incompatibility,
-    shown,
-)
-from dimat.net.limits import Limits
-from dimat.net.manifest import MOST_FORMS, ManifestLimits, Verify
-from dimat.net.pki.identity import Identity, check_certificate, check_signature, tls_name
+from dimat.net.compatibility import Profile, incompatibility, quoted
+from dimat.net.grpc_options import channel_options
+from dimat.net.limits import CHUNK_BYTES, MOST_FORMS, Limits
+from dimat.net.manifest import ManifestLimits, Verify
+from dimat.net.pki.certificates import check_certificate, check_signature, tls_name
+from dimat.net.pki.identity import Identity
+from dimat.net.threads import InFlight
+from dimat.wire import AGENT_HEADER, DATA_SERVICE, FETCH, PEER_SERVICE
 from dimat.wire.v1 import peer_pb2 as pb
 
 Code = grpc.StatusCode
 
 
 class PeerRefusedError(Exception):
-    """The peer is there and does not fit, or will not have us: trying again soon is of no use."""
+    """The peer answers and does not fit, or refuses this agent: trying again soon is of no use."""
 
 
 class ConnectionBrokenError(Exception):
-    """The connection broke, or a call on it failed in a way that another attempt may mend."""
+    """The connection broke, or a call on it failed in a way that another attempt may cure."""
 
 
 @dataclass(eq=False)
 class Connection:
-    """A channel to a peer that has said hello and fits; whoever dialled closes it. `check`: tells its signatures from
-    others; `apart_s`: its clock from ours; `heard_s`: when its last byte came, by the event loop's clock;
-    `certificate`: DER, checked, empty on an insecure network; `transfers`: how many are under way."""
+    """A channel to a peer that has said hello and fits; to be closed by the caller of `Connector.connect`.
+
+    `verify`: checks the peer's signatures; `clock_offset_s`: how far its clock and this machine's differ at least;
+    `heard_s`: when its last byte came, by the event loop's clock; `certificate`: DER, checked, empty on an insecure
+    network; `transfers`: those under way.
+    """
 
     peer: str
     address: str
     channel: aio.Channel
     metadata: tuple[tuple[str, str], ...]
-    check: Verify
-    apart_s: float
+    verify: Verify
+    clock_offset_s: float
     heard_s: float = 0.0
     certificate: bytes = b""
-    transfers: int = field(default=0, init=False)
+    transfers: InFlight = field(default_factory=InFlight, init=False)
     _closed: bool = field(default=False, init=False)
-    _ended: asyncio.Event = field(default_factory=asyncio.Event, init=False)
-
-    @contextmanager
-    def transferring(self) -> Generator[None]:
-        """Count as a transfer, which `settled` waits for."""
-        self.transfers += 1
-        try:
-            yield
-        finally:
-            self.transfers -= 1
-            self._ended.set()
-
-    async def settled(self) -> None:
-        """Wait until no transfer is under way."""
-        while self.transfers:
-            self._ended.clear()
-            await self._ended.wait()
 
     async def close(self) -> None:
-        """Break off whatever is under way."""
+        """Close the channel; calls that are under way break."""
         self._closed = True
         await self.channel.close()
 
     def heard(self) -> None:
-        """A byte has come: it is alive."""
+        """Note that a byte has come: the peer is alive."""
         self.heard_s = asyncio.get_running_loop().time()
 
     def fetch(self, root: str, first: int, blocks: int) -> Any:
-        """Begin a transfer of a range of blocks; the call gives raw chunks. ConnectionBrokenError after `close`."""
+        """Begin a transfer of a range of blocks; the call yields raw chunks. ConnectionBrokenError after `close`."""
         if self._closed:
             raise ConnectionBrokenError("the connection was closed")
         method: Any = self.channel.unary_stream(
@@ -97,12 +76,12 @@ class Connection:
         )
 
     async def call(self, method: str, request: Any, reply: Any, timeout_s: float) -> Any:
-        """Call a method of the peer's service."""
+        """Call a method of the peer's service and return its reply."""
         return await _call(self.channel, method, request, reply, timeout_s, self.metadata)
 
 
 class Connector:
-    """Makes connections of `agent` to its peers."""
+    """Connects `agent` to its peers."""
 
     def __init__(
         self,
@@ -120,7 +99,7 @@ class Connector:
         self._manifest_limits = manifest_limits
         self._limits = limits
 
-    async def dial(self, peer: str, address: str) -> Connection:
+    async def connect(self, peer: str, address: str) -> Connection:
         """Connect to a peer at an address.
 
         Raises ConnectionBrokenError or AioRpcError where it does not answer there, PeerRefusedError where it does not
@@ -134,7 +113,7 @@ class Connector:
             raise
 
     def _channel(self, peer: str, address: str) -> aio.Channel:
-        # what a reply may take: all manifests that a peer offers
+        # the longest reply holds all manifests that a peer offers
         largest = max(4 * CHUNK_BYTES, MOST_FORMS * self._manifest_limits.manifest_bytes)
         if self._identity is None:
             return aio.insecure_channel(address, options=channel_options(largest, None))
@@ -151,24 +130,24 @@ class Connector:
             )
         except aio.AioRpcError as error:
             if error.code() in (Code.PERMISSION_DENIED, Code.UNAUTHENTICATED, Code.UNIMPLEMENTED):
-                raise PeerRefusedError(f"it will not have this agent: {words(error)}") from None
+                raise PeerRefusedError(f"it refuses this agent: {error_text(error)}") from None
             raise
-        apart_s = max(before - reply.time_s, reply.time_s - time.time())
+        clock_offset_s = max(before - reply.time_s, reply.time_s - time.time())
         if reply.agent != peer:
-            raise ConnectionBrokenError(f"{shown(reply.agent)} answers there, not {peer}")
+            raise ConnectionBrokenError(f"{quoted(reply.agent)} answers there, not {peer}")
         reason = incompatibility(self._profile, self._run, reply)
         if reason:
             raise PeerRefusedError(reason)
         try:
-            check = self._checker(peer, reply.certificate)
+            verify = self._verifier(peer, reply.certificate)
         except SecurityError as error:
             raise PeerRefusedError(str(error)) from None
         # on an insecure network a certificate would be anybody's
         certificate = b"" if self._identity is None else reply.certificate
-        return Connection(peer, address, channel, metadata, check, apart_s, certificate=certificate)
+        return Connection(peer, address, channel, metadata, verify, clock_offset_s, certificate=certificate)
 
-    def _checker(self, peer: str, certificate: bytes) -> Verify:
-        """Return what tells the peer's signatures from others; SecurityError where its certificate is not its own."""
+    def _verifier(self, peer: str, certificate: bytes) -> Verify:
+        """Return the check of the peer's signatures; SecurityError where its certificate is not its own."""
         if self._identity is None:
             return _unsigned
         key = check_certificate(certificate, self._identity.ca, peer)
@@ -195,8 +174,8 @@ async def _call(
         raise ConnectionBrokenError("no answer in time") from None
 
 
-def words(error: Exception) -> str:
-    """Return what a failed call says, in one line."""
+def error_text(error: Exception) -> str:
+    """Return the error of a failed call in one line."""
     if not isinstance(error, aio.AioRpcError):
         return str(error)
     details = " ".join((error.details() or "").split())[:200]

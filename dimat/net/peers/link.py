@@ -1,5 +1,4 @@
-"""One peer, as this agent follows it over gRPC: reach it, see that it fits, hear what it offers, and begin anew when
-the connection breaks."""
+"""The link to one peer: connects, polls the snapshots that it offers, and reconnects when that breaks."""
 
 from __future__ import annotations
 
@@ -13,25 +12,20 @@ from grpc import aio
 
 from dimat.errors import DimatError, NetworkError, PeerError, SecurityError
 from dimat.net.backoff import Backoff, Breaker, Reminders
-from dimat.net.compatibility import CLOCKS_DIFFER_S, Profile, shown
-from dimat.net.limits import Limits
+from dimat.net.compatibility import Profile, quoted
+from dimat.net.limits import CLOCKS_DIFFER_S, MOST_OFFERED, POLL_PAUSE_S, POLL_REPLY_S, WAKE_PAUSE_S, Limits
 from dimat.net.manifest import ManifestLimits, SignedManifest, unseal
-from dimat.net.peers.connection import Code, Connection, ConnectionBrokenError, Connector, PeerRefusedError, words
-from dimat.net.threads import Notifier, Threads
+from dimat.net.peers.connection import Code, Connection, ConnectionBrokenError, Connector, PeerRefusedError, error_text
+from dimat.net.threads import BackgroundTasks, Notifier, Threads
 from dimat.net.transport import PeerListener
 from dimat.wire.v1 import peer_pb2 as pb
 
 AddressLookup = Callable[[str], Awaitable[Sequence[str]]]
-"""Gives further addresses of an agent, from wherever they are known."""
-
-LATEST_REPLY_S = 600.0  # to a call for news, on a link where bytes of transfers come all the time
-PAUSE_S = 0.05  # from one call for news to the next, at least
-AWAKE_S = 1.0  # between two attempts because something was heard of the peer
-OFFERED_AT_MOST = 64  # snapshots that a peer offers at a time
+"""Returns further addresses of an agent, beside those of the map."""
 
 
 class PeerLink:
-    """Follows `peer` from `start` to `stop`."""
+    """Follows `peer` from `start` to `stop`, and passes news of it to `listener`."""
 
     def __init__(
         self,
@@ -44,7 +38,7 @@ class PeerLink:
         limits: Limits,
         generator: Random,
         listener: PeerListener,
-        directory: AddressLookup | None,
+        address_lookup: AddressLookup | None,
         threads: Threads,
     ) -> None:
         self.peer = peer
@@ -55,7 +49,7 @@ class PeerLink:
         self._manifest_limits = manifest_limits
         self._limits = limits
         self._listener = listener
-        self._directory = directory
+        self._address_lookup = address_lookup
         self._threads = threads
         self._backoff = Backoff(limits.backoff_first_s, limits.backoff_last_s, generator)
         self._breaker = Breaker(limits.breaker_failures, limits.breaker_open_s)
@@ -66,7 +60,7 @@ class PeerLink:
         self._last_good = ""
         self._heard_s: float | None = None  # when the last connection brought its last byte, by the loop's clock
         self._task: asyncio.Task[None] | None = None
-        self._ending: set[asyncio.Task[None]] = set()  # connections that last until their transfers have ended
+        self._draining = 0  # connections that take no calls, and last until their transfers have ended
         self._connection: Connection | None = None
         self._offers: dict[tuple[int, str], SignedManifest] = {}
         self._refusal = ""
@@ -75,55 +69,53 @@ class PeerLink:
         self._wake = Notifier()
         self._dropped: asyncio.Event = asyncio.Event()
         self._lost_timer: asyncio.TimerHandle | None = None
-        self._told_lost = False
-        self._parting = ""  # what it said when it left, until it is reached anew
+        self._lost_told = False
+        self._parting = ""  # the reason that it gave when it left, until it is reached again
         self._unreached = False  # whether the last attempt to reach it has failed
-        self._gone = ""  # why nobody needs to wait for it, until it is reached again
+        self._gone = ""  # why waiting for it is of no use, until it is reached again
         self._reason = "it was not reached yet"
         self._reminders = Reminders(listener.noticed)
-        self._said: set[str] = set()
+        self._noticed: set[str] = set()
         self._woken_s = float("-inf")
 
-    # ── what the transport asks ──────────────────────────────────────────────────────────────────────────────
-    def start(self) -> None:
-        """Begin to follow the peer."""
+    # ── for the transport ─────────────────────────────────────────────────────────────────────────────────────
+    def start(self, tasks: BackgroundTasks) -> None:
+        """Begin to follow the peer, in one of `tasks`."""
         self._out_of_reach()
-        self._task = asyncio.create_task(self._follow(), name=f"link to {self.peer}")
+        self._task = tasks.start(self._follow(), f"link to {self.peer}")
 
     async def stop(self) -> None:
-        """Let go of the peer; whoever waits for it is told."""
+        """Stop following the peer; calls that wait for a connection raise NetworkError."""
         self._stopped = True
         self._changed.fire()
         self._in_reach()
         if self._task is not None:
-            tasks = (self._task, *self._ending)
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks)
+            self._task.cancel()
+            await asyncio.wait([self._task])
             self._task = None
 
-    def update_neighbours(self, addresses: Sequence[str]) -> None:
-        """Take over where the peer is reached, by a new map, and try at once if it is not reached now."""
+    def update_addresses(self, addresses: Sequence[str]) -> None:
+        """Take over the addresses of a new map, and try them at once if the peer is not connected."""
         self._addresses = list(addresses)
         if self._task is not None:
             self.wake()
 
     def wake(self) -> None:
-        """The peer is likely there now: try at once, whatever failed before."""
+        """Try at once, whatever failed before: the peer is likely there."""
         now = asyncio.get_running_loop().time()
-        # two that dial each other, and both fail, must not drive each other on
-        if self._connection is None and now - self._woken_s >= AWAKE_S:
+        # two agents whose calls to each other fail must not wake each other in a rush
+        if self._connection is None and now - self._woken_s >= WAKE_PAUSE_S:
             self._woken_s = now
             self._backoff.reset()
             self._breaker.succeeded()
             self._wake.fire()
 
-    def find(self, round_: int, root: str) -> SignedManifest | None:
-        """Return the manifest of a snapshot that the peer offers now."""
+    def offer(self, round_: int, root: str) -> SignedManifest | None:
+        """Return the manifest of a snapshot that the peer offers now; None where it offers no such."""
         return self._offers.get((round_, root))
 
     async def connection(self) -> Connection:
-        """Wait for a connection on which the peer has said what it offers; NetworkError where it will not come."""
+        """Wait for a connection on which the peer has told its offers; NetworkError where none is to be expected."""
         while True:
             if self._stopped:
                 raise NetworkError(f"{self.peer} is not followed any more")
@@ -136,7 +128,7 @@ class PeerLink:
             await self._changed.wait()
 
     def drop(self, connection: Connection, reason: str) -> None:
-        """A call on a connection has failed: make another one."""
+        """Replace a connection on which a call has failed."""
         if connection is self._connection:
             self._reason = reason
             self._connection = None
@@ -144,7 +136,7 @@ class PeerLink:
 
     @property
     def state(self) -> dict[str, object]:
-        """What `status` shows of the peer. `heard_s`: seconds since its last byte came, None before the first one."""
+        """State of the link for `dimat status`. `heard_s`: seconds since the last byte came, None before the first."""
         last_s = self._heard_s if self._connection is None else self._connection.heard_s
         return {
             "connected": self._connection is not None,
@@ -154,30 +146,35 @@ class PeerLink:
             "heard_s": None if last_s is None else asyncio.get_running_loop().time() - last_s,
         }
 
-    # ── the loop ─────────────────────────────────────────────────────────────────────────────────────────────
+    # ── the loop ──────────────────────────────────────────────────────────────────────────────────────────────
     async def _follow(self) -> None:
+        """Keep a connection to the peer, until cancelled; connections that drain end with this."""
+        async with asyncio.TaskGroup() as drains:
+            await self._keep_connected(drains)
+
+    async def _keep_connected(self, drains: asyncio.TaskGroup) -> None:
         while True:
             wait_s = 0.0
             self._unreached = True
             try:
-                async with self._reach() as connection:
+                async with self._reach(drains) as connection:
                     self._unreached = False
-                    await self._listen(connection)
+                    await self._poll_offers(connection)
             except PeerRefusedError as refused:
                 self._refuse(str(refused))
                 wait_s = self._limits.refused_retry_s * self._generator.uniform(0.5, 1.0)
             except (ConnectionBrokenError, aio.AioRpcError) as error:
-                self._reason = words(error)
+                self._reason = error_text(error)
                 self._breaker.failed()
                 wait_s = self._breaker.wait_s(self._backoff.next())
-                if self._told_lost:
+                if self._lost_told:
                     self._reminders.tell("reach", f"{self.peer} is out of reach: {self._reason}; it is tried on")
-            except Exception as error:  # a fault of ours must not end the following, nor hide
+            except Exception as error:  # a bug must not end the loop, nor hide
                 self._reason = f"{type(error).__name__}: {error}"
                 self._breaker.failed()
                 wait_s = self._breaker.wait_s(self._backoff.next())
-                self._say(f"following {self.peer} failed: {self._reason}")
-            self._no_more()
+                self._notice_once(f"following {self.peer} failed: {self._reason}")
+            self._disconnected()
             try:
                 async with asyncio.timeout(wait_s):
                     await self._wake.wait()
@@ -185,7 +182,7 @@ class PeerLink:
                 continue
 
     @asynccontextmanager
-    async def _reach(self) -> AsyncGenerator[Connection]:
+    async def _reach(self, drains: asyncio.TaskGroup) -> AsyncGenerator[Connection]:
         """Connect to the first address that answers as the peer.
 
         PeerRefusedError where it does not fit, ConnectionBrokenError where no address answers.
@@ -197,57 +194,57 @@ class PeerLink:
         trouble: list[str] = []
         for address in known:
             try:
-                connection = await self._connector.dial(self.peer, address)
+                connection = await self._connector.connect(self.peer, address)
             except (ConnectionBrokenError, aio.AioRpcError) as error:
-                trouble.append(f"{address}: {words(error)}")
+                trouble.append(f"{address}: {error_text(error)}")
                 continue
             kept = False
             try:
                 self._last_good = address
-                if connection.apart_s > CLOCKS_DIFFER_S:
+                if connection.clock_offset_s > CLOCKS_DIFFER_S:
                     self._reminders.tell(
                         "clock",
-                        f"the clocks of {self.peer} and this machine differ by {connection.apart_s:.0f} s; set both by "
-                        "NTP",
+                        f"the clocks of {self.peer} and this machine differ by {connection.clock_offset_s:.0f} s; "
+                        "set both by NTP",
                     )
                 yield connection
             except aio.AioRpcError:
-                # one that stops takes no calls any more, and lets its transfers end
-                kept = connection.transfers > 0
+                # a peer that stops takes no calls any more, and lets its transfers end
+                kept = connection.transfers.count > 0
                 raise
             finally:
                 if kept:
-                    task = asyncio.create_task(self._let_end(connection), name=f"last transfers of {self.peer}")
-                    self._ending.add(task)
+                    self._draining += 1
+                    drains.create_task(self._drain(connection), name=f"last transfers of {self.peer}")
                 else:
                     await connection.close()
             return
         raise ConnectionBrokenError("; ".join(trouble))
 
-    async def _let_end(self, connection: Connection) -> None:
+    async def _drain(self, connection: Connection) -> None:
         """Close a connection once its transfers have ended; a peer that still sends is not out of reach."""
         try:
-            await connection.settled()
+            await connection.transfers.none()
         finally:
             await connection.close()
-            self._ending = {task for task in self._ending if task is not asyncio.current_task()}
+            self._draining -= 1
             if self._connection is None:
-                self._no_more()
+                self._disconnected()
 
     async def _look_up(self) -> Sequence[str]:
-        if self._directory is None:
+        if self._address_lookup is None:
             return ()
         try:
             async with asyncio.timeout(self._limits.connect_s):
-                return await self._directory(self.peer)
+                return await self._address_lookup(self.peer)
         except TimeoutError:
             return ()
         except DimatError as error:
-            self._say(f"no addresses of {self.peer} were found: {error}")
+            self._notice_once(f"no addresses of {self.peer} were found: {error}")
             return ()
 
-    async def _listen(self, connection: Connection) -> None:
-        """Ask for news until the connection breaks."""
+    async def _poll_offers(self, connection: Connection) -> None:
+        """Poll the peer for news until the connection breaks."""
         self._dropped = asyncio.Event()
         dropped = asyncio.create_task(self._dropped.wait())
         poll: asyncio.Task[pb.ManifestsReply] | None = None
@@ -269,8 +266,8 @@ class PeerLink:
                 if reply.leaving and not left:
                     left = True
                     self._left(reply.leaving)
-                # one that answers at once with nothing new must not be asked in a rush
-                await asyncio.sleep(began_s + PAUSE_S - asyncio.get_running_loop().time())
+                # a peer that answers at once with nothing new must not be polled in a rush
+                await asyncio.sleep(began_s + POLL_PAUSE_S - asyncio.get_running_loop().time())
         finally:
             self._connection = None
             self._heard_s = connection.heard_s or self._heard_s
@@ -284,9 +281,9 @@ class PeerLink:
         most_s = wait_s + self._limits.quiet_s
         request = pb.ManifestsRequest(seen=seen, session=session, wait_ms=int(wait_s * 1000))
         connection.heard()
-        call = asyncio.create_task(connection.call("Manifests", request, pb.ManifestsReply, LATEST_REPLY_S))
+        call = asyncio.create_task(connection.call("Manifests", request, pb.ManifestsReply, POLL_REPLY_S))
         try:
-            # on a slow link an answer waits behind the data of a transfer, which shows that the peer is there
+            # on a slow link an answer waits behind the data of a transfer, which shows that the peer is alive
             while not call.done():
                 quiet_s = asyncio.get_running_loop().time() - connection.heard_s
                 if quiet_s >= most_s:
@@ -295,16 +292,16 @@ class PeerLink:
             return call.result()
         except aio.AioRpcError as error:
             if error.code() is Code.PERMISSION_DENIED:
-                raise PeerRefusedError(f"it will not have this agent: {words(error)}") from None
+                raise PeerRefusedError(f"it refuses this agent: {error_text(error)}") from None
             raise
         finally:
             call.cancel()
             await asyncio.gather(call, return_exceptions=True)
 
     async def _take(self, connection: Connection, reply: pb.ManifestsReply, told: set[tuple[int, str]]) -> None:
-        """Take over what the peer offers, tell what is new on this connection."""
-        if len(reply.offered) > OFFERED_AT_MOST:
-            raise PeerRefusedError(f"it offers {len(reply.offered):,} snapshots, at most {OFFERED_AT_MOST} are read")
+        """Take over the peer's offers, and tell the listener of those that are new on this connection."""
+        if len(reply.offered) > MOST_OFFERED:
+            raise PeerRefusedError(f"it offers {len(reply.offered):,} snapshots, at most {MOST_OFFERED} are read")
         offers: dict[tuple[int, str], SignedManifest] = {}
         for offered in reply.offered:
             try:
@@ -313,7 +310,7 @@ class PeerLink:
                     unseal,
                     offered.manifest,
                     offered.signature,
-                    connection.check,
+                    connection.verify,
                     publisher=self.peer,
                     run=self._run,
                     limits=self._manifest_limits,
@@ -321,7 +318,7 @@ class PeerLink:
                 if signed.manifest.schema != self._profile.schema:
                     raise PeerError(f"manifest of {self.peer} refused: it is of another model than it said hello with")
             except (PeerError, SecurityError) as error:
-                self._say(f"{self.peer} offers what cannot be taken: {error}")
+                self._notice_once(f"{self.peer} offers what cannot be taken: {error}")
                 continue
             offers[signed.manifest.round, signed.manifest.payload.root] = signed
         self._offers = offers
@@ -338,43 +335,43 @@ class PeerLink:
         told.intersection_update(offers)
         self._changed.fire()
 
-    # ── in reach or not ──────────────────────────────────────────────────────────────────────────────────────
+    # ── reachability ──────────────────────────────────────────────────────────────────────────────────────────
     def _in_reach(self) -> None:
         self._backoff.reset()
         self._breaker.succeeded()
         self._reminders.over("reach")
-        self._told_lost = False
+        self._lost_told = False
         self._parting = self._gone = ""
         if self._lost_timer is not None:
             self._lost_timer.cancel()
             self._lost_timer = None
 
-    def _no_more(self) -> None:
-        """No connection is left on which a transfer goes on, unless one is let end."""
-        if self._ending:
+    def _disconnected(self) -> None:
+        """Count the peer as out of reach, unless transfers still drain."""
+        if self._draining:
             return
         self._out_of_reach()
-        if self._parting and self._unreached:  # it said so, and is not there any more: nothing will come
-            self._give_up(f"it has left ({shown(self._parting)})")
+        if self._parting and self._unreached:  # it said so, and does not answer any more
+            self._give_up(f"it has left ({quoted(self._parting)})")
 
     def _give_up(self, reason: str) -> None:
-        """Let those who wait for the peer go, whatever they had of it."""
+        """End the waiting for a connection with NetworkError, until the peer is reached again."""
         self._gone = reason
         self._changed.fire()
 
     def _out_of_reach(self) -> None:
-        if self._lost_timer is None and not self._told_lost and not self._stopped:
+        if self._lost_timer is None and not self._lost_told and not self._stopped:
             self._lost_timer = asyncio.get_running_loop().call_later(self._limits.lost_after_s, self._lose)
 
     def _lose(self) -> None:
         self._lost_timer = None
-        self._told_lost = True
+        self._lost_told = True
         self._listener.lost(self.peer, self._refusal or self._reason, 0)
 
     def _left(self, reason: str) -> None:
-        self._told_lost, self._parting = True, reason
+        self._lost_told, self._parting = True, reason
         last = max((round_ for round_, _ in self._offers), default=0)
-        self._listener.lost(self.peer, f"it has left ({shown(reason)})", last)
+        self._listener.lost(self.peer, f"it has left ({quoted(reason)})", last)
 
     def _refuse(self, reason: str) -> None:
         if reason != self._refusal:
@@ -382,10 +379,10 @@ class PeerLink:
             self._listener.refused(self.peer, reason)
         self._changed.fire()
 
-    def _say(self, message: str) -> None:
-        """Say something once."""
-        if message not in self._said:
-            if len(self._said) > 1000:
-                self._said.clear()
-            self._said.add(message)
+    def _notice_once(self, message: str) -> None:
+        """Pass a message to the listener, once."""
+        if message not in self._noticed:
+            if len(self._noticed) > 1000:
+                self._noticed.clear()
+            self._noticed.add(message)
             self._listener.noticed(message)

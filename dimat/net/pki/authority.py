@@ -15,12 +15,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from dimat.errors import ConfigError, DimatError, SecurityError
+from dimat.net.limits import MAX_CERTIFICATE_HOSTS
 from dimat.net.pki.certificates import SUFFIX, agent_name, check_name, dns_names, hosts, is_p256, readable, tls_name
 
 BACKDATED = timedelta(hours=1)
 """How far before now a new certificate begins, for machines whose clocks are behind."""
-MOST_HOSTS = 32
-"""Addresses in one certificate."""
 
 _ADDRESS = re.compile(r"(?:\[(?P<six>[^\[\]]+)\]|(?P<host>[^:\[\]]+))(?::(?P<port>[0-9]{1,5}))?")
 _HOST = re.compile(r"(?=.{1,253}$)[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?)*")
@@ -125,8 +124,8 @@ def read_request(pem: bytes) -> CertificateRequest:
 def hosts_of(addresses: Iterable[str]) -> tuple[str, ...]:
     """Return the different hosts of addresses, in their order; ConfigError for one that is none, or too many."""
     found = tuple(dict.fromkeys(map(host_of, addresses)))
-    if len(found) > MOST_HOSTS:
-        raise ConfigError(f"{len(found)} addresses are too many for one agent (at most {MOST_HOSTS})")
+    if len(found) > MAX_CERTIFICATE_HOSTS:
+        raise ConfigError(f"{len(found)} addresses are too many for one agent (at most {MAX_CERTIFICATE_HOSTS})")
     return found
 
 

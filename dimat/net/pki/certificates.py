@@ -23,13 +23,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID, NameOID
 
 from dimat.errors import ConfigError, SecurityError
+from dimat.net.limits import CLOCK_SKEW_S, MAX_CERTIFICATE_BYTES
 
 SUFFIX = ".agent.dimat.internal"
 """Ends the DNS name of every agent; no address of an agent may end so."""
-CLOCK_SKEW = timedelta(minutes=5)
+CLOCK_SKEW = timedelta(seconds=CLOCK_SKEW_S)
 """How far this machine's clock may be off when a certificate's dates are looked at."""
-LONGEST_CERTIFICATE = 16 * 2**10
-"""Bytes of DER; an agent's own takes under 1 KiB."""
 
 E = TypeVar("E", bound=x509.ExtensionType)
 
@@ -79,8 +78,8 @@ def check_certificate(der: bytes, ca: bytes, name: str, now: datetime | None = N
     """
     now = now or datetime.now(UTC)
     what = f"certificate of {name!r}"
-    if len(der) > LONGEST_CERTIFICATE:
-        raise SecurityError(f"{what}: {len(der)} bytes are too many (at most {LONGEST_CERTIFICATE})")
+    if len(der) > MAX_CERTIFICATE_BYTES:
+        raise SecurityError(f"{what}: {len(der)} bytes are too many (at most {MAX_CERTIFICATE_BYTES})")
     with readable(what):
         certificate = x509.load_der_x509_certificate(der)
         if not der.endswith(b"\0" + certificate.signature):  # the parser lets unused bits of it be anything

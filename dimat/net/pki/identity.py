@@ -5,39 +5,22 @@ gRPC is imported only where credentials are made: the DHT's process checks certi
 
 from __future__ import annotations
 
-import os
 import shlex
-import stat
-import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from dimat.errors import SecurityError
-from dimat.net.pki.certificates import (
-    agent_name,
-    authorities,
-    check_certificate,
-    check_name,
-    check_signature,
-    is_p256,
-    readable,
-    tls_name,
-)
+from dimat.net.pki.certificates import agent_name, authorities, check_certificate, check_name, readable
+from dimat.net.pki.key_files import read_file, read_key
 
 if TYPE_CHECKING:
     import grpc
-
-__all__ = ["Identity", "agent_of", "check_certificate", "check_signature", "load_identity", "read_key", "tls_name"]
-
-LONGEST_FILE = 2**20
-"""Bytes that are read of a key or certificate file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,37 +106,6 @@ def load_identity(folder: str | Path, name: str) -> Identity:
     return Identity(name, certificate.public_bytes(serialization.Encoding.PEM), ca, key)
 
 
-def read_key(path: Path) -> ec.EllipticCurvePrivateKey:
-    """Read a private key (PEM, P-256, no passphrase); SecurityError too where others than its owner can get at it."""
-    data = read_file(path, private=True)
-    try:
-        key = serialization.load_pem_private_key(data, password=None)
-    except TypeError as error:
-        raise SecurityError(
-            f"{path} is locked with a passphrase; an agent that starts by itself cannot open it"
-        ) from error
-    except (ValueError, UnsupportedAlgorithm) as error:
-        raise SecurityError(f"{path} is not a private key in PEM; put back the right file, or make new keys") from error
-    if not isinstance(key, ec.EllipticCurvePrivateKey) or not is_p256(key):
-        raise SecurityError(f"{path} is not a P-256 key; make one with `dimat keys`")
-    return key
-
-
-def read_file(path: Path, *, private: bool = False) -> bytes:
-    """Read a small file; SecurityError if it cannot be, or if it is `private` and others have any right to it."""
-    try:
-        with path.open("rb") as file:
-            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-            if private and mode & 0o077 and not only_ours(file.fileno(), mode):
-                raise SecurityError(f"{path} is open to others (mode {mode:04o}); run: chmod 600 {path}")
-            data = file.read(LONGEST_FILE + 1)
-    except OSError as error:
-        raise SecurityError(f"cannot read {path}: {error.strerror or error}") from error
-    if len(data) > LONGEST_FILE:
-        raise SecurityError(f"{path} is too long to be a key or certificate")
-    return data
-
-
 def agent_of(auth_context: Mapping[str, Iterable[bytes]]) -> str | None:
     """Return the agent that a client proved to be, from gRPC's `ServicerContext.auth_context()`.
 
@@ -192,27 +144,3 @@ def _how_to_make(folder: Path, name: str, missing: list[str]) -> str:
             f"begins with: dimat keys init-ca {place})"
         )
     return f"{lacks}; send {name}.csr to the organiser, who runs: dimat keys sign {name}.csr"
-
-
-ATTRIBUTE = "system.posix_acl_access"
-VERSION = 2
-USER_OBJ, USER, GROUP_OBJ, GROUP, MASK, OTHER = 0x01, 0x02, 0x04, 0x08, 0x10, 0x20
-"""Kinds of entries: the owner, a named user, the file's group, a named group, the mask, everybody else."""
-
-
-def only_ours(descriptor: int, mode: int) -> bool:
-    """Whether an open file's ACL lets nobody in but its owner, this process's user and root. False where it has no ACL,
-    or none that is understood; then its `mode` says all there is to say."""
-    if mode & 0o007 or not hasattr(os, "getxattr"):
-        return False
-    try:
-        data = os.getxattr(descriptor, ATTRIBUTE)
-    except OSError:  # no list, or a file system without any
-        return False
-    if len(data) % 8 != 4 or struct.unpack_from("<I", data)[0] != VERSION:
-        return False
-    entries: list[tuple[int, int, int]] = list(struct.iter_unpack("<HHI", data[4:]))
-    us = (0, os.geteuid())
-    return all(
-        not rights or kind in (USER_OBJ, MASK) or (kind == USER and user in us) for kind, rights, user in entries
-    )

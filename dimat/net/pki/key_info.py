@@ -16,7 +16,7 @@ from cryptography.x509.oid import NameOID
 from dimat.errors import ConfigError, SecurityError
 from dimat.net.pki.authority import read_request
 from dimat.net.pki.certificates import agent_name, authorities, check_certificate, hosts, readable
-from dimat.net.pki.identity import read_file, read_key
+from dimat.net.pki.key_files import read_file, read_key
 from dimat.net.pki.keyring import key_fingerprint
 
 SOON = timedelta(days=30)

@@ -7,8 +7,6 @@ written.
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,14 +17,10 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from dimat.errors import ConfigError, DataError, SecurityError
+from dimat.errors import ConfigError, SecurityError
 from dimat.net.pki import authority as issuing
 from dimat.net.pki.certificates import agent_name, authorities, check_certificate, check_name, hosts, readable
-from dimat.net.pki.identity import read_file, read_key
-from dimat.weights.durable import sync_folder
-
-PRIVATE = 0o600
-PUBLIC = 0o644
+from dimat.net.pki.key_files import PUBLIC, read_file, read_key, write_file, write_key
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,32 +164,6 @@ def key_fingerprint(key: ec.EllipticCurvePublicKey) -> str:
     digest = hashes.Hash(hashes.SHA256())
     digest.update(der)
     return digest.finalize().hex()
-
-
-def write_key(path: Path, key: ec.EllipticCurvePrivateKey) -> None:
-    """Write a private key (PEM), readable by its owner alone."""
-    form = serialization.PrivateFormat.PKCS8
-    write_file(path, key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption()), PRIVATE)
-
-
-def write_file(path: Path, data: bytes, mode: int) -> None:
-    """Write a file so that it is there whole or not at all, even after power loss; DataError where it cannot be."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # 0600 from the start
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
-                os.fchmod(file.fileno(), mode)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-        sync_folder(path.parent)
-    except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 @contextmanager

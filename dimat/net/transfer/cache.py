@@ -1,7 +1,7 @@
-"""The store of what was fetched: whole snapshots of peers, and pieces of those that are coming in.
+"""The cache of peers' snapshots on the disk: whole ones, parts of incoming ones, and its quota.
 
-A snapshot is held while somebody needs it; the last one of each peer stays beyond that, as the base of the peer's next
-delta and for the blocks that its next one shares with it. Content has one address, so equal snapshots lie there once.
+A snapshot is kept while it is in use; the last one of each peer stays beyond that, as the base of the peer's next delta
+and for the blocks that the next one shares with it. Equal snapshots have one address and are stored once.
 """
 
 from __future__ import annotations
@@ -16,19 +16,21 @@ from pathlib import Path
 from blake3 import blake3
 
 from dimat.errors import DataError, DimatError
+from dimat.net.limits import STALE_PART_S
 from dimat.net.manifest import ManifestLimits, SignedManifest, read_signed, unseal, write_signed
 from dimat.net.threads import Threads
 from dimat.net.transfer.received_blocks import ReceivedBlocks
 from dimat.weights.snapshot import Payload, make_folder, verify_file
 from dimat.wire.v1 import peer_pb2 as pb
 
-STALE_S = 3600.0  # a piece that nobody has gone on with
-
 
 @dataclass(slots=True)
 class _Entry:
-    """A whole snapshot. `signed`: manifests by (peer, round); `holds`: by (peer, round) who needs it; `checked`: its
-    content was read and found right in this life; `used`: grows with use, for the quota."""
+    """A whole snapshot.
+
+    `signed`: manifests by (peer, round); `holds`: number of uses by (peer, round); `checked`: its content was read and
+    found right since this agent started; `used`: grows with use, for the quota.
+    """
 
     payload: Payload
     signed: dict[tuple[str, int], SignedManifest] = field(default_factory=dict[tuple[str, int], SignedManifest])
@@ -38,9 +40,11 @@ class _Entry:
 
 
 class SnapshotCache:
-    """Received snapshots in `folder`, a folder of their own. `quota_bytes`: what they may take, of which the oldest go
-    that nobody needs; `reserve_bytes`: that stay free on the disk. Methods that touch much of the disk (`verify`,
-    `begin`, `finish`, `link`) may be called in threads."""
+    """Received snapshots in `folder`, a folder of their own.
+
+    `quota_bytes`: disk that they may take, of which the oldest that are not in use go first; `reserve_bytes`: disk that
+    stays free. Methods that touch much of the disk (`verify`, `begin`, `finish`, `link`) may be called in threads.
+    """
 
     def __init__(
         self,
@@ -62,35 +66,35 @@ class SnapshotCache:
         self._durable = durable
         self._entries: dict[str, _Entry] = {}
         self._latest: dict[str, tuple[int, str]] = {}
-        # by peer and root, what is coming in, or was; and of these, what somebody works on
+        # incoming payloads by peer and root, those of broken attempts too; and how many fetches work on each
         self._coming: dict[tuple[str, str], Payload] = {}
         self._open: Counter[tuple[str, str]] = Counter()
         self._clock = 0
         make_folder(folder)
         self._clean()
 
-    # ── what is there ────────────────────────────────────────────────────────────────────────────────────────
+    # ── whole snapshots ───────────────────────────────────────────────────────────────────────────────────────
     def path(self, root: str) -> Path:
-        """Return where a whole snapshot with this address lies, or would."""
+        """Return the path of a whole snapshot with this address, whether it is there or not."""
         return self.folder / f"{root}.safetensors"
 
     def payload(self, root: str) -> Payload | None:
-        """Return the payload of a whole snapshot, if it is there."""
+        """Return the payload of a whole snapshot; None where it is not there."""
         entry = self._entries.get(root)
         return None if entry is None else entry.payload
 
     def find(self, peer: str, round_: int, root: str) -> SignedManifest | None:
-        """Return a peer's signed manifest of a snapshot that is there whole."""
+        """Return a peer's signed manifest of a whole snapshot; None where it is not there."""
         entry = self._entries.get(root)
         return None if entry is None else entry.signed.get((peer, round_))
 
     def sources(self, but: str) -> list[tuple[Path, Payload]]:
-        """Return the files whose blocks may serve for another, newest first."""
+        """Return the files whose blocks another snapshot may share, the last used first."""
         entries = sorted(self._entries.items(), key=lambda item: -item[1].used)
         return [(self.path(root), entry.payload) for root, entry in entries if root != but]
 
     def verify(self, root: str) -> bool:
-        """Return whether a snapshot is there, whole and right; read once in a life, and removed where it is damaged."""
+        """Return whether a snapshot is there and undamaged; read once a run, and removed where it is damaged."""
         entry = self._entries.get(root)
         if entry is None:
             return False
@@ -105,10 +109,9 @@ class SnapshotCache:
             entry.checked = True
         return True
 
-    # ── what comes in ────────────────────────────────────────────────────────────────────────────────────────
-    def room(self, peer: str, payload: Payload, more: int = 0) -> None:
-        """Make room within the quota for a payload and `more` bytes; DataError where what is needed now leaves too
-        little."""
+    # ── incoming payloads ─────────────────────────────────────────────────────────────────────────────────────
+    def make_room(self, peer: str, payload: Payload, more: int = 0) -> None:
+        """Make room in the quota for a payload and `more` bytes; DataError where snapshots in use leave too little."""
         amount = payload.bytes + more
         taken = sum(entry.payload.bytes for entry in self._entries.values())
         taken += sum(coming.bytes for key, coming in self._coming.items() if key != (peer, payload.root))
@@ -131,35 +134,35 @@ class SnapshotCache:
             )
 
     def begin(self, peer: str, payload: Payload) -> ReceivedBlocks:
-        """Open a payload that is to come in from a peer, with what an earlier attempt has left of it; `end` it."""
-        part, whole = self.part(peer, payload.root), self.path(payload.root)
+        """Open an incoming payload, with the blocks that an earlier attempt has left; to be closed by `end`."""
+        part, whole = self.part_path(peer, payload.root), self.path(payload.root)
         if payload.root not in self._entries and whole.exists():
             whole.replace(part)  # an attempt was called off when the file had just got its name
-        partial = ReceivedBlocks(part, payload, self._reserve_bytes)
+        received = ReceivedBlocks(part, payload, self._reserve_bytes)
         self._coming[peer, payload.root] = payload
         self._open[peer, payload.root] += 1
-        return partial
+        return received
 
-    def end(self, peer: str, partial: ReceivedBlocks, root: str) -> None:
-        """Close what `begin` gave; what is missing stays so, for another attempt."""
+    def end(self, peer: str, received: ReceivedBlocks, root: str) -> None:
+        """Close a payload that `begin` has opened; missing blocks are left for another attempt."""
         self._open[peer, root] -= 1
         if not self._open[peer, root]:
             del self._open[peer, root]
-        self._threads.submit(partial.close)
+        self._threads.submit(received.close)
 
-    def part(self, peer: str, root: str) -> Path:
-        """Return where a payload lies while it comes in from a peer."""
+    def part_path(self, peer: str, root: str) -> Path:
+        """Return the path of a payload while it comes in from a peer."""
         return self.folder / f"{root}.{blake3(peer.encode()).hexdigest()[:16]}.part"
 
-    def finish(self, peer: str, partial: ReceivedBlocks, root: str) -> Path:
-        """Give a whole payload its name."""
+    def finish(self, peer: str, received: ReceivedBlocks, root: str) -> Path:
+        """Rename a whole payload to its path, and return that."""
         path = self.path(root)
-        partial.finish(path, durable=self._durable)
+        received.finish(path, durable=self._durable)
         self._coming.pop((peer, root), None)
         return path
 
     def link(self, source: Path, payload: Payload) -> bool:
-        """Take over a file of another folder, unread; False where it is not there."""
+        """Link (else copy) a payload from another folder; False where it is not there or damaged."""
         path = self.path(payload.root)
         temporary = path.with_suffix(f".{self._tick()}.link")
         try:
@@ -177,19 +180,19 @@ class SnapshotCache:
         return True
 
     def drop(self, peer: str, root: str) -> None:
-        """Remove what has come in of a payload, and the payload where it is no snapshot's."""
+        """Remove an incoming payload, and the whole payload where it is not that of a snapshot."""
         self._coming.pop((peer, root), None)
-        self._discard(self.part(peer, root))
+        self._discard(self.part_path(peer, root))
         if root not in self._entries:
             self._discard(self.path(root))
 
-    def note(self, signed: SignedManifest) -> None:
-        """Write a manifest beside its snapshot, so that a later life knows it."""
+    def write_manifest(self, signed: SignedManifest) -> None:
+        """Write a manifest beside its snapshot, for this agent's next run."""
         write_signed(self._manifest_path(signed.manifest.payload.root), signed, durable=self._durable)
 
-    # ── who needs it ─────────────────────────────────────────────────────────────────────────────────────────
+    # ── use ───────────────────────────────────────────────────────────────────────────────────────────────────
     def keep(self, peer: str, signed: SignedManifest) -> None:
-        """Hold a snapshot that is there whole until `release`; it is the last one of its peer if its round is."""
+        """Hold a whole snapshot until `release`; it becomes the last one of its peer if its round is the highest."""
         manifest = signed.manifest
         root, round_ = manifest.payload.root, manifest.round
         entry = self._entries.get(root)
@@ -209,7 +212,7 @@ class SnapshotCache:
                 self.drop(*stale)
 
     def release(self, peer: str, round_: int, root: str) -> None:
-        """Undo one `keep`; what nobody needs goes, but for each peer's last one."""
+        """Undo one `keep`; a snapshot that is not in use goes, unless it is its peer's last one."""
         entry = self._entries.get(root)
         if entry is None or (peer, round_) not in entry.holds:
             return
@@ -230,7 +233,7 @@ class SnapshotCache:
         self._discard(self._manifest_path(root))
 
     def _discard(self, path: Path) -> None:
-        """Remove a file without waiting for the disk: out of the way at once, gone soon."""
+        """Remove a file without waiting for the disk: renamed at once, deleted in a thread."""
         gone = path.with_name(f".{self._tick()}.{path.name}.gone")
         try:
             path.rename(gone)
@@ -245,15 +248,15 @@ class SnapshotCache:
         self._clock += 1
         return self._clock
 
-    # ── at the start ─────────────────────────────────────────────────────────────────────────────────────────
+    # ── at the start ──────────────────────────────────────────────────────────────────────────────────────────
     def _clean(self) -> None:
-        """Take over what an earlier life has left whole, keep pieces that are fresh, remove all else."""
+        """Take over the whole snapshots of the run before, keep fresh parts, and remove all other files."""
         found: list[SignedManifest] = []
         for path in self.folder.glob("*.manifest"):
             try:
                 data, signature = read_signed(path)
                 publisher = pb.Manifest.FromString(data).agent
-                # its signature was checked when it came; what it says of the content is checked before use (`verify`)
+                # its signature was checked when it came; its content is checked before use (`verify`)
                 signed = unseal(
                     data, signature, _taken, publisher=publisher, run=self._run, limits=self._manifest_limits
                 )
@@ -270,10 +273,10 @@ class SnapshotCache:
         self._entries = {root: entry for root, entry in self._entries.items() if root in newest}
         for path in list(self.folder.iterdir()):
             known = path.suffix in (".safetensors", ".manifest") and path.stem in self._entries
-            fresh = path.suffix == ".part" and time.time() - path.stat().st_mtime < STALE_S
+            fresh = path.suffix == ".part" and time.time() - path.stat().st_mtime < STALE_PART_S
             if path.is_file() and not known and not fresh:
                 path.unlink(missing_ok=True)
 
 
 def _taken(data: bytes, signature: bytes) -> None:
-    """Take a signature that was checked before it was written down."""
+    """Accept a signature that was checked before the manifest was written."""

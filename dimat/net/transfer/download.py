@@ -1,5 +1,4 @@
-"""Brings one payload over from a peer: missing blocks only, each checked before it counts, on through broken
-connections."""
+"""Downloads one payload from a peer: only the missing blocks, retried over broken connections."""
 
 from __future__ import annotations
 
@@ -13,19 +12,16 @@ from grpc import aio
 
 from dimat.errors import NetworkError
 from dimat.net.backoff import Backoff
-from dimat.net.compatibility import CHUNK_BYTES, SMALLEST_CHUNK_BYTES
-from dimat.net.limits import Limits
-from dimat.net.peers.connection import Code, Connection, ConnectionBrokenError, words
+from dimat.net.limits import BLOCK_ATTEMPTS, CHUNK_BYTES, MIN_CHUNK_BYTES, WRITES_AHEAD, Limits
+from dimat.net.peers.connection import Code, Connection, ConnectionBrokenError, error_text
 from dimat.net.peers.link import PeerLink
 from dimat.net.threads import Threads
 from dimat.net.transfer.received_blocks import ReceivedBlocks
 from dimat.weights.snapshot import Payload
 
-BLOCK_ATTEMPTS = 2
-EOF: Any = aio.EOF  # pyright: ignore[reportAttributeAccessIssue]  # what a stream gives at its end
-WRITES_AHEAD = 2  # blocks that are being hashed and written while the next one comes
+EOF: Any = aio.EOF  # pyright: ignore[reportAttributeAccessIssue]  # read at the end of a stream
 
-# what no other attempt mends; all else is a matter of the connection
+# answers that another attempt does not change; all others are a matter of the connection
 FINAL = {
     Code.NOT_FOUND: "",
     Code.PERMISSION_DENIED: "",
@@ -37,11 +33,11 @@ FINAL = {
 
 
 class GoneError(NetworkError):
-    """A peer's payload cannot be had for good; what has come of it is of no use."""
+    """A peer's payload cannot be fetched any more; the blocks that have come are of no use."""
 
 
 class WrongBlockError(Exception):
-    """A block came whole, and is not what its hash says."""
+    """A block has come whole, with content of another hash."""
 
     def __init__(self, index: int) -> None:
         super().__init__(f"block {index}")
@@ -50,8 +46,12 @@ class WrongBlockError(Exception):
 
 @dataclass(slots=True)
 class DownloadStats:
-    """Bytes of payload that came, counted where they are `received` by peer and encoding, and for one fetch; attempts
-    after the first are counted in `retries`, by peer. `encoding`: of what comes now."""
+    """Counts of one fetch, added to those of all.
+
+    `received`: bytes of payload in all fetches, by peer and encoding; `retries`: attempts after the first in all
+    fetches, by peer; `bytes`: of this fetch; `encoding`: of the payload that is being downloaded; `wrong`: times that a
+    block had a wrong hash, by payload and index.
+    """
 
     received: Counter[tuple[str, str]]
     retries: Counter[str]
@@ -68,7 +68,7 @@ class DownloadStats:
 async def download(
     link: PeerLink,
     payload: Payload,
-    partial: ReceivedBlocks,
+    received: ReceivedBlocks,
     stats: DownloadStats,
     *,
     limits: Limits,
@@ -76,20 +76,22 @@ async def download(
     threads: Threads,
     generator: Random,
 ) -> None:
-    """Bring what `partial` lacks of `payload`; ends when it is whole. `streams`: bounds transfers at a time.
+    """Download the blocks that `received` lacks of `payload`, until it is whole.
 
-    Raises GoneError where the peer says that it cannot be had, or sends other content than it promised twice, and
-    NetworkError where the peer is not followed any more or does not fit.
+    `streams` bounds the downloads at a time.
+
+    Raises GoneError where the peer does not offer it any more or sends a block with a wrong hash `BLOCK_ATTEMPTS`
+    times, and NetworkError where the peer is not followed any more or does not fit.
     """
     backoff = Backoff(limits.backoff_first_s, limits.backoff_last_s, generator)
-    while not partial.whole:
+    while not received.whole:
         connection = await link.connection()
-        before = partial.missing_bytes
+        before = received.missing_bytes
         try:
             async with link.streams, streams:
-                with connection.transferring():
-                    for first, count in partial.runs():
-                        await _run(connection, payload, first, count, partial, stats, limits.idle_s, threads)
+                with connection.transfers.one():
+                    for first, count in received.runs():
+                        await _run(connection, payload, first, count, received, stats, limits.idle_s, threads)
         except WrongBlockError as wrong:
             stats.wrong[payload.root, wrong.index] += 1
             if stats.wrong[payload.root, wrong.index] >= BLOCK_ATTEMPTS:
@@ -102,15 +104,15 @@ async def download(
             continue
         except aio.AioRpcError as error:
             if error.code() in FINAL:
-                raise GoneError(f"{link.peer}: {FINAL[error.code()]}{words(error)}") from None
+                raise GoneError(f"{link.peer}: {FINAL[error.code()]}{error_text(error)}") from None
             # a peer that is only busy keeps its connection
             if error.code() is not Code.RESOURCE_EXHAUSTED:
-                link.drop(connection, words(error))
+                link.drop(connection, error_text(error))
         except ConnectionBrokenError as error:
             link.drop(connection, str(error))
-        if partial.missing_bytes < before:
+        if received.missing_bytes < before:
             backoff.reset()
-        if not partial.whole:
+        if not received.whole:
             stats.retries[link.peer] += 1
             await asyncio.sleep(backoff.next())
 
@@ -120,27 +122,27 @@ async def _run(
     payload: Payload,
     first: int,
     count: int,
-    partial: ReceivedBlocks,
+    received: ReceivedBlocks,
     stats: DownloadStats,
     idle_s: float,
     threads: Threads,
 ) -> None:
-    """Bring a run of blocks on one stream. Hashing and writing go on in threads, two blocks behind at most."""
+    """Download a run of blocks on one stream, while earlier ones are hashed and written in threads."""
     call = connection.fetch(payload.root, first, count)
     writes: deque[tuple[int, asyncio.Future[bool]]] = deque()
     try:
         for index in range(first, first + count):
-            chunks = await _block(call, connection, partial.length(index), stats, idle_s)
+            chunks = await _block(call, connection, received.length(index), stats, idle_s)
             if len(writes) == WRITES_AHEAD:
                 await _written(*writes.popleft())
-            writes.append((index, threads.submit(partial.write, index, chunks)))
+            writes.append((index, threads.submit(received.write, index, chunks)))
         if await _read(call, idle_s) is not EOF:
             raise GoneError(f"{connection.peer} sends more than it was asked for")
         while writes:
             await _written(*writes.popleft())
     finally:
         call.cancel()
-        # what came whole counts, whatever broke off after it
+        # blocks that came whole count, whatever broke off after them
         for _, write in writes:
             await asyncio.wait([write])
 
@@ -159,7 +161,7 @@ async def _block(call: Any, connection: Connection, length: int, stats: Download
             raise ConnectionBrokenError("the stream ended early")
         connection.heard()
         stats.count(connection.peer, len(chunk))
-        if not min(SMALLEST_CHUNK_BYTES, length) <= len(chunk) <= min(CHUNK_BYTES, length):
+        if not min(MIN_CHUNK_BYTES, length) <= len(chunk) <= min(CHUNK_BYTES, length):
             raise GoneError(
                 f"{connection.peer} sends chunks of {len(chunk)} bytes where {length} of a block are to come"
             )

@@ -1,4 +1,4 @@
-"""Gets snapshots of peers by the cheapest way: held already, a form of fewer bytes, or whole."""
+"""Fetches peers' snapshots the cheapest way: held already, as a shorter encoded form, or whole."""
 
 from __future__ import annotations
 
@@ -27,13 +27,16 @@ Sources = Callable[[], Sequence[Payload]]
 
 
 class Fetcher:
-    """Brings snapshots into `received`. `own`: this agent's store, and `offered` gives what it holds there: content
-    that is there already is not sent. `bytes`: of payload by peer and encoding; `retries`: attempts to bring a payload
-    after the first, by peer."""
+    """Fetches snapshots into `cache`.
+
+    `own`: this agent's store, and `offered` returns the payloads in it: content that is held already is not sent again.
+    `encodings`: those that can be decoded here. `bytes`: payload received, by peer and encoding; `retries`: download
+    attempts after the first, by peer.
+    """
 
     def __init__(
         self,
-        received: SnapshotCache,
+        cache: SnapshotCache,
         own: SnapshotStore,
         offered: Sources,
         encodings: Sequence[str],
@@ -44,7 +47,7 @@ class Fetcher:
     ) -> None:
         self.bytes: Counter[tuple[str, str]] = Counter()
         self.retries: Counter[str] = Counter()
-        self._received = received
+        self._cache = cache
         self._own = own
         self._offered = offered
         self._encodings = encodings
@@ -56,24 +59,24 @@ class Fetcher:
         self._locks: dict[tuple[str, str], tuple[asyncio.Lock, list[None]]] = {}
 
     async def fetch(self, find: Callable[[], PeerLink], peer: str, round_: int, root: str) -> Fetched:
-        """Get a snapshot and hold it; NetworkError where it cannot be had. `find` gives the peer's link."""
+        """Fetch a snapshot and hold it; NetworkError where it cannot be fetched. `find` returns the peer's link."""
         stats = DownloadStats(self.bytes, self.retries)
         try:
             async with self._alone(peer, root):  # two rounds may have equal content
-                signed = self._received.find(peer, round_, root)
+                signed = self._cache.find(peer, round_, root)
                 if signed is None or not await self._held(root):
                     signed = await self._offer(find(), round_, root)
                     if not await self._held(root):
-                        await self._bring(find(), signed, stats)
-                    await self._threads.submit(self._received.note, signed)
-                self._received.keep(peer, signed)
+                        await self._transfer(find(), signed, stats)
+                    await self._threads.submit(self._cache.write_manifest, signed)
+                self._cache.keep(peer, signed)
         except (DataError, OSError) as error:
             raise NetworkError(f"snapshot {root[:12]}… of {peer}, round {round_}, cannot be stored: {error}") from error
-        return Fetched(signed.manifest, self._received.path(root), stats.bytes, (signed.data, signed.signature))
+        return Fetched(signed.manifest, self._cache.path(root), stats.bytes, (signed.data, signed.signature))
 
     @asynccontextmanager
     async def _alone(self, peer: str, root: str) -> AsyncGenerator[None]:
-        """Wait until no other fetch brings the same from the same peer."""
+        """Wait until no other fetch of the same snapshot from the same peer is under way."""
         lock, users = self._locks.setdefault((peer, root), (asyncio.Lock(), []))
         users.append(None)
         try:
@@ -86,21 +89,21 @@ class Fetcher:
 
     async def _offer(self, link: PeerLink, round_: int, root: str) -> SignedManifest:
         await link.connection()
-        signed = link.find(round_, root)
+        signed = link.offer(round_, root)
         if signed is None:
             raise NetworkError(f"{link.peer} offers no snapshot {root[:12]}… of round {round_}, or not any more")
         return signed
 
     async def _held(self, root: str) -> bool:
-        """Return whether a snapshot is there whole, from this life or an earlier one."""
-        return await self._threads.submit(self._received.verify, root)
+        """Return whether a snapshot is in the cache, whole and undamaged."""
+        return await self._threads.submit(self._cache.verify, root)
 
-    async def _bring(self, link: PeerLink, signed: SignedManifest, stats: DownloadStats) -> None:
+    async def _transfer(self, link: PeerLink, signed: SignedManifest, stats: DownloadStats) -> None:
         manifest = signed.manifest
         payload = manifest.payload
         if any(known.root == payload.root for known in self._offered()):
-            self._received.room(link.peer, payload)
-            if await self._threads.submit(self._received.link, self._own.path(payload.root), payload):
+            self._cache.make_room(link.peer, payload)
+            if await self._threads.submit(self._cache.link, self._own.path(payload.root), payload):
                 return
         for form in await self._forms(manifest):
             try:
@@ -114,7 +117,7 @@ class Fetcher:
         await self._whole(link, payload, stats)
 
     async def _forms(self, manifest: Manifest) -> list[Form]:
-        """Return the forms that cost less than the payload and can be decoded here, the cheapest first."""
+        """Return the forms that take fewer bytes than the payload and can be decoded here, the cheapest first."""
         forms = [form for form in manifest.forms if form.encoding in self._encodings]
         usable = [form for form in forms if not form.after or await self._base(form.after) is not None]
         if not usable:
@@ -122,76 +125,76 @@ class Fetcher:
         return await self._threads.submit(_cheaper, manifest.payload, usable, self._sources(manifest.payload.root))
 
     async def _base(self, root: str) -> Path | None:
-        """Return the file of a snapshot that a delta is to."""
+        """Return the file of the snapshot that a delta was taken from; None where it is not here."""
         if await self._held(root):
-            return self._received.path(root)
+            return self._cache.path(root)
         return self._own.path(root) if any(known.root == root for known in self._offered()) else None
 
     def _sources(self, but: str) -> list[tuple[Path, Payload]]:
         own = [(self._own.path(known.root), known) for known in self._offered()]
-        return self._received.sources(but) + own
+        return self._cache.sources(but) + own
 
     async def _whole(self, link: PeerLink, payload: Payload, stats: DownloadStats) -> None:
-        self._received.room(link.peer, payload)
+        self._cache.make_room(link.peer, payload)
         stats.encoding = "fp32"
-        partial = await self._partial(link, payload)
+        received = await self._open(link, payload)
         try:
-            await self._download(link, payload, partial, stats)
-            await self._threads.submit(self._received.finish, link.peer, partial, payload.root)
+            await self._download(link, payload, received, stats)
+            await self._threads.submit(self._cache.finish, link.peer, received, payload.root)
         except GoneError:
-            self._received.drop(link.peer, payload.root)
+            self._cache.drop(link.peer, payload.root)
             raise
         finally:
-            self._received.end(link.peer, partial, payload.root)
+            self._cache.end(link.peer, received, payload.root)
 
     async def _by_form(self, link: PeerLink, form: Form, payload: Payload, stats: DownloadStats) -> None:
-        """Get a form and make the snapshot from it; DataError where that gives another one."""
-        self._received.room(link.peer, form.payload, payload.bytes)
+        """Download a form and decode the snapshot from it; DataError where it decodes to another one."""
+        self._cache.make_room(link.peer, form.payload, payload.bytes)
         stats.encoding = form.encoding
-        partial = await self._partial(link, form.payload)
+        received = await self._open(link, form.payload)
         root = form.payload.root
         try:
-            await self._download(link, form.payload, partial, stats)
-            path = await self._threads.submit(self._received.finish, link.peer, partial, root)
+            await self._download(link, form.payload, received, stats)
+            path = await self._threads.submit(self._cache.finish, link.peer, received, root)
             after = await self._base(form.after) if form.after else None
             if form.after and after is None:
                 raise DataError(f"its base {form.after[:12]}… is gone")
             await self._threads.submit(self._decode, path, after, payload)
         except (DataError, GoneError):
-            self._received.drop(link.peer, root)
+            self._cache.drop(link.peer, root)
             raise
         finally:
-            self._received.end(link.peer, partial, root)
-        self._received.drop(link.peer, root)
+            self._cache.end(link.peer, received, root)
+        self._cache.drop(link.peer, root)
 
     def _decode(self, path: Path, after: Path | None, payload: Payload) -> None:
         data = encode(decode_weights(path, after=after))
         made = checksum(data, payload.block_bytes)
         if made.root != payload.root:
             raise DataError(f"it decodes to snapshot {made.root[:12]}…")
-        write_bytes(self._received.path(payload.root), data)
+        write_bytes(self._cache.path(payload.root), data)
 
-    async def _partial(self, link: PeerLink, payload: Payload) -> ReceivedBlocks:
-        """Open a payload that is to come in, with all of it that is held already."""
-        opening = self._threads.submit(self._received.begin, link.peer, payload)
+    async def _open(self, link: PeerLink, payload: Payload) -> ReceivedBlocks:
+        """Open an incoming payload, with all of its blocks that are held already."""
+        opening = self._threads.submit(self._cache.begin, link.peer, payload)
 
         def end(opened: asyncio.Future[ReceivedBlocks]) -> None:
             if opened.exception() is None:
-                self._received.end(link.peer, opened.result(), payload.root)
+                self._cache.end(link.peer, opened.result(), payload.root)
 
         try:
-            partial = await asyncio.shield(opening)
-            await self._threads.submit(partial.fill, self._sources(payload.root))
+            received = await asyncio.shield(opening)
+            await self._threads.submit(received.fill, self._sources(payload.root))
         except BaseException:
             opening.add_done_callback(end)  # called off: it is closed as soon as it is open
             raise
-        return partial
+        return received
 
-    async def _download(self, link: PeerLink, payload: Payload, partial: ReceivedBlocks, stats: DownloadStats) -> None:
+    async def _download(self, link: PeerLink, payload: Payload, received: ReceivedBlocks, stats: DownloadStats) -> None:
         await download(
             link,
             payload,
-            partial,
+            received,
             stats,
             limits=self._limits,
             streams=self._streams,
@@ -201,7 +204,7 @@ class Fetcher:
 
 
 def _cheaper(payload: Payload, forms: Sequence[Form], sources: Sequence[tuple[Path, Payload]]) -> list[Form]:
-    """Return the forms of which fewer bytes are to come than of the payload, the cheapest first."""
+    """Return the forms of which fewer bytes are missing than of the payload, the cheapest first."""
     held = {digest for _, known in sources for digest in known.blocks}
     whole = _missing(payload, held)
     costs = [(_missing(form.payload, held), number, form) for number, form in enumerate(forms)]
@@ -209,7 +212,7 @@ def _cheaper(payload: Payload, forms: Sequence[Form], sources: Sequence[tuple[Pa
 
 
 def _missing(payload: Payload, held: set[str]) -> int:
-    """Return the bytes of a payload that come over the network where blocks with the hashes `held` are there."""
+    """Return the bytes of a payload whose blocks are not among the hashes `held`."""
     # by hash: blocks of equal content come once
     lengths = {
         digest: min(payload.block_bytes, payload.bytes - index * payload.block_bytes)

@@ -1,4 +1,4 @@
-"""What this agent offers now: its signed manifests, and a number that grows with every change of them."""
+"""The outbox: the snapshots that this agent offers now, as signed manifests, and their change number."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from dimat.wire.v1 import peer_pb2 as pb
 
 
 class Outbox:
-    """The snapshots of `agent` in its own store, as peers are told of them.
+    """The snapshots of `agent` in its own store, as they are offered to peers.
 
-    Signed manifests lie beside the snapshots (`<round>-<root>.manifest`), so that after a restart the same is offered.
+    Signed manifests lie beside the snapshots (`<round>-<root>.manifest`), so that the same is offered after a restart.
+    `write_manifests` writes them, from the start of the transport until `close`.
     """
 
     def __init__(self, store: SnapshotStore, run: str, agent: str, sign: Sign, threads: Threads) -> None:
@@ -31,11 +32,10 @@ class Outbox:
         self._threads = threads
         self._sequence = 1
         self._signed: dict[tuple[int, str], SignedManifest] = {}
-        self._disk = asyncio.Lock()
-        self._writing: set[asyncio.Task[None]] = set()
+        self._unwritten: asyncio.Queue[SignedManifest | None] = asyncio.Queue()
 
     def restore(self, check: Verify, manifest_limits: ManifestLimits, noticed: Callable[[str], None]) -> None:
-        """Offer again what was offered before a restart, where the payload still lies in the store."""
+        """Offer the snapshots of before a restart again, where the payload still lies in the store."""
         found: list[SignedManifest] = []
         for path in sorted(self._store.folder.glob("*.manifest")):
             try:
@@ -52,22 +52,22 @@ class Outbox:
         for signed in sorted(found, key=lambda known: known.manifest.round):
             self._offer(signed)
 
-    def publish(self, manifest: Manifest, noticed: Callable[[str], None]) -> None:
-        """Offer a recorded snapshot; a second time changes nothing. DataError where no reader would take it."""
+    def publish(self, manifest: Manifest) -> None:
+        """Offer a recorded snapshot; offering it again changes nothing. DataError where no reader would take it."""
         if self._store.find(self._agent, manifest.round) is not None and self._key(manifest) in self._signed:
             return
         signed = seal(manifest, self._sign)
         self._offer(signed)
         if self._key(manifest) in self._signed:
-            self._later(write_signed, self._path(manifest), signed, noticed)
+            self._unwritten.put_nowait(signed)
 
     def leave(self, reason: str) -> None:
-        """Say that this agent leaves."""
+        """Tell readers, in the next reply to each, that this agent leaves."""
         self.leaving = reason or "it stops"
         self._change()
 
     def reply(self) -> pb.ManifestsReply:
-        """Return all that is offered, oldest round first."""
+        """Return all offered manifests, the oldest round first."""
         return pb.ManifestsReply(
             sequence=self._sequence,
             session=self.session,
@@ -79,11 +79,11 @@ class Outbox:
         )
 
     def news(self, seen: int, session: str) -> bool:
-        """Return whether there is more than what a reader has seen in a session."""
+        """Return whether anything has changed since a reader saw number `seen` of a session."""
         return session != self.session or seen != self._sequence
 
     def payload(self, root: str) -> Payload | None:
-        """Return the payload with this address, of a snapshot or of a form, if it is offered."""
+        """Return the offered payload with this address, of a snapshot or of a form; None where it is not offered."""
         for signed in self._signed.values():
             for payload in (signed.manifest.payload, *(form.payload for form in signed.manifest.forms)):
                 if payload.root == root:
@@ -91,18 +91,28 @@ class Outbox:
         return None
 
     def encoding(self, root: str) -> str:
-        """Return the encoding of the payload with this address: a form's, else fp32, which is a snapshot's own."""
+        """Return the encoding of the payload with this address: that of its form, fp32 for a plain snapshot."""
         forms = (form for signed in self._signed.values() for form in signed.manifest.forms)
         return next((form.encoding for form in forms if form.payload.root == root), "fp32")
 
     def payloads(self) -> list[Payload]:
-        """Return the payloads of whole snapshots that are offered."""
+        """Return the payloads of the offered snapshots, without their forms."""
         return [signed.manifest.payload for signed in self._signed.values()]
 
-    async def settle(self) -> None:
-        """Wait until what was published is written down."""
-        while self._writing:
-            await asyncio.wait(self._writing)
+    async def write_manifests(self, noticed: Callable[[str], None]) -> None:
+        """Write each manifest that is published beside its snapshot, in turn, until `close` and all are written."""
+        while (signed := await self._unwritten.get()) is not None:
+            path = self._path(signed.manifest)
+            try:
+                await self._threads.submit(write_signed, path, signed)
+                if self._key(signed.manifest) not in self._signed:
+                    await self._threads.submit(path.unlink, missing_ok=True)
+            except (DataError, OSError) as error:
+                noticed(f"after a restart round {signed.manifest.round} is to be published anew: {error}")
+
+    def close(self) -> None:
+        """Let `write_manifests` end once everything that was published is written."""
+        self._unwritten.put_nowait(None)
 
     # ── changes ──────────────────────────────────────────────────────────────────────────────────────────────
     def _offer(self, signed: SignedManifest) -> None:
@@ -120,26 +130,6 @@ class Outbox:
     def _change(self) -> None:
         self._sequence += 1
         self.changed.fire()
-
-    def _later(
-        self,
-        write: Callable[[Path, SignedManifest], None],
-        path: Path,
-        signed: SignedManifest,
-        noticed: Callable[[str], None],
-    ) -> None:
-        async def task() -> None:
-            async with self._disk:
-                try:
-                    await self._threads.submit(write, path, signed)
-                    if self._key(signed.manifest) not in self._signed:
-                        await self._threads.submit(path.unlink, missing_ok=True)
-                except (DataError, OSError) as error:
-                    noticed(f"after a restart round {signed.manifest.round} is to be published anew: {error}")
-
-        running = asyncio.get_running_loop().create_task(task())
-        self._writing.add(running)
-        running.add_done_callback(self._writing.discard)
 
     def _path(self, manifest: Manifest) -> Path:
         return self._store.folder / f"{manifest.round:012d}-{manifest.payload.root[:16]}.manifest"

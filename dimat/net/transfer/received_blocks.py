@@ -1,4 +1,4 @@
-"""A payload that is coming in: a file of its full length, and which of its blocks are right so far."""
+"""Blocks of a payload as they arrive: each block's hash is checked here before it is written."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from dimat.weights.snapshot import Payload
 
 
 class ReceivedBlocks:
-    """Blocks of `payload` in the file `path`; all methods may be called from any thread, one works at a time.
+    """The blocks of `payload` that have arrived in the file `path`; methods may be called from any thread.
 
-    The file has its full length from the start, so that a disk that is too small says so before anything is sent.
-    What lies in it already, from an earlier attempt or life, counts where its hash is right. DataError where the disk
-    fails.
+    The file has its full length from the start, so that a full disk is noticed before anything is sent. Blocks that lie
+    in it from an earlier attempt or run count where their hash is right. `reserve_bytes`: disk that stays free.
+    DataError where the disk fails.
     """
 
     def __init__(self, path: Path, payload: Payload, reserve_bytes: int = 0) -> None:
@@ -57,7 +57,7 @@ class ReceivedBlocks:
 
     @property
     def missing_bytes(self) -> int:
-        """Bytes that are still to come."""
+        """Bytes of the blocks that are missing; blocks of equal content count once."""
         with self._lock:
             return sum(self.length(places[0]) for places in self._places.values() if places[0] in self._missing)
 
@@ -68,7 +68,7 @@ class ReceivedBlocks:
             return not self._missing
 
     def runs(self) -> list[tuple[int, int]]:
-        """Return the (first, count) of runs of blocks that are to come, one of each content."""
+        """Return (first index, count) of each run of missing blocks; of blocks with equal content only the first."""
         with self._lock:
             wanted = sorted(places[0] for places in self._places.values() if places[0] in self._missing)
         runs: list[tuple[int, int]] = []
@@ -84,8 +84,10 @@ class ReceivedBlocks:
         return min(self._payload.block_bytes, self._payload.bytes - index * self._payload.block_bytes)
 
     def write(self, index: int, chunks: Sequence[bytes]) -> bool:
-        """Put a block in place, and wherever else the same content belongs; False where its hash is wrong, and then
-        it is still missing."""
+        """Check a block's hash and write it to every place where its content belongs.
+
+        False where the hash is wrong: then nothing is written and the block is still missing.
+        """
         digest = blake3()
         for chunk in chunks:
             digest.update(chunk)
@@ -98,7 +100,7 @@ class ReceivedBlocks:
         return True
 
     def fill(self, sources: Iterable[tuple[Path, Payload]]) -> None:
-        """Copy the missing blocks that other payload files hold; what is damaged there stays missing."""
+        """Copy missing blocks from other payload files; blocks that are damaged there stay missing."""
         for path, payload in sources:
             with self._lock:
                 wanted = {self._payload.blocks[index] for index in self._missing}
@@ -114,7 +116,7 @@ class ReceivedBlocks:
                 continue  # removed meanwhile: its blocks come over the network
 
     def finish(self, path: Path, *, durable: bool) -> None:
-        """Give the whole file its name. `durable`: it survives power loss."""
+        """Rename the whole file to `path`; DataError where blocks are missing. `durable`: it survives power loss."""
         try:
             with self._lock:
                 if self._missing:
@@ -130,7 +132,7 @@ class ReceivedBlocks:
             raise DataError(f"cannot write {path}: {error.strerror or error}") from error
 
     def close(self) -> None:
-        """Close the file and leave it as it is, for another attempt."""
+        """Close the file and leave it for another attempt."""
         with self._lock:
             if self._file >= 0:
                 os.close(self._file)

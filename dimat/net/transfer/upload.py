@@ -1,4 +1,4 @@
-"""Serves payloads: opens one file a stream, reads ahead in threads, and sends it in chunks within all limits."""
+"""Uploads of payloads to readers: files read ahead in threads, sent in chunks, within slots and rate."""
 
 from __future__ import annotations
 
@@ -11,26 +11,24 @@ from pathlib import Path
 from time import monotonic
 
 from dimat.errors import DataError
-from dimat.net.compatibility import CHUNK_BYTES, SMALLEST_CHUNK_BYTES
-from dimat.net.limits import Limits, Rate, Slots
+from dimat.net.limits import CHUNK_BYTES, CHUNK_FAST_S, CHUNK_SLOW_S, MIN_CHUNK_BYTES, READ_AHEAD_BYTES, Limits
 from dimat.net.threads import Threads
+from dimat.net.throttle import Rate, Slots
 from dimat.weights.snapshot import Payload
 
-READ_BYTES = 4 * CHUNK_BYTES  # at a time, in a thread
-SLOW_S, FAST_S = 2.0, 0.5  # that a message takes: shorter ones from here on, longer ones
 Span = tuple[int, int]
 """Offset and length."""
 
 
 class SlowReaderError(Exception):
-    """A reader took no bytes for too long."""
+    """A reader took no bytes for `Limits.idle_s`."""
 
 
 class PayloadReader:
     """A payload file that is open for reading in threads."""
 
     def __init__(self, path: Path, payload: Payload) -> None:
-        """Open it; DataError where it is missing or has another length than its record says."""
+        """Open the file; DataError where it is missing or not as long as its payload."""
         self._lock = threading.Lock()
         try:
             self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -42,7 +40,7 @@ class PayloadReader:
             raise DataError(f"snapshot {path} is damaged: {size} bytes, its manifest says {payload.bytes}")
 
     def read(self, spans: list[Span]) -> list[bytes]:
-        """Read spans; DataError where the file is shorter or unreadable by now."""
+        """Return the bytes of spans; DataError where the file has become shorter or unreadable."""
         with self._lock:
             try:
                 chunks = [os.pread(self._file, length, offset) for offset, length in spans]
@@ -53,7 +51,7 @@ class PayloadReader:
         return chunks
 
     def close(self) -> None:
-        """Close it, once no thread reads from it."""
+        """Close the file, once no thread reads from it."""
         with self._lock:
             if self._file >= 0:
                 os.close(self._file)
@@ -61,14 +59,17 @@ class PayloadReader:
 
 
 class ChunkSizer:
-    """How long the messages of a stream are: short ones at first and on a slow link, so that both sides see within
-    seconds that bytes move, and `CHUNK_BYTES` where they go fast."""
+    """Chooses the length of a stream's messages by how fast they go.
+
+    Short ones at first and on a slow link, so that both sides see within seconds that bytes move; `CHUNK_BYTES` where
+    they go fast.
+    """
 
     def __init__(self) -> None:
-        self.bytes = SMALLEST_CHUNK_BYTES
+        self.bytes = MIN_CHUNK_BYTES
 
     def cut(self, chunk: bytes) -> Iterator[bytes]:
-        """Cut a chunk into messages; each is asked for when the one before is sent."""
+        """Yield a chunk in messages; the next is to be taken when the one before has been sent."""
         offset = 0
         while offset < len(chunk):
             whole = not offset and self.bytes >= len(chunk)
@@ -77,14 +78,14 @@ class ChunkSizer:
             yield part
             offset += len(part)
             took_s = monotonic() - began
-            if took_s > SLOW_S:
-                self.bytes = max(self.bytes // 2, SMALLEST_CHUNK_BYTES)
-            elif took_s < FAST_S:
+            if took_s > CHUNK_SLOW_S:
+                self.bytes = max(self.bytes // 2, MIN_CHUNK_BYTES)
+            elif took_s < CHUNK_FAST_S:
                 self.bytes = min(self.bytes * 2, CHUNK_BYTES)
 
 
 def spans(payload: Payload, first: int, blocks: int) -> Iterator[list[Span]]:
-    """Cut a range of blocks into chunks, none across the end of a block, in groups of about `READ_BYTES`."""
+    """Yield the chunks of a range of blocks, none across a block's end, in groups of about `READ_AHEAD_BYTES`."""
     group: list[Span] = []
     held = 0
     for index in range(first, first + blocks):
@@ -95,7 +96,7 @@ def spans(payload: Payload, first: int, blocks: int) -> Iterator[list[Span]]:
             group.append((offset, length))
             offset += length
             held += length
-            if held >= READ_BYTES:
+            if held >= READ_AHEAD_BYTES:
                 yield group
                 group, held = [], 0
     if group:
@@ -103,7 +104,7 @@ def spans(payload: Payload, first: int, blocks: int) -> Iterator[list[Span]]:
 
 
 class Uploader:
-    """Streams to readers. `sent`: bytes of payload by reader and encoding."""
+    """Uploads to all readers. `sent`: bytes of payload, by reader and encoding."""
 
     def __init__(self, limits: Limits, threads: Threads) -> None:
         self.sent: Counter[tuple[str, str]] = Counter()
@@ -122,8 +123,11 @@ class Uploader:
         write: Callable[[bytes], Awaitable[None]],
         encoding: str = "fp32",
     ) -> None:
-        """Send a range of blocks through `write`; `encoding` is what they are counted under. Raises DataError where
-        the file is damaged, SlowReaderError where the reader takes nothing for `idle_s`."""
+        """Send `blocks` blocks from `first` on through `write`, and count them under `encoding`.
+
+        Raises DataError where the file is damaged, SlowReaderError where the reader takes no byte for
+        `Limits.idle_s`.
+        """
         file = await self._threads.submit(PayloadReader, path, payload)
         try:
             await self._send((reader, encoding), file, spans(payload, first, blocks), write)
@@ -138,7 +142,7 @@ class Uploader:
         groups: Iterator[list[Span]],
         write: Callable[[bytes], Awaitable[None]],
     ) -> None:
-        pace = ChunkSizer()
+        sizer = ChunkSizer()
         group = next(groups, None)
         ahead = None if group is None else self._threads.submit(file.read, group)
         while ahead is not None:
@@ -146,7 +150,7 @@ class Uploader:
             group = next(groups, None)
             ahead = None if group is None else self._threads.submit(file.read, group)
             for chunk in chunks:
-                for part in pace.cut(chunk):
+                for part in sizer.cut(chunk):
                     await self._rate.pay(len(part))
                     try:
                         async with asyncio.timeout(self._limits.idle_s):

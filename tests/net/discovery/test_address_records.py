@@ -13,17 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dimat.errors import ConfigError, SecurityError
-from dimat.net.discovery.address_records import (
-    MAX_BYTES,
-    MAX_LIFE_S,
-    MAX_SKEW_S,
-    AddressRecord,
-    is_address,
-    open_record,
-    record_key,
-    seal_record,
-)
+from dimat.net.discovery.address_records import AddressRecord, is_address, open_record, record_key, seal_record
 from dimat.net.discovery.record_validator import RecordValidator
+from dimat.net.limits import CLOCK_SKEW_S, MAX_RECORD_BYTES, MAX_RECORD_LIFE_S
 from tests.net.authority import Authority
 
 CA = Authority()
@@ -62,7 +54,7 @@ records = st.builds(
     round=st.integers(0, 2**62 - 1),
     root=st.from_regex(r"[0-9a-f]{0,64}", fullmatch=True),
     seq=st.integers(0, 2**62 - 1),
-    time_s=st.floats(NOW - 1000, NOW + MAX_SKEW_S),
+    time_s=st.floats(NOW - 1000, NOW + CLOCK_SKEW_S),
     expires_s=st.floats(NOW + 2000, NOW + 50_000),
 )
 
@@ -70,7 +62,7 @@ records = st.builds(
 @given(records)
 def test_what_was_sealed_is_opened(record: AddressRecord) -> None:
     data = KEYS.seal(record)
-    assert len(data) <= MAX_BYTES
+    assert len(data) <= MAX_RECORD_BYTES
     fingerprint = hashlib.sha256(KEYS.certificate_der).hexdigest()
     assert opened(data, run=record.run) == replace(record, fingerprint=fingerprint)
     assert opened(seal_record(record, None, b""), run=None, agent=None, ca=None) == record
@@ -140,7 +132,7 @@ def test_a_member_gains_nothing_by_odd_values(name: str, value: Any) -> None:
         body_of(addresses="10.0.0.1:7300"),
         body_of(root="zz"),
         body_of(agent="../x"),
-        body_of(expires_s=NOW + MAX_LIFE_S + 1),
+        body_of(expires_s=NOW + MAX_RECORD_LIFE_S + 1),
         body_of(expires_s=NOW),
         body_of(extra=1),
     ],
@@ -181,7 +173,7 @@ def test_own_records_that_cannot_be_are_named_before_they_leave() -> None:
     with pytest.raises(ConfigError, match=r"own record of 'lab-a'.*'nowhere' is not host:port"):
         KEYS.seal(replace(RECORD, addresses=("nowhere",)))
     with pytest.raises(ConfigError, match="fewer addresses"):
-        seal_record(RECORD, KEYS.sign, bytes(MAX_BYTES))
+        seal_record(RECORD, KEYS.sign, bytes(MAX_RECORD_BYTES))
 
 
 def test_addresses() -> None:

@@ -153,13 +153,13 @@ async def test_discovery_over_the_dht(network: Network, tmp_path: Path) -> None:
 
     a, b = make("lab-a", network.a), make("lab-b", network.b)
     try:
-        b.tell(Announcement(("10.0.0.2:7300",)))
+        b.announce(Announcement(("10.0.0.2:7300",)))
         await b.start()
         await a.start()
         assert await until_there(lambda: a.addresses("lab-b")) == ("10.0.0.2:7300",)
         first, *_ = await b.addresses("lab-a")  # what an earlier test announced may follow
         assert first == "10.0.0.1:1", "it tells nothing of itself, yet is on the map"
-        b.tell(Announcement(("10.0.0.2:7301",), round=4, root="cd" * 32))
+        b.announce(Announcement(("10.0.0.2:7301",), round=4, root="cd" * 32))
 
         async def moved() -> bool:
             record = await network.a.lookup("lab-b")

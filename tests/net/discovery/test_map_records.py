@@ -14,17 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dimat.errors import ConfigError, SecurityError
-from dimat.net.discovery.map_records import (
-    MAGIC,
-    MAX_MAP_BYTES,
-    MAX_MAP_LIFE_S,
-    MAX_TEXT_BYTES,
-    MapRecord,
-    map_key,
-    open_map,
-    seal_map,
-)
+from dimat.net.discovery.map_records import MAGIC, MapRecord, map_key, open_map, seal_map
 from dimat.net.discovery.record_validator import RecordValidator
+from dimat.net.limits import MAX_MAP_BYTES, MAX_MAP_LIFE_S, MAX_MAP_TEXT_BYTES
 from tests.net.keys import Authority
 
 CA, OTHER = Authority(), Authority("another")
@@ -72,7 +64,7 @@ def test_what_the_ca_signed_comes_out() -> None:
         (sealed(time_s=NOW + 400), "in the future"),
         (by_hand(domain=b"dimat record v1\0"), "the CA has not signed it"),
         (by_hand(zlib.compress(b"graph = 'star'")), "digest"),
-        (by_hand(zlib.compress(bytes(MAX_TEXT_BYTES + 1))), "too long"),
+        (by_hand(zlib.compress(bytes(MAX_MAP_TEXT_BYTES + 1))), "too long"),
         (by_hand(zlib.compress(TEXT.encode()) + b"more"), "followed by"),
         (by_hand(zlib.compress(TEXT.encode())[:-5]), "cut off"),
         (by_hand(b"no such thing"), "cannot be read"),

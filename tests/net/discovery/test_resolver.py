@@ -59,7 +59,7 @@ async def discovering(
         "members": ["lab-a", "lab-b", "lab-c"],
         "notice": said.append,
         "generator": random.Random(0),
-        "ttl_s": 0.6,
+        "record_life_s": 0.6,
         **options,
     }
     discovery = AddressResolver(dht=dht, folder=folder, **settings)
@@ -72,10 +72,10 @@ async def discovering(
 
 async def test_the_map_alone_suffices(tmp_path: Path) -> None:
     async with discovering(tmp_path, None, []) as discovery:
-        discovery.tell(Announcement(("10.0.0.1:1",)))
+        discovery.announce(Announcement(("10.0.0.1:1",)))
         assert await discovery.addresses("lab-b") == ("10.0.0.2:1", "10.0.0.2:2")
         assert await discovery.addresses("lab-c") == ()
-        discovery.update_neighbours({"lab-c": ["10.0.0.3:1"]}, ["lab-a", "lab-c"])
+        discovery.update_members({"lab-c": ["10.0.0.3:1"]}, ["lab-a", "lab-c"])
         assert await discovery.addresses("lab-c") == ("10.0.0.3:1",)
         assert await discovery.addresses("lab-b") == ()
 
@@ -108,15 +108,15 @@ async def test_a_dht_that_does_not_answer_keeps_nobody_waiting(tmp_path: Path, m
 async def test_records_are_renewed_and_news_goes_out_at_once(tmp_path: Path) -> None:
     shelf = Shelf()
     async with discovering(tmp_path, shelf, []) as discovery:
-        discovery.tell(Announcement(("10.0.0.1:1",)))
+        discovery.announce(Announcement(("10.0.0.1:1",)))
         await until(lambda: len(shelf.announced) >= 3)
         assert {(record.addresses, record.round) for record in shelf.announced} == {(("10.0.0.1:1",), 0)}
     calm = Shelf()
     (tmp_path / "calm").mkdir()
-    async with discovering(tmp_path / "calm", calm, [], ttl_s=1e6) as discovery:
-        discovery.tell(Announcement(("10.0.0.1:1",)))
+    async with discovering(tmp_path / "calm", calm, [], record_life_s=1e6) as discovery:
+        discovery.announce(Announcement(("10.0.0.1:1",)))
         await until(lambda: len(calm.announced) == 1)
-        discovery.tell(Announcement(("10.0.0.1:1",), round=5, root="ab"))
+        discovery.announce(Announcement(("10.0.0.1:1",), round=5, root="ab"))
         await until(lambda: len(calm.announced) == 2)
         assert (calm.announced[-1].round, calm.announced[-1].root) == (5, "ab")
         calm.changed.set()  # the node has met others, who know nothing yet
@@ -130,7 +130,7 @@ async def test_numbers_grow_across_lives_though_the_clock_goes_back(tmp_path: Pa
     for clock in (time.time, lambda: time.time() - 86_400, lambda: time.time() - 86_400):
         shelf = Shelf()
         async with discovering(tmp_path, shelf, [], clock=clock) as discovery:
-            discovery.tell(Announcement(("10.0.0.1:1",)))
+            discovery.announce(Announcement(("10.0.0.1:1",)))
             await until(lambda shelf=shelf: len(shelf.announced) >= 2)
         seqs += [record.seq for record in shelf.announced]
     assert seqs == sorted(set(seqs))
@@ -142,7 +142,7 @@ async def test_a_lost_folder_goes_on_above_what_the_dht_holds(tmp_path: Path) ->
     shelf.records["lab-a"] = ahead
     said: list[str] = []
     async with discovering(tmp_path, shelf, said) as discovery:
-        discovery.tell(Announcement(ahead.addresses))
+        discovery.announce(Announcement(ahead.addresses))
         assert (await until_there(lambda: _announced(shelf))).seq == 2**52 + 1
     assert not [line for line in said if "another process" in line]
 
@@ -155,7 +155,7 @@ async def test_a_twin_a_lost_record_and_loneliness_are_told_once(tmp_path: Path)
     shelf = Shelf()
     said: list[str] = []
     async with discovering(tmp_path, shelf, said) as discovery:
-        discovery.tell(Announcement(("10.0.0.1:1",)))
+        discovery.announce(Announcement(("10.0.0.1:1",)))
         await until(lambda: len(shelf.announced) >= 4)
         assert [line for line in said if "none of the 2 other agents is in the DHT" in line] == said
         assert len(said) == 1
@@ -189,9 +189,9 @@ async def test_own_addresses_that_cannot_be_are_told_and_end_nothing(tmp_path: P
 
     shelf, said = Sealing(), []
     async with discovering(tmp_path, shelf, said) as discovery:
-        discovery.tell(Announcement(("nowhere",)))
+        discovery.announce(Announcement(("nowhere",)))
         await until(lambda: said == ["own record of 'lab-a' for the DHT: address 'nowhere' is not host:port"])
-        discovery.tell(Announcement(("10.0.0.1:1",)))
+        discovery.announce(Announcement(("10.0.0.1:1",)))
         await until(lambda: len(shelf.announced) > 0)
 
 

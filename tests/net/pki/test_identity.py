@@ -22,8 +22,9 @@ from grpc import aio
 
 from dimat.errors import ConfigError, SecurityError
 from dimat.net.pki.authority import make_certificate, make_key
-from dimat.net.pki.identity import Identity, agent_of, check_certificate, load_identity, tls_name
-from dimat.net.pki.keyring import write_file, write_key
+from dimat.net.pki.certificates import check_certificate, tls_name
+from dimat.net.pki.identity import Identity, agent_of, load_identity
+from dimat.net.pki.key_files import write_file, write_key
 from tests.net.keys import PEM, Authority
 
 pytestmark = pytest.mark.anyio

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from dimat.errors import DataError
+from dimat.net.limits import STALE_PART_S
 from dimat.net.manifest import ManifestLimits, SignedManifest, seal
 from dimat.net.threads import Threads
-from dimat.net.transfer.cache import STALE_S, SnapshotCache
+from dimat.net.transfer.cache import SnapshotCache
 from dimat.net.transfer.received_blocks import ReceivedBlocks
 from dimat.weights.snapshot import Payload, checksum
 from tests.net.agents import BLOCK, RUN, record, weights
@@ -47,13 +48,13 @@ def blocks(data: bytes, payload: Payload) -> list[bytes]:
 def bring(store: SnapshotCache, peer: str, signed: SignedManifest, data: bytes) -> Path:
     """Take a whole snapshot in, as a fetch does."""
     payload = signed.manifest.payload
-    store.room(peer, payload)
+    store.make_room(peer, payload)
     partial = store.begin(peer, payload)
     for index, block in enumerate(blocks(data, payload)):
         assert partial.write(index, [block])
     path = store.finish(peer, partial, payload.root)
     store.end(peer, partial, payload.root)
-    store.note(signed)
+    store.write_manifest(signed)
     store.keep(peer, signed)
     return path
 
@@ -68,7 +69,7 @@ async def test_the_quota_lets_the_oldest_go_that_nobody_needs(tmp_path: Path, th
     paths["d"] = bring(store, "d", *made["d"])
     assert [paths[name].exists() for name in "abcd"] == [False, True, True, True]
     with pytest.raises(DataError, match="raise disk_bytes"):
-        store.room("e", Payload("00" * 32, 2**21, ()))
+        store.make_room("e", Payload("00" * 32, 2**21, ()))
     assert [paths[name].exists() for name in "abcd"] == [False, True, False, True]  # those that are needed stay
 
 
@@ -99,7 +100,7 @@ async def test_a_later_life_takes_over_what_is_whole_and_removes_strangers(tmp_p
     folder = store.folder
     for name in ("stranger.safetensors", "x.manifest", ".5.x.gone", "notes.txt", f"{'ab' * 32}.old.part"):
         (folder / name).write_bytes(b"?")
-    os.utime(folder / f"{'ab' * 32}.old.part", (time.time() - STALE_S - 60,) * 2)
+    os.utime(folder / f"{'ab' * 32}.old.part", (time.time() - STALE_PART_S - 60,) * 2)
     (folder / f"{'cd' * 32}.new.part").write_bytes(b"?")
     again = open_store(tmp_path, threads)
     assert sorted(entry.name for entry in folder.iterdir()) == sorted(

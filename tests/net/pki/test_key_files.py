@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dimat.net.pki.identity import ATTRIBUTE, GROUP, GROUP_OBJ, MASK, OTHER, USER, USER_OBJ, only_ours
+from dimat.net.pki.key_files import ATTRIBUTE, GROUP, GROUP_OBJ, MASK, OTHER, USER, USER_OBJ, only_ours
 
 NOBODY = 0xFFFFFFFF
 US, ANOTHER = os.geteuid(), os.geteuid() + 1234
