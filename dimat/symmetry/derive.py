@@ -214,20 +214,22 @@ def _unknown(
         blamed.setdefault(frozen.node, set()).add((frozen.tensor, frozen.dim))
     total = max(sum(sizes.values()), 1)
     listed: list[UnknownOp] = []
-    kinds: dict[str, tuple[str, set[tuple[str, int]]]] = {}
+    first: dict[str, UnknownOp] = {}
+    touched: dict[str, set[tuple[str, int]]] = {}
+
+    def share_of(axes: set[tuple[str, int]]) -> float:
+        return sum(sizes[name] for name in {name for name, _ in axes}) / total
+
     for node, (op, _) in analysis.unknown.items():
         axes = {axis for axis in blamed.get(node.name, set()) if axis[0] in sizes}
-        share = sum(sizes[name] for name in {name for name, _ in axes}) / total
-        place = location_of(node)
-        listed.append(UnknownOp(op, node.name, place, share))
-        kinds.setdefault(op, (place, set()))[1].update(axes)
-    messages: list[str] = []
-    for op, (place, axes) in kinds.items():
-        percent = 100 * sum(sizes[name] for name in {name for name, _ in axes}) / total
-        messages.append(
-            f"SYM-W02 no rule for {op} at {place}; froze {len(axes)} axes ({percent:.1f} % of parameters); "
-            "see register_rule"
-        )
+        listed.append(UnknownOp(op, node.name, location_of(node), share_of(axes)))
+        first.setdefault(op, listed[-1])
+        touched.setdefault(op, set()).update(axes)
+    messages = [
+        f"SYM-W02 no rule for {op} at {first[op].location}; froze {len(axes)} axes "
+        f"({100 * share_of(axes):.1f} % of parameters); see register_rule"
+        for op, axes in touched.items()
+    ]
     return tuple(listed), messages
 
 

@@ -106,10 +106,6 @@ class Domain:
             if atom.frozen is None:
                 atom.frozen = why
 
-    def is_frozen(self, layout: Layout) -> bool:
-        """Tell whether no index of the axis may move."""
-        return all(atom.frozen for atom in self.leaves(layout))
-
     def choice_of(self, layout: Layout) -> Atom | None:
         """Return the atom that an axis is, if it numbers the layouts of cases, else None."""
         layout = self.resolve(layout)

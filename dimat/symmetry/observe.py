@@ -14,7 +14,6 @@ from dimat.errors import SymmetryError
 from dimat.symmetry import tree
 from dimat.symmetry.cache import forget
 from dimat.symmetry.derive import fits
-from dimat.symmetry.points import shows_again
 from dimat.symmetry.spec import ObservationPoint, SymmetrySpec
 from dimat.symmetry.trace import Trace, retrace
 
@@ -40,7 +39,7 @@ class Observer:
     def input_node(self, module: str) -> str:
         """Return the name of the node whose value enters the submodule of this path (its first argument).
 
-        Observation points there are those whose `node` is this name; see `points_at`, and `points_into`.
+        Observation points there are those whose `node` is this name; see `points_at`.
         Raises SymmetryError where no operation of the graph runs inside that submodule.
         """
         inside = [node for node in self._nodes if self._within(node, module)]
@@ -50,26 +49,6 @@ class Observer:
                 if source not in inside and (known is None or known.kind == "input"):
                     return source.name
         raise SymmetryError(f"nothing enters a submodule {module!r} in the traced graph")
-
-    def points_into(self, module: str) -> dict[str, list[ObservationPoint]]:
-        """Return, by group, the spec's observation points that show what enters a submodule.
-
-        Where the value comes through operations that only copy or view (dropout, flatten), the point is the
-        one before them. Empty where no group can be observed there. Raises SymmetryError as `input_node`.
-        """
-        node = self._named[self.input_node(module)]
-        while True:
-            found = points_at(self._spec, [node.name])
-            if found or not shows_again(node):
-                return found
-            node = node.all_input_nodes[0]
-
-    def output_node(self, module: str) -> str:
-        """Return the name of the last node that runs inside the submodule of this path."""
-        inside = [node for node in self._nodes if self._within(node, module)]
-        if not inside:
-            raise SymmetryError(f"no operation of the traced graph runs inside a submodule {module!r}")
-        return inside[-1].name
 
     def run(
         self,

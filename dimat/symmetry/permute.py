@@ -155,18 +155,6 @@ def _spread(order: Tensor, positions: Sequence[int], shape: Sequence[int]) -> Te
     return order.permute(ascending).reshape(sizes).expand(*shape)
 
 
-def axis_index(
-    layout: Layout, permutations: Permutations, parents: Mapping[str, Sequence[str]] | None = None
-) -> Tensor | None:
-    """Return the index (n,) by which an axis of n entries is to be selected, or None where nothing moves.
-
-    `parents`: those of each group that has any; they must be in the layout where their children are.
-    """
-    if not groups_in(layout) & permutations.keys():
-        return None
-    return _joint_index([layout], permutations, parents or {})
-
-
 def _joint_index(layouts: Sequence[Layout], permutations: Permutations, parents: Mapping[str, Sequence[str]]) -> Tensor:
     """Return the index (n,) for some axes of a tensor that are flattened to one of n entries, row-major."""
     total = prod(layout_length(layout) for layout in layouts)

@@ -111,7 +111,11 @@ class FrozenAxis:
 
 @dataclass(frozen=True, slots=True)
 class UnknownOp:
-    """An operation without a transfer rule: all axes it touched were frozen."""
+    """An operation without a transfer rule: all axes it touched were frozen.
+
+    `node`: its name in the graph; `location`: `file:line` of the user's code; `parameters_share`: elements of the
+    parameters that it touched, as a share of all.
+    """
 
     op: str
     node: str

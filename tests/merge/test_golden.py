@@ -24,8 +24,9 @@ from dimat.merge.matching.activation_statistics import CrossStatistics
 from dimat.merge.matching.assignment import assignment_value
 from dimat.merge.repair.batchnorm import batchnorm
 from dimat.merge.weight_views import PermutedWeights
-from dimat.symmetry import Observer, SymmetrySpec
+from dimat.symmetry import Observer, SymmetrySpec, trace
 from tests.merge.networks import ResNet, Vgg
+from tests.symmetry.zoo import output_node
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 FACTS = json.loads((GOLDEN / "dimat.json").read_text())
@@ -65,7 +66,7 @@ def points_of(network: Network, net: str, run: str) -> dict[str, tuple[str, str]
     for number, node in facts(net, run)["nodes"].items():
         module = node["hook"].removeprefix("input of ")
         if module == "avgpool":  # the reference's module; ours pools by a function after the last block
-            at = network.observer.output_node("layer3.0")
+            at = output_node(trace(network.model, (network.batches[0][:2],)), "layer3.0")
         else:
             at = network.observer.input_node(module)
         (group,) = (g for g in network.spec.groups if any(p.node == at for p in g.points))

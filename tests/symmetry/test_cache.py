@@ -30,6 +30,12 @@ from tests.symmetry.test_paths import Loop
 from tests.symmetry.zoo import MLP, ResNet20
 
 
+@pytest.fixture(autouse=True)
+def own_rules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget rules that earlier tests of the process registered from outside: with them nothing is kept."""
+    monkeypatch.setattr(rule_table, "_foreign", set())
+
+
 def _kept(model: nn.Module, inputs: torch.Tensor, folder: Path) -> str:
     return verified_symmetry(model, inputs, torch.Generator().manual_seed(0), folder=folder).to_json()
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dimat.symmetry import SymmetrySpec, derive_symmetry
+from dimat.symmetry import SymmetrySpec, Trace, derive_symmetry
 
 
 @dataclass(frozen=True)
@@ -198,6 +198,17 @@ def _vision(name: str, size: int) -> Callable[[], tuple[nn.Module, tuple[Tensor,
         return getattr(_torchvision_models(), name)(weights=None), (torch.randn(2, 3, size, size),)
 
     return make
+
+
+def output_node(traced: Trace, module: str) -> str:
+    """Return the name of the last node that runs inside the submodule of this path."""
+    inside = [
+        node.name
+        for node in traced.nodes
+        if node.op == "call_function"
+        and module in {str(entry[0]).partition("@")[0] for entry in node.meta.get("nn_module_stack", {}).values()}
+    ]
+    return inside[-1]
 
 
 @cache

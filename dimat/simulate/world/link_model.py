@@ -186,12 +186,6 @@ class Links:
         special = self._special.get((a, b) if a < b else (b, a))
         return self._config.loss if special is None or special.loss is None else special.loss
 
-    def slowest_latency(self) -> float:
-        """Return the largest one-way latency in seconds that a link may have."""
-        span = self._config.latency_s
-        high = span[1] if isinstance(span, tuple) else span
-        return max([high, *(link.latency_s for link in self._config.links if link.latency_s is not None)])
-
     # ── partitions ───────────────────────────────────────────────────────────────────────────────────────────
     def cut(self, id: str, groups: Sequence[Collection[str]]) -> None:
         """Begin a partition: agents of different groups cannot reach each other; those in none form one more."""

@@ -49,7 +49,6 @@ class RunModel:
     def __init__(self) -> None:
         self.version = 0
         self.run: dict[str, Any] = {}
-        self.run_version = 0
         self.simulated = False
         self.finished = ""
         self.newest_s = 0.0
@@ -67,7 +66,6 @@ class RunModel:
 
     def _tell_run(self, **values: Any) -> None:
         self.run.update(values)
-        self.run_version = self.version
 
     @property
     def metric(self) -> str:

@@ -14,7 +14,6 @@ from dimat.errors import DataError
 from dimat.ui.text import NONE, Table, as_text, clean, metric_text, spans
 
 HEADER = ("agent", "round", "contributor", "contributor_round", "part", "weight")
-PARTS = {"training": "a round of training", "first": "a first network", "earlier": "a model of which no more is known"}
 
 
 def agent_lineage(folder: Path, agent: str) -> tuple[MergeRecord, Lineage, list[MergeRecord]]:
@@ -36,8 +35,11 @@ def agent_lineage(folder: Path, agent: str) -> tuple[MergeRecord, Lineage, list[
 
 
 def lineage_rows(agent: str, number: int, made: Lineage) -> list[tuple[object, ...]]:
-    """Return the rows of `lineage.csv` under `HEADER`. `part`: of `PARTS`; of "training" the round that was trained,
-    of "earlier" the round that the model went into."""
+    """Return the rows of `lineage.csv` under `HEADER`.
+
+    `part`: "training", a round of training, with the round that was trained; "first", a first network; "earlier", a
+    model of which no more is known, with the round that it went into.
+    """
     rows: list[tuple[object, ...]] = []
     rows += [(agent, number, who, of, "training", weight) for (who, of), weight in made.updates.items()]
     rows += [(agent, number, who, 0, "first", weight) for who, weight in made.initial.items()]

@@ -28,7 +28,7 @@ from dimat.merge.matching.units import Taken, merge_units, taken_axes
 from dimat.merge.matching.zip_units import keep_places, zip_units
 from dimat.merge.weight_views import axes_by_name
 from dimat.symmetry import AxisRef, Factor, random_permutations
-from dimat.symmetry.permute import axis_index
+from dimat.symmetry.permute import layout_length, pieces
 from tests.merge.methods import assert_same_bits, combine, worst
 from tests.merge.networks import LeNet, ResNet, UNet, Vgg, mlp, randomise
 from tests.merge.zip_reference import correlation_of, zip_matrices
@@ -243,8 +243,14 @@ def _makes(axis: AxisRef, group: str, taken: Taken) -> bool:
 
 def _selected(tensor: Tensor, axes: list[AxisRef], moves: dict[str, Tensor]) -> Tensor:
     for axis in axes:
-        index = axis_index(axis.layout, moves)
-        tensor = tensor if index is None else tensor.index_select(axis.dim, index)
+        index = torch.arange(layout_length(axis.layout))
+        for factors, places in pieces(axis.layout):
+            taken = places
+            for position, factor in enumerate(factors):
+                if factor.group in moves:
+                    taken = taken.index_select(position, moves[factor.group])
+            index[places.flatten()] = taken.flatten()
+        tensor = tensor.index_select(axis.dim, index)
     return tensor
 
 

@@ -30,7 +30,6 @@ def test_by_default_everything_is_there_at_once() -> None:
     """Reference: the settings' defaults. Ten thousand agents cost nothing before they talk, and little then."""
     made = links()
     assert (made.latency("a", "b"), made.bandwidth("a", "b"), made.uplink("a")) == (0, math.inf, math.inf)
-    assert made.slowest_latency() == 0
     assert made.message(3.5, "a", "b") == 3.5
     assert made.transfer(3.5, "a", "b", MB) == Transfer(3.5, MB, 1)
     names = [f"agent-{i}" for i in range(10_000)]
@@ -95,7 +94,6 @@ def test_links_of_their_own() -> None:
     assert (made.latency("a", "b"), made.latency("b", "a"), made.bandwidth("a", "b")) == (2, 2, MB)
     assert (made.bandwidth("d", "c"), made.loss("d", "c"), made.loss("a", "b")) == (math.inf, 0.25, 0.5)
     assert 0.1 <= made.latency("c", "d") <= 0.2
-    assert made.slowest_latency() == 2
     with pytest.raises(ConfigError) as error:
         Links(NetworkConfig.model_validate({"links": own}), ["lab-a", "c", "d", "b"], 0)
     said = "simulate.network.links[0]: no agent 'a' in the topology; use one of its 4 agents, e.g. 'lab-a'"
