@@ -102,6 +102,9 @@ class Server:
         files = array.array("i")
         for _, _, data in ancillary:
             files.frombytes(data)
+        if not packet:  # it was killed before it could ask
+            client.close()
+            return None
         job = Job(**json.loads(packet), files=list(files))
         assert len(os.listdir("/proc/self/task")) == 1, "a library has started a thread, which would not survive a fork"
         server = os.getpid()
@@ -113,7 +116,8 @@ class Server:
             os.close(file)
         self._children[pid] = (client, job.session)
         self._selector.register(client, selectors.EVENT_READ)
-        client.send(str(pid).encode())
+        with suppress(OSError):  # it was killed: its end comes next, and is the child's
+            client.send(str(pid).encode())
         return None
 
     def _become_child(self, server: int, client: socket.socket) -> None:
