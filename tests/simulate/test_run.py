@@ -244,7 +244,7 @@ def test_no_worse_accepts_on_a_local_hold_out(tmp_path: Path) -> None:
     merge = {"method": "average", "accept": {"name": "no-worse", "options": {"tolerance": 0.0}}}
     results, heard, _ = run(tiny_experiment(tmp_path, merge=merge), tmp_path / "run")
     trained = [e for e in heard if isinstance(e, events.Trained) and e.round == 1]
-    assert {e.samples for e in trained} <= {2 * (n - max(1, n // 10)) for n in (53, 54)}
+    assert {e.result.samples for e in trained} <= {2 * (n - max(1, n // 10)) for n in (53, 54)}
     assert any(row.accepted < 1 for row in results.rows), "averaging unaligned networks must be refused somewhere"
     for merged in (e for e in heard if isinstance(e, events.Merged)):
         assert sum(p.weight for p in merged.contributions) == pytest.approx(1)
