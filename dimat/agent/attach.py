@@ -74,7 +74,7 @@ class AttachedTask:
         return {}
 
 
-class AttachedLearner(ModelState):
+class AttachedTrainer(ModelState):
     """Trains a round by letting the user's thread do so: it waits meanwhile in the agent's.
 
     The two threads take turns; the model belongs to the one whose turn it is. `optimizer` keeps its place: state is
@@ -195,7 +195,7 @@ class Agent:
         self.steps_per_round = self.config.train.steps_per_round
         self.listeners: list[events.Listener] = []
         """Are told every event, in the agent's thread."""
-        self._learner: AttachedLearner | None = None
+        self._trainer: AttachedTrainer | None = None
         self._daemon: Daemon | None = None
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -221,13 +221,13 @@ class Agent:
         """
         inputs = _inputs_of(data)
         task = AttachedTask(model, inputs, metric)
-        learner = AttachedLearner(model, optimizer, self.steps_per_round, evaluate)
+        trainer = AttachedTrainer(model, optimizer, self.steps_per_round, evaluate)
         if evaluate is None:
             agent = self.config.agent.model_copy(update={"evaluate": "none"})
             self.config = self.config.model_copy(update={"agent": agent})
 
-        self._daemon = Daemon(prepare_agent(self.config, task), learner=learner)
-        self._learner = learner
+        self._daemon = Daemon(prepare_agent(self.config, task), trainer=trainer)
+        self._trainer = trainer
         return self
 
     @property
@@ -243,27 +243,27 @@ class Agent:
     def step(self) -> None:
         """Count an optimizer step; with a round's last one wait for the merge. Does nothing once `done`. Raises what
         ended the agent, if it did not end well."""
-        if self._learner is None or self._thread is None:
+        if self._trainer is None or self._thread is None:
             raise ConfigError("step() belongs inside `with agent.attach(model, optimizer, data=…) as agent:`")
         self._left -= 1
         if self._left > 0 or self.done:
             self._raise()
             return
         self._left = self.steps_per_round
-        self._learner.hand_over()
-        self._learner.wait()
+        self._trainer.hand_over()
+        self._trainer.wait()
         self._raise()
 
     def __enter__(self) -> Agent:
-        daemon, learner = self._daemon, self._learner
-        if daemon is None or learner is None:
+        daemon, trainer = self._daemon, self._trainer
+        if daemon is None or trainer is None:
             raise ConfigError(
                 "attach a model first: with dimat.Agent(config).attach(model, optimizer, data=…) as agent:"
             )
         daemon.listeners += self.listeners
-        self._thread = threading.Thread(target=self._serve, args=(daemon, learner), name="dimat-agent", daemon=True)
+        self._thread = threading.Thread(target=self._serve, args=(daemon, trainer), name="dimat-agent", daemon=True)
         self._thread.start()
-        learner.wait()
+        trainer.wait()
         self._raise()
         return self
 
@@ -272,14 +272,14 @@ class Agent:
     ) -> None:
         if self._loop is not None and self._daemon is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._daemon.stop, "left")
-        if self._learner is not None:
-            self._learner.end()
+        if self._trainer is not None:
+            self._trainer.end()
         if self._thread is not None:
             self._thread.join()
         if error is None:
             self._raise()
 
-    def _serve(self, daemon: Daemon, learner: AttachedLearner) -> None:
+    def _serve(self, daemon: Daemon, trainer: AttachedTrainer) -> None:
         async def run() -> str:
             self._loop = asyncio.get_running_loop()
             return await daemon.run()
@@ -289,7 +289,7 @@ class Agent:
         except BaseException as fault:  # told to the user's thread, which raises it
             self._fault = fault
         finally:
-            learner.end()
+            trainer.end()
 
     def _raise(self) -> None:
         fault, self._fault = self._fault, None

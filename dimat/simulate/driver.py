@@ -58,8 +58,8 @@ class Driver:
         self.trace: StepListener | None = None
         self._late = faults.late
         self._max_time_s = max_time_s
-        self._herald = Announcer(self.clock, network, links, self.nodes, self._post)
-        self._courier = TransferScheduler(self.clock, network, links, self.nodes, self._post, self._handle, emit)
+        self._announcer = Announcer(self.clock, network, links, self.nodes, self._post)
+        self._transfers = TransferScheduler(self.clock, network, links, self.nodes, self._post, self._handle, emit)
         self._stopping = threading.Event()
         self._up = 0
         self._through = 0
@@ -114,8 +114,8 @@ class Driver:
         if self._max_time_s is not None and self.clock.now >= self._max_time_s:
             self._handle(name, m.TimeUp())
         if back:
-            self._herald.connect(name)
-            self._courier.retry()
+            self._announcer.connect(name)
+            self._transfers.retry()
 
     def _crash(self, name: str, cause: Crash | CrashPoint) -> None:
         node = self.nodes[name]
@@ -149,7 +149,7 @@ class Driver:
             self._handle(name, m.Stop("left"))
         elif node.state == "through":
             self._take_down(name, "gone")
-            self._herald.farewell(name, "left", 0)
+            self._announcer.farewell(name, "left", 0)
         elif node.state == "down":
             # it can tell nobody, and will not be back
             self._coming -= node.outage is not None
@@ -169,11 +169,11 @@ class Driver:
         if node.timer:
             self.clock.call_off(node.timer)
             node.timer = 0
-        self._courier.drop_all(name)
+        self._transfers.drop_all(name)
         if not node.serves:
-            self._courier.break_off(lambda _, publisher: publisher == name)
+            self._transfers.break_off(lambda _, publisher: publisher == name)
         if state == "gone":
-            self._courier.retry()  # whoever waits for what it offered has to know that it will not come
+            self._transfers.retry()  # whoever waits for what it offered has to know that it will not come
 
     def _apply_fault(self, fault: Fault) -> None:
         match fault:
@@ -191,12 +191,12 @@ class Driver:
                 self._links.cut(number, groups)
                 self._emit(events.LinksCut(groups=groups))
                 reachable = self._links.reachable
-                self._courier.break_off(lambda a, b: not reachable(a, b))
+                self._transfers.break_off(lambda a, b: not reachable(a, b))
             case Heal(id=number):
                 self._links.heal(number)
                 self._emit(events.LinksHealed())
-                self._herald.connect_all()
-                self._courier.retry()
+                self._announcer.connect_all()
+                self._transfers.retry()
             case _:
                 pass  # slow-downs are the computers' affair
 
@@ -251,9 +251,9 @@ class Driver:
             case m.SetTimer(round=number, seconds=seconds):
                 self._set_timer(name, number, seconds)
             case m.Fetch():
-                self._courier.fetch(name, machine.round, action)
+                self._transfers.fetch(name, machine.round, action)
             case m.Release(peer=peer, round=number, root=root):
-                self._courier.drop(name, peer, number, root)
+                self._transfers.drop(name, peer, number, root)
             case m.Train():
                 self._train(name, action)
             case m.CheckpointAction(round=number, stage=stage):
@@ -265,10 +265,10 @@ class Driver:
             case m.AdoptBasis():
                 self._adopt_basis(name, machine.basis, action)
             case m.AdoptWeights():
-                wait = node.work.adopt_weights(action, self._courier.source(name, action.peer, action.root))
+                wait = node.work.adopt_weights(action, self._transfers.source(name, action.peer, action.root))
                 self._post(name, now, lambda: m.WeightsAdopted(action.root, wait()))
             case m.MergeAction():
-                sources = {part.peer: self._courier.source(name, part.peer, part.root) for part in action.parts}
+                sources = {part.peer: self._transfers.source(name, part.peer, part.root) for part in action.parts}
                 merge = node.work.merge(action, sources)
                 self._post(name, now + node.work.merge_s(action), lambda: m.MergeDone(action.round, merge()))
             case m.Exit(reason=reason):
@@ -318,10 +318,10 @@ class Driver:
             )
         )
         for reader in self._readers(name, action.round):
-            self._herald.tell(manifest, reader, action.basis)
+            self._announcer.tell(manifest, reader, action.basis)
 
     def _adopt_basis(self, name: str, own: BasisId, action: m.AdoptBasis) -> None:
-        wait = self.nodes[name].work.adopt_basis(action, self._courier.source(name, action.peer, action.root))
+        wait = self.nodes[name].work.adopt_basis(action, self._transfers.source(name, action.peer, action.root))
 
         def done() -> m.Event:
             return m.BasisChanged.after(action, own, wait())
@@ -337,7 +337,7 @@ class Driver:
         self._through += not leaves
         self._take_down(name, "gone" if leaves else "through")
         if reason != "done":
-            self._herald.farewell(name, reason, offered[-1].round if offered and not leaves else 0)
+            self._announcer.farewell(name, reason, offered[-1].round if offered and not leaves else 0)
 
 
 def moment(action: m.Action, number: int) -> tuple[int, str]:

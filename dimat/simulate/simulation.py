@@ -67,8 +67,8 @@ class Simulation:
             self._network,
             Links(self._config.simulate.network, scenario.agents, self._config.seed),
             scenario.faults,
-            self._told,
-            _told(schedule),
+            self._on_event,
+            _readers(schedule),
             max_time_s=self._config.schedule.max_time_s,
         )
         self._views = {agent: AgentView(agent) for agent in scenario.agents}
@@ -146,7 +146,7 @@ class Simulation:
             self._warn(message)
 
     # ── facts in ─────────────────────────────────────────────────────────────────────────────────────────────
-    def _told(self, fact: events.Event) -> None:
+    def _on_event(self, fact: events.Event) -> None:
         """Take a fact from the driver, pass it on, and keep what the results need."""
         self._emit(fact)
         match fact:
@@ -291,7 +291,7 @@ class Simulation:
         return stamped
 
 
-def _told(schedule: RunSchedule) -> Callable[[str, int], Sequence[str]]:
+def _readers(schedule: RunSchedule) -> Callable[[str, int], Sequence[str]]:
     """Return who is told of an agent's snapshot of a round: who merges it; in asynchronous mode all who ever hear the
     agent, since the newest snapshot counts there in whatever round."""
     if schedule.config.schedule.mode == "sync":

@@ -63,7 +63,7 @@ class TransferScheduler:
         self._post = post
         self._handle = handle
         self._emit = emit
-        self._parcels: defaultdict[str, dict[tuple[str, int, str], PendingTransfer]] = defaultdict(dict)
+        self._pending: defaultdict[str, dict[tuple[str, int, str], PendingTransfer]] = defaultdict(dict)
         # by publisher what is on its way from it, in the order in which it was asked for
         self._flying: defaultdict[str, dict[tuple[str, int, str], PendingTransfer]] = defaultdict(dict)
         self._replanned: set[str] = set()
@@ -72,109 +72,109 @@ class TransferScheduler:
         """Bring a snapshot for the reader's round `number`."""
         key = action.peer, action.round, action.root
         self.drop(reader, *key)
-        parcel = self._parcels[reader][key] = PendingTransfer(reader, number, action)
-        self._send(parcel)
+        pending = self._pending[reader][key] = PendingTransfer(reader, number, action)
+        self._send(pending)
 
     def retry(self) -> None:
         """Go on with what waits for a publisher, where that can be reached by now."""
-        for parcels in self._parcels.values():
-            for parcel in list(parcels.values()):
-                if parcel.source is None and parcel.transfer is None:
-                    self._send(parcel)
+        for of_reader in self._pending.values():
+            for pending in list(of_reader.values()):
+                if pending.source is None and pending.transfer is None:
+                    self._send(pending)
 
     def source(self, reader: str, peer: str, root: str) -> Any:
         """Return a snapshot that is there, of whatever round it has this content."""
-        held = self._parcels[reader].items()
+        held = self._pending[reader].items()
         return next(p.source for (of, _, what), p in held if (of, what) == (peer, root) and p.source is not None)
 
     def drop(self, reader: str, peer: str, number: int, root: str) -> None:
         """Let go of a snapshot of round `number`, there or on its way."""
-        parcel = self._parcels[reader].pop((peer, number, root), None)
-        if parcel is None:
+        pending = self._pending[reader].pop((peer, number, root), None)
+        if pending is None:
             return
-        self._break_off(parcel)
-        if parcel.manifest is not None:
+        self._break_off(pending)
+        if pending.manifest is not None:
             self._network.release(root)
 
     def drop_all(self, reader: str) -> None:
         """Let go of all that a reader has or awaits."""
-        for key in list(self._parcels[reader]):
+        for key in list(self._pending[reader]):
             self.drop(reader, *key)
 
     def break_off(self, hit: Callable[[str, str], bool]) -> None:
         """Break off what is on its way between (reader, publisher) pairs that are hit."""
         for publisher, flying in self._flying.items():
-            for parcel in list(flying.values()):
-                if hit(parcel.reader, publisher):
-                    self._break_off(parcel)
+            for pending in list(flying.values()):
+                if hit(pending.reader, publisher):
+                    self._break_off(pending)
 
     # ── on its way ───────────────────────────────────────────────────────────────────────────────────────────
-    def _send(self, parcel: PendingTransfer) -> None:
-        reader, action, now = parcel.reader, parcel.action, self._clock.now
+    def _send(self, pending: PendingTransfer) -> None:
+        reader, action, now = pending.reader, pending.action, self._clock.now
         publisher = self._nodes[action.peer]
         if not self._links.reachable(reader, action.peer):
             return
         if publisher.state == "gone":
-            self._fail(parcel, "it has left")
+            self._fail(pending, "it has left")
             return
         if not publisher.serves:
             return
-        if parcel.manifest is None:
+        if pending.manifest is None:
             try:
-                parcel.manifest = self._network.ask(action.peer, action.round, action.root)
+                pending.manifest = self._network.ask(action.peer, action.round, action.root)
             except NetworkError as error:
-                self._fail(parcel, str(error))
+                self._fail(pending, str(error))
                 return
-        missing = self._network.missing(reader, parcel.manifest)
-        parcel.transfer = self._links.transfer(now, action.peer, reader, missing)
-        self._flying[action.peer][reader, action.round, action.root] = parcel
-        parcel.due = self._clock.put(parcel.transfer.ends_s, self._end, parcel)
+        missing = self._network.missing(reader, pending.manifest)
+        pending.transfer = self._links.transfer(now, action.peer, reader, missing)
+        self._flying[action.peer][reader, action.round, action.root] = pending
+        pending.due = self._clock.put(pending.transfer.ends_s, self._end, pending)
 
-    def _fail(self, parcel: PendingTransfer, reason: str) -> None:
+    def _fail(self, pending: PendingTransfer, reason: str) -> None:
         """The publisher says that it cannot be had."""
-        reader, action = parcel.reader, parcel.action
+        reader, action = pending.reader, pending.action
         self.drop(reader, action.peer, action.round, action.root)
         told = self._clock.now + 2 * self._links.latency(reader, action.peer)
         self._post(reader, told, m.FetchFailure(action.peer, action.round, action.root, reason))
 
-    def _end(self, parcel: PendingTransfer) -> None:
+    def _end(self, pending: PendingTransfer) -> None:
         """A transfer has come to its end, well or not."""
-        reader, peer, number, root = parcel.reader, parcel.action.peer, parcel.action.round, parcel.action.root
-        manifest = parcel.manifest
-        arrived = self._land(parcel)
+        reader, peer, number, root = pending.reader, pending.action.peer, pending.action.round, pending.action.root
+        manifest = pending.manifest
+        arrived = self._land(pending)
         assert manifest is not None
         fault = "" if arrived else "it was lost on its way"
         if arrived:
             try:
-                parcel.source = self._network.receive(reader, manifest)
+                pending.source = self._network.receive(reader, manifest)
             except DataError as error:
                 fault = str(error)
         if fault:
             self.drop(reader, peer, number, root)
             self._handle(reader, m.FetchFailure(peer, number, root, fault))
             return
-        self._emit(events.SnapshotFetched(agent=reader, round=number, peer=peer, snapshot=root, bytes=parcel.sent))
+        self._emit(events.SnapshotFetched(agent=reader, round=number, peer=peer, snapshot=root, bytes=pending.sent))
         self._handle(reader, m.SnapshotReady(peer, number, root))
 
-    def _land(self, parcel: PendingTransfer) -> bool:
-        """Count what was sent for a parcel that is on its way no more; return whether all of it is there."""
-        transfer, manifest, now = parcel.transfer, parcel.manifest, self._clock.now
+    def _land(self, pending: PendingTransfer) -> bool:
+        """Count what was sent for a transfer that is on its way no more; return whether all of it is there."""
+        transfer, manifest, now = pending.transfer, pending.manifest, self._clock.now
         assert transfer is not None
         assert manifest is not None
-        del self._flying[parcel.action.peer][parcel.reader, parcel.action.round, parcel.action.root]
-        parcel.transfer = None
+        del self._flying[pending.action.peer][pending.reader, pending.action.round, pending.action.root]
+        pending.transfer = None
         sent, there = transfer.sent(now), transfer.there(now)
-        parcel.sent += sent
-        self._network.moved(parcel.reader, parcel.number, manifest, sent, there)
+        pending.sent += sent
+        self._network.moved(pending.reader, pending.number, manifest, sent, there)
         return transfer.arrives_s is not None and now >= transfer.arrives_s
 
-    def _break_off(self, parcel: PendingTransfer) -> None:
+    def _break_off(self, pending: PendingTransfer) -> None:
         """End a transfer before its time; those that wait behind it move up."""
-        transfer, publisher, now = parcel.transfer, parcel.action.peer, self._clock.now
+        transfer, publisher, now = pending.transfer, pending.action.peer, self._clock.now
         if transfer is None:
             return
-        self._clock.call_off(parcel.due)
-        self._land(parcel)
+        self._clock.call_off(pending.due)
+        self._land(pending)
         # once for all that are broken off at this time
         if transfer.legs and transfer.legs[-1][1] > now and publisher not in self._replanned:
             self._replanned.add(publisher)
@@ -186,7 +186,7 @@ class TransferScheduler:
             (p, p.transfer, p.transfer.ends_s) for p in self._flying[publisher].values() if p.transfer is not None
         ]
         self._links.replan(self._clock.now, publisher, [transfer for _, transfer, _ in flying])
-        for parcel, transfer, ends_s in flying:
+        for pending, transfer, ends_s in flying:
             if transfer.ends_s != ends_s:
-                self._clock.call_off(parcel.due)
-                parcel.due = self._clock.put(transfer.ends_s, self._end, parcel)
+                self._clock.call_off(pending.due)
+                pending.due = self._clock.put(transfer.ends_s, self._end, pending)

@@ -10,9 +10,8 @@ from typing import Any
 from unittest.mock import patch
 
 from dimat import events
-from dimat.agent.protocol import inbox, joining, offers, push_sum
+from dimat.agent.protocol import inbox, joining, mixing_state, offers, push_sum
 from dimat.agent.protocol import messages as m
-from dimat.agent.protocol import mixing_state as accounts
 from dimat.agent.protocol import round as round_module
 from dimat.agent.protocol.offers import Known, PeerPublished
 from dimat.agent.protocol.round import RoundMachine
@@ -100,7 +99,7 @@ def _no_decay(rules: Any, *more: Any) -> Any:
     return _shares(replace(rules, staleness_decay=1.0), *more)
 
 
-_shares = accounts.shares
+_shares = mixing_state.shares
 
 
 def _refused_counts(agent: str, root: str, merge: m.MergeAction, result: MergeResult) -> Any:
@@ -111,7 +110,7 @@ def _backing_off_forgotten(agent: str, root: str, merge: m.MergeAction, result: 
     return _contributions(agent, root, merge, replace(result, accepted=1.0))
 
 
-_contributions = accounts.contributions
+_contributions = mixing_state.contributions
 
 
 # ── messages ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -264,12 +263,12 @@ _time_is_up = joining.Newcomer.time_is_up
 MUTANTS = (
     Mutant("missing-mass", "weights are not renormalised over what arrived", rewriting(each(_missing_mass))),
     Mutant("twice-in-a-merge", "a peer is merged twice in a round", rewriting(each(_twice_in_a_merge))),
-    Mutant("no-decay", "stale snapshots count in full", patches=((accounts, "shares", _no_decay),)),
-    Mutant("refused-counts", "refused peers are listed", patches=((accounts, "contributions", _refused_counts),)),
+    Mutant("no-decay", "stale snapshots count in full", patches=((mixing_state, "shares", _no_decay),)),
+    Mutant("refused-counts", "refused peers are listed", patches=((mixing_state, "contributions", _refused_counts),)),
     Mutant(
         "backing-off-forgotten",
         "a merge that was half accepted is listed in full",
-        patches=((accounts, "contributions", _backing_off_forgotten),),
+        patches=((mixing_state, "contributions", _backing_off_forgotten),),
     ),
     Mutant("strangers", "whoever offers is taken for a peer", hearing(_stranger)),
     Mutant("other-run", "offers of another run count", hearing(_other_run)),

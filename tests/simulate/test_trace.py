@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dimat.agent.protocol import mixing_state as accounts
+from dimat.agent.protocol import mixing_state
 from dimat.agent.protocol.round import RoundMachine
 from dimat.cli import main
 from dimat.errors import DataError
@@ -44,7 +44,7 @@ def test_a_trace_replays(traced: Path) -> None:
 
 def test_a_replay_names_the_first_difference(traced: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other code: machines that give peers another weight are found out at the first merge, by line, agent and key."""
-    monkeypatch.setattr(accounts, "shares", lambda *given: (1.0, dict.fromkeys(given[-1], 0.0)))
+    monkeypatch.setattr(mixing_state, "shares", lambda *given: (1.0, dict.fromkeys(given[-1], 0.0)))
     found = replay_run(traced)
     assert "actions[0].own_weight was 0." in found.difference
     assert found.difference.startswith("line ")

@@ -45,14 +45,14 @@ _TURNS = (events.AgentStarted, events.Trained, events.Published, events.Merged, 
 class Daemon:
     """One agent of one run.
 
-    `listeners` are told every event; `learner`: trains the model, where that is not dimat's own trainer.
+    `listeners` are told every event; `trainer`: trains the model, where that is not dimat's own trainer.
 
     Made outside the event loop (it reads keys and the newest checkpoint, and may take long); `run` belongs to the loop,
     as do `stop` and `reload`.
     """
 
     def __init__(
-        self, setup: PreparedAgent, listeners: Sequence[events.Listener] = (), *, learner: ModelTrainer | None = None
+        self, setup: PreparedAgent, listeners: Sequence[events.Listener] = (), *, trainer: ModelTrainer | None = None
     ) -> None:
         config = setup.config
         agent = config.agent
@@ -74,22 +74,22 @@ class Daemon:
         try:
             if finds and self.identity is not None:
                 self._finding = PeerDiscovery(config, setup.name, self.folder.dht, self.identity, self._notice)
-            self._prepare(learner)
+            self._prepare(trainer)
         except BaseException:
             self.folder.close()
             raise
 
-    def _prepare(self, learner: ModelTrainer | None) -> None:
+    def _prepare(self, trainer: ModelTrainer | None) -> None:
         setup, folder, config = self.setup, self.folder, self.setup.config
         agent, exchange = config.agent, config.exchange
         self._schedule = setup.schedule
-        self._local = setup.learner(folder.snapshots, learner)
+        self._learner = setup.learner(folder.snapshots, trainer)
         keep = setup.schedule.snapshots_kept(agent.keep_snapshots)
         self._store = SnapshotStore(folder.snapshots, keep=keep)
-        size = setup.largest_snapshot(self._local.trainer.model)
+        size = setup.largest_snapshot(self._learner.trainer.model)
         self._check_room(size, keep)
         checkpoints = CheckpointStore(folder.checkpoints, agent.keep_checkpoints)
-        self._work = AgentWorker(self._local, config.run, checkpoints, folder.lineage, agent.evaluate, folder.weights)
+        self._work = AgentWorker(self._learner, config.run, checkpoints, folder.lineage, agent.evaluate, folder.weights)
         found = self._work.restore()()
         self._passed_over = () if found is None else found.passed_over
         self._new = found is None
@@ -105,7 +105,7 @@ class Daemon:
             identity=self.identity,
             store=self._store,
             received=folder.received,
-            profile=setup.profile(self._local.schema()),
+            profile=setup.profile(self._learner.schema()),
             manifest_limits=ManifestLimits(size),
             limits=Limits(
                 fetches=exchange.transfers,
@@ -260,7 +260,7 @@ class Daemon:
         self._follower.start()
 
     def _introduce(self) -> None:
-        machine, model = self._machine, self._local.trainer.model
+        machine, model = self._machine, self._learner.trainer.model
         self.runner.emit(
             events.AgentStarted(
                 agent=self.setup.name,

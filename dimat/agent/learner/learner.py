@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ class Learner:
     observers: dict[str, Observer] = field(default_factory=dict[str, Observer])
     method: dict[str, Any] = field(default_factory=dict[str, Any])
     """State that the merge method carries from merge to merge: tensors and plain values by name."""
-    learner: ModelTrainer | None = None
+    custom_trainer: InitVar[ModelTrainer | None] = None
     """Trains the model, where it is not to be a `Trainer` made of task and configuration."""
     trainer: ModelTrainer = field(init=False)
     base: dict[str, Tensor] | None = field(init=False)
@@ -74,7 +74,7 @@ class Learner:
     _samples: int = field(init=False, default=0)
     """Examples of the last training."""
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, custom_trainer: ModelTrainer | None) -> None:
         config = self.config
         self._recorder = Recorder(self.store, config.exchange, durable=self.durable)
         self._plan = plan_for(config.merge, self.task)
@@ -87,7 +87,7 @@ class Learner:
             self._hold_out = Subset(train, indices[order[:cut]])
             indices = indices[order[cut:]]
         self._own = Subset(train, indices)
-        self.trainer = self.learner or Trainer(
+        self.trainer = custom_trainer or Trainer(
             self.task,
             self._own,
             config.train,

@@ -77,7 +77,7 @@ class RoundMachine:
         self._inbox.base = self.base
         self._other_base: set[str] = set()
         self._current = RoundPlan({agent: 1.0})
-        self._accounts = MixingState(agent, rules, state)
+        self._mixing = MixingState(agent, rules, state)
         self._adopting: PeerPublished | None = None
         self._newcomer: Newcomer | None = None
         self._unfit: set[str] = set()  # snapshots whose basis could not be adopted
@@ -88,7 +88,7 @@ class RoundMachine:
     @property
     def push_weight(self) -> float | None:
         """Own push-sum weight; None where the plan has none."""
-        return self._accounts.push_weight(self._current)
+        return self._mixing.push_weight(self._current)
 
     def handle(self, event: m.Event) -> list[m.Action]:
         """Take one event in, give the actions that follow from it."""
@@ -200,7 +200,7 @@ class RoundMachine:
         if event.round != self.round or self.phase is not Phase.TRAINING:
             return []
         self.phase = Phase.GATHERING
-        self._accounts.trained(event.root, self._current)
+        self._mixing.trained(event.root, self._current)
         self._published = self.round
         actions: list[m.Action] = [
             m.CheckpointAction(self.round, "trained", self._state_now("trained")),
@@ -276,7 +276,7 @@ class RoundMachine:
             joined = events.Joined(agent=self.agent, round=self.round + 1, how="align")
         else:
             self.basis, self.base = offer.basis, offer.base
-            record = self._accounts.took_over(offer)
+            record = self._mixing.took_over(offer)
             joined = events.Joined(agent=self.agent, round=self.round + 1, how="adopt", peer=offer.peer)
         self._inbox.settle(self.base)
         checkpoint = m.CheckpointAction(self.round, "joined", self._state_now("joined"), record)
@@ -338,7 +338,7 @@ class RoundMachine:
         usable = self._inbox.usable()
         if len(usable) < min(self._rules.min_peers, len(self._inbox.expected())):
             usable = {}
-        self._merge = self._accounts.merge(self.round, self._current, usable, self.basis)
+        self._merge = self._mixing.merge(self.round, self._current, usable, self.basis)
         return [self._merge]
 
     def _merged(self, event: m.MergeDone) -> list[m.Action]:
@@ -346,7 +346,7 @@ class RoundMachine:
         if event.round != self.round or self.phase is not Phase.MERGING or merge is None:
             return []
         expected = len(self._inbox.expected())
-        merged, record = self._accounts.merged(merge, event.result, self._current, expected)
+        merged, record = self._mixing.merged(merge, event.result, self._current, expected)
         target = self._rules.target
         reached = target is not None and event.result.after.get(target[0], -math.inf) >= target[1]
         actions: list[m.Action] = [
@@ -373,8 +373,8 @@ class RoundMachine:
         return [m.Exit(reason)]
 
     def _publish(self) -> m.Publish:
-        accounts = self._accounts
-        return m.Publish(self.round, accounts.root, self.basis, accounts.parents, dict(accounts.push.sent), self.base)
+        mixing = self._mixing
+        return m.Publish(self.round, mixing.root, self.basis, mixing.parents, dict(mixing.push.sent), self.base)
 
     def _state_now(self, stage: Stage, leaves: str = "") -> MachineState:
         return MachineState(
@@ -383,10 +383,10 @@ class RoundMachine:
             round=self.round,
             stage=stage,
             basis=self.basis,
-            root=self._accounts.root,
-            parents=self._accounts.parents,
+            root=self._mixing.root,
+            parents=self._mixing.parents,
             base=self.base,
-            push=self._accounts.push.to_dict(),
+            push=self._mixing.push.to_dict(),
             offers=tuple(self._inbox.offers),
             leaves=leaves,
         )

@@ -69,7 +69,7 @@ class LoadedTask:
             self.spec,
             durable=durable,
             observers=self.observers,
-            learner=trainer,
+            custom_trainer=trainer,
         )
 
     def sample_snapshot(self, model: torch.nn.Module) -> dict[str, Tensor]:
