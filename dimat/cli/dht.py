@@ -1,4 +1,4 @@
-"""`dimat dht`: a plain node of the DHT, which others give as bootstrap."""
+"""`dimat dht`: run a bootstrap node of the DHT."""
 
 from __future__ import annotations
 

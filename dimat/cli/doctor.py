@@ -1,4 +1,4 @@
-"""`dimat doctor`: would this agent run here, and how to mend what is wrong."""
+"""`dimat doctor`: check everything an agent needs, with advice for each fault."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ def doctor(
     set_: Overrides = (),
     as_json: Json = False,
 ) -> int:
-    """Look at all that an agent needs: configuration, keys, clock, port, peers, the way back, DHT, GPU, disk, memory,
-    versions. Works while it runs, too; changes nothing. Exit code 0, or that of the first fault."""
+    """Check everything an agent needs: configuration, keys, clock, port, peers, dial-back, DHT, GPU, disk, memory,
+    versions. Works while the agent runs, too; changes nothing. Exit code 0, or that of the first fault."""
     import sys
 
     from dimat.agent.doctor.check import Check, exit_code, failed
-    from dimat.ui.terminal.doctor import finding_lines, findings_json, summary
+    from dimat.ui.terminal.doctor import check_lines, checks_json, summary
 
-    findings: list[Check] = []
+    checks: list[Check] = []
 
-    def note(finding: Check) -> None:
-        findings.append(finding)
+    def note(check: Check) -> None:
+        checks.append(check)
         if not as_json:
-            show("\n".join(finding_lines(finding)))
+            show("\n".join(check_lines(check)))
             sys.stdout.flush()  # some take seconds, and a person watches
 
     try:
@@ -44,7 +44,7 @@ def doctor(
     else:
         from dimat.agent.doctor.doctor import examine  # loads torch
 
-        for finding in examine(config):
-            note(finding)
-    show(findings_json(findings) if as_json else summary(findings))
-    return exit_code(findings)
+        for check in examine(config):
+            note(check)
+    show(checks_json(checks) if as_json else summary(checks))
+    return exit_code(checks)

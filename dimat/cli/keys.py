@@ -1,4 +1,4 @@
-"""`dimat keys …`: who is who in a collaboration of real agents."""
+"""`dimat keys …`: certificates and keys of a collaboration's agents, and publishing its map."""
 
 from __future__ import annotations
 

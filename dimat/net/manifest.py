@@ -1,7 +1,7 @@
-"""Manifests on the wire: sealed by their publisher, and checked whole before a reader acts on one.
+"""Manifests on the wire: sealed and signed by the publisher, checked whole by the reader.
 
-What is signed are the bytes of a `dimat.wire.v1.Manifest`, with `DOMAIN` before them, so that no signature made for
-anything else passes for a manifest's. Those very bytes are handed on and kept: nothing is serialised a second time.
+The signature is over the bytes of a `dimat.wire.v1.Manifest`, with `DOMAIN` before them, so that no signature made for
+anything else passes for a manifest's. The same bytes are handed on and kept: nothing is serialised a second time.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from dimat.wire.v1 import peer_pb2 as pb
 DOMAIN = b"dimat manifest v1\0"
 
 Sign = Callable[[bytes], bytes]
-"""Gives the signature over bytes; on an insecure network an empty one."""
+"""Returns the signature over bytes; on an insecure network an empty one."""
 
 Verify = Callable[[bytes, bytes], None]
-"""Takes (bytes, signature); SecurityError where they do not belong together. On an insecure network all do."""
+"""Checks (bytes, signature); SecurityError where the signature is wrong. On an insecure network none is."""
 
 LARGEST_NUMBER = 2**53 - 1  # that JSON and doubles hold exactly
 HASH_BYTES = 32
@@ -57,30 +57,30 @@ class SignedManifest:
 
 @dataclass(frozen=True, slots=True)
 class ManifestLimits:
-    """What a manifest may claim at most. `bytes`: the largest payload, and the largest form, that own schema allows."""
+    """The most that a peer's manifest may claim. `bytes`: the largest payload and form that this model allows."""
 
     bytes: int
 
     @property
     def manifest_bytes(self) -> int:
-        """Return how long a manifest may be: the hashes of blocks take what the bound allows, the rest is fixed."""
+        """Length of the longest manifest: the hashes of all blocks, and a fixed rest."""
         return MAX_MANIFEST_REST_BYTES + (MOST_FORMS + 1) * _BLOCK_ENTRY * _blocks(self.bytes, MIN_BLOCK_BYTES)
 
 
-class _Wrong(Exception):
-    """What is wrong with a manifest."""
+class _Invalid(Exception):
+    """The fault of a manifest."""
 
 
 def seal(manifest: Manifest, sign: Sign) -> SignedManifest:
-    """Sign an own manifest; equal ones give equal bytes. DataError where no reader would take it, saying why."""
+    """Sign this agent's manifest; equal ones give equal bytes. DataError where no reader would take it."""
     try:
         message = _message(manifest)
         data = message.SerializeToString(deterministic=True)
         checked = _manifest(message, LARGEST_NUMBER)
         longest = ManifestLimits(max(payload.bytes for payload in _payloads(checked))).manifest_bytes
         if len(data) > longest:
-            raise _Wrong(f"{len(data):,} bytes of manifest, at most {longest:,} are read")
-    except (_Wrong, ValueError) as error:
+            raise _Invalid(f"{len(data):,} bytes of manifest, at most {longest:,} are read")
+    except (_Invalid, ValueError) as error:
         raise DataError(f"own snapshot of round {manifest.round} cannot be offered: {error}") from None
     return SignedManifest(checked, data, sign(DOMAIN + data))
 
@@ -88,24 +88,24 @@ def seal(manifest: Manifest, sign: Sign) -> SignedManifest:
 def unseal(
     data: bytes, signature: bytes, verify: Verify, *, publisher: str, run: str, limits: ManifestLimits
 ) -> SignedManifest:
-    """Return a peer's manifest, whole and checked; nothing is read before its signature is.
+    """Return a peer's manifest, whole and checked; its signature is checked before it is parsed.
 
-    Raises SecurityError where the signature is wrong, and PeerError that says what else is.
+    Raises SecurityError where the signature is wrong, and PeerError for any other fault.
     """
     try:
         if len(data) > limits.manifest_bytes:
-            raise _Wrong(f"{len(data):,} bytes long, at most {limits.manifest_bytes:,} are read for this model")
+            raise _Invalid(f"{len(data):,} bytes long, at most {limits.manifest_bytes:,} are read for this model")
         verify(DOMAIN + data, signature)
         try:
             message = pb.Manifest.FromString(data)
         except DecodeError:
-            raise _Wrong("not a manifest of this protocol") from None
+            raise _Invalid("not a manifest of this protocol") from None
         if message.agent != publisher:
-            raise _Wrong(f"it is of agent {_short(message.agent)}")
+            raise _Invalid(f"it is of agent {_short(message.agent)}")
         if message.run != run:
-            raise _Wrong(f"it is of run {_short(message.run)}, this is {_short(run)}")
+            raise _Invalid(f"it is of run {_short(message.run)}, this is {_short(run)}")
         return SignedManifest(_manifest(message, limits.bytes), data, signature)
-    except _Wrong as wrong:
+    except _Invalid as wrong:
         raise PeerError(f"manifest of {publisher} refused: {wrong}") from None
 
 
@@ -172,7 +172,7 @@ def _payload_message(payload: Payload) -> pb.Payload:
 
 # ── from a message, checked ──────────────────────────────────────────────────────────────────────────────────
 def _manifest(message: pb.Manifest, largest: int) -> Manifest:
-    """Return what a message says, `_Wrong` where that cannot be. `largest`: bytes of a payload."""
+    """Return the manifest in a message; _Invalid for a fault. `largest`: bytes of a payload."""
     _number(message.round, "round", lowest=1)
     _number(message.samples, "samples")
     _agent(message.agent, "agent")
@@ -180,7 +180,7 @@ def _manifest(message: pb.Manifest, largest: int) -> Manifest:
         _text(text, what)
     _text(message.basis, "basis")
     if _BASIS.fullmatch(message.basis) is None:
-        raise _Wrong(f"basis {_short(message.basis)} is none: round:founder:nonce")
+        raise _Invalid(f"basis {_short(message.basis)} is none: round:founder:nonce")
     _few(message.forms, "forms", MOST_FORMS)
     _few(message.parents, "parents", MOST_PARENTS)
     _few(message.pushed, "pushed", MOST_PUSHED)
@@ -192,7 +192,7 @@ def _manifest(message: pb.Manifest, largest: int) -> Manifest:
         _text(name, "metrics")
         _finite(value, "metrics")
     if not message.HasField("payload"):
-        raise _Wrong("it has no payload")
+        raise _Invalid("it has no payload")
     return Manifest(
         run=message.run,
         agent=message.agent,
@@ -213,19 +213,19 @@ def _manifest(message: pb.Manifest, largest: int) -> Manifest:
 def _payload(message: pb.Payload, where: str, largest: int) -> Payload:
     size, block = message.bytes, message.block_bytes
     if not 1 <= size <= largest:
-        raise _Wrong(f"{where} claims {size:,} bytes, this model takes 1 to {largest:,}")
+        raise _Invalid(f"{where} claims {size:,} bytes, this model takes 1 to {largest:,}")
     if not MIN_BLOCK_BYTES <= block <= MAX_BLOCK_BYTES:
-        raise _Wrong(f"{where} is in blocks of {block:,} bytes, not of {MIN_BLOCK_BYTES:,} to {MAX_BLOCK_BYTES:,}")
+        raise _Invalid(f"{where} is in blocks of {block:,} bytes, not of {MIN_BLOCK_BYTES:,} to {MAX_BLOCK_BYTES:,}")
     if len(message.blocks) != _blocks(size, block):
-        raise _Wrong(f"{where} has {len(message.blocks)} blocks, its {size:,} bytes take {_blocks(size, block)}")
+        raise _Invalid(f"{where} has {len(message.blocks)} blocks, its {size:,} bytes take {_blocks(size, block)}")
     root = blake3()
     for digest in message.blocks:
         if len(digest) != HASH_BYTES:
-            raise _Wrong(f"{where} has the hash of a block of {len(digest)} bytes")
+            raise _Invalid(f"{where} has the hash of a block of {len(digest)} bytes")
         root.update(digest)
     root.update(size.to_bytes(8, "big"))
     if root.digest() != message.root:
-        raise _Wrong(f"{where} has an address that is not the hash of its blocks")
+        raise _Invalid(f"{where} has an address that is not the hash of its blocks")
     return Payload(message.root.hex(), size, tuple(digest.hex() for digest in message.blocks), block)
 
 
@@ -245,40 +245,40 @@ def _parent(message: pb.Parent) -> tuple[str, str, int, float]:
 
 def _encoding(name: str, where: str) -> str:
     if name not in ENCODINGS:
-        raise _Wrong(f"encoding {_short(name)} of {where} is not known ({', '.join(ENCODINGS)})")
+        raise _Invalid(f"encoding {_short(name)} of {where} is not known ({', '.join(ENCODINGS)})")
     return name
 
 
 def _text(text: str, what: str) -> None:
-    """Refuse what would fill a log, or write over it."""
+    """Refuse text that would fill a log, or write over it."""
     if len(text.encode()) > MAX_TEXT_BYTES or not text.isprintable():
-        raise _Wrong(f"{what} {_short(text)} is longer than {MAX_TEXT_BYTES} bytes or not printable")
+        raise _Invalid(f"{what} {_short(text)} is longer than {MAX_TEXT_BYTES} bytes or not printable")
 
 
 def _agent(name: str, what: str) -> None:
     _text(name, what)
     if _AGENT.fullmatch(name) is None:
-        raise _Wrong(f"{what}: {_short(name)} is no agent's name")
+        raise _Invalid(f"{what}: {_short(name)} is no agent's name")
 
 
 def _number(number: int, what: str, lowest: int = 0) -> None:
     if not lowest <= number <= LARGEST_NUMBER:
-        raise _Wrong(f"{what} {number} is not between {lowest} and 2^53")
+        raise _Invalid(f"{what} {number} is not between {lowest} and 2^53")
 
 
 def _finite(number: float, what: str) -> None:
     if not isfinite(number):
-        raise _Wrong(f"{what}: {number} is not finite")
+        raise _Invalid(f"{what}: {number} is not finite")
 
 
 def _hash(digest: bytes, what: str) -> None:
     if len(digest) != HASH_BYTES:
-        raise _Wrong(f"{what}: a hash of {len(digest)} bytes, not {HASH_BYTES}")
+        raise _Invalid(f"{what}: a hash of {len(digest)} bytes, not {HASH_BYTES}")
 
 
 def _few(entries: Sequence[object] | Mapping[str, object], what: str, most: int) -> None:
     if len(entries) > most:
-        raise _Wrong(f"{len(entries):,} {what}, at most {most:,} are read")
+        raise _Invalid(f"{len(entries):,} {what}, at most {most:,} are read")
 
 
 def _blocks(size: int, block_bytes: int) -> int:

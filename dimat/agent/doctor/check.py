@@ -1,4 +1,4 @@
-"""What `dimat doctor` finds: one line each, with how to mend it."""
+"""One check of `dimat doctor`: its level, its result, and the advice where something is wrong."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ Level = Literal["ok", "warn", "fail"]
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that was looked at. `name`: what; `what`: how it is; `mend`: what to do, "" where nothing is;
-    `code`: exit code of a command that fails for it (see `dimat.errors`)."""
+    """The result of one check.
+
+    `name`: its subject; `what`: the state found; `mend`: advice, "" where nothing is to be done; `code`: exit code of a
+    command that fails for it (see `dimat.errors`).
+    """
 
     name: str
     level: Level
@@ -24,28 +27,28 @@ class Check:
 
 
 def ok(name: str, what: str) -> Check:
-    """Return that something is as it should be."""
+    """Return a check that has passed."""
     return Check(name, "ok", what)
 
 
 def warn(name: str, what: str, mend: str) -> Check:
-    """Return that something may become a fault."""
+    """Return a check whose subject may become a fault."""
     return Check(name, "warn", what, mend)
 
 
 def fail(name: str, what: str, mend: str, kind: type[DimatError]) -> Check:
-    """Return that an agent cannot work like this."""
+    """Return a check whose subject keeps the agent from working; `kind` gives the exit code."""
     return Check(name, "fail", what, mend, kind.exit_code)
 
 
 def failed(name: str, error: DimatError, mend: str = "") -> Check:
-    """Return what an error says; its text ends with what to do, after the last semicolon."""
+    """Return the failed check of an error, whose text ends with the advice, after the last semicolon."""
     what, _, advice = str(error).rpartition("; ")
     if mend or not what:
         return Check(name, "fail", str(error), mend, error.exit_code)
     return Check(name, "fail", what, advice, error.exit_code)
 
 
-def exit_code(findings: Iterable[Check]) -> int:
+def exit_code(checks: Iterable[Check]) -> int:
     """Return the exit code of the first fault, 0 where there is none."""
-    return next((finding.code for finding in findings if finding.level == "fail"), 0)
+    return next((check.code for check in checks if check.level == "fail"), 0)

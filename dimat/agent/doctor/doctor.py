@@ -1,4 +1,4 @@
-"""Would this agent run here, and is what runs here well? Looks at all that it needs, and changes nothing.
+"""`dimat doctor`: checks everything an agent needs on this machine and in the network; changes nothing.
 
 `examine` works whether the agent runs or not. What costs long is done once: the task is loaded, since its model's
 schema decides which peers fit.
@@ -25,7 +25,7 @@ from dimat.agent.daemon.folder import read_mark
 from dimat.agent.daemon.resources import available_memory, held_bytes, memory_bytes, needed_bytes
 from dimat.agent.daemon.status_socket import ask
 from dimat.agent.doctor.check import Check, fail, failed, ok, warn
-from dimat.agent.doctor.network_checks import AgentEndpoint, look_around
+from dimat.agent.doctor.network_checks import AgentEndpoint, check_network
 from dimat.agent.learner.checkpoint import look
 from dimat.agent.setup.prepare import PreparedAgent, neighbours_of, prepare_agent
 from dimat.config import ExperimentConfig, agent_folder
@@ -39,15 +39,15 @@ IMPORT_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
-class Running:
-    """The agent's own process. `pid`: 0 where none runs; `address`: where it listens, "" where it does not say."""
+class RunningAgent:
+    """The agent's own process. `pid`: 0 where none runs; `address`: `host:port`, "" where it is not known."""
 
     pid: int = 0
     address: str = ""
 
 
 def examine(config: ExperimentConfig) -> Iterator[Check]:
-    """Look at an agent's configuration, keys, machine, folder, port and peers; a finding each, once it is known."""
+    """Look at an agent's configuration, keys, machine, folder, port and peers; a check each, once it is known."""
     try:
         setup = prepare_agent(config)
     except DimatError as error:
@@ -60,19 +60,19 @@ def examine(config: ExperimentConfig) -> Iterator[Check]:
         yield ok("map", f"{len(setup.schedule.agents)} agents; {setup.name} listens to {', '.join(peers)}")
     else:
         yield warn("map", f"{setup.name} has no peers", "give the map another agent, or another graph")
-    identity, finding = _keys(config, setup.name)
-    yield finding
+    identity, check = _keys(config, setup.name)
+    yield check
     yield from _machine(config)
     path = agent_folder(config, setup.name)
     running = running_in(path)
     schema, size, largest = _model(setup)
     keep = setup.schedule.snapshots_kept(config.agent.keep_snapshots)
-    yield from _room(config, path, len(peers), size, largest, keep)
+    yield from _disk_and_memory(config, path, len(peers), size, largest, keep)
     yield from _folder(config, setup.name, path, running)
     if identity is None and not config.agent.insecure:
         yield warn("peers", "not asked, for want of keys", "see to the keys first")
         return
-    around = AgentEndpoint(
+    endpoint = AgentEndpoint(
         run=config.run,
         agent=setup.name,
         identity=identity,
@@ -82,19 +82,19 @@ def examine(config: ExperimentConfig) -> Iterator[Check]:
         neighbours=neighbours_of(setup.schedule, setup.name),
         bootstraps=config.dht.bootstraps,
     )
-    yield from look_around(around)
+    yield from check_network(endpoint)
 
 
-def running_in(folder: Path) -> Running:
-    """Return the process that holds a folder's lock, and where it listens."""
+def running_in(folder: Path) -> RunningAgent:
+    """Return the process that holds a folder's lock, and its address."""
     try:
         lock = os.open(folder / "lock", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
-        return Running()
+        return RunningAgent()
     try:
-        # shared, and for a moment: only a look whether somebody has it
+        # shared, and for a moment: only to see whether a process holds it
         fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return Running()
+        return RunningAgent()
     except OSError:
         said = os.pread(lock, 32, 0).decode(errors="replace").strip()
     finally:
@@ -103,7 +103,7 @@ def running_in(folder: Path) -> Running:
         address = str(ask(folder).get("address", ""))
     except DataError:
         address = ""  # it is about to start, or to end
-    return Running(int(said) if said.isdecimal() else -1, address)
+    return RunningAgent(int(said) if said.isdecimal() else -1, address)
 
 
 # ── keys ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -146,7 +146,7 @@ def _hivemind(*, needed: bool) -> Check:
             return ok("hivemind", f"{version('hivemind')} is installed; not needed, without dht.bootstraps")
         except PackageNotFoundError:
             return ok("hivemind", "not installed; not needed, without dht.bootstraps")
-    # in a process of its own, as the agent has it: what it imports and starts stays out of this one
+    # in a process of its own, as in the agent: its imports and threads stay out of this one
     program = "import hivemind; print(hivemind.__version__)"
     try:
         done = subprocess.run(
@@ -183,7 +183,9 @@ def _device(config: ExperimentConfig) -> Check:
     return ok("device", f"trains on {device} with {torch.get_num_threads()} threads")
 
 
-def _room(config: ExperimentConfig, path: Path, peers: int, size: int, largest: int, keep: int) -> Iterator[Check]:
+def _disk_and_memory(
+    config: ExperimentConfig, path: Path, peers: int, size: int, largest: int, keep: int
+) -> Iterator[Check]:
     """Say whether disk and memory hold what a round needs. `size`: bytes of the model; `largest`: of a snapshot at
     most; `keep`: how many own ones are kept."""
     needed = needed_bytes(largest, peers, keep, config.agent.keep_checkpoints)
@@ -210,7 +212,7 @@ def _room(config: ExperimentConfig, path: Path, peers: int, size: int, largest: 
 
 
 # ── the folder ───────────────────────────────────────────────────────────────────────────────────────────────
-def _folder(config: ExperimentConfig, name: str, path: Path, running: Running) -> Iterator[Check]:
+def _folder(config: ExperimentConfig, name: str, path: Path, running: RunningAgent) -> Iterator[Check]:
     try:
         mark = read_mark(path)
     except DataError as error:

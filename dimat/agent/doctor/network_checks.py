@@ -1,4 +1,4 @@
-"""The network, as `dimat doctor` sees it from an agent's place: its own port, its peers, the way back, the DHT."""
+"""Network checks of `dimat doctor`: the own port, peers, clocks, dial-back, and bootstraps of the DHT."""
 
 from __future__ import annotations
 
@@ -28,8 +28,7 @@ _MULTIADDRESS = re.compile(r"/(?:ip4|ip6|dns|dns4|dns6)/([^/]+)/tcp/(\d{1,5})(?:
 
 @dataclass(frozen=True, slots=True)
 class AgentEndpoint:
-    """An agent's place in the network. `listen`: `host:port` of its own; `running`: process id of the agent, 0 where it
-    does not run."""
+    """The agent that is checked. `listen`: its `host:port`; `running`: its process id, 0 where it does not run."""
 
     run: str
     agent: str
@@ -41,27 +40,27 @@ class AgentEndpoint:
     bootstraps: Sequence[str]
 
 
-def look_around(around: AgentEndpoint) -> Iterator[Check]:
-    """Yield what there is to say of port, peers, clock, the way back, and the DHT's bootstraps."""
+def check_network(endpoint: AgentEndpoint) -> Iterator[Check]:
+    """Yield the checks of port, peers, clocks, dial-back and bootstraps."""
     with ExitStack() as stack:
-        host, port = split_address(around.listen)
+        host, port = split_address(endpoint.listen)
         listening = True
-        if around.running:
-            yield ok("port", f"{around.listen} is held by the agent, process {around.running}")
+        if endpoint.running:
+            yield ok("port", f"{endpoint.listen} is held by the agent, process {endpoint.running}")
         else:
             try:
                 own = stack.enter_context(closing(listen(host, port)))
                 port = int(own.getsockname()[1])
-                yield ok("port", f"{around.listen} can be had")
+                yield ok("port", f"{endpoint.listen} can be had")
             except OSError as error:
                 listening = False
-                yield _port_taken(around, port, error)
-        yield from asyncio.run(_peers(around, port if listening else 0))
-    yield from asyncio.run(_bootstraps(around.bootstraps))
+                yield _port_taken(endpoint, port, error)
+        yield from asyncio.run(_peers(endpoint, port if listening else 0))
+    yield from asyncio.run(_bootstraps(endpoint.bootstraps))
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Listen on a port as the agent would; OSError where it cannot be had."""
+    """Listen on a port as the agent would; OSError where that fails."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     own = socket.socket(family)
     try:
@@ -74,9 +73,9 @@ def listen(host: str, port: int) -> socket.socket:
     return own
 
 
-def _port_taken(around: AgentEndpoint, port: int, error: OSError) -> Check:
+def _port_taken(endpoint: AgentEndpoint, port: int, error: OSError) -> Check:
     reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
-    what = f"cannot listen on {around.listen}: {reason}"
+    what = f"cannot listen on {endpoint.listen}: {reason}"
     if error.errno == errno.EADDRNOTAVAIL or isinstance(error, socket.gaierror):
         return fail("port", what, "set agent.listen to an address of this machine, or to 0.0.0.0", NetworkError)
     if error.errno == errno.EACCES:
@@ -87,41 +86,41 @@ def _port_taken(around: AgentEndpoint, port: int, error: OSError) -> Check:
 
 
 # ── peers ────────────────────────────────────────────────────────────────────────────────────────────────────
-async def _peers(around: AgentEndpoint, port: int) -> list[Check]:
-    """Ask all peers at once. `port`: where this agent can be dialled, 0 for nowhere."""
-    peers = sorted(around.neighbours.peers)
-    asked = await asyncio.gather(*(_peer(around, peer) for peer in peers))
-    findings = [finding for finding, _, _ in asked]
+async def _peers(endpoint: AgentEndpoint, port: int) -> list[Check]:
+    """Check all peers at once. `port`: on which this agent can be dialled, 0 for none."""
+    peers = sorted(endpoint.neighbours.peers)
+    asked = await asyncio.gather(*(_peer(endpoint, peer) for peer in peers))
+    checks = [check for check, _, _ in asked]
     apart = {peer: found for peer, (_, _, found) in zip(peers, asked, strict=True) if found is not None}
-    findings += _clock(apart)
+    checks += _clock(apart)
     there = {peer: address for peer, (_, address, _) in zip(peers, asked, strict=True) if address}
     if port and there:
-        findings += await asyncio.gather(*(_back(around, peer, at, port) for peer, at in there.items()))
+        checks += await asyncio.gather(*(_back(endpoint, peer, at, port) for peer, at in there.items()))
     elif peers:
-        findings.append(warn("dial-back", "not tried: there is no peer or no port for it", "see to those first"))
-    return findings
+        checks.append(warn("dial-back", "not tried: there is no peer or no port for it", "see to those first"))
+    return checks
 
 
-async def _peer(around: AgentEndpoint, peer: str) -> tuple[Check, str, float | None]:
-    """Return what there is to say of a peer, where it answers, and how many seconds its clock is ahead."""
+async def _peer(endpoint: AgentEndpoint, peer: str) -> tuple[Check, str, float | None]:
+    """Return a peer's check, the address that answers ("" for none), and how far its clock is ahead, seconds."""
     name = f"peer {peer}"
-    addresses = sorted(around.neighbours.addresses.get(peer, ()))
+    addresses = sorted(endpoint.neighbours.addresses.get(peer, ()))
     if not addresses:
-        if around.bootstraps:
+        if endpoint.bootstraps:
             return ok(name, "has no address on the map; the DHT has to tell"), "", None
         mend = "put its addresses on the map, or set dht.bootstraps"
         return fail(name, "has no address on the map", mend, ConfigError), "", None
     worst: Check | None = None
     for address in addresses:
-        finding, apart = await _at(around, peer, address)
+        check, apart = await _at(endpoint, peer, address)
         if apart is not None:
-            return finding, address, apart
-        worst = worst or finding
+            return check, address, apart
+        worst = worst or check
     assert worst is not None
     return worst, "", None
 
 
-async def _at(around: AgentEndpoint, peer: str, address: str) -> tuple[Check, float | None]:
+async def _at(endpoint: AgentEndpoint, peer: str, address: str) -> tuple[Check, float | None]:
     """Try a peer at one address: name, TCP, TLS, hello. The clock's difference comes with a hello that was answered."""
     name = f"peer {peer}"
     fault = await dial(*split_address(address), DIAL_S)
@@ -134,11 +133,12 @@ async def _at(around: AgentEndpoint, peer: str, address: str) -> tuple[Check, fl
         return fail(name, f"{address}: no TCP connection ({dial_error_text(fault, DIAL_S)})", mend, NetworkError), None
     before = time.time()
     try:
-        async with query_peer(peer, address, around.agent, around.identity) as asked:
-            reply = await asked.hello(around.run, around.profile)
+        async with query_peer(peer, address, endpoint.agent, endpoint.identity) as asked:
+            reply = await asked.hello(endpoint.run, endpoint.profile)
     except SecurityError as error:
         mend = (
-            f"are both certificates of the same CA and valid, and is {around.agent} on {peer}'s map? (dimat keys show)"
+            f"are both certificates of the same CA and valid, and is {endpoint.agent} on {peer}'s map? "
+            "(dimat keys show)"
         )
         return failed(name, error, mend), None
     except PeerError as error:
@@ -147,7 +147,7 @@ async def _at(around: AgentEndpoint, peer: str, address: str) -> tuple[Check, fl
         return failed(name, error, "TCP works, gRPC does not: is it a dimat agent, with keys as we have?"), None
     apart = max(before - reply.time_s, reply.time_s - time.time(), 0.0)
     ahead = apart if reply.time_s > before else -apart
-    fault_of_fit = incompatibility(around.profile, around.run, reply)
+    fault_of_fit = incompatibility(endpoint.profile, endpoint.run, reply)
     if fault_of_fit:
         what, _, mend = fault_of_fit.rpartition("; ")
         return fail(name, f"{address}: {what}", mend, ConfigError), ahead
@@ -170,11 +170,11 @@ def _clock(apart: dict[str, float]) -> list[Check]:
     return [warn("clock", what, "let NTP set the clocks of both (timedatectl): certificates and the DHT go by them")]
 
 
-async def _back(around: AgentEndpoint, peer: str, address: str, port: int) -> Check:
+async def _back(endpoint: AgentEndpoint, peer: str, address: str, port: int) -> Check:
     """Let a peer dial this agent's port."""
     name = f"dial-back {peer}"
     try:
-        async with query_peer(peer, address, around.agent, around.identity) as asked:
+        async with query_peer(peer, address, endpoint.agent, endpoint.identity) as asked:
             reply = await asked.dial_back(port)
     except (NetworkError, SecurityError) as error:
         return failed(name, error, "try again; a peer dials one caller at a time")
@@ -190,19 +190,19 @@ async def _back(around: AgentEndpoint, peer: str, address: str, port: int) -> Ch
 async def _bootstraps(bootstraps: Sequence[str]) -> list[Check]:
     if not bootstraps:
         return [ok("dht", "none: peers are found by the map's addresses")]
-    findings: list[Check] = []
+    checks: list[Check] = []
     answering = 0
     for address, fault in zip(bootstraps, await asyncio.gather(*map(_bootstrap, bootstraps)), strict=True):
         if not fault:
             answering += 1
-            findings.append(ok("dht", f"{address} answers"))
+            checks.append(ok("dht", f"{address} answers"))
         else:
             mend = "is that node running (dimat dht), and is this the address that it prints?"
-            findings.append(warn("dht", f"{address}: {fault}", mend))
+            checks.append(warn("dht", f"{address}: {fault}", mend))
     if not answering:
         # the map's addresses do, where it has them; each peer without one has a line of its own
-        findings.append(warn("dht", "no bootstrap answers", "the agent goes by the map alone until one does"))
-    return findings
+        checks.append(warn("dht", "no bootstrap answers", "the agent goes by the map alone until one does"))
+    return checks
 
 
 async def _bootstrap(address: str) -> str:

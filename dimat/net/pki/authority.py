@@ -1,4 +1,4 @@
-"""Making certificates: a collaboration's CA, its agents' certificates, and requests of labs that keep their own key."""
+"""Makes certificates: the CA's, agents', and requests of labs that keep their own key."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _HOST = re.compile(r"(?=.{1,253}$)[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?(\.[a-z0-
 
 @dataclass(frozen=True, slots=True)
 class CertificateRequest:
-    """What an organiser takes from a certificate request, and all that is taken from it."""
+    """The content that an organiser takes from a certificate request; nothing else of it is used."""
 
     name: str
     hosts: tuple[str, ...]
@@ -87,7 +87,7 @@ def make_certificate(
 
 
 def make_request(key: ec.EllipticCurvePrivateKey, name: str, hosts: Iterable[str]) -> x509.CertificateSigningRequest:
-    """Make a request for an agent's certificate, which shows that whoever asks has the key."""
+    """Make a request for an agent's certificate, signed to prove possession of the key."""
     check_name(name)
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     builder = x509.CertificateSigningRequestBuilder().subject_name(subject)
@@ -95,7 +95,7 @@ def make_request(key: ec.EllipticCurvePrivateKey, name: str, hosts: Iterable[str
 
 
 def read_request(pem: bytes) -> CertificateRequest:
-    """Return who asks for a certificate, with which key, reached where; nothing else of a request is looked at.
+    """Return name, key and addresses of a certificate request; nothing else of it is looked at.
 
     SecurityError where it is garbage, not signed by its own key, or asks for what no agent may have.
     """

@@ -1,4 +1,4 @@
-"""Names in certificates, and the checks that a certificate must pass before anything is believed because of it.
+"""Agents' names in certificates, and the checks of certificates and signatures.
 
 A collaboration has a certificate authority (CA), which an organiser keeps, and one P-256 key per agent. An agent's
 certificate says its name twice: exactly, as the subject's common name, and as the DNS name `tls_name(agent)`, which TLS

@@ -1,4 +1,4 @@
-"""Who an agent is: its key and certificate, read from the folder of keys, and used for TLS and signatures.
+"""An agent's identity: its key and certificate, loaded from the folder of keys, for TLS and signatures.
 
 gRPC is imported only where credentials are made: the DHT's process checks certificates and signatures without it.
 """
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """An agent's name with what proves it; `load_identity` makes one. The key never shows in a repr."""
+    """An agent's name, certificate and key; `load_identity` makes one. The key never shows in a repr."""
 
     name: str
     """Agent, as in the certificate and on the map."""
@@ -49,7 +49,7 @@ class Identity:
         return self._loaded.fingerprint(hashes.SHA256()).hex()
 
     def server_credentials(self) -> grpc.ServerCredentials:
-        """Return what a server listens with: a client without a certificate of the CA gets no connection."""
+        """Return a server's credentials: a client without a certificate of the CA gets no connection."""
         import grpc
 
         return grpc.ssl_server_credentials(
@@ -57,7 +57,7 @@ class Identity:
         )
 
     def channel_credentials(self) -> grpc.ChannelCredentials:
-        """Return what a client dials with; it has to set "grpc.ssl_target_name_override" to `tls_name(peer)`."""
+        """Return a client's credentials; its channel must set "grpc.ssl_target_name_override" to `tls_name(peer)`."""
         import grpc
 
         return grpc.ssl_channel_credentials(
@@ -130,7 +130,7 @@ def _is_authority(certificate: x509.Certificate) -> bool:
 
 
 def _how_to_make(folder: Path, name: str, missing: list[str]) -> str:
-    """Compose the message for files that are not there, after who has to make them."""
+    """Return the message for missing files, with the commands that make them."""
     lacks = f"no keys for agent {name!r}: {folder} lacks {', '.join(missing)}"
     place = f"--folder {shlex.quote(str(folder))}"
     if missing == ["ca.crt"]:

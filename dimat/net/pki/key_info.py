@@ -1,4 +1,4 @@
-"""What lies in a folder of keys: each certificate, key and request, how long it lasts, and what is wrong with it."""
+"""Facts about each certificate, key and request in a folder of keys, and their faults: `dimat keys show`."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class KeyInfo:
 
 
 def look_at(paths: Iterable[Path], now: datetime | None = None) -> list[KeyInfo]:
-    """Return what there is to say of files and folders of keys, CAs first; ConfigError where there is nothing."""
+    """Return the facts about files and folders of keys, CAs first; ConfigError where there are none."""
     now = now or datetime.now(UTC)
     found: list[KeyInfo] = []
     for stem in dict.fromkeys(stem for path in paths for stem in _stems(path)):
@@ -150,7 +150,7 @@ def _describe(facts: KeyInfo, certificate: x509.Certificate, now: datetime) -> N
 
 
 def _compare(found: list[KeyInfo], key_file: Path) -> None:
-    """Say of certificates (one, or the CA's several) whether a private key is that of one of them."""
+    """Note on certificates (one, or the CA's several) whether a private key is that of one of them."""
     try:
         own = key_fingerprint(read_key(key_file).public_key())
     except SecurityError as error:

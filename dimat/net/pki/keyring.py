@@ -1,4 +1,4 @@
-"""The folder of keys: NAME.key, NAME.crt and NAME.csr of agents, ca.key and ca.crt of the collaboration.
+"""The folder of keys: issues, renews, requests and signs; NAME.key/.crt/.csr of agents, ca.key and ca.crt.
 
 Nothing is overwritten unless a renewal is asked for, and that keeps the key. A file is there whole or not at all, new
 files that a command could not finish are taken back, and a private key never lies open to others, not even while it is
@@ -25,7 +25,7 @@ from dimat.net.pki.key_files import PUBLIC, read_file, read_key, write_file, wri
 
 @dataclass(frozen=True, slots=True)
 class KeyFiles:
-    """What a command made, for whom. `until`: the end of the certificate, None of a request."""
+    """The files that a command made for an agent. `until`: end of the certificate, None for a request."""
 
     name: str
     hosts: tuple[str, ...]

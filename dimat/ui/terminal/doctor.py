@@ -12,21 +12,21 @@ from dimat.ui.text import clean, count_text
 WIDTH = 16
 
 
-def finding_lines(finding: Check) -> list[str]:
-    """Return a finding as a line, and how to mend it as another."""
-    lines = [f"{finding.level:<5}{clean(finding.name):<{WIDTH}} {clean(finding.what)}"]
-    if finding.mend:
-        lines.append(f"{'':<{5 + WIDTH}} → {clean(finding.mend)}")
+def check_lines(check: Check) -> list[str]:
+    """Return a check as a line, and its advice as another."""
+    lines = [f"{check.level:<5}{clean(check.name):<{WIDTH}} {clean(check.what)}"]
+    if check.mend:
+        lines.append(f"{'':<{5 + WIDTH}} → {clean(check.mend)}")
     return lines
 
 
-def summary(findings: Sequence[Check]) -> str:
+def summary(checks: Sequence[Check]) -> str:
     """Return how many faults and warnings there are."""
-    faults = sum(finding.level == "fail" for finding in findings)
-    warnings = sum(finding.level == "warn" for finding in findings)
+    faults = sum(check.level == "fail" for check in checks)
+    warnings = sum(check.level == "warn" for check in checks)
     return f"{count_text(faults, 'fault')}, {count_text(warnings, 'warning')}" if faults or warnings else "all is well"
 
 
-def findings_json(findings: Sequence[Check]) -> dict[str, Any]:
-    """Return all findings as one JSON object, with the exit code."""
-    return {"findings": [asdict(finding) for finding in findings], "exit_code": exit_code(findings)}
+def checks_json(checks: Sequence[Check]) -> dict[str, Any]:
+    """Return all checks as one JSON object, with the exit code."""
+    return {"findings": [asdict(check) for check in checks], "exit_code": exit_code(checks)}

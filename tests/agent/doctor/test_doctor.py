@@ -15,7 +15,7 @@ import anyio.to_thread
 import pytest
 
 from dimat.agent.doctor.check import Check, exit_code, fail, failed, ok, warn
-from dimat.agent.doctor.network_checks import AgentEndpoint, look_around
+from dimat.agent.doctor.network_checks import AgentEndpoint, check_network
 from dimat.agent.learner.checkpoint import look
 from dimat.errors import ConfigError, DataError, NetworkError, SecurityError
 from dimat.net.compatibility import Profile
@@ -49,7 +49,7 @@ def around(authority: Authority | None, peers: dict[str, str], **more: Any) -> A
 
 
 async def found(place: AgentEndpoint) -> dict[str, Check]:
-    findings = await anyio.to_thread.run_sync(lambda: list(look_around(place)))
+    findings = await anyio.to_thread.run_sync(lambda: list(check_network(place)))
     return {finding.name: finding for finding in findings}
 
 
@@ -173,7 +173,7 @@ async def test_own_port_and_bootstraps() -> None:
         there, gone = (each.getsockname()[1] for each in (other, nobody))
         nodes = (f"/ip4/127.0.0.1/tcp/{there}/p2p/Qm", f"/ip4/127.0.0.1/tcp/{gone}/p2p/Qm", "nonsense")
         place = around(None, {}, listen=f"127.0.0.1:{there}", bootstraps=nodes)
-        findings = await anyio.to_thread.run_sync(lambda: list(look_around(place)))
+        findings = await anyio.to_thread.run_sync(lambda: list(check_network(place)))
     port = next(finding for finding in findings if finding.name == "port")
     assert (port.level, port.code) == ("fail", 3)
     assert f":{there}" in port.what
