@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dimat.merge.combine.opcm import Fold, Party, opcm
-from dimat.merge.tensors.projection import Layout
+from dimat.merge.tensors.projection import FoldLayout
 
 WIDTH, INNER, OUT, PATCH, POSITIONS = 768, 3072, 512, 3 * 32 * 32, 50
 ALPHA = 0.5
@@ -71,7 +71,7 @@ def weights(blocks: int) -> tuple[Model, Model, Model]:
     g = torch.Generator().manual_seed(0)
     base = {name: torch.randn(shape, generator=g) * 0.02 for name, shape in shapes(blocks).items()}
     merged, task = ({name: t + _delta((*t.shape,), g) for name, t in base.items()} for _ in range(2))
-    fold = Fold(Layout.of(base, None, {}), base, ALPHA, False, torch.float64)
+    fold = Fold(FoldLayout.of(base, None, {}), base, ALPHA, False, torch.float64)
     first, second = fold.survey([Party("", merged), Party("task", task)])
     return (base, merged, task) if first.digest < second.digest else (base, task, merged)
 

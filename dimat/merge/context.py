@@ -22,7 +22,7 @@ class MergeContext:
     `model` gives the architecture (its weights do not matter and are not changed), `spec` its symmetry groups,
     `data` batches of its inputs, to be iterated more than once. `score` judges weights (higher is better), for
     accept rules. `base`: the weights that task vectors are taken from; `aux`: by peer name, statistics that came
-    with its snapshot, own's under "" (see auxiliary.py; combine methods get them in the order own, peers);
+    with its snapshot, own's under "" (see shared_statistics.py; combine methods get them in the order own, peers);
     `state`: what a method carries from merge to merge. `points` pins where groups are observed. Keep one context
     per model, or its `observer_cache`: tracing a model takes seconds.
     """

@@ -23,7 +23,7 @@ from dimat.merge.matching.assignment import moved_share
 from dimat.merge.registry import CONTEXT, accept_registry, align_registry, combine_registry, repair_registry
 from dimat.merge.screen import norm_of, screen
 from dimat.merge.shared_statistics import OWN, TakeStatistics, check_statistics, in_order
-from dimat.merge.stages import Accepted, Aligned, Clock, Permutations, Repaired, Weights
+from dimat.merge.stages import Accepted, Aligned, Permutations, Repaired, StageTimer, Weights
 from dimat.merge.weight_views import PermutedWeights
 from dimat.registry import Bound, Registry, check_options
 
@@ -130,7 +130,7 @@ def merge(
     or not the model's, and stages that lack what they need; own weights are untouched whatever happens.
     """
     check_mixing([own_weight, *(peer.weight for peer in peers)])
-    clock = Clock()
+    clock = StageTimer()
     own_norm = _check_own(own, context)
     statistics = context.aux or {}
     expected = statistics.get(OWN) if plan.statistics is not None else None

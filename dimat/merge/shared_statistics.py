@@ -8,7 +8,7 @@ takes them is registered with the method: `combine_registry.register("fisher", s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dimat.errors import MergeError, PeerError, nearest
 from dimat.merge.stages import Inputs, Permutations, Weights
-from dimat.merge.weight_views import PermutedWeights, axes_by_name
+from dimat.merge.weight_views import PermutedWeights, WeightsView, axes_by_name
 from dimat.symmetry.spec import AxisRef, SymmetrySpec
 
 OWN = ""
@@ -58,21 +58,16 @@ def apart(snapshot: Weights, own: Weights) -> tuple[Weights, Weights]:
     return _Renamed(snapshot, weights), _Renamed(snapshot, aux)
 
 
-class _Renamed(Mapping[str, Tensor]):
+class _Renamed(WeightsView):
     """Some tensors of a mapping, under names of their own: each access reads one."""
 
     def __init__(self, held: Weights, names: Mapping[str, str]) -> None:
+        super().__init__(names)
         self._held = held
-        self._names = names
+        self._stored = names
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._held[self._names[name]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
+        return self._held[self._stored[name]]
 
 
 def in_order(

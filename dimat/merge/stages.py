@@ -1,4 +1,4 @@
-"""What the stages of a merge take and give: the contract that every method file follows.
+"""The types that the stages of a merge take and return, and the time they take: what every method file follows.
 
     align(own, peers, *, …)             -> Aligned    one set of permutations per peer
     combine(own, peers, weights, *, …)  -> Weights    one state dict, which may be lazy; `weights` lists self first
@@ -6,7 +6,8 @@
     accept(own, merged, *, …)           -> Accepted   the weights to go on with
 
 `own`, `peers` and `merged` are mappings from tensor names to tensors; peers may be files that are read one
-tensor at a time, so a method asks for a tensor once and lets it go. No method changes what it is given.
+tensor at a time, so a method asks for a tensor once and lets it go. No method changes what it is given. A combine
+method may return a mapping that merges a tensor when it is asked for it (`dimat.merge.tensors.streaming`).
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class Accepted:
     notes: tuple[str, ...] = ()
 
 
-class Clock:
+class StageTimer:
     """CPU seconds of this process (all its threads), by part of the work."""
 
     def __init__(self) -> None:

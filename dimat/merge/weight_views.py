@@ -1,12 +1,12 @@
-"""Weights as mappings that are read one tensor at a time: safetensors files, weights in another basis, or
-on another device.
+"""Weights as mappings that are read one tensor at a time: safetensors files, weights in another basis or on another
+device; and hashes of what they hold.
 
 Merging streams over tensor names, so that its peak memory is own model + one tensor per peer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from os import PathLike, fspath
 from typing import Any
@@ -30,14 +30,30 @@ def open_weights(source: Weights | str | PathLike[str]) -> Weights:
     return source if isinstance(source, Mapping) else SafetensorsFile(source)
 
 
-class SafetensorsFile(Mapping[str, Tensor]):
+class WeightsView(Mapping[str, Tensor]):
+    """Tensors by name, each made when it is asked for, and not kept; subclasses say how. `names`: in their order."""
+
+    def __init__(self, names: Collection[str]) -> None:
+        self._names = names
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names  # without making the tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class SafetensorsFile(WeightsView):
     """A safetensors file as a mapping: each access reads one tensor, and nothing is kept."""
 
     def __init__(self, path: str | PathLike[str]) -> None:
         self.path = fspath(path)
         try:
             self._file = safe_open(self.path, framework="pt")
-            self._names = tuple(self._file.keys())
+            super().__init__(dict.fromkeys(self._file.keys()))
         except (OSError, SafetensorError) as error:
             raise DataError(f"cannot read weights from {self.path}: {error}") from error
 
@@ -48,12 +64,6 @@ class SafetensorsFile(Mapping[str, Tensor]):
             return self._file.get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise DataError(f"cannot read tensor {name!r} from {self.path}: {error}") from error
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 def axes_by_name(spec: SymmetrySpec) -> dict[str, list[AxisRef]]:
@@ -67,10 +77,11 @@ def axes_by_name(spec: SymmetrySpec) -> dict[str, list[AxisRef]]:
     return found
 
 
-class PermutedWeights(Mapping[str, Tensor]):
+class PermutedWeights(WeightsView):
     """Weights in another basis: each access permutes one tensor."""
 
     def __init__(self, weights: Weights, spec: SymmetrySpec, permutations: Permutations) -> None:
+        super().__init__(weights)
         self._weights = weights
         self._spec = replace(spec, axes=(), tied=())
         self._permutations = permutations
@@ -82,34 +93,17 @@ class PermutedWeights(Mapping[str, Tensor]):
         permutations = {group: p for group, p in self._permutations.items() if group in groups}
         return permute_weights({name: self._weights[name]}, replace(self._spec, axes=axes), permutations)[name]
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._weights)
 
-    def __len__(self) -> int:
-        return len(self._weights)
-
-
-class WeightsOn(Mapping[str, Tensor]):
+class WeightsOn(WeightsView):
     """Weights on a device: each access moves one tensor."""
 
     def __init__(self, weights: Weights, device: torch.device) -> None:
+        super().__init__(weights)
         self._weights = weights
         self._device = device
 
     def __getitem__(self, name: str) -> Tensor:
         return self._weights[name].to(self._device)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._weights)
-
-    def __len__(self) -> int:
-        return len(self._weights)
-
-
-def taking_part(peers: Sequence[Weights], weights: Sequence[float]) -> tuple[list[Weights], list[float]]:
-    """Return the peers whose weight is not 0, and the mixing weights of own (first, even if it is 0) and of them."""
-    chosen = [(peer, weight) for peer, weight in zip(peers, weights[1:]) if weight]
-    return [peer for peer, _ in chosen], [weights[0], *(weight for _, weight in chosen)]
 
 
 def content_hash(weights: Weights) -> str:

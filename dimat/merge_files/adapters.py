@@ -7,16 +7,17 @@ scale, s_k/s_own being multiplied into B, and all modules: one that it does not 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from dimat.errors import ConfigError, DataError, MergeError
-from dimat.merge.lora.factors import Pair, find_pairs, merged_rank
+from dimat.merge.lora.factors import FactorPair, find_pairs, merged_rank
 from dimat.merge.registry import product_methods
 from dimat.merge.stages import Weights
+from dimat.merge.weight_views import WeightsView
 from dimat.merge_files.files import ADAPTER_CONFIG, ModelFiles, check_alike, tell_differences
 from dimat.merge_files.peft import Settings, module_of, read_settings
 from dimat.merge_files.recipe import Part, Recipe
@@ -32,7 +33,7 @@ class Adapter:
 
     model: ModelFiles
     settings: Settings
-    pairs: Mapping[str, Pair]
+    pairs: Mapping[str, FactorPair]
     biases: Mapping[str, str]
     others: tuple[str, ...]
 
@@ -41,13 +42,13 @@ class Adapter:
 
 
 @dataclass(frozen=True)
-class Merged:
+class MergedAdapter:
     """Adapters that fit together. `settings`: own's; `others`: those of peers that have a weight; `pairs`, `biases`,
     `ranks`: of the merged adapter by module; `infos`: its tensors; `views`: what combine methods see, own's first."""
 
     settings: Settings
     others: tuple[Settings, ...]
-    pairs: Mapping[str, Pair]
+    pairs: Mapping[str, FactorPair]
     biases: Mapping[str, str]
     ranks: Mapping[str, int]
     infos: dict[str, TensorInfo]
@@ -106,7 +107,7 @@ def names_of(recipe: Recipe, adapters: Sequence[Adapter]) -> dict[str, TensorInf
 
 def fit_together(
     adapters: tuple[Adapter, ...], names: Mapping[str, TensorInfo], parts: Sequence[Part], device: torch.device
-) -> Merged:
+) -> MergedAdapter:
     """Return adapters as one merge: the merged ranks, and each adapter in own's scale with the modules that it lacks.
 
     Raises ConfigError for rules that part factors or merge them one by one, and ranks that the adapters do not have.
@@ -132,20 +133,26 @@ def fit_together(
         infos[pair.b] = replace(b, shape=(b.shape[0], rank, *b.shape[2:]))
     heard = [any(part.mixing[k] for part in parts) for k in range(len(adapters))]
     others = tuple(adapter.settings for adapter, counts in zip(adapters[1:], heard[1:]) if counts)
-    merged = Merged(adapters[0].settings, others, pairs, biases, ranks, infos, ())
+    merged = MergedAdapter(adapters[0].settings, others, pairs, biases, ranks, infos, ())
     views = tuple(AdapterView(adapter, merged, shown, k, device) for k, adapter in enumerate(adapters))
     return replace(merged, views=views)
 
 
-class AdapterView(Mapping[str, Tensor]):
+class AdapterView(WeightsView):
     """An adapter by the names, and in the scale, of a merged one."""
 
     def __init__(
-        self, adapter: Adapter, merged: Merged, shown: Mapping[str, Sequence[int]], index: int, device: torch.device
+        self,
+        adapter: Adapter,
+        merged: MergedAdapter,
+        shown: Mapping[str, Sequence[int]],
+        index: int,
+        device: torch.device,
     ) -> None:
+        super().__init__(dict.fromkeys(merged.infos))
         self._model = adapter.model
         self._device = device
-        self._names = {name: name for name in adapter.others}
+        self._stored = {name: name for name in adapter.others}
         self._ratios: dict[str, float] = {}
         self._zeros: dict[str, TensorInfo] = {}
         for key, pair in merged.pairs.items():
@@ -155,31 +162,24 @@ class AdapterView(Mapping[str, Tensor]):
                 self._zeros[pair.a] = replace(a, shape=(rank, *a.shape[1:]))
                 self._zeros[pair.b] = replace(b, shape=(b.shape[0], rank, *b.shape[2:]))
             else:
-                self._names |= {pair.a: mine.a, pair.b: mine.b}
+                self._stored |= {pair.a: mine.a, pair.b: mine.b}
                 self._ratios[pair.b] = adapter.settings.scale_of(module_of(key), adapter.rank(key)) / merged.scale(key)
         for key, name in merged.biases.items():
             if key in adapter.biases:
-                self._names[name] = adapter.biases[key]
+                self._stored[name] = adapter.biases[key]
                 self._ratios[name] = self._ratios[merged.pairs[key].b]
             else:
                 self._zeros[name] = merged.infos[name]
-        self._order = tuple(merged.infos)
 
     def __getitem__(self, name: str) -> Tensor:
         if name in self._zeros:
             info = self._zeros[name]
             return torch.zeros(info.shape, dtype=info.dtype)
-        tensor = self._model[self._names[name]]
+        tensor = self._model[self._stored[name]]
         ratio = self._ratios.get(name, 1.0)
         if ratio == 1:
             return tensor
         return tensor.to(torch.float32 if self._device.type == "mps" else torch.float64) * ratio
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._order)
-
-    def __len__(self) -> int:
-        return len(self._order)
 
 
 def _open(model: ModelFiles) -> Adapter:
@@ -229,7 +229,7 @@ def _check_fit(adapters: Sequence[Adapter]) -> None:
     tell_differences(found)
 
 
-def _pairs_inside(part: Part, pairs: Mapping[str, Pair]) -> list[str]:
+def _pairs_inside(part: Part, pairs: Mapping[str, FactorPair]) -> list[str]:
     """Return the modules whose factors a method merges; ConfigError where it has one of two, or cannot take them."""
     names = {*part.names}
     inside = [key for key, pair in pairs.items() if pair.a in names or pair.b in names]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from dimat.errors import ConfigError, DataError
-from dimat.merge.lora.factors import Pair
-from dimat.merge_files.adapters import Merged
+from dimat.merge.lora.factors import FactorPair
+from dimat.merge_files.adapters import MergedAdapter
 from dimat.merge_files.files import ADAPTER_CONFIG, ModelFiles
 from dimat.merge_files.memory import PROCESS
 from dimat.merge_files.peft import module_of
@@ -27,7 +27,7 @@ class IntoBase:
     (modules that were trained whole)."""
 
     base: ModelFiles
-    products: Mapping[str, tuple[Pair, float, bool]]
+    products: Mapping[str, tuple[FactorPair, float, bool]]
     biases: Mapping[str, tuple[str, float]]
     replaced: Mapping[str, str]
 
@@ -53,7 +53,7 @@ class IntoBase:
         return PROCESS + sum(info.elements * 8 for info in merged.values()) + 2 * 8 * largest
 
 
-def target(recipe: Recipe, merged: Merged | None, base: ModelFiles | None, out: Path) -> IntoBase | None:
+def target(recipe: Recipe, merged: MergedAdapter | None, base: ModelFiles | None, out: Path) -> IntoBase | None:
     """Return how a recipe merges adapters into its base; None where it does not.
 
     Raises ConfigError for an output, base or models that do not fit to what the recipe asks for, DataError where the
@@ -74,8 +74,8 @@ def target(recipe: Recipe, merged: Merged | None, base: ModelFiles | None, out: 
     return None
 
 
-def _into(merged: Merged, base: ModelFiles) -> IntoBase:
-    products: dict[str, tuple[Pair, float, bool]] = {}
+def _into(merged: MergedAdapter, base: ModelFiles) -> IntoBase:
+    products: dict[str, tuple[FactorPair, float, bool]] = {}
     biases: dict[str, tuple[str, float]] = {}
     replaced: dict[str, str] = {}
     for key, pair in merged.pairs.items():
@@ -96,7 +96,7 @@ def _named(key: str, what: str) -> str:
     return f"{module}.{what}" if module else what
 
 
-def _transposed(merged: Merged, base: ModelFiles, pair: Pair, name: str) -> bool:
+def _transposed(merged: MergedAdapter, base: ModelFiles, pair: FactorPair, name: str) -> bool:
     """Tell whether a weight is (in, out), as embeddings' and some linear layers' are; its shape says so, and where it
     is square, fan_in_fan_out."""
     a, b = merged.infos[pair.a].shape, merged.infos[pair.b].shape

@@ -177,6 +177,15 @@ class Recipe(Tree):
         return checked_mixing(rule.weights, len(self.models))
 
 
+@dataclass(frozen=True)
+class Part:
+    """Tensors that are merged alike."""
+
+    names: tuple[str, ...]
+    method: Bound[Weights]
+    mixing: list[float]
+
+
 def checked_mixing(weights: Sequence[float], models: int) -> list[float]:
     """Return mixing weights; ConfigError unless there is one for each model, none negative, and they sum to 1."""
     if len(weights) != models:
@@ -282,12 +291,3 @@ def recipe_of(
             raise ConfigError(f"{recipes[0]} is a recipe, which names its models itself; leave out the other inputs")
         return load_recipe(recipes[0], changes, chosen)
     return build_recipe({"models": [str(path) for path in inputs]}, changes, chosen, "the command line")
-
-
-@dataclass(frozen=True)
-class Part:
-    """Tensors that are merged alike."""
-
-    names: tuple[str, ...]
-    method: Bound[Weights]
-    mixing: list[float]

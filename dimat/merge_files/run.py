@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,15 @@ from dimat.errors import ConfigError
 from dimat.merge.registry import CONTEXT
 from dimat.merge.shared_statistics import check_statistics
 from dimat.merge.stages import Weights
-from dimat.merge.weight_views import open_weights
-from dimat.merge_files.adapters import Merged, fit_together, names_of, open_adapters
+from dimat.merge.weight_views import WeightsView, open_weights
+from dimat.merge_files.adapters import MergedAdapter, fit_together, names_of, open_adapters
 from dimat.merge_files.architecture import Network, open_network, runs
 from dimat.merge_files.card import config_of, model_card, provenance
 from dimat.merge_files.files import ADAPTER_CONFIG, ModelFiles, check_alike, check_factors, open_model
 from dimat.merge_files.into_base import IntoBase, target
 from dimat.merge_files.memory import peak_memory, whole_memory
 from dimat.merge_files.recipe import DTYPES, Part, Recipe
-from dimat.merge_files.whole import Outcome, merge_whole
+from dimat.merge_files.whole import WholeMerge, merge_whole
 from dimat.merge_files.write import Output, Scratch, check_output, is_file_name, lay_out, weights_name
 from dimat.weights.header import TensorInfo
 
@@ -47,7 +47,7 @@ class Job:
     out: Path
     device: torch.device
     network: Network | None = None
-    adapters: Merged | None = None
+    adapters: MergedAdapter | None = None
     into: IntoBase | None = None
 
     @property
@@ -144,7 +144,7 @@ class Report:
         return {**self.plan, "inputs": self.inputs, **more}
 
 
-class View(Mapping[str, Tensor]):
+class View(WeightsView):
     """Some tensors of a model, on a device, and own's in the type in which they are merged."""
 
     def __init__(
@@ -154,8 +154,8 @@ class View(Mapping[str, Tensor]):
         device: torch.device,
         dtypes: Mapping[str, torch.dtype] | None = None,
     ) -> None:
+        super().__init__(dict.fromkeys(names))
         self._weights = weights
-        self._names = dict.fromkeys(names)
         self._device = device
         self._dtypes = dtypes or {}
 
@@ -163,12 +163,6 @@ class View(Mapping[str, Tensor]):
         if name not in self._names:
             raise KeyError(name)
         return self._weights[name].to(self._device, self._dtypes.get(name))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 def prepare(recipe: Recipe, *, overwrite: bool = False) -> Job:
@@ -263,7 +257,7 @@ def merge_files(job: Job, *, version: str, overwrite: bool = False, progress: Pr
     return report
 
 
-def _merge_whole(job: Job, network: Network) -> Outcome:
+def _merge_whole(job: Job, network: Network) -> WholeMerge:
     with torch.no_grad():
         return merge_whole(job.recipe, network, job.models, job.base, job.statistics, job.parts, job.device)
 
@@ -324,7 +318,7 @@ def _open_statistics(recipe: Recipe, models: Sequence[ModelFiles]) -> tuple[Weig
     return opened
 
 
-def _written(recipe: Recipe, own: ModelFiles | Merged) -> dict[str, TensorInfo]:
+def _written(recipe: Recipe, own: ModelFiles | MergedAdapter) -> dict[str, TensorInfo]:
     """Return what is written: own's tensors, real ones in the recipe's type."""
     if recipe.dtype is None:
         return dict(own.infos)

@@ -20,7 +20,7 @@ from dimat.merge_files.recipe import Part, Recipe
 
 
 @dataclass(frozen=True)
-class Outcome:
+class WholeMerge:
     """Merged tensors; `moved`: for each peer, the share of units that changed places, None where it was not aligned;
     `notes`: what to know besides."""
 
@@ -37,7 +37,7 @@ def merge_whole(
     statistics: Sequence[Weights] | None,
     parts: Sequence[Part],
     device: torch.device,
-) -> Outcome:
+) -> WholeMerge:
     """Bring the peers' units into own's order, combine, repair; `models`: own first.
 
     Everything is merged in the network's type. A model that has no weight anywhere is not looked at, and where own
@@ -47,7 +47,7 @@ def merge_whole(
     own = _loaded(models[0], network.dtype, device)
     taking = [any(part.mixing[k] for part in parts) for k in range(1, len(models))]
     if not any(taking):
-        return Outcome(own, (None,) * len(taking))
+        return WholeMerge(own, (None,) * len(taking))
     peers = [_loaded(peer, network.dtype, device) if used else peer for peer, used in zip(models[1:], taking)]
     start = None if base is None else _loaded(base, network.dtype, device)
     context = MergeContext(
@@ -72,7 +72,7 @@ def merge_whole(
         )
     repaired = repair_registry.call(recipe.repair.name, recipe.repair.options, result, **context.offered())
     moved = tuple(moved_share(m) if m else None for m in moves)
-    return Outcome(repaired.weights, moved, (*notes, *repaired.notes))
+    return WholeMerge(repaired.weights, moved, (*notes, *repaired.notes))
 
 
 def _aligned(

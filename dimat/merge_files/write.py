@@ -1,7 +1,7 @@
 """Writing safetensors tensor by tensor: the header first, as sizes are known, then data as they come.
 
 Everything is written under temporary names and renamed when it is whole and on the disk, so that a full disk, an error
-or a lost process leaves nothing half-written under the final name.
+or a lost process leaves nothing half-written under the final name. `Scratch` writes what a merge puts away meanwhile.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from dimat.errors import ConfigError, DataError
 from dimat.merge_files.files import ADAPTER, INDEX, WEIGHTS
 from dimat.weights.durable import sync_folder
 from dimat.weights.header import TensorInfo, compose_header
+
+SMALL = 1 << 20
+"""Bytes up to which a tensor stays in memory."""
 
 NO_ROOM_KEPT = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
 """Errors of file systems that cannot set room aside; writing shows whether there is enough."""
@@ -225,10 +228,6 @@ def set_room_aside(descriptor: int, size: int) -> None:
     except OSError as error:
         if error.errno not in NO_ROOM_KEPT:
             raise
-
-
-SMALL = 1 << 20
-"""Bytes up to which a tensor stays in memory."""
 
 
 class Scratch:

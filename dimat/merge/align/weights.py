@@ -11,7 +11,7 @@ from torch import nn
 
 from dimat.merge.matching.coordinate_descent import fill_in
 from dimat.merge.registry import align_registry
-from dimat.merge.stages import Aligned, Clock, Weights
+from dimat.merge.stages import Aligned, StageTimer, Weights
 from dimat.symmetry.spec import SymmetrySpec
 
 
@@ -42,7 +42,7 @@ def weights(
     Paper: Ainsworth, Hayase, Srinivasa, "Git Re-Basin: Merging Models modulo Permutation Symmetries", ICLR 2023,
     arXiv 2209.04836, Algorithm 1.
     """
-    clock = Clock()
+    clock = StageTimer()
     everything = {group.id for group in spec.groups}
     permutations = fill_in(
         own,

@@ -15,7 +15,7 @@ from dimat.merge.stages import Data, Weights
 from dimat.merge.tensors.pieces import Pieces
 from dimat.merge.tensors.sparsify import smallest_kept, trimmed
 from dimat.merge.tensors.streaming import needs_base
-from dimat.merge.tensors.task_vectors import Density, Number, cast_of, copy_of, elected_sign
+from dimat.merge.tensors.task_vectors import Density, Number, copy_of, elected_sign, participants_of
 
 
 @combine_registry.register("adamerging", holds="deltas")
@@ -57,7 +57,7 @@ def adamerging(
     facts from the authors' program. There are no several heads here: all agents' outputs are of one task.
     """
     base = needs_base(base, "adamerging")
-    cast = cast_of(own, peers, mixing)
+    cast = participants_of(own, peers, mixing)
     if cast is None:
         return copy_of(own)
     model, data = needs_model(model, data, "adamerging")

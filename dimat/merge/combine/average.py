@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dimat.merge.registry import combine_registry
 from dimat.merge.stages import Weights
 from dimat.merge.tensors.pieces import alike
-from dimat.merge.tensors.streaming import combine_elements
+from dimat.merge.tensors.streaming import combine_elements, taking_part
 from dimat.merge.tensors.task_vectors import mean_of
-from dimat.merge.weight_views import taking_part
 
 
 @combine_registry.register("average", holds="pieces")

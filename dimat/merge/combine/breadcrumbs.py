@@ -18,11 +18,11 @@ from dimat.merge.tensors.task_vectors import (
     Coefficients,
     Densities,
     Number,
-    cast_of,
     copy_of,
     densities_of,
     elect,
     merge_elements,
+    participants_of,
     weighted_sum,
 )
 
@@ -67,7 +67,7 @@ def breadcrumbs(
     arXiv 2312.06795.
     """
     base = needs_base(base, "breadcrumbs")
-    cast = cast_of(own, peers, mixing, weights)
+    cast = participants_of(own, peers, mixing, weights)
     if cast is None:
         return copy_of(own)
     kept = densities_of(density, cast, weights or mixing)

@@ -13,7 +13,14 @@ from dimat.merge.registry import combine_registry
 from dimat.merge.stages import Weights
 from dimat.merge.tensors.pieces import alike
 from dimat.merge.tensors.streaming import needs_base
-from dimat.merge.tensors.task_vectors import Coefficients, Number, cast_of, copy_of, merge_elements, weighted_sum
+from dimat.merge.tensors.task_vectors import (
+    Coefficients,
+    Number,
+    copy_of,
+    merge_elements,
+    participants_of,
+    weighted_sum,
+)
 
 
 def tall_masks(deltas: Sequence[Tensor], relative: Sequence[float], tall_lambda: float) -> list[Tensor]:
@@ -51,7 +58,7 @@ def consensus(
     arXiv 2405.07813.
     """
     base = needs_base(base, "consensus")
-    cast = cast_of(own, peers, mixing, weights)
+    cast = participants_of(own, peers, mixing, weights)
     if cast is None:
         return copy_of(own)
     needed = min(k, len(cast.coefficients))

@@ -16,11 +16,11 @@ from dimat.merge.tensors.task_vectors import (
     Coefficients,
     Densities,
     Number,
-    cast_of,
     copy_of,
     densities_of,
     elect,
     merge_elements,
+    participants_of,
     weighted_sum,
 )
 
@@ -54,7 +54,7 @@ def dare_linear(
     ICML 2024, arXiv 2311.03099.
     """
     base = needs_base(base, "dare-linear")
-    cast = cast_of(own, peers, mixing, weights)
+    cast = participants_of(own, peers, mixing, weights)
     if cast is None:
         return copy_of(own)
     if normalize:
@@ -89,7 +89,7 @@ def dare_ties(
     ICML 2024, arXiv 2311.03099.
     """
     base = needs_base(base, "dare-ties")
-    cast = cast_of(own, peers, mixing, weights)
+    cast = participants_of(own, peers, mixing, weights)
     if cast is None:
         return copy_of(own)
     kept = densities_of(density, cast, weights or mixing)

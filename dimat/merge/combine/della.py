@@ -19,11 +19,11 @@ from dimat.merge.tensors.task_vectors import (
     Coefficients,
     Densities,
     Number,
-    cast_of,
     copy_of,
     densities_of,
     elect,
     merge_elements,
+    participants_of,
     row_length,
     weighted_sum,
 )
@@ -80,7 +80,7 @@ def della(
                 f"{share - epsilon / 2:g} to {share + epsilon / 2:g}; choose epsilon so that they lie in (0, 1]"
             )
     base = needs_base(base, "della")
-    cast = cast_of(own, peers, mixing, weights)
+    cast = participants_of(own, peers, mixing, weights)
     if cast is None:
         return copy_of(own)
     shares = densities_of(density, cast, weights or mixing)

@@ -15,10 +15,10 @@ from dimat.merge.tensors.task_vectors import (
     Coefficients,
     Number,
     Participants,
-    cast_of,
     copy_of,
     elect,
     merge_elements,
+    participants_of,
     read_deltas,
 )
 
@@ -50,7 +50,7 @@ def emr(
     Paper: Huang et al., "EMR-Merging: Tuning-Free High-Performance Model Merging", NeurIPS 2024, arXiv 2405.17461.
     """
     base = needs_base(base, "emr")
-    cast = cast_of(own, peers, mixing, weights)
+    cast = participants_of(own, peers, mixing, weights)
     if cast is None:
         return copy_of(own)
     if output == "unified":

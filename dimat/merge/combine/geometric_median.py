@@ -12,7 +12,7 @@ from dimat.merge.combine.average import average
 from dimat.merge.registry import combine_registry
 from dimat.merge.stages import Weights
 from dimat.merge.tensors.distances import distances_from, inner_products
-from dimat.merge.weight_views import taking_part
+from dimat.merge.tensors.streaming import taking_part
 
 SETTLED = 1e-12
 """The search ends where no coefficient moves by more than this."""

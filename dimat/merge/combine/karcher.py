@@ -13,7 +13,7 @@ from dimat.merge.registry import combine_registry
 from dimat.merge.stages import Weights
 from dimat.merge.tensors.pieces import MergePieces, Pieces
 from dimat.merge.tensors.streaming import combine_elements
-from dimat.merge.tensors.task_vectors import cast_of, copy_of, weighted_sum
+from dimat.merge.tensors.task_vectors import copy_of, participants_of, weighted_sum
 
 
 def mean_direction(gram: Tensor, weights: Tensor, iterations: int, tolerance: float) -> Tensor | None:
@@ -65,7 +65,7 @@ def karcher(
     Paper: Karcher, "Riemannian center of mass and mollifier smoothing", 1977 (no arXiv number); on spheres: Buss and
     Fillmore, "Spherical averages and applications to spherical splines and interpolation", TOG 2001.
     """
-    cast = cast_of(own, peers, mixing)
+    cast = participants_of(own, peers, mixing)
     if cast is None:
         return copy_of(own)
     total = sum(cast.coefficients)

@@ -12,7 +12,7 @@ from dimat.merge.combine.average import average
 from dimat.merge.registry import combine_registry
 from dimat.merge.stages import Weights
 from dimat.merge.tensors.distances import inner_products, squared_distances
-from dimat.merge.weight_views import taking_part
+from dimat.merge.tensors.streaming import taking_part
 
 TIE = 1e-9
 """Scores that differ by no more than this, relatively, are equal."""

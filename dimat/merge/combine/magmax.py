@@ -8,7 +8,7 @@ from dimat.merge.registry import combine_registry
 from dimat.merge.stages import Weights
 from dimat.merge.tensors.pieces import alike
 from dimat.merge.tensors.streaming import needs_base
-from dimat.merge.tensors.task_vectors import Coefficients, Number, cast_of, copy_of, loudest, merge_elements
+from dimat.merge.tensors.task_vectors import Coefficients, Number, copy_of, loudest, merge_elements, participants_of
 
 
 @combine_registry.register("magmax", holds="pieces")
@@ -32,7 +32,7 @@ def magmax(
     arXiv 2407.06322.
     """
     base = needs_base(base, "magmax")
-    cast = cast_of(own, peers, mixing, weights)
+    cast = participants_of(own, peers, mixing, weights)
     if cast is None:
         return copy_of(own)
     return merge_elements(cast, base, alike(lambda deltas: loudest(deltas, cast.coefficients)), scaling)

@@ -11,7 +11,14 @@ from dimat.merge.registry import combine_registry
 from dimat.merge.stages import Weights
 from dimat.merge.tensors.pieces import MergePieces, Pieces
 from dimat.merge.tensors.streaming import needs_base
-from dimat.merge.tensors.task_vectors import Coefficients, cast_of, copy_of, merge_elements, row_length, weighted_sum
+from dimat.merge.tensors.task_vectors import (
+    Coefficients,
+    copy_of,
+    merge_elements,
+    participants_of,
+    row_length,
+    weighted_sum,
+)
 
 
 def ratio(cosine: Tensor, squares: float, clamp: bool) -> Tensor:
@@ -48,7 +55,7 @@ def model_stock(
     Paper: Jang et al., "Model Stock: All we need is just a few fine-tuned models", ECCV 2024, arXiv 2403.19522.
     """
     base = needs_base(base, "model-stock")
-    cast = cast_of(own, peers, mixing, weights)
+    cast = participants_of(own, peers, mixing, weights)
     if cast is None:
         return copy_of(own)
     count = len(cast.coefficients)

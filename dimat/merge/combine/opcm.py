@@ -18,7 +18,7 @@ from dimat.errors import MergeError
 from dimat.merge.registry import combine_registry
 from dimat.merge.stages import PutAway, Weights
 from dimat.merge.tensors.pieces import PIECE
-from dimat.merge.tensors.projection import Layout, Split
+from dimat.merge.tensors.projection import FoldLayout, Split
 from dimat.merge.tensors.streaming import MergedWeights, needs_base
 from dimat.merge.tensors.task_vectors import copy_of
 from dimat.merge.weight_views import absorb
@@ -96,7 +96,7 @@ def opcm(
     ]
     if not any(party.name != OWN for party in parties):
         return copy_of(own)
-    layout = Layout.of(own, model, split or {})
+    layout = FoldLayout.of(own, model, split or {})
     fold = Fold(layout, start, alpha, diagonal, getattr(torch, products or state_dtype))
     if mode == "fold":
         folded = _once(fold, parties, getattr(torch, state_dtype), put_away)
@@ -145,7 +145,7 @@ class Party:
 class Fold:
     """A layout of tensors, the base, and how deltas are folded. `dtype`: of products, float64 models apart."""
 
-    layout: Layout
+    layout: FoldLayout
     base: Weights
     alpha: float
     diagonal: bool

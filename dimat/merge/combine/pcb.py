@@ -18,9 +18,9 @@ from dimat.merge.tensors.task_vectors import (
     Coefficients,
     Density,
     Number,
-    cast_of,
     copy_of,
     merge_elements,
+    participants_of,
     read_deltas,
     weighted_sum,
 )
@@ -59,7 +59,7 @@ def pcb_merging(
     Paper: Du et al., "Parameter Competition Balancing for Model Merging", NeurIPS 2024, arXiv 2410.02396.
     """
     base = needs_base(base, "pcb-merging")
-    cast = cast_of(own, peers, mixing, weights)
+    cast = participants_of(own, peers, mixing, weights)
     if cast is None:
         return copy_of(own)
     count, relative = len(cast.coefficients), cast.relative

@@ -17,9 +17,8 @@ from dimat.merge.models.functional import aliases, call_with, reading_inputs, te
 from dimat.merge.models.patches import Affine, as_blocks, blocks_of, input_rows, solve_semidefinite
 from dimat.merge.registry import combine_registry
 from dimat.merge.stages import Data, Inputs, Weights
-from dimat.merge.tensors.streaming import combine_tensors
+from dimat.merge.tensors.streaming import combine_tensors, taking_part
 from dimat.merge.tensors.task_vectors import mean_of
-from dimat.merge.weight_views import taking_part
 
 PIECE = 16
 """Examples per forward pass: the inputs of all layers are held for that long."""
@@ -68,7 +67,7 @@ def pleas(
             raise MergeError("combine method 'pleas' needs the model and data to run it on: hand in model= and data=")
         parties = [(party, w) for party, w in zip((own, *peers), weights) if w]
         sampler = PositionSampler(positions, torch.Generator().manual_seed(0))
-        fitted = _Fit(model, own, parties).run(data, max_images, sampler, ridge)
+        fitted = _LayerFit(model, own, parties).run(data, max_images, sampler, ridge)
 
     def merge(name: str, start: Tensor, others: list[Tensor]) -> Tensor:
         total = mean_of([start, *others], weights)
@@ -78,7 +77,7 @@ def pleas(
 
 
 @dataclass
-class _Moments:
+class _LayerSums:
     """Sums over rows, float64: of Z̃ᵀ, R, Z̃ᵀZ̃ and Z̃ᵀR, the latter two by block."""
 
     count: int
@@ -88,11 +87,11 @@ class _Moments:
     products: Tensor
 
     @staticmethod
-    def of(inputs: Tensor, rest: Tensor) -> _Moments:
+    def of(inputs: Tensor, rest: Tensor) -> _LayerSums:
         """inputs: (blocks, rows, in), rest: (blocks, rows, out)."""
-        return _Moments(inputs.shape[1], inputs.sum(1), rest.sum(1), inputs.mT @ inputs, inputs.mT @ rest)
+        return _LayerSums(inputs.shape[1], inputs.sum(1), rest.sum(1), inputs.mT @ inputs, inputs.mT @ rest)
 
-    def add(self, more: _Moments) -> None:
+    def add(self, more: _LayerSums) -> None:
         self.count += more.count
         self.inputs += more.inputs
         self.rest += more.rest
@@ -116,7 +115,7 @@ class _Call:
     rest: Tensor
 
 
-class _Fit:
+class _LayerFit:
     """Gathers the normal equations of a model's layers and solves them."""
 
     def __init__(self, model: nn.Module, own: Weights, parties: Sequence[tuple[Weights, float]]) -> None:
@@ -126,7 +125,7 @@ class _Fit:
         mean = {name: _mean(name, own, parties) for name in {*self._layers.values(), *self._bias.values()} - {""}}
         # by model: W_k − W̄ and c_k − c̄
         self._offsets = [{n: party[n].detach().cpu().double() - m for n, m in mean.items()} for party, _ in parties]
-        self._moments: dict[tuple[str, str], _Moments] = {}
+        self._moments: dict[tuple[str, str], _LayerSums] = {}
         self._calls: dict[tuple[Affine, int], _Call] = {}
 
     def run(self, data: Data, max_images: int | None, sampler: PositionSampler, ridge: float) -> dict[str, Tensor]:
@@ -180,7 +179,7 @@ class _Fit:
 
     def _take_in(self, layer: Affine, call: _Call) -> None:
         key = (self._layers[layer], self._bias[layer])
-        found = _Moments.of(call.inputs, call.rest)
+        found = _LayerSums.of(call.inputs, call.rest)
         if key in self._moments:
             self._moments[key].add(found)
         else:

@@ -15,9 +15,8 @@ from dimat.merge.registry import combine_registry
 from dimat.merge.shared_statistics import GRAM, needs_aux, statistic
 from dimat.merge.stages import Weights
 from dimat.merge.tensors.pieces import Pieces, accumulator
-from dimat.merge.tensors.streaming import MergedWeights
+from dimat.merge.tensors.streaming import MergedWeights, taking_part
 from dimat.merge.tensors.task_vectors import copy_of, mean_of
-from dimat.merge.weight_views import taking_part
 
 
 @combine_registry.register("regmean", statistics=gram_of_examples)

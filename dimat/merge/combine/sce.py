@@ -17,10 +17,10 @@ from dimat.merge.tensors.task_vectors import (
     Coefficients,
     Density,
     Number,
-    cast_of,
     copy_of,
     elected_sign,
     merge_elements,
+    participants_of,
 )
 
 
@@ -47,7 +47,7 @@ def sce(
     Paper: Wan et al., "FuseChat: Knowledge Fusion of Chat Models", 2024, arXiv 2408.07990.
     """
     base = needs_base(base, "sce")
-    cast = cast_of(own, peers, mixing, weights)
+    cast = participants_of(own, peers, mixing, weights)
     if cast is None:
         return copy_of(own)
 

@@ -15,7 +15,7 @@ from dimat.merge.models.learned import Span, batches_of, cross_entropy, descend,
 from dimat.merge.registry import combine_registry
 from dimat.merge.stages import Data, Inputs, Score, Weights
 from dimat.merge.tensors.streaming import needs_base
-from dimat.merge.tensors.task_vectors import cast_of, copy_of
+from dimat.merge.tensors.task_vectors import copy_of, participants_of
 
 PARALLEL = 1e-6
 """Directions whose sine is below this are interpolated along the straight line."""
@@ -67,7 +67,7 @@ def self_positioning(
     so that their order does not matter.
     """
     base = needs_base(base, "self-positioning")
-    cast = cast_of(own, peers, mixing)
+    cast = participants_of(own, peers, mixing)
     if cast is None:
         return copy_of(own)
     if model is None:

@@ -11,9 +11,9 @@ from dimat.merge.tensors.streaming import needs_base
 from dimat.merge.tensors.task_vectors import (
     Coefficients,
     Number,
-    cast_of,
     copy_of,
     merge_elements,
+    participants_of,
     weighted_sum,
 )
 
@@ -40,7 +40,7 @@ def task_arithmetic(
     Paper: Ilharco et al., "Editing Models with Task Arithmetic", ICLR 2023, arXiv 2212.04089.
     """
     base = needs_base(base, "task-arithmetic")
-    cast = cast_of(own, peers, mixing, weights)
+    cast = participants_of(own, peers, mixing, weights)
     if cast is None:
         return copy_of(own)
     if normalize:

@@ -16,11 +16,11 @@ from dimat.merge.tensors.task_vectors import (
     Coefficients,
     Densities,
     Number,
-    cast_of,
     copy_of,
     densities_of,
     elect,
     merge_elements,
+    participants_of,
     read_deltas,
 )
 
@@ -56,7 +56,7 @@ def ties(
     Paper: Yadav et al., "TIES-Merging: Resolving Interference When Merging Models", NeurIPS 2023, arXiv 2306.01708.
     """
     base = needs_base(base, "ties")
-    cast = cast_of(own, peers, mixing, weights)
+    cast = participants_of(own, peers, mixing, weights)
     if cast is None:
         return copy_of(own)
     kept = densities_of(density, cast, weights or mixing)

@@ -17,7 +17,7 @@ from dimat.merge.matching.zip_units import keep_places, zip_units
 from dimat.merge.models.batches import device_of, first_inputs
 from dimat.merge.models.functional import tensors_for
 from dimat.merge.registry import combine_registry
-from dimat.merge.stages import Clock, Data, Inputs, Points, Weights
+from dimat.merge.stages import Data, Inputs, Points, StageTimer, Weights
 from dimat.merge.tensors.streaming import combine_tensors
 from dimat.merge.tensors.task_vectors import copy_of
 from dimat.merge.weight_views import axes_by_name, content_hash
@@ -95,7 +95,7 @@ def zipit(
             device=device,
             sampler=PositionSampler(sampling.positions, torch.Generator().manual_seed(0)),
             max_images=sampling.max_images,
-            clock=Clock(),
+            clock=StageTimer(),
         )
         seen = _Correlations(chosen)
         for _, outputs in shown:

@@ -31,7 +31,7 @@ FACTOR = re.compile(
 
 
 @dataclass(frozen=True)
-class Pair:
+class FactorPair:
     """Two factors by the names of their tensors. `key`: the module, and the adapter's name where it has one other
     than "default"; the same in all models."""
 
@@ -57,7 +57,7 @@ MergeFactors = Callable[[Factors, list[Factors], list[float]], Factors]
 """(own's, those of all models whose weight is not 0, their weights) → merged factors, of any rank."""
 
 
-def find_pairs(names: Iterable[str]) -> list[Pair]:
+def find_pairs(names: Iterable[str]) -> list[FactorPair]:
     """Return the pairs of factors among tensor names; MergeError, naming it, for a factor that is alone."""
     found: dict[tuple[str, bool], dict[str, str]] = {}
     for name in names:
@@ -72,10 +72,10 @@ def find_pairs(names: Iterable[str]) -> list[Pair]:
             raise MergeError(
                 f"tensor {name!r} is a LoRA factor without its lora_{'B' if side == 'A' else 'A'}; both are needed"
             )
-    return [Pair(key, sides["A"], sides["B"], embedding) for (key, embedding), sides in found.items()]
+    return [FactorPair(key, sides["A"], sides["B"], embedding) for (key, embedding), sides in found.items()]
 
 
-def factors_of(a: Tensor, b: Tensor, pair: Pair, of: str = "") -> Factors:
+def factors_of(a: Tensor, b: Tensor, pair: FactorPair, of: str = "") -> Factors:
     """Return two tensors as matrices in float64 (float32 where the device has no float64).
 
     Raises MergeError where they do not fit each other or hold values that are not finite; `of` says whose they are.
@@ -110,7 +110,7 @@ def merge_products(own: Weights, peers: Sequence[Weights], weights: Sequence[flo
 
 
 def _merge_pair(
-    own: Weights, peers: Sequence[Weights], weights: Sequence[float], pair: Pair, merge: MergeFactors
+    own: Weights, peers: Sequence[Weights], weights: Sequence[float], pair: FactorPair, merge: MergeFactors
 ) -> tuple[Tensor, Tensor]:
     a, b = own[pair.a], own[pair.b]
     mine = factors_of(a, b, pair)

@@ -54,13 +54,13 @@ def agreements(
     for weights in merged:
         repaired = batchnorm(weights, model=model, data=data, max_images=max_images).weights
         parties.append(tensors_for(model, repaired, device))
-    fits = [dict[int, _Fit]() for _ in merged]
+    fits = [dict[int, _OutputFit]() for _ in merged]
     for batch in take(data, max_images, PIECE):
         inputs = on_device(batch, device)
         first, second, *rest = (_run(model, tensors, inputs, outputs) for tensors in parties)
         for found, fit in zip(rest, fits):
             for number, (a, b, m) in enumerate(zip(first, second, found)):
-                fit.setdefault(number, _Fit()).add((a + b) / 2, m)
+                fit.setdefault(number, _OutputFit()).add((a + b) / 2, m)
     return [sum(fit.nearness() for fit in each.values()) / max(len(each), 1) for each in fits]
 
 
@@ -77,7 +77,7 @@ def _run(model: nn.Module, tensors: dict[str, Tensor], inputs: Inputs, outputs: 
     ]
 
 
-class _Fit:
+class _OutputFit:
     """Sums of one output's squares: of the target, and of what a merged network is off by."""
 
     def __init__(self) -> None:

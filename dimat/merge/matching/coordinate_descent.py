@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dimat.errors import MergeError
 from dimat.merge.matching.cells import Cell, Slot, cells, pair_up
-from dimat.merge.matching.nested import Tree, assign_nested, nested_value, trees
+from dimat.merge.matching.nested import GroupTree, assign_nested, nested_value, trees
 from dimat.merge.models.batches import device_of
 from dimat.merge.stages import Permutations, Weights
 from dimat.merge.weight_views import PermutedWeights, WeightsOn
@@ -43,7 +43,7 @@ class Move:
     `curved`: one of its groups occurs twice in a tensor, so that its scores hold for small changes only.
     """
 
-    tree: Tree
+    tree: GroupTree
     free: frozenset[str]
     tensors: tuple[str, ...]
     curved: bool = False
@@ -116,14 +116,14 @@ class Matching:
             dims.append(max(found, key=lambda slot: slot.axis == child.axis).dim)
         return dims
 
-    def cut(self, tree: Tree, name: str) -> list[Cell]:
+    def cut(self, tree: GroupTree, name: str) -> list[Cell]:
         """Return the cells of a tensor in which the axes without groups of a tree are whole."""
         key = (tree.group.id, name)
         if key not in self._cut:
             self._cut[key] = cells(self.axes[name], {node.group.id for node in tree.nodes()})
         return self._cut[key]
 
-    def _moves(self, tree: Tree, free: Collection[str] | None) -> list[Move]:
+    def _moves(self, tree: GroupTree, free: Collection[str] | None) -> list[Move]:
         nodes = list(tree.nodes())
         inner = [node.group.id for node in nodes[1:]]
         classes: list[set[str]] = []

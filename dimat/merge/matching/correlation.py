@@ -15,11 +15,17 @@ from dimat.errors import SymmetryError, nearest
 from dimat.merge.matching.activation_statistics import CrossStatistics, PositionSampler, average_correlation
 from dimat.merge.matching.nested import assign_nested, nested_margin, nested_value, trees
 from dimat.merge.models.batches import GeometricChecks, count, device_of, first_inputs, on_device, take
-from dimat.merge.stages import Clock, Data, Inputs, Permutations, Points, Weights
+from dimat.merge.stages import Data, Inputs, Permutations, Points, StageTimer, Weights
 from dimat.merge.weight_views import WeightsOn
 from dimat.registry import SharedOptions
 from dimat.symmetry import Observer
 from dimat.symmetry.spec import Group, ObservationPoint, SymmetrySpec
+
+PIECE = 32
+"""Images per forward pass: bounds memory, and is no slower than more."""
+
+Shown = list[dict[str, list[Tensor]]]
+"""For each network, by group, a matrix (samples, units) per point; the same samples for all."""
 
 FIRST_LOOK = 64
 """Images after which assignments are first made, to see whether they are stable."""
@@ -61,7 +67,7 @@ class Compared:
     margins: list[dict[str, float]]
     unseen: list[str]
     images: int = 0
-    clock: Clock = field(default_factory=Clock)
+    clock: StageTimer = field(default_factory=StageTimer)
 
     def by_weights(self, least_margin: float = -inf) -> list[set[str]]:
         """Return, for each peer, the groups that are to be matched by weights: those that cannot be observed, and those
@@ -86,7 +92,7 @@ def compare(
 ) -> Compared:
     """Return the assignments by activations; arguments are those of align = "activations"."""
     chosen, _ = choose_points(spec, points, sampling.points_per_group)
-    pairs = Pairs(spec, chosen, len(peers))
+    pairs = GroupMatches(spec, chosen, len(peers))
     result = Compared(pairs.permutations, [{} for _ in peers], pairs.unseen)
     if not chosen:
         return result
@@ -115,7 +121,7 @@ def compare(
     return result
 
 
-class Pairs:
+class GroupMatches:
     """Statistics and current assignments of every group, own against each peer."""
 
     def __init__(self, spec: SymmetrySpec, chosen: Mapping[str, Sequence[ObservationPoint]], peers: int) -> None:
@@ -162,13 +168,6 @@ class Pairs:
         return {group: average_correlation(self._statistics[group], peer) for group in groups}
 
 
-PIECE = 32
-"""Images per forward pass: bounds memory, and is no slower than more."""
-
-Shown = list[dict[str, list[Tensor]]]
-"""For each network, by group, a matrix (samples, units) per point; the same samples for all."""
-
-
 def activity(
     watch: Observer,
     networks: Sequence[Weights],
@@ -178,7 +177,7 @@ def activity(
     device: torch.device,
     sampler: PositionSampler,
     max_images: int | None,
-    clock: Clock,
+    clock: StageTimer,
 ) -> Iterator[tuple[int, Shown]]:
     """Yield, for pieces of up to 32 examples of `data`, their number and what each network shows at the points."""
     for batch in take(data, max_images, PIECE):

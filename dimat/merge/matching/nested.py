@@ -19,7 +19,7 @@ from dimat.symmetry.spec import Group, SymmetrySpec
 
 
 @dataclass(frozen=True)
-class Tree:
+class GroupTree:
     """A group and the trees of its children: groups whose parents are its own and, last, the group itself.
 
     `above`: sizes of its parents.
@@ -27,7 +27,7 @@ class Tree:
 
     group: Group
     above: tuple[int, ...]
-    children: tuple[Tree, ...] = ()
+    children: tuple[GroupTree, ...] = ()
 
     @property
     def outer(self) -> int:
@@ -38,14 +38,14 @@ class Tree:
         """Return the ids of its groups, parents first."""
         return [node.group.id for node in self.nodes()]
 
-    def nodes(self) -> Iterator[Tree]:
+    def nodes(self) -> Iterator[GroupTree]:
         """Yield this tree and all below it, parents first."""
         yield self
         for child in self.children:
             yield from child.nodes()
 
 
-def trees(spec: SymmetrySpec) -> list[Tree]:
+def trees(spec: SymmetrySpec) -> list[GroupTree]:
     """Return the spec's groups as trees, in the order of their roots.
 
     A group is a child of the last of its parents where that has all the others as its own parents; else a root.
@@ -59,14 +59,16 @@ def trees(spec: SymmetrySpec) -> list[Tree]:
         else:
             roots.append(group)
 
-    def grow(group: Group) -> Tree:
+    def grow(group: Group) -> GroupTree:
         above = tuple(groups[parent].size for parent in group.parents)
-        return Tree(group, above, tuple(grow(child) for child in below.get(group.id, ())))
+        return GroupTree(group, above, tuple(grow(child) for child in below.get(group.id, ())))
 
     return [grow(root) for root in roots]
 
 
-def assign_nested(tree: Tree, scores: Mapping[str, Tensor], held: Collection[str] = ()) -> tuple[Permutations, float]:
+def assign_nested(
+    tree: GroupTree, scores: Mapping[str, Tensor], held: Collection[str] = ()
+) -> tuple[Permutations, float]:
     """Return the permutations of a tree's groups that maximise the sum of their scores, and that sum.
 
     scores[group]: (outer · units, outer · units), finite; row = own unit, column = peer's, each counted row-major by
@@ -92,7 +94,7 @@ class _Solver:
         self._held = held
         self.rows: dict[str, dict[int, Tensor]] = {}
 
-    def settle(self, tree: Tree, own: int, peer: int) -> float:
+    def settle(self, tree: GroupTree, own: int, peer: int) -> float:
         """Assign within own's unit and the peer's of the parents; note permutations; return what they are worth."""
         size = tree.group.size
         if tree.group.id in self._held:
@@ -109,7 +111,7 @@ class _Solver:
                 value += inner if tree.group.id in self._held else 0.0  # else it is in the pairs' worth already
         return value
 
-    def _pairs(self, tree: Tree, own: int, peer: int) -> Tensor:
+    def _pairs(self, tree: GroupTree, own: int, peer: int) -> Tensor:
         """What each pair of units is worth, with the best assignments of what lies below: (units, units)."""
         pairs = self._block(tree, own, peer)
         size = tree.group.size
@@ -120,7 +122,7 @@ class _Solver:
             pairs = pairs + torch.tensor(below, dtype=torch.float64)
         return pairs
 
-    def _best(self, children: tuple[Tree, ...], own: int, peer: int) -> float:
+    def _best(self, children: tuple[GroupTree, ...], own: int, peer: int) -> float:
         total = 0.0
         for child in children:
             if child.group.id in self._held:
@@ -132,7 +134,7 @@ class _Solver:
                 total += assignment_value(pairs, assign(pairs))
         return total
 
-    def _block(self, tree: Tree, own: int, peer: int) -> Tensor:
+    def _block(self, tree: GroupTree, own: int, peer: int) -> Tensor:
         size = tree.group.size
         if tree.group.id not in self._scores:
             return torch.zeros(size, size, dtype=torch.float64)
@@ -140,11 +142,11 @@ class _Solver:
         return whole[own * size : (own + 1) * size, peer * size : (peer + 1) * size]
 
 
-def flat_permutations(tree: Tree, permutations: Mapping[str, Tensor]) -> Permutations:
+def flat_permutations(tree: GroupTree, permutations: Mapping[str, Tensor]) -> Permutations:
     """Return, by group, where each unit comes from, units counted row-major by parents and unit: (outer · units,)."""
     flat: Permutations = {}
 
-    def fill(node: Tree, above: Tensor) -> None:
+    def fill(node: GroupTree, above: Tensor) -> None:
         size = node.group.size
         p = permutations.get(node.group.id, torch.arange(size).expand(*node.above, size))
         flat[node.group.id] = (above.unsqueeze(1) * size + p.reshape(-1, size)).flatten()
@@ -155,13 +157,13 @@ def flat_permutations(tree: Tree, permutations: Mapping[str, Tensor]) -> Permuta
     return flat
 
 
-def nested_value(tree: Tree, scores: Mapping[str, Tensor], permutations: Mapping[str, Tensor]) -> float:
+def nested_value(tree: GroupTree, scores: Mapping[str, Tensor], permutations: Mapping[str, Tensor]) -> float:
     """Return what permutations of a tree's groups are worth; groups without one stay in their order."""
     flat = flat_permutations(tree, permutations)
     return sum(assignment_value(s.double(), flat[group]) for group, s in scores.items())
 
 
-def nested_margin(tree: Tree, scores: Mapping[str, Tensor], permutations: Mapping[str, Tensor]) -> float:
+def nested_margin(tree: GroupTree, scores: Mapping[str, Tensor], permutations: Mapping[str, Tensor]) -> float:
     """Return the smallest `margin` of the tree's groups that have scores, units of all parents side by side."""
     flat = flat_permutations(tree, permutations)
     return min(margin(s, flat[group]) for group, s in scores.items())

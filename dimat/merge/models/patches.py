@@ -1,4 +1,4 @@
-"""Linear layers and convolutions as one thing: rows of inputs that a matrix maps to outputs."""
+"""Linear layers and convolutions as one thing, rows that a matrix maps to outputs; and least squares for it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from math import prod
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+SINGULAR = 1e-6
+"""Inputs that hold less than this of their own, apart from what others tell of them, count as dependent."""
 
 Affine = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 """Layers that map each row of their inputs (for convolutions: the patch below each output position) by a matrix."""
@@ -61,10 +64,6 @@ def _padding(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> list[int]:
         else:
             pairs.append((layer.padding[i], layer.padding[i]))
     return [side for pair in reversed(pairs) for side in pair]
-
-
-SINGULAR = 1e-6
-"""Inputs that hold less than this of their own, apart from what others tell of them, count as dependent."""
 
 
 def solve_semidefinite(matrix: Tensor, right: Tensor, ridge: float = 0.0) -> Tensor:

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from dimat.merge.stages import Weights
 from dimat.merge.tensors.pieces import alike
-from dimat.merge.tensors.streaming import combine_elements
-from dimat.merge.weight_views import taking_part
+from dimat.merge.tensors.streaming import combine_elements, taking_part
 
 Rule = Callable[[Tensor, Tensor], Tensor]
 """(values, shares), both (models, coordinates) and sorted by value -> (coordinates,). `shares` are running sums of

@@ -264,7 +264,7 @@ class Meta:
 
 
 @dataclass(frozen=True)
-class Layout:
+class FoldLayout:
     """What of a state dict is folded, and as what. `folded`: parameters by name, each once; `tied`: further name of
     one → its first; `averaged`: floating-point buffers; `vectors`: depthwise kernels; `split`: parts and dim."""
 
@@ -276,7 +276,7 @@ class Layout:
     split: Mapping[str, tuple[int, int]]
 
     @staticmethod
-    def of(own: Weights, model: nn.Module | None, split: Mapping[str, Split]) -> Layout:
+    def of(own: Weights, model: nn.Module | None, split: Mapping[str, Split]) -> FoldLayout:
         """Return the layout of `own`; MergeError or ConfigError for a split that fits no tensor."""
         places: dict[object, str] = {}
         same = {} if model is None else {name: id(p) for name, p in model.state_dict(keep_vars=True).items()}
@@ -307,7 +307,9 @@ class Layout:
             folded.append(name)
             if model is None and tensor.ndim > 2 and tensor.shape[1] == 1:
                 vectors.add(name)
-        return Layout(meta, tuple(folded), tied, frozenset(averaged), frozenset(vectors), _splits(split, meta, folded))
+        return FoldLayout(
+            meta, tuple(folded), tied, frozenset(averaged), frozenset(vectors), _splits(split, meta, folded)
+        )
 
     def batches(self) -> Iterator[list[str]]:
         """Give the folded names, one at a time on the CPU, else those of equal shape together."""

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from dimat.merge.stages import Weights
 from dimat.merge.tensors.pieces import Pieces, accumulator
-from dimat.merge.tensors.streaming import MergedWeights, base_tensor, needs_base
+from dimat.merge.tensors.streaming import MergedWeights, base_tensor, needs_base, taking_part
 from dimat.merge.tensors.task_vectors import weighted_sum
-from dimat.merge.weight_views import taking_part
 
 MergeMatrices = Callable[[list[Tensor]], Tensor]
 """Deltas, each scaled by n w_k (of n models, so that equal weights scale by 1) → merged delta; all (rows, columns)."""

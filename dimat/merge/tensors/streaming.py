@@ -9,19 +9,20 @@ A task vector (delta) is τ_k = θ_k − θ_base. Own's counts among them, first
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
 from dimat.errors import MergeError
 from dimat.merge.stages import Weights
 from dimat.merge.tensors.pieces import Pieces, PlanPieces, accumulator
+from dimat.merge.weight_views import WeightsView
 
 MergeTensor = Callable[[str, Tensor, list[Tensor]], Tensor]
 """(name, own, peers) → merged, all of one shape."""
 
 
-class MergedWeights(Mapping[str, Tensor]):
+class MergedWeights(WeightsView):
     """Own's tensors merged with the peers': each access merges one tensor, and nothing is kept.
 
     `merge` gets tensors in the types that they have, and gives the same result whenever it is asked. Integer, boolean
@@ -29,6 +30,7 @@ class MergedWeights(Mapping[str, Tensor]):
     """
 
     def __init__(self, own: Weights, peers: Sequence[Weights], merge: MergeTensor) -> None:
+        super().__init__(own)
         self._own = own
         self._peers = peers
         self._merge = merge
@@ -39,14 +41,11 @@ class MergedWeights(Mapping[str, Tensor]):
             return own.clone()
         return self._merge(name, own, [peer[name].detach() for peer in self._peers])
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._own
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._own)
-
-    def __len__(self) -> int:
-        return len(self._own)
+def taking_part(peers: Sequence[Weights], weights: Sequence[float]) -> tuple[list[Weights], list[float]]:
+    """Return the peers whose weight is not 0, and the mixing weights of own (first, even if it is 0) and of them."""
+    chosen = [(peer, weight) for peer, weight in zip(peers, weights[1:]) if weight]
+    return [peer for peer, _ in chosen], [weights[0], *(weight for _, weight in chosen)]
 
 
 def combine_tensors(own: Weights, peers: Sequence[Weights], merge: MergeTensor) -> MergedWeights:

@@ -67,7 +67,7 @@ class Participants:
         return [1.0] * count if abs(total) < SMALLEST_SHARE else [c * count / total for c in self.coefficients]
 
 
-def cast_of(
+def participants_of(
     own: Weights, peers: Sequence[Weights], mixing: Sequence[float], weights: Sequence[float] | None = None
 ) -> Participants | None:
     """Return who takes part: the models whose coefficient (`weights`, or else `mixing`) is not 0.
@@ -90,7 +90,7 @@ def cast_of(
 
 
 def densities_of(density: float | Sequence[float], cast: Participants, mixing: Sequence[float]) -> list[float]:
-    """Return the density of each model that takes part; `mixing`: what decided who does (see `cast_of`).
+    """Return the density of each model that takes part; `mixing`: what decided who does (see `participants_of`).
 
     Raises MergeError where `density` is a list that does not have one number per model.
     """

@@ -16,7 +16,7 @@ from dimat.config import MergeConfig, NamedConfig
 from dimat.errors import ConfigError, MergeError
 from dimat.merge import MergeContext, Peer, merge, plan_merge
 from dimat.merge.combine.opcm import opcm
-from dimat.merge.tensors.projection import Layout, split_ranks
+from dimat.merge.tensors.projection import FoldLayout, split_ranks
 from dimat.merge.weight_views import SafetensorsFile
 from dimat.seeds import torch_generator
 from dimat.simulate import run_simulation
@@ -274,12 +274,12 @@ def test_layouts_batch_equal_shapes_off_the_cpu(monkeypatch: pytest.MonkeyPatch)
     expected = opcm(models[0], models[1:], [0.4, 0.3, 0.3], base=base)
     seen: list[int] = []
 
-    def together(self: Layout) -> list[list[str]]:
+    def together(self: FoldLayout) -> list[list[str]]:
         groups = [[n for n in self.folded if n.endswith(kind)] for kind in ("weight", "bias")]
         seen.extend(map(len, groups))
         return groups
 
-    monkeypatch.setattr(Layout, "batches", together)
+    monkeypatch.setattr(FoldLayout, "batches", together)
     assert_close(opcm(models[0], models[1:], [0.4, 0.3, 0.3], base=base), expected, 1e-12)
     assert seen == [5, 5]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dimat import merge_weights
 from dimat.errors import ConfigError, MergeError
-from dimat.merge.lora.factors import Pair, find_pairs
+from dimat.merge.lora.factors import FactorPair, find_pairs
 from tests.merge.methods import assert_same_bits, combine, worst
 
 METHODS = ["lora-concat", "lora-svd", "lora-lego"]
@@ -199,12 +199,12 @@ def test_names() -> None:
         "myllora_A.weight",
     ]
     assert find_pairs(names) == [
-        Pair("base.q", "base.q.lora_A.weight", "base.q.lora_B.weight", False),
-        Pair("e", "e.lora_embedding_A", "e.lora_embedding_B", True),
-        Pair("v", "v.lora_A.default.weight", "v.lora_B.default.weight", False),
-        Pair("v[other]", "v.lora_A.other.weight", "v.lora_B.other.weight", False),
-        Pair("e2", "e2.lora_embedding_A.default", "e2.lora_embedding_B.default", True),
-        Pair("", "lora_A.weight", "lora_B.weight", False),
+        FactorPair("base.q", "base.q.lora_A.weight", "base.q.lora_B.weight", False),
+        FactorPair("e", "e.lora_embedding_A", "e.lora_embedding_B", True),
+        FactorPair("v", "v.lora_A.default.weight", "v.lora_B.default.weight", False),
+        FactorPair("v[other]", "v.lora_A.other.weight", "v.lora_B.other.weight", False),
+        FactorPair("e2", "e2.lora_embedding_A.default", "e2.lora_embedding_B.default", True),
+        FactorPair("", "lora_A.weight", "lora_B.weight", False),
     ]
 
 

@@ -22,7 +22,7 @@ from dimat.merge.combine.self_positioning import _spherical
 from dimat.merge.combine.task_arithmetic import task_arithmetic
 from dimat.merge.models.learned import Span, batches_of, cross_entropy, descend
 from dimat.merge.registry import combine_registry
-from dimat.merge.tensors.task_vectors import cast_of
+from dimat.merge.tensors.task_vectors import participants_of
 from dimat.simulate import run_simulation
 from tests.merge.methods import assert_same_bits, worst
 from tests.merge.networks import ResNet, randomise
@@ -75,7 +75,7 @@ def test_the_gradient_by_coefficients_is_that_of_finite_differences(directions: 
     """Each coefficient, moved by ±1e-6, moves the entropy by its entry of the gradient; float64."""
     model, x = network(), inputs()
     base = state(model)
-    cast = cast_of(changed(base, 1), [changed(base, 2), changed(base, 3)], MIXING)
+    cast = participants_of(changed(base, 1), [changed(base, 2), changed(base, 3)], MIXING)
     assert cast is not None
     span = Span(cast, base, model, -1, directions)
     point = torch.rand(3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
