@@ -16,6 +16,7 @@ from dimat.results import Results, read_results
 from dimat.simulate import run_simulation
 from dimat.simulate.world.scenario import prepare
 from dimat.tasks import Subset
+from dimat.topology import BaseK
 from dimat.train.trainer import Trainer
 from tests.simulate.helpers import tiny_experiment
 
@@ -129,15 +130,18 @@ def test_isolated_and_centralised(tmp_path: Path) -> None:
     assert sum(ceiling.histogram["centralised"]) == 160
 
 
-@pytest.mark.parametrize("agents", [3, 5, 6])
-def test_final_merge_is_the_exact_average(tmp_path: Path, agents: int) -> None:
+@pytest.mark.parametrize(("agents", "peers"), [(3, 1), (5, 1), (6, 1), (6, 2)])
+def test_final_merge_is_the_exact_average(tmp_path: Path, agents: int, peers: int) -> None:
     """Base-(k+1) (arXiv 2305.11420): after one cycle without training, all agents hold the exact mean."""
     changes = {"topology": {"graph": "ring", "agents": agents}, "merge__method": "average"}
     plain, _, _ = run(tiny_experiment(tmp_path, **changes), tmp_path / "plain")
-    final = tiny_experiment(tmp_path, **changes, schedule={"rounds": 3, "final_merge": True})
+    final = tiny_experiment(
+        tmp_path, **changes, schedule={"rounds": 3, "final_merge": True, "final_merge_peers": peers}
+    )
     results, _, weights = run(final, tmp_path / "final")
     last = [row for row in results.rows if row.round == max(r.round for r in results.rows)]
-    assert max(row.round for row in results.rows) > 3
+    cycle = BaseK(tuple(f"agent-{i}" for i in range(agents)), peers).period
+    assert max(row.round for row in results.rows) == 3 + (cycle or 0) > 3
     assert all(row.loss is None for row in last)
     assert max(row.consensus_distance for row in last) < 1e-6
     _, _, before = run(tiny_experiment(tmp_path, **changes), tmp_path / "before")

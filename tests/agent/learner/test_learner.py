@@ -14,6 +14,7 @@ from dimat.agent.setup.loaded_task import derive_checked
 from dimat.errors import DataError
 from dimat.merge.matching.assignment import moved_share
 from dimat.simulate.world.scenario import prepare
+from dimat.tasks.base import Data
 from tests.agent.learner.rounds import merged, trained
 from tests.simulate.helpers import tiny_experiment
 
@@ -51,6 +52,26 @@ def test_merge_with_nobody_keeps_own_weights_bit_for_bit(tmp_path: Path) -> None
     assert report.before == report.after
     assert all(torch.equal(v, before[k]) for k, v in one.trainer.weights().items())
     assert all(torch.equal(v, state.tensors[k]) for k, v in one.trainer.state().tensors.items())
+
+
+@pytest.mark.parametrize(("wanted", "given"), [(7, 7), (10_000, None)])
+def test_networks_are_compared_on_so_many_probe_samples(
+    wanted: int, given: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reference: the first `merge.probe_samples` of the task's probe set, all of it where it has fewer."""
+    one, two = agents(tmp_path, merge={"method": "dimat", "align_data": "probe", "probe_samples": wanted})
+    probe = one.task.data("probe")
+    peer = trained(two, 1, learn=True).payload
+    trained(one, 1, learn=True)
+    seen: list[Data] = []
+    batches = one.trainer.input_batches
+    monkeypatch.setattr(one.trainer, "input_batches", lambda data, *rest: seen.append(data) or batches(data, *rest))
+    merged(one, 1, 0.5, [("two", one.store / f"{peer.root}.safetensors", 0.5, True)], "none")
+    assert seen
+    first = torch.arange(given or len(probe))
+    for data in seen:
+        assert len(data) == len(first)
+        torch.testing.assert_close(data.batch(first).inputs[0], probe.batch(first).inputs[0], rtol=0, atol=0)
 
 
 def test_a_peer_with_nan_is_refused_and_named(tmp_path: Path) -> None:
