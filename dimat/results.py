@@ -1,4 +1,4 @@
-"""What a run leaves behind: the schema of `results.json`, written by the simulator and read by the report.
+"""The schema of `results.json`, written by the simulator and read by the report.
 
 Kept on the lowest floor because both sides need it and must not know each other.
 """

@@ -78,7 +78,7 @@ def agent(
         with closing(listener), closing(JsonlListener(daemon.folder.events)) as log, _dashboard(daemon) as shown:
             daemon.listeners += [listener, log, *watching.listeners, *shown]
             watching.warned += [listener, log, *shown]
-            for line in () if quiet else watching.said:
+            for line in () if quiet else watching.messages:
                 say(f"dimat: {line}")
             code = asyncio.run(_run(daemon, listener.close))
     if daemon.thread.busy:  # training cannot be broken off, and the interpreter would tear down what it uses
@@ -153,11 +153,11 @@ def _watch(found: Mapping[str, Any], look: Callable[[], Mapping[str, Any]], as_j
     """Show a status, and again each time that it was asked for, until Ctrl-C or the agent's end. A peer that was there
     once is asked on while it is out of reach."""
     from dimat.ui.terminal.status import status_lines
-    from dimat.ui.terminal.watch import Watch
+    from dimat.ui.terminal.watch import LiveText
     from dimat.ui.text import clean
 
     trouble = ""
-    with nullcontext() if as_json else Watch() as screen:
+    with nullcontext() if as_json else LiveText() as screen:
         while True:
             if screen is not None:
                 screen.show("\n".join([*status_lines(found), *([f"not reached now: {trouble}"] if trouble else [])]))

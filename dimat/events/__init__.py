@@ -1,4 +1,4 @@
-"""Typed facts about a run. Everything that is shown, logged, counted or drawn is made from these.
+"""Typed events of a run, from which everything is shown, logged, counted and drawn.
 
 The round machine, the simulator and (later) the daemon emit events; listeners in `dimat.ui` receive them.
 An event states what happened; it carries no formatting and no live object. `to_dict` is the JSONL form.

@@ -1,4 +1,4 @@
-"""Events from plain values, as a log has them or a peer sends them. Whatever these hold, nothing is raised.
+"""Parses events from a log's or a peer's plain values; raises nothing, whatever they hold.
 
 A field that is missing, or of another form than its class says, has its default, or else is empty or 0. So an event of
 a log of an older dimat is whole, and one from a stranger holds nothing that its class does not say.

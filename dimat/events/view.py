@@ -1,7 +1,7 @@
-"""What is known of one agent from its events: the one place where they are folded together.
+"""Folds one agent's events into a view of it, which closes rounds and is shown everywhere.
 
-The runner and the simulator close a round with it, the reader of old logs completes their rounds with it, and status,
-panel, metrics, console and dashboard show what it holds.
+The runner and the simulator make `RoundFinished` with it, and the reader of old logs completes theirs; status, panel,
+metrics, console and dashboard show its fields.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What people see of a run: terminal, reports, trackers, dashboard.
+"""Shows runs to people: terminal, reports, trackers, dashboard.
 
-Is told through events; nothing below imports it.
+Gets events; nothing below imports it.
 """

@@ -1,4 +1,4 @@
-"""Events as JSON Lines: a file that a person can grep, a program can follow, and a killed process leaves readable."""
+"""Writes events as JSON Lines: easy to search and follow, and readable after a kill."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Reads event logs (docs/events.md): strictly, where a log is evidence, or forgivingly and piece by piece, where
-somebody watches a run that goes on."""
+"""Reads event logs (docs/events.md): strictly as evidence, or forgivingly while they grow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Opens whatever else watches a run besides console and log: the `[monitor]` table made into listeners.
+"""Opens the listeners that the `[monitor]` table asks for, beside console and log.
 
 This is the one place for it. `dimat agent` and `dimat simulate` use it; beside an own training loop it is used by hand:
 
@@ -23,12 +23,12 @@ from dimat.ui.trackers.tracker import Backend, Tracker, need
 
 
 class Listeners:
-    """Listeners that are open until `close`. `listeners`: to be told every event; `said`: lines for a person, such as
-    where metrics are served; `warned`: who is told, from any thread, that one of them has failed."""
+    """Listeners that are open until `close`. `listeners`: get every event; `messages`: lines for a person, such as the
+    address of the metrics; `warned`: get a `Warned`, from any thread, where one of the listeners has failed."""
 
     def __init__(self, run: str, agent: str) -> None:
         self.listeners: list[Listener] = []
-        self.said: list[str] = []
+        self.messages: list[str] = []
         self.warned: list[Listener] = []
         self._run = run
         self._agent = agent
@@ -90,7 +90,7 @@ def _open_metrics(opened: Listeners, run: str, agent: str, address: str) -> None
     server = MetricsServer(listener.registry, address)
     opened.add(listener, server.close)
     opened.warned.append(listener)
-    opened.said.append(f"metrics on http://{server.address}/metrics")
+    opened.messages.append(f"metrics on http://{server.address}/metrics")
 
 
 def _open_trackers(opened: Listeners, config: ExperimentConfig, folder: Path) -> None:
@@ -103,7 +103,7 @@ def _open_trackers(opened: Listeners, config: ExperimentConfig, folder: Path) ->
         own = folder / "tensorboard"
         shared = None if monitor.tensorboard is True else base / monitor.tensorboard / config.run
         opened.track("TensorBoard", TensorBoardBackend(own if shared is None else shared))
-        opened.said.append(f"tensorboard --logdir {own if shared is None else shared.parent}")
+        opened.messages.append(f"tensorboard --logdir {own if shared is None else shared.parent}")
     if monitor.wandb is not None and monitor.wandb.mode != "disabled":
         need("wandb", "wandb")
         from dimat.ui.trackers.wandb import WandbBackend

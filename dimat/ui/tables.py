@@ -1,4 +1,4 @@
-"""Results as tables: what the console, the report and the CSV files show, composed in one place.
+"""Results as tables, for the console, the report and the CSV files alike.
 
 Everything here is pure; `text` says how a number is written.
 """

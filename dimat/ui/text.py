@@ -1,4 +1,4 @@
-"""Numbers as text, and tables of finished text: how the console and the report alike write things down.
+"""Numbers as text, and tables of finished text, for console and report alike.
 
 Everything here is pure. A `Table` holds cells that are already text; `console` and `page` only dress it.
 """

@@ -1,4 +1,4 @@
-"""An agent's own dashboard: what it knows of itself and of its peers, served by the agent from a thread of its own.
+"""An agent's own dashboard: its view of itself and its peers, served from a thread.
 
 The agent's loop only appends its events to a bounded queue; all else happens in the thread, with a loop of its own.
 While somebody looks, that loop asks the agent's for its status every few seconds, and its peers for theirs.
@@ -32,7 +32,7 @@ PEERS_S = 10.0
 MOST_ASKED = 16
 """Peers that are asked in one round; where there are more they take turns."""
 
-Told = Mapping[str, Mapping[str, Any] | None]
+Statuses = Mapping[str, Mapping[str, Any] | None]
 
 
 class AgentDashboard:
@@ -115,7 +115,7 @@ class _OwnView:
             self.state.take(self._waiting.popleft().to_dict())
         return found
 
-    async def statuses(self) -> Told:
+    async def statuses(self) -> Statuses:
         """Return the agent's status, and those of peers that answered."""
         if self._loop is None:
             return {}
@@ -130,10 +130,10 @@ class _OwnView:
         except TimeoutError:
             return {}
 
-    async def _look(self) -> Told:
+    async def _look(self) -> Statuses:
         """Return what there is to know. In the agent's loop."""
         own = self._daemon.status()
-        told: dict[str, Mapping[str, Any] | None] = {self.view: own}
+        statuses: dict[str, Mapping[str, Any] | None] = {self.view: own}
         if time.monotonic() - self._asked_s >= PEERS_S:
             self._asked_s = time.monotonic()
             links = {peer: mapping(link) for peer, link in mapping(own.get("peers")).items()}
@@ -141,8 +141,8 @@ class _OwnView:
             turn = [reached[(self._turn + i) % len(reached)] for i in range(min(MOST_ASKED, len(reached)))]
             self._turn += len(turn)
             answers = await asyncio.gather(*(self._ask(peer, address) for peer, address in turn))
-            told |= {peer: status for peer, status in answers if status is not None}
-        return told
+            statuses |= {peer: status for peer, status in answers if status is not None}
+        return statuses
 
     async def _ask(self, peer: str, address: str) -> tuple[str, Mapping[str, Any] | None]:
         try:

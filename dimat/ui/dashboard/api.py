@@ -1,4 +1,4 @@
-"""Answers to the page: the state, or the part of it that is new since a version, as plain values for JSON."""
+"""Answers to the page: the state, or its changes since a version, as JSON values."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from dimat import events
 from dimat.events.parse import parse_event
 from dimat.ui.dashboard.field_values import name, number, shares, text
-from dimat.ui.dashboard.model import Agent, LogEntry, Plain, RunModel
+from dimat.ui.dashboard.model import AgentModel, LogEntry, Plain, RunModel
 from dimat.ui.dashboard.reducer import late_text, refused_text
 from dimat.ui.terminal.lines import lines_of
 
@@ -107,7 +107,7 @@ class StateApi:
         ]
 
 
-def agent_row(agent: Agent, metric: str) -> dict[str, object]:
+def agent_row(agent: AgentModel, metric: str) -> dict[str, object]:
     """Return what the page shows of an agent."""
     view = agent.view
     finished = view.finished or events.RoundFinished(
@@ -141,7 +141,7 @@ def agent_row(agent: Agent, metric: str) -> dict[str, object]:
     }
 
 
-def curve(agent: Agent, metric: str, version: int) -> list[list[float | None]]:
+def curve(agent: AgentModel, metric: str, version: int) -> list[list[float | None]]:
     """Return [round, loss, metric before, metric after] of each round of an agent that changed after a version."""
     rows: list[list[float | None]] = []
     for number_, point in reversed(agent.points.items()):

@@ -1,4 +1,4 @@
-"""Whether what the dashboard needs beyond dimat itself is there."""
+"""Checks that the packages which the dashboard needs are installed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Values of events as the dashboard takes them: from a log or a peer, so each may be missing or of any form."""
+"""Checks values from a log or a peer, which may be missing or of any form."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def text(value: object, most: int = MOST_TEXT) -> str:
     """Return text of one line without control characters, cut where it is long; "" for None."""
     if value is None:
         return ""
-    said = clean(str(value)[: most + 1])
-    return said if len(said) <= most else f"{said[:most]}…"
+    line = clean(str(value)[: most + 1])
+    return line if len(line) <= most else f"{line[:most]}…"
 
 
 def name(value: object) -> str:

@@ -1,4 +1,4 @@
-"""Who may look: hosts that the dashboard answers under, the token, and the headers that keep the page to itself.
+"""Guards the dashboard: the hosts it answers under, the token, the page's headers.
 
 Without a token only this machine is served. A page of another site could still make a browser on this machine ask
 under a name of its own that resolves to 127.0.0.1 (DNS rebinding), so that names which are not ours are refused.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dimat.ui.dashboard.field_values import text
-from dimat.ui.dashboard.model import Agent, RunModel, State
+from dimat.ui.dashboard.model import AgentModel, RunModel, State
 from dimat.ui.text import seconds_text
 
 SILENT_S = 60.0
@@ -12,7 +12,7 @@ BEHIND = 2
 """An agent so many rounds behind the middle one is shown as late."""
 
 
-def health_of(run: RunModel, agent: Agent, at: float, middle: int) -> tuple[State, str]:
+def health_of(run: RunModel, agent: AgentModel, at: float, middle: int) -> tuple[State, str]:
     """Return an agent's state, and why, at a time of the run's clock; `middle`: the round of the middle agent."""
     view = agent.view
     if view.crashed:
@@ -37,7 +37,7 @@ def health_of(run: RunModel, agent: Agent, at: float, middle: int) -> tuple[Stat
     return "running", ""
 
 
-def _health_by_others(agent: Agent) -> tuple[State, str]:
+def _health_by_others(agent: AgentModel) -> tuple[State, str]:
     if not agent.link_faults:
         return ("running", "it answers") if agent.alive else ("unknown", "known by name only")
     troubles = {reader: trouble for reader, trouble in sorted(agent.link_faults.items()) if trouble}

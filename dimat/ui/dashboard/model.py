@@ -1,4 +1,4 @@
-"""A run as the dashboard shows it: agents, links, merges, adoptions, log. Pure: no clock, no file.
+"""A run as the dashboard shows it: agents, links, merges, adoptions, log. Pure.
 
 Each thing carries the version at which it last changed, so that `dimat.ui.dashboard.api` can tell a reader exactly
 what is new since a version that it has. All memory is bounded, by the constants below.
@@ -52,7 +52,7 @@ class RunModel:
         self.simulated = False
         self.finished = ""
         self.newest_s = 0.0
-        self.agents: dict[str, Agent] = {}
+        self.agents: dict[str, AgentModel] = {}
         self.edges: dict[tuple[str, str], Edge] = {}
         self.merges: dict[tuple[str, int], Merge] = {}
         self.adoptions: dict[tuple[str, int, str], Adoption] = {}
@@ -72,7 +72,7 @@ class RunModel:
         """The metric that is shown: the run's own, else accuracy where there is one."""
         return self.run.get("metric") or self.run.get("found_metric") or ""
 
-    def _agent(self, given: object) -> Agent | None:
+    def _agent(self, given: object) -> AgentModel | None:
         if isinstance(given, str) and (found := self.agents.get(given)) is not None:
             return found  # nearly always
         who = name(given)
@@ -82,7 +82,7 @@ class RunModel:
         if len(self.agents) >= MOST_AGENTS:
             self.left_out += 1
             return None
-        found = self.agents[who] = Agent(who, version=self.version)
+        found = self.agents[who] = AgentModel(who, version=self.version)
         return found
 
     def _edge(self, source: object, reader: object) -> Edge | None:
@@ -99,7 +99,7 @@ class RunModel:
         self.readers[key[0]].append(found)
         return found
 
-    def _point(self, agent: Agent, round_: int) -> Point:
+    def _point(self, agent: AgentModel, round_: int) -> Point:
         # the newest last, so that what is new is found from the end
         point = agent.points.pop(round_, None) or Point()
         agent.points[round_] = point
@@ -111,12 +111,12 @@ class RunModel:
                 del agent.points[old]
         return point
 
-    def _merge(self, agent: Agent, round_: int, finished: Plain) -> None:
+    def _merge(self, agent: AgentModel, round_: int, finished: Plain) -> None:
         self.merges[agent.name, round_] = Merge(finished, self.version)
         while len(self.merges) > MOST_MERGES:
             del self.merges[next(iter(self.merges))]
 
-    def _adoption(self, agent: Agent, round_: int, peer: str, event: Plain) -> None:
+    def _adoption(self, agent: AgentModel, round_: int, peer: str, event: Plain) -> None:
         self.adoptions[agent.name, round_, peer] = Adoption(event, self.version)
         while len(self.adoptions) > MOST_ADOPTIONS:
             del self.adoptions[next(iter(self.adoptions))]
@@ -143,7 +143,7 @@ class Point:
 
 
 @dataclass(slots=True)
-class Agent:
+class AgentModel:
     """One agent. `own`: its events are read, not only what others tell of it; `alive`: whether it answered when it was
     asked, None where it was not asked; `link_faults`: by agent that listens to it, what is wrong with the link, "" for
     nothing; times in seconds of the run's clock; `round_s`: how long its rounds take lately; bytes since the log began.

@@ -1,4 +1,4 @@
-"""What a model is made of and how far networks were permuted, from the ledgers of merges in a run's or agent's folder.
+"""Reads the ledgers of merges: contributors to a model, and shares of moved units.
 
 Reading and following a ledger takes up to seconds in large runs: it is done when somebody looks, and kept until the
 ledger changes.
@@ -49,8 +49,8 @@ class RecordReader:
         if not mine:
             raise DataError(f"no merge of {agent} is on record yet")
         last = max(mine, key=lambda record: record.round)
-        told = {record.agent for record in records}
-        if all(part.agent in told for record in records for part in record.contributions):
+        known = {record.agent for record in records}
+        if all(part.agent in known for record in records for part in record.contributions):
             made = lineage(records, agent, last.round)
         else:  # of others only what their signed manifests say
             from dimat.ui.report.agent_summary import agent_lineage

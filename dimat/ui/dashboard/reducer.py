@@ -1,8 +1,8 @@
-"""Events, and the answers of agents to questions for their status, folded into a `RunModel`. Pure: no clock, no file.
+"""Folds events, and agents' answers about their status, into a `RunModel`. Pure.
 
 Whatever an event or an answer holds, taking it in raises nothing: a field of another form counts as missing. Logs are
-long: of each kind only an agent's newest event is parsed, when somebody looks (`Agent.view`), and here only the fields
-that add up over a run are read.
+long: of each kind only an agent's newest event is parsed, when somebody looks (`AgentModel.view`), and here only the
+fields that add up over a run are read.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dimat import events
 from dimat.events.parse import KINDS, parse_event
 from dimat.ui.dashboard.field_values import count, items, mapping, name, number, text
 from dimat.ui.dashboard.health import health_of
-from dimat.ui.dashboard.model import Agent, Plain, RunModel
+from dimat.ui.dashboard.model import AgentModel, Plain, RunModel
 
 MOST_LINKS = 1_000
 """Links of one agent that are taken from its status."""
@@ -31,9 +31,9 @@ PHASES = {
     "AgentCrashed": "crashed",
     "AgentLeft": "left",
 }
-"""What an agent does after an event."""
+"""The phase of an agent after an event."""
 QUIET = frozenset({"RoundStarted", "Checkpointed", "Published", "SnapshotFetched"})
-"""Kinds of which `dimat.ui.terminal.lines` has nothing to say."""
+"""Kinds without a line in `dimat.ui.terminal.lines`."""
 
 
 class RunState(RunModel):
@@ -41,7 +41,7 @@ class RunState(RunModel):
 
     def __init__(self) -> None:
         super().__init__()
-        self._effects: Mapping[str, Callable[[Agent, Plain], None]] = {
+        self._effects: Mapping[str, Callable[[AgentModel, Plain], None]] = {
             "AgentStarted": self._agent_started,
             "Joined": self._back,
             "Resumed": self._back,
@@ -158,7 +158,7 @@ class RunState(RunModel):
             if (agent := self._agent(who)) is not None:
                 agent.histogram, agent.samples = counts, sum(counts)
 
-    def _agent_started(self, agent: Agent, plain: Plain) -> None:
+    def _agent_started(self, agent: AgentModel, plain: Plain) -> None:
         self._back(agent, plain)
         event = parse_event(plain)
         assert isinstance(event, events.AgentStarted)
@@ -169,30 +169,30 @@ class RunState(RunModel):
         for peer in event.peers:
             self._edge(peer, agent.name)
 
-    def _back(self, agent: Agent, plain: Plain) -> None:
+    def _back(self, agent: AgentModel, plain: Plain) -> None:
         agent.alive, agent.finished_s = None, None
 
-    def _trained(self, agent: Agent, plain: Plain) -> None:
+    def _trained(self, agent: AgentModel, plain: Plain) -> None:
         self._point(agent, count(plain.get("round"))).loss = number(plain.get("loss"))
 
-    def _fetched(self, agent: Agent, plain: Plain) -> None:
+    def _fetched(self, agent: AgentModel, plain: Plain) -> None:
         size = count(plain.get("bytes"))
         if (edge := self._edge(plain.get("peer"), agent.name)) is not None:
             edge.bytes += size
             edge.version = self.version
         agent.received += size
 
-    def _missing(self, agent: Agent, plain: Plain) -> None:
+    def _missing(self, agent: AgentModel, plain: Plain) -> None:
         if (edge := self._edge(plain.get("peer"), agent.name)) is not None:
             reason = text(plain.get("reason"), 120)
             edge.late = count(plain.get("round"))
             edge.fault = late_text(reason) if plain["event"] == "PeerLate" else refused_text(reason)
             edge.version = self.version
 
-    def _adopted(self, agent: Agent, plain: Plain) -> None:
+    def _adopted(self, agent: AgentModel, plain: Plain) -> None:
         self._adoption(agent, count(plain.get("round")), name(plain.get("peer")), plain)
 
-    def _round_finished(self, agent: Agent, plain: Plain) -> None:
+    def _round_finished(self, agent: AgentModel, plain: Plain) -> None:
         at = number(plain.get("time_s"))
         if at is not None and agent.finished_s is not None and at > agent.finished_s:
             took = at - agent.finished_s
@@ -218,7 +218,7 @@ class RunState(RunModel):
             self._tell_run(found_metric="accuracy" if "accuracy" in after else str(next(others, next(iter(after)))))
 
     # ── answers ──────────────────────────────────────────────────────────────────────────────────────────────
-    def _own_status(self, agent: Agent, status: Plain) -> None:
+    def _own_status(self, agent: AgentModel, status: Plain) -> None:
         """Take what a peer whose log we do not have says of itself: its newest training and merge."""
         trained, merged = mapping(status.get("trained")), mapping(status.get("merged"))
         if trained:
@@ -229,7 +229,7 @@ class RunState(RunModel):
             point = self._point(agent, count(merged.get("round")))
             point.before, point.after = mapping(merged.get("before")), mapping(merged.get("after"))
 
-    def _link(self, reader: Agent, peer: object, link: Plain) -> None:
+    def _link(self, reader: AgentModel, peer: object, link: Plain) -> None:
         edge = self._edge(peer, reader.name)
         if edge is None:
             return

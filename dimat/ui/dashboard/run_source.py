@@ -1,4 +1,4 @@
-"""A folder's logs: of a simulated run, of one agent, or of several agents, found and followed."""
+"""Finds and follows the logs in a folder: of a simulated run or of real agents."""
 
 from __future__ import annotations
 
@@ -84,18 +84,18 @@ class FolderSource:
         return await asyncio.to_thread(self._ask)
 
     def _ask(self) -> dict[str, Mapping[str, Any] | None]:
-        told: dict[str, Mapping[str, Any] | None] = {}
+        statuses: dict[str, Mapping[str, Any] | None] = {}
         for log in list(self._logs):
             folder = log.parent
             if not (folder / SOCKET).exists():  # a socket is removed in good order, and left behind by kill -9
                 continue
             try:
                 status = ask(folder)
-                told[name(status.get("agent"))] = status
+                statuses[name(status.get("agent"))] = status
             except DataError:
                 if who := _marked(folder):
-                    told[who] = None
-        return told
+                    statuses[who] = None
+        return statuses
 
     def folder_of(self, agent: str) -> Path | None:
         """Return the folder that has an agent's ledger of merges."""

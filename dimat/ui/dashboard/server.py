@@ -1,4 +1,4 @@
-"""The dashboard's server: the page, the state, and a stream of what is new in it.
+"""The dashboard's server: the page, the state, and a stream of its changes.
 
 The stream is Server-Sent Events. Each has an id of the server's own mark and a version of the state; a browser that
 comes back sends the last one it had, and is told what changed since, or everything, where the mark is another server's.
@@ -42,7 +42,7 @@ BEAT_S = 15.0
 MOST_READERS = 32
 
 
-class Source(Protocol):
+class StateSource(Protocol):
     """Where the state comes from. `view`: the agent whose view it is, "" for all; `damaged`: lines passed over."""
 
     state: RunState
@@ -72,7 +72,7 @@ class Source(Protocol):
 class Dashboard:
     """The application over a source. Everything but reading ledgers happens in one event loop."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: StateSource) -> None:
         self._source = source
         self._api = StateApi(source.state)
         self._records = RecordReader()
@@ -134,14 +134,14 @@ class Dashboard:
 
     # ── answers ──────────────────────────────────────────────────────────────────────────────────────────────
     def _since(self, version: int) -> dict[str, Any]:
-        told = self._api.since(version)
-        told["run"] |= {
+        news = self._api.since(version)
+        news["run"] |= {
             "damaged": self._source.damaged,
             "view": self._source.view,
             "dimat": __version__,
             "notice": self._notice,
         }
-        return {**told, "mark": self._mark, "time_s": time.time()}
+        return {**news, "mark": self._mark, "time_s": time.time()}
 
     async def _page(self, request: Request) -> Response:
         del request
@@ -173,9 +173,9 @@ class Dashboard:
             yield "retry: 1000\n\n"
             while not self._over:
                 if self._source.state.version > version or version == 0:
-                    told = self._since(version)
-                    version = told["version"]
-                    yield f"id: {self._mark}-{version}\ndata: {json.dumps(told, allow_nan=False)}\n\n"
+                    news = self._since(version)
+                    version = news["version"]
+                    yield f"id: {self._mark}-{version}\ndata: {json.dumps(news, allow_nan=False)}\n\n"
                     await asyncio.sleep(READ_S)
                     continue
                 try:
@@ -239,7 +239,7 @@ def _whole(value: str, what: str) -> int:
 class Server:
     """Serves a source on an open socket. `run` serves until it is told to end; `stop` does so, from any thread."""
 
-    def __init__(self, source: Source, opened: socket.socket, host: str, token: str | None) -> None:
+    def __init__(self, source: StateSource, opened: socket.socket, host: str, token: str | None) -> None:
         self._source = source
         self._socket = opened
         self._host = host

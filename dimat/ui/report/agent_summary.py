@@ -1,4 +1,4 @@
-"""What a real agent's model is made of: by its own ledger of merges, and by what peers' signed manifests tell."""
+"""The lineage of a real agent's model, by its own ledger and peers' signed manifests."""
 
 from __future__ import annotations
 

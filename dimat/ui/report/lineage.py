@@ -1,4 +1,4 @@
-"""Who contributed what to the agents' final models: a table for the report, rows for `lineage.csv`."""
+"""Contributions to the agents' final models: a table, and rows for `lineage.csv`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures of a run and of a comparison (extra `plots`: matplotlib, without pyplot and without a display).
+"""Pictures of a run and of a comparison (extra `plots`: matplotlib, without a display).
 
 Equal results give equal PNG files, byte for byte: style, size and metadata are fixed here and no setting of the
 user's is read. Colours are those of Okabe and Ito, which colour-blind readers tell apart.

@@ -1,4 +1,4 @@
-"""Reports that are read later: CSV, pictures and one HTML page, of a run or of a comparison.
+"""Writes the reports of a run or a comparison: CSV, pictures and one HTML page.
 
 Files appear whole or not at all: each is written under a temporary name and renamed. Without matplotlib the
 report has no pictures and says so.

@@ -1,4 +1,4 @@
-"""`dimat symmetry show` and `verify`: derive the groups of a model, check them by numbers, print or draw them."""
+"""`dimat symmetry show` and `verify`: derive a model's groups, check, print, draw them."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def verify_model(hook: str, *, seed: int, as_json: bool, outputs: Sequence[str] 
     spec = describe(hook, model, inputs, outputs).spec
     if not spec.groups:
         passed = spec.trace_kind != "none"
-        said = "\n".join([*spec.warnings, "no groups, nothing to verify"])
+        text = "\n".join([*spec.warnings, "no groups, nothing to verify"])
         found = {"passed": passed, "groups": 0, "error": None, "tolerance": None, "failed": [], "seed": seed}
-        return (json.dumps(found) if as_json else said), passed
+        return (json.dumps(found) if as_json else text), passed
     error = verify_symmetry(model, spec, inputs, torch_generator(seed, "symmetry", "verify"))
     tolerance = tolerance_of(model, spec, inputs)
     passed, failed, kept = error <= tolerance, list[str](), spec

@@ -1,11 +1,11 @@
-"""`dimat symmetry diff`: whether two models have the same architecture, so that their agents can merge aligned."""
+"""`dimat symmetry diff`: whether two models can merge aligned."""
 
 from __future__ import annotations
 
 import json
 
 from dimat.symmetry import SymmetrySpec
-from dimat.ui.symmetry.tables import Described, open_described, summary_of, totals
+from dimat.ui.symmetry.tables import ModelSymmetry, open_described, summary_of, totals
 
 
 def diff_symmetry(one: str, other: str, *, as_json: bool) -> tuple[str, bool]:
@@ -39,7 +39,7 @@ def diff_symmetry(one: str, other: str, *, as_json: bool) -> tuple[str, bool]:
     return "\n".join(lines), False
 
 
-def first_difference(one: Described, other: Described) -> str:
+def first_difference(one: ModelSymmetry, other: ModelSymmetry) -> str:
     """Say in one line what differs first: a tensor by name, else an axis or a group, else the graph."""
     if one.tensors and other.tensors:
         for name in sorted({*one.tensors, *other.tensors}):
@@ -72,6 +72,6 @@ def _in_specs(one: SymmetrySpec, other: SymmetrySpec, first: str, second: str) -
     return "the graphs of operations (tensors and groups are the same)"
 
 
-def _form(described: Described, name: str) -> str:
+def _form(described: ModelSymmetry, name: str) -> str:
     shape, dtype = described.tensors[name]
     return f"{dtype} {tuple(shape)}"

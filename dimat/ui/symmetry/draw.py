@@ -1,4 +1,4 @@
-"""The drawing of symmetry groups over a model's graph, as one SVG that needs nothing else.
+"""Draws symmetry groups over a model's graph, as one self-contained SVG.
 
 Boxes stand in layers by their longest way from an input. A box lists its tensors, those with the same axes in one
 row; an axis is a cell, cut into its segments, in the colours and numbers of the groups that move it.
@@ -11,7 +11,7 @@ from math import prod
 from dimat.symmetry import Layout
 from dimat.ui.report.page import esc
 from dimat.ui.symmetry.flow import Box, Flow
-from dimat.ui.symmetry.tables import Described, units_text
+from dimat.ui.symmetry.tables import ModelSymmetry, units_text
 
 _WIDE, _ROW, _GAP, _LAYER, _CELL = 300, 15, 24, 22, 58  # a box fits into a window of 360 px
 _LETTER, _LEGEND = 6, 66
@@ -23,7 +23,7 @@ def colour(number: int) -> str:
     return f"hsl({number * 137.508 % 360:.0f} {(70, 55, 85)[number % 3]}% {(76, 64, 84)[number // 2 % 3]}%)"
 
 
-def draw(described: Described, flow: Flow) -> str:
+def draw(described: ModelSymmetry, flow: Flow) -> str:
     """Return the SVG: the legend in columns, so that a narrow window shows the graph too, and the graph below it."""
     painter = _Painter(described)
     places, width, height = _places(flow, painter)
@@ -50,7 +50,7 @@ def draw(described: Described, flow: Flow) -> str:
 
 
 class _Painter:
-    def __init__(self, described: Described) -> None:
+    def __init__(self, described: ModelSymmetry) -> None:
         self._described = described
         spec = described.spec
         self._number = {group.id: number for number, group in enumerate(spec.groups, 1)}
@@ -120,16 +120,16 @@ class _Painter:
                     pieces.append(_rect(x, y, each, _FROZEN, str(factor.size), f"{factor.size}: never moves"))
                 else:
                     number = self._number[factor.group]
-                    said = f"{factor.size} units of group {number}, {factor.group}"
-                    pieces.append(_rect(x, y, each, colour(number), str(number), said))
+                    tooltip = f"{factor.size} units of group {number}, {factor.group}"
+                    pieces.append(_rect(x, y, each, colour(number), str(number), tooltip))
                 x += each
         return "".join(pieces)
 
 
-def _rect(x: float, y: float, wide: float, fill: str, text: str, said: str) -> str:
+def _rect(x: float, y: float, wide: float, fill: str, text: str, tooltip: str) -> str:
     inside = f'<text x="{x + 2:.1f}" y="{y + 10}" font-size="9">{text}</text>' if wide >= 6 * len(text) + 2 else ""
     shape = f'<rect x="{x:.1f}" y="{y}" width="{max(wide, 0.5):.1f}" height="{_ROW - 2}" fill="{fill}"/>'
-    return f"<g>{shape}{inside}<title>{esc(said)}</title></g>"
+    return f"<g>{shape}{inside}<title>{esc(tooltip)}</title></g>"
 
 
 def _places(flow: Flow, painter: _Painter) -> tuple[list[tuple[float, float, int]], int, int]:

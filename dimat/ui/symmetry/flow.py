@@ -1,4 +1,4 @@
-"""A traced graph made small enough to look at: one box for each use of a module with tensors, and one for each join.
+"""A traced graph made small enough to look at: a box per module with tensors, and per join.
 
 Operations without tensors of their own (activations, views, pooling) vanish into the edges.
 """

@@ -1,4 +1,4 @@
-"""The file that `dimat symmetry show` draws to: the picture alone (SVG), or with tables around it (HTML)."""
+"""Writes the drawing of `dimat symmetry show`: SVG alone, or HTML with tables around it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from dimat.symmetry import trace
 from dimat.ui.report.page import document, facts, heading, notices, paragraph, section, table
 from dimat.ui.symmetry.draw import draw
 from dimat.ui.symmetry.flow import Flow, flow_of, loose
-from dimat.ui.symmetry.tables import Described, frozen_table, groups_table, totals
+from dimat.ui.symmetry.tables import ModelSymmetry, frozen_table, groups_table, totals
 from dimat.weights.durable import write_bytes
 
 
 def write_drawing(
-    described: Described, model: nn.Module, inputs: Any, *, html: Path | None, svg: Path | None, error: float | None
+    described: ModelSymmetry, model: nn.Module, inputs: Any, *, html: Path | None, svg: Path | None, error: float | None
 ) -> None:
     """Draw the groups over the model's graph into files, each whole or not at all. Raises DataError."""
     picture = draw(described, _flow(described, model, inputs))
@@ -27,14 +27,14 @@ def write_drawing(
         write_bytes(html, page(described, picture, error).encode(), durable=False)
 
 
-def page(described: Described, picture: str, error: float | None) -> str:
+def page(described: ModelSymmetry, picture: str, error: float | None) -> str:
     """Return the page: figures, warnings, drawing, tables."""
     spec = described.spec
     numbers = [("groups", str(len(spec.groups))), ("parameters that move", f"{spec.coverage:.1%}")]
     numbers += [("parameters", f"{described.parameters:,}")] if described.parameters is not None else []
     numbers += [] if error is None else [("invariance error", f"{error:.1e}")]
-    said = "Boxes are modules, from inputs down to outputs; a cell is an axis of their tensors: coloured with the "
-    said += "number of its group, grey with its size where it never moves."
+    text = "Boxes are modules, from inputs down to outputs; a cell is an axis of their tensors: coloured with the "
+    text += "number of its group, grey with its size where it never moves."
     frame = '<div class="scroll" style="background:#fff;border-radius:.5rem">'
     return document(
         f"Symmetry groups of {described.name}",
@@ -42,14 +42,14 @@ def page(described: Described, picture: str, error: float | None) -> str:
             heading(f"Symmetry groups of {described.name}", totals(described)),
             facts(numbers),
             notices(spec.warnings),
-            section("Drawing", paragraph(said), f"{frame}{picture}</div>"),
+            section("Drawing", paragraph(text), f"{frame}{picture}</div>"),
             section("Groups", table(groups_table(spec))),
             section("Frozen axes", table(frozen_table(described))),
         ),
     )
 
 
-def _flow(described: Described, model: nn.Module, inputs: Any) -> Flow:
+def _flow(described: ModelSymmetry, model: nn.Module, inputs: Any) -> Flow:
     if described.spec.trace_kind == "none":
         return loose(described.tensors)
     try:

@@ -24,7 +24,7 @@ from dimat.ui.text import Table, as_text
 
 
 @dataclass(frozen=True)
-class Described:
+class ModelSymmetry:
     """A model's groups, and what is known of its tensors: (shape, dtype) by name, empty where only groups are known."""
 
     name: str
@@ -60,7 +60,7 @@ def load_model(hook: str) -> tuple[nn.Module, Any]:
     raise HookError(f"model hook {hook!r} must return a Task or (model, example inputs), not {type(made).__name__}")
 
 
-def describe(name: str, model: nn.Module, inputs: Any, outputs: Sequence[str] = ()) -> Described:
+def describe(name: str, model: nn.Module, inputs: Any, outputs: Sequence[str] = ()) -> ModelSymmetry:
     """Derive a model's groups; what is wrong with them is in the spec's warnings."""
     chosen = [int(each) if each.lstrip("-").isdigit() else each for each in outputs] or None
     with warnings.catch_warnings():
@@ -69,10 +69,10 @@ def describe(name: str, model: nn.Module, inputs: Any, outputs: Sequence[str] = 
     state = {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
     tensors = {key: (tuple(v.shape), str(v.dtype).removeprefix("torch.")) for key, v in sorted(state.items())}
     trainable = frozenset(key for key, _ in model.named_parameters(remove_duplicate=False))
-    return Described(name, spec, tensors, sum(p.numel() for p in model.parameters()), trainable)
+    return ModelSymmetry(name, spec, tensors, sum(p.numel() for p in model.parameters()), trainable)
 
 
-def open_described(source: str) -> Described:
+def open_described(source: str) -> ModelSymmetry:
     """Return what `source` names: a file of `symmetry show --json` or `SymmetrySpec.to_json`, else as `load_model`.
 
     Raises DataError for a JSON file that cannot be read or is no spec, HookError and ConfigError as `load_model`.
@@ -91,10 +91,10 @@ def open_described(source: str) -> Described:
         raise DataError(f"cannot read {source}: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{source} is no symmetry spec; write one with `dimat symmetry show MODEL --json`") from error
-    return Described(source, spec, tensors, summary.get("parameters"))
+    return ModelSymmetry(source, spec, tensors, summary.get("parameters"))
 
 
-def summary_of(described: Described) -> dict[str, Any]:
+def summary_of(described: ModelSymmetry) -> dict[str, Any]:
     """Return what `--json` adds to the spec: counts, what is frozen by reason, and the tensors."""
     spec = described.spec
     return {
@@ -112,7 +112,7 @@ def units_text(group: Group, sizes: Mapping[str, int]) -> str:
     return f"{group.size} in each of {each}" if each else str(group.size)
 
 
-def frozen_by_reason(described: Described) -> list[tuple[str, int, float]]:
+def frozen_by_reason(described: ModelSymmetry) -> list[tuple[str, int, float]]:
     """Return (reason, axes, share of the parameters whose tensor has such an axis), most axes first."""
     by_reason: dict[str, set[tuple[str, int]]] = {}
     for axis in described.spec.frozen:
@@ -147,13 +147,13 @@ def groups_table(spec: SymmetrySpec) -> Table:
     return Table("", headers, rows, left=frozenset({1, 2, 5, 6}))
 
 
-def frozen_table(described: Described) -> Table:
+def frozen_table(described: ModelSymmetry) -> Table:
     """Return the table of frozen axes; shares overlap, for a tensor may have axes frozen for several reasons."""
     rows = tuple((reason, str(axes), f"{share:.1%}") for reason, axes, share in frozen_by_reason(described))
     return Table("", ("frozen because", "axes", "in parameters"), rows)
 
 
-def lines_of(described: Described) -> list[str]:
+def lines_of(described: ModelSymmetry) -> list[str]:
     """Return all that `symmetry show` prints, but the invariance error."""
     spec = described.spec
     lines = as_text(groups_table(spec)) if spec.groups else []
@@ -161,7 +161,7 @@ def lines_of(described: Described) -> list[str]:
     return lines + (as_text(frozen_table(described)) if spec.frozen else []) + list(spec.warnings)
 
 
-def totals(described: Described) -> str:
+def totals(described: ModelSymmetry) -> str:
     """Return a model's figures as one line."""
     spec = described.spec
     nested = sum(1 for group in spec.groups if group.parents)

@@ -1,4 +1,4 @@
-"""What a person sees on a terminal: lines, tables and live panels.
+"""Lines, tables and live panels on a terminal.
 
-Is told through events and results; runs nothing.
+Gets events and results; runs nothing.
 """

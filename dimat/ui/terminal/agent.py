@@ -1,4 +1,4 @@
-"""What a person sees of a real agent: a line per round with the time of day, and one for whatever goes otherwise."""
+"""Shows a real agent to a person: a line a round, and one for each thing that goes wrong."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TextIO
 
 from dimat import events
-from dimat.ui.terminal.lines import Repeats, lines_of
+from dimat.ui.terminal.lines import RepeatFilter, lines_of
 from dimat.ui.text import bytes_text, clean, listed, metric_text
 
 
@@ -26,7 +26,7 @@ class AgentListener:
         self._stream = sys.stderr if stream is None else stream
         self._verbosity = verbosity
         self._lock = threading.RLock()
-        self._repeats = Repeats()
+        self._repeats = RepeatFilter()
         self._broken = False
 
     def __call__(self, event: events.Event) -> None:
@@ -48,8 +48,8 @@ class AgentListener:
     def close(self) -> None:
         """Say how often came what was only counted; closing twice is allowed."""
         with self._lock:
-            for said in self._repeats.rest():
-                self._say(time.time(), said)
+            for message in self._repeats.rest():
+                self._say(time.time(), message)
 
     def _finished(self, event: events.RoundFinished) -> str:
         parts = [f"heard {event.heard}/{event.expected}"]
@@ -64,8 +64,8 @@ class AgentListener:
         moved = f"sent {bytes_text(event.bytes_sent)}, received {bytes_text(event.bytes_received)}"
         return f"round {event.round}: {', '.join(parts)}, {moved}"
 
-    def _say(self, at: float, said: str) -> None:
-        line = clean(f"{time.strftime('%H:%M:%S', time.localtime(at))} {said}")
+    def _say(self, at: float, message: str) -> None:
+        line = clean(f"{time.strftime('%H:%M:%S', time.localtime(at))} {message}")
         self._guarded(lambda: self._write(line))
 
     def _write(self, line: str) -> None:

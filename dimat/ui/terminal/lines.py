@@ -1,4 +1,4 @@
-"""Facts about agents and the network between them as lines for a person, and which of them need not be said twice.
+"""Events as lines for a person, and a filter for lines that are alike.
 
 A line's level says how loud a listener must be set to hear it: -1 always, 0 what anybody wants to know, 1 also what
 went otherwise than planned for one agent, 2 every step.
@@ -15,13 +15,13 @@ from dimat import events
 from dimat.ui.text import bytes_text, listed, metric_text, seconds_text
 
 FIRSTS = 12
-"""Of things that are alike, so many are said before the others are only counted."""
+"""Lines of one kind that are shown before the others are only counted."""
 MOST_NAMED = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
-    """What is said of one event. `what`: the same for all that are alike, where the event may come again and again;
+class EventLine:
+    """One line about an event. `what`: the same for all that are alike, where the event may come again and again;
     `who` then tells apart to whom it happened. `at_s`: when, where that is worth saying."""
 
     text: str
@@ -36,25 +36,25 @@ class Line:
         return self.text if self.at_s is None else f"at {seconds_text(self.at_s)}: {self.text}"
 
 
-def lines_of(event: events.Event, agents: Collection[str] = ()) -> list[Line]:
-    """Return what there is to say of an event. `agents`: all of the run."""
+def lines_of(event: events.Event, agents: Collection[str] = ()) -> list[EventLine]:
+    """Return the lines about an event. `agents`: all of the run."""
     line = _line_of(event, agents)
     notes = event.result.notes if isinstance(event, events.Merged) else ()
-    return ([] if line is None else [line]) + [Line(f"{_where(event)}: {note}", 1) for note in notes]
+    return ([] if line is None else [line]) + [EventLine(f"{_where(event)}: {note}", 1) for note in notes]
 
 
-class Repeats:
-    """Lets what is alike be said a few times, and counts the rest. Memory is bounded by who it may happen to."""
+class RepeatFilter:
+    """Lets lines that are alike through a few times, and counts the others. Memory is bounded by the agents."""
 
     def __init__(self) -> None:
-        self._said: dict[str, set[str]] = {}
+        self._shown: dict[str, set[str]] = {}
         self._rest: dict[str, Counter[str]] = {}
 
-    def first(self, line: Line, heard: bool = True) -> bool:
-        """Return whether a line is to be said, and else count it. `heard`: whether it is loud enough at all."""
-        said = self._said.setdefault(line.what, set())
-        if heard and line.who not in said and len(said) < FIRSTS:
-            said.add(line.who)
+    def first(self, line: EventLine, heard: bool = True) -> bool:
+        """Return whether a line is to be shown, and else count it. `heard`: whether it is loud enough at all."""
+        shown = self._shown.setdefault(line.what, set())
+        if heard and line.who not in shown and len(shown) < FIRSTS:
+            shown.add(line.who)
             return True
         self._rest.setdefault(line.what, Counter())[line.who] += 1
         return False
@@ -62,12 +62,12 @@ class Repeats:
     def rest(self) -> list[str]:
         """Return a line for each thing that was counted, and begin anew."""
         lines = [self._line(what, counts) for what, counts in self._rest.items()]
-        self._said, self._rest = {}, {}
+        self._shown, self._rest = {}, {}
         return lines
 
     def _line(self, what: str, counts: Counter[str]) -> str:
         total = counts.total()
-        more = " more" if self._said.get(what) else ""
+        more = " more" if self._shown.get(what) else ""
         times = f"{what}: {total:,}{more} {'time' if total == 1 else 'times'}"
         named = [f"{who}: {count:,}" for who, count in counts.most_common(MOST_NAMED) if who]
         others = len(counts) - MOST_NAMED
@@ -76,11 +76,11 @@ class Repeats:
         return f"{times} ({'; '.join(named)})" if named else times
 
 
-def _line_of(event: events.Event, agents: Collection[str]) -> Line | None:
+def _line_of(event: events.Event, agents: Collection[str]) -> EventLine | None:
     match event:
         case events.Warned(agent=agent, message=message):
             text = f"warning: {f'agent {agent}: ' if agent else ''}{message}"
-            return Line(text, -1, f"warning: {_alike(message)}", agent)
+            return EventLine(text, -1, f"warning: {_alike(message)}", agent)
         case events.LinksCut(groups=groups):
             parts = [listed(group, 4) for group in groups]
             if not {agent for group in groups for agent in group}.issuperset(agents):
@@ -109,11 +109,11 @@ def _alike(message: str) -> str:
     return re.sub(r"\bround \d+", "a round", message)
 
 
-def _timed(event: events.Event, said: str, level: int = 0, what: str = "", who: str = "") -> Line:
-    return Line(said, level, what, who, event.time_s)
+def _timed(event: events.Event, text: str, level: int = 0, what: str = "", who: str = "") -> EventLine:
+    return EventLine(text, level, what, who, event.time_s)
 
 
-def _life(event: events.AgentEvent) -> Line | None:
+def _life(event: events.AgentEvent) -> EventLine | None:
     """An agent comes or goes."""
     match event:
         case events.AgentCrashed(agent=agent, round=number, back_s=back):
@@ -136,39 +136,39 @@ def _life(event: events.AgentEvent) -> Line | None:
             return None
 
 
-def _trouble(event: events.AgentEvent) -> Line | None:
+def _trouble(event: events.AgentEvent) -> EventLine | None:
     """Something goes otherwise than planned, and perhaps in each round again."""
     agent, where = event.agent, _where(event)
     match event:
         case events.PeerLate(peer=peer, reason=reason):
             late = "late" if reason == "deadline" else f"not heard: {reason}"
             text = f"{where}: peer {peer} {late}; its weight goes to self"
-            return Line(text, 1, "peers late or not heard", f"{agent} without {peer}, {reason}")
+            return EventLine(text, 1, "peers late or not heard", f"{agent} without {peer}, {reason}")
         case events.PeerRefused(peer=peer, reason=reason):
             text = f"{where}: peer {peer} refused: {reason}"
-            return Line(text, 1, "peers refused", f"{agent} without {peer}")
+            return EventLine(text, 1, "peers refused", f"{agent} without {peer}")
         case events.RoundsSkipped(round=number, first=first, reason=reason):
             rounds = f"round {first}" if first == number - 1 else f"rounds {first} to {number - 1}"
-            said = f"{agent} leaves out {rounds}: {reason}"
-            return _timed(event, said, 0, "rounds left out", agent)
+            text = f"{agent} leaves out {rounds}: {reason}"
+            return _timed(event, text, 0, "rounds left out", agent)
         case _:
             return None
 
 
-def _step(event: events.AgentEvent) -> Line | None:
+def _step(event: events.AgentEvent) -> EventLine | None:
     """A step of an agent's round that went as planned."""
     where = _where(event)
     match event:
         case events.Trained(result=events.TrainResult(loss=loss), train_s=train_s):
-            return Line(f"{where}: trained, loss {metric_text(loss)} in {seconds_text(train_s)}", 2)
+            return EventLine(f"{where}: trained, loss {metric_text(loss)} in {seconds_text(train_s)}", 2)
         case events.BasisAdopted(peer=peer, basis=basis, moved=moved):
-            return Line(f"{where}: adopted basis {basis[:12]} from {peer}, {100 * moved:.0f} % of units moved", 1)
+            return EventLine(f"{where}: adopted basis {basis[:12]} from {peer}, {100 * moved:.0f} % of units moved", 1)
         case events.Merged(contributions=parts, push_weight=push):
             listed_parts = ", ".join(f"{part.agent} {part.weight:.3f}{_verdict(part)}" for part in parts)
             weight = "" if push is None else f", push-sum weight {push:.3g}"
-            return Line(f"{where}: merged {listed_parts}{weight}", 2)
+            return EventLine(f"{where}: merged {listed_parts}{weight}", 2)
         case events.RoundFinished(heard=heard, expected=expected, bytes_sent=sent):
-            return Line(f"{where}: done, heard {heard}/{expected}, sent {bytes_text(sent)}", 2)
+            return EventLine(f"{where}: done, heard {heard}/{expected}, sent {bytes_text(sent)}", 2)
         case _:
             return None
 

@@ -1,4 +1,4 @@
-"""A merge told to a person: its plan in lines, and a bar while it runs."""
+"""Shows a merge to a person: its plan in lines, and a bar while it runs."""
 
 from __future__ import annotations
 

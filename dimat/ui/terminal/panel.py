@@ -1,4 +1,4 @@
-"""A real agent on a terminal: a panel that says how it is now, below the lines that scroll as they would elsewhere."""
+"""Shows a real agent on a terminal: a panel with its present state below its lines."""
 
 from __future__ import annotations
 
@@ -117,10 +117,10 @@ class LiveAgentListener(AgentListener):
         self._drawn_at = time.monotonic()
         view = self._view
         text = Text(no_wrap=True, overflow="ellipsis")
-        for number, (word, said) in enumerate(panel_lines(view, time.monotonic())):
+        for number, (word, message) in enumerate(panel_lines(view, time.monotonic())):
             text.append("\n" * (number > 0))
             text.append(f"{word:8}", style="yellow" if word == "warning" else "dim")
-            text.append(clean(said))
+            text.append(clean(message))
         title = Text(clean(f"{view.agent} of run {view.run}"), style="bold")
         panel = Panel(text, title=title, title_align="left")
         self._guarded(lambda: live.update(panel, refresh=True))

@@ -1,4 +1,4 @@
-"""What a person sees of a run: a live table on a terminal, one plain line per round anywhere else.
+"""Shows a run to a person: a live table on a terminal, a plain line a round elsewhere.
 
 Importing this is cheap: rich is imported when something is shown on a terminal, and never for plain output.
 """
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TextIO
 from dimat.events import AgentEvent, Event, RoundFinished, RoundSummary, RunFinished, RunStarted
 from dimat.events.view import AgentView
 from dimat.ui import tables, text
-from dimat.ui.terminal.lines import Repeats, lines_of
+from dimat.ui.terminal.lines import RepeatFilter, lines_of
 from dimat.ui.text import Table, clean
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ ROWS_BESIDE_TABLE = 8
 
 
 @dataclass
-class _Run:
+class _RunDisplay:
     """One run as the console shows it. `views`: what is known of each agent; `through`: agents by the round that they
     have ended and that is not summed up yet."""
 
@@ -43,7 +43,7 @@ class _Run:
     rows: list[tuple[str, ...]] = field(default_factory=list[tuple[str, ...]])
     views: defaultdict[str, AgentView] = field(default_factory=lambda: defaultdict(AgentView))
     through: Counter[int] = field(default_factory=Counter[int])
-    repeats: Repeats = field(default_factory=Repeats)
+    repeats: RepeatFilter = field(default_factory=RepeatFilter)
 
     @property
     def metric(self) -> str:
@@ -91,7 +91,7 @@ class ConsoleListener:
         self._live: Live | None = None
         self._drawn_at = 0.0
         self._lock = threading.RLock()
-        self._runs: dict[str, _Run] = {}
+        self._runs: dict[str, _RunDisplay] = {}
         self._histograms: set[str] = set()
         self._broken = False
         self._closed = False
@@ -129,9 +129,9 @@ class ConsoleListener:
                 self._broken = True  # as above: nobody is left to read it
 
     def _show(self, event: Event) -> None:
-        run = self._runs.setdefault(event.run, _Run(event.run))
+        run = self._runs.setdefault(event.run, _RunDisplay(event.run))
         if isinstance(event, RunStarted):
-            run = self._runs[event.run] = _Run(event.run, started=event)
+            run = self._runs[event.run] = _RunDisplay(event.run, started=event)
             self._introduce(event)
         elif isinstance(event, RoundSummary):
             agents = tables.some_of(run.through.pop(event.round, 0), len(run.agents))
@@ -173,7 +173,7 @@ class ConsoleListener:
             self._line(event.run, "samples per class of each agent:")
             self._print(histogram)
 
-    def _tell(self, run: _Run, event: Event) -> None:
+    def _tell(self, run: _RunDisplay, event: Event) -> None:
         if isinstance(event, AgentEvent):
             run.views[event.agent].take(event)
         if isinstance(event, RoundFinished):
@@ -188,18 +188,18 @@ class ConsoleListener:
             if heard:
                 self._line(run.name, line.timed, style=_style(line.text))
 
-    def _sum_up(self, run: _Run) -> None:
-        for said in run.repeats.rest():
-            self._line(run.name, said, style=_style(said))
+    def _sum_up(self, run: _RunDisplay) -> None:
+        for message in run.repeats.rest():
+            self._line(run.name, message, style=_style(message))
 
-    def _line(self, run: str, said: str, *, style: str = "") -> None:
-        self._print(clean(f"[{run}] {said}" if run else said), style)
+    def _line(self, run: str, message: str, *, style: str = "") -> None:
+        self._print(clean(f"[{run}] {message}" if run else message), style)
 
-    def _print(self, said: str, style: str = "") -> None:
+    def _print(self, message: str, style: str = "") -> None:
         if self._console is None:
-            _write(self._stream, said)
+            _write(self._stream, message)
         else:
-            self._console.print(said, style=style, markup=False, highlight=False, emoji=False, soft_wrap=True)
+            self._console.print(message, style=style, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
     # ---- the live table
 
@@ -277,14 +277,14 @@ def _print_tables(shown: list[Table], stream: TextIO | None, terminal: bool | No
             console.print(_rich(text.narrowed(table, console.width, drop)), highlight=False)
 
 
-def _style(said: str) -> str:
-    return "yellow" if said.startswith("warning: ") else ""
+def _style(message: str) -> str:
+    return "yellow" if message.startswith("warning: ") else ""
 
 
-def _write(stream: TextIO, said: str) -> None:
+def _write(stream: TextIO, message: str) -> None:
     # a log in a narrow encoding shows a question mark rather than stop the run
     encoding = getattr(stream, "encoding", None) or "utf-8"
-    stream.write(said.encode(encoding, "replace").decode(encoding) + "\n")
+    stream.write(message.encode(encoding, "replace").decode(encoding) + "\n")
     stream.flush()
 
 

@@ -37,8 +37,8 @@ def status_lines(status: Mapping[str, Any]) -> list[str]:
         lines += ["", *as_text(peers_table(peers))]
     warnings = status.get("warnings")
     if isinstance(warnings, list) and warnings:
-        told = cast("list[object]", warnings)
-        lines += ["", *(f"warning: {_text(message)}" for message in told)]
+        messages = cast("list[object]", warnings)
+        lines += ["", *(f"warning: {_text(message)}" for message in messages)]
     if status.get("left"):
         lines.append(f"it leaves: {_text(status['left'])}")
     return lines

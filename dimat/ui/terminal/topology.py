@@ -1,4 +1,4 @@
-"""`dimat topology …`: graphs and schedules opened from the command line, described, checked, drawn and written."""
+"""`dimat topology …`: graphs and schedules described, checked, drawn and written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text that is shown again and again: on a terminal in the place of what stood there before, elsewhere below it."""
+"""Shows a text again and again: on a terminal in the place of the one before."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.live import Live
 
 
-class Watch:
+class LiveText:
     """Shows one text at a time on `stream` (stdout, if none is given). What a terminal shows last stays there. Texts
     have no control characters (`dimat.ui.text.clean`)."""
 
@@ -21,7 +21,7 @@ class Watch:
         self._live: Live | None = None
         self._shown = False
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> LiveText:
         if is_terminal(self._stream):
             from rich.live import Live
 

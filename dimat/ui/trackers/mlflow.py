@@ -1,5 +1,7 @@
-"""MLflow: a run per agent, with the network's run as a tag; those of a simulated run are below a parent run, which has
-what is over all agents. The round is the step."""
+"""MLflow: a run per agent; the round is the step.
+
+The network's run is a tag. Agents of a simulated run are below a parent run, which has the numbers over all agents.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 
 from dimat.config import MlflowConfig
-from dimat.ui.trackers.tracker import EACH_AT_MOST, Row, Started
+from dimat.ui.trackers.tracker import EACH_AT_MOST, MetricRow, TrackedRun
 
 STATUS = {"done": "FINISHED", "target": "FINISHED", "time": "FINISHED", "stopped": "KILLED", "left": "KILLED"}
 
@@ -28,7 +30,7 @@ class MlflowBackend:
         self._client: MlflowClient | None = None
         self._runs: dict[str, str] = {}
 
-    def start(self, started: Started) -> None:
+    def start(self, started: TrackedRun) -> None:
         """Begin the runs."""
         client = self._client = MlflowClient(tracking_uri=self._uri)
         found = client.get_experiment_by_name(self._experiment)
@@ -41,7 +43,7 @@ class MlflowBackend:
         for agent in started.agents if len(started.agents) <= EACH_AT_MOST else ():
             self._runs[agent] = self._begin(experiment, agent, {**tags, "dimat.agent": agent}, started)
 
-    def log(self, row: Row) -> None:
+    def log(self, row: MetricRow) -> None:
         """Take a row."""
         assert self._client is not None
         run = self._runs.get(row.agent)
@@ -58,7 +60,7 @@ class MlflowBackend:
             self._client.set_terminated(run, STATUS.get(reason, "FAILED"))
         self._runs = {}
 
-    def _begin(self, experiment: str, name: str, tags: dict[str, str], started: Started) -> str:
+    def _begin(self, experiment: str, name: str, tags: dict[str, str], started: TrackedRun) -> str:
         assert self._client is not None
         at = int(1000 * started.time_s)
         run = self._client.create_run(experiment, start_time=at, tags=tags, run_name=name)

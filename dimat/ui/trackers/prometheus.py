@@ -1,4 +1,4 @@
-"""An agent's events as Prometheus metrics, and a small HTTP server that they are scraped from.
+"""An agent's events as Prometheus metrics, and a small HTTP server for scrapers.
 
 Names and labels are an interface: dashboards and alerts rest on them. All have the labels `agent` and `run`, the ones
 in `METRICS` those named there too. Labels of peers are agents on the map, so their number is bounded; whatever else is

@@ -1,6 +1,9 @@
-"""TensorBoard event files, a folder (which TensorBoard calls a run) per agent, so that agents' curves lie over each
-other; a simulated run has one more for what is over all agents. Written here, in TensorBoard's record format, without
-its writer's thread and open file for each of perhaps a thousand agents."""
+"""TensorBoard event files, a folder per agent.
+
+TensorBoard calls a folder a run, so that agents' curves lie over each other; a simulated run has one more for the
+numbers over all agents. Written here, in TensorBoard's record format, without its writer's thread and open file for
+each of perhaps a thousand agents.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from urllib.parse import quote
 from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from dimat.ui.trackers.tracker import Row, Started
+from dimat.ui.trackers.tracker import MetricRow, TrackedRun
 
 # made when the module is loaded, where pyright does not see them
 Event: Any = event_pb2.Event  # pyright: ignore[reportAttributeAccessIssue]
@@ -31,16 +34,16 @@ class TensorBoardBackend:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._files: dict[str, Path] = {}
-        self._started: Started | None = None
+        self._started: TrackedRun | None = None
 
-    def start(self, started: Started) -> None:
+    def start(self, started: TrackedRun) -> None:
         """Begin event files; a real agent's takes the place of an earlier life's from its next round on."""
         self._started = started
         self._files = {}
         if not started.simulated:
             self._file(started.agents[0])
 
-    def log(self, row: Row) -> None:
+    def log(self, row: MetricRow) -> None:
         """Append a row."""
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in row.values.items()]
         self._append(self._file(row.agent), Event(wall_time=row.time_s, step=row.round, summary=Summary(value=values)))

@@ -1,5 +1,6 @@
-"""What experiment trackers have in common: events become one row of numbers per agent and round, and a thread hands
-them over, so that a tracker that is slow, or whose network or disk is gone, holds nothing up.
+"""The common part of experiment trackers: a row of numbers per agent and round.
+
+A thread hands the rows over, so that a tracker that is slow, or whose network or disk is gone, holds nothing up.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ QUEUED = 10_000
 CLOSE_S = 30.0
 """Seconds that a tracker has at the end to hand over what is left."""
 EACH_AT_MOST = 32
-"""Agents of one simulated run whose numbers are told one by one where each makes a run or columns of its own."""
+"""Agents of one simulated run whose numbers are item one by one where each makes a run or columns of its own."""
 
 
 @dataclass(frozen=True, slots=True)
-class Started:
+class TrackedRun:
     """A run begins, or goes on after `round`. `agents`: one of a real agent, all of a simulated run; `settings`: plain
     values that describe it; `time_s`: Unix seconds."""
 
@@ -38,7 +39,7 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class MetricRow:
     """Numbers of an agent's round, or ("" for `agent`) over all agents of a simulated one; `time_s`: Unix seconds."""
 
     agent: str
@@ -48,23 +49,23 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
+class RunEnded:
     """A real agent has left, or a simulated run is over. `reason`: as the event says."""
 
     reason: str
 
 
-Told = Started | Row | Ended
+TrackerItem = TrackedRun | MetricRow | RunEnded
 
 
 class Backend(Protocol):
     """One tracker. It is used from one thread, after `start`; whatever it raises switches it off."""
 
-    def start(self, started: Started) -> None:
+    def start(self, started: TrackedRun) -> None:
         """Begin a run."""
         ...
 
-    def log(self, row: Row) -> None:
+    def log(self, row: MetricRow) -> None:
         """Take a row of a run that has begun."""
         ...
 
@@ -75,14 +76,14 @@ class Backend(Protocol):
 
 class Tracker:
     """Tells a backend of a run; a listener. `name`: what people call the tracker; `backend`: what makes it; `warn`: is
-    told, once and from any thread, that the tracker failed and is switched off."""
+    item, once and from any thread, that the tracker failed and is switched off."""
 
     def __init__(self, name: str, backend: Backend, warn: Callable[[str], None]) -> None:
         self._name = name
         self._backend = backend
         self._warn = warn
-        self._reader = Reader()
-        self._queue: queue.Queue[Told | None] = queue.Queue(QUEUED)
+        self._reader = RowReader()
+        self._queue: queue.Queue[TrackerItem | None] = queue.Queue(QUEUED)
         self._lock = threading.Lock()
         self._off = False
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
@@ -93,9 +94,9 @@ class Tracker:
         with self._lock:
             if self._off:
                 return
-            for told in self._reader.read(event):
+            for item in self._reader.read(event):
                 try:
-                    self._queue.put_nowait(told)
+                    self._queue.put_nowait(item)
                 except queue.Full:
                     self._fail(f"{QUEUED:,} rows wait for it")
                     return
@@ -114,20 +115,20 @@ class Tracker:
         reason, begun = "", False
         try:
             while not self._off:
-                told = self._queue.get()
-                match told:
+                item = self._queue.get()
+                match item:
                     case None:
                         break
-                    case Started():
+                    case TrackedRun():
                         if begun:
                             self._backend.end(reason)
-                        self._backend.start(told)
+                        self._backend.start(item)
                         reason, begun = "", True
-                    case Row():
+                    case MetricRow():
                         if begun:
-                            self._backend.log(told)
-                    case Ended():
-                        reason = told.reason
+                            self._backend.log(item)
+                    case RunEnded():
+                        reason = item.reason
             if begun:
                 self._backend.end(reason)
         # whatever a tracker's library raises, and not only Exception: the training must not care
@@ -140,7 +141,7 @@ class Tracker:
             self._warn(f"{self._name} failed and is switched off; the training goes on: {reason}")
 
 
-class Reader:
+class RowReader:
     """Makes rows of events. The names of their values are the same for all trackers: loss, samples, <metric>/before,
     <metric>/after, accepted_share, peers/heard, peers/expected, bytes/sent, bytes/received, seconds/train,
     seconds/wait and seconds/merge; over all agents of a simulated run loss, <metric>/before_mean, <metric>/after_mean,
@@ -150,13 +151,13 @@ class Reader:
         self._metric = "accuracy"
         self._began_s = 0.0
 
-    def read(self, event: events.Event) -> Iterator[Told]:
+    def read(self, event: events.Event) -> Iterator[TrackerItem]:
         """Yield what an event adds."""
         match event:
             case events.AgentStarted():
                 self._metric = event.metric
                 settings = {"agent": event.agent, "samples": event.samples, "parameters": event.parameters}
-                yield Started(
+                yield TrackedRun(
                     event.run,
                     (event.agent,),
                     event.round,
@@ -168,7 +169,7 @@ class Reader:
                 self._metric = event.metric
                 self._began_s = time.time()
                 settings = {"method": event.method, "seed": event.seed, "agents": len(event.agents)}
-                yield Started(
+                yield TrackedRun(
                     event.run,
                     event.agents,
                     0,
@@ -177,13 +178,13 @@ class Reader:
                     settings | {"rounds": event.rounds, "parameters": event.parameters},
                 )
             case events.RoundFinished():
-                yield Row(event.agent, event.round, self._began_s + event.time_s, _finite(_values(event)))
+                yield MetricRow(event.agent, event.round, self._began_s + event.time_s, _finite(_values(event)))
             case events.RoundSummary():
-                yield Row("", event.round, self._began_s + event.time_s, _finite(self._summary(event)))
+                yield MetricRow("", event.round, self._began_s + event.time_s, _finite(self._summary(event)))
             case events.AgentLeft() if not self._began_s:
-                yield Ended(event.reason)
+                yield RunEnded(event.reason)
             case events.RunFinished():
-                yield Ended(event.reason)
+                yield RunEnded(event.reason)
             case _:
                 return
 

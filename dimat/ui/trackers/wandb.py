@@ -1,5 +1,8 @@
-"""Weights & Biases: a run per real agent, grouped by the network's run; a simulated run is one, with each agent's
-numbers under its name. The round is the step. The library's own process does the sending."""
+"""Weights & Biases: a run per real agent; the round is the step.
+
+Runs are grouped by the network's run; a simulated run is one, with each agent's numbers under its name. The library's
+own process does the sending.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import wandb
 
 from dimat.config import WandbConfig
 from dimat.errors import ConfigError
-from dimat.ui.trackers.tracker import EACH_AT_MOST, Row, Started
+from dimat.ui.trackers.tracker import EACH_AT_MOST, MetricRow, TrackedRun
 
 if TYPE_CHECKING:
     from wandb.sdk.wandb_run import Run
@@ -32,7 +35,7 @@ class WandbBackend:
         self._each: Sequence[str] = ()
         self._pending: dict[int, dict[str, float]] = {}
 
-    def start(self, started: Started) -> None:
+    def start(self, started: TrackedRun) -> None:
         """Begin a run."""
         self._folder.mkdir(parents=True, exist_ok=True)
         self._simulated = started.simulated
@@ -59,7 +62,7 @@ class WandbBackend:
             reinit="create_new",
         )
 
-    def log(self, row: Row) -> None:
+    def log(self, row: MetricRow) -> None:
         """Take a row; a simulated round's are told together, once what is over all agents is known."""
         assert self._run is not None
         if not self._simulated:

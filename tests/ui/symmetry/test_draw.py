@@ -18,7 +18,7 @@ from dimat.symmetry.trace import trace
 from dimat.tasks import resnet20
 from dimat.ui.symmetry.draw import draw
 from dimat.ui.symmetry.flow import flow_of
-from dimat.ui.symmetry.tables import Described
+from dimat.ui.symmetry.tables import ModelSymmetry
 from tests.merge.align.models import made
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -56,7 +56,7 @@ def test_nothing_overlaps_or_sticks_out(name: str) -> None:
     network, inputs = model(name)
     spec = derive_symmetry(network, (inputs,))
     tensors = {n: (tuple(t.shape), str(t.dtype)) for n, t in network.state_dict().items()}
-    root = ET.fromstring(draw(Described(name, spec, tensors, None), flow_of(trace(network, (inputs,)))))
+    root = ET.fromstring(draw(ModelSymmetry(name, spec, tensors, None), flow_of(trace(network, (inputs,)))))
     *legend, graph = root.findall(f"{SVG}g")
     left, top = moved(graph)
     entries: list[Piece] = []
@@ -113,7 +113,7 @@ def test_long_names_keep_their_end_and_a_chain_needs_no_margin() -> None:
     network, inputs = Halves(), torch.randn(2, 5, 6)
     spec = derive_symmetry(network, (inputs,))
     tensors = {n: (tuple(t.shape), str(t.dtype)) for n, t in network.state_dict().items()}
-    root = ET.fromstring(draw(Described("halves", spec, tensors, None), flow_of(trace(network, (inputs,)))))
+    root = ET.fromstring(draw(ModelSymmetry("halves", spec, tensors, None), flow_of(trace(network, (inputs,)))))
     texts = [text.text or "" for text in root.iter(f"{SVG}text")]
     assert any(text.startswith("…") and text.endswith("longer_than_any_box_is_wide") for text in texts)
     assert spec.groups

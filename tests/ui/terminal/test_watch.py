@@ -16,7 +16,7 @@ import anyio.to_thread
 import pytest
 
 from dimat.agent.daemon.status_socket import StatusSocket
-from dimat.ui.terminal.watch import Watch
+from dimat.ui.terminal.watch import LiveText
 from tests.agent.processes import PATIENCE_S, ROOT
 from tests.forks import dimat
 from tests.net.agents import RUN, make, started, update_neighbours
@@ -75,7 +75,7 @@ def read(person: int, until: str) -> str:
 def test_a_terminal_shows_the_newest_alone(terminal: tuple[int, int]) -> None:
     """Longer, shorter and too wide texts, one in the place of the other; the last one stays, and the cursor is back."""
     person, program = terminal
-    with open(program, "w", encoding="utf-8", closefd=False) as stream, Watch(stream) as watch:
+    with open(program, "w", encoding="utf-8", closefd=False) as stream, LiveText(stream) as watch:
         watch.show("first\nof three\nlines")
         watch.show("second → [bold]as it is[/]")
         watch.show("third\n" + "wide " * 20)
@@ -91,7 +91,7 @@ def test_a_terminal_shows_the_newest_alone(terminal: tuple[int, int]) -> None:
 def test_elsewhere_one_stands_below_the_other() -> None:
     """A file or a pipe gets plain text, with an empty line between."""
     stream = io.StringIO()
-    with Watch(stream) as watch:
+    with LiveText(stream) as watch:
         watch.show("a\nb")
         watch.show("c")
     assert stream.getvalue() == "a\nb\n\nc\n"

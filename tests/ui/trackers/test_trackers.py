@@ -19,7 +19,7 @@ from dimat.config import ExperimentConfig, build
 from dimat.errors import ConfigError
 from dimat.ui import listeners as module
 from dimat.ui.listeners import open_listeners
-from dimat.ui.trackers.tracker import QUEUED, Ended, Reader, Row, Started, Tracker, need
+from dimat.ui.trackers.tracker import QUEUED, MetricRow, RowReader, RunEnded, TrackedRun, Tracker, need
 from tests.agent.processes import PATIENCE_S, ROOT
 
 ROUNDS = 3
@@ -292,10 +292,10 @@ class Faulty:
     def __init__(self) -> None:
         self.rows = 0
 
-    def start(self, started: Started) -> None:
+    def start(self, started: TrackedRun) -> None:
         pass
 
-    def log(self, row: Row) -> None:
+    def log(self, row: MetricRow) -> None:
         self.rows += 1
         if self.rows == 2:
             raise OSError(28, "No space left on device")
@@ -326,7 +326,7 @@ def test_a_tracker_that_is_stuck(monkeypatch: pytest.MonkeyPatch) -> None:
     free = threading.Event()
 
     class Stuck(Faulty):
-        def log(self, row: Row) -> None:
+        def log(self, row: MetricRow) -> None:
             free.wait()
 
         def end(self, reason: str) -> None:
@@ -372,7 +372,7 @@ def test_a_missing_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, monito
 
 def test_rows_of_a_reader() -> None:
     """What is not finite is left out; a round that an agent did not finish makes no row."""
-    reader = Reader()
+    reader = RowReader()
     read: Callable[[events.Event], list[Any]] = lambda event: list(reader.read(event))  # noqa: E731
     who: dict[str, Any] = {"run": "r", "agent": "a", "round": 1}
     assert read(events.Trained(result=events.TrainResult(loss=float("nan"), samples=1), train_s=1.0, **who)) == []
@@ -380,4 +380,4 @@ def test_rows_of_a_reader() -> None:
     (row,) = read(events.RoundFinished(loss=float("nan"), samples=1, **common, **who))
     assert "loss" not in row.values
     assert row.values["samples"] == 1
-    assert read(events.AgentLeft(reason="stopped", **who)) == [Ended("stopped")]
+    assert read(events.AgentLeft(reason="stopped", **who)) == [RunEnded("stopped")]
