@@ -74,8 +74,8 @@ def test_adapters_alone_are_exchanged_and_merged_as_products(tmp_path: Path) -> 
     reports = [trained(agent, 1, learn=True) for agent in (one, two, three)]
     files = [one.store / f"{report.payload.root}.safetensors" for report in reports]
     held = [load_file(file) for file in files]
-    trained = {name for name, p in one.trainer.model.named_parameters() if p.requires_grad}
-    assert set(held[0]) == trained
+    changing = {name for name, p in one.trainer.model.named_parameters() if p.requires_grad}
+    assert set(held[0]) == changing
     assert {len(find_pairs(held[0])) * 2} == {len(held[0])}
     everything = sum(p.numel() for p in one.trainer.model.parameters())
     adapters = sum(tensor.numel() for tensor in held[0].values())
