@@ -1,4 +1,8 @@
-"""From what an operator wrote to a checked graph or topology."""
+"""Make a checked graph or topology of a configuration, a network map or a graph file.
+
+`read_graph` reads one file; `build_topology` resolves a `TopologyConfig`, with the map that it names, to agents, graph
+and schedule; `check` tells whether one can be used.
+"""
 
 from __future__ import annotations
 

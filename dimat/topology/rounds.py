@@ -1,4 +1,4 @@
-"""What a schedule is: a graph and mixing weights for every round; and the schedule that takes graphs in turn.
+"""Schedules: a graph and mixing weights for every round. `CycleSchedule` takes a list of graphs in turn.
 
 Rounds count from 1. Every round can be asked for on its own, on any machine, and gives the same answer there. Rows are
 made one agent at a time, so that a network of ten thousand agents needs no dense matrix.
@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 KEPT_ROUNDS = 8
 """Rounds whose links are kept in memory, the most recently used ones; of a short period all."""
 LONG_PERIOD = 64
+"""Rounds of a period that are kept in memory and checked, at most."""
+LOOKED_AT = 64
+"""Readers, and starting rounds of a long schedule, from which `longest_lead` looks; of more, an even sample."""
+DRAWN = 8
+"""Starting rounds from which `longest_lead` looks in a drawn schedule, which has no end."""
 
 
 class Schedule(ABC):
@@ -203,18 +208,12 @@ def check_schedule(schedule: Schedule, rounds: int | None = None) -> None:
             check_row(links, i, dict(zip((i, *sorted(links.sources[i])), row.values(), strict=True)))
 
 
-LOOKED_AT = 64
-"""Readers, and starting rounds of a long schedule, that are gone through; of more an even sample."""
-DRAWN = 8
-"""Starting rounds of a drawn schedule, which has no end, that are gone through."""
-
-
 def longest_lead(schedule: Schedule, most: int) -> int:
     """Return by how many rounds an agent may be ahead of one that reads it, up to `most`, in synchronous rounds.
 
-    A reader that has not ended round r publishes no round r + 1; whoever reads it then ends no round r + 1, and so on:
-    the lead is as long as it takes until this comes round to the publisher. 1 on undirected graphs that do not change;
-    on a ring with links one way n − 1.
+    A reader that has not ended round r publishes no round r + 1, so that its own readers do not end round r + 1, and
+    so on: the lead lasts until this comes round to the publisher. It is 1 on undirected graphs that do not change, and
+    n − 1 on a ring with links one way.
     """
     rounds = range(1, min(schedule.period or DRAWN, LOOKED_AT) + 1)
     if schedule.period is None and len(schedule.names) > LOOKED_AT:

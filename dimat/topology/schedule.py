@@ -1,7 +1,7 @@
-"""Schedules by name: static, cycle, one-peer-exponential, random-matching, epidemic, base-k.
+"""Schedules by name: static, cycle, base-k, one-peer-exponential, random-matching, epidemic.
 
-A schedule maps a round (from 1) to a graph and a mixing matrix. The classes are in `rounds`, `varying` and `base_k`;
-this module makes them from what an operator writes, and says in one line what cannot be.
+Each name stands beside the schedule that it makes, where that is not one of `rounds` (a list of graphs in turn) or
+`base_k`. `make_schedule` makes them from what an operator writes, and says in one line what cannot be.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Setting:
-    """What schedules are made from: agents, the graph if one was given, the mixing rule, the seed."""
+    """The agents, graph (if one was given), mixing rule and seed that a schedule is made from."""
 
     names: tuple[str, ...]
     graph: nx.Graph[str] | None = None
@@ -77,27 +77,12 @@ def static(setting: Setting) -> Schedule:
     return CycleSchedule([setting.graph], setting.mixer)
 
 
-@SCHEDULES.register("one-peer-exponential")
-def one_peer_exponential(setting: Setting) -> Schedule:
-    """One peer a round: i sends to i + 1, i + 2, i + 4, … in turn; exact average if n is a power of two."""
-    own_weights(setting, "one-peer-exponential")
-    return OnePeerExponential(setting.names)
-
-
-@SCHEDULES.register("random-matching")
-def random_matching(setting: Setting) -> Schedule:
-    """Random pairs average, other pairs each round; on the links of a graph if one is given."""
-    return RandomMatching(setting.names, setting.seed, setting.graph, setting.mixer)
-
-
-@SCHEDULES.register("epidemic")
-def epidemic(setting: Setting, *, s: int | None = None) -> Schedule:
-    """Each agent sends to s random others (default 4, or all if fewer); receivers take the mean of what they hold."""
-    own_weights(setting, "epidemic")
-    others = len(setting.names) - 1
-    if s is not None and not 1 <= s <= max(others, 1):
-        raise TopologyError(f"option 's' of schedule 'epidemic' must be from 1 to {max(others, 1)}, not {s}")
-    return Epidemic(setting.names, setting.seed, setting.graph, min(4, others) if s is None else s)
+@SCHEDULES.register("cycle")
+def cycle(setting: Setting, *, graphs: list[Any] | None = None) -> Schedule:
+    """A list of graphs in turn: option graphs = ["ring", { graph = "random-regular", options = { degree = 3 } }]."""
+    if not isinstance(graphs, list) or not graphs or setting.resolve is None:
+        raise TopologyError("schedule 'cycle' needs option graphs = [\"ring\", …], a list of names or tables")
+    return CycleSchedule([setting.resolve(entry) for entry in graphs], setting.mixer)
 
 
 @SCHEDULES.register("base-k")
@@ -107,12 +92,11 @@ def base_k(setting: Setting, *, k: int = 1) -> Schedule:
     return BaseK(setting.names, k)
 
 
-@SCHEDULES.register("cycle")
-def cycle(setting: Setting, *, graphs: list[Any] | None = None) -> Schedule:
-    """A list of graphs in turn: option graphs = ["ring", { graph = "random-regular", options = { degree = 3 } }]."""
-    if not isinstance(graphs, list) or not graphs or setting.resolve is None:
-        raise TopologyError("schedule 'cycle' needs option graphs = [\"ring\", …], a list of names or tables")
-    return CycleSchedule([setting.resolve(entry) for entry in graphs], setting.mixer)
+@SCHEDULES.register("one-peer-exponential")
+def one_peer_exponential(setting: Setting) -> Schedule:
+    """One peer a round: i sends to i + 1, i + 2, i + 4, … in turn; exact average if n is a power of two."""
+    own_weights(setting, "one-peer-exponential")
+    return OnePeerExponential(setting.names)
 
 
 class OnePeerExponential(Schedule):
@@ -131,6 +115,19 @@ class OnePeerExponential(Schedule):
         hop = 1 << (number - 1)
         links = Links(self.names, [((i - hop) % n,) for i in range(n)], [((i + hop) % n,) for i in range(n)])
         return links, Mixer("uniform").rows(links)
+
+
+def _alone(names: tuple[str, ...]) -> tuple[Links, RowOf]:
+    """Return the links and rows of a round in which nobody sends."""
+    nobody: list[tuple[int, ...]] = [()] * len(names)
+    links = Links(names, nobody, nobody)
+    return links, Mixer("uniform").rows(links)
+
+
+@SCHEDULES.register("random-matching")
+def random_matching(setting: Setting) -> Schedule:
+    """Random pairs average, other pairs each round; on the links of a graph if one is given."""
+    return RandomMatching(setting.names, setting.seed, setting.graph, setting.mixer)
 
 
 class RandomMatching(Schedule):
@@ -166,6 +163,16 @@ class RandomMatching(Schedule):
     def _ever(self, i: int) -> tuple[set[int], set[int]]:
         either = set(self._base.targets[i]) if self._base else set(range(len(self.names))) - {i}
         return either, either
+
+
+@SCHEDULES.register("epidemic")
+def epidemic(setting: Setting, *, s: int | None = None) -> Schedule:
+    """Each agent sends to s random others (default 4, or all if fewer); receivers take the mean of what they hold."""
+    own_weights(setting, "epidemic")
+    others = len(setting.names) - 1
+    if s is not None and not 1 <= s <= max(others, 1):
+        raise TopologyError(f"option 's' of schedule 'epidemic' must be from 1 to {max(others, 1)}, not {s}")
+    return Epidemic(setting.names, setting.seed, setting.graph, min(4, others) if s is None else s)
 
 
 class Epidemic(Schedule):
@@ -210,9 +217,3 @@ def _distinct(rng: random.Random, count: int, size: int) -> list[int]:
         pick = int(rng.random() * (top + 1))
         picks.append(top if pick in picks else pick)
     return picks
-
-
-def _alone(names: tuple[str, ...]) -> tuple[Links, RowOf]:
-    nobody: list[tuple[int, ...]] = [()] * len(names)
-    links = Links(names, nobody, nobody)
-    return links, Mixer("uniform").rows(links)
