@@ -1,4 +1,4 @@
-"""Merging: pure tensor maths over state dicts. No network, no event loop, no I/O but mapped safetensors files."""
+"""Merging: tensor maths over state dicts, with no network, event loop or I/O but mapped files."""
 
 from dimat.merge.api import align_weights, merge_weights
 from dimat.merge.context import MergeContext

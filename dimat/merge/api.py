@@ -1,4 +1,4 @@
-"""Aligning and merging in one call, for use from Python: `align_weights` and `merge_weights`."""
+"""Aligning and merging in one call from Python: `align_weights` and `merge_weights`."""
 
 from __future__ import annotations
 

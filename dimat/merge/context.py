@@ -1,4 +1,4 @@
-"""What the stages of a merge may ask for besides weights."""
+"""The context of a merge: model, data and statistics that its stages ask for besides weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The merge pipeline: screen → align → combine → repair → accept, and the presets that fill it.
+"""The merge pipeline: screen → align → combine → repair → accept.
 
     plan = plan_merge(MergeConfig(method="dimat"))
     outcome = merge(own, 0.5, [Peer("lab-b", weights, 0.5)], plan, MergeContext(model, spec, data))
@@ -47,7 +47,7 @@ class MergePlan:
     statistics_samples: int = 256
     screen: dict[str, Any] = field(default_factory=dict[str, Any])
     notes: tuple[str, ...] = ()
-    """What is to be said of every merge by this plan."""
+    """Notes on every merge by this plan."""
 
     @property
     def statistics(self) -> TakeStatistics | None:
@@ -67,7 +67,7 @@ class Peer:
 
 @dataclass(frozen=True)
 class MergeOutcome:
-    """What a merge did. `own_weight` and `mixing` are after refusals, whose mass went to self; `permutations`
+    """The result of a merge. `own_weight` and `mixing` are after refusals, whose mass went to self; `permutations`
     and `moved` (share of units that moved) list the peers that were aligned; `accepted`: how far the weights
     are on the way from own (0) to merged (1); `cpu_s`: CPU seconds by stage; `images`: examples by stage."""
 

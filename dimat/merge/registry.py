@@ -1,4 +1,4 @@
-"""The methods of each stage of the merge by name, filled by scanning the stage's folder (see `dimat.registry`).
+"""The methods of each stage of the merge, by name; a stage's folder is scanned for them.
 
 @combine_registry.register("median", holds="pieces")
 def median(own, peers, weights, *, alpha: float = 0.5): ...
@@ -40,7 +40,7 @@ TRAITS: Mapping[str, Any] = {
     "lora_products": False,
     "adds_ranks": False,
 }
-"""What a combine method is registered with, and what holds where it does not say.
+"""The traits of a combine method, with the values of those that it does not give.
 
 `statistics`: how an agent takes the statistics that the method asks for as `aux` (`dimat.merge.shared_statistics`).
 `base_with`: the option with which it needs the base that it asks for; None: it always does.

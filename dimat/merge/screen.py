@@ -1,4 +1,4 @@
-"""Screen: what a peer sent is checked before anything of it is trusted."""
+"""The screen: a peer's weights are checked before anything of them is trusted."""
 
 from __future__ import annotations
 

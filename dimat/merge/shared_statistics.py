@@ -1,4 +1,4 @@
-"""Statistics that travel with weights and that some combine methods rest on: Fisher diagonals, Gram matrices.
+"""Statistics that travel with weights: Fisher diagonals, Gram matrices.
 
 In a snapshot they are tensors `aux.…`, in `MergeContext.aux` a mapping per agent of the names without `aux.`
 (own's under `OWN`): `fisher.<tensor>` has the tensor's shape, `gram.<tensor>` (in, in) for a weight (out, in).
@@ -27,7 +27,7 @@ AUX = "aux."
 FISHER = "fisher."
 GRAM = "gram."
 GRAM_TOLERANCE = 1e-3
-"""What sums in single precision may be off by, of the product of two units' root mean squares."""
+"""Error that sums in single precision may have, as a share of the product of two units' root mean squares."""
 
 Examples = Iterable[tuple[Inputs, Tensor]]
 """Batches of (the model's arguments, targets), examples along dim 0; read once."""

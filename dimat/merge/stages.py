@@ -1,4 +1,4 @@
-"""The types that the stages of a merge take and return, and the time they take: what every method file follows.
+"""The types that the stages of a merge take and return, and the time that they take.
 
     align(own, peers, *, …)             -> Aligned    one set of permutations per peer
     combine(own, peers, weights, *, …)  -> Weights    one state dict, which may be lazy; `weights` lists self first

@@ -1,5 +1,4 @@
-"""Weights as mappings that are read one tensor at a time: safetensors files, weights in another basis or on another
-device; and hashes of what they hold.
+"""Weights read one tensor at a time: from files, in another basis, on another device; hashes.
 
 Merging streams over tensor names, so that its peak memory is own model + one tensor per peer.
 """

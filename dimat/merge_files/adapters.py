@@ -1,4 +1,4 @@
-"""PEFT adapters whose products are merged, by combine methods for that, whatever their ranks and scales.
+"""PEFT adapters that are merged as products of their factors, whatever their ranks and scales.
 
 Combine methods see models of the same tensors and one scale. So each adapter is shown to them as if it had own's
 scale, s_k/s_own being multiplied into B, and all modules: one that it does not adapt has ΔW = 0, as factors of zeros.

@@ -1,4 +1,4 @@
-"""What a merge needs that runs the models: their architecture, and inputs to run it on.
+"""The architecture of the models, and inputs, for merges that run them.
 
 The architecture is the user's own code, a hook; data are a safetensors file of stacked examples, or a hook too.
 """

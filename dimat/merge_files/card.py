@@ -1,4 +1,4 @@
-"""What a merged model says about itself: provenance in the file's metadata, a model card, a config that is true."""
+"""A merged model's record of itself: provenance, model card, and a config that is true."""
 
 from __future__ import annotations
 

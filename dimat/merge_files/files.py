@@ -1,4 +1,4 @@
-"""Models on disk: a safetensors file, shards with an index, a Hugging Face folder, or a PEFT adapter folder."""
+"""Models on disk: a safetensors file, indexed shards, a Hugging Face or PEFT adapter folder."""
 
 from __future__ import annotations
 

@@ -1,10 +1,12 @@
-"""mergekit's YAML as a recipe, for the methods that both have. Facts: mergekit 0.1.5's documentation and golden runs.
+"""mergekit's YAML as a recipe, for the methods that both have.
+
+Facts are from mergekit 0.1.5's documentation and golden runs.
 
 A parameter is a value, a gradient over the layers (a list of numbers), or a list of such values with a filter (a part
 of a tensor's name), of which the first that fits counts. Where there are gradients or filters, every tensor is looked
 at by itself, and tensors with the same values make one rule of the recipe.
 
-What would not give the same result is refused, not approximated. DARE and DELLA draw other random numbers.
+A configuration that would not give the same result is refused. DARE and DELLA draw other random numbers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a PEFT adapter's adapter_config.json says of its ranks and scales, and what it says of a merged one."""
+"""A PEFT adapter's adapter_config.json: its ranks and scales, and the merged adapter's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dimat.errors import DataError
 from dimat.merge_files.files import ADAPTER_CONFIG, read_json
 
 PREFIX = "base_model.model."
-"""What PEFT puts before the name of every module."""
+"""The prefix that PEFT puts before the name of every module."""
 
 TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 """Keys that say which modules have factors."""

@@ -1,4 +1,4 @@
-"""What to merge and how: the recipe, read from TOML or put together from flags."""
+"""The recipe of a merge of files: models, methods, output; from TOML or flags."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ class Recipe(Tree):
     """How peers' units are brought into own's order before they are combined: "none", "activations",
     "weights" or "auto"."""
     repair: Named = NamedConfig(name="none")
-    """What is re-estimated on the data afterwards: "none" or "batchnorm"."""
+    """Statistics to re-estimate on the data afterwards: "none" or "batchnorm"."""
     out: str | None = None
     """Where the merged model goes: a name in .safetensors, or a folder."""
     dtype: Annotated[str | None, AfterValidator(_known_dtype)] = None

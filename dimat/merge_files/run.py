@@ -1,4 +1,4 @@
-"""Merging model files by a recipe: everything is checked first, then tensors are merged and written one by one."""
+"""Merging model files by a recipe: all is checked, then tensors are merged and written singly."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Job:
 
     @property
     def merged(self) -> dict[str, TensorInfo]:
-        """What the methods make, in own's types."""
+        """The tensors that the methods make, in own's types."""
         return self.models[0].infos if self.adapters is None else self.adapters.infos
 
     @property
@@ -131,7 +131,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Report:
-    """What a merge did: its plan, the blake3 of each input file by model, and of a merge that ran the models, by model
+    """The report of a merge: its plan, the blake3 of each input file by model; of a merge that ran the models, by model
     the share of units that moved, and notes."""
 
     plan: Mapping[str, Any]

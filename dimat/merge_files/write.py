@@ -1,4 +1,4 @@
-"""Writing safetensors tensor by tensor: the header first, as sizes are known, then data as they come.
+"""Writing safetensors tensor by tensor: the header first, as sizes are known, then the data.
 
 Everything is written under temporary names and renamed when it is whole and on the disk, so that a full disk, an error
 or a lost process leaves nothing half-written under the final name. `Scratch` writes what a merge puts away meanwhile.

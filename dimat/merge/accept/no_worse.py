@@ -1,4 +1,4 @@
-"""Keep a merge only if it serves: a metric on a named set may not fall by more than a tolerance."""
+"""Keep a merge only if it serves: a metric may not fall by more than a tolerance."""
 
 from __future__ import annotations
 

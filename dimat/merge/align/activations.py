@@ -1,4 +1,4 @@
-"""Alignment by activations: units that fire together on the same inputs are taken to be the same unit."""
+"""Alignment by activations: units that fire together on the same inputs are the same unit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Alignment by activations or by weights, whichever the networks agree on best: chosen by what comes out half-way."""
+"""Alignment by activations or by weights, whichever the two networks agree on best."""
 
 from __future__ import annotations
 

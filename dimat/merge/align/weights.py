@@ -1,4 +1,4 @@
-"""Alignment by weights: units whose weights are alike are taken to be the same unit. Needs no data."""
+"""Alignment by weights, without data: units with like weights are the same unit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""AdaMerging: coefficients of task vectors that make the merged model sure of itself on unlabelled data."""
+"""AdaMerging: coefficients of task vectors that make the merged model sure of itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Model stock: how far to go from the base to the average, read off the angle between the models."""
+"""Model stock: how far to go from the base to the average, by the angle between models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""NuSLERP: spherical interpolation of two models, whole tensors or row by row, of weights or of deltas."""
+"""NuSLERP: spherical interpolation of two models or deltas, whole tensors or row by row."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""OPCM: deltas from a base are folded one after the other, each without what lies in the merged one's leading
-directions, and the merged delta keeps their mean norm."""
+"""OPCM: deltas folded one after the other, each outside the merged one's leading directions.
+
+The merged delta keeps their mean norm.
+"""
 
 from __future__ import annotations
 

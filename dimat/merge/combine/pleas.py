@@ -109,7 +109,7 @@ class _LayerSums:
 
 @dataclass
 class _Call:
-    """What one run of a layer adds up to over the models: Z̃ᵀ and R, by block."""
+    """Sums over the models of one run of a layer: Z̃ᵀ and R, by block."""
 
     inputs: Tensor
     rest: Tensor

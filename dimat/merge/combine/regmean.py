@@ -1,4 +1,4 @@
-"""RegMean: the linear layers whose outputs are closest to those of all models on their own inputs."""
+"""RegMean: the linear layers whose outputs are closest to those of all models."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from dimat.symmetry import Observer
 from dimat.symmetry.spec import Layout, ObservationPoint, SymmetrySpec, groups_in
 
 SAMPLING = Sampling(max_images=1000)
-"""What is looked at by default."""
+"""The default of ZipIt."""
 
 
 @combine_registry.register("zipit")

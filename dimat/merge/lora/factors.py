@@ -1,4 +1,4 @@
-"""LoRA adapters: factors found in pairs by their names, and merged as the products that they stand for.
+"""LoRA adapters: factors found in pairs by name, and merged as the products that they are.
 
 An adapter adds ΔW = s·B·A to a weight (out, in). PEFT names the factors of a module `<module>.lora_A.weight` (r, in)
 and `<module>.lora_B.weight` (out, r), with the adapter's name before `.weight` in a living model (`lora_A.default`);

@@ -1,4 +1,4 @@
-"""The ranks of LoRA adapters as units that are clustered: each is a row of A with its column of B.
+"""The ranks of LoRA adapters as units to cluster: each a row of A with its column of B.
 
 A unit's product b aᵀ is the same for (a, b), (c a, b / c) and (−a, −b). So a unit is taken as a direction
 v = [a/‖a‖; b/‖b‖] / √2, known up to its sign, and a strength p = ‖a‖ ‖b‖. Everything is computed from the Gram matrix
@@ -73,7 +73,7 @@ def _united(gram: Tensor, mass: Tensor, count: int) -> Tensor:
     total = mass.clone()
 
     def costs(i: Tensor) -> Tensor:
-        """What a union of clusters `i` with each would cost."""
+        """Return the cost of a union of clusters `i` with each."""
         square = inner.diagonal()
         joint = (square[i][:, None] + square + 2 * inner[i].abs()) / (total[i][:, None] + total)
         cost = (square / total)[i][:, None] + square / total - joint

@@ -1,4 +1,4 @@
-"""How well a merged network agrees in function with the two that it was made of. Needs inputs, but no labels."""
+"""How well a merged network agrees in function with its two parents; needs no labels."""
 
 from __future__ import annotations
 

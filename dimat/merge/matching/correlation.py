@@ -1,4 +1,4 @@
-"""How units of own and of peers go together on data: correlations, and the assignments that they give."""
+"""Matching by activations: correlations of units on data, and the assignments that they give."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ class UntilStable(Sampling):
 
 
 UNTIL_STABLE = UntilStable()
-"""What methods take by default."""
+"""The default of alignment."""
 
 
 @dataclass
 class Compared:
-    """What activations tell. By peer: permutations, and margins by the root of each tree of groups. `unseen`: groups
+    """The result of matching by activations. By peer: permutations, and margins of the groups. `unseen`: groups
     that cannot be observed and have no children that can; they have no permutation."""
 
     permutations: list[Permutations]

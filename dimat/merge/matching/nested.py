@@ -1,4 +1,4 @@
-"""Assignments inside assignments: which head of a peer is which of ours, and which unit in each of these heads.
+"""Nested assignments: which head of a peer is which, and which unit in each of these heads.
 
 A group with parents has a permutation of its own for each of their units: of shape (*parents' sizes, units), where
 merged unit (h, j) is old unit (p_H[h], p_D[h, j]). Groups and their children make trees; plain groups are trees of one.
@@ -112,7 +112,7 @@ class _Solver:
         return value
 
     def _pairs(self, tree: GroupTree, own: int, peer: int) -> Tensor:
-        """What each pair of units is worth, with the best assignments of what lies below: (units, units)."""
+        """Return the worth of each pair of units, with the best assignments of those below: (units, units)."""
         pairs = self._block(tree, own, peer)
         size = tree.group.size
         if any(node.group.id in self._scores for child in tree.children for node in child.nodes()):

@@ -1,4 +1,4 @@
-"""Merging units many to one: how a tensor's axes follow when several units of several models become one.
+"""Merging units many to one: how a tensor's axes follow when several units become one.
 
 A permutation moves all axes of a group alike. A merge of units does not: where a layer makes them, its rows are
 averaged; where a layer takes them in, its columns are added up, for there the merged unit stands for each member.

@@ -1,4 +1,4 @@
-"""ZipIt's matching: which units of all models together become which merged unit, two from one model included."""
+"""ZipIt's matching: which units of all models become which merged unit."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 WHOLE = 1e-4
-"""What a budget may lack of a whole number, as in the authors' program."""
+"""How much a budget may lack of a whole number, as in the authors' program."""
 
 
 def zip_units(correlation: Tensor, models: int, a: float = 0.3, b: float = 0.125, *, within: bool = True) -> Tensor:

@@ -1,4 +1,4 @@
-"""Batches of model inputs: from what users hand in to tuples of tensors, capped, cut, and counted."""
+"""Batches of model inputs: from users' data to tuples of tensors, capped, cut and counted."""
 
 from __future__ import annotations
 

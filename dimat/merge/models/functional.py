@@ -1,4 +1,4 @@
-"""Running a model at other weights than its own, and leaving it as it was, whatever it shares inside."""
+"""Running a model at other weights than its own, and leaving it as it was."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Coefficients of task vectors that are learned on data: a model at θ = θ_base + Σ_k λ_k τ_k, as a function of λ.
+"""Coefficients learned on data: a model θ_base + Σ_k λ_k τ_k as a function of λ.
 
 With g the gradient of a loss by a layer's tensor θ^l, ∂L/∂λ_k^l = ⟨g, τ_k^l⟩, so one backward pass through the model
-gives the gradient by all coefficients; the graph does not grow with the number of models. What is held are the deltas,
+gives the gradient by all coefficients; the graph does not grow with the number of models. The deltas are held,
 in float32 (float64 where own tensor is). A layer is one parameter tensor; tied names are one.
 """
 

@@ -1,4 +1,4 @@
-"""Linear layers and convolutions as one thing, rows that a matrix maps to outputs; and least squares for it."""
+"""Linear layers and convolutions as matrices over rows of inputs; and least squares for them."""
 
 from __future__ import annotations
 

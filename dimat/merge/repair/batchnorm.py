@@ -1,4 +1,4 @@
-"""BatchNorm re-estimation: running means and variances of the merged model, from one pass over data.
+"""BatchNorm re-estimation: running statistics of the merged model, from one pass over data.
 
 Averaged weights make activations that neither model's running statistics describe (variance collapse), so
 they are measured anew. Every forward pass normalises by the batch's own statistics, which BatchNorm layers

@@ -1,4 +1,4 @@
-"""Robust statistics of each coordinate over models: sorted values with their weights, a piece at a time."""
+"""Robust statistics of each coordinate over models: sorted values with their weights."""
 
 from __future__ import annotations
 

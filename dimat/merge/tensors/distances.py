@@ -1,4 +1,4 @@
-"""Distances between whole models, streamed tensor by tensor: a small matrix of inner products says them all.
+"""Distances between whole models, from a small matrix of inner products of their tensors.
 
 With δ_k = θ_k − θ_own (so δ_0 = 0) and G[k, l] = ⟨δ_k, δ_l⟩ over all floating-point tensors, any convex mix of
 models Σ_k c_k θ_k has the squared distance (c − e_j)ᵀ G (c − e_j) from model j. So a method that searches for

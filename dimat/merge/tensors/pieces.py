@@ -1,4 +1,4 @@
-"""Tensors worked on in pieces: what an element-by-element merge holds stays in the processor's cache.
+"""Tensors worked on in pieces, so that an element-by-element merge stays in the cache.
 
 Only pieces are turned into the accumulating type, so that a merge of mapped files needs little more memory than its
 result, and each value is loaded from memory once.

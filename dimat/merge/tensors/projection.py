@@ -1,4 +1,4 @@
-"""The projection of OPCM: what a new delta adds to a merged one outside of the merged one's leading directions.
+"""OPCM's projection: a new delta's part outside the merged one's leading directions.
 
 For matrices T (new) and M (merged), both m × n, M = Σ_i σ_i u_i v_iᵀ with σ falling, and k the split rank,
 
@@ -265,7 +265,7 @@ class Meta:
 
 @dataclass(frozen=True)
 class FoldLayout:
-    """What of a state dict is folded, and as what. `folded`: parameters by name, each once; `tied`: further name of
+    """The tensors that are folded, and how. `folded`: parameters by name, each once; `tied`: further name of
     one → its first; `averaged`: floating-point buffers; `vectors`: depthwise kernels; `split`: parts and dim."""
 
     meta: Mapping[str, Meta]

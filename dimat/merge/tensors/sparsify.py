@@ -1,4 +1,4 @@
-"""Which elements of a delta stay: thresholds within a tensor or over a whole model, and random drops.
+"""Which elements of a delta stay: thresholds by tensor or model, and random drops.
 
 A threshold keeps every element that equals it, so what stays does not depend on the order of elements. Magnitudes
 are compared in float32. Order statistics of a whole model stream over its tensors and are exact: two passes of counts

@@ -1,4 +1,4 @@
-"""What spectral methods share: deltas of weight matrices, taken as matrices.
+"""Deltas of weight matrices taken as matrices, for spectral methods.
 
 A tensor of two or more dimensions is a matrix (out, in · kernel). Vectors, matrices of one row or column, and
 kernels that see one input channel (depthwise convolutions) have no spectrum to speak of: they are averaged.

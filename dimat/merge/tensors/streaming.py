@@ -1,4 +1,4 @@
-"""Merging one tensor at a time: lazily merged weights, in a type that sums do not suffer in, and the base of deltas.
+"""Merging one tensor at a time: lazily merged weights, wide sums, and the base of deltas.
 
 A method takes tensors whole (`combine_tensors`), or, where it works element by element, in pieces
 (`combine_elements`), which costs less memory and time. Either returns `MergedWeights`: a tensor is merged when it is

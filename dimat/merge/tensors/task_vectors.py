@@ -1,4 +1,4 @@
-"""Task vectors put together: who takes part with which coefficient, and how signs are elected.
+"""Task vectors put together: who takes part with which coefficient, and elected signs.
 
 All task-vector methods follow one convention. With mixing weights w (own first, sum 1) and deltas τ_k = θ_k − θ_base
 
