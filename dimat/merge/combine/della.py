@@ -61,7 +61,7 @@ def della(
 
     MagPrune: within each row (output unit; a vector is one row) elements are ranked by magnitude, and q goes in
     equal steps from density − epsilon/2 for the smallest to density + epsilon/2 for the largest (mergekit's window
-    is twice as wide: its epsilon e is `epsilon` = 2e here). Kept elements are divided by q where `rescale`. Then signs are
+    is twice as wide: its epsilon e is `epsilon` = 2e here). Kept elements are divided by q if `rescale`. Then signs are
     elected as in TIES and merged over those that agree: `merge_func` = "mean" (the paper's), "sum" (mergekit's
     `normalize` = false), or "linear": all signs, Σ_k w_k. Draws are as in dare-linear: equal generators give equal
     bits, and the order of peers does not matter.
