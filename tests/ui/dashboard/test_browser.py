@@ -116,7 +116,7 @@ def test_nothing_is_hidden_on_a_narrow_screen(served: str, browser: Any) -> None
         heads = looking.page.evaluate("[...document.querySelectorAll('#agents thead th')].map((th) => th.textContent)")
         assert "Why" in heads
         assert "Doing" not in heads
-        assert "round\n0 of 3" in looking.page.inner_text("#facts")
+        assert "round\n1 to 3 of 3" in looking.page.inner_text("#facts")
         looking.open("alignment")
         looking.until("document.querySelectorAll('#groups td').length > 0")
         tall = "[...document.querySelectorAll('#groups thead th')].map((cell) => cell.getBoundingClientRect().height)"
