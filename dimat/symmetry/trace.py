@@ -36,7 +36,7 @@ class SymmetryWarning(UserWarning):
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class Origin:
     """What a placeholder of the graph stands for; `name` is a state-dict name or an input's name."""
 
     kind: Literal["parameter", "buffer", "constant", "input"]
@@ -57,7 +57,7 @@ class Trace:
     """
 
     module: fx.GraphModule
-    sources: Mapping[str, Source]
+    sources: Mapping[str, Origin]
     constants: Mapping[str, torch.Tensor]
     outputs: tuple[tuple[str, fx.Node | None], ...]
     shapes: Mapping[str, tuple[int, ...]]
@@ -243,18 +243,18 @@ def _quiet() -> Generator[None]:
 def _read(model: nn.Module, program: torch.export.ExportedProgram) -> Trace:
     state = model.state_dict(keep_vars=True)
     signature = program.graph_signature
-    sources: dict[str, Source] = {}
+    sources: dict[str, Origin] = {}
     constants: dict[str, torch.Tensor] = {}
     for spec in signature.input_specs:
         placeholder = spec.arg.name
         kind = spec.kind.name
         name = spec.target or placeholder
         if kind in ("PARAMETER", "BUFFER") and name in state:
-            sources[placeholder] = Source("parameter" if kind == "PARAMETER" else "buffer", name)
+            sources[placeholder] = Origin("parameter" if kind == "PARAMETER" else "buffer", name)
         elif kind == "USER_INPUT":
-            sources[placeholder] = Source("input", name)
+            sources[placeholder] = Origin("input", name)
         else:
-            sources[placeholder] = Source("constant", name)
+            sources[placeholder] = Origin("constant", name)
             value = program.constants.get(name)
             if isinstance(value, torch.Tensor):
                 constants[placeholder] = value.detach()
@@ -289,17 +289,17 @@ def _run(model: nn.Module, args: Any, kwargs: Any) -> Trace:
     traces: list[Trace] = []
     for graph in graphs:
         nodes = [node for node in graph.graph.nodes if node.op == "placeholder"]
-        sources: dict[str, Source] = {}
+        sources: dict[str, Origin] = {}
         constants: dict[str, torch.Tensor] = {}
         for number, node in enumerate(nodes):
             name = names[number] if number < len(names) else f"input {number - len(names)}"
             if name in tensors:
-                sources[node.name] = Source("parameter" if name in parameters else "buffer", name)
+                sources[node.name] = Origin("parameter" if name in parameters else "buffer", name)
             elif number < len(names):
-                sources[node.name] = Source("constant", name)
+                sources[node.name] = Origin("constant", name)
                 constants[node.name] = others[name].detach()
             else:
-                sources[node.name] = Source("input", name)
+                sources[node.name] = Origin("input", name)
         made: list[Any] = list(next(node for node in graph.graph.nodes if node.op == "output").args[0])
         flat = tuple((name, None if place is None else made[place]) for name, place in outputs)
         traces.append(Trace(graph, sources, constants, flat, shapes, dtypes, tied, entangled, digest, kind="make_fx"))
@@ -333,7 +333,7 @@ def _extent(view: Any) -> int:
 
 def _digest(
     module: fx.GraphModule | None,
-    sources: Mapping[str, Source],
+    sources: Mapping[str, Origin],
     constants: Mapping[str, torch.Tensor],
     shapes: Mapping[str, tuple[int, ...]],
     dtypes: Mapping[str, torch.dtype],

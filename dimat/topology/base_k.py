@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 from dimat.errors import TopologyError
-from dimat.topology.mixing import Links, Row, RowOf
+from dimat.topology.mixing import RoundLinks, Row, RowOf
 from dimat.topology.rounds import Schedule
 
 Edge = tuple[int, int, float]
@@ -28,14 +28,14 @@ class BaseK(Schedule):
         self._edges = base_k_rounds(len(names), k)
         super().__init__(names, max(1, len(self._edges)))
 
-    def _round(self, number: int) -> tuple[Links, RowOf]:
+    def _round(self, number: int) -> tuple[RoundLinks, RowOf]:
         rows: list[Row] = [{i: 1.0} for i in range(len(self.names))]
         for i, j, weight in self._edges[number - 1] if self._edges else ():
             for one, other in ((i, j), (j, i)):
                 rows[one][other] = weight
                 rows[one][one] -= weight
         others = [sorted(row.keys() - {i}) for i, row in enumerate(rows)]
-        return Links(self.names, others, others), rows.__getitem__
+        return RoundLinks(self.names, others, others), rows.__getitem__
 
 
 def base_k_rounds(n: int, k: int) -> Rounds:

@@ -28,7 +28,7 @@ RowOf = Callable[[int], Row]
 
 
 @dataclass(frozen=True)
-class Links:
+class RoundLinks:
     """Who sends to whom in one round, by index: agent i hears `sources[i]` and sends to `targets[i]`."""
 
     names: tuple[str, ...]
@@ -41,7 +41,7 @@ class Links:
         return self.sources is not self.targets
 
 
-def links_of(graph: nx.Graph[str]) -> Links:
+def links_of(graph: nx.Graph[str]) -> RoundLinks:
     """Return the links of a graph, agents numbered in the graph's node order."""
     import networkx as nx
 
@@ -49,9 +49,9 @@ def links_of(graph: nx.Graph[str]) -> Links:
     index = {name: i for i, name in enumerate(names)}
     if isinstance(graph, nx.DiGraph):
         sources = [sorted(index[u] for u in graph.predecessors(name)) for name in names]
-        return Links(names, sources, [sorted(index[v] for v in graph.successors(name)) for name in names])
+        return RoundLinks(names, sources, [sorted(index[v] for v in graph.successors(name)) for name in names])
     both = [sorted(index[v] for v in graph.neighbors(name)) for name in names]
-    return Links(names, both, both)
+    return RoundLinks(names, both, both)
 
 
 MIXINGS: Registry[RowOf] = Registry("mixing", error=TopologyError)
@@ -86,7 +86,7 @@ class Mixer:
             raise TopologyError(f"option 'lazy' of mixing {self.name!r} must be in [0, 1), not {lazy!r}")
         return float(lazy)
 
-    def rows(self, links: Links, mass: Sequence[float] | None = None) -> RowOf:
+    def rows(self, links: RoundLinks, mass: Sequence[float] | None = None) -> RowOf:
         """Return the function that gives an agent's row; `mass` is the push-sum mass before this round.
 
         Raises TopologyError for unknown names or options, and for facts that are missing.
@@ -106,7 +106,7 @@ class Mixer:
         return lazy_row
 
 
-def _pairwise(links: Links, weight: Callable[[int, int], float]) -> RowOf:
+def _pairwise(links: RoundLinks, weight: Callable[[int, int], float]) -> RowOf:
     """Return rows whose neighbours weigh `weight(i, j)`; the agent keeps the rest."""
 
     def row_of(i: int) -> Row:
@@ -117,7 +117,7 @@ def _pairwise(links: Links, weight: Callable[[int, int], float]) -> RowOf:
 
 
 @MIXINGS.register("metropolis")
-def metropolis(links: Links) -> RowOf:
+def metropolis(links: RoundLinks) -> RowOf:
     """W_ij = 1 / (1 + max(d_i, d_j)), the rest stays with i: symmetric, exact average (Metropolis–Hastings).
 
     d counts neighbours (on a directed graph: those heard). Symmetric and doubly stochastic on undirected graphs,
@@ -129,14 +129,14 @@ def metropolis(links: Links) -> RowOf:
 
 
 @MIXINGS.register("max-degree")
-def max_degree(links: Links) -> RowOf:
+def max_degree(links: RoundLinks) -> RowOf:
     """W_ij = 1 / (1 + d_max) for every link, the rest stays with i: symmetric, slower than metropolis."""
     weight = 1.0 / (1 + max(map(len, links.sources)))
     return _pairwise(links, lambda i, j: weight)
 
 
 @MIXINGS.register("uniform")
-def uniform(links: Links) -> RowOf:
+def uniform(links: RoundLinks) -> RowOf:
     """W_ij = 1 / (d_i + 1): the plain mean of all that i holds; keeps the network's mean only on regular graphs.
 
     On an undirected graph repeated merging tends to the mean weighted by d_i + 1.
@@ -150,7 +150,7 @@ def uniform(links: Links) -> RowOf:
 
 
 @MIXINGS.register("samples")
-def by_samples(links: Links, *, samples: Mapping[str, int] | None = None) -> RowOf:
+def by_samples(links: RoundLinks, *, samples: Mapping[str, int] | None = None) -> RowOf:
     """W_ij = s_j / max(S_i, S_j), S_i the samples of i and its neighbours: tends to the sample-weighted average.
 
     Metropolis–Hastings with the proposal s_j / S_i and the target pi_i ∝ s_i: s_i W_ij is symmetric, so the weighted
@@ -171,7 +171,7 @@ def by_samples(links: Links, *, samples: Mapping[str, int] | None = None) -> Row
 
 
 @MIXINGS.register("matrix")
-def matrix(links: Links, *, values: Sequence[Sequence[Any]] | None = None) -> RowOf:
+def matrix(links: RoundLinks, *, values: Sequence[Sequence[Any]] | None = None) -> RowOf:
     """The matrix in option `values`, or `pi` of the graph's file; row i holds the weights agent i merges with.
 
     `values` is n lists of n numbers in agent order. TopologyError names the first row that is not one of a mixing
@@ -196,7 +196,7 @@ def matrix(links: Links, *, values: Sequence[Sequence[Any]] | None = None) -> Ro
 
 
 @MIXINGS.register(PUSH_SUM)
-def push_sum(links: Links, *, mass: Sequence[float] | None = None, lazy: float = 0.0) -> RowOf:
+def push_sum(links: RoundLinks, *, mass: Sequence[float] | None = None, lazy: float = 0.0) -> RowOf:
     """W_ij = A_ij m_j / sum_k A_ik m_k, A_ij = 1 / (out_j + 1): exact average on any directed graph.
 
     Push-sum sends shares A of (m·theta, m) and reads theta as their quotient; A is made lazy by `lazy`. The rows above
@@ -221,12 +221,12 @@ def push_sum(links: Links, *, mass: Sequence[float] | None = None, lazy: float =
     return row_of
 
 
-def push_sum_mass(links: Links, mass: Sequence[float], lazy: float = 0.0) -> list[float]:
+def push_sum_mass(links: RoundLinks, mass: Sequence[float], lazy: float = 0.0) -> list[float]:
     """Return the push-sum masses after a round, A·mass with A as in "push-sum"; their sum stays n."""
     return [math.fsum(_push_sum_shares(links, mass, lazy, i).values()) for i in range(len(mass))]
 
 
-def _push_sum_shares(links: Links, mass: Sequence[float], lazy: float, i: int) -> Row:
+def _push_sum_shares(links: RoundLinks, mass: Sequence[float], lazy: float, i: int) -> Row:
     """Return A_ij m_j, the mass that agent i has from each j: what is not lazy is split among j and its readers."""
     shares = {j: (1 - lazy) * mass[j] / (len(links.targets[j]) + 1) for j in (i, *links.sources[i])}
     shares[i] += lazy * mass[i]
@@ -274,7 +274,7 @@ def renormalise(row: Mapping[str, float], present: Collection[str], agent: str) 
     return {agent: 1.0 - math.fsum(heard.values()), **heard}
 
 
-def check_row(links: Links, i: int, row: Row) -> None:
+def check_row(links: RoundLinks, i: int, row: Row) -> None:
     """Raise TopologyError, naming the row, unless it is non-negative, sums to 1 (1e-9) and covers links and self."""
     name = links.names[i]
     wanted = {i, *links.sources[i]}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from dimat.errors import TopologyError, unknown_name
 from dimat.topology.graphs import check_graph
-from dimat.topology.mixing import PUSH_SUM, Links, Mixer, RowOf, check_row, links_of, push_sum_mass
+from dimat.topology.mixing import PUSH_SUM, Mixer, RoundLinks, RowOf, check_row, links_of, push_sum_mass
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -43,13 +43,13 @@ class Schedule(ABC):
         self.period = period
         self._keep = max(KEPT_ROUNDS, min(period or 0, LONG_PERIOD))
         self._index = {name: i for i, name in enumerate(self.names)}
-        self._kept: OrderedDict[int, tuple[Links, RowOf]] = OrderedDict()
+        self._kept: OrderedDict[int, tuple[RoundLinks, RowOf]] = OrderedDict()
 
     @abstractmethod
-    def _round(self, number: int) -> tuple[Links, RowOf]:
+    def _round(self, number: int) -> tuple[RoundLinks, RowOf]:
         """Return links and rows of round `number`, which is at most `period` where there is one."""
 
-    def links(self, round: int) -> Links:
+    def links(self, round: int) -> RoundLinks:
         """Return who sends to whom in a round, by index into `names`."""
         return self._at(round)[0]
 
@@ -138,7 +138,7 @@ class Schedule(ABC):
             raise TopologyError(unknown_name("agent", agent, self.names))
         return self._index[agent]
 
-    def _at(self, round: int) -> tuple[Links, RowOf]:
+    def _at(self, round: int) -> tuple[RoundLinks, RowOf]:
         if round < 1:
             raise TopologyError(f"rounds count from 1; there is no round {round}")
         number = (round - 1) % self.period + 1 if self.period else round
@@ -176,7 +176,7 @@ class CycleSchedule(Schedule):
             for number in range(1, len(graphs) + 1):  # a wrong option or matrix is told now, not in some round
                 self._at(number)
 
-    def _round(self, number: int) -> tuple[Links, RowOf]:
+    def _round(self, number: int) -> tuple[RoundLinks, RowOf]:
         links = self._links[(number - 1) % len(self._links)]
         return links, self.mixer.rows(links, self._mass(number) if self._push_sum else None)
 
@@ -194,7 +194,7 @@ class CycleSchedule(Schedule):
         return _union(self._links, i)
 
 
-def _union(rounds: Sequence[Links], i: int) -> tuple[set[int], set[int]]:
+def _union(rounds: Sequence[RoundLinks], i: int) -> tuple[set[int], set[int]]:
     """Return whom agent `i` hears in any of the rounds, and who hears it."""
     return {j for links in rounds for j in links.sources[i]}, {j for links in rounds for j in links.targets[i]}
 

@@ -1,4 +1,4 @@
-"""Schedules by name: static, cycle, base-k, one-peer-exponential, random-matching, epidemic.
+"""Schedules by name: static, one-peer-exponential, random-matching, epidemic, base-k, cycle.
 
 Each name stands beside the schedule that it makes, where that is not one of `rounds` (a list of graphs in turn) or
 `base_k`. `make_schedule` makes them from what an operator writes, and says in one line what cannot be.
@@ -15,7 +15,7 @@ from dimat.errors import TopologyError
 from dimat.registry import Entry, Registry
 from dimat.seeds import derive_seed
 from dimat.topology.base_k import BaseK
-from dimat.topology.mixing import Links, Mixer, RowOf, links_of
+from dimat.topology.mixing import Mixer, RoundLinks, RowOf, links_of
 from dimat.topology.rounds import CycleSchedule, Schedule, check_schedule
 
 if TYPE_CHECKING:
@@ -77,21 +77,6 @@ def static(setting: Setting) -> Schedule:
     return CycleSchedule([setting.graph], setting.mixer)
 
 
-@SCHEDULES.register("cycle")
-def cycle(setting: Setting, *, graphs: list[Any] | None = None) -> Schedule:
-    """A list of graphs in turn: option graphs = ["ring", { graph = "random-regular", options = { degree = 3 } }]."""
-    if not isinstance(graphs, list) or not graphs or setting.resolve is None:
-        raise TopologyError("schedule 'cycle' needs option graphs = [\"ring\", …], a list of names or tables")
-    return CycleSchedule([setting.resolve(entry) for entry in graphs], setting.mixer)
-
-
-@SCHEDULES.register("base-k")
-def base_k(setting: Setting, *, k: int = 1) -> Schedule:
-    """Base-(k+1) graph: at most k peers a round, the exact average every few rounds for any number of agents."""
-    own_weights(setting, "base-k")
-    return BaseK(setting.names, k)
-
-
 @SCHEDULES.register("one-peer-exponential")
 def one_peer_exponential(setting: Setting) -> Schedule:
     """One peer a round: i sends to i + 1, i + 2, i + 4, … in turn; exact average if n is a power of two."""
@@ -108,19 +93,19 @@ class OnePeerExponential(Schedule):
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__(names, max(1, (len(names) - 1).bit_length()))
 
-    def _round(self, number: int) -> tuple[Links, RowOf]:
+    def _round(self, number: int) -> tuple[RoundLinks, RowOf]:
         n = len(self.names)
         if n == 1:
             return _alone(self.names)
         hop = 1 << (number - 1)
-        links = Links(self.names, [((i - hop) % n,) for i in range(n)], [((i + hop) % n,) for i in range(n)])
+        links = RoundLinks(self.names, [((i - hop) % n,) for i in range(n)], [((i + hop) % n,) for i in range(n)])
         return links, Mixer("uniform").rows(links)
 
 
-def _alone(names: tuple[str, ...]) -> tuple[Links, RowOf]:
+def _alone(names: tuple[str, ...]) -> tuple[RoundLinks, RowOf]:
     """Return the links and rows of a round in which nobody sends."""
     nobody: list[tuple[int, ...]] = [()] * len(names)
-    links = Links(names, nobody, nobody)
+    links = RoundLinks(names, nobody, nobody)
     return links, Mixer("uniform").rows(links)
 
 
@@ -144,7 +129,7 @@ class RandomMatching(Schedule):
             raise TopologyError("schedule 'random-matching' needs undirected links")
         self._at(1)
 
-    def _round(self, number: int) -> tuple[Links, RowOf]:
+    def _round(self, number: int) -> tuple[RoundLinks, RowOf]:
         rng = random.Random(derive_seed(self._seed, "random-matching", number))
         n = len(self.names)
         partner: list[tuple[int, ...]] = [()] * n
@@ -157,7 +142,7 @@ class RandomMatching(Schedule):
         for i, j in pairs:
             if not partner[i] and not partner[j]:
                 partner[i], partner[j] = (j,), (i,)
-        links = Links(self.names, partner, partner)
+        links = RoundLinks(self.names, partner, partner)
         return links, self._mixer.rows(links)
 
     def _ever(self, i: int) -> tuple[set[int], set[int]]:
@@ -187,7 +172,7 @@ class Epidemic(Schedule):
         self._seed, self._s = seed, s
         self._base = links_of(base) if base is not None else None
 
-    def _round(self, number: int) -> tuple[Links, RowOf]:
+    def _round(self, number: int) -> tuple[RoundLinks, RowOf]:
         rng = random.Random(derive_seed(self._seed, "epidemic", number))
         n = len(self.names)
         targets: list[list[int]] = []
@@ -200,7 +185,7 @@ class Epidemic(Schedule):
             targets.append(sorted(sent))
             for j in sent:
                 sources[j].append(i)
-        links = Links(self.names, sources, targets)
+        links = RoundLinks(self.names, sources, targets)
         return links, Mixer("uniform").rows(links)
 
     def _ever(self, i: int) -> tuple[set[int], set[int]]:
@@ -217,3 +202,18 @@ def _distinct(rng: random.Random, count: int, size: int) -> list[int]:
         pick = int(rng.random() * (top + 1))
         picks.append(top if pick in picks else pick)
     return picks
+
+
+@SCHEDULES.register("base-k")
+def base_k(setting: Setting, *, k: int = 1) -> Schedule:
+    """Base-(k+1) graph: at most k peers a round, the exact average every few rounds for any number of agents."""
+    own_weights(setting, "base-k")
+    return BaseK(setting.names, k)
+
+
+@SCHEDULES.register("cycle")
+def cycle(setting: Setting, *, graphs: list[Any] | None = None) -> Schedule:
+    """A list of graphs in turn: option graphs = ["ring", { graph = "random-regular", options = { degree = 3 } }]."""
+    if not isinstance(graphs, list) or not graphs or setting.resolve is None:
+        raise TopologyError("schedule 'cycle' needs option graphs = [\"ring\", …], a list of names or tables")
+    return CycleSchedule([setting.resolve(entry) for entry in graphs], setting.mixer)
