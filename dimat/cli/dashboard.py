@@ -21,10 +21,14 @@ def dashboard(
     *,
     listen: Annotated[str, Parameter(help="`host:port` to listen on; port 0: any free one.")] = "127.0.0.1:8300",
     token_file: Annotated[
-        Path | None, Parameter(help="File with a token that whoever looks must give; needed for other hosts than this.")
+        Path | None,
+        Parameter(help="File with a token that every reader must give; needed on hosts other than loopback."),
     ] = None,
 ) -> int:
-    """Show a run in the browser, while it runs or afterwards: network, curves, merges, lineage, log. Ctrl-C ends it."""
+    """Show a run in the browser, while it runs or afterwards. Ctrl-C ends it.
+
+    The page has the network, curves, merges, lineage and the log.
+    """
     from dimat.ui.dashboard.available import need_dashboard
 
     need_dashboard()
@@ -35,7 +39,7 @@ def dashboard(
     host, port = parse_listen(listen)
     token = None if token_file is None else read_token(token_file)
     check_exposure(host, token)
-    opened = open_socket(host, port)  # before what may take seconds to read
+    opened = open_socket(host, port)  # before the logs are read, which may take seconds
     with opened:
         server = Server(FolderSource(folder), opened, host, token)
         say(f"dashboard of {folder}: {server.address} (Ctrl-C ends it)")

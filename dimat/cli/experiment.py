@@ -34,7 +34,7 @@ def demo(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> int:
-    """Five agents on a ring learn handwritten digits: alone, averaged, aligned and merged, side by side."""
+    """Five agents on a ring learn handwritten digits, by several methods side by side."""
     from dimat.simulate.demo import demo_cases
 
     folder = out or Path("runs/demo-quick" if quick else "runs/demo")
@@ -59,7 +59,7 @@ def init(
     ] = None,
     force: Annotated[bool, Parameter(negative="", help="Replace what exists.")] = False,
 ) -> int:
-    """Write an experiment file that works, or with --agents a network, with the settings that one changes first."""
+    """Write an experiment file that works, or with --agents the files of a network."""
     if agents is not None:
         return _init_network(path or Path("network"), agents, task, force)
     from dimat.cli.templates.experiment_template import write_starter
@@ -97,7 +97,7 @@ def simulate(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> int:
-    """Simulate an experiment on this host: real training, real merging, a network in virtual time."""
+    """Simulate an experiment on this host: real training and merging, virtual time."""
     from dimat.config import load_experiment
 
     if replay is not None:
@@ -133,8 +133,10 @@ def report(
     keys: Annotated[Path, Parameter(help="With --verify: folder with the CA's certificate, ca.crt.")] = Path("keys"),
     as_json: Json = False,
 ) -> int:
-    """Write tables, pictures and a self-contained HTML page into a run folder; of an agent's folder, print whose
-    training is in its model, and write lineage.csv."""
+    """Write a report of a run, or say whose training is in an agent's model.
+
+    A run folder gets tables, pictures and a self-contained HTML page; an agent's folder gets lineage.csv.
+    """
     from dimat.agent.daemon.folder import read_mark
     from dimat.ui.report.report import write_report
     from dimat.ui.terminal.run import ConsoleListener

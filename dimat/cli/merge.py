@@ -15,7 +15,10 @@ from dimat.version import __version__
 @app.command
 def merge(
     *inputs: Annotated[
-        Path, Parameter(help="A recipe (TOML); or models: safetensors files, folders. The first is own.")
+        Path,
+        Parameter(
+            help="A recipe (TOML); or models: safetensors files, folders. The first is the one that is merged into."
+        ),
     ],
     method: Annotated[str | None, Parameter(help="Combine method; default: average.")] = None,
     base: Annotated[Path | None, Parameter(help="Model that deltas are taken from, or adapters merged into.")] = None,
@@ -30,8 +33,10 @@ def merge(
         Parameter(name="--set", negative="", consume_multiple=False, help="Option of the method, e.g. density=0.5."),
     ] = (),
     weights: Annotated[str | None, Parameter(help="Mixing weights, e.g. 0.5,0.3,0.2; default: equal.")] = None,
-    dtype: Annotated[str | None, Parameter(help="Type to write: fp32, bf16, fp16, fp64; default: own's.")] = None,
-    input_dtype: Annotated[str | None, Parameter(help="Type to read in; default: each tensor's own.")] = None,
+    dtype: Annotated[
+        str | None, Parameter(help="Type to write: fp32, bf16, fp16, fp64; default: the first model's.")
+    ] = None,
+    input_dtype: Annotated[str | None, Parameter(help="Type to read in; default: the type of each tensor.")] = None,
     model: Annotated[
         str | None,
         Parameter(help="Architecture, for merges that run the models: `module:function`, `file.py:function`."),
@@ -40,14 +45,15 @@ def merge(
         str | None, Parameter(help="Inputs to run the models on: a safetensors file, or a function as in --model.")
     ] = None,
     align: Annotated[
-        str | None, Parameter(help="Bring units into own's order first: activations, weights, auto; default: none.")
+        str | None,
+        Parameter(help="Bring units into the first model's order: activations, weights, auto; default: none."),
     ] = None,
     repair: Annotated[str | None, Parameter(help="Re-estimate afterwards: batchnorm; default: none.")] = None,
     device: Annotated[str | None, Parameter(help="Where to merge: cpu (default), cuda, auto.")] = None,
     seed: Annotated[int | None, Parameter(help="Seed of methods that draw at random; default: 0.")] = None,
     shard_size: Annotated[str | None, Parameter(help="Bytes per file of a folder; default: 5GB.")] = None,
     from_mergekit: Annotated[Path | None, Parameter(help="Instead of INPUTS: a configuration of mergekit.")] = None,
-    dry_run: Annotated[bool, Parameter(negative="", help="Check and tell what would happen; write nothing.")] = False,
+    dry_run: Annotated[bool, Parameter(negative="", help="Check, print the plan, write nothing.")] = False,
     overwrite: Annotated[bool, Parameter(negative="", help="Replace a model that is there.")] = False,
     quiet: Quiet = False,
     as_json: Json = False,

@@ -1,4 +1,4 @@
-"""The configuration tree: every setting that dimat has, its default, its unit and what it means.
+"""The configuration tree: every setting of dimat, its default, its unit and its meaning.
 
 One experiment is one TOML file (see `dimat init`). Precedence: flag > environment `DIMAT_*` > file > default.
 This is the only place where defaults live.

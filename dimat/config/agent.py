@@ -1,4 +1,4 @@
-"""The tables of a real agent: who it is and where it keeps its things, how weights travel, how peers are found."""
+"""The tables of a real agent: [agent], [exchange] (how weights travel) and [dht]."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def check_address(value: str) -> str:
 
 
 class AgentConfig(Tree):
-    """One real agent (`dimat agent`); the simulator has no use for this table."""
+    """One real agent (`dimat agent`); the simulator does not read this table."""
 
     name: str | None = None
     """Its name on the network map, and in its certificate."""
     folder: str | None = None
-    """Where it keeps checkpoints, snapshots and logs; a path, relative to the file's folder. Default: agents/<run>/
+    """Folder of its checkpoints, snapshots and logs; a path, relative to the file's folder. Default: agents/<run>/
     <name> in the folder that the command is run in."""
     listen: str | None = None
     """`host:port` to listen on. Default: the port of its first address on the map, on all interfaces."""
@@ -42,15 +42,15 @@ class AgentConfig(Tree):
     keep_checkpoints: Annotated[int, Field(ge=1)] = CHECKPOINTS_KEPT
     """Checkpoints kept, of two a round."""
     keep_snapshots: Annotated[int, Field(ge=1)] = SNAPSHOTS_KEPT
-    """Newest snapshots of its own that peers can fetch; where peers may be further behind, as many as they need."""
+    """How many of its newest snapshots peers can fetch; more where peers may be further behind."""
     disk_quota_mb: Annotated[float, Field(gt=0)] | None = None
-    """Most that peers' snapshots may take on disk, in MB. Default: twice the need of a round."""
+    """Space that peers' snapshots may take on disk, in MB. Default: twice the need of a round."""
     evaluate: Literal["all", "after", "none"] = "after"
     """Test metrics before and after each merge, after it, or never."""
     linger_s: Annotated[float, Field(ge=0)] = 60.0
-    """Seconds for which an agent serves on after its last round at most, until its readers have all that they need."""
+    """After its last round an agent serves its readers for at most this many seconds, until they have all they need."""
     drain_s: Annotated[float, Field(ge=0)] = 5.0
-    """Seconds for which transfers that are on their way may go on when the agent is stopped."""
+    """When the agent is stopped, running transfers may go on for at most this many seconds."""
 
     @field_validator("listen")
     @classmethod
@@ -63,17 +63,17 @@ class ExchangeConfig(Tree):
 
     encoding: Literal["fp32", "bf16", "fp16", "int8"] = "fp32"
     """Type that weights are cast to before they are sent: "bf16" and "fp16" halve the bytes, "int8" (a scale per block
-    of 256; rounding errors are carried over to the next round) takes about a quarter. The agent's own stay fp32."""
+    of 256; rounding errors are carried over to the next round) takes about a quarter. The agent's weights stay fp32."""
     delta: bool = False
     """With "int8": send the change since the snapshot before; peers that do not hold that one get whole weights."""
     transfers: Annotated[int, Field(ge=1)] = 4
     """Snapshots that are fetched at a time, and that are served to one peer at a time."""
     rate_limit_mb_s: Annotated[float, Field(gt=0)] | None = None
-    """Most that is sent to all peers together, in MB/s; none by default."""
+    """Limit of all that is sent to peers together, in MB/s; none by default."""
     idle_s: Annotated[float, Field(gt=0)] = 15.0
-    """Seconds after which a transfer in which nothing moves is broken off; it is begun anew from what has arrived."""
+    """A transfer in which nothing moves for this many seconds is broken off, and resumed from the blocks held."""
     lost_after_s: Annotated[float, Field(gt=0)] = 10.0
-    """Seconds for which a peer may be out of reach; after them no merge waits for it until it is heard again."""
+    """A peer may be out of reach for this many seconds; then no merge waits for it until it is heard again."""
 
     @model_validator(mode="after")
     def _delta_of_int8(self) -> ExchangeConfig:
@@ -83,7 +83,7 @@ class ExchangeConfig(Tree):
 
 
 class DhtConfig(Tree):
-    """Finding peers whose addresses change, through a hivemind DHT beside the addresses on the map."""
+    """Finding peers whose addresses change, through a hivemind DHT beside the map."""
 
     bootstraps: tuple[str, ...] = ()
     """Multiaddresses of DHT nodes (`dimat dht` prints its own); without any there is no DHT."""
@@ -93,7 +93,7 @@ class DhtConfig(Tree):
     """`host:port`s to announce. Default: this agent's on the map."""
     follow_map: bool = False
     """Take over network maps that the organiser publishes in the DHT (`dimat keys publish-map`), signed with the CA's
-    key, where their version is above that of the map file. Whoever has ca.key then decides who takes part."""
+    key, where their version is above that of the map file. The holder of ca.key then decides who takes part."""
 
     @model_validator(mode="after")
     def _follow_with_bootstraps(self) -> DhtConfig:

@@ -1,4 +1,4 @@
-"""Reading an experiment: TOML file, environment, flags; and one line for what is wrong in it."""
+"""Reads an experiment from TOML file, environment and flags; explains a fault in one line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def load_experiment(
     overrides: Sequence[str] = (),
     env: Mapping[str, str] | None = None,
 ) -> ExperimentConfig:
-    """Read an experiment: TOML file, then `DIMAT_*` variables, then `key=value` overrides, the last one wins.
+    """Read an experiment: TOML file, `DIMAT_*` variables, `key=value` overrides; the last wins.
 
     `overrides` and variables name a key by its path (`train.optimizer.lr=0.01`, `DIMAT_TRAIN__OPTIMIZER__LR`);
     values are TOML, or plain text where that is not TOML. Raises ConfigError with file, key and nearest match.
@@ -126,6 +126,6 @@ def _known(kind: type[BaseModel], path: Sequence[str | int]) -> list[str]:
 
 
 def naming(name: str | None) -> tuple[str, ...]:
-    """Return the overrides that give an agent its name, whatever characters it has; none for None."""
+    """Return the overrides that give an agent its name, of any characters; none for None."""
     # a JSON string is a TOML one, but for surrogate pairs and the delete character
     return () if name is None else (f"agent.name={json.dumps(name, ensure_ascii=False)}".replace("\x7f", "\\u007f"),)

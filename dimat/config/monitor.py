@@ -1,4 +1,4 @@
-"""The table of those who watch a run: metrics to be scraped, and trackers of experiments."""
+"""The table [monitor]: Prometheus metrics, trackers of experiments, the dashboard."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dimat.config.tree import Tree
 
 
 def _local(value: Any) -> Any:
-    """Return `host:port` of what may be a port alone, which is one of this host's loopback."""
+    """Return `host:port`; a port alone is one of this host's loopback."""
     if isinstance(value, int) and not isinstance(value, bool):
         value = str(value)
     if isinstance(value, str) and value.removeprefix(":").isdecimal():
@@ -39,7 +39,7 @@ class MlflowConfig(Tree):
 
 
 class MonitorConfig(Tree):
-    """Who watches an agent or a simulated run. All are off by default; none can stop a training."""
+    """Watchers of an agent or a simulated run, off by default; none can stop a training."""
 
     metrics: Annotated[str | None, BeforeValidator(_local)] = None
     """`host:port` (a port alone: on loopback) where a real agent serves Prometheus metrics under /metrics. All who can

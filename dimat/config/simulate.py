@@ -1,4 +1,4 @@
-"""Settings of the simulator: its host, and the network, computers and faults that it plays in virtual time."""
+"""Settings of the simulator: host, and simulated network, computers and faults."""
 
 from __future__ import annotations
 
@@ -93,7 +93,10 @@ class NetworkConfig(Tree):
 
 
 class ComputeConfig(Tree):
-    """How long simulated computers take, in virtual seconds. Results do not depend on the host's speed."""
+    """How long simulated computers take, in virtual seconds.
+
+    Results do not depend on the host's speed.
+    """
 
     round_s: SomeSeconds = 1.0
     """Seconds of one round's local training at speed 1."""
@@ -122,13 +125,13 @@ _FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 class FaultConfig(Tree):
-    """One thing that happens to the simulated network, at a virtual time or at a moment of an agent's round."""
+    """One fault of the simulated network, at a virtual time or at a step of an agent's round."""
 
     kind: FaultKind
     """"crash": the agent's process dies, its disk stays; "join": it is not there before; "leave": it goes for good;
     "partition": groups of agents cannot reach each other; "slow": it trains more slowly."""
     agent: str | None = None
-    """The agent that it happens to (all kinds but "partition")."""
+    """The agent that the fault is of (all kinds but "partition")."""
     at_s: Seconds | None = None
     """Virtual time in seconds; a crash may have `round` and `on` instead."""
     round: Annotated[int, Field(ge=1)] | None = None
@@ -168,7 +171,7 @@ class FaultConfig(Tree):
 
 
 class RandomFaultsConfig(Tree):
-    """Faults drawn from the experiment's seed: exponential times between them, exponential durations."""
+    """Faults drawn from the experiment's seed, with exponential intervals and durations."""
 
     crashes_per_hour: Rate = 0.0
     """Mean crashes of each agent per hour of virtual time that it is up."""
@@ -190,7 +193,7 @@ class RandomFaultsConfig(Tree):
 
 
 class SimulateConfig(Tree):
-    """How the simulator runs on this host, and what it plays."""
+    """How the simulator runs on this host, and the world that it simulates."""
 
     workers: Annotated[int, Field(ge=1)] | None = None
     """Worker processes; default: one per core. Results do not depend on it."""
@@ -208,6 +211,6 @@ class SimulateConfig(Tree):
     compute: ComputeConfig = ComputeConfig()
     """Virtual seconds that training and merging take."""
     faults: tuple[FaultConfig, ...] = ()
-    """What happens to the network, by script."""
+    """Faults of the network, by script."""
     random_faults: RandomFaultsConfig = RandomFaultsConfig()
-    """What happens to the network, by chance."""
+    """Faults of the network, at random."""

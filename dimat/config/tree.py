@@ -1,4 +1,4 @@
-"""What configuration tables are made of."""
+"""The base of all configuration tables, and of things chosen by name with options."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ class Tree(BaseModel):
 
 
 def as_stage(value: Any) -> Any:
-    """Return the table of what was given by name alone; anything else as it is."""
+    """Return a name alone as the table { name = … }; anything else as it is."""
     return {"name": value} if isinstance(value, str) else value
 
 
 class NamedConfig(Tree):
-    """Something chosen by name with options of its own: `"adam"` or `{ name = "adam", options = { … } }`."""
+    """A named choice with options: `"adam"` or `{ name = "adam", options = { … } }`."""
 
     name: str
     """Registered name."""
     options: Options = Field(default_factory=dict)
-    """Keyword options of what is named; its documentation lists them."""
+    """Keyword options of the named function; its documentation lists them."""
 
 
 Named = Annotated[NamedConfig, BeforeValidator(as_stage)]

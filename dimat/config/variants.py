@@ -1,4 +1,4 @@
-"""Variants: other forms of an experiment, to be run beside one another (`dimat simulate FILE --compare …`)."""
+"""Variants: other forms of an experiment, run side by side (`dimat simulate FILE --compare …`)."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ class VariantConfig(Tree):
     """The experiment with some settings changed. Only `--compare` looks at it."""
 
     name: Label
-    """What `--compare` and its tables call it; it also names a folder."""
+    """The variant's name in `--compare` and its tables; it also names a folder."""
     group: Label | None = None
     """Variants of one group share a table and a row of pictures; by default that of the data's split."""
     set: Options = Field(default_factory=dict)
-    """What is changed, as tables of the experiment, e.g. { topology = { graph = "torus" } }."""
+    """The changes, as tables of the experiment, e.g. { topology = { graph = "torus" } }."""
 
 
 def changed(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a tree of plain values with changes put in, key by key; a table under another `name` replaces the one
-    there was, whose options belong to the old name."""
+    """Return a tree of plain values with changes put in, key by key.
+
+    A table under another `name` replaces the one there was, whose options belong to the old name.
+    """
     made = dict(tree)
     for key, value in changes.items():
         before = made.get(key)

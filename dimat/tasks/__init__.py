@@ -1,4 +1,4 @@
-"""Tasks: what is trained. Bundled ones by name, a user's own by hook, and the pieces to build them from.
+"""Tasks (what is trained): bundled ones by name, a user's by hook, and pieces to build them.
 
 Knows no agents, no training loop and no network.
 """

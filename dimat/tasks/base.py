@@ -1,4 +1,4 @@
-"""The Task protocol: what is trained. Model, data, loss and metrics, and nothing about agents or networks.
+"""The Task protocol: model, data, loss and metrics, and nothing about agents or networks.
 
 A task is any object with these members; `dimat.tasks.ClassificationTask` builds one from a model factory and
 two data sets, and a hook (`file.py:function`) returns one. Data are read by index in whole batches, because
@@ -42,7 +42,9 @@ class Data(Protocol):
 
 @runtime_checkable
 class Task(Protocol):
-    """What is trained. A task may also have
+    """A model with its data, loss and metrics.
+
+    A task may also have
 
     - `train_step(model, batch) -> Tensor`, which returns the loss to differentiate, instead of
       `loss(model(*batch.inputs), batch.targets)`;

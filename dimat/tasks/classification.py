@@ -1,4 +1,4 @@
-"""The task that most people have: inputs, classes, a model that returns logits."""
+"""Classification, the most common task: inputs, classes, a model that returns logits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data in memory, parts of data, and torch datasets seen as dimat data: examples by index, in whole batches."""
+"""Data in memory, parts of data, and torch datasets, read by index in whole batches."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Subset:
 
 
 class MapDataset(Protocol):
-    """What a map-style torch dataset has."""
+    """A map-style torch dataset."""
 
     def __len__(self) -> int: ...
 
@@ -169,7 +169,7 @@ def input_batches(
 ) -> InputBatches:
     """Return inputs of `data` for alignment and BatchNorm re-estimation, as a re-iterable of tuples.
 
-    The order is drawn once from `generator`, or is that of the data; `samples` takes only the first so many.
+    The order is drawn once from `generator`, or is that of the data; `samples`: take only the first this many.
     """
     order = torch.arange(len(data)) if generator is None else torch.randperm(len(data), generator=generator)
     return InputBatches(data, batch_size, order[:samples], torch.device(device))

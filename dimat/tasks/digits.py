@@ -1,5 +1,7 @@
-"""scikit-learn's bundled handwritten digits: 1,797 grey images of 8×8, ten classes. Offline and loaded in
-milliseconds: the task of the demo and of most tests."""
+"""scikit-learn's bundled handwritten digits: 1,797 grey images of 8×8, ten classes.
+
+Offline and loaded in milliseconds: the task of the demo and of most tests.
+"""
 
 from __future__ import annotations
 

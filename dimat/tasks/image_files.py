@@ -1,4 +1,4 @@
-"""Reading labelled images from Parquet files in Hugging Face's layout or from folders with one class each.
+"""Reads labelled images from Parquet files (Hugging Face's layout) or class folders.
 
 A source is opened first, which reads labels and class names; pixels are decoded for chosen examples only.
 Needs pillow, and pyarrow for Parquet (extra `images`); both are imported when they are needed.

@@ -46,7 +46,7 @@ def images(
     train, test: a Parquet file, a folder of them, or a folder of class folders of PNG or JPEG files. model:
     "resnet20" (`width` multiplies its channels, default 1; `shortcut` "A" or "B") or "cnn" (four convolutions,
     `width` channels in the first, default 32). size: resize to this many pixels square. limit, test_limit: take
-    at most so many, class-balanced, drawn with `seed`. augment: random crop with padding of 4 and horizontal
+    at most this many, class-balanced, drawn with `seed`. augment: random crop with padding of 4 and horizontal
     flip when training. mean, std: per channel, of pixels in [0, 1]; by default those of the training images.
     **Agents on separate machines must give the same mean and std**, or their networks see different inputs.
     probe: training images set aside as the probe set, drawn with `seed`.

@@ -1,5 +1,7 @@
-"""Small networks for the bundled tasks. All are built through `seeded`, so that two agents' initialisations
-differ or agree exactly as their generators do."""
+"""Small networks for the bundled tasks.
+
+All are built through `seeded`, so that two agents' initialisations differ or agree exactly as their generators do.
+"""
 
 from __future__ import annotations
 

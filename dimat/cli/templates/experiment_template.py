@@ -1,4 +1,4 @@
-"""The experiment file that `dimat init` writes: complete enough to run, short enough to read."""
+"""The experiment file that `dimat init` writes: it runs as it is, and is short."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ align_data = "local"           # inputs on which networks are compared: "local",
 _PRETRAINED = """\
 steps_per_round = 100
 batch_size = 16                # samples per optimizer step,
-accumulate = 2                 # put through the model in so many parts
+accumulate = 2                 # put through the model in this many parts
 optimizer = { name = "adamw", lr = 5e-5, weight_decay = 0.01 }
 initialisation = "shared"
 precision = "fp32"             # "bf16" on a GPU that has it
@@ -52,7 +52,7 @@ precision = "fp32"             # "bf16" on a GPU that has it
 _ADAPTERS = """\
 steps_per_round = 100
 batch_size = 8                 # samples per optimizer step,
-accumulate = 2                 # put through the model in so many parts
+accumulate = 2                 # put through the model in this many parts
 optimizer = { name = "adamw", lr = 5e-4 }
 optimizer_state = "fresh"      # merged factors have a basis of their own
 precision = "fp32"             # "bf16" on a GPU that has it
@@ -129,26 +129,31 @@ method = "average"             # of what adapters stand for (combine = "lora-svd
 """,
     },
 }
-"""What differs between the starters of the bundled tasks."""
+"""The parts in which the starters of the bundled tasks differ."""
 
 
 def tables_of(task: str) -> Mapping[str, str]:
-    """Return what is a bundled task's own in a starter: the bodies of the tables "task", "train" and "merge", and
-    "run", "agents", "rounds". ConfigError for a name that is none."""
+    """Return the parts of a starter that depend on the bundled task.
+
+    These are the bodies of the tables "task", "train" and "merge", and "run", "agents", "rounds". Raises ConfigError
+    for an unknown task.
+    """
     if task not in _TABLES:
         raise ConfigError(unknown_name("task", task, _TABLES, "--task"))
     return _TABLES[task]
 
 
 def starter(task: str = "digits") -> str:
-    """Return the text of the starter experiment of a bundled task; ConfigError for a name that is none."""
+    """Return the starter experiment of a bundled task as text; ConfigError if unknown."""
     tables = tables_of(task)
     return STARTER.format(**tables, pad=" " * max(1, 18 - len(tables["run"])))
 
 
 def write_starter(file: Path, *, task: str = "digits", force: bool = False) -> None:
-    """Write the starter experiment of a bundled task; ConfigError if the file exists and `force` is not set, or for an
-    unknown task."""
+    """Write the starter experiment of a bundled task.
+
+    Raises ConfigError for an unknown task, and where the file exists and `force` is not set.
+    """
     text = starter(task)
     if file.exists() and not force:
         raise ConfigError(f"{file} exists; choose another name, or --force to replace it")

@@ -1,4 +1,4 @@
-"""The network that `dimat init --agents N` writes: a map, one file for all agents, and their keys, for this host."""
+"""The network that `dimat init --agents N` writes: map, configuration and keys, for this host."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ graph = "ring"                 # see `dimat topology list`; or edges, file, pyth
 
 @dataclass(frozen=True, slots=True)
 class StarterNetwork:
-    """What was written: `file` is what `dimat agent` takes, `run` the name of the run, `names` the agents'."""
+    """A network that was written. `file`: for `dimat agent`; `run`: name of the run; `names`: of the agents."""
 
     file: Path
     run: str
@@ -62,11 +62,11 @@ class StarterNetwork:
 
 
 def write_network(folder: Path, agents: int, *, task: str = "digits", force: bool = False) -> StarterNetwork:
-    """Write map.toml, agents.toml and keys/ (a CA and a certificate per agent) into a folder, all of it or nothing.
+    """Write map.toml, agents.toml and keys/ into a folder, all of it or nothing.
 
-    `agents`: 2 to 1,000; they listen on 127.0.0.1, on ports from 7300 on that are free now. `task`: a bundled one.
-    ConfigError where one of the three is there and `force` is not set (with it these three are replaced, and nothing
-    else is touched); DataError where the disk fails.
+    keys/ has a CA and a certificate per agent. `agents`: 2 to 1,000; they listen on 127.0.0.1, on ports from 7300 on
+    that are free now. `task`: a bundled one. Raises ConfigError where one of the three exists and `force` is not set
+    (with it these three are replaced, and nothing else is touched), DataError where the disk fails.
     """
     if not 2 <= agents <= MOST:
         raise ConfigError(f"--agents {agents}: a network has 2 to {MOST:,} agents")
@@ -110,7 +110,7 @@ def _names(agents: int) -> tuple[str, ...]:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Return the first ports from 7300 on that nobody listens on now; another program may still take one later."""
+    """Return the first ports from 7300 on that are free now; another program may still take one."""
     found: list[int] = []
     with ExitStack() as stack:
         for port in range(FIRST_PORT, 65536):
@@ -130,7 +130,7 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _put(staged: Path, folder: Path) -> None:
-    """Move what is staged to where it belongs; what was there comes back if something cannot be moved."""
+    """Move the staged files into the folder; put the old ones back if one cannot be moved."""
     if not folder.exists():
         staged.rename(folder)
         return

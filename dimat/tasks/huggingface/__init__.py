@@ -1,4 +1,6 @@
-"""Tasks from the Hugging Face libraries: image classification and causal language modelling (extra `hf`).
+"""Tasks with models of transformers: image classification, causal language modelling.
+
+They need the extra `hf`.
 
     [task]
     name = "hf-image-classification"

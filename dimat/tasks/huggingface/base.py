@@ -1,4 +1,4 @@
-"""Makes the models of the Hugging Face tasks, with or without adapters, and says how they are merged."""
+"""Makes the models of the Hugging Face tasks, with or without adapters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loading the libraries of the extra `hf` when they are needed, and saying in one line what they could not do."""
+"""Loads the libraries of the extra `hf` when they are needed; turns their errors into one line."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ _quieted: set[str] = set()
 
 
 def library(name: str) -> Any:
-    """Import "transformers", "datasets" or "peft", without their bars and advice; ConfigError where it is missing."""
+    """Import "transformers", "datasets" or "peft", without their bars and advice.
+
+    Raises ConfigError where the package is missing.
+    """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every attempt; errors say it in a line
     fresh = name not in _quieted
@@ -48,8 +51,10 @@ def _missing(error: ImportError, name: str) -> ConfigError:
 
 @contextmanager
 def _working_torchvision() -> Generator[None]:
-    """Keep transformers from a torchvision that was built for another torch and fails on import: nothing here needs
-    it, and transformers would fail with it."""
+    """Hide a torchvision that fails on import, because it was built for another torch.
+
+    Nothing here needs it, and transformers would fail with it.
+    """
     if "transformers" in sys.modules or "torchvision" in sys.modules or find_spec("torchvision") is None:
         yield
         return
@@ -68,7 +73,7 @@ def _working_torchvision() -> Generator[None]:
 
 @contextmanager
 def telling(option: str, name: str, local: bool) -> Generator[None]:
-    """Turn what the libraries raise while they read `name`, which the task's option `option` gives, into one line.
+    """Turn errors of the libraries while they read `name` into one line that names `option`.
 
     NetworkError where the hub cannot be reached; DataError for files on disk that cannot be read; else ConfigError.
     """
@@ -95,9 +100,9 @@ def telling(option: str, name: str, local: bool) -> Generator[None]:
 
 
 def local_path(name: str, folder: Path, option: str) -> Path | None:
-    """Return the path that `name` is on this disk, relative to `folder`; None where it can only be a name on the hub.
+    """Return the path of `name` on this disk, relative to `folder`; None for a name on the hub.
 
-    Raises DataError for what is a path by its form and is not there.
+    Raises DataError for a name that has the form of a path where there is no file.
     """
     path = folder / name
     if path.exists():

@@ -1,7 +1,8 @@
-"""LoRA (Hu et al. 2022, arXiv 2106.09685): a frozen base that all agents share, and adapters that they train.
+"""LoRA (arXiv 2106.09685): a frozen base that all agents share, and adapters that they train.
 
-An adapted model's state dict holds what is trained and nothing else. Whatever reads state dicts (snapshots, merges,
-checkpoints, evaluation at other weights) so handles adapters alone; the base stays in the model, untouched.
+An adapted model's state dict holds the trained tensors and nothing else. All code that reads state dicts (snapshots,
+merges, checkpoints, evaluation at other weights) so handles adapters alone; the base stays in the model, untouched.
+Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2022.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class KeepNames:
 
 
 def adapt(base: nn.Module, options: LoraOptions, heads: Collection[str] = (), option: str = "model.lora") -> nn.Module:
-    """Freeze a model, add adapters, and return it with a state dict of what is trained.
+    """Freeze a model, add adapters, and return it with a state dict of the trained tensors.
 
     The first factors are drawn from torch's global generator, the second are 0. `heads`: modules that are trained
     whole, such as a new classifier; `option`: the key of `options` as the user wrote it.
@@ -73,7 +74,7 @@ def adapt(base: nn.Module, options: LoraOptions, heads: Collection[str] = (), op
 
 
 def head_names(model: Any) -> list[str]:
-    """Return the children of a classifier that lie outside its pretrained body and have parameters."""
+    """Return the children of a classifier outside its pretrained body that have parameters."""
     body = model.base_model_prefix
     return [name for name, child in model.named_children() if name != body and any(True for _ in child.parameters())]
 

@@ -1,4 +1,4 @@
-"""Models of transformers: pretrained ones from a folder or the hub, or freshly drawn ones from a configuration."""
+"""Models of transformers: pretrained from a folder or the hub, or drawn from a configuration."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model that can be built: its configuration, and where its weights are if it is a pretrained one.
+    """A model that can be built: its configuration and, if it is pretrained, its weights.
 
     `option`: the key that describes it, as the user wrote it. `changes`: settings of the configuration that the task
     makes, e.g. the number of classes.

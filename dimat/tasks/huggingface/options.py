@@ -46,8 +46,11 @@ class DataOptions(Group):
 
 
 class LoraOptions(Group):
-    """`r`: rank; `alpha`: the product of the factors is scaled by alpha / r; `dropout` before the first factor;
-    `targets`: endings of the names of the modules that are adapted, "all-linear", or PEFT's choice for the model."""
+    """Adapters of low rank.
+
+    `r`: rank; `alpha`: the product of the factors is scaled by alpha / r; `dropout`: before the first factor;
+    `targets`: endings of the names of the modules that are adapted, "all-linear", or PEFT's choice for the model.
+    """
 
     r: Annotated[int, Field(ge=1)] = 8
     alpha: Annotated[float, Field(gt=0)] = 16.0

@@ -1,4 +1,4 @@
-"""Opens the examples of a task, from files on disk or from the hub, as data sets of the library `datasets`."""
+"""Opens a task's examples, on disk or on the hub, as data sets of the library `datasets`."""
 
 from __future__ import annotations
 
