@@ -15,6 +15,7 @@ from grpc import aio
 from dimat.errors import NetworkError, SecurityError
 from dimat.net.limits import Limits
 from dimat.net.pki.identity import Identity
+from dimat.net.transfer.cache import SnapshotCache
 from dimat.net.transport import Neighbours
 from dimat.wire.v1 import peer_pb2 as pb
 from tests.net.agents import QUICK, WIDTH, call, join, make, pair, started, update_neighbours, weights
@@ -350,3 +351,23 @@ async def test_status_and_dial_back_serve_members_only(tmp_path: Path) -> None:
             with pytest.raises(aio.AioRpcError) as caught:
                 await call(channel, "DialBack", pb.DialBackRequest(port=70000), pb.DialBackReply, "b")
             assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_a_fault_of_ours_in_one_fetch_is_that_fetchs_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error that nobody foresaw, in the books of one fetch: NetworkError names it, and the next one succeeds."""
+    a, b = make(tmp_path / "a", "a"), make(tmp_path / "b", "b")
+    async with started(a, b):
+        join(a, b)
+        root = a.publish(1, weights(1)).payload.root
+        await b.ears.offer("a", 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(SnapshotCache, "make_room", _broken)
+            with pytest.raises(NetworkError, match="RuntimeError: dictionary changed size"):
+                await b.transport.fetch("a", 1, root)
+        assert (await b.transport.fetch("a", 1, root)).path.exists()
+
+
+def _broken(*_: object) -> None:
+    raise RuntimeError("dictionary changed size during iteration")

@@ -278,12 +278,13 @@ class Runner:
         agent, number = self.machine.agent, self.machine.round
         try:
             fetched = await self._transport.fetch(*key)
-        except NetworkError as error:
+        except Exception as error:  # of whatever kind: a fault in one fetch is that fetch's failure
+            reason = str(error) if isinstance(error, NetworkError) else f"{type(error).__name__}: {error}"
             self._fetches.pop(key, None)
             self.emit(
-                events.FetchFailed(agent=agent, round=number, peer=action.peer, snapshot=action.root, reason=str(error))
+                events.FetchFailed(agent=agent, round=number, peer=action.peer, snapshot=action.root, reason=reason)
             )
-            self.post(m.FetchFailure(*key, str(error)))
+            self.post(m.FetchFailure(*key, reason))
             return
         self._fetches.pop(key, None)
         self._held[key] = fetched

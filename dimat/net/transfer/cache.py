@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 import time
 from collections import Counter
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,7 +46,10 @@ class SnapshotCache:
     """Received snapshots in `folder`, a folder of their own.
 
     `quota_bytes`: disk that they may take, of which the oldest that are not in use go first; `reserve_bytes`: disk that
-    stays free. Methods that touch much of the disk (`verify`, `begin`, `finish`, `link`) may be called in threads.
+    stays free.
+
+    The event loop keeps, releases and drops, while threads verify, begin, finish and link: one lock guards the books,
+    and is never held while a payload is read, written or hashed.
     """
 
     def __init__(
@@ -69,7 +75,9 @@ class SnapshotCache:
         # incoming payloads by peer and root, those of broken attempts too; and how many fetches work on each
         self._coming: dict[tuple[str, str], Payload] = {}
         self._open: Counter[tuple[str, str]] = Counter()
+        self._pinned: Counter[str] = Counter()  # by root, the fetches that are about to hold it
         self._clock = 0
+        self._lock = threading.RLock()
         make_folder(folder)
         self._clean()
 
@@ -80,75 +88,113 @@ class SnapshotCache:
 
     def payload(self, root: str) -> Payload | None:
         """Return the payload of a whole snapshot; None where it is not there."""
-        entry = self._entries.get(root)
-        return None if entry is None else entry.payload
+        with self._lock:
+            entry = self._entries.get(root)
+            return None if entry is None else entry.payload
 
     def find(self, peer: str, round_: int, root: str) -> SignedManifest | None:
         """Return a peer's signed manifest of a whole snapshot; None where it is not there."""
-        entry = self._entries.get(root)
-        return None if entry is None else entry.signed.get((peer, round_))
+        with self._lock:
+            entry = self._entries.get(root)
+            return None if entry is None else entry.signed.get((peer, round_))
 
     def sources(self, but: str) -> list[tuple[Path, Payload]]:
         """Return the files whose blocks another snapshot may share, the last used first."""
-        entries = sorted(self._entries.items(), key=lambda item: -item[1].used)
+        with self._lock:
+            entries = sorted(self._entries.items(), key=lambda item: -item[1].used)
         return [(self.path(root), entry.payload) for root, entry in entries if root != but]
 
     def verify(self, root: str) -> bool:
         """Return whether a snapshot is there and undamaged; read once a run, and removed where it is damaged."""
-        entry = self._entries.get(root)
+        with self._lock:
+            entry = self._entries.get(root)
         if entry is None:
             return False
         if not entry.checked:
             try:
                 verify_file(self.path(root), entry.payload)
             except DataError:
-                self._entries.pop(root, None)
-                self.path(root).unlink(missing_ok=True)
-                self._manifest_path(root).unlink(missing_ok=True)
+                with self._lock:
+                    # it may have gone, and come anew, while it was read
+                    if self._entries.get(root) is entry:
+                        del self._entries[root]
+                        self.path(root).unlink(missing_ok=True)
+                        self._manifest_path(root).unlink(missing_ok=True)
                 return False
             entry.checked = True
-        return True
+        with self._lock:
+            return self._entries.get(root) is entry
+
+    @contextmanager
+    def pinned(self, root: str) -> Generator[None]:
+        """Let a snapshot lie while a fetch is about to hold it, whatever others need room for."""
+        with self._lock:
+            self._pinned[root] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._pinned[root] -= 1
+                if not self._pinned[root]:
+                    del self._pinned[root]
 
     # ── incoming payloads ─────────────────────────────────────────────────────────────────────────────────────
     def make_room(self, peer: str, payload: Payload, more: int = 0) -> None:
         """Make room in the quota for a payload and `more` bytes; DataError where snapshots in use leave too little."""
+        with self._lock:
+            taken = self._free(peer, payload.root, payload.bytes + more)
         amount = payload.bytes + more
-        taken = sum(entry.payload.bytes for entry in self._entries.values())
-        taken += sum(coming.bytes for key, coming in self._coming.items() if key != (peer, payload.root))
-        for key in [key for key in self._coming if not self._open[key] and key != (peer, payload.root)]:
-            if taken + amount <= self._quota_bytes:
-                return
-            taken -= self._coming[key].bytes
-            self.drop(*key)
-        for root in sorted(self._entries, key=lambda root: self._entries[root].used):
-            if taken + amount <= self._quota_bytes:
-                return
-            entry = self._entries[root]
-            if not entry.holds:
-                taken -= entry.payload.bytes
-                self._remove(root)
         if taken + amount > self._quota_bytes:
             raise DataError(
                 f"no room for a snapshot of {amount:,} bytes in {self.folder}: {taken:,} bytes are needed now, the "
                 f"quota is {self._quota_bytes:,}; raise disk_bytes"
             )
 
+    def _free(self, peer: str, root: str, amount: int) -> int:
+        """Remove the oldest that are not in use until `amount` bytes fit; return the bytes that the others take."""
+        coming = {key: payload.bytes for key, payload in self._coming.items() if key != (peer, root)}
+        taken = sum(entry.payload.bytes for entry in self._entries.values()) + sum(coming.values())
+        for key in [key for key in coming if not self._open[key]]:
+            if taken + amount <= self._quota_bytes:
+                return taken
+            taken -= coming[key]
+            self.drop(*key)
+        for held in sorted(self._entries, key=lambda held: self._entries[held].used):
+            if taken + amount <= self._quota_bytes:
+                return taken
+            entry = self._entries[held]
+            if not entry.holds and not self._pinned[held]:
+                taken -= entry.payload.bytes
+                self._remove(held)
+        return taken
+
     def begin(self, peer: str, payload: Payload) -> ReceivedBlocks:
         """Open an incoming payload, with the blocks that an earlier attempt has left; to be closed by `end`."""
         part, whole = self.part_path(peer, payload.root), self.path(payload.root)
-        if payload.root not in self._entries and whole.exists():
-            whole.replace(part)  # an attempt was called off when the file had just got its name
-        received = ReceivedBlocks(part, payload, self._reserve_bytes)
-        self._coming[peer, payload.root] = payload
-        self._open[peer, payload.root] += 1
-        return received
+        key = peer, payload.root
+        with self._lock:
+            if payload.root not in self._entries and whole.exists() and self._pinned[payload.root] < 2:
+                whole.replace(part)  # an attempt was called off when the file had just got its name
+            self._coming[key] = payload
+            self._open[key] += 1
+        try:
+            return ReceivedBlocks(part, payload, self._reserve_bytes)
+        except BaseException:
+            with self._lock:
+                self._close(key)
+                self._coming.pop(key, None)
+            raise
 
     def end(self, peer: str, received: ReceivedBlocks, root: str) -> None:
         """Close a payload that `begin` has opened; missing blocks are left for another attempt."""
-        self._open[peer, root] -= 1
-        if not self._open[peer, root]:
-            del self._open[peer, root]
+        with self._lock:
+            self._close((peer, root))
         self._threads.submit(received.close)
+
+    def _close(self, key: tuple[str, str]) -> None:
+        self._open[key] -= 1
+        if not self._open[key]:
+            del self._open[key]
 
     def part_path(self, peer: str, root: str) -> Path:
         """Return the path of a payload while it comes in from a peer."""
@@ -158,7 +204,8 @@ class SnapshotCache:
         """Rename a whole payload to its path, and return that."""
         path = self.path(root)
         received.finish(path, durable=self._durable)
-        self._coming.pop((peer, root), None)
+        with self._lock:
+            self._coming.pop((peer, root), None)
         return path
 
     def link(self, source: Path, payload: Payload) -> bool:
@@ -181,10 +228,11 @@ class SnapshotCache:
 
     def drop(self, peer: str, root: str) -> None:
         """Remove an incoming payload, and the whole payload where it is not that of a snapshot."""
-        self._coming.pop((peer, root), None)
-        self._discard(self.part_path(peer, root))
-        if root not in self._entries:
-            self._discard(self.path(root))
+        with self._lock:
+            self._coming.pop((peer, root), None)
+            self._discard(self.part_path(peer, root))
+            if root not in self._entries and not self._pinned[root]:
+                self._discard(self.path(root))
 
     def write_manifest(self, signed: SignedManifest) -> None:
         """Write a manifest beside its snapshot, for this agent's next run."""
@@ -193,33 +241,35 @@ class SnapshotCache:
     # ── use ───────────────────────────────────────────────────────────────────────────────────────────────────
     def keep(self, peer: str, signed: SignedManifest) -> None:
         """Hold a whole snapshot until `release`; it becomes the last one of its peer if its round is the highest."""
-        manifest = signed.manifest
-        root, round_ = manifest.payload.root, manifest.round
-        entry = self._entries.get(root)
-        if entry is None:
-            entry = self._entries[root] = _Entry(manifest.payload, checked=True)
-        for key in [key for key in entry.signed if key[0] == peer and not entry.holds[key]]:
-            del entry.signed[key]  # of an earlier round with equal content, which nobody needs
-        entry.signed[peer, round_] = signed
-        entry.holds[peer, round_] += 1
-        entry.used = self._tick()
-        before = self._latest.get(peer)
-        if before is None or round_ >= before[0]:
-            self._latest[peer] = (round_, root)
-            if before is not None:
-                self._let_go(before[1])
-            for stale in [key for key in self._coming if key[0] == peer and not self._open[key]]:
-                self.drop(*stale)
+        with self._lock:
+            manifest = signed.manifest
+            root, round_ = manifest.payload.root, manifest.round
+            entry = self._entries.get(root)
+            if entry is None:
+                entry = self._entries[root] = _Entry(manifest.payload, checked=True)
+            for key in [key for key in entry.signed if key[0] == peer and not entry.holds[key]]:
+                del entry.signed[key]  # of an earlier round with equal content, which nobody needs
+            entry.signed[peer, round_] = signed
+            entry.holds[peer, round_] += 1
+            entry.used = self._tick()
+            before = self._latest.get(peer)
+            if before is None or round_ >= before[0]:
+                self._latest[peer] = (round_, root)
+                if before is not None:
+                    self._let_go(before[1])
+                for stale in [key for key in self._coming if key[0] == peer and not self._open[key]]:
+                    self.drop(*stale)
 
     def release(self, peer: str, round_: int, root: str) -> None:
         """Undo one `keep`; a snapshot that is not in use goes, unless it is its peer's last one."""
-        entry = self._entries.get(root)
-        if entry is None or (peer, round_) not in entry.holds:
-            return
-        entry.holds[peer, round_] -= 1
-        if not entry.holds[peer, round_]:
-            del entry.holds[peer, round_]
-        self._let_go(root)
+        with self._lock:
+            entry = self._entries.get(root)
+            if entry is None or (peer, round_) not in entry.holds:
+                return
+            entry.holds[peer, round_] -= 1
+            if not entry.holds[peer, round_]:
+                del entry.holds[peer, round_]
+            self._let_go(root)
 
     def _let_go(self, root: str) -> None:
         entry = self._entries.get(root)
@@ -245,8 +295,9 @@ class SnapshotCache:
         return self.folder / f"{root}.manifest"
 
     def _tick(self) -> int:
-        self._clock += 1
-        return self._clock
+        with self._lock:
+            self._clock += 1
+            return self._clock
 
     # ── at the start ──────────────────────────────────────────────────────────────────────────────────────────
     def _clean(self) -> None:

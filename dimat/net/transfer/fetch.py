@@ -62,16 +62,23 @@ class Fetcher:
         """Fetch a snapshot and hold it; NetworkError where it cannot be fetched. `find` returns the peer's link."""
         stats = DownloadStats(self.bytes, self.retries)
         try:
-            async with self._alone(peer, root):  # two rounds may have equal content
-                signed = self._cache.find(peer, round_, root)
-                if signed is None or not await self._held(root):
-                    signed = await self._offer(find(), round_, root)
-                    if not await self._held(root):
-                        await self._transfer(find(), signed, stats)
-                    await self._threads.submit(self._cache.write_manifest, signed)
-                self._cache.keep(peer, signed)
+            # alone, as two rounds may have equal content
+            async with self._alone(peer, root):
+                with self._cache.pinned(root):
+                    signed = self._cache.find(peer, round_, root)
+                    if signed is None or not await self._held(root):
+                        signed = await self._offer(find(), round_, root)
+                        if not await self._held(root):
+                            await self._transfer(find(), signed, stats)
+                        await self._threads.submit(self._cache.write_manifest, signed)
+                    self._cache.keep(peer, signed)
         except (DataError, OSError) as error:
             raise NetworkError(f"snapshot {root[:12]}… of {peer}, round {round_}, cannot be stored: {error}") from error
+        except NetworkError:
+            raise
+        except Exception as error:  # a fault in one fetch is that fetch's failure, never the agent's
+            fault = f"{type(error).__name__}: {error}"
+            raise NetworkError(f"fetching snapshot {root[:12]}… of {peer}, round {round_}, failed: {fault}") from error
         return Fetched(signed.manifest, self._cache.path(root), stats.bytes, (signed.data, signed.signature))
 
     @asynccontextmanager

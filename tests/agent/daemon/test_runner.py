@@ -105,3 +105,20 @@ async def test_a_run_that_is_cancelled_takes_its_jobs_along() -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     assert network.called_off == network.waiting == ["b"]
+
+
+async def test_a_fetch_that_raises_whatever_is_that_fetchs_failure() -> None:
+    """The run goes on, and the event names the fault."""
+
+    class Faulty(Silent):
+        async def fetch(self, peer: str, round: int, root: str) -> Fetched:
+            raise RuntimeError("dictionary changed size during iteration")
+
+    told: list[events.Event] = []
+    ran = runner(Broken(TrainingError("it went on to its training"), None), Faulty(), told)
+    ran.post(offer("b", 1))
+    ran.post(offer("c", 1))
+    with pytest.raises(TrainingError, match="went on"):
+        await ran.run(join=True)
+    reasons = {event.reason for event in told if isinstance(event, events.FetchFailed)}
+    assert reasons == {"RuntimeError: dictionary changed size during iteration"}

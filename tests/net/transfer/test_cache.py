@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -158,3 +160,58 @@ def test_a_payload_that_the_disk_has_no_room_for_is_refused_before_it_is_begun(t
     with pytest.raises(DataError, match=r"no room for a snapshot of 100 bytes in .* are free"):
         ReceivedBlocks(tmp_path / "x.part", payload, 2**62)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def hurried() -> Iterator[None]:
+    """Let threads take turns a thousand times as often as they do by themselves."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+async def test_what_threads_change_the_loop_iterates_without_a_fault(
+    tmp_path: Path, threads: Threads, hurried: None
+) -> None:
+    """Twelve peers' payloads begin and finish in threads, while the loop makes room, lists sources and lets go; at the
+    end the books say what lies on the disk."""
+    store = open_store(tmp_path, threads, QUOTA * 4)
+    made = [sign(tmp_path, f"p{number}", 1, number) for number in range(12)]
+
+    async def come_and_go(signed: SignedManifest, data: bytes) -> None:
+        peer, payload = signed.manifest.agent, signed.manifest.payload
+        for _ in range(8):
+            with store.pinned(payload.root):
+                if not await threads.submit(store.verify, payload.root):
+                    store.make_room(peer, payload)
+                    partial = await threads.submit(store.begin, peer, payload)
+                    for index, block in enumerate(blocks(data, payload)):
+                        await threads.submit(partial.write, index, [block])
+                    await threads.submit(store.finish, peer, partial, payload.root)
+                    store.end(peer, partial, payload.root)
+                await threads.submit(store.write_manifest, signed)
+                store.keep(peer, signed)
+            assert store.path(payload.root).stat().st_size == len(data)
+            store.release(peer, 1, payload.root)
+            store.sources("")
+
+    await asyncio.gather(*(come_and_go(*one) for one in made))
+    assert not store._coming
+    assert not store._open
+    lying = {path.stem for path in store.folder.glob("*.safetensors") if not path.name.startswith(".")}
+    assert lying == set(store._entries)
+
+
+async def test_a_snapshot_that_a_fetch_is_about_to_hold_is_not_let_go(tmp_path: Path, threads: Threads) -> None:
+    store = open_store(tmp_path, threads, QUOTA)
+    signed, data = sign(tmp_path, "a", 1, 1)
+    path = bring(store, "a", signed, data)
+    store.release("a", 1, path.stem)
+    with store.pinned(path.stem):
+        assert store.verify(path.stem)
+        with pytest.raises(DataError, match="raise disk_bytes"):
+            store.make_room("b", Payload("00" * 32, QUOTA, ()))
+        assert path.exists()
+    store.make_room("b", Payload("00" * 32, QUOTA, ()))
+    assert not path.exists()
