@@ -7,6 +7,7 @@ operation without a rule, or one whose rule declines, freezes all axes of its te
 from __future__ import annotations
 
 import operator
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -155,9 +156,14 @@ def _visit(analysis: Analysis, module: fx.GraphModule, node: fx.Node) -> None:
     elif op_name(node.target):
         _apply_rule(analysis, node)
     elif any(isinstance(analysis.values.get(source), (Value, list)) for source in node.all_input_nodes):
-        _freeze_all(analysis, node, f"no rule for {node.target}")
+        _freeze_all(analysis, node, f"no rule for {_called(node.target)}")
     else:
         analysis.values[node] = None
+
+
+def _called(target: Any) -> str:
+    """Return the name of a function, without its address in memory."""
+    return str(getattr(target, "__name__", None) or re.sub(r" at 0x[0-9a-f]+", "", str(target)))
 
 
 def _apply_rule(analysis: Analysis, node: fx.Node) -> None:

@@ -8,6 +8,7 @@ use of `torch.fx.experimental`; a test pins what it relies on.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -47,10 +48,12 @@ def record_paths(
         for place, tensor in zip(places, given):
             values[place] = tensor
         these, those = tree.rebuilt((args, kwargs), values)
-        made = torch.func.functional_call(model, dict(zip(names, weights)), these, those)
+        inner, own = unwrapped(model, dict(zip(names, weights)))
+        made = torch.func.functional_call(inner, own, these, those)
         return [leaf for leaf in tree.leaves(made) if isinstance(leaf, Tensor)]
 
     graphs: list[fx.GraphModule] = []
+    causes: list[Exception] = []
     codes: set[str] = set()
     generator = torch.Generator().manual_seed(0)
     for number in range(PATHS):
@@ -59,24 +62,51 @@ def record_paths(
             given = [_other(tensor, generator) for tensor in given]
         # in place writes reach copies only
         weights = [tensor.detach().clone() for tensor in tensors.values()]
-        with torch.no_grad():
-            graph = make_fx(run, tracing_mode="real", pre_dispatch=True, _error_on_data_dependent_ops=False)(
-                weights, given
-            )
-        if graph.code not in codes:
-            codes.add(graph.code)
+        try:
+            with torch.no_grad():
+                graph = make_fx(run, tracing_mode="real", pre_dispatch=True, _error_on_data_dependent_ops=False)(
+                    weights, given
+                )
+            if graph.code in codes:
+                continue
             _Recorder(graph).run(*[tensor.detach().clone() for tensor in tensors.values()], *given)
+        except Exception as error:  # numbers that the model refuses: other paths may still work
+            causes.append(error)
+        else:
+            codes.add(graph.code)
             graphs.append(graph)
+    if not graphs:
+        raise causes[0]
     return graphs, names, outputs
 
 
+def unwrapped(model: nn.Module, weights: Mapping[str, Tensor]) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Return what a `DataParallel` runs, and its weights by the names there; torch cannot run the wrapper with others.
+
+    Anything else is returned as it is.
+    """
+    if not isinstance(model, nn.DataParallel):
+        return model, dict(weights)
+    return model.module, {name.removeprefix("module."): value for name, value in weights.items()}
+
+
 def _other(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """Return other numbers of the same shape: drawn anew, or the same integers in another order."""
-    if tensor.is_floating_point():
-        scale = tensor.detach().float().abs().mean().clamp_min(1e-3).cpu()
-        return (torch.randn(tensor.shape, generator=generator) * scale * 2).to(tensor)
-    order = torch.randperm(tensor.numel(), generator=generator).to(tensor.device)
-    return tensor.flatten()[order].view(tensor.shape)
+    """Return other numbers of the same shape: drawn anew, or the same integers in another order.
+
+    Integers change places within their row only, so that each row keeps what it holds (as one end-of-text token each);
+    a sorted vector (lengths, offsets, numbers of graphs) stays sorted.
+    """
+    if tensor.is_floating_point() or tensor.is_complex():
+        scale = tensor.detach().abs().float().mean().clamp_min(1e-3).cpu()
+        kind = torch.complex64 if tensor.is_complex() else torch.float32
+        return (torch.randn(tensor.shape, generator=generator, dtype=kind) * scale * 2).to(tensor)
+    if tensor.ndim < 2:
+        steps = tensor.long().diff()
+        if bool((steps >= 0).all()) or bool((steps <= 0).all()):
+            return tensor.detach().clone()
+    rows = tensor.reshape(-1, tensor.shape[-1]) if tensor.ndim > 1 else tensor.reshape(1, -1)
+    orders = torch.stack([torch.randperm(rows.shape[1], generator=generator) for _ in range(rows.shape[0])])
+    return rows.gather(1, orders.to(tensor.device)).view(tensor.shape)
 
 
 class _Recorder(fx.Interpreter):

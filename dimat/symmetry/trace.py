@@ -126,7 +126,9 @@ def trace(model: nn.Module, example_inputs: Any) -> Trace:
     else:
         _RECENT[model] = (_look(model, example_inputs), traced)
         return traced
-    raise SymmetryError(f"{type(causes[-1]).__name__}: {_first_line(causes[-1])}") from causes[-1]
+    exported, ran = (f"{type(error).__name__}: {_first_line(error)}" for error in (causes[0], causes[-1]))
+    both = ran if exported == ran else f"running it raised {ran}; torch.export raised {exported}"
+    raise SymmetryError(both) from causes[-1]
 
 
 _RECENT: WeakKeyDictionary[nn.Module, tuple[Any, Trace]] = WeakKeyDictionary()
@@ -201,13 +203,17 @@ def hint(size: Any) -> int | None:
 
 
 def location_of(node: fx.Node) -> str:
-    """Return `file:line` of the user's code behind a node, as far as export recorded it."""
+    """Return `file:line` of the user's code behind a node; its module or its name where that was not recorded."""
     place = ""
     for line in str(node.meta.get("stack_trace") or "").splitlines():
         file, _, rest = line.strip().removeprefix("File ").partition(", line ")
         if rest and ("/torch/nn/" not in file or not place):
             place = f"{file.strip(chr(34))}:{rest.partition(',')[0]}"
-    return place or "unknown place"
+    if place:
+        return place
+    stack: Mapping[str, Any] = node.meta.get("nn_module_stack") or {}
+    paths = [str(entry[0]).partition("@")[0] for entry in stack.values()]
+    return f"module '{paths[-1]}'" if paths and paths[-1] else f"node {node.name}"
 
 
 def _doubled(tensor: torch.Tensor) -> torch.Tensor:
@@ -365,4 +371,5 @@ def _digest(
 
 
 def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")[:300]
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")[:300]
+    return re.sub(r" at 0x[0-9a-f]+", "", line)

@@ -5,7 +5,7 @@ This is the package's only use of `torch.utils._pytree` (an underscore, but what
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from typing import Any
 
 import torch
@@ -18,9 +18,27 @@ def leaves(tree: Any) -> list[Any]:
 
 
 def named_leaves(tree: Any) -> list[tuple[str, Any]]:
-    """Return (path, leaf) pairs; a path is keys joined by dots, or `output` for a bare leaf."""
-    pairs = pytree.tree_flatten_with_path(tree)[0]
-    return [(".".join(_key(key) for key in path) or "output", leaf) for path, leaf in pairs]
+    """Return (path, leaf) pairs; a path is keys joined by dots, or `output` for a bare leaf.
+
+    Where a class was registered without keys, as the output classes of diffusers, its children are named by number.
+    """
+    return [(".".join(path) or "output", leaf) for path, leaf in _walk(tree, ())]
+
+
+def _walk(tree: Any, path: tuple[str, ...]) -> Generator[tuple[tuple[str, ...], Any]]:
+    def below(node: Any) -> bool:
+        return node is not tree
+
+    children: list[tuple[tuple[Any, ...], Any]]
+    try:
+        children = pytree.tree_flatten_with_path(tree, is_leaf=below)[0]
+    except ValueError:  # no keys are registered for this class
+        children = [((number,), child) for number, child in enumerate(pytree.tree_flatten(tree, is_leaf=below)[0])]
+    for keys, child in children:
+        if child is tree:
+            yield path, child
+        else:
+            yield from _walk(child, (*path, *map(_key, keys)))
 
 
 def map_tensors(function: Any, tree: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,8 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dimat.errors import SymmetryError
 from dimat.symmetry import tree
 from dimat.symmetry.derive import with_hash
+from dimat.symmetry.paths import unwrapped
 from dimat.symmetry.permute import permute_weights, random_permutations
 from dimat.symmetry.spec import AxisRef, Factor, FrozenAxis, Layout, SymmetrySpec, groups_in
+from dimat.symmetry.steady import steady
 from dimat.symmetry.trace import SymmetryWarning, forget_derived, retrace
 
 _TRIALS = 2
@@ -56,29 +59,46 @@ class _Check:
 
     def __init__(self, model: nn.Module, example_inputs: Any, spec: SymmetrySpec, generator: torch.Generator) -> None:
         seed = generator.get_state()
-        try:
-            self._prepare(model, example_inputs, spec, generator, torch.float64)
-        except RuntimeError:
-            # operations that have no float64 form, as some grouped products of matrices
+        causes: list[Exception] = []
+        for dtype, draw in _WAYS:
             generator.set_state(seed)
-            self._prepare(model, example_inputs, spec, generator, torch.float32)
+            try:
+                self._prepare(model, example_inputs, spec, generator, dtype, draw)
+            except SymmetryError:
+                raise
+            except Exception as error:  # a forward pass raises whatever the model's code does
+                causes.append(error)
+            else:
+                if not any(bool(output.isnan().any()) for output in self._before):
+                    return
+        if causes:
+            told = f"{type(causes[0]).__name__}: {causes[0]}"
+            raise SymmetryError(f"the model cannot be run, so invariance cannot be checked: {told}") from causes[0]
+        raise SymmetryError("the model returns NaN for the example inputs; give inputs as in training")
 
     def _prepare(
-        self, model: nn.Module, inputs: Any, spec: SymmetrySpec, generator: torch.Generator, dtype: torch.dtype
+        self,
+        model: nn.Module,
+        inputs: Any,
+        spec: SymmetrySpec,
+        generator: torch.Generator,
+        dtype: torch.dtype,
+        draw: _Draw,
     ) -> None:
-        self._model = copy.deepcopy(model).to(dtype)
+        self._model = copied(model)
+
+        def cast(tensor: Tensor) -> Tensor:
+            return _cast(tensor, dtype)
+
+        self._model._apply(cast)  # pyright: ignore[reportPrivateUsage]  (`to` would drop imaginary parts)
         self._model.eval()
         forget_derived(self._model)
         self._memo = {id(t): t for t in (*self._model.parameters(), *self._model.buffers())}
         state = {name: v.detach() for name, v in self._model.state_dict().items() if isinstance(v, Tensor)}
-        self._weights = randomised(state, generator)
+        self._weights = draw(state, generator)
         for tied in spec.tied:
             for name in tied[1:]:
                 self._weights[name] = self._weights[tied[0]]
-
-        def cast(tensor: Tensor) -> Tensor:
-            return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
         self._inputs = tree.map_tensors(cast, tree.as_arguments(inputs))
         watch = _Precision()
         with watch:
@@ -90,26 +110,65 @@ class _Check:
         for _ in range(_TRIALS):
             moved = permute_weights(self._weights, spec, random_permutations(spec, generator))
             for one, other in zip(self._before, self._run(moved, spec)):
-                scale = max(float(one.abs().max()), 1e-300)
-                change = float((one - other).abs().max()) / scale
+                change = _change(one, other)
                 worst = max(worst, change if change == change else float("inf"))
             del moved  # as large as the module: the next must not stand beside it
         return worst
 
     def _run(self, weights: dict[str, Tensor], spec: SymmetrySpec) -> list[Tensor]:
         # what the module writes in place (inputs, buffers) or keeps for later must not reach the next run
-        model = copy.deepcopy(self._model, dict(self._memo))
+        model = copied(self._model, self._memo)
         args, kwargs = tree.map_tensors(torch.clone, self._inputs)
         buffers = {name: weights[name].clone() for name, _ in model.named_buffers() if name in weights}
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), warnings.catch_warnings(), steady():
             warnings.simplefilter("ignore")
-            result = torch.func.functional_call(model, {**weights, **buffers}, args, kwargs, tie_weights=False)
+            inner, own = unwrapped(model, {**weights, **buffers})
+            result = torch.func.functional_call(inner, own, args, kwargs, tie_weights=False)
         leaves = tree.leaves(result)
         chosen = [leaves[index] for index in spec.outputs] if spec.outputs else leaves
-        tensors = [leaf.double() for leaf in chosen if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        tensors = [_real(leaf) for leaf in chosen if isinstance(leaf, Tensor) and _is_continuous(leaf)]
         if not tensors:
             raise SymmetryError("the model returns no floating-point tensor, so invariance cannot be checked")
         return [tensor for tensor in tensors if tensor.numel()]
+
+
+def copied(model: nn.Module, memo: Mapping[int, Any] | None = None) -> nn.Module:
+    """Return a deep copy of a module, also where attributes hold what hooks computed of the weights.
+
+    Old weight norm, spectral norm and pruning keep such a tensor, which torch does not copy by itself. What `memo` has
+    by id is shared.
+    """
+    known = dict(memo or {})
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf and id(value) not in known:
+                known[id(value)] = value.detach().clone()
+    return copy.deepcopy(model, known)
+
+
+def _change(one: Tensor, other: Tensor) -> float:
+    """Return the largest relative change; entries that are infinite in both (masked scores) are no change."""
+    finite = one.isfinite()
+    if not torch.equal(one[~finite], other[~finite]):
+        return float("inf")
+    if not bool(finite.any()):
+        return 0.0
+    return float((one - other)[finite].abs().max()) / max(float(one[finite].abs().max()), 1e-300)
+
+
+def _is_continuous(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if tensor.is_complex():
+        return tensor.to(torch.complex128 if dtype == torch.float64 else torch.complex64)
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """Return a tensor in float64; a complex one as pairs."""
+    return torch.view_as_real(tensor.resolve_conj().to(torch.complex128)) if tensor.is_complex() else tensor.double()
 
 
 class _Precision(TorchDispatchMode):
@@ -128,8 +187,8 @@ class _Precision(TorchDispatchMode):
         if not self.rounds:
             given = [leaf for leaf in tree.leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             made = [leaf for leaf in tree.leaves(result) if isinstance(leaf, Tensor)]
-            self.rounds = any(t.dtype == torch.float64 for t in given) and any(
-                t.is_floating_point() and t.itemsize < 8 for t in made
+            self.rounds = any(t.dtype in (torch.float64, torch.complex128) for t in given) and any(
+                _is_continuous(t) and t.itemsize < (16 if t.is_complex() else 8) for t in made
             )
         return result
 
@@ -203,7 +262,7 @@ def randomised(state: dict[str, Tensor], generator: torch.Generator) -> dict[str
     """
     result = dict(state)
     for name, value in state.items():
-        if not value.is_floating_point() or value.ndim == 0:
+        if not _is_continuous(value) or value.ndim == 0:
             continue
         flat = value.ndim == 1 or name.endswith(("running_mean", "running_var"))
         fan = max(value[0].numel(), 1)
@@ -212,9 +271,29 @@ def randomised(state: dict[str, Tensor], generator: torch.Generator) -> dict[str
             if value.ndim < 4:
                 result[name] = value * max(1.0, fan**-0.5 / max(float(value.std()), 1e-30))
             continue
-        noise = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value)
+        kind = torch.complex128 if value.is_complex() else torch.float64
+        noise = torch.randn(value.shape, generator=generator, dtype=kind).to(value)
         if name.endswith("running_var"):
             result[name] = 0.5 + noise.abs()
         else:
             result[name] = value + noise * (0.3 if flat else fan**-0.5)
     return result
+
+
+def _gentle(state: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    """Return a state dict whose entries keep their signs and sizes, for models that are NaN under other weights."""
+
+    def shaken(value: Tensor) -> Tensor:
+        noise = torch.randn(value.shape, generator=generator, dtype=torch.float64)
+        return value * (0.1 * noise).exp().to(value.real if value.is_complex() else value)
+
+    return {name: shaken(value) if _is_continuous(value) else value for name, value in state.items()}
+
+
+_Draw = Callable[[dict[str, Tensor], torch.Generator], dict[str, Tensor]]
+_WAYS: tuple[tuple[torch.dtype, _Draw], ...] = (
+    (torch.float64, randomised),
+    (torch.float32, randomised),  # operations that have no float64 form, or masks that overflow in it
+    (torch.float64, _gentle),
+    (torch.float32, _gentle),
+)

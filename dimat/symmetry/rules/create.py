@@ -8,16 +8,18 @@ from dimat.symmetry.rules.call import Call, Result, Value, rule
 @rule(
     *(f"aten.{name}" for name in ("zeros", "ones", "full", "scalar_tensor", "new_zeros", "new_ones", "new_full")),
     *(f"aten.{name}" for name in ("zeros_like", "ones_like", "full_like")),
+    *(f"aten.{name}" for name in ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided")),
+    "aten.empty_permuted",
 )
 def constant(call: Call) -> Result:
-    """All entries are equal, so any permutation of them does nothing."""
+    """All entries are equal, or not written yet, so any permutation of them does nothing."""
     return Value(tuple(call.domain.fresh(size) for size in call.shape()))
 
 
 @rule(
     *(f"aten.{name}" for name in ("arange", "linspace", "logspace", "eye", "tril_indices", "triu_indices")),
-    *(f"aten.{name}" for name in ("empty", "empty_like", "new_empty", "hann_window", "bartlett_window")),
-    "aten.empty_strided",
+    *(f"aten.{name}" for name in ("hann_window", "hamming_window", "bartlett_window", "blackman_window")),
+    *(f"aten.{name}" for name in ("kaiser_window", "vander", "cartesian_prod", "combinations")),
 )
 def pattern(call: Call) -> Result:
     """Entries differ by place."""
