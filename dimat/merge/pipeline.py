@@ -1,10 +1,12 @@
-"""The merge pipeline: screen → align → combine → repair → accept.
+"""The merge pipeline: screen → align → combine → repair → check → accept.
 
     plan = plan_merge(MergeConfig(method="dimat"))
     outcome = merge(own, 0.5, [Peer("lab-b", weights, 0.5)], plan, MergeContext(model, spec, data))
 
 Nothing that is handed in is changed: not the model, its mode and BatchNorm momentum, nor any weights, nor the
-global random state. A peer that cannot be trusted is refused whole, and its weight goes to self.
+global random state. A peer that cannot be trusted is refused whole, and its weight goes to self. Entries that are no
+parameters are treated by their nature (`natures.py`), whatever the combine method does; a merge that is not finite is
+not kept, and a note says so.
 """
 
 from __future__ import annotations
@@ -20,8 +22,10 @@ from dimat.config import MergeConfig, NamedConfig
 from dimat.errors import DimatError, MergeError
 from dimat.merge.context import MergeContext
 from dimat.merge.matching.assignment import moved_share
+from dimat.merge.natures import Natures, natures_of
 from dimat.merge.registry import CONTEXT, accept_registry, align_registry, combine_registry, repair_registry
 from dimat.merge.screen import norm_of, screen
+from dimat.merge.settled import Shield, not_finite
 from dimat.merge.shared_statistics import OWN, TakeStatistics, check_statistics, in_order
 from dimat.merge.stages import Accepted, Aligned, Permutations, Repaired, StageTimer, Weights
 from dimat.merge.weight_views import PermutedWeights
@@ -31,6 +35,9 @@ R = TypeVar("R")
 
 MIXING_TOLERANCE = 1e-6
 """Mixing weights sum to 1 within this."""
+
+NOT_KEPT = "the merge is not kept, own weights go on"
+"""End of a note on a merge that was given up."""
 
 
 @dataclass(frozen=True)
@@ -131,14 +138,15 @@ def merge(
     """
     check_mixing([own_weight, *(peer.weight for peer in peers)])
     clock = StageTimer()
-    own_norm = _check_own(own, context)
+    natures = natures_of(own, context.model)
+    own_norm = _check_own(own, context, natures)
     statistics = context.aux or {}
     expected = statistics.get(OWN) if plan.statistics is not None else None
     refused: dict[str, str] = {}
     kept: list[Peer] = []
     for peer in peers:
         try:
-            screen(own, peer.weights, peer.name, own_norm, **plan.screen)
+            screen(own, peer.weights, peer.name, own_norm, natures, **plan.screen)
             check_statistics(peer.name, statistics.get(peer.name, {}), own, expected)
         except DimatError as error:
             if not refuse:
@@ -162,17 +170,42 @@ def merge(
     offered = context.offered()
     own_first = [own_weight, *(peer.weight for peer in merging)]
     names = [peer.name for peer in merging]
-    combined = dict(plan.combine(own, views, own_first, **(offered | {"aux": aux, "names": names})))
+    shield = Shield.of(own, views, own_first, natures)
+    seen = offered | {"aux": aux, "names": names, "base": shield.base(context.base)}
+    combined = dict(shield.settle(plan.combine(shield.own, shield.peers, own_first, **seen)))
     _check_shapes(own, combined, plan.combine.name)
     clock.lap("combine")
     repaired = plan.repair(combined, **offered)
     clock.lap("repair")
+    notes = (*plan.notes, *aligned.notes, *repaired.notes)
+    if fault := not_finite(repaired.weights, shield.fixed):
+        if not refuse:
+            raise MergeError(f"{fault}; own weights are as they were")
+        accepted = Accepted(dict(own), 0.0, (f"{fault}: {NOT_KEPT}",))
+        notes = (*notes, *accepted.notes)
+        return _outcome(own, own_weight, mixing, refused, permutations, accepted, notes, clock, aligned, repaired)
 
     def repair_again(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        return plan.repair(weights, **offered).weights
+        return plan.repair(dict(shield.settle(weights)), **offered).weights
 
     accepted = plan.accept(own, repaired.weights, **offered, repair=repair_again)
     clock.lap("accept")
+    notes = (*notes, *accepted.notes)
+    return _outcome(own, own_weight, mixing, refused, permutations, accepted, notes, clock, aligned, repaired)
+
+
+def _outcome(
+    own: Weights,
+    own_weight: float,
+    mixing: dict[str, float],
+    refused: dict[str, str],
+    permutations: dict[str, Permutations],
+    accepted: Accepted,
+    notes: tuple[str, ...],
+    clock: StageTimer,
+    aligned: Aligned,
+    repaired: Repaired,
+) -> MergeOutcome:
     return MergeOutcome(
         weights=accepted.weights if accepted.share else _copy(own),
         own_weight=own_weight,
@@ -181,7 +214,7 @@ def merge(
         permutations=permutations,
         moved={name: moved_share(p) for name, p in permutations.items()},
         accepted=accepted.share,
-        notes=(*plan.notes, *aligned.notes, *repaired.notes, *accepted.notes),
+        notes=notes,
         cpu_s=clock.seconds | {f"align.{part}": s for part, s in aligned.cpu_s.items()},
         images={"align": aligned.images, "repair": repaired.images},
     )
@@ -194,7 +227,8 @@ def adopt(own: Weights, peer: Peer, plan: MergePlan, context: MergeContext) -> P
     of units. Empty where the plan does not align or the model has no symmetry groups.
     Raises PeerError for weights that the screen refuses, MergeError as `merge` does.
     """
-    screen(own, peer.weights, peer.name, _check_own(own, context), **plan.screen)
+    natures = natures_of(own, context.model)
+    screen(own, peer.weights, peer.name, _check_own(own, context, natures), natures, **plan.screen)
     return _align(peer.weights, [own], plan, context).permutations[0]
 
 
@@ -218,7 +252,7 @@ def _view(weights: Weights, permutations: Permutations | None, context: MergeCon
     return PermutedWeights(weights, context.spec, permutations) if permutations and context.spec else weights
 
 
-def _check_own(own: Weights, context: MergeContext) -> float:
+def _check_own(own: Weights, context: MergeContext, natures: Natures) -> float:
     """Check that own weights are finite and the model's, and return their norm."""
     if context.model is not None:
         expected = context.model.state_dict()
@@ -228,7 +262,7 @@ def _check_own(own: Weights, context: MergeContext) -> float:
         for name, tensor in expected.items():
             if tensor.shape != own[name].shape:
                 raise MergeError(f"tensor {name!r} is {[*own[name].shape]}, in the model {[*tensor.shape]}")
-    return norm_of(own)
+    return norm_of(own, natures)
 
 
 def _check_shapes(own: Weights, combined: Weights, method: str) -> None:

@@ -9,7 +9,11 @@ from pydantic import Field
 from torch import Tensor
 
 from dimat.errors import MergeError, PeerError, nearest
+from dimat.merge.natures import Nature, Natures
 from dimat.merge.stages import Weights
+
+UNKNOWN = Natures({})
+"""Natures of a model of which nothing is known: all entries are parameters."""
 
 
 def screen(
@@ -17,13 +21,15 @@ def screen(
     peer: Weights,
     name: str,
     own_norm: float,
+    natures: Natures = UNKNOWN,
     *,
     max_norm_ratio: Annotated[float, Field(gt=0)] = 10.0,
 ) -> None:
-    """Check a peer's weights against own: names, shapes, dtypes, finite values, and size.
+    """Check a peer's weights against own: names, shapes, dtypes, finite values, natures, and size.
 
     `name`: the peer, for messages; `own_norm`: `norm_of(own)`. The 2-norm of all the peer's floating-point
     tensors may not exceed `max_norm_ratio` times own's (a bound that no permutation of units changes).
+    `natures`: of own's entries: a variance may not be negative, and a constant that holds ±∞ must be equal to own's.
     Reads one tensor at a time. Raises PeerError naming the agent and the tensor.
     """
     for key in own:
@@ -37,6 +43,16 @@ def screen(
         theirs = peer[key]
         if theirs.shape != ours.shape or theirs.dtype != ours.dtype:
             raise PeerError(f"{name}: tensor {key!r} is {_describe(theirs)}, ours {_describe(ours)}")
+        nature = natures.of(key)
+        if nature is Nature.CONSTANT and _norm(ours) is None:
+            if not torch.equal(theirs.to(ours.device), ours):
+                raise PeerError(
+                    f"{name}: tensor {key!r} is a constant that is not finite, and differs from ours; "
+                    "all agents must build their models by the same code"
+                )
+            continue
+        if nature is Nature.VARIANCE and (negative := int((theirs < 0).sum())):
+            raise PeerError(f"{name}: tensor {key!r} is a variance and holds {negative} values below 0")
         norm = _norm(theirs)
         if norm is None:
             raise PeerError(f"{name}: tensor {key!r} holds {_count_non_finite(theirs)} values that are not finite")
@@ -50,11 +66,14 @@ def screen(
         )
 
 
-def norm_of(own: Weights) -> float:
-    """Return the 2-norm of all floating-point tensors; MergeError names one that is not finite."""
+def norm_of(own: Weights, natures: Natures = UNKNOWN) -> float:
+    """Return the 2-norm of all floating-point tensors, without constants that hold ±∞; MergeError names any other that
+    is not finite."""
     total = 0.0
     for key, tensor in own.items():
         norm = _norm(tensor)
+        if norm is None and natures.of(key) is Nature.CONSTANT and not tensor.isnan().any():
+            continue
         if norm is None:
             raise MergeError(
                 f"own weights: tensor {key!r} holds {_count_non_finite(tensor)} values that are not finite"
@@ -68,6 +87,8 @@ def _norm(tensor: Tensor) -> float | None:
     if not tensor.is_floating_point() and not tensor.is_complex():
         return 0.0
     values = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    if tensor.itemsize == 1:
+        values = tensor.float()  # torch sums no 8-bit floats
     wide = torch.float32 if tensor.device.type == "mps" else torch.float64
     norm = float(torch.linalg.vector_norm(values, dtype=wide))
     if norm < float("inf"):
@@ -76,7 +97,7 @@ def _norm(tensor: Tensor) -> float | None:
 
 
 def _count_non_finite(tensor: Tensor) -> int:
-    return int((~torch.isfinite(tensor)).sum())
+    return int((~torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor)).sum())
 
 
 def _describe(tensor: Tensor) -> str:

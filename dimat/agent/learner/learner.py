@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import InitVar, dataclass, field
-from math import nan
+from dataclasses import InitVar, dataclass, field, replace
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from dimat.errors import DimatError, PeerError
 from dimat.events import MergeResult, TrainResult
 from dimat.merge import MergeContext, MergePlan, Peer, adopt, merge, open_weights
 from dimat.merge.matching.assignment import moved_by_group, moved_share
+from dimat.merge.natures import natures_of
+from dimat.merge.pipeline import NOT_KEPT
 from dimat.merge.screen import norm_of, screen
 from dimat.merge.shared_statistics import OWN, apart, beside, permuted
 from dimat.merge.stages import Weights
@@ -133,7 +135,8 @@ class Learner:
         weights, _ = self._open(snapshot)
         try:
             own = self.trainer.weights()
-            screen(own, weights, peer, norm_of(own), **self._plan.screen)
+            natures = natures_of(own, self.trainer.model)
+            screen(own, weights, peer, norm_of(own, natures), natures, **self._plan.screen)
         except DimatError as error:
             return str(error)
         self.trainer.start_from({name: weights[name] for name in own})
@@ -191,7 +194,8 @@ class Learner:
             weights, statistics[part.peer] = self._open(sources[part.peer])
             parts.append(Peer(part.peer, weights, part.weight, part.same_basis))
         context = self._context(action.round, statistics if self._plan.statistics is not None else None)
-        outcome = merge(self.trainer.weights(), action.own_weight, parts, self._plan, context)
+        own = self.trainer.weights()
+        outcome = merge(own, action.own_weight, parts, self._plan, context)
         self._statistics = {}  # they are of the weights before
         changed = outcome.accepted > 0 and bool(outcome.mixing)
         if changed:
@@ -200,6 +204,16 @@ class Learner:
         after = before
         if evaluate != "none" and (changed or not before):
             after = self.evaluate()
+        lost = [name for name, value in after.items() if not isfinite(value)] if changed else []
+        if lost:
+            self.trainer.load_weights(own)
+            before = before or self.evaluate()
+            if any(isfinite(before.get(name, nan)) for name in lost):
+                note = f"after the merge {' and '.join(lost)} is not finite: {NOT_KEPT}"
+                outcome = replace(outcome, accepted=0.0, notes=(*outcome.notes, note))
+                after = before
+            else:  # it was not finite before, so the merge is not to blame
+                self.trainer.load_weights(outcome.weights)
         return MergeResult(
             refused=outcome.refused,
             accepted=outcome.accepted,

@@ -1,0 +1,215 @@
+"""Natures of state-dict entries: which of them are means of numbers, and which are not.
+
+Most entries are parameters, and a combine method may do with them as it likes. The others have a meaning that a mean
+of numbers loses: a variance is not negative; a mask of −∞ is the same in all models, and −∞ − (−∞) is no number; the
+vectors u and v of a power iteration only mean something for the weight that they were iterated on; an integer code
+means nothing apart from its scale; two names of one tensor hold equal values. The pipeline treats these itself, in one
+place, before and after every combine method (`settled.py`).
+
+Where there is a model, its modules say what an entry is; elsewhere names and values do.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import Tensor, nn
+
+from dimat.merge.models.functional import aliases
+from dimat.merge.stages import Weights
+
+
+class Nature(StrEnum):
+    """The nature of an entry of a state dict."""
+
+    PARAMETER = "parameter"
+    MEAN = "mean"
+    VARIANCE = "variance"
+    """A variance or another mean of squares: never negative."""
+    COUNT = "count"
+    CONSTANT = "constant"
+    """A buffer that nothing else explains: a mask, frequencies. It stays as it is where all models have the same."""
+    VECTOR = "vector"
+    """A singular vector from a power iteration on another entry."""
+    CODE = "code"
+    """Integers (or 8-bit floats) that stand for numbers together with a scale."""
+    SCALE = "scale"
+    """Scale or zero point of a code."""
+
+
+@dataclass(frozen=True, slots=True)
+class PowerIteration:
+    """Names of a weight and of its left and right singular vectors. `dim`: the weight's axis of rows."""
+
+    weight: str
+    u: str
+    v: str
+    dim: int
+
+
+@dataclass(frozen=True)
+class Natures:
+    """Natures of the entries of one model. `kinds`: by name; `first`: of tied names, the first one, by the others."""
+
+    kinds: Mapping[str, Nature]
+    iterations: tuple[PowerIteration, ...] = ()
+    first: Mapping[str, str] = ()  # pyright: ignore[reportAssignmentType]
+
+    def of(self, name: str) -> Nature:
+        """Return the nature of an entry; one that is not known is a parameter."""
+        return self.kinds.get(name, Nature.PARAMETER)
+
+
+_MEAN = re.compile(r"(running|moving|ema)_(mean|avg|average)$")
+_VARIANCE = re.compile(r"(running|moving|ema)_(var|variance|std|sq|square|squares)$|(?:^|\.)exp_avg_sq$")
+_COUNT = re.compile(r"(^|[._])(num_batches_tracked|num_updates|step|count|counter)$")
+_CONSTANT = re.compile(
+    r"(mask|inv_freq|position_ids|relative_position_index|masked_bias|attn_bias|causal|tril|alibi|slopes|min_val|max_val)"
+    r"[^.]*$"
+)
+_PARAMETER = re.compile(r"(weight|bias|kernel|gamma|beta|lora_[AB]|weight_[gv]|original\d*)$")
+_VECTOR = re.compile(r"(?:^|[._])[uv]\d*$")
+_SCALES = ("scale", "scales", "scale_inv", "scale_w", "zero_point", "zero_points", "zeros", "absmax", "quant_map",
+           "nested_absmax", "nested_quant_map", "SCB")  # fmt: skip
+_FLOATS_8 = frozenset(
+    dtype for dtype in (getattr(torch, name, None) for name in dir(torch) if name.startswith("float8_")) if dtype
+)
+
+
+def natures_of(own: Weights, model: nn.Module | None = None) -> Natures:
+    """Return the natures of own's entries, from the model's modules where there is one, and from names and values.
+
+    Reads values only where a name leaves a question open.
+    """
+    parameters = frozenset[str]() if model is None else {n for n, _ in model.named_parameters(remove_duplicate=False)}
+    buffers = frozenset[str]() if model is None else {n for n, _ in model.named_buffers(remove_duplicate=False)}
+    kinds: dict[str, Nature] = {}
+    iterations = _iterations(own)
+    for found in iterations:
+        kinds |= {found.u: Nature.VECTOR, found.v: Nature.VECTOR}
+    kinds |= {name: nature for name, nature in _codes(own).items() if name not in kinds}
+    for name in own:
+        if name in kinds:
+            continue
+        if _COUNT.search(name) and name not in parameters:
+            kinds[name] = Nature.COUNT
+        elif _MEAN.search(name) and name not in parameters:
+            kinds[name] = Nature.MEAN
+        elif _VARIANCE.search(name) and name not in parameters and _holds(own[name], lambda t: not (t < 0).any()):
+            kinds[name] = Nature.VARIANCE
+        elif _VECTOR.search(name) and name not in parameters and _holds(own[name], _is_unit):
+            kinds[name] = Nature.VECTOR
+        elif name in buffers or (name not in parameters and _is_constant(name, own)):
+            kinds[name] = Nature.CONSTANT
+    first = {
+        name: one for name, one in ({} if model is None else aliases(model)).items() if name in own and name != one
+    }
+    return Natures(kinds, iterations, {**_same_memory(own), **first})
+
+
+def _holds(tensor: Tensor, test: Callable[[Tensor], bool]) -> bool:
+    return tensor.is_floating_point() and bool(test(tensor.detach()))
+
+
+def _is_unit(tensor: Tensor) -> bool:
+    return tensor.numel() > 1 and abs(float(torch.linalg.vector_norm(tensor.float())) - 1) < 1e-2
+
+
+def _is_constant(name: str, own: Weights) -> bool:
+    """Tell whether an entry of a file is a constant: by its name, or since it holds ±∞ and hardly anything else."""
+    if _CONSTANT.search(name):
+        return True
+    tensor = own[name].detach()
+    if not tensor.is_floating_point() or not tensor.numel() or torch.linalg.vector_norm(tensor.float()).isfinite():
+        return False
+    if tensor.isnan().any() or not tensor.isinf().any():
+        return False
+    finite = tensor[tensor.isfinite()]
+    alike = not finite.numel() or bool((finite == finite.reshape(-1)[0]).all())
+    return alike if _PARAMETER.search(name) else True
+
+
+def _iterations(own: Weights) -> tuple[PowerIteration, ...]:
+    """Return the power iterations of spectral normalisation: torch's two, and the widespread one by `weight_bar`."""
+    found: list[PowerIteration] = []
+    for u in own:
+        if u.endswith("._u"):
+            stem, v = u.removesuffix("._u"), u.removesuffix("_u") + "_v"
+            place, _, number = stem.rpartition(".")
+            weights = [f"{place}.original"] if number == "0" else []
+        elif u.endswith("_u"):
+            stem, v = u.removesuffix("_u"), u.removesuffix("_u") + "_v"
+            weights = [f"{stem}_orig", f"{stem}_bar"]
+        else:
+            continue
+        weight = next((name for name in weights if name in own), None)
+        if weight is None or v not in own:
+            continue
+        dim = _rows_of(own[weight].detach(), own[u].detach(), own[v].detach())
+        if dim is not None:
+            found.append(PowerIteration(weight, u, v, dim))
+    return tuple(found)
+
+
+def as_matrix(weight: Tensor, dim: int) -> Tensor:
+    """Return a weight as the matrix whose rows are its indices along an axis, as spectral normalisation has it."""
+    return weight.movedim(dim, 0).flatten(1) if weight.ndim > 1 else weight.reshape(-1, 1)
+
+
+def _rows_of(weight: Tensor, u: Tensor, v: Tensor) -> int | None:
+    """Return the axis of a weight along which u lies; of several that fit the one for which u is W v best."""
+    best: tuple[float, int] | None = None
+    for dim in range(weight.ndim):
+        matrix = as_matrix(weight, dim)
+        if matrix.shape != (u.numel(), v.numel()):
+            continue
+        again = torch.nn.functional.normalize(matrix.float() @ v.reshape(-1).float(), dim=0)
+        off = float((again - u.reshape(-1).float()).norm())
+        if best is None or off < best[0]:
+            best = (off, dim)
+    return None if best is None else best[1]
+
+
+def _codes(own: Weights) -> dict[str, Nature]:
+    """Return codes with a scale beside them, and those scales.
+
+    A scale is called like its code (`weight_scale`, `weight.absmax`) or stands beside it (`qweight` and `scales`).
+    """
+    scales = [name for name in own if name.endswith(_SCALES)]
+    found: dict[str, Nature] = {}
+    for scale in scales:
+        place = scale.rpartition(".")[0]
+        named = [n for n in (_stem(scale), place) if n in own]
+        near = ("qweight", "weight", "qzeros", "g_idx", "zero_point")
+        beside = [f"{place}.{code}" if place else code for code in near]
+        for code in {*named, *(n for n in beside if n in own)}:
+            tensor = own[code]
+            integer = not tensor.is_floating_point() and not tensor.is_complex() and tensor.dtype != torch.bool
+            if integer or tensor.dtype in _FLOATS_8:
+                found |= {code: Nature.CODE, scale: Nature.SCALE}
+    return found
+
+
+def _stem(scale: str) -> str:
+    end = max((end for end in _SCALES if scale.endswith(end)), key=len)
+    return scale.removesuffix(end).rstrip("._")
+
+
+def _same_memory(own: Weights) -> dict[str, str]:
+    """Return the names of tensors that are another one's memory, with the first name; nothing of files, whose tensors
+    are read anew at each access."""
+    if not isinstance(own, dict):
+        return {}
+    first: dict[tuple[int, torch.Size, tuple[int, ...]], str] = {}
+    tied: dict[str, str] = {}
+    for name, tensor in own.items():
+        if not tensor.numel() or tensor.is_meta:
+            continue
+        one = first.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride()), name)
+        if one != name:
+            tied[name] = one
+    return tied

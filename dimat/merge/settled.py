@@ -1,0 +1,176 @@
+"""Entries that no combine method may decide: shielded from it before, and settled after.
+
+shield = Shield.of(own, peers, weights, natures)
+combined = method(shield.own, shield.peers, …)
+merged = shield.settle(combined)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from dimat.merge.natures import Nature, Natures, PowerIteration, as_matrix
+from dimat.merge.stages import Weights
+from dimat.merge.tensors.task_vectors import mean_of
+from dimat.merge.weight_views import WeightsView
+
+MOST_STEPS = 500
+"""Most steps of a power iteration on a merged weight."""
+
+STEP_TOLERANCE = 1e-7
+"""A power iteration ends where a step changes u by less than this."""
+
+
+@dataclass(frozen=True)
+class Shield:
+    """What a combine method gets to see, and what becomes of its result.
+
+    `fixed`: names whose tensors stay own's: constants that are equal in all models, codes with their scales, vectors
+    that belong to no known weight. `own` and `peers`: the models as the method sees them. There, all peers have own's
+    fixed tensors, and what is not finite in them is the largest finite number, so that differences and norms are
+    numbers.
+    """
+
+    own: Weights
+    peers: Sequence[Weights]
+    fixed: frozenset[str]
+    natures: Natures
+    _whole: tuple[Weights, ...]
+    _weights: tuple[float, ...]
+
+    @staticmethod
+    def of(own: Weights, peers: Sequence[Weights], weights: Sequence[float], natures: Natures) -> Shield:
+        """Return the shield of a merge. `weights`: mixing weights, own's first."""
+        fixed: set[str] = set()
+        for name, nature in natures.kinds.items():
+            if nature in (Nature.VECTOR, Nature.CODE, Nature.SCALE):
+                fixed.add(name)
+            elif nature is Nature.CONSTANT and own[name].is_floating_point():
+                ours = own[name].detach()
+                if all(torch.equal(ours, peer[name].detach().to(ours.device)) for peer in peers):
+                    fixed.add(name)
+        shielded = frozenset(fixed)
+        if not shielded:
+            return Shield(own, peers, shielded, natures, (own, *peers), tuple(weights))
+        views = [_Shielded(theirs, own, shielded) for theirs in (own, *peers)]
+        return Shield(views[0], views[1:], shielded, natures, (own, *peers), tuple(weights))
+
+    def base(self, base: Weights | None) -> Weights | None:
+        """Return the base as the method sees it: with own's fixed tensors, from which nothing has changed."""
+        return base if base is None or not self.fixed else _Shielded(base, self._whole[0], self.fixed)
+
+    def settle(self, combined: Weights) -> Weights:
+        """Return merged weights with each entry true to its nature; each access makes one tensor.
+
+        Fixed tensors are own's; a variance that came out negative or not finite is the weighted mean of the models';
+        u and v are iterated on the merged weight, from own's, unless that is own's weight; a tied name has the
+        values of its first name.
+        """
+        natures = self.natures
+        plain = not natures.iterations and not natures.first and not self.fixed
+        if plain and Nature.VARIANCE not in natures.kinds.values():
+            return combined
+        return _Settled(combined, self)
+
+    def mean(self, name: str) -> Tensor:
+        """Return the weighted mean of a tensor of all models, in own's type."""
+        ours = self._whole[0][name].detach()
+        values = [theirs[name].detach().to(ours.device, torch.float64) for theirs in self._whole]
+        if not self._weights[0]:
+            return mean_of(values[1:], self._weights[1:]).to(ours.dtype)
+        return mean_of(values, self._weights).to(ours.dtype)
+
+    def whole(self, name: str) -> Tensor:
+        """Return own's tensor as it is."""
+        return self._whole[0][name].detach()
+
+
+class _Shielded(WeightsView):
+    """A model with own's fixed tensors, all finite."""
+
+    def __init__(self, weights: Weights, own: Weights, fixed: Collection[str]) -> None:
+        super().__init__(weights)
+        self._weights = weights
+        self._own = own
+        self._fixed = fixed
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._fixed:
+            return self._weights[name]
+        ours = self._own[name]
+        return ours.nan_to_num() if ours.is_floating_point() and ours.itemsize > 1 else ours
+
+
+class _Settled(WeightsView):
+    """Merged weights, each tensor settled when it is asked for."""
+
+    def __init__(self, combined: Weights, shield: Shield) -> None:
+        super().__init__(combined)
+        self._combined = combined
+        self._shield = shield
+        self._vectors = {name: it for it in shield.natures.iterations for name in (it.u, it.v)}
+        self._made: dict[str, Tensor] = {}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._combined)
+
+    def __getitem__(self, name: str) -> Tensor:
+        shield = self._shield
+        first = shield.natures.first.get(name, name)
+        if first != name and first in self._combined:
+            return self[first].clone()
+        iteration = self._vectors.get(name)
+        if iteration is not None and iteration.weight in self._combined:
+            return self._iterated(name, iteration)
+        if name in shield.fixed:
+            return shield.whole(name).clone()
+        merged = self._combined[name]
+        if shield.natures.of(name) is Nature.VARIANCE and bool((~merged.isfinite() | (merged < 0)).any()):
+            return shield.mean(name)
+        return merged
+
+    def _iterated(self, name: str, iteration: PowerIteration) -> Tensor:
+        if name in self._made:
+            return self._made.pop(name)
+        u, v = self._shield.whole(iteration.u), self._shield.whole(iteration.v)
+        weight = self._combined[iteration.weight].detach()
+        if torch.equal(weight, self._shield.whole(iteration.weight).to(weight.device)):
+            return self._shield.whole(name).clone()
+        new_u, new_v = iterate(as_matrix(weight, iteration.dim), u, v)
+        made = {iteration.u: new_u, iteration.v: new_v}
+        self._made |= {other: vector for other, vector in made.items() if other != name}
+        return made[name]
+
+
+def iterate(matrix: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the leading singular vectors of a matrix (rows, columns) by power iteration from u (rows,), in the types
+    and shapes of `u` and `v`."""
+    wide = matrix.to(torch.float32 if matrix.device.type == "mps" else torch.float64)
+    left = normalize(u.reshape(-1).to(wide), dim=0)
+    if not left.isfinite().all() or not left.any():
+        left = normalize(torch.ones_like(left), dim=0)
+    right = v.reshape(-1).to(wide)
+    for _ in range(MOST_STEPS):
+        right = normalize(wide.mT @ left, dim=0, eps=1e-12)
+        before, left = left, normalize(wide @ right, dim=0, eps=1e-12)
+        if float((left - before).norm()) < STEP_TOLERANCE:
+            break
+    if not left.any():  # of a weight that is 0: any vectors will do
+        return u.clone(), v.clone()
+    return left.to(u).reshape(u.shape), right.to(v).reshape(v.shape)
+
+
+def not_finite(weights: Weights, fixed: Collection[str]) -> str:
+    """Return a line that names the first tensor of a merge that is not finite, or nothing; constants may be."""
+    for name, tensor in weights.items():
+        if name in fixed or not (tensor.is_floating_point() or tensor.is_complex()):
+            continue
+        count = int((~torch.isfinite(tensor)).sum()) if tensor.itemsize > 1 else 0
+        if count:
+            return f"the merge's tensor {name!r} holds {count} values that are not finite"
+    return ""

@@ -1,0 +1,186 @@
+"""Natures of state-dict entries: what each combine method must leave true, whatever it does with numbers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+from dimat import merge_weights
+from dimat.config import MergeConfig
+from dimat.errors import MergeError, PeerError
+from dimat.merge import MergeContext, Peer, merge, plan_merge
+from dimat.merge.natures import Nature, natures_of
+
+BASED = (
+    *("task-arithmetic", "ties", "dare-linear", "dare-ties", "della", "breadcrumbs", "consensus", "sce", "pcb-merging"),
+    *("magmax", "emr", "iso-c", "iso-cts", "tsv-m", "opcm", "model-stock"),
+)
+BASELESS = (
+    *("average", "coordinate-median", "trimmed-mean", "geometric-median", "krum", "karcher", "slerp", "nuslerp"),
+    "clipped-gossip",
+)
+
+
+class Mixed(nn.Module):
+    """A layer with a BatchNorm, a mask of −∞ and one tensor under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.norm, self.head = nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 6, bias=False)
+        self.head.weight = self.one.weight
+        self.register_buffer("mask", torch.full((6, 6), -torch.inf).triu(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.one(x)))
+
+
+def mixed(seed: int) -> dict[str, Tensor]:
+    torch.manual_seed(seed)
+    model = Mixed()
+    for _ in range(3):
+        model(torch.randn(32, 6))
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def combined(method: str, own: Mapping[str, Tensor], peer: Mapping[str, Tensor], **more: object) -> dict[str, Tensor]:
+    base = {"base": mixed(9)} if method in BASED else {}
+    generator = torch.Generator().manual_seed(0)
+    return merge_weights(
+        own,
+        [peer],
+        [0.5, 0.5],
+        method="average",
+        combine=method,
+        generator=generator,
+        model=Mixed(),
+        **base,
+        **more,  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.parametrize("method", [*BASELESS, *BASED])
+def test_every_method_keeps_constants_variances_and_ties(method: str) -> None:
+    """A mask of −∞ stays bit for bit, no variance is negative, both names of a tied tensor have equal values."""
+    own = mixed(0)
+    merged = combined(method, own, mixed(1))
+    assert torch.equal(merged["mask"], own["mask"])
+    assert (merged["norm.running_var"] >= 0).all()
+    assert torch.equal(merged["head.weight"], merged["one.weight"])
+    assert all(t.isfinite().all() for name, t in merged.items() if name != "mask")
+
+
+def test_a_variance_that_a_method_takes_below_zero_is_the_weighted_mean() -> None:
+    """Task arithmetic with a large scaling extrapolates; the variance is then (var_own + var_peer) / 2."""
+    own, peer = mixed(0), mixed(1)
+    own["norm.running_var"] = torch.full((6,), 0.1)
+    peer["norm.running_var"] = torch.full((6,), 0.3)
+    base = mixed(9) | {"norm.running_var": torch.full((6,), 1.0)}
+    merged = merge_weights(
+        own, [peer], [0.5, 0.5], method="average", combine="task-arithmetic", scaling=3.0, base=base, model=Mixed()
+    )
+    assert merged["norm.running_var"] == pytest.approx(torch.full((6,), 0.2))
+
+
+@pytest.mark.parametrize("model", [Mixed(), None])
+def test_a_peer_with_a_negative_variance_is_refused(model: nn.Module | None) -> None:
+    """Under `average` it would be half of a negative number, and NaN for the whole network."""
+    bad = mixed(1)
+    bad["norm.running_var"][2:4] = -5.0
+    with pytest.raises(PeerError, match=r"'norm.running_var' is a variance and holds 2 values below 0"):
+        merge_weights(mixed(0), [bad], [0.5, 0.5], method="average", model=model)
+
+
+def test_a_constant_that_differs_is_refused() -> None:
+    """Own has a mask of −∞, the peer another one."""
+    bad = mixed(1)
+    bad["mask"] = bad["mask"].mT.contiguous()
+    with pytest.raises(PeerError, match="'mask' is a constant that is not finite, and differs from ours"):
+        merge_weights(mixed(0), [bad], [0.5, 0.5], method="average")
+
+
+def test_an_infinite_parameter_is_no_constant() -> None:
+    """A weight with one overflowed value among others is a fault, with a model and without one."""
+    own = mixed(0)
+    own["one.weight"][0, 0] = torch.inf
+    for model in (Mixed(), None):
+        with pytest.raises(MergeError, match=r"own weights: tensor 'one.weight' holds 1 values that are not finite"):
+            merge_weights(own, [mixed(1)], [0.5, 0.5], method="average", model=model)
+
+
+def test_a_merge_that_is_not_finite_is_not_kept() -> None:
+    """float16 overflows where the difference of two large weights is scaled: own weights go on, and a note says so."""
+    own = {"w": torch.tensor([40000.0, 1.0]).half()}
+    peer = Peer("lab-b", {"w": torch.tensor([40000.0, 2.0]).half()}, 0.5)
+    plan = plan_merge(
+        MergeConfig.model_validate(
+            {"method": "average", "combine": {"name": "task-arithmetic", "options": {"scaling": 3.0}}}
+        )
+    )
+    outcome = merge(own, 0.5, [peer], plan, MergeContext(base={"w": torch.zeros(2).half()}))
+    assert outcome.accepted == 0
+    assert torch.equal(outcome.weights["w"], own["w"])
+    assert outcome.notes == (
+        "the merge's tensor 'w' holds 1 values that are not finite: the merge is not kept, own weights go on",
+    )
+
+
+@pytest.mark.parametrize("form", [spectral_norm, nn.utils.spectral_norm])
+@pytest.mark.parametrize("layer", [nn.Linear(5, 7), nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 4, 3)])
+def test_u_and_v_are_the_singular_vectors_of_the_merged_weight(form: object, layer: nn.Module) -> None:
+    """Against `torch.linalg.svd` of the merged weight, rows along the axis that torch itself takes."""
+    torch.manual_seed(0)
+    one = form(copy.deepcopy(layer))  # type: ignore[operator]
+    rows = 1 if isinstance(layer, nn.ConvTranspose2d) else 0
+    states: list[dict[str, Tensor]] = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        for p in one.parameters():
+            nn.init.normal_(p)
+        for _ in range(30):
+            one(torch.randn(2, 5) if isinstance(layer, nn.Linear) else torch.randn(2, layer.in_channels, 6, 6))
+        states.append({name: tensor.clone() for name, tensor in one.state_dict().items()})
+    merged = merge_weights(states[0], [states[1]], [0.5, 0.5], method="average")
+    weight = next(t for name, t in merged.items() if name.endswith(("original", "_orig")))
+    u = next(t for name, t in merged.items() if name.endswith("_u"))
+    v = next(t for name, t in merged.items() if name.endswith("_v"))
+    matrix = weight.movedim(rows, 0).flatten(1)
+    assert float(u @ matrix @ v) == pytest.approx(float(torch.linalg.matrix_norm(matrix, 2)), rel=1e-5)
+    assert float(u.norm()) == pytest.approx(1, abs=1e-5)
+
+
+def test_u_and_v_of_the_other_sign_merge_to_own() -> None:
+    """(u, v) and (−u, −v) are one function; their mean is 0."""
+    torch.manual_seed(0)
+    one = spectral_norm(nn.Linear(5, 7))
+    own = {name: tensor.clone() for name, tensor in one.state_dict().items()}
+    peer = {name: -tensor if name.endswith(("_u", "_v")) else tensor.clone() for name, tensor in own.items()}
+    merged = merge_weights(own, [peer], [0.5, 0.5], method="average")
+    assert all(torch.equal(merged[name], own[name]) for name in own)
+
+
+def test_codes_and_their_scales_stay_own() -> None:
+    """The mean of two scales fits neither model's integers; other tensors are merged."""
+    own = {"l.weight": torch.tensor([[3, -4]], dtype=torch.int8), "l.weight_scale": torch.tensor([0.5])}
+    peer = {"l.weight": torch.tensor([[7, 1]], dtype=torch.int8), "l.weight_scale": torch.tensor([0.1])}
+    merged = merge_weights(own | {"b": torch.zeros(1)}, [peer | {"b": torch.ones(1)}], [0.5, 0.5], method="average")
+    assert all(torch.equal(merged[name], own[name]) for name in own)
+    assert merged["b"] == 0.5
+
+
+def test_natures_of_a_model_and_of_its_file() -> None:
+    """Modules and names agree."""
+    model = nn.Sequential(spectral_norm(nn.Linear(3, 3)), nn.BatchNorm1d(3))
+    expected = {
+        "0.parametrizations.weight.0._u": Nature.VECTOR,
+        "0.parametrizations.weight.0._v": Nature.VECTOR,
+        "1.running_mean": Nature.MEAN,
+        "1.running_var": Nature.VARIANCE,
+        "1.num_batches_tracked": Nature.COUNT,
+    }
+    assert natures_of(model.state_dict(), model).kinds == expected
+    assert natures_of(model.state_dict()).kinds == expected
