@@ -18,6 +18,7 @@ from torch import Tensor
 from dimat.cli import main
 from dimat.merge.combine.slerp import slerp
 from dimat.merge.combine.ties import ties
+from dimat.merge_files.mergekit import from_mergekit
 from tests.merge.methods import GOLDEN, part
 from tests.merge_files.models import metadata, read_model, weights, write_folder
 
@@ -76,7 +77,31 @@ def test_random_methods_run_and_depend_on_the_seed_alone(folder: Path) -> None:
     ("change", "message"),
     [
         ({"merge_method": "arcee_fusion"}, "unknown merge method 'arcee_fusion'"),
-        ({"slices": []}, "'slices' of mergekit is not supported"),
+        ({"slices": [{"sources": []}]}, "models and slices cannot both be given"),
+        ({"slices": [{}, {}], "models": None}, "several slices are not supported: layers stay where they are"),
+        ({"slices": [{}], "models": None}, "every entry of slices has sources"),
+        ({"modules": {"default": {}}}, "'modules' of mergekit is not supported; merge the model whole"),
+        ({"chat_template": "chatml"}, "put the template into the merged model's folder"),
+        ({"tokenizer_source": "union"}, "leave it out where all models have one vocabulary"),
+        ({"tokenizer": {"source": "union"}}, "leave it out where all models have one vocabulary"),
+        (
+            {"models": [{"model": {"model": {"path": "t0", "lora": None}, "lora": "ad"}}]},
+            "dimat merge ad --base t0 --into",
+        ),
+        ({"models": [{"model": "org/x+org/ad"}]}, "dimat merge org/ad --base org/x --into-base -o FOLDER"),
+        ({"models": [{"model": "org/x@main"}]}, "revision 'main' of org/x: nothing is downloaded"),
+        ({"models": [{"model": {"path": "t0", "override_architecture": "X"}}]}, "'override_architecture' of a model"),
+        ({"models": [{"model": 3}]}, "a model is named by its path, got 3"),
+        ({"merge_method": "passthrough"}, "copy a model by dimat merge MODEL -o FOLDER"),
+        ({"merge_method": "karcher", "parameters": {"max_iter": 0}}, "max_iter must be a whole number of at least 1"),
+        ({"merge_method": "linear", "parameters": {"normalize": False, "weight": 1}}, "takes weights of any sum"),
+        (
+            {
+                "merge_method": "della",
+                "models": [{"model": f"t{k}", "parameters": {"density": d}} for k, d in ((0, 0.5), (1, 1))],
+            },
+            "della with density 1 for some models only is not supported; give less for all",
+        ),
         ({"parameters": {"normalise": True}}, "parameter 'normalise' of ties is not supported"),
         ({"parameters": {"rescale": True}}, "ties with rescale: true is not supported"),
         ({"parameters": {"density": "half"}}, "density of t0 is no number"),
@@ -131,7 +156,7 @@ def layered(seed: int, layers: int = 3) -> dict[str, Tensor]:
 
 def test_gradients_filters_and_values_of_single_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reference: each tensor merged by itself with the values that mergekit's documentation gives it: a list is
-    interpolated over the layers, the first and last value hold before and after them, the first filter that is part of
+    interpolated over the layers, the first value holds before and after them, the first filter that is part of
     the name counts, and a model's own value goes before the common one."""
     monkeypatch.chdir(tmp_path)
     for name, seed in (("base", 9), ("a", 0), ("b", 1)):
@@ -149,7 +174,7 @@ def test_gradients_filters_and_values_of_single_models(tmp_path: Path, monkeypat
     assert run(config) == 0
     found = read_model(Path("out"))
     base, a, b = layered(9), layered(0), layered(1)
-    depths = {"model.embed_tokens.weight": 0.0, "model.norm.weight": 1.0, "lm_head.weight": 1.0}
+    depths = {"model.embed_tokens.weight": 0.0, "model.norm.weight": 0.0, "lm_head.weight": 0.0}
     attention = {0.0: 1.0, 0.5: 0.5, 1.0: 0.75}
     for name in base:
         depth = depths.get(name, 0.5 * int(name.split(".")[2]) if "layers" in name else None)
@@ -161,7 +186,7 @@ def test_gradients_filters_and_values_of_single_models(tmp_path: Path, monkeypat
         expected = ties(one[0], one[1:], [0.5, 0.5], weights=weights, **options)[name]
         torch.testing.assert_close(found[name], expected, rtol=1e-6, atol=1e-6)
     record = json.loads(metadata(Path("out/model.safetensors"))["dimat"])["recipe"]
-    assert len(record["rules"]) == 7  # embedding; norm and head; mlp and attention of three layers; one is no rule
+    assert len(record["rules"]) == 6  # embedding, norm and head; mlp and attention of three layers; one is no rule
 
 
 def test_slerp_with_filters_and_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,10 +206,11 @@ def test_slerp_with_filters_and_gradients(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_where_no_model_has_weight_the_base_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Zeros for all models, and a gradient over tensors of which nobody knows where they lie."""
+    """Zeros for all models; a gradient's first value outside the layers, but where a number may be a layer's."""
     monkeypatch.chdir(tmp_path)
     for name, seed in (("base", 9), ("a", 0), ("b", 1)):
-        write_folder(tmp_path / name, {**layered(seed), "projector.weight": torch.full((2,), float(seed))})
+        more = {name: torch.full((2,), float(seed)) for name in ("projector.weight", "tower.stages.3.weight")}
+        write_folder(tmp_path / name, {**layered(seed), **more})
     weight: list[dict[str, Any]] = [{"filter": "mlp", "value": 0.5}, {"value": 0}]
     config: dict[str, Any] = {"merge_method": "task_arithmetic", "base_model": "base", "parameters": {"weight": weight}}
     config["models"] = [{"model": "a"}, {"model": "b"}]
@@ -194,6 +220,9 @@ def test_where_no_model_has_weight_the_base_stays(tmp_path: Path, monkeypatch: p
     assert not torch.equal(found["model.layers.1.mlp.up_proj.weight"], layered(9)["model.layers.1.mlp.up_proj.weight"])
     weight[1]["value"] = [0.5, 0.25]
     assert run(config, "--overwrite") == 2
+    weight.insert(0, {"filter": "tower", "value": 0.0})
+    assert run(config, "--overwrite") == 0
+    assert read_model(Path("out"))["projector.weight"].tolist() == [9 + 0.5 * (0 - 9) + 0.5 * (1 - 9)] * 2
 
 
 def test_models_beside_the_configuration_are_found(tmp_path: Path) -> None:
@@ -203,3 +232,134 @@ def test_models_beside_the_configuration_are_found(tmp_path: Path) -> None:
     models = [{"model": f"m{k}", "parameters": {"weight": 1}} for k in range(2)]
     (tmp_path / "c.yml").write_text(yaml.safe_dump({"merge_method": "linear", "models": models}))
     assert main(["merge", "--from-mergekit", str(tmp_path / "c.yml"), "-o", str(tmp_path / "out")]) == 0
+
+
+def spherical(first: Tensor, second: Tensor, t: float) -> Tensor:
+    """Shoemake's formula for vectors along the last axis."""
+    first, second = first.double(), second.double()
+    angle = torch.acos(torch.cosine_similarity(first, second, dim=-1)).unsqueeze(-1)
+    return (torch.sin((1 - t) * angle) * first + torch.sin(t * angle) * second) / torch.sin(angle)
+
+
+@pytest.mark.parametrize(("row_wise", "turn"), [(False, False), (True, True), (None, False)])
+def test_nuslerp_without_flattening(row_wise: bool | None, turn: bool, folder: Path) -> None:
+    """mergekit's sums run over the last axis (an angle for each row of a matrix), and with nuslerp_row_wise over the
+    first one (an angle for each column); a vector is one vector always."""
+    parameters = {"nuslerp_flatten": False} | ({} if row_wise is None else {"nuslerp_row_wise": row_wise})
+    models = [{"model": f"t{k}", "parameters": {"weight": w}} for k, w in ((0, 0.75), (1, 0.25))]
+    assert run({"merge_method": "nuslerp", "models": models, "parameters": parameters}) == 0
+    found, first, second = (read_model(Path(name)) for name in ("out", "t0", "t1"))
+    for name, a in first.items():
+        b = second[name]
+        expected = spherical(a.mT, b.mT, 0.25).mT if turn and a.ndim > 1 else spherical(a, b, 0.25)
+        assert float((found[name] - expected).abs().max()) <= 1e-6, name
+
+
+def test_nuslerp_of_weights_that_are_zero_and_of_convolutions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two weights of 0 are equal ones; rows of more than two axes are cut otherwise there."""
+    monkeypatch.chdir(tmp_path)
+    for name, seed in (("a", 0), ("b", 1)):
+        write_folder(
+            tmp_path / name, {"conv.weight": torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(seed))}
+        )
+    models = [{"model": m, "parameters": {"weight": 0.0}} for m in ("a", "b")]
+    assert run({"merge_method": "nuslerp", "models": models}) == 0
+    found, a, b = (read_model(Path(name))["conv.weight"].flatten() for name in ("out", "a", "b"))
+    torch.testing.assert_close(found.double(), spherical(a, b, 0.5))
+    assert (
+        run({"merge_method": "nuslerp", "models": models, "parameters": {"nuslerp_flatten": False}}, "--overwrite") == 2
+    )
+
+
+KARCHER = [1.105956306, 0.993201180, 0.730512116]
+"""Facts: mergekit 0.1.5's karcher of [1, 0.5, 0], [1, 2, 0.25], [0.5, 0.25, 1.5], max_iter 10, tol 1e-5, in float64."""
+
+
+def test_karcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its result, and the base is a model like the others; tol may be written as 1e-5, which YAML reads as text."""
+    monkeypatch.chdir(tmp_path)
+    for name, values in (("a", [1, 0.5, 0]), ("b", [1, 2, 0.25]), ("c", [0.5, 0.25, 1.5])):
+        write_folder(tmp_path / name, {"w": torch.tensor(values)})
+    names = ({"model": "a"}, {"model": "b"}, {"model": "c"})
+    parameters = {"max_iter": 10, "tol": "1e-5"}
+    assert run({"merge_method": "karcher", "models": [*names], "parameters": parameters}) == 0
+    first = read_model(Path("out"))["w"]
+    torch.testing.assert_close(first, torch.tensor(KARCHER), rtol=0, atol=2e-7)
+    config: dict[str, Any] = {"merge_method": "karcher", "base_model": "c", "models": [*names[:2]]}
+    assert run({**config, "parameters": parameters}, "--overwrite") == 0
+    torch.testing.assert_close(read_model(Path("out"))["w"], first, rtol=0, atol=2e-7)
+
+
+def test_linear_counts_a_base_that_is_not_listed(folder: Path) -> None:
+    """mergekit adds base_model to the inputs; only the methods of deltas keep it apart."""
+    config: dict[str, Any] = {"merge_method": "linear", "base_model": "base", "parameters": {"weight": 1.0}}
+    assert run({**config, "models": [{"model": "t0"}]}) == 0
+    found, base, other = (read_model(Path(m))["lm_head.weight"].double() for m in ("out", "base", "t0"))
+    torch.testing.assert_close(found, (base + other) / 2, rtol=0, atol=1e-7)
+
+
+def test_forms_that_are_valid_there(folder: Path) -> None:
+    """Models as tables, keys without a value, numbers as text, a slice over all layers: all the same merge."""
+    own = [{"weight": 0.5, "density": 0.5}, {"weight": 0.3, "density": [0.5]}]
+    plain = {"merge_method": "ties", "base_model": "base", "parameters": {"normalize": False}}
+    models = [{"model": f"t{k}", "parameters": p} for k, p in enumerate(own)]
+    assert run({**plain, "models": models}) == 0
+    expected = read_model(Path("out"))
+    tables = [{"model": {"model": {"path": f"t{k}", "revision": None}}, "parameters": p} for k, p in enumerate(own)]
+    sources = [{**model, "layer_range": [0, 1]} for model in models]
+    sources += [{"model": "base", "layer_range": [0, 1]}]
+    empty = dict.fromkeys(("slices", "tokenizer", "tokenizer_source", "chat_template", "modules", "dtype", "other"))
+    in_slice = {"sources": sources, "base_model": "base", "parameters": {"normalize": False, "weight": 9.0}}
+    for config in (
+        {**plain, "models": models, **empty},
+        {**plain, "models": models, "slices": []},
+        {**plain, "base_model": {"model": "base"}, "models": tables},
+        {**plain, "models": [{"model": {"path": f"t{k}"}, "parameters": p} for k, p in enumerate(own)]},
+        {"merge_method": "ties", "slices": [in_slice], "parameters": {"normalize": True}},
+        {
+            **plain,
+            "models": models,
+            "parameters": {"normalize": [False, False], "lambda": "1e+0"},
+            "out_dtype": "torch.float32",
+        },
+    ):
+        assert run(config, "--overwrite") == 0, config
+        found = read_model(Path("out"))
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items()), config
+    sources[0]["layer_range"] = [0, 2]
+    assert run({"merge_method": "ties", "slices": [in_slice]}, "--overwrite") == 2
+
+
+def recipe_for(config: dict[str, Any]) -> dict[str, Any]:
+    Path("config.yml").write_text(yaml.safe_dump(config))
+    return from_mergekit(Path("config.yml"))
+
+
+def test_della_has_mergekits_defaults(folder: Path) -> None:
+    """normalize is true for della, false for della_linear; at density 1 nothing is dropped; what is left of a delta
+    has the sum of magnitudes that it had."""
+    models = [{"model": f"t{k}", "parameters": {"weight": 0.25, "density": 0.5}} for k in range(2)]
+    config: dict[str, Any] = {"merge_method": "della", "base_model": "base", "models": models}
+    options = recipe_for(config)["options"]
+    assert (options["merge_func"], options["rescale"], options["epsilon"]) == ("mean", "norm", 0.3)
+    assert recipe_for({**config, "parameters": {"rescale": False}})["options"]["rescale"] is False
+    linear = recipe_for({**config, "merge_method": "della_linear"})["options"]
+    assert (linear["merge_func"], linear["scaling"]) == ("linear", 1.0)
+    linear = recipe_for({**config, "merge_method": "della_linear", "parameters": {"normalize": True}})["options"]
+    assert linear["scaling"] == 2.0
+    whole = [{"model": f"t{k}", "parameters": {"weight": 0.25}} for k in range(2)]
+    found = recipe_for({**config, "models": whole})
+    assert (found["method"], found["options"]["merge_func"]) == ("ties", "mean")
+    assert recipe_for({**config, "merge_method": "della_linear", "models": whole})["method"] == "task-arithmetic"
+
+
+@pytest.mark.parametrize("method", ["della_linear", "dare_linear"])
+def test_what_is_left_of_a_delta_keeps_its_sum_of_magnitudes(method: str, folder: Path) -> None:
+    """mergekit's rescale, tensor by tensor: Σ|τ| is the same before and after the drop."""
+    models = [{"model": "t0", "parameters": {"weight": 1.0, "density": 0.5}}]
+    assert run({"merge_method": method, "base_model": "base", "models": models}) == 0
+    found, base, one = (read_model(Path(m)) for m in ("out", "base", "t0"))
+    for name, start in base.items():
+        before, after = ((m[name].double() - start.double()).abs() for m in (one, found))
+        assert float(after.sum()) == pytest.approx(float(before.sum()), rel=1e-4), name
+        assert int((after == 0).sum()) > int((before == 0).sum()), name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from dimat.merge.registry import combine_registry
 from dimat.merge.stages import Weights
 from dimat.merge.tensors.pieces import MergePieces, Pieces, PlanPieces
-from dimat.merge.tensors.sparsify import draws, dropped, root_of
+from dimat.merge.tensors.sparsify import draws, dropped, norm_ratios, root_of
 from dimat.merge.tensors.streaming import needs_base
 from dimat.merge.tensors.task_vectors import (
     Coefficients,
@@ -34,7 +35,7 @@ def dare_linear(
     base: Weights | None = None,
     generator: torch.Generator | None = None,
     density: Densities = 0.5,
-    rescale: bool = True,
+    rescale: bool | Literal["norm"] = True,
     scaling: Number = 1.0,
     normalize: bool = False,
     weights: Coefficients | None = None,
@@ -43,7 +44,8 @@ def dare_linear(
 
     The expectation is task arithmetic's. One seed is drawn from `generator` for a merge; the masks follow from it,
     the tensor's name and the delta's content, so equal generators give equal bits, the order of peers does not
-    matter, and equal deltas are masked alike. `rescale` = False leaves out the division by density.
+    matter, and equal deltas are masked alike. `rescale` = False leaves out the division by density, "norm"
+    gives each delta instead the Σ|τ| that it had before, tensor by tensor (mergekit's).
 
     `mixing`: own first, sum 1, as in task-arithmetic; equal models merge to themselves at density 1.
     `normalize`: divide by the sum of the coefficients; `weights`: coefficients instead of the mixing weights;
@@ -75,7 +77,7 @@ def dare_ties(
     base: Weights | None = None,
     generator: torch.Generator | None = None,
     density: Densities = 0.5,
-    rescale: bool = True,
+    rescale: bool | Literal["norm"] = True,
     scaling: Number = 1.0,
     normalize: bool = False,
     weights: Coefficients | None = None,
@@ -100,15 +102,21 @@ def dare_ties(
     return merge_elements(cast, base, plan, scaling, ordered=True)
 
 
-def _plan(together: MergePieces, densities: Sequence[float], root: int, rescale: bool) -> PlanPieces:
+def _plan(together: MergePieces, densities: Sequence[float], root: int, rescale: bool | Literal["norm"]) -> PlanPieces:
     """Return the plan that drops elements of each delta by its density, divides the rest by it, and puts the deltas
     `together`."""
 
     def plan(name: str, pieces: Pieces) -> MergePieces:
+        ratios: list[float] = []
+        if rescale == "norm":
+            first = draws(pieces, root, name)
+            ratios = norm_ratios(pieces, lambda deltas: dropped(deltas, first, densities))
         drawn = draws(pieces, root, name)
 
         def merge(deltas: list[Tensor]) -> Tensor:
             left = dropped(deltas, drawn, densities)
+            if rescale == "norm":
+                return together([delta.mul_(ratio) for delta, ratio in zip(left, ratios)])
             return together([delta.div_(density) for delta, density in zip(left, densities)] if rescale else left)
 
         return merge

@@ -13,7 +13,7 @@ from dimat.errors import ConfigError
 from dimat.merge.registry import combine_registry
 from dimat.merge.stages import Weights
 from dimat.merge.tensors.pieces import MergePieces, Pieces
-from dimat.merge.tensors.sparsify import draws, dropped, root_of
+from dimat.merge.tensors.sparsify import draws, dropped, norm_ratios, root_of
 from dimat.merge.tensors.streaming import needs_base
 from dimat.merge.tensors.task_vectors import (
     Coefficients,
@@ -52,7 +52,7 @@ def della(
     generator: torch.Generator | None = None,
     density: Densities = 0.5,
     epsilon: Annotated[float, Field(ge=0, lt=1)] = 0.1,
-    rescale: bool = True,
+    rescale: bool | Literal["norm"] = True,
     merge_func: Literal["mean", "sum", "linear"] = "mean",
     scaling: Number = 1.0,
     weights: Coefficients | None = None,
@@ -61,7 +61,8 @@ def della(
 
     MagPrune: within each row (output unit; a vector is one row) elements are ranked by magnitude, and q goes in
     equal steps from density − epsilon/2 for the smallest to density + epsilon/2 for the largest (mergekit's window
-    is twice as wide: its epsilon e is `epsilon` = 2e here). Kept elements are divided by q if `rescale`. Then signs are
+    is twice as wide: its epsilon e is `epsilon` = 2e here). Kept elements are divided by q if `rescale`; "norm"
+    gives each delta instead the Σ|τ| that it had before, tensor by tensor (mergekit's). Then signs are
     elected as in TIES and merged over those that agree: `merge_func` = "mean" (the paper's), "sum" (mergekit's
     `normalize` = false), or "linear": all signs, Σ_k w_k. Draws are as in dare-linear: equal generators give equal
     bits, and the order of peers does not matter.
@@ -87,14 +88,24 @@ def della(
     root = root_of(generator, "della")
 
     def plan(name: str, pieces: Pieces) -> MergePieces:
-        drawn = draws(pieces, root, name)
         columns = row_length(own[name])
 
-        def merge(deltas: list[Tensor]) -> Tensor:
+        def kept(deltas: list[Tensor]) -> list[Tensor]:
             rows = [delta.view(-1, columns) for delta in deltas]
-            keep = [keep_probability(row, share, epsilon).flatten() for row, share in zip(rows, shares)]
+            return [keep_probability(row, share, epsilon).flatten() for row, share in zip(rows, shares)]
+
+        ratios: list[float] = []
+        if rescale == "norm":
+            first = draws(pieces, root, name)
+            ratios = norm_ratios(pieces, lambda deltas: dropped(deltas, first, kept(deltas)))
+        drawn = draws(pieces, root, name)
+
+        def merge(deltas: list[Tensor]) -> Tensor:
+            keep = kept(deltas)
             pruned = dropped(deltas, drawn, keep)
-            if rescale:
+            if rescale == "norm":
+                pruned = [delta.mul_(ratio) for delta, ratio in zip(pruned, ratios)]
+            elif rescale:
                 pruned = [delta.div_(share) for delta, share in zip(pruned, keep)]
             if merge_func == "linear":
                 return weighted_sum(pruned, cast.coefficients)

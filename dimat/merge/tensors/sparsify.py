@@ -196,6 +196,17 @@ def draws(pieces: Pieces, root: int, name: str) -> list[Iterator[Tensor]]:
     return [drawn(k) for k in range(len(pieces))]
 
 
+def norm_ratios(pieces: Pieces, prune: Callable[[list[Tensor]], list[Tensor]]) -> list[float]:
+    """Return for each model Σ|τ| / Σ|prune(τ)| over all pieces of its delta; 1 where one of the sums is below 1e-7."""
+    before, after = [0.0] * len(pieces), [0.0] * len(pieces)
+    for deltas in pieces:
+        for k, delta in enumerate(deltas):
+            before[k] += float(delta.abs().sum())
+        for k, left in enumerate(prune(deltas)):
+            after[k] += float(left.abs().sum())
+    return [b / a if min(a, b) >= 1e-7 else 1.0 for b, a in zip(before, after)]
+
+
 def dropped(
     deltas: Sequence[Tensor], drawn: Sequence[Iterator[Tensor]], keep: Sequence[float | Tensor]
 ) -> list[Tensor]:
