@@ -13,7 +13,6 @@ returns. The daemon runs in a thread of its own, the same one that `dimat agent`
 from __future__ import annotations
 
 import asyncio
-import copy
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ from dimat.agent.daemon.daemon import Daemon
 from dimat.agent.setup.prepare import prepare_agent
 from dimat.config import ExperimentConfig, load_experiment, naming
 from dimat.errors import ConfigError, DataError
+from dimat.symmetry.copy_module import copy_module
 from dimat.tasks.base import Data
 from dimat.tasks.data import InputBatches, TensorData, input_batches
 from dimat.train.model_state import ModelState, copied
@@ -48,13 +48,13 @@ class AttachedTask:
 
     def __init__(self, model: nn.Module, inputs: tuple[Tensor, ...], metric: str) -> None:
         self.metric = metric
-        self._model = copy.deepcopy(model).cpu()
+        self._model = copy_module(model).cpu()
         self._data = TensorData(inputs, torch.zeros(len(inputs[0])))
 
     def build_model(self, generator: torch.Generator) -> nn.Module:
         """Return a copy of the model as it was attached."""
         del generator
-        return copy.deepcopy(self._model)
+        return copy_module(self._model)
 
     def example_inputs(self) -> tuple[Tensor, ...]:
         """Return the first few inputs."""

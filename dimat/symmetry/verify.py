@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dimat.errors import SymmetryError
 from dimat.symmetry import tree
+from dimat.symmetry.copy_module import copy_module
 from dimat.symmetry.derive import with_hash
 from dimat.symmetry.paths import unwrapped
 from dimat.symmetry.permute import permute_weights, random_permutations
@@ -85,7 +85,7 @@ class _Check:
         dtype: torch.dtype,
         draw: _Draw,
     ) -> None:
-        self._model = copied(model)
+        self._model = copy_module(model)
 
         def cast(tensor: Tensor) -> Tensor:
             return _cast(tensor, dtype)
@@ -117,7 +117,7 @@ class _Check:
 
     def _run(self, weights: dict[str, Tensor], spec: SymmetrySpec) -> list[Tensor]:
         # what the module writes in place (inputs, buffers) or keeps for later must not reach the next run
-        model = copied(self._model, self._memo)
+        model = copy_module(self._model, self._memo)
         args, kwargs = tree.map_tensors(torch.clone, self._inputs)
         buffers = {name: weights[name].clone() for name, _ in model.named_buffers() if name in weights}
         with torch.no_grad(), warnings.catch_warnings(), steady():
@@ -130,20 +130,6 @@ class _Check:
         if not tensors:
             raise SymmetryError("the model returns no floating-point tensor, so invariance cannot be checked")
         return [tensor for tensor in tensors if tensor.numel()]
-
-
-def copied(model: nn.Module, memo: Mapping[int, Any] | None = None) -> nn.Module:
-    """Return a deep copy of a module, also where attributes hold what hooks computed of the weights.
-
-    Old weight norm, spectral norm and pruning keep such a tensor, which torch does not copy by itself. What `memo` has
-    by id is shared.
-    """
-    known = dict(memo or {})
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf and id(value) not in known:
-                known[id(value)] = value.detach().clone()
-    return copy.deepcopy(model, known)
 
 
 def _change(one: Tensor, other: Tensor) -> float:
