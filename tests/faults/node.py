@@ -94,6 +94,7 @@ class Node:
     expired: int = -1
     timed: set[int] = field(default_factory=set)
     asked: dict[tuple[str, int], str] = field(default_factory=dict)
+    proofs: dict[str, int] = field(default_factory=dict)
     closed: dict[str, Held] | None = None
     unfit: bool = False
     heard: BasisId | None = None  # the smallest
@@ -141,7 +142,7 @@ class Node:
     def forget(self) -> None:
         """Lose the memory."""
         self.machine = None
-        self.held, self.timers, self.timed, self.asked = {}, {}, set(), {}
+        self.held, self.timers, self.timed, self.asked, self.proofs = {}, {}, set(), {}, {}
         self.merging, self.closed = None, None
         self.row, self.row_round, self.expired, self.unfit = None, 0, -1, False
         self.heard, self.time_heard = None, False

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from enum import Enum
 
+from dimat.agent.protocol.catching_up import CatchingUp
 from dimat.agent.protocol.messages import Action, Fetch, Release
 from dimat.agent.protocol.modes import mode_of
 from dimat.agent.protocol.offers import PATIENCE, ROUNDS_KEPT, Known, Offers, PeerPublished
-from dimat.agent.protocol.plan import Plan, RoundPlan, Rules
+from dimat.agent.protocol.plan import LAST_ROUND, Plan, RoundPlan, Rules
 
 SILENT = "silent since an earlier round"
 RECENT = 4
@@ -27,6 +28,7 @@ class Heard(Enum):
     NOTED = "noted"
     OTHER_BASE = "other base"
     CONFLICT = "conflict"
+    BEYOND = "beyond the last round"
 
 
 class Inbox:
@@ -38,6 +40,7 @@ class Inbox:
     def __init__(self, agent: str, run: str, plan: Plan, rules: Rules) -> None:
         self.mode = mode_of(rules)
         self.offers = Offers(newest_only=self.mode.newest_only)
+        self._catching_up = CatchingUp(self.offers, rules)
         self.ready: dict[str, PeerPublished] = {}
         self.fetching: dict[str, PeerPublished] = {}
         self.lost: dict[str, str] = {}
@@ -72,7 +75,9 @@ class Inbox:
         self.mode.open(self.offers, number)
         for peer in self.expected():
             self._pass_over(peer)
-        return [action for peer in self.expected() for action in self._fetch_from(peer)]
+        fetched = [action for peer in self.expected() for action in self._fetch_from(peer)]
+        # with a mode that keeps, whatever is newest is fetched anyway
+        return fetched if self.mode.keeps else [*fetched, *self._catching_up.proofs()]
 
     def end(self) -> list[Action]:
         """Close a round and let go of the snapshots that no later one may merge."""
@@ -103,7 +108,8 @@ class Inbox:
         for offer in gone:
             self.ready.pop(offer.peer, None)
             self.fetching.pop(offer.peer, None)
-        return [Release(offer.peer, offer.round, offer.root) for offer in gone]
+        released = [Release(offer.peer, offer.round, offer.root) for offer in gone]
+        return [*released, *self._catching_up.forget_all_but(plan.peers)]
 
     def settle(self, base: str) -> None:
         """Take the network's base over; offers with another base are dropped."""
@@ -125,7 +131,7 @@ class Inbox:
 
         The network's round is a median, which one liar does not move. Where a living peer stays out of reach ahead of
         it (two parts of a network that went on at different speeds and meet again) an agent makes up ground, a bounded
-        number of rounds at a time.
+        number of rounds at a time. How far one peer's word alone counts: see `CatchingUp`.
         """
         # who was heard in this round lives, though what it offered may not have come in time
         heard = [peer for peer in self._plan.peers if peer not in self._silent or self._heard_within(peer, 1)]
@@ -133,11 +139,17 @@ class Inbox:
         apart = self._out_of_reach(number, heard)
         still_offered = any(self.mode.may_come(self.offers, peer, number) for peer in heard)
         if front > number + self.mode.slack and not still_offered:
-            return front
+            return self._catching_up.target(front, number, heard, self._plan.peers)
         if not apart:
             return number
         self._apart = {}
-        return max(number, min(apart[0], number + ROUNDS_KEPT))
+        ground = max(number, min(apart[0], number + ROUNDS_KEPT))
+        return self._catching_up.target(ground, number, heard, self._plan.peers)
+
+    def take_word(self, rounds: int) -> int:
+        """Note that one peer's word has moved a newcomer by so many rounds; return them."""
+        self._catching_up.moved += rounds
+        return rounds
 
     def _heard_within(self, peer: str, turns: int) -> bool:
         """Whether a peer was heard in this round or in the last `turns` rounds, this one counted."""
@@ -174,8 +186,10 @@ class Inbox:
         """
         known_peer = offer.peer in self._plan.peers or (self._next is not None and offer.peer in self._next.peers)
         foreign = offer.run != self._run or not known_peer or offer.peer == self._agent
-        if foreign or offer.round < 1 or self._rules.beyond(offer.round):
+        if foreign or offer.round < 1:
             return Heard.IGNORED, []
+        if self._rules.beyond(offer.round):
+            return Heard.IGNORED if offer.round <= LAST_ROUND else Heard.BEYOND, []
         if self.base is not None and offer.base != self.base:
             return Heard.OTHER_BASE, []
         given_up = offer.peer in self.lost
@@ -203,10 +217,14 @@ class Inbox:
 
         None where it is not one that was asked for and is still of use.
         """
+        proof = self._catching_up.arrived(peer, number, root)
+        if proof is not None:
+            return proof
         offer = self._asked(peer, number, root)
         if offer is None or not (self.open or self.mode.keeps):
             return None
         del self.fetching[peer]
+        self._catching_up.in_hand(peer, number)
         before = self.ready.get(peer)
         self.ready[peer] = offer
         if not self.open:
@@ -217,6 +235,8 @@ class Inbox:
 
     def failed(self, peer: str, number: int, root: str, reason: str) -> list[Action] | None:
         """Note that a snapshot cannot be had; None where it was not one that was asked for."""
+        if self._catching_up.failed(peer, number, root):
+            return []
         offer = self._asked(peer, number, root)
         if offer is None:
             return None
@@ -260,4 +280,6 @@ class Inbox:
             return []
         self.fetching[peer] = offer
         self.lost.pop(peer, None)
+        if self._catching_up.take(offer):
+            return []
         return [Fetch(peer, offer.round, offer.root)]

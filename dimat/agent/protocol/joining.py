@@ -12,7 +12,7 @@ from dimat import events
 from dimat.agent.protocol import messages as m
 from dimat.agent.protocol.basis import BasisId
 from dimat.agent.protocol.inbox import Inbox
-from dimat.agent.protocol.offers import PeerPublished
+from dimat.agent.protocol.offers import ROUNDS_KEPT, PeerPublished
 from dimat.agent.protocol.plan import Plan, Rules
 
 
@@ -61,7 +61,7 @@ class Newcomer:
         front = inbox.offers.front(list(heard))
         fit = [offer for offer in heard.values() if offer.round >= front and offer.root not in self._unfit]
         if self._rules.join == "align" or not fit:
-            self.done = Choice(front)
+            self.done = Choice(self._believed(front, heard.values(), in_hand=False))
             if self._rules.join == "align":
                 return []
             return [self._warn("it joins with its own weights: no neighbour's of the network's round could be had")]
@@ -117,8 +117,19 @@ class Newcomer:
         release = m.Release(offer.peer, offer.round, offer.root)
         if event.fault:
             return [release, *self._unusable(offer, event.fault)]
-        self.done = Choice(offer.round, offer)
+        newest = [known for peer in self._plan.peers if (known := self._inbox.offers.newest(peer)) is not None]
+        self.done = Choice(self._believed(offer.round, newest, in_hand=True), offer)
         return [release]
+
+    def _believed(self, number: int, heard: Iterable[PeerPublished], *, in_hand: bool) -> int:
+        """Return the round to join at: `number` where it is borne out, see `catching_up`, else less of it."""
+        claims = sum(offer.round + ROUNDS_KEPT >= number for offer in heard)
+        if claims > 1:
+            return number
+        last = number if self._rules.rounds is None else max(self._rules.rounds - 1, 0)
+        if in_hand and len(self._plan.peers) == 1:
+            return min(number, last)
+        return self._inbox.take_word(min(number, last, ROUNDS_KEPT))
 
     def _awaited(self, peer: str, root: str) -> PeerPublished | None:
         offer = self._adopting

@@ -82,7 +82,7 @@ class Offers:
     def heard(self, offer: PeerPublished) -> None:
         """Note which rounds a peer has got to, and which it offers no more."""
         oldest, newest = self._ranges.get(offer.peer, (0, 0))
-        oldest = max(oldest, offer.oldest)
+        oldest = max(oldest, min(offer.oldest, offer.round))
         self._ranges[offer.peer] = (oldest, max(newest, offer.round))
         for kept in (self._offers.get(offer.peer, {}), self._far.get(offer.peer, {})):
             for withdrawn in [number for number in kept if number < oldest]:
@@ -127,6 +127,11 @@ class Offers:
         """Return a peer's newest offer that is kept."""
         offers = self._offers.get(peer)
         return offers[max(offers)] if offers else None
+
+    def farthest(self, peer: str) -> PeerPublished | None:
+        """Return the offer of a peer's newest round that is kept, within reach or not."""
+        kept = {**self._offers.get(peer, {}), **self._far.get(peer, {})}
+        return kept[max(kept)] if kept else None
 
     def range(self, peer: str) -> tuple[int, int]:
         """Return the oldest and newest round that a peer offers (0: not known, never heard)."""

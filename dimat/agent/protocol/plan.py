@@ -6,6 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+LAST_ROUND = 2**40
+"""The last round of a schedule without an end: no agent gets there by itself, and its manifests could still say it."""
+
 
 @dataclass(frozen=True, slots=True)
 class PushShares:
@@ -69,4 +72,4 @@ class Rules:
 
     def beyond(self, number: int) -> bool:
         """Whether a round lies after the last one."""
-        return self.rounds is not None and number > self.rounds
+        return number > (LAST_ROUND if self.rounds is None else self.rounds)

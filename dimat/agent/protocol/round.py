@@ -75,7 +75,7 @@ class RoundMachine:
         self._published = published
         self._inbox = Inbox(agent, run, plan, rules)
         self._inbox.base = self.base
-        self._other_base: set[str] = set()
+        self._told: set[tuple[str, str]] = set()  # (fault, peer) of the refusals that were told
         self._current = RoundPlan({agent: 1.0})
         self._mixing = MixingState(agent, rules, state)
         self._adopting: PeerPublished | None = None
@@ -212,18 +212,27 @@ class RoundMachine:
     def _offered(self, offer: PeerPublished) -> list[m.Action]:
         heard, actions = self._inbox.hear(offer)
         if heard is Heard.CONFLICT:
-            message = (
-                f"{offer.peer} offers another snapshot for round {offer.round} ({offer.root[:12]}…) than before; "
-                "the first one counts"
+            return self._refuse_once(
+                "conflict",
+                offer.peer,
+                f"it offers another snapshot for round {offer.round} ({offer.root[:12]}…) than before; the first one "
+                "of a round counts, and any other is refused without another word",
             )
-            return [m.Emit(events.Warned(message=message, agent=self.agent))]
-        if heard is Heard.OTHER_BASE and offer.peer not in self._other_base:
-            self._other_base.add(offer.peer)
+        if heard is Heard.BEYOND:
+            reason = f"it offers round {offer.round}, which nobody could offer"
+            return self._refuse_once("beyond", offer.peer, reason)
+        if heard is Heard.OTHER_BASE:
             bases = f"its base is {offer.base[:12] or 'none'}, ours {self.base[:12] or 'none'}"
             reason = f"{bases}; agree on merge.base, and where adapters are trained on the model below them"
-            refused = events.PeerRefused(agent=self.agent, round=self.round, peer=offer.peer, reason=reason)
-            return [m.Emit(refused)]
+            return self._refuse_once("base", offer.peer, reason)
         return actions + self._go_on() if heard is Heard.NOTED else []
+
+    def _refuse_once(self, fault: str, peer: str, reason: str) -> list[m.Action]:
+        """Tell of a peer's fault, once for each kind of fault: a peer that repeats it fills no log."""
+        if (fault, peer) in self._told:
+            return []
+        self._told.add((fault, peer))
+        return [m.Emit(events.PeerRefused(agent=self.agent, round=self.round, peer=peer, reason=reason))]
 
     def _arrived(self, event: m.SnapshotReady) -> list[m.Action]:
         if self._newcomer is not None:

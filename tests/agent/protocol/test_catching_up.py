@@ -12,7 +12,7 @@ import pytest
 from dimat import events
 from dimat.agent.protocol import messages as r
 from dimat.agent.protocol.offers import FAR_KEPT, PATIENCE, ROUNDS_KEPT
-from dimat.agent.protocol.plan import Plan, PushShares, RoundPlan
+from dimat.agent.protocol.plan import LAST_ROUND, Plan, PushShares, RoundPlan
 from dimat.agent.protocol.round import Phase
 from tests.agent.machines import go_to, have, machine, of, offer, told
 
@@ -167,3 +167,101 @@ def test_an_asynchronous_agent_fetches_what_replaced_a_snapshot_that_is_gone() -
     assert of(m.handle(offer("b", 2)), r.Fetch) == []
     assert of(m.handle(r.FetchFailure("b", 1, "b1", "gone")), r.Fetch) == [r.Fetch("b", 2, "b2")]
     assert of(m.handle(r.FetchFailure("b", 2, "b2", "gone")), r.Fetch) == []
+
+
+def refusing(m, actions: list[r.Action]) -> None:
+    """Let every fetch fail, as at a peer that has nothing to send."""
+    for fetch in of(actions, r.Fetch):
+        refusing(m, m.handle(r.FetchFailure(fetch.peer, fetch.round, fetch.root, "gone")))
+
+
+@pytest.mark.parametrize(("rounds", "claim"), [(100, 100), (None, 10_000), (None, LAST_ROUND), (30, 30), (5, 5)])
+@pytest.mark.parametrize("other", ["silent", "in step"])
+def test_one_peers_word_moves_nobody_further_than_a_few_rounds(rounds: int | None, claim: int, other: str) -> None:
+    """b says in every round that it is far ahead, and sends nothing: ROUNDS_KEPT rounds in all are left out for it, and
+    it is no number of b's that takes the agent into its last round."""
+    m = machine(rounds=rounds)
+    refusing(m, m.handle(r.Started()))
+    left_out = counted = 0
+    while m.phase is not Phase.DONE and counted < 60:
+        if other == "in step":
+            have(m, "c", m.round)
+        counted += 1
+        actions = own_round(m, {"b": claim})
+        left_out += sum(event.round - event.first for event in told(actions, events.RoundsSkipped))
+        assert all(event.round < (rounds or claim) for event in told(actions, events.RoundsSkipped))
+        refusing(m, actions)
+    assert left_out <= ROUNDS_KEPT
+    assert counted >= min(60, (rounds or 100) - ROUNDS_KEPT, max((rounds or 100) - left_out, 2))
+
+
+def test_the_only_neighbour_is_followed_at_once_when_its_snapshot_is_in_hand() -> None:
+    """Its number alone moves the agent a few rounds; the snapshot that it then sends proves the rest."""
+    m = machine(rounds=None)
+    m.handle(r.MapChanged(Plan(frozenset({"b"}), lambda _: RoundPlan({"me": 0.5, "b": 0.5}))))
+    m.handle(r.Started())
+    actions = own_round(m, {"b": 500})
+    assert m.round == 2 + ROUNDS_KEPT
+    assert of(actions, r.Fetch) == [r.Fetch("b", 500, "b500")]
+    assert m.handle(r.SnapshotReady("b", 500, "b500")) == [r.Release("b", 500, "b500")]
+    actions = own_round(m, {"b": 501})
+    assert m.round == 501
+    assert of(actions, r.Fetch) == [r.Fetch("b", 501, "b501")]
+
+
+def test_a_proof_that_is_on_its_way_is_not_fetched_twice() -> None:
+    """It comes while the agent is at its round already: it is merged like any other."""
+    m = machine(rounds=None)
+    m.handle(r.Started())
+    actions = own_round(m, {"b": 500})
+    assert of(actions, r.Fetch) == [r.Fetch("b", 500, "b500")]
+    m.handle(offer("c", 500))
+    actions = own_round(m, {})
+    assert m.round == 500
+    assert of(actions, r.Fetch) == [r.Fetch("c", 500, "c500")]
+    m.handle(r.TrainingDone(500, "own"))
+    m.handle(r.SnapshotReady("c", 500, "c500"))
+    (merge,) = of(m.handle(r.SnapshotReady("b", 500, "b500")), r.MergeAction)
+    assert [part.peer for part in merge.parts] == ["b", "c"]
+
+
+def test_a_round_that_nobody_could_offer_is_its_peers_fault() -> None:
+    """It is refused, which is told once, and moves nobody."""
+    m = machine(rounds=None)
+    m.handle(r.Started())
+    (refused,) = told(m.handle(offer("b", LAST_ROUND + 1)), events.PeerRefused)
+    assert (refused.peer, str(LAST_ROUND + 1) in refused.reason) == ("b", True)
+    assert m.handle(offer("b", 2**53 - 1)) == []
+    own_round(m, {"b": 2**53 - 1})
+    assert m.round == 2
+
+
+def test_an_equivocator_is_told_of_once() -> None:
+    """Forty contents of one round: the first counts, one line tells of the others, and none of them is fetched."""
+    m = machine(rounds=None)
+    m.handle(r.Started())
+    assert of(m.handle(offer("b", 1)), r.Fetch) == [r.Fetch("b", 1, "b1")]
+    actions = [action for number in range(40) for action in m.handle(replace(offer("b", 1), root=f"{number:02}" * 32))]
+    assert [type(action) for action in actions] == [r.Emit]
+    (refused,) = told(actions, events.PeerRefused)
+    assert "another snapshot for round 1" in refused.reason
+    assert of(m.handle(r.TrainingDone(1, "own")), r.MergeAction) == []
+    m.handle(offer("c", 1))
+    m.handle(r.SnapshotReady("c", 1, "c1"))
+    (merge,) = of(m.handle(r.SnapshotReady("b", 1, "b1")), r.MergeAction)
+    assert [part.root for part in merge.parts] == ["b1", "c1"]
+
+
+@pytest.mark.parametrize("join", ["adopt", "align"])
+@pytest.mark.parametrize(("rounds", "claim"), [(100, 100), (None, LAST_ROUND)])
+def test_a_newcomer_that_hears_one_peer_of_several_is_moved_a_few_rounds(
+    join: str, rounds: int | None, claim: int
+) -> None:
+    """b alone answers, and says that the run is over, or that it is at a round past all bounds."""
+    m = machine(rounds=rounds, join=join)
+    m.handle(r.Started(join=True))
+    have(m, "b", claim)
+    m.handle(r.Deadline(0))
+    m.handle(r.SnapshotReady("b", claim, f"b{claim}"))
+    m.handle(r.WeightsAdopted(f"b{claim}", ""))
+    assert (m.phase, m.round) == (Phase.TRAINING, ROUNDS_KEPT + 1)
