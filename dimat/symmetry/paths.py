@@ -8,7 +8,8 @@ use of `torch.fx.experimental`; a test pins what it relies on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -107,6 +108,16 @@ def _other(tensor: Tensor, generator: torch.Generator) -> Tensor:
     rows = tensor.reshape(-1, tensor.shape[-1]) if tensor.ndim > 1 else tensor.reshape(1, -1)
     orders = torch.stack([torch.randperm(rows.shape[1], generator=generator) for _ in range(rows.shape[0])])
     return rows.gather(1, orders.to(tensor.device)).view(tensor.shape)
+
+
+def record_sizes(graph: fx.GraphModule, given: Sequence[Any]) -> None:
+    """Run a traced graph on real values and note every node's value, so that sizes that depend on data are known.
+
+    `given` holds a value for each placeholder; none is modified. Raises whatever the graph's operations raise.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _Recorder(graph).run(*[value.detach().clone() if isinstance(value, Tensor) else value for value in given])
 
 
 class _Recorder(fx.Interpreter):

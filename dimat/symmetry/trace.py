@@ -12,10 +12,10 @@ import re
 import threading
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,7 +26,7 @@ from torch.fx.node import map_arg
 from dimat.errors import SymmetryError, unknown_name
 from dimat.symmetry import tree
 from dimat.symmetry.mute import muted
-from dimat.symmetry.paths import record_paths
+from dimat.symmetry.paths import record_paths, record_sizes
 
 _EXPORTING = threading.Lock()  # torch.export keeps its state in globals: one at a time in a process
 
@@ -117,6 +117,7 @@ def trace(model: nn.Module, example_inputs: Any) -> Trace:
             causes.append(error)
         else:
             traced = _read(model, program)
+            _learn_sizes(model, traced, (these_args, these_kwargs))
             _RECENT[model] = (_look(model, example_inputs), traced)
             return traced
     try:
@@ -277,6 +278,36 @@ def _read(model: nn.Module, program: torch.export.ExportedProgram) -> Trace:
     digest = _digest(program.graph_module, sources, constants, shapes, dtypes, tied)
     module = program.graph_module
     return Trace(module, sources, constants, outputs, shapes, dtypes, tied, entangled, digest)
+
+
+def _learn_sizes(model: nn.Module, traced: Trace, given: Any) -> None:
+    """Where sizes in a graph depend on data, run it on the example, and give every node the sizes that it had there.
+
+    What cannot be run keeps its unknown sizes, and what meets them is frozen.
+    """
+    if all(_is_known(node.meta.get("val")) for node in traced.nodes):
+        return
+    state = model.state_dict(keep_vars=True)
+    inputs = iter(tree.leaves(given))
+    values: list[Any] = []
+    for node in traced.nodes:
+        if node.op != "placeholder":
+            continue
+        source = traced.sources[node.name]
+        if source.kind == "input":
+            values.append(next(inputs, None))
+        else:
+            values.append(traced.constants.get(node.name) if source.kind == "constant" else state[source.name])
+    with suppress(Exception), muted(), torch.no_grad():  # operations raise what they like
+        record_sizes(traced.module, values)
+
+
+def _is_known(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_known, cast("Sequence[Any]", value)))
+    if isinstance(value, torch.Tensor):
+        return shape_of(value) is not None
+    return not isinstance(value, torch.SymInt) or hint(value) is not None
 
 
 def _run(model: nn.Module, args: Any, kwargs: Any) -> Trace:

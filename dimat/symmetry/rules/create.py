@@ -19,7 +19,7 @@ def constant(call: Call) -> Result:
 @rule(
     *(f"aten.{name}" for name in ("arange", "linspace", "logspace", "eye", "tril_indices", "triu_indices")),
     *(f"aten.{name}" for name in ("hann_window", "hamming_window", "bartlett_window", "blackman_window")),
-    *(f"aten.{name}" for name in ("kaiser_window", "vander", "cartesian_prod", "combinations")),
+    *(f"aten.{name}" for name in ("kaiser_window", "fft_fftfreq", "fft_rfftfreq", "vander", "cartesian_prod")),
 )
 def pattern(call: Call) -> Result:
     """Entries differ by place."""

@@ -73,15 +73,20 @@ def select(call: Call) -> Result:
 
 @rule("aten.slice", "aten.narrow")
 def slice_(call: Call) -> Result:
-    """A run of an axis; with a step, the axis stays as it is."""
+    """A run of an axis; with a step that divides it, one index of the inner of two factors."""
     x = call.value("self")
     axis = call.dim("dim", x.ndim)
     size, length = x.shape[axis], call.shape()[axis]
-    if int(call.constant("step", 1)) != 1:
-        call.freeze([x.dims[axis]], "slice with a step")
-        return _with(x, axis, call.fixed(length, "slice with a step"))
     start = int(call.constant("start", 0))
     start = min(max(start + size if start < 0 else start, 0), size)
+    step = int(call.constant("step", 1))
+    if step != 1 and size % step:
+        call.freeze([x.dims[axis]], "slice with a step")
+        return _with(x, axis, call.fixed(length, "slice with a step"))
+    if step != 1:
+        outer, inner = call.domain.factor(x.dims[axis], [size // step, step])
+        call.domain.slice(inner, start % step, start % step + 1)
+        return _with(x, axis, call.domain.slice(outer, start // step, start // step + length))
     if length == 1 and call.domain.choice_of(x.dims[axis]):
         return _with(call.taken(x, axis, start), axis, ONE, insert=True)
     return _with(x, axis, call.domain.slice(x.dims[axis], start, start + length))

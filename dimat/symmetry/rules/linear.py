@@ -57,16 +57,23 @@ def bilinear(call: Call) -> Result:
 
 @rule("aten.einsum")
 def einsum(call: Call) -> Result:
-    """Axes with the same letter are permuted alike (no ellipsis, no letter twice in one operand)."""
+    """Axes with the same letter are permuted alike, those of an ellipsis by broadcasting (no letter twice in one)."""
     equation = str(call.constant("equation")).replace(" ", "")
+    values = call.tensors("tensors")
     inputs, arrow, output = equation.partition("->")
     terms = inputs.split(",")
+    if len(values) != len(terms):
+        raise NoRule("einsum of what is no tensor")
     if not arrow:
-        letters = sorted({letter for term in terms for letter in term})
-        output = "".join(letter for letter in letters if inputs.count(letter) == 1)
-    values = call.tensors("tensors")
-    if "." in equation or any(len(set(term)) < len(term) for term in terms) or len(values) != len(terms):
-        raise NoRule("einsum with an ellipsis or a diagonal")
+        letters = sorted({letter for term in terms for letter in term if letter != "."})
+        output = ("..." if "..." in inputs else "") + "".join(x for x in letters if inputs.count(x) == 1)
+    free = "".join(letter for letter in map(chr, range(0x391, 0x3C9)) if letter.isalpha())  # no letters of einsum's own
+    counts = [value.ndim - len(term) + 3 if "..." in term else 0 for term, value in zip(terms, values)]
+    named = free[: max(counts)]
+    terms = [term.replace("...", named[len(named) - count :]) for term, count in zip(terms, counts)]
+    output = output.replace("...", named)
+    if any(len(set(term)) < len(term) for term in terms):
+        raise NoRule("einsum of a diagonal")
     axes: dict[str, Layout] = {}
     for term, value in zip(terms, values):
         for letter, layout in zip(term, value.dims, strict=True):

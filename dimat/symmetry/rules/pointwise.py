@@ -12,6 +12,14 @@ from dimat.symmetry.rules.call import Call, Result, Value, rule
     *(f"aten.{name}" for name in ("multiply", "divide", "subtract", "negative", "absolute", "floor_divide")),
     *(f"aten.{name}" for name in ("special_expit", "real", "imag", "polar", "complex", "__and__", "__or__")),
     *(f"aten.{name}" for name in ("greater", "greater_equal", "less", "less_equal", "not_equal", "clip", "rrelu")),
+    *(f"aten.special_{name}" for name in ("erf", "erfc", "erfinv", "exp2", "expm1", "log1p", "sinc", "xlogy")),
+    *(f"aten.special_{name}" for name in ("round", "digamma", "gammaln", "psi", "polygamma", "logit", "i0", "i0e")),
+    *(f"aten.special_{name}" for name in ("i1", "i1e", "erfcx", "entr", "ndtr", "ndtri", "log_ndtr", "xlog1py")),
+    *(f"aten.special_{name}" for name in ("zeta", "gammainc", "gammaincc", "multigammaln")),
+    *(f"aten.{name}" for name in ("float_power", "arctan2", "arcsin", "arccos", "arctan", "arcsinh", "arccosh")),
+    *(f"aten.{name}" for name in ("arctanh", "fix", "true_divide", "isclose", "isfinite", "isreal", "isinf", "isnan")),
+    *(f"aten.{name}" for name in ("logical_not", "selu", "celu", "relu6", "softplus", "threshold", "square", "mish")),
+    *(f"aten.{name}" for name in ("__xor__", "__lshift__", "__rshift__", "ldexp", "nan_to_num")),
     *(f"aten.{name}" for name in ("addcmul", "addcdiv", "relu", "gelu", "silu", "leaky_relu", "elu", "hardtanh")),
 )
 def pointwise(call: Call) -> Result:

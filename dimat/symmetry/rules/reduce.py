@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import torch
-from torch import fx
-
 from dimat.symmetry.atoms import ONE
 from dimat.symmetry.rules.call import Call, NoRule, Result, Value, rule
+from dimat.symmetry.rules.scatter import is_mask, picked, put_by_mask
 
 
 @rule(
     *(f"aten.{name}" for name in ("mean", "sum", "amax", "amin", "prod", "var", "std", "logsumexp", "norm")),
     *(f"aten.{name}" for name in ("any", "all", "max", "min", "linalg_vector_norm", "nansum", "nanmean")),
+    *(f"aten.{name}" for name in ("linalg_norm", "linalg_matrix_norm", "frobenius_norm", "nuclear_norm")),
+    *(f"aten.{name}" for name in ("special_logsumexp", "aminmax")),
     "aten.var_mean",
     "aten.std_mean",
     "aten.count_nonzero",
@@ -84,6 +84,8 @@ def index(call: Call) -> Result:
     """Index tensors for some neighbouring axes: those are fixed, the others pass."""
     x = call.value("self")
     given = call.arguments["indices"]
+    if any(is_mask(node) for node in given):
+        return picked(call, x)
     indexed = [position for position, entry in enumerate(given) if entry is not None]
     indices = call.tensors("indices")
     if not indexed or len(indices) != len(indexed) or indexed[-1] - indexed[0] + 1 != len(indexed):
@@ -91,8 +93,6 @@ def index(call: Call) -> Result:
     shape = call.shape()
     call.freeze([x.dims[d] for d in indexed], "looked up by index")
     count = len(shape) - (x.ndim - len(indexed))
-    if max(value.ndim for value in indices) != count:
-        raise NoRule("indexing by a mask")
     first = indexed[0]
     looked_up = call.broadcast(indices, shape[first : first + count])
     return Value((*x.dims[:first], *looked_up, *x.dims[indexed[-1] + 1 :]))
@@ -112,10 +112,10 @@ def index_put(call: Call) -> Result:
     x, values = call.value("self"), call.value("values")
     given = call.arguments["indices"]
     indices = call.tensors("indices")
+    if any(is_mask(node) for node in given):
+        return put_by_mask(call, x)
     if len(indices) != len(given) or not indices:
         raise NoRule("assignment to places of axes that are not the first ones")
-    if any(isinstance(node, fx.Node) and node.meta["val"].dtype in (torch.bool, torch.uint8) for node in given):
-        raise NoRule("assignment by a mask")
     call.freeze(
         [*x.dims[: len(indices)], *(layout for value in indices for layout in value.dims)], "looked up by index"
     )

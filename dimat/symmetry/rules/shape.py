@@ -88,7 +88,34 @@ def repeat_interleave(call: Call) -> Result:
     return Value(tuple(dims))
 
 
-@rule("aten.diagonal", "aten.unfold")
-def never(call: Call) -> Result:
-    """Not covered: axes would overlap."""
-    raise NoRule("overlapping view")
+@rule("aten.diagonal", "aten.linalg_diagonal")
+def diagonal(call: Call) -> Result:
+    """Places where two axes have the same number."""
+    x = call.tensors()[0]
+    names = ("dim1", "dim2")
+    if any(call.constant(name) is None for name in names):
+        raise NoRule("a diagonal of axes that are not given")
+    taken = [call.dim(name, x.ndim) for name in names]
+    rest = tuple(layout for d, layout in enumerate(x.dims) if d not in taken)
+    call.freeze([x.dims[d] for d in taken], "diagonal")
+    return Value((*rest, call.fixed(call.shape()[-1], "diagonal")))
+
+
+@rule("aten.diag_embed")
+def diag_embed(call: Call) -> Result:
+    """An axis becomes the diagonal of a matrix: its rows and columns are permuted as the axis is."""
+    x = call.value("self")
+    places = {call.dim("dim1", x.ndim + 1), call.dim("dim2", x.ndim + 1)}
+    if call.constant("offset", 0) or places != {x.ndim - 1, x.ndim}:
+        raise NoRule("a diagonal beside the main one")
+    return Value((*x.dims, x.dims[-1]))
+
+
+@rule("aten.unfold")
+def unfold(call: Call) -> Result:
+    """Windows along an axis, which overlap; a new last axis runs inside them."""
+    x, shape = call.value("self"), call.shape()
+    axis = call.dim("dimension", x.ndim)
+    call.freeze([x.dims[axis]], "windows along an axis")
+    windows, inside = (call.fixed(size, "windows along an axis") for size in (shape[axis], shape[-1]))
+    return Value((*x.dims[:axis], windows, *x.dims[axis + 1 :], inside))

@@ -69,3 +69,31 @@ def im2col(call: Call) -> Result:
     shape = call.shape()
     channels = call.domain.merge([x.dims[1], call.fixed(shape[1] // x.shape[1], _SPATIAL)])
     return Value((x.dims[0], channels, call.fixed(shape[2], _SPATIAL)))
+
+
+@rule("aten.col2im")
+def col2im(call: Call) -> Result:
+    """(N, C · kernel positions, places) becomes (N, C, H, W)."""
+    x, shape = call.value("self"), call.shape()
+    if x.ndim != 3:
+        raise NoRule("col2im without a batch axis")
+    channels, inner = call.domain.factor(x.dims[1], [shape[1], x.shape[1] // shape[1]])
+    call.freeze([inner, x.dims[2]], _SPATIAL)
+    return Value((x.dims[0], channels, *(call.fixed(size, _SPATIAL) for size in shape[2:])))
+
+
+@rule("aten.grid_sampler", "aten.grid_sampler_2d", "aten.grid_sampler_3d", "aten.cudnn_grid_sampler")
+def grid_sampler(call: Call) -> Result:
+    """Values at the places that a grid names: spatial axes are positions, channels pass."""
+    x, grid = call.tensors()[:2]
+    call.domain.unify(x.dims[0], grid.dims[0])
+    call.freeze([*x.dims[2:], *grid.dims[1:]], _SPATIAL)
+    return Value((*x.dims[:2], *(call.fixed(size, _SPATIAL) for size in call.shape()[2:])))
+
+
+@rule("aten.affine_grid_generator")
+def affine_grid(call: Call) -> Result:
+    """A grid of coordinates for each matrix of the batch."""
+    theta = call.value("theta")
+    call.freeze(theta.dims[1:], _SPATIAL)
+    return Value((theta.dims[0], *(call.fixed(size, _SPATIAL) for size in call.shape()[1:])))
