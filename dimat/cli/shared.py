@@ -1,4 +1,4 @@
-"""What the commands share: flags that several have, and where they print.
+"""Shared by commands: flags that several have, and where they print.
 
 Results go to stdout, everything for a person to stderr.
 """

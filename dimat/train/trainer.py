@@ -63,7 +63,7 @@ class TrainerState:
 
 
 class ModelTrainer(Protocol):
-    """What trains one agent's model: a `Trainer`, or the user's own loop. Its members are those of `Trainer`."""
+    """Trains one agent's model: a `Trainer`, or the user's own loop. Its members are those of `Trainer`."""
 
     model: nn.Module
 
