@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "CONTRIBUTING.md"
-BEGIN, END = "<!-- index: written by `make index` -->\n", "<!-- end of index -->\n"
+BEGIN, END = "<!-- begin of index, which `make index` writes -->\n", "<!-- end of index -->\n"
 
 
 def index() -> str:

@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(f"dimat: {stop}" if str(stop) else "dimat: stopped")
         return 143 if terminated else 130
     except BrokenPipeError:
-        # whoever read our output has had enough; keep the interpreter from complaining when it flushes
+        # the reader of our output has gone; keep the interpreter from complaining when it flushes
         sys.stdout = None
         return 0
     except OSError as error:

@@ -56,7 +56,7 @@ def agent(
     flags = ["agent.insecure=true"] if insecure else []
     flags += [] if metrics is None else [f"monitor.metrics={json.dumps(metrics)}"]
     flags += [] if dashboard is None else [f"monitor.dashboard={json.dumps(dashboard)}"]
-    # what is wrong with the file is said at once, not after seconds of loading torch
+    # faults of the file are told at once, not after seconds of loading torch
     config = load_agent(file, name, (*set_, *flags))
     if config.monitor.dashboard is not None:
         from dimat.ui.dashboard.available import need_dashboard
@@ -71,7 +71,7 @@ def agent(
         from dimat.ui.terminal.panel import agent_listener
 
         setup = prepare_agent(config)
-    # before the agent is made: what cannot be had is said before anything is done
+    # before the agent is made, so that a listener that cannot be had is told before anything is done
     with open_listeners(config, agent_folder(config, setup.name), agent=setup.name) as watching:
         daemon = Daemon(setup)
         listener = agent_listener(setup.schedule.metric, sys.stderr, -1 if quiet else verbose, plain)
@@ -95,12 +95,12 @@ def status(
     *,
     name: Name = None,
     peer: Annotated[
-        str | None, Parameter(help="Ask this agent of the map instead, over the network and with own keys.")
+        str | None, Parameter(help="Ask this agent of the map instead, over the network, with this agent's keys.")
     ] = None,
-    watch: Annotated[bool, Parameter(negative="", help="Again every two seconds, until Ctrl-C.")] = False,
+    watch: Annotated[bool, Parameter(negative="", help="Show it again every two seconds, until Ctrl-C.")] = False,
     as_json: Json = False,
 ) -> int:
-    """How an agent is, on this machine or, with --peer, on another one: round, peers, metrics, bytes, warnings."""
+    """Show how an agent is, on this machine or, with --peer, on another: round, peers, metrics, bytes, warnings."""
     from dimat.agent.daemon.status_socket import ask
     from dimat.ui.terminal.status import status_lines
 

@@ -1,4 +1,4 @@
-"""What the commands share: flags that several have, and where they print.
+"""Shared by commands: flags that several have, and where they print.
 
 Results go to stdout, everything for a person to stderr.
 """
@@ -63,7 +63,7 @@ def say(text: str) -> None:
 
 
 def open_console(quiet: bool) -> ConsoleListener:
-    """Return what shows a run's progress on stderr."""
+    """Return the listener that shows a run's progress on stderr."""
     from dimat.ui.terminal.run import ConsoleListener
 
     return ConsoleListener(sys.stderr, verbosity=-1 if quiet else 0)

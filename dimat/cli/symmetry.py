@@ -39,7 +39,7 @@ def symmetry_show(
     svg: Annotated[Path | None, Parameter(help="Write the drawing alone to this file.")] = None,
     as_json: Json = False,
 ) -> int:
-    """Derive a model's symmetry groups and show them: sizes, tensors, observation points, what is frozen and why."""
+    """Derive a model's symmetry groups and show sizes, tensors, observation points, frozen axes and why."""
     from dimat.ui.symmetry.commands import show_symmetry
     from dimat.ui.symmetry.tables import check_suffix
 

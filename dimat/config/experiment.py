@@ -65,7 +65,7 @@ class PartitionConfig(Tree):
 
 
 class TaskConfig(Tree):
-    """What is trained: model, data, loss, metric."""
+    """The task that is trained: model, data, loss, metric."""
 
     name: str | None = None
     """Bundled task: "digits", "images", or with the extra `hf` "hf-image-classification" or "hf-causal-lm". Default
@@ -226,7 +226,7 @@ class ScheduleConfig(Tree):
     staleness_decay: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Factor on a peer's weight for each round that it is behind; the rest goes to self (mode "async")."""
     join: Literal["adopt", "align"] = "adopt"
-    """What a newcomer does in a living network: "adopt" a neighbour's weights, or "align": keep its own, permuted
+    """How a newcomer joins a living network: "adopt" a neighbour's weights, or "align": keep its own, permuted
     into the network's basis."""
     join_wait_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10.0
     """Seconds for which a newcomer listens for a living network before it founds one."""

@@ -133,7 +133,7 @@ CHUNK_SLOW_S = 2.0
 CHUNK_FAST_S = 0.5
 """A message that takes less is followed by ones of twice its length."""
 READ_AHEAD_BYTES = 4 * CHUNK_BYTES
-"""What an upload reads from the disk at a time, in a thread."""
+"""Bytes that an upload reads from the disk at a time, in a thread."""
 WRITES_AHEAD = 2
 """Blocks of a download that are hashed and written while the next one comes."""
 BLOCK_ATTEMPTS = 2

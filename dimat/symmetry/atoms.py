@@ -1,4 +1,4 @@
-"""What layouts are made of (see `dimat.symmetry.layout`), and what can be told or tidied without relating atoms."""
+"""Atoms, of which layouts are made (see `dimat.symmetry.layout`), and what can be done without relating them."""
 
 from __future__ import annotations
 

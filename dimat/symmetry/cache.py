@@ -75,7 +75,7 @@ def verified_symmetry(
 
 
 def forget(spec: SymmetrySpec, folder: Path | None = None) -> None:
-    """Remove what is kept of a spec that turned out to be another model's; the next start derives it anew."""
+    """Remove the kept file of a spec that turned out to be another model's; the next start derives it anew."""
     for path in (folder or default_folder()).glob("*.json"):
         kept = _read(path)
         if kept is not None and kept.arch_hash == spec.arch_hash:

@@ -1,4 +1,4 @@
-"""What a module computes, known by its code and constructor state: found without tracing or running it.
+"""Fingerprint a module by its code and constructor state, without tracing or running it.
 
 A fingerprint covers the files of the classes in the module's tree with what they refer to, the attributes that the
 constructors left, names, shapes and dtypes of the tensors, and the kind of inputs. Equal fingerprints make it all but
@@ -38,10 +38,10 @@ class _Unnameable(Exception):
 
 
 def fingerprint(model: nn.Module, example_inputs: Any) -> str | None:
-    """Return a hex blake3 of what decides a module's graph in eval mode, or None where the code cannot be named.
+    """Return a hex blake3 of all that decides a module's graph, or None where its code cannot be named.
 
-    Values of parameters, buffers and inputs have no part in it; their shapes, dtypes and devices do. It is the same in
-    every process with the same files, torch and Python.
+    Modules are taken in eval mode. Values of parameters, buffers and inputs have no part in it; their shapes, dtypes
+    and devices do. It is the same in every process with the same files, torch and Python.
     """
     try:
         return _Description(model).of(example_inputs)
@@ -180,7 +180,7 @@ class _Description:
         self._sources[module] = self._sources.get(module, False) or defines
 
     def _code(self) -> Iterable[str]:
-        """Yield what the code says that was referred to, and what that refers to in turn.
+        """Yield the content of all code that was referred to, and of the code that it refers to in turn.
 
         Installed packages are known by their versions, the module that defines a class by its content too.
         """
@@ -232,7 +232,7 @@ def _top(module: str) -> str:
 
 
 def _found(module: str, name: str) -> Any:
-    """Return what stands in a loaded module under a dotted name, or None."""
+    """Return the object under a dotted name of a loaded module, or None."""
     found: Any = sys.modules.get(module)
     for part in name.split("."):
         found = inspect.getattr_static(found, part, None)

@@ -1,4 +1,4 @@
-"""Output that one thread prints beside its work, kept away; what other threads say meanwhile goes where it belongs."""
+"""Discard what one thread prints; the output of other threads meanwhile goes where it belongs."""
 
 from __future__ import annotations
 

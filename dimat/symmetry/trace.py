@@ -37,7 +37,7 @@ class SymmetryWarning(UserWarning):
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """What a placeholder of the graph stands for; `name` is a state-dict name or an input's name."""
+    """The tensor that a placeholder of the graph stands for; `name` is a state-dict name or an input's name."""
 
     kind: Literal["parameter", "buffer", "constant", "input"]
     name: str

@@ -239,7 +239,7 @@ def _json(tree: Any, kind: str) -> AnyGraph:
 
 
 def _connectivity(table: dict[str, Any]) -> AnyGraph:
-    """Parse {"connectivity": rows, "pi": rows}: row i says whom agent i hears, and with what weights.
+    """Parse {"connectivity": rows, "pi": rows}: row i says whom agent i hears, with which weights.
 
     Connectivity rows are n numbers 0 or 1 (a diagonal of ones is allowed), or lists of neighbours' numbers; rows of
     pi are n weights, or one weight per entry of that neighbour list. A one-way link makes the graph directed.

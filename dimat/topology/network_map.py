@@ -40,7 +40,7 @@ class MapAgent(Tree):
 
 @dataclass(frozen=True)
 class NetworkMap:
-    """What a map file says; `names` is empty where it only gives a number of agents, or none."""
+    """A map file's content; `names` is empty where it only gives a number of agents, or none."""
 
     config: TopologyConfig
     names: tuple[str, ...] = ()

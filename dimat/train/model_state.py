@@ -15,7 +15,7 @@ from dimat.symmetry.trace import forget_derived
 
 
 class ModelState(ABC):
-    """The weights of `model` and the state of `optimizer`, whoever trains them."""
+    """The weights of `model` and the state of `optimizer`, in dimat's own trainer or a user's loop."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -56,7 +56,7 @@ class ModelState(ABC):
         self.optimizer.load_state_dict(moments)
 
     def optimizer_entries(self) -> dict[str, dict[str, Any]]:
-        """Return the optimizer's state by parameter name; what is None is left out."""
+        """Return the optimizer's state by parameter name, without entries that are None."""
         entries: dict[str, dict[str, Any]] = {}
         for name, parameter in self.model.named_parameters():
             held = cast("dict[str, Any]", self.optimizer.state.get(parameter, {}))
@@ -65,6 +65,10 @@ class ModelState(ABC):
         return entries
 
     def load_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over the optimizer's state from tensors named `optimizer/<parameter>/<entry>`.
+
+        Raises DataError for an unknown parameter or a shape that does not fit.
+        """
         trained = dict(self._optimized())
         names = list(trained)
         held: dict[int, dict[str, Tensor]] = {}
@@ -88,10 +92,12 @@ class ModelState(ABC):
 
 
 def copied(tensor: Tensor) -> Tensor:
+    """Return a contiguous copy on the CPU."""
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def check_fit(own: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str) -> None:
+    """Raise DataError, naming `what`, unless both have the same names with the same shapes."""
     missing, extra = own.keys() - given.keys(), given.keys() - own.keys()
     if missing or extra:
         kind, names = ("lack", missing) if missing else ("hold the unknown", extra)

@@ -41,7 +41,7 @@ def _uncompiled(kind: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.
 
 
 def lr_factor(schedule: LrScheduleConfig, progress: float) -> float:
-    """Return what the learning rate is multiplied by at `progress` in [0, 1] of the whole run."""
+    """Return the factor on the learning rate at `progress` in [0, 1] of the whole run."""
     if schedule.name == "cosine":
         return 0.5 * (1.0 + math.cos(math.pi * progress))
     if schedule.name == "step":

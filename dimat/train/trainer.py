@@ -63,7 +63,7 @@ class TrainerState:
 
 
 class ModelTrainer(Protocol):
-    """What trains one agent's model: a `Trainer`, or the user's own loop. Its members are those of `Trainer`."""
+    """Trains one agent's model: a `Trainer`, or the user's own loop. Its members are those of `Trainer`."""
 
     model: nn.Module
 
@@ -134,7 +134,7 @@ class Trainer(ModelState):
         return len(self._bounds) - 1
 
     def train(self, round: int) -> TrainReport:
-        """Train for one round and return what it took.
+        """Train for one round and report loss, samples, steps and seconds.
 
         Raises TrainingError naming round and step where the loss stops being finite; the weights are then unusable.
         """
@@ -350,7 +350,7 @@ class Trainer(ModelState):
 
 
 def _parts(batch: Batch, count: int) -> list[Batch]:
-    """Cut a batch into so many parts, as even as may be; a batch of fewer examples into single ones."""
+    """Cut a batch into `count` parts, as even as may be; a batch of fewer examples into single ones."""
     if count == 1:
         return [batch]
     size = len(batch.targets)
@@ -359,7 +359,7 @@ def _parts(batch: Batch, count: int) -> list[Batch]:
 
 
 def round_steps(config: TrainConfig, batches: int, round: int) -> int:
-    """Return the optimizer steps of a round (from 1) of an agent whose epochs have so many batches."""
+    """Return the optimizer steps of a round (from 1) of an agent with `batches` batches in an epoch."""
     if round == 1 and config.first_round_epochs is not None:
         epochs = config.first_round_epochs
     elif config.steps_per_round is not None:

@@ -1,4 +1,4 @@
-"""What survives power loss: a file's own fsync is not enough, its folder has to be on the disk too."""
+"""Files that survive power loss: a file's own fsync is not enough, its folder has to be on the disk too."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ class Daemon:
         self.identity: Identity | None = None if agent.insecure else load_identity(base / agent.keys, setup.name)
         finds = check_discovery(config)
         self.folder = AgentFolder(path, config.run, setup.name)
-        self._finding: PeerDiscovery | None = None
+        self._discovery: PeerDiscovery | None = None
         self._follower: MapFollower | None = None
         self._log_fault = ""
         self._started_s = time.time()
@@ -73,7 +73,7 @@ class Daemon:
         self._early: list[str] = []  # to be said once there is a run to say it in
         try:
             if finds and self.identity is not None:
-                self._finding = PeerDiscovery(config, setup.name, self.folder.dht, self.identity, self._notice)
+                self._discovery = PeerDiscovery(config, setup.name, self.folder.dht, self.identity, self._notice)
             self._prepare(trainer)
         except BaseException:
             self.folder.close()
@@ -119,7 +119,7 @@ class Daemon:
             listen=setup.listen_address(),
             generator=random.Random(derive_seed(config.seed, "jitter", setup.name)),
             status=self.status,
-            address_lookup=None if self._finding is None else self._finding.addresses,
+            address_lookup=None if self._discovery is None else self._discovery.addresses,
         )
         self.thread = WorkThread()
         self._ledger = ManifestLedger(folder.manifests)
@@ -137,7 +137,7 @@ class Daemon:
             config.run,
             lambda: self._machine.round,
             self._transport,
-            None if (finding := self._finding) is None else lambda: finding.state,
+            None if (discovery := self._discovery) is None else lambda: discovery.state,
             (folder.snapshots, folder.received),
             self.runner.emit,
             config.monitor.observe_s,
@@ -159,9 +159,9 @@ class Daemon:
             await self._transport.start(self.runner)
             self._store.sweep(self._kept)
             self.address = f"{self.setup.listen_address().rpartition(':')[0]}:{self._transport.port}"
-            if self._finding is not None:
-                await self._finding.start(neighbours, self.address)
-                self._follow(self._finding)
+            if self._discovery is not None:
+                await self._discovery.start(neighbours, self.address)
+                self._follow(self._discovery)
             await socket.start()
             self._introduce()
             notify("READY=1")
@@ -179,8 +179,8 @@ class Daemon:
             if self._follower is not None:
                 await self._follower.close()
             await self._transport.close(config.agent.drain_s)
-            if self._finding is not None:
-                await self._finding.close()
+            if self._discovery is not None:
+                await self._discovery.close()
             await socket.close()
             self._ledger.close()
             self.folder.close()
@@ -204,8 +204,8 @@ class Daemon:
         self._schedule = schedule
         neighbours = neighbours_of(schedule, self.setup.name)
         self._transport.update_neighbours(neighbours)
-        if self._finding is not None:
-            self._finding.update_neighbours(neighbours)
+        if self._discovery is not None:
+            self._discovery.update_neighbours(neighbours)
         self.runner.remap(schedule.plan(self.setup.name))
         self.runner.emit(
             events.MapRead(
@@ -238,11 +238,11 @@ class Daemon:
             "sent_bytes": sum(self._transport.sent_bytes.values()),
             "received_bytes": sum(self._transport.received_bytes.values()),
             "peers": self._transport.peers,
-            **({} if self._finding is None else {"dht": self._finding.state}),
+            **({} if self._discovery is None else {"dht": self._discovery.state}),
         }
 
     # ── parts ────────────────────────────────────────────────────────────────────────────────────────────────
-    def _follow(self, finding: PeerDiscovery) -> None:
+    def _follow(self, discovery: PeerDiscovery) -> None:
         """Begin to look for network maps that the organiser publishes, where they are to be followed."""
         config = self.setup.config
         if not config.dht.follow_map or self.identity is None:
@@ -250,7 +250,7 @@ class Daemon:
         self._follower = MapFollower(
             config,
             self.folder.dht,
-            finding.dht,
+            discovery.dht,
             self.identity.ca,
             check=self.setup.schedule_on,
             take=self.reload,
@@ -319,8 +319,8 @@ class Daemon:
             self._early.append(message)
 
     def _emit(self, fact: events.Event) -> None:
-        if isinstance(fact, events.Published) and self._finding is not None:
-            self._finding.tell(fact.round, fact.snapshot)
+        if isinstance(fact, events.Published) and self._discovery is not None:
+            self._discovery.tell(fact.round, fact.snapshot)
         fault = ""
         for listener in self.listeners:
             try:

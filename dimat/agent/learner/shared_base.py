@@ -1,4 +1,4 @@
-"""What an agent must have in common with its peers before weights can be merged: the base of task vectors, the frozen
+"""Common ground of an agent and its peers before weights can be merged: the base of task vectors, the frozen
 part of a model that is trained in part, and the merge that such a part asks for."""
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from dimat.train.trainer import ModelTrainer
 
 @dataclass(slots=True)
 class _Shared:
-    """What a process keeps of a task, for every experiment that has it."""
+    """A task as a process keeps it, for every experiment that has it."""
 
     task: Task
     spec: SymmetrySpec | None = None

@@ -1,4 +1,4 @@
-"""What an experiment's times, faults and topology do not fit together with: refused, or warned of, before it runs."""
+"""Checks that an experiment's times, faults and topology fit together: refused, or warned of, before it runs."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ BYTES_PER_MBIT = 125_000.0
 
 @dataclass(slots=True)
 class Transfer:
-    """What becomes of a transfer. `arrives_s`: virtual time at which its last byte arrives, or None, and then
+    """The fate of a transfer. `arrives_s`: virtual time at which its last byte arrives, or None, and then
     `failed_s` is the time at which the reader gives up; `bytes_sent`: of all attempts, those that were lost too.
 
     `route` (publisher, reader), `asked_s`, `size`: what was asked for, where and when; `latency_s`: of the link;

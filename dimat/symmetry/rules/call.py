@@ -1,4 +1,4 @@
-"""What a transfer rule sees (`Call`), what it returns (`Value`), and the table of rules.
+"""A transfer rule's argument (`Call`), its result (`Value`), and the table of rules.
 
 A rule is a function of one `Call`. It relates axes through `call.domain` and returns the value of the
 operation's output: a `Value`, a list of them (None for what is no tensor) where it has several outputs, or

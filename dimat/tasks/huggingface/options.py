@@ -20,13 +20,13 @@ NAMES = OptionNames()
 Count = Annotated[int, Field(ge=1)]
 
 
-class Group(BaseModel):
+class OptionGroup(BaseModel):
     """Base of the groups: frozen, and unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class DataOptions(Group):
+class DataOptions(OptionGroup):
     """Where the examples come from.
 
     `name`: a file, a folder, or a name on the hub (`subset`: its configuration), with the splits `train_split` and
@@ -45,7 +45,7 @@ class DataOptions(Group):
     label_column: str | None = None
 
 
-class LoraOptions(Group):
+class LoraOptions(OptionGroup):
     """Adapters of low rank.
 
     `r`: rank; `alpha`: the product of the factors is scaled by alpha / r; `dropout`: before the first factor;
@@ -58,7 +58,7 @@ class LoraOptions(Group):
     targets: tuple[str, ...] | str | None = None
 
 
-class ModelOptions(Group):
+class ModelOptions(OptionGroup):
     """Which model is trained, and how much of it.
 
     `name`: a folder of a pretrained model or its name on the hub; weights are read from safetensors only. Or `config`:
@@ -76,7 +76,7 @@ class ModelOptions(Group):
 MODEL = ModelOptions()
 
 
-class ProbeOptions(Group):
+class ProbeOptions(OptionGroup):
     """The probe set: `count` examples of the training data, set aside; or, with `name`, at most `count` of a file, a
     folder or a data set of the hub (`subset`: its configuration, `split`: its split)."""
 

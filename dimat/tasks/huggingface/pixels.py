@@ -28,7 +28,7 @@ CONVNEXT_CROPS_BELOW = 384
 
 
 @dataclass(frozen=True)
-class PixelFormat:
+class Preprocessing:
     """Images become (channels, height, width) uint8, and then (x / 255 − mean) / std per channel.
 
     `shortest`: the shorter edge is resized to this many pixels and the middle of (height, width) is cut out; without it
@@ -69,7 +69,7 @@ def pixel_format(
     mean: tuple[float, ...] | None,
     std: tuple[float, ...] | None,
     names: OptionNames,
-) -> PixelFormat:
+) -> Preprocessing:
     """Return the format that a pretrained model's image processor asks for; `size`, `mean` and `std`, where given, go
     before it. Without a processor: the configuration's image size, and mean and std of 0.5. Raises ConfigError that
     names the option as the user wrote it (`names`)."""
@@ -90,10 +90,10 @@ def pixel_format(
             raise ConfigError(f"task.options.{option} has {len(values)} values; the model takes {channels} channels")
     if min(stds) <= 0:
         raise ConfigError(f"task.options.{names('data.std')} must be positive")
-    return PixelFormat(channels, height, width, shortest, int(held.get("resample", BILINEAR)), means, stds)
+    return Preprocessing(channels, height, width, shortest, int(held.get("resample", BILINEAR)), means, stds)
 
 
-def image_data(rows: Any, column: str, labels: Tensor, form: PixelFormat, *, augment: bool) -> Data:
+def image_data(rows: Any, column: str, labels: Tensor, form: Preprocessing, *, augment: bool) -> Data:
     """Return rows of encoded images as examples; `augment`: cropped and mirrored at random when training."""
     encoded = rows.cast_column(column, library("datasets").Image(decode=False))
     transform = ImageTransform(form.mean, form.std, augment)
@@ -106,7 +106,7 @@ def image_data(rows: Any, column: str, labels: Tensor, form: PixelFormat, *, aug
 class LazyImages:
     """Images that are decoded when they are read."""
 
-    def __init__(self, rows: Any, column: str, labels: Tensor, form: PixelFormat, transform: ImageTransform) -> None:
+    def __init__(self, rows: Any, column: str, labels: Tensor, form: Preprocessing, transform: ImageTransform) -> None:
         self._rows = rows
         self._column = column
         self._labels = labels

@@ -25,7 +25,7 @@ from dimat.net.ports import is_loopback
 
 LEAST_TOKEN = 16
 OPEN = frozenset({"/healthz"})
-"""What is answered without a token: that the page is served says nothing of the run."""
+"""Paths answered without a token: that the page is served says nothing of the run."""
 HEADERS = {
     "content-security-policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
     "object-src 'none'",

@@ -178,7 +178,7 @@ class AgentModel:
 
     @property
     def view(self) -> AgentView:
-        """What the newest event of each kind tells, or else its status."""
+        """Facts of the newest event of each kind, or else of its status."""
         while self._newest:
             event = parse_event(self._newest.pop(next(iter(self._newest))))
             if event is not None:

@@ -18,7 +18,7 @@ _MOST_USES = 3
 
 
 _NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool, int, float)
-"""What is worked out of a tensor's shape: no data flows there, and edges from it would lead everywhere."""
+"""Operations on a tensor's shape: no data flows there, and edges from it would lead everywhere."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Findings of `dimat doctor` as lines and JSON."""
+"""Checks of `dimat doctor` as lines and JSON."""
 
 from __future__ import annotations
 
