@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from math import isfinite, isnan
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +65,9 @@ class Natures:
         return self.kinds.get(name, Nature.PARAMETER)
 
 
+MASKED = 0.1
+"""Least share of infinite values by which a tensor is taken for a mask."""
+
 _MEAN = re.compile(r"(running|moving|ema)_(mean|avg|average)$")
 _VARIANCE = re.compile(r"(running|moving|ema)_(var|variance|std|sq|square|squares)$|(?:^|\.)exp_avg_sq$")
 _COUNT = re.compile(r"(^|[._])(num_batches_tracked|num_updates|step|count|counter)$")
@@ -103,7 +107,7 @@ def natures_of(own: Weights, model: nn.Module | None = None) -> Natures:
             kinds[name] = Nature.VARIANCE
         elif _VECTOR.search(name) and name not in parameters and _holds(own[name], _is_unit):
             kinds[name] = Nature.VECTOR
-        elif name in buffers or (name not in parameters and _is_constant(name, own)):
+        elif name in buffers or (name not in parameters and _constant_of(name, own)):
             kinds[name] = Nature.CONSTANT
     first = {
         name: one for name, one in ({} if model is None else aliases(model)).items() if name in own and name != one
@@ -119,18 +123,34 @@ def _is_unit(tensor: Tensor) -> bool:
     return tensor.numel() > 1 and abs(float(torch.linalg.vector_norm(tensor.float())) - 1) < 1e-2
 
 
-def _is_constant(name: str, own: Weights) -> bool:
-    """Tell whether an entry of a file is a constant: by its name, or since it holds ±∞ and hardly anything else."""
-    if _CONSTANT.search(name):
+def is_constant(name: str, tensor: Tensor) -> bool:
+    """Tell whether an entry of a file is a constant: by its name, or since it holds ±∞ as masks do.
+
+    Then all its finite values are one, or at least a tenth of an entry that is not called like a parameter is infinite:
+    a tensor of which some values overflowed is no constant.
+    """
+    if not tensor.is_floating_point() or not tensor.numel():
+        return _CONSTANT.search(name) is not None
+    values = tensor.detach()
+    low, high = (float(bound) for bound in torch.aminmax(values.float()))
+    if isnan(low) or _CONSTANT.search(name):
+        return not isnan(low)
+    if isfinite(low) and isfinite(high):
+        return False
+    finite = values[values.isfinite()]
+    infinite = values.numel() - finite.numel()
+    if infinite < 2 or not finite.numel():
+        return False
+    if bool((finite == finite.reshape(-1)[0]).all()):
         return True
-    tensor = own[name].detach()
-    if not tensor.is_floating_point() or not tensor.numel() or torch.linalg.vector_norm(tensor.float()).isfinite():
-        return False
-    if tensor.isnan().any() or not tensor.isinf().any():
-        return False
-    finite = tensor[tensor.isfinite()]
-    alike = not finite.numel() or bool((finite == finite.reshape(-1)[0]).all())
-    return alike if _PARAMETER.search(name) else True
+    return _PARAMETER.search(name) is None and infinite >= MASKED * values.numel()
+
+
+def _constant_of(name: str, own: Weights) -> bool:
+    """Tell whether an entry is a constant; weights of files are not read for that (biases, which are small, are)."""
+    if not isinstance(own, dict) and (_CONSTANT.search(name) or (_PARAMETER.search(name) and "bias" not in name)):
+        return _PARAMETER.search(name) is None
+    return is_constant(name, own[name])
 
 
 def _iterations(own: Weights) -> tuple[PowerIteration, ...]:

@@ -7,14 +7,15 @@ merged = shield.settle(combined)
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from dimat.merge.natures import Nature, Natures, PowerIteration, as_matrix
+from dimat.errors import MergeError
+from dimat.merge.natures import Nature, Natures, PowerIteration, as_matrix, is_constant, natures_of
 from dimat.merge.stages import Weights
 from dimat.merge.tensors.task_vectors import mean_of
 from dimat.merge.weight_views import WeightsView
@@ -40,25 +41,26 @@ class Shield:
     peers: Sequence[Weights]
     fixed: frozenset[str]
     natures: Natures
+    weights: tuple[float, ...]
     _whole: tuple[Weights, ...]
-    _weights: tuple[float, ...]
 
     @staticmethod
     def of(own: Weights, peers: Sequence[Weights], weights: Sequence[float], natures: Natures) -> Shield:
         """Return the shield of a merge. `weights`: mixing weights, own's first."""
         fixed: set[str] = set()
+        taking = [peer for peer, weight in zip(peers, weights[1:]) if weight]
         for name, nature in natures.kinds.items():
             if nature in (Nature.VECTOR, Nature.CODE, Nature.SCALE):
                 fixed.add(name)
             elif nature is Nature.CONSTANT and own[name].is_floating_point():
                 ours = own[name].detach()
-                if all(torch.equal(ours, peer[name].detach().to(ours.device)) for peer in peers):
+                if all(torch.equal(ours, peer[name].detach().to(ours.device)) for peer in taking):
                     fixed.add(name)
         shielded = frozenset(fixed)
         if not shielded:
-            return Shield(own, peers, shielded, natures, (own, *peers), tuple(weights))
+            return Shield(own, peers, shielded, natures, tuple(weights), (own, *peers))
         views = [_Shielded(theirs, own, shielded) for theirs in (own, *peers)]
-        return Shield(views[0], views[1:], shielded, natures, (own, *peers), tuple(weights))
+        return Shield(views[0], views[1:], shielded, natures, tuple(weights), (own, *peers))
 
     def base(self, base: Weights | None) -> Weights | None:
         """Return the base as the method sees it: with own's fixed tensors, from which nothing has changed."""
@@ -81,9 +83,9 @@ class Shield:
         """Return the weighted mean of a tensor of all models, in own's type."""
         ours = self._whole[0][name].detach()
         values = [theirs[name].detach().to(ours.device, torch.float64) for theirs in self._whole]
-        if not self._weights[0]:
-            return mean_of(values[1:], self._weights[1:]).to(ours.dtype)
-        return mean_of(values, self._weights).to(ours.dtype)
+        if not self.weights[0]:
+            return mean_of(values[1:], self.weights[1:]).to(ours.dtype)
+        return mean_of(values, self.weights).to(ours.dtype)
 
     def whole(self, name: str) -> Tensor:
         """Return own's tensor as it is."""
@@ -145,6 +147,57 @@ class _Settled(WeightsView):
         made = {iteration.u: new_u, iteration.v: new_v}
         self._made |= {other: vector for other, vector in made.items() if other != name}
         return made[name]
+
+
+class _Checked(WeightsView):
+    """Merged weights, each checked when it is asked for."""
+
+    def __init__(self, merged: Weights, shield: Shield, names: Sequence[str]) -> None:
+        super().__init__(merged)
+        self._merged = merged
+        self._shield = shield
+        self._peers = names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._merged)
+
+    def __getitem__(self, name: str) -> Tensor:
+        shield = self._shield
+        if shield.natures.of(name) is Nature.VARIANCE:
+            for peer, weights in self._taking():
+                if negative := int((weights[name] < 0).sum()):
+                    raise MergeError(f"{peer}: tensor {name!r} is a variance and holds {negative} values below 0")
+        merged = self._merged[name]
+        if name in shield.fixed or not (fault := not_finite({name: merged}, ())):
+            return merged
+        ours = shield.whole(name)
+        if not is_constant(name, ours):
+            raise MergeError(fault)
+        for peer, weights in self._taking():
+            if not torch.equal(weights[name].to(ours), ours):
+                raise MergeError(f"{peer}: tensor {name!r} is a constant that is not finite, and differs from own's")
+        return ours.clone()
+
+    def _taking(self) -> list[tuple[str, Weights]]:
+        return [pair for pair, weight in zip(zip(self._peers, self._shield.peers), self._shield.weights[1:]) if weight]
+
+
+def merge_checked(
+    method: Callable[[Weights, Sequence[Weights], Weights | None], Weights],
+    own: Weights,
+    peers: Sequence[Weights],
+    weights: Sequence[float],
+    base: Weights | None,
+    names: Sequence[str],
+    model: nn.Module | None = None,
+) -> Weights:
+    """Return method(own, peers, base) with each entry true to its nature: for merges outside the pipeline.
+
+    `names`: of the peers, for messages. Each access makes one tensor; it raises MergeError for a peer's negative
+    variance, and for a result that is not finite and no constant.
+    """
+    shield = Shield.of(own, peers, weights, natures_of(own, model))
+    return _Checked(shield.settle(method(shield.own, shield.peers, shield.base(base))), shield, names)
 
 
 def iterate(matrix: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dimat.errors import DataError
+from dimat.merge.natures import is_constant
 from dimat.weights.header import NAMES, TensorInfo, read_header
 
 WEIGHTS = "model.safetensors"
@@ -233,6 +234,6 @@ def _check_finite(tensor: Tensor, name: str, file: Path) -> None:
     values = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     values = values.float() if values.element_size() == 1 else values
     low, high = torch.aminmax(values)  # both are NaN where one value is
-    if not (torch.isfinite(low) and torch.isfinite(high)):
+    if not (torch.isfinite(low) and torch.isfinite(high)) and not is_constant(name, tensor):
         count = int((~torch.isfinite(values)).sum())
         raise DataError(f"{file}: tensor {name!r} holds {count:,} values that are not finite in {NAMES[tensor.dtype]}")

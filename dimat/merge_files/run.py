@@ -13,6 +13,7 @@ from torch import Tensor
 from dimat.device import resolve_device
 from dimat.errors import ConfigError
 from dimat.merge.registry import CONTEXT
+from dimat.merge.settled import merge_checked
 from dimat.merge.shared_statistics import check_statistics
 from dimat.merge.stages import Weights
 from dimat.merge.weight_views import WeightsView, open_weights
@@ -268,14 +269,18 @@ def _combine(job: Job, part: Part) -> Weights:
     dtypes = {name: dtype for name, dtype in seen.items() if dtype != job.merged[name].dtype}
     own, *peers = (View(model, part.names, job.device, None if i else dtypes) for i, model in enumerate(job.views))
     context: dict[str, Any] = {
-        "base": None if job.base is None else View(job.base, part.names, job.device),
         "aux": job.statistics,
         "generator": torch.Generator().manual_seed(job.recipe.seed),
         "names": [str(model.path) for model in job.models[1:]],
         "put_away": Scratch(job.out.parent),
     }
-    # what is not here (a model, data, a state) is None, for methods that can do without
-    return part.method(own, peers, part.mixing, **(dict.fromkeys(CONTEXT) | context))
+    base = None if job.base is None else View(job.base, part.names, job.device)
+
+    def method(own: Weights, peers: Sequence[Weights], base: Weights | None) -> Weights:
+        # what is not here (a model, data, a state) is None, for methods that can do without
+        return part.method(own, peers, part.mixing, **(dict.fromkeys(CONTEXT) | context | {"base": base}))
+
+    return merge_checked(method, own, peers, part.mixing, base, [str(model.path) for model in job.models[1:]])
 
 
 def _parts(recipe: Recipe, own: Collection[str]) -> tuple[Part, ...]:

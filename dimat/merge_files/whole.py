@@ -12,6 +12,7 @@ from dimat.merge.align.none import none as no_alignment
 from dimat.merge.context import MergeContext
 from dimat.merge.matching.assignment import moved_share
 from dimat.merge.registry import align_registry, repair_registry
+from dimat.merge.settled import merge_checked
 from dimat.merge.shared_statistics import OWN, in_order
 from dimat.merge.stages import Permutations, Weights
 from dimat.merge.weight_views import PermutedWeights
@@ -63,13 +64,14 @@ def merge_whole(
     given = None if statistics is None else dict(zip([OWN, *names], statistics))
     aux = in_order(given, names, dict(zip(names, moves)), network.spec)
     result: dict[str, Tensor] = {}
+    offered = context.offered() | {"aux": aux, "names": names}
     for part in parts:
-        result |= part.method(
-            _only(own, part.names),
-            [_only(view, part.names) for view in views],
-            part.mixing,
-            **(context.offered() | {"aux": aux, "names": names}),
-        )
+
+        def method(own: Weights, peers: Sequence[Weights], base: Weights | None, part: Part = part) -> Weights:
+            return part.method(own, peers, part.mixing, **(offered | {"base": base}))
+
+        ours, theirs = _only(own, part.names), [_only(view, part.names) for view in views]
+        result |= merge_checked(method, ours, theirs, part.mixing, start, names, network.model)
     repaired = repair_registry.call(recipe.repair.name, recipe.repair.options, result, **context.offered())
     moved = tuple(moved_share(m) if m else None for m in moves)
     return WholeMerge(repaired.weights, moved, (*notes, *repaired.notes))

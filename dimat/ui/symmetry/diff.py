@@ -21,7 +21,7 @@ def diff_symmetry(one: str, other: str, *, as_json: bool) -> tuple[str, bool]:
                 "groups_hash": each.spec.groups_hash,
                 "trace_kind": each.spec.trace_kind,
             }
-            | {key: value for key, value in summary_of(each).items() if key not in ("tensors", "frozen")}
+            | {key: value for key, value in summary_of(each).items() if key not in ("tensors", "frozen", "natures")}
             for each in (first, second)
         ]
         return json.dumps({"same": same, "models": sides, "first_difference": why}), same

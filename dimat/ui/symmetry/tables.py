@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dimat.config import TaskConfig, load_experiment
 from dimat.errors import ConfigError, DataError, HookError
 from dimat.hooks import load_hook
+from dimat.merge.natures import natures_of
 from dimat.seeds import torch_generator
 from dimat.symmetry import Group, SymmetrySpec, derive_symmetry
 from dimat.tasks import list_tasks, load_task
@@ -32,6 +33,8 @@ class ModelSymmetry:
     tensors: Mapping[str, tuple[tuple[int, ...], str]]
     parameters: int | None
     trainable: frozenset[str] = frozenset()
+    natures: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Nature of each tensor that is no parameter, or is another name of one (`tied to …`)."""
 
 
 def load_model(hook: str) -> tuple[nn.Module, Any]:
@@ -69,7 +72,14 @@ def describe(name: str, model: nn.Module, inputs: Any, outputs: Sequence[str] = 
     state = {key: value for key, value in model.state_dict().items() if isinstance(value, Tensor)}
     tensors = {key: (tuple(v.shape), str(v.dtype).removeprefix("torch.")) for key, v in sorted(state.items())}
     trainable = frozenset(key for key, _ in model.named_parameters(remove_duplicate=False))
-    return ModelSymmetry(name, spec, tensors, sum(p.numel() for p in model.parameters()), trainable)
+    count = sum(p.numel() for p in model.parameters())
+    return ModelSymmetry(name, spec, tensors, count, trainable, _natures(state, model))
+
+
+def _natures(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, str]:
+    natures = natures_of(state, model)
+    kinds = {name: nature.value for name, nature in natures.kinds.items()}
+    return dict(sorted((kinds | {name: f"tied to {first}" for name, first in natures.first.items()}).items()))
 
 
 def open_described(source: str) -> ModelSymmetry:
@@ -103,6 +113,7 @@ def summary_of(described: ModelSymmetry) -> dict[str, Any]:
         "nested_groups": sum(1 for group in spec.groups if group.parents),
         "frozen": [{"reason": r, "axes": n, "share": s} for r, n, s in frozen_by_reason(described)],
         "tensors": {name: [list(shape), dtype] for name, (shape, dtype) in described.tensors.items()},
+        "natures": dict(described.natures),
     }
 
 
@@ -153,12 +164,27 @@ def frozen_table(described: ModelSymmetry) -> Table:
     return Table("", ("frozen because", "axes", "in parameters"), rows)
 
 
+def natures_table(described: ModelSymmetry) -> Table:
+    """Return the table of tensors that are no parameters: how many of each nature, and the first of them."""
+    by_nature: dict[str, list[str]] = {}
+    for name, nature in described.natures.items():
+        by_nature.setdefault(nature, []).append(name)
+    rows = tuple(
+        (nature, str(len(names)), names[0] + (f" +{len(names) - 1}" if len(names) > 1 else ""))
+        for nature, names in sorted(by_nature.items())
+    )
+    return Table("", ("no parameter but a", "tensors", "names"), rows, left=frozenset({0, 2}))
+
+
 def lines_of(described: ModelSymmetry) -> list[str]:
     """Return all that `symmetry show` prints, but the invariance error."""
     spec = described.spec
     lines = as_text(groups_table(spec)) if spec.groups else []
     lines += ["", totals(described), ""]
-    return lines + (as_text(frozen_table(described)) if spec.frozen else []) + list(spec.warnings)
+    lines += as_text(frozen_table(described)) if spec.frozen else []
+    if described.natures:
+        lines += [*([""] if spec.frozen else []), *as_text(natures_table(described)), ""]
+    return lines + list(spec.warnings)
 
 
 def totals(described: ModelSymmetry) -> str:
