@@ -83,6 +83,7 @@ class GrpcTransport:
         self._cache: SnapshotCache | None = None
         self._fetcher: Fetcher | None = None
         self._port = 0
+        self._most_members = 0
 
     # ── for the daemon and its tools ──────────────────────────────────────────────────────────────────────────
     @property
@@ -167,12 +168,17 @@ class GrpcTransport:
         if self._server is None or self._listener is None or not self._tasks.is_open:
             return  # `start` does it, and after `close` nobody is followed
         self._server.neighbours = neighbours
+        # a peer may go by an older map for a while, so the number of members only grows
+        members = len({*neighbours.members, self._agent})
+        self._most_members = max(self._most_members, members)
+        limits = replace(self._manifest_limits, members=self._most_members)
         for peer in [peer for peer in self._links if peer not in neighbours.peers]:
             self._tasks.start(self._links.pop(peer).stop(), f"end of the link to {peer}")
         for peer in sorted(neighbours.peers):
             addresses = list(neighbours.addresses.get(peer, ()))
             link = self._links.get(peer)
             if link is not None:
+                link.manifest_limits = limits
                 link.update_addresses(addresses)
                 continue
             link = self._links[peer] = PeerLink(
@@ -180,7 +186,7 @@ class GrpcTransport:
                 run=self._run,
                 connector=self._connector,
                 profile=self._profile,
-                manifest_limits=self._manifest_limits,
+                manifest_limits=limits,
                 limits=self._limits,
                 generator=self._generator,
                 listener=self._listener,

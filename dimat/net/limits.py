@@ -16,7 +16,8 @@ class Limits:
     """The bounds of one agent's transport that can be set; each field says what it bounds."""
 
     streams: int = 16
-    """Uploads at a time to all readers, each of which holds at most 8 MiB in memory."""
+    """Uploads at a time to all readers, each of which holds at most 8 MiB in memory; one to each reader is always
+    possible."""
     streams_per_peer: int = 2
     """Uploads at a time to one reader."""
     polls_per_peer: int = 2
@@ -26,7 +27,8 @@ class Limits:
     connections: int = 512
     """Connections open to this agent at a time."""
     fetches: int = 4
-    """Downloads at a time from all peers, each of which holds at most three blocks in memory."""
+    """Downloads at a time from all peers, each of which holds at most three blocks in memory; slow ones make room for
+    peers that wait, and go on beside them."""
     fetches_per_peer: int = 2
     """Downloads at a time from one peer."""
     disk_bytes: int = 64 * 1024 * MIB
@@ -121,7 +123,15 @@ MIN_BLOCK_BYTES = 64 * 2**10
 MAX_BLOCK_BYTES = 16 * MIB
 """Largest size of the blocks of a payload."""
 MAX_MANIFEST_REST_BYTES = 2 * MIB
-"""A manifest without the hashes of its blocks."""
+"""A manifest without the hashes of its blocks, in the largest network."""
+MANIFEST_REST_BYTES = 64 * 2**10
+"""The same in a network without members, and"""
+MANIFEST_MEMBER_BYTES = 512
+"""what each member of the map adds to that."""
+MOST_NOTICES = 8
+"""Different faults of one peer that are told; further ones are counted in its state."""
+SLOT_S = 2.0
+"""A download that has its slot for longer, and no block in that time, makes room for one of another peer."""
 
 # ── transfers ──────────────────────────────────────────────────────────────────────────────────────────
 CHUNK_BYTES = MIB

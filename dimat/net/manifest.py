@@ -17,6 +17,8 @@ from google.protobuf.message import DecodeError
 
 from dimat.errors import DataError, PeerError
 from dimat.net.limits import (
+    MANIFEST_MEMBER_BYTES,
+    MANIFEST_REST_BYTES,
     MAX_BLOCK_BYTES,
     MAX_MANIFEST_REST_BYTES,
     MAX_TEXT_BYTES,
@@ -57,14 +59,20 @@ class SignedManifest:
 
 @dataclass(frozen=True, slots=True)
 class ManifestLimits:
-    """The most that a peer's manifest may claim. `bytes`: the largest payload and form that this model allows."""
+    """The most that a peer's manifest may claim.
+
+    `bytes`: the largest payload and form that this model allows; `members`: agents that the map has, so parents of one
+    merge and readers of a push-sum share.
+    """
 
     bytes: int
+    members: int = MOST_PARENTS
 
     @property
     def manifest_bytes(self) -> int:
-        """Length of the longest manifest: the hashes of all blocks, and a fixed rest."""
-        return MAX_MANIFEST_REST_BYTES + (MOST_FORMS + 1) * _BLOCK_ENTRY * _blocks(self.bytes, MIN_BLOCK_BYTES)
+        """Length of the longest manifest: the hashes of all blocks, and a rest that goes by the map."""
+        rest = min(MANIFEST_REST_BYTES + MANIFEST_MEMBER_BYTES * self.members, MAX_MANIFEST_REST_BYTES)
+        return rest + (MOST_FORMS + 1) * _BLOCK_ENTRY * _blocks(self.bytes, MIN_BLOCK_BYTES)
 
 
 class _Invalid(Exception):
@@ -76,7 +84,7 @@ def seal(manifest: Manifest, sign: Sign) -> SignedManifest:
     try:
         message = _message(manifest)
         data = message.SerializeToString(deterministic=True)
-        checked = _manifest(message, LARGEST_NUMBER)
+        checked = _manifest(message, ManifestLimits(LARGEST_NUMBER))
         longest = ManifestLimits(max(payload.bytes for payload in _payloads(checked))).manifest_bytes
         if len(data) > longest:
             raise _Invalid(f"{len(data):,} bytes of manifest, at most {longest:,} are read")
@@ -104,7 +112,7 @@ def unseal(
             raise _Invalid(f"it is of agent {_short(message.agent)}")
         if message.run != run:
             raise _Invalid(f"it is of run {_short(message.run)}, this is {_short(run)}")
-        return SignedManifest(_manifest(message, limits.bytes), data, signature)
+        return SignedManifest(_manifest(message, limits), data, signature)
     except _Invalid as wrong:
         raise PeerError(f"manifest of {publisher} refused: {wrong}") from None
 
@@ -171,8 +179,9 @@ def _payload_message(payload: Payload) -> pb.Payload:
 
 
 # ── from a message, checked ──────────────────────────────────────────────────────────────────────────────────
-def _manifest(message: pb.Manifest, largest: int) -> Manifest:
-    """Return the manifest in a message; _Invalid for a fault. `largest`: bytes of a payload."""
+def _manifest(message: pb.Manifest, limits: ManifestLimits) -> Manifest:
+    """Return the manifest in a message; _Invalid for a fault."""
+    largest = limits.bytes
     _number(message.round, "round", lowest=1)
     _number(message.samples, "samples")
     _agent(message.agent, "agent")
@@ -182,8 +191,8 @@ def _manifest(message: pb.Manifest, largest: int) -> Manifest:
     if _BASIS.fullmatch(message.basis) is None:
         raise _Invalid(f"basis {_short(message.basis)} is none: round:founder:nonce")
     _few(message.forms, "forms", MOST_FORMS)
-    _few(message.parents, "parents", MOST_PARENTS)
-    _few(message.pushed, "pushed", MOST_PUSHED)
+    _few(message.parents, "parents", min(limits.members, MOST_PARENTS))
+    _few(message.pushed, "pushed", min(limits.members, MOST_PUSHED))
     _few(message.metrics, "metrics", MOST_METRICS)
     for agent, weight in message.pushed.items():
         _agent(agent, "pushed")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Generator
+from contextlib import asynccontextmanager, contextmanager
 
 
 class FullError(Exception):
@@ -13,7 +13,10 @@ class FullError(Exception):
 
 
 class Slots:
-    """Counts activities under way and refuses more than `most` in all, or `most_each` of one peer."""
+    """Counts activities under way and refuses more than `most` in all, or `most_each` of one peer.
+
+    Fair by peer: one that has none under way is let in where another has more than one.
+    """
 
     def __init__(self, what: str, most: int, most_each: int) -> None:
         self._what = what
@@ -26,7 +29,8 @@ class Slots:
         """Hold a slot of the peer `name`; FullError where none is free."""
         if self._taken[name] >= self._most_each:
             raise FullError(f"{self._most_each} {self._what} of {name} are on their way, the most for one peer")
-        if self._taken.total() >= self._most:
+        unfair = max(self._taken.values(), default=0) > 1
+        if self._taken.total() >= self._most and (self._taken[name] or not unfair):
             raise FullError(f"{self._most} {self._what} are on their way, the most at a time")
         self._taken[name] += 1
         try:
@@ -35,6 +39,72 @@ class Slots:
             self._taken[name] -= 1
             if not self._taken[name]:
                 del self._taken[name]
+
+
+class Turn:
+    """A place that is held for the peer `name`; `moved` says that it is put to use."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.moved_s = asyncio.get_running_loop().time()
+
+    def moved(self) -> None:
+        """Note progress."""
+        self.moved_s = asyncio.get_running_loop().time()
+
+
+class Turns:
+    """`most` places for activities, for which peers wait in turn.
+
+    Fair by peer: of those that wait the one with the fewest places comes first, and a place on which nothing has moved
+    for `slow_s` goes to a peer that has none; its activity goes on beside the others.
+    """
+
+    def __init__(self, most: int, slow_s: float) -> None:
+        self._most = most
+        self._slow_s = slow_s
+        self._held: list[Turn] = []
+        self._waiting: list[tuple[str, asyncio.Future[Turn]]] = []
+        self._timer: asyncio.TimerHandle | None = None
+
+    @asynccontextmanager
+    async def take(self, name: str) -> AsyncGenerator[Turn]:
+        """Wait for a place and hold it."""
+        future: asyncio.Future[Turn] = asyncio.get_running_loop().create_future()
+        waiting = (name, future)
+        self._waiting.append(waiting)
+        self._hand_out()
+        try:
+            turn = await future
+            yield turn
+        finally:
+            if waiting in self._waiting:
+                self._waiting.remove(waiting)
+            if future.done() and not future.cancelled() and future.result() in self._held:
+                self._held.remove(future.result())
+            self._hand_out()
+
+    def _hand_out(self) -> None:
+        """Give free places, and those of the slow, to who waits."""
+        now = asyncio.get_running_loop().time()
+        self._waiting = [(name, future) for name, future in self._waiting if not future.done()]
+        while self._waiting:
+            held = Counter(turn.name for turn in self._held)
+            name, future = waiting = min(self._waiting, key=lambda one: held[one[0]])
+            if len(self._held) >= self._most:
+                slow = [turn for turn in self._held if now - turn.moved_s >= self._slow_s and turn.name != name]
+                if held[name] or not slow:
+                    break
+                self._held.remove(min(slow, key=lambda turn: turn.moved_s))
+            self._waiting.remove(waiting)
+            turn = Turn(name)
+            self._held.append(turn)
+            future.set_result(turn)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._waiting:
+            self._timer = asyncio.get_running_loop().call_later(self._slow_s / 4, self._hand_out)
 
 
 class Rate:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import ExitStack
 from random import Random
 
 import pytest
 
 from dimat.net.backoff import Backoff, Breaker
 from dimat.net.limits import CHUNK_BYTES, MIN_CHUNK_BYTES
-from dimat.net.throttle import FullError, Rate, Slots
+from dimat.net.throttle import FullError, Rate, Slots, Turns
 from dimat.net.transfer import upload
 from dimat.weights.snapshot import Payload
 
@@ -101,3 +102,65 @@ def test_messages_grow_while_they_go_fast_and_shrink_where_they_do_not(monkeypat
         lengths.append(max(map(len, parts)))
     assert lengths[2] == CHUNK_BYTES
     assert lengths[-1] == MIN_CHUNK_BYTES
+
+
+def test_a_peer_that_has_no_slot_is_let_in_where_another_has_two() -> None:
+    """Four readers that hold four slots each do not keep a fifth one out."""
+    slots = Slots("transfers", 16, 4)
+    with ExitStack() as held:
+        for _ in range(4):
+            for name in "abcd":
+                held.enter_context(slots.take(name))
+        with slots.take("e"), pytest.raises(FullError, match="16 transfers are"), slots.take("e"):
+            pass
+
+
+async def test_turns_go_to_the_peer_that_has_none() -> None:
+    """Four that do not move hold all places: a fifth waits `slow_s` for one, and not for ever; those that move are not
+    driven out."""
+    turns = Turns(4, 0.2)
+    release = asyncio.Event()
+    begun: list[str] = []
+
+    async def hold(name: str, moves: bool = False) -> None:
+        async with turns.take(name) as turn:
+            begun.append(name)
+            while not release.is_set():
+                if moves:
+                    turn.moved()
+                await asyncio.sleep(0.01)
+
+    async with asyncio.TaskGroup() as group:
+        for name in ("slow", "slow", "fast", "fast"):
+            group.create_task(hold(name, name == "fast"))
+        await asyncio.sleep(0.05)
+        group.create_task(hold("slow"))
+        for name in ("new", "newer", "newest"):
+            group.create_task(hold(name))
+        await asyncio.sleep(0.1)
+        assert len(begun) == 4
+        async with asyncio.timeout(20):
+            while len(begun) < 6:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        assert begun[4:6] == ["new", "newer"]
+        release.set()
+    assert sorted(begun[6:]) == ["newest", "slow"]
+    async with turns.take("after"):
+        assert len(turns._held) == 1
+
+
+async def test_a_place_that_is_waited_for_no_more_is_not_given_away() -> None:
+    turns = Turns(1, 60.0)
+
+    async def hold() -> None:
+        async with turns.take("b"):
+            raise AssertionError
+
+    async with turns.take("a"):
+        waiting = asyncio.create_task(hold())
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.wait([waiting])
+    async with asyncio.timeout(5), turns.take("c"):
+        pass
+    assert not turns._held

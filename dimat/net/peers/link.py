@@ -13,7 +13,15 @@ from grpc import aio
 from dimat.errors import DimatError, NetworkError, PeerError, SecurityError
 from dimat.net.backoff import Backoff, Breaker, Reminders
 from dimat.net.compatibility import Profile, quoted
-from dimat.net.limits import CLOCKS_DIFFER_S, MOST_OFFERED, POLL_PAUSE_S, POLL_REPLY_S, WAKE_PAUSE_S, Limits
+from dimat.net.limits import (
+    CLOCKS_DIFFER_S,
+    MOST_NOTICES,
+    MOST_OFFERED,
+    POLL_PAUSE_S,
+    POLL_REPLY_S,
+    WAKE_PAUSE_S,
+    Limits,
+)
 from dimat.net.manifest import ManifestLimits, SignedManifest, unseal
 from dimat.net.peers.connection import Code, Connection, ConnectionBrokenError, Connector, PeerRefusedError, error_text
 from dimat.net.threads import BackgroundTasks, Notifier, Threads
@@ -46,7 +54,8 @@ class PeerLink:
         self._run = run
         self._connector = connector
         self._profile = profile
-        self._manifest_limits = manifest_limits
+        self.manifest_limits = manifest_limits
+        """The most that its manifests may claim, by the map as it is now."""
         self._limits = limits
         self._listener = listener
         self._address_lookup = address_lookup
@@ -76,6 +85,7 @@ class PeerLink:
         self._reason = "it was not reached yet"
         self._reminders = Reminders(listener.noticed)
         self._noticed: set[str] = set()
+        self._faults = 0  # all of them, told or not
         self._woken_s = float("-inf")
 
     # ── for the transport ─────────────────────────────────────────────────────────────────────────────────────
@@ -143,6 +153,7 @@ class PeerLink:
             "address": self._connection.address if self._connection else self._last_good,
             "trouble": "" if self._connection else self._refusal or self._reason,
             "rounds": sorted(round_ for round_, _ in self._offers),
+            "faults": self._faults,
             "heard_s": None if last_s is None else asyncio.get_running_loop().time() - last_s,
         }
 
@@ -313,7 +324,7 @@ class PeerLink:
                     connection.verify,
                     publisher=self.peer,
                     run=self._run,
-                    limits=self._manifest_limits,
+                    limits=self.manifest_limits,
                 )
                 if signed.manifest.schema != self._profile.schema:
                     raise PeerError(f"manifest of {self.peer} refused: it is of another model than it said hello with")
@@ -380,9 +391,12 @@ class PeerLink:
         self._changed.fire()
 
     def _notice_once(self, message: str) -> None:
-        """Pass a message to the listener, once."""
-        if message not in self._noticed:
-            if len(self._noticed) > 1000:
-                self._noticed.clear()
-            self._noticed.add(message)
-            self._listener.noticed(message)
+        """Pass a message to the listener, once; a peer that always finds another fault is not told of for ever."""
+        self._faults += 1
+        if message in self._noticed or len(self._noticed) > MOST_NOTICES:
+            return
+        self._noticed.add(message)
+        self._listener.noticed(message)
+        if len(self._noticed) == MOST_NOTICES:
+            self._noticed.add("")
+            self._listener.noticed(f"further faults of {self.peer} are counted in the status, and not told one by one")

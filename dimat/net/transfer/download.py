@@ -16,6 +16,7 @@ from dimat.net.limits import BLOCK_ATTEMPTS, CHUNK_BYTES, MIN_CHUNK_BYTES, WRITE
 from dimat.net.peers.connection import Code, Connection, ConnectionBrokenError, error_text
 from dimat.net.peers.link import PeerLink
 from dimat.net.threads import Threads
+from dimat.net.throttle import Turn, Turns
 from dimat.net.transfer.received_blocks import ReceivedBlocks
 from dimat.weights.snapshot import Payload
 
@@ -72,13 +73,13 @@ async def download(
     stats: DownloadStats,
     *,
     limits: Limits,
-    streams: asyncio.Semaphore,
+    turns: Turns,
     threads: Threads,
     generator: Random,
 ) -> None:
     """Download the blocks that `received` lacks of `payload`, until it is whole.
 
-    `streams` bounds the downloads at a time.
+    `turns` bounds the downloads at a time.
 
     Raises GoneError where the peer does not offer it any more or sends a block with a wrong hash `BLOCK_ATTEMPTS`
     times, and NetworkError where the peer is not followed any more or does not fit.
@@ -88,10 +89,10 @@ async def download(
         connection = await link.connection()
         before = received.missing_bytes
         try:
-            async with link.streams, streams:
+            async with link.streams, turns.take(link.peer) as turn:
                 with connection.transfers.one():
                     for first, count in received.runs():
-                        await _run(connection, payload, first, count, received, stats, limits.idle_s, threads)
+                        await _run(connection, payload, first, count, received, stats, limits.idle_s, threads, turn)
         except WrongBlockError as wrong:
             stats.wrong[payload.root, wrong.index] += 1
             if stats.wrong[payload.root, wrong.index] >= BLOCK_ATTEMPTS:
@@ -126,6 +127,7 @@ async def _run(
     stats: DownloadStats,
     idle_s: float,
     threads: Threads,
+    turn: Turn,
 ) -> None:
     """Download a run of blocks on one stream, while earlier ones are hashed and written in threads."""
     call = connection.fetch(payload.root, first, count)
@@ -133,6 +135,7 @@ async def _run(
     try:
         for index in range(first, first + count):
             chunks = await _block(call, connection, received.length(index), stats, idle_s)
+            turn.moved()
             if len(writes) == WRITES_AHEAD:
                 await _written(*writes.popleft())
             writes.append((index, threads.submit(received.write, index, chunks)))

@@ -10,10 +10,11 @@ from pathlib import Path
 from random import Random
 
 from dimat.errors import DataError, NetworkError
-from dimat.net.limits import Limits
+from dimat.net.limits import SLOT_S, Limits
 from dimat.net.manifest import SignedManifest
 from dimat.net.peers.link import PeerLink
 from dimat.net.threads import Threads
+from dimat.net.throttle import Turns
 from dimat.net.transfer.cache import SnapshotCache
 from dimat.net.transfer.download import DownloadStats, GoneError, download
 from dimat.net.transfer.received_blocks import ReceivedBlocks
@@ -55,7 +56,7 @@ class Fetcher:
         self._threads = threads
         self._generator = generator
         self._noticed = noticed
-        self._streams = asyncio.Semaphore(limits.fetches)
+        self._turns = Turns(limits.fetches, SLOT_S)
         self._locks: dict[tuple[str, str], tuple[asyncio.Lock, list[None]]] = {}
 
     async def fetch(self, find: Callable[[], PeerLink], peer: str, round_: int, root: str) -> Fetched:
@@ -204,7 +205,7 @@ class Fetcher:
             received,
             stats,
             limits=self._limits,
-            streams=self._streams,
+            turns=self._turns,
             threads=self._threads,
             generator=self._generator,
         )
