@@ -191,13 +191,17 @@ class Contribution:
     verdict: str = ""
 
 
+WARNING = "warning: "
+"""Beginning of a note of a merge that is shown as a warning."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeResult:
     """How one merge went. `refused`: peers that the screen kept out, with the reason; `accepted`: share of the way from
     the agent's own to the merged weights, 0 where the merge was turned down; `before`, `after`: test metrics where they
-    were evaluated; `notes`: for people; `moved`: by peer that was aligned the share of its units whose place changed,
-    and `moved_groups` that of each symmetry group; `cpu_s`: CPU-seconds by activity ("merge", "evaluate",
-    "checkpoint")."""
+    were evaluated; `notes`: for people, warnings among them begin with WARNING; `moved`: by peer that was aligned the
+    share of its units whose place changed, and `moved_groups` that of each symmetry group; `cpu_s`: CPU-seconds by
+    activity ("merge", "evaluate", "checkpoint")."""
 
     refused: Mapping[str, str] = field(default_factory=dict[str, str])
     accepted: float = 1.0

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dimat.config import MergeConfig, NamedConfig
 from dimat.errors import DimatError, MergeError
+from dimat.events import WARNING
 from dimat.merge.context import MergeContext
 from dimat.merge.matching.assignment import moved_share
 from dimat.merge.natures import Natures, natures_of
@@ -181,7 +182,7 @@ def merge(
     if fault := not_finite(repaired.weights, shield.fixed):
         if not refuse:
             raise MergeError(f"{fault}; own weights are as they were")
-        accepted = Accepted(dict(own), 0.0, (f"{fault}: {NOT_KEPT}",))
+        accepted = Accepted(dict(own), 0.0, (f"{WARNING}{fault}: {NOT_KEPT}",))
         notes = (*notes, *accepted.notes)
         return _outcome(own, own_weight, mixing, refused, permutations, accepted, notes, clock, aligned, repaired)
 

@@ -24,7 +24,7 @@ from dimat.agent.protocol.messages import MergeAction, Moves
 from dimat.agent.protocol.state import MachineState
 from dimat.config import ExperimentConfig
 from dimat.errors import DimatError, PeerError
-from dimat.events import MergeResult, TrainResult
+from dimat.events import WARNING, MergeResult, TrainResult
 from dimat.merge import MergeContext, MergePlan, Peer, adopt, merge, open_weights
 from dimat.merge.matching.assignment import moved_by_group, moved_share
 from dimat.merge.natures import natures_of
@@ -209,7 +209,7 @@ class Learner:
             self.trainer.load_weights(own)
             before = before or self.evaluate()
             if any(isfinite(before.get(name, nan)) for name in lost):
-                note = f"after the merge {' and '.join(lost)} is not finite: {NOT_KEPT}"
+                note = f"{WARNING}after the merge {' and '.join(lost)} is not finite: {NOT_KEPT}"
                 outcome = replace(outcome, accepted=0.0, notes=(*outcome.notes, note))
                 after = before
             else:  # it was not finite before, so the merge is not to blame

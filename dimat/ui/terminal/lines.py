@@ -40,7 +40,15 @@ def lines_of(event: events.Event, agents: Collection[str] = ()) -> list[EventLin
     """Return the lines about an event. `agents`: all of the run."""
     line = _line_of(event, agents)
     notes = event.result.notes if isinstance(event, events.Merged) else ()
-    return ([] if line is None else [line]) + [EventLine(f"{_where(event)}: {note}", 1) for note in notes]
+    return ([] if line is None else [line]) + [_note(event, note) for note in notes]
+
+
+def _note(event: events.Event, note: str) -> EventLine:
+    if not note.startswith(events.WARNING):
+        return EventLine(f"{_where(event)}: {note}", 1)
+    message = note.removeprefix(events.WARNING)
+    who = event.agent if isinstance(event, events.AgentEvent) else ""
+    return EventLine(f"{events.WARNING}{_where(event)}: {message}", -1, f"{events.WARNING}{_alike(message)}", who)
 
 
 class RepeatFilter:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from math import nan
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from dimat.agent.learner.checkpoint import Stored, read_state, write_state
 from dimat.agent.learner.learner import Learner
 from dimat.agent.setup.loaded_task import derive_checked
 from dimat.errors import DataError
+from dimat.events import WARNING
 from dimat.merge.matching.assignment import moved_share
 from dimat.simulate.world.scenario import prepare
 from dimat.tasks.base import Data
@@ -94,6 +97,40 @@ def test_a_peer_with_nan_is_refused_and_named(tmp_path: Path) -> None:
     for key, tensor in one.trainer.weights().items():
         torch.testing.assert_close(tensor, expected[key])
     assert own.root != good.root
+
+
+def test_a_peer_with_a_negative_variance_is_refused(tmp_path: Path) -> None:
+    """The half of it would be NaN for the whole network under `average`."""
+    one, two = agents(tmp_path, merge__method="average", task={"name": "digits"})
+    before, bad = one.trainer.weights(), two.trainer.weights()
+    bad["bn1.running_var"].neg_()
+    save_file(bad, tmp_path / "bad.safetensors")
+    report = merged(one, 1, 0.5, [("two", tmp_path / "bad.safetensors", 0.5, True)], "all")
+    assert "'bn1.running_var' is a variance and holds" in report.refused["two"]
+    assert report.after == report.before
+    assert all(torch.equal(v, before[k]) for k, v in one.trainer.weights().items())
+
+
+def test_a_merge_with_metrics_that_are_not_finite_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finite weights, NaN as loss after the merge and a number before it: own weights go on, and a warning says so."""
+    one, two = agents(tmp_path, merge__method="average")
+    peer = trained(two, 1, learn=True).payload
+    trained(one, 1, learn=True)
+    before, evaluate = one.trainer.weights(), one.trainer.evaluate
+    weight = next(iter(before))
+
+    def judged(*given: Any) -> dict[str, float]:
+        own = torch.equal(one.trainer.weights()[weight], before[weight])
+        return evaluate(*given) if own else {**evaluate(*given), "loss": nan}
+
+    monkeypatch.setattr(one.trainer, "evaluate", judged)
+    report = merged(one, 1, 0.5, [("two", one.store / f"{peer.root}.safetensors", 0.5, True)], "after")
+    assert report.accepted == 0
+    assert report.after == evaluate(one.task.data("test"))
+    assert report.notes[-1] == (
+        f"{WARNING}after the merge loss is not finite: the merge is not kept, own weights go on"
+    )
+    assert all(torch.equal(v, before[k]) for k, v in one.trainer.weights().items())
 
 
 def test_a_peer_with_nan_cannot_be_aligned_to(tmp_path: Path) -> None:
