@@ -214,6 +214,8 @@ def _report_agent(folder: Path, agent: str, keys: Path | None, as_json: bool) ->
         say(f"dimat: manifests.jsonl, line {number}: cut short, it vouches for nothing")
     for fault in found.faults:
         say(f"dimat: {fault}")
+    if found.dropped:
+        say(f"dimat: manifests.jsonl: {found.dropped} older lines were dropped by its bound (agent.disk_quota_mb)")
     say(f"{found.checked} signed manifests checked, {len(found.faults)} faults")
     return SecurityError.exit_code if found.faults else 0
 

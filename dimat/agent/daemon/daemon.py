@@ -24,7 +24,7 @@ from dimat.agent.daemon.runner import Runner
 from dimat.agent.daemon.status_socket import StatusSocket, notify, plain_view, watchdog_s
 from dimat.agent.daemon.worker import AgentWorker, WorkThread
 from dimat.agent.learner.checkpoint import CheckpointStore
-from dimat.agent.lineage.manifest_log import ManifestLedger
+from dimat.agent.lineage.manifest_log import LEDGER_BYTES, ManifestLedger
 from dimat.agent.setup.machine import machine_for
 from dimat.agent.setup.prepare import PreparedAgent, neighbours_of
 from dimat.config import agent_folder
@@ -122,7 +122,9 @@ class Daemon:
             address_lookup=None if self._discovery is None else self._discovery.addresses,
         )
         self.thread = WorkThread()
-        self._ledger = ManifestLedger(folder.manifests)
+        # an eighth of the quota; where none is set, at least what a long run of a small model takes
+        ledger_bytes = int(quota) // 8 if agent.disk_quota_mb is not None else max(int(quota) // 8, LEDGER_BYTES)
+        self._ledger = ManifestLedger(folder.manifests, ledger_bytes)
         self.runner = Runner(
             self._machine,
             self._work,

@@ -1,14 +1,15 @@
 """The log of signed manifests of all fetched snapshots: who vouched for which content.
 
 One JSON object a line, in `manifests.jsonl` of the agent's folder: the manifest's very bytes and the signature over
-them (hex), beside what they say.
+them (hex), beside what they say. A ledger that gets too long loses its older half; its first line then says up to
+which round of each agent: {"dropped": {agent: round}, "lines": count}.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,6 +20,12 @@ from dimat.agent.protocol.messages import MergeRecord
 from dimat.errors import DataError
 from dimat.events import Contribution
 from dimat.net.transport import Fetched
+from dimat.weights.durable import write_bytes
+
+LEDGER_BYTES = 64 * 2**20
+"""Bound of a ledger's length, where no quota says otherwise."""
+KNOWN = 4096
+"""Manifests that a ledger remembers to have written; a peer offers far fewer at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +51,22 @@ class Vouched:
         return blake3(self.manifest).hexdigest()
 
 
-class ManifestLedger:
-    """Appends manifests to a file, each once in a life."""
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """The lines that a ledger has lost to its bound: how many, and up to which round of each agent."""
 
-    def __init__(self, path: Path) -> None:
+    lines: int = 0
+    rounds: Mapping[str, int] = field(default_factory=dict[str, int])
+
+
+class ManifestLedger:
+    """Appends manifests to a file, each once; of a file beyond `most_bytes` the older half is dropped."""
+
+    def __init__(self, path: Path, most_bytes: int = LEDGER_BYTES) -> None:
         self._path = path
+        self._most_bytes = most_bytes
         self._file: BinaryIO | None = None
-        self._known: set[tuple[str, int, str]] = set()
+        self._known: dict[tuple[str, int, str], None] = {}
 
     def note(self, fetched: Fetched) -> None:
         """Keep the manifest of a snapshot that has arrived; DataError where it cannot be written."""
@@ -74,9 +90,36 @@ class ManifestLedger:
             start = b"\n" if self._file.tell() and not self._known else b""
             self._file.write(start + json.dumps(line, separators=(",", ":")).encode() + b"\n")
             self._file.flush()
+            self._known[key] = None
+            if len(self._known) > KNOWN:
+                del self._known[next(iter(self._known))]
+            if self._file.tell() > self._most_bytes:
+                self._drop_half()
         except OSError as error:
             raise DataError(f"cannot write {self._path}: {error.strerror or error}") from error
-        self._known.add(key)
+
+    def _drop_half(self) -> None:
+        self.close()
+        lines = self._path.read_bytes().splitlines()
+        dropped = dropped_of(lines[0].decode(errors="replace"))
+        kept: list[bytes] = []
+        room = self._most_bytes // 2
+        for line in reversed(lines if dropped is None else lines[1:]):
+            room -= len(line) + 1
+            if room < 0:
+                break
+            kept.append(line)
+        before = dropped or Dropped()
+        gone = lines[(dropped is not None) : len(lines) - len(kept)]
+        rounds = dict(before.rounds)
+        for line in gone:
+            try:
+                said = read_line(line.decode())
+            except (ValueError, KeyError, TypeError):
+                continue
+            rounds[said.agent] = max(said.round, rounds.get(said.agent, 0))
+        head = json.dumps({"dropped": rounds, "lines": before.lines + len(gone)}, separators=(",", ":")).encode()
+        write_bytes(self._path, b"\n".join([head, *reversed(kept)]) + b"\n")
 
     def close(self) -> None:
         """Close the file; closing twice is allowed."""
@@ -99,6 +142,15 @@ def read_ledger(path: Path) -> Iterator[Vouched]:
             yield read_line(line)
         except (ValueError, KeyError, TypeError):
             continue
+
+
+def dropped_of(line: str) -> Dropped | None:
+    """Return what the first line of a ledger says was dropped; None where it is another line."""
+    try:
+        found = json.loads(line)
+        return Dropped(int(found["lines"]), {str(agent): int(number) for agent, number in found["dropped"].items()})
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def read_line(line: str) -> Vouched:

@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from google.protobuf.message import DecodeError
 
-from dimat.agent.lineage.manifest_log import Vouched, read_line
+from dimat.agent.lineage.manifest_log import Dropped, Vouched, dropped_of, read_line
 from dimat.agent.protocol.messages import MergeRecord
 from dimat.errors import DataError, SecurityError
 from dimat.net.manifest import DOMAIN
@@ -26,12 +26,13 @@ class Verified:
     """`checked`: lines whose signature was looked at.
 
     `faults`: each with file and line; `torn`: lines that cannot be read, as a crash leaves them: they
-    vouch for nothing.
+    vouch for nothing. `dropped`: older lines that the ledger has lost to its bound.
     """
 
     checked: int
     faults: tuple[str, ...]
     torn: tuple[int, ...]
+    dropped: int = 0
 
 
 def verify_ledger(path: Path, keys: Path, records: Sequence[MergeRecord] = ()) -> Verified:
@@ -49,13 +50,14 @@ def verify_ledger(path: Path, keys: Path, records: Sequence[MergeRecord] = ()) -
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    dropped = (dropped_of(lines[0]) if lines else None) or Dropped()
     entries: dict[int, Vouched] = {}
     torn: list[int] = []
     for number, line in enumerate(lines, 1):
         try:
             entries[number] = read_line(line)
         except (ValueError, KeyError, TypeError):
-            if line.strip():
+            if line.strip() and not (number == 1 and dropped.lines):
                 torn.append(number)
     certificates: dict[str, list[bytes]] = {}
     for entry in entries.values():
@@ -70,8 +72,8 @@ def verify_ledger(path: Path, keys: Path, records: Sequence[MergeRecord] = ()) -
             sound.add(entry.hash)
         except SecurityError as error:
             faults.append(f"{path.name}, line {number} ({entry.agent}, round {entry.round}): {error}")
-    faults += _unfounded(records, sound)
-    return Verified(len(entries), tuple(faults), tuple(torn))
+    faults += _unfounded(records, sound, dropped)
+    return Verified(len(entries), tuple(faults), tuple(torn), dropped.lines)
 
 
 def _check(entry: Vouched, certificates: Sequence[bytes], ca: bytes) -> None:
@@ -123,14 +125,15 @@ def _on_file(keys: Path, agent: str) -> list[bytes]:
     return [certificate.public_bytes(serialization.Encoding.DER)]
 
 
-def _unfounded(records: Sequence[MergeRecord], sound: set[str]) -> list[str]:
-    """Return the parts of own merges whose manifest is not among the sound ones."""
+def _unfounded(records: Sequence[MergeRecord], sound: set[str], dropped: Dropped) -> list[str]:
+    """Return the parts of own merges whose manifest is not among the sound ones, nor among those that were dropped."""
     faults: list[str] = []
     # the last record of a round is the one that became durable
     last: Mapping[int, MergeRecord] = {record.round: record for record in records}
     for record in last.values():
+        rounds = {part.agent: part.round for part in record.contributions}
         for peer, digest in record.manifests.items():
-            if digest not in sound:
+            if digest not in sound and rounds.get(peer, record.round) > dropped.rounds.get(peer, 0):
                 faults.append(
                     f"lineage.jsonl, round {record.round}: no sound line has the manifest {digest[:12]}… of {peer}, "
                     "on which the merge rests"

@@ -129,3 +129,29 @@ def test_a_newcomers_start_is_a_join(tmp_path: Path, authority: Authority) -> No
     (record,) = peers_records(vouched)
     assert (record.round, record.kind) == (5, "join")
     assert record.contributions == (Contribution(agent="c", snapshot=ROOT, round=5, weight=1.0),)
+
+
+def test_a_ledger_keeps_to_its_bound_and_says_what_it_lost(tmp_path: Path, authority: Authority) -> None:
+    """Two hundred rounds with a bound of 20 kB: the newest lines stay sound, older merges are no fault, and a manifest
+    that should still be there is missed."""
+    b = authority.issue("b")
+    path = write(tmp_path, authority)
+    ledger = ManifestLedger(path, 20_000)
+    arrived = [fetched(b, number) for number in range(1, 201)]
+    for each in arrived:
+        ledger.note(each)
+        assert path.stat().st_size <= 20_000
+    ledger.close()
+    known = list(read_ledger(path))
+    assert [entry.round for entry in known] == list(range(known[0].round, 201))
+    assert 1 < known[0].round < 200
+
+    def merge(number: int, digest: str) -> MergeRecord:
+        parts = (Contribution(agent="b", snapshot=ROOT, round=number, weight=1.0),)
+        return MergeRecord("a", number, ROOT, parts, manifests={"b": digest})
+
+    gone = merge(1, "cd" * 32)
+    found = verify_ledger(path, tmp_path, [gone, merge(200, known[-1].hash)])
+    assert (found.checked, found.faults, found.torn) == (len(known), (), ())
+    assert found.dropped == 200 - len(known)
+    assert len(verify_ledger(path, tmp_path, [merge(200, "cd" * 32)]).faults) == 1
