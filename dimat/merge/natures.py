@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from dimat.merge.models.functional import aliases
 from dimat.merge.stages import Weights
+from dimat.merge.weight_views import WeightsView
 
 
 class Nature(StrEnum):
@@ -76,6 +77,7 @@ _CONSTANT = re.compile(
     r"[^.]*$"
 )
 _PARAMETER = re.compile(r"(weight|bias|kernel|gamma|beta|lora_[AB]|weight_[gv]|original\d*)$")
+_TIED = re.compile(r"(embed|wte|shared|head|decoder|output|proj_out|classifier)[^.]*\.weight$")
 _VECTOR = re.compile(r"(?:^|[._])[uv]\d*$")
 _SCALES = ("scale", "scales", "scale_inv", "scale_w", "zero_point", "zero_points", "zeros", "absmax", "quant_map",
            "nested_absmax", "nested_quant_map", "SCB")  # fmt: skip
@@ -112,7 +114,7 @@ def natures_of(own: Weights, model: nn.Module | None = None) -> Natures:
     first = {
         name: one for name, one in ({} if model is None else aliases(model)).items() if name in own and name != one
     }
-    return Natures(kinds, iterations, {**_same_memory(own), **first})
+    return Natures(kinds, iterations, first if model is not None else _tied(own))
 
 
 def _holds(tensor: Tensor, test: Callable[[Tensor], bool]) -> bool:
@@ -219,17 +221,67 @@ def _stem(scale: str) -> str:
     return scale.removesuffix(end).rstrip("._")
 
 
-def _same_memory(own: Weights) -> dict[str, str]:
-    """Return the names of tensors that are another one's memory, with the first name; nothing of files, whose tensors
-    are read anew at each access."""
-    if not isinstance(own, dict):
-        return {}
-    first: dict[tuple[int, torch.Size, tuple[int, ...]], str] = {}
+def _tied(own: Weights) -> dict[str, str]:
+    """Return the names of tensors that have another one's values, with the first name.
+
+    Only matrices count, since vectors of ones are equal by chance; of files only those that models tie: embeddings and
+    output layers.
+    """
+    names = [*own] if isinstance(own, dict) else [name for name in own if _TIED.search(name)]
+    alike: dict[tuple[torch.Size, torch.dtype, bytes], list[str]] = {}
     tied: dict[str, str] = {}
-    for name, tensor in own.items():
-        if not tensor.numel() or tensor.is_meta:
+    for name in names if len(names) > 1 else ():
+        tensor = own[name].detach()
+        if tensor.ndim < 2 or not tensor.is_floating_point() or tensor.is_meta or tensor.numel() < 2:
             continue
-        one = first.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride()), name)
-        if one != name:
-            tied[name] = one
+        sample = tensor.reshape(-1)[:: max(1, tensor.numel() // 64)].double().cpu()
+        if bool((sample == sample[0]).all()):
+            continue
+        group = alike.setdefault((tensor.shape, tensor.dtype, sample.numpy().tobytes()), [])
+        first = next((one for one in group if same_values(own[one].detach(), tensor)), None)
+        if first is None:
+            group.append(name)
+        else:
+            tied[name] = first
     return tied
+
+
+def same_values(one: Tensor, other: Tensor) -> bool:
+    """Tell whether two tensors are equal, which takes no time where they are the same memory."""
+    same = one.data_ptr() == other.data_ptr() and one.stride() == other.stride() and one.shape == other.shape
+    return same or torch.equal(one, other)
+
+
+def in_own_names(theirs: Weights, own: Weights, natures: Natures) -> Weights:
+    """Return weights under own's names where they differ in tied tensors alone: some store these once, some twice.
+
+    A tied name that is missing has the values of its first name, or that name the values of this one; a name too many
+    is left out where another tensor that own has, has its values. Everything else is as it was.
+    """
+    stored = {name: name for name in theirs if name in own}
+    for name, first in natures.first.items():
+        if name in own and name not in stored and first in stored:
+            stored[name] = stored[first]
+        elif first in own and first not in stored and name in stored:
+            stored[first] = stored[name]
+    for name in theirs:
+        if name in own:
+            continue
+        extra = theirs[name]
+        if extra.ndim < 2 or not any(_stored_twice(theirs[one], extra) for one in own if one in theirs):
+            stored[name] = name
+    return theirs if stored.keys() == theirs.keys() else _Renamed(theirs, stored)
+
+
+def _stored_twice(one: Tensor, extra: Tensor) -> bool:
+    return one.shape == extra.shape and one.dtype == extra.dtype and same_values(one, extra)
+
+
+class _Renamed(WeightsView):
+    def __init__(self, weights: Weights, stored: Mapping[str, str]) -> None:
+        super().__init__(stored)
+        self._weights = weights
+        self._stored = stored
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._weights[self._stored[name]]

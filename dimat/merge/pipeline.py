@@ -12,7 +12,7 @@ not kept, and a note says so.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isclose, isfinite
 from typing import Any, TypeVar
 
@@ -23,7 +23,7 @@ from dimat.errors import DimatError, MergeError
 from dimat.events import WARNING
 from dimat.merge.context import MergeContext
 from dimat.merge.matching.assignment import moved_share
-from dimat.merge.natures import Natures, natures_of
+from dimat.merge.natures import Natures, in_own_names, natures_of
 from dimat.merge.registry import CONTEXT, accept_registry, align_registry, combine_registry, repair_registry
 from dimat.merge.screen import norm_of, screen
 from dimat.merge.settled import Shield, not_finite
@@ -147,14 +147,15 @@ def merge(
     kept: list[Peer] = []
     for peer in peers:
         try:
-            screen(own, peer.weights, peer.name, own_norm, natures, **plan.screen)
+            renamed = replace(peer, weights=in_own_names(peer.weights, own, natures))
+            screen(own, renamed.weights, peer.name, own_norm, natures, **plan.screen)
             check_statistics(peer.name, statistics.get(peer.name, {}), own, expected)
         except DimatError as error:
             if not refuse:
                 raise
             refused[peer.name] = str(error)
         else:
-            kept.append(peer)
+            kept.append(renamed)
     clock.lap("screen")
     own_weight += sum(peer.weight for peer in peers if peer.name in refused)
     mixing = {peer.name: peer.weight for peer in kept}
@@ -171,8 +172,9 @@ def merge(
     offered = context.offered()
     own_first = [own_weight, *(peer.weight for peer in merging)]
     names = [peer.name for peer in merging]
-    shield = Shield.of(own, views, own_first, natures)
-    seen = offered | {"aux": aux, "names": names, "base": shield.base(context.base)}
+    shield = Shield.of(own, views, own_first, natures, context.model is not None)
+    base = None if context.base is None else in_own_names(context.base, own, natures)
+    seen = offered | {"aux": aux, "names": names, "base": shield.base(base)}
     combined = dict(shield.settle(plan.combine(shield.own, shield.peers, own_first, **seen)))
     _check_shapes(own, combined, plan.combine.name)
     clock.lap("combine")
@@ -229,6 +231,7 @@ def adopt(own: Weights, peer: Peer, plan: MergePlan, context: MergeContext) -> P
     Raises PeerError for weights that the screen refuses, MergeError as `merge` does.
     """
     natures = natures_of(own, context.model)
+    peer = replace(peer, weights=in_own_names(peer.weights, own, natures))
     screen(own, peer.weights, peer.name, _check_own(own, context, natures), natures, **plan.screen)
     return _align(peer.weights, [own], plan, context).permutations[0]
 

@@ -8,14 +8,14 @@ merged = shield.settle(combined)
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from dimat.errors import MergeError
-from dimat.merge.natures import Nature, Natures, PowerIteration, as_matrix, is_constant, natures_of
+from dimat.merge.natures import Nature, Natures, PowerIteration, as_matrix, is_constant, natures_of, same_values
 from dimat.merge.stages import Weights
 from dimat.merge.tensors.task_vectors import mean_of
 from dimat.merge.weight_views import WeightsView
@@ -45,8 +45,14 @@ class Shield:
     _whole: tuple[Weights, ...]
 
     @staticmethod
-    def of(own: Weights, peers: Sequence[Weights], weights: Sequence[float], natures: Natures) -> Shield:
-        """Return the shield of a merge. `weights`: mixing weights, own's first."""
+    def of(
+        own: Weights, peers: Sequence[Weights], weights: Sequence[float], natures: Natures, model_ties: bool = True
+    ) -> Shield:
+        """Return the shield of a merge.
+
+        `weights`: mixing weights, own's first. `model_ties`: the model says which names are tied; otherwise own's
+        values do, and those of all peers must agree.
+        """
         fixed: set[str] = set()
         taking = [peer for peer, weight in zip(peers, weights[1:]) if weight]
         for name, nature in natures.kinds.items():
@@ -56,6 +62,8 @@ class Shield:
                 ours = own[name].detach()
                 if all(torch.equal(ours, peer[name].detach().to(ours.device)) for peer in taking):
                     fixed.add(name)
+        if not model_ties:
+            natures = replace(natures, first={n: f for n, f in natures.first.items() if _agree(n, f, taking)})
         shielded = frozenset(fixed)
         if not shielded:
             return Shield(own, peers, shielded, natures, tuple(weights), (own, *peers))
@@ -90,6 +98,12 @@ class Shield:
     def whole(self, name: str) -> Tensor:
         """Return own's tensor as it is."""
         return self._whole[0][name].detach()
+
+
+def _agree(name: str, first: str, peers: Sequence[Weights]) -> bool:
+    return all(
+        first in peer and name in peer and same_values(peer[name].detach(), peer[first].detach()) for peer in peers
+    )
 
 
 class _Shielded(WeightsView):
@@ -196,7 +210,7 @@ def merge_checked(
     `names`: of the peers, for messages. Each access makes one tensor; it raises MergeError for a peer's negative
     variance, and for a result that is not finite and no constant.
     """
-    shield = Shield.of(own, peers, weights, natures_of(own, model))
+    shield = Shield.of(own, peers, weights, natures_of(own, model), model is not None)
     return _Checked(shield.settle(method(shield.own, shield.peers, shield.base(base))), shield, names)
 
 

@@ -184,3 +184,34 @@ def test_natures_of_a_model_and_of_its_file() -> None:
     }
     assert natures_of(model.state_dict(), model).kinds == expected
     assert natures_of(model.state_dict()).kinds == expected
+
+
+@pytest.mark.parametrize("method", ["average", "dare-linear", "della"])
+@pytest.mark.parametrize("model", [Mixed(), None])
+def test_tied_tensors_stored_once_or_twice_stay_equal(method: str, model: nn.Module | None) -> None:
+    """Each input may hold the tied tensor under one name or under both; the result is that of both everywhere."""
+    own, peer, base = mixed(0), mixed(1), mixed(9)
+
+    def merged(one: dict[str, Tensor], other: dict[str, Tensor], start: dict[str, Tensor]) -> dict[str, Tensor]:
+        more = {} if method == "average" else {"base": start}
+        generator = torch.Generator().manual_seed(0)
+        return merge_weights(
+            *(one, [other], [0.5, 0.5]), method="average", combine=method, model=model, generator=generator, **more
+        )
+
+    whole = merged(own, peer, base)
+    assert torch.equal(whole["head.weight"], whole["one.weight"])
+    for gone in ("head.weight", "one.weight"):
+        once = merged(own, {n: t for n, t in peer.items() if n != gone}, {n: t for n, t in base.items() if n != gone})
+        assert all(torch.equal(once[name], whole[name]) for name in whole)
+    if model is None:
+        short = merged({n: t for n, t in own.items() if n != "head.weight"}, peer, base)
+        assert all(torch.equal(short[name], whole[name]) for name in short)
+        assert short.keys() == whole.keys() - {"head.weight"}
+
+
+def test_names_that_are_tied_in_own_alone_are_merged_apart() -> None:
+    """Values decide where there is no model: the peer's two tensors differ."""
+    own, peer = mixed(0), mixed(1) | {"head.weight": torch.zeros(6, 6)}
+    merged = merge_weights(own, [peer], [0.5, 0.5], method="average")
+    assert torch.equal(merged["head.weight"], own["head.weight"] / 2)
