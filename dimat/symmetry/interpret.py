@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -153,6 +154,10 @@ def _visit(analysis: Analysis, module: fx.GraphModule, node: fx.Node) -> None:
         analysis.values[node] = _item(analysis, node)
     elif str(node.target) in _TRANSPARENT and _inline(analysis, module, node):
         return
+    elif str(node.target) == "cond" and _branches(analysis, module, node):
+        return
+    elif _called(node.target) in ("_add_batch_dim", "_remove_batch_dim") and _mapped(analysis, node):
+        return
     elif op_name(node.target):
         _apply_rule(analysis, node)
     elif any(isinstance(analysis.values.get(source), (Value, list)) for source in node.all_input_nodes):
@@ -220,7 +225,7 @@ def _settle_cases(domain: Domain, result: Abstract) -> None:
 def _freeze_all(analysis: Analysis, node: fx.Node, reason: str) -> None:
     """Freeze all tensors that a node touches, and record it as an unknown operation."""
     why = Frozen(reason, node.name)
-    analysis.unknown[node] = (op_name(node.target) or str(node.target), reason)
+    analysis.unknown[node] = (op_name(node.target) or _called(node.target), reason)
     for source in node.all_input_nodes:
         value = analysis.values.get(source)
         for tensor in value if isinstance(value, list) else [value]:
@@ -251,12 +256,32 @@ def _item(analysis: Analysis, node: fx.Node) -> Abstract:
 def _inline(analysis: Analysis, module: fx.GraphModule, node: fx.Node) -> bool:
     """Interpret the sub-graph that a node runs; return False where its form is not the expected one."""
     position = next((i for i, arg in enumerate(node.args) if _graph_of(module, arg) is not None), None)
-    if position is None:
+    inner = None if position is None else _graph_of(module, node.args[position])
+    if position is None or inner is None:
         return False
-    inner = _graph_of(module, node.args[position])
-    placeholders = [n for n in inner.graph.nodes if n.op == "placeholder"] if inner else []
-    given = node.args[position + 1 :]
-    if inner is None or len(given) != len(placeholders):
+    return _run_graph(analysis, inner, node.args[position + 1 :], node)
+
+
+def _branches(analysis: Analysis, module: fx.GraphModule, node: fx.Node) -> bool:
+    """Interpret both sub-graphs of a `cond`, whose results are permuted alike."""
+    graphs = [_graph_of(module, arg) for arg in node.args[1:3]]
+    given: Any = node.args[3]
+    made: list[Abstract] = []
+    for graph in graphs:
+        if graph is None or not _run_graph(analysis, graph, given, node):
+            return False
+        made.append(analysis.values[node])
+    one, other = (value if isinstance(value, list) else [value] for value in made)
+    for first, second in zip(one, other):
+        for layout, alike in zip(first.dims if first else (), second.dims if second else ()):
+            analysis.domain.unify(layout, alike)
+    return True
+
+
+def _run_graph(analysis: Analysis, inner: fx.GraphModule, given: Sequence[Any], node: fx.Node) -> bool:
+    """Interpret a graph on the values of some nodes and note what it returns as a node's value."""
+    placeholders = [n for n in inner.graph.nodes if n.op == "placeholder"]
+    if len(given) != len(placeholders):
         return False
     for placeholder, arg in zip(placeholders, given):
         analysis.values[placeholder] = analysis.values.get(arg) if isinstance(arg, fx.Node) else None
@@ -270,6 +295,28 @@ def _inline(analysis: Analysis, module: fx.GraphModule, node: fx.Node) -> bool:
         elif sub.op != "placeholder":
             _visit(analysis, inner, sub)
     return True
+
+
+def _mapped(analysis: Analysis, node: fx.Node) -> bool:
+    """Interpret the entry to and the exit from `torch.func.vmap`: an axis is set aside, and comes back."""
+    source = analysis.values.get(node.all_input_nodes[0]) if node.all_input_nodes else None
+    if not isinstance(source, Value):
+        return False
+    why = Frozen("axis of vmap", node.name)
+    if _called(node.target) == "_add_batch_dim":
+        axis: Any = node.args[1]
+        if not isinstance(axis, int):
+            return False
+        analysis.domain.freeze(source.dims[axis], why)
+        analysis.values[node] = Value((*source.dims[:axis], *source.dims[axis % source.ndim + 1 :]))
+        return True
+    shape, out = shape_of(node.meta.get("val")), node.args[3]
+    if shape is None or not isinstance(out, int):
+        return False
+    out %= len(shape)
+    made = Value((*source.dims[:out], analysis.domain.fixed(shape[out], why), *source.dims[out:]))
+    analysis.values[node] = made
+    return made.shape == shape
 
 
 def _graph_of(module: fx.GraphModule, arg: Any) -> fx.GraphModule | None:

@@ -127,7 +127,7 @@ def trace(model: nn.Module, example_inputs: Any) -> Trace:
     else:
         _RECENT[model] = (_look(model, example_inputs), traced)
         return traced
-    exported, ran = (f"{type(error).__name__}: {_first_line(error)}" for error in (causes[0], causes[-1]))
+    exported, ran = (f"{type(error).__name__}: {first_line(error)}" for error in (causes[0], causes[-1]))
     both = ran if exported == ran else f"running it raised {ran}; torch.export raised {exported}"
     raise SymmetryError(both) from causes[-1]
 
@@ -401,6 +401,7 @@ def _digest(
     return digest.hexdigest()
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return what an error says in one line, without addresses in memory."""
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")[:300]
     return re.sub(r" at 0x[0-9a-f]+", "", line)

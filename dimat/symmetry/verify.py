@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +21,7 @@ from dimat.symmetry.paths import unwrapped
 from dimat.symmetry.permute import permute_weights, random_permutations
 from dimat.symmetry.spec import AxisRef, Factor, FrozenAxis, Layout, SymmetrySpec, groups_in
 from dimat.symmetry.steady import steady
-from dimat.symmetry.trace import SymmetryWarning, forget_derived, retrace
+from dimat.symmetry.trace import SymmetryWarning, first_line, forget_derived, retrace
 
 _TRIALS = 2
 
@@ -60,10 +62,10 @@ class _Check:
     def __init__(self, model: nn.Module, example_inputs: Any, spec: SymmetrySpec, generator: torch.Generator) -> None:
         seed = generator.get_state()
         causes: list[Exception] = []
-        for dtype, draw in _WAYS:
+        for dtype, draw, watched in _WAYS:
             generator.set_state(seed)
             try:
-                self._prepare(model, example_inputs, spec, generator, dtype, draw)
+                self._prepare(model, example_inputs, spec, generator, dtype, draw, watched)
             except SymmetryError:
                 raise
             except Exception as error:  # a forward pass raises whatever the model's code does
@@ -72,7 +74,7 @@ class _Check:
                 if not any(bool(output.isnan().any()) for output in self._before):
                     return
         if causes:
-            told = f"{type(causes[0]).__name__}: {causes[0]}"
+            told = f"{type(causes[0]).__name__}: {first_line(causes[0])}"
             raise SymmetryError(f"the model cannot be run, so invariance cannot be checked: {told}") from causes[0]
         raise SymmetryError("the model returns NaN for the example inputs; give inputs as in training")
 
@@ -84,7 +86,11 @@ class _Check:
         generator: torch.Generator,
         dtype: torch.dtype,
         draw: _Draw,
+        watched: bool,
     ) -> None:
+        self._watched = watched
+        if not watched and "torch._dynamo" in sys.modules:
+            torch.compiler.reset()  # what was compiled while operations were watched fails without
         self._model = copy_module(model)
 
         def cast(tensor: Tensor) -> Tensor:
@@ -101,11 +107,12 @@ class _Check:
                 self._weights[name] = self._weights[tied[0]]
         self._inputs = tree.map_tensors(cast, tree.as_arguments(inputs))
         watch = _Precision()
-        with watch:
+        with watch if watched else nullcontext():
             self._before = self._run(self._weights, spec)
-        self.tolerance = 1e-5 if watch.rounds or dtype != torch.float64 else 1e-9
+        self.tolerance = 1e-9 if watched and not watch.rounds and dtype == torch.float64 else 1e-5
 
     def error(self, spec: SymmetrySpec, generator: torch.Generator) -> float:
+        """Return the worst relative change under random elements of a spec's groups."""
         worst = 0.0
         for _ in range(_TRIALS):
             moved = permute_weights(self._weights, spec, random_permutations(spec, generator))
@@ -120,7 +127,7 @@ class _Check:
         model = copy_module(self._model, self._memo)
         args, kwargs = tree.map_tensors(torch.clone, self._inputs)
         buffers = {name: weights[name].clone() for name, _ in model.named_buffers() if name in weights}
-        with torch.no_grad(), warnings.catch_warnings(), steady():
+        with torch.no_grad(), warnings.catch_warnings(), steady() if self._watched else nullcontext():
             warnings.simplefilter("ignore")
             inner, own = unwrapped(model, {**weights, **buffers})
             result = torch.func.functional_call(inner, own, args, kwargs, tie_weights=False)
@@ -277,9 +284,12 @@ def _gentle(state: dict[str, Tensor], generator: torch.Generator) -> dict[str, T
 
 
 _Draw = Callable[[dict[str, Tensor], torch.Generator], dict[str, Tensor]]
-_WAYS: tuple[tuple[torch.dtype, _Draw], ...] = (
-    (torch.float64, randomised),
-    (torch.float32, randomised),  # operations that have no float64 form, or masks that overflow in it
-    (torch.float64, _gentle),
-    (torch.float32, _gentle),
+_WAYS: tuple[tuple[torch.dtype, _Draw, bool], ...] = (
+    (torch.float64, randomised, True),
+    (torch.float64, randomised, False),  # operations that cannot be watched, as `torch.cond`
+    (torch.float32, randomised, True),  # operations that have no float64 form, or masks that overflow in it
+    (torch.float32, randomised, False),
+    (torch.float64, _gentle, True),
+    (torch.float32, _gentle, True),
 )
+"""Ways to run a module, the first that works being used: precision, weights, and whether its operations are watched."""

@@ -276,3 +276,155 @@ def test_both_causes_are_told() -> None:
     with pytest.warns(UserWarning, match=r"ValueError: values must be positive") as told:
         derive_symmetry(Fussy(), -torch.rand(4, 3))
     assert "torch.export raised" in str(told[0].message)
+
+
+EDGES = torch.tensor([[0, 1, 2, 3, 3, 4, 0], [1, 1, 0, 4, 2, 0, 3]])
+
+
+class GraphConvolution(nn.Module):
+    """Two layers of GCN, written out as torch_geometric does it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(3, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+        return self.spread(self.two(torch.relu(self.spread(self.one(x), edges))), edges)
+
+    def spread(self, x: Tensor, edges: Tensor) -> Tensor:
+        ones = torch.ones(edges.shape[1], dtype=x.dtype)
+        degree = torch.zeros(x.shape[0], dtype=x.dtype).scatter_add_(0, edges[1], ones).clamp(min=1).pow(-0.5)
+        weight = (degree[edges[0]] * degree[edges[1]])[:, None]
+        return x.new_zeros(x.shape[0], x.shape[1]).index_add_(0, edges[1], x.index_select(0, edges[0]) * weight)
+
+
+class GraphAttention(nn.Module):
+    """A layer of GAT with four heads of six channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.out = nn.Linear(3, 24, bias=False), nn.Linear(24, 2)
+        self.source, self.target = nn.Parameter(torch.randn(1, 4, 6)), nn.Parameter(torch.randn(1, 4, 6))
+
+    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+        hidden = self.one(x).view(-1, 4, 6)
+        scores = F.leaky_relu((hidden * self.source).sum(-1)[edges[0]] + (hidden * self.target).sum(-1)[edges[1]])
+        places = edges[1][:, None].expand(-1, 4)
+        zeros = torch.zeros(x.shape[0], 4, dtype=x.dtype)
+        largest = zeros.scatter_reduce(0, places, scores.detach(), "amax", include_self=False)
+        scores = (scores - largest.index_select(0, edges[1])).exp()
+        shares = scores / zeros.scatter_add(0, places, scores).index_select(0, edges[1])
+        made = torch.zeros(x.shape[0], 4, 6, dtype=x.dtype)
+        made = made.scatter_add(0, places[..., None].expand(-1, 4, 6), hidden[edges[0]] * shares[..., None])
+        return self.out(F.elu(made.flatten(1)))
+
+
+class GraphIsomorphism(nn.Module):
+    """A layer of GIN, and graphs pooled by number, of which there are as many as the data say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.eps = nn.Parameter(torch.zeros(1))
+        self.mlp = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 6))
+        self.out = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor, edges: Tensor, graph: Tensor) -> Tensor:
+        hidden = self.mlp((1 + self.eps) * x + torch.zeros_like(x).index_add(0, edges[1], x[edges[0]]))
+        return self.out(hidden.new_zeros(int(graph.max()) + 1, 6).index_add(0, graph, hidden))
+
+
+class Looped(nn.Module):
+    """A mixture of four experts, each run on the tokens that chose it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.router, self.out = nn.Linear(3, 8), nn.Linear(8, 4), nn.Linear(8, 2)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(8, 6), nn.GELU(), nn.Linear(6, 8)) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.into(x)
+        weights, chosen = self.router(x).softmax(-1).topk(2, -1)
+        made = torch.zeros_like(x)
+        mask = F.one_hot(chosen, 4).permute(2, 1, 0)
+        for number, expert in enumerate(self.experts):
+            rank, token = torch.where(mask[number])
+            made.index_add_(0, token, expert(x[token]) * weights[token, rank, None])
+        return self.out(made)
+
+
+class Interleaved(nn.Module):
+    """Experts in the manner of GPT-OSS: gate and up projections are every other column."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.router, self.out = nn.Linear(3, 8), nn.Linear(8, 4), nn.Linear(8, 2)
+        self.gate_up, self.gate_up_bias = nn.Parameter(torch.randn(4, 8, 12)), nn.Parameter(torch.randn(4, 12))
+        self.down, self.down_bias = nn.Parameter(torch.randn(4, 6, 8)), nn.Parameter(torch.randn(4, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.into(x)
+        scores = self.router(x)
+        values, chosen = scores.topk(2, -1)
+        scores = torch.zeros_like(scores).scatter_(1, chosen, values.softmax(-1))
+        both = torch.bmm(x.repeat(4, 1).view(4, -1, 8), self.gate_up) + self.gate_up_bias[..., None, :]
+        gate, up = both[..., ::2].clamp(max=7.0), both[..., 1::2].clamp(-7.0, 7.0)
+        made = torch.bmm((up + 1) * gate * torch.sigmoid(gate * 1.702), self.down) + self.down_bias[..., None, :]
+        return self.out((made.view(4, -1, 8) * scores.mT.view(4, -1)[..., None]).sum(0))
+
+
+class Either(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.scale = nn.Linear(3, 8), nn.Linear(8, 2), nn.Parameter(torch.randn(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        given = (self.one(x), self.scale)
+        return self.two(torch.cond(x.sum() > 0, lambda h, k: h.sin() * k, lambda h, k: h.cos() + k, given))
+
+
+class Mapped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(3, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.func.vmap(lambda row: self.two(torch.tanh(self.one(row))))(x)
+
+
+FAMILIES: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...], list[int]]] = {
+    "GCN": (GraphConvolution, (torch.randn(5, 3), EDGES), [8]),
+    "GAT": (GraphAttention, (torch.randn(5, 3), EDGES), [4, 6]),
+    "GIN": (GraphIsomorphism, (torch.randn(5, 3), EDGES, torch.tensor([0, 0, 1, 1, 1])), [6, 8]),
+    # the stream between the experts' biases and the rest is one group, that before them another
+    "looped experts": (Looped, (torch.randn(5, 3),), [6, 6, 6, 6, 8, 8]),
+    "interleaved experts": (Interleaved, (torch.randn(5, 3),), [6, 8, 8]),
+    "vmap": (Mapped, (torch.randn(5, 3),), [8]),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families(name: str) -> None:
+    """Reference: hidden units, heads and the channels of each, and each expert's units, by hand."""
+    torch.manual_seed(0)
+    build, inputs, found = FAMILIES[name]
+    assert sorted(sizes(build(), inputs)) == found
+
+
+def test_branches_of_cond_are_permuted_alike() -> None:
+    """Reference: one group of 8 units in both branches, by hand; both are proven."""
+    torch.manual_seed(0)
+    model, inputs = Either(), torch.rand(5, 3)
+    spec = derive_symmetry(model, inputs)
+    assert [group.size for group in spec.groups] == [8]
+    assert ("scale", 0) in spec.groups[0].axes
+    assert verify_symmetry(model, spec, inputs, generator()) <= 1e-9
+    state = {name: value.detach() for name, value in model.state_dict().items()}
+    moved = permute_weights(state, spec, random_permutations(spec, generator()))
+    assert not torch.equal(moved["scale"], state["scale"])
+    for given in (inputs, -inputs):
+        hidden = [F.linear(given, w["one.weight"], w["one.bias"]) for w in (state, moved)]
+        branch: Any = (lambda h, k: h.sin() * k) if given is inputs else (lambda h, k: h.cos() + k)
+        one, two = (
+            F.linear(branch(h, w["scale"]), w["two.weight"], w["two.bias"]) for h, w in zip(hidden, (state, moved))
+        )
+        torch.testing.assert_close(one, two)

@@ -64,6 +64,7 @@ def take_along(call: Call) -> Result:
     return Value((*dims[:axis], call.fixed(shape[axis], _LOOKED_UP), *dims[axis:]))
 
 
+@rule("aten.where.default")
 @rule("aten.nonzero", "aten.nonzero_numpy", "aten.argwhere", "aten.masked_select", "aten.take", "aten.put")
 @rule("aten.unique", "aten.unique_dim", "aten.unique_consecutive", "aten._unique", "aten._unique2")
 def by_value(call: Call) -> Result:
