@@ -21,7 +21,7 @@ from dimat.agent.daemon.network_monitor import NetworkMonitor
 from dimat.agent.daemon.peer_discovery import PeerDiscovery, check_discovery
 from dimat.agent.daemon.resources import RESERVE_BYTES, available_memory, held_bytes, little_memory, needed_bytes
 from dimat.agent.daemon.runner import Runner
-from dimat.agent.daemon.status_socket import StatusSocket, notify, plain_view, watchdog_s
+from dimat.agent.daemon.status_socket import StatusSocket, notify, plain_view, watchdog_s, without_paths
 from dimat.agent.daemon.worker import AgentWorker, WorkThread
 from dimat.agent.learner.checkpoint import CheckpointStore
 from dimat.agent.lineage.manifest_log import LEDGER_BYTES, ManifestLedger
@@ -118,7 +118,7 @@ class Daemon:
             ),
             listen=setup.listen_address(),
             generator=random.Random(derive_seed(config.seed, "jitter", setup.name)),
-            status=self.status,
+            status=self._status_for_members,
             address_lookup=None if self._discovery is None else self._discovery.addresses,
         )
         self.thread = WorkThread()
@@ -242,6 +242,12 @@ class Daemon:
             "peers": self._transport.peers,
             **({} if self._discovery is None else {"dht": self._discovery.state}),
         }
+
+    def _status_for_members(self) -> dict[str, object]:
+        """Return the status as other members get it: without this machine's paths and process."""
+        own = {key: value for key, value in self.status().items() if key not in ("folder", "pid")}
+        paths = {str(self.folder.path), str(Path(self.setup.config.folder).resolve())}
+        return {key: without_paths(value, paths) for key, value in own.items()}
 
     # ── parts ────────────────────────────────────────────────────────────────────────────────────────────────
     def _follow(self, discovery: PeerDiscovery) -> None:

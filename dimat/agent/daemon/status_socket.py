@@ -6,10 +6,11 @@ import asyncio
 import json
 import os
 import socket
-from collections.abc import Callable, Generator, Mapping
+from collections import deque
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from dimat.errors import DataError
 from dimat.events.view import AgentView
@@ -137,3 +138,17 @@ def plain_view(view: AgentView) -> dict[str, object]:
     if view.left:
         plain["left"] = view.left
     return plain
+
+
+def without_paths(value: object, paths: Collection[str]) -> object:
+    """Return plain values with the folders `paths` taken out of their texts."""
+    if isinstance(value, str):
+        for path in sorted(paths, key=len, reverse=True):
+            value = value.replace(path, "…")
+        return value
+    if isinstance(value, Mapping):
+        known = cast("Mapping[object, object]", value)
+        return {key: without_paths(each, paths) for key, each in known.items()}
+    if isinstance(value, (list, tuple, set, frozenset, deque)):
+        return [without_paths(each, paths) for each in cast("Iterable[object]", value)]
+    return value

@@ -6,12 +6,13 @@ import os
 import re
 import socket
 import threading
+from collections import deque
 from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
 
-from dimat.agent.daemon.status_socket import notify, watchdog_s
+from dimat.agent.daemon.status_socket import notify, watchdog_s, without_paths
 from tests.agent.processes import network
 
 pytestmark = pytest.mark.live
@@ -77,3 +78,17 @@ def test_a_manager_that_is_stuck_or_gone(tmp_path: Path, monkeypatch: pytest.Mon
                 filler.sendto(b"x", f"\0dimat-test-{os.getpid()}")
         notify("WATCHDOG=1")  # comes back
         assert manager.recv(16) == b"x"
+
+
+def test_a_status_for_others_tells_no_paths() -> None:
+    """The reference is what was put in: warnings and reasons at any depth, lists of any kind, numbers as they were."""
+    status = {
+        "warnings": deque(["cannot write /srv/run/lab-a/weights: no room", "fine"]),
+        "peers": {"b": {"trouble": "in /srv/run", "rounds": (1, 2)}},
+        "round": 3,
+    }
+    assert without_paths(status, {"/srv/run", "/srv/run/lab-a"}) == {
+        "warnings": ["cannot write …/weights: no room", "fine"],
+        "peers": {"b": {"trouble": "in …", "rounds": [1, 2]}},
+        "round": 3,
+    }
