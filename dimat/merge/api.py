@@ -86,8 +86,9 @@ def merge_weights(
     `options`: `align`, `combine`, `repair`, `accept` replace a stage of the preset (a name, or {"name": …,
     "options": {…}}), `screen` sets the screen's options; any other is an option of the chosen methods, handed to
     every stage whose method has one of that name, e.g. `max_images=500`.
-    Raises ConfigError (names, options), MergeError (mixing, own weights, missing model or data), PeerError
-    (a peer's tensors do not fit or are not finite), DataError (unreadable files). Own weights are untouched.
+    Raises ConfigError (names, options), MergeError (mixing, own weights, missing model or data, a result that is not
+    finite), PeerError (a peer's tensors do not fit or are not finite, a variance is negative), DataError (unreadable
+    files). Own weights are untouched.
 
         merged = merge_weights(mine, ["lab-b.safetensors"], [0.5, 0.5], model=model, data=[images])
     """

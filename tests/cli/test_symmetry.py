@@ -46,6 +46,10 @@ def encoder():
     stack = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
     return nn.Sequential(nn.Linear(5, 24), stack, nn.Linear(24, 4)), torch.randn(2, 6, 5)
 
+def normed():
+    layer = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 6))
+    return nn.Sequential(layer, nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3)), torch.randn(2, 4)
+
 class Two(nn.Module):
     def __init__(self):
         super().__init__()
@@ -120,6 +124,16 @@ def test_show_names_heads_and_what_is_frozen(capsys: pytest.CaptureFixture[str])
     share = {row["reason"]: row["share"] for row in summary["frozen"]}
     assert share["model input 'input'"] == pytest.approx(24 * 5 / summary["parameters"])
     assert SymmetrySpec.from_json(json.dumps(shown)).arch_hash == shown["arch_hash"]
+
+
+def test_show_lists_tensors_that_are_no_parameters(capsys: pytest.CaptureFixture[str]) -> None:
+    """Natures by their words in the table, by tensor in JSON."""
+    text = said(capsys, 0, "show", "m.py:normed")
+    assert re.search(r"variance +1 +1\.running_var", text)
+    assert re.search(r"vector +2 +0\.parametrizations\.weight\.0\._u \+1", text)
+    natures = json.loads(said(capsys, 0, "show", "m.py:normed", "--json"))["summary"]["natures"]
+    assert natures["1.num_batches_tracked"] == "count"
+    assert "3.weight" not in natures
 
 
 def test_selected_outputs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ import threading
 import pytest
 
 from dimat.events import (
+    WARNING,
     BasisAdopted,
     Contribution,
     Event,
@@ -51,6 +52,14 @@ def shown(events: list[Event], terminal: bool = False, verbosity: int = 0) -> st
         for event in events:
             listener(event)
     return stream.getvalue()
+
+
+def test_a_note_that_warns_is_shown_at_every_verbosity() -> None:
+    """Other notes of merges are shown at verbosity 1."""
+    result = MergeResult(notes=("merge backed off to 0.5", f"{WARNING}the merge is not kept"))
+    merged = Merged(run="r", agent="a", round=2, contributions=(), result=result)
+    told = shown([merged], verbosity=-1)
+    assert told == "[r] warning: round 2, agent a: the merge is not kept\n"
 
 
 def last_drawing(text: str) -> str:
