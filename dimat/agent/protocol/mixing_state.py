@@ -44,11 +44,11 @@ class MixingState:
         if plan.push is not None:
             self.push.push(plan.push)
 
-    def took_over(self, offer: PeerPublished) -> MergeRecord:
-        """Note that the weights are a peer's; return the record."""
+    def took_over(self, offer: PeerPublished, number: int) -> MergeRecord:
+        """Note that the weights are a peer's; return the record of joining at round `number`."""
         taken = Contribution(agent=offer.peer, snapshot=offer.root, round=offer.round, weight=1.0, verdict="adopted")
         self.parents = (taken,)
-        return MergeRecord(self._agent, offer.round, "", self.parents, kind="join")
+        return MergeRecord(self._agent, number, "", self.parents, kind="join")
 
     def merge(self, number: int, plan: RoundPlan, usable: Mapping[str, PeerPublished], basis: BasisId) -> MergeAction:
         """Return the merge of a round, of the agent's own snapshot with those in `usable`."""

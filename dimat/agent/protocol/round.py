@@ -285,7 +285,7 @@ class RoundMachine:
             joined = events.Joined(agent=self.agent, round=self.round + 1, how="align")
         else:
             self.basis, self.base = offer.basis, offer.base
-            record = self._mixing.took_over(offer)
+            record = self._mixing.took_over(offer, self.round)
             joined = events.Joined(agent=self.agent, round=self.round + 1, how="adopt", peer=offer.peer)
         self._inbox.settle(self.base)
         checkpoint = m.CheckpointAction(self.round, "joined", self._state_now("joined"), record)

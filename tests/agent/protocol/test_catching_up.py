@@ -263,5 +263,9 @@ def test_a_newcomer_that_hears_one_peer_of_several_is_moved_a_few_rounds(
     have(m, "b", claim)
     m.handle(r.Deadline(0))
     m.handle(r.SnapshotReady("b", claim, f"b{claim}"))
-    m.handle(r.WeightsAdopted(f"b{claim}", ""))
+    actions = m.handle(r.WeightsAdopted(f"b{claim}", ""))
     assert (m.phase, m.round) == (Phase.TRAINING, ROUNDS_KEPT + 1)
+    if join == "adopt":  # its lineage begins at the round that it joined at, with b's weights of another one
+        (checkpoint,) = of(actions, r.CheckpointAction)
+        assert (checkpoint.state.round, checkpoint.record.round) == (ROUNDS_KEPT, ROUNDS_KEPT)
+        assert [(part.agent, part.round) for part in checkpoint.record.contributions] == [("b", claim)]
