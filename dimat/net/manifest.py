@@ -70,9 +70,13 @@ class ManifestLimits:
 
     @property
     def manifest_bytes(self) -> int:
-        """Length of the longest manifest: the hashes of all blocks, and a rest that goes by the map."""
-        rest = min(MANIFEST_REST_BYTES + MANIFEST_MEMBER_BYTES * self.members, MAX_MANIFEST_REST_BYTES)
-        return rest + (MOST_FORMS + 1) * _BLOCK_ENTRY * _blocks(self.bytes, MIN_BLOCK_BYTES)
+        """Length of the longest manifest: the hashes of all blocks, and a fixed rest."""
+        return MAX_MANIFEST_REST_BYTES + (MOST_FORMS + 1) * _BLOCK_ENTRY * _blocks(self.bytes, MIN_BLOCK_BYTES)
+
+    @property
+    def rest_bytes(self) -> int:
+        """Length of a manifest without the hashes of its blocks, which goes by the map."""
+        return min(MANIFEST_REST_BYTES + MANIFEST_MEMBER_BYTES * self.members, MAX_MANIFEST_REST_BYTES)
 
 
 class _Invalid(Exception):
@@ -112,7 +116,11 @@ def unseal(
             raise _Invalid(f"it is of agent {_short(message.agent)}")
         if message.run != run:
             raise _Invalid(f"it is of run {_short(message.run)}, this is {_short(run)}")
-        return SignedManifest(_manifest(message, limits), data, signature)
+        manifest = _manifest(message, limits)
+        rest = len(data) - _BLOCK_ENTRY * sum(len(payload.blocks) for payload in _payloads(manifest))
+        if rest > limits.rest_bytes:
+            raise _Invalid(f"{rest:,} bytes beside its blocks, at most {limits.rest_bytes:,} on this map")
+        return SignedManifest(manifest, data, signature)
     except _Invalid as wrong:
         raise PeerError(f"manifest of {publisher} refused: {wrong}") from None
 

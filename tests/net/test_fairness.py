@@ -66,6 +66,7 @@ async def test_a_manifest_with_more_parents_than_the_map_has_members_is_refused(
         signed(replace(good, round=2, parents=invented), identity),
         signed(replace(good, round=3, pushed={name: 0.1 for name, *_ in invented[:3]}), identity),
         signed(replace(good, round=4, parents=invented[:2]), identity),
+        signed(replace(good, round=5, metrics={f"{number:0900}": 1.0 for number in range(200)}), identity),
     ]
     b = make(tmp_path / "b", "b", identity=authority.issue("b"))
     async with against(liar, b, identity):
@@ -73,8 +74,9 @@ async def test_a_manifest_with_more_parents_than_the_map_has_members_is_refused(
         assert [manifest.round for manifest, _ in b.ears.offers] == [4]
         told = [notice for notice in b.ears.notices if "clocks" not in notice]
         assert [notice.split("refused: ")[1] for notice in told[:1]] == ["3 parents, at most 2 are read"]
-        assert "bytes long" in told[1]
+        assert "9,000 parents" in told[1]
         assert "3 pushed" in told[2]
+        assert "bytes beside its blocks" in told[3]
 
 
 async def test_faults_without_end_are_told_a_few_times_and_counted(tmp_path: Path) -> None:
