@@ -246,7 +246,9 @@ class Daemon:
     def _status_for_members(self) -> dict[str, object]:
         """Return the status as other members get it: without this machine's paths and process."""
         own = {key: value for key, value in self.status().items() if key not in ("folder", "pid")}
-        paths = {str(self.folder.path), str(Path(self.setup.config.folder).resolve())}
+        # a path of one part is no secret, and may be a word: an agent's folder is often called as the agent is
+        paths = {str(path) for path in (self.folder.path, self.folder.path.resolve()) if len(path.parts) > 1}
+        paths.add(str(Path(self.setup.config.folder).resolve()))
         return {key: without_paths(value, paths) for key, value in own.items()}
 
     # ── parts ────────────────────────────────────────────────────────────────────────────────────────────────

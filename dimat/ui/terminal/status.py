@@ -15,10 +15,11 @@ def status_lines(status: Mapping[str, Any]) -> list[str]:
     """Return what `dimat status` prints. `status`: as the agent tells it."""
     now = _number(status.get("time"))
     rounds = f" of {_text(status['rounds'])}" if status.get("rounds") else ""
+    process = f"process {_text(status['pid'])}, " if "pid" in status else ""  # other members are not told
     lines = [
         f"{_text(status.get('agent'))} of run {_text(status.get('run'))}: round {_text(status.get('round'))}{rounds}, "
-        f"{_text(status.get('phase'))}; up {_ago(now, status.get('started'))}, process {_text(status.get('pid'))}, "
-        f"dimat {_text(status.get('version'))}",
+        f"{_text(status.get('phase'))}; up {_ago(now, status.get('started'))}, {process}dimat "
+        f"{_text(status.get('version'))}",
         f"listens on {_text(status.get('address'))}{'' if status.get('secure') else ' (insecure)'}; sent "
         f"{bytes_text(int(_number(status.get('sent_bytes'))))}, received "
         f"{bytes_text(int(_number(status.get('received_bytes'))))}",
