@@ -48,6 +48,9 @@ def merge(
         str | None,
         Parameter(help="Bring units into the first model's order: activations, weights, auto; default: none."),
     ] = None,
+    align_vocabulary: Annotated[
+        bool, Parameter(negative="", help="Bring rows of embeddings into one order, where tokens are in another order.")
+    ] = False,
     repair: Annotated[str | None, Parameter(help="Re-estimate afterwards: batchnorm; default: none.")] = None,
     device: Annotated[str | None, Parameter(help="Where to merge: cpu (default), cuda, auto.")] = None,
     seed: Annotated[int | None, Parameter(help="Seed of methods that draw at random; default: 0.")] = None,
@@ -67,9 +70,10 @@ def merge(
     flags |= {"model": model, "data": data, "align": align, "repair": repair, "input_dtype": input_dtype}
     changes = {key: str(value) if isinstance(value, Path) else value for key, value in flags.items()}
     changes |= {"shard_size": shard_size, "weights": parse_weights(weights), "into_base": into_base or None}
+    changes |= {"align_vocabulary": align_vocabulary or None}
     job = prepare(recipe_of(inputs, changes, set_, from_mergekit), overwrite=overwrite)
     if dry_run:
-        show(job.plan() if as_json else plan_lines(job))
+        show(job.plan() if as_json else "\n".join([plan_lines(job), *(f"note: {note}" for note in job.notes)]))
         return 0
     with progress_bar(quiet) as progress:
         report = merge_files(job, version=__version__, overwrite=overwrite, progress=progress)

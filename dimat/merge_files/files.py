@@ -6,6 +6,7 @@ import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,9 +21,9 @@ from dimat.weights.header import NAMES, TensorInfo, read_header
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
 ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
-PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 CARRIED = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
 """Endings of the files beside the weights that belong to a model: config, tokenizer, model code."""
 
@@ -50,17 +51,20 @@ class ModelFiles(Mapping[str, Tensor]):
             self.infos[name] = headers[file][name]
         if not self.infos:
             raise DataError(f"{path} holds no tensors")
-        self._where = where
+        self._where = dict(where)
+        self._rows: Mapping[str, Tensor] = {}
+        self._aliases: Mapping[str, str] = {}
         self._dtype: torch.dtype | None = None
         self._opened: dict[Path, Any] = {}
         self._checked: set[str] = set()
 
     def __getitem__(self, name: str) -> Tensor:
         file = self._where[name]
+        stored = self._aliases.get(name, name)
         try:
             if file not in self._opened:
                 self._opened[file] = safe_open(file, framework="pt")
-            tensor: Tensor = self._opened[file].get_tensor(name)
+            tensor: Tensor = self._opened[file].get_tensor(stored)
         except (OSError, SafetensorError) as error:
             raise DataError(f"cannot read tensor {name!r} from {file}: {error}") from error
         if self._dtype is not None and tensor.is_floating_point():
@@ -68,7 +72,7 @@ class ModelFiles(Mapping[str, Tensor]):
         if name not in self._checked:
             _check_finite(tensor, name, file)
             self._checked.add(name)
-        return tensor
+        return tensor if name not in self._rows else tensor[self._rows[name]]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)
@@ -86,6 +90,26 @@ class ModelFiles(Mapping[str, Tensor]):
             for name, info in self.infos.items()
         }
         return model
+
+    def with_rows(self, rows: Mapping[str, Tensor]) -> ModelFiles:
+        """Return the same model with the rows of some tensors in another order: row i is the stored `rows[name][i]`."""
+        model = copy(self)
+        model._rows = dict(rows)
+        return model
+
+    def seen_as(self, names: Collection[str], aliases: Mapping[str, str]) -> ModelFiles:
+        """Return the same model with these tensors alone; `aliases`: stored tensor by the name that it has besides."""
+        model = copy(self)
+        model._aliases = dict(aliases)
+        model._where = {name: self._where[aliases.get(name, name)] for name in names}
+        model.infos = {name: self.infos[aliases.get(name, name)] for name in names}
+        return model
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The folder's config.json; nothing where there is none. DataError where it is damaged."""
+        path = None if self.folder is None else self.folder / CONFIG
+        return read_json(path) if path is not None and path.is_file() else {}
 
     def hashes(self) -> dict[str, str]:
         """Return the blake3 of each file that holds tensors, by its name."""
@@ -108,56 +132,6 @@ class ModelFiles(Mapping[str, Tensor]):
 def hash_of(file: Path) -> str:
     """Return the blake3 of a file."""
     return blake3(max_threads=blake3.AUTO).update_mmap(file).hexdigest()
-
-
-def open_model(path: Path) -> ModelFiles:
-    """Open a model; DataError says what a path lacks that is none."""
-    if path.is_dir():
-        return _open_folder(path)
-    if not path.exists():
-        raise DataError(f"no model {path}: give a safetensors file or a folder (models are not downloaded)")
-    if path.suffix in PICKLES:
-        raise DataError(f"{path} is a pickle, which can run code: convert it to safetensors first")
-    if path.name.endswith(".index.json"):
-        return ModelFiles(path, path.parent, _read_index(path))
-    return _single(path, path, None)
-
-
-def _open_folder(folder: Path) -> ModelFiles:
-    if (folder / ADAPTER).exists() and (folder / ADAPTER_CONFIG).exists():
-        return _single(folder, folder / ADAPTER, folder, adapter=True)
-    if (folder / INDEX).exists():
-        return ModelFiles(folder, folder, _read_index(folder / INDEX))
-    if (folder / WEIGHTS).exists():
-        return _single(folder, folder / WEIGHTS, folder)
-    found = sorted(folder.glob("*.safetensors"))
-    if len(found) == 1:
-        return _single(folder, found[0], folder)
-    if found:
-        raise DataError(f"{folder} has {len(found)} safetensors files and no {INDEX}: name one of them")
-    if any(file.suffix in PICKLES for file in folder.iterdir()):
-        raise DataError(f"{folder} has weights as pickles only, which can run code: convert them to safetensors first")
-    raise DataError(f"{folder} is no model folder: it has neither {WEIGHTS} nor {INDEX} nor {ADAPTER}")
-
-
-def _single(path: Path, file: Path, folder: Path | None, adapter: bool = False) -> ModelFiles:
-    return ModelFiles(path, folder, dict.fromkeys(read_header(file), file), adapter)
-
-
-def _read_index(path: Path) -> dict[str, Path]:
-    """Return the shard of each tensor; an index cannot name files outside its folder."""
-    table = read_json(path).get("weight_map")
-    if not isinstance(table, dict) or not table:
-        raise DataError(f"{path} is no index of shards: it has no weight_map")
-    where: dict[str, Path] = {}
-    for name, file in cast("dict[str, Any]", table).items():
-        if not isinstance(file, str) or Path(file).name != file:
-            raise DataError(f"{path}: tensor {name!r} is said to lie in {file!r}, which is no file of this folder")
-        where[name] = path.parent / file
-    for file in sorted({*where.values()}):
-        if not file.is_file():
-            raise DataError(f"{path} names {file.name}, which is missing; is the download complete?")
-    return where
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -222,6 +196,12 @@ def check_factors(models: Sequence[ModelFiles]) -> None:
                     f"{setting.get(key)!r} in {model.path}; merge "
                     + ("their products with --method lora-svd" if plain else "them into their base models first")
                 )
+    for model, setting in zip(models, settings):
+        if setting.get("use_dora") or any("lora_magnitude_vector" in name for name in model):
+            raise DataError(
+                f"{model.path} is DoRA: its magnitudes scale the base's weights too, so that factors merged one by one "
+                "are no merge; merge each adapter into its base model with PEFT first"
+            )
 
 
 def _is_real(dtype: torch.dtype) -> bool:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from dimat.errors import ConfigError, unknown_name
-from dimat.merge_files.files import ModelFiles, open_model
+from dimat.merge_files.files import ModelFiles
+from dimat.merge_files.folders import open_model
 from dimat.merge_files.mergekit_config import Config, Place
 from dimat.merge_files.mergekit_methods import METHODS, NEAREST, Choice
 
@@ -77,6 +78,7 @@ def from_mergekit(file: Path) -> dict[str, Any]:
     }
     types = {"input_dtype": tree.get("dtype"), "dtype": tree.get("out_dtype")}
     recipe |= {key: str(name).removeprefix("torch.") for key, name in types.items() if name}
+    recipe |= {"align_vocabulary": True} if config.align_vocabulary else {}
     return recipe | ({"base": _found(base, file)} if base else {})
 
 

@@ -127,6 +127,9 @@ class Recipe(Tree):
     "weights" or "auto"."""
     repair: Named = NamedConfig(name="none")
     """Statistics to re-estimate on the data afterwards: "none" or "batchnorm"."""
+    align_vocabulary: bool = False
+    """Bring the rows of embeddings into the order of the tokens of the model whose tokenizer is written: the base's,
+    else the first one's. The tokens must be the same."""
     out: str | None = None
     """Where the merged model goes: a name in .safetensors, or a folder."""
     dtype: Annotated[str | None, AfterValidator(_known_dtype)] = None

@@ -20,10 +20,14 @@ from dimat.merge.weight_views import WeightsView, open_weights
 from dimat.merge_files.adapters import MergedAdapter, fit_together, names_of, open_adapters
 from dimat.merge_files.architecture import Network, open_network, runs
 from dimat.merge_files.card import config_of, model_card, provenance
-from dimat.merge_files.files import ADAPTER_CONFIG, ModelFiles, check_alike, check_factors, open_model
+from dimat.merge_files.files import ADAPTER_CONFIG, ModelFiles, check_alike, check_factors
+from dimat.merge_files.folders import open_model
 from dimat.merge_files.into_base import IntoBase, target
 from dimat.merge_files.memory import peak_memory, whole_memory
+from dimat.merge_files.model_config import check_configs, check_whole
 from dimat.merge_files.recipe import DTYPES, Part, Recipe
+from dimat.merge_files.tied import Together, bring_together
+from dimat.merge_files.vocabulary import align_vocabularies, check_vocabularies
 from dimat.merge_files.whole import WholeMerge, merge_whole
 from dimat.merge_files.write import Output, Scratch, check_output, is_file_name, lay_out, weights_name
 from dimat.weights.header import TensorInfo
@@ -36,13 +40,16 @@ Progress = Callable[[int, int], None]
 class Job:
     """A merge that is checked and ready to run. `infos`: what is written; `layout`: its files and their tensors;
     `network`: what the models are run with, None where tensors are merged by themselves; `adapters`: PEFT adapters
-    whose products are merged; `into`: the base that they are merged into."""
+    whose products are merged; `into`: the base that they are merged into; `own`: the first model as it is stored;
+    `kept`: its tensors that are written as they are; `tied`: those that are written as the merged tensor of another
+    name; `carrier`: the model whose config and tokenizer are written; `notes`: what to know besides."""
 
     recipe: Recipe
     models: tuple[ModelFiles, ...]
     base: ModelFiles | None
     statistics: tuple[Weights, ...] | None
     parts: tuple[Part, ...]
+    own: ModelFiles
     infos: dict[str, TensorInfo]
     layout: dict[str, list[str]]
     out: Path
@@ -50,6 +57,10 @@ class Job:
     network: Network | None = None
     adapters: MergedAdapter | None = None
     into: IntoBase | None = None
+    kept: tuple[str, ...] = ()
+    tied: Mapping[str, str] = field(default_factory=dict[str, str])
+    carrier: ModelFiles | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def views(self) -> tuple[Weights, ...]:
@@ -108,6 +119,7 @@ class Job:
             "tensors": len(self.infos),
             "bytes": self.bytes,
             "peak_memory": self.peak_memory(),
+            **({"notes": [*self.notes]} if self.notes else {}),
         }
 
     def merged_as(self, name: str) -> TensorInfo:
@@ -186,10 +198,23 @@ def prepare(recipe: Recipe, *, overwrite: bool = False) -> Job:
     if recipe.input_dtype is not None:
         models = tuple(model.read_in(DTYPES[recipe.input_dtype]) for model in models)
         base = None if base is None else base.read_in(DTYPES[recipe.input_dtype])
+    inputs = [*models, *([] if base is None else [base])]
+    for model in inputs:  # a base that adapters are merged into says itself where a tensor takes no addition
+        check_whole(model, codes=not (model.adapter or (recipe.into_base and model is base)))
+    carrier = next((model for model in [*inputs[len(models) :], *models] if model.carried()), None)
+    notes = check_configs(inputs)
+    if recipe.align_vocabulary:
+        aligned = align_vocabularies(inputs, carrier)
+        models, base = tuple(aligned[: len(models)]), None if base is None else aligned[-1]
+    else:
+        notes += check_vocabularies(inputs, carrier)
     opened = open_adapters(recipe, models)
+    own, together = models[0], Together(models, base)
     if opened is None:
-        check_factors(inputs)
-        check_alike(inputs)
+        check_factors([*models, *([] if base is None else [base])])
+        together = together if recipe.model is not None else bring_together(models, base)
+        models, base = together.models, together.base
+        check_alike([*models, *([] if base is None else [base])])
     names = models[0].infos if opened is None else names_of(recipe, opened)
     statistics = _open_statistics(recipe, models)
     parts = _parts(recipe, names)
@@ -205,11 +230,29 @@ def prepare(recipe: Recipe, *, overwrite: bool = False) -> Job:
         raise ConfigError("adapters are no models that could be run: merge them without model, align and repair")
     adapters = None if opened is None else fit_together(opened, names, parts, device)
     into = target(recipe, adapters, base, out)
-    infos = _written(recipe, base if into and base else models[0] if adapters is None else adapters)
+    infos = _written(recipe, base if into and base else own if adapters is None else adapters)
     single, adapter = is_file_name(out), models[0].adapter and into is None
     name = out.name if single else weights_name(adapter)
     layout = lay_out(infos, None if single or adapter else recipe.shard_size, name)
-    return Job(recipe, models, base, statistics, parts, infos, layout, out, device, network, adapters, into)
+    return Job(
+        recipe,
+        models,
+        base,
+        statistics,
+        parts,
+        own,
+        infos,
+        layout,
+        out,
+        device,
+        network,
+        adapters,
+        into,
+        together.kept,
+        together.tied,
+        carrier,
+        tuple(notes),
+    )
 
 
 def merge_files(job: Job, *, version: str, overwrite: bool = False, progress: Progress | None = None) -> Report:
@@ -222,7 +265,7 @@ def merge_files(job: Job, *, version: str, overwrite: bool = False, progress: Pr
     if job.network is not None:
         inputs |= {source: dict(files) for source, files in job.network.sources.items()}
     record = provenance(version, job.recipe, inputs)
-    report = Report(job.plan(), inputs)
+    report = Report(job.plan(), inputs, notes=job.notes)
     merged = None if job.network is None else _merge_whole(job, job.network)
     done = 0
     with Output(job.out, job.layout, job.infos, {"format": "pt", "dimat": record}, overwrite=overwrite) as output:
@@ -234,13 +277,23 @@ def merge_files(job: Job, *, version: str, overwrite: bool = False, progress: Pr
             if progress is not None:
                 progress(done, job.bytes)
 
+        twins: dict[str, list[str]] = {}
+        for name, twin in job.tied.items():
+            twins.setdefault(twin, []).append(name)
+
+        def receive_tied(name: str, tensor: Tensor) -> None:
+            for each in (name, *twins.get(name, ())):
+                receive(each, tensor)
+
         added: dict[str, Tensor] = {}
-        take = receive if job.into is None else added.__setitem__
+        take = receive_tied if job.into is None else added.__setitem__
         for part in job.parts if merged is None else ():
             with torch.no_grad():
                 combined = _combine(job, part)
                 for name in combined:  # merged one at a time, as they are asked for
                     take(name, combined[name])
+        for name in job.kept:
+            receive(name, job.own[name])
         if job.into is not None:
             for name in job.infos:
                 receive(name, job.into.tensor(name, added, job.device))
@@ -248,9 +301,9 @@ def merge_files(job: Job, *, version: str, overwrite: bool = False, progress: Pr
             for name in job.infos:
                 receive(name, merged.weights.pop(name))
             moved = {str(model.path): share for model, share in zip(job.models[1:], merged.moved) if share is not None}
-            report = replace(report, moved=moved, notes=merged.notes)
+            report = replace(report, moved=moved, notes=(*job.notes, *merged.notes))
         if not output.single:
-            for file in _companions(job):
+            for file in () if job.carrier is None else job.carrier.carried():
                 output.add(file.name, config_of(file, job.recipe.dtype or job.recipe.input_dtype))
             if job.adapters is not None and job.into is None:
                 output.add(ADAPTER_CONFIG, job.adapters.config())
@@ -331,12 +384,3 @@ def _written(recipe: Recipe, own: ModelFiles | MergedAdapter) -> dict[str, Tenso
     return {
         name: replace(info, dtype=dtype) if info.dtype.is_floating_point else info for name, info in own.infos.items()
     }
-
-
-def _companions(job: Job) -> list[Path]:
-    """Return the files that go with the weights: the base's, else those of the first model that has some."""
-    for model in (*([job.base] if job.base else []), *job.models):
-        carried = model.carried()
-        if carried:
-            return carried
-    return []

@@ -375,3 +375,28 @@ def test_other_faults(capsys: pytest.CaptureFixture[str]) -> None:
         'models = ["a", "c"]\nmethod = "lora-svd"\n[[rules]]\nmatch = "*q_proj*"\nweights=[0, 1]'
     )
     assert "no model that has" in fails(capsys, 2, "deaf.toml")
+
+
+def test_concat_of_modules_that_only_a_later_adapter_has() -> None:
+    """Own's factors are of rank 0 there; those of the others are kept, not own's empty ones."""
+    write_adapter(Path("q"), factors(3, 4, {Q1: LAYERS[Q1]}))
+    merge("q", "c", "--method", "lora-concat", "--weights", "0.75,0.25", "-o", "out")
+    expected = mean("q", "c", weights=(0.75, 0.25))
+    found = deltas("out")
+    assert all(relative(found[layer], expected[layer]) < 1e-6 for layer in (V, Q1))
+    tensors, _ = read_adapter(Path("out"))
+    assert [tensors[f"{PREFIX}{layer}.lora_A.weight"].shape[0] for layer in (V, Q1)] == [2, 4]
+
+
+@pytest.mark.parametrize("use_dora", [True, False])
+@pytest.mark.parametrize("method", ["average", "slerp", "lora-svd"])
+def test_dora_is_never_merged_factor_by_factor(method: str, use_dora: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its magnitudes scale the base's weights too, whether the config says so or the tensors' names."""
+    for k in range(2):
+        magnitudes = {f"{PREFIX}{layer}.lora_magnitude_vector": torch.ones(LAYERS[layer][0]) for layer in LAYERS}
+        write_adapter(Path(f"d{k}"), factors(k) | magnitudes, use_dora=use_dora)
+    assert main(["merge", "d0", "d1", "--method", method, "-o", "out"]) == 5
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "DoRA" in line or "lora_magnitude_vector' is of no plain LoRA" in line
+    assert "into its base model" in line
+    assert not Path("out").exists()

@@ -25,8 +25,8 @@ MergeTensor = Callable[[str, Tensor, list[Tensor]], Tensor]
 class MergedWeights(WeightsView):
     """Own's tensors merged with the peers': each access merges one tensor, and nothing is kept.
 
-    `merge` gets tensors in the types that they have, and gives the same result whenever it is asked. Integer, boolean
-    and empty tensors are own's. Only one tensor of each model is in memory at a time.
+    `merge` gets tensors in the types that they have, and gives the same result whenever it is asked. Integer and
+    boolean tensors, and those that are empty in all models, are own's. Only one tensor of each model is in memory.
     """
 
     def __init__(self, own: Weights, peers: Sequence[Weights], merge: MergeTensor) -> None:
@@ -37,9 +37,12 @@ class MergedWeights(WeightsView):
 
     def __getitem__(self, name: str) -> Tensor:
         own = self._own[name].detach()
-        if not own.numel() or not (own.is_floating_point() or own.is_complex()):
+        if not (own.is_floating_point() or own.is_complex()):
             return own.clone()
-        return self._merge(name, own, [peer[name].detach() for peer in self._peers])
+        others = [peer[name].detach() for peer in self._peers]
+        if not own.numel() and not any(other.numel() for other in others):  # peers' LoRA factors may be longer
+            return own.clone()
+        return self._merge(name, own, others)
 
 
 def taking_part(peers: Sequence[Weights], weights: Sequence[float]) -> tuple[list[Weights], list[float]]:

@@ -1,0 +1,141 @@
+"""Where a model lies: a safetensors file, indexed shards, a folder, a Hugging Face cache; other formats are named."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from dimat.errors import DataError
+from dimat.merge_files.files import ADAPTER, ADAPTER_CONFIG, CONFIG, INDEX, WEIGHTS, ModelFiles, read_json
+from dimat.weights.header import read_header
+
+PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+
+FORMATS: Mapping[bytes, str] = {
+    b"GGUF": "is GGUF, llama.cpp's format: take the model that it was made from, as safetensors",
+    b"ggjt": "is GGML, an old format of llama.cpp: take the model that it was made from, as safetensors",
+    b"lmgg": "is GGML, an old format of llama.cpp: take the model that it was made from, as safetensors",
+    b"\x89HDF": "is HDF5, as Keras and TensorFlow write it: convert it to safetensors first",
+    b"PK\x03\x04": "is a zip archive, as torch.save and NumPy write it, which may hold a pickle: convert it to "
+    "safetensors first",
+    b"\x93NUMPY": "is a NumPy array: convert it to safetensors first",
+    b"version https://git-lfs": "is a pointer of Git LFS, not the file itself: fetch it with git lfs pull",
+    b"<!DOCTYPE": "is a web page, not a model: is the download right?",
+    b"<html": "is a web page, not a model: is the download right?",
+}
+"""First bytes of files that are met in the place of safetensors → the format, and what to do."""
+
+OTHERS = {
+    ".gguf": "GGUF files, llama.cpp's format: take the model that they were made from, as safetensors",
+    ".h5": "HDF5 files, as Keras writes them: convert them to safetensors first",
+    ".msgpack": "msgpack files, as Flax writes them: convert them to safetensors first",
+    ".onnx": "ONNX files: take the model that they were made from, as safetensors",
+}
+"""Endings of weights in other formats → the format, and what to do."""
+
+
+def open_model(path: Path) -> ModelFiles:
+    """Open a model; DataError says what a path lacks that is none. The root of a Hugging Face cache is its snapshot."""
+    if path.is_dir():
+        return _open_folder(_snapshot(path))
+    if not path.exists():
+        raise DataError(f"no model {path}: give a safetensors file or a folder (models are not downloaded)")
+    if path.suffix in PICKLES:
+        raise DataError(f"{path} is a pickle, which can run code: convert it to safetensors first")
+    if path.name.endswith(".index.json"):
+        return ModelFiles(path, path.parent, _read_index(path))
+    return _single(path, path, None)
+
+
+def _snapshot(folder: Path) -> Path:
+    """Return the snapshot that a Hugging Face cache names as main's, or its only one; other folders as they are."""
+    kept = folder if folder.name == "snapshots" else folder / "snapshots"
+    if not kept.is_dir() or (folder / CONFIG).exists():
+        models = sorted(entry.name for entry in folder.glob("models--*") if (entry / "snapshots").is_dir())
+        if models:
+            raise DataError(f"{folder} is a Hugging Face cache of {len(models):,} models: name one, e.g. {models[0]}")
+        return folder
+    found = sorted(entry for entry in kept.iterdir() if entry.is_dir())
+    reference = kept.parent / "refs" / "main"
+    if reference.is_file():
+        try:
+            main = kept / reference.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"cannot read {reference}: {error}") from error
+        if main in found:
+            return main
+    if len(found) != 1:
+        raise DataError(f"{folder} is a Hugging Face cache with {len(found)} snapshots and no main: name one of them")
+    return found[0]
+
+
+def _open_folder(folder: Path) -> ModelFiles:
+    """Open a folder as transformers does: an adapter, the file that config.json names, the whole file, the shards."""
+    if (folder / ADAPTER).exists() and (folder / ADAPTER_CONFIG).exists():
+        return _single(folder, folder / ADAPTER, folder, adapter=True)
+    named = read_json(folder / CONFIG).get("transformers_weights") if (folder / CONFIG).is_file() else None
+    if named is not None:
+        if not isinstance(named, str) or Path(named).name != named or not (folder / named).is_file():
+            raise DataError(f"{folder / CONFIG}: transformers_weights is {named!r}, which is no file of this folder")
+        if named.endswith(".index.json"):
+            return ModelFiles(folder, folder, _read_index(folder / named))
+        return _single(folder, folder / named, folder)
+    if (folder / WEIGHTS).exists():
+        return _single(folder, folder / WEIGHTS, folder)
+    if (folder / INDEX).exists():
+        return ModelFiles(folder, folder, _read_index(folder / INDEX))
+    found = sorted(folder.glob("*.safetensors"))
+    if len(found) == 1:
+        return _single(folder, found[0], folder)
+    if found:
+        raise DataError(f"{folder} has {len(found)} safetensors files and no {INDEX}: name one of them")
+    endings = {file.suffix for file in folder.iterdir()}
+    if endings & PICKLES:
+        raise DataError(f"{folder} has weights as pickles only, which can run code: convert them to safetensors first")
+    for ending, what in OTHERS.items():
+        if ending in endings:
+            raise DataError(f"{folder} has weights as {what}")
+    raise DataError(f"{folder} is no model folder: it has neither {WEIGHTS} nor {INDEX} nor {ADAPTER}")
+
+
+def _single(path: Path, file: Path, folder: Path | None, adapter: bool = False) -> ModelFiles:
+    _check_format(file)
+    return ModelFiles(path, folder, dict.fromkeys(read_header(file), file), adapter)
+
+
+def _check_format(file: Path) -> None:
+    """Raise DataError where a file begins as another format does."""
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(max(map(len, FORMATS)))
+    except OSError as error:
+        raise DataError(f"cannot read {file}: {error.strerror or error}") from error
+    for beginning, what in FORMATS.items():
+        if start.startswith(beginning):
+            raise DataError(f"{file} {what}")
+
+
+def _read_index(path: Path) -> dict[str, Path]:
+    """Return the shard of each tensor, by what the shards that the index names hold: the index itself may be stale.
+
+    A tensor that two shards hold is the later one's, as in transformers. An index cannot name files outside its folder.
+    """
+    table = read_json(path).get("weight_map")
+    if not isinstance(table, dict) or not table:
+        raise DataError(f"{path} is no index of shards: it has no weight_map")
+    said: dict[str, Path] = {}
+    for name, file in cast("dict[str, Any]", table).items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise DataError(f"{path}: tensor {name!r} is said to lie in {file!r}, which is no file of this folder")
+        said[name] = path.parent / file
+    where: dict[str, Path] = {}
+    for file in sorted({*said.values()}):
+        if not file.is_file():
+            raise DataError(f"{path} names {file.name}, which is missing; is the download complete?")
+        _check_format(file)
+        where |= dict.fromkeys(read_header(file), file)
+    for name, file in said.items():
+        if name not in where:
+            raise DataError(f"{path}: the index has tensor {name!r} in {file.name}, which does not hold it")
+    return where

@@ -1,0 +1,160 @@
+"""Settings beside the weights that decide what the weights mean: quantisation, keys of config.json, class names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+
+from dimat.errors import DataError
+from dimat.merge_files.files import CONFIG, ModelFiles, told
+
+FUNCTION = re.compile(
+    r"(?:.*\.)?(?:hidden_act|hidden_activation|activation|activation_function|act_fn|num_attention_heads"
+    r"|num_key_value_heads|n_heads?|num_heads|num_kv_heads|head_dim|multi_query|new_decoder_architecture"
+    r"|rope_.*|rotary_.*|partial_rotary_factor|alibi.*|position_embedding_type|relative_attention.*"
+    r"|\w*norm_eps\w*|layer_norm_epsilon|epsilon|norm_type|normalization|parallel_attn|use_parallel_residual"
+    r"|parallel_residual|apply_residual_connection_post_layernorm|do_layer_norm_before|tie_word_embeddings"
+    r"|sliding_window\w*|use_sliding_window|max_window_layers|layer_types|attention_types|is_decoder"
+    r"|use_bidirectional\w*"
+    r"|\w*softcapping|query_pre_attn_scalar|logits?_scal\w*|\w+_multiplier|scale_\w+|use_qk_norm|qk_norm\w*"
+    r"|num_experts_per_tok|n_group|topk_\w+|norm_topk_prob|routed_scaling_factor|scoring_func|moe_\w*topk"
+    r"|num_experts_per_token|image_size|patch_size|num_channels|feature_layer\w*|vision_feature\w*|use_cls_token"
+    r"|pooling\w*|problem_type|bias_type|attn_impl_scale|residual_scale|depth_scale)"
+)
+"""Keys of config.json that change what the same weights compute."""
+
+PASSED = re.compile(
+    r"(?:.*\.)?(?:_.*|torch_dtype|dtype|transformers_version|architectures|auto_map|use_cache|\w+_token_ids?|\w*drop\w*"
+    r"|initializer_\w+|init_\w+|gradient_checkpointing|output_\w+|return_dict\w*|task_specific_params|tokenizer_class"
+    r"|attn_implementation|pretraining_tp|finetuning_task|name_or_path|model_max_length|max_position_embeddings|n_ctx"
+    r"|unsloth_\w+|quantization_config|transformers_weights|num_labels|router_\w*coef|\w*aux_loss\w*)"
+)
+"""Keys that may differ without a word: how the model was trained, is run or is named."""
+
+DEFAULTS: Mapping[str, Any] = {"rope_theta": 10000.0, "tie_word_embeddings": None}
+"""Values of keys that are left out, where all architectures have the same; None is not compared."""
+
+QUANTISED = re.compile(
+    r"(?:^|.*[._])(?:qweight|qzeros|weight_packed|weight_scale(?:_inv)?|weight_zero_point|absmax|quant_map|quant_state\..*"
+    r"|nested_absmax|SCB|W_q|_data|_scale|scale_inv|blocks|input_scale)"
+)
+"""Names of tensors that quantised weights have: codes, and what they are multiplied by."""
+
+CODES = re.compile(r"(?:^|.*\.)(?:weight|kernel|qweight|\w+_proj|\w+_blocks)")
+"""Names of weights: where they are integers, they are codes."""
+
+
+def check_whole(model: ModelFiles, *, codes: bool = True) -> None:
+    """Raise DataError where a model's weights are quantised: codes mean nothing without their scales.
+
+    `codes`: weights that are integers count, even where nothing else says that they are codes.
+    """
+    settings = model.config.get("quantization_config") or model.config.get("compression_config")
+    if settings:
+        table = cast("dict[str, Any]", settings) if isinstance(settings, dict) else {}
+        kind = str(table.get("quant_method", "a method that is not named"))
+        bits = f", {table['bits']} bits" if "bits" in table else ""
+        raise _quantised(model, f"{CONFIG} has quantization_config ({kind}{bits})")
+    for name, info in model.infos.items():
+        if QUANTISED.fullmatch(name) and _has_codes(model, name):
+            raise _quantised(model, f"tensor {name!r} is {info}, beside weights as codes")
+        whole = info.dtype.is_floating_point or info.dtype == torch.bool or len(info.shape) < 2
+        if codes and not whole and CODES.fullmatch(name):
+            raise _quantised(model, f"tensor {name!r} is {info}, a weight as integer codes")
+
+
+def check_configs(models: Sequence[ModelFiles]) -> list[str]:
+    """Compare the config.json of models; return in words the differences that may be meant.
+
+    Raises DataError for differences in keys that change what the same weights compute, and in the classes' order.
+    """
+    told_of = [(model, _flat(model.config)) for model in models if model.config]
+    if not told_of:
+        return []
+    (first, mine), found, notes = told_of[0], list[str](), list[str]()
+    for other, theirs in told_of[1:]:
+        found += _class_differences(first, other)
+        for key in sorted((mine.keys() | theirs.keys()) - {"id2label", "label2id"}):
+            one, two = _value(mine, key), _value(theirs, key)
+            if one == two or PASSED.fullmatch(key) or key.startswith(("id2label.", "label2id.")):
+                continue
+            words = f"{key} is {one!r} in {first.path}, {two!r} in {other.path}"
+            if one is not None and two is not None and FUNCTION.fullmatch(key):
+                found.append(words)
+            else:
+                notes.append(f"{CONFIG}: {words}")
+    if found:
+        raise DataError(f"the models compute differently, {told(found)}; the same weights mean something else in each")
+    return notes
+
+
+def _has_codes(model: ModelFiles, name: str) -> bool:
+    """Tell whether a module, or one above it, has tensors of integers or of 8-bit floats."""
+    module = name.rpartition(".")[0]
+    return any(
+        (info.dtype.itemsize == 1 or not info.dtype.is_floating_point)
+        and info.dtype != torch.bool
+        and len(info.shape) > 0
+        and (other.rpartition(".")[0] + ".").startswith(module + "." if module else "")
+        for other, info in model.infos.items()
+    )
+
+
+def _quantised(model: ModelFiles, why: str) -> DataError:
+    return DataError(
+        f"{model.path} is quantised: {why}; codes cannot be averaged. Merge the models as they were before they were "
+        "quantised, or dequantise them first (transformers: model.dequantize(), then save_pretrained)"
+    )
+
+
+def _value(settings: Mapping[str, Any], key: str) -> Any:
+    """Return the value of a key, or what it stands for where it is left out."""
+    before, dot, last = key.rpartition(".")
+    left_out = (
+        settings.get(f"{before}{dot}num_attention_heads") if last == "num_key_value_heads" else DEFAULTS.get(last)
+    )
+    return settings.get(key, left_out)
+
+
+def _flat(config: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Return the keys of a config with those of the tables in it, dotted, in one form whatever wrote the file."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict) and key not in ("rope_parameters", "rope_scaling"):
+            found |= _flat(cast("dict[str, Any]", value), f"{before}{key}.")
+        elif value is not None:
+            found[before + key] = value
+    theta, scaling = found.get(before + "rope_theta"), found.pop(before + "rope_scaling", None)
+    scaling = found.pop(before + "rope_parameters", scaling)
+    if isinstance(scaling, dict):
+        table = dict(cast("dict[str, Any]", scaling))
+        theta = table.pop("rope_theta", theta)
+        kind = table.pop("rope_type", table.pop("type", "default"))
+        table.pop("type", None)
+        found |= {before + "rope_scaling": {"rope_type": kind, **table}} if kind != "default" or table else {}
+    if isinstance(theta, int | float):
+        found[before + "rope_theta"] = float(theta)
+    return found
+
+
+def _class_differences(first: ModelFiles, other: ModelFiles) -> list[str]:
+    """Return in words where two models that name their classes give one output different names."""
+    mine, theirs = _classes(first), _classes(other)
+    if mine is None or theirs is None or mine == theirs:
+        return []
+    for key in sorted(mine.keys() | theirs.keys(), key=lambda key: (len(key), key)):
+        if mine.get(key) != theirs.get(key):
+            return [f"class {key} is {mine.get(key)!r} in {first.path}, {theirs.get(key)!r} in {other.path}"]
+    return []
+
+
+def _classes(model: ModelFiles) -> dict[str, str] | None:
+    """Return the classes' names by output; None where they have none of their own."""
+    names: Any = model.config.get("id2label")
+    if not isinstance(names, dict):
+        return None
+    found = {str(key): str(name) for key, name in cast("dict[Any, Any]", names).items()}
+    return None if all(re.fullmatch(r"LABEL_\d+", name) for name in found.values()) else found

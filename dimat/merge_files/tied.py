@@ -1,0 +1,123 @@
+"""Tensors that only some models' files hold: buffers that are computed anew, and weights that are stored once.
+
+transformers passes over buffers that follow from the config (rotary frequencies, position ids, causal masks), and
+stores an output layer that is tied to the embedding or not, as the version and the config will have it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dimat.errors import DataError
+from dimat.merge_files.files import ModelFiles
+from dimat.weights.header import TensorInfo
+
+COMPUTED = re.compile(
+    r"(?:.*\.)?(?:\w*inv_freq|position_ids|masked_bias|relative_position_index|relative_coords_table|cos_cached"
+    r"|sin_cached|attn\.bias|attention\.bias)"
+)
+"""Names of buffers that follow from the config. The biases among them are causal masks: (1, 1, length, length)."""
+
+HEADS = {"lm_head.weight", "embed_out.weight", "output.weight", "cls.predictions.decoder.weight"}
+"""Output layers that may be tied to the embedding of tokens."""
+
+EMBEDDING = re.compile(r"(?:.*\.)?(?:embed_tokens|wte|word_embeddings|tok_embeddings|embed_in|shared)\.weight")
+
+
+@dataclass(frozen=True)
+class Together:
+    """Models that are shown with the same tensors. `kept`: own's that no method merges, as they follow from the config;
+    `tied`: own's that are the merged tensor of another name."""
+
+    models: tuple[ModelFiles, ...]
+    base: ModelFiles | None
+    kept: tuple[str, ...] = ()
+    tied: Mapping[str, str] = field(default_factory=dict[str, str])
+
+
+def is_computed(name: str, info: TensorInfo) -> bool:
+    """Tell whether a tensor is a buffer that the model computes anew from its config."""
+    if COMPUTED.fullmatch(name) is None:
+        return False
+    return not name.endswith("n.bias") or (len(info.shape) == 4 and info.shape[:2] == (1, 1))
+
+
+def bring_together(models: Sequence[ModelFiles], base: ModelFiles | None) -> Together:
+    """Return models with the tensors of the first one: tied weights under both names, computed buffers left aside.
+
+    Tensors that are missing for another reason stay so, and are told by the check that follows. Raises DataError
+    where one model's output layer is its embedding, and another's, which is written, is not.
+    """
+    inputs = [*models, *([] if base is None else [base])]
+    names = {name: info for model in reversed(inputs) for name, info in model.infos.items()}
+    apart = {name for name, info in names.items() if is_computed(name, info)}
+    apart = {name for name in apart if any(name not in model for model in inputs)} | (
+        {name for name in apart if names[name].dtype.is_floating_point}
+    )
+    own = models[0]
+    aliases = _aliases_of(inputs, [name for name in names if name not in apart])
+    stored = [name for name in own if name not in apart]
+    tied = {name: twin for name, twin in aliases.items() if name in own and all(_same(m, name, twin) for m in inputs)}
+    for name, twin in aliases.items():
+        untied = [model for model in inputs if not _same(model, name, twin)]
+        if untied and (name not in own or own.config.get("tie_word_embeddings") is True):
+            one = next(model for model in inputs if model not in untied)
+            raise DataError(
+                f"{name!r} is {twin!r} in {one.path} (tied), and a weight of its own in {untied[0].path}; merge with "
+                f"{untied[0].path} first, so that both are written"
+            )
+    merged = [name for name in stored if name not in tied]
+
+    def shown(model: ModelFiles) -> ModelFiles:
+        used = {name: twin for name, twin in aliases.items() if name in merged and name not in model}
+        rest = [name for name in model if name not in merged and name not in apart and name not in aliases]
+        seen = [name for name in merged if name in model or name in used]
+        return model.seen_as([*seen, *rest], used)
+
+    kept = tuple(name for name in own if name in apart)
+    if not kept and not aliases and not apart:
+        return Together(tuple(models), base)
+    return Together(tuple(map(shown, models)), None if base is None else shown(base), kept, tied)
+
+
+def _aliases_of(inputs: Sequence[ModelFiles], names: Sequence[str]) -> dict[str, str]:
+    """Return the tensors that only some models store, by name, with the one that they are tied to in the others."""
+    found: dict[str, str] = {}
+    everywhere = [name for name in names if all(name in model for model in inputs)]
+    for name in names:
+        having = [model for model in inputs if name in model]
+        info = having[0].infos[name]
+        if name in found.values() or len(info.shape) < 2 or not info.dtype.is_floating_point:
+            continue
+        twins = [n for n in everywhere if n != name and n not in found and having[0].infos[n].shape == info.shape]
+        if len(having) == len(inputs):  # stored twice by all
+            known = [n for n in twins if EMBEDDING.fullmatch(n)] if name in HEADS or EMBEDDING.fullmatch(name) else []
+            twin = next((n for n in known if all(_equal(model, name, n) for model in inputs)), None)
+            found |= {} if twin is None else {name: twin}
+            continue
+        twin = next((n for n in twins if _equal(having[0], name, n)), None)
+        lacking = [model for model in inputs if name not in model]
+        if twin is None and name in HEADS and all(m.config.get("tie_word_embeddings") is not False for m in lacking):
+            twin = next((n for n in twins if EMBEDDING.fullmatch(n)), None)
+        if twin is not None:
+            found[name] = twin
+    return found
+
+
+def _same(model: ModelFiles, name: str, twin: str) -> bool:
+    return name not in model or _equal(model, name, twin)
+
+
+def _equal(model: ModelFiles, name: str, twin: str) -> bool:
+    """Tell whether two tensors of a model hold the same numbers, not all one number."""
+    first, second = _tensor(model, name), _tensor(model, twin)
+    return torch.equal(first, second) and bool((first != first.flatten()[:1]).any())
+
+
+def _tensor(model: ModelFiles, name: str) -> Tensor:
+    return model[name].detach()

@@ -1,0 +1,190 @@
+"""The tokens that rows of embeddings stand for: read from a model's folder, compared, and brought into one order."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from blake3 import blake3
+from torch import Tensor
+
+from dimat.errors import ConfigError, DataError
+from dimat.merge_files.files import ModelFiles, hash_of, read_json
+
+BY_TOKEN = re.compile(r"(?:.*[._])?(?:embed\w*|wte|shared|lm_head|output|predictions|decoder)(?:\..*)?")
+"""Names of tensors that may have a row for each token."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The tokenizer of a model: the id of each token, nothing where the file is not read; a hash of either."""
+
+    model: ModelFiles
+    ids: Mapping[str, int]
+    hash: str
+
+
+def read_vocabulary(model: ModelFiles) -> Vocabulary | None:
+    """Return the vocabulary in a model's folder; None where there is none. DataError where its file is damaged."""
+    folder = model.folder
+    if folder is None:
+        return None
+    ids = _ids_in(folder)
+    if ids:
+        content = json.dumps(sorted(ids.items()), ensure_ascii=True).encode()
+        return Vocabulary(model, ids, blake3(content).hexdigest())
+    for name in ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"):
+        if (folder / name).is_file():
+            return Vocabulary(model, {}, hash_of(folder / name))
+    return None
+
+
+def check_vocabularies(models: Sequence[ModelFiles], reference: ModelFiles | None) -> list[str]:
+    """Compare models' vocabularies with that of `reference`, whose tokenizer is written; return what may be meant.
+
+    Raises DataError where a token has another id, so that rows of different tokens would be merged.
+    """
+    notes: list[str] = []
+    for first, other in _different(models, reference):
+        moved, (more, less) = _moved(first, other), _apart(first, other)
+        taken = set(first.ids.values())
+        clash = next((token for token in more if other.ids[token] in taken), None)
+        if not first.ids or not other.ids:
+            raise DataError(
+                f"the tokenizers of {first.model.path} and {other.model.path} differ, and their files do not say which "
+                "token has which row; give both models one tokenizer"
+            )
+        if moved and not more and not less:
+            raise DataError(
+                f"{other.model.path} has the tokens of {first.model.path} in another order: "
+                f"{_where(first, other, moved[0])}; --align-vocabulary brings its rows into one order"
+            )
+        if moved or clash is not None:
+            one = _where(first, other, moved[0] if moved else cast("str", clash))
+            raise DataError(
+                f"{other.model.path} has other tokens than {first.model.path}: {one}; {len(moved):,} tokens have "
+                f"another row, {len(more):,} are here alone and {len(less):,} there; merge models of one vocabulary"
+            )
+        notes.append(
+            f"vocabularies: tokens in {other.model.path} alone: {len(more):,}, in {first.model.path} alone: "
+            f"{len(less):,}; their rows are merged with rows that have no token"
+        )
+    return notes
+
+
+def align_vocabularies(models: Sequence[ModelFiles], reference: ModelFiles | None) -> list[ModelFiles]:
+    """Return models with the rows of their embeddings in the order of the tokens of `reference`.
+
+    Raises ConfigError where a model says nothing of its tokens, DataError where the tokens are not the same ones.
+    """
+    for model in models:
+        if model.adapter or read_vocabulary(model) is None:
+            raise ConfigError(
+                f"align_vocabulary (--align-vocabulary): {model.path} is no model folder with a tokenizer"
+            )
+    changed: dict[int, ModelFiles] = {}
+    for first, other in _different(models, reference):
+        more, less = _apart(first, other)
+        if more or less or not first.ids:
+            raise DataError(
+                f"{other.model.path} and {first.model.path} have {len(more):,} and {len(less):,} tokens "
+                f"that the other lacks: rows can be brought into one order only where the tokens are the same"
+            )
+        changed[id(other.model)] = _permuted(first, other)
+    return [changed.get(id(model), model) for model in models]
+
+
+def _different(models: Sequence[ModelFiles], reference: ModelFiles | None) -> list[tuple[Vocabulary, Vocabulary]]:
+    first = None if reference is None else read_vocabulary(reference)
+    if first is None:
+        return []
+    others = [read_vocabulary(model) for model in models if model is not reference]
+    return [(first, other) for other in others if other is not None and other.hash != first.hash]
+
+
+def _permuted(first: Vocabulary, other: Vocabulary) -> ModelFiles:
+    """Return the other model with its rows in the first one's order; rows without a token stay where they are."""
+    model = other.model
+    rows: dict[str, Tensor] = {}
+    size = _rows_of(model, max(other.ids.values()) + 1)
+    order = torch.arange(size)
+    taken = set(first.ids.values())
+    if taken != set(other.ids.values()):
+        raise DataError(f"the tokens of {first.model.path} and {model.path} have other ids: rows have no common order")
+    for token, row in first.ids.items():
+        order[row] = other.ids[token]
+    for name, info in model.infos.items():
+        if info.shape and info.shape[0] == size and BY_TOKEN.fullmatch(name):
+            rows[name] = order
+    if not rows:
+        raise DataError(f"{model.path} has no embedding of {size:,} tokens whose rows could be put in order")
+    return model.with_rows(rows)
+
+
+def _rows_of(model: ModelFiles, least: int) -> int:
+    """Return the number of rows of a model's embedding: its config's, else the smallest that has room for all."""
+    said = model.config.get("vocab_size")
+    if isinstance(said, int) and said >= least:
+        return said
+    tables = [info.shape for name, info in model.infos.items() if len(info.shape) == 2 and BY_TOKEN.fullmatch(name)]
+    found = [shape[0] for shape in tables if shape[0] >= least]
+    if not found:
+        raise DataError(f"{model.path} has no embedding with a row for each of its {least:,} tokens")
+    return min(found)
+
+
+def _moved(first: Vocabulary, other: Vocabulary) -> list[str]:
+    return sorted((t for t, row in other.ids.items() if first.ids.get(t, row) != row), key=lambda t: first.ids[t])
+
+
+def _apart(first: Vocabulary, other: Vocabulary) -> tuple[list[str], list[str]]:
+    """Return the tokens that the other has alone, and those that the first has alone."""
+    more, less = other.ids.keys() - first.ids.keys(), first.ids.keys() - other.ids.keys()
+    return sorted(more, key=lambda t: other.ids[t]), sorted(less, key=lambda t: first.ids[t])
+
+
+def _where(first: Vocabulary, other: Vocabulary, token: str) -> str:
+    if token in first.ids:
+        return f"{token!r} is {first.ids[token]} there, {other.ids[token]} here"
+    row = other.ids[token]
+    mine = next(t for t, k in first.ids.items() if k == row)
+    return f"{row} is {mine!r} there, {token!r} here"
+
+
+def _ids_in(folder: Path) -> dict[str, int]:
+    """Return the id of each token by the files of a tokenizer."""
+    ids: dict[str, int] = {}
+    if (folder / "tokenizer.json").is_file():
+        tree = read_json(folder / "tokenizer.json")
+        part: Any = tree.get("model")
+        vocabulary: Any = cast("dict[str, Any]", part).get("vocab") if isinstance(part, dict) else None
+        if isinstance(vocabulary, dict):
+            ids = _whole_numbers(cast("dict[str, Any]", vocabulary))
+        elif isinstance(vocabulary, list):  # Unigram: pieces with their scores, in the order of ids
+            pieces = cast("list[Any]", vocabulary)
+            ids = {str(piece[0]): i for i, piece in enumerate(pieces) if isinstance(piece, list) and piece}
+        added: Any = tree.get("added_tokens") or []
+        for token in cast("list[Any]", added) if isinstance(added, list) else []:
+            if isinstance(token, dict) and type(cast("dict[str, Any]", token).get("id")) is int:
+                ids[str(cast("dict[str, Any]", token).get("content"))] = token["id"]
+        return ids
+    if (folder / "vocab.json").is_file():
+        ids = _whole_numbers(read_json(folder / "vocab.json"))
+    elif (folder / "vocab.txt").is_file():
+        try:
+            lines = (folder / "vocab.txt").read_text(encoding="utf-8").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"cannot read {folder / 'vocab.txt'}: {error}") from error
+        ids = {line.rstrip("\r"): i for i, line in enumerate(lines) if line}
+    if ids and (folder / "added_tokens.json").is_file():
+        ids |= _whole_numbers(read_json(folder / "added_tokens.json"))
+    return ids
+
+
+def _whole_numbers(table: Mapping[str, Any]) -> dict[str, int]:
+    return {token: row for token, row in table.items() if type(row) is int}
