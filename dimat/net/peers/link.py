@@ -332,6 +332,9 @@ class PeerLink:
                 self._notice_once(f"{self.peer} offers what cannot be taken: {error}")
                 continue
             offers[signed.manifest.round, signed.manifest.payload.root] = signed
+        if self._dropped.is_set():
+            # while the manifests were read: a connection that is given up must not pass for one made anew
+            raise ConnectionBrokenError(self._reason)
         self._offers = offers
         if self._connection is None:
             self._connection = connection

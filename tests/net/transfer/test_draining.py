@@ -4,12 +4,16 @@ publisher has on its disk."""
 from __future__ import annotations
 
 import asyncio
+import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dimat.errors import NetworkError
+from dimat.net.manifest import unseal
+from dimat.net.peers import link
 from tests.net.agents import QUICK, Agent, join, make, started, weights
 
 pytestmark = [pytest.mark.anyio, pytest.mark.live]
@@ -100,3 +104,36 @@ async def test_a_fetch_from_one_that_has_left_is_given_up(tmp_path: Path) -> Non
             again.publish(1, weights(1))
             await b.ears.until(lambda: len(b.ears.offers) > heard)
             assert 0 < (await b.transport.fetch("a", 1, payload.root)).bytes < payload.bytes
+
+
+async def test_a_connection_that_is_given_up_while_news_is_read_stays_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A transfer fails, and its connection is dropped, while a thread still reads the manifests that came on it: what
+    the peer has said of leaving stands, and the link connects anew."""
+    a, b = make(tmp_path / "a", "a"), make(tmp_path / "b", "b")
+    async with started(a, b), asyncio.timeout(60):
+        join(a, b)
+        a.publish(1, weights(1))
+        await b.ears.offer("a", 1)
+        peer_link = b.transport._links["a"]
+        connection = peer_link._connection
+        assert connection is not None
+        reading, go_on = threading.Event(), threading.Event()
+
+        def slow(*args: Any, **kwargs: Any) -> Any:
+            reading.set()
+            assert go_on.wait(30)
+            return unseal(*args, **kwargs)
+
+        monkeypatch.setattr(link, "unseal", slow)
+        a.publish(2, weights(2))
+        await asyncio.to_thread(reading.wait, 30)
+        peer_link._parting = "time is up"
+        peer_link.drop(connection, "a transfer failed")
+        reached: list[object] = []
+        monkeypatch.setattr(peer_link, "_in_reach", lambda: reached.append(peer_link._connection))
+        go_on.set()
+        await b.ears.offer("a", 2)
+        assert reached
+        assert connection not in reached
