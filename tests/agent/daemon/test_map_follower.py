@@ -147,6 +147,7 @@ async def test_forged_maps_are_taken_by_no_node_and_no_reader(tmp_path: Path) ->
             await node.close()
 
 
+@pytest.mark.timeout(900)  # six processes of hivemind, one after the other: a minute, most of it waiting
 @needs_hivemind
 @pytest.mark.anyio
 async def test_what_can_be_published(tmp_path: Path) -> None:
