@@ -106,7 +106,7 @@ def merge_products(own: Weights, peers: Sequence[Weights], weights: Sequence[flo
             ready.update({pairs[name].a: a, pairs[name].b: b})
         return ready.pop(name)
 
-    return combine_tensors(own, peers, one)
+    return combine_tensors(own, peers, one, grows=True)
 
 
 def _merge_pair(

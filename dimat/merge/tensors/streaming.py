@@ -25,22 +25,24 @@ MergeTensor = Callable[[str, Tensor, list[Tensor]], Tensor]
 class MergedWeights(WeightsView):
     """Own's tensors merged with the peers': each access merges one tensor, and nothing is kept.
 
-    `merge` gets tensors in the types that they have, and gives the same result whenever it is asked. Integer and
-    boolean tensors, and those that are empty in all models, are own's. Only one tensor of each model is in memory.
+    `merge` gets tensors in the types that they have, and gives the same result whenever it is asked. Integer, boolean
+    and empty tensors are own's; with `grows`, an empty one is merged where a peer's is not (LoRA factors of rank 0).
+    Only one tensor of each model is in memory at a time.
     """
 
-    def __init__(self, own: Weights, peers: Sequence[Weights], merge: MergeTensor) -> None:
+    def __init__(self, own: Weights, peers: Sequence[Weights], merge: MergeTensor, *, grows: bool = False) -> None:
         super().__init__(own)
+        self._grows = grows
         self._own = own
         self._peers = peers
         self._merge = merge
 
     def __getitem__(self, name: str) -> Tensor:
         own = self._own[name].detach()
-        if not (own.is_floating_point() or own.is_complex()):
+        if not (own.is_floating_point() or own.is_complex()) or not (own.numel() or self._grows):
             return own.clone()
         others = [peer[name].detach() for peer in self._peers]
-        if not own.numel() and not any(other.numel() for other in others):  # peers' LoRA factors may be longer
+        if not own.numel() and not any(other.numel() for other in others):
             return own.clone()
         return self._merge(name, own, others)
 
@@ -51,16 +53,18 @@ def taking_part(peers: Sequence[Weights], weights: Sequence[float]) -> tuple[lis
     return [peer for peer, _ in chosen], [weights[0], *(weight for _, weight in chosen)]
 
 
-def combine_tensors(own: Weights, peers: Sequence[Weights], merge: MergeTensor) -> MergedWeights:
+def combine_tensors(
+    own: Weights, peers: Sequence[Weights], merge: MergeTensor, *, grows: bool = False
+) -> MergedWeights:
     """Return own's tensors merged with the peers', each whole in the accumulating type on own's device; the results
-    are in own's types."""
+    are in own's types. `grows`: own's empty tensors are merged where a peer's are not."""
 
     def one(name: str, tensor: Tensor, peer_tensors: list[Tensor]) -> Tensor:
         start = tensor.to(accumulator(tensor))
         others = [peer.to(device=start.device, dtype=start.dtype) for peer in peer_tensors]
         return merge(name, start, others).to(tensor.dtype)
 
-    return MergedWeights(own, peers, one)
+    return MergedWeights(own, peers, one, grows=grows)
 
 
 def combine_elements(own: Weights, peers: Sequence[Weights], plan: PlanPieces, with_own: bool = True) -> MergedWeights:
