@@ -1,4 +1,4 @@
-"""All errors that dimat raises on purpose, each with the exit code of the command that meets it.
+"""All errors that dimat raises on purpose, each with its command's exit code.
 
 A message is one line: what is wrong, where, and what to do next. Exit codes are part of the interface
 (scripts and service managers read them): 0 ok, 1 runtime, 2 usage or configuration, 3 network or peers,

@@ -1,4 +1,4 @@
-"""Functions by name: graphs, schedules, mixing rules, merge methods and tasks are all picked in this way.
+"""Functions by name: graphs, schedules, mixing rules, merge methods and tasks.
 
     COMBINE = Registry("combine method", "dimat.merge.combine")
 

@@ -1,4 +1,4 @@
-"""An agent beside somebody's own training loop: the loop trains, the agent swaps weights, aligns and merges.
+"""An agent beside a user's own training loop: the loop trains, the agent swaps and merges.
 
     with dimat.Agent("lab-a.toml").attach(model, optimizer, data=loader) as agent:
         for inputs, targets in batches:

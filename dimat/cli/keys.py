@@ -1,4 +1,4 @@
-"""`dimat keys …`: certificates and keys of a collaboration's agents, and publishing its map."""
+"""`dimat keys …`: agents' certificates and keys, and publishing the network map."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Variants: other forms of an experiment, run side by side (`dimat simulate FILE --compare …`)."""
+"""Variants: other forms of an experiment, run side by side by `dimat simulate --compare`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Merging: tensor maths over state dicts, with no network, event loop or I/O but mapped files."""
+"""Merging: tensor maths over state dicts, without network, event loop or I/O."""
 
 from dimat.merge.api import align_weights, merge_weights
 from dimat.merge.context import MergeContext

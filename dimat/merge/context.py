@@ -1,4 +1,4 @@
-"""The context of a merge: model, data and statistics that its stages ask for besides weights."""
+"""The context of a merge: model, data and statistics that its stages need."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Entries that no combine method may decide: shielded from it before, and settled after.
+"""Entries that no combine method may decide: hidden from it, settled afterwards.
 
 shield = Shield.of(own, peers, weights, natures)
 combined = method(shield.own, shield.peers, …)

@@ -1,4 +1,4 @@
-"""Weights read one tensor at a time: from files, in another basis, on another device; hashes.
+"""Weights read one tensor at a time: from files, permuted, on another device; hashes.
 
 Merging streams over tensor names, so that its peak memory is own model + one tensor per peer.
 """

@@ -1,4 +1,4 @@
-"""PEFT adapters that are merged as products of their factors, whatever their ranks and scales.
+"""PEFT adapters merged as products of their factors, of any rank and scale.
 
 Combine methods see models of the same tensors and one scale. So each adapter is shown to them as if it had own's
 scale, s_k/s_own being multiplied into B, and all modules: one that it does not adapt has ΔW = 0, as factors of zeros.

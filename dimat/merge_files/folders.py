@@ -1,4 +1,4 @@
-"""Where a model lies: a safetensors file, indexed shards, a folder, a Hugging Face cache; other formats are named."""
+"""Where a model lies: a file, shards, a folder, a Hugging Face cache; names other formats."""
 
 from __future__ import annotations
 

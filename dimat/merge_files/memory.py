@@ -1,4 +1,4 @@
-"""How much memory a merge of files needs, told before it begins."""
+"""Estimates the memory that a merge of files needs, before it begins."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""mergekit's merge methods as ours: for each, the method, its options and the mixing weights that give the same."""
+"""mergekit's merge methods as ours: the method, options and mixing weights for each."""
 
 from __future__ import annotations
 

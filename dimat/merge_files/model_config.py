@@ -1,4 +1,4 @@
-"""Settings beside the weights that decide what the weights mean: quantisation, keys of config.json, class names."""
+"""Settings that decide what weights mean: quantisation, config.json, class names."""
 
 from __future__ import annotations
 

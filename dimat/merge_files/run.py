@@ -1,4 +1,4 @@
-"""Merging model files by a recipe: all is checked, then tensors are merged and written singly."""
+"""Merges model files by a recipe: checks all, then merges and writes each tensor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensors that only some models' files hold: buffers that are computed anew, and weights that are stored once.
+"""Tensors that only some files hold: recomputed buffers, and tied weights stored once.
 
 transformers passes over buffers that follow from the config (rotary frequencies, position ids, causal masks), and
 stores an output layer that is tied to the embedding or not, as the version and the config will have it.

@@ -1,4 +1,4 @@
-"""The tokens that rows of embeddings stand for: read from a model's folder, compared, and brought into one order."""
+"""Tokens behind the rows of embeddings: read, compared, and brought into one order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Retry back-off: growing waits with jitter, a circuit breaker, and reminders of trouble that lasts."""
+"""Retry back-off with jitter, a circuit breaker, and reminders of lasting trouble."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Everything two agents compare when they meet, and the reasons for which they refuse each other."""
+"""The facts that two agents compare when they meet, and their reasons to refuse."""
 
 from __future__ import annotations
 

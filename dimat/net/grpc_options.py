@@ -1,4 +1,4 @@
-"""gRPC channel and server options: keep-alive pings, handshake, sizes, sockets; their values are in `limits`."""
+"""gRPC channel and server options: keep-alive, handshake, sizes; values from `limits`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The transport over gRPC: one agent's server, links, downloads and uploads behind `transport.Transport`."""
+"""The transport over gRPC: one agent's server, links, downloads and uploads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Addresses and TCP ports: which process listens on a port, is a host loopback, does an address answer."""
+"""Addresses and TCP ports: who listens on a port, is a host loopback, does it answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Threads, background tasks, notifications and counters of a transport: all belong to one event loop."""
+"""Threads, background tasks, notifications and counters of one transport's event loop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The interface between an agent and its network: offer snapshots, hear of those of peers, fetch them.
+"""The interface between an agent and its network: offer, hear of and fetch snapshots.
 
 The daemon's runner knows these protocols only. `dimat.net.grpc_transport` implements them over gRPC.
 """

@@ -1,4 +1,4 @@
-"""Many agents on one host, with the round code of the daemon: `run_simulation` and what it is made of."""
+"""Many agents on one host, with the daemon's round code: `run_simulation`."""
 
 from dimat.simulate.run import run_simulation
 

@@ -1,4 +1,4 @@
-"""Methods side by side on the same data: the same agents, parts and first trainings, then each method its own way.
+"""Methods side by side: the same agents, data parts and first trainings for each.
 
 The first round's training is the same for all methods of one split and seed; it is done once and kept, and each
 method branches off from it. Runs of different seeds go on side by side, so that all workers are busy.

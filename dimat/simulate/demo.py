@@ -1,4 +1,4 @@
-"""The demo: five agents on a ring, each with its own initialisation and its own part of the digits data.
+"""The demo: five agents on a ring, each with its own start and its own part of digits.
 
 The setting is that of the trial in which the shared basis was found: skewed (Dirichlet 0.5) and IID parts, five
 epochs alone, then ten rounds of merging and two epochs; and one model trained on all data as the ceiling.

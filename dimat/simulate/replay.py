@@ -1,4 +1,4 @@
-"""Replays a run's trace on the round machines of this version: do they still ask for the same?"""
+"""Replays a run's trace on this version's round machines: do they ask for the same?"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Symmetry groups of a module, derived from its graph: which units can be permuted without changing it.
+"""Symmetry groups of a module: units that can be permuted without changing its function.
 
 `derive_symmetry` gives a `SymmetrySpec`; `permute_weights` and `permute_optimizer` apply permutations of its
 groups; `verify_symmetry` checks it by numbers; `Observer` reads activations at its observation points.

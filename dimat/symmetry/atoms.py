@@ -1,4 +1,4 @@
-"""Atoms, of which layouts are made (see `dimat.symmetry.layout`), and what can be done without relating them."""
+"""Atoms of layouts (see `dimat.symmetry.layout`), and operations that relate none."""
 
 from __future__ import annotations
 

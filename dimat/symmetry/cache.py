@@ -1,4 +1,4 @@
-"""Verified specs, kept on disk by architecture, so that an agent that starts again need not derive them anew.
+"""Verified specs kept on disk by architecture, so that a restarted agent derives none.
 
 A spec is found by the module's fingerprint, its code and constructor state, for which nothing is traced; one found so
 is checked by numbers before it is used. A module without a fingerprint is known by the hash of its trace. Either way

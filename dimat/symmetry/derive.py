@@ -1,4 +1,4 @@
-"""From a module to its `SymmetrySpec`: trace, interpret, name the groups, find where to observe them."""
+"""From a module to its `SymmetrySpec`: trace, interpret, name groups, find where to observe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Axes that are several in one: found after a run of the graph, and taken apart at the start of the next.
+"""Axes that are several in one: found by one run of the graph, split in the next.
 
 A fused projection of query, key and value has one output axis of 3 · heads · units entries. A first run sees it
 viewed as (3, heads, units) and every index of the "3" taken by itself, so that all three are tied to each other.

@@ -1,4 +1,4 @@
-"""Discard what one thread prints; the output of other threads meanwhile goes where it belongs."""
+"""Discards what one thread prints; other threads' output goes where it belongs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Observe activations: run the traced graph under given weights and read the units of each group."""
+"""Observes activations: runs the traced graph and reads the units of each group."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tracing of modules that export cannot follow, because what they do depends on values: one path at a time.
+"""Traces modules that export cannot follow because control flow depends on values.
 
 `make_fx` runs the module on real numbers and records the operations that were run. Several runs on different numbers
 take different paths; all of them relate the axes of the same parameters. A path that none of them took is not covered,

@@ -1,4 +1,4 @@
-"""Apply permutations of group units to weights, buffers and optimizer state; draw, invert, compose them.
+"""Permutes units in weights, buffers and optimizer state; draws and composes permutations.
 
 Permutations are {group id: LongTensor of shape (size,)}, and merged unit j is old unit p[j]. A group with parents
 has a permutation for each of their units, (parents' sizes…, size): of heads H and units D inside them, merged (h, j)

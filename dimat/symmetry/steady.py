@@ -1,4 +1,4 @@
-"""Random operations made steady: each draw gives one number to every entry, the same in every run.
+"""Makes random operations steady: one draw for all entries, the same in every run.
 
 What a forward pass draws has no place of its own: a permuted model draws another sequence, and two runs agree only in
 distribution. One number for a whole tensor is the same whichever way units are ordered, so that all that remains

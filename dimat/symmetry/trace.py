@@ -1,4 +1,4 @@
-"""Tracing: a module becomes a graph of aten operations, with what each placeholder stands for.
+"""Tracing: a module becomes a graph of aten operations with named placeholders.
 
 `torch.export.export(strict=False)` in eval mode, the batch axis left open where the model allows. The graph
 is the training IR: in-place operations survive in it. All knowledge of torch.export's objects is in this

@@ -1,4 +1,4 @@
-"""Which groups have a permutation of their own for each unit of another: units inside attention heads.
+"""Groups with one permutation for each unit of another group: units inside heads.
 
 A set of units D may be permuted anew for each index of H where (1) wherever D occurs, in tensors and in everything
 that is computed, H occurs with it exactly once, in the same product or as an axis of its own; and (2) nothing

@@ -1,4 +1,4 @@
-"""Who exchanges weights with whom: graphs, schedules over rounds, mixing weights, and how fast they mix.
+"""Who exchanges weights with whom: graphs, schedules, mixing weights, mixing speed.
 
     topology = build_topology(TopologyConfig(graph="torus", agents=16), seed=0)
     topology.schedule.row(1, "agent-0")            # {"agent-0": 0.2, "agent-1": 0.2, …}

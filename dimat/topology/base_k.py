@@ -1,4 +1,4 @@
-"""Base-(k+1) graphs: the exact average of any number of agents in finitely many rounds, k peers a round at most.
+"""Base-(k+1) graphs: an exact average in finitely many rounds, with at most k peers each.
 
 Takezawa, Sato, Bao, Niwa & Yamada, "Beyond Exponential Graph: Communication-Efficient Topologies for Decentralized
 Learning via Finite-time Convergence", NeurIPS 2023, arXiv 2305.11420. Every round is undirected and its mixing matrix

@@ -1,4 +1,4 @@
-"""Graphs from files and from Python: GraphML, GML, node-link JSON, edge lists, {connectivity, pi} JSON, a function.
+"""Graphs from files and functions: GraphML, GML, JSON, edge lists, {connectivity, pi}.
 
 Whatever a source calls its vertices, the outcome is a networkx graph whose nodes are agent names in a stable order:
 labels that are just the numbers 0 … n-1 become `agent-0` … (or the names of the map that points to the file).

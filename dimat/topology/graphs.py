@@ -1,4 +1,4 @@
-"""Named graphs: generators that an operator picks by name, and the checks that every graph has to pass.
+"""Named graphs: generators by name, and the checks that every graph has to pass.
 
 A generator takes the number of agents and keyword options and returns a networkx graph on 0 … n-1; `build_graph`
 names the agents. An edge u -> v of a directed graph means that u sends to v. Random graphs are drawn from a derived

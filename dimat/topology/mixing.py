@@ -1,4 +1,4 @@
-"""Mixing weights: how much of each neighbour's weights an agent takes, and the checks on them.
+"""Mixing weights: how much of each neighbour's weights an agent takes; their checks.
 
 Row i of the mixing matrix W says how agent i merges: theta_i <- sum_j W_ij theta_j. Rows sum to 1, and W_ij is above
 zero exactly for j = i and for the j that send to i. Rows are made one at a time, so that a network of ten thousand

@@ -1,4 +1,4 @@
-"""Writing topologies: GraphML, GML, node-link JSON, edge list, {connectivity, pi} JSON, TOML map."""
+"""Writes topologies: GraphML, GML, JSON, edge list, {connectivity, pi}, TOML map."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model and its optimizer as tensors by name: read, replaced and permuted while an agent trains and merges."""
+"""A model and its optimizer as named tensors: read, replaced and permuted in place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that survive power loss: a file's own fsync is not enough, its folder has to be on the disk too."""
+"""Files that survive power loss: the file and its folder are both flushed to the disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The header of a safetensors file, read and checked before anything is allocated from what it claims.
+"""The header of a safetensors file, checked before anything is allocated from its claims.
 
 A file is 8 bytes (length of the header, little-endian), the header (JSON: name → dtype, shape, place of the data), and
 the data of all tensors, without holes.

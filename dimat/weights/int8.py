@@ -1,4 +1,4 @@
-"""A tensor in 8-bit integers: each block of `BLOCK` consecutive elements has a scale of its own.
+"""A tensor in 8-bit integers: each block of `BLOCK` elements has its own scale.
 
 scale = max|v| / 127, value = v / scale rounded to the nearest (half to even), decoded value · scale; no element is off
 by more than half a scale. Decoding is one conversion, one product and, of a delta, one sum in float32 for each element:

@@ -1,4 +1,4 @@
-"""Tensors to the bytes of a safetensors file and back, for content that may come from an enemy.
+"""Tensors to safetensors bytes and back, for content that may come from an enemy.
 
 Reading copies one tensor at a time, when it is asked for. Nothing is allocated beyond what the file holds: a header may
 take an eighth of it and `SPARE`, and each tensor's claim has to fit its bytes.

@@ -1,4 +1,4 @@
-"""The wire protocol, version 1: names of services and headers; messages are generated from proto/ into `v1`."""
+"""The wire protocol, version 1: names of services and headers; messages are in `v1`."""
 
 PROTOCOL = 1
 """Version of the protocol; agents of different versions refuse each other."""

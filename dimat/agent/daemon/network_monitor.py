@@ -1,4 +1,4 @@
-"""Tells as events how an agent's network is, so that listeners need not ask."""
+"""Reports the state of an agent's network as events, for listeners."""
 
 from __future__ import annotations
 

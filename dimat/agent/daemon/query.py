@@ -1,4 +1,4 @@
-"""Asks another agent of the map how it is, with own keys."""
+"""Asks another agent of the map for its status, with this agent's keys."""
 
 from __future__ import annotations
 

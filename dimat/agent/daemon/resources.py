@@ -1,4 +1,4 @@
-"""Disk and memory that an agent needs: estimated before it begins, by the daemon and by `dimat doctor`."""
+"""Disk and memory that an agent needs, estimated before it begins."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tells how an agent is, on a socket in its folder and to the service manager."""
+"""Serves an agent's status on a socket in its folder, and to the service manager."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One check of `dimat doctor`: its level, its result, and the advice where something is wrong."""
+"""One check of `dimat doctor`: its level, its result, and advice for a fault."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`dimat doctor`: checks everything an agent needs on this machine and in the network; changes nothing.
+"""`dimat doctor`: checks everything an agent needs here and in the network, read-only.
 
 `examine` works whether the agent runs or not. What costs long is done once: the task is loaded, since its model's
 schema decides which peers fit.

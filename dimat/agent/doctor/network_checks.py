@@ -1,4 +1,4 @@
-"""Network checks of `dimat doctor`: the own port, peers, clocks, dial-back, and bootstraps of the DHT."""
+"""Network checks of `dimat doctor`: port, peers, clocks, dial-back, DHT bootstraps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How an agent's weights become a snapshot: passed through the encoding they travel in.
+"""Turns an agent's weights into a snapshot, through the encoding they travel in.
 
 So every reader holds the same content, in whatever form it came.
 """

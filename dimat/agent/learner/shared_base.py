@@ -1,5 +1,4 @@
-"""Common ground of an agent and its peers before weights can be merged: the base of task vectors, the frozen
-part of a model that is trained in part, and the merge that such a part asks for."""
+"""The ground an agent shares with its peers: base of task vectors, frozen parts, adapters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The statistics that some combine methods rest on, taken on an agent's own data."""
+"""Statistics for combine methods that need them, taken on an agent's own data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far peers' round numbers move an agent: at once where members bear them out, else a few rounds.
+"""How far peers' round numbers move an agent: fully where members bear them out.
 
 A number is borne out by two or more members that claim it, or by the only neighbour that there is once a snapshot of it
 has been fetched. Any other number is one peer's word: it moves an agent by at most `ROUNDS_KEPT` rounds beyond what it

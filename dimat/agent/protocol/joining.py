@@ -1,4 +1,4 @@
-"""How a newcomer joins a network that lives already: at which round, with whose weights.
+"""How a newcomer joins a running network: at which round, with whose weights.
 
 And whose basis an agent adopts.
 """

@@ -1,4 +1,4 @@
-"""Peers' offers of snapshots, kept within bounds whatever they say."""
+"""Peers' offers of snapshots, bounded whatever the peers claim."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a configuration to a resolved experiment, and to an agent that can run: task, parts, schedule, round machine.
+"""From a configuration to a resolved experiment, and to an agent that can run.
 
 Knows no daemon and no simulator: both resolve an experiment here.
 """

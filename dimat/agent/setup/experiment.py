@@ -1,4 +1,4 @@
-"""From a configuration to a resolved experiment: its task, who holds which samples, and all rounds as planned.
+"""Resolves a configuration: its task, each agent's samples, and the plan of all rounds.
 
 The simulator and every agent resolve an experiment by this one function, so that all come to the same. The simulator
 adds faults and checks to it, an agent its keys and addresses.

@@ -1,4 +1,4 @@
-"""The network map that counts for an agent: the operator's file, or a newer one that it followed in the DHT."""
+"""The network map that counts for an agent: its file, or a newer one from the DHT."""
 
 from __future__ import annotations
 

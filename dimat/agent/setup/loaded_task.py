@@ -1,4 +1,4 @@
-"""A task as loaded in a process, with the merge that its agents do: what all agents of one process may share."""
+"""A task loaded in a process, with the merge that its agents do; shared among them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The round machine of an agent, new or from a checkpoint: the same for the daemon and the simulator."""
+"""Makes an agent's round machine, new or from a checkpoint, for daemon and simulator."""
 
 from __future__ import annotations
 

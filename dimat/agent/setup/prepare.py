@@ -1,4 +1,4 @@
-"""From a configuration to an agent that can run: the resolved experiment, and the agent's own place in it."""
+"""From a configuration to an agent that can run: the experiment, and its place in it."""
 
 from __future__ import annotations
 

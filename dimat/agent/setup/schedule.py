@@ -1,4 +1,4 @@
-"""The rounds of an experiment as planned: who merges with whom, with what weights, by what rules.
+"""The rounds of an experiment as planned: who merges with whom, and with what weights.
 
 Worked out of the configuration and the network map alone, so that every agent of a network, and the simulator, come to
 the same plan.

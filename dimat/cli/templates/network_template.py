@@ -1,4 +1,4 @@
-"""The network that `dimat init --agents N` writes: map, configuration and keys, for this host."""
+"""The network that `dimat init --agents N` writes for this host: map, config, keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""No alignment: peers are taken to be in our basis."""
+"""No alignment: peers are taken to be in this agent's basis."""
 
 from __future__ import annotations
 

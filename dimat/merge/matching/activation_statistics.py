@@ -1,4 +1,4 @@
-"""Streaming statistics of activations: how strongly own units go with a peer's.
+"""Streaming statistics of activations: how strongly this agent's units go with a peer's.
 
 Only self × peer blocks and variances are kept, n(U² + 2U) numbers for n peers and U units, never the full
 ((n+1)U)² covariance. A batch is multiplied in float32 (its own dtype where that is float64) after the first

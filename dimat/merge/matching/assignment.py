@@ -1,4 +1,4 @@
-"""Assignment problems: which unit of a peer is which of own's, given a score for each pair."""
+"""Assignment problems: pairs a peer's units with this agent's, given a score for each pair."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensors cut into cells: blocks in which every axis is a product of units, to pair units by.
+"""Tensors cut into cells: blocks whose axes are products of units, to pair units by.
 
 An axis that concatenates segments holds different units in each; a cell takes one segment of each such axis. Pairing
 own units with a peer's, cell by cell, gives each pair's inner product over all that they share.

@@ -1,4 +1,4 @@
-"""Weight matching: coordinate descent on <own weights, permuted peer's weights>.
+"""Weight matching: coordinate descent on <this agent's weights, permuted peer's weights>.
 
 One **move** assigns anew the units of one tree of groups (a plain group; or heads together with what lies in them)
 while all others stay, which is a linear assignment. The peer's tensors are permuted as they are read, one at a time.

@@ -1,4 +1,4 @@
-"""Matching by activations: correlations of units on data, and the assignments that they give."""
+"""Matching by activations: correlations of units on data, and their assignments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Linear layers and convolutions as matrices over rows of inputs; and least squares for them."""
+"""Linear layers and convolutions as matrices over rows of inputs; least squares."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An agent's address record in the DHT: its addresses and newest snapshot, signed; how it is sealed and checked.
+"""An agent's signed record in the DHT: its addresses and its newest snapshot.
 
 How long a record lives, and its other bounds, stand in `dimat.net.limits`. A record is signed with the agent's TLS key
 and carries its certificate, so that every reader, and every node that is to keep it, can check it by the CA's

@@ -1,4 +1,4 @@
-"""A child process that answers requests, never outlives its owner, and is found again after a crash.
+"""A child process that answers requests, dies with its owner, and is found after a crash.
 
 `ChildProcess` talks to it in JSON lines over stdin and stdout. `PidFile` keeps its token in a file. The token also
 stands in the environment of the child and of the processes that it starts, by which the orphans of a killed owner are

@@ -1,4 +1,4 @@
-"""The agent's side of a DHT node, which runs in a process of its own that is probed and restarted here.
+"""An agent's DHT node: starts its process, probes it, restarts it, and asks it.
 
 hivemind's processes die, hang and are orphaned in ways that it does not notice itself, so it is kept out of the agent:
 `dimat.net.discovery.dht_process` holds it, and `DhtNode` sends requests to that process, probes it, and replaces it.

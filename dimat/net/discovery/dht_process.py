@@ -1,4 +1,4 @@
-"""The process that runs hivemind: one DHT node and its p2pd, which takes requests as JSON lines on stdin.
+"""The process that runs hivemind: one DHT node, asked by JSON lines on stdin.
 
 Run as `python -m dimat.net.discovery.dht_process PARENT_PID` by `dimat.net.discovery.dht`, in a process group of its
 own. It answers on stdout: `{"id": …, "ok": true, …}` or `{"id": …, "ok": false, "kind": …, "error": …}`. It ends, with

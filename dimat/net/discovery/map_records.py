@@ -1,4 +1,4 @@
-"""The network map as a record in the DHT, by which an organiser changes the members; signed by the CA.
+"""The network map as a DHT record signed by the CA, by which an organiser changes members.
 
 A member's key cannot sign one, whatever its certificate says: the signature is checked against the public keys of the
 CA's own certificates. The bytes are a magic word, the signature (after its length, 2 bytes), and the body that it is

@@ -1,4 +1,4 @@
-"""Publish a network map in the DHT, signed by the CA, for all agents that follow it: `dimat keys publish-map`."""
+"""`dimat keys publish-map`: sign a network map with the CA's key, leave it with the DHT."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which records a DHT node keeps and passes on: valid ones under their own key, none older than one it has seen."""
+"""Decides which records a DHT node keeps: valid ones, under their own key, never older."""
 
 from __future__ import annotations
 

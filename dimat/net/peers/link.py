@@ -1,4 +1,4 @@
-"""The link to one peer: connects, polls the snapshots that it offers, and reconnects when that breaks."""
+"""The link to one peer: connects, polls the snapshots it offers, reconnects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An agent's identity: its key and certificate, loaded from the folder of keys, for TLS and signatures.
+"""An agent's identity for TLS and signatures: its key and certificate, as loaded.
 
 gRPC is imported only where credentials are made: the DHT's process checks certificates and signatures without it.
 """

@@ -1,4 +1,4 @@
-"""Files of keys and certificates: read and written whole, and private keys closed to everybody else."""
+"""Files of keys and certificates: read and written whole; private keys closed to others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Facts about each certificate, key and request in a folder of keys, and their faults: `dimat keys show`."""
+"""`dimat keys show`: facts about certificates, keys and requests, and their faults."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The folder of keys: issues, renews, requests and signs; NAME.key/.crt/.csr of agents, ca.key and ca.crt.
+"""The folder of keys: makes, renews, requests and signs agents' keys and certificates.
 
 Nothing is overwritten unless a renewal is asked for, and that keeps the key. A file is there whole or not at all, new
 files that a command could not finish are taken back, and a private key never lies open to others, not even while it is

@@ -1,4 +1,4 @@
-"""The cache of peers' snapshots on the disk: whole ones, parts of incoming ones, and its quota.
+"""The disk cache of peers' snapshots: whole ones, parts of incoming ones, a quota.
 
 A snapshot is kept while it is in use; the last one of each peer stays beyond that, as the base of the peer's next delta
 and for the blocks that the next one shares with it. Equal snapshots have one address and are stored once.

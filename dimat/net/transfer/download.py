@@ -1,4 +1,4 @@
-"""Downloads one payload from a peer: only the missing blocks, retried over broken connections."""
+"""Downloads one payload from a peer: missing blocks only, retried when it breaks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fetches peers' snapshots the cheapest way: held already, as a shorter encoded form, or whole."""
+"""Fetches peers' snapshots the cheapest way: held already, encoded, or whole."""
 
 from __future__ import annotations
 

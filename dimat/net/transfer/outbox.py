@@ -1,4 +1,4 @@
-"""The outbox: the snapshots that this agent offers now, as signed manifests, and their change number."""
+"""The outbox: the snapshots that this agent offers now, as signed manifests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Blocks of a payload as they arrive: each block's hash is checked here before it is written."""
+"""A payload's blocks as they arrive: each block's hash is checked before it is written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Uploads of payloads to readers: files read ahead in threads, sent in chunks, within slots and rate."""
+"""Uploads of payloads to readers: read ahead, chunked, within slots and rate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks that an experiment's times, faults and topology fit together: refused, or warned of, before it runs."""
+"""Checks before a run that times, faults and topology of an experiment fit together."""
 
 from __future__ import annotations
 

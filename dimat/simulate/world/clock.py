@@ -1,4 +1,4 @@
-"""Virtual time: what is to happen, in order of time, and at one time in the order in which it was put there."""
+"""Virtual time: a queue of events in order of time, and of arrival within one time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faults of a simulated network: the plan of all crashes, joins, leaves, partitions and slow-downs.
+"""Faults of a simulated network: crashes, joins, leaves, partitions and slow-downs.
 
 The script (`simulate.faults`) is played through once beforehand, so that one that contradicts itself is refused
 before the run; random faults (`simulate.random_faults`) are then drawn into the time that it leaves.

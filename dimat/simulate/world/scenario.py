@@ -1,4 +1,4 @@
-"""A resolved experiment with the simulator's world around it: faults, estimates, and checks that all fits together.
+"""A resolved experiment with the simulator's world around it, checked as a whole.
 
 All of it is worked out before the first step, so that whatever is impossible is refused before a run folder exists.
 """

@@ -1,4 +1,4 @@
-"""Transfer rules: how each aten operation relates the axes of its inputs to those of its outputs.
+"""Transfer rules: how each aten operation relates its inputs' axes to its outputs'.
 
 One file per family; importing this package registers them all. `register_rule` adds one for an operation
 that dimat does not know.

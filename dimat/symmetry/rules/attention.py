@@ -1,4 +1,4 @@
-"""Scaled dot-product attention: which units of a head go together, and that heads stay apart, is told by its axes."""
+"""Scaled dot-product attention: heads stay apart, and a head's units go together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Complex numbers and Fourier transforms: pairs of parts, and axes whose order is frequency or time."""
+"""Complex numbers and Fourier transforms: pairs of parts, and axes of fixed order."""
 
 from __future__ import annotations
 

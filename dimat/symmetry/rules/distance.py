@@ -1,4 +1,4 @@
-"""Distances, inner products and norms: the axis that is summed over is permuted alike in both tensors."""
+"""Distances, inner products and norms: the summed axis moves alike in both tensors."""
 
 from __future__ import annotations
 

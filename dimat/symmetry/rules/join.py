@@ -1,4 +1,4 @@
-"""Concatenation, and its inverses: split, chunk, slice, select, unbind; stack; constant padding."""
+"""Concatenation and stacking, their inverses (split, slice, select), constant padding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Normalisations: affine parameters and running statistics are permuted with the axis they belong to."""
+"""Normalisations: affine parameters and running statistics move with their axis."""
 
 from __future__ import annotations
 

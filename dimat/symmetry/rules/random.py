@@ -1,4 +1,4 @@
-"""Random draws: entries are independent and alike, so any order of them is as likely as any other.
+"""Random draws: entries are independent and alike, so that any order is as likely.
 
 A draw is an axis about which nothing is known yet: where it is added to or multiplied with a tensor, its units go along
 with that tensor's, everywhere the same draw is used.

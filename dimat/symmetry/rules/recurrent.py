@@ -1,4 +1,4 @@
-"""LSTM, GRU and plain RNN: the gate axis of every weight is a copy of the hidden axis for each gate."""
+"""LSTM, GRU and plain RNN: every gate's axis is a copy of the hidden axis."""
 
 from __future__ import annotations
 

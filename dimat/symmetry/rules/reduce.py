@@ -1,4 +1,4 @@
-"""Reductions drop an axis; what depends on the order along an axis freezes it; look-ups freeze the index."""
+"""Reductions drop an axis; operations that depend on the order along an axis freeze it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Entries put or found by number or by mask: the axis that numbers them stays, the others go along."""
+"""Entries put or read by index or mask: the indexed axis is frozen, the others pass."""
 
 from __future__ import annotations
 

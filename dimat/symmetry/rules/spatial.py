@@ -1,4 +1,4 @@
-"""Pooling, resizing, padding by reflection, pixel shuffle: positions are fixed, channels pass."""
+"""Pooling, resizing, reflection padding, pixel shuffle: positions fixed, channels pass."""
 
 from __future__ import annotations
 

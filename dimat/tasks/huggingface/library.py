@@ -1,4 +1,4 @@
-"""Loads the libraries of the extra `hf` when they are needed; turns their errors into one line."""
+"""Loads the libraries of the extra `hf` when needed; turns their errors into one line."""
 
 from __future__ import annotations
 

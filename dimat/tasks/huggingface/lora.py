@@ -1,4 +1,4 @@
-"""LoRA (arXiv 2106.09685): a frozen base that all agents share, and adapters that they train.
+"""LoRA (arXiv 2106.09685): a frozen base that agents share, adapters that they train.
 
 An adapted model's state dict holds the trained tensors and nothing else. All code that reads state dicts (snapshots,
 merges, checkpoints, evaluation at other weights) so handles adapters alone; the base stays in the model, untouched.

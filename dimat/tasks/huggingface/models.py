@@ -1,4 +1,4 @@
-"""Models of transformers: pretrained from a folder or the hub, or drawn from a configuration."""
+"""Models of transformers: pretrained (folder or hub), or drawn from a configuration."""
 
 from __future__ import annotations
 
