@@ -30,7 +30,7 @@ from dimat.agent.protocol.basis import BasisId
 from dimat.agent.protocol.plan import Plan, RoundPlan, Rules
 from dimat.agent.protocol.round import RoundMachine
 from dimat.agent.protocol.work import Outcome
-from dimat.config import NetworkConfig
+from dimat.config import NetworkConfig, ScheduleConfig
 from dimat.errors import DataError
 from dimat.events import MergeResult, TrainResult
 from dimat.seeds import numpy_generator
@@ -145,7 +145,7 @@ class Network:
         self.told: Counter[type[events.Event]] = Counter()
         store = MemoryStore()
         self._work = {name: Averaging(start, store) for name, start in zip(names, self.start, strict=True)}
-        rules = Rules(rounds=rounds, deadline_s=600.0)
+        rules = Rules.of(ScheduleConfig(), rounds=rounds, deadline_s=600.0)
         self._driver = Driver(
             "scale",
             {name: self._node(name, rules) for name in names},

@@ -10,6 +10,7 @@ from dimat.agent.protocol.basis import BasisId
 from dimat.agent.protocol.plan import Plan, RoundPlan, Rules
 from dimat.agent.protocol.round import RoundMachine
 from dimat.agent.protocol.state import MachineState
+from dimat.config import ScheduleConfig
 
 MINE = BasisId(0, "me", "0")
 ROW = {"me": 0.5, "b": 0.25, "c": 0.25}
@@ -18,7 +19,16 @@ ROW = {"me": 0.5, "b": 0.25, "c": 0.25}
 def machine(state: MachineState | None = None, published: int = 0, base: str = "", **rules: Any) -> RoundMachine:
     plan = Plan(frozenset({"b", "c"}), lambda _: RoundPlan(ROW))
     settings: dict[str, Any] = {"rounds": 100, "deadline_s": 10.0, **rules}
-    return RoundMachine("me", "run", plan, Rules(**settings), basis=MINE, base=base, state=state, published=published)
+    return RoundMachine(
+        "me",
+        "run",
+        plan,
+        Rules.of(ScheduleConfig(), **settings),
+        basis=MINE,
+        base=base,
+        state=state,
+        published=published,
+    )
 
 
 def offer(peer: str, number: int, oldest: int | None = None, **fields: Any) -> r.PeerPublished:

@@ -18,7 +18,7 @@ from dimat.agent.protocol.plan import Plan, PushShares, RoundPlan, Rules
 from dimat.agent.protocol.push_sum import PushSum
 from dimat.agent.protocol.round import RoundMachine
 from dimat.agent.protocol.work import Outcome
-from dimat.config import NetworkConfig, TopologyConfig
+from dimat.config import NetworkConfig, ScheduleConfig, TopologyConfig
 from dimat.events import MergeResult, TrainResult
 from dimat.simulate.driver import Driver, Node
 from dimat.simulate.in_process_network import MemoryNetwork
@@ -192,7 +192,7 @@ def run(
     first = np.eye(len(names)) if start is None else start
     store = Store(keep)
     work = {agent: Averaging(agent, values, store, seed) for agent, values in zip(names, first, strict=True)}
-    rules = Rules(rounds=rounds, deadline_s=deadline_s)
+    rules = Rules.of(ScheduleConfig(), rounds=rounds, deadline_s=deadline_s)
     told: list[events.Event] = []
 
     def node(agent: str) -> Node:

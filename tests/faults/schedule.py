@@ -8,6 +8,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from dimat.agent.protocol.plan import Plan, PushShares, RoundPlan, Rules
+from dimat.config import ScheduleConfig
 
 Edges = tuple[tuple[int, int], ...]
 Span = tuple[float, float]
@@ -124,7 +125,7 @@ def name_of(agent: int) -> str:
 
 
 def rules_of(schedule: Schedule) -> Rules:
-    return Rules(**schedule.rules)
+    return Rules.of(ScheduleConfig(), **schedule.rules)
 
 
 class Plans:

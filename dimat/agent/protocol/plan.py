@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from dimat.config import ScheduleConfig
 
 LAST_ROUND = 2**40
 """The last round of a schedule without an end: no agent gets there by itself, and its manifests could still say it."""
@@ -47,28 +49,32 @@ class Plan:
     of: Callable[[int], RoundPlan]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
-    """How rounds go.
+    """How rounds go: the settings of `ScheduleConfig` that have the same name (meaning and defaults stand there), and:
 
-    `mode`: "sync" merges neighbours' snapshots of the same round, "async" the newest ones that are at most
-    `max_staleness` rounds behind, each round of staleness multiplying a peer's weight by `staleness_decay` (what
-    is taken off goes to self). `min_peers`: a merge waits for at least this many peers while the deadline
-    allows; with fewer the agent keeps its own weights. `rounds`: the last round, None for no end. `join`: what a
-    newcomer does once it hears a living network, within `join_wait_s`. `target`: (metric, value); an agent whose
-    metric after a merge is at least the value is through.
+    `rounds`: the last round, None for no end. `deadline_s`: `round_deadline_s`. `basis_gossip`: agents come to share
+    one basis. `target`: (metric, value); an agent whose metric after a merge is at least the value is through.
     """
 
     rounds: int | None
     deadline_s: float
-    mode: Literal["sync", "async"] = "sync"
-    min_peers: int = 0
-    max_staleness: int = 4
-    staleness_decay: float = 0.5
+    mode: Literal["sync", "async"]
+    min_peers: int
+    max_staleness: int
+    staleness_decay: float
+    join: Literal["adopt", "align"]
+    join_wait_s: float
     basis_gossip: bool = False
-    join: Literal["adopt", "align"] = "adopt"
-    join_wait_s: float = 10.0
-    target: tuple[str, float] | None = field(default=None)
+    target: tuple[str, float] | None = None
+
+    @classmethod
+    def of(cls, schedule: ScheduleConfig, **more: Any) -> Rules:
+        """Return the rules of a configuration; `more` are fields that it does not say, or says otherwise."""
+        names = {field.name for field in fields(cls)} & {*type(schedule).model_fields} - {"rounds", "target"}
+        said: dict[str, Any] = {name: getattr(schedule, name) for name in names}
+        said |= {"rounds": schedule.rounds or None, "deadline_s": schedule.round_deadline_s}
+        return cls(**{**said, **more})
 
     def beyond(self, number: int) -> bool:
         """Whether a round lies after the last one."""

@@ -86,16 +86,10 @@ class RunSchedule:
     def rules(self) -> Rules:
         """Return the rules by which all agents' rounds go."""
         schedule = self.config.schedule
-        return Rules(
+        return Rules.of(
+            schedule,
             rounds=self.rounds or None,
-            deadline_s=schedule.round_deadline_s,
-            mode=schedule.mode,
-            min_peers=schedule.min_peers,
-            max_staleness=schedule.max_staleness,
-            staleness_decay=schedule.staleness_decay,
             basis_gossip=self.merge_plan.align.name != "none" and self.merge_plan.align_to == "shared",
-            join=schedule.join,
-            join_wait_s=schedule.join_wait_s,
             target=None if schedule.target is None else (self.metric, schedule.target),
         )
 

@@ -19,6 +19,7 @@ from dimat.agent.protocol.basis import BasisId
 from dimat.agent.protocol.offers import ROUNDS_KEPT
 from dimat.agent.protocol.plan import Plan, RoundPlan, Rules
 from dimat.agent.protocol.round import Phase, RoundMachine
+from dimat.config import ScheduleConfig
 from dimat.events import MergeResult
 
 
@@ -54,7 +55,7 @@ class Network:
                 a,
                 "run",
                 Plan(frozenset(self.graph[a]), lambda _, a=a: RoundPlan(metropolis_row(self.graph, a))),
-                Rules(self.rounds, self.deadline_s, basis_gossip=True),
+                Rules.of(ScheduleConfig(), rounds=self.rounds, deadline_s=self.deadline_s, basis_gossip=True),
                 basis=BasisId(0, a, "0"),
             )
             for a in self.graph
@@ -210,7 +211,7 @@ MINE = BasisId(0, "me", "0")
 def machine(**changes: object) -> RoundMachine:
     rules: dict[str, Any] = {"rounds": 3, "basis_gossip": True, "deadline_s": 10.0, **changes}
     plan = Plan(frozenset(ROW) - {"me"}, lambda _: RoundPlan(ROW))
-    return RoundMachine("me", "run", plan, Rules(**rules), basis=MINE)
+    return RoundMachine("me", "run", plan, Rules.of(ScheduleConfig(), **rules), basis=MINE)
 
 
 def offer(peer: str, number: int, root: str | None = None, basis: BasisId | None = None) -> r.PeerPublished:

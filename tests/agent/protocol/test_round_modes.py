@@ -17,6 +17,7 @@ from dimat.agent.protocol.messages import MergeRecord
 from dimat.agent.protocol.plan import Plan, PushShares, RoundPlan, Rules
 from dimat.agent.protocol.round import Phase, RoundMachine
 from dimat.agent.protocol.state import MachineState
+from dimat.config import ScheduleConfig
 from dimat.events import MergeResult
 from tests.agent.machines import MINE, go_to, have, machine, of, offer, told
 
@@ -203,7 +204,7 @@ def test_rounds_published_before_a_checkpoint_was_lost_are_left_out() -> None:
 def test_push_sum_weights_follow_from_shares_and_late_ones_are_made_up_for() -> None:
     """Two agents push to each other half of what they have; a share that is missed comes with the next snapshot."""
     plan = Plan(frozenset({"b"}), lambda _: RoundPlan({"me": 1.0, "b": 1.0}, push=PushShares(0.5, {"b": 0.5})))
-    m = RoundMachine("me", "run", plan, Rules(10, 10.0), basis=MINE)
+    m = RoundMachine("me", "run", plan, Rules.of(ScheduleConfig(), rounds=10, deadline_s=10.0), basis=MINE)
     m.handle(r.Started())
     (publish,) = of(m.handle(r.TrainingDone(1, "own1")), r.Publish)
     assert publish.pushed == {"b": 0.5}
