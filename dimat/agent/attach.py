@@ -238,7 +238,7 @@ class Agent:
     @property
     def round(self) -> int:
         """The round that the agent is in."""
-        return 0 if self._daemon is None else cast("int", self._daemon.status()["round"])
+        return 0 if self._daemon is None else self._daemon.round
 
     def step(self) -> None:
         """Count an optimizer step; with a round's last one wait for the merge. Does nothing once `done`. Raises what

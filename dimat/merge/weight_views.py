@@ -7,26 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
-from os import PathLike, fspath
+from os import PathLike
 from typing import Any
 
 import torch
 from blake3 import blake3
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dimat.errors import DataError
 from dimat.merge.stages import Permutations, Weights
 from dimat.symmetry import permute_weights
 from dimat.symmetry.spec import AxisRef, SymmetrySpec, groups_in
+from dimat.weights.header import LONGEST_HEADER
+from dimat.weights.tensors import Tensors
 
 
 def open_weights(source: Weights | str | PathLike[str]) -> Weights:
-    """Return weights as a mapping from tensor name to tensor; a safetensors file is mapped, not read.
+    """Return weights as a mapping from tensor name to tensor; of a safetensors file each access reads one.
 
     A mapping is returned as it is. Raises DataError, naming the file, where it is missing, truncated or damaged.
     """
-    return source if isinstance(source, Mapping) else SafetensorsFile(source)
+    return source if isinstance(source, Mapping) else Tensors(source, longest=LONGEST_HEADER)
 
 
 class WeightsView(Mapping[str, Tensor]):
@@ -43,26 +43,6 @@ class WeightsView(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
-
-
-class SafetensorsFile(WeightsView):
-    """A safetensors file as a mapping: each access reads one tensor, and nothing is kept."""
-
-    def __init__(self, path: str | PathLike[str]) -> None:
-        self.path = fspath(path)
-        try:
-            self._file = safe_open(self.path, framework="pt")
-            super().__init__(dict.fromkeys(self._file.keys()))
-        except (OSError, SafetensorError) as error:
-            raise DataError(f"cannot read weights from {self.path}: {error}") from error
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        try:
-            return self._file.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise DataError(f"cannot read tensor {name!r} from {self.path}: {error}") from error
 
 
 def axes_by_name(spec: SymmetrySpec) -> dict[str, list[AxisRef]]:

@@ -74,6 +74,9 @@ class ModelFiles(Mapping[str, Tensor]):
             self._checked.add(name)
         return tensor if name not in self._rows else tensor[self._rows[name]]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._where  # without reading the tensor
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)
 

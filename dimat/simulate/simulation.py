@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from safetensors import safe_open
 
 from dimat import events
 from dimat.agent.setup.machine import machine_for
@@ -30,7 +29,9 @@ from dimat.simulate.trace import TraceWriter
 from dimat.simulate.world.link_model import Links
 from dimat.simulate.world.scenario import Scenario
 from dimat.version import __version__
+from dimat.weights.header import LONGEST_HEADER
 from dimat.weights.snapshot import SnapshotStore
+from dimat.weights.tensors import open_tensors
 
 E = TypeVar("E", bound=events.Event)
 
@@ -313,10 +314,9 @@ def consensus_distances(files: Mapping[str, Path]) -> dict[str, float]:
     squares = dict.fromkeys(files, 0.0)
     mean_square = 0.0
     with ExitStack() as stack:
-        opened = {name: stack.enter_context(safe_open(path, framework="pt")) for name, path in files.items()}
-        first = next(iter(opened.values()))
-        for tensor_name in first.keys():
-            tensors = [file.get_tensor(tensor_name) for file in opened.values()]
+        opened = {name: stack.enter_context(open_tensors(path, "", LONGEST_HEADER)) for name, path in files.items()}
+        for tensor_name in next(iter(opened.values())):
+            tensors = [file[tensor_name] for file in opened.values()]
             if not tensors[0].is_floating_point():
                 continue
             stacked = torch.stack([t.double().flatten() for t in tensors])

@@ -36,7 +36,7 @@ from torch import Tensor
 from dimat.errors import DataError, unknown_name
 from dimat.weights.header import NAMES, TensorInfo, compose_header, shown
 from dimat.weights.int8 import LARGEST, LARGEST_SCALE, blocks_of, quantise, restore
-from dimat.weights.tensors import Tensors, join_tensors, open_tensors
+from dimat.weights.tensors import EncodedTensors, Tensors, open_tensors
 
 ENCODINGS = ("fp32", "bf16", "fp16", "int8")
 SMALLEST = 1024
@@ -109,7 +109,8 @@ def encode_weights(
             del parts[_EXACT + name]
     if encoding == "fp32":
         return Encoded(decoded, None, {})
-    return Encoded(decoded, join_tensors(parts, _metadata(encoding, delta=after is not None)), left)
+    form = EncodedTensors(parts, _metadata(encoding, delta=after is not None))
+    return Encoded(decoded, b"".join(form.pieces()) if form.readable else None, left)
 
 
 def decode_weights(form: Path | bytes, *, after: Mapping[str, Tensor] | Path | None = None) -> dict[str, Tensor]:

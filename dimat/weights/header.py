@@ -26,26 +26,27 @@ MOST_DIMENSIONS = 64
 METADATA = "__metadata__"
 
 CODES: Mapping[str, torch.dtype] = {
+    "U64": torch.uint64,
+    "I64": torch.int64,
     "F64": torch.float64,
+    "C64": torch.complex64,
     "F32": torch.float32,
-    "F16": torch.float16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
     "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "U16": torch.uint16,
+    "I16": torch.int16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
-    "C64": torch.complex64,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
     "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""Name of a type in safetensors → type."""
+"""Name of a type in safetensors → type, in the order in which safetensors lays out tensors of these types."""
 
 NAMES = {dtype: code for code, dtype in CODES.items()}
+_PLACES = {dtype: place for place, dtype in enumerate(CODES.values())}
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,13 +118,13 @@ def compose_header(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str])
     header: dict[str, object] = {METADATA: {**metadata}} if metadata else {}
     places: dict[str, int] = {}
     end = 0
-    # wide types first, as safetensors itself writes them, so that every tensor lies at a multiple of its width
-    for name in sorted(infos, key=lambda name: (-infos[name].dtype.itemsize, name)):
+    # as safetensors itself writes them, to the byte: wide types first, so that each lies at a multiple of its width
+    for name in sorted(infos, key=lambda name: (_PLACES[infos[name].dtype], name)):
         info = infos[name]
         places[name] = end
         end += info.bytes
         header[name] = {"dtype": NAMES[info.dtype], "shape": [*info.shape], "data_offsets": [places[name], end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     head = len(text).to_bytes(8, "little") + text
     return head, {name: len(head) + place for name, place in places.items()}

@@ -140,10 +140,34 @@ class Manifest:
 
 def checksum(data: bytes | memoryview, block_bytes: int = BLOCK_BYTES) -> Payload:
     """Return the payload record of `data`."""
-    view = memoryview(data)
-    blocks = [blake3(view[i : i + block_bytes]).digest() for i in range(0, len(view), block_bytes)]
-    root = blake3(b"".join(blocks) + len(view).to_bytes(8, "big")).hexdigest()
-    return Payload(root, len(view), tuple(b.hex() for b in blocks), block_bytes)
+    return checksum_pieces((data,), block_bytes)
+
+
+def checksum_pieces(pieces: Iterable[bytes | memoryview], block_bytes: int = BLOCK_BYTES) -> Payload:
+    """Return the payload record of data that are given piece by piece."""
+    blocks: list[bytes] = []
+    digest, room, size = blake3(), block_bytes, 0
+    for piece in pieces:
+        view = memoryview(piece)
+        size += len(view)
+        while len(view):
+            part = view[:room]
+            digest.update(part)
+            room -= len(part)
+            view = view[len(part) :]
+            if not room:
+                blocks.append(digest.digest())
+                digest, room = blake3(), block_bytes
+    if room < block_bytes:
+        blocks.append(digest.digest())
+    root = blake3(b"".join(blocks) + size.to_bytes(8, "big")).hexdigest()
+    return Payload(root, size, tuple(b.hex() for b in blocks), block_bytes)
+
+
+def checksum_file(path: Path) -> Payload:
+    """Return the payload record of a file; OSError where it cannot be read."""
+    with path.open("rb") as file:
+        return checksum_pieces(iter(lambda: file.read(BLOCK_BYTES), b""))
 
 
 def make_folder(folder: Path) -> None:

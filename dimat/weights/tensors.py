@@ -1,24 +1,27 @@
 """Tensors to safetensors bytes and back, for content that may come from an enemy.
 
-Reading copies one tensor at a time, when it is asked for. Nothing is allocated beyond what the file holds: a header may
-take an eighth of it and `SPARE`, and each tensor's claim has to fit its bytes.
+Reading copies one tensor at a time, when it is asked for, and writing none. Nothing is allocated beyond what the file
+holds: a header may take an eighth of it and `SPARE`, and each tensor's claim has to fit its bytes.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Generator, Iterator, Mapping
+import os
+import weakref
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from os import PathLike, fspath
 from pathlib import Path
 
 import torch
 from blake3 import blake3
-from safetensors.torch import save as encode_safetensors
 from torch import Tensor
 
 from dimat.errors import DataError
-from dimat.weights.durable import write_bytes
-from dimat.weights.header import TensorInfo, compose_header, parse_header, shown
+from dimat.weights.durable import share_file, write_pieces
+from dimat.weights.header import NAMES, TensorInfo, compose_header, parse_header, shown
+from dimat.weights.snapshot import Payload, checksum_pieces
 
 SPARE = 2**20
 
@@ -29,12 +32,30 @@ def longest_header(size: int) -> int:
 
 
 class Tensors(Mapping[str, Tensor]):
-    """An open safetensors file: tensors by name, each a copy of its own. DataError where one cannot be read."""
+    """A safetensors file, or its bytes, as tensors by name: each access reads one, and keeps nothing.
 
-    def __init__(self, file: io.BytesIO | io.BufferedReader, where: str) -> None:
-        self.where = where
+    Any thread may read. The file stays open until `close`, or as long as the mapping lives: it is read even where its
+    name is gone. `what`: bytes, in messages; `longest`: most bytes of the header, by default what a stranger's may have
+    (`longest_header`). DataError, naming the file, where it is missing or damaged, or a tensor cannot be read.
+
+    An own reader, because that of safetensors 0.8.0 loses 32 bytes for each tensor that is read, which a process that
+    merges for weeks never gets back, and has no `in` that does not read.
+    """
+
+    def __init__(self, source: str | PathLike[str] | bytes, what: str = "", longest: int | None = None) -> None:
+        self.where = what if isinstance(source, bytes) else fspath(source)
+        self._data = source if isinstance(source, bytes) else None
+        try:
+            file = io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb", buffering=0)
+        except OSError as error:
+            raise DataError(f"cannot read {self.where}: {error.strerror or error}") from error
         self._file = file
-        self._header = parse_header(file, where, longest_header(file.seek(0, 2)))
+        self.close = weakref.finalize(self, file.close)
+        try:
+            size = file.seek(0, 2)
+            self._header = parse_header(file, self.where, longest_header(size) if longest is None else longest)
+        except OSError as error:
+            raise DataError(f"cannot read {self.where}: {error.strerror or error}") from error
 
     @property
     def metadata(self) -> Mapping[str, str]:
@@ -47,17 +68,14 @@ class Tensors(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         info = self._header.tensors[name]
         raw = torch.empty(info.bytes, dtype=torch.uint8)
-        if info.bytes:
-            try:
-                self._file.seek(self._header.starts[name])
-                there = self._file.readinto(raw.numpy().data)
-            except OSError as error:
-                raise DataError(f"cannot read {self.where}: {error.strerror or error}") from error
-            if there != info.bytes:
-                raise DataError(f"{self.where} is cut short: tensor {shown(name)} is not whole")
+        if info.bytes and self._read(raw.numpy().data, self._header.starts[name]) != info.bytes:
+            raise DataError(f"{self.where} is cut short: tensor {shown(name)} is not whole")
         if info.dtype == torch.bool and bool((raw > 1).any()):
             raise DataError(f"{self.where}: tensor {shown(name)} holds what is neither true nor false")
         return raw.view(info.dtype).reshape(info.shape)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._header.tensors  # without reading the tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._header.tensors)
@@ -65,52 +83,92 @@ class Tensors(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._header.tensors)
 
+    def _read(self, buffer: memoryview, start: int) -> int:
+        """Fill a buffer from a place of the file on; return how many bytes there were."""
+        if self._data is not None:
+            found = memoryview(self._data)[start : start + len(buffer)]
+            buffer[: len(found)] = found
+            return len(found)
+        done = 0
+        try:
+            while done < len(buffer) and (count := os.preadv(self._file.fileno(), [buffer[done:]], start + done)):
+                done += count
+        except OSError as error:
+            raise DataError(f"cannot read {self.where}: {error.strerror or error}") from error
+        return done
+
 
 @contextmanager
-def open_tensors(source: Path | bytes, what: str) -> Generator[Tensors, None, None]:
-    """Open a safetensors file, or its bytes, to read from; DataError where it is none. `what`: bytes, in messages."""
-    if isinstance(source, bytes):
-        yield Tensors(io.BytesIO(source), what)
-        return
+def open_tensors(source: Path | bytes, what: str, longest: int | None = None) -> Generator[Tensors, None, None]:
+    """Open a safetensors file, or its bytes, to read from, and close it; see `Tensors`."""
+    tensors = Tensors(source, what, longest)
     try:
-        file = source.open("rb")
-    except OSError as error:
-        raise DataError(f"cannot read {source}: {error.strerror or error}") from error
-    with file:
-        yield Tensors(file, str(source))
+        yield tensors
+    finally:
+        tensors.close()
 
 
-def join_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes | None:
-    """Return tensors on the CPU as the bytes of a safetensors file: equal ones for equal tensors, wherever they lie.
-    None where the header would be longer than `longest_header` lets it be: more names than numbers."""
-    infos = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    head, starts = compose_header(infos, metadata)
-    size = len(head) + sum(info.bytes for info in infos.values())
-    if len(head) - 8 > longest_header(size):
-        return None
-    # one copy, from where each tensor lies
-    raw = (tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy() for name in starts if infos[name].bytes)
-    return b"".join([head, *(part.data for part in raw)])
+class EncodedTensors:
+    """Tensors as the bytes of a safetensors file: equal ones for equal tensors, wherever they lie.
+
+    The bytes are given piece by piece, from where each tensor lies: only one that is not contiguous on the CPU is
+    copied, when its turn comes. Views, and tensors that share memory, are written out, each under its name. `bytes`: of
+    the whole file. DataError for a type that no file holds.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+        self._tensors = tensors
+        for name, tensor in tensors.items():
+            if tensor.dtype not in NAMES:
+                raise DataError(f"tensor {shown(name)} is of type {tensor.dtype}, which no file holds")
+        infos = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        self._head, starts = compose_header(infos, metadata or {})
+        self._names = [name for name in starts if infos[name].bytes]
+        self.bytes = len(self._head) + sum(info.bytes for info in infos.values())
+
+    @property
+    def readable(self) -> bool:
+        """Whether the header is short enough for `Tensors`; else there are more names than numbers."""
+        return len(self._head) - 8 <= longest_header(self.bytes)
+
+    def pieces(self) -> Iterator[memoryview]:
+        """Yield the bytes, in order. The tensors must not change meanwhile."""
+        yield memoryview(self._head)
+        for name in self._names:
+            dense = self._tensors[name].detach().to("cpu").resolve_conj().resolve_neg().contiguous()
+            yield dense.reshape(-1).view(torch.uint8).numpy().data
 
 
 def encode(weights: Mapping[str, Tensor]) -> bytes:
-    """Return a state dict as the bytes of a safetensors file: the same for equal weights, wherever they lie."""
-    # safetensors refuses tensors that share memory; views and tied tensors are written out, each under its name
-    plain: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in weights.items():
-        t = tensor.detach().to("cpu").contiguous()
-        pointer = t.untyped_storage().data_ptr()
-        if pointer in seen or t.untyped_storage().nbytes() != t.numel() * t.element_size():
-            t = t.clone(memory_format=torch.contiguous_format)
-        seen.add(pointer)
-        plain[name] = t
-    return encode_safetensors(plain)
+    """Return a state dict as the bytes of a safetensors file."""
+    return b"".join(EncodedTensors(weights).pieces())
 
 
 def write_weights(path: Path, weights: Mapping[str, Tensor], *, durable: bool = True) -> None:
     """Write a state dict as safetensors under a temporary name, then rename; DataError where that fails."""
-    write_bytes(path, encode(weights), durable=durable)
+    write_pieces(path, EncodedTensors(weights).pieces(), durable=durable)
+
+
+def record_tensors(
+    folder: Path, tensors: Mapping[str, Tensor], *, elsewhere: Sequence[Path] = (), durable: bool = True
+) -> Payload:
+    """Write tensors as a payload into a store folder, as `record_bytes` does, without a copy of them all.
+
+    `elsewhere`: other store folders of this disk, from which equal content is shared rather than written again.
+    """
+    encoded = EncodedTensors(tensors)
+    payload = checksum_pieces(encoded.pieces())
+    path = folder / f"{payload.root}.safetensors"
+    if path.exists() and path.stat().st_size == payload.bytes:
+        return payload
+    for other in elsewhere:
+        try:
+            share_file(other / path.name, path, durable=durable)
+        except FileNotFoundError:
+            continue
+        return payload
+    write_pieces(path, encoded.pieces(), durable=durable)
+    return payload
 
 
 def schema_hash(weights: Mapping[str, Tensor]) -> str:

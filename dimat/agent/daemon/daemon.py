@@ -88,7 +88,7 @@ class Daemon:
         self._store = SnapshotStore(folder.snapshots, keep=keep)
         size = setup.largest_snapshot(self._learner.trainer.model)
         self._check_room(size, keep)
-        checkpoints = CheckpointStore(folder.checkpoints, agent.keep_checkpoints)
+        checkpoints = CheckpointStore(folder.checkpoints, agent.keep_checkpoints, elsewhere=(folder.snapshots,))
         self._work = AgentWorker(self._learner, config.run, checkpoints, folder.lineage, agent.evaluate, folder.weights)
         found = self._work.restore()()
         self._passed_over = () if found is None else found.passed_over
@@ -220,6 +220,11 @@ class Daemon:
         from_file = schedule.config.topology.map == self.setup.config.topology.map
         followed = "" if from_file else ", as published in the DHT"
         self.runner.noticed(f"the network map was read again: {len(schedule.agents)} agents{followed}")
+
+    @property
+    def round(self) -> int:
+        """The round that the agent is in; for any thread, unlike all else."""
+        return self._machine.round
 
     def status(self) -> dict[str, object]:
         """Return how the agent is, as plain values."""

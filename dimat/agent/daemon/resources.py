@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from stat import S_ISREG
 
 import psutil
 
@@ -41,5 +42,14 @@ def little_memory(size: int, peers: int, available: int) -> str:
 
 
 def held_bytes(folder: Path) -> int:
-    """Return the bytes that an agent's folder takes on the disk; 0 where it is not there."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    """Return the bytes that an agent's folder takes on the disk; 0 where it is not there. A file that goes meanwhile is
+    not counted, and one with several names once."""
+    sizes: dict[tuple[int, int], int] = {}
+    for file in folder.rglob("*"):
+        try:
+            found = file.stat(follow_symlinks=False)
+        except FileNotFoundError:
+            continue
+        if S_ISREG(found.st_mode):
+            sizes[found.st_dev, found.st_ino] = found.st_size
+    return sum(sizes.values())

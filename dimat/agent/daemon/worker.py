@@ -134,8 +134,13 @@ class AgentWorker(Work[Path]):
         return lambda: self._learner.merge(action, sources, self._evaluate)
 
     def save_weights(self) -> Outcome[None]:
-        """Write the current weights to where people find them."""
-        return lambda: self._learner.save(self._weights)
+        """Write the weights of the checkpoint that was just made to where people find them."""
+
+        def saved() -> None:
+            if not self._checkpoints.share_weights(self._weights):
+                self._learner.save(self._weights)
+
+        return saved
 
     def _record(self) -> RecordedSnapshot:
         snapshot = self._learner.record()

@@ -1,42 +1,62 @@
-"""Checkpoints: an agent's whole state in one file, and the folder that keeps the last few.
+"""Checkpoints: an agent's whole state, and the folder that keeps the last few.
 
 A checkpoint is plain tensors and plain values in a safetensors file, without pickle. Files appear by rename, after
 fsync, and carry the hash of their content in their name, so that a reader sees a whole checkpoint or knows that it
 does not. A damaged one is passed over for the one before.
+
+What is large lies in parts, safetensors files of their own in `parts/`, which the checkpoint names by the address of
+their content, so that what has not changed is not written again: `weights` (with the statistics beside them: the very
+bytes of a snapshot, so that one that was recorded is shared and not copied), `optimizer`, `method`. A part stays as
+long as any checkpoint file in the folder names it, whatever that file is called. So another state costs only what is
+new in it:
+
+- `set_aside("training", checkpoint)` keeps one beside the numbered ones, in the middle of a round, say; the next one
+  under that name takes its place, `aside` reads it, `drop` removes it;
+- `set_aside("trusted")` keeps the newest numbered one under that name, however many follow.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 from blake3 import blake3
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as encode_safetensors
 from torch import Tensor
 
 from dimat.agent.protocol.state import MachineState
 from dimat.config.agent import CHECKPOINTS_KEPT
 from dimat.errors import DataError
+from dimat.merge.shared_statistics import AUX, beside
 from dimat.train.trainer import TrainerState
-from dimat.weights.durable import write_bytes
+from dimat.weights.durable import share_file, write_bytes
+from dimat.weights.header import LONGEST_HEADER, parse_header
+from dimat.weights.snapshot import checksum_file, make_folder
+from dimat.weights.tensors import EncodedTensors, open_tensors, record_tensors
 
-FORMAT = "2"
+FORMAT = "3"
+READ = ("2", FORMAT)
+"""Formats that are read: in the first of them all tensors lay in the checkpoint's own file."""
+PART_BYTES = 16 * 2**10
+"""Tensors that take less stay in the checkpoint's own file."""
 NAME = re.compile(r"(\d{9})-(\d{9})-([a-z]+)\.([0-9a-f]{32})\.safetensors")
+ASIDE = re.compile(r"([a-z][a-z-]*)\.([0-9a-f]{32})\.safetensors")
+_PREFIXES = {"optimizer": "trainer/optimizer/", "method": "method/"}
+_MODEL, _STATISTICS = "trainer/model/", "statistics/"
 
 Value = int | float | str
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """Tensors by name, and plain values by name, as they lie in a file."""
+    """Tensors by name, and plain values by name, as they lie in a file; `parts`: address of each file beside it."""
 
     tensors: Mapping[str, Tensor]
     values: Mapping[str, Any]
+    parts: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,18 +91,30 @@ class Loaded:
 
 
 class CheckpointStore:
-    """The last `keep` checkpoints of one agent in a folder of their own.
+    """The last `keep` checkpoints of one agent in a folder of their own, and those that were set aside.
 
-    `durable`: they survive power loss.
+    `durable`: they survive power loss; `elsewhere`: folders of snapshots on the same disk, whose files are shared where
+    a part has their content.
     """
 
-    def __init__(self, folder: Path, keep: int = CHECKPOINTS_KEPT, *, durable: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        keep: int = CHECKPOINTS_KEPT,
+        *,
+        elsewhere: Sequence[Path] = (),
+        durable: bool = True,
+    ) -> None:
         self.folder = folder
+        self._parts = folder / "parts"
         self._keep = keep
+        self._elsewhere = elsewhere
         self._durable = durable
+        self._weights: Path | None = None
+        self._known: dict[str, frozenset[str]] = {}  # parts by checkpoint file
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            for left_behind in folder.glob(".*.tmp"):
+            for left_behind in (*folder.glob(".*.tmp"), *self._parts.glob(".*.tmp")):
                 left_behind.unlink()
         except OSError as error:
             raise DataError(f"cannot make the checkpoint folder {folder}: {error.strerror or error}") from error
@@ -92,24 +124,25 @@ class CheckpointStore:
 
         DataError where it cannot be written.
         """
-        machine, trainer = checkpoint.machine, checkpoint.trainer
-        tensors = {f"trainer/{name}": tensor for name, tensor in trainer.tensors.items()}
-        tensors |= {f"method/{name}": tensor for name, tensor in checkpoint.method_tensors.items()}
-        tensors |= {f"statistics/{name}": tensor for name, tensor in checkpoint.statistics.items()}
-        values = {
-            "machine": machine.to_dict(),
-            "trainer": dict(trainer.values),
-            "method": dict(checkpoint.method_values),
-            "schema": checkpoint.schema,
-        }
-        data = encode(Stored(tensors, values))
-        names = self._names()
+        data, weights = self._encode(checkpoint)
+        machine, names = checkpoint.machine, self._names()
         number = int(names[-1][0]) + 1 if names else 1
         path = self.folder / f"{number:09d}-{machine.round:09d}-{machine.stage}.{digest(data)}.safetensors"
         write_bytes(path, data, durable=self._durable)
-        for old in names[: max(len(names) + 1 - self._keep, 0)]:
-            (self.folder / old[4]).unlink(missing_ok=True)
+        self._weights = weights
+        self._remove([self.folder / old[4] for old in names[: max(len(names) + 1 - self._keep, 0)]])
         return path
+
+    def share_weights(self, path: Path) -> bool:
+        """Give the weights of the checkpoint that was saved last another name; False where they are in no file of
+        their own, or not alone in it. DataError where that fails."""
+        if self._weights is None:
+            return False
+        try:
+            share_file(self._weights, path, durable=self._durable)
+        except FileNotFoundError:
+            return False
+        return True
 
     def newest(self, run: str, agent: str, schema: str) -> Loaded | None:
         """Return the newest checkpoint that can be read, None where none was ever written.
@@ -122,21 +155,11 @@ class CheckpointStore:
         for name in reversed(names):
             path = self.folder / name[4]
             try:
-                checkpoint = _decode(path, name[3])
+                checkpoint = read_checkpoint(path)
             except DataError as error:
                 passed_over.append(str(error))
                 continue
-            machine = checkpoint.machine
-            if (machine.run, machine.agent) != (run, agent):
-                raise DataError(
-                    f"checkpoint {path} is of agent {machine.agent!r} in run {machine.run!r}, this is agent {agent!r} "
-                    f"in run {run!r}; choose another folder"
-                )
-            if checkpoint.schema != schema:
-                raise DataError(
-                    f"checkpoint {path} is of another architecture ({checkpoint.schema[:12]}…) than the task's model "
-                    f"({schema[:12]}…); restore the model's settings or choose another folder"
-                )
+            _check_whose(path, checkpoint, run, agent, schema)
             return Loaded(checkpoint, published, tuple(passed_over))
         if passed_over:
             raise DataError(
@@ -145,10 +168,97 @@ class CheckpointStore:
             )
         return None
 
+    # ── beside the last few ──────────────────────────────────────────────────────────────────────────────────
+    def set_aside(self, name: str, checkpoint: Checkpoint | None = None) -> None:
+        """Keep a checkpoint, or the newest one, under a name (of letters and "-") until another takes its place.
+
+        DataError where it cannot be written, and where there is none.
+        """
+        before = self._aside(name)
+        if checkpoint is not None:
+            data, _ = self._encode(checkpoint)
+            path = self.folder / f"{name}.{digest(data)}.safetensors"
+            write_bytes(path, data, durable=self._durable)
+        else:
+            newest = self._names()[-1:]
+            if not newest:
+                raise DataError(f"there is no checkpoint in {self.folder} to set aside")
+            path = self.folder / f"{name}.{newest[0][3]}.safetensors"
+            share_file(self.folder / newest[0][4], path, durable=self._durable)
+        self._remove([old for old in before if old != path])
+
+    def aside(self, name: str, run: str, agent: str, schema: str) -> Checkpoint | None:
+        """Return the checkpoint that was set aside under a name, None where there is none.
+
+        DataError where it is damaged, and where it is another run's, agent's or model's.
+        """
+        path = max(self._aside(name), key=lambda file: file.stat().st_mtime_ns, default=None)
+        if path is None:
+            return None
+        checkpoint = read_checkpoint(path)
+        _check_whose(path, checkpoint, run, agent, schema)
+        return checkpoint
+
+    def drop(self, name: str) -> None:
+        """Remove what was set aside under a name, if anything was."""
+        self._remove(self._aside(name))
+
+    # ── files ────────────────────────────────────────────────────────────────────────────────────────────────
+    def _encode(self, checkpoint: Checkpoint) -> tuple[bytes, Path | None]:
+        """Write a checkpoint's parts; return the content of its own file, and the part that holds its weights alone."""
+        tensors = {f"trainer/{name}": tensor for name, tensor in checkpoint.trainer.tensors.items()}
+        tensors |= {f"method/{name}": tensor for name, tensor in checkpoint.method_tensors.items()}
+        tensors |= {_STATISTICS + name: tensor for name, tensor in checkpoint.statistics.items()}
+        parts: dict[str, str] = {}
+        model = {n.removeprefix(_MODEL): t for n, t in tensors.items() if n.startswith(_MODEL)}
+        candidates = {"weights": beside(model, checkpoint.statistics)}
+        for part, prefix in _PREFIXES.items():
+            candidates[part] = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        for part, held in candidates.items():
+            if sum(tensor.nbytes for tensor in held.values()) >= PART_BYTES:
+                make_folder(self._parts)
+                recorded = record_tensors(self._parts, held, elsewhere=self._elsewhere, durable=self._durable)
+                parts[part] = recorded.root
+        gone = (
+            *((_MODEL, _STATISTICS) if "weights" in parts else ()),
+            *(_PREFIXES[p] for p in parts if p in _PREFIXES),
+        )
+        values = {
+            "machine": checkpoint.machine.to_dict(),
+            "trainer": dict(checkpoint.trainer.values),
+            "method": dict(checkpoint.method_values),
+            "schema": checkpoint.schema,
+            "statistics": [*checkpoint.statistics],
+        }
+        own = {name: tensor for name, tensor in tensors.items() if not name.startswith(gone)}
+        alone = "weights" in parts and not checkpoint.statistics
+        return encode(Stored(own, values, parts)), self._part(parts["weights"]) if alone else None
+
+    def _part(self, root: str) -> Path:
+        return self._parts / f"{root}.safetensors"
+
+    def _remove(self, files: Sequence[Path]) -> None:
+        """Remove checkpoint files, then the parts that no other names. DataError where that fails."""
+        try:
+            for file in files:
+                file.unlink(missing_ok=True)
+            left = [file for file in self.folder.glob("*.safetensors") if not file.name.startswith(".")]
+            self._known = {file.name: self._known.get(file.name) or _parts_of(file) for file in left}
+            held = frozenset[str]().union(*self._known.values())
+            for part in self._parts.glob("*.safetensors"):
+                if part.stem not in held:
+                    part.unlink(missing_ok=True)
+        except OSError as error:
+            raise DataError(f"cannot remove old checkpoints in {self.folder}: {error.strerror or error}") from error
+
     def _names(self) -> list[tuple[str, str, str, str, str]]:
         """Return (number, round, stage, hash, file name) of the files, oldest first."""
         matches = (NAME.fullmatch(path.name) for path in self.folder.iterdir())
         return sorted((m[1], m[2], m[3], m[4], m[0]) for m in matches if m is not None)
+
+    def _aside(self, name: str) -> list[Path]:
+        matches = (ASIDE.fullmatch(path.name) for path in self.folder.iterdir())
+        return [self.folder / m[0] for m in matches if m is not None and m[1] == name]
 
 
 def look(folder: Path) -> list[tuple[str, str]]:
@@ -165,10 +275,8 @@ def look(folder: Path) -> list[tuple[str, str]]:
         raise DataError(f"cannot read {folder}: {error.strerror or error}") from error
     found: list[tuple[str, str]] = []
     for name in names:
-        match = NAME.fullmatch(name)
-        assert match is not None
         try:
-            _decode(folder / name, match[4])
+            read_checkpoint(folder / name)
             found.append((name, ""))
         except DataError as error:
             found.append((name, str(error)))
@@ -181,10 +289,11 @@ def digest(data: bytes) -> str:
 
 
 def encode(stored: Stored) -> bytes:
-    """Return tensors and values as the bytes of a safetensors file."""
-    return encode_safetensors(
-        dict(stored.tensors), {"dimat.checkpoint": FORMAT, "values": json.dumps(dict(stored.values))}
-    )
+    """Return tensors, values and the names of parts as the bytes of a safetensors file."""
+    metadata = {"dimat.checkpoint": FORMAT, "values": json.dumps(dict(stored.values))}
+    if stored.parts:
+        metadata["parts"] = json.dumps(dict(stored.parts))
+    return b"".join(EncodedTensors(stored.tensors, metadata).pieces())
 
 
 def write_state(path: Path, stored: Stored, *, durable: bool = True) -> None:
@@ -192,35 +301,45 @@ def write_state(path: Path, stored: Stored, *, durable: bool = True) -> None:
     write_bytes(path, encode(stored), durable=durable)
 
 
-def read_state(path: Path) -> Stored:
-    """Read what `write_state` wrote.
+def read_state(source: Path | bytes, what: str = "") -> Stored:
+    """Read what `write_state` wrote, or its bytes (`what`: those, for messages).
 
     DataError where it is missing, damaged or of another format.
     """
+    where = what or str(source)
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = cast("dict[str, str]", file.metadata() or {})
-            found = metadata.get("dimat.checkpoint", "none")
-            if found != FORMAT:
-                raise DataError(f"{path} is no checkpoint that this dimat reads (format {found}, expected {FORMAT})")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-            return Stored(tensors, json.loads(metadata["values"]))
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise DataError(f"cannot read checkpoint {path}: {error}") from error
+        with open_tensors(source, where, LONGEST_HEADER) as file:
+            found = file.metadata.get("dimat.checkpoint", "none")
+            if found not in READ:
+                raise DataError(f"{where} is no checkpoint that this dimat reads (format {found}, expected {FORMAT})")
+            parts = cast("dict[str, str]", json.loads(file.metadata.get("parts", "{}")))
+            return Stored(dict(file), json.loads(file.metadata["values"]), parts)
+    except (ValueError, KeyError) as error:
+        raise DataError(f"cannot read checkpoint {where}: {error}") from error
 
 
-def _decode(path: Path, expected: str) -> Checkpoint:
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint file, whose name vouches for its content, and its parts.
+
+    DataError where any of them is missing or damaged.
+    """
+    expected = path.name.split(".")[-2]
     try:
         data = path.read_bytes()
     except OSError as error:
         raise DataError(f"cannot read checkpoint {path}: {error.strerror or error}") from error
     if digest(data) != expected:
         raise DataError(f"checkpoint {path} is damaged: its content does not match the hash in its name")
-    stored = read_state(path)
-    values = stored.values
+    stored = read_state(data, str(path))
+    values, tensors = stored.values, dict(stored.tensors)
+    statistics = {AUX + str(name): _STATISTICS + str(name) for name in values.get("statistics", ())}
+    for part, root in stored.parts.items():
+        for name, tensor in _read_part(path, part, root).items():
+            prefixed = statistics.get(name, _MODEL + name) if part == "weights" else _PREFIXES.get(part, "") + name
+            tensors[prefixed] = tensor
 
     def under(prefix: str) -> dict[str, Tensor]:
-        return {n.removeprefix(prefix): t for n, t in stored.tensors.items() if n.startswith(prefix)}
+        return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
     try:
         return Checkpoint(
@@ -229,7 +348,47 @@ def _decode(path: Path, expected: str) -> Checkpoint:
             schema=str(values["schema"]),
             method_tensors=under("method/"),
             method_values=dict(values["method"]),
-            statistics=under("statistics/"),
+            statistics=under(_STATISTICS),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"cannot read checkpoint {path}: {type(error).__name__}: {error}") from error
+
+
+def _read_part(checkpoint: Path, part: str, root: str) -> dict[str, Tensor]:
+    path = checkpoint.parent / "parts" / f"{root}.safetensors"
+    try:
+        if checksum_file(path).root != root:
+            raise DataError(
+                f"checkpoint {checkpoint} is damaged: the content of its {part}, {path}, does not match "
+                "the hash in its name"
+            )
+    except OSError as error:
+        raise DataError(
+            f"cannot read the {part} of checkpoint {checkpoint}, {path}: {error.strerror or error}"
+        ) from error
+    with open_tensors(path, "", LONGEST_HEADER) as file:
+        return dict(file)
+
+
+def _parts_of(path: Path) -> frozenset[str]:
+    """Return the addresses of a checkpoint file's parts; none of a file that is damaged, which nobody will read."""
+    try:
+        with path.open("rb") as file:
+            header = parse_header(file, str(path))
+        return frozenset(json.loads(header.metadata.get("parts", "{}")).values())
+    except (DataError, ValueError, AttributeError, FileNotFoundError):
+        return frozenset()
+
+
+def _check_whose(path: Path, checkpoint: Checkpoint, run: str, agent: str, schema: str) -> None:
+    machine = checkpoint.machine
+    if (machine.run, machine.agent) != (run, agent):
+        raise DataError(
+            f"checkpoint {path} is of agent {machine.agent!r} in run {machine.run!r}, this is agent {agent!r} "
+            f"in run {run!r}; choose another folder"
+        )
+    if checkpoint.schema != schema:
+        raise DataError(
+            f"checkpoint {path} is of another architecture ({checkpoint.schema[:12]}…) than the task's model "
+            f"({schema[:12]}…); restore the model's settings or choose another folder"
+        )

@@ -13,7 +13,7 @@ from torch import Tensor
 from dimat.config import ExchangeConfig
 from dimat.weights.encodings import encode_weights
 from dimat.weights.snapshot import Form, Payload, record_bytes
-from dimat.weights.tensors import encode
+from dimat.weights.tensors import record_tensors
 
 
 class Recorder:
@@ -39,7 +39,7 @@ class Recorder:
         """
         config = self._config
         if config.encoding == "fp32":
-            return record_bytes(self._store, encode(weights), durable=self._durable), ()
+            return record_tensors(self._store, weights, durable=self._durable), ()
         before = self._before if config.delta and self._before is not None and self._before.exists() else None
         encoded = encode_weights(
             weights,
@@ -47,7 +47,7 @@ class Recorder:
             after=before,
             residual=self._residual or None,
         )
-        payload = record_bytes(self._store, encode(encoded.weights), durable=self._durable)
+        payload = record_tensors(self._store, encoded.weights, durable=self._durable)
         forms: tuple[Form, ...] = ()
         if encoded.data is not None:
             form = record_bytes(self._store, encoded.data, durable=self._durable)

@@ -212,14 +212,14 @@ def test_damaged_checkpoints(tmp_path: Path, free_ports: list[int]) -> None:
     with network(tmp_path, ABC[:1], free_ports, schedule="rounds = 2\nround_deadline_s = 5") as net:
         finish(net, ABC[:1])
         folder = tmp_path / "lab-a" / "checkpoints"
-        files = sorted(folder.iterdir())
+        files = sorted(folder.glob("*.safetensors"))
         files[-1].write_bytes(files[-1].read_bytes()[:-7] + b"damaged")
         life = net.start("lab-a", "schedule.rounds=3")
         assert life.wait() == 0, life.text()
         assert [w for w in net.events("lab-a", "Warned") if "damaged" in w["message"]]
         assert net.events("lab-a", "Resumed")[-1]["stage"] == "trained"
         check_ledgers(net)
-        for file in folder.iterdir():
+        for file in folder.glob("*.safetensors"):
             file.write_bytes(b"nothing")
         held = sorted(path.name for path in folder.iterdir())
         life = net.start("lab-a", "schedule.rounds=4")

@@ -22,6 +22,8 @@ def test_a_folder_holds_its_files_and_one_that_is_not_there_nothing(tmp_path: Pa
     (folder / "agent.json").write_bytes(b"x" * 7)
     (folder / "checkpoints" / "one").write_bytes(b"x" * 100)
     assert held_bytes(folder) == 107
+    (folder / "weights").hardlink_to(folder / "checkpoints" / "one")
+    assert held_bytes(folder) == 107
 
 
 def test_little_memory_is_a_warning() -> None:

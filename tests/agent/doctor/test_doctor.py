@@ -254,7 +254,7 @@ def test_doctor_and_status_of_real_agents(tmp_path: Path, free_ports: list[int])
         assert (code, told["checkpoint"]["level"]) == (0, "warn")
         lives["lab-a"].process.terminate()
         lives["lab-a"].wait()
-        for file in (tmp_path / "lab-b" / "checkpoints").iterdir():
+        for file in (tmp_path / "lab-b" / "checkpoints").glob("*.safetensors"):
             file.write_bytes(b"nothing")
         assert doctor(net, "lab-b")[0] == DataError.exit_code
         assert doctor(net, "lab-b", "--set", f"agent.folder={tmp_path / 'lab-a'}")[0] == DataError.exit_code

@@ -7,22 +7,38 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save
+from safetensors.torch import load, save
 
-from dimat.agent.learner.checkpoint import FORMAT, NAME, Checkpoint, CheckpointStore, Loaded, Stored, digest, encode
+from dimat.agent.learner.checkpoint import (
+    FORMAT,
+    NAME,
+    Checkpoint,
+    CheckpointStore,
+    Loaded,
+    Stored,
+    digest,
+    encode,
+    read_checkpoint,
+)
 from dimat.agent.learner.learner import Learner
+from dimat.agent.learner.recorder import Recorder
 from dimat.agent.protocol.basis import BasisId
 from dimat.agent.protocol.state import MachineState
 from dimat.agent.setup.loaded_task import derive_checked
+from dimat.config import ExchangeConfig
 from dimat.errors import DataError
+from dimat.merge.shared_statistics import beside
 from dimat.simulate.world.scenario import prepare
 from dimat.train.trainer import TrainerState
+from dimat.weights import durable
+from dimat.weights.snapshot import checksum
 from tests.agent.learner.rounds import merged, trained
 from tests.simulate.helpers import tiny_experiment
 
@@ -54,7 +70,7 @@ def whole(loaded: Loaded | None) -> int:
 
 
 def files(folder: Path) -> list[Path]:
-    return sorted(folder.iterdir())
+    return sorted(file for file in folder.iterdir() if file.is_file())
 
 
 def numbers(folder: Path) -> list[int]:
@@ -136,6 +152,158 @@ def test_a_new_folder_holds_none(tmp_path: Path) -> None:
     assert (tmp_path / "deep" / "c" / "notes.txt").read_text() == "mine"
 
 
+# ── parts: what has not changed is written once ──────────────────────────────────────────────────────────────
+def large(number: int, stage: str = "merged", *, optimizer: int = 0, model: int | None = None) -> Checkpoint:
+    """A checkpoint with a large model and optimizer state, which say their numbers."""
+    before = made(number, stage)
+    tensors = {
+        "model/w": torch.full((20_000,), float(number if model is None else model)),
+        "optimizer/w/exp_avg": torch.full((20_000,), float(optimizer)),
+        "rng/batches": torch.arange(number, number + 8),
+    }
+    return replace(before, trainer=replace(before.trainer, tensors=tensors))
+
+
+def parts(folder: Path) -> set[str]:
+    return {file.name for file in (folder / "parts").iterdir()}
+
+
+@pytest.fixture
+def linked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system without clones, where what is shared has one inode."""
+    monkeypatch.setattr(durable, "FICLONE", 0)
+
+
+@pytest.mark.usefixtures("linked")
+def test_equal_parts_are_written_once(tmp_path: Path) -> None:
+    """References: addresses of the tensors as safetensors' own writer lays them out, and inodes: weights that lie in a
+    snapshot are that file, an optimizer state that has not changed is not written, and what none names is gone."""
+    snapshots = tmp_path / "snapshots"
+    snapshots.mkdir()
+    weights = save({"w": torch.full((20_000,), 1.0)})
+    snapshot = snapshots / f"{checksum(weights).root}.safetensors"
+    snapshot.write_bytes(weights)
+    store = CheckpointStore(tmp_path / "c", keep=2, elsewhere=(snapshots,))
+    store.save(large(1, "trained"))
+    moments = f"{checksum(save({'w/exp_avg': torch.zeros(20_000)})).root}.safetensors"
+    assert parts(tmp_path / "c") == {snapshot.name, moments}
+    assert (tmp_path / "c" / "parts" / snapshot.name).stat().st_ino == snapshot.stat().st_ino
+    written = (tmp_path / "c" / "parts" / moments).stat()
+    store.save(large(1, model=7))
+    assert len(parts(tmp_path / "c")) == 3
+    after = (tmp_path / "c" / "parts" / moments).stat()
+    assert (after.st_ino, after.st_mtime_ns) == (written.st_ino, written.st_mtime_ns)
+    snapshot.unlink()  # peers need it no more: the checkpoint has it still
+    assert sorted(value(path) for path in (tmp_path / "c").glob("*.safetensors")) == [(1.0, 0.0), (7.0, 0.0)]
+    store.save(large(2, "trained", optimizer=3))
+    store.save(large(2, optimizer=3))
+    assert len(parts(tmp_path / "c")) == 2
+    assert all(path.stat().st_size < 4096 for path in (tmp_path / "c").glob("*.safetensors"))
+
+
+def value(path: Path) -> tuple[float, float]:
+    """The numbers of the model and of the optimizer in a checkpoint file."""
+    tensors = read_checkpoint(path).trainer.tensors
+    return float(tensors["model/w"].mean()), float(tensors["optimizer/w/exp_avg"].mean())
+
+
+def test_statistics_lie_beside_weights_as_in_their_snapshot(tmp_path: Path) -> None:
+    """Reference: the recorder, whose snapshot's file is the checkpoint's part; both come back under their names, a
+    model's tensor that is called like a statistic too."""
+    statistics = {"fisher.w": torch.rand(20_000)}
+    model = {"w": torch.rand(20_000), "aux.v": torch.rand(3)}
+    (tmp_path / "snapshots").mkdir()
+    payload, _ = Recorder(tmp_path / "snapshots", ExchangeConfig()).record(beside(model, statistics))
+    store = CheckpointStore(tmp_path / "c", elsewhere=(tmp_path / "snapshots",))
+    state = TrainerState({f"model/{name}": tensor for name, tensor in model.items()}, {})
+    path = store.save(replace(made(1), trainer=state, statistics=statistics))
+    assert parts(tmp_path / "c") == {f"{payload.root}.safetensors"}
+    found = read_checkpoint(path)
+    assert found.statistics.keys() == statistics.keys()
+    assert torch.equal(found.statistics["fisher.w"], statistics["fisher.w"])
+    assert found.trainer.tensors.keys() == state.tensors.keys()
+    assert all(torch.equal(tensor, state.tensors[name]) for name, tensor in found.trainer.tensors.items())
+    # they are no weights for people
+    assert not store.share_weights(tmp_path / "weights.safetensors")
+
+
+@pytest.mark.usefixtures("linked")
+def test_weights_for_people_are_the_checkpoints_own(tmp_path: Path) -> None:
+    """References: safetensors' own reader, and the inode; the file is read-only, as whoever writes into it writes into
+    the checkpoint; the next one takes its place and leaves a reader's as it was."""
+    store, file = CheckpointStore(tmp_path / "c"), tmp_path / "weights.safetensors"
+    assert not store.share_weights(file)
+    store.save(large(1))
+    assert store.share_weights(file)
+    assert store.share_weights(file)
+    (part,) = {path for path in (tmp_path / "c" / "parts").iterdir() if path.stat().st_ino == file.stat().st_ino}
+    assert part.stem == checksum(file.read_bytes()).root
+    assert not file.stat().st_mode & 0o222
+    with file.open("rb") as held:
+        store.save(large(2))
+        assert store.share_weights(file)
+        assert torch.equal(load(held.read())["w"], torch.full((20_000,), 1.0))
+    assert torch.equal(load(file.read_bytes())["w"], torch.full((20_000,), 2.0))
+    assert {path.name for path in tmp_path.iterdir()} == {"c", "weights.safetensors"}
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "gone"])
+@pytest.mark.parametrize("part", ["weights", "optimizer"])
+def test_a_damaged_part_is_noticed(tmp_path: Path, part: str, damage: str) -> None:
+    """A part altered, cut short or gone: the file is named, and the checkpoint before, which shares none with the
+    damaged one, is used."""
+    store = CheckpointStore(tmp_path)
+    store.save(large(1, optimizer=1))
+    before = parts(tmp_path)
+    store.save(large(2, "trained", optimizer=2))
+    new = [tmp_path / "parts" / name for name in parts(tmp_path) - before]
+    (file,) = [path for path in new if (b"exp_avg" in path.read_bytes()) == (part == "optimizer")]
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.unlink()
+    if damage != "gone":
+        file.write_bytes(data if damage == "flip" else data[:-1])
+    loaded = CheckpointStore(tmp_path).newest("r", "a", SCHEMA)
+    assert loaded is not None
+    assert (loaded.checkpoint.machine.round, loaded.published) == (1, 2)
+    assert part in loaded.passed_over[0]
+    assert str(file) in loaded.passed_over[0]
+
+
+def test_what_is_set_aside_stays(tmp_path: Path) -> None:
+    """The newest checkpoint, and one of its own, under names: whatever follows, they come back whole, with their parts;
+    a second one under a name takes the first one's place, and what is dropped goes."""
+    store = CheckpointStore(tmp_path, keep=1)
+    assert store.aside("trusted", "r", "a", SCHEMA) is None
+    with pytest.raises(DataError, match="there is no checkpoint"):
+        store.set_aside("trusted")
+    path = store.save(large(1, optimizer=1))
+    store.set_aside("trusted")
+    store.set_aside("trusted")
+    store.set_aside("in-training", large(2, optimizer=5))
+    for number in (2, 3, 4):
+        path = CheckpointStore(tmp_path, keep=1).save(large(number, optimizer=number))
+    store = CheckpointStore(tmp_path, keep=1)
+    assert numbers(tmp_path) == [4]
+    assert len(parts(tmp_path)) == 6
+    trusted, training = (store.aside(name, "r", "a", SCHEMA) for name in ("trusted", "in-training"))
+    assert trusted is not None
+    assert training is not None
+    assert (trusted.machine.round, training.machine.round) == (1, 2)
+    assert training.trainer.tensors["optimizer/w/exp_avg"][0] == 5
+    with pytest.raises(DataError, match="choose another folder"):
+        store.aside("trusted", "r", "b", SCHEMA)
+    store.set_aside("trusted")
+    assert len(parts(tmp_path)) == 4
+    again = store.aside("trusted", "r", "a", SCHEMA)
+    assert again is not None
+    assert again.machine.round == 4
+    for name in ("trusted", "in-training"):
+        store.drop(name)
+    assert len(parts(tmp_path)) == 2
+    assert value(path) == (4.0, 4.0)
+
+
 # ── kill -9 ──────────────────────────────────────────────────────────────────────────────────────────────────
 NURSERY = """
 import json, os, random, signal, sys, time
@@ -156,7 +324,7 @@ for life in range(lives):
         number = 0 if found is None else whole(found)
         while True:
             number += 1
-            store.save(made(number, size=20_000))
+            store.save(made(number, size=20_000))  # the model lies in a part
             os.write(writer, b"%d " % number)
     os.close(writer)
     heard, wait = b"", chance.randrange(4)
@@ -167,13 +335,13 @@ for life in range(lives):
     os.waitpid(child, 0)
     said = (heard + b"".join(iter(lambda: os.read(reader, 65536), b""))).split()
     os.close(reader)
-    left = [file.name for file in folder.iterdir() if file.name.endswith(".tmp")]
+    left = [file.name for file in folder.rglob("*") if file.name.endswith(".tmp")]
     held = numbers(folder)
     found = CheckpointStore(folder).newest("r", "a", SCHEMA)
     print(json.dumps({
         "said": int(said[-1]) if said else None,
         "left": len(left),
-        "swept": not any(file.name.endswith(".tmp") for file in folder.iterdir()),
+        "swept": not any(file.name.endswith(".tmp") for file in folder.rglob("*")),
         "held": held,
         "newest": None if found is None else whole(found),
         "passed_over": [] if found is None else found.passed_over,

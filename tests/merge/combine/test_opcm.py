@@ -14,10 +14,9 @@ from torch import nn
 
 from dimat.config import MergeConfig, NamedConfig
 from dimat.errors import ConfigError, MergeError
-from dimat.merge import MergeContext, Peer, merge, plan_merge
+from dimat.merge import MergeContext, Peer, merge, open_weights, plan_merge
 from dimat.merge.combine.opcm import opcm
 from dimat.merge.tensors.projection import FoldLayout, split_ranks
-from dimat.merge.weight_views import SafetensorsFile
 from dimat.seeds import torch_generator
 from dimat.simulate import run_simulation
 from dimat.tasks.registry import load_task
@@ -159,7 +158,7 @@ def test_a_file_is_not_taken_for_tied(tmp_path: Path) -> None:
     base |= {n: t * 0.5 for n, t in more.items()}
     for k, model in enumerate(models):
         save_file(model, tmp_path / f"{k}.safetensors")
-    files = [SafetensorsFile(tmp_path / f"{k}.safetensors") for k in range(2)]
+    files = [open_weights(tmp_path / f"{k}.safetensors") for k in range(2)]
     expected = opcm(models[0], models[1:], [0.5, 0.5], base=base)
     result = opcm(files[0], files[1:], [0.5, 0.5], base=base)
     assert_bits({n: result[n] for n in expected}, expected)

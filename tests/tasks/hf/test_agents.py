@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dimat.agent.learner.checkpoint import read_state
+from dimat.agent.learner.checkpoint import read_checkpoint
 from dimat.agent.lineage.manifest_log import read_line
 from dimat.agent.lineage.verify import verify_ledger
 from dimat.agent.protocol.messages import MergeRecord
@@ -67,8 +67,8 @@ class Left:
         """The trainer's tensors in a checkpoint: "model", "optimizer" and "rng"."""
         (file,) = self.folder.glob(f"checkpoints/*-{number:09d}-{stage}.*")
         held: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "rng": {}}
-        for name, tensor in read_state(file).tensors.items():
-            _, kind, rest = name.split("/", 2)
+        for name, tensor in read_checkpoint(file).trainer.tensors.items():
+            kind, rest = name.split("/", 1)
             held[kind][rest] = tensor
         return held
 
