@@ -22,7 +22,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from blake3 import blake3
 from torch import Tensor
@@ -309,11 +309,14 @@ def read_state(source: Path | bytes, what: str = "") -> Stored:
     where = what or str(source)
     try:
         with open_tensors(source, where, LONGEST_HEADER) as file:
-            found = file.metadata.get("dimat.checkpoint", "none")
-            if found not in READ:
-                raise DataError(f"{where} is no checkpoint that this dimat reads (format {found}, expected {FORMAT})")
-            parts = cast("dict[str, str]", json.loads(file.metadata.get("parts", "{}")))
-            return Stored(dict(file), json.loads(file.metadata["values"]), parts)
+            metadata, tensors = file.metadata, dict(file)
+    except DataError as error:
+        raise DataError(f"cannot read checkpoint: {error}") from error
+    found = metadata.get("dimat.checkpoint", "none")
+    if found not in READ:
+        raise DataError(f"{where} is no checkpoint that this dimat reads (format {found}, expected {FORMAT})")
+    try:
+        return Stored(tensors, json.loads(metadata["values"]), json.loads(metadata.get("parts", "{}")))
     except (ValueError, KeyError) as error:
         raise DataError(f"cannot read checkpoint {where}: {error}") from error
 

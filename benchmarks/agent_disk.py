@@ -1,0 +1,150 @@
+"""What a real agent writes to its disk in a round, and how long its peers wait for that.
+
+Two agents on loopback (mutual TLS), an MLP whose weights take 67 MB (`--quick`: 4 MB), fp32 exchange, SGD with momentum
+and Adam. Bytes are those that the process handed to write(2) (wchar of /proc/self/io) in one round more, from two runs
+of different length; what it received from its peer is left out. Reference: twice the model and once the state of its
+optimizer. Also: seconds from the end of training to the offer of its snapshot, in which peers wait.
+
+    python benchmarks/agent_disk.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+from _children import ONE_THREAD
+from _common import Result, finish, options, table
+
+from dimat.tasks import ClassificationTask, TensorData, mlp, seeded
+
+NAMES = ("lab-a", "lab-b")
+ROUNDS = (2, 5)
+WIDTH = int(os.environ.get("DIMAT_BENCH_WIDTH", "4096"))
+OPTIMIZERS = {"sgd": 1, "adam": 2}
+"""Tensors of the model's size in an optimizer's state."""
+MB = 1e6
+
+
+def task() -> ClassificationTask:
+    """Random inputs with labels from a linear teacher, and a wide network."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(64, WIDTH, generator=generator)
+    labels = (inputs @ torch.randn(WIDTH, 10, generator=generator)).argmax(1)
+    data = TensorData(inputs, labels)
+    return ClassificationTask(
+        name="wide",
+        model=seeded(lambda: mlp((WIDTH, WIDTH, 10))),
+        train=data,
+        test=data,
+        probe=data,
+        classes=tuple(map(str, range(10))),
+    )
+
+
+def agent(words: list[str]) -> None:
+    """Run an agent in this process, and print what it has written."""
+    from dimat.cli import main
+
+    code = main(words)
+    counts = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    print(json.dumps({"code": code, "wchar": int(counts["wchar"])}))
+
+
+@dataclass(frozen=True)
+class Run:
+    """`written`, `received`: bytes of one agent; `model`: bytes of its snapshot; `waits_s`: from the end of a round's
+    training to the offer of its snapshot; `round_s`: the last round."""
+
+    written: int
+    received: int
+    model: int
+    waits_s: list[float]
+    round_s: float
+
+
+def run(optimizer: str, rounds: int, width: int) -> Run:
+    """Run the two agents to their end."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        entries = "\n".join(
+            f'[[agents]]\nname = "{name}"\naddresses = ["127.0.0.1:{7341 + i}"]' for i, name in enumerate(NAMES)
+        )
+        (folder / "map.toml").write_text(f'graph = "ring"\n{entries}\n')
+        (folder / "experiment.toml").write_text(f"""
+run = "disk"
+topology = {{ map = "map.toml" }}
+task = {{ hook = "{Path(__file__).resolve()}:task", partition = {{ kind = "iid" }} }}
+[train]
+steps_per_round = 2
+batch_size = 16
+optimizer = {{ name = "{optimizer}", lr = 1e-3 }}
+[merge]
+method = "average"
+[schedule]
+rounds = {rounds}
+round_deadline_s = 300
+[agent]
+founder = true
+evaluate = "none"
+""")
+        for command in (["init-ca"], ["issue", "--map", folder / "map.toml"]):
+            words = ["-m", "dimat.cli", "keys", *command, "--folder", folder / "keys"]
+            subprocess.run([sys.executable, *map(str, words)], check=True, capture_output=True)
+        agents = [
+            subprocess.Popen(
+                [sys.executable, __file__, "--agent", "agent", folder / "experiment.toml", "--name", name, "--quiet"],
+                env={**os.environ, **ONE_THREAD, "DIMAT_BENCH_WIDTH": str(width)},
+                cwd=folder,
+                stdout=subprocess.PIPE,
+            )
+            for name in NAMES
+        ]
+        said = [json.loads(each.communicate()[0].splitlines()[-1]) for each in agents]
+        assert [each["code"] for each in said] == [0, 0], said
+        lines = (folder / "agents" / "disk" / NAMES[0] / "events.jsonl").read_text().splitlines()[1:]
+        told = [json.loads(line) for line in lines]
+    times = {(event["event"], event["round"]): event["time_s"] for event in told if "round" in event}
+    return Run(
+        said[0]["wchar"],
+        sum(event["bytes"] for event in told if event["event"] == "SnapshotFetched"),
+        next(event["bytes"] for event in told if event["event"] == "Published"),
+        [times["Published", n] - times["Trained", n] for n in range(1, rounds + 1)],
+        times["RoundFinished", rounds] - times["RoundStarted", rounds],
+    )
+
+
+def main() -> None:
+    """Measure both optimizers and print the table."""
+    if sys.argv[1:2] == ["--agent"]:
+        agent(sys.argv[2:])
+        return
+    arguments = options(__doc__ or "").parse_args()
+    width = 1024 if arguments.quick else 4096
+    rows: list[tuple[object, ...]] = []
+    worst = 0.0
+    for optimizer, moments in OPTIMIZERS.items():
+        short, long = (run(optimizer, rounds, width) for rounds in ROUNDS)
+        more = ROUNDS[1] - ROUNDS[0]
+        written = (long.written - short.written - (long.received - short.received)) / more
+        allowed = (2 + moments) * long.model
+        worst = max(worst, written / allowed)
+        rows.append((optimizer, long.model / MB, written / MB, allowed / MB, median(long.waits_s), long.round_s))
+    table(["optimizer", "model MB", "written MB", "2 models + state", "trained to offered s", "round s"], rows)
+    # names, events and ledgers beside the numbers: 2 %, and at least what a small model's headers take
+    finish(
+        Result(
+            "agent_disk", worst, 1.0, worst, "at most 1.02 of two models and one state of the optimizer", worst <= 1.02
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
