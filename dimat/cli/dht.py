@@ -22,13 +22,13 @@ def dht(
     listen: Annotated[
         str, Parameter(help="Address and port to listen on, IP:port; port 0 takes any.")
     ] = "0.0.0.0:7301",
-    folder: Annotated[Path, Parameter(help="Keeps the node's identity, so that its address stays.")] = Path(
+    folder: Annotated[Path, Parameter(help="Folder of the node's identity, which keeps its address.")] = Path(
         "dimat-dht"
     ),
     ca: Annotated[
-        Path | None, Parameter(help="The CA's certificate (PEM): only records signed under it are kept.")
+        Path | None, Parameter(help="Certificate of the CA (PEM); the node keeps only records signed under it.")
     ] = None,
-    run: Annotated[str | None, Parameter(help="Name of the run whose records are kept; default: of all runs.")] = None,
+    run: Annotated[str | None, Parameter(help="The node keeps records of this run only; default: of all runs.")] = None,
     bootstrap: Annotated[
         tuple[str, ...],
         Parameter(negative="", consume_multiple=False, help="Address of another node, as it prints it. Repeatable."),
@@ -79,7 +79,7 @@ async def _serve(
         if not stopped.done():
             await ready  # NetworkError where the port is taken, or hivemind is not there
             show({"peer": node.peer, "addresses": list(node.addresses)} if as_json else "\n".join(node.addresses))
-            sys.stdout.flush()  # whoever reads it through a pipe waits for it
+            sys.stdout.flush()  # a reader at the end of a pipe waits for it
             say("dimat: DHT node runs; agents take one of these addresses as bootstrap. Ctrl-C stops it")
         code = await stopped
         say("dimat: stopping")

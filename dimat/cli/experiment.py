@@ -55,7 +55,7 @@ def init(
     ] = "digits",
     agents: Annotated[
         int | None,
-        Parameter(help="Write a network of so many real agents on this host instead: map, configuration and keys."),
+        Parameter(help="Write a network of this many real agents on this host instead: map, configuration and keys."),
     ] = None,
     force: Annotated[bool, Parameter(negative="", help="Replace what exists.")] = False,
 ) -> int:

@@ -21,9 +21,11 @@ Folder = Annotated[
 ]
 Addresses = Annotated[
     tuple[str, ...],
-    Parameter(negative="", consume_multiple=False, help="Where the agent is reached: host:port, several by commas."),
+    Parameter(negative="", consume_multiple=False, help="Addresses of the agent, host:port, separated by commas."),
 ]
-Days = Annotated[int, Parameter(validator=validators.Number(gte=1, lte=36500), help="How long it is valid.")]
+Days = Annotated[
+    int, Parameter(validator=validators.Number(gte=1, lte=36500), help="Days that the certificate is valid.")
+]
 KEYS = Path("keys")
 YEAR = 365
 
@@ -35,8 +37,8 @@ def init_ca(
     name: Annotated[str, Parameter(help="Name of the collaboration, shown as issuer.")] = "dimat collaboration",
     days: Days = 10 * YEAR,
 ) -> int:
-    """Make the collaboration's own certificate authority: ca.key, which the organiser keeps to themselves, and ca.crt,
-    which every agent gets."""
+    """Make the collaboration's own certificate authority: ca.key, which only the organiser has, and ca.crt, which
+    every agent gets."""
     from dimat.net.pki.keyring import init_authority
 
     _tell(init_authority(folder, name, days), "CA")
@@ -92,7 +94,7 @@ def sign(
     /,
     *,
     name: Annotated[
-        str | None, Parameter(help="The agent that has to be asking; default: the one that the file is named after.")
+        str | None, Parameter(help="Agent that the request must be of; default: the file's name without .csr.")
     ] = None,
     folder: Folder = KEYS,
     days: Days = YEAR,
@@ -110,17 +112,19 @@ def sign(
 
 @keys.command(name="publish-map")
 def publish_map(
-    file: Annotated[Path, Parameter(help="The network map (TOML); it states a version above that of the one before.")],
+    file: Annotated[Path, Parameter(help="Network map (TOML), with a version above the published one's.")],
     /,
     *,
-    run: Annotated[str, Parameter(help="Name of the run whose agents are to follow it.")],
+    run: Annotated[str, Parameter(help="Name of the run whose agents follow the map.")],
     bootstrap: Annotated[
         tuple[str, ...],
         Parameter(negative="", consume_multiple=False, help="A node of the run's DHT, as it prints it. Repeatable."),
     ],
     folder: Annotated[Path, Parameter(name=("--keys", "--folder"), help="The organiser's folder, with ca.key.")] = KEYS,
-    days: Annotated[int, Parameter(validator=validators.Number(gte=1, lte=366), help="How long nodes keep it.")] = 30,
-    listen: Annotated[str, Parameter(help="IP:port of the node that hands it over; port 0 takes any.")] = "0.0.0.0:0",
+    days: Annotated[
+        int, Parameter(validator=validators.Number(gte=1, lte=366), help="Days that nodes keep the map.")
+    ] = 30,
+    listen: Annotated[str, Parameter(help="IP:port of the temporary DHT node; port 0: any free one.")] = "0.0.0.0:0",
 ) -> int:
     """Change who is in the network: sign a map with the CA's key and leave it with the DHT, for all agents that have
     dht.follow_map = true. Ends once a node has taken it."""

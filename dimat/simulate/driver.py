@@ -173,7 +173,7 @@ class Driver:
         if not node.serves:
             self._transfers.break_off(lambda _, publisher: publisher == name)
         if state == "gone":
-            self._transfers.retry()  # whoever waits for what it offered has to know that it will not come
+            self._transfers.retry()  # readers that wait for its offers must learn that they will not come
 
     def _apply_fault(self, fault: Fault) -> None:
         match fault:

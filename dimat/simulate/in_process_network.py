@@ -64,7 +64,7 @@ class MemoryNetwork:
         self._store.release(root)
 
     def publish(self, manifest: Manifest) -> None:
-        """Offer a recorded snapshot to whoever asks.
+        """Offer a recorded snapshot to every agent that asks.
 
         Offering it again, after a restart, changes nothing.
         """

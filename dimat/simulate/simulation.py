@@ -85,7 +85,7 @@ class Simulation:
     def stop(self) -> None:
         """End the run as Ctrl-C does, from another thread.
 
-        Whoever calls it ends the pool's workers too.
+        The caller ends the pool's workers too.
         """
         self._driver.stop()
 
@@ -146,27 +146,27 @@ class Simulation:
         for message in (*scenario.warnings, *self._learners.create_all()):
             self._warn(message)
 
-    # ── facts in ─────────────────────────────────────────────────────────────────────────────────────────────
-    def _on_event(self, fact: events.Event) -> None:
-        """Take a fact from the driver, pass it on, and keep what the results need."""
-        self._emit(fact)
-        match fact:
+    # ── events in ─────────────────────────────────────────────────────────────────────────────────────────────
+    def _on_event(self, event: events.Event) -> None:
+        """Take an event from the driver, pass it on, and keep what the results need."""
+        self._emit(event)
+        match event:
             case events.Merged():
-                for note in fact.result.notes:
+                for note in event.result.notes:
                     self._warn(note)
             case events.Checkpointed(stage="merged"):
-                self._passed(fact.agent, fact.round)
+                self._passed(event.agent, event.round)
             case events.Joined():
-                self._come(fact.agent, fact.round - 1)
+                self._come(event.agent, event.round - 1)
             case events.AgentLeft() | events.AgentCrashed(back_s=None):
-                self._gone(fact.agent)
+                self._gone(event.agent)
             case events.Resumed():
-                self._come(fact.agent, fact.round - (fact.stage == "trained"))
-            case events.PeerRefused() if (fact.agent, fact.peer) not in self._refused:
-                self._refused.add((fact.agent, fact.peer))
-                self._warn(f"{fact.agent} refused {fact.peer} in round {fact.round}: {fact.reason}")
+                self._come(event.agent, event.round - (event.stage == "trained"))
+            case events.PeerRefused() if (event.agent, event.peer) not in self._refused:
+                self._refused.add((event.agent, event.peer))
+                self._warn(f"{event.agent} refused {event.peer} in round {event.round}: {event.reason}")
             case events.Warned():
-                self._warnings.append(f"{fact.agent}: {fact.message}")
+                self._warnings.append(f"{event.agent}: {event.message}")
             case _:
                 pass
 
@@ -282,9 +282,9 @@ class Simulation:
             self._warnings.append(message)
             self._emit(events.Warned(message=message))
 
-    def _emit(self, fact: E) -> E:
+    def _emit(self, event: E) -> E:
         """Tell the listeners an event; return it as they are told it."""
-        stamped = replace(fact, run=self._config.run, time_s=self._driver.clock.now)
+        stamped = replace(event, run=self._config.run, time_s=self._driver.clock.now)
         if isinstance(stamped, events.AgentEvent):
             self._views[stamped.agent].take(stamped)
         for listener in self.listeners:

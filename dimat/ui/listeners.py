@@ -52,7 +52,7 @@ class Listeners:
     def _warn(self, message: str) -> None:
         event = Warned(run=self._run, time_s=time.time(), message=message, agent=self._agent)
         for listener in self.warned:
-            with suppress(DataError):  # a log on a full disk: whoever writes the next event there is told
+            with suppress(DataError):  # a log on a full disk: the writer of the next event there is told
                 listener(event)
 
     def __enter__(self) -> Listeners:

@@ -87,7 +87,7 @@ def round_text(number: int, rounds: int) -> str:
 
 
 def clock_text(time_s: float, rounds: int) -> str:
-    """Return the virtual time after so many rounds, and nothing where the clock only counts them: neither a network
+    """Return the virtual time after a number of rounds, and nothing where the clock only counts them: neither a network
     nor computers nor faults are simulated then."""
     return "" if time_s == 0 or math.isclose(time_s, rounds) else seconds_text(time_s)
 

@@ -45,7 +45,7 @@ class Runner:
 
     It is the `PeerListener` of its transport, whose `start` and `close` are its owner's affair.
 
-    `emit` is told every fact, from the event loop's thread; `fetched` of every snapshot that arrives, with the
+    `emit` is told every event, from the event loop's thread; `fetched` of every snapshot that arrives, with the
     publisher's signed manifest, before the machine knows of it.
     """
 

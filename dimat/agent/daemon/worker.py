@@ -51,7 +51,7 @@ class WorkThread:
         def run() -> None:
             try:
                 outcome, error = job(), None
-            except BaseException as caught:  # whoever asked is told, whatever it was
+            except BaseException as caught:  # the caller is told, whatever it was
                 outcome, error = None, caught
             if not loop.is_closed():
                 loop.call_soon_threadsafe(settle, outcome, error)

@@ -147,7 +147,7 @@ class Inbox:
         return self._catching_up.target(ground, number, heard, self._plan.peers)
 
     def take_word(self, rounds: int) -> int:
-        """Note that one peer's word has moved a newcomer by so many rounds; return them."""
+        """Note that one peer's word has moved a newcomer by `rounds` rounds; return them."""
         self._catching_up.moved += rounds
         return rounds
 

@@ -143,7 +143,7 @@ class ChildProcess:
 
 
 class PidFile:
-    """A file that names the child of a folder, so that whoever comes next can end what was left running."""
+    """A file that names the child of a folder, so that the next owner can end a process that was left running."""
 
     def __init__(self, file: Path) -> None:
         self._file = file

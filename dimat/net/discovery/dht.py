@@ -310,10 +310,10 @@ class DhtNode:
             self._first.set_result(None)
         misses = 0
         while True:
-            await self._join(child)
-            with suppress(TimeoutError):
-                await asyncio.wait_for(child.gone.wait(), self._probe_s)
-                return "its process has ended"
+            if not await self._join(child):  # else it knows others now, and callers wait for that
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(child.gone.wait(), self._probe_s)
+                    return "its process has ended"
             try:
                 self._take(await child.ask("probe", DHT_REQUEST_S))
                 misses = 0
@@ -336,12 +336,16 @@ class DhtNode:
         if self.known and not known:
             self.changed.set()
 
-    async def _join(self, child: ChildProcess) -> None:
-        """Join all bootstraps, not only the first that answers: a DHT may be split, with each in another part."""
+    async def _join(self, child: ChildProcess) -> bool:
+        """Join all bootstraps, not only the first that answers: a DHT may be split, with each in another part.
+
+        Return whether one was joined that had not been before.
+        """
         now = time.monotonic()
         due = [address for address in self._bootstraps if self._due.get(address, (now, None))[0] <= now]
+        new = False
         if not due:
-            return
+            return new
         try:
             failed: Any = (await child.ask("join", DHT_REQUEST_S, bootstraps=due))["failed"]
             reasons = {address: str(failed[address]) for address in due if address in failed}
@@ -357,7 +361,9 @@ class DhtNode:
                 self._due[address] = (now, None)
                 self._reminders.over(address, f"the DHT's bootstrap {address} is back")
                 if not joined:
+                    new = True
                     self.changed.set()
+        return new
 
     def _down(self) -> None:
         self.healthy = False

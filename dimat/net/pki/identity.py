@@ -140,7 +140,7 @@ def _how_to_make(folder: Path, name: str, missing: list[str]) -> str:
         return f"{lacks}; make them with: dimat keys issue {name}{renew} {place}"
     if f"{name}.key" in missing:
         return (
-            f"{lacks}; get them from the organiser, or run: dimat keys request {name} {place} (whoever organises "
+            f"{lacks}; get them from the organiser, or run: dimat keys request {name} {place} (an organiser "
             f"begins with: dimat keys init-ca {place})"
         )
     return f"{lacks}; send {name}.csr to the organiser, who runs: dimat keys sign {name}.csr"

@@ -86,7 +86,7 @@ class WorkerPool:
             for process in processes:
                 process.terminate()
             for process in processes:
-                process.join(5)  # one that still writes would do so behind the back of whoever tidies up
+                process.join(5)  # a worker that still writes would disturb the caller's tidying up
 
     def take_slots(self, count: int) -> int:
         """Return the first of `count` slots in a row, so that runs side by side share workers."""

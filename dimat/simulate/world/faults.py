@@ -87,7 +87,7 @@ ORDER = (Heal, Restart, Join, Slow, Cut, Leave, Crash)
 
 @dataclass(frozen=True, slots=True)
 class CrashPoint:
-    """A crash of `agent` when it is asked to do `on` in `round`, and its restart so many seconds later, or never.
+    """A crash of `agent` when it is asked to do `on` in `round`, and its restart `restart_after_s` later, or never.
     `entry`: what names it in messages."""
 
     agent: str

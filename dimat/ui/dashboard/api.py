@@ -13,7 +13,7 @@ from dimat.ui.dashboard.reducer import late_text, refused_text
 from dimat.ui.terminal.lines import lines_of
 
 CURVES_MOST = 60
-"""Of at most so many agents each one's curve is sent at once; of more the mean and range, and a curve on request."""
+"""Up to this many agents, each one's curve is sent at once; with more, mean and range, and a curve on request."""
 PAGE = 50
 PAGE_MOST = 500
 MOST_NOTES = 20

@@ -9,7 +9,7 @@ from dimat.ui.text import seconds_text
 SILENT_S = 60.0
 """A real agent that cannot be asked is taken for lost after so long without an event, or five of its rounds."""
 BEHIND = 2
-"""An agent so many rounds behind the middle one is shown as late."""
+"""An agent this many rounds behind the median agent is shown as late."""
 
 
 def health_of(run: RunModel, agent: AgentModel, at: float, middle: int) -> tuple[State, str]:

@@ -15,7 +15,7 @@ from dimat.ui.text import NONE, Table, clean, count_text, listed
 LEDGER = "lineage.jsonl"
 HEADER = ("agent", "contributor", "initial_weight", "share_of_training", "rounds_contributed")
 MATRIX_AGENTS = 24
-"""Up to so many agents the table is a matrix; beyond, the largest contributors of each."""
+"""The most agents for which the table is a matrix; with more it names each one's largest contributors."""
 MOST_NAMED = 3
 WORK = 1_000_000
 """Parts of merges that are gone through: a second or two. Runs with more are worked out for some agents only."""
