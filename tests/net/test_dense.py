@@ -32,9 +32,12 @@ async def one_round(agents: list[Agent], number: int) -> None:
 
 @pytest.mark.parametrize(
     ("count", "rounds"),
-    [(8, 2), pytest.param(12, 20, marks=pytest.mark.slow), pytest.param(20, 20, marks=pytest.mark.slow)],
+    [(8, 2), pytest.param(12, 4, marks=pytest.mark.slow), pytest.param(20, 2, marks=pytest.mark.slow)],
 )
-async def test_a_complete_graph(tmp_path: Path, count: int, rounds: int) -> None:
+@pytest.mark.timeout(900)
+async def test_a_complete_graph(tmp_path: Path, count: int, rounds: int, request: pytest.FixtureRequest) -> None:
+    """With `--all` for twenty rounds, which take minutes."""
+    rounds = 20 if request.config.getoption("all") else rounds
     agents = [make(tmp_path / f"p{place}", f"p{place}") for place in range(count)]
     async with started(*agents):
         join(*agents)
