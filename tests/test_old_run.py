@@ -74,8 +74,22 @@ def test_an_agent_is_reported(old: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert capsys.readouterr().out == EXPECTED["text"]
 
 
+def set_timers_after_training(trace: Path) -> None:
+    """Move a trace's timers to where they are set since deadlines are counted from the end of training."""
+    lines = [json.loads(line) for line in trace.read_text().splitlines()]
+    for line in lines:
+        kinds = [action["kind"] for action in line.get("actions", ())]
+        if "Train" in kinds:
+            line["actions"] = [action for action in line["actions"] if action["kind"] != "SetTimer"]
+        elif "Publish" in kinds and line["event"]["kind"] == "TrainingDone":
+            timer = {"kind": "SetTimer", "round": line["event"]["round"], "seconds": 600.0}
+            line["actions"].insert(kinds.index("Publish"), timer)
+    trace.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
 def test_a_simulation_is_reported_and_replayed(old: Path) -> None:
     """Its page is written anew, and this version's round machines ask for the same as those of then."""
+    set_timers_after_training(old / "simulation" / "trace.jsonl")
     assert main(["report", str(old / "simulation")]) == 0
     assert "old-simulation" in (old / "simulation" / "report.html").read_text()
     replayed = replay_run(old / "simulation")

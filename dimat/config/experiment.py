@@ -215,7 +215,8 @@ class ScheduleConfig(Tree):
     rounds: Annotated[int, Field(ge=0)] = 10
     """Number of rounds (a round: train, publish, gather, merge); 0 = until `target`, `max_time_s` or Ctrl-C."""
     round_deadline_s: Annotated[float, Field(gt=0)] = 600.0
-    """Seconds after which a round goes on with the peers whose snapshots have arrived."""
+    """Seconds that an agent waits for its peers' snapshots once its own training of a round is over; then it goes on
+    with those that have arrived. To be longer than the slowest agent trains more than the quickest."""
     mode: Literal["sync", "async"] = "sync"
     """"sync": agents merge their peers' snapshots of the same round; "async": the newest ones, without waiting."""
     min_peers: Annotated[int, Field(ge=0)] = 0

@@ -146,7 +146,6 @@ def test_comparison_equals_single_runs(tiny: Path, capsys: pytest.CaptureFixture
         ),
         ("merge.method=dimatt", "unknown merge method 'dimatt'; did you mean 'dimat'?"),
         ("merge.combine=avrage", "did you mean 'average'?"),
-        ("schedule.round_deadline_s=0.5", "every peer would be late"),
         ("topology.graph=rign", "did you mean 'ring'?"),
         ("topology.agents=500", "500 agents cannot share 160 training samples"),
         ("task.hook=nowhere.py:task", "there is no file"),

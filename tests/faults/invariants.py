@@ -52,7 +52,7 @@ class Watch:
                         node.heard = min(node.heard or event.basis, event.basis)
             case m.Deadline():
                 assert node.machine is not None
-                if event.round == node.machine.round:
+                if event.round == node.machine.round and node.machine.phase is not Phase.TRAINING:
                     node.expired = event.round
             case m.TimeUp():
                 node.time_heard = True
@@ -83,7 +83,7 @@ class Watch:
     def stepped(self, node: Node) -> None:
         """A step is over: whoever waits must have a timer running."""
         machine = node.machine
-        if machine is not None and machine.phase in (Phase.TRAINING, Phase.GATHERING):
+        if machine is not None and machine.phase is Phase.GATHERING:
             self._demand(machine.round in node.timed, "deadline", node, f"no timer in round {machine.round}")
 
     def starts(self, node: Node, state: MachineState | None) -> None:

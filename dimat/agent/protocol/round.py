@@ -4,10 +4,10 @@
 driver turns `SetTimer` into a `Deadline`), opens no socket, and draws no random number. Three drivers run it: the
 daemon's runner, the simulator, and the tests' fault simulator, which delays, drops and reorders its events.
 
-It promises that a round ends, whichever peers are dead, no later than its deadline allows; a peer's snapshot enters a
-merge whole or not at all and at most once per round; mixing weights sum to 1, and missing weight goes to the agent
-itself; late, repeated, foreign or unknown messages change nothing; whatever is sent, it keeps a bounded number of
-things per peer; and a machine made from a checkpoint's state goes on as the one that wrote it would have.
+It promises that a round ends, whichever peers are dead, no later than the deadline after its training; a peer's
+snapshot enters a merge whole or not at all and at most once per round; mixing weights sum to 1, and missing weight goes
+to the agent itself; late, repeated, foreign or unknown messages change nothing; whatever is sent, it keeps a bounded
+number of things per peer; and a machine made from a checkpoint's state goes on as the one that wrote it would have.
 
 A driver carries actions out in the order given, and a `Publish` only once the `CheckpointAction` before it is durable.
 """
@@ -182,7 +182,6 @@ class RoundMachine:
         return [
             *actions,
             m.Emit(events.RoundStarted(agent=self.agent, round=number)),
-            m.SetTimer(number, self._rules.deadline_s),
             m.Train(number, self._current.learn),
             *self._inbox.begin(number, self._current),
         ]
@@ -204,6 +203,8 @@ class RoundMachine:
         self._published = self.round
         actions: list[m.Action] = [
             m.CheckpointAction(self.round, "trained", self._state_now("trained")),
+            # from here on: peers that train as long as this agent does are as late as it is, however long that takes
+            m.SetTimer(self.round, self._rules.deadline_s),
             self._publish(),
         ]
         return actions + self._go_on()
@@ -254,9 +255,8 @@ class RoundMachine:
     def _deadline(self, event: m.Deadline) -> list[m.Action]:
         if self._newcomer is not None:
             return self._join(self._newcomer.time_is_up()) if event.round == 0 else []
-        if event.round != self.round or self.phase not in (Phase.TRAINING, Phase.GATHERING):
+        if event.round != self.round or self.phase is not Phase.GATHERING:
             return []
-        # from here on nobody is waited for; snapshots that arrive before the agent's training ends are still welcome
         self._expired = True
         self._inbox.expire()
         return self._go_on()
@@ -310,7 +310,8 @@ class RoundMachine:
         ]
         if len(usable) < max(needed, min(1, len(expected))) and not inbox.mode.begins_alone(self.round):
             heard = "no peer was" if not usable else f"{len(usable)} of at least {needed} peers were"
-            message = f"{heard} heard in round {self.round}; own weights are kept"
+            waited = f" within {self._rules.deadline_s:g} s of its training" if self._expired else ""
+            message = f"{heard} heard in round {self.round}{waited}; own weights are kept"
             actions.append(m.Emit(events.Warned(message=message, agent=self.agent)))
         return actions + self._adopt_or_merge()
 

@@ -63,6 +63,7 @@ _TABLES: dict[str, dict[str, str]] = {
         "run": "digits",
         "agents": "5",
         "rounds": "10",
+        "deadline": "60",
         "task": 'name = "digits"                # bundled; or "images", or hook = "my_task.py:task"\n' + _SKEWED,
         "train": _SMALL,
         "merge": _DIMAT,
@@ -71,6 +72,7 @@ _TABLES: dict[str, dict[str, str]] = {
         "run": "images",
         "agents": "5",
         "rounds": "10",
+        "deadline": "600",
         "task": """\
 name = "images"
 """
@@ -88,6 +90,7 @@ model = "resnet20"             # or "cnn"
         "run": "hf-images",
         "agents": "3",
         "rounds": "5",
+        "deadline": "1800",
         "task": """\
 name = "hf-image-classification"   # needs: pip install 'dimat[hf]'
 """
@@ -109,6 +112,7 @@ test_samples = 500
         "run": "hf-text",
         "agents": "3",
         "rounds": "5",
+        "deadline": "1800",
         "task": """\
 name = "hf-causal-lm"          # needs: pip install 'dimat[hf]'
 
@@ -129,14 +133,15 @@ method = "average"             # of what adapters stand for (combine = "lora-svd
 """,
     },
 }
-"""The parts in which the starters of the bundled tasks differ."""
+"""The parts in which the starters of the bundled tasks differ. `deadline`: seconds, at least as long as a round trains
+on two cores of a CPU, so that a machine half as fast as its peers is heard."""
 
 
 def tables_of(task: str) -> Mapping[str, str]:
     """Return the parts of a starter that depend on the bundled task.
 
-    These are the bodies of the tables "task", "train" and "merge", and "run", "agents", "rounds". Raises ConfigError
-    for an unknown task.
+    These are the bodies of the tables "task", "train" and "merge", and "run", "agents", "rounds", "deadline". Raises
+    ConfigError for an unknown task.
     """
     if task not in _TABLES:
         raise ConfigError(unknown_name("task", task, _TABLES, "--task"))

@@ -17,6 +17,8 @@ from dimat.net.pki.keyring import init_authority, issue
 from dimat.weights.durable import write_bytes
 
 FIRST_PORT = 7300
+PARTS = ("task", "train", "merge", "deadline")
+"""The parts of the file that depend on the task."""
 MOST = 1000
 """Agents of a network on one host; a machine's memory ends long before."""
 CA_DAYS, DAYS = 3650, 365
@@ -39,7 +41,7 @@ map = "map.toml"               # who is there, at which address, and who exchang
 {merge}
 [schedule]
 rounds = 500                   # 0 = until stopped
-round_deadline_s = 60          # who is not heard by then is left out of the round
+round_deadline_s = {deadline:<12}# after own training; who is not heard by then is left out of the round
 
 [agent]
 keys = "keys"                  # NAME.key, NAME.crt and ca.crt; see `dimat keys`
@@ -91,7 +93,7 @@ def write_network(folder: Path, agents: int, *, task: str = "digits", force: boo
             ]
             write_bytes(staged / "map.toml", "".join([MAP, *entries]).encode())
             quoted = json.dumps(run, ensure_ascii=False)
-            filled = AGENTS.format(first=names[0], run=quoted, **{k: tables[k] for k in ("task", "train", "merge")})
+            filled = AGENTS.format(first=names[0], run=quoted, **{k: tables[k] for k in PARTS})
             write_bytes(staged / "agents.toml", filled.encode())
             init_authority(staged / "keys", "dimat trial on one host", CA_DAYS)
             issue(staged / "keys", dict.fromkeys(names, ("127.0.0.1",)), DAYS)

@@ -13,6 +13,7 @@ import pytest
 
 from dimat.cli import main
 from dimat.cli.templates import network_template as starter_network
+from dimat.cli.templates.experiment_template import tables_of
 from dimat.cli.templates.network_template import write_network
 from dimat.config import TopologyConfig, load_experiment
 from dimat.errors import ConfigError, DataError
@@ -38,6 +39,14 @@ def test_map_configuration_and_keys_fit_together(tmp_path: Path, agents: int) ->
     for name in made.names:
         check_certificate(load_identity(tmp_path / "trio" / "keys", name).certificate_der, ca, name)
     assert {path.name for path in tmp_path.iterdir()} == {"trio"}
+
+
+@pytest.mark.parametrize("task", ["digits", "images", "hf-image-classification", "hf-causal-lm"])
+def test_the_deadline_fits_the_task(tmp_path: Path, task: str) -> None:
+    """A task whose rounds train for minutes is not given a minute to wait: the deadline is the one of its template."""
+    schedule = load_experiment(write_network(tmp_path / "net", 2, task=task).file, env={}).schedule
+    assert schedule.round_deadline_s == float(tables_of(task)["deadline"])
+    assert (schedule.round_deadline_s > 60) == (task != "digits")
 
 
 def test_ports_that_are_taken_are_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -188,7 +188,7 @@ def test_bytes_of_what_is_given_up_are_those_that_were_sent(tmp_path: Path) -> N
     results, heard = run(
         tmp_path,
         topology=pair,
-        schedule={"rounds": 1, "round_deadline_s": 3.0},
+        schedule={"rounds": 1, "round_deadline_s": 2.0},
         simulate={"network": {"bandwidth_mbit_s": size / 125_000 / 4}, "workers": 1},
     )
     assert not told(heard, events.SnapshotFetched)

@@ -101,12 +101,20 @@ def test_travel_by_hand() -> None:
 
 
 def test_a_deadline_that_leaves_no_time_for_travel_is_warned_of(tmp_path: Path) -> None:
-    """By hand: 1 s of training and three times 0.1 s of latency do not fit into 1.3 s, and do into 1.4 s."""
-    late = {"simulate__network": {"latency_s": 0.1}, "schedule__round_deadline_s": 1.3}
+    """By hand: it counts from the end of own training. Three times 0.1 s of latency do not fit into 0.3 s, and do into
+    0.4 s, however long all train; an agent that takes 2 s where the quickest takes 1 s is heard within 1.4 s only."""
+    late = {"simulate__network": {"latency_s": 0.1}, "schedule__round_deadline_s": 0.3}
     (warning,) = warnings(tmp_path, **late)
     assert warning.startswith("all 3 agents need 1 s or more to train and about 0.3 s until peers have their snapshot")
-    assert not warnings(tmp_path, **{**late, "schedule__round_deadline_s": 1.4})
-    assert not warnings(tmp_path, **{**late, "schedule": {"mode": "async", "round_deadline_s": 1.3}})
+    assert not warnings(tmp_path, **{**late, "schedule__round_deadline_s": 0.4})
+    assert not warnings(tmp_path, **{**late, "schedule": {"mode": "async", "round_deadline_s": 0.3}})
+    slow = {**late, "simulate__compute": {"speeds": {"agent-1": 0.5}}}
+    (warning,) = warnings(tmp_path, **{**slow, "schedule__round_deadline_s": 1.2})
+    assert warning.startswith(
+        "agent-1 need 2 s or more to train and about 0.3 s until peers have their snapshot; the quickest agent trains "
+        "for 1 s and then waits for 1.2 s (schedule.round_deadline_s)"
+    )
+    assert not warnings(tmp_path, **{**slow, "schedule__round_deadline_s": 1.4})
 
 
 def test_agents_whose_peers_die_by_crash_points_are_alone_too(tmp_path: Path) -> None:
