@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -37,12 +37,22 @@ def seeded_streams(seed: int, device: torch.device) -> dict[str, Tensor]:
 @contextmanager
 def own_streams(states: dict[str, Tensor], device: torch.device) -> Generator[None]:
     """Let torch's global generators draw from `states`, which are brought up to date, and put them back."""
-    cuda = device.type == "cuda"
-    with torch.random.fork_rng(devices=[device] if cuda else []):
-        torch.set_rng_state(states["cpu"])
-        if cuda:
-            torch.cuda.set_rng_state(states["cuda"], device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        set_streams(states, device)
         yield
-        states["cpu"] = torch.get_rng_state()
-        if cuda:
-            states["cuda"] = torch.cuda.get_rng_state(device)
+        states.update(current_streams(device))
+
+
+def current_streams(device: torch.device) -> dict[str, Tensor]:
+    """Return the states of the generators that a forward pass draws from, as they are now."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_streams(states: Mapping[str, Tensor], device: torch.device) -> None:
+    """Let the generators that a forward pass draws from go on from these states."""
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from dimat.config import TrainConfig
-from dimat.device import own_streams, resolve_device, seeded_streams
+from dimat.device import current_streams, own_streams, resolve_device, seeded_streams, set_streams
 from dimat.errors import DataError, TrainingError
 from dimat.merge.models.functional import call_with
 from dimat.seeds import derive_seed, torch_generator
@@ -29,6 +29,7 @@ from dimat.tasks.base import Batch, Data, Task
 from dimat.tasks.data import InputBatches, batch_bounds, input_batches
 from dimat.train.model_state import ModelState, check_fit, copied
 from dimat.train.optimizers import build_optimizer, lr_factor
+from dimat.train.progress import Interrupts, Progress, TrainingInterruptedError
 
 GATHER_BYTES = 4 << 20
 """Examples are gathered for several batches at once, up to about this size: it fits a cache."""
@@ -54,8 +55,9 @@ class TrainReport:
 class TrainerState:
     """All that a trainer needs to go on bit for bit.
 
-    `tensors`: on the CPU, named `model/<name>`, `optimizer/<parameter>/<entry>` and `rng/<stream>` (uint8);
-    `values`: plain numbers and strings. Both are flat, ready for safetensors and JSON.
+    `tensors`: on the CPU, named `model/<name>`, `optimizer/<parameter>/<entry>` and `rng/<stream>` (uint8), in the
+    middle of a round `round/<stream>` too; `values`: plain numbers and strings. Both are flat, ready for safetensors
+    and JSON.
     """
 
     tensors: dict[str, Tensor]
@@ -120,6 +122,8 @@ class Trainer(ModelState):
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self._bounds = batch_bounds(len(data), config.batch_size)
         self._batches_gathered = 0
+        self.interrupts: Interrupts | None = None
+        self._progress: Progress | None = None  # of the round that is being trained, or was broken off
         self._step: Any = getattr(task, "train_step", None)
 
     # --- training ---
@@ -136,35 +140,43 @@ class Trainer(ModelState):
     def train(self, round: int) -> TrainReport:
         """Train for one round and report loss, samples, steps and seconds.
 
-        Raises TrainingError naming round and step where the loss stops being finite; the weights are then unusable.
+        A round that was broken off (`interrupts`, which raise TrainingInterruptedError) is gone on with. Raises
+        TrainingError naming round and step where the loss stops being finite; the weights are then unusable.
         """
-        if self.config.optimizer_state == "fresh":
-            self.optimizer = self._new_optimizer()
+        progress = self._progress
+        if progress is None:
+            progress = Progress(round, self.steps_in(round), self.batches)
+            if self.config.optimizer_state == "fresh":
+                self.optimizer = self._new_optimizer()
         cpu, wall = time.process_time(), time.perf_counter()
-        steps = self.steps_in(round)
+        self._progress = None  # a round that fails is not gone on with
         with own_streams(self._global_rng, self.device):
-            loss, samples = self._train(round, steps)
+            finished = self._train(round, progress)
+        if not finished:
+            self._progress = progress
+            raise TrainingInterruptedError(f"round {round}, step {progress.done} of {progress.steps}")
+        steps, samples, loss = progress.steps, progress.samples, progress.loss / progress.samples
         self._check_weights(round)
         if self.config.optimizer_state == "fresh":
             self.optimizer.state.clear()
         self.samples_seen += samples
         return TrainReport(loss, samples, steps, time.process_time() - cpu, time.perf_counter() - wall)
 
-    def _train(self, round: int, steps: int) -> tuple[float, int]:
+    def _train(self, round: int, progress: Progress) -> bool:
+        """Train for what is left of a round; return whether it was not broken off."""
         self.model.train()
         clip = self.config.grad_clip_norm
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         scaled = self._scaler.is_enabled()
-        rates = self._rates(round, steps)
-        done = samples = 0
-        total = 0.0
-        while done < steps:
-            batches = self._next_batches(steps - done)
+        rates = self._rates(round, progress.steps)
+        goes_on = True
+        while goes_on and progress.done < progress.steps:
+            batches = self._gather(progress)
             losses: list[Tensor] = []
             for batch in batches:
                 if rates is not None:
                     for group in self.optimizer.param_groups:
-                        group["lr"] = rates[done + len(losses)]
+                        group["lr"] = rates[progress.done + len(losses)]
                 self.optimizer.zero_grad()
                 loss = self._backward(batch)
                 if scaled:
@@ -177,19 +189,58 @@ class Trainer(ModelState):
                 else:
                     self.optimizer.step()
                 losses.append(loss)
-            # Read once for many steps: reading every step would hold a GPU up.
-            values: list[float] = torch.stack(losses).tolist()
-            for number, (value, batch) in enumerate(zip(values, batches, strict=True), done + 1):
-                if not math.isfinite(value):
-                    raise TrainingError(
-                        f"training loss is {value} in round {round}, step {number} of {steps}; lower "
-                        "train.optimizer.lr or set train.grad_clip_norm, and check the data for non-finite inputs"
-                    )
-                total += value * len(batch.targets)
-                samples += len(batch.targets)
-            done += len(batches)
+                if self.interrupts is not None and self.interrupts.due():
+                    self._count(round, progress, losses, batches)
+                    batches, losses = batches[len(losses) :], []
+                    if self._pause(self.interrupts, progress):
+                        goes_on = False
+                        break
+            self._count(round, progress, losses, batches)
+            progress.within = progress.within if batches[len(losses) :] else 0
         self.optimizer.zero_grad()  # gradients would double what many simulated agents hold
-        return total / samples, samples
+        return goes_on
+
+    def _pause(self, interrupts: Interrupts, progress: Progress) -> bool:
+        """Let the trainer's state be taken as it is now; return whether training breaks off."""
+        self._global_rng.update(current_streams(self.device))
+        self._progress = progress
+        try:
+            return interrupts.pause()
+        finally:
+            self._progress = None
+
+    def _count(self, round: int, progress: Progress, losses: list[Tensor], batches: Sequence[Batch]) -> None:
+        """Count steps whose losses were not read yet; reading every step would hold a GPU up."""
+        values: list[float] = torch.stack(losses).tolist() if losses else []
+        for value, batch in zip(values, batches, strict=False):
+            progress.done += 1
+            progress.within += 1
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"training loss is {value} in round {round}, step {progress.done} of {progress.steps}; lower "
+                    "train.optimizer.lr or set train.grad_clip_norm, and check the data for non-finite inputs"
+                )
+            progress.loss += value * len(batch.targets)
+            progress.samples += len(batch.targets)
+
+    def _gather(self, progress: Progress) -> list[Batch]:
+        """Return the next batches of a round; of those that were gathered before it was broken off, the rest."""
+        if not progress.within:
+            progress.first = self._position
+            progress.before = {
+                "batches": self._order_rng.get_state(),
+                "augment": self._augment_rng.get_state(),
+                **current_streams(self.device),
+            }
+            return self._next_batches(progress.steps - progress.done)
+        now = current_streams(self.device)
+        self._position = progress.first
+        self._order_rng.set_state(progress.before["batches"])
+        self._augment_rng.set_state(progress.before["augment"])
+        set_streams(progress.before, self.device)  # data may draw from them too
+        batches = self._next_batches(progress.steps - progress.done + progress.within)
+        set_streams(now, self.device)
+        return batches[progress.within :]
 
     def _backward(self, batch: Batch) -> Tensor:
         """Add the gradients of a batch's mean loss, part by part, and return that loss."""
@@ -314,6 +365,9 @@ class Trainer(ModelState):
         tensors |= {"rng/batches": self._order_rng.get_state(), "rng/augment": self._augment_rng.get_state()}
         tensors |= {"rng/epoch": self._epoch_rng.clone()}
         values |= {f"scaler/{key}": value for key, value in self._scaler.state_dict().items()}
+        if self._progress is not None:
+            tensors |= self._progress.tensors()
+            values |= self._progress.values()
         return TrainerState(tensors, values)
 
     def load_state(self, state: TrainerState) -> None:
@@ -342,8 +396,19 @@ class Trainer(ModelState):
             scaler = {n.removeprefix("scaler/"): v for n, v in values.items() if n.startswith("scaler/")}
             if self._scaler.is_enabled():
                 self._scaler.load_state_dict(scaler)
+            self._progress = self._middle(Progress.of(tensors, values))
         except KeyError as error:
             raise DataError(f"the trainer's state lacks {error.args[0]!r}") from error
+
+    def _middle(self, progress: Progress | None) -> Progress | None:
+        """Return how far a state's round is; DataError where a round here is another one."""
+        here = None if progress is None else (self.steps_in(progress.number), self.batches)
+        if progress is not None and here != (progress.steps, progress.batches):
+            raise DataError(
+                f"the state is of the middle of round {progress.number}, which had {progress.steps} steps with "
+                f"{progress.batches} batches an epoch; it has {here[0] if here else 0} with {self.batches} now"
+            )
+        return progress
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         return build_optimizer(self.model, self.config.optimizer)
