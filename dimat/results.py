@@ -8,10 +8,11 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import groupby
+from math import nan
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from dimat.config.presets import CEILING
 from dimat.errors import DataError
@@ -39,7 +40,7 @@ class AgentRound(ResultsModel):
     bytes_received: int
     basis: str
     accepted: float
-    consensus_distance: float
+    consensus_distance: Annotated[float, BeforeValidator(lambda value: nan if value is None else value)]
     """‖θ_agent − θ̄‖₂ / ‖θ̄‖₂ after the merge, over all floating-point tensors."""
     samples: int
     time_s: float

@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 from dimat import events
 from dimat.events.parse import KINDS, parse_event
 from dimat.events.view import AgentView
+from dimat.json_text import finite, to_json
 from dimat.results import read_results
 from dimat.ui.dashboard.api import StateApi
 from dimat.ui.dashboard.run_source import FolderSource
 from dimat.ui.jsonl import JsonlListener
-from dimat.ui.jsonl_read import HEADER, finite, read_events
+from dimat.ui.jsonl_read import HEADER, read_events
 
 OLD = Path(__file__).parent / "golden" / "old-run"
 LOGS = (OLD / "simulation", *(OLD / "agents" / "old-run" / name for name in ("lab-a", "lab-b", "lab-c")))
@@ -72,7 +73,7 @@ def test_plain_values_of_any_form(kind: str, data: st.DataObject) -> None:
     keys += ["loss", "samples", "before", "notes", "accepted", "merge_s"] if kind in ("Trained", "Merged") else []
     found = parse_event({"event": kind, **{key: data.draw(ODD) for key in keys}})
     assert type(found) is KINDS[kind]
-    plain = json.loads(json.dumps(finite(found.to_dict()), allow_nan=False))
+    plain = json.loads(to_json(found.to_dict()))
     assert finite(parse_event(plain).to_dict()) == finite(found.to_dict())  # pyright: ignore[reportOptionalMemberAccess]
 
 

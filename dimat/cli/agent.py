@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,7 +53,23 @@ def agent(
     plain: Annotated[bool, Parameter(negative="", help="Lines only, also on a terminal.")] = False,
 ) -> int:
     """Run one agent of a network: train, swap weights with the peers on the map, merge, go on. Ends with the last
-    round, on Ctrl-C or SIGTERM, and goes on from its checkpoint when started again; SIGHUP reads the map anew."""
+    round, on Ctrl-C, SIGTERM or SIGUSR1, and goes on where it was when started again; SIGHUP reads the map anew."""
+    with _Signals() as signals:
+        return _agent(signals, file, name, set_, insecure, metrics, dashboard, verbose, quiet, plain)
+
+
+def _agent(
+    signals: _Signals,
+    file: Path,
+    name: str | None,
+    set_: tuple[str, ...],
+    insecure: bool,
+    metrics: str | None,
+    dashboard: str | None,
+    verbose: int,
+    quiet: bool,
+    plain: bool,
+) -> int:
     flags = ["agent.insecure=true"] if insecure else []
     flags += [] if metrics is None else [f"monitor.metrics={json.dumps(metrics)}"]
     flags += [] if dashboard is None else [f"monitor.dashboard={json.dumps(dashboard)}"]
@@ -80,7 +97,7 @@ def agent(
             watching.warned += [listener, log, *shown]
             for line in () if quiet else watching.messages:
                 say(f"dimat: {line}")
-            code = asyncio.run(_run(daemon, listener.close))
+            code = asyncio.run(_run(daemon, signals, listener.close))
     if daemon.thread.busy:  # training cannot be broken off, and the interpreter would tear down what it uses
         sys.stdout.flush()
         sys.stderr.flush()
@@ -189,12 +206,45 @@ def _dashboard(daemon: Daemon) -> Generator[Sequence[Listener]]:
         yield (shown,)
 
 
-async def _run(daemon: Daemon, restore: Callable[[], None]) -> int:
-    """Run a daemon with signals: the first SIGINT or SIGTERM lets it leave in good order, a second one ends it, after
-    `restore` has given the terminal back."""
+class _Signals:
+    """Catches SIGHUP and SIGUSR1, which would end the process, from the beginning of a command to its end.
+
+    What comes before `serve` is remembered until then: an agent may take long to start.
+    """
+
+    def __init__(self) -> None:
+        self._remembered: list[int] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._actions: Mapping[int, Callable[[], None]] = {}
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        for number in (signal.SIGHUP, signal.SIGUSR1):
+            self._before[number] = signal.signal(number, self._take)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def serve(self, actions: Mapping[int, Callable[[], None]]) -> None:
+        """From now on let the running loop do what belongs to a signal."""
+        self._actions, self._loop = actions, asyncio.get_running_loop()
+        for number in dict.fromkeys(self._remembered):
+            actions[number]()
+
+    def _take(self, number: int, _: object) -> None:
+        if self._loop is None:
+            self._remembered.append(number)
+        elif not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._actions[number])
+
+
+async def _run(daemon: Daemon, signals: _Signals, restore: Callable[[], None]) -> int:
+    """Run a daemon with signals: the first SIGINT, SIGTERM or SIGUSR1 lets it leave in good order, a second one ends
+    it, after `restore` has given the terminal back."""
     loop = asyncio.get_running_loop()
     code = 0
-    reloads: set[asyncio.Task[None]] = set()
 
     def stop(number: signal.Signals) -> None:
         nonlocal code
@@ -206,13 +256,8 @@ async def _run(daemon: Daemon, restore: Callable[[], None]) -> int:
         say("dimat: leaving; once more to stop at once")
         daemon.stop()
 
-    def reload() -> None:
-        task = loop.create_task(daemon.reload())
-        reloads.add(task)
-        task.add_done_callback(reloads.discard)
-
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop, number)
-    loop.add_signal_handler(signal.SIGHUP, reload)
+    signals.serve({signal.SIGHUP: daemon.reload_soon, signal.SIGUSR1: partial(stop, signal.SIGUSR1)})
     await daemon.run()
     return code

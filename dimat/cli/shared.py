@@ -6,7 +6,6 @@ Results go to stdout, everything for a person to stderr.
 from __future__ import annotations
 
 import gc
-import json
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter, validators
+
+from dimat.json_text import to_json
 
 if TYPE_CHECKING:
     from dimat.ui.terminal.run import ConsoleListener
@@ -53,7 +54,7 @@ def collector_paused() -> Generator[None]:
 
 def show(value: Any) -> None:
     """Print a result on stdout, plain values as JSON."""
-    text = value if isinstance(value, str) else json.dumps(value)
+    text = value if isinstance(value, str) else to_json(value)
     sys.stdout.write(text + "\n")
 
 

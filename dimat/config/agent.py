@@ -39,6 +39,9 @@ class AgentConfig(Tree):
     founder: bool = False
     """Whether it is there when the network begins: it starts with round 1 at once. Otherwise an agent without a
     checkpoint first listens for a network that lives, for schedule.join_wait_s, and joins it."""
+    go_on_alone: bool = False
+    """Train on by itself where a new network map does not have this agent any more. Otherwise it stops after
+    exchange.lost_after_s, unless the map has it again by then."""
     keep_checkpoints: Annotated[int, Field(ge=1)] = CHECKPOINTS_KEPT
     """Checkpoints kept, of two a round."""
     keep_snapshots: Annotated[int, Field(ge=1)] = SNAPSHOTS_KEPT

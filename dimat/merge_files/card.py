@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dimat.json_text import to_json
 from dimat.merge_files.files import read_json
 from dimat.merge_files.recipe import DTYPES, Recipe
 
@@ -14,7 +15,7 @@ from dimat.merge_files.recipe import DTYPES, Recipe
 def provenance(version: str, recipe: Recipe, inputs: Mapping[str, Mapping[str, str]]) -> str:
     """Return what a merge was made from as JSON: {version, recipe, inputs: {model: {file: blake3}}}."""
     plain = recipe.model_dump(mode="json", exclude_defaults=True)
-    return json.dumps({"version": version, "recipe": plain, "inputs": inputs})
+    return to_json({"version": version, "recipe": plain, "inputs": inputs})
 
 
 def config_of(file: Path, dtype: str | None) -> bytes:
@@ -37,7 +38,7 @@ def model_card(name: str, plan: Mapping[str, Any], inputs: Mapping[str, Mapping[
         rows += [f"| `{model}` | {role} | `{file}` | `{digest}` |" for file, digest in files.items()]
     options = "".join(f", `{key}` = {value}" for key, value in plan["options"].items())
     known = json.loads(record)
-    recipe = json.dumps(known["recipe"], indent=2)
+    recipe = to_json(known["recipe"], indent=2)
     lines = [
         "---",
         "tags:",

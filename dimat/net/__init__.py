@@ -2,5 +2,6 @@
 
 import os
 
-# gRPC writes lines for its own developers to stderr, read when it is loaded; what matters is raised or said by us
-os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+# gRPC writes lines for its own developers to stderr, also of errors, before we can say what is wrong; what matters it
+# raises. It reads this when it is loaded.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")

@@ -7,7 +7,6 @@ Callers are identified by their certificates. On an insecure network, which is b
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 from collections.abc import Awaitable, Callable, Collection
 from time import time as clock
@@ -22,6 +21,7 @@ from grpc_health.v1.health import aio as health_aio  # pyright: ignore[reportAtt
 from grpc_reflection.v1alpha import reflection
 
 from dimat.errors import DataError, NetworkError, SecurityError
+from dimat.json_text import to_json
 from dimat.net.compatibility import Profile, incompatibility, quoted
 from dimat.net.grpc_options import server_options
 from dimat.net.limits import (
@@ -179,7 +179,7 @@ class GrpcServer:
 
     async def status(self, request: pb.StatusRequest, context: Context) -> pb.StatusReply:
         await self._member(context)
-        return pb.StatusReply(json=json.dumps(dict(self._status()), default=str))
+        return pb.StatusReply(json=to_json(dict(self._status()), default=str))
 
     async def dial_back(self, request: pb.DialBackRequest, context: Context) -> pb.DialBackReply:
         caller = await self._member(context)

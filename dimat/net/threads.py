@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -68,6 +68,35 @@ class BackgroundTasks:
             self._group = group
             opened.set_result(None)
             await self._closing.wait()
+
+
+class _Over(Exception):
+    """Ends the body of a task group: the tasks that still go on are called off."""
+
+
+@asynccontextmanager
+async def beside(group: asyncio.TaskGroup) -> AsyncGenerator[None]:
+    """Let the tasks of a group go on beside the body, and call them off when it ends.
+
+    An error of the body comes out as it is, and so does the only error of a task, which ends the body; a task group
+    would wrap them.
+    """
+    fault: Exception | None = None
+    try:
+        async with group:
+            try:
+                yield
+            except Exception as error:
+                fault = error
+            raise _Over
+    except* _Over:
+        pass
+    except* Exception as errors:
+        if len(errors.exceptions) > 1 or isinstance(errors.exceptions[0], BaseExceptionGroup):
+            raise
+        fault = fault or errors.exceptions[0]
+    if fault is not None:
+        raise fault
 
 
 class Notifier:

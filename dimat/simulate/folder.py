@@ -17,6 +17,7 @@ from typing import Any
 
 from dimat.config import ExperimentConfig, build
 from dimat.errors import ConfigError, DataError
+from dimat.json_text import to_json
 from dimat.results import Results
 from dimat.weights.durable import write_bytes
 
@@ -122,7 +123,7 @@ def _origin(path: Path, folder: Path) -> dict[str, str]:
 
 
 def _json(values: Mapping[str, object]) -> bytes:
-    return (json.dumps(values, indent=1) + "\n").encode()
+    return (to_json(values, indent=1) + "\n").encode()
 
 
 def _read(file: Path) -> dict[str, Any]:

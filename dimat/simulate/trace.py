@@ -15,11 +15,12 @@ from typing import Any, TextIO, get_args
 
 from dimat.agent.protocol import messages as m
 from dimat.agent.protocol.basis import BasisId
-from dimat.agent.protocol.messages import MERGE_RECORDED
+from dimat.agent.protocol.messages import MERGE_RECORDED, metrics_of
 from dimat.agent.protocol.round import RoundMachine
 from dimat.agent.protocol.state import MachineState
 from dimat.errors import DataError
 from dimat.events import MERGE_LOGGED, Merged, MergeResult
+from dimat.json_text import to_json
 
 KINDS: Mapping[type[Any], str] = {
     m.MergeAction: "Merge",
@@ -78,7 +79,7 @@ class TraceWriter:
 
     def _write(self, line: dict[str, Any]) -> None:
         if self._file is not None:
-            self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
+            self._file.write(to_json(line, separators=(",", ":")) + "\n")
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +130,7 @@ def replay(path: Path, make: Callable[[str, MachineState | None, int], RoundMach
             difference = f"raises {type(error).__name__}: {error}"
         else:
             asked += len(actions)
-            difference = _difference(line.actions, json.loads(json.dumps(actions)), "actions")
+            difference = _difference(line.actions, json.loads(to_json(actions)), "actions")
         steps += 1
         if difference:
             told = type(line.event).__name__
@@ -213,5 +214,6 @@ def event_of(values: Mapping[str, Any]) -> m.Event:
 def _merge_done(
     round: int, before: Any = None, after: Any = None, merge_s: float = 0.0, notes: Any = (), **more: Any
 ) -> m.MergeDone:
-    result = MergeResult(before=before or {}, after=after or {}, cpu_s={"merge": merge_s}, notes=tuple(notes), **more)
+    metrics = {"before": metrics_of(before), "after": metrics_of(after)}
+    result = MergeResult(**metrics, cpu_s={"merge": merge_s}, notes=tuple(notes), **more)
     return m.MergeDone(round, result)

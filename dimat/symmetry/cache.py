@@ -12,6 +12,7 @@ import json
 import os
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -40,14 +41,16 @@ def verified_symmetry(
 ) -> SymmetrySpec:
     """Return a module's spec without the groups that fail the proof; its `warnings` say what was given up.
 
-    `folder`: where specs are kept, `default_folder()` by default. The same spec comes out whether it was kept or not.
-    A kept one that does not hold for this module is derived anew, with a SymmetryWarning (SYM-W07).
+    `folder`: where specs are kept, `default_folder()` by default; where there is none nothing is. The same spec comes
+    out whether it was kept or not. A kept one that does not hold for this module is derived anew, with a
+    SymmetryWarning (SYM-W07).
     Raises SymmetryError as `derive_symmetry` and `verify_symmetry` do.
     """
     folder = folder or default_folder()
-    mark = fingerprint(model, example_inputs) if own_rules() else None
+    mark = fingerprint(model, example_inputs) if own_rules() and folder is not None else None
     start = generator.get_state()
-    if mark is not None:
+    path = None
+    if mark is not None and folder is not None:
         path = folder / f"{_key(mark, outputs)}.json"
         known = _read(path)
         if known is not None:
@@ -56,7 +59,7 @@ def verified_symmetry(
             generator.set_state(start)
             message = f"SYM-W07 the symmetry groups in {path} do not hold for this model; derived anew"
             warnings.warn(message, SymmetryWarning, stacklevel=2)
-    else:
+    elif folder is not None:
         traced = _exported(model, example_inputs)
         path = None if traced is None else folder / f"{_key(traced.digest, outputs)}.json"
         known = None if path is None else _read(path)
@@ -76,15 +79,25 @@ def verified_symmetry(
 
 def forget(spec: SymmetrySpec, folder: Path | None = None) -> None:
     """Remove the kept file of a spec that turned out to be another model's; the next start derives it anew."""
-    for path in (folder or default_folder()).glob("*.json"):
+    folder = folder or default_folder()
+    for path in folder.glob("*.json") if folder is not None else ():
         kept = _read(path)
         if kept is not None and kept.arch_hash == spec.arch_hash:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # in a folder that cannot be written to: it is checked, and derived anew, each time
+                path.unlink()
 
 
-def default_folder() -> Path:
-    """Return `$XDG_CACHE_HOME/dimat/symmetry`, by default under ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dimat" / "symmetry"
+def default_folder() -> Path | None:
+    """Return `$XDG_CACHE_HOME/dimat/symmetry`, by default under ~/.cache; None where there is no home directory either:
+    then nothing is kept."""
+    named = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(named) and not os.environ.get("HOME", "unset"):
+        return None  # empty, it would stand for the root of the file system
+    try:
+        cache = Path(named) if os.path.isabs(named) else Path.home() / ".cache"
+    except RuntimeError:
+        return None
+    return cache / "dimat" / "symmetry" if cache.is_absolute() else None
 
 
 def _exported(model: nn.Module, example_inputs: Any) -> Trace | None:

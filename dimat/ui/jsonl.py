@@ -10,7 +10,8 @@ from typing import BinaryIO
 
 from dimat.errors import DataError
 from dimat.events import Event
-from dimat.ui.jsonl_read import HEADER, OLD_HEADER, finite, parsed, read_events
+from dimat.json_text import to_json
+from dimat.ui.jsonl_read import HEADER, OLD_HEADER, parsed, read_events
 
 __all__ = ["HEADER", "JsonlListener", "read_events"]
 
@@ -43,7 +44,7 @@ class JsonlListener:
 
     def __call__(self, event: Event) -> None:
         """Append one event."""
-        line = json.dumps(finite(event.to_dict()), allow_nan=False, separators=(",", ":")).encode() + b"\n"
+        line = to_json(event.to_dict(), separators=(",", ":")).encode() + b"\n"
         with self._lock:
             if self._file.closed:
                 raise DataError(f"cannot write to {self.path}: the log is closed")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from dimat import events
 from dimat.errors import DataError
 from dimat.events.parse import parse_event
 from dimat.events.view import AgentView
+from dimat.json_text import finite
 
 try:  # several times as fast; of the extra `dashboard`
     from orjson import loads
@@ -141,17 +141,6 @@ class Completion:
             return plain
         whole = view.round_finished(event.round, event.bytes_sent, event.bytes_received)
         return {**finite(whole.to_dict()), **plain}
-
-
-def finite(value: Any) -> Any:
-    """Return plain values as JSON has them: what is not finite is None."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {str(key): finite(item) for key, item in cast("dict[Any, Any]", value).items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in cast("list[Any]", value)]
-    return value
 
 
 def parsed(line: bytes) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import subprocess
 import sys
 from dataclasses import replace
@@ -116,12 +117,37 @@ def test_an_observer_of_another_model_forgets_the_kept_spec(tmp_path: Path, monk
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     inputs = torch.randn(3, 12)
     verified_symmetry(MLP(), inputs, torch.Generator().manual_seed(0))
-    (kept,) = spec_cache.default_folder().iterdir()
+    folder = tmp_path / "dimat" / "symmetry"
+    (kept,) = folder.iterdir()
     image = torch.randn(2, 3, 32, 32)
     spec = verified_symmetry(ResNet20("B", 4), image, torch.Generator().manual_seed(0))
     with pytest.raises(SymmetryError, match="another model"):
         Observer(MLP(), spec, inputs)
-    assert [*spec_cache.default_folder().iterdir()] == [kept]
+    assert [*folder.iterdir()] == [kept]
+
+
+@pytest.mark.parametrize("home", [None, "", "a/relative/one"])
+def test_without_a_home_directory_nothing_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, home: str | None
+) -> None:
+    """Reference: the spec that is derived with a folder. A user without an entry in passwd, as in a container that runs
+    under any number, has no home, and may have an empty HOME; the cache is a convenience and never a traceback."""
+    fresh = _kept(MLP(), torch.randn(3, 12), tmp_path / "kept")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    if home is not None:
+        monkeypatch.setenv("HOME", home)
+
+    def unknown(_: object) -> object:
+        raise KeyError("getpwuid(): uid not found")
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    assert spec_cache.default_folder() is None
+    spec = verified_symmetry(MLP(), torch.randn(3, 12), torch.Generator().manual_seed(0))
+    assert spec.to_json() == fresh
+    spec_cache.forget(spec)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
 def test_a_second_start_does_not_trace(tmp_path: Path) -> None:

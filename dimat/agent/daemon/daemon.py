@@ -11,14 +11,17 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
+from typing import Any
 
 from dimat import events
 from dimat.agent.daemon.folder import AgentFolder
+from dimat.agent.daemon.lateness import Lateness
 from dimat.agent.daemon.map_follower import MapFollower
 from dimat.agent.daemon.network_monitor import NetworkMonitor
 from dimat.agent.daemon.peer_discovery import PeerDiscovery, check_discovery
+from dimat.agent.daemon.removal import Removal
 from dimat.agent.daemon.resources import RESERVE_BYTES, available_memory, held_bytes, little_memory, needed_bytes
 from dimat.agent.daemon.runner import Runner
 from dimat.agent.daemon.status_socket import StatusSocket, notify, plain_view, watchdog_s, without_paths
@@ -28,11 +31,12 @@ from dimat.agent.lineage.manifest_log import LEDGER_BYTES, ManifestLedger
 from dimat.agent.setup.machine import machine_for
 from dimat.agent.setup.prepare import PreparedAgent, neighbours_of
 from dimat.config import agent_folder
-from dimat.errors import DataError, DimatError
+from dimat.errors import ConfigError, DataError, DimatError
 from dimat.net.grpc_transport import GrpcTransport
 from dimat.net.limits import Limits
 from dimat.net.manifest import ManifestLimits
 from dimat.net.pki.identity import Identity, load_identity
+from dimat.net.threads import beside
 from dimat.seeds import derive_seed
 from dimat.train.trainer import ModelTrainer
 from dimat.version import __version__
@@ -66,11 +70,16 @@ class Daemon:
         finds = check_discovery(config)
         self.folder = AgentFolder(path, config.run, setup.name)
         self._discovery: PeerDiscovery | None = None
-        self._follower: MapFollower | None = None
         self._log_fault = ""
         self._started_s = time.time()
         self._leaving = asyncio.Event()
         self._early: list[str] = []  # to be said once there is a run to say it in
+        self._tasks = asyncio.TaskGroup()
+        self._following: list[asyncio.Task[None]] = []
+        self._up = self._reload_wanted = False
+        self._removal = Removal(
+            setup.name, config.exchange.lost_after_s, config.agent.go_on_alone, self._notice, self.stop
+        )
         try:
             if finds and self.identity is not None:
                 self._discovery = PeerDiscovery(config, setup.name, self.folder.dht, self.identity, self._notice)
@@ -133,6 +142,7 @@ class Daemon:
             self._emit,
             self._ledger.note,
             max_time_s=config.schedule.max_time_s,
+            lateness=self._lateness() if config.schedule.mode == "sync" else None,
         )
         self._observing = NetworkMonitor(
             setup.name,
@@ -151,10 +161,14 @@ class Daemon:
 
         `ready` is called once it listens.
         """
+        async with beside(self._tasks):
+            self._tasks.create_task(_watchdog(), name="watchdog")
+            self._until_it_leaves(self._observing.go_on(), "network monitor")
+            return await self._live(ready)
+
+    async def _live(self, ready: Callable[[], None] | None) -> str:
         config = self.setup.config
         socket = StatusSocket(self.folder.path, self.status)
-        watchdog = asyncio.create_task(_watchdog())
-        observing = asyncio.create_task(self._observing.go_on())
         try:
             neighbours = neighbours_of(self._schedule, self.setup.name)
             self._transport.update_neighbours(neighbours)
@@ -166,20 +180,27 @@ class Daemon:
                 self._follow(self._discovery)
             await socket.start()
             self._introduce()
+            self._up = True
+            if self._reload_wanted:
+                self.reload_soon()
             notify("READY=1")
             if ready is not None:
                 ready()
             reason = await self.runner.run(join=self._new and not config.agent.founder)
             await self._part(reason)
+            if self._removal.over:
+                raise ConfigError(
+                    f"agent {self.setup.name} is not on the network map any more; put it back on the map, or set "
+                    "agent.go_on_alone = true to train on"
+                )
             return reason
         finally:
             notify("STOPPING=1")
-            watchdog.cancel()
-            observing.cancel()
+            for task in self._following:
+                task.cancel()
+            self._removal.cancel()
             if self.address:
                 self._observing.tell()
-            if self._follower is not None:
-                await self._follower.close()
             await self._transport.close(config.agent.drain_s)
             if self._discovery is not None:
                 await self._discovery.close()
@@ -192,6 +213,13 @@ class Daemon:
         if self.runner.ended is None:
             self.runner.stop(reason)
         self._leaving.set()
+
+    def reload_soon(self) -> None:
+        """Let `reload` go on beside the agent's other work, once it is up."""
+        if self._up:
+            self._tasks.create_task(self.reload(), name="reading the map")
+        else:
+            self._reload_wanted = True
 
     async def reload(self) -> None:
         """Take the network map over as it is in its file now, or as it was followed.
@@ -220,6 +248,7 @@ class Daemon:
         from_file = schedule.config.topology.map == self.setup.config.topology.map
         followed = "" if from_file else ", as published in the DHT"
         self.runner.noticed(f"the network map was read again: {len(schedule.agents)} agents{followed}")
+        self._removal.look(schedule.agents)
 
     @property
     def round(self) -> int:
@@ -257,12 +286,15 @@ class Daemon:
         return {key: without_paths(value, paths) for key, value in own.items()}
 
     # ── parts ────────────────────────────────────────────────────────────────────────────────────────────────
+    def _until_it_leaves(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        self._following.append(self._tasks.create_task(work, name=name))
+
     def _follow(self, discovery: PeerDiscovery) -> None:
         """Begin to look for network maps that the organiser publishes, where they are to be followed."""
         config = self.setup.config
         if not config.dht.follow_map or self.identity is None:
             return
-        self._follower = MapFollower(
+        follower = MapFollower(
             config,
             self.folder.dht,
             discovery.dht,
@@ -272,7 +304,16 @@ class Daemon:
             notice=self._notice,
             generator=random.Random(derive_seed(config.seed, "map", self.setup.name)),
         )
-        self._follower.start()
+        self._until_it_leaves(follower.follow(), "following the map")
+
+    def _lateness(self) -> Lateness:
+        name = self.setup.name
+        return Lateness(
+            self.setup.config.schedule.round_deadline_s,
+            lambda peer, number: self._schedule.round_plan(name, number).mixing.get(peer, 0.0) > 0,
+            lambda: [peer for peer, state in self._transport.peers.items() if state["connected"]],
+            self._notice,
+        )
 
     def _introduce(self) -> None:
         machine, model = self._machine, self._learner.trainer.model

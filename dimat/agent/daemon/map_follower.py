@@ -79,18 +79,6 @@ class MapFollower:
         self._generator = generator
         self._passed_over = 0
         self._held: tuple[MapRecord, bytes] | None = None
-        self._task: asyncio.Task[None] | None = None
-
-    def start(self) -> None:
-        """Begin to look; returns at once."""
-        self._task = asyncio.create_task(self._follow(), name="following the map")
-
-    async def close(self) -> None:
-        """Look no more."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
-            self._task = None
 
     async def look(self, now: float) -> None:
         """Look once: take a newer map over, or put the one that is held into the DHT."""
@@ -104,7 +92,8 @@ class MapFollower:
         elif newer and found[0].version > await asyncio.to_thread(own_version, self._config):
             await self._take_over(*found)
 
-    async def _follow(self) -> None:
+    async def follow(self) -> None:
+        """Look again and again, until cancelled."""
         while True:
             wait_s = _SOON_S
             if self._dht.healthy and self._dht.known:

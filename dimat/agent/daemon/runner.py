@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from blake3 import blake3
 
 from dimat import events
+from dimat.agent.daemon.lateness import Lateness
 from dimat.agent.daemon.worker import AgentWorker, WorkThread
 from dimat.agent.protocol import messages as m
 from dimat.agent.protocol.basis import BasisId
@@ -26,14 +27,11 @@ from dimat.agent.protocol.round import Phase, RoundMachine
 from dimat.agent.protocol.work import Outcome
 from dimat.errors import DataError, NetworkError
 from dimat.events.view import AgentView
+from dimat.net.threads import beside
 from dimat.net.transport import Fetched, Transport
 from dimat.weights.snapshot import Manifest, RecordedSnapshot
 
 T = TypeVar("T")
-
-
-class _Over(Exception):
-    """Ends the task group of a run: the jobs that still go on are called off."""
 
 
 RETRY_S = (1.0, 60.0)
@@ -46,7 +44,7 @@ class Runner:
     It is the `PeerListener` of its transport, whose `start` and `close` are its owner's affair.
 
     `emit` is told every event, from the event loop's thread; `fetched` of every snapshot that arrives, with the
-    publisher's signed manifest, before the machine knows of it.
+    publisher's signed manifest, before the machine knows of it; `lateness`: measures peers' in synchronous rounds.
     """
 
     def __init__(
@@ -59,6 +57,7 @@ class Runner:
         fetched: Callable[[Fetched], None],
         *,
         max_time_s: float | None = None,
+        lateness: Lateness | None = None,
     ) -> None:
         self.machine = machine
         self.ended: str | None = None
@@ -70,6 +69,7 @@ class Runner:
         self._emit_to = emit
         self._note_fetched = fetched
         self._max_time_s = max_time_s
+        self._lateness = lateness
         self._events: asyncio.Queue[m.Event] = asyncio.Queue()
         self._stopping = asyncio.Event()
         self._fault: BaseException | None = None
@@ -89,14 +89,8 @@ class Runner:
         over = None if self._max_time_s is None else loop.call_later(self._max_time_s, self.post, m.TimeUp())
         self.post(m.Started(join=join))
         try:
-            async with self._jobs:
-                try:
-                    await self._go_on()
-                except Exception as error:  # raised below as it is: a task group would wrap it
-                    self._fault = error
-                raise _Over
-        except* _Over:
-            pass
+            async with beside(self._jobs):
+                await self._go_on()
         finally:
             for handle in (over, self._timer):
                 if handle is not None:
@@ -126,10 +120,14 @@ class Runner:
     # ── what is heard ────────────────────────────────────────────────────────────────────────────────────────
     def offered(self, manifest: Manifest, oldest: int) -> None:
         """A peer offers a snapshot."""
+        if self._lateness is not None:
+            self._lateness.offered(manifest.agent, manifest.round, time.monotonic())
         self.post(PeerPublished.of(manifest, self.machine.agent, oldest))
 
     def lost(self, peer: str, reason: str, last: int) -> None:
         """A peer has left, or is out of reach."""
+        if self._lateness is not None:
+            self._lateness.lost(peer)
         self.post(m.PeerLost(peer, reason, last))
 
     def refused(self, peer: str, reason: str) -> None:
@@ -246,10 +244,12 @@ class Runner:
         return replace(action, record=replace(record, manifests=hashes))
 
     async def _train(self, action: m.Train) -> None:
-        started = time.perf_counter()
+        started = time.monotonic()
         result = await self._thread.do(self._work.train(action))
+        train_s = time.monotonic() - started
+        if self._lateness is not None:
+            self._lateness.trained(action.round, train_s, time.monotonic())
         if action.learn:
-            train_s = time.perf_counter() - started
             self.emit(events.Trained(agent=self.machine.agent, round=action.round, result=result, train_s=train_s))
         recorded = await self._durable(self._work.record(action))
         # the one before too: an agent whose newest checkpoint is damaged publishes that again

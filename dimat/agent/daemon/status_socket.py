@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from dimat.errors import DataError
 from dimat.events.view import AgentView
+from dimat.json_text import to_json
 
 SOCKET = "status.sock"
 TIMEOUT_S = 5.0
@@ -56,7 +57,7 @@ class StatusSocket:
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         del reader
         with suppress(OSError, TimeoutError):  # who asked has gone
-            writer.write(json.dumps(dict(self._status())).encode() + b"\n")
+            writer.write(to_json(dict(self._status())).encode() + b"\n")
             await asyncio.wait_for(writer.drain(), TIMEOUT_S)
         writer.close()
 

@@ -19,6 +19,7 @@ from typing import Any
 from dimat.agent.protocol.messages import MergeRecord
 from dimat.errors import DataError
 from dimat.events import Contribution
+from dimat.json_text import to_json
 
 Model = tuple[str, int]
 """An agent's model after its merge of a round; round 0: its first network."""
@@ -158,7 +159,7 @@ class _Ledger:
 
 def append_record(file: Path, record: MergeRecord, *, durable: bool = True) -> None:
     """Append a record to a ledger, one JSON object a line; `durable`: it survives power loss."""
-    line = json.dumps(record.to_dict(), separators=(",", ":")) + "\n"
+    line = to_json(record.to_dict(), separators=(",", ":")) + "\n"
     try:
         with file.open("a+b") as ledger:
             # a line that a crash cut short stays behind as one damaged line of its own

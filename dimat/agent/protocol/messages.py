@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from math import nan
 from typing import Any
 
 from dimat import events
@@ -191,7 +192,14 @@ class MergeRecord:
         own: dict[str, Any] = dict(values)
         own["contributions"] = tuple(Contribution(**part) for part in values["contributions"])
         result = {name: own.pop(name) for name in MERGE_RECORDED if name in own}
+        for stage in ("before", "after"):
+            result[stage] = metrics_of(result.get(stage))
         return MergeRecord(**own, result=MergeResult(**result))
+
+
+def metrics_of(plain: Mapping[str, float | None] | None) -> dict[str, float]:
+    """Return metrics as they were before they became JSON, which has null for a number that is not finite."""
+    return {name: nan if value is None else value for name, value in (plain or {}).items()}
 
 
 MERGE_RECORDED = ("refused", "accepted", "before", "after", "moved", "moved_groups")

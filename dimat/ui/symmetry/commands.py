@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from dimat.json_text import to_json
 from dimat.seeds import torch_generator
 from dimat.symmetry import freeze_failing, tolerance_of, verify_symmetry
 from dimat.ui.symmetry.page import write_drawing
@@ -32,7 +33,7 @@ def show_symmetry(
         write_drawing(described, model, inputs, html=html, svg=svg, error=error)
     if as_json:
         summary = summary_of(described)
-        return json.dumps({**json.loads(spec.to_json()), "invariance_error": error, "summary": summary})
+        return to_json({**json.loads(spec.to_json()), "invariance_error": error, "summary": summary})
     return "\n".join([*lines_of(described), *([] if error is None else [f"invariance error {error:.1e} (float64)"])])
 
 
@@ -47,7 +48,7 @@ def verify_model(hook: str, *, seed: int, as_json: bool, outputs: Sequence[str] 
         passed = spec.trace_kind != "none"
         text = "\n".join([*spec.warnings, "no groups, nothing to verify"])
         found = {"passed": passed, "groups": 0, "error": None, "tolerance": None, "failed": [], "seed": seed}
-        return (json.dumps(found) if as_json else text), passed
+        return (to_json(found) if as_json else text), passed
     error = verify_symmetry(model, spec, inputs, torch_generator(seed, "symmetry", "verify"))
     tolerance = tolerance_of(model, spec, inputs)
     passed, failed, kept = error <= tolerance, list[str](), spec
@@ -59,7 +60,7 @@ def verify_model(hook: str, *, seed: int, as_json: bool, outputs: Sequence[str] 
         failed = [group.id for group in spec.groups if group.id not in left]
     if as_json:
         counts = {"groups": len(spec.groups), "error": error, "tolerance": tolerance}
-        return json.dumps({"passed": passed, **counts, "failed": failed, "seed": seed}), passed
+        return to_json({"passed": passed, **counts, "failed": failed, "seed": seed}), passed
     head = f"{len(spec.groups)} groups, error {error:.1e}, tolerance {tolerance:.0e}, seed {seed}: "
     lines = [head + ("passed" if passed else "FAILED")]
     lines += [warning for warning in kept.warnings if warning.startswith("SYM-E03")]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-
+from dimat.json_text import to_json
 from dimat.symmetry import SymmetrySpec
 from dimat.ui.symmetry.tables import ModelSymmetry, open_described, summary_of, totals
 
@@ -24,7 +23,7 @@ def diff_symmetry(one: str, other: str, *, as_json: bool) -> tuple[str, bool]:
             | {key: value for key, value in summary_of(each).items() if key not in ("tensors", "frozen", "natures")}
             for each in (first, second)
         ]
-        return json.dumps({"same": same, "models": sides, "first_difference": why}), same
+        return to_json({"same": same, "models": sides, "first_difference": why}), same
     if same:
         return f"same architecture: {totals(first)}", True
     lines = [f"{each.name}: {totals(each)}" for each in (first, second)]

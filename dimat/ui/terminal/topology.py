@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from dimat.config import TopologyConfig, load_experiment
 from dimat.errors import ConfigError
+from dimat.json_text import to_json
 from dimat.topology import (
     build_topology,
     check,
@@ -53,7 +54,7 @@ def describe(topology: Topology, *, as_json: bool) -> str:
     """Return the figures of a topology as text or JSON."""
     summary = summarise(topology.schedule)
     if as_json:
-        return json.dumps({"agents": list(topology.names), **asdict(summary), "count": summary.agents})
+        return to_json({"agents": list(topology.names), **asdict(summary), "count": summary.agents})
 
     def shown(value: float | None) -> str:
         return "-" if value is None else f"{value:.4g}"
@@ -101,7 +102,7 @@ def catalogue(*, as_json: bool, width: int | None = None) -> str:
     """Return all graphs, schedules and mixing rules with their options; `width`: columns of the terminal."""
     kinds = {"graphs": list_graphs(), "schedules": list_schedules(), "mixing rules": list_mixings()}
     if as_json:
-        return json.dumps({kind: [asdict(entry) for entry in entries] for kind, entries in kinds.items()}, default=str)
+        return to_json({kind: [asdict(entry) for entry in entries] for kind, entries in kinds.items()}, default=str)
     lines: list[str] = []
     for kind, entries in kinds.items():
         rows = tuple(

@@ -1,0 +1,59 @@
+"""Ends an agent that a new network map does not have any more, after a while and unless it is to go on alone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection
+
+REASON = "removed from the network map"
+
+
+class Removal:
+    """Looks for one agent on each new map.
+
+    `wait_s`: how long the map may do without it; `go_on`: it trains on alone then; `notice` receives messages for a
+    person; `stop(reason)` lets the agent leave.
+    """
+
+    def __init__(
+        self, agent: str, wait_s: float, go_on: bool, notice: Callable[[str], None], stop: Callable[[str], None]
+    ) -> None:
+        self.over = False
+        """Whether the agent was told to leave for that."""
+        self._agent = agent
+        self._wait_s = wait_s
+        self._go_on = go_on
+        self._notice = notice
+        self._stop = stop
+        self._timer: asyncio.TimerHandle | None = None
+        self._gone = False
+
+    def look(self, members: Collection[str]) -> None:
+        """Take the members of a new map."""
+        gone = self._agent not in members
+        if gone == self._gone:
+            return
+        self._gone = gone
+        if not gone:
+            self.cancel()
+            self._notice(f"{self._agent} is on the network map again")
+            return
+        alone = f"{self._agent} is not on the network map any more: it exchanges weights with nobody"
+        if self._go_on:
+            self._notice(f"{alone}, and trains on alone (agent.go_on_alone)")
+            return
+        self._notice(
+            f"{alone}, and stops in {self._wait_s:g} s unless the map has it again; agent.go_on_alone = true lets it "
+            "train on"
+        )
+        self._timer = asyncio.get_running_loop().call_later(self._wait_s, self._leave)
+
+    def cancel(self) -> None:
+        """Let the agent stay."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _leave(self) -> None:
+        self.over = True
+        self._stop(REASON)
