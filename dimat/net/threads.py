@@ -92,9 +92,10 @@ async def beside(group: asyncio.TaskGroup) -> AsyncGenerator[None]:
     except* _Over:
         pass
     except* Exception as errors:
-        if len(errors.exceptions) > 1 or isinstance(errors.exceptions[0], BaseExceptionGroup):
+        faults = list(errors.exceptions)
+        if len(faults) != 1 or isinstance(faults[0], BaseExceptionGroup):
             raise
-        fault = fault or errors.exceptions[0]
+        fault = fault or faults[0]
     if fault is not None:
         raise fault
 
