@@ -1,4 +1,4 @@
-"""JSON that every parser reads: numbers that are not finite, which JSON does not have, become null."""
+"""JSON that every parser reads: numbers that are not finite become null."""
 
 from __future__ import annotations
 

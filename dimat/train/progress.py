@@ -1,4 +1,4 @@
-"""How far a round's training is, so that a trainer's state can hold the middle of a round."""
+"""How far a round's training is, so that a trainer's state can hold its middle."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Measures by how much peers' snapshots come too late for a synchronous round, and says what deadline would do."""
+"""Measures how late peers' snapshots are, and says which deadline would do."""
 
 from __future__ import annotations
 

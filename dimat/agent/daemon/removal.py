@@ -1,4 +1,4 @@
-"""Ends an agent that a new network map does not have any more, after a while and unless it is to go on alone."""
+"""Ends an agent that a new network map does not have any more."""
 
 from __future__ import annotations
 
