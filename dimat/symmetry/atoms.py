@@ -23,10 +23,11 @@ class Atom:
     """A set of `size` indices; compared by identity. Only `Domain` writes its fields.
 
     `parts`: what it was refined into, or the concatenation that it stands for below a free factor. `cases`: its
-    layouts, one for each index of the atom `choice`, whose `chooses` is True.
+    layouts, one for each index of the atom `choice`, whose `chooses` is True. `twin`: another frozen atom whose indices
+    were found to go with this one's, number by number.
     """
 
-    __slots__ = ("cases", "choice", "chooses", "frozen", "parent", "parts", "size")
+    __slots__ = ("cases", "choice", "chooses", "frozen", "joins", "parent", "parts", "size", "twin")
 
     def __init__(self, size: int, frozen: Frozen | None = None) -> None:
         self.size = size
@@ -36,6 +37,14 @@ class Atom:
         self.cases: tuple[Layout, ...] = ()
         self.choice: Atom | None = None
         self.chooses = False
+        self.twin: Atom | None = None
+        self.joins: dict[Atom, Atom] = {}
+
+    def joined(self, inner: Atom) -> Atom:
+        """Return the frozen atom that the product of this frozen one and another is, the same at every call."""
+        if inner not in self.joins:
+            self.joins[inner] = Atom(self.size * inner.size, self.frozen)
+        return self.joins[inner]
 
 
 Segment = tuple[Atom, ...]
@@ -64,7 +73,7 @@ def tidy(segments: Sequence[Segment]) -> Layout:
             if atom.size == 1:
                 continue
             if factors and still(factors[-1:]) and still((atom,)):
-                factors[-1] = Atom(factors[-1].size * atom.size, factors[-1].frozen)
+                factors[-1] = factors[-1].joined(atom)
             else:
                 factors.append(atom)
         if tidy and still(tidy[-1]) and still(factors):

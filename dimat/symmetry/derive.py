@@ -15,7 +15,7 @@ from dimat.errors import SymmetryError
 from dimat.symmetry.atoms import Atom, Frozen, Layout, segment_size
 from dimat.symmetry.interpret import Analysis, interpret
 from dimat.symmetry.points import find_points
-from dimat.symmetry.spec import AxisRef, Factor, FrozenAxis, Group, ObservationPoint, SymmetrySpec, UnknownOp
+from dimat.symmetry.spec import AxisRef, Factor, FrozenAxis, Group, ObservationPoint, SymmetrySpec, UnknownOp, groups_in
 from dimat.symmetry.spec import Layout as SpecLayout
 from dimat.symmetry.trace import SymmetryWarning, Trace, location_of, trace
 from dimat.symmetry.wreath import Parents, find_parents
@@ -72,30 +72,28 @@ def describe(
             analysis.domain.freeze(layout, Frozen("unused in trace"))
     layouts = _resolved(analysis)
     occurrences = _occurrences(analysis, layouts)
-    group_of = _named(occurrences)
     parents = _parents(analysis, occurrences)
+    still = {above for listed in parents.values() for above in listed if above.frozen}
+    occurrences = {atom: places for atom, places in occurrences.items() if atom in parents or atom in still}
+    names = _named(occurrences)
+    group_of = {atom: name for atom, name in names.items() if atom not in still}
     # a path that was run holds the sizes of its inputs, and other inputs take other paths: nothing is observed there
     nodes = traced.nodes if traced.kind == "export" else []
-    points = find_points(nodes, analysis, group_of, parents, most_points)
-    watched = set(points) | {
-        group_of[above] for atom in group_of if group_of[atom] in points for above in parents[atom]
-    }
-    groups = tuple(
-        Group(
-            id=name,
+    points = find_points(nodes, analysis, names, parents, most_points)
+    watched = set(points) | {names[above] for atom in group_of if group_of[atom] in points for above in parents[atom]}
+
+    def group(atom: Atom) -> Group:
+        return Group(
+            id=names[atom],
             size=atom.size,
             axes=tuple(dict.fromkeys((place.tensor, place.dim) for place in occurrences[atom])),
-            parents=tuple(group_of[above] for above in parents[atom]),
-            points=points.get(name, ()),
-            method="activation" if name in watched else "weight",
+            parents=tuple(names[above] for above in parents.get(atom, ())),
+            points=points.get(names[atom], ()),
+            method="activation" if names[atom] in watched else "weight",
         )
-        for atom, name in group_of.items()
-    )
-    axes = tuple(
-        AxisRef(tensor, dim, _spec_layout(analysis, layout, group_of))
-        for (tensor, dim), layout in layouts.items()
-        if any(atom in group_of for atom in analysis.domain.leaves(layout))
-    )
+
+    groups = tuple(map(group, group_of))
+    axes = _axes(analysis, layouts, names, {name: {names[a] for a in parents[atom]} for atom, name in group_of.items()})
     moved = {axis.tensor for axis in axes}
     sizes = {name: prod(traced.shapes[name]) for name in _parameters(traced)}
     total = max(sum(sizes.values()), 1)
@@ -116,6 +114,7 @@ def describe(
         coverage=sum(size for name, size in sizes.items() if name in moved) / total,
         warnings=(*loud, *quiet),
         outputs=outputs,
+        numbered=tuple(group(atom) for atom in names if atom in still),
     )
     return with_hash(spec, traced.digest), loud
 
@@ -150,7 +149,7 @@ def _resolved(analysis: Analysis) -> dict[tuple[str, int], Layout]:
 
 
 def _occurrences(analysis: Analysis, layouts: _Layouts) -> dict[Atom, list[_Place]]:
-    """Return where each free atom occurs; keys in the order of their smallest occurrence."""
+    """Return where each atom occurs, frozen ones as `Domain.identity` has them; in the order of the smallest."""
     found: dict[Atom, list[_Place]] = {}
 
     def look(layout: Layout, tensor: str, dim: int, offset: int, above: int) -> None:
@@ -158,8 +157,9 @@ def _occurrences(analysis: Analysis, layouts: _Layouts) -> dict[Atom, list[_Plac
             for position, atom in enumerate(segment, above):
                 if atom.parts is not None:
                     look(atom.parts, tensor, dim, offset, position)
-                elif atom.frozen is None:
-                    found.setdefault(atom, []).append(_Place(tensor, dim, offset, position))
+                else:
+                    known = analysis.domain.identity(atom)
+                    found.setdefault(known, []).append(_Place(tensor, dim, offset, position))
             offset += segment_size(segment)
 
     for (tensor, dim), layout in layouts.items():
@@ -179,13 +179,32 @@ def _parents(analysis: Analysis, occurrences: Mapping[Atom, Sequence[_Place]]) -
     def depth(atom: Atom) -> int:
         return max(place.position for place in occurrences[atom])
 
-    return find_parents(analysis.domain, analysis.all_values(), sorted(occurrences, key=depth))
+    moving = sorted((atom for atom in occurrences if atom.frozen is None), key=depth)
+    numbered = [atom for atom in occurrences if atom.frozen]
+    return find_parents(analysis.domain, analysis.all_values(), moving, numbered)
+
+
+def _axes(
+    analysis: Analysis, layouts: _Layouts, names: Mapping[Atom, str], parents: Mapping[str, set[str]]
+) -> tuple[AxisRef, ...]:
+    """Return the axes that move, and those whose numbers tell which permutation moves another of the same tensor."""
+    found: dict[str, list[AxisRef]] = {}
+    for (tensor, dim), layout in layouts.items():
+        axis = AxisRef(tensor, dim, _spec_layout(analysis, layout, names))
+        if groups_in(axis.layout):
+            found.setdefault(tensor, []).append(axis)
+    kept: list[AxisRef] = []
+    for axes in found.values():
+        moving = {name for axis in axes for name in groups_in(axis.layout) & parents.keys()}
+        needed = moving.union(*(parents[name] for name in moving))
+        kept += [axis for axis in axes if groups_in(axis.layout) & needed]
+    return tuple(kept)
 
 
 def _spec_layout(analysis: Analysis, layout: Layout, group_of: Mapping[Atom, str]) -> SpecLayout:
     def factor(atom: Atom) -> Factor:
         if atom.parts is None:
-            return Factor(atom.size, group_of.get(atom))
+            return Factor(atom.size, group_of.get(analysis.domain.identity(atom)))
         return Factor(atom.size, None, _spec_layout(analysis, analysis.domain.resolve(atom.parts), group_of))
 
     return tuple(tuple(factor(atom) for atom in segment) or (Factor(1),) for segment in layout)

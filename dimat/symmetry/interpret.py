@@ -92,6 +92,7 @@ def _once(trace: Trace, outputs: tuple[int, ...], forms: dict[tuple[str, int], F
     for _ in range(2):
         for layout in [layout for value in analysis.all_values() for layout in value.dims]:
             analysis.domain.resolve(layout)
+    analysis.domain.pair_lookups()
     return analysis
 
 

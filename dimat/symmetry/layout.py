@@ -22,6 +22,7 @@ wrong ones.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass
 from math import prod
 
 from dimat.symmetry.atoms import (
@@ -47,15 +48,28 @@ _MOST_CASES = 64
 """A concatenation of more equal pieces than this has them tied when it is viewed as (pieces, size)."""
 
 
+@dataclass(frozen=True, slots=True)
+class Lookup:
+    """Entries of `axis` taken by number: `places` are the axes of what they became, `by` the graph node that holds the
+    numbers, and `apart` the axes that were not looked up."""
+
+    axis: Layout
+    places: tuple[Layout, ...]
+    by: object
+    apart: tuple[Layout, ...]
+
+
 class Domain:
     """Makes atoms and relates them. Layouts handed out may be stale: `resolve` gives the present form.
 
     `mixes` lists the events in which the indices of some axes were combined with each other, those of other axes
-    staying apart: (mixed, apart). What may be permuted anew for each index of another axis depends on them.
+    staying apart: (mixed, apart). `lookups` lists those in which places took entries of an axis by number. What may be
+    permuted anew for each index of another axis depends on them.
     """
 
     def __init__(self) -> None:
         self.mixes: list[tuple[tuple[Layout, ...], tuple[Layout, ...]]] = []
+        self.lookups: list[Lookup] = []
         self.has_cases = False
 
     def fresh(self, size: int) -> Layout:
@@ -72,6 +86,12 @@ class Domain:
             if atom.parent.parent is not None:
                 atom.parent = atom.parent.parent
             atom = atom.parent
+        return atom
+
+    def identity(self, atom: Atom) -> Atom:
+        """Return the atom that stands for this one and, of frozen ones, for all whose numbers mean the same."""
+        while (above := atom.parent or atom.twin) is not None:
+            atom = above
         return atom
 
     def resolve(self, layout: Layout) -> Layout:
@@ -177,8 +197,10 @@ class Domain:
                 raise LayoutError(f"axes of sizes {layout_size(a)} and {layout_size(b)} cannot be permuted alike")
             if why := all_frozen(a):
                 self.freeze(b, why)
+                self.pair(a, b)
             elif why := all_frozen(b):
                 self.freeze(a, why)
+                self.pair(a, b)
             elif len(a) == len(b) == 1:
                 work.extend(self._unify_products(a[0], b[0]))
             else:
@@ -217,6 +239,23 @@ class Domain:
             new.extend(self.factor(axis, part.new) if part.new else [])
             position += part.old
         return new
+
+    def pair(self, a: Layout, b: Layout) -> None:
+        """Note that the numbers of two frozen axes mean the same, where each is one atom."""
+        a, b = self.resolve(a), self.resolve(b)
+        if len(a) == len(b) == 1 and len(a[0]) == len(b[0]) == 1:
+            one, other = self.identity(a[0][0]), self.identity(b[0][0])
+            plain = not any(atom.parts or atom.cases or atom.chooses for atom in (one, other))
+            if one is not other and plain and one.frozen and other.frozen:
+                other.twin = one
+
+    def pair_lookups(self) -> None:
+        """Note that the numbers of axes mean the same where the same places took entries of them by the same numbers."""
+        first: dict[tuple[object, tuple[Atom, ...]], Layout] = {}
+        for lookup in self.lookups:
+            atoms = (a for layout in lookup.places for segment in self.resolve(layout) for a in segment)
+            places = tuple(map(self.identity, atoms))
+            self.pair(first.setdefault((lookup.by, places), lookup.axis), lookup.axis)
 
     def _times(self, outer: Sequence[Segment], inner: Layout, whole: Atom | None = None) -> list[Segment]:
         """Distribute a product over a concatenation; below a free factor it becomes a nested atom (`whole`, if any)."""

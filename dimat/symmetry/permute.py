@@ -101,7 +101,7 @@ def random_permutations(spec: SymmetrySpec, generator: torch.Generator) -> dict[
 
 def shape_of(spec: SymmetrySpec, group: str) -> tuple[int, ...]:
     """Return the shape of a permutation of a group: (parents' sizes…, size)."""
-    sizes = {each.id: each.size for each in spec.groups}
+    sizes = spec.sizes
     return (*(sizes[parent] for parent in spec.group(group).parents), sizes[group])
 
 

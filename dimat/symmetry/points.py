@@ -44,6 +44,7 @@ def find_points(
 ) -> dict[str, tuple[ObservationPoint, ...]]:
     """Return the observation points of every group, in graph order; at most `most` of each (None: all).
 
+    `group_of` names the atoms of `parents`, and the frozen ones among these.
     Left out, unless a group has no others or `most` is None, are nodes that only view, copy or summarise what
     another point shows: averages over positions, pooling to a single one, resizing, concatenation.
     Where more than `most` remain, the outputs of non-linearities towards the end are preferred.
@@ -71,7 +72,7 @@ def _points_of(
     if not isinstance(made, torch.Tensor) or not made.is_floating_point():
         return {}
     layouts = [analysis.domain.resolve(layout) for layout in value.dims]
-    moving = [any(atom in group_of for atom in analysis.domain.leaves(layout)) for layout in layouts]
+    moving = [any(atom in parents for atom in analysis.domain.leaves(layout)) for layout in layouts]
     if moving.count(True) != 1 or any(analysis.domain.cases_of(layout) for layout in layouts):
         return {}
     dim = moving.index(True)
@@ -81,8 +82,9 @@ def _points_of(
     start = 0
     for segment in layouts[dim]:
         length = segment_size(segment)
+        segment = tuple(map(analysis.domain.identity, segment))
         for position, atom in enumerate(segment):
-            if atom in group_of and group_of[atom] not in points and _shows(segment, atom, parents[atom], group_of):
+            if atom in parents and group_of[atom] not in points and _shows(segment, atom, parents):
                 factors = tuple(atom.size for atom in segment)
                 outer = tuple(segment.index(above) for above in parents[atom])
                 points[group_of[atom]] = ObservationPoint(node.name, dim, start, length, factors, position, outer=outer)
@@ -90,10 +92,11 @@ def _points_of(
     return points
 
 
-def _shows(segment: Segment, atom: Atom, parents: Sequence[Atom], group_of: Mapping[Atom, str]) -> bool:
+def _shows(segment: Segment, atom: Atom, parents: Parents) -> bool:
     """Tell whether a product is made of an atom, its parents, once each, and of nothing else that moves."""
-    moving = [other for other in segment if other in group_of or other.parts is not None]
-    return len(moving) == 1 + len(parents) and set(moving) == {atom, *parents}
+    above = parents[atom]
+    telling = [other for other in segment if other in parents or other in above or other.parts is not None]
+    return len(telling) == 1 + len(above) and set(telling) == {atom, *above}
 
 
 def _bends(node: fx.Node) -> bool:

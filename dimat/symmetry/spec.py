@@ -87,8 +87,8 @@ class Group:
 
     `id` is `<tensor>/<dim>`, or `<tensor>/<dim>+<offset>`, of the group's smallest (tensor, dim, offset), so
     it is the same at every peer; `.<k>` is appended where the group is factor k > 0 of a product there.
-    `parents` names groups per whose unit this one has a permutation of its own (heads); empty for plain
-    groups. `axes` lists every (tensor, dim) in which the group occurs.
+    `parents` names groups per whose unit this one has a permutation of its own (heads), or such of `numbered`; empty for
+    plain groups. `axes` lists every (tensor, dim) in which the group occurs.
     """
 
     id: str
@@ -132,7 +132,8 @@ class SymmetrySpec:
     blake3 of names, shapes, dtypes and the traced graph: equal hashes mean that specs are interchangeable. The graph
     is another with another torch, so that hash is for one machine; `groups_hash` is what machines compare.
     `coverage` is the share of parameter elements that lie in a tensor with at least one moved axis.
-    `outputs` are the flat indices of the model outputs that the groups leave unchanged.
+    `outputs` are the flat indices of the model outputs that the groups leave unchanged. `numbered` are groups of a kind
+    that never moves and is no symmetry: their units are told apart by number, and only serve as parents.
     """
 
     groups: tuple[Group, ...]
@@ -145,6 +146,12 @@ class SymmetrySpec:
     coverage: float = 0.0
     warnings: tuple[str, ...] = field(default=())
     outputs: tuple[int, ...] = ()
+    numbered: tuple[Group, ...] = ()
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Units of each group, and of each of `numbered`, by id."""
+        return {group.id: group.size for group in (*self.groups, *self.numbered)}
 
     def group(self, group_id: str) -> Group:
         """Return the group with this id, or raise KeyError."""
@@ -164,13 +171,16 @@ class SymmetrySpec:
         axes = sorted(self.axes, key=lambda axis: (axis.tensor, axis.dim))
         numbers: dict[str, int] = {}
         lines = [f"{axis.tensor!r} {axis.dim} {_spelled(axis.layout, numbers)}" for axis in axes]
-        known = {group.id: group for group in self.groups}
+        known = {group.id: group for group in (*self.groups, *self.numbered)}
+        still = {group.id for group in self.numbered}
         # a group without an axis would be none; one that only its parents name comes last
         for group_id in sorted(known.keys() - numbers.keys()):
             numbers[group_id] = len(numbers)
         for group_id, number in numbers.items():
             group = known[group_id]
-            lines.append(f"{number}: {group.size} {[numbers[parent] for parent in group.parents]}")
+            lines.append(
+                f"{number}: {group.size} {[numbers[parent] for parent in group.parents]}" + " still" * (group_id in still)
+            )
         return blake3("\n".join(lines).encode()).hexdigest()
 
     def to_json(self) -> str:
@@ -192,6 +202,7 @@ class SymmetrySpec:
             coverage=raw["coverage"],
             warnings=tuple(raw["warnings"]),
             outputs=tuple(raw["outputs"]),
+            numbered=tuple(_group(g) for g in raw.get("numbered", ())),
         )
 
 

@@ -232,9 +232,11 @@ def without_groups(spec: SymmetrySpec, gone: set[str], reason: str) -> SymmetryS
     gone = gone | {group.id for group in spec.groups if not gone.isdisjoint(group.parents)}
     axes = tuple(AxisRef(axis.tensor, axis.dim, _frozen(axis.layout, gone)) for axis in spec.axes)
     moving = tuple(axis for axis in axes if groups_in(axis.layout))
+    wanted = {parent for group in spec.groups if group.id not in gone for parent in group.parents}
+    numbered = tuple(group for group in spec.numbered if group.id in wanted)
     frozen = tuple(FrozenAxis(t, d, reason) for group in spec.groups if group.id in gone for t, d in group.axes)
     groups = tuple(group for group in spec.groups if group.id not in gone)
-    return replace(spec, groups=groups, axes=moving, frozen=spec.frozen + frozen)
+    return replace(spec, groups=groups, axes=moving, frozen=spec.frozen + frozen, numbered=numbered)
 
 
 def _frozen(layout: Layout, gone: set[str]) -> Layout:

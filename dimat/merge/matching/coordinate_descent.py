@@ -120,7 +120,7 @@ class Matching:
         """Return the cells of a tensor in which the axes without groups of a tree are whole."""
         key = (tree.group.id, name)
         if key not in self._cut:
-            self._cut[key] = cells(self.axes[name], {node.group.id for node in tree.nodes()})
+            self._cut[key] = cells(self.axes[name], {id for n in tree.nodes() for id in (n.group.id, *n.group.parents)})
         return self._cut[key]
 
     def _moves(self, tree: GroupTree, free: Collection[str] | None) -> list[Move]:

@@ -48,19 +48,21 @@ class GroupTree:
 def trees(spec: SymmetrySpec) -> list[GroupTree]:
     """Return the spec's groups as trees, in the order of their roots.
 
-    A group is a child of the last of its parents where that has all the others as its own parents; else a root.
+    A group is a child of the last of its parents where that moves and has all the others as its own parents; else a root.
     """
     groups = {group.id: group for group in spec.groups}
+    sizes = spec.sizes
     below: dict[str, list[Group]] = {}
     roots: list[Group] = []
     for group in spec.groups:
-        if group.parents and groups[group.parents[-1]].parents == group.parents[:-1]:
+        last = groups.get(group.parents[-1]) if group.parents else None
+        if last is not None and last.parents == group.parents[:-1]:
             below.setdefault(group.parents[-1], []).append(group)
         else:
             roots.append(group)
 
     def grow(group: Group) -> GroupTree:
-        above = tuple(groups[parent].size for parent in group.parents)
+        above = tuple(sizes[parent] for parent in group.parents)
         return GroupTree(group, above, tuple(grow(child) for child in below.get(group.id, ())))
 
     return [grow(root) for root in roots]

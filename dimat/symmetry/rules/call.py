@@ -18,7 +18,7 @@ from torch.fx.node import map_arg
 
 from dimat.errors import SymmetryError
 from dimat.symmetry.atoms import Frozen, Layout, layout_size
-from dimat.symmetry.layout import Domain
+from dimat.symmetry.layout import Domain, Lookup
 from dimat.symmetry.trace import hint, shape_of
 
 
@@ -110,9 +110,17 @@ class Call:
         return Frozen(reason, self.node.name)
 
     def freeze(self, layouts: Iterable[Layout], reason: str) -> None:
-        """Freeze axes for a reason, at this node."""
-        for layout in layouts:
+        """Freeze axes for a reason, at this node. Their indices may be combined, the other axes staying apart."""
+        listed = list(layouts)
+        for layout in listed:
             self.domain.freeze(layout, self.why(reason))
+        self.mix(listed, [layout for x in self.tensors() for layout in x.dims if layout not in listed])
+
+    def look_up(self, axis: Layout, places: Iterable[Layout], by: str, apart: Iterable[Layout]) -> None:
+        """Freeze an axis whose entries are taken by the numbers in argument `by`, and become those of `places`."""
+        self.domain.freeze(axis, self.why("looked up by index"))
+        numbers = _same_numbers(self.arguments[by], _COUNTING if by == "offs" else set())
+        self.domain.lookups.append(Lookup(axis, tuple(places), numbers, tuple(apart)))
 
     def fixed(self, size: int, reason: str) -> Layout:
         """Return a new axis that never moves, for a reason, at this node."""
@@ -220,6 +228,24 @@ def _bind(node: fx.Node) -> dict[str, Any]:
             default = argument.default_value if argument.has_default_value() else None
             bound[argument.name] = node.kwargs.get(argument.name, default)
     return bound
+
+
+_SAME_NUMBERS = {
+    f"aten.{name}" for name in ("view", "reshape", "flatten", "clone", "contiguous", "to", "_to_copy", "detach", "alias")
+}
+
+
+_COUNTING = {"aten.cumsum", "aten.histc", "aten.bincount"}
+"""How the ends of runs of rows are made from the numbers of those that rows belong to."""
+
+
+def _same_numbers(given: Any, counting: set[str]) -> Any:
+    """Return the node that made an index's numbers, before they were viewed, copied or counted."""
+    while isinstance(given, (list, tuple)):
+        given = next((entry for entry in given if entry is not None), None)
+    while isinstance(given, fx.Node) and op_name(given.target).rpartition(".")[0] in _SAME_NUMBERS | counting:
+        given = given.args[0]
+    return given
 
 
 def _outputs(node: fx.Node) -> list[Any]:

@@ -93,9 +93,9 @@ def grouped_mm(call: Call) -> Result:
     x, weight = tensors[:2]
     if x.ndim != 2 or weight.ndim != 3 or call.optional("bias") is not None:
         raise NoRule("grouped matrix product of other than rows with a matrix for each group")
-    call.freeze(
-        [x.dims[0], weight.dims[0], *(layout for t in tensors[2:] for layout in t.dims)], "which rows are whose"
-    )
+    for layout in (x.dims[0], weight.dims[0], *(layout for t in tensors[2:] for layout in t.dims)):
+        call.domain.freeze(layout, call.why("which rows are whose"))
+    call.look_up(weight.dims[0], x.dims[:1], "offs", weight.dims[1:])
     call.domain.unify(x.dims[1], weight.dims[1])
     call.mix(x.dims[1:], (x.dims[0], weight.dims[2]))
     return Value((x.dims[0], weight.dims[2]))

@@ -66,7 +66,7 @@ def triangle(call: Call) -> Result:
 def embedding(call: Call) -> Result:
     """Rows are looked up by number, so their order is fixed; columns pass."""
     weight, indices = call.value("weight"), call.value("indices")
-    call.freeze([weight.dims[0]], "looked up by index")
+    call.look_up(weight.dims[0], indices.dims, "indices", weight.dims[1:])
     return Value((*indices.dims, *weight.dims[1:]))
 
 
@@ -75,7 +75,7 @@ def index_select(call: Call) -> Result:
     """As an embedding, along any axis."""
     x, index = call.value("self"), call.value("index")
     axis = call.dim("dim", x.ndim)
-    call.freeze([x.dims[axis]], "looked up by index")
+    call.look_up(x.dims[axis], index.dims, "index", (*x.dims[:axis], *x.dims[axis + 1 :]))
     return Value((*x.dims[:axis], *index.dims, *x.dims[axis + 1 :]))
 
 
@@ -91,10 +91,13 @@ def index(call: Call) -> Result:
     if not indexed or len(indices) != len(indexed) or indexed[-1] - indexed[0] + 1 != len(indexed):
         raise NoRule("advanced indexing of axes that are not neighbours")
     shape = call.shape()
-    call.freeze([x.dims[d] for d in indexed], "looked up by index")
     count = len(shape) - (x.ndim - len(indexed))
     first = indexed[0]
     looked_up = call.broadcast(indices, shape[first : first + count])
+    if len(indexed) == 1:
+        call.look_up(x.dims[first], looked_up, "indices", (*x.dims[:first], *x.dims[first + 1 :]))
+    else:
+        call.freeze([x.dims[d] for d in indexed], "looked up by index")
     return Value((*x.dims[:first], *looked_up, *x.dims[indexed[-1] + 1 :]))
 
 

@@ -62,7 +62,9 @@ def _in_specs(one: SymmetrySpec, other: SymmetrySpec, first: str, second: str) -
             return f"axis {key[0]}/{key[1]} has {mine.size} entries in {first}, {theirs.size} in {second}"
         if mine.layout != theirs.layout:
             return f"axis {key[0]}/{key[1]} is made of other groups in {first} than in {second}"
-    groups = [{group.id: (group.size, group.parents) for group in spec.groups} for spec in (one, other)]
+    groups = [
+        {group.id: (group.size, group.parents) for group in (*spec.groups, *spec.numbered)} for spec in (one, other)
+    ]
     for name in sorted({*groups[0], *groups[1]}):
         if groups[0].get(name) != groups[1].get(name):
             return f"group {name} differs in size or parents"

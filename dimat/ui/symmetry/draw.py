@@ -53,13 +53,13 @@ class _Painter:
     def __init__(self, described: ModelSymmetry) -> None:
         self._described = described
         spec = described.spec
-        self._number = {group.id: number for number, group in enumerate(spec.groups, 1)}
+        self._number = {group.id: number for number, group in enumerate((*spec.groups, *spec.numbered), 1)}
         self._layouts = {(axis.tensor, axis.dim): axis.layout for axis in spec.axes}
 
     def legend(self, width: int) -> tuple[list[str], int]:
         """Return the legend's entries, in as many columns as the width has room for, and the height below them."""
-        groups = self._described.spec.groups
-        sizes = {group.id: group.size for group in groups}
+        groups = (*self._described.spec.groups, *self._described.spec.numbered)
+        sizes = self._described.spec.sizes
         parts = [(f"{self._number[g.id]}  ", g.id, f": {units_text(g, sizes)}") for g in groups]
         parts.append(("", "never moves (number: size)", ""))
         most = min(_LEGEND, (width - 20) // _LETTER)

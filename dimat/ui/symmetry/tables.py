@@ -138,8 +138,8 @@ def frozen_by_reason(described: ModelSymmetry) -> list[tuple[str, int, float]]:
 
 def groups_table(spec: SymmetrySpec) -> Table:
     """Return the table of groups."""
-    sizes = {group.id: group.size for group in spec.groups}
-    numbers = {group.id: str(number) for number, group in enumerate(spec.groups, 1)}
+    sizes, still = spec.sizes, {group.id for group in spec.numbered}
+    numbers = {group.id: str(number) for number, group in enumerate((*spec.groups, *spec.numbered), 1)}
     rows = tuple(
         (
             numbers[group.id],
@@ -150,9 +150,9 @@ def groups_table(spec: SymmetrySpec) -> Table:
             group.points[0].node + (f" +{len(group.points) - 1}" if len(group.points) > 1 else "")
             if group.points
             else "",
-            group.method,
+            group.method if group.id not in still else "stays",
         )
-        for group in spec.groups
+        for group in (*spec.groups, *spec.numbered)
     )
     headers = ("#", "group", "units", "inside #", "tensors", "observed at", "by")
     return Table("", headers, rows, left=frozenset({1, 2, 5, 6}))

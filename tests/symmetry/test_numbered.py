@@ -1,0 +1,223 @@
+"""Axes that never move, and what lies inside: a permutation for each of their numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dimat.errors import SymmetryError
+from dimat.merge import align_weights
+from dimat.symmetry import SymmetrySpec, derive_symmetry, permute_weights, random_permutations, verify_symmetry
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+class Experts(nn.Module):
+    """Four experts of six units, in one tensor each; the two best scores of a row choose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.router, self.out = nn.Linear(3, 8), nn.Linear(8, 4), nn.Linear(8, 2)
+        self.up, self.bias = nn.Parameter(torch.randn(4, 8, 6)), nn.Parameter(torch.randn(4, 6))
+        self.down = nn.Parameter(torch.randn(4, 6, 8))
+
+    def chosen(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.router(x).softmax(-1).topk(2, -1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.into(x)
+        weights, numbers = self.chosen(x)
+        shares = torch.zeros(x.shape[0], 4, dtype=x.dtype).scatter(1, numbers, weights)
+        hidden = torch.relu(torch.einsum("nd,edf->nef", x, self.up) + self.bias)
+        return self.out(x + (torch.einsum("nef,efd->ned", hidden, self.down) * shares[..., None]).sum(1))
+
+
+class LookedUp(Experts):
+    """Each row takes the matrices of its experts by number."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.into(x)
+        weights, numbers = self.chosen(x)
+        ids = numbers.reshape(-1)
+        rows = x.repeat_interleave(2, 0)
+        hidden = torch.relu(torch.bmm(rows[:, None], self.up[ids])[:, 0] + self.bias[ids])
+        made = torch.bmm(hidden[:, None], self.down[ids])[:, 0] * weights.reshape(-1, 1)
+        return self.out(x + made.view(-1, 2, 8).sum(1))
+
+
+class Sorted(Experts):
+    """Rows sorted by expert, and one product for each run of them, as in transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()  # rows of 16 bytes and more, as the product of runs asks for
+        self.up, self.bias = nn.Parameter(torch.randn(4, 8, 8)), nn.Parameter(torch.randn(4, 8))
+        self.down = nn.Parameter(torch.randn(4, 8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.into(x)
+        weights, numbers = self.chosen(x)
+        ids, order = numbers.reshape(-1).sort()
+        ends = torch.histc(ids.float(), 4, 0, 3).cumsum(0, dtype=torch.int32)
+        up, down = (matrix.to(torch.bfloat16) for matrix in (self.up, self.down))  # no other type has a product of runs
+        hidden = F.grouped_mm(x[order // 2].to(torch.bfloat16), up, offs=ends).to(x) + self.bias[ids]
+        made = F.grouped_mm(torch.relu(hidden).to(torch.bfloat16), down, offs=ends).to(x)
+        made = made * weights.reshape(-1)[order][:, None]
+        back = torch.empty_like(order)
+        back[order] = torch.arange(order.shape[0])
+        return self.out(x + made[back].view(-1, 2, 8).sum(1))
+
+
+class Sloped(nn.Module):
+    """Attention with a slope of its own for each of three heads of four units (ALiBi), so that heads never move."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.out = nn.Linear(3, 12), nn.Linear(12, 2)
+        self.q, self.k, self.v, self.o = (nn.Linear(12, 12) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.into(x)
+        places = torch.arange(x.shape[1])
+        q, k, v = (layer(x).unflatten(-1, (3, 4)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        slopes = torch.tensor([0.5, 0.25, 0.125])[:, None, None] * (places[None] - places[:, None])
+        mixed = (q @ k.mT / 2 + slopes).softmax(-1) @ v
+        return self.out(x + self.o(mixed.transpose(1, 2).flatten(2)))
+
+
+class Local(nn.Module):
+    """A layer of its own at each of five positions, two deep."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Parameter(torch.randn(5, 3, 6)), nn.Parameter(torch.randn(5, 6, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("npi,pio->npo", torch.tanh(torch.einsum("npi,pio->npo", x, self.one)), self.two)
+
+
+KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[tuple[int, int]]]] = {
+    "dense": (Experts, (5, 3), [(4, 6)]),
+    "looked up": (LookedUp, (5, 3), [(4, 6)]),
+    "sorted": (Sorted, (5, 3), [(4, 8)]),
+    "slopes": (Sloped, (2, 5, 3), [(3, 4), (3, 4)]),
+    "local": (Local, (2, 5, 3), [(5, 6)]),
+}
+"""Models, shapes of their inputs, and (numbers, units in each) by hand."""
+
+
+def built(name: str) -> tuple[nn.Module, Tensor, SymmetrySpec]:
+    make, shape, _ = KINDS[name]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, inputs = make().eval(), torch.randn(*shape)
+    return model, inputs, derive_symmetry(model, inputs)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_each_number_has_a_permutation_of_its_own(name: str) -> None:
+    """Reference: groups by hand; the network itself under random permutations."""
+    model, inputs, spec = built(name)
+    numbers = {group.id: group.size for group in spec.numbered}
+    inside = [group for group in spec.groups if group.parents]
+    assert sorted((numbers[group.parents[0]], group.size) for group in inside) == KINDS[name][2]
+    drawn = random_permutations(spec, generator())
+    assert not drawn.keys() & numbers.keys()
+    assert any(not torch.equal(row, drawn[inside[0].id][0]) for row in drawn[inside[0].id])
+    # products of runs of rows are rounded to bfloat16
+    assert verify_symmetry(model, spec, inputs, generator()) < (0.02 if name == "sorted" else 1e-12)
+    assert SymmetrySpec.from_json(spec.to_json()) == spec
+
+
+class Handed(Experts):
+    """Each expert's units are added to the next one's, so that all have one order."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.into(x)
+        hidden = torch.relu(torch.einsum("nd,edf->nef", x, self.up) + self.bias)
+        if self.how == "roll":
+            hidden = hidden * torch.arange(1.0, 5)[:, None] + hidden.roll(1, 1)
+        elif self.how == "looked up":
+            hidden = hidden * torch.arange(1.0, 5)[:, None] + hidden[:, torch.tensor([1, 2, 3, 0])]
+        elif self.how == "first":
+            hidden = hidden * torch.arange(1.0, 5)[:, None] + hidden[:, :1]
+        elif self.how == "running":
+            hidden = hidden * torch.arange(1.0, 5)[:, None] + hidden.cumsum(1)
+        elif self.how == "sum":
+            hidden = hidden * torch.arange(1.0, 5)[:, None] + hidden.sum(1, keepdim=True)
+        elif self.how == "sorted":
+            hidden = hidden * torch.arange(1.0, 5)[:, None] + hidden.sort(1).values
+        elif self.how == "shuffled":
+            hidden = hidden * torch.arange(1.0, 5)[:, None] + F.channel_shuffle(hidden[..., None], 2)[..., 0]
+        elif self.how == "added by number":
+            hidden = hidden * torch.arange(1.0, 5)[:, None] + torch.zeros_like(hidden).index_add(
+                1, torch.tensor([1, 0, 3, 2]), hidden
+            )
+        elif self.how == "gathered":
+            hidden = hidden * torch.arange(1.0, 5)[:, None] + hidden.gather(
+                1, torch.tensor([1, 0, 3, 2])[None, :, None].expand_as(hidden)
+            )
+        return self.out(x + torch.einsum("nef,efd->nd", hidden, self.down))
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["roll", "looked up", "first", "running", "sum", "sorted", "shuffled", "added by number", "gathered"],
+)
+@pytest.mark.filterwarnings("ignore:SYM:dimat.symmetry.SymmetryWarning")
+def test_units_that_are_handed_on_have_one_order(how: str) -> None:
+    """Reference: the network itself: with a permutation of its own for each expert the output would change."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, inputs = Handed(how), torch.randn(5, 3)
+    spec = derive_symmetry(model, inputs)
+    assert [group.size for group in spec.groups if group.parents] == []
+    assert verify_symmetry(model, spec, inputs, generator()) < 1e-12
+
+
+class TwoWays(LookedUp):
+    """The matrices are not taken by the same numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.into(x)
+        ids = self.chosen(x)[1].reshape(-1)
+        hidden = torch.relu(torch.bmm(x.repeat_interleave(2, 0)[:, None], self.up[ids])[:, 0])
+        made = torch.bmm(hidden[:, None], self.down[3 - ids])[:, 0]
+        return self.out(x + made.view(-1, 2, 8).sum(1))
+
+
+def test_rows_that_belong_to_two_experts_have_one_order() -> None:
+    """Reference: the network itself."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, inputs = TwoWays(), torch.randn(5, 3)
+    spec = derive_symmetry(model, inputs)
+    assert not spec.numbered
+    assert verify_symmetry(model, spec, inputs, generator()) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["dense", "looked up", "slopes", "local"])
+def test_planted_permutations_are_found_by_weights(name: str) -> None:
+    """Reference: the permutation that was planted, number by number."""
+    model, _, spec = built(name)
+    own = {key: value.detach() for key, value in model.state_dict().items()}
+    planted = random_permutations(spec, generator(3))
+    peer = permute_weights(own, spec, planted)
+    found = align_weights(model, own, peer, spec, using="weights")
+    back = permute_weights(peer, spec, found)
+    assert all(torch.equal(back[key], own[key]) for key in own)
+
+
+def test_a_numbered_axis_takes_no_permutation() -> None:
+    _, _, spec = built("dense")
+    with pytest.raises(SymmetryError, match="unknown symmetry group"):
+        permute_weights({}, spec, {spec.numbered[0].id: torch.arange(4).flip(0)}, strict=False)
