@@ -250,7 +250,7 @@ class Domain:
                 other.twin = one
 
     def pair_lookups(self) -> None:
-        """Note that the numbers of axes mean the same where the same places took entries of them by the same numbers."""
+        """Note that numbers of axes mean the same where the same places took entries of them by the same numbers."""
         first: dict[tuple[object, tuple[Atom, ...]], Layout] = {}
         for lookup in self.lookups:
             atoms = (a for layout in lookup.places for segment in self.resolve(layout) for a in segment)

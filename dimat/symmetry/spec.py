@@ -87,8 +87,8 @@ class Group:
 
     `id` is `<tensor>/<dim>`, or `<tensor>/<dim>+<offset>`, of the group's smallest (tensor, dim, offset), so
     it is the same at every peer; `.<k>` is appended where the group is factor k > 0 of a product there.
-    `parents` names groups per whose unit this one has a permutation of its own (heads), or such of `numbered`; empty for
-    plain groups. `axes` lists every (tensor, dim) in which the group occurs.
+    `parents` names groups, also such of `numbered`, per whose unit this one has a permutation of its own (heads); empty
+    for plain groups. `axes` lists every (tensor, dim) in which the group occurs.
     """
 
     id: str
@@ -178,9 +178,8 @@ class SymmetrySpec:
             numbers[group_id] = len(numbers)
         for group_id, number in numbers.items():
             group = known[group_id]
-            lines.append(
-                f"{number}: {group.size} {[numbers[parent] for parent in group.parents]}" + " still" * (group_id in still)
-            )
+            parents = [numbers[parent] for parent in group.parents]
+            lines.append(f"{number}: {group.size} {parents}" + " still" * (group_id in still))
         return blake3("\n".join(lines).encode()).hexdigest()
 
     def to_json(self) -> str:

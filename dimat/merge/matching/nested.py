@@ -48,7 +48,7 @@ class GroupTree:
 def trees(spec: SymmetrySpec) -> list[GroupTree]:
     """Return the spec's groups as trees, in the order of their roots.
 
-    A group is a child of the last of its parents where that moves and has all the others as its own parents; else a root.
+    A group is a child of the last of its parents where that moves and has all the others as its own; else a root.
     """
     groups = {group.id: group for group in spec.groups}
     sizes = spec.sizes

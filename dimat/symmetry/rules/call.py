@@ -231,7 +231,8 @@ def _bind(node: fx.Node) -> dict[str, Any]:
 
 
 _SAME_NUMBERS = {
-    f"aten.{name}" for name in ("view", "reshape", "flatten", "clone", "contiguous", "to", "_to_copy", "detach", "alias")
+    *(f"aten.{name}" for name in ("view", "reshape", "flatten", "clone", "contiguous")),
+    *(f"aten.{name}" for name in ("to", "_to_copy", "detach", "alias")),
 }
 
 
