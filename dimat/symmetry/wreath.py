@@ -58,7 +58,7 @@ class _Named:
         found: dict[Atom, list[tuple[Atom, Lookup]]] = {}
         for lookup in domain.lookups:
             axis, places = self._frozen((lookup.axis,)), self._frozen(lookup.places)
-            if axis in self.order and axis is not None and places is not None and places not in self.order:
+            if axis in self.order and places is not None and places not in self.order:
                 found.setdefault(places, []).append((axis, lookup))
             else:
                 self.mixes.append(((lookup.axis,), lookup.apart))
