@@ -42,6 +42,9 @@ class AgentConfig(Tree):
     go_on_alone: bool = False
     """Train on by itself where a new network map does not have this agent any more. Otherwise it stops after
     exchange.lost_after_s, unless the map has it again by then."""
+    accept_new_data: bool = False
+    """Go on from a checkpoint although the agent's training data have changed since, with a new epoch; else that is an
+    error, unless the network map or the partition has changed too."""
     keep_checkpoints: Annotated[int, Field(ge=1)] = CHECKPOINTS_KEPT
     """Checkpoints kept, of two a round."""
     keep_snapshots: Annotated[int, Field(ge=1)] = SNAPSHOTS_KEPT

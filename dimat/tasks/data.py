@@ -97,7 +97,7 @@ class _DatasetData:
         for name in ("targets", "labels"):
             if found is None:
                 found = getattr(dataset, name, None)
-        self._labels = None if found is None else torch.as_tensor(found, dtype=torch.int64)
+        self._labels = None if found is None else _classes(found)
         if self._labels is not None and self._labels.shape != (len(dataset),):
             raise DataError(f"labels have shape {tuple(self._labels.shape)}, the dataset {len(dataset)} examples")
 
@@ -119,6 +119,25 @@ class _DatasetData:
             raise DataError(f"items of {type(self.dataset).__name__} must be (input, …, target) tuples")
         *inputs, targets = cast("list[Tensor]", columns)
         return Batch(tuple(inputs), targets)
+
+
+def _classes(labels: Any) -> Tensor:
+    """Return labels as int64; DataError where they are no whole numbers."""
+    try:
+        found = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"labels must be whole numbers, the classes: {error}; or give labels of another kind"
+        ) from error
+    whole = found.to(torch.int64)
+    odd = (found != whole).flatten() if found.is_floating_point() else torch.zeros(0)
+    if odd.any():
+        first = int(odd.nonzero()[0])
+        raise DataError(
+            f"labels must be whole numbers, the classes: label {first} is {float(found.flatten()[first])}, "
+            f"{int(odd.sum())} in all are none; leave these examples out, or give them a class"
+        )
+    return whole
 
 
 def draw_seed(generator: torch.Generator) -> int:

@@ -41,9 +41,10 @@ WHOLE = ("number", "steps", "batches", "done", "samples", "within", "first")
 class Progress:
     """One round, of `steps` steps, of which `done` are over.
 
-    `number`: the round's; `batches`: of an epoch; `loss`: sum over the examples seen; `samples`: their number. Batches
-    are gathered several at a time, and what is drawn for them (order, augmentation) is drawn for all at once: `within`
-    of the batches gathered last are done, `first` is where they begin in the epoch, and `before` are the states of the
+    `number`: the round's; `batches`: of an epoch; `loss`: sum over the steps, each by its weight; `counted`: sum of
+    these weights (a batch's examples, or what the task's `loss_weight` says); `samples`: examples seen. Batches are
+    gathered several at a time, and what is drawn for them (order, augmentation) is drawn for all at once: `within` of
+    the batches gathered last are done, `first` is where they begin in the epoch, and `before` are the states of the
     random streams from before they were gathered, by which they are gathered again.
     """
 
@@ -52,6 +53,7 @@ class Progress:
     batches: int
     done: int = 0
     loss: float = 0.0
+    counted: float = 0.0
     samples: int = 0
     within: int = 0
     first: int = 0
@@ -63,7 +65,7 @@ class Progress:
 
     def values(self) -> dict[str, Value]:
         """Return what a state keeps of it as plain values."""
-        return {f"round/{name}": getattr(self, name) for name in (*WHOLE, "loss")}
+        return {f"round/{name}": getattr(self, name) for name in (*WHOLE, "loss", "counted")}
 
     @staticmethod
     def of(tensors: Mapping[str, Tensor], values: Mapping[str, Value]) -> Progress | None:
@@ -72,4 +74,5 @@ class Progress:
             return None
         before = {n.removeprefix("round/"): t.clone() for n, t in tensors.items() if n.startswith("round/")}
         whole = {name: int(values[f"round/{name}"]) for name in WHOLE}
-        return Progress(**whole, loss=float(values["round/loss"]), before=before)
+        counted = float(values.get("round/counted", whole["samples"]))
+        return Progress(**whole, loss=float(values["round/loss"]), counted=counted, before=before)

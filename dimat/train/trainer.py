@@ -27,6 +27,8 @@ from dimat.symmetry import Permutations, SymmetrySpec
 from dimat.symmetry.trace import eval_mode
 from dimat.tasks.base import Batch, Data, Task
 from dimat.tasks.data import InputBatches, batch_bounds, input_batches
+from dimat.train.check_task import check_sizes
+from dimat.train.contract import check_parts, checked_batch, checked_loss, checked_metrics, loss_weight, task_errors
 from dimat.train.model_state import ModelState, check_fit, copied
 from dimat.train.optimizers import build_optimizer, lr_factor
 from dimat.train.progress import Interrupts, Progress, TrainingInterruptedError
@@ -88,7 +90,8 @@ class Trainer(ModelState):
     `seed` and `path` name the agent's random streams (see `dimat.seeds`): equal ones give bit-equal training,
     initialisation included (with `initialisation = "shared"` that depends on
     `seed` alone). `rounds_total` is the length of the run, for learning rate schedules. Raises
-    ConfigError for an unusable device and DataError for empty data.
+    ConfigError for an unusable device, and where batches or their parts would be smaller than the model can train on;
+    DataError for empty data. What the task's own code raises, while it trains or evaluates, becomes HookError.
     """
 
     def __init__(
@@ -103,6 +106,7 @@ class Trainer(ModelState):
     ) -> None:
         if len(data) == 0:
             raise DataError("no samples to train on; check the partition")
+        self._least = check_sizes(task, data, config)
         self.task = task
         self.data = data
         self.config = config
@@ -150,12 +154,13 @@ class Trainer(ModelState):
                 self.optimizer = self._new_optimizer()
         cpu, wall = time.process_time(), time.perf_counter()
         self._progress = None  # a round that fails is not gone on with
-        with own_streams(self._global_rng, self.device):
+        with own_streams(self._global_rng, self.device), task_errors(self.task, f"training in round {round}"):
             finished = self._train(round, progress)
         if not finished:
             self._progress = progress
             raise TrainingInterruptedError(f"round {round}, step {progress.done} of {progress.steps}")
-        steps, samples, loss = progress.steps, progress.samples, progress.loss / progress.samples
+        steps, samples = progress.steps, progress.samples
+        loss = progress.loss / progress.counted if progress.counted else math.nan
         self._check_weights(round)
         if self.config.optimizer_state == "fresh":
             self.optimizer.state.clear()
@@ -172,23 +177,23 @@ class Trainer(ModelState):
         goes_on = True
         while goes_on and progress.done < progress.steps:
             batches = self._gather(progress)
-            losses: list[Tensor] = []
+            losses: list[tuple[Tensor, float]] = []
             for batch in batches:
                 if rates is not None:
                     for group in self.optimizer.param_groups:
                         group["lr"] = rates[progress.done + len(losses)]
                 self.optimizer.zero_grad()
-                loss = self._backward(batch)
-                if scaled:
+                loss, weight = self._backward(batch)
+                if scaled and weight:  # where no label counts, there is nothing to learn from
                     self._scaler.unscale_(self.optimizer)
                 if clip is not None:
                     nn.utils.clip_grad_norm_(parameters, clip)
-                if scaled:
+                if scaled and weight:
                     self._scaler.step(self.optimizer)
                     self._scaler.update()
-                else:
+                elif weight:
                     self.optimizer.step()
-                losses.append(loss)
+                losses.append((loss, weight))
                 if self.interrupts is not None and self.interrupts.due():
                     self._count(round, progress, losses, batches)
                     batches, losses = batches[len(losses) :], []
@@ -209,10 +214,12 @@ class Trainer(ModelState):
         finally:
             self._progress = None
 
-    def _count(self, round: int, progress: Progress, losses: list[Tensor], batches: Sequence[Batch]) -> None:
-        """Count steps whose losses were not read yet; reading every step would hold a GPU up."""
-        values: list[float] = torch.stack(losses).tolist() if losses else []
-        for value, batch in zip(values, batches, strict=False):
+    def _count(
+        self, round: int, progress: Progress, losses: Sequence[tuple[Tensor, float]], batches: Sequence[Batch]
+    ) -> None:
+        """Count steps whose losses, with their weights, were not read yet; reading every step would hold a GPU up."""
+        values: list[float] = torch.stack([loss for loss, _ in losses]).tolist() if losses else []
+        for value, (_, weight), batch in zip(values, losses, batches, strict=False):
             progress.done += 1
             progress.within += 1
             if not math.isfinite(value):
@@ -220,7 +227,8 @@ class Trainer(ModelState):
                     f"training loss is {value} in round {round}, step {progress.done} of {progress.steps}; lower "
                     "train.optimizer.lr or set train.grad_clip_norm, and check the data for non-finite inputs"
                 )
-            progress.loss += value * len(batch.targets)
+            progress.loss += value * weight
+            progress.counted += weight
             progress.samples += len(batch.targets)
 
     def _gather(self, progress: Progress) -> list[Batch]:
@@ -242,24 +250,37 @@ class Trainer(ModelState):
         set_streams(now, self.device)
         return batches[progress.within :]
 
-    def _backward(self, batch: Batch) -> Tensor:
-        """Add the gradients of a batch's mean loss, part by part, and return that loss."""
-        parts = _parts(batch, self.config.accumulate)
+    def _backward(self, batch: Batch) -> tuple[Tensor, float]:
+        """Add the gradients of a batch's mean loss, part by part; return that loss, and by how much it counts."""
+        parts = _parts(batch, self.config.accumulate, self._least)
+        weights = [loss_weight(self.task, part.targets) for part in parts]
+        whole = sum(weights)
+        watched = len(parts) > 1 and self._step is None and self.samples_seen < len(self.data)
+        before: tuple[Any, Tensor] | None = None
         total: Tensor | None = None
-        for part in parts:
-            loss = self._loss(part)
+        for part, weight in zip(parts, weights, strict=True):
+            if weight == 0:
+                continue  # a mean over no label is no number
+            loss, outputs = self._loss(part)
+            if watched:
+                here = (outputs, part.targets)
+                if before is not None:
+                    with self._autocast():
+                        check_parts(self.task, [before, here])
+                before = here
             if len(parts) > 1:
-                loss = loss * (len(part.targets) / len(batch.targets))
+                loss = loss * (weight / whole)
             (self._scaler.scale(loss) if self._scaler.is_enabled() else loss).backward()
             total = loss.detach() if total is None else total + loss.detach()
-        assert total is not None
-        return total
+        return torch.zeros((), device=self.device) if total is None else total, whole
 
-    def _loss(self, batch: Batch) -> Tensor:
+    def _loss(self, batch: Batch) -> tuple[Tensor, Any]:
+        """Return a batch's loss, and the model's outputs where the task has no training step of its own."""
         with self._autocast():
             if self._step is not None:
-                return self._step(self.model, batch)
-            return self.task.loss(self.model(*batch.inputs), batch.targets)
+                return checked_loss(self.task, self._step(self.model, batch), "train_step()", trained=True), None
+            outputs: Any = self.model(*batch.inputs)
+            return checked_loss(self.task, self.task.loss(outputs, batch.targets), trained=True), outputs
 
     def _autocast(self) -> Any:
         dtype = AUTOCAST.get(self.config.precision)
@@ -279,7 +300,8 @@ class Trainer(ModelState):
         first = self._position
         last = min(count, first + most, first + self._batches_gathered)
         bounds = self._bounds[first : last + 1]
-        gathered = self.data.batch(self._order[bounds[0] : bounds[-1]], self._augment_rng)
+        chosen = self._order[bounds[0] : bounds[-1]]
+        gathered = checked_batch(self.task, self.data.batch(chosen, self._augment_rng), len(chosen), "data.batch()")
         sizes = [b - a for a, b in pairwise(bounds)]
         inputs = [t.to(self.device, non_blocking=True).split(sizes) for t in gathered.inputs]
         targets = gathered.targets.to(self.device, non_blocking=True).split(sizes)
@@ -313,7 +335,8 @@ class Trainer(ModelState):
         """Return the means over `data` of the loss ("loss") and of the task's metrics, in eval mode.
 
         With `weights` (a whole state dict), those are evaluated and the model keeps its own. Neither mode nor
-        random streams are disturbed. Raises DataError for empty data or weights that do not fit.
+        random streams are disturbed. Raises DataError for empty data or weights that do not fit, HookError where the
+        task's code fails or returns what it may not.
         """
         if len(data) == 0:
             raise DataError("no samples to evaluate on")
@@ -324,21 +347,28 @@ class Trainer(ModelState):
             held = {name: weights[name].to(self.device, own[name].dtype) for name in own}
         bounds = batch_bounds(len(data), self.config.eval_batch_size)
         sums: dict[str, list[Tensor]] = {}
-        with eval_mode(self.model), own_streams(seeded_streams(0, self.device), self.device), torch.no_grad():
+        losses: list[Tensor] = []
+        counted = 0.0
+        streams = own_streams(seeded_streams(0, self.device), self.device)
+        with eval_mode(self.model), streams, torch.no_grad(), task_errors(self.task, "evaluation"):
             for start, stop in pairwise(bounds):
-                batch = data.batch(torch.arange(start, stop))
+                batch = checked_batch(self.task, data.batch(torch.arange(start, stop)), stop - start, "data.batch()")
                 inputs = tuple(t.to(self.device, non_blocking=True) for t in batch.inputs)
                 targets = batch.targets.to(self.device, non_blocking=True)
+                weight = loss_weight(self.task, targets)
                 with self._autocast():
                     if held is None:
                         outputs = self.model(*inputs)
                     else:
                         outputs = call_with(self.model, held, inputs)
-                    loss = self.task.loss(outputs, targets)
-                    values = {name: value.sum() for name, value in self.task.metrics(outputs, targets).items()}
-                for name, value in {"loss": loss * (stop - start), **values}.items():
-                    sums.setdefault(name, []).append(value)
-        means = {name: torch.stack(parts).cpu().double().sum().item() / len(data) for name, parts in sums.items()}
+                    if weight:  # a mean over no label is no number
+                        losses.append(checked_loss(self.task, self.task.loss(outputs, targets)) * weight)
+                    metrics = checked_metrics(self.task, self.task.metrics(outputs, targets), stop - start)
+                counted += weight
+                for name, value in metrics.items():
+                    sums.setdefault(name, []).append(value.sum())
+        means = {"loss": _sum(losses) / counted if losses else math.nan}
+        means |= {name: _sum(parts) / len(data) for name, parts in sums.items()}
         derived = getattr(self.task, "derived_metrics", None)
         return means if derived is None else {**means, **derived(means)}
 
@@ -357,6 +387,8 @@ class Trainer(ModelState):
         values: dict[str, Value] = {
             "optimizer": self.config.optimizer.name,
             "position": self._position,
+            "rows": len(self.data),
+            "batches": self.batches,
             "samples_seen": self.samples_seen,
         }
         for name, entries in self.optimizer_entries().items():
@@ -370,12 +402,20 @@ class Trainer(ModelState):
             values |= self._progress.values()
         return TrainerState(tensors, values)
 
-    def load_state(self, state: TrainerState) -> None:
-        """Go on from a state of a trainer with the same task, data and configuration.
+    def load_state(self, state: TrainerState, *, new_epoch: bool = False) -> None:
+        """Go on from a state of a trainer with the same task, data and configuration. `new_epoch`: with other data, or
+        batches of another size; what was left of the state's epoch is let go.
 
         Raises DataError where something is missing or does not fit; a GPU's random stream is needed on a GPU only.
         """
         tensors, values = state.tensors, state.values
+        # states of older versions tell neither
+        rows, batches = values.get("rows", len(self.data)), values.get("batches", self.batches)
+        if (rows, batches) != (len(self.data), self.batches) and not new_epoch:
+            raise DataError(
+                f"the state is of {rows} examples in {batches} batches, here are {len(self.data)} in {self.batches}; "
+                "give the same data and train.batch_size, or begin a new epoch (load_state(state, new_epoch=True))"
+            )
         try:
             if values["optimizer"] != self.config.optimizer.name:
                 raise DataError(
@@ -391,17 +431,19 @@ class Trainer(ModelState):
             self._order_rng.set_state(self._epoch_rng)
             self._order = torch.randperm(len(self.data), generator=self._order_rng)
             self._order_rng.set_state(tensors["rng/batches"])
-            self._position = int(values["position"])
+            self._position = 0 if new_epoch else min(int(values["position"]), self.batches)
             self.samples_seen = int(values["samples_seen"])
             scaler = {n.removeprefix("scaler/"): v for n, v in values.items() if n.startswith("scaler/")}
             if self._scaler.is_enabled():
                 self._scaler.load_state_dict(scaler)
-            self._progress = self._middle(Progress.of(tensors, values))
+            self._progress = self._middle(Progress.of(tensors, values), new_epoch=new_epoch)
         except KeyError as error:
             raise DataError(f"the trainer's state lacks {error.args[0]!r}") from error
 
-    def _middle(self, progress: Progress | None) -> Progress | None:
-        """Return how far a state's round is; DataError where a round here is another one."""
+    def _middle(self, progress: Progress | None, *, new_epoch: bool) -> Progress | None:
+        """Return how far a state's round is; DataError where a round here is another one, and no new epoch begins."""
+        if progress is not None and new_epoch:
+            progress.steps, progress.batches, progress.within = self.steps_in(progress.number), self.batches, 0
         here = None if progress is None else (self.steps_in(progress.number), self.batches)
         if progress is not None and here != (progress.steps, progress.batches):
             raise DataError(
@@ -414,12 +456,17 @@ class Trainer(ModelState):
         return build_optimizer(self.model, self.config.optimizer)
 
 
-def _parts(batch: Batch, count: int) -> list[Batch]:
-    """Cut a batch into `count` parts, as even as may be; a batch of fewer examples into single ones."""
+def _sum(values: Sequence[Tensor]) -> float:
+    return torch.stack(list(values)).cpu().double().sum().item()
+
+
+def _parts(batch: Batch, count: int, least: int) -> list[Batch]:
+    """Cut a batch into `count` parts, as even as may be; into fewer where they would have under `least` examples."""
+    size = len(batch.targets)
+    count = max(1, min(count, size // least))
     if count == 1:
         return [batch]
-    size = len(batch.targets)
-    bounds = [size * i // min(count, size) for i in range(min(count, size) + 1)]
+    bounds = [size * i // count for i in range(count + 1)]
     return [Batch(tuple(t[a:b] for t in batch.inputs), batch.targets[a:b]) for a, b in pairwise(bounds)]
 
 

@@ -381,8 +381,8 @@ def test_a_command_that_is_stopped_before_it_has_begun(tmp_path: Path, sent: int
 
 
 def test_faults_in_a_users_code_name_the_agent(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A loss that raises, a model that cannot be built, training that diverges: one line, exit 1 or 2, and a run
-    folder that says "failed" and holds no leavings."""
+    """A loss that raises at once or later on, a model that cannot be built, training that diverges: one line, exit 1
+    or 2, and a run folder that says "failed" and holds no leavings; none where it fails before anything runs."""
     Path("tiny_task.py").write_text(
         TINY_TASK
         + """
@@ -390,9 +390,19 @@ class Broken(ClassificationTask):
     def loss(self, outputs, targets):
         raise RuntimeError("shapes do not match")
 
-def broken():
+class Breaking(ClassificationTask):
+    def loss(self, outputs, targets):
+        loss = super().loss(outputs, targets)
+        if loss < 0.8:  # it has learnt something
+            raise RuntimeError("shapes do not match")
+        return loss
+
+def broken(kind=Broken):
     made = task()
-    return Broken(made.name, made.model, made.train, made.test, made.probe, made.classes)
+    return kind(made.name, made.model, made.train, made.test, made.probe, made.classes)
+
+def breaking():
+    return broken(Breaking)
 
 def unbuilt():
     made = task()
@@ -400,8 +410,17 @@ def unbuilt():
 """
     )
     run_it = ["simulate", "tiny.toml", "--quiet", "--set"]
-    said = fails(capsys, 1, *run_it, "task.hook=tiny_task.py:broken")
-    assert said == "dimat: the work of agent-0 failed: RuntimeError: shapes do not match"
+    said = fails(capsys, 2, *run_it, "task.hook=tiny_task.py:broken")
+    assert said.startswith(
+        "dimat: tiny_task.py:broken: task tiny failed in loss() (the model returned (6, 4) float32, "
+    )
+    assert said.endswith("): RuntimeError: shapes do not match; mend its code")
+    assert not Path("runs").exists()
+    longer = ["--set", "train.epochs_per_round=40", "--out", "runs/breaking"]
+    said = fails(capsys, 2, *run_it, "task.hook=tiny_task.py:breaking", *longer)
+    assert said.startswith("dimat: the work of agent-")
+    assert said.endswith(": RuntimeError: shapes do not match; mend its code")
+    assert "task tiny failed in training in round " in said
     assert "ZeroDivisionError" in fails(capsys, 2, *run_it, "task.hook=tiny_task.py:unbuilt", "--out", "runs/unbuilt")
     diverges = ["train.optimizer.lr=1e38", "--set", "train.optimizer.name=sgd", "--out", "runs/diverged"]
     said = fails(capsys, 1, *run_it, *diverges)

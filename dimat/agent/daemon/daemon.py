@@ -73,7 +73,7 @@ class Daemon:
         self._log_fault = ""
         self._started_s = time.time()
         self._leaving = asyncio.Event()
-        self._early: list[str] = []  # to be said once there is a run to say it in
+        self._early = list(setup.experiment.loaded.notes)  # to be said once there is a run to say it in
         self._tasks = asyncio.TaskGroup()
         self._following: list[asyncio.Task[None]] = []
         self._up = self._reload_wanted = False
@@ -101,6 +101,8 @@ class Daemon:
         self._work = AgentWorker(self._learner, config.run, checkpoints, folder.lineage, agent.evaluate, folder.weights)
         found = self._work.restore()()
         self._passed_over = () if found is None else found.passed_over
+        if found is not None and found.note:
+            self._notice(found.note)
         self._new = found is None
         state = None if found is None else found.state
         self._kept = _addresses(folder.snapshots, "" if state is None else state.root)
@@ -114,7 +116,7 @@ class Daemon:
             identity=self.identity,
             store=self._store,
             received=folder.received,
-            profile=setup.profile(self._learner.schema()),
+            profile=setup.profile(self._learner.trainer.model),
             manifest_limits=ManifestLimits(size),
             limits=Limits(
                 fetches=exchange.transfers,

@@ -91,8 +91,8 @@ class AgentWorker(Work[Path]):
             found = self._checkpoints.newest(self._run, self._learner.name, self._learner.schema())
             if found is None:
                 return None
-            self._learner.restore(found.checkpoint)
-            return Restored(found.checkpoint.machine, found.published, found.passed_over)
+            note = self._learner.restore(found.checkpoint)
+            return Restored(found.checkpoint.machine, found.published, found.passed_over, note)
 
         return restored
 

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -26,7 +26,9 @@ from dimat.agent.daemon.resources import available_memory, held_bytes, memory_by
 from dimat.agent.daemon.status_socket import ask
 from dimat.agent.doctor.check import Check, fail, failed, ok, warn
 from dimat.agent.doctor.network_checks import AgentEndpoint, check_network
-from dimat.agent.learner.checkpoint import look
+from dimat.agent.learner.checkpoint import look, read_checkpoint
+from dimat.agent.learner.learner import Learner
+from dimat.agent.learner.own_data import compare_data
 from dimat.agent.setup.prepare import PreparedAgent, neighbours_of, prepare_agent
 from dimat.config import ExperimentConfig, agent_folder
 from dimat.device import resolve_device
@@ -56,6 +58,8 @@ def examine(config: ExperimentConfig) -> Iterator[Check]:
         return
     peers = sorted(setup.schedule.plan(setup.name).peers)
     yield ok("config", f"agent {setup.name} of run {config.run}, task {setup.experiment.task.name}")
+    for note in setup.experiment.loaded.notes:
+        yield warn("task", note, "mend it unless it is meant")
     if peers:
         yield ok("map", f"{len(setup.schedule.agents)} agents; {setup.name} listens to {', '.join(peers)}")
     else:
@@ -65,10 +69,13 @@ def examine(config: ExperimentConfig) -> Iterator[Check]:
     yield from _machine(config)
     path = agent_folder(config, setup.name)
     running = running_in(path)
-    schema, size, largest = _model(setup)
+    learner = _learner(setup)
+    model = learner.trainer.model
+    size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    largest = setup.largest_snapshot(model)
     keep = setup.schedule.snapshots_kept(config.agent.keep_snapshots)
     yield from _disk_and_memory(config, path, len(peers), size, largest, keep)
-    yield from _folder(config, setup.name, path, running)
+    yield from _folder(config, setup.name, path, running, learner.data_now())
     if identity is None and not config.agent.insecure:
         yield warn("peers", "not asked, for want of keys", "see to the keys first")
         return
@@ -76,7 +83,7 @@ def examine(config: ExperimentConfig) -> Iterator[Check]:
         run=config.run,
         agent=setup.name,
         identity=identity,
-        profile=setup.profile(schema),
+        profile=setup.profile(model),
         listen=running.address or setup.listen_address(),
         running=running.pid,
         neighbours=neighbours_of(setup.schedule, setup.name),
@@ -212,7 +219,10 @@ def _disk_and_memory(
 
 
 # ── the folder ───────────────────────────────────────────────────────────────────────────────────────────────
-def _folder(config: ExperimentConfig, name: str, path: Path, running: RunningAgent) -> Iterator[Check]:
+def _folder(
+    config: ExperimentConfig, name: str, path: Path, running: RunningAgent, data: Mapping[str, int | float | str]
+) -> Iterator[Check]:
+    """Look at the agent's folder and its newest checkpoint; `data`: those that it would go on with."""
     try:
         mark = read_mark(path)
     except DataError as error:
@@ -248,13 +258,20 @@ def _folder(config: ExperimentConfig, name: str, path: Path, running: RunningAge
         yield warn("checkpoint", what, "look after the disk (dmesg, smartctl); the round is trained again")
     else:
         yield ok("checkpoint", f"{newest} can be read, {len(found)} are kept")
+    if newest is not None:
+        try:
+            note = compare_data(
+                read_checkpoint(path / "checkpoints" / newest).data, data, accepted=config.agent.accept_new_data
+            )
+        except DataError as error:
+            yield failed("data", error)
+            return
+        what, _, then = note.rpartition("; ")
+        yield warn("data", what, then) if note else ok("data", f"{data['rows']} examples, as at the checkpoint")
 
 
 # ── the model ────────────────────────────────────────────────────────────────────────────────────────────────
-def _model(setup: PreparedAgent) -> tuple[str, int, int]:
-    """Return the schema of the task's model, its bytes, and those of a snapshot of it at most."""
+def _learner(setup: PreparedAgent) -> Learner:
+    """Return a learner as the agent's, to be asked about its model and data; it records nothing."""
     with tempfile.TemporaryDirectory() as folder:
-        local = setup.learner(Path(folder))
-    model = local.trainer.model
-    size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    return local.schema(), size, setup.largest_snapshot(model)
+        return setup.learner(Path(folder))

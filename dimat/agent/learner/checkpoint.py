@@ -66,7 +66,8 @@ class Checkpoint:
     `machine`: the round machine (round, basis, newest snapshot, push-sum weight, peers' offers); `trainer`: weights,
     optimizer, random streams, position in the data; `method_tensors`, `method_values`: what the merge method carries
     from merge to merge; `schema`: hash of the model's tensor names, shapes and types; `statistics`: what the merge to
-    come rests on beside weights, as it was published with them (stage "trained").
+    come rests on beside weights, as it was published with them (stage "trained"); `data`: which data it trained on
+    (`own_data.describe_data`), empty where its user's loop reads them, and in checkpoints of older versions.
     """
 
     machine: MachineState
@@ -75,6 +76,7 @@ class Checkpoint:
     method_tensors: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     method_values: Mapping[str, Value] = field(default_factory=dict[str, Value])
     statistics: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    data: Mapping[str, Value] = field(default_factory=dict[str, Value])
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +231,7 @@ class CheckpointStore:
             "method": dict(checkpoint.method_values),
             "schema": checkpoint.schema,
             "statistics": [*checkpoint.statistics],
+            "data": dict(checkpoint.data),
         }
         own = {name: tensor for name, tensor in tensors.items() if not name.startswith(gone)}
         alone = "weights" in parts and not checkpoint.statistics
@@ -352,6 +355,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             method_tensors=under("method/"),
             method_values=dict(values["method"]),
             statistics=under(_STATISTICS),
+            data=dict(values.get("data", {})),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"cannot read checkpoint {path}: {type(error).__name__}: {error}") from error

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dimat.agent.learner.checkpoint import Checkpoint
+from dimat.agent.learner.own_data import compare_data, describe_data
 from dimat.agent.learner.recorder import Recorder
 from dimat.agent.learner.shared_base import load_base, plan_for
 from dimat.agent.learner.statistics import take_statistics
@@ -62,6 +63,8 @@ class Learner:
     observers: dict[str, Observer] = field(default_factory=dict[str, Observer])
     method: dict[str, Any] = field(default_factory=dict[str, Any])
     """State that the merge method carries from merge to merge: tensors and plain values by name."""
+    part: str = ""
+    """What decides which samples are the agent's (`own_data.part_of`)."""
     custom_trainer: InitVar[ModelTrainer | None] = None
     """Trains the model, where it is not to be a `Trainer` made of task and configuration."""
     trainer: ModelTrainer = field(init=False)
@@ -147,16 +150,28 @@ class Learner:
         """Return all that this agent needs to go on, with the round machine's state."""
         tensors = {name: value for name, value in self.method.items() if isinstance(value, Tensor)}
         values = {name: value for name, value in self.method.items() if name not in tensors}
-        return Checkpoint(machine, self.trainer.state(), self.schema(), tensors, values, self._statistics)
+        data = self.data_now()
+        return Checkpoint(machine, self.trainer.state(), self.schema(), tensors, values, self._statistics, data)
 
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint.
+    def restore(self, checkpoint: Checkpoint) -> str:
+        """Go on from a checkpoint; return why a new epoch begins with it, "" where the epoch goes on.
 
-        DataError where it does not fit the task or the training's settings.
+        DataError where it does not fit the task, its data or the training's settings.
         """
-        self.trainer.load_state(checkpoint.trainer)
+        note = ""
+        if isinstance(self.trainer, Trainer):
+            note = compare_data(checkpoint.data, self.data_now(), accepted=self.config.agent.accept_new_data)
+            self.trainer.load_state(checkpoint.trainer, new_epoch=bool(note))
+        else:
+            self.trainer.load_state(checkpoint.trainer)
         self.method = {**checkpoint.method_tensors, **checkpoint.method_values}
         self._statistics = dict(checkpoint.statistics)
+        return note
+
+    def data_now(self) -> dict[str, int | float | str]:
+        """Return what a checkpoint remembers of the data; nothing where the user's own loop reads them."""
+        own = isinstance(self.trainer, Trainer)
+        return describe_data(self._own, self.trainer.batches, self.part) if own else {}
 
     def schema(self) -> str:
         """Return the hash of the model's tensor names, shapes and types."""

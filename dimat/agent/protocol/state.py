@@ -77,9 +77,10 @@ class Restored:
     """The machine's part of the newest checkpoint that can be read.
 
     `published`: the last round that a checkpoint of stage "trained" was ever made for, readable or not; `passed_over`:
-    why newer ones could not be read.
+    why newer ones could not be read; `note`: what has changed since, "" where nothing has.
     """
 
     state: MachineState
     published: int
     passed_over: tuple[str, ...] = ()
+    note: str = ""

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from dimat.agent.learner.shared_base import base_address
-from dimat.agent.setup.loaded_task import LoadedTask, hook_errors
+from dimat.agent.setup.loaded_task import LoadedTask
 from dimat.agent.setup.schedule import RunSchedule, later_topologies, with_final_merge
 from dimat.config import ExperimentConfig
 from dimat.seeds import derive_seed, numpy_generator
 from dimat.tasks import partition
 from dimat.tasks.base import Task
 from dimat.topology import resolve_map
+from dimat.train.contract import task_errors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,7 @@ def resolve(config: ExperimentConfig, loaded: LoadedTask, *, split: bool = False
     Raises TopologyError, PartitionError and ConfigError for what cannot be, HookError where the task's data cannot be
     read.
     """
-    with hook_errors(loaded.task):
+    with task_errors(loaded.task):
         train = loaded.task.data("train")
         loaded.task.data("test")
     folder, seed = Path(config.folder), derive_seed(config.seed, "topology")

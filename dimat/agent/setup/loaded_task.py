@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,13 +13,15 @@ from dimat.agent.learner.shared_base import plan_for
 from dimat.agent.learner.statistics import sample_statistics
 from dimat.config import ExperimentConfig
 from dimat.device import resolve_device
-from dimat.errors import DimatError, HookError
+from dimat.errors import DimatError
 from dimat.merge import MergePlan, needs_symmetry, plan_merge
 from dimat.merge.shared_statistics import beside
 from dimat.seeds import torch_generator
 from dimat.symmetry import Observer, SymmetrySpec, verified_symmetry
 from dimat.tasks import load_task
 from dimat.tasks.base import Task
+from dimat.train.check_task import check_task
+from dimat.train.contract import task_errors
 from dimat.train.trainer import ModelTrainer
 
 
@@ -32,6 +32,8 @@ class _Shared:
     task: Task
     spec: SymmetrySpec | None = None
     observers: dict[str, Observer] = field(default_factory=dict[str, Observer])
+    checked: dict[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    """By settings of training with which the task was tried, what may be meant."""
 
 
 _loaded: dict[str, _Shared] = {}
@@ -41,12 +43,14 @@ _loaded: dict[str, _Shared] = {}
 class LoadedTask:
     """A task that is loaded, and how models of it are merged. `plan`: the configuration's merge, or the one that the
     task asks for in its place; `spec`: the model's symmetry groups, None where the merge does not rest on them or they
-    were not asked for; `observers`: of activations, shared by all agents of the process."""
+    were not asked for; `observers`: of activations, shared by all agents of the process; `notes`: what is odd about
+    the task and may be meant."""
 
     task: Task
     plan: MergePlan
     spec: SymmetrySpec | None
     observers: dict[str, Observer]
+    notes: tuple[str, ...] = ()
 
     def learner(
         self,
@@ -56,10 +60,12 @@ class LoadedTask:
         store: Path,
         *,
         durable: bool = True,
+        part: str = "",
         trainer: ModelTrainer | None = None,
     ) -> Learner:
         """Return what does an agent's work. `indices`: its samples in the task's training split; `store`: folder in
-        which it records its snapshots; `trainer`: trains the model, where that is not dimat's own."""
+        which it records its snapshots; `part`: what decides which samples are its; `trainer`: trains the model, where
+        that is not dimat's own."""
         return Learner(
             agent,
             config,
@@ -69,6 +75,7 @@ class LoadedTask:
             self.spec,
             durable=durable,
             observers=self.observers,
+            part=part,
             custom_trainer=trainer,
         )
 
@@ -81,27 +88,20 @@ def load_for(config: ExperimentConfig, task: Task | None = None, *, symmetry: bo
     """Load the task of an experiment, once per process, and what its merge rests on. `task`: one to take instead of
     the configuration's; `symmetry`: False leaves the symmetry groups out, for a process in which nothing is merged.
 
-    Raises ConfigError for a merge or a device that cannot be, HookError where the task cannot be loaded.
+    The task is tried on a few examples (`check_task`), unless it is one that was given: that is trained elsewhere.
+
+    Raises ConfigError for a merge or a device that cannot be, HookError where the task cannot be loaded or its code
+    does not what it should, DataError where its data are at fault.
     """
     plan_merge(config.merge)  # its faults come before the task is loaded
     resolve_device(config.train.device)
     shared = _shared(config) if task is None else _Shared(task)
     plan = plan_for(config.merge, shared.task)
+    notes = _tried(config, shared) if task is None else ()
     wanted = symmetry and needs_symmetry(plan)
     if wanted and shared.spec is None:
         shared.spec = derive_checked(shared.task)
-    return LoadedTask(shared.task, plan, shared.spec if wanted else None, shared.observers)
-
-
-@contextmanager
-def hook_errors(task: Task) -> Generator[None]:
-    """Raise HookError, which names the task, for whatever its code raises inside; errors of dimat's own pass."""
-    try:
-        yield
-    except DimatError:
-        raise
-    except Exception as error:  # a user's code may fail in any way
-        raise HookError(f"task {task.name} failed: {type(error).__name__}: {error}; mend its code") from error
+    return LoadedTask(shared.task, plan, shared.spec if wanted else None, shared.observers, notes)
 
 
 def derive_checked(task: Task) -> SymmetrySpec:
@@ -110,6 +110,22 @@ def derive_checked(task: Task) -> SymmetrySpec:
     model = task.build_model(torch_generator(0, "symmetry", "model"))
     inputs = task.example_inputs()
     return verified_symmetry(model, inputs, torch_generator(0, "symmetry", "verify"))
+
+
+def _tried(config: ExperimentConfig, shared: _Shared) -> tuple[str, ...]:
+    """Try the task once for each way to train it; errors and notes name the hook that it is of."""
+    key = f"{config.train.device} {config.train.precision} {config.train.accumulate > 1}"
+    if key not in shared.checked:
+        with task_errors(shared.task):
+            for split in ("train", "test"):
+                shared.task.data(split)
+        where = "" if config.task.hook is None else f"{config.task.hook}: "
+        try:
+            notes = check_task(shared.task, config.train)
+        except DimatError as error:
+            raise type(error)(f"{where}{error}") from error
+        shared.checked[key] = tuple(f"{where}{note}" for note in notes)
+    return shared.checked[key]
 
 
 def _shared(config: ExperimentConfig) -> _Shared:

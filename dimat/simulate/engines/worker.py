@@ -72,8 +72,8 @@ def restore(setup: LearnerSetup) -> Restored | None:
     found = _store(setup).newest(setup.config.run, setup.agent, learner.schema()) if setup.checkpoints else None
     if found is None:
         return None
-    learner.restore(found.checkpoint)
-    return Restored(found.checkpoint.machine, found.published, found.passed_over)
+    note = learner.restore(found.checkpoint)
+    return Restored(found.checkpoint.machine, found.published, found.passed_over, note)
 
 
 def checkpoint(key: str, machine: MachineState) -> float:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from dimat.agent.setup.experiment import Experiment, resolve
-from dimat.agent.setup.loaded_task import hook_errors, load_for
+from dimat.agent.setup.loaded_task import load_for
 from dimat.config import ExchangeConfig, ExperimentConfig, NetworkConfig
 from dimat.errors import ConfigError
 from dimat.seeds import torch_generator
@@ -21,6 +21,7 @@ from dimat.simulate.world.faults import FaultPlan, plan_faults
 from dimat.tasks import histogram
 from dimat.tasks.base import Task
 from dimat.topology.mixing import PUSH_SUM
+from dimat.train.contract import task_errors
 from dimat.weights.tensors import encode
 
 MB = 1e6
@@ -63,8 +64,9 @@ def prepare(config: ExperimentConfig) -> Scenario:
     if config.merge.preset.ceiling:
         config = _without_network(config)
     loaded = load_for(config, symmetry=False)  # what is merged is merged in the workers
+    warnings += loaded.notes
     experiment = resolve(config, loaded, split=True)
-    with hook_errors(loaded.task):
+    with task_errors(loaded.task, "build_model()"):
         model = loaded.task.build_model(torch_generator(config.seed, "measure"))
     agents, schedule = experiment.agents, experiment.schedule
     faults = plan_faults(config, agents)
@@ -87,7 +89,7 @@ def prepare(config: ExperimentConfig) -> Scenario:
         gossips=schedule.rules().basis_gossip,
     )
     if not schedule.exchanges:  # nobody waits for anybody, and nobody can be left alone
-        return scenario
+        return replace(scenario, warnings=tuple(warnings))
     for number, later in schedule.schedules[1:]:
         left_out = [agent for agent in agents if agent not in later.names]
         if left_out:
