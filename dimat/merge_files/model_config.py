@@ -71,7 +71,7 @@ def check_configs(models: Sequence[ModelFiles]) -> list[str]:
 
     Raises DataError for differences in keys that change what the same weights compute, and in the classes' order.
     """
-    told_of = [(model, _flat(model.config)) for model in models if model.config]
+    told_of = [(model, flat_config(model.config)) for model in models if model.config]
     if not told_of:
         return []
     (first, mine), found, notes = told_of[0], list[str](), list[str]()
@@ -119,14 +119,14 @@ def _value(settings: Mapping[str, Any], key: str) -> Any:
     return settings.get(key, left_out)
 
 
-def _flat(config: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+def flat_config(config: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     """Return the keys of a config with those of the tables in it, dotted, in one form whatever wrote the file."""
     found: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, dict) and key not in ("rope_parameters", "rope_scaling"):
-            found |= _flat(cast("dict[str, Any]", value), f"{before}{key}.")
+            found |= flat_config(cast("dict[str, Any]", value), f"{before}{key}.")
         elif value is not None:
-            found[before + key] = value
+            found[f"{before}{key}"] = value
     theta, scaling = found.get(before + "rope_theta"), found.pop(before + "rope_scaling", None)
     scaling = found.pop(before + "rope_parameters", scaling)
     if isinstance(scaling, dict):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,11 +9,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from blake3 import blake3
 from torch import Tensor
 
 from dimat.errors import ConfigError, DataError
 from dimat.merge_files.files import ModelFiles, hash_of, read_json
+from dimat.tasks.huggingface.tokens import mapping_hash
 
 BY_TOKEN = re.compile(r"(?:.*[._])?(?:embed\w*|wte|shared|lm_head|output|predictions|decoder)(?:\..*)?")
 """Names of tensors that may have a row for each token."""
@@ -36,8 +35,7 @@ def read_vocabulary(model: ModelFiles) -> Vocabulary | None:
         return None
     ids = _ids_in(folder)
     if ids:
-        content = json.dumps(sorted(ids.items()), ensure_ascii=True).encode()
-        return Vocabulary(model, ids, blake3(content).hexdigest())
+        return Vocabulary(model, ids, mapping_hash(ids))
     for name in ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"):
         if (folder / name).is_file():
             return Vocabulary(model, {}, hash_of(folder / name))

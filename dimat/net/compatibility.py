@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 from dimat.version import __version__
 from dimat.wire import PROTOCOL
 from dimat.wire.v1 import peer_pb2 as pb
+
+MAY_DIFFER = frozenset({"inputs", "probe"})
+"""Settings that may well differ, and then cost quality: how inputs are scaled, and where networks are compared."""
+CLASSES = "classes"
+"""The setting that holds the names of the classes in label order, as a list in JSON."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +23,8 @@ class Profile:
 
     `schema`: hash of the names, shapes and types of its weights; `base`: address of the weights that deltas are taken
     from, "" for none; `encodings`: those that it can read, in no order; `protocol`: version of the wire protocol;
-    `groups`: hash of its model's symmetry groups, "" where its method needs none.
+    `groups`: hash of its model's symmetry groups, "" where its method needs none; `settings`: what else the meaning of
+    its weights rests on, as text by name (classes, tokenizer, heads, …).
     """
 
     schema: str
@@ -24,6 +32,7 @@ class Profile:
     encodings: tuple[str, ...] = ("fp32",)
     protocol: int = PROTOCOL
     groups: str = ""
+    settings: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def fields(self, run: str, agent: str) -> dict[str, Any]:
         """Return the fields that a hello's request and reply share, for an agent with this profile."""
@@ -36,13 +45,14 @@ class Profile:
             "base": self.base,
             "encodings": self.encodings,
             "groups": self.groups,
+            "settings": dict(self.settings),
         }
 
 
 def incompatibility(profile: Profile, run: str, other: pb.HelloRequest | pb.HelloReply) -> str:
     """Return why an agent with `profile` cannot work with the one that sent `other`; "" if it can.
 
-    Compared are, in this order: protocol, run, schema, symmetry groups, base.
+    Compared are, in this order: protocol, run, schema, symmetry groups, base, settings that both tell.
     """
     if other.protocol != profile.protocol:
         return (
@@ -68,7 +78,47 @@ def incompatibility(profile: Profile, run: str, other: pb.HelloRequest | pb.Hell
             f"its base is {quoted(other.base, 12) if other.base else 'none'}, here "
             f"{quoted(profile.base, 12) if profile.base else 'none'}; name the same base file or seed in both"
         )
+    differ = [told for name, told in _differences(profile, other).items() if name not in MAY_DIFFER]
+    if differ:
+        more = f", and {len(differ) - 1} more such setting{'s' * (len(differ) > 2)}" if len(differ) > 1 else ""
+        return f"the same weights mean something else to it: {differ[0]}{more}; give both the same"
     return ""
+
+
+def doubtful(profile: Profile, other: pb.HelloRequest | pb.HelloReply) -> str:
+    """Return what an agent that fits has set otherwise, though that may be meant; "" where nothing is."""
+    differ = [told for name, told in _differences(profile, other).items() if name in MAY_DIFFER]
+    return f"it fits, but {' and '.join(differ)}; give both the same, unless that is meant" if differ else ""
+
+
+def _differences(profile: Profile, other: pb.HelloRequest | pb.HelloReply) -> dict[str, str]:
+    """Return in words the settings that both tell and that differ, by name."""
+    found: dict[str, str] = {}
+    for name, own in sorted(profile.settings.items()):
+        theirs = other.settings[name] if name in other.settings else own
+        if theirs == own:
+            continue
+        found[name] = f"its {name} is {quoted(theirs)}, here {quoted(own)}"
+        if name == CLASSES and (lists := (_listed(theirs), _listed(own))) != ([], []):
+            found[name] = _class_difference(*lists)
+    return found
+
+
+def _class_difference(theirs: list[str], own: list[str]) -> str:
+    if len(theirs) != len(own):
+        return f"it has {len(theirs)} classes, here are {len(own)}"
+    place = next((i for i, pair in enumerate(zip(theirs, own, strict=True)) if pair[0] != pair[1]), 0)
+    order = " (the same classes in another order)" if sorted(theirs) == sorted(own) else ""
+    return f"class {place} is {quoted(theirs[place])} there, {quoted(own[place])} here{order}"
+
+
+def _listed(text: str) -> list[str]:
+    """Return the names in a list of classes, none where it is no list; a peer may send anything."""
+    try:
+        names: Any = json.loads(text)
+    except (ValueError, RecursionError):
+        return []
+    return [str(name) for name in cast("list[Any]", names)] if isinstance(names, list) else []
 
 
 def quoted(text: str, longest: int = 60) -> str:

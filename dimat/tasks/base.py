@@ -50,6 +50,11 @@ class Task(Protocol):
       `loss(model(*batch.inputs), batch.targets)`;
     - `derived_metrics(means) -> Mapping[str, float]`: metrics of a whole set from the means over it, such as a
       perplexity;
+    - `loss_weight(targets) -> float`: by how much the loss of a batch counts beside that of another, 0 or more; the
+      number of examples where it is missing. A loss that leaves labels out, such as those of padding, needs it, e.g.
+      `(targets != -100).sum()`: parts of a batch (`train.accumulate`) and batches of a set are weighed by it;
+    - `agreement`: a mapping of short texts by name that agents compare when they meet, such as a tokenizer's hash;
+      agents with different ones refuse each other. "inputs" (how inputs are scaled) may differ, and is told;
     - for a model that is trained in part, whose `state_dict()` then holds that part alone: `base_hash`, a text that
       names the rest, which agents compare when they meet, and `merge_stages`, the merge stages that the part asks for
       where the configuration names none, e.g. {"combine": "lora-svd"}. Both are attributes, empty or None where the
@@ -82,7 +87,7 @@ class Task(Protocol):
         ...
 
     def loss(self, outputs: Any, targets: Tensor) -> Tensor:
-        """Return the mean loss of a batch, a scalar."""
+        """Return the mean loss of a batch, a scalar that is differentiable by the outputs."""
         ...
 
     def metrics(self, outputs: Any, targets: Tensor) -> Mapping[str, Tensor]:

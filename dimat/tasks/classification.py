@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,7 +19,8 @@ class ClassificationTask:
 
     `model`: called with a generator, returns a freshly initialised model (`seeded` wraps a factory that draws
     from torch's global generator); `probe`: a small public set apart from both train and test; `classes`: names
-    in label order. Metrics: "accuracy" (the one that counts) and "nll", the negative log-likelihood in nats.
+    in label order; `agreement`: see `Task`. Metrics: "accuracy" (the one that counts) and "nll", the negative
+    log-likelihood in nats.
     """
 
     name: str
@@ -29,6 +30,7 @@ class ClassificationTask:
     probe: Data
     classes: tuple[str, ...]
     metric: str = "accuracy"
+    agreement: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def build_model(self, generator: torch.Generator) -> nn.Module:
         return self.model(generator)

@@ -76,7 +76,13 @@ def images(
         test=TensorData(decode_images(test_source, tested, form, None), test_source.labels[tested], plain),
         probe=TensorData(decode_images(source, probes, form, None), source.labels[probes], plain),
         classes=classes,
+        agreement={"inputs": normalisation_text(shift, scale)},
     )
+
+
+def normalisation_text(mean: Sequence[float], std: Sequence[float]) -> str:
+    """Return how pixels are scaled, as agents compare it when they meet; rounded, as each may have computed it."""
+    return " ".join(f"{name} {', '.join(f'{v:.3f}' for v in each)}" for name, each in (("mean", mean), ("std", std)))
 
 
 class ImageTransform:

@@ -409,6 +409,7 @@ class Trainer(ModelState):
         Raises DataError where something is missing or does not fit; a GPU's random stream is needed on a GPU only.
         """
         tensors, values = state.tensors, state.values
+        progress = self._middle(Progress.of(tensors, values), new_epoch=new_epoch)
         # states of older versions tell neither
         rows, batches = values.get("rows", len(self.data)), values.get("batches", self.batches)
         if (rows, batches) != (len(self.data), self.batches) and not new_epoch:
@@ -436,7 +437,7 @@ class Trainer(ModelState):
             scaler = {n.removeprefix("scaler/"): v for n, v in values.items() if n.startswith("scaler/")}
             if self._scaler.is_enabled():
                 self._scaler.load_state_dict(scaler)
-            self._progress = self._middle(Progress.of(tensors, values), new_epoch=new_epoch)
+            self._progress = progress
         except KeyError as error:
             raise DataError(f"the trainer's state lacks {error.args[0]!r}") from error
 

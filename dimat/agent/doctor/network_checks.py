@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from dimat.agent.doctor.check import Check, fail, failed, ok, warn
 from dimat.errors import ConfigError, NetworkError, PeerError, SecurityError
-from dimat.net.compatibility import Profile, incompatibility
+from dimat.net.compatibility import Profile, doubtful, incompatibility
 from dimat.net.limits import CLOCKS_DIFFER_S
 from dimat.net.peers.query import query_peer
 from dimat.net.pki.identity import Identity
@@ -151,6 +151,9 @@ async def _at(endpoint: AgentEndpoint, peer: str, address: str) -> tuple[Check, 
     if fault_of_fit:
         what, _, mend = fault_of_fit.rpartition("; ")
         return fail(name, f"{address}: {what}", mend, ConfigError), ahead
+    if note := doubtful(endpoint.profile, reply):
+        what, _, mend = note.rpartition("; ")
+        return warn(name, f"{address}: {what}", mend), ahead
     return ok(name, f"{address}: answers, and fits (dimat {_plain(reply)}, schema {reply.schema[:12]})"), ahead
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 
 from dimat.agent.learner.learner import Learner
+from dimat.agent.learner.own_data import part_of
+from dimat.agent.setup.agreement import settings_of
 from dimat.agent.setup.experiment import Experiment, resolve
 from dimat.agent.setup.followed_map import with_map, with_newest_map
 from dimat.agent.setup.loaded_task import load_for
@@ -22,6 +24,7 @@ from dimat.tasks.base import Task
 from dimat.topology import resolve_map
 from dimat.train.trainer import ModelTrainer
 from dimat.weights.encodings import ENCODINGS, encoded_bytes
+from dimat.weights.tensors import schema_hash
 
 DEFAULT_PORT = 7300
 MOST_CLASSES = 1_000
@@ -55,10 +58,16 @@ class PreparedAgent:
         """Return all rounds by another network map; what cannot be used raises as in `resolve`."""
         return resolve(with_map(self.config, map_file), self.experiment.loaded).schedule
 
-    def profile(self, schema: str) -> Profile:
-        """Return what peers must agree with, given the hash of the model's weights."""
-        spec = self.experiment.loaded.spec
-        return Profile(schema, self.schedule.base, ENCODINGS, groups="" if spec is None else spec.groups_hash)
+    def profile(self, model: torch.nn.Module) -> Profile:
+        """Return what peers must agree with; `model`: that of the task."""
+        loaded = self.experiment.loaded
+        return Profile(
+            schema_hash(model.state_dict()),
+            self.schedule.base,
+            ENCODINGS,
+            groups="" if loaded.spec is None else loaded.spec.groups_hash,
+            settings=settings_of(loaded.task, model, loaded.plan),
+        )
 
     def histogram(self) -> tuple[int, ...]:
         """Return its samples by class; empty where the task does not tell classes."""
@@ -73,7 +82,10 @@ class PreparedAgent:
     def learner(self, store: Path, trainer: ModelTrainer | None = None) -> Learner:
         """Return what does the agent's work; it records its snapshots in the folder `store`. `trainer`: trains the
         model, where that is not dimat's own."""
-        return self.experiment.loaded.learner(self.name, self.config, self.indices, store, trainer=trainer)
+        experiment = self.experiment
+        agents = experiment.agents if experiment.parts else ()
+        part = part_of(self.config, self.name, agents, str(experiment.loaded.plan.accept))
+        return experiment.loaded.learner(self.name, self.config, self.indices, store, part=part, trainer=trainer)
 
     def largest_snapshot(self, model: torch.nn.Module) -> int:
         """Return the most bytes that a snapshot of this run takes, in any encoding, statistics beside it."""

@@ -12,7 +12,7 @@ import grpc
 from grpc import aio
 
 from dimat.errors import SecurityError
-from dimat.net.compatibility import Profile, incompatibility, quoted
+from dimat.net.compatibility import Profile, doubtful, incompatibility, quoted
 from dimat.net.grpc_options import channel_options
 from dimat.net.limits import CHUNK_BYTES, MOST_FORMS, Limits
 from dimat.net.manifest import ManifestLimits, Verify
@@ -38,6 +38,7 @@ class Connection:
     """A channel to a peer that has said hello and fits; to be closed by the caller of `Connector.connect`.
 
     `verify`: checks the peer's signatures; `clock_offset_s`: how far its clock and this machine's differ at least;
+    `note`: what the peer has set otherwise, though it fits;
     `heard_s`: when its last byte came, by the event loop's clock; `certificate`: DER, checked, empty on an insecure
     network; `transfers`: those under way.
     """
@@ -48,6 +49,7 @@ class Connection:
     metadata: tuple[tuple[str, str], ...]
     verify: Verify
     clock_offset_s: float
+    note: str
     heard_s: float = 0.0
     certificate: bytes = b""
     transfers: InFlight = field(default_factory=InFlight, init=False)
@@ -144,7 +146,8 @@ class Connector:
             raise PeerRefusedError(str(error)) from None
         # on an insecure network a certificate would be anybody's
         certificate = b"" if self._identity is None else reply.certificate
-        return Connection(peer, address, channel, metadata, verify, clock_offset_s, certificate=certificate)
+        note = doubtful(self._profile, reply)
+        return Connection(peer, address, channel, metadata, verify, clock_offset_s, note, certificate=certificate)
 
     def _verifier(self, peer: str, certificate: bytes) -> Verify:
         """Return the check of the peer's signatures; SecurityError where its certificate is not its own."""

@@ -218,6 +218,8 @@ class PeerLink:
                         f"the clocks of {self.peer} and this machine differ by {connection.clock_offset_s:.0f} s; "
                         "set both by NTP",
                     )
+                if connection.note:
+                    self._reminders.tell("settings", f"{self.peer}: {connection.note}")
                 yield connection
             except aio.AioRpcError:
                 # a peer that stops takes no calls any more, and lets its transfers end

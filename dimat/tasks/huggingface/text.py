@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -68,6 +68,7 @@ class HfCausalLM(MadeByMaker):
     probe: Data
     classes: tuple[str, ...] = ()
     metric: str = "token_accuracy"
+    agreement: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def build_model(self, generator: torch.Generator) -> nn.Module:
         return self.maker.build(generator)
@@ -155,6 +156,7 @@ def hf_causal_lm(
         test=parts[1],
         probe=Subset(public, drawn[: probe.count]),
         classes=classes,
+        agreement={"tokenizer": tokens.identity},
     )
 
 

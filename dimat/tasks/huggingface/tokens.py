@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from blake3 import blake3
 from torch import Tensor
 
 from dimat.errors import ConfigError, DataError
@@ -33,11 +36,23 @@ class Tokens:
         """Whether tokens are the bytes of UTF-8."""
         return self.tokenizer is None
 
+    @property
+    def identity(self) -> str:
+        """What agents compare when they meet: the number of tokens, and a hash of which has which id."""
+        if self.tokenizer is None:
+            return BYTES
+        return f"{self.size:,} tokens, hash {mapping_hash(self.tokenizer.get_vocab())[:16]}"
+
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Return the ids of each text, without special tokens."""
         if self.tokenizer is None:
             return [list(text.encode("utf-8")) for text in texts]
         return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+def mapping_hash(ids: Mapping[str, int]) -> str:
+    """Return a hash of which token has which id."""
+    return blake3(json.dumps(sorted(ids.items()), ensure_ascii=True).encode()).hexdigest()
 
 
 class Blocks:

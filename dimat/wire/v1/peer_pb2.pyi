@@ -6,7 +6,14 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class HelloRequest(_message.Message):
-    __slots__ = ("protocol", "dimat", "run", "agent", "schema", "base", "encodings", "groups")
+    __slots__ = ("protocol", "dimat", "run", "agent", "schema", "base", "encodings", "groups", "settings")
+    class SettingsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     DIMAT_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
@@ -15,6 +22,7 @@ class HelloRequest(_message.Message):
     BASE_FIELD_NUMBER: _ClassVar[int]
     ENCODINGS_FIELD_NUMBER: _ClassVar[int]
     GROUPS_FIELD_NUMBER: _ClassVar[int]
+    SETTINGS_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     dimat: str
     run: str
@@ -23,10 +31,18 @@ class HelloRequest(_message.Message):
     base: str
     encodings: _containers.RepeatedScalarFieldContainer[str]
     groups: str
-    def __init__(self, protocol: _Optional[int] = ..., dimat: _Optional[str] = ..., run: _Optional[str] = ..., agent: _Optional[str] = ..., schema: _Optional[str] = ..., base: _Optional[str] = ..., encodings: _Optional[_Iterable[str]] = ..., groups: _Optional[str] = ...) -> None: ...
+    settings: _containers.ScalarMap[str, str]
+    def __init__(self, protocol: _Optional[int] = ..., dimat: _Optional[str] = ..., run: _Optional[str] = ..., agent: _Optional[str] = ..., schema: _Optional[str] = ..., base: _Optional[str] = ..., encodings: _Optional[_Iterable[str]] = ..., groups: _Optional[str] = ..., settings: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class HelloReply(_message.Message):
-    __slots__ = ("protocol", "dimat", "run", "agent", "schema", "base", "encodings", "certificate", "max_streams", "time_s", "groups")
+    __slots__ = ("protocol", "dimat", "run", "agent", "schema", "base", "encodings", "certificate", "max_streams", "time_s", "groups", "settings")
+    class SettingsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     PROTOCOL_FIELD_NUMBER: _ClassVar[int]
     DIMAT_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
@@ -38,6 +54,7 @@ class HelloReply(_message.Message):
     MAX_STREAMS_FIELD_NUMBER: _ClassVar[int]
     TIME_S_FIELD_NUMBER: _ClassVar[int]
     GROUPS_FIELD_NUMBER: _ClassVar[int]
+    SETTINGS_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     dimat: str
     run: str
@@ -49,7 +66,8 @@ class HelloReply(_message.Message):
     max_streams: int
     time_s: float
     groups: str
-    def __init__(self, protocol: _Optional[int] = ..., dimat: _Optional[str] = ..., run: _Optional[str] = ..., agent: _Optional[str] = ..., schema: _Optional[str] = ..., base: _Optional[str] = ..., encodings: _Optional[_Iterable[str]] = ..., certificate: _Optional[bytes] = ..., max_streams: _Optional[int] = ..., time_s: _Optional[float] = ..., groups: _Optional[str] = ...) -> None: ...
+    settings: _containers.ScalarMap[str, str]
+    def __init__(self, protocol: _Optional[int] = ..., dimat: _Optional[str] = ..., run: _Optional[str] = ..., agent: _Optional[str] = ..., schema: _Optional[str] = ..., base: _Optional[str] = ..., encodings: _Optional[_Iterable[str]] = ..., certificate: _Optional[bytes] = ..., max_streams: _Optional[int] = ..., time_s: _Optional[float] = ..., groups: _Optional[str] = ..., settings: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class ManifestsRequest(_message.Message):
     __slots__ = ("seen", "wait_ms", "session")
