@@ -4,10 +4,15 @@ The names below are the library's stable interface. They are handed out lazily, 
 and the command line answer before torch is loaded.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from dimat.version import __version__ as __version__
+
+# A process that is forked beside an agent (a DataLoader's worker) dies in gRPC's own fork handlers; what it does with
+# gRPC is nothing. Read when gRPC is loaded, so set before that.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
 
 _HOME = {
     "derive_symmetry": "dimat.symmetry",

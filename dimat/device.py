@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,3 +58,22 @@ def set_streams(states: Mapping[str, Tensor], device: torch.device) -> None:
     torch.set_rng_state(states["cpu"])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states["cuda"], device)
+
+
+@contextmanager
+def streams_kept() -> Generator[None]:
+    """Put the process's global random streams (torch's on all its devices, numpy's, Python's) back to where they are.
+
+    For code that runs inside somebody else's program, whose draws it must not change.
+    """
+    cuda = torch.cuda.is_initialized()
+    cpu, devices = torch.get_rng_state(), torch.cuda.get_rng_state_all() if cuda else []
+    arrays, plain = np.random.get_state(), random.getstate()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(cpu)
+        if cuda:
+            torch.cuda.set_rng_state_all(devices)
+        np.random.set_state(arrays)
+        random.setstate(plain)

@@ -6,7 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from dimat.config.agent import AgentConfig, DhtConfig, ExchangeConfig
 from dimat.config.monitor import MonitorConfig
@@ -14,7 +14,7 @@ from dimat.config.presets import Preset, apply_preset, preset_of
 from dimat.config.simulate import SimulateConfig
 from dimat.config.tree import Named, NamedConfig, Options, Tree, as_stage
 from dimat.config.variants import VariantConfig
-from dimat.errors import ConfigError
+from dimat.errors import ConfigError, nearest
 
 
 class TopologyConfig(Tree):
@@ -84,17 +84,33 @@ class TaskConfig(Tree):
         return self
 
 
-class OptimizerConfig(Tree):
-    """A torch optimizer."""
+OPTIMIZERS = ("sgd", "adam", "adamw")
+"""Short names of optimizers."""
 
-    name: Literal["sgd", "adam", "adamw"] = "adam"
-    """Which one."""
+
+def _optimizer_name(name: str) -> str:
+    if name not in OPTIMIZERS and not any(mark in name.strip(".:") for mark in ".:"):
+        raise ValueError(
+            f"unknown optimizer{nearest(name, OPTIMIZERS)} (use {', '.join(OPTIMIZERS)}, a class by its dotted name "
+            "such as torch.optim.RAdam, or a hook such as file.py:function)"
+        )
+    return name
+
+
+class OptimizerConfig(Tree):
+    """An optimizer: `"adam"`, or `{ name = "torch.optim.RAdam", lr = 1e-3, options = { betas = [0.9, 0.95] } }`."""
+
+    name: Annotated[str, AfterValidator(_optimizer_name)] = "adam"
+    """"sgd", "adam" or "adamw"; a class by its dotted name, of torch or of any package ("torch.optim.Adafactor"); or a
+    hook, `package.module:function` or `file.py:function`, called with the model, that returns a torch optimizer."""
     lr: Annotated[float, Field(gt=0)] = 2e-3
-    """Learning rate."""
+    """Learning rate; where it is not given, classes and hooks by name have their own default."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Momentum (sgd)."""
+    """Momentum (sgd; classes and hooks only where it is given)."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """L2 penalty (sgd, adam) or decoupled decay (adamw)."""
+    """L2 penalty (sgd, adam) or decoupled decay (adamw); classes and hooks only where it is given."""
+    options: Options = Field(default_factory=dict)
+    """Further keyword arguments of the class or hook, e.g. { betas = [0.9, 0.95] }."""
 
 
 class LrScheduleConfig(Tree):

@@ -65,7 +65,7 @@ def evaluate_file(weights: Path, config: ExperimentConfig) -> dict[str, float]:
     opened = open_weights(weights)
     task = load_task(config.task, Path(config.folder))
     test = task.data("test")
-    trainer = Trainer(task, test, config.train, seed=config.seed)
+    trainer = Trainer(task, test, config.train, seed=config.seed, folder=Path(config.folder))
     try:
         return trainer.evaluate(test, opened)
     except DataError as error:

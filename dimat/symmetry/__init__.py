@@ -8,12 +8,12 @@ axes relate. `register_rule` adds rules.
 
 from dimat.symmetry.cache import verified_symmetry
 from dimat.symmetry.derive import derive_symmetry, observation_points
+from dimat.symmetry.moments import permute_optimizer
 from dimat.symmetry.observe import Observer, points_at
 from dimat.symmetry.permute import (
     Permutations,
     compose_permutations,
     invert_permutations,
-    permute_optimizer,
     permute_weights,
     random_permutations,
 )

@@ -1,4 +1,4 @@
-"""Permutes units in weights, buffers and optimizer state; draws and composes permutations.
+"""Permutes units in weights and buffers; draws and composes permutations.
 
 Permutations are {group id: LongTensor of shape (size,)}, and merged unit j is old unit p[j]. A group with parents
 has a permutation for each of their units, (parents' sizes…, size): of heads H and units D inside them, merged (h, j)
@@ -12,7 +12,6 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,10 +32,10 @@ def permute_weights(
     Raises SymmetryError, naming it, for an unknown group, a permutation that is none or has the wrong
     length, a missing tensor, or one whose size does not fit.
     """
-    moves = _Moves.of(spec, permutations)
+    moves = Moves.of(spec, permutations)
     aliases = {name: names for names in spec.tied for name in names}
     result = dict(state_dict)
-    for tensor, axes in _by_tensor(spec).items():
+    for tensor, axes in by_tensor(spec).items():
         present = [name for name in aliases.get(tensor, (tensor,)) if name in state_dict]
         if not present:
             if strict:
@@ -47,46 +46,9 @@ def permute_weights(
             value = state_dict[name]
             key = (value.data_ptr() if not value.is_meta else id(value), value.shape, value.stride())
             if key not in done:
-                done[key] = _permute_tensor(value, name, axes, moves)
+                done[key] = permute_tensor(value, name, axes, moves)
             result[name] = done[key]
     return result
-
-
-def permute_optimizer(
-    optimizer_state: Mapping[str, Any],
-    spec: SymmetrySpec,
-    permutations: Permutations,
-    names: Sequence[str] | Mapping[str, Tensor],
-) -> dict[str, Any]:
-    """Return a torch `optimizer.state_dict()` with per-parameter tensors permuted as the parameters are.
-
-    `names` are the parameters' state-dict names in the order in which the optimizer holds them, e.g.
-    `[name for name, _ in model.named_parameters()]`. Every state tensor with the parameter's axes (momentum,
-    Adam's moments) is permuted; numbers, tensors of one element and hyper-parameters are kept. The input is
-    untouched; tensors that nothing moves are not copied.
-    Raises SymmetryError where names do not fit the state, or a state tensor does not fit its parameter.
-    """
-    moves = _Moves.of(spec, permutations)
-    by_tensor = _by_tensor(spec)
-    first = {name: tied[0] for tied in spec.tied for name in tied}
-    numbers = [number for group in optimizer_state["param_groups"] for number in group["params"]]
-    listed = list(names)
-    if len(listed) != len(numbers):
-        raise SymmetryError(f"{len(listed)} parameter names for an optimizer of {len(numbers)} parameters")
-    name_of = dict(zip(numbers, listed))
-    state: dict[Any, Any] = {}
-    for number, entries in optimizer_state["state"].items():
-        name = name_of.get(number)
-        if name is None:
-            raise SymmetryError(f"optimizer state {number!r} belongs to no parameter of its groups")
-        axes = by_tensor.get(first.get(name, name), [])
-        state[number] = {
-            key: _permute_tensor(value, f"{name} ({key})", axes, moves)
-            if isinstance(value, Tensor) and value.numel() != 1
-            else value
-            for key, value in entries.items()
-        }
-    return {**optimizer_state, "state": state}
 
 
 def random_permutations(spec: SymmetrySpec, generator: torch.Generator) -> dict[str, Tensor]:
@@ -220,7 +182,7 @@ def _find(factors: Sequence[tuple[int, str | None]], group: str, axis: int) -> i
 
 
 @dataclass(frozen=True)
-class _Moves:
+class Moves:
     """Checked permutations, and the indices that they give for the layouts seen so far."""
 
     permutations: Mapping[str, Tensor]
@@ -228,10 +190,12 @@ class _Moves:
     _known: dict[tuple[Layout, ...], Tensor] = field(default_factory=dict[tuple[Layout, ...], Tensor])
 
     @staticmethod
-    def of(spec: SymmetrySpec, permutations: Permutations) -> _Moves:
-        return _Moves(_checked(spec, permutations), {group.id: group.parents for group in spec.groups if group.parents})
+    def of(spec: SymmetrySpec, permutations: Permutations) -> Moves:
+        """Return permutations, checked against the groups that they are of."""
+        return Moves(_checked(spec, permutations), {group.id: group.parents for group in spec.groups if group.parents})
 
     def index(self, layouts: tuple[Layout, ...]) -> Tensor:
+        """Return the order in which axes of these layouts, flattened to one, are read."""
         if layouts not in self._known:
             self._known[layouts] = _joint_index(layouts, self.permutations, self.parents)
         return self._known[layouts]
@@ -281,14 +245,16 @@ def _checked(spec: SymmetrySpec, permutations: Permutations) -> dict[str, Tensor
     return moving
 
 
-def _by_tensor(spec: SymmetrySpec) -> dict[str, list[AxisRef]]:
+def by_tensor(spec: SymmetrySpec) -> dict[str, list[AxisRef]]:
+    """Return the axes that have groups, by tensor."""
     grouped: dict[str, list[AxisRef]] = {}
     for axis in spec.axes:
         grouped.setdefault(axis.tensor, []).append(axis)
     return grouped
 
 
-def _permute_tensor(value: Tensor, name: str, axes: Sequence[AxisRef], moves: _Moves) -> Tensor:
+def permute_tensor(value: Tensor, name: str, axes: Sequence[AxisRef], moves: Moves) -> Tensor:
+    """Return a tensor with its axes moved; SymmetryError, which calls it `name`, where it does not fit them."""
     for axis in axes:
         if axis.dim >= value.ndim or value.shape[axis.dim] != axis.size:
             raise SymmetryError(

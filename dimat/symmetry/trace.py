@@ -162,9 +162,16 @@ def eval_mode(model: nn.Module) -> Generator[None]:
     What modules keep in eval mode of what they derive from their weights is forgotten before and after, so that
     neither what they were run at before is taken for the present weights, nor the reverse (see `forget_derived`).
     """
+    with modes_kept(model):
+        model.train()
+        model.eval()
+        yield
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Generator[None]:
+    """Put every submodule back into its own mode afterwards; what is derived from weights is forgotten."""
     modes = [(module, module.training) for module in model.modules()]
-    model.train()
-    model.eval()
     try:
         yield
     finally:

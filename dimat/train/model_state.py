@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy  # pyright: ignore[reportUnknownVariableType]
 
-from dimat.errors import DataError
-from dimat.symmetry import Permutations, SymmetrySpec, permute_optimizer, permute_weights
+from dimat.errors import ConfigError, DataError
+from dimat.symmetry import Permutations, SymmetrySpec, permute_weights
 from dimat.symmetry.trace import forget_derived
+from dimat.train.optimizer_state import PREFIX, copied, group_values, move, optimized, read_state, write_state
 
 
 class ModelState(ABC):
@@ -19,6 +21,8 @@ class ModelState(ABC):
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    _group_values: list[dict[str, Any]]
+    """Values of the optimizer's groups when it was new."""
 
     def weights(self) -> dict[str, Tensor]:
         """Return copies of all parameters and buffers, on the CPU."""
@@ -37,63 +41,84 @@ class ModelState(ABC):
         """Take over another agent's weights whole, with an optimizer that knows nothing of before. DataError where
         they do not fit."""
         self.load_weights(weights)
-        self.optimizer = self._new_optimizer()
+        self._renew_optimizer()
 
-    def permute(self, spec: SymmetrySpec, permutations: Permutations) -> None:
-        """Move model and optimizer state into another basis: unit j becomes what unit p[j] was.
+    def permute(self, spec: SymmetrySpec, permutations: Permutations) -> str:
+        """Move model, gradients and optimizer state into another basis: unit j becomes what unit p[j] was.
 
-        Raises SymmetryError where a permutation does not fit; nothing is changed then.
+        Returns what a person should know of it, or "". Raises SymmetryError where a permutation does not fit; nothing
+        is changed then.
         """
         own = self.model.state_dict()
         moved = permute_weights(own, spec, permutations)
-        trained = [name for name, _ in self._optimized()]
-        moments = permute_optimizer(self.optimizer.state_dict(), spec, permutations, trained)
+        gradients = self._gradients()
+        moved_gradients = permute_weights(gradients, spec, permutations, strict=False)
+        move_optimizer, note = move(self.optimizer, self.optimized(), spec, permutations)
         with torch.no_grad():
-            for name, tensor in own.items():
-                if moved[name] is not tensor:
-                    tensor.copy_(moved[name])
+            for before, after in ((own, moved), (gradients, moved_gradients)):
+                for name, tensor in before.items():
+                    if after[name] is not tensor:
+                        tensor.copy_(after[name])
+            move_optimizer()
         forget_derived(self.model)
-        self.optimizer.load_state_dict(moments)
+        return note
 
-    def optimizer_entries(self) -> dict[str, dict[str, Any]]:
-        """Return the optimizer's state by parameter name, without entries that are None."""
-        entries: dict[str, dict[str, Any]] = {}
-        for name, parameter in self.model.named_parameters():
-            held = cast("dict[str, Any]", self.optimizer.state.get(parameter, {}))
-            if held:
-                entries[name] = {key: value for key, value in held.items() if value is not None}
-        return entries
+    def optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return the optimizer's state as copies named `optimizer/<parameter>/<entry>`, and as text what is no tensor.
+        ConfigError where it holds what a checkpoint cannot."""
+        return read_state(self.optimizer, self.optimized(), self._group_values)
 
-    def load_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over the optimizer's state from tensors named `optimizer/<parameter>/<entry>`.
+    def load_optimizer(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Take over the optimizer's state from a trainer's tensors and values.
 
-        Raises DataError for an unknown parameter or a shape that does not fit.
+        Whatever torch would load is; DataError for an unknown parameter.
         """
-        trained = dict(self._optimized())
-        names = list(trained)
-        held: dict[int, dict[str, Tensor]] = {}
-        for full, tensor in tensors.items():
-            name, _, key = full.removeprefix("optimizer/").rpartition("/")
-            if name not in names:
-                raise DataError(f"the state has optimizer entries of {name!r}, which is no trained parameter here")
-            if tensor.ndim and tensor.shape != trained[name].shape:
-                raise DataError(f"{full} has shape {tuple(tensor.shape)}, {name} {tuple(trained[name].shape)}")
-            held.setdefault(names.index(name), {})[key] = tensor.clone()
-        self.optimizer = self._new_optimizer()
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": held})
+        held = {name: tensor for name, tensor in tensors.items() if name.startswith(PREFIX)}
+        self._renew_optimizer()
+        write_state(self.optimizer, self.optimized(), held, values)
 
-    def _optimized(self) -> list[tuple[str, nn.Parameter]]:
+    def optimized(self) -> dict[str, nn.Parameter]:
         """Return the parameters that the optimizer changes, by name, in its order."""
-        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        return optimized(self.model, self.optimizer)
+
+    def _renew_optimizer(self) -> None:
+        self.optimizer = self._new_optimizer()
+        self._group_values = group_values(self.optimizer)
+
+    def _gradients(self) -> dict[str, Tensor]:
+        named = self.model.named_parameters()
+        return {name: p.grad for name, p in named if p.grad is not None and p.grad.layout == torch.strided}
 
     @abstractmethod
     def _new_optimizer(self) -> torch.optim.Optimizer:
         """Return an optimizer that knows nothing of before."""
 
 
-def copied(tensor: Tensor) -> Tensor:
-    """Return a contiguous copy on the CPU."""
-    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+def check_whole(model: nn.Module) -> None:
+    """Raise ConfigError for a model that one process does not hold whole and plain."""
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        raise ConfigError(
+            f"the model is wrapped in {type(model).__name__}; one process trains an agent's model for now: "
+            "take the model inside it, model.module, and leave the wrapper away"
+        )
+    for name, module in model.named_modules():
+        if type(module).__name__ == "FullyShardedDataParallel":
+            raise ConfigError(
+                f"{name or 'the model'} is sharded (FullyShardedDataParallel); one process trains an agent's model for "
+                "now: leave the sharding away"
+            )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if any(kind.__name__ == "DTensor" for kind in type(tensor).__mro__):
+            raise ConfigError(
+                f"{name} is a DTensor, spread over processes; one process trains an agent's model for now: leave the "
+                "sharding away"
+            )
+        if is_lazy(tensor):
+            raise ConfigError(f"{name} has no shape yet (a lazy module); run the model once before it is handed on")
+        if tensor.is_meta:
+            raise ConfigError(
+                f"{name} has no values (it is on the meta device); load the model before it is handed over"
+            )
 
 
 def check_fit(own: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str) -> None:

@@ -12,7 +12,9 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -29,9 +31,11 @@ from dimat.tasks.base import Batch, Data, Task
 from dimat.tasks.data import InputBatches, batch_bounds, input_batches
 from dimat.train.check_task import check_sizes
 from dimat.train.contract import check_parts, checked_batch, checked_loss, checked_metrics, loss_weight, task_errors
-from dimat.train.model_state import ModelState, check_fit, copied
+from dimat.train.model_state import ModelState, check_fit, check_whole
+from dimat.train.optimizer_state import optimized
 from dimat.train.optimizers import build_optimizer, lr_factor
 from dimat.train.progress import Interrupts, Progress, TrainingInterruptedError
+from dimat.train.stepper import Stepper
 
 GATHER_BYTES = 4 << 20
 """Examples are gathered for several batches at once, up to about this size: it fits a cache."""
@@ -79,7 +83,7 @@ class ModelTrainer(Protocol):
     def weights(self) -> dict[str, Tensor]: ...
     def load_weights(self, weights: Mapping[str, Tensor]) -> None: ...
     def start_from(self, weights: Mapping[str, Tensor]) -> None: ...
-    def permute(self, spec: SymmetrySpec, permutations: Permutations) -> None: ...
+    def permute(self, spec: SymmetrySpec, permutations: Permutations) -> str: ...
     def state(self) -> TrainerState: ...
     def load_state(self, state: TrainerState) -> None: ...
 
@@ -89,9 +93,9 @@ class Trainer(ModelState):
 
     `seed` and `path` name the agent's random streams (see `dimat.seeds`): equal ones give bit-equal training,
     initialisation included (with `initialisation = "shared"` that depends on
-    `seed` alone). `rounds_total` is the length of the run, for learning rate schedules. Raises
-    ConfigError for an unusable device, and where batches or their parts would be smaller than the model can train on;
-    DataError for empty data. What the task's own code raises, while it trains or evaluates, becomes HookError.
+    `seed` alone). `rounds_total` is the length of the run, for learning rate schedules; `folder`: where an
+    optimizer's hook is looked up. Raises ConfigError for an unusable device, optimizer or model, and where batches or
+    their parts would be smaller than the model can train on; DataError for empty data. What the task's own code raises, while it trains or evaluates, becomes HookError.
     """
 
     def __init__(
@@ -103,6 +107,7 @@ class Trainer(ModelState):
         seed: int,
         path: Sequence[str | int] = (),
         rounds_total: int = 1,
+        folder: Path = Path(),
     ) -> None:
         if len(data) == 0:
             raise DataError("no samples to train on; check the partition")
@@ -111,10 +116,14 @@ class Trainer(ModelState):
         self.data = data
         self.config = config
         self.rounds_total = rounds_total
+        self._folder = folder
         self.device = resolve_device(config.device)
         origin = path if config.initialisation == "own" else ()
-        self.model = task.build_model(torch_generator(seed, *origin, "init")).to(self.device)
-        self.optimizer = self._new_optimizer()
+        built = task.build_model(torch_generator(seed, *origin, "init"))
+        check_whole(built)
+        self.model = built.to(self.device)
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
+        self._renew_optimizer()
         self.samples_seen = 0
         """Training examples seen since the start, with repeats."""
         self._order_rng = torch_generator(seed, *path, "batches")
@@ -123,7 +132,6 @@ class Trainer(ModelState):
         self._epoch_rng = self._order_rng.get_state()  # where the current epoch's order was drawn from
         self._order = torch.empty(0, dtype=torch.int64)
         self._position = 0  # batches of the current epoch that are done; 0: its order is still to be drawn
-        self._scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
         self._bounds = batch_bounds(len(data), config.batch_size)
         self._batches_gathered = 0
         self.interrupts: Interrupts | None = None
@@ -151,7 +159,7 @@ class Trainer(ModelState):
         if progress is None:
             progress = Progress(round, self.steps_in(round), self.batches)
             if self.config.optimizer_state == "fresh":
-                self.optimizer = self._new_optimizer()
+                self._renew_optimizer()
         cpu, wall = time.process_time(), time.perf_counter()
         self._progress = None  # a round that fails is not gone on with
         with own_streams(self._global_rng, self.device), task_errors(self.task, f"training in round {round}"):
@@ -170,30 +178,15 @@ class Trainer(ModelState):
     def _train(self, round: int, progress: Progress) -> bool:
         """Train for what is left of a round; return whether it was not broken off."""
         self.model.train()
-        clip = self.config.grad_clip_norm
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        scaled = self._scaler.is_enabled()
-        rates = self._rates(round, progress.steps)
+        factors = self._lr_factors(round, progress.steps)
         goes_on = True
         while goes_on and progress.done < progress.steps:
             batches = self._gather(progress)
             losses: list[tuple[Tensor, float]] = []
             for batch in batches:
-                if rates is not None:
-                    for group in self.optimizer.param_groups:
-                        group["lr"] = rates[progress.done + len(losses)]
-                self.optimizer.zero_grad()
-                loss, weight = self._backward(batch)
-                if scaled and weight:  # where no label counts, there is nothing to learn from
-                    self._scaler.unscale_(self.optimizer)
-                if clip is not None:
-                    nn.utils.clip_grad_norm_(parameters, clip)
-                if scaled and weight:
-                    self._scaler.step(self.optimizer)
-                    self._scaler.update()
-                elif weight:
-                    self.optimizer.step()
-                losses.append((loss, weight))
+                if factors is not None:
+                    self._stepper.set_rates(factors[progress.done + len(losses)])
+                losses.append(self._stepper.step(partial(self._backward, batch)))
                 if self.interrupts is not None and self.interrupts.due():
                     self._count(round, progress, losses, batches)
                     batches, losses = batches[len(losses) :], []
@@ -308,8 +301,8 @@ class Trainer(ModelState):
         self._position = last
         return [Batch(*pair) for pair in zip(zip(*inputs, strict=True), targets, strict=True)]
 
-    def _rates(self, round: int, steps: int) -> list[float] | None:
-        """Return the learning rate of each step of a round, or None where it never changes."""
+    def _lr_factors(self, round: int, steps: int) -> list[float] | None:
+        """Return the factor on the learning rate in each step of a round, or None where it never changes."""
         schedule = self.config.lr_schedule
         if schedule.name == "constant":
             return None
@@ -317,7 +310,7 @@ class Trainer(ModelState):
         first, later = self.steps_in(1), self.steps_in(2)
         before = 0 if round == 1 else first + (round - 2) * later
         total = first + (self.rounds_total - 1) * later
-        return [self.config.optimizer.lr * lr_factor(schedule, min(1.0, (before + i) / total)) for i in range(steps)]
+        return [lr_factor(schedule, min(1.0, (before + i) / total)) for i in range(steps)]
 
     def _check_weights(self, round: int) -> None:
         parameters = dict(self.model.named_parameters())
@@ -391,8 +384,9 @@ class Trainer(ModelState):
             "batches": self.batches,
             "samples_seen": self.samples_seen,
         }
-        for name, entries in self.optimizer_entries().items():
-            tensors |= {f"optimizer/{name}/{key}": copied(torch.as_tensor(value)) for key, value in entries.items()}
+        state, texts = self.optimizer_state()
+        tensors |= state
+        values |= texts
         tensors |= {f"rng/{name}": state.clone() for name, state in self._global_rng.items()}
         tensors |= {"rng/batches": self._order_rng.get_state(), "rng/augment": self._augment_rng.get_state()}
         tensors |= {"rng/epoch": self._epoch_rng.clone()}
@@ -424,7 +418,7 @@ class Trainer(ModelState):
                     f"{self.config.optimizer.name!r}"
                 )
             self.load_weights({n.removeprefix("model/"): t for n, t in tensors.items() if n.startswith("model/")})
-            self.load_optimizer({n: t for n, t in tensors.items() if n.startswith("optimizer/")})
+            self.load_optimizer(tensors, values)
             for name in self._global_rng:
                 self._global_rng[name] = tensors[f"rng/{name}"].clone()
             self._augment_rng.set_state(tensors["rng/augment"])
@@ -454,7 +448,11 @@ class Trainer(ModelState):
         return progress
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
-        return build_optimizer(self.model, self.config.optimizer)
+        config = self.config
+        made = build_optimizer(self.model, config.optimizer, precision=config.precision, folder=self._folder)
+        optimized(self.model, made)  # raises where a hook's optimizer is another model's
+        self._stepper = Stepper(self.model, made, config, self._scaler)
+        return made
 
 
 def _sum(values: Sequence[Tensor]) -> float:

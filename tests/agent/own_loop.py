@@ -1,4 +1,7 @@
-"""Somebody's own training loop with an agent beside it: `python -m tests.agent.own_loop FILE NAME SEED OUT`."""
+"""Somebody's own training loop with an agent beside it: `python -m tests.agent.own_loop FILE NAME SEED OUT [WORKERS]`.
+
+With WORKERS each epoch has a new loader with so many worker processes.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from dimat import Agent, events
 
@@ -57,6 +61,23 @@ def learn(agent: Agent, model: nn.Module, optimizer: torch.optim.Optimizer, data
     return steps
 
 
+def learn_with_workers(
+    agent: Agent, model: nn.Module, optimizer: torch.optim.Optimizer, data: tuple[Tensor, Tensor], workers: int
+) -> int:
+    """Do what `learn` does with a new loader each epoch, whose workers are forked beside the agent."""
+    steps = 0
+    while not agent.done:
+        for inputs, targets in DataLoader(TensorDataset(*data), 64, shuffle=True, num_workers=workers):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(inputs), targets).backward()
+            optimizer.step()
+            steps += 1
+            agent.step()
+            if agent.done:
+                break
+    return steps
+
+
 def accuracy(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
     mode = model.training
     model.eval()
@@ -66,17 +87,20 @@ def accuracy(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
     return right.item()
 
 
-def main(file: str, name: str, seed: int, out: Path) -> None:
+def main(file: str, name: str, seed: int, out: Path, workers: int) -> None:
     model, data = network(seed), examples(seed)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     told: list[events.Event] = []
     agent = Agent(file, (f"agent.folder='{out}'",), name=name)
     agent.listeners.append(told.append)
     with agent.attach(model, optimizer, data=[data], evaluate=lambda m: {"accuracy": accuracy(m, data)}) as running:
-        steps = learn(running, model, optimizer, data)
+        if workers:
+            steps = learn_with_workers(running, model, optimizer, data, workers)
+        else:
+            steps = learn(running, model, optimizer, data)
     save_file(dict(model.named_parameters()), out / "parameters.safetensors")
     (out / "told.json").write_text(json.dumps({"steps": steps, "events": [fact.to_dict() for fact in told]}))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), Path(sys.argv[4]))
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), Path(sys.argv[4]), int(sys.argv[5]) if sys.argv[5:] else 0)

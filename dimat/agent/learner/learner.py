@@ -99,6 +99,7 @@ class Learner:
             seed=config.seed,
             path=("agent", self.name),
             rounds_total=max(config.schedule.rounds, 1),
+            folder=Path(config.folder),
         )
 
     def train(self, number: int, learn: bool = True) -> TrainResult:
@@ -190,10 +191,10 @@ class Learner:
             permutations = adopt(self.trainer.weights(), source, self._plan, self._context(number))
         except PeerError:
             return None  # the merge's own screen refuses this peer, and says why
-        self.trainer.permute(self.spec, permutations)
+        note = self.trainer.permute(self.spec, permutations)
         self._recorder.forget()  # in another order of units the change since the last snapshot is no small one
         self._statistics = dict(permuted(self._statistics, self.spec, permutations))
-        return Moves(moved_share(permutations), moved_by_group(permutations))
+        return Moves(moved_share(permutations), moved_by_group(permutations), note)
 
     def merge(self, action: MergeAction, sources: Mapping[str, Path], evaluate: str) -> MergeResult:
         """Merge the agent's own weights with its peers' snapshots.

@@ -76,23 +76,29 @@ class Deadline:
 
 @dataclass(frozen=True, slots=True)
 class Moves:
-    """The share of all units that a change of basis moved, and that of each symmetry group."""
+    """The share of all units that a change of basis moved, and that of each symmetry group.
+
+    `note`: what a person should know of it, "" for nothing.
+    """
 
     share: float = 0.0
     groups: Mapping[str, float] = field(default_factory=dict[str, float])
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class BasisChanged:
     """The agent has permuted itself (or could not, and `basis` is its old one).
 
-    `moved`: share of its units whose place changed; `groups`: the same of each symmetry group.
+    `moved`: share of its units whose place changed; `groups`: the same of each symmetry group; `note`: what a person
+    should know of it.
     """
 
     round: int
     basis: BasisId
     moved: float = 0.0
     groups: Mapping[str, float] = field(default_factory=dict[str, float])
+    note: str = ""
 
     @staticmethod
     def after(action: AdoptBasis, own: BasisId, moves: Moves | None) -> BasisChanged:
@@ -102,7 +108,7 @@ class BasisChanged:
         """
         if moves is None:
             return BasisChanged(action.round, own)
-        return BasisChanged(action.round, action.basis, moves.share, moves.groups)
+        return BasisChanged(action.round, action.basis, moves.share, moves.groups, moves.note)
 
 
 @dataclass(frozen=True, slots=True)

@@ -341,7 +341,10 @@ class RoundMachine:
             moved=event.moved,
             groups=event.groups,
         )
-        return [m.Emit(adopted), *self._start_merge()]
+        told = [m.Emit(adopted)]
+        if event.note:
+            told.append(m.Emit(events.Warned(agent=self.agent, message=event.note)))
+        return [*told, *self._start_merge()]
 
     def _start_merge(self) -> list[m.Action]:
         self.phase = Phase.MERGING

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dimat.errors import ConfigError
 from dimat.registry import OptionNames
 from dimat.seeds import torch_generator
-from dimat.tasks.huggingface.lora import MERGE_STAGES, adapt, frozen_hash, head_names, share_frozen
+from dimat.tasks.huggingface.lora import MERGE_STAGES, adapt, frozen_hash, frozen_part, head_names, share_frozen
 from dimat.tasks.huggingface.models import Architecture
 from dimat.tasks.huggingface.options import ModelOptions
 from dimat.tasks.models import seeded
@@ -59,7 +59,10 @@ class ModelMaker:
     def base_hash(self) -> str:
         """A hash of the frozen base and the adapters' scale; empty without adapters."""
         lora = self.options.lora
-        return "" if lora is None else frozen_hash(self.build(torch.Generator().manual_seed(0)), lora)
+        if lora is None:
+            return ""
+        frozen = frozen_part(self.build(torch.Generator().manual_seed(0)))
+        return frozen_hash(f"lora r={lora.r} alpha={lora.alpha!r}", frozen)
 
     @property
     def merge_stages(self) -> Mapping[str, str] | None:

@@ -8,7 +8,7 @@ Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2022.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -44,12 +44,7 @@ def adapt(base: nn.Module, options: LoraOptions, heads: Collection[str] = (), op
     Raises ConfigError for targets that the model has not, and for a model with BatchNorm, whose statistics would change
     in a base that must not.
     """
-    for name, module in base.named_modules():
-        if isinstance(module, _BatchNorm) and module.track_running_stats:
-            raise ConfigError(
-                f"task.options.{option}: {name} is a BatchNorm, and training would change its statistics in the frozen "
-                "base; take a model without BatchNorm, or leave lora out"
-            )
+    refuse_batchnorm(base, f"task.options.{option}")
     peft = library("peft")
     targets = list(options.targets) if isinstance(options.targets, tuple) else options.targets
     try:
@@ -71,6 +66,16 @@ def adapt(base: nn.Module, options: LoraOptions, heads: Collection[str] = (), op
     trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
     adapted.register_state_dict_post_hook(KeepNames(trained))
     return adapted
+
+
+def refuse_batchnorm(base: nn.Module, where: str) -> None:
+    """Raise ConfigError, which begins with `where`, for a base whose statistics training would change."""
+    for name, module in base.named_modules():
+        if isinstance(module, _BatchNorm) and module.track_running_stats:
+            raise ConfigError(
+                f"{where}: {name} is a BatchNorm, and training would change its statistics in the frozen base; take a "
+                "model without BatchNorm, or leave lora out"
+            )
 
 
 def head_names(model: Any) -> list[str]:
@@ -95,12 +100,16 @@ def share_frozen(model: nn.Module, held: dict[str, Tensor]) -> None:
         parameter.data = shared
 
 
-def frozen_hash(model: nn.Module, options: LoraOptions) -> str:
-    """Return a hex blake3 of everything in an adapted model that is not trained, and of the adapters' scale: agents
-    with equal hashes can merge adapters."""
-    hasher = blake3(f"lora r={options.r} alpha={options.alpha!r}".encode())
-    held = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
-    for name, tensor in sorted([*held, *model.named_buffers()], key=lambda pair: pair[0]):
+def frozen_part(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Return everything in an adapted model that is not trained, buffers too."""
+    return [*((name, p) for name, p in model.named_parameters() if not p.requires_grad), *model.named_buffers()]
+
+
+def frozen_hash(said: str, frozen: Iterable[tuple[str, Tensor]]) -> str:
+    """Return a hex blake3 of frozen tensors by name, and of what is `said` of the adapters' scale: agents with equal
+    hashes can merge adapters."""
+    hasher = blake3(said.encode())
+    for name, tensor in sorted(frozen, key=lambda pair: pair[0]):
         plain = tensor.detach().to("cpu").contiguous()
         hasher.update(f"\n{name} {tuple(plain.shape)} {plain.dtype}\n".encode())
         hasher.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -46,6 +46,24 @@ def test_two_loops_merge_each_other(tmp_path: Path, free_ports: list[int]) -> No
     assert all(torch.allclose(a[key], b[key], atol=1e-5) for key in a)
 
 
+def test_workers_of_a_loader_are_forked_beside_the_agent(tmp_path: Path, free_ports: list[int]) -> None:
+    """Each epoch starts new worker processes, while gRPC's threads run; with its fork handlers on they die in them."""
+    file = experiment(tmp_path, dict(zip("ab", free_ports)))
+    loops = [
+        start(
+            ["-m", "tests.agent.own_loop", str(file), name, str(seed), str(tmp_path / name), "2"],
+            env=os.environ,
+            stderr=2,
+        )
+        for seed, name in enumerate("ab")
+    ]
+    assert [loop.wait(timeout=250) for loop in loops] == [0, 0]
+    for name in "ab":
+        told = json.loads((tmp_path / name / "told.json").read_text())
+        merges = [fact for fact in told["events"] if fact["event"] == "Merged"]
+        assert [{part["agent"] for part in fact["contributions"]} for fact in merges] == [{"a", "b"}] * 3
+
+
 def test_alone_then_resumed(tmp_path: Path, free_ports: list[int]) -> None:
     """Without a living peer rounds end by the deadline; another object goes on from the checkpoint, optimizer too."""
     schedule = "rounds = 2\nround_deadline_s = 0.5"

@@ -1,0 +1,131 @@
+"""What follows a user's model: copies of it that are averaged or kept, and other optimizers.
+
+A running mean of weights (EMA, SWA), a target network or a teacher is of the model's units by position. When an agent
+puts its units in the network's order, or takes over another agent's weights, these must go along.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from dimat.errors import ConfigError, nearest
+from dimat.symmetry import Permutations, SymmetrySpec, permute_weights
+from dimat.symmetry.permute import identity
+from dimat.symmetry.trace import forget_derived
+from dimat.train.optimizer_state import move, optimized
+
+Move = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+"""Returns tensors, by the model's names, as they are after the model has changed."""
+Follower = nn.Module | torch.optim.Optimizer | Mapping[str, Tensor] | Callable[[Move], None]
+
+
+class Followers:
+    """Everything that follows `model`: modules and tables of tensors by the model's names, optimizers, and functions
+    that are called with a `Move`.
+
+    None: nobody has said what there is, and a warning is due once when the model's units have changed. ConfigError for
+    what does not fit the model.
+    """
+
+    def __init__(self, model: nn.Module, follow: Iterable[Follower] | None) -> None:
+        self._told = follow is not None
+        self._due = ""
+        self._tables: list[Mapping[str, Tensor]] = []
+        self._modules: list[nn.Module] = []
+        self._optimizers: list[torch.optim.Optimizer] = []
+        self._functions: list[Callable[[Move], None]] = []
+        for each in follow or ():
+            self._take(model, each)
+
+    def moving(self, model: nn.Module, spec: SymmetrySpec, permutations: Permutations) -> Callable[[], None]:
+        """Return what moves all of them as the model is moved; nothing is changed before it is called."""
+        tables = self._held()
+        moved = [permute_weights(table, spec, permutations, strict=False) for table in tables]
+        optimizers = [move(each, optimized(model, each), spec, permutations) for each in self._optimizers]
+        still = all(torch.equal(p.cpu().long(), identity(p.shape)) for p in permutations.values())
+
+        def apply() -> None:
+            _fill(tables, moved)
+            for act, note in optimizers:
+                act()
+                self._due = note or self._due
+            for function in self._functions:
+                function(lambda tensors: permute_weights(tensors, spec, permutations, strict=False))
+            self._changed("the model's units were put in the network's order", bool(still))
+
+        return apply
+
+    def start_from(self, weights: Mapping[str, Tensor]) -> None:
+        """Let all of them be what a model is that begins with these weights."""
+        tables = self._held()
+        _fill(tables, [{name: weights.get(name, tensor) for name, tensor in table.items()} for table in tables])
+        for optimizer in self._optimizers:
+            optimizer.state.clear()
+        for function in self._functions:
+            function(lambda tensors: {name: weights.get(name, tensor) for name, tensor in tensors.items()})
+        self._changed("the model began anew with a neighbour's weights", False)
+
+    def warn(self) -> None:
+        """Warn, in the user's own thread, of what is due."""
+        due, self._due = self._due, ""
+        if due:
+            warnings.warn(due, stacklevel=3)
+
+    def _changed(self, how: str, still: bool) -> None:
+        for module in self._modules:
+            forget_derived(module)
+        if self._told or still:
+            return
+        self._told = True
+        self._due = (
+            f"{how}. Copies of it that you keep (a running mean, a target network) and other optimizers of it must "
+            "follow: give them as attach(…, follow=[…]), or follow=[] where there are none"
+        )
+
+    def _take(self, model: nn.Module, given: Follower) -> None:
+        if isinstance(given, torch.optim.swa_utils.AveragedModel):
+            given = given.module
+        if isinstance(given, nn.Module):
+            self._modules.append(given)
+            _check(model, given.state_dict(keep_vars=True), type(given).__name__)
+        elif isinstance(given, torch.optim.Optimizer):
+            optimized(model, given)
+            self._optimizers.append(given)
+        elif isinstance(given, Mapping):
+            table = cast("Mapping[str, Tensor]", given)
+            _check(model, table, "a table")
+            self._tables.append(table)
+        elif callable(given):
+            self._functions.append(given)
+        else:
+            raise ConfigError(
+                f"follow: a {type(given).__name__} cannot follow the model; give modules, tables of tensors by the "
+                "model's names, optimizers, or functions that are called with what moves such a table"
+            )
+
+    def _held(self) -> list[Mapping[str, Tensor]]:
+        return [*self._tables, *(module.state_dict(keep_vars=True) for module in self._modules)]
+
+
+def _check(model: nn.Module, table: Mapping[str, Tensor], what: str) -> None:
+    own = model.state_dict(keep_vars=True)
+    for name, tensor in table.items():
+        if name not in own:
+            raise ConfigError(f"follow: {what} has {name!r}, which the model has not{nearest(name, own)}")
+        if tensor.shape != own[name].shape:
+            raise ConfigError(
+                f"follow: {name!r} of {what} has shape {tuple(tensor.shape)}, the model's {tuple(own[name].shape)}"
+            )
+
+
+@torch.no_grad()
+def _fill(tables: Iterable[Mapping[str, Tensor]], values: Iterable[Mapping[str, Tensor]]) -> None:
+    for table, filled in zip(tables, values, strict=True):
+        for name, tensor in table.items():
+            if filled[name] is not tensor:
+                tensor.copy_(filled[name])

@@ -1,0 +1,102 @@
+"""Which part of a user's model agents exchange: all of it, or the adapters on a frozen base.
+
+Adapters get the protections that the tasks with LoRA have: what is frozen stays here and is compared by its hash, the
+factors are merged as the products that they stand for, and a kind of adapter that cannot be merged so is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from dimat.errors import ConfigError, MergeError
+from dimat.merge.lora.factors import FACTOR, find_pairs
+from dimat.tasks.huggingface.lora import MERGE_STAGES, KeepNames, frozen_hash, refuse_batchnorm
+
+MERGED = frozenset(("LORA", "IA3"))
+"""Kinds of PEFT adapters that can be merged: LoRA as products, IA3's factors of activations as the vectors they are."""
+FACTORS = re.compile(r"(^|[._])(lora|lokr|hada|vera|oft|boft)_", re.IGNORECASE)
+"""Names of factors of adapters, of any library."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What agents exchange of a model. `names`: tensors of its state dict, None for all; `base_hash` and
+    `merge_stages`: as a task's."""
+
+    names: frozenset[str] | None = None
+    base_hash: str = ""
+    merge_stages: Mapping[str, str] | None = field(default=None)
+
+    @contextmanager
+    def alone(self, model: nn.Module) -> Generator[None]:
+        """Inside, the model's state dict holds this part alone."""
+        if self.names is None:
+            yield
+            return
+        handle = model.register_state_dict_post_hook(KeepNames(self.names))
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def part_of(model: nn.Module) -> Part:
+    """Return which part of a model is exchanged.
+
+    ConfigError for adapters that cannot be merged, and for a base whose statistics would change in training.
+    """
+    named = list(model.named_parameters())
+    trained = [name for name, p in named if p.requires_grad]
+    kinds = _kinds(model)
+    factors = [name for name in trained if FACTOR.fullmatch(name)]
+    strange = [name for name in trained if FACTORS.search(name) and name not in factors]
+    if not kinds and not factors and not strange:
+        return Part()
+    for kind in kinds:
+        if kind not in MERGED:
+            raise ConfigError(
+                f"the model has adapters of kind {kind}, which dimat cannot merge (it merges "
+                f"{' and '.join(sorted(MERGED))}); train other ones, or the whole model"
+            )
+    if strange:
+        raise ConfigError(
+            f"{strange[0]} looks like a part of an adapter, and dimat cannot tell how to merge it: factors are read by "
+            "PEFT's names (<module>.lora_A.weight, <module>.lora_B.weight); name them so, or train the whole model"
+        )
+    if len(trained) == len(named):
+        raise ConfigError("the model has adapters, and its base is not frozen; freeze it, or leave the adapters away")
+    try:
+        find_pairs(factors)
+    except MergeError as error:
+        raise ConfigError(f"the model's adapters: {error}") from error
+    refuse_batchnorm(model, "the model")
+    held = dict(model.state_dict(keep_vars=True))
+    frozen = [(name, tensor) for name, tensor in held.items() if name not in trained and isinstance(tensor, Tensor)]
+    return Part(frozenset(trained), frozen_hash(_scales(model), frozen), MERGE_STAGES)
+
+
+def _kinds(model: nn.Module) -> set[str]:
+    """Return the kinds of adapters that PEFT has put into a model, by its names; DoRA is a kind of its own."""
+    configs: Any = getattr(model, "peft_config", None)
+    found: set[str] = set()
+    for config in cast("Mapping[str, Any]", configs).values() if isinstance(configs, Mapping) else ():
+        kind: Any = getattr(config, "peft_type", "")
+        dora = bool(getattr(config, "use_dora", False))
+        found.add("DoRA" if dora else str(getattr(kind, "value", kind)))
+    return found
+
+
+def _scales(model: nn.Module) -> str:
+    """Say by what adapters' products are multiplied, which all agents must have in common."""
+    said: list[str] = []
+    for name, module in model.named_modules():
+        scaling: Any = getattr(module, "scaling", None)
+        if isinstance(scaling, Mapping) and hasattr(module, "lora_A"):
+            said.append(f"{name} {sorted(cast('Mapping[str, float]', scaling).items())!r}")
+    return "lora " + "; ".join(said)

@@ -1,0 +1,70 @@
+"""A user's model and some of its inputs, as a task that is trained elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dimat.agent.attach.inputs import ByName, Inputs
+from dimat.agent.attach.part import Part
+from dimat.errors import ConfigError
+from dimat.symmetry.copy_module import copy_module
+from dimat.tasks.base import Data
+from dimat.tasks.data import TensorData
+from dimat.tasks.huggingface.lora import KeepNames
+
+
+class AttachedTask:
+    """A task made of a user's model: its copies, the kept inputs, and which part of it is exchanged.
+
+    ConfigError for a model that cannot be copied.
+    """
+
+    name = "attached"
+    classes: tuple[str, ...] = ()
+
+    def __init__(self, model: nn.Module, inputs: Inputs, part: Part, metric: str) -> None:
+        self.metric = metric
+        self.base_hash = part.base_hash
+        self.merge_stages: Mapping[str, str] | None = part.merge_stages
+        # what is frozen is never written, and need not be held twice
+        shared = {id(p): p for p in model.parameters() if not p.requires_grad and p.device.type == "cpu"}
+        self._shared = shared if part.names is not None else {}
+        try:
+            self._model = copy_module(model, self._shared).cpu()
+        except Exception as error:  # a user's module may fail in any way
+            first = (str(error).strip().splitlines() or [""])[0]
+            raise ConfigError(
+                f"the model cannot be copied ({type(error).__name__}: {first}), and its symmetries are found on a "
+                "copy; mend its __deepcopy__, or keep what cannot be copied outside the model"
+            ) from error
+        if part.names is not None:
+            self._model.register_state_dict_post_hook(KeepNames(part.names))
+        if inputs.names:
+            self._model.register_forward_pre_hook(ByName(inputs.names), prepend=True, with_kwargs=True)
+        self._data = TensorData(inputs.tensors, torch.zeros(len(inputs.tensors[0])))
+
+    def build_model(self, generator: torch.Generator) -> nn.Module:
+        """Return a copy of the model as it was attached."""
+        del generator
+        return copy_module(self._model, self._shared)
+
+    def example_inputs(self) -> tuple[Tensor, ...]:
+        """Return the first few inputs."""
+        return self._data.batch(torch.arange(min(4, len(self._data)))).inputs
+
+    def data(self, split: str) -> Data:
+        """Return the kept inputs, whatever the split: nothing is trained or tested on them."""
+        del split
+        return self._data
+
+    def loss(self, outputs: Any, targets: Tensor) -> Tensor:
+        """Raise ConfigError: only the user's loop knows the loss."""
+        raise ConfigError("a method that needs the loss (fisher) cannot merge an attached model; choose another one")
+
+    def metrics(self, outputs: Any, targets: Tensor) -> Mapping[str, Tensor]:
+        """Return nothing: metrics come from the user's `evaluate`."""
+        return {}

@@ -1,0 +1,186 @@
+"""Trains a round by letting a user's thread do so; the model is theirs in their turn, and the agent's in its own."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dimat.agent.attach.followers import Follower, Followers
+from dimat.agent.attach.inputs import ByName
+from dimat.agent.attach.part import Part
+from dimat.errors import DataError
+from dimat.symmetry import Permutations, SymmetrySpec
+from dimat.symmetry.trace import modes_kept
+from dimat.tasks.base import Data
+from dimat.tasks.data import InputBatches, input_batches
+from dimat.train.model_state import ModelState
+from dimat.train.optimizer_state import group_values
+from dimat.train.trainer import TrainerState, TrainReport
+
+POLL_S = 0.5
+
+Evaluate = Callable[[nn.Module], Mapping[str, float]]
+
+
+class AttachedTrainer(ModelState):
+    """Trains a round by letting the user's thread do so: it waits meanwhile in the agent's.
+
+    The two threads take turns; the model belongs to the one whose turn it is. In the agent's turn its state dict holds
+    `part` alone, and it takes its inputs by position, whatever `names` they have. `optimizer` keeps its place: state is
+    moved in it, never replaced by another object; with `fresh` it is cleared before every round.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        steps: int,
+        evaluate: Evaluate | None,
+        part: Part,
+        names: Sequence[str] = (),
+        *,
+        fresh: bool = False,
+        follow: Iterable[Follower] | None = None,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.batches = steps
+        self.fresh = fresh
+        self.followers = Followers(model, follow)
+        self._evaluate = evaluate
+        self._part = part
+        self._names = tuple(names)
+        self._steps = steps
+        self._seen = 0
+        self._turn = threading.Condition()
+        self._users = False
+        self._over = False
+        self._agents = ExitStack()
+        self._through = False
+        self._group_values = group_values(optimizer)
+        self.optimized()  # raises where the optimizer is another model's
+
+    # ── turns ────────────────────────────────────────────────────────────────────────────────────────────────
+    def train(self, round: int) -> TrainReport:
+        """Let the user's loop do a round's steps."""
+        del round
+        if self.fresh:
+            self.optimizer.state.clear()
+        self.give_back()
+        with self._turn:
+            self._users = True
+            self._turn.notify_all()
+            while self._users and not self._over:
+                self._turn.wait(POLL_S)
+        self.take()
+        if self.fresh:  # a checkpoint would hold it for nothing
+            self.optimizer.state.clear()
+        self._seen += self._steps
+        return TrainReport(float("nan"), 0, self._steps, 0.0, 0.0)
+
+    def hand_over(self) -> None:
+        """The user's loop has done a round's steps."""
+        with self._turn:
+            self._users = False
+            self._turn.notify_all()
+
+    def wait(self) -> None:
+        """Wait until it is the user's turn, or the agent is through."""
+        with self._turn:
+            while not self._users and not self._over:
+                self._turn.wait(POLL_S)
+
+    def end(self) -> None:
+        """The agent is through: nobody waits for anybody any more."""
+        with self._turn:
+            self._over = True
+            self._turn.notify_all()
+
+    def take(self) -> None:
+        """Begin the agent's turn: the model shows what agents exchange, and takes inputs by position."""
+        with self._turn:
+            self._agents.close()
+            if self._through:
+                return
+            self._agents.enter_context(self._part.alone(self.model))
+            if self._names:
+                hook = self.model.register_forward_pre_hook(ByName(self._names), prepend=True, with_kwargs=True)
+                self._agents.callback(hook.remove)
+
+    def give_back(self, *, for_good: bool = False) -> None:
+        """End the agent's turn: the model is as its user knows it. `for_good`: there is no other turn."""
+        with self._turn:
+            self._agents.close()
+            self._through |= for_good
+
+    @contextmanager
+    def users(self) -> Generator[None]:
+        """Inside, code of the user's runs in the agent's turn, on the model as the user knows it."""
+        self.give_back()
+        try:
+            yield
+        finally:
+            self.take()
+
+    # ── what a trainer does ──────────────────────────────────────────────────────────────────────────────────
+    def evaluate(self, data: Data, weights: Mapping[str, Tensor] | None = None) -> dict[str, float]:
+        """Return the user's metrics of the model, or of `weights` in its place; none where no way to them was given.
+
+        `data` is not used: the user decides on which data they are taken. Modes are left as they were.
+        """
+        if self._evaluate is None:
+            return {}
+        if weights is None:
+            with self.users(), modes_kept(self.model):
+                return {name: float(value) for name, value in self._evaluate(self.model).items()}
+        own = self.weights()
+        self.load_weights(weights)
+        try:
+            return self.evaluate(data)
+        finally:
+            self.load_weights(own)
+
+    def input_batches(self, data: Data, batch_size: int, generator: torch.Generator | None = None) -> InputBatches:
+        """Return inputs of `data` on the model's device."""
+        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        return input_batches(data, batch_size, generator, samples=None, device=device)
+
+    def permute(self, spec: SymmetrySpec, permutations: Permutations) -> str:
+        """Move model, gradients and optimizer state into another basis, and all that follows the model."""
+        move = self.followers.moving(self.model, spec, permutations)
+        note = super().permute(spec, permutations)
+        with self.users():
+            move()
+        return note
+
+    def start_from(self, weights: Mapping[str, Tensor]) -> None:
+        """Take over another agent's weights whole, for all that follows the model too."""
+        super().start_from(weights)
+        with self.users():
+            self.followers.start_from(weights)
+
+    def state(self) -> TrainerState:
+        """Return weights and optimizer state; random streams and the place in the data are the user's."""
+        tensors = {f"model/{name}": tensor for name, tensor in self.weights().items()}
+        state, texts = self.optimizer_state()
+        values: dict[str, Any] = {"optimizer": type(self.optimizer).__name__, "steps": self._seen}
+        return TrainerState(tensors | state, {**values, **texts})
+
+    def load_state(self, state: TrainerState) -> None:
+        """Go on from a state; DataError where it does not fit model or optimizer."""
+        kind = type(self.optimizer).__name__
+        if state.values.get("optimizer") != kind:
+            raise DataError(f"the checkpoint is of optimizer {state.values.get('optimizer')!r}, this one is {kind!r}")
+        tensors = state.tensors
+        self.load_weights({n.removeprefix("model/"): t for n, t in tensors.items() if n.startswith("model/")})
+        self.load_optimizer(tensors, state.values)
+        self._seen = int(state.values.get("steps", 0))
+
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        self.optimizer.state.clear()
+        return self.optimizer

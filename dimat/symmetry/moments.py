@@ -1,0 +1,206 @@
+"""The state of any optimizer in another order of units.
+
+What is known to follow its parameter moves, the rest begins anew. Known are entries of the parameter's shape (momentum,
+Adam's moments), the same with some axes reduced to 1 (Adafactor's rows and columns in torch, SM3), rows and columns
+without the reduced axis (`…_row`, `…_col`: Adafactor in transformers, CAME), square blocks of one axis (`precond_i`,
+`inv_precond_i`: Shampoo), and values of one element. Codes of a quantised state, eigenbases, flat vectors of all
+parameters (LBFGS) and whatever else there is cannot be told from their shape. Where a parameter has such an entry its
+whole state is left out, and its optimizer begins it anew.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import prod
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from dimat.errors import SymmetryError
+from dimat.symmetry.permute import Moves, Permutations, by_tensor, permute_tensor
+from dimat.symmetry.spec import AxisRef, SymmetrySpec
+from dimat.symmetry.trace import SymmetryWarning
+
+BLOCK = re.compile(r"(?:inv_)?precond(?:itioner)?_(\d+)")
+"""Names of square blocks of Shampoo and its like, with the axis of the parameter that they belong to."""
+
+Shape = tuple[int, ...]
+
+
+def permute_optimizer(
+    optimizer_state: Mapping[str, Any],
+    spec: SymmetrySpec,
+    permutations: Permutations,
+    names: Sequence[str] | Mapping[str, Tensor],
+) -> dict[str, Any]:
+    """Return a torch `optimizer.state_dict()` whose state is moved as the parameters are.
+
+    `names`: the parameters' state-dict names in the order in which the optimizer holds them, with the parameters:
+    `dict(model.named_parameters())`. Names alone do where each parameter with a state has an entry of its own shape.
+    See the module for what moves; numbers, tensors of one element and hyper-parameters are kept, as is state that is
+    no parameter's. The input is untouched; tensors that nothing moves are not copied.
+
+    Parameters whose state cannot be moved are left out of the result, with a `SymmetryWarning` that names them. Raises
+    SymmetryError where names do not fit the state.
+    """
+    moved, anew = move_state(optimizer_state, spec, permutations, names)
+    if anew:
+        warnings.warn(begun_anew(anew), SymmetryWarning, stacklevel=2)
+    return moved
+
+
+def begun_anew(names: Sequence[str]) -> str:
+    """Say in a line that the optimizer's state of these parameters could not be moved."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return (
+        f"the optimizer's state of {', '.join(names[:3])}{more} cannot be put in another order of units, "
+        "as how it goes with the parameter is not known; it begins anew there"
+    )
+
+
+def move_state(
+    optimizer_state: Mapping[str, Any],
+    spec: SymmetrySpec,
+    permutations: Permutations,
+    names: Sequence[str] | Mapping[str, Tensor],
+) -> tuple[dict[str, Any], list[str]]:
+    """Do what `permute_optimizer` does; return also the parameters whose state is left out."""
+    moves = Moves.of(spec, permutations)
+    axes_of = by_tensor(spec)
+    first = {name: tied[0] for tied in spec.tied for name in tied}
+    numbers = [number for group in optimizer_state["param_groups"] for number in group["params"]]
+    listed = list(names)
+    if len(listed) != len(numbers):
+        raise SymmetryError(f"{len(listed)} parameter names for an optimizer of {len(numbers)} parameters")
+    name_of = dict(zip(numbers, listed))
+    shapes = {name: tuple(tensor.shape) for name, tensor in names.items()} if isinstance(names, Mapping) else None
+    state: dict[Any, Any] = {}
+    anew: list[str] = []
+    for number, entries in optimizer_state["state"].items():
+        if isinstance(number, int) and number not in name_of:
+            raise SymmetryError(f"optimizer state {number!r} belongs to no parameter of its groups")
+        if number not in name_of or not isinstance(entries, Mapping):
+            state[number] = entries
+            continue
+        name, held = name_of[number], cast("Mapping[str, Any]", entries)
+        axes = axes_of.get(first.get(name, name), [])
+        shape = _shape_by(axes, held, name) if shapes is None else shapes[name]
+        moved = _moved(held, axes, shape, moves)
+        if moved is None:
+            anew.append(name)
+        else:
+            state[number] = moved
+    return {**optimizer_state, "state": state}, anew
+
+
+def _shape_by(axes: Sequence[AxisRef], entries: Mapping[str, Any], name: str) -> Shape | None:
+    """Return the shape of a parameter by the entries of its state: what those with the most axes have together."""
+    large = {key: value for key, value in entries.items() if isinstance(value, Tensor) and value.numel() > 1}
+    if not large:
+        return None
+    rank = max(value.ndim for value in large.values())
+    shape = tuple(max(sizes) for sizes in zip(*(value.shape for value in large.values() if value.ndim == rank)))
+    if all(axis.dim < rank and shape[axis.dim] == axis.size for axis in axes):
+        return shape
+    key, value = next(iter(large.items()))
+    raise SymmetryError(
+        f"{name} ({key}) has shape {tuple(value.shape)}, which is not that of a parameter with axes of "
+        f"{', '.join(str(axis.size) for axis in axes)}; hand in names with their parameters"
+    )
+
+
+def _moved(
+    entries: Mapping[str, Any], axes: Sequence[AxisRef], shape: Shape | None, moves: Moves
+) -> dict[str, Any] | None:
+    """Return the state of one parameter, moved; None where it cannot be."""
+    moving = moves.together(axes)
+    result: dict[str, Any] = {}
+    for key, value in entries.items():
+        if not _large(value):
+            result[key] = value
+        elif not moving:
+            if moves.permutations and _spans(value, shape):
+                return None
+            result[key] = value
+        else:
+            moved = None if shape is None else _moved_entry(key, value, moving, shape, moves)
+            if moved is None:
+                return None
+            result[key] = moved
+    return result
+
+
+def _moved_entry(
+    key: str, value: Any, moving: Sequence[Sequence[AxisRef]], shape: Shape, moves: Moves
+) -> Tensor | None:
+    """Return an entry of a parameter's state, moved; None where it is not known how it goes with the parameter."""
+    if (
+        type(value) not in (Tensor, nn.Parameter)
+        or value.is_sparse
+        or not (value.is_floating_point() or value.is_complex())
+    ):
+        return None
+    if (block := BLOCK.fullmatch(key)) is not None:
+        return _moved_block(value, int(block[1]), moving, shape, moves)
+    places = _places(key, tuple(value.shape), shape)
+    if places is None:
+        return None
+    kept: list[AxisRef] = []
+    for at_once in moving:
+        inside = [axis.dim in places for axis in at_once]
+        if any(inside) and not all(inside):
+            return None  # which order its units have depends on an axis that the entry has lost
+        if all(inside):
+            kept += [replace(axis, dim=places[axis.dim]) for axis in at_once]
+    return permute_tensor(value, key, kept, moves)
+
+
+def _places(key: str, entry: Shape, shape: Shape) -> dict[int, int] | None:
+    """Return where the parameter's axes are in an entry, those left out that it is reduced over; None if unknown."""
+    if len(entry) == len(shape) and all(size in (1, whole) for size, whole in zip(entry, shape)):
+        return {dim: dim for dim in range(len(shape)) if entry[dim] == shape[dim]}
+    words = key.split("_")
+    for word, lost in (("row", len(shape) - 1), ("col", len(shape) - 2)):
+        if word in words and lost >= 0 and entry == (*shape[:lost], *shape[lost + 1 :]):
+            return {dim: dim - (dim > lost) for dim in range(len(shape)) if dim != lost}
+    return None
+
+
+def _moved_block(
+    value: Tensor, dim: int, moving: Sequence[Sequence[AxisRef]], shape: Shape, moves: Moves
+) -> Tensor | None:
+    """Return a statistic (n, n) of one axis of a parameter with both its axes moved; None where it is none."""
+    if dim >= len(shape) or tuple(value.shape) != (shape[dim], shape[dim]):
+        return None
+    for at_once in moving:
+        if all(axis.dim != dim for axis in at_once):
+            continue
+        if len(at_once) > 1:
+            return None
+        index = moves.index((at_once[0].layout,)).to(value.device)
+        return value.detach().index_select(0, index).index_select(1, index)
+    return value
+
+
+def _large(value: Any) -> bool:
+    """Tell whether a value is, or holds, a tensor of more than one element."""
+    return any(tensor.numel() > 1 for tensor in _tensors(value))
+
+
+def _spans(value: Any, shape: Shape | None) -> bool:
+    """Tell whether a value may be of several parameters together: a flat vector longer than this one."""
+    size = 0 if shape is None else prod(shape)
+    return any(tensor.ndim == 1 and tensor.numel() > size for tensor in _tensors(value))
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        return [tensor for each in cast("Mapping[Any, Any]", value).values() for tensor in _tensors(each)]
+    if isinstance(value, list | tuple):
+        return [tensor for each in cast("Sequence[Any]", value) for tensor in _tensors(each)]
+    return []

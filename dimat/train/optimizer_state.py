@@ -1,0 +1,171 @@
+"""The state of any optimizer as tensors and text by name: read, put back, moved in place.
+
+What can be told of it is what torch tells: values of any kind, by parameter and by an entry's name. Objects stay what
+they are: the optimizer's groups, its state, and the tensors in it that are moved.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from dimat.errors import ConfigError, DataError
+from dimat.symmetry import Permutations, SymmetrySpec
+from dimat.symmetry.moments import begun_anew, move_state
+
+PREFIX = "optimizer/"
+PLAIN = "optimizer/plain"
+"""What is no tensor in the state: JSON, by parameter and entry."""
+GROUPS = "optimizer/groups"
+"""Values of groups that the optimizer itself has changed: JSON, by group."""
+NO_PARAMETER = ""
+"""The name under which state is kept that is no parameter's."""
+USERS = frozenset(("lr", "initial_lr", "params"))
+"""Entries of groups that are set anew in every life."""
+
+Parameters = Mapping[str, nn.Parameter]
+
+
+def optimized(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
+    """Return the parameters that the optimizer changes, by name, in its order; ConfigError where one is not the
+    model's."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    strangers = sum(parameter not in names for parameter in held)
+    if strangers:
+        raise ConfigError(f"the optimizer holds {strangers} parameters that are not the model's; give it its own")
+    return {names[parameter]: parameter for parameter in held}
+
+
+def group_values(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Return the numbers in the optimizer's groups but learning rates, which are set anew in every life."""
+    return [
+        {key: value for key, value in group.items() if key not in USERS and isinstance(value, bool | int | float)}
+        for group in optimizer.param_groups
+    ]
+
+
+def read_state(
+    optimizer: torch.optim.Optimizer, parameters: Parameters, began: Sequence[Mapping[str, Any]]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the state as tensors named `optimizer/<parameter>/<entry>`, copied to the CPU, and the rest as text.
+
+    `began`: the groups' values (`group_values`) when the optimizer was new. ConfigError for a value that a checkpoint
+    cannot hold.
+    """
+    names = {parameter: name for name, parameter in parameters.items()}
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, dict[str, Any]] = {}
+    for owner, held in cast("dict[Any, Any]", optimizer.state).items():
+        name = names.get(cast("nn.Parameter", owner), NO_PARAMETER) if isinstance(owner, Tensor) else NO_PARAMETER
+        entries: Mapping[Any, Any] = held if isinstance(owner, Tensor) else {owner: held}
+        for key, value in entries.items():
+            packed = _packed(value, f"{PREFIX}{name}/{key}", tensors)
+            if not isinstance(value, Tensor) or "/" in str(key) or name == NO_PARAMETER:
+                plain.setdefault(name, {})[str(key)] = packed
+    changed = [
+        {key: value for key, value in now.items() if key not in before or before[key] != value}
+        for now, before in zip(group_values(optimizer), began, strict=True)
+    ]
+    texts = {PLAIN: json.dumps(plain)} if plain else {}
+    return tensors, texts | ({GROUPS: json.dumps(changed)} if any(changed) else {})
+
+
+def write_state(
+    optimizer: torch.optim.Optimizer, parameters: Parameters, tensors: Mapping[str, Tensor], texts: Mapping[str, Any]
+) -> None:
+    """Put back what `read_state` read. DataError where it is of a parameter that the optimizer does not have."""
+    plain = cast("dict[str, dict[str, Any]]", json.loads(texts.get(PLAIN, "{}")))
+    used: set[str] = set()
+    entries = {name: {key: _unpacked(v, tensors, used) for key, v in held.items()} for name, held in plain.items()}
+    for full, tensor in tensors.items():
+        name, _, key = full.removeprefix(PREFIX).rpartition("/")
+        if full not in used:
+            entries.setdefault(name, {})[key] = tensor.clone()
+    order = list(parameters)
+    state: dict[Any, Any] = entries.pop(NO_PARAMETER, {})
+    for name, held in entries.items():
+        if name not in parameters:
+            raise DataError(f"the state has optimizer entries of {name!r}, which is no trained parameter here")
+        state[order.index(name)] = held
+    groups, own = optimizer.param_groups, optimizer.state
+    try:
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    except (ValueError, KeyError, RuntimeError, TypeError) as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise DataError(f"{type(optimizer).__name__} cannot go on from its state: {first}") from error
+    loaded = dict(optimizer.state)
+    own.clear()
+    own.update(loaded)
+    optimizer.state, optimizer.param_groups = own, groups  # whoever holds them still does
+    for name, held in entries.items():
+        mine = own[parameters[name]]
+        for key, stored in held.items():  # torch casts to the parameter's type, also what was wider
+            if isinstance(stored, Tensor) and stored.is_floating_point() and mine[key].dtype != stored.dtype:
+                mine[key] = stored.to(mine[key].device)
+    for group, values in zip(groups, json.loads(texts.get(GROUPS, "[]"))):
+        group.update(values)
+
+
+def move(
+    optimizer: torch.optim.Optimizer, parameters: Parameters, spec: SymmetrySpec, permutations: Permutations
+) -> tuple[Callable[[], None], str]:
+    """Return what moves the state in place, as the parameters are moved, and what a person should know of it.
+
+    Nothing is changed before it is called; SymmetryError where the permutations do not fit.
+    """
+    moved, anew = move_state(optimizer.state_dict(), spec, permutations, parameters)
+
+    def apply() -> None:
+        for number, (name, parameter) in enumerate(parameters.items()):
+            if name in anew:
+                optimizer.state.pop(parameter, None)
+                continue
+            new = moved["state"].get(number, {})
+            for key, value in optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor) and new[key] is not value:
+                    value.copy_(new[key])
+
+    return apply, begun_anew(anew) if anew else ""
+
+
+def copied(tensor: Tensor) -> Tensor:
+    """Return a contiguous copy on the CPU."""
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def _packed(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """Return a value as JSON has it, its tensors by name, which are put among `tensors`."""
+    if isinstance(value, Tensor) and value.layout == torch.strided and type(value) in (Tensor, nn.Parameter):
+        tensors[name] = copied(value)
+        return {"tensor": name}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        each = [_packed(v, f"{name}/{i}", tensors) for i, v in enumerate(cast("Sequence[Any]", value))]
+        return {"tuple" if isinstance(value, tuple) else "list": each}
+    if isinstance(value, Mapping):
+        held = cast("Mapping[Any, Any]", value)
+        return {"dict": {str(key): _packed(v, f"{name}/{key}", tensors) for key, v in held.items()}}
+    raise ConfigError(
+        f"the optimizer keeps a {type(value).__name__} in its state ({name}), which a checkpoint cannot hold; "
+        'set train.optimizer_state = "fresh", or take another optimizer'
+    )
+
+
+def _unpacked(value: Any, tensors: Mapping[str, Tensor], used: set[str]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    ((kind, held),) = cast("dict[str, Any]", value).items()
+    if kind == "tensor":
+        used.add(held)
+        if held not in tensors:
+            raise DataError(f"the state lacks {held!r}")
+        return tensors[held].clone()
+    if kind == "dict":
+        return {key: _unpacked(v, tensors, used) for key, v in held.items()}
+    return (tuple if kind == "tuple" else list)(_unpacked(v, tensors, used) for v in held)

@@ -1,0 +1,108 @@
+"""Makes the optimizer steps of a training configuration: loss scaling, clipping, rates, closures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dimat.config import TrainConfig
+from dimat.errors import ConfigError, TrainingError
+from dimat.train.optimizers import needs_closure
+
+Backward = Callable[[], tuple[Tensor, float]]
+
+
+class Stepper:
+    """Makes the steps of one optimizer of `model`. `scaler`: of the loss, for fp16.
+
+    Raises ConfigError where the optimizer cannot train as the configuration says.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig, scaler: torch.amp.GradScaler
+    ) -> None:
+        self._model = model
+        self._optimizer: Any = optimizer
+        self._config = config
+        self._scaler = scaler
+        self._rates = [float(group.get("lr", math.nan)) for group in optimizer.param_groups]
+        self._by_closure = needs_closure(optimizer)
+        self._first = True
+        if self._by_closure and scaler.is_enabled():
+            raise ConfigError(
+                f"train.optimizer {config.optimizer.name!r} evaluates the loss in its own steps, which fp16 cannot "
+                'scale; set train.precision = "bf16" or "fp32"'
+            )
+
+    def set_rates(self, factor: float) -> None:
+        """Let each group's learning rate be its first one times a factor."""
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * factor
+
+    def step(self, backward: Backward) -> tuple[Tensor, float]:
+        """Make a step; `backward` adds gradients, and returns the mean loss and by how much it counts, as this does.
+
+        Where it does not count there is nothing to learn from, and no step is made. TrainingError where the optimizer
+        does not take the gradients.
+        """
+        if self._by_closure:
+            return self._step_by_closure(backward)
+        loss, weight = self._gradients(backward)
+        if not weight:
+            return loss, weight
+        try:
+            if self._scaler.is_enabled():
+                self._scaler.step(self._optimizer)
+                self._scaler.update()
+            else:
+                self._optimizer.step()
+        except (RuntimeError, TypeError, ValueError) as error:  # dense or sparse gradients that it does not take, say
+            name, first = self._config.optimizer.name, (str(error).strip().splitlines() or [""])[0]
+            raise TrainingError(f"train.optimizer {name!r} cannot make a step: {first}") from error
+        return loss, weight
+
+    def _step_by_closure(self, backward: Backward) -> tuple[Tensor, float]:
+        """Let the optimizer evaluate the loss as often as it likes; the first time counts."""
+        evaluated: list[tuple[Tensor, float]] = []
+
+        def closure() -> Tensor:
+            evaluated.append(self._gradients(backward))
+            return evaluated[-1][0]
+
+        self._optimizer.step(closure)
+        return evaluated[0]
+
+    def _gradients(self, backward: Backward) -> tuple[Tensor, float]:
+        """Let the gradients be those of one loss, and return it with its weight."""
+        self._optimizer.zero_grad()
+        loss, weight = backward()
+        if not weight:
+            return loss, weight
+        if self._first:
+            self._first = False
+            self._look_at_gradients()
+        if self._scaler.is_enabled():
+            self._scaler.unscale_(self._optimizer)
+        if self._config.grad_clip_norm is not None:
+            trained = [p for p in self._model.parameters() if p.requires_grad]
+            nn.utils.clip_grad_norm_(trained, self._config.grad_clip_norm)
+        return loss, weight
+
+    def _look_at_gradients(self) -> None:
+        """Leave fused steps, which are for dense gradients, where a model's first gradients are sparse."""
+        named = self._model.named_parameters()
+        sparse = [name for name, p in named if p.grad is not None and p.grad.layout != torch.strided]
+        if not sparse:
+            return
+        if self._config.grad_clip_norm is not None:
+            raise ConfigError(
+                f"train.grad_clip_norm: gradients of {sparse[0]} are sparse, and torch cannot clip those; leave it "
+                "out, or make the layer without sparse=True"
+            )
+        for group in self._optimizer.param_groups:
+            if group.get("fused"):
+                group["fused"] = False

@@ -1,0 +1,94 @@
+"""Which part of a model is exchanged. References: by hand; PEFT's own adapters."""
+
+from __future__ import annotations
+
+import copy
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dimat.agent.attach.part import part_of
+from dimat.errors import ConfigError
+from dimat.tasks.huggingface.library import library
+
+
+def base(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
+
+
+def of_extra(name: str) -> Any:
+    """Return a library of the extra `hf`, loaded as dimat loads it: without a torchvision that does not fit."""
+    if find_spec(name) is None:
+        pytest.skip(f"{name} is not installed (it is in the extra `hf`)")
+    return library(name)
+
+
+def adapted(seed: int = 1, model: nn.Module | None = None, **options: Any) -> nn.Module:
+    peft = of_extra("peft")
+    model = base() if model is None else model
+    torch.manual_seed(seed)
+    return peft.get_peft_model(model, peft.LoraConfig(**({"r": 2, "target_modules": ["0"]} | options)))
+
+
+def test_adapters_alone_are_exchanged_and_their_base_is_hashed() -> None:
+    """Reference: PEFT's names. Equal bases have equal hashes, whatever the adapters hold; others and other scales do
+    not."""
+    model = adapted()
+    part = part_of(model)
+    names = {f"base_model.model.0.lora_{side}.default.weight" for side in "AB"}
+    assert part.names == names
+    whole = set(model.state_dict())
+    with part.alone(model):
+        assert set(model.state_dict()) == names
+    assert set(model.state_dict()) == whole
+    assert part.merge_stages is not None
+    assert part.merge_stages["combine"] == "lora-svd"
+    assert part_of(adapted(seed=2)).base_hash == part.base_hash
+    assert part_of(adapted(model=base(3))).base_hash != part.base_hash
+    assert part_of(adapted(lora_alpha=5)).base_hash != part.base_hash
+
+
+def test_a_plain_model_is_exchanged_whole() -> None:
+    """Frozen layers too: without adapters there is no base that all share."""
+    model = base()
+    model[0].requires_grad_(False)
+    part = part_of(model)
+    assert (part.names, part.base_hash, part.merge_stages) == (None, "", None)
+    with part.alone(model):
+        assert len(model.state_dict()) == 4
+
+
+class Loralib(nn.Module):
+    """Factors by the names that other libraries give them."""
+
+    def __init__(self, a: str = "lora_A", b: str = "lora_B") -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4).requires_grad_(False)
+        self.register_parameter(a, nn.Parameter(torch.zeros(2, 4)))
+        self.register_parameter(b, nn.Parameter(torch.zeros(4, 2)))
+
+
+def test_what_cannot_be_merged_as_products_is_refused() -> None:
+    """Factors of other libraries, half a pair, adapters of other kinds, a base that trains or counts."""
+    peft = of_extra("peft")
+    other = peft.get_peft_model(base(), peft.LoHaConfig(r=2, target_modules=["0"]))
+    thawed = adapted().requires_grad_(True)
+    counting = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 2))
+    half = copy.deepcopy(adapted())
+    half.base_model.model[0].lora_B.requires_grad_(False)
+    for model, message in (
+        (Loralib(), "lora_A looks like a part of an adapter"),
+        (Loralib("lora_a", "lora_b"), "lora_a looks like a part of an adapter"),
+        (other, "adapters of kind LOHA"),
+        (adapted(use_dora=True), "adapters of kind DoRA"),
+        (thawed, "its base is not frozen"),
+        (half, "is a LoRA factor without its lora_B"),
+        (adapted(model=counting), "the model: base_model.model.1 is a BatchNorm"),
+    ):
+        with pytest.raises(ConfigError, match=message) as fault:
+            part_of(model)
+        assert "\n" not in str(fault.value)
