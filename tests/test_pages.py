@@ -31,6 +31,7 @@ OTHERWISE_SHORT: dict[str, dict[str, str]] = {
     "docs/labs.md": {},  # agents run until they are stopped, so that commands can look at them
     # tasks of a few hundred examples, and one that counts in steps
     "docs/tasks.md": {"DIMAT_SCHEDULE__ROUNDS": "2", "DIMAT_SIMULATE__WORKERS": "1"},
+    "docs/own-loops.md": {"DIMAT_SCHEDULE__ROUNDS": "2"},
 }
 PAGES = [*DOCS, README]
 FOLDERS = ("benchmarks", "deploy", "examples", "topology")

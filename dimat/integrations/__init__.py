@@ -1,0 +1,17 @@
+"""Callbacks for trainers of other libraries: an agent beside Hugging Face's `Trainer` or Lightning's.
+
+Each is loaded when it is asked for, with the library that it is for.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {"TrainerCallback": "dimat.integrations.hf", "LightningCallback": "dimat.integrations.lightning"}
+
+__all__ = ["LightningCallback", "TrainerCallback"]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'dimat.integrations' has no attribute {name!r}")

@@ -1,0 +1,42 @@
+"""An agent beside Hugging Face's `Trainer`.
+
+Trainer(model=model, args=args, train_dataset=data, callbacks=[TrainerCallback("lab-a.toml", name="lab-a")])
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dimat.errors import ConfigError
+from dimat.integrations.beside import Beside, imported
+
+_Base: Any = imported("transformers", "hf").TrainerCallback
+
+
+class TrainerCallback(_Base):
+    """Trains a `Trainer`'s model together with a network's agents: after every `train.steps_per_round` optimizer steps
+    it publishes, gathers, aligns and merges, and training stops once the agent is through.
+
+    Arguments: see `dimat.integrations.beside.Beside`. Adapters of PEFT are merged as products. Raises ConfigError where
+    several processes train; faults of network and data come out of `Trainer.train`.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self.beside = Beside(*args, **options)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Join the network before the first step."""
+        if getattr(args, "deepspeed", None):
+            raise ConfigError("DeepSpeed shards what it trains; one process trains an agent's model for now")
+        done = self.beside.begin(
+            kwargs["model"], [kwargs["optimizer"]], kwargs.get("train_dataloader"), int(args.world_size)
+        )
+        control.should_training_stop |= done
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count an optimizer step, whatever number of batches it was made of."""
+        control.should_training_stop |= self.beside.step()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave the network."""
+        self.beside.end()

@@ -1,0 +1,129 @@
+"""An agent beside Hugging Face's `Trainer`. References: the trainer without it; means of what was trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from dimat.agent.attach import Agent
+from dimat.errors import ConfigError
+from tests.agent.attach.test_own_loops import both
+from tests.agent.attach.test_part import of_extra
+from tests.agent.own_loop import STEPS, experiment
+
+pytestmark = [pytest.mark.live, pytest.mark.filterwarnings("ignore")]  # the libraries' own advice
+
+
+class Sentences(Dataset[dict[str, Tensor]]):
+    """Token ids of unequal length; the class is whether the first id is large."""
+
+    def __init__(self, seed: int) -> None:
+        draw = torch.Generator().manual_seed(seed)
+        lengths = torch.randint(3, 9, (96,), generator=draw).tolist()
+        self.ids = [torch.randint(1, 40, (n,), generator=draw) for n in lengths]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.ids[index], "labels": (self.ids[index][0] > 20).long()}
+
+
+def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    ids = nn.utils.rnn.pad_sequence([item["input_ids"] for item in items], batch_first=True)
+    return {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": torch.stack([i["labels"] for i in items])}
+
+
+def trainer(folder: Path, seed: int, callbacks: list[Any], **more: Any) -> Any:
+    transformers = of_extra("transformers")
+    torch.manual_seed(seed)
+    config = transformers.BertConfig(
+        vocab_size=40,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=16,
+        num_labels=2,
+    )
+    args = transformers.TrainingArguments(
+        output_dir=str(folder / f"hf{seed}"),
+        per_device_train_batch_size=8,
+        learning_rate=1e-2,
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+        remove_unused_columns=False,
+        seed=seed,
+        **{"max_steps": 1000, **more},
+    )
+    return transformers.Trainer(
+        model=transformers.BertForSequenceClassification(config),
+        args=args,
+        train_dataset=Sentences(seed),
+        data_collator=collate,
+        callbacks=callbacks,
+    )
+
+
+def test_two_trainers_end_with_one_model(tmp_path: Path, free_ports: list[int]) -> None:
+    """Reference: equal weights after the last merge, of batches by name and of unequal length; each stops when its
+    agent is through."""
+    of_extra("transformers")
+    from dimat.integrations import TrainerCallback
+
+    file = experiment(tmp_path, dict(zip("ab", free_ports)), merge='method = "dimat"')
+    ends: dict[str, Any] = {}
+
+    def loop(name: str, seed: int) -> Any:
+        def go(_: Agent) -> int:
+            options = (f"agent.folder='{tmp_path / name}'",)
+            ends[name] = trainer(tmp_path, seed, [TrainerCallback(file, options, name=name, follow=[])])
+            ends[name].train()
+            return int(ends[name].state.global_step)
+
+        return go
+
+    assert both(file, {name: loop(name, seed) for seed, name in enumerate("ab")}) == dict.fromkeys("ab", 3 * STEPS)
+    a, b = (dict(ends[name].model.named_parameters()) for name in "ab")
+    assert all(torch.allclose(a[key], b[key], atol=1e-4) for key in a)
+
+
+def test_a_trainer_with_an_agent_alone_trains_as_without(tmp_path: Path, free_ports: list[int]) -> None:
+    """Reference: the same trainer without the callback, bit for bit: order of batches, dropout and learning rate."""
+    of_extra("transformers")
+    from dimat.integrations import TrainerCallback
+
+    schedule = "rounds = 2\nround_deadline_s = 0.5"
+    file = experiment(tmp_path, dict(zip("ab", free_ports)), schedule=schedule, merge='method = "average"')
+    options = (f"agent.folder='{tmp_path / 'a'}'", "agent.linger_s=0.1")
+    plain = trainer(tmp_path, 0, [], max_steps=2 * STEPS)
+    beside = trainer(tmp_path, 0, [TrainerCallback(file, options, name="a")], max_steps=2 * STEPS)
+    for each in (plain, beside):
+        torch.manual_seed(7)
+        each.train()
+    assert beside.state.global_step == 2 * STEPS
+    for name, tensor in plain.model.state_dict().items():
+        assert torch.equal(beside.model.state_dict()[name], tensor), name
+
+
+def test_several_processes_and_a_wrong_file_are_refused(tmp_path: Path) -> None:
+    of_extra("transformers")
+    from dimat.integrations import TrainerCallback
+    from dimat.integrations.beside import Beside
+
+    with pytest.raises(ConfigError, match="cannot read"):
+        TrainerCallback(tmp_path / "none.toml", name="a")
+    beside = Beside(experiment(tmp_path, {"a": 1}), name="a")
+    model = nn.Linear(2, 2)
+    with pytest.raises(ConfigError, match="4 processes train this model"):
+        beside.begin(model, [torch.optim.SGD(model.parameters())], [], 4)
+    with pytest.raises(ConfigError, match="give the callback data="):
+        beside.begin(model, [torch.optim.SGD(model.parameters())], None, 1)
