@@ -95,7 +95,8 @@ class Trainer(ModelState):
     initialisation included (with `initialisation = "shared"` that depends on
     `seed` alone). `rounds_total` is the length of the run, for learning rate schedules; `folder`: where an
     optimizer's hook is looked up. Raises ConfigError for an unusable device, optimizer or model, and where batches or
-    their parts would be smaller than the model can train on; DataError for empty data. What the task's own code raises, while it trains or evaluates, becomes HookError.
+    their parts would be smaller than the model can train on; DataError for empty data. What the task's own code raises,
+    while it trains or evaluates, becomes HookError.
     """
 
     def __init__(
