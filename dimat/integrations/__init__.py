@@ -1,4 +1,4 @@
-"""Callbacks for trainers of other libraries: an agent beside Hugging Face's `Trainer` or Lightning's.
+"""Callbacks for Hugging Face's Trainer and Lightning's: an agent beside them.
 
 Each is loaded when it is asked for, with the library that it is for.
 """

@@ -1,4 +1,4 @@
-"""What callbacks of all trainers share: an agent that begins, counts steps and leaves with their training."""
+"""What all callbacks share: an agent begins, counts steps and leaves with the training."""
 
 from __future__ import annotations
 

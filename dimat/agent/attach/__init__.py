@@ -1,4 +1,4 @@
-"""An agent beside somebody's own training loop: the loop trains, the agent swaps weights, aligns and merges."""
+"""An agent beside a user's own training loop: the loop trains, the agent swaps and merges."""
 
 from dimat.agent.attach.agent import Agent
 

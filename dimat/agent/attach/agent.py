@@ -1,4 +1,4 @@
-"""`dimat.Agent`: counts a user's optimizer steps, and runs the daemon in a thread beside their loop.
+"""`dimat.Agent` counts a user's steps, and runs the daemon in a thread beside their loop.
 
     with dimat.Agent("lab-a.toml").attach(model, optimizer, data=loader) as agent:
         for inputs, targets in batches:

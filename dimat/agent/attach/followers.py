@@ -1,4 +1,4 @@
-"""What follows a user's model: copies of it that are averaged or kept, and other optimizers.
+"""What follows a user's model: running means and other copies, other optimizers.
 
 A running mean of weights (EMA, SWA), a target network or a teacher is of the model's units by position. When an agent
 puts its units in the network's order, or takes over another agent's weights, these must go along.

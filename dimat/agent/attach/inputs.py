@@ -1,4 +1,4 @@
-"""A user's data as a model's inputs: the first examples of a loader, which is left as it was.
+"""A user's data as a model's inputs: the first examples of a loader, left as it was.
 
 Batches are tensors, sequences of tensors with the target last, or tables by name (dicts, as Hugging Face collators give
 them), of which the model gets what its `forward` names.

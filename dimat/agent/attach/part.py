@@ -1,4 +1,4 @@
-"""Which part of a user's model agents exchange: all of it, or the adapters on a frozen base.
+"""Which part of a user's model is exchanged: all, or adapters on a frozen base.
 
 Adapters get the protections that the tasks with LoRA have: what is frozen stays here and is compared by its hash, the
 factors are merged as the products that they stand for, and a kind of adapter that cannot be merged so is refused.

@@ -1,4 +1,4 @@
-"""Trains a round by letting a user's thread do so; the model is theirs in their turn, and the agent's in its own."""
+"""A trainer that lets a user's thread do a round's steps, and takes turns with it."""
 
 from __future__ import annotations
 
