@@ -1,4 +1,4 @@
-"""Makes the optimizer steps of a training configuration: loss scaling, clipping, rates, closures."""
+"""Optimizer steps as a training configuration wants them: scaled, clipped, by closure."""
 
 from __future__ import annotations
 
