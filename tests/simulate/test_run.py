@@ -109,6 +109,20 @@ def test_shared_basis_keeps_the_function_and_the_optimizer(tmp_path: Path) -> No
     assert first[0] == first[1]
 
 
+def test_networks_that_begin_with_the_same_weights_are_never_aligned(tmp_path: Path) -> None:
+    """`dimat` is then the plain average to the last bit; agents of `dimat-paper` align at every merge all the same."""
+
+    def of(method: str) -> tuple[Results, list[Event], dict[str, dict[str, torch.Tensor]]]:
+        merge = {"method": method, "repair": "none"}
+        return run(tiny_experiment(tmp_path, merge=merge, train__initialisation="shared"), tmp_path / method)
+
+    (_, heard, dimat), (_, _, average), (_, told, _) = map(of, ("dimat", "average", "dimat-paper"))
+    assert same(dimat, average)
+    assert not [event for event in heard if isinstance(event, events.BasisAdopted)]
+    bases = [{event.basis for event in said if isinstance(event, events.Published)} for said in (heard, told)]
+    assert [len(each) for each in bases] == [1, 3]
+
+
 def test_bytes_are_those_of_the_snapshots(tmp_path: Path) -> None:
     """A path of three agents: two edges, so the middle one sends and receives twice a snapshot per round."""
     results, heard, _ = run(tiny_experiment(tmp_path), tmp_path / "run")

@@ -32,6 +32,7 @@ from dimat.agent.setup.machine import machine_for
 from dimat.agent.setup.prepare import PreparedAgent, neighbours_of
 from dimat.config import agent_folder
 from dimat.errors import ConfigError, DataError, DimatError
+from dimat.merge.weight_views import content_hash
 from dimat.net.grpc_transport import GrpcTransport
 from dimat.net.limits import Limits
 from dimat.net.manifest import ManifestLimits
@@ -107,7 +108,8 @@ class Daemon:
         state = None if found is None else found.state
         self._kept = _addresses(folder.snapshots, "" if state is None else state.root)
         published = 0 if found is None else found.published
-        self._machine = machine_for(setup.schedule, setup.name, state, published)
+        founding = content_hash(self._learner.trainer.weights()) if state is None else ""
+        self._machine = machine_for(setup.schedule, setup.name, state, published, founding)
         peers = max(1, len(setup.schedule.plan(setup.name).peers))
         quota = agent.disk_quota_mb * MB if agent.disk_quota_mb is not None else 4 * (peers + 1) * size
         self._transport = GrpcTransport(

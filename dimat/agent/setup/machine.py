@@ -8,18 +8,30 @@ from dimat.agent.protocol.state import MachineState
 from dimat.agent.setup.schedule import RunSchedule
 from dimat.seeds import derive_seed
 
+ALL = "all"
+"""The founder of a basis in which all agents begin."""
 
-def machine_for(schedule: RunSchedule, agent: str, state: MachineState | None, published: int) -> RoundMachine:
+
+def machine_for(
+    schedule: RunSchedule, agent: str, state: MachineState | None, published: int, founding: str = ""
+) -> RoundMachine:
     """Return the round machine of an agent. `state`: of its newest checkpoint, None at its first start; `published`:
-    the last round whose snapshot it has recorded, 0 for none."""
-    config = schedule.config
-    nonce = f"{derive_seed(config.seed, 'basis', agent):016x}"
+    the last round whose snapshot it has recorded, 0 for none.
+
+    Where agents come to share a basis and all begin with the same weights (`train.initialisation = "shared"`), they
+    begin in one, and are never aligned. `founding`: hash of the weights that this agent begins with, where agents might
+    not begin with the same ones (another build of torch); those that differ are in different bases, and come to share
+    one like any others.
+    """
+    config, rules = schedule.config, schedule.rules()
+    shared = rules.basis_gossip and config.train.initialisation == "shared"
+    nonce = f"{derive_seed(config.seed, 'basis', founding if shared else agent):016x}"
     return RoundMachine(
         agent,
         config.run,
         schedule.plan(agent),
-        schedule.rules(),
-        basis=BasisId(0, agent, nonce),
+        rules,
+        basis=BasisId(0, ALL if shared else agent, nonce),
         base=schedule.base,
         state=state,
         published=published,
