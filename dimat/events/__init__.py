@@ -103,11 +103,12 @@ class RoundStarted(AgentEvent):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainResult:
     """How the training of one round went. `loss`: mean training loss, NaN where the round had no training; `samples`:
-    examples seen, repeats counted; `cpu_s`: CPU-seconds by activity ("train", and "statistics" where the merge method
-    asks for some)."""
+    examples seen, repeats counted; `notes`: for people; `cpu_s`: CPU-seconds by activity ("train", and "statistics"
+    where the merge method asks for some)."""
 
     loss: float = nan
     samples: int = 0
+    notes: tuple[str, ...] = ()
     cpu_s: Mapping[str, float] = field(default_factory=dict[str, float])
 
 
@@ -122,7 +123,8 @@ class Trained(AgentEvent):
         """Return plain values; the result's stand among the event's own."""
         plain = Event.to_dict(self)
         del plain["result"]
-        return {**plain, "loss": self.result.loss, "samples": self.result.samples, "train_s": self.train_s}
+        said = {"notes": self.result.notes} if self.result.notes else {}
+        return {**plain, "loss": self.result.loss, "samples": self.result.samples, "train_s": self.train_s, **said}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

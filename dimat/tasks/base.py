@@ -48,6 +48,8 @@ class Task(Protocol):
 
     - `train_step(model, batch) -> Tensor`, which returns the loss to differentiate, instead of
       `loss(model(*batch.inputs), batch.targets)`;
+    - `logits(outputs) -> Tensor`, (B, classes), where targets are class indices and `loss` takes logits as well as
+      outputs: then `train.loss` may be another than the task's own (`dimat.train.losses`);
     - `derived_metrics(means) -> Mapping[str, float]`: metrics of a whole set from the means over it, such as a
       perplexity;
     - `loss_weight(targets) -> float`: by how much the loss of a batch counts beside that of another, 0 or more; the

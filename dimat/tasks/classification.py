@@ -15,7 +15,8 @@ from dimat.tasks.base import Data, Split
 
 @dataclass(frozen=True)
 class ClassificationTask:
-    """A task of cross-entropy over classes. The model returns logits, (B, classes).
+    """A task of cross-entropy over classes. The model returns logits, (B, classes), alone or as
+    `logits` of an output of transformers.
 
     `model`: called with a generator, returns a freshly initialised model (`seeded` wraps a factory that draws
     from torch's global generator); `probe`: a small public set apart from both train and test; `classes`: names
@@ -41,9 +42,14 @@ class ClassificationTask:
     def data(self, split: Split) -> Data:
         return {"train": self.train, "test": self.test, "probe": self.probe}[split]
 
+    def logits(self, outputs: Any) -> Tensor:
+        """Return the logits (B, classes) in a model's outputs; logits are their own."""
+        return outputs if isinstance(outputs, Tensor) else outputs.logits
+
     def loss(self, outputs: Any, targets: Tensor) -> Tensor:
-        return F.cross_entropy(outputs, targets)
+        return F.cross_entropy(self.logits(outputs), targets)
 
     def metrics(self, outputs: Any, targets: Tensor) -> Mapping[str, Tensor]:
-        nll = F.cross_entropy(outputs.float(), targets, reduction="none")
-        return {"accuracy": (outputs.argmax(1) == targets).float(), "nll": nll}
+        logits = self.logits(outputs)
+        nll = F.cross_entropy(logits.float(), targets, reduction="none")
+        return {"accuracy": (logits.argmax(1) == targets).float(), "nll": nll}

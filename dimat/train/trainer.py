@@ -31,8 +31,9 @@ from dimat.tasks.base import Batch, Data, Task
 from dimat.tasks.data import InputBatches, batch_bounds, input_batches
 from dimat.train.check_task import check_sizes
 from dimat.train.contract import check_parts, checked_batch, checked_loss, checked_metrics, loss_weight, task_errors
+from dimat.train.losses import LocalLoss
 from dimat.train.model_state import ModelState, check_fit, check_whole
-from dimat.train.optimizer_state import optimized
+from dimat.train.optimizer_state import copied, optimized
 from dimat.train.optimizers import build_optimizer, lr_factor
 from dimat.train.progress import Interrupts, Progress, TrainingInterruptedError
 from dimat.train.stepper import Stepper
@@ -62,7 +63,7 @@ class TrainerState:
     """All that a trainer needs to go on bit for bit.
 
     `tensors`: on the CPU, named `model/<name>`, `optimizer/<parameter>/<entry>` and `rng/<stream>` (uint8), in the
-    middle of a round `round/<stream>` too; `values`: plain numbers and strings. Both are flat, ready for safetensors
+    middle of a round `round/<stream>` and `teacher/<name>` too; `values`: plain numbers and strings. Both are flat, ready for safetensors
     and JSON.
     """
 
@@ -94,7 +95,8 @@ class Trainer(ModelState):
     `seed` and `path` name the agent's random streams (see `dimat.seeds`): equal ones give bit-equal training,
     initialisation included (with `initialisation = "shared"` that depends on
     `seed` alone). `rounds_total` is the length of the run, for learning rate schedules; `folder`: where an
-    optimizer's hook is looked up. Raises ConfigError for an unusable device, optimizer or model, and where batches or
+    optimizer's hook is looked up; `reference`: class shares that the data's own are compared with where `train.loss` is
+    "auto" (see `LocalLoss`). Raises ConfigError for an unusable device, optimizer or model, and where batches or
     their parts would be smaller than the model can train on; DataError for empty data. What the task's own code raises,
     while it trains or evaluates, becomes HookError.
     """
@@ -109,6 +111,7 @@ class Trainer(ModelState):
         path: Sequence[str | int] = (),
         rounds_total: int = 1,
         folder: Path = Path(),
+        reference: Tensor | None = None,
     ) -> None:
         if len(data) == 0:
             raise DataError("no samples to train on; check the partition")
@@ -138,6 +141,8 @@ class Trainer(ModelState):
         self.interrupts: Interrupts | None = None
         self._progress: Progress | None = None  # of the round that is being trained, or was broken off
         self._step: Any = getattr(task, "train_step", None)
+        self.loss = LocalLoss.of(config.loss, task, data, reference)
+        self._teacher: dict[str, Tensor] | None = None  # the model as it was when the round began
 
     # --- training ---
 
@@ -161,6 +166,8 @@ class Trainer(ModelState):
             progress = Progress(round, self.steps_in(round), self.batches)
             if self.config.optimizer_state == "fresh":
                 self._renew_optimizer()
+            if self.loss.teaches and round > 1:  # at the first, nobody has learned anything to hold on to
+                self._teacher = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         cpu, wall = time.process_time(), time.perf_counter()
         self._progress = None  # a round that fails is not gone on with
         with own_streams(self._global_rng, self.device), task_errors(self.task, f"training in round {round}"):
@@ -168,6 +175,7 @@ class Trainer(ModelState):
         if not finished:
             self._progress = progress
             raise TrainingInterruptedError(f"round {round}, step {progress.done} of {progress.steps}")
+        self._teacher = None
         steps, samples = progress.steps, progress.samples
         loss = progress.loss / progress.counted if progress.counted else math.nan
         self._check_weights(round)
@@ -274,7 +282,15 @@ class Trainer(ModelState):
             if self._step is not None:
                 return checked_loss(self.task, self._step(self.model, batch), "train_step()", trained=True), None
             outputs: Any = self.model(*batch.inputs)
-            return checked_loss(self.task, self.task.loss(outputs, batch.targets), trained=True), outputs
+            loss = self.loss(outputs, batch.targets, self._taught(batch))
+            return checked_loss(self.task, loss, trained=True), outputs
+
+    def _taught(self, batch: Batch) -> Any:
+        """Return the teacher's outputs for a batch, None where there is no teacher."""
+        if self._teacher is None:
+            return None
+        with torch.no_grad(), eval_mode(self.model):
+            return call_with(self.model, self._teacher, batch.inputs)
 
     def _autocast(self) -> Any:
         dtype = AUTOCAST.get(self.config.precision)
@@ -395,6 +411,7 @@ class Trainer(ModelState):
         if self._progress is not None:
             tensors |= self._progress.tensors()
             values |= self._progress.values()
+            tensors |= {f"teacher/{name}": copied(tensor) for name, tensor in (self._teacher or {}).items()}
         return TrainerState(tensors, values)
 
     def load_state(self, state: TrainerState, *, new_epoch: bool = False) -> None:
@@ -420,6 +437,8 @@ class Trainer(ModelState):
                 )
             self.load_weights({n.removeprefix("model/"): t for n, t in tensors.items() if n.startswith("model/")})
             self.load_optimizer(tensors, values)
+            taught = {n.removeprefix("teacher/"): t for n, t in tensors.items() if n.startswith("teacher/")}
+            self._teacher = {name: tensor.to(self.device) for name, tensor in taught.items()} or None
             for name in self._global_rng:
                 self._global_rng[name] = tensors[f"rng/{name}"].clone()
             self._augment_rng.set_state(tensors["rng/augment"])

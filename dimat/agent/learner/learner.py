@@ -37,6 +37,7 @@ from dimat.seeds import torch_generator
 from dimat.symmetry import Observer, SymmetrySpec
 from dimat.tasks import Subset
 from dimat.tasks.base import Data, Task
+from dimat.train.losses import class_counts
 from dimat.train.trainer import ModelTrainer, Trainer
 from dimat.weights.snapshot import RecordedSnapshot
 from dimat.weights.tensors import schema_hash, write_weights
@@ -78,6 +79,8 @@ class Learner:
     _recorder: Recorder = field(init=False)
     _samples: int = field(init=False, default=0)
     """Examples of the last training."""
+    _unsaid: tuple[str, ...] = field(init=False, default=())
+    """Notes for people that go with the next training."""
 
     def __post_init__(self, custom_trainer: ModelTrainer | None) -> None:
         config = self.config
@@ -92,7 +95,13 @@ class Learner:
             self._hold_out = Subset(train, indices[order[:cut]])
             indices = indices[order[cut:]]
         self._own = Subset(train, indices)
-        self.trainer = custom_trainer or Trainer(
+        self.trainer = custom_trainer or self._new_trainer(train)
+
+    def _new_trainer(self, train: Data) -> Trainer:
+        config = self.config
+        # the skew of a part is measured against the whole; and who stands for all agents has the whole
+        known = len(self.indices) < len(train) or config.merge.preset.ceiling
+        trainer = Trainer(
             self.task,
             self._own,
             config.train,
@@ -100,7 +109,10 @@ class Learner:
             path=("agent", self.name),
             rounds_total=max(config.schedule.rounds, 1),
             folder=Path(config.folder),
+            reference=class_counts(self.task, train) if known else None,
         )
+        self._unsaid = (trainer.loss.note,) if trainer.loss.note else ()
+        return trainer
 
     def train(self, number: int, learn: bool = True) -> TrainResult:
         """Train for a round (not if `learn` is false), and take the merge method's statistics."""
@@ -120,7 +132,8 @@ class Learner:
             cpu_s["statistics"] = time.thread_time() - trained
         self._samples = report.samples if report is not None else 0
         loss = report.loss if report is not None else nan
-        return TrainResult(loss=loss, samples=self._samples, cpu_s=cpu_s)
+        said, self._unsaid = self._unsaid, ()
+        return TrainResult(loss=loss, samples=self._samples, notes=said, cpu_s=cpu_s)
 
     def record(self) -> RecordedSnapshot:
         """Record the current weights as a snapshot, in the encoding in which peers get them.

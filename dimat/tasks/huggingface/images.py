@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -56,12 +55,6 @@ class HfImageClassification(MadeByMaker, ClassificationTask):
     """A `ClassificationTask` whose model returns transformers' outputs, with logits (B, classes) among them."""
 
     maker: ModelMaker = field(kw_only=True)
-
-    def loss(self, outputs: Any, targets: Tensor) -> Tensor:
-        return super().loss(outputs.logits, targets)
-
-    def metrics(self, outputs: Any, targets: Tensor) -> Mapping[str, Tensor]:
-        return super().metrics(outputs.logits, targets)
 
 
 @TASKS.register("hf-image-classification", moved=moved_keys(ImageData))

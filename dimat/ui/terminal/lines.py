@@ -39,7 +39,7 @@ class EventLine:
 def lines_of(event: events.Event, agents: Collection[str] = ()) -> list[EventLine]:
     """Return the lines about an event. `agents`: all of the run."""
     line = _line_of(event, agents)
-    notes = event.result.notes if isinstance(event, events.Merged) else ()
+    notes = event.result.notes if isinstance(event, events.Merged | events.Trained) else ()
     return ([] if line is None else [line]) + [_note(event, note) for note in notes]
 
 
