@@ -142,10 +142,10 @@ class TrainConfig(Tree):
     """Optimizer and learning rate."""
     initialisation: Literal["own", "shared"] = "own"
     """Each agent starts from weights of its own, or all from the same."""
-    loss: Named | None = None
+    loss: Named = NamedConfig(name="task")
     """Loss of local training. "task": the task's own; "logit-adjusted", "calibrated", "restricted", "distillation",
-    "not-true-distillation": for agents whose classes are skewed. Default: "logit-adjusted" where an agent's class
-    shares are far from the whole's, else "task"."""
+    "not-true-distillation": for agents whose classes are skewed; "auto": "logit-adjusted" where an agent's class shares
+    are far from the whole's, else "task"."""
     optimizer_state: Literal["fresh", "kept"] = "kept"
     """Whether the optimizer's state is kept over a merge or made afresh each round."""
     lr_schedule: LrScheduleConfig = LrScheduleConfig()

@@ -24,7 +24,7 @@ from dimat.registry import Bound, Registry
 from dimat.tasks.base import Data, Task
 
 SKEWED = 0.15
-"""Total variation between an agent's class shares and the reference above which the default loss is logit-adjusted.
+"""Total variation between an agent's class shares and the reference above which "auto" is logit-adjusted.
 
 A hundred examples drawn evenly from ten classes are at 0.12 on average; Dirichlet 0.5 parts are at about 0.4.
 """
@@ -41,6 +41,12 @@ LOSSES: Registry[Tensor] = Registry(
 def task(plain: Plain, logits: Tensor, targets: Tensor) -> Tensor:
     """The task's own loss."""
     return plain(logits)
+
+
+@LOSSES.register("auto", classes=False)
+def auto(plain: Plain, logits: Tensor, targets: Tensor) -> Tensor:
+    """ "logit-adjusted" for an agent whose class shares are far from the whole's, else "task"."""
+    raise AssertionError("an agent's own loss is chosen from its data (LocalLoss.of)")
 
 
 @LOSSES.register("logit-adjusted")
@@ -148,16 +154,15 @@ class LocalLoss:
         return self._loss.traits["teacher"]
 
     @classmethod
-    def of(cls, config: NamedConfig | None, task: Task, data: Data, reference: Tensor | None = None) -> LocalLoss:
+    def of(cls, config: NamedConfig, task: Task, data: Data, reference: Tensor | None = None) -> LocalLoss:
         """Return the loss of a configuration for an agent's part of the data.
 
-        Without a configuration it is logit-adjusted where the part's class shares differ from the `reference` (shares
-        by class; equal ones by default) by more than `SKEWED`, else the task's own. ConfigError where a loss that is
-        asked for does not go with the task.
+        "auto" is logit-adjusted where the part's class shares differ from the `reference` (shares by class; equal ones
+        by default) by more than `SKEWED`, else the task's own. ConfigError where a loss does not go with the task.
         """
         counts = class_counts(task, data)
-        if config is not None:
-            loss = LOSSES.bind(config.name, config.options)
+        loss = LOSSES.bind(config.name, config.options)
+        if config.name != "auto":
             if config.name != "task":
                 _check(config.name, loss, task, counts)
             return cls(task, loss, counts)

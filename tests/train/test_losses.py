@@ -77,15 +77,15 @@ def test_skew_is_measured_against_the_whole() -> None:
     assert skew(torch.tensor([9, 1, 0]), COUNTS) == pytest.approx(0)
 
 
-def test_the_default_is_adjusted_only_where_classes_are_skewed() -> None:
+def test_auto_is_adjusted_only_where_classes_are_skewed() -> None:
     """With a note that names the key; even parts keep the task's loss to the last bit."""
     digits = load_task(TaskConfig(name="digits"))
     train = digits.data("train")
     labels = train.labels
     assert labels is not None
     few = Subset(train, (labels < 2).nonzero().flatten())
-    even = LocalLoss.of(None, digits, train)
-    skewed = LocalLoss.of(None, digits, few)
+    even = LocalLoss.of(NamedConfig(name="auto"), digits, train)
+    skewed = LocalLoss.of(NamedConfig(name="auto"), digits, few)
     assert even.note == ""
     assert 'train.loss = "task"' in skewed.note
     logits, targets = torch.randn(4, 10, generator=torch.Generator().manual_seed(0)), torch.arange(4)
@@ -142,7 +142,7 @@ def test_a_loss_that_does_not_fit_is_refused() -> None:
     stepping = Stepping(own.name, own.model, own.train, own.test, own.probe, own.classes)
     for odd, why in ((Plain(own), "is for classification"), (stepping, "train_step of its own")):
         chosen: Any = odd
-        assert LocalLoss.of(None, chosen, Subset(own.train, torch.tensor([0, 3]))).note == ""
+        assert LocalLoss.of(NamedConfig(name="auto"), chosen, Subset(own.train, torch.tensor([0, 3]))).note == ""
         with pytest.raises(ConfigError, match=why):
             LocalLoss.of(NamedConfig(name="restricted"), chosen, own.train)
     assert class_counts(Plain(own), own.train) is None  # pyright: ignore[reportArgumentType]
