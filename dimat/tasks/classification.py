@@ -44,7 +44,7 @@ class ClassificationTask:
 
     def logits(self, outputs: Any) -> Tensor:
         """Return the logits (B, classes) in a model's outputs; logits are their own."""
-        return outputs if isinstance(outputs, Tensor) else outputs.logits
+        return getattr(outputs, "logits", outputs)
 
     def loss(self, outputs: Any, targets: Tensor) -> Tensor:
         return F.cross_entropy(self.logits(outputs), targets)
