@@ -1,4 +1,4 @@
-"""Loading a user's own function from `package.module:function` or `file.py:function`.
+"""A user's own function, `package.module:function` or `file.py:function`: loaded, and called.
 
 A hook is the user's code and runs with the user's rights; nothing here comes from a peer. Relative files, and
 modules that are not installed, are looked up from the folder of the configuration that names them.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -17,19 +18,24 @@ from typing import Any
 
 from blake3 import blake3
 
-from dimat.errors import HookError, nearest
+from dimat.errors import DimatError, HookError, nearest
+
+LONGEST = 300
+"""Characters of an error's text that are repeated."""
 
 
-def load_hook(spec: str, folder: Path, what: str = "hook") -> Callable[..., Any]:
+def load_hook(spec: str, folder: Path, what: str = "hook", *, anew: bool = False) -> Callable[..., Any]:
     """Return the function that `spec` names; `what` says in errors what it is for, e.g. "task hook".
 
-    A file is executed once per process and its module is then reused. Raises HookError with one line: the spec
-    is malformed, the file or module cannot be imported (with the cause), or it has no such function.
+    A file is executed once per process and its module is then reused, unless `anew` is set. Raises HookError with one
+    line: the spec is malformed, the file or module cannot be imported (with the cause), or it has no such function.
     """
     source, colon, name = spec.rpartition(":")
     if not colon or not source or not name.isidentifier():
         raise HookError(f"{what} {spec!r}: expected package.module:function or file.py:function")
-    module = _from_file(folder / source, spec, what) if source.endswith(".py") else _imported(source, folder, what)
+    module = (
+        _from_file(folder / source, spec, what, anew) if source.endswith(".py") else _imported(source, folder, what)
+    )
     function = getattr(module, name, None)
     if function is None:
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
@@ -39,13 +45,17 @@ def load_hook(spec: str, folder: Path, what: str = "hook") -> Callable[..., Any]
     return function
 
 
-def _from_file(file: Path, spec: str, what: str) -> ModuleType:
-    path = file.resolve()
-    if not path.is_file():
+def _from_file(file: Path, spec: str, what: str, anew: bool) -> ModuleType:
+    try:
+        path = file.resolve()
+        there = path.is_file()
+    except (OSError, ValueError):  # a name that no file can have: too long, with NUL in it
+        path, there = file, False
+    if not there:
         raise HookError(f"{what} {spec!r}: there is no file {file}")
     # The name is stable, so that worker processes can unpickle what the file defines once they have loaded it.
-    name = f"dimat_hook_{path.stem}_{blake3(str(path).encode()).hexdigest(length=4)}"
-    if name in sys.modules:
+    name = f"dimat_hook_{path.stem}_{blake3(os.fsencode(path)).hexdigest(length=4)}"
+    if name in sys.modules and not anew:
         return sys.modules[name]
     found = importlib.util.spec_from_file_location(name, path)
     if found is None or found.loader is None:
@@ -53,20 +63,17 @@ def _from_file(file: Path, spec: str, what: str) -> ModuleType:
     module = importlib.util.module_from_spec(found)
     sys.modules[name] = module  # dataclasses look their module up while it is being executed
     try:
-        with _searched(path.parent):
+        with user_code(f"{what} {spec!r}: cannot import {file}"), _searched(path.parent):
             found.loader.exec_module(module)
-    except Exception as error:
+    except BaseException:
         del sys.modules[name]
-        raise HookError(f"{what} {spec!r}: cannot import {file} ({_cause(error)})") from error
+        raise
     return module
 
 
 def _imported(source: str, folder: Path, what: str) -> ModuleType:
-    try:
-        with _searched(folder):
-            return importlib.import_module(source)
-    except Exception as error:
-        raise HookError(f"{what}: cannot import {source} ({_cause(error)})") from error
+    with user_code(f"{what}: cannot import {source}"), _searched(folder):
+        return importlib.import_module(source)
 
 
 @contextmanager
@@ -81,6 +88,24 @@ def _searched(folder: Path) -> Generator[None]:
         sys.path.remove(entry)
 
 
-def _cause(error: Exception) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+@contextmanager
+def user_code(what: str, advice: str = "") -> Generator[None]:
+    """Raise HookError that begins with `what` ("task hook 'x.py:f' failed") and ends with `advice` for whatever a user's
+    code raises inside: it may even exit. Errors of dimat's own pass, and so does Ctrl-C."""
+    try:
+        yield
+    except (DimatError, KeyboardInterrupt, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise HookError(f"{what}: {cause(error)}{f'; {advice}' if advice else ''}") from error
+
+
+def cause(error: BaseException) -> str:
+    """Return an error's class and what it says, on one line."""
+    try:
+        text = " ".join(str(error).split())
+    except Exception as fault:  # a class of the user's own may fail at that, too
+        text = f"which cannot be shown ({type(fault).__name__})"
+    if isinstance(error, SystemExit):
+        return f"it exits, with {error.code!r}: return or raise an error instead"
+    return f"{type(error).__name__}: {text[:LONGEST]}" if text else type(error).__name__

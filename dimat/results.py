@@ -17,6 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from dimat.config.presets import CEILING
 from dimat.errors import DataError
 from dimat.events import RoundFinished, RoundSummary
+from dimat.reading import read_table
 
 FORMAT = 1
 
@@ -164,12 +165,10 @@ def round_summary(run: str, rows: Sequence[AgentRound], rounds: int, mb_sent: fl
 def read_results(run_dir: str | Path) -> Results:
     """Read `results.json` of a run folder; DataError where it is missing, damaged or of another format."""
     file = Path(run_dir) / "results.json"
+    if not file.exists():
+        raise DataError(f"no results in {run_dir}: it has no {file.name}; give the folder of a finished run")
     try:
-        text = file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"no results in {run_dir}: cannot read {file.name} ({error.strerror})") from error
-    try:
-        results = Results.model_validate_json(text)
+        results = Results.model_validate(read_table(file))
     except ValidationError as error:
         raise DataError(f"{file} is damaged or of another version: {error.errors()[0]['msg']}") from None
     if results.format != FORMAT:

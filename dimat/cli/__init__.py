@@ -5,9 +5,12 @@ Heavy modules (torch above all) are imported inside the commands, so that `dimat
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 from cyclopts import CycloptsError
 
@@ -15,7 +18,12 @@ from dimat.cli import agent, dashboard, dht, doctor, experiment, keys, merge, sy
 from dimat.cli.app import app
 from dimat.cli.shared import say
 from dimat.errors import ConfigError, DataError, DimatError
+from dimat.ui.text import clean
 
+LONGEST = 2000
+"""Characters of a fault's line."""
+TRACEBACK = "DIMAT_TRACEBACK"
+"""Variable by which faults of dimat's own show where they come from."""
 COMMANDS = (agent, dashboard, dht, doctor, experiment, keys, merge, symmetry, topology)
 """The modules that put their commands into `app`."""
 
@@ -40,10 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 143 if terminated else code
     except CycloptsError as error:
-        say(f"dimat: {' '.join(str(error).split())} (see --help)")
+        _complain(f"{' '.join(str(error).split())} (see --help)")
         return ConfigError.exit_code
     except DimatError as error:
-        say(f"dimat: {error}")
+        _complain(str(error))
         return error.exit_code
     except KeyboardInterrupt as stop:
         # one that was raised inside `exec` or `eval` (a dataclass being made, say) leaves a mark in CPython, by which
@@ -56,7 +64,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout = None
         return 0
     except OSError as error:
-        say(f"dimat: {error}")
+        _complain(str(error))
         return DataError.exit_code
+    except MemoryError:
+        _complain("out of memory: this needs more than there is; make models, batches or the number of agents smaller")
+        return DimatError.exit_code
+    except Exception as error:
+        if os.environ.get(TRACEBACK):
+            raise
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        _complain(
+            f"internal error, please report it: {type(error).__name__}: {error} ({Path(place.filename).name}, line "
+            f"{place.lineno}); with {TRACEBACK}=1 in the environment the same command shows more"
+        )
+        return DimatError.exit_code
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _complain(text: str) -> None:
+    """Tell a fault on one line of bounded length, whatever names and values are in it."""
+    line = clean(text)
+    say(f"dimat: {line if len(line) <= LONGEST else line[:LONGEST] + ' …'}")

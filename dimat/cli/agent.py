@@ -18,7 +18,7 @@ from cyclopts import Parameter
 
 from dimat.cli.app import app
 from dimat.cli.shared import Json, Overrides, Quiet, collector_paused, say, show
-from dimat.errors import ConfigError, NetworkError
+from dimat.errors import ConfigError, DataError, NetworkError
 
 if TYPE_CHECKING:
     from dimat.agent.daemon.daemon import Daemon
@@ -259,5 +259,10 @@ async def _run(daemon: Daemon, signals: _Signals, restore: Callable[[], None]) -
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop, number)
     signals.serve({signal.SIGHUP: daemon.reload_soon, signal.SIGUSR1: partial(stop, signal.SIGUSR1)})
-    await daemon.run()
+    try:
+        await daemon.run()
+    except DataError as error:  # a full disk: what was not written is done again by the next life
+        if not code:
+            raise
+        say(f"dimat: {error}; the checkpoint before stands")
     return code

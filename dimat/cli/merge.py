@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from dimat.cli.app import app
-from dimat.cli.shared import Json, Quiet, say, show
+from dimat.cli.shared import Json, Quiet, SeedRange, say, show
 from dimat.version import __version__
 
 
@@ -53,7 +53,9 @@ def merge(
     ] = False,
     repair: Annotated[str | None, Parameter(help="Re-estimate afterwards: batchnorm; default: none.")] = None,
     device: Annotated[str | None, Parameter(help="Where to merge: cpu (default), cuda, auto.")] = None,
-    seed: Annotated[int | None, Parameter(help="Seed of methods that draw at random; default: 0.")] = None,
+    seed: Annotated[
+        int | None, Parameter(validator=SeedRange, help="Seed of methods that draw at random; default: 0.")
+    ] = None,
     shard_size: Annotated[str | None, Parameter(help="Bytes per file of a folder; default: 5GB.")] = None,
     from_mergekit: Annotated[Path | None, Parameter(help="Instead of INPUTS: a configuration of mergekit.")] = None,
     dry_run: Annotated[bool, Parameter(negative="", help="Check, print the plan, write nothing.")] = False,

@@ -31,6 +31,8 @@ Overrides = Annotated[
 ]
 Out = Annotated[Path | None, Parameter(help="Folder for results.")]
 AtLeastOne = validators.Number(gte=1)
+SeedCount = validators.Number(gte=1, lte=10_000)
+SeedRange = validators.Number(gte=0, lt=2**63)
 Workers = Annotated[
     int | None,
     Parameter(validator=AtLeastOne, help="Worker processes; default: one per core. Results do not depend on it."),
@@ -55,7 +57,11 @@ def collector_paused() -> Generator[None]:
 def show(value: Any) -> None:
     """Print a result on stdout, plain values as JSON."""
     text = value if isinstance(value, str) else to_json(value)
-    sys.stdout.write(text + "\n")
+    try:
+        sys.stdout.write(text + "\n")
+    except UnicodeEncodeError:  # a name from the disk that is no text, or a terminal that has no such characters
+        encoding = sys.stdout.encoding or "utf-8"
+        sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
 
 
 def say(text: str) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from dimat.cli.app import symmetry
-from dimat.cli.shared import Json, say, show
+from dimat.cli.shared import Json, SeedRange, say, show
 from dimat.errors import PeerError, SymmetryError
 
 _WHAT = (
@@ -39,17 +39,21 @@ def symmetry_show(
     svg: Annotated[Path | None, Parameter(help="Write the drawing alone to this file.")] = None,
     as_json: Json = False,
 ) -> int:
-    """Derive a model's symmetry groups and show sizes, tensors, observation points, frozen axes and why."""
+    """Derive a model's symmetry groups and show sizes, tensors, observation points, frozen axes and why.
+
+    Exit code 1 where the model cannot be traced, as where its forward pass fails.
+    """
     from dimat.ui.symmetry.commands import show_symmetry
     from dimat.ui.symmetry.tables import check_suffix
 
     check_suffix(html, ".html")
     check_suffix(svg, ".svg")
-    show(show_symmetry(hook, verify=verify, as_json=as_json, outputs=output, html=html, svg=svg))
+    text, traced = show_symmetry(hook, verify=verify, as_json=as_json, outputs=output, html=html, svg=svg)
+    show(text)
     for file in (html, svg):
         if file is not None:
             say(f"wrote {file}")
-    return 0
+    return 0 if traced else SymmetryError.exit_code
 
 
 @symmetry.command(name="verify")
@@ -57,7 +61,7 @@ def symmetry_verify(
     hook: Model,
     /,
     *,
-    seed: Annotated[int, Parameter(help="Seed of the random permutations and weights.")] = 0,
+    seed: Annotated[int, Parameter(validator=SeedRange, help="Seed of the random permutations and weights.")] = 0,
     output: Outputs = (),
     as_json: Json = False,
 ) -> int:

@@ -27,7 +27,7 @@ class AgentConfig(Tree):
 
     name: str | None = None
     """Its name on the network map, and in its certificate."""
-    folder: str | None = None
+    folder: Annotated[str, Field(min_length=1)] | None = None
     """Folder of its checkpoints, snapshots and logs; a path, relative to the file's folder. Default: agents/<run>/
     <name> in the folder that the command is run in."""
     listen: str | None = None

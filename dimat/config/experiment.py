@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,6 +16,10 @@ from dimat.config.simulate import SimulateConfig
 from dimat.config.tree import Named, NamedConfig, Options, Tree, as_stage
 from dimat.config.variants import VariantConfig
 from dimat.errors import ConfigError, nearest
+
+_NO_FOLDER = re.compile(r"[/\\\x00-\x1f\x7f\ud800-\udfff]")
+MOST_NAME = 200
+"""Bytes of a run's name: file systems take names of 255, and some files are called after the run and more."""
 
 
 class TopologyConfig(Tree):
@@ -39,12 +44,20 @@ class TopologyConfig(Tree):
     mixing: Named = NamedConfig(name="metropolis")
     """Mixing weights: "metropolis", "max-degree", "uniform", "samples", "matrix", "push-sum"; option lazy in
     [0, 1)."""
+    most_agents: Annotated[int, Field(ge=1)] = 10_000
+    """Bound of the number of agents, so that a digit too many is told before it takes all memory. Raise it for more."""
+    most_links: Annotated[int, Field(ge=1)] = 1_000_000
+    """Bound of the number of links of a graph. Raise it for more: a link takes about 1 kB of memory."""
 
     @model_validator(mode="after")
     def _one_source(self) -> TopologyConfig:
         given = [k for k in ("map", "graph", "edges", "file", "python") if getattr(self, k) is not None]
         if len(given) > 1:
             raise ValueError(f"give one of map, graph, edges, file, python, not {' and '.join(given)}")
+        if self.agents is not None and self.agents > self.most_agents:
+            raise ValueError(
+                f"{self.agents:,} agents are above most_agents = {self.most_agents:,}; raise that for more"
+            )
         return self
 
 
@@ -209,6 +222,9 @@ class MergeConfig(Tree):
     """"none" or "batchnorm"."""
     accept: Named | None = None
     """"always" or "no-worse" (options: on = "local" | "probe", tolerance)."""
+    keep_not_finite: bool = False
+    """Keep a merge whose weights, or whose test metrics, are not finite: it is warned of, and kept all the same. By
+    default it is not, and the agent's own weights go on."""
     screen: Options = Field(default_factory=dict)
     """Options of the screen, which is always on: max_norm_ratio."""
     base: BaseConfig | None = None
@@ -249,11 +265,11 @@ class ScheduleConfig(Tree):
     join: Literal["adopt", "align"] = "adopt"
     """How a newcomer joins a living network: "adopt" a neighbour's weights, or "align": keep its own, permuted
     into the network's basis."""
-    join_wait_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10.0
+    join_wait_s: Annotated[float, Field(gt=0)] = 10.0
     """Seconds for which a newcomer listens for a living network before it founds one."""
-    target: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    target: Annotated[float, Field()] | None = None
     """An agent stops once its test metric after a merge is at least this."""
-    max_time_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    max_time_s: Annotated[float, Field(gt=0)] | None = None
     """Time in seconds (virtual in the simulator) at which an agent finishes its round and stops."""
     final_merge: bool = False
     """End with one cycle of the Base-(k+1) graph: an exact average of all agents without a server (mode "sync")."""
@@ -275,11 +291,21 @@ class ScheduleConfig(Tree):
         return self
 
 
+def _run_name(value: Any) -> Any:
+    name = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    if isinstance(name, str) and (_NO_FOLDER.search(name) or name.strip(". ") == "" or len(name.encode()) > MOST_NAME):
+        raise ValueError(
+            f"must be able to name a folder: not empty, not . or .., no / or \\, no control characters, at most "
+            f"{MOST_NAME} bytes"
+        )
+    return name
+
+
 class ExperimentConfig(Tree):
     """One experiment."""
 
-    run: Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, int) else value)] = "run"
-    """Name of the run; names its folder."""
+    run: Annotated[str, BeforeValidator(_run_name)] = "run"
+    """Name of the run; names its folder, so that it holds no `/`, `\\` or control characters."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Root of all random draws: initialisations, partition, batches, augmentation, schedules."""
     topology: TopologyConfig = TopologyConfig()
@@ -334,7 +360,6 @@ def agent_folder(config: ExperimentConfig, agent: str) -> Path:
     after run and agent. ConfigError where no folder can be named so."""
     if config.agent.folder is not None:
         return Path(config.folder) / config.agent.folder
-    run = config.run
-    if agent in (".", "..") or "/" in run:
-        raise ConfigError(f"cannot name a folder after run {run!r} and agent {agent!r}; set agent.folder")
-    return Path("agents") / run / agent
+    if not agent.strip(".") or _NO_FOLDER.search(agent):
+        raise ConfigError(f"cannot name a folder after agent {agent!r}; set agent.folder")
+    return Path("agents") / config.run / agent

@@ -13,8 +13,11 @@ from pydantic import BaseModel, ValidationError
 
 from dimat.config.experiment import ExperimentConfig
 from dimat.errors import ConfigError, nearest
+from dimat.reading import check_plain, parse_toml, read_text
 
 T = TypeVar("T", bound=BaseModel)
+LONGEST = 200
+"""Characters of a wrong value that are shown."""
 
 
 def load_experiment(
@@ -51,12 +54,27 @@ def load_experiment(
 
 def read_toml(file: str | Path) -> dict[str, Any]:
     """Read a TOML file; ConfigError says where it cannot be read or parsed."""
+    text = read_text(file, ConfigError)
     try:
-        return tomllib.loads(Path(file).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {file}: {error.strerror or error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        return parse_toml(text)
+    except ValueError as error:
         raise ConfigError(f"{file} is not valid TOML: {error}") from error
+
+
+def parse_value(text: str, where: str) -> Any:
+    """Return the value of a setting that is written as TOML, or as plain text where that is no TOML; ConfigError, which
+    begins with `where`, for values beyond all bounds."""
+    try:
+        table = parse_toml(f"value = {text}")
+        return check_plain(table["value"] if table.keys() == {"value"} else text, text=True)
+    except tomllib.TOMLDecodeError:
+        value = text
+    except ValueError as error:
+        raise ConfigError(f"{where}: {str(error).removeprefix('value ')}") from None
+    try:
+        return check_plain(value, text=True)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def build(kind: type[T], tree: Mapping[str, Any], where: str, origins: Mapping[str, str] | None = None) -> T:
@@ -65,16 +83,17 @@ def build(kind: type[T], tree: Mapping[str, Any], where: str, origins: Mapping[s
     `where` says where the values are from, `origins` where single keys are from that came from elsewhere.
     """
     try:
+        check_plain({key: value for key, value in tree.items() if key != "folder"}, text=True)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    try:
         return kind.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(_explain(kind, error, where, origins or {})) from None
 
 
 def _put(tree: dict[str, Any], path: Sequence[str], text: str, where: str) -> None:
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
+    value = parse_value(text, where)
     for key in path[:-1]:
         child = tree.get(key)
         if isinstance(child, str):  # a stage that was given by name alone
@@ -99,8 +118,13 @@ def _explain(kind: type[BaseModel], error: ValidationError, where: str, origins:
         return f"unknown key {key!r} in {where}{nearest(str(location[-1]), _known(kind, location[:-1]))}"
     message = first["msg"].removeprefix("Value error, ")
     given = first.get("input")
-    shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) else ""
+    shown = f" (got {_short(given)})" if isinstance(given, str | int | float | bool) else ""
     return f"{where}: {key}: {message}{shown}" if key else f"{where}: {message}{shown}"
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
 
 
 def _shown(location: Sequence[str | int]) -> str:

@@ -44,7 +44,7 @@ class MonitorConfig(Tree):
     metrics: Annotated[str | None, BeforeValidator(_local)] = None
     """`host:port` (a port alone: on loopback) where a real agent serves Prometheus metrics under /metrics. All who can
     reach it can read them: there is no password, and there are no secrets in them."""
-    observe_s: Annotated[float, Field(ge=0.1, allow_inf_nan=False)] = 15.0
+    observe_s: Annotated[float, Field(ge=0.1)] = 15.0
     """Seconds after which a real agent tells its listeners anew how its network is; changes are told at once."""
     tensorboard: bool | str = False
     """Write TensorBoard event files (extra `tensorboard`): true for `tensorboard` in the run's folder, or a path,

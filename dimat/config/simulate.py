@@ -33,10 +33,10 @@ def _positive_span(value: Any) -> Any:
     return value
 
 
-Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-SomeSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Factor = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(ge=0)]
+SomeSeconds = Annotated[float, Field(gt=0)]
+Rate = Annotated[float, Field(ge=0)]
+Factor = Annotated[float, Field(gt=0)]
 Loss = Annotated[float, Field(ge=0, lt=1)]
 AnySpan = Annotated[Span, BeforeValidator(_span)]
 PositiveSpan = Annotated[Span, BeforeValidator(_positive_span)]
@@ -49,7 +49,7 @@ class LinkConfig(Tree):
     """The two agents; the settings hold for both directions."""
     latency_s: Seconds | None = None
     """One-way latency in seconds."""
-    bandwidth_mbit_s: Annotated[float, Field(gt=0)] | None = None
+    bandwidth_mbit_s: Annotated[float, Field(gt=0, allow_inf_nan=True)] | None = None
     """Bandwidth of each direction in Mbit/s; inf = unlimited."""
     loss: Loss | None = None
     """Probability that a message or transfer is lost on its way."""

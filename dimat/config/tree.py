@@ -2,17 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from functools import cache
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 Options = dict[str, Any]
 
 
 class Tree(BaseModel):
-    """Base of all configuration tables: frozen, and unknown keys are errors."""
+    """Base of all configuration tables: frozen. Unknown keys are errors, and so are numbers that are not finite, unless
+    a field says otherwise."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse true and false where a field takes none: pydantic would read them as 1 and 0."""
+        if _holds_truth(value) and not _takes_truth(cls.model_fields[info.field_name or ""].annotation):
+            raise ValueError("must not be true or false")
+        return value
+
+
+def _holds_truth(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return any(map(_holds_truth, value))
+    if isinstance(value, dict):
+        return any(map(_holds_truth, value.values()))
+    return isinstance(value, bool)
+
+
+@cache
+def _takes_truth(annotation: Any) -> bool:
+    """Tell whether true may stand somewhere in a field's value; tables of their own look at their fields themselves."""
+    if annotation in (bool, Any) or (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        return True
+    return any(map(_takes_truth, get_args(annotation)))
 
 
 def as_stage(value: Any) -> Any:

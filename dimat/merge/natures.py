@@ -20,9 +20,8 @@ from math import isfinite, isnan
 import torch
 from torch import Tensor, nn
 
-from dimat.merge.models.functional import aliases
 from dimat.merge.stages import Weights
-from dimat.merge.weight_views import WeightsView
+from dimat.merge.ties import first_names, ties_of
 
 
 class Nature(StrEnum):
@@ -77,7 +76,6 @@ _CONSTANT = re.compile(
     r"[^.]*$"
 )
 _PARAMETER = re.compile(r"(weight|bias|kernel|gamma|beta|lora_[AB]|weight_[gv]|original\d*)$")
-_TIED = re.compile(r"(embed|wte|shared|head|decoder|output|proj_out|classifier)[^.]*\.weight$")
 _VECTOR = re.compile(r"(?:^|[._])[uv]\d*$")
 _SCALES = ("scale", "scales", "scale_inv", "scale_w", "zero_point", "zero_points", "zeros", "absmax", "quant_map",
            "nested_absmax", "nested_quant_map", "SCB")  # fmt: skip
@@ -111,10 +109,7 @@ def natures_of(own: Weights, model: nn.Module | None = None) -> Natures:
             kinds[name] = Nature.VECTOR
         elif name in buffers or (name not in parameters and _constant_of(name, own)):
             kinds[name] = Nature.CONSTANT
-    first = {
-        name: one for name, one in ({} if model is None else aliases(model)).items() if name in own and name != one
-    }
-    return Natures(kinds, iterations, first if model is not None else _tied(own))
+    return Natures(kinds, iterations, first_names(ties_of(own, model)))
 
 
 def _holds(tensor: Tensor, test: Callable[[Tensor], bool]) -> bool:
@@ -219,69 +214,3 @@ def _codes(own: Weights) -> dict[str, Nature]:
 def _stem(scale: str) -> str:
     end = max((end for end in _SCALES if scale.endswith(end)), key=len)
     return scale.removesuffix(end).rstrip("._")
-
-
-def _tied(own: Weights) -> dict[str, str]:
-    """Return the names of tensors that have another one's values, with the first name.
-
-    Only matrices count, since vectors of ones are equal by chance; of files only those that models tie: embeddings and
-    output layers.
-    """
-    names = [*own] if isinstance(own, dict) else [name for name in own if _TIED.search(name)]
-    alike: dict[tuple[torch.Size, torch.dtype, bytes], list[str]] = {}
-    tied: dict[str, str] = {}
-    for name in names if len(names) > 1 else ():
-        tensor = own[name].detach()
-        if tensor.ndim < 2 or not tensor.is_floating_point() or tensor.is_meta or tensor.numel() < 2:
-            continue
-        sample = tensor.reshape(-1)[:: max(1, tensor.numel() // 64)].double().cpu()
-        if bool((sample == sample[0]).all()):
-            continue
-        group = alike.setdefault((tensor.shape, tensor.dtype, sample.numpy().tobytes()), [])
-        first = next((one for one in group if same_values(own[one].detach(), tensor)), None)
-        if first is None:
-            group.append(name)
-        else:
-            tied[name] = first
-    return tied
-
-
-def same_values(one: Tensor, other: Tensor) -> bool:
-    """Tell whether two tensors are equal, which takes no time where they are the same memory."""
-    same = one.data_ptr() == other.data_ptr() and one.stride() == other.stride() and one.shape == other.shape
-    return same or torch.equal(one, other)
-
-
-def in_own_names(theirs: Weights, own: Weights, natures: Natures) -> Weights:
-    """Return weights under own's names where they differ in tied tensors alone: some store these once, some twice.
-
-    A tied name that is missing has the values of its first name, or that name the values of this one; a name too many
-    is left out where another tensor that own has, has its values. Everything else is as it was.
-    """
-    stored = {name: name for name in theirs if name in own}
-    for name, first in natures.first.items():
-        if name in own and name not in stored and first in stored:
-            stored[name] = stored[first]
-        elif first in own and first not in stored and name in stored:
-            stored[first] = stored[name]
-    for name in theirs:
-        if name in own:
-            continue
-        extra = theirs[name]
-        if extra.ndim < 2 or not any(_stored_twice(theirs[one], extra) for one in own if one in theirs):
-            stored[name] = name
-    return theirs if stored.keys() == theirs.keys() else _Renamed(theirs, stored)
-
-
-def _stored_twice(one: Tensor, extra: Tensor) -> bool:
-    return one.shape == extra.shape and one.dtype == extra.dtype and same_values(one, extra)
-
-
-class _Renamed(WeightsView):
-    def __init__(self, weights: Weights, stored: Mapping[str, str]) -> None:
-        super().__init__(stored)
-        self._weights = weights
-        self._stored = stored
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._weights[self._stored[name]]

@@ -6,7 +6,7 @@
 Nothing that is handed in is changed: not the model, its mode and BatchNorm momentum, nor any weights, nor the
 global random state. A peer that cannot be trusted is refused whole, and its weight goes to self. Entries that are no
 parameters are treated by their nature (`natures.py`), whatever the combine method does; a merge that is not finite is
-not kept, and a note says so.
+not kept, unless the plan says so, and a note tells of it.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from dimat.errors import DimatError, MergeError
 from dimat.events import WARNING
 from dimat.merge.context import MergeContext
 from dimat.merge.matching.assignment import moved_share
-from dimat.merge.natures import Natures, in_own_names, natures_of
+from dimat.merge.natures import Natures, natures_of
 from dimat.merge.registry import CONTEXT, accept_registry, align_registry, combine_registry, repair_registry
 from dimat.merge.screen import norm_of, screen
 from dimat.merge.settled import Shield, not_finite
 from dimat.merge.shared_statistics import OWN, TakeStatistics, check_statistics, in_order
 from dimat.merge.stages import Accepted, Aligned, Permutations, Repaired, StageTimer, Weights
+from dimat.merge.ties import under_names
 from dimat.merge.weight_views import PermutedWeights
 from dimat.registry import Bound, Registry, check_options
 
@@ -38,7 +39,8 @@ MIXING_TOLERANCE = 1e-6
 """Mixing weights sum to 1 within this."""
 
 NOT_KEPT = "the merge is not kept, own weights go on"
-"""End of a note on a merge that was given up."""
+KEPT = "the merge is kept, as merge.keep_not_finite says"
+"""Ends of notes on a merge that is not finite."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class MergePlan:
     align_data: str = "local"
     probe_samples: int = 100
     statistics_samples: int = 256
+    keep_not_finite: bool = False
     screen: dict[str, Any] = field(default_factory=dict[str, Any])
     notes: tuple[str, ...] = ()
     """Notes on every merge by this plan."""
@@ -106,6 +109,7 @@ def plan_merge(config: MergeConfig) -> MergePlan:
         align_data=config.align_data,
         probe_samples=config.probe_samples,
         statistics_samples=config.statistics_samples,
+        keep_not_finite=config.keep_not_finite,
         screen=check_options(screen, config.screen, "merge.screen", context=CONTEXT),
     )
 
@@ -140,14 +144,14 @@ def merge(
     check_mixing([own_weight, *(peer.weight for peer in peers)])
     clock = StageTimer()
     natures = natures_of(own, context.model)
-    own_norm = _check_own(own, context, natures)
+    own_norm = _check_own(own, context, natures, plan)
     statistics = context.aux or {}
     expected = statistics.get(OWN) if plan.statistics is not None else None
     refused: dict[str, str] = {}
     kept: list[Peer] = []
     for peer in peers:
         try:
-            renamed = replace(peer, weights=in_own_names(peer.weights, own, natures))
+            renamed = replace(peer, weights=under_names(peer.weights, own, natures.first))
             screen(own, renamed.weights, peer.name, own_norm, natures, **plan.screen)
             check_statistics(peer.name, statistics.get(peer.name, {}), own, expected)
         except DimatError as error:
@@ -173,7 +177,7 @@ def merge(
     own_first = [own_weight, *(peer.weight for peer in merging)]
     names = [peer.name for peer in merging]
     shield = Shield.of(own, views, own_first, natures, context.model is not None)
-    base = None if context.base is None else in_own_names(context.base, own, natures)
+    base = None if context.base is None else under_names(context.base, own, natures.first)
     seen = offered | {"aux": aux, "names": names, "base": shield.base(base)}
     combined = dict(shield.settle(plan.combine(shield.own, shield.peers, own_first, **seen)))
     _check_shapes(own, combined, plan.combine.name)
@@ -181,7 +185,10 @@ def merge(
     repaired = plan.repair(combined, **offered)
     clock.lap("repair")
     notes = (*plan.notes, *aligned.notes, *repaired.notes)
-    if fault := not_finite(repaired.weights, shield.fixed):
+    fault = not_finite(repaired.weights, shield.fixed)
+    if fault and plan.keep_not_finite:
+        notes = (*notes, f"{WARNING}{fault}: {KEPT}")
+    elif fault:
         if not refuse:
             raise MergeError(f"{fault}; own weights are as they were")
         accepted = Accepted(dict(own), 0.0, (f"{WARNING}{fault}: {NOT_KEPT}",))
@@ -231,8 +238,8 @@ def adopt(own: Weights, peer: Peer, plan: MergePlan, context: MergeContext) -> P
     Raises PeerError for weights that the screen refuses, MergeError as `merge` does.
     """
     natures = natures_of(own, context.model)
-    peer = replace(peer, weights=in_own_names(peer.weights, own, natures))
-    screen(own, peer.weights, peer.name, _check_own(own, context, natures), natures, **plan.screen)
+    peer = replace(peer, weights=under_names(peer.weights, own, natures.first))
+    screen(own, peer.weights, peer.name, _check_own(own, context, natures, plan), natures, **plan.screen)
     return _align(peer.weights, [own], plan, context).permutations[0]
 
 
@@ -256,7 +263,7 @@ def _view(weights: Weights, permutations: Permutations | None, context: MergeCon
     return PermutedWeights(weights, context.spec, permutations) if permutations and context.spec else weights
 
 
-def _check_own(own: Weights, context: MergeContext, natures: Natures) -> float:
+def _check_own(own: Weights, context: MergeContext, natures: Natures, plan: MergePlan) -> float:
     """Check that own weights are finite and the model's, and return their norm."""
     if context.model is not None:
         expected = context.model.state_dict()
@@ -266,7 +273,7 @@ def _check_own(own: Weights, context: MergeContext, natures: Natures) -> float:
         for name, tensor in expected.items():
             if tensor.shape != own[name].shape:
                 raise MergeError(f"tensor {name!r} is {[*own[name].shape]}, in the model {[*tensor.shape]}")
-    return norm_of(own, natures)
+    return norm_of(own, natures, lenient=plan.keep_not_finite)
 
 
 def _check_shapes(own: Weights, combined: Weights, method: str) -> None:

@@ -66,13 +66,13 @@ def screen(
         )
 
 
-def norm_of(own: Weights, natures: Natures = UNKNOWN) -> float:
+def norm_of(own: Weights, natures: Natures = UNKNOWN, *, lenient: bool = False) -> float:
     """Return the 2-norm of all floating-point tensors, without constants that hold ±∞; MergeError names any other that
-    is not finite."""
+    is not finite, which `lenient` leaves out instead."""
     total = 0.0
     for key, tensor in own.items():
         norm = _norm(tensor)
-        if norm is None and natures.of(key) is Nature.CONSTANT and not tensor.isnan().any():
+        if norm is None and (lenient or (natures.of(key) is Nature.CONSTANT and not tensor.isnan().any())):
             continue
         if norm is None:
             raise MergeError(

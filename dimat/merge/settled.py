@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from dimat.errors import MergeError
-from dimat.merge.natures import Nature, Natures, PowerIteration, as_matrix, is_constant, natures_of, same_values
+from dimat.merge.natures import Nature, Natures, PowerIteration, as_matrix, is_constant, natures_of
 from dimat.merge.stages import Weights
 from dimat.merge.tensors.task_vectors import mean_of
+from dimat.merge.ties import same_values
 from dimat.merge.weight_views import WeightsView
 
 MOST_STEPS = 500
@@ -166,8 +167,9 @@ class _Settled(WeightsView):
 class _Checked(WeightsView):
     """Merged weights, each checked when it is asked for."""
 
-    def __init__(self, merged: Weights, shield: Shield, names: Sequence[str]) -> None:
+    def __init__(self, merged: Weights, shield: Shield, names: Sequence[str], finite: bool) -> None:
         super().__init__(merged)
+        self._finite = finite
         self._merged = merged
         self._shield = shield
         self._peers = names
@@ -186,7 +188,9 @@ class _Checked(WeightsView):
             return merged
         ours = shield.whole(name)
         if not is_constant(name, ours):
-            raise MergeError(fault)
+            if self._finite:
+                raise MergeError(f"{fault}; keep_not_finite = true in the recipe writes it all the same")
+            return merged
         for peer, weights in self._taking():
             if not torch.equal(weights[name].to(ours), ours):
                 raise MergeError(f"{peer}: tensor {name!r} is a constant that is not finite, and differs from own's")
@@ -204,14 +208,16 @@ def merge_checked(
     base: Weights | None,
     names: Sequence[str],
     model: nn.Module | None = None,
+    *,
+    finite: bool = True,
 ) -> Weights:
     """Return method(own, peers, base) with each entry true to its nature: for merges outside the pipeline.
 
     `names`: of the peers, for messages. Each access makes one tensor; it raises MergeError for a peer's negative
-    variance, and for a result that is not finite and no constant.
+    variance, and, where results have to be `finite`, for one that is neither finite nor a constant.
     """
     shield = Shield.of(own, peers, weights, natures_of(own, model), model is not None)
-    return _Checked(shield.settle(method(shield.own, shield.peers, shield.base(base))), shield, names)
+    return _Checked(shield.settle(method(shield.own, shield.peers, shield.base(base))), shield, names, finite)
 
 
 def iterate(matrix: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

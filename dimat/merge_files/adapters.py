@@ -81,7 +81,7 @@ def open_adapters(recipe: Recipe, models: Sequence[ModelFiles]) -> tuple[Adapter
     for model in models:
         if not model.adapter:
             raise ConfigError(f"{model.path} is no PEFT adapter folder, which the other models are")
-    adapters = tuple(_open(model) for model in models)
+    adapters = tuple(_open(model, recipe.regex_s) for model in models)
     _check_fit(adapters)
     apart = {name for adapter in adapters for pair in adapter.pairs.values() for name in (pair.a, pair.b)}
     apart |= {name for adapter in adapters for name in adapter.biases.values()}
@@ -182,8 +182,8 @@ class AdapterView(WeightsView):
         return tensor.to(torch.float32 if self._device.type == "mps" else torch.float64) * ratio
 
 
-def _open(model: ModelFiles) -> Adapter:
-    settings = read_settings(model.path)
+def _open(model: ModelFiles, regex_s: float) -> Adapter:
+    settings = read_settings(model.path, regex_s)
     try:
         pairs = {pair.key: pair for pair in find_pairs(model.infos)}
     except MergeError as error:

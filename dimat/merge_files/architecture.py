@@ -15,15 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from dimat.config import TaskConfig
-from dimat.errors import ConfigError, DataError, DimatError, HookError
-from dimat.hooks import load_hook
+from dimat.errors import ConfigError, DataError, HookError
+from dimat.hooks import load_hook, user_code
 from dimat.merge.align.none import none as no_alignment
 from dimat.merge.models.batches import as_data, device_of, first_inputs, on_device
+from dimat.merge.models.functional import aliases
 from dimat.merge.registry import align_registry
 from dimat.merge.repair.none import none as no_repair
 from dimat.merge.stages import Data, Inputs, Weights
 from dimat.merge_files.files import ModelFiles, differences, hash_of, told
+from dimat.merge_files.model_config import check_architecture
 from dimat.merge_files.recipe import Recipe
+from dimat.merge_files.tied import is_computed
 from dimat.registry import Bound
 from dimat.seeds import torch_generator
 from dimat.symmetry import SymmetrySpec, derive_symmetry
@@ -44,13 +47,28 @@ GROUPS = {"spec", "observer"}
 @dataclass(frozen=True)
 class Network:
     """A model's architecture, in evaluation mode and of type `dtype`, and batches of its inputs. `spec`: its symmetry
-    groups where something needs them; `sources`: blake3 by file of what the user's code and data were read from."""
+    groups where something needs them; `sources`: blake3 by file of what the user's code and data were read from;
+    `tied`: names that are left out, with the one that has their values."""
 
     model: nn.Module
     dtype: torch.dtype
     data: Data | None = None
     spec: SymmetrySpec | None = None
     sources: Mapping[str, Mapping[str, str]] = field(default_factory=dict[str, Mapping[str, str]])
+    tied: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    def complete(self, weights: Weights) -> dict[str, Tensor]:
+        """Return weights under all names of the model: tied ones under each of their names, and buffers that follow
+        from the config, which not all files hold, as the model has them."""
+        names = aliases(self.model)
+        stored = {names.get(name, name): name for name in weights}
+        stored |= {name: twin for name, twin in self.tied.items() if twin in weights}
+        found = {name: weights[name] for name in weights}
+        for name, tensor in self.model.state_dict().items():
+            if name not in found:
+                source = stored.get(names.get(name, name), stored.get(name))
+                found[name] = tensor if source is None else weights[source]
+        return found
 
     @property
     def coverage(self) -> str:
@@ -73,9 +91,10 @@ def runs_models(recipe: Recipe, methods: Sequence[Bound[Weights]]) -> list[str]:
 
 
 def open_network(
-    recipe: Recipe, methods: Sequence[Bound[Weights]], own: ModelFiles, device: torch.device
+    recipe: Recipe, methods: Sequence[Bound[Weights]], own: ModelFiles, tied: Mapping[str, str], device: torch.device
 ) -> Network | None:
-    """Return what the recipe's models are run with, checked against own tensors; None where nothing runs them.
+    """Return what the recipe's models are run with, checked against own tensors and config; None where nothing runs
+    them. `tied`: names of own's that stand for the tensor of another name.
 
     Raises ConfigError where the recipe lacks model or data, HookError (a hook that fails or returns something else),
     DataError (tensors that are not the model's, data that it cannot run on).
@@ -88,7 +107,8 @@ def open_network(
             raise ConfigError("data are for a model that is run on them: give its architecture with --model too")
         return None
     model = _model_of(recipe)
-    _check_tensors(model, own, recipe.model)
+    _check_tensors(model, own, tied, recipe.model)
+    check_architecture(model, recipe.model, own)
     if not why:
         return None
     if recipe.data is None:
@@ -107,7 +127,7 @@ def open_network(
     if recipe.model.rpartition(":")[0].endswith(".py"):
         file = Path(recipe.folder) / recipe.model.rpartition(":")[0]
         sources = {str(file): {file.name: hash_of(file)}, **sources}
-    return Network(model, kind, data, spec, sources)
+    return Network(model, kind, data, spec, sources, tied)
 
 
 def runs(method: Bound[Weights]) -> bool:
@@ -122,12 +142,8 @@ def _made(spec: str, folder: str, what: str) -> Any:
         if spec in list_tasks():
             return load_task(TaskConfig(name=spec))
         function = load_hook(spec, Path(folder), what)
-        try:
+        with user_code(f"{what} {spec!r} failed"):
             return function()
-        except DimatError:
-            raise
-        except Exception as error:  # a user's code may fail in any way
-            raise HookError(f"{what} {spec!r} failed: {type(error).__name__}: {error}") from error
 
 
 def _model_of(recipe: Recipe) -> nn.Module:
@@ -135,7 +151,8 @@ def _model_of(recipe: Recipe) -> nn.Module:
     spec = recipe.model or ""
     made = _made(spec, recipe.folder, "model hook")
     if isinstance(made, Task):
-        return made.build_model(torch_generator(0, "merging", "model"))
+        with user_code(f"task of {spec!r} failed"):
+            return made.build_model(torch_generator(0, "merging", "model"))
     if isinstance(made, tuple) and made:
         made = cast("tuple[Any, ...]", made)[0]
     if not isinstance(made, nn.Module):
@@ -143,9 +160,16 @@ def _model_of(recipe: Recipe) -> nn.Module:
     return made
 
 
-def _check_tensors(model: nn.Module, own: ModelFiles, hook: str) -> None:
-    """Check that a model's state dict has own's tensors; DataError with the number of differences and the first ten."""
+def _check_tensors(model: nn.Module, own: ModelFiles, tied: Mapping[str, str], hook: str) -> None:
+    """Check that a model's state dict has own's tensors; DataError with the number of differences and the first ten.
+
+    Own may lack what the model has besides: other names of a tensor, and buffers that follow from the config.
+    """
     infos = {name: TensorInfo(t.dtype, tuple(t.shape)) for name, t in model.state_dict().items()}
+    names = aliases(model)
+    held = {names.get(name, name) for name in own.infos} | tied.keys()
+    spared = {name for name in infos if names.get(name, name) in held or name in held or is_computed(name, infos[name])}
+    infos = {name: info for name, info in infos.items() if name in own.infos or name not in spared}
     found = differences(own.infos, str(own.path), infos, f"the model {hook!r}")
     if found:
         raise DataError(f"{own.path} does not fit the model {hook!r}, {told(found)}")

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dimat.json_text import to_json
-from dimat.merge_files.files import read_json
 from dimat.merge_files.recipe import DTYPES, Recipe
+from dimat.reading import read_table
 
 
 def provenance(version: str, recipe: Recipe, inputs: Mapping[str, Mapping[str, str]]) -> str:
@@ -23,7 +23,7 @@ def config_of(file: Path, dtype: str | None) -> bytes:
     data = file.read_bytes()
     if file.name != "config.json" or dtype is None:
         return data
-    config = read_json(file)
+    config = read_table(file)
     named = str(DTYPES[dtype]).removeprefix("torch.")
     changed = {key: named for key in ("torch_dtype", "dtype") if key in config}
     return (json.dumps({**config, **changed}, indent=2) + "\n").encode() if changed else data

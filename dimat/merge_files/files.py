@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from blake3 import blake3
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from dimat.errors import DataError
 from dimat.merge.natures import is_constant
+from dimat.reading import read_table
 from dimat.weights.header import NAMES, TensorInfo, read_header
 
 WEIGHTS = "model.safetensors"
@@ -112,7 +112,7 @@ class ModelFiles(Mapping[str, Tensor]):
     def config(self) -> dict[str, Any]:
         """The folder's config.json; nothing where there is none. DataError where it is damaged."""
         path = None if self.folder is None else self.folder / CONFIG
-        return read_json(path) if path is not None and path.is_file() else {}
+        return read_table(path) if path is not None and path.is_file() else {}
 
     def hashes(self) -> dict[str, str]:
         """Return the blake3 of each file that holds tensors, by its name."""
@@ -135,19 +135,6 @@ class ModelFiles(Mapping[str, Tensor]):
 def hash_of(file: Path) -> str:
     """Return the blake3 of a file."""
     return blake3(max_threads=blake3.AUTO).update_mmap(file).hexdigest()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the table in a JSON file; DataError where it is none."""
-    try:
-        value: Any = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError):
-        raise DataError(f"{path} is not valid JSON") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{path} is not a JSON table")
-    return cast("dict[str, Any]", value)
 
 
 def check_alike(models: Sequence[ModelFiles], apart: Collection[str] = ()) -> None:
@@ -189,7 +176,7 @@ def tell_differences(found: Sequence[str]) -> None:
 def check_factors(models: Sequence[ModelFiles]) -> None:
     """Check that adapters scale their factors alike, where factors are merged like any other tensors."""
     models = [model for model in models if model.adapter]
-    settings = [read_json(model.path / ADAPTER_CONFIG) for model in models]
+    settings = [read_table(model.path / ADAPTER_CONFIG) for model in models]
     for key in ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
         for model, setting in zip(models[1:], settings[1:]):
             if setting.get(key) != settings[0].get(key):

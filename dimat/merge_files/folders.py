@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from dimat.errors import DataError
-from dimat.merge_files.files import ADAPTER, ADAPTER_CONFIG, CONFIG, INDEX, WEIGHTS, ModelFiles, read_json
+from dimat.merge_files.files import ADAPTER, ADAPTER_CONFIG, CONFIG, INDEX, WEIGHTS, ModelFiles
+from dimat.reading import read_table, read_text
 from dimat.weights.header import read_header
 
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
@@ -59,10 +60,7 @@ def _snapshot(folder: Path) -> Path:
     found = sorted(entry for entry in kept.iterdir() if entry.is_dir())
     reference = kept.parent / "refs" / "main"
     if reference.is_file():
-        try:
-            main = kept / reference.read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"cannot read {reference}: {error}") from error
+        main = kept / read_text(reference).strip()
         if main in found:
             return main
     if len(found) != 1:
@@ -74,7 +72,7 @@ def _open_folder(folder: Path) -> ModelFiles:
     """Open a folder as transformers does: an adapter, the file that config.json names, the whole file, the shards."""
     if (folder / ADAPTER).exists() and (folder / ADAPTER_CONFIG).exists():
         return _single(folder, folder / ADAPTER, folder, adapter=True)
-    named = read_json(folder / CONFIG).get("transformers_weights") if (folder / CONFIG).is_file() else None
+    named = read_table(folder / CONFIG).get("transformers_weights") if (folder / CONFIG).is_file() else None
     if named is not None:
         if not isinstance(named, str) or Path(named).name != named or not (folder / named).is_file():
             raise DataError(f"{folder / CONFIG}: transformers_weights is {named!r}, which is no file of this folder")
@@ -121,7 +119,7 @@ def _read_index(path: Path) -> dict[str, Path]:
 
     A tensor that two shards hold is the later one's, as in transformers. An index cannot name files outside its folder.
     """
-    table = read_json(path).get("weight_map")
+    table = read_table(path).get("weight_map")
     if not isinstance(table, dict) or not table:
         raise DataError(f"{path} is no index of shards: it has no weight_map")
     said: dict[str, Path] = {}

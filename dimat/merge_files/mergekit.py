@@ -17,6 +17,7 @@ from dimat.merge_files.files import ModelFiles
 from dimat.merge_files.folders import open_model
 from dimat.merge_files.mergekit_config import Config, Place
 from dimat.merge_files.mergekit_methods import METHODS, NEAREST, Choice
+from dimat.reading import check_plain, read_text
 
 LAYER = re.compile(r"^((?:.*?\.)?(?:layers|layer|h|blocks|block)\.)(\d+)\.")
 """What stands before the number of a tensor's layer in its name, and the number."""
@@ -34,12 +35,13 @@ def from_mergekit(file: Path) -> dict[str, Any]:
         import yaml
     except ImportError:
         raise ConfigError("--from-mergekit needs PyYAML: pip install 'dimat[mergekit]'") from None
+    text = read_text(file, ConfigError)
     try:
-        tree: Any = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {file}: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        tree: Any = check_plain(yaml.safe_load(text), text=True)
+    except (yaml.YAMLError, ValueError) as error:  # a date that there is not is a ValueError
         raise ConfigError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ConfigError(f"{file} is nested too deeply") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{file} is not a mergekit configuration: it is no table")
     config = Config(cast("dict[str, Any]", tree), str(file))

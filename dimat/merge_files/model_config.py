@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
+from torch import nn
 
 from dimat.errors import DataError
 from dimat.merge_files.files import CONFIG, ModelFiles, told
@@ -34,8 +35,11 @@ PASSED = re.compile(
 )
 """Keys that may differ without a word: how the model was trained, is run or is named."""
 
-DEFAULTS: Mapping[str, Any] = {"rope_theta": 10000.0, "tie_word_embeddings": None}
-"""Values of keys that are left out, where all architectures have the same; None is not compared."""
+DEFAULTS: Mapping[str, Any] = {"rope_theta": 10000.0}
+"""Values of keys that are left out, as nearly all architectures have them: where transformers does not say."""
+
+ALIKE: Sequence[set[str]] = ({"llama", "mistral"},)
+"""Architectures that compute the same from the same tensors, as long as their settings are the same."""
 
 QUANTISED = re.compile(
     r"(?:^|.*[._])(?:qweight|qzeros|weight_packed|weight_scale(?:_inv)?|weight_zero_point|absmax|quant_map|quant_state\..*"
@@ -69,26 +73,86 @@ def check_whole(model: ModelFiles, *, codes: bool = True) -> None:
 def check_configs(models: Sequence[ModelFiles]) -> list[str]:
     """Compare the config.json of models; return in words the differences that may be meant.
 
-    Raises DataError for differences in keys that change what the same weights compute, and in the classes' order.
+    A key that is left out has the default of its architecture, which transformers knows, where it is installed. Raises
+    DataError for differences in keys that change what the same weights compute, for architectures of which that is not
+    known to be the same, and for classes in another order.
     """
-    told_of = [(model, flat_config(model.config)) for model in models if model.config]
-    if not told_of:
-        return []
-    (first, mine), found, notes = told_of[0], list[str](), list[str]()
-    for other, theirs in told_of[1:]:
-        found += _class_differences(first, other)
-        for key in sorted((mine.keys() | theirs.keys()) - {"id2label", "label2id"}):
-            one, two = _value(mine, key), _value(theirs, key)
-            if one == two or PASSED.fullmatch(key) or key.startswith(("id2label.", "label2id.")):
-                continue
-            words = f"{key} is {one!r} in {first.path}, {two!r} in {other.path}"
-            if one is not None and two is not None and FUNCTION.fullmatch(key):
-                found.append(words)
-            else:
-                notes.append(f"{CONFIG}: {words}")
+    told_of = [(str(model.path), model.config) for model in models if model.config]
+    found, notes = list[str](), list[str]()
+    for other in told_of[1:]:
+        differing, more = _compared(told_of[0], other)
+        found += differing
+        notes += more
     if found:
         raise DataError(f"the models compute differently, {told(found)}; the same weights mean something else in each")
     return notes
+
+
+def check_architecture(model: nn.Module, hook: str, own: ModelFiles) -> None:
+    """Compare own's config.json with the config of the architecture that it is run with, where that is transformers'.
+
+    Raises DataError as `check_configs` does.
+    """
+    as_dict = getattr(getattr(model, "config", None), "to_dict", None)
+    if not own.config or not callable(as_dict):
+        return
+    found, _ = _compared((str(own.path), own.config), (f"the model {hook!r}", cast("dict[str, Any]", as_dict())))
+    if found:
+        raise DataError(f"{own.path} does not fit the model {hook!r}, {told(found)}; build it with the same settings")
+
+
+Named = tuple[str, Mapping[str, Any]]
+"""A config, after a word on where it is from."""
+
+
+def _compared(first: Named, other: Named) -> tuple[list[str], list[str]]:
+    """Return in words where two configs differ: what changes the function, and what may be meant."""
+    mine, theirs = flat_config(first[1]), flat_config(other[1])
+    found, notes = _class_differences(first, other), list[str]()
+    kinds = [str(config.get("model_type", "")) for config in (mine, theirs)]
+    whole: list[dict[str, Any]] | None = None
+    if kinds[0] != kinds[1] and all(kinds):
+        whole = [_effective(first[1]), _effective(other[1])]
+        if not any({*kinds} <= alike for alike in ALIKE):
+            found.append(f"model_type is {kinds[0]!r} in {first[0]}, {kinds[1]!r} in {other[0]}")
+        else:  # a key that one of the architectures does not have is one that changes nothing there
+            known = [{key: v for key, v in effective.items() if FUNCTION.fullmatch(key)} for effective in whole]
+            mine, theirs = known[0] | mine, known[1] | theirs
+    for key in sorted((mine.keys() | theirs.keys()) - {"id2label", "label2id", "model_type"}):
+        one, two = mine.get(key), theirs.get(key)
+        if one == two or PASSED.fullmatch(key) or key.startswith(("id2label.", "label2id.")):
+            continue
+        changes = FUNCTION.fullmatch(key) is not None
+        if changes and (one is None or two is None):
+            whole = whole or [_effective(first[1]), _effective(other[1])]
+            one = _left_out(key, mine, whole[0]) if one is None else one
+            two = _left_out(key, theirs, whole[1]) if two is None else two
+            if one == two:
+                continue
+        words = f"{key} is {_said(one)} in {first[0]}, {_said(two)} in {other[0]}"
+        apart = kinds[0] != kinds[1] and whole is not None and all(whole)  # then a key that is not there says so
+        if changes and (apart or (one is not None and two is not None)):
+            found.append(words)
+        else:
+            notes.append(f"{CONFIG}: {words}")
+    return found, notes
+
+
+def _said(value: Any) -> str:
+    return "left out" if value is None else repr(value)
+
+
+def _effective(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config with the defaults of its architecture; nothing where transformers is missing or does not know
+    it."""
+    from dimat.tasks.huggingface.library import library
+
+    try:
+        mapping: Any = library("transformers").models.auto.configuration_auto.CONFIG_MAPPING
+        whole: Any = mapping[str(config.get("model_type", ""))].from_dict(dict(config)).to_dict()
+    except Exception:  # transformers raises whatever its own code does; then a difference is noted, not judged
+        return {}
+    return flat_config(whole)
 
 
 def _has_codes(model: ModelFiles, name: str) -> bool:
@@ -110,19 +174,18 @@ def _quantised(model: ModelFiles, why: str) -> DataError:
     )
 
 
-def _value(settings: Mapping[str, Any], key: str) -> Any:
-    """Return the value of a key, or what it stands for where it is left out."""
+def _left_out(key: str, settings: Mapping[str, Any], effective: Mapping[str, Any]) -> Any:
+    """Return what a key stands for where it is left out; None where nobody knows."""
+    if effective:
+        return effective.get(key)
     before, dot, last = key.rpartition(".")
-    left_out = (
-        settings.get(f"{before}{dot}num_attention_heads") if last == "num_key_value_heads" else DEFAULTS.get(last)
-    )
-    return settings.get(key, left_out)
+    return settings.get(f"{before}{dot}num_attention_heads") if last == "num_key_value_heads" else DEFAULTS.get(last)
 
 
 def flat_config(config: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     """Return the keys of a config with those of the tables in it, dotted, in one form whatever wrote the file."""
     found: dict[str, Any] = {}
-    for key, value in config.items():
+    for key, value in ((str(key), value) for key, value in config.items()):
         if isinstance(value, dict) and key not in ("rope_parameters", "rope_scaling"):
             found |= flat_config(cast("dict[str, Any]", value), f"{before}{key}.")
         elif value is not None:
@@ -140,20 +203,20 @@ def flat_config(config: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     return found
 
 
-def _class_differences(first: ModelFiles, other: ModelFiles) -> list[str]:
+def _class_differences(first: Named, other: Named) -> list[str]:
     """Return in words where two models that name their classes give one output different names."""
-    mine, theirs = _classes(first), _classes(other)
+    mine, theirs = _classes(first[1]), _classes(other[1])
     if mine is None or theirs is None or mine == theirs:
         return []
     for key in sorted(mine.keys() | theirs.keys(), key=lambda key: (len(key), key)):
         if mine.get(key) != theirs.get(key):
-            return [f"class {key} is {mine.get(key)!r} in {first.path}, {theirs.get(key)!r} in {other.path}"]
+            return [f"class {key} is {mine.get(key)!r} in {first[0]}, {theirs.get(key)!r} in {other[0]}"]
     return []
 
 
-def _classes(model: ModelFiles) -> dict[str, str] | None:
+def _classes(config: Mapping[str, Any]) -> dict[str, str] | None:
     """Return the classes' names by output; None where they have none of their own."""
-    names: Any = model.config.get("id2label")
+    names: Any = config.get("id2label")
     if not isinstance(names, dict):
         return None
     found = {str(key): str(name) for key, name in cast("dict[Any, Any]", names).items()}

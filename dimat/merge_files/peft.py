@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,8 +10,11 @@ from math import isfinite
 from pathlib import Path
 from typing import Any, cast
 
+import regex
+
 from dimat.errors import DataError
-from dimat.merge_files.files import ADAPTER_CONFIG, read_json
+from dimat.merge_files.files import ADAPTER_CONFIG
+from dimat.reading import REGEX_S, matches, read_table
 
 PREFIX = "base_model.model."
 """The prefix that PEFT puts before the name of every module."""
@@ -47,15 +49,27 @@ class Settings:
     alpha: float
     ranks: Mapping[str, int]
     alphas: Mapping[str, float]
+    regex_s: float = REGEX_S
 
     def rank_of(self, module: str) -> int:
         """Return a module's rank."""
-        return self.ranks.get(_pattern(self.ranks, module), self.rank)
+        return self.ranks.get(self._pattern(self.ranks, module), self.rank)
 
     def scale_of(self, module: str, rank: int) -> float:
         """Return the s of a module's ΔW = s·B·A at a rank: alpha / rank, or alpha / √rank (rsLoRA)."""
-        alpha = self.alphas.get(_pattern(self.alphas, module), self.alpha)
+        alpha = self.alphas.get(self._pattern(self.alphas, module), self.alpha)
         return alpha / (rank**0.5 if self.config.get("use_rslora") else rank)
+
+    def _pattern(self, patterns: Mapping[str, Any], module: str) -> str:
+        """Return the first of the patterns, regular expressions, that a module's name ends in; else the name."""
+        try:
+            fit = (p for p in patterns if matches(rf"(.*\.)?({p})", module, self.regex_s, whole=True))
+            return next(fit, module)
+        except TimeoutError:
+            raise DataError(
+                f"{self.path / ADAPTER_CONFIG}: a pattern of ranks or alphas takes more than {self.regex_s:g} s for "
+                f"{module!r}; name the modules one by one, or raise regex_s in the recipe"
+            ) from None
 
     def merged(self, ranks: Mapping[str, int], others: Sequence[Settings]) -> bytes:
         """Return the adapter_config.json of a merged adapter with these ranks, by module.
@@ -74,10 +88,11 @@ class Settings:
         return (json.dumps(config, indent=2) + "\n").encode()
 
 
-def read_settings(folder: Path) -> Settings:
-    """Read the settings of a PEFT folder; DataError where they are damaged, or the adapter is no plain LoRA."""
+def read_settings(folder: Path, regex_s: float = REGEX_S) -> Settings:
+    """Read the settings of a PEFT folder; DataError where they are damaged, or the adapter is no plain LoRA. `regex_s`:
+    seconds that one of its patterns may take for one module's name."""
     path = folder / ADAPTER_CONFIG
-    config = read_json(path)
+    config = read_table(path)
     if config.get("peft_type") != "LORA":
         raise DataError(f"{path}: peft_type is {config.get('peft_type')!r}; products are merged of LORA adapters alone")
     for key, why in UNFIT.items():
@@ -97,6 +112,7 @@ def read_settings(folder: Path) -> Settings:
         _alpha(path, "lora_alpha", config.get("lora_alpha")),
         {key: _rank(path, f"rank_pattern[{key!r}]", value) for key, value in ranks.items()},
         {key: _alpha(path, f"alpha_pattern[{key!r}]", value) for key, value in alphas.items()},
+        regex_s,
     )
 
 
@@ -110,11 +126,6 @@ def _targets(config: Mapping[str, Any], key: str) -> Any:
     return sorted(map(str, cast("list[Any]", value))) if isinstance(value, list) else value
 
 
-def _pattern(patterns: Mapping[str, Any], module: str) -> str:
-    """Return the first of the patterns, regular expressions, that a module's name ends in; else the name."""
-    return next((p for p in patterns if re.fullmatch(rf"(.*\.)?({p})", module)), module)
-
-
 def _table(path: Path, config: Mapping[str, Any], key: str) -> dict[str, Any]:
     value = config.get(key) or {}
     if not isinstance(value, dict):
@@ -122,8 +133,8 @@ def _table(path: Path, config: Mapping[str, Any], key: str) -> dict[str, Any]:
     table = cast("dict[str, Any]", value)
     for pattern in table:
         try:
-            re.compile(pattern)
-        except re.error as error:
+            regex.compile(pattern)
+        except regex.error as error:
             raise DataError(f"{path}: {key} has {pattern!r}, which is no pattern: {error}") from None
     return table
 

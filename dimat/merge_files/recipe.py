@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -11,14 +10,16 @@ from math import isclose
 from pathlib import Path
 from typing import Annotated, Any, cast
 
+import regex
 import torch
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
-from dimat.config.load import build, read_toml
+from dimat.config.load import build, parse_value, read_toml
 from dimat.config.tree import Named, NamedConfig, Options, Tree
 from dimat.errors import ConfigError, nearest
 from dimat.merge.registry import align_registry, combine_registry, repair_registry
 from dimat.merge.stages import Weights
+from dimat.reading import REGEX_S, matches
 from dimat.registry import Bound
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -84,16 +85,22 @@ class Rule(Tree):
             raise ValueError("a rule has either match (a pattern like *.bias) or regex")
         if self.regex is not None:
             try:
-                re.compile(self.regex)
-            except re.error as error:
+                regex.compile(self.regex)
+            except regex.error as error:
                 raise ValueError(f"regex {self.regex!r}: {error}") from None
         return self
 
-    def fits(self, name: str) -> bool:
-        """Tell whether a tensor's name matches."""
+    def fits(self, name: str, limit_s: float) -> bool:
+        """Tell whether a tensor's name matches; ConfigError where the regular expression takes longer than a limit."""
         if self.match is not None:
             return fnmatchcase(name, self.match)
-        return re.search(self.regex or "", name) is not None
+        try:
+            return matches(self.regex or "", name, limit_s)
+        except TimeoutError:
+            raise ConfigError(
+                f"regex {self.regex!r} takes more than regex_s = {limit_s:g} s for {name!r}: write it without repeats "
+                "inside of repeats, or raise regex_s"
+            ) from None
 
     @property
     def pattern(self) -> str:
@@ -143,6 +150,11 @@ class Recipe(Tree):
     """Seed of methods that draw at random."""
     shard_size: Annotated[int, BeforeValidator(as_bytes), Field(ge=1)] = 5 * 10**9
     """Bytes per file of a folder, e.g. "5GB"."""
+    keep_not_finite: bool = False
+    """Write a merge some of whose numbers are not finite; by default it ends with the first of them, and nothing is
+    written. Inputs have to be finite all the same."""
+    regex_s: Annotated[float, Field(gt=0)] = REGEX_S
+    """Seconds that a regular expression, of a rule or of an adapter, may take for one name."""
     folder: str = "."
     """The recipe's own folder, from which hooks are looked up; not for writing in it."""
 
@@ -201,6 +213,10 @@ def checked_mixing(weights: Sequence[float], models: int) -> list[float]:
     return [*weights]
 
 
+PATHS = ("path", "statistics")
+"""Keys of a model that are paths, relative to the recipe's folder."""
+
+
 def load_recipe(file: Path, changes: Mapping[str, Any], options: Mapping[str, Any]) -> Recipe:
     """Read a recipe from TOML; paths in it are relative to its folder. `changes` replace its keys, `options` are put
     over its options. ConfigError says what is wrong in it."""
@@ -216,8 +232,8 @@ def load_recipe(file: Path, changes: Mapping[str, Any], options: Mapping[str, An
     for i, model in enumerate(tree.get("models", []) if isinstance(tree.get("models"), list) else []):
         entry = {"path": model} if isinstance(model, str) else model
         if isinstance(entry, dict):
-            moved = {k: str(file.parent / v) if k in ("path", "statistics") else v for k, v in entry.items()}
-            tree["models"][i] = moved
+            paths = {k: str(file.parent / v) for k, v in entry.items() if k in PATHS and isinstance(v, str)}
+            tree["models"][i] = {**entry, **paths}
     return build_recipe(tree, changes, options, str(file))
 
 
@@ -252,10 +268,7 @@ def parse_options(items: Sequence[str]) -> dict[str, Any]:
         key, sign, text = item.partition("=")
         if not sign or not key.strip():
             raise ConfigError(f"--set {item!r}: expected OPTION=VALUE, e.g. --set density=0.5")
-        try:
-            options[key.strip()] = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            options[key.strip()] = text.strip()
+        options[key.strip()] = parse_value(text.strip(), f"--set {key.strip()}")
     return options
 
 

@@ -212,7 +212,7 @@ def prepare(recipe: Recipe, *, overwrite: bool = False) -> Job:
     own, together = models[0], Together(models, base)
     if opened is None:
         check_factors([*models, *([] if base is None else [base])])
-        together = together if recipe.model is not None else bring_together(models, base)
+        together = bring_together(models, base)
         models, base = together.models, together.base
         check_alike([*models, *([] if base is None else [base])])
     names = models[0].infos if opened is None else names_of(recipe, opened)
@@ -225,7 +225,7 @@ def prepare(recipe: Recipe, *, overwrite: bool = False) -> Job:
             raise ConfigError(
                 f"method {part.method.name!r} runs the whole model: it cannot merge some tensors by a rule"
             )
-    network = open_network(recipe, methods, models[0], device)
+    network = open_network(recipe, methods, models[0], together.tied, device)
     if network is not None and models[0].adapter:
         raise ConfigError("adapters are no models that could be run: merge them without model, align and repair")
     adapters = None if opened is None else fit_together(opened, names, parts, device)
@@ -298,8 +298,8 @@ def merge_files(job: Job, *, version: str, overwrite: bool = False, progress: Pr
             for name in job.infos:
                 receive(name, job.into.tensor(name, added, job.device))
         if merged is not None:
-            for name in job.infos:
-                receive(name, merged.weights.pop(name))
+            for name in job.merged:
+                receive_tied(name, merged.weights.pop(name))
             moved = {str(model.path): share for model, share in zip(job.models[1:], merged.moved) if share is not None}
             report = replace(report, moved=moved, notes=(*job.notes, *merged.notes))
         if not output.single:
@@ -333,17 +333,21 @@ def _combine(job: Job, part: Part) -> Weights:
         # what is not here (a model, data, a state) is None, for methods that can do without
         return part.method(own, peers, part.mixing, **(dict.fromkeys(CONTEXT) | context | {"base": base}))
 
-    return merge_checked(method, own, peers, part.mixing, base, [str(model.path) for model in job.models[1:]])
+    names = [str(model.path) for model in job.models[1:]]
+    return merge_checked(method, own, peers, part.mixing, base, names, finite=not job.recipe.keep_not_finite)
 
 
 def _parts(recipe: Recipe, own: Collection[str]) -> tuple[Part, ...]:
     """Return which tensors are merged how; ConfigError where a rule matches none."""
     names: dict[int, list[str]] = {}
+    limit_s = recipe.regex_s
     for name in own:
-        names.setdefault(next((i for i, rule in enumerate(recipe.rules) if rule.fits(name)), -1), []).append(name)
+        names.setdefault(next((i for i, rule in enumerate(recipe.rules) if rule.fits(name, limit_s)), -1), []).append(
+            name
+        )
     for i, rule in enumerate(recipe.rules):
         if i not in names:
-            earlier = any(rule.fits(name) for name in own)
+            earlier = any(rule.fits(name, limit_s) for name in own)
             why = "earlier rules take all that it matches" if earlier else f"names are like {next(iter(own))!r}"
             raise ConfigError(f"rule {i + 1} ({rule.pattern!r}) applies to no tensor: {why}")
     rules = {i: None if i < 0 else recipe.rules[i] for i in sorted(names)}

@@ -10,10 +10,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
 from dimat.errors import DataError
+from dimat.merge.ties import EMBEDDING, HEADS, tied_in, ties_of
 from dimat.merge_files.files import ModelFiles
 from dimat.weights.header import TensorInfo
 
@@ -22,11 +20,6 @@ COMPUTED = re.compile(
     r"|sin_cached|attn\.bias|attention\.bias)"
 )
 """Names of buffers that follow from the config. The biases among them are causal masks: (1, 1, length, length)."""
-
-HEADS = {"lm_head.weight", "embed_out.weight", "output.weight", "cls.predictions.decoder.weight"}
-"""Output layers that may be tied to the embedding of tokens."""
-
-EMBEDDING = re.compile(r"(?:.*\.)?(?:embed_tokens|wte|word_embeddings|tok_embeddings|embed_in|shared)\.weight")
 
 
 @dataclass(frozen=True)
@@ -86,38 +79,33 @@ def bring_together(models: Sequence[ModelFiles], base: ModelFiles | None) -> Tog
 
 
 def _aliases_of(inputs: Sequence[ModelFiles], names: Sequence[str]) -> dict[str, str]:
-    """Return the tensors that only some models store, by name, with the one that they are tied to in the others."""
+    """Return the tensors that models store twice, or only some of them store, with the one that they are tied to."""
     found: dict[str, str] = {}
+    groups = [ties_of(model) for model in inputs]
     everywhere = [name for name in names if all(name in model for model in inputs)]
     for name in names:
-        having = [model for model in inputs if name in model]
-        info = having[0].infos[name]
+        having = [number for number, model in enumerate(inputs) if name in model]
+        info = inputs[having[0]].infos[name]
         if name in found.values() or len(info.shape) < 2 or not info.dtype.is_floating_point:
             continue
-        twins = [n for n in everywhere if n != name and n not in found and having[0].infos[n].shape == info.shape]
-        if len(having) == len(inputs):  # stored twice by all
-            known = [n for n in twins if EMBEDDING.fullmatch(n)] if name in HEADS or EMBEDDING.fullmatch(name) else []
-            twin = next((n for n in known if all(_equal(model, name, n) for model in inputs)), None)
-            found |= {} if twin is None else {name: twin}
+        free = [one for one in everywhere if one != name and one not in found]
+        if len(having) == len(inputs):  # stored twice by all: the embedding is the tensor, the other one its alias
+            twins = [n for n in free if EMBEDDING.fullmatch(n) and all(n in group.get(name, ()) for group in groups)]
+            found |= {name: twins[0]} if twins else {}
             continue
-        twin = next((n for n in twins if _equal(having[0], name, n)), None)
+        twin = next((one for one in free if one in groups[having[0]].get(name, ())), None)
         lacking = [model for model in inputs if name not in model]
-        if twin is None and name in HEADS and all(m.config.get("tie_word_embeddings") is not False for m in lacking):
-            twin = next((n for n in twins if EMBEDDING.fullmatch(n)), None)
+        if (
+            twin is None
+            and HEADS.fullmatch(name)
+            and all(m.config.get("tie_word_embeddings") is not False for m in lacking)
+        ):
+            same = (one for one in free if inputs[having[0]].infos[one].shape == info.shape)
+            twin = next((one for one in same if EMBEDDING.fullmatch(one)), None)
         if twin is not None:
             found[name] = twin
     return found
 
 
 def _same(model: ModelFiles, name: str, twin: str) -> bool:
-    return name not in model or _equal(model, name, twin)
-
-
-def _equal(model: ModelFiles, name: str, twin: str) -> bool:
-    """Tell whether two tensors of a model hold the same numbers, not all one number."""
-    first, second = _tensor(model, name), _tensor(model, twin)
-    return torch.equal(first, second) and bool((first != first.flatten()[:1]).any())
-
-
-def _tensor(model: ModelFiles, name: str) -> Tensor:
-    return model[name].detach()
+    return name not in model or tied_in(model, name, twin)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from dimat.errors import ConfigError, DataError
-from dimat.merge_files.files import ModelFiles, hash_of, read_json
+from dimat.merge_files.files import ModelFiles, hash_of
+from dimat.reading import read_table, read_text
 from dimat.tasks.huggingface.tokens import mapping_hash
 
 BY_TOKEN = re.compile(r"(?:.*[._])?(?:embed\w*|wte|shared|lm_head|output|predictions|decoder)(?:\..*)?")
@@ -158,7 +159,7 @@ def _ids_in(folder: Path) -> dict[str, int]:
     """Return the id of each token by the files of a tokenizer."""
     ids: dict[str, int] = {}
     if (folder / "tokenizer.json").is_file():
-        tree = read_json(folder / "tokenizer.json")
+        tree = read_table(folder / "tokenizer.json")
         part: Any = tree.get("model")
         vocabulary: Any = cast("dict[str, Any]", part).get("vocab") if isinstance(part, dict) else None
         if isinstance(vocabulary, dict):
@@ -172,15 +173,12 @@ def _ids_in(folder: Path) -> dict[str, int]:
                 ids[str(cast("dict[str, Any]", token).get("content"))] = token["id"]
         return ids
     if (folder / "vocab.json").is_file():
-        ids = _whole_numbers(read_json(folder / "vocab.json"))
+        ids = _whole_numbers(read_table(folder / "vocab.json"))
     elif (folder / "vocab.txt").is_file():
-        try:
-            lines = (folder / "vocab.txt").read_text(encoding="utf-8").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"cannot read {folder / 'vocab.txt'}: {error}") from error
+        lines = read_text(folder / "vocab.txt").split("\n")
         ids = {line.rstrip("\r"): i for i, line in enumerate(lines) if line}
     if ids and (folder / "added_tokens.json").is_file():
-        ids |= _whole_numbers(read_json(folder / "added_tokens.json"))
+        ids |= _whole_numbers(read_table(folder / "added_tokens.json"))
     return ids
 
 

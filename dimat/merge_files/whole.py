@@ -45,12 +45,12 @@ def merge_whole(
     alone has weight, own tensors come back as they are. Deltas are taken from the base as it is: it must be in own's
     order of units. Raises MergeError where a stage cannot do its work.
     """
-    own = _loaded(models[0], network.dtype, device)
+    own = _loaded(models[0], network, device)
     taking = [any(part.mixing[k] for part in parts) for k in range(1, len(models))]
     if not any(taking):
         return WholeMerge(own, (None,) * len(taking))
-    peers = [_loaded(peer, network.dtype, device) if used else peer for peer, used in zip(models[1:], taking)]
-    start = None if base is None else _loaded(base, network.dtype, device)
+    peers = [_loaded(peer, network, device) if used else peer for peer, used in zip(models[1:], taking)]
+    start = None if base is None else _loaded(base, network, device)
     context = MergeContext(
         network.model,
         network.spec,
@@ -71,7 +71,9 @@ def merge_whole(
             return part.method(own, peers, part.mixing, **(offered | {"base": base}))
 
         ours, theirs = _only(own, part.names), [_only(view, part.names) for view in views]
-        result |= merge_checked(method, ours, theirs, part.mixing, start, names, network.model)
+        result |= merge_checked(
+            method, ours, theirs, part.mixing, start, names, network.model, finite=not recipe.keep_not_finite
+        )
     repaired = repair_registry.call(recipe.repair.name, recipe.repair.options, result, **context.offered())
     moved = tuple(moved_share(m) if m else None for m in moves)
     return WholeMerge(repaired.weights, moved, (*notes, *repaired.notes))
@@ -97,8 +99,9 @@ def _aligned(
     return [next(found) if used else {} for used in taking], (*context.spec.warnings, *aligned.notes)
 
 
-def _loaded(weights: Weights, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    return {name: t.to(device, dtype if t.is_floating_point() else None) for name, t in weights.items()}
+def _loaded(weights: Weights, network: Network, device: torch.device) -> dict[str, Tensor]:
+    whole = network.complete(weights)
+    return {name: t.to(device, network.dtype if t.is_floating_point() else None) for name, t in whole.items()}
 
 
 def _only(weights: Weights, names: Sequence[str]) -> dict[str, Tensor]:

@@ -13,11 +13,11 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from dimat.config import ExperimentConfig, build
 from dimat.errors import ConfigError, DataError
 from dimat.json_text import to_json
+from dimat.reading import read_table
 from dimat.results import Results
 from dimat.weights.durable import write_bytes
 
@@ -87,7 +87,7 @@ def check_folder(path: Path, config: ExperimentConfig, *, overwrite: bool) -> di
         return described
     if not (path / MARK).exists():
         raise DataError(f"folder {path} is not empty and no run folder of dimat; choose another with --out")
-    kept = _read(path / MARK)
+    kept = read_table(path / MARK)
     if kept != described:
         keys = sorted(_differences(kept, described)) or ["keys that only one version of dimat knows"]
         raise DataError(
@@ -102,14 +102,21 @@ def read_experiment(path: Path) -> ExperimentConfig:
     """Return the experiment that a run folder holds; DataError where that cannot be read or is of another version."""
     if not (path / MARK).exists():
         raise DataError(f"{path} is no run folder of dimat: it has no {MARK}; give the folder of a run")
-    origin = _read(path / ORIGIN) if (path / ORIGIN).exists() else {}
+    origin = read_table(path / ORIGIN) if (path / ORIGIN).exists() else {}
     # where the experiment was, or else beside the run folder as it was before both were moved
     places = [Path(str(origin.get("folder", ""))), path / str(origin.get("relative", ""))]
-    folder = next((place for place in places if origin and place.is_dir()), path)
+    folder = next((place for place in places if origin and _is_folder(place)), path)
     try:
-        return build(ExperimentConfig, {**_read(path / MARK), "folder": str(folder)}, str(path / MARK))
+        return build(ExperimentConfig, {**read_table(path / MARK), "folder": str(folder)}, str(path / MARK))
     except ConfigError as error:
         raise DataError(f"{error}; this dimat cannot read the experiment of that run") from None
+
+
+def _is_folder(place: Path) -> bool:
+    try:
+        return place.is_dir()
+    except OSError:  # of a name that no file can have
+        return False
 
 
 def describe(config: ExperimentConfig) -> dict[str, object]:
@@ -124,16 +131,6 @@ def _origin(path: Path, folder: Path) -> dict[str, str]:
 
 def _json(values: Mapping[str, object]) -> bytes:
     return (to_json(values, indent=1) + "\n").encode()
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {file}: {error}") from error
-    if not isinstance(values, dict):
-        raise DataError(f"cannot read {file}: it holds no JSON object")
-    return values
 
 
 def _differences(a: object, b: object, path: str = "") -> set[str]:

@@ -21,6 +21,7 @@ from dimat.agent.protocol.state import MachineState
 from dimat.errors import DataError
 from dimat.events import MERGE_LOGGED, Merged, MergeResult
 from dimat.json_text import to_json
+from dimat.reading import as_type, parse_json
 
 KINDS: Mapping[type[Any], str] = {
     m.MergeAction: "Merge",
@@ -144,7 +145,7 @@ def _lines(path: Path) -> Iterator[tuple[int, _Line]]:
         with path.open(encoding="utf-8") as file:
             for number, text in enumerate(file, 1):
                 try:
-                    yield number, _parsed(json.loads(text))
+                    yield number, _parsed(parse_json(text))
                 except (ValueError, KeyError, TypeError, AttributeError) as error:
                     if not text.endswith("\n"):
                         return
@@ -154,11 +155,11 @@ def _lines(path: Path) -> Iterator[tuple[int, _Line]]:
 
 
 def _parsed(values: Mapping[str, Any]) -> _Line:
-    agent, time_s = str(values["agent"]), float(values["time_s"])
+    agent, time_s = as_type(str, values["agent"]), as_type(float, values["time_s"])
     if "begin" in values:
         kept = values["begin"]["state"]
         state = None if kept is None else MachineState.from_dict(kept)
-        return _Line(agent, time_s, state, int(values["begin"]["published"]))
+        return _Line(agent, time_s, state, as_type(int, values["begin"]["published"]))
     return _Line(agent, time_s, event=event_of(values["event"]), actions=list(values["actions"]))
 
 

@@ -12,12 +12,13 @@ factor of size 2 describes an axis of 14 entries: 12 indexed as `i_a * 4 + i_b`,
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from math import prod
-from typing import Any, Literal
+from typing import Literal
 
 from blake3 import blake3
+
+from dimat.reading import as_type, parse_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,21 +189,8 @@ class SymmetrySpec:
 
     @staticmethod
     def from_json(text: str) -> SymmetrySpec:
-        """Rebuild a spec from `to_json` text."""
-        raw: dict[str, Any] = json.loads(text)
-        return SymmetrySpec(
-            groups=tuple(_group(g) for g in raw["groups"]),
-            axes=tuple(AxisRef(a["tensor"], a["dim"], _layout(a["layout"])) for a in raw["axes"]),
-            frozen=tuple(FrozenAxis(**f) for f in raw["frozen"]),
-            unknown_ops=tuple(UnknownOp(**u) for u in raw["unknown_ops"]),
-            tied=tuple(tuple(t) for t in raw["tied"]),
-            trace_kind=raw["trace_kind"],
-            arch_hash=raw["arch_hash"],
-            coverage=raw["coverage"],
-            warnings=tuple(raw["warnings"]),
-            outputs=tuple(raw["outputs"]),
-            numbered=tuple(_group(g) for g in raw.get("numbered", ())),
-        )
+        """Rebuild a spec from `to_json` text; ValueError where it is something else."""
+        return as_type(SymmetrySpec, parse_json(text))
 
 
 def _spelled(layout: Layout, numbers: dict[str, int]) -> str:
@@ -239,21 +227,3 @@ def _factors(segment: Segment, numbers: dict[str, int]) -> list[str]:
     if still > 1:
         said.append(str(still))
     return said
-
-
-def _layout(raw: Sequence[Sequence[Mapping[str, Any]]]) -> Layout:
-    return tuple(
-        tuple(Factor(f["size"], f["group"], _layout(f["parts"]) if f["parts"] else None) for f in segment)
-        for segment in raw
-    )
-
-
-def _group(raw: Mapping[str, Any]) -> Group:
-    points = tuple(_point(point) for point in raw["points"])
-    axes = tuple((tensor, dim) for tensor, dim in raw["axes"])
-    return Group(raw["id"], raw["size"], axes, tuple(raw["parents"]), points, raw["method"])
-
-
-def _point(raw: Mapping[str, Any]) -> ObservationPoint:
-    known: dict[str, Any] = {**raw, "factors": tuple(raw["factors"]), "outer": tuple(raw["outer"])}
-    return ObservationPoint(**known)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dimat.config import TaskConfig
-from dimat.errors import ConfigError, DimatError, HookError, nearest
-from dimat.hooks import load_hook
+from dimat.errors import ConfigError, HookError, nearest
+from dimat.hooks import load_hook, user_code
 from dimat.registry import Registry
 from dimat.tasks.base import Task
 
@@ -58,12 +58,8 @@ def _hooked(spec: str, options: Mapping[str, Any], folder: Path) -> Task:
         inspect.signature(function).bind(**arguments)
     except TypeError as error:
         raise ConfigError(f"{where}: {error}; give it in task.options") from None
-    try:
+    with user_code(f"{where} failed"):
         made: Any = function(**arguments)
-    except DimatError:
-        raise  # it says what to do already
-    except Exception as error:
-        raise HookError(f"{where} failed: {type(error).__name__}: {error}") from error
     missing = [member for member in MEMBERS if not hasattr(made, member)]
     if missing:
         kind = type(made).__name__

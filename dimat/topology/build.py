@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from dimat.config import NamedConfig, TopologyConfig, build
 from dimat.errors import TopologyError
 from dimat.seeds import derive_seed
 from dimat.topology.files import format_of, from_edges, from_python, named, parse_graph
-from dimat.topology.graphs import agent_names, build_graph, check_graph
+from dimat.topology.graphs import agent_names, build_graph, check_graph, check_links
 from dimat.topology.mixing import Mixer
 from dimat.topology.network_map import DEFAULT_AGENTS, DEFAULT_GRAPH, NetworkMap, Topology, check_names, load_map
 from dimat.topology.rounds import check_schedule
@@ -33,17 +33,18 @@ def read_graph(
     format: str | None = None,
     agents: int | Sequence[str] | None = None,
     seed: int = 0,
+    within: Sequence[Path] = (),
 ) -> nx.Graph[str]:
     """Read and check a graph; `agents` (a number, or names in order) must fit it.
 
     A {connectivity, pi} file leaves its mixing matrix in the graph attribute `pi`. Of a TOML map only the graph is
-    taken (`seed` is for maps that name a random one). Raises TopologyError, naming the file, for what cannot be read
-    or used.
+    taken (`seed` is for maps that name a random one). `within`: the maps that led here, none of which may be named
+    again. Raises TopologyError, naming the file, for what cannot be read or used.
     """
     kind = format_of(path, format)
     if kind == "toml":
         network = load_map(path)
-        graph = graph_of(network, seed)
+        graph = graph_of(network, seed, (*within, Path(path)))
         if graph is None:
             raise TopologyError(f"{path}: the map gives no graph")
     else:
@@ -51,9 +52,10 @@ def read_graph(
     return named(graph, agents, str(path))
 
 
-def graph_of(network: NetworkMap, seed: int = 0) -> nx.Graph[str] | None:
-    """Return a map's graph, or None where it names neither graph, edges, file nor python and is not static."""
-    return _graph(network.config, network.names or network.config.agents, seed, network.folder)
+def graph_of(network: NetworkMap, seed: int = 0, within: Sequence[Path] = ()) -> nx.Graph[str] | None:
+    """Return a map's graph, or None where it names neither graph, edges, file nor python and is not static. `within`:
+    the map's own file after those that led to it."""
+    return _graph(network.config, network.names or network.config.agents, seed, network.folder, within)
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class ResolvedMap:
             self.graph,
             Mixer(mixing.name, mixing.options, counts or None, pi),
             derive_seed(self.seed, "topology", "schedule", chosen.schedule.name),
-            partial(_resolve, names=self.names, seed=self.seed, folder=self.network.folder),
+            partial(_resolve, names=self.names, seed=self.seed, folder=self.network.folder, limits=chosen),
         )
         schedule = make_schedule(setting, chosen.schedule.name, chosen.schedule.options)
         return Topology(self.names, schedule, self.graph, self.network.addresses, counts, chosen.schedule, mixing)
@@ -106,7 +108,7 @@ def resolve_map(config: TopologyConfig, seed: int = 0, folder: str | Path = ".")
             raise TopologyError(f"{config.map}: the map has {network.config.agents} agents, agents = {config.agents}")
         if config.agents is not None and network.config.agents is None:
             network = NetworkMap(network.config.model_copy(update={"agents": config.agents}), folder=network.folder)
-    graph = graph_of(network, seed)
+    graph = graph_of(network, seed, () if config.map is None else (Path(folder) / config.map,))
     if graph is not None:
         names = tuple(graph)
     else:
@@ -141,34 +143,73 @@ def check(topology: Topology | nx.Graph[str], rounds: int | None = None) -> None
 
 
 def _graph(
-    config: TopologyConfig, agents: tuple[str, ...] | int | None, seed: int, folder: Path
+    config: TopologyConfig,
+    agents: tuple[str, ...] | int | None,
+    seed: int,
+    folder: Path,
+    within: Sequence[Path] = (),
 ) -> nx.Graph[str] | None:
     """Return the graph that a configuration gives, None if it gives none and the schedule needs none."""
+    graph = _unbounded(config, agents, seed, folder, within)
+    if graph is not None:
+        check_agents(len(graph), config.most_agents)
+        check_links(graph.number_of_edges(), config.most_links, "topology")
+    return graph
+
+
+def _unbounded(
+    config: TopologyConfig,
+    agents: tuple[str, ...] | int | None,
+    seed: int,
+    folder: Path,
+    within: Sequence[Path],
+) -> nx.Graph[str] | None:
     if config.options and config.graph is None and (config.edges or config.file or config.python):
         raise TopologyError("options belong to a generator (graph = …), not to edges, file or python")
+    most = config.most_agents
     if config.edges is not None:
+        check_agents(1 + max((end for pair in config.edges for end in pair if isinstance(end, int)), default=0), most)
         return from_edges(config.edges, agents)
     if config.file is not None:
-        return read_graph(folder / config.file, agents=agents, seed=seed)
+        file = folder / config.file
+        if any(_same_file(file, before) for before in within):
+            raise TopologyError(f"{within[-1]}: file = {config.file!r} leads back to {file}; name a file with a graph")
+        return read_graph(file, agents=agents, seed=seed, within=within)
     if config.python is not None:
         return from_python(config.python, folder, agents)
     if config.graph is not None:
         if agents is None:
             raise TopologyError(f"graph {config.graph!r} needs the number of agents: agents = {DEFAULT_AGENTS}, say")
-        return build_graph(config.graph, agents, seed, config.options)
+        return build_graph(config.graph, agents, seed, config.options, config.most_links)
     if config.schedule.name == "static":
-        return build_graph(DEFAULT_GRAPH, agents or DEFAULT_AGENTS, seed, config.options)
+        return build_graph(DEFAULT_GRAPH, agents or DEFAULT_AGENTS, seed, config.options, config.most_links)
     if config.options:
         raise TopologyError("options belong to a generator: name it with graph = …")
     return None
 
 
-def _resolve(entry: Any, names: tuple[str, ...], seed: int, folder: Path) -> nx.Graph[str]:
+def check_agents(count: int, most: int) -> None:
+    """Raise TopologyError for more agents than `topology.most_agents`."""
+    if count > most:
+        raise TopologyError(f"topology: {count:,} agents are above most_agents = {most:,}; raise that for more")
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except (OSError, ValueError):  # one that is not there is told where it is read
+        return False
+
+
+def _resolve(entry: Any, names: tuple[str, ...], seed: int, folder: Path, limits: TopologyConfig) -> nx.Graph[str]:
     """Return the graph of one entry of schedule "cycle": a generator's name or a table as in a map."""
-    tree: dict[str, Any] = {"graph": entry} if isinstance(entry, str) else dict(entry)
+    if not isinstance(entry, str | Mapping):
+        raise TopologyError(f"schedule 'cycle': an entry of graphs is a name or a table, not {entry!r}")
+    tree: dict[str, Any] = {"graph": entry} if isinstance(entry, str) else dict(cast("Mapping[str, Any]", entry))
     extra = tree.keys() - {"graph", "options", "edges", "file", "python"}
     if extra:
         raise TopologyError(f"schedule 'cycle': unknown key {min(extra)!r} in graphs; use graph, options, edges, file")
+    tree |= {"most_agents": limits.most_agents, "most_links": limits.most_links}
     graph = _graph(build(TopologyConfig, tree, "schedule 'cycle'"), names, seed, folder)
     if graph is None:
         raise TopologyError("schedule 'cycle': an entry of graphs names no graph")

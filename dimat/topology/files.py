@@ -6,13 +6,13 @@ labels that are just the numbers 0 … n-1 become `agent-0` … (or the names of
 
 from __future__ import annotations
 
-import importlib.util
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from dimat.errors import HookError, TopologyError, unknown_name
+from dimat.hooks import load_hook, user_code
+from dimat.reading import parse_json, read_text
 from dimat.topology.graphs import agent_names, check_graph
 
 if TYPE_CHECKING:
@@ -54,25 +54,11 @@ def from_python(hook: str, folder: Path, agents: int | Sequence[str] | None = No
     """
     import networkx as nx
 
-    file, sign, function = hook.rpartition(":")
-    if not sign or not file.endswith(".py") or not function.isidentifier():
+    if not hook.rpartition(":")[0].endswith(".py"):
         raise HookError(f"python = {hook!r}: expected file.py:function, e.g. two_clusters.py:graph")
-    path = folder / file
-    spec = importlib.util.spec_from_file_location(f"dimat_topology_{path.stem}", path)
-    if spec is None or spec.loader is None or not path.is_file():
-        raise HookError(f"python = {hook!r}: there is no file {path}")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise HookError(f"{path} cannot be imported: {_one_line(error)}") from error
-    make = getattr(module, function, None)
-    if not callable(make):
-        raise HookError(f"{path} has no function {function!r}")
-    try:
+    make = load_hook(hook, folder, "python =", anew=True)
+    with user_code(f"python = {hook!r} failed"):
         graph = make()
-    except Exception as error:
-        raise HookError(f"{hook} failed: {_one_line(error)}") from error
     if not isinstance(graph, nx.Graph):
         raise HookError(f"{hook} returned {type(graph).__name__}, not a networkx Graph or DiGraph")
     return named(cast("AnyGraph", graph), agents, hook)
@@ -184,8 +170,8 @@ def parse_graph(path: Path, kind: str) -> AnyGraph:
             return nx.read_graphml(path, node_type=str)
         if kind == "gml":
             return nx.read_gml(path)
-        text = path.read_text(encoding="utf-8")
-        return _edge_list(text) if kind == "edges" else _json(json.loads(text), kind)
+        text = read_text(path, TopologyError)
+        return _edge_list(text) if kind == "edges" else _json(parse_json(text), kind)
     except TopologyError as error:
         raise TopologyError(f"{path}: {error}") from None
     except OSError as error:

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 MAX_DRAWS = 100
 """Draws of a random graph before giving up on a connected one."""
 
-GRAPHS: Registry[IntGraph] = Registry("graph", error=TopologyError)
+GRAPHS: Registry[IntGraph] = Registry("graph", traits={"links": None}, error=TopologyError)
+"""Generators. Trait `links`: function of the number of agents and the options that returns about how many links the
+graph has, for generators by which these may be many more than the agents."""
 
 
 def list_graphs() -> list[Entry]:
@@ -41,20 +43,32 @@ def build_graph(
     agents: int | Sequence[str],
     seed: int = 0,
     options: Mapping[str, Any] | None = None,
+    most_links: int | None = None,
 ) -> nx.Graph[str]:
     """Return the graph `name` on `agents` (a number, or names in order), checked.
 
     `seed` is the experiment's; random graphs draw from a stream of their own under it, unless `options` holds a
-    `seed`. The graph attribute `generator` holds the name. Raises TopologyError for what cannot exist.
+    `seed`. The graph attribute `generator` holds the name. Raises TopologyError for what cannot exist, and, before it
+    is made, for a graph of more links than `most_links`.
     """
     names = agent_names(agents) if isinstance(agents, int) else tuple(agents)
     if not names:
         raise TopologyError("a topology needs at least one agent")
-    drawn = GRAPHS.call(name, options or {}, len(names), seed=derive_seed(seed, "topology", name))
+    bound = GRAPHS.bind(name, options or {})
+    links: Callable[..., float] | None = bound.traits["links"]
+    if links is not None and most_links is not None:
+        check_links(links(len(names), **bound.settings), most_links, f"graph {name!r}")
+    drawn = bound(len(names), seed=derive_seed(seed, "topology", name))
     graph = rename(drawn, names)
     graph.graph["generator"] = name
     check_graph(graph)
     return graph
+
+
+def check_links(count: float, most: int, where: str) -> None:
+    """Raise TopologyError for a graph of more links than `topology.most_links`."""
+    if count > most:
+        raise TopologyError(f"{where}: {count:,.0f} links are above most_links = {most:,}; raise that for more")
 
 
 def rename(graph: nx.Graph[int], names: Sequence[str]) -> nx.Graph[str]:
@@ -121,7 +135,29 @@ def _connected(draw: Callable[[int], nx.Graph[int]], seed: int, what: str) -> nx
     raise TopologyError(f"{what}: none of {MAX_DRAWS} draws is connected; ask for more edges")
 
 
-@GRAPHS.register("complete")
+def _every_pair(n: int, **_: Any) -> float:
+    return n * (n - 1) / 2
+
+
+def _by_degree(n: int, *, degree: int = 0, k: int = 0, **_: Any) -> float:
+    return n * (degree or k) / 2
+
+
+def _by_chance(n: int, *, p: float | None, **_: Any) -> float:
+    return (p or 0) * n * n / 2
+
+
+def _across(n: int, *, left: int | None, **_: Any) -> float:
+    size = n // 2 if left is None else left
+    return size * (n - size)
+
+
+def _inside(n: int, *, left: int | None, **_: Any) -> float:
+    size = n // 2 if left is None else left
+    return _every_pair(size) + _every_pair(n - size)
+
+
+@GRAPHS.register("complete", links=_every_pair)
 def complete(n: int) -> nx.Graph[int]:
     """Everyone is linked to everyone: n(n-1)/2 edges, one merge is the exact average."""
     return _graph(n, ((i, j) for i in range(n) for j in range(i + 1, n)))
@@ -185,7 +221,7 @@ def exponential(n: int) -> nx.Graph[int]:
     return _graph(n, ((i, (i + hop) % n) for i in range(n) for hop in hops), directed=n > 1)
 
 
-@GRAPHS.register("random-regular")
+@GRAPHS.register("random-regular", links=_by_degree)
 def random_regular(n: int, *, degree: int = 4, seed: int = 0) -> nx.Graph[int]:
     """A random graph in which every agent has `degree` neighbours; n·degree even."""
     import networkx as nx
@@ -205,7 +241,7 @@ def random_regular(n: int, *, degree: int = 4, seed: int = 0) -> nx.Graph[int]:
     return _connected(draw, seed, f"random-regular, degree {degree}")
 
 
-@GRAPHS.register("erdos-renyi")
+@GRAPHS.register("erdos-renyi", links=_by_chance)
 def erdos_renyi(n: int, *, p: float | None = None, seed: int = 0) -> nx.Graph[int]:
     """Every pair is linked with probability p (default min(1, 2 ln n / n)); redrawn until connected."""
     import networkx as nx
@@ -222,7 +258,7 @@ def erdos_renyi(n: int, *, p: float | None = None, seed: int = 0) -> nx.Graph[in
     return _connected(draw, seed, f"erdos-renyi, p = {chance:.3g}")
 
 
-@GRAPHS.register("watts-strogatz")
+@GRAPHS.register("watts-strogatz", links=_by_degree)
 def watts_strogatz(n: int, *, k: int = 4, p: float = 0.2, seed: int = 0) -> nx.Graph[int]:
     """Small world: a ring with k nearest neighbours, each edge rewired with probability p; redrawn until connected."""
     import networkx as nx
@@ -240,7 +276,7 @@ def watts_strogatz(n: int, *, k: int = 4, p: float = 0.2, seed: int = 0) -> nx.G
     return _connected(draw, seed, f"watts-strogatz, k = {k}, p = {p}")
 
 
-@GRAPHS.register("bipartite")
+@GRAPHS.register("bipartite", links=_across)
 def bipartite(n: int, *, left: int | None = None) -> nx.Graph[int]:
     """Two sides, everyone linked to everyone of the other side; `left` agents on the first (default half)."""
     if n == 1:
@@ -251,7 +287,7 @@ def bipartite(n: int, *, left: int | None = None) -> nx.Graph[int]:
     return _graph(n, ((i, j) for i in range(size) for j in range(size, n)))
 
 
-@GRAPHS.register("two-clusters")
+@GRAPHS.register("two-clusters", links=_inside)
 def two_clusters(n: int, *, left: int | None = None, bridges: int = 1) -> nx.Graph[int]:
     """Two complete clusters, joined by `bridges` links; `left` agents in the first (default half, rounded up)."""
     if n == 1:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten  # pyright: ignore[reportPrivateImportUsage]
 
-from dimat.errors import DimatError, HookError, TrainingError
+from dimat.errors import HookError, TrainingError
+from dimat.hooks import cause, user_code
 from dimat.tasks.base import Batch, Task
 
 TOLERANCE = 0.003
@@ -27,15 +28,15 @@ HALF_TOLERANCE = 0.03
 def task_errors(task: Task, doing: str = "") -> Generator[None]:
     """Raise HookError, which names the task and what it was `doing`, for whatever its code raises inside; errors of
     dimat's own pass, and a device whose memory is full is TrainingError."""
+    what = f"task {task.name} failed{f' in {doing}' if doing else ''}"
     try:
-        yield
-    except DimatError:
+        with user_code(what, "mend its code"):
+            yield
+    except HookError as error:
+        if isinstance(error.__cause__, torch.OutOfMemoryError):
+            advice = "lower train.batch_size, or raise train.accumulate"
+            raise TrainingError(f"{what}: {cause(error.__cause__)}; {advice}") from error.__cause__
         raise
-    except Exception as error:  # a user's code may fail in any way
-        what = f"task {task.name} failed{f' in {doing}' if doing else ''}: {type(error).__name__}: {first_line(error)}"
-        if isinstance(error, torch.OutOfMemoryError):
-            raise TrainingError(f"{what}; lower train.batch_size, or raise train.accumulate") from error
-        raise HookError(f"{what}; mend its code") from error
 
 
 def first_line(error: BaseException) -> str:

@@ -14,12 +14,12 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from blake3 import blake3
 
 from dimat.errors import DataError
 from dimat.events import Contribution
+from dimat.reading import as_type, read_table
 from dimat.weights.durable import write_bytes
 
 BLOCK_BYTES = 4 * 2**20
@@ -75,13 +75,9 @@ class RecordedSnapshot:
         """
         path = folder / f"{root}.json"
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            forms = tuple(Form(f["encoding"], _payload(f["payload"]), f["after"]) for f in values["forms"])
-            return RecordedSnapshot(_payload(values["payload"]), forms, values["schema"], int(values["samples"]))
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"cannot read {path}: {type(error).__name__}: {error}") from error
+            return as_type(RecordedSnapshot, read_table(path)) if path.exists() else None
+        except ValueError as error:
+            raise DataError(f"{path} is damaged: {error}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,7 +286,3 @@ def verify_file(path: Path, payload: Payload) -> None:
                     raise DataError(f"snapshot {path} is damaged: block {number} does not match its hash")
     except OSError as error:
         raise DataError(f"cannot read snapshot {path}: {error.strerror or error}") from error
-
-
-def _payload(values: Mapping[str, Any]) -> Payload:
-    return Payload(values["root"], int(values["bytes"]), tuple(values["blocks"]), int(values["block_bytes"]))

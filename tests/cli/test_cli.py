@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -181,7 +181,7 @@ def test_missing_and_foreign_files(tiny: Path, capsys: pytest.CaptureFixture[str
         assert "see --help" in fails(capsys, 2, "simulate", "tiny.toml", *numbers)
     assert "nothing to compare" in fails(capsys, 2, "simulate", "tiny.toml", "--compare", " ,")
     assert "--compare" in fails(capsys, 2, "simulate", "tiny.toml", "--seeds", "2")
-    assert "cannot read" in fails(capsys, 5, "report", ".")
+    assert "no results in" in fails(capsys, 5, "report", ".")
     Path("typo.toml").write_text(TINY + "[trian]\nlr = 1\n")
     assert "unknown key 'trian' in typo.toml; did you mean 'train'?" in fails(capsys, 2, "simulate", "typo.toml")
     Path("broken.toml").write_text("run = ")
@@ -287,7 +287,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 @contextmanager
-def long_run(tiny: Path, workers: int) -> Iterator[subprocess.Popen[bytes]]:
+def long_run(tiny: Path, workers: int) -> Generator[subprocess.Popen[bytes]]:
     """Start a run that is past its third round; what is left of it is killed at the end, whatever came between."""
     command = [sys.executable, "-c", LONG_RUN, "simulate", "tiny.toml", "--set", "schedule.rounds=100000"]
     log = tiny.parent / "log"

@@ -148,7 +148,7 @@ def test_selected_outputs(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("name", ["mlp", "encoder", "two", "broken"])
 def test_drawing(capsys: pytest.CaptureFixture[str], name: str) -> None:
     """Well-formed; every tensor with an axis and every group is in it; nothing is fetched, nothing runs."""
-    out = said(capsys, 0, "show", f"m.py:{name}", "--json", "--svg", "d.svg", "--html", "d.html")
+    out = said(capsys, int(name == "broken"), "show", f"m.py:{name}", "--json", "--svg", "d.svg", "--html", "d.html")
     shown = json.loads(out)
     root = ET.parse("d.svg").getroot()
     texts = "\n".join(element.text or "" for element in root.iter())
@@ -247,3 +247,10 @@ def test_bad_input(
     (models / "other.json").write_text('{"groups": 3}')
     (models / "list.json").write_text("[1]")
     assert line in fails(capsys, code, *arguments)
+
+
+def test_show_of_a_model_whose_forward_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    """It is shown what there is, with the cause, and scripts are told by exit code 1."""
+    text = said(capsys, 1, "show", "m.py:broken")
+    assert "no such thing" in text
+    assert json.loads(said(capsys, 1, "show", "m.py:broken", "--json"))["trace_kind"] == "none"

@@ -48,7 +48,7 @@ def test_a_number_or_a_range(key: str, value: Any) -> None:
         ("network", "latency_s", [0.2, 0.1], "the range [0.2, 0.1] is upside down; write [low, high]"),
         ("network", "latency_s", [0.1], "must be a number or a range [low, high]"),
         ("network", "latency_s", "slow", "must be a number or a range [low, high] (got 'slow')"),
-        ("network", "latency_s", True, "must be a number or a range [low, high]"),
+        ("network", "latency_s", True, "must not be true or false"),
         ("network", "latency_s", float("inf"), "finite"),
         ("network", "latency_s", float("nan"), "finite"),
         ("network", "bandwidth_mbit_s", 0, "must be above 0"),

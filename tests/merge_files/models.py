@@ -26,7 +26,9 @@ def weights(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
 def write_folder(folder: Path, tensors: Mapping[str, Tensor], shards: int = 1, config: str = "llama") -> Path:
     """Write a folder as Hugging Face's libraries do."""
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"model_type": config, "torch_dtype": "float32"}))
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "llama", "_name_or_path": config, "torch_dtype": "float32"})
+    )
     (folder / "tokenizer.json").write_text(f'{{"of": "{config}"}}')
     if shards == 1:
         save_file(dict(tensors), folder / "model.safetensors")

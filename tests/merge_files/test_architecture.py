@@ -370,3 +370,71 @@ def test_a_rule_cannot_give_some_tensors_to_a_method_that_runs_the_model(
     )
     assert main(["merge", "r.toml"]) == 2
     assert "method 'adamerging' runs the whole model: it cannot merge some tensors by a rule" in capsys.readouterr().err
+
+
+TIED = """
+import torch
+from torch import nn
+
+
+class Settings:
+    def __init__(self, **values):
+        self.values = {"model_type": "ours", **values}
+
+    def to_dict(self):
+        return self.values
+
+
+class Tied(nn.Module):
+    def __init__(self, act="relu"):
+        super().__init__()
+        self.config = Settings(hidden_act=act)
+        self.embed_tokens, self.lm_head = nn.Embedding(8, 4), nn.Linear(4, 8, bias=False)
+        self.lm_head.weight = self.embed_tokens.weight
+        self.register_buffer("inv_freq", torch.tensor([1.0, 0.1]))
+
+    def forward(self, ids):
+        return self.lm_head(self.embed_tokens(ids) * self.inv_freq.sum())
+
+
+def tied():
+    return Tied()
+
+
+def other():
+    return Tied("gelu")
+
+
+def ids():
+    return torch.arange(8)[:, None].repeat(4, 2)
+"""
+
+
+@pytest.mark.parametrize("stored", ["once", "twice"])
+def test_a_tied_head_and_computed_buffers_with_a_model(
+    stored: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Own folder holds the embedding alone, or head and frequencies too; the peer is own with its columns turned, so
+    that aligned it merges to own. The architecture's settings are compared as those of another folder are."""
+    monkeypatch.chdir(tmp_path)
+    Path("tied.py").write_text(TIED)
+    embedding = torch.randn(8, 4, generator=torch.Generator().manual_seed(3))
+    for name, table, whole in (
+        ("a", embedding, stored == "twice"),
+        ("b", embedding[:, [2, 0, 3, 1]], stored == "once"),
+    ):
+        Path(name).mkdir()
+        more = {"lm_head.weight": table.clone(), "inv_freq": torch.tensor([1.0, 0.1])} if whole else {}
+        save_file({"embed_tokens.weight": table.contiguous(), **more}, Path(name, "model.safetensors"))
+        config = {"model_type": "ours", "hidden_act": "relu", "tie_word_embeddings": True}
+        Path(name, "config.json").write_text(json.dumps(config))
+    command = ["merge", "a", "b", "--data", "tied.py:ids", "--align", "weights", "-o", "out", "--overwrite"]
+    assert main([*command, "--model", "tied.py:tied"]) == 0
+    merged = read_model(Path("out"))
+    torch.testing.assert_close(merged["embed_tokens.weight"], embedding)
+    assert merged.keys() == read_model(Path("a")).keys()
+    if stored == "twice":
+        assert torch.equal(merged["lm_head.weight"], merged["embed_tokens.weight"])
+    capsys.readouterr()
+    assert main([*command, "--model", "tied.py:other"]) == 5
+    assert "does not fit the model 'tied.py:other', 1 difference: hidden_act is 'relu' in a" in capsys.readouterr().err

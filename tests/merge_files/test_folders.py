@@ -184,6 +184,49 @@ def test_configs_that_compute_differently(one: dict[str, Any], two: dict[str, An
     assert message in line
 
 
+SIZES = {"hidden_size": 32, "num_attention_heads": 4, "vocab_size": 20}
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "message"),
+    [
+        ({}, {"rms_norm_eps": 1e-5}, "rms_norm_eps is 1e-06 in a, 1e-05 in b"),
+        ({}, {"rms_norm_eps": 1e-6}, ""),
+        ({"model_type": "mixtral"}, {"model_type": "mixtral", "rope_theta": 1e4}, "rope_theta is 1000000.0 in a"),
+        ({"model_type": "mixtral"}, {"model_type": "mixtral", "rope_theta": 1e6}, ""),
+        ({}, {"model_type": "gemma"}, "model_type is 'llama' in a, 'gemma' in b"),
+        ({}, {"model_type": "mistral"}, "sliding_window is left out in a, 4096 in b"),
+        ({}, {"model_type": "mistral", "sliding_window": None, "num_key_value_heads": 4}, ""),
+        ({"model_type": "ours", "hidden_act": "gelu"}, {"model_type": "ours"}, ""),
+    ],
+)
+def test_keys_that_are_left_out_have_the_defaults_of_the_architecture(
+    one: dict[str, Any], two: dict[str, Any], message: str, fails: Fails
+) -> None:
+    """Reference: the configuration classes of transformers; what an architecture of their own is like, nobody knows."""
+    pytest.importorskip("transformers")
+    folder("a", weights(0), **(SIZES | one))
+    folder("b", weights(1), **(SIZES | two))
+    if message:
+        assert message in fails("a", "b")
+    else:
+        merge("a", "b")
+
+
+def test_llama_and_mistral_compute_alike() -> None:
+    """That their weights may be merged rests on this: of the same tensors and settings, the same outputs."""
+    from dimat.tasks.huggingface.library import library
+
+    hf: Any = library("transformers")
+    sizes = SIZES | {"intermediate_size": 64, "num_hidden_layers": 2, "num_key_value_heads": 2}
+    llama = hf.LlamaForCausalLM(hf.LlamaConfig(**sizes)).eval()
+    mistral = hf.MistralForCausalLM(hf.MistralConfig(**sizes, sliding_window=None)).eval()
+    mistral.load_state_dict(llama.state_dict())
+    ids = torch.randint(0, 20, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(mistral(ids).logits, llama(ids).logits)
+
+
 def test_configs_that_may_differ(capsys: pytest.CaptureFixture[str]) -> None:
     """How a model was trained or is run does not matter; keys that nobody knows are told, and merged."""
     folder("a", weights(0), rope_theta=1e6, torch_dtype="float32", use_cache=True, id2label={0: "LABEL_0"}, novel=1)
@@ -243,7 +286,7 @@ FREQUENCIES = "model.layers.0.self_attn.rotary_emb.inv_freq"
 @pytest.mark.parametrize("order", ["ab", "ba"])
 def test_buffers_that_follow_from_the_config(order: str) -> None:
     """Old files hold rotary frequencies, new ones do not; transformers passes over them. Own's stay as they are."""
-    folder("a", language_model(0, **{FREQUENCIES: torch.tensor([1.0, 0.1])}))
+    folder("a", language_model(0) | {FREQUENCIES: torch.tensor([1.0, 0.1])})
     folder("b", language_model(1))
     found = merge(*order)
     assert (FREQUENCIES in found) == (order == "ab")

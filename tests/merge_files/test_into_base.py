@@ -55,7 +55,7 @@ def test_a_whole_model_comes_out(flags: tuple[str, ...], weights: tuple[float, f
     names = {file.name for file in Path("out").iterdir()}
     assert {"config.json", "tokenizer.json", "README.md", "model.safetensors.index.json"} <= names
     assert "adapter_config.json" not in names
-    assert json.loads(Path("out/config.json").read_text())["model_type"] == "base"
+    assert json.loads(Path("out/config.json").read_text())["_name_or_path"] == "base"
 
 
 @pytest.mark.parametrize("method", ["lora-svd", "lora-lego"])

@@ -161,8 +161,8 @@ def test_config_and_tokenizer_are_the_bases_else_the_first_folders(models: list[
     merge(*models[:3], "--method", "task-arithmetic", "--base", "base", "-o", "with", "--dtype", "bf16")
     merge(*models[:3], "-o", "without")
     config = json.loads(Path("with/config.json").read_text())
-    assert config == {"model_type": "base", "torch_dtype": "bfloat16"}
-    assert json.loads(Path("without/config.json").read_text()) == {"model_type": "llama", "torch_dtype": "float32"}
+    assert config == {"model_type": "llama", "_name_or_path": "base", "torch_dtype": "bfloat16"}
+    assert json.loads(Path("without/config.json").read_text())["_name_or_path"] == "llama"
     assert Path("with/tokenizer.json").read_text() == '{"of": "base"}'
 
 

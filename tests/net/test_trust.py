@@ -1,7 +1,10 @@
 """Who is let in under mTLS, and whose word counts: real certificates, real handshakes."""
 
+# pyright: basic
 from __future__ import annotations
 
+import re
+from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +79,34 @@ async def test_agents_of_two_cas_do_not_hear_each_other(tmp_path: Path, authorit
         assert "no TLS connection: is its certificate of the same CA" in reason
         assert [manifest.agent for manifest, _ in b.ears.offers] == ["a"]
         assert not c.ears.offers
+
+
+async def test_a_clock_that_is_behind_is_named(
+    tmp_path: Path, authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To a machine whose clock is behind, a peer's certificate begins in the future: here, three days from now."""
+
+    class Later(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> datetime:
+            return datetime.now(tz) + timedelta(days=3)
+
+    a = make(tmp_path / "a", "a", identity=authority.issue("a"))
+    with monkeypatch.context() as patched:
+        patched.setattr("dimat.net.pki.authority.datetime", Later)
+        later = authority.issue("b")
+    server = aio.server()
+    port = server.add_secure_port("127.0.0.1:0", later.server_credentials())
+    await server.start()
+    async with started(a):
+        update_neighbours([a], {"a": a.address, "b": f"127.0.0.1:{port}"})
+        await a.ears.until(lambda: a.ears.losses)
+        await server.stop(0)
+        [(peer, reason, _)] = a.ears.losses
+        assert peer == "b"
+        assert re.search(
+            r"by this machine's clock, \d{4}-\d\d-\d\d \d\d:\d\d UTC, its certificate is not valid yet", reason
+        )
 
 
 async def test_one_that_is_not_on_the_map_or_no_neighbour_is_told_so(tmp_path: Path, authority: Authority) -> None:

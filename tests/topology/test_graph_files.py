@@ -1,5 +1,6 @@
 """Graphs from files and from Python: round trips, foreign files, and one clear line for each fault."""
 
+# pyright: basic
 from __future__ import annotations
 
 import json
@@ -59,7 +60,7 @@ def test_topology_round_trip_through_a_map(tmp_path: Path) -> None:
     assert first.samples == second.samples == {"a": 3, "b": 2, "c": 9}
     assert np.array_equal(first.schedule.mixing(1), second.schedule.mixing(1))
     for schedule in ({"name": "base-k", "options": {"k": 2}}, {"name": "cycle", "options": {"graphs": ["star"] * 2}}):
-        made = build_topology(TopologyConfig(agents=6, schedule=schedule))
+        made = build_topology(TopologyConfig.model_validate({"agents": 6, "schedule": schedule}))
         copy = build_topology(TopologyConfig(map=str(export(made, tmp_path / "varying.toml"))))
         assert copy.schedule.period == made.schedule.period
         assert all(np.array_equal(copy.schedule.mixing(r), made.schedule.mixing(r)) for r in range(1, 5))
@@ -69,7 +70,7 @@ def test_matrix_survives_export(tmp_path: Path) -> None:
     """Law: an explicit mixing matrix is written into dimat JSON and TOML, lazy part included."""
     values = [[0.5, 0.5, 0.0], [0.25, 0.5, 0.25], [0.0, 0.5, 0.5]]
     mixing = {"name": "matrix", "options": {"values": values, "lazy": 0.5}}
-    made = build_topology(TopologyConfig(graph="path", agents=3, mixing=mixing))
+    made = build_topology(TopologyConfig.model_validate({"graph": "path", "agents": 3, "mixing": mixing}))
     for file in (export(made, tmp_path / "m.toml"), export(made, tmp_path / "m.json", "dimat")):
         key = "map" if file.suffix == ".toml" else "file"
         again = build_topology(TopologyConfig.model_validate({key: str(file)}))
@@ -199,8 +200,8 @@ def test_python_graphs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "name", "message"),
     [
-        ("import no_such_module_xyz\n", "net.py:graph", "cannot be imported: ModuleNotFoundError: No module named"),
-        ("x = (\n", "net.py:graph", "cannot be imported: SyntaxError"),
+        ("import no_such_module_xyz\n", "net.py:graph", "cannot import .*net.py: ModuleNotFoundError: No module named"),
+        ("x = (\n", "net.py:graph", "cannot import .*net.py: SyntaxError"),
         ("x = 1\n", "net.py:graph", "has no function 'graph'"),
         ("def graph():\n    return [1]\n", "net.py:graph", "returned list, not a networkx Graph"),
         ("def graph():\n    raise ValueError('no\\nluck')\n", "net.py:graph", "failed: ValueError: no luck"),

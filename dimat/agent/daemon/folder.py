@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from dimat.errors import DataError
+from dimat.reading import read_table
 from dimat.weights.durable import write_bytes
 
 MARK = "agent.json"
+LOCK = "lock"
 
 
 class AgentFolder:
@@ -38,7 +40,7 @@ class AgentFolder:
         try:
             for folder in (self.checkpoints, self.snapshots, self.received):
                 folder.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise DataError(f"cannot write to the agent's folder {path}: {error.strerror or error}") from error
         try:
@@ -76,14 +78,30 @@ class AgentFolder:
             )
 
 
+def owner_of_folder(path: Path) -> int | None:
+    """Return the id of the process that works in a folder, None where none does; 0 where its id is not known."""
+    try:
+        lock = os.open(path / LOCK, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return None
+    except OSError:
+        owner = os.pread(lock, 32, 0).decode(errors="replace").strip()
+        return int(owner) if owner.isdecimal() else 0
+    finally:
+        os.close(lock)
+
+
 def read_mark(path: Path) -> dict[str, Any] | None:
     """Return whose folder this is ("run", "agent"), None where it is nobody's.
 
     DataError for one that is damaged.
     """
-    try:
-        return json.loads((path / MARK).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not (path / MARK).exists():
         return None
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {path / MARK}: {error}") from error
+    found = read_table(path / MARK)
+    if not all(isinstance(found.get(key), str) for key in ("run", "agent")):
+        raise DataError(f"{path / MARK} does not say whose folder this is: it needs the texts run and agent")
+    return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import socket
 from collections import deque
@@ -12,9 +11,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
+import psutil
+
+from dimat.agent.daemon.folder import owner_of_folder, read_mark
 from dimat.errors import DataError
 from dimat.events.view import AgentView
 from dimat.json_text import to_json
+from dimat.reading import parse_json
 
 SOCKET = "status.sock"
 TIMEOUT_S = 5.0
@@ -70,12 +73,31 @@ def ask(folder: Path) -> dict[str, Any]:
         with connection, _short(folder) as path:
             connection.connect(path)
             with connection.makefile("rb") as answer:
-                return json.loads(answer.read())
+                found = parse_json(answer.read())
+        if not isinstance(found, dict):
+            raise ValueError("what answers is no agent")
+        return cast("dict[str, Any]", found)
     except (OSError, ValueError) as error:
         reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
-        raise DataError(
-            f"no agent answers in {folder} ({reason}); is it running? start it with: dimat agent FILE"
-        ) from error
+        raise DataError(f"no agent answers in {folder}: {_why_silent(folder, reason)}") from error
+
+
+def _why_silent(folder: Path, reason: str) -> str:
+    """Say of the agent of a folder why it does not answer: it is stopped, paused by a signal, or something else."""
+    mark = read_mark(folder) if folder.is_dir() else None
+    if mark is None:
+        return f"it is no agent's folder ({reason}); start one with: dimat agent FILE"
+    name = f"{mark['agent']!r} of run {mark['run']!r}"
+    owner = owner_of_folder(folder)
+    if owner is None:
+        return f"{name} is stopped; start it with: dimat agent FILE"
+    try:
+        paused = psutil.Process(owner).status() == psutil.STATUS_STOPPED
+    except psutil.Error:
+        paused = False
+    if paused:
+        return f"{name} is stopped by a signal (SIGSTOP, Ctrl-Z); let it go on with: kill -CONT {owner}"
+    return f"{name}, process {owner}, is busy, or only starting ({reason}); ask again"
 
 
 def notify(message: str) -> None:

@@ -6,7 +6,6 @@ schema decides which peers fit.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import platform
 import shutil
@@ -21,7 +20,7 @@ from pathlib import Path
 
 from cryptography import x509
 
-from dimat.agent.daemon.folder import read_mark
+from dimat.agent.daemon.folder import owner_of_folder, read_mark
 from dimat.agent.daemon.resources import available_memory, held_bytes, memory_bytes, needed_bytes
 from dimat.agent.daemon.status_socket import ask
 from dimat.agent.doctor.check import Check, fail, failed, ok, warn
@@ -94,23 +93,14 @@ def examine(config: ExperimentConfig) -> Iterator[Check]:
 
 def running_in(folder: Path) -> RunningAgent:
     """Return the process that holds a folder's lock, and its address."""
-    try:
-        lock = os.open(folder / "lock", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
+    owner = owner_of_folder(folder)
+    if owner is None:
         return RunningAgent()
-    try:
-        # shared, and for a moment: only to see whether a process holds it
-        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return RunningAgent()
-    except OSError:
-        said = os.pread(lock, 32, 0).decode(errors="replace").strip()
-    finally:
-        os.close(lock)
     try:
         address = str(ask(folder).get("address", ""))
     except DataError:
         address = ""  # it is about to start, or to end
-    return RunningAgent(int(said) if said.isdecimal() else -1, address)
+    return RunningAgent(owner or -1, address)
 
 
 # ── keys ─────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -31,6 +31,7 @@ from dimat.agent.protocol.state import MachineState
 from dimat.config.agent import CHECKPOINTS_KEPT
 from dimat.errors import DataError
 from dimat.merge.shared_statistics import AUX, beside
+from dimat.reading import as_type, parse_json
 from dimat.train.trainer import TrainerState
 from dimat.weights.durable import share_file, write_bytes
 from dimat.weights.header import LONGEST_HEADER, parse_header
@@ -319,7 +320,8 @@ def read_state(source: Path | bytes, what: str = "") -> Stored:
     if found not in READ:
         raise DataError(f"{where} is no checkpoint that this dimat reads (format {found}, expected {FORMAT})")
     try:
-        return Stored(tensors, json.loads(metadata["values"]), json.loads(metadata.get("parts", "{}")))
+        values = as_type(dict[str, Any], parse_json(metadata["values"]))
+        return Stored(tensors, values, as_type(dict[str, str], parse_json(metadata.get("parts", "{}"))))
     except (ValueError, KeyError) as error:
         raise DataError(f"cannot read checkpoint {where}: {error}") from error
 
@@ -338,7 +340,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise DataError(f"checkpoint {path} is damaged: its content does not match the hash in its name")
     stored = read_state(data, str(path))
     values, tensors = stored.values, dict(stored.tensors)
-    statistics = {AUX + str(name): _STATISTICS + str(name) for name in values.get("statistics", ())}
+    try:
+        listed = as_type(list[str], values.get("statistics", []))
+    except ValueError as error:
+        raise DataError(f"cannot read checkpoint {path}: statistics: {error}") from None
+    statistics = {AUX + name: _STATISTICS + name for name in listed}
     for part, root in stored.parts.items():
         for name, tensor in _read_part(path, part, root).items():
             prefixed = statistics.get(name, _MODEL + name) if part == "weights" else _PREFIXES.get(part, "") + name
@@ -349,7 +355,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
     try:
         return Checkpoint(
-            machine=MachineState.from_dict(values["machine"]),
+            machine=MachineState.from_dict(as_type(dict, values["machine"])),
             trainer=TrainerState(under("trainer/"), dict(values["trainer"])),
             schema=str(values["schema"]),
             method_tensors=under("method/"),
@@ -362,6 +368,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def _read_part(checkpoint: Path, part: str, root: str) -> dict[str, Tensor]:
+    if not root.isalnum():
+        raise DataError(f"checkpoint {checkpoint} is damaged: {root!r} is no address of its {part}")
     path = checkpoint.parent / "parts" / f"{root}.safetensors"
     try:
         if checksum_file(path).root != root:
@@ -382,7 +390,7 @@ def _parts_of(path: Path) -> frozenset[str]:
     try:
         with path.open("rb") as file:
             header = parse_header(file, str(path))
-        return frozenset(json.loads(header.metadata.get("parts", "{}")).values())
+        return frozenset(parse_json(header.metadata.get("parts", "{}")).values())
     except (DataError, ValueError, AttributeError, FileNotFoundError):
         return frozenset()
 

@@ -233,7 +233,8 @@ class Learner:
         after = before
         if evaluate != "none" and (changed or not before):
             after = self.evaluate()
-        lost = [name for name, value in after.items() if not isfinite(value)] if changed else []
+        checked = changed and not self._plan.keep_not_finite
+        lost = [name for name, value in after.items() if not isfinite(value)] if checked else []
         if lost:
             self.trainer.load_weights(own)
             before = before or self.evaluate()

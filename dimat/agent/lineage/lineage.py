@@ -7,12 +7,12 @@ that sum to 1, plus every round of training of every agent, each with the weight
 
 from __future__ import annotations
 
-import json
 import os
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from dimat.agent.protocol.messages import MergeRecord
 from dimat.errors import DataError
 from dimat.events import Contribution
 from dimat.json_text import to_json
+from dimat.reading import parse_json, read_text
 
 Model = tuple[str, int]
 """An agent's model after its merge of a round; round 0: its first network."""
@@ -175,20 +176,18 @@ def append_record(file: Path, record: MergeRecord, *, durable: bool = True) -> N
 
 def read_records(file: Path) -> list[MergeRecord]:
     """Read a ledger. A line that is cut short is passed over: its merge never became durable."""
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise DataError(f"cannot read {file}: {error.strerror or error}") from error
     records: list[MergeRecord] = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(file).splitlines(), 1):
         try:
-            values = json.loads(line)
-        except ValueError:
+            values = parse_json(line, finite=True)
+        except JSONDecodeError:
             continue
+        except ValueError as error:
+            raise DataError(f"{file}, line {number}: no merge record: {error}") from None
         try:
             records.append(MergeRecord.from_dict(values))
-        except (KeyError, TypeError) as error:
-            raise DataError(f"{file}, line {number}: no merge record ({error})") from None
+        except (AttributeError, TypeError, ValueError) as error:
+            raise DataError(f"{file}, line {number}: no merge record: {error}") from None
     return records
 
 

@@ -20,6 +20,7 @@ from dimat.agent.protocol.messages import MergeRecord
 from dimat.errors import DataError
 from dimat.events import Contribution
 from dimat.net.transport import Fetched
+from dimat.reading import as_type, parse_json
 from dimat.weights.durable import write_bytes
 
 LEDGER_BYTES = 64 * 2**20
@@ -147,7 +148,7 @@ def read_ledger(path: Path) -> Iterator[Vouched]:
 def dropped_of(line: str) -> Dropped | None:
     """Return what the first line of a ledger says was dropped; None where it is another line."""
     try:
-        found = json.loads(line)
+        found = parse_json(line, finite=True)
         return Dropped(int(found["lines"]), {str(agent): int(number) for agent, number in found["dropped"].items()})
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -155,16 +156,9 @@ def dropped_of(line: str) -> Dropped | None:
 
 def read_line(line: str) -> Vouched:
     """Return what a line says; ValueError, KeyError or TypeError where it is none."""
-    found = json.loads(line)
-    return Vouched(
-        str(found["agent"]),
-        int(found["round"]),
-        str(found["root"]),
-        tuple((str(a), str(r), int(n), float(w)) for a, r, n, w in found["parents"]),
-        bytes.fromhex(found["manifest"]),
-        bytes.fromhex(found["signature"]),
-        bytes.fromhex(found.get("certificate", "")),
-    )
+    found = parse_json(line, finite=True)
+    data = {key: bytes.fromhex(found[key]) for key in ("manifest", "signature", "certificate") if key in found}
+    return as_type(Vouched, {**found, **data})
 
 
 def peers_records(vouched: Iterable[Vouched]) -> list[MergeRecord]:

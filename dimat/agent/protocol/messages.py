@@ -13,6 +13,7 @@ from dimat.agent.protocol.offers import PeerPublished
 from dimat.agent.protocol.plan import Plan
 from dimat.agent.protocol.state import MachineState, Stage
 from dimat.events import Contribution, MergeResult
+from dimat.reading import as_type
 from dimat.weights.snapshot import Manifest, RecordedSnapshot
 
 
@@ -194,13 +195,13 @@ class MergeRecord:
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> MergeRecord:
-        """Return what `to_dict` gave; KeyError or TypeError where it is something else."""
-        own: dict[str, Any] = dict(values)
-        own["contributions"] = tuple(Contribution(**part) for part in values["contributions"])
-        result = {name: own.pop(name) for name in MERGE_RECORDED if name in own}
+        """Return what `to_dict` gave; ValueError where it is something else."""
+        if unknown := values.keys() - MergeRecord.__dataclass_fields__.keys() - {*MERGE_RECORDED}:
+            raise ValueError(f"unknown key {min(unknown)!r}")
+        result = {name: values[name] for name in MERGE_RECORDED if name in values}
         for stage in ("before", "after"):
-            result[stage] = metrics_of(result.get(stage))
-        return MergeRecord(**own, result=MergeResult(**result))
+            result[stage] = metrics_of(as_type(dict[str, float | None], result.get(stage) or {}))
+        return as_type(MergeRecord, {**values, "result": result})
 
 
 def metrics_of(plain: Mapping[str, float | None] | None) -> dict[str, float]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from dimat.agent.protocol.basis import BasisId
 from dimat.agent.protocol.offers import PeerPublished
 from dimat.events import Contribution
+from dimat.reading import as_type
 
 Stage = Literal["trained", "merged", "joined"]
 
@@ -54,22 +55,11 @@ class MachineState:
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> MachineState:
         """Return what `to_dict` gave; KeyError, TypeError or ValueError where it is something else."""
-        if values["stage"] not in get_args(Stage):
-            raise ValueError(f"unknown stage {values['stage']!r}")
-        offers: list[dict[str, Any]] = [{**offer, "basis": BasisId.parse(offer["basis"])} for offer in values["offers"]]
-        return MachineState(
-            run=values["run"],
-            agent=values["agent"],
-            round=int(values["round"]),
-            stage=values["stage"],
-            basis=BasisId.parse(values["basis"]),
-            root=values["root"],
-            parents=tuple(Contribution(**part) for part in values["parents"]),
-            base=values["base"],
-            push=dict(values["push"]),
-            offers=tuple(PeerPublished(**offer) for offer in offers),
-            leaves=str(values.get("leaves", "")),
-        )
+        if missing := MachineState.__dataclass_fields__.keys() - values.keys() - {"leaves"}:
+            raise KeyError(min(missing))
+        offers = [{**offer, "basis": BasisId.parse(as_type(str, offer["basis"]))} for offer in values["offers"]]
+        basis = BasisId.parse(as_type(str, values["basis"]))
+        return as_type(MachineState, {**values, "basis": basis, "offers": offers})
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,8 +107,9 @@ def load_for(config: ExperimentConfig, task: Task | None = None, *, symmetry: bo
 def derive_checked(task: Task) -> SymmetrySpec:
     """Derive a task's symmetry groups, freeze those that fail the proof on its model, and return what is left;
     its `warnings` say what was given up."""
-    model = task.build_model(torch_generator(0, "symmetry", "model"))
-    inputs = task.example_inputs()
+    with task_errors(task):
+        model = task.build_model(torch_generator(0, "symmetry", "model"))
+        inputs = task.example_inputs()
     return verified_symmetry(model, inputs, torch_generator(0, "symmetry", "verify"))
 
 

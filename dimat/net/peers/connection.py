@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 import grpc
@@ -80,6 +81,13 @@ class Connection:
     async def call(self, method: str, request: Any, reply: Any, timeout_s: float) -> Any:
         """Call a method of the peer's service and return its reply."""
         return await _call(self.channel, method, request, reply, timeout_s, self.metadata)
+
+
+DATE_FAULTS = {
+    "certificate is not yet valid": "is not valid yet (is the clock behind? set it)",
+    "certificate has expired": "has expired (renew it, or set the clock)",
+}
+"""What TLS says of dates → what that means for a peer's certificate."""
 
 
 class Connector:
@@ -181,9 +189,16 @@ def error_text(error: Exception) -> str:
     """Return the error of a failed call in one line."""
     if not isinstance(error, aio.AioRpcError):
         return str(error)
-    details = " ".join((error.details() or "").split())[:200]
+    whole = " ".join((error.details() or "").split())
     if error.code() is Code.DEADLINE_EXCEEDED:
         return "no answer in time"
+    for mark, fault in DATE_FAULTS.items():
+        if mark in whole:
+            now = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
+            return f"no TLS connection: by this machine's clock, {now}, its certificate {fault}"
+    details = whole[:200]
     if any(word in details.lower() for word in ("handshake", "certificate", "hostname verification")):
-        return f"no TLS connection: is its certificate of the same CA, and valid? ({details})"
+        return (
+            f"no TLS connection: is its certificate of the same CA, and valid, and are both clocks right? ({details})"
+        )
     return details or error.code().name

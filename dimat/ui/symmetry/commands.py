@@ -16,8 +16,8 @@ from dimat.ui.symmetry.tables import describe, lines_of, load_model, summary_of
 
 def show_symmetry(
     hook: str, *, verify: bool, as_json: bool, outputs: Sequence[str] = (), html: Path | None, svg: Path | None
-) -> str:
-    """Derive the groups of the model that `hook` names, and return them as text or JSON.
+) -> tuple[str, bool]:
+    """Derive the groups of the model that `hook` names; return them as text or JSON, and whether it could be traced.
 
     `hook`: `module:function` or `file.py:function` returning a Task or (model, example inputs), an experiment's TOML,
     or a bundled task. `outputs`: names or flat indices of the outputs that must not change; all by default. `html` and
@@ -26,15 +26,16 @@ def show_symmetry(
     model, inputs = load_model(hook)
     described = describe(hook, model, inputs, outputs)
     spec = described.spec
-    error = None
+    traced, error = spec.trace_kind != "none", None
     if verify and spec.groups:
         error = verify_symmetry(model, spec, inputs, torch_generator(0, "symmetry", "verify"))
     if html is not None or svg is not None:
         write_drawing(described, model, inputs, html=html, svg=svg, error=error)
     if as_json:
         summary = summary_of(described)
-        return to_json({**json.loads(spec.to_json()), "invariance_error": error, "summary": summary})
-    return "\n".join([*lines_of(described), *([] if error is None else [f"invariance error {error:.1e} (float64)"])])
+        return to_json({**json.loads(spec.to_json()), "invariance_error": error, "summary": summary}), traced
+    more = [] if error is None else [f"invariance error {error:.1e} (float64)"]
+    return "\n".join([*lines_of(described), *more]), traced
 
 
 def verify_model(hook: str, *, seed: int, as_json: bool, outputs: Sequence[str] = ()) -> tuple[str, bool]:

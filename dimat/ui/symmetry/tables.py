@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,8 +14,9 @@ from torch import Tensor, nn
 
 from dimat.config import TaskConfig, load_experiment
 from dimat.errors import ConfigError, DataError, HookError
-from dimat.hooks import load_hook
+from dimat.hooks import load_hook, user_code
 from dimat.merge.natures import natures_of
+from dimat.reading import as_type, parse_json, read_text
 from dimat.seeds import torch_generator
 from dimat.symmetry import Group, SymmetrySpec, derive_symmetry
 from dimat.tasks import list_tasks, load_task
@@ -49,12 +49,11 @@ def load_model(hook: str) -> tuple[nn.Module, Any]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # a hook may draw its initial weights from the global generator
             function = load_hook(hook, Path(), "model hook")
-            try:
+            with user_code(f"model hook {hook!r} failed"):
                 made = function()
-            except Exception as error:  # a user's code may fail in any way
-                raise HookError(f"model hook {hook!r} failed: {type(error).__name__}: {error}") from error
     if isinstance(made, Task):
-        return made.build_model(torch_generator(0, "symmetry", "model")), made.example_inputs()
+        with user_code(f"task of {hook!r} failed"):
+            return made.build_model(torch_generator(0, "symmetry", "model")), made.example_inputs()
     if isinstance(made, tuple) and len(cast("tuple[Any, ...]", made)) == 2:
         model, inputs = cast("tuple[Any, Any]", made)
         if isinstance(model, nn.Module) and isinstance(inputs, (Tensor, tuple, list, Mapping)):
@@ -90,18 +89,23 @@ def open_described(source: str) -> ModelSymmetry:
     if not source.endswith(".json"):
         model, inputs = load_model(source)
         return describe(source, model, inputs)
+    text = read_text(source)
     try:
-        text = Path(source).read_text(encoding="utf-8")
-        raw: Any = json.loads(text)
         spec = SymmetrySpec.from_json(text)
-        summary: Any = raw.get("summary") or {}
-        given: dict[str, Any] = summary.get("tensors") or {}
-        tensors = {name: (tuple(shape), str(dtype)) for name, (shape, dtype) in given.items()}
-    except OSError as error:
-        raise DataError(f"cannot read {source}: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{source} is no symmetry spec; write one with `dimat symmetry show MODEL --json`") from error
-    return ModelSymmetry(source, spec, tensors, summary.get("parameters"))
+        summary = as_type(_Summary, parse_json(text).get("summary") or {})
+    except ValueError as error:
+        raise DataError(
+            f"{source} is no symmetry spec ({error}); write one with `dimat symmetry show MODEL --json`"
+        ) from error
+    return ModelSymmetry(source, spec, summary.tensors, summary.parameters)
+
+
+@dataclass(frozen=True)
+class _Summary:
+    """The part of `summary_of` that a comparison needs."""
+
+    tensors: dict[str, tuple[tuple[int, ...], str]] = field(default_factory=dict[str, tuple[tuple[int, ...], str]])
+    parameters: int | None = None
 
 
 def summary_of(described: ModelSymmetry) -> dict[str, Any]:

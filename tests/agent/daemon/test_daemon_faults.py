@@ -149,7 +149,7 @@ def test_paused_and_clocks(tmp_path: Path, free_ports: list[int]) -> None:
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("mount") is None, reason="needs root to mount a small disk")
 def test_full_disk(tmp_path: Path, free_ports: list[int]) -> None:
     """An agent whose disk is full waits and says so; its peers go on; once there is room it goes on, with nothing
-    lost."""
+    lost. SIGTERM while it waits ends it as ever, with 143."""
     disk = tmp_path / "lab-b"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", disk], check=False)
@@ -161,12 +161,7 @@ def test_full_disk(tmp_path: Path, free_ports: list[int]) -> None:
                 net.start(name)
             net.wait_for("lab-b", "SnapshotFetched", peer="lab-a")
             filler = disk / "filler"
-            with filler.open("wb", buffering=0) as file:
-                try:
-                    while True:
-                        file.write(bytes(65536))
-                except OSError:
-                    pass  # full
+            _fill(filler)
             life = net.lives[1]
             net.until(lambda: "trying again" in life.text(), "lab-b says that it waits")
             held = len(net.events("lab-a", "Merged"))
@@ -174,5 +169,20 @@ def test_full_disk(tmp_path: Path, free_ports: list[int]) -> None:
             assert life.process.poll() is None
             filler.unlink()
             rejoin(net)
+            said = life.text().count("trying again")
+            _fill(filler)
+            net.until(lambda: life.text().count("trying again") > said, "lab-b waits once more")
+            life.signal(signal.SIGTERM)
+            assert life.wait(60) == 143
+            assert "No space left on device; the checkpoint before stands" in life.text()
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def _fill(filler: Path) -> None:
+    with filler.open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(65536))
+        except OSError:
+            pass  # full

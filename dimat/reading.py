@@ -1,0 +1,181 @@
+"""Text, JSON and TOML from files that may hold anything: plain values within bounds, or one line that says why not.
+
+A value is plain where nothing that takes it in can be surprised: nesting has an end, whole numbers fit into 64 bits,
+and text is Unicode without NUL. Parsers here raise ValueError with the reason alone; readers of files raise the error
+class that they are handed, with the file's name. Regular expressions that come from files run for a bounded time.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Callable, Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from dimat.errors import DataError, DimatError
+
+T = TypeVar("T")
+MOST_BYTES = 2**30
+"""Length of a file that is read as a whole."""
+REGEX_S = 1.0
+"""Seconds that a regular expression may take for one text, unless another limit is given."""
+MOST_DEPTH = 64
+"""Tables and lists within each other."""
+MOST_VALUES = 10_000_000
+"""Values in one tree: YAML can name a list again and again, so that a few lines stand for more than there is memory."""
+
+
+def read_text(path: str | Path, error: type[DimatError] = DataError) -> str:
+    """Return the text of a UTF-8 file, without its byte-order mark; `error` where it cannot be read or is no text."""
+    data = b""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MOST_BYTES + 1)
+        if len(data) > MOST_BYTES:
+            raise error(f"cannot read {path}: it is longer than {MOST_BYTES:,} bytes, the most that is read at once")
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as fault:
+        raise error(f"{path} is no UTF-8 text: byte {fault.start} is 0x{data[fault.start]:02x}; save it so") from None
+    except OSError as fault:
+        raise error(f"cannot read {path}: {fault.strerror or fault}") from fault
+    except ValueError:  # of a name with NUL in it
+        raise error(f"cannot read {str(path)!r}: no file can be called so") from None
+
+
+def matches(pattern: str, text: str, limit_s: float, *, whole: bool = False) -> bool:
+    """Tell whether a regular expression is found in a text, or is all of it (`whole`). TimeoutError where that takes
+    more than `limit_s` seconds, as it does by some patterns for ever; `regex.error` for one that is none."""
+    import regex
+
+    return (regex.fullmatch if whole else regex.search)(pattern, text, timeout=limit_s) is not None
+
+
+def read_json(path: str | Path, error: type[DimatError] = DataError) -> Any:
+    """Return the value in a JSON file; `error` where there is none."""
+    text = read_text(path, error)
+    try:
+        return parse_json(text)
+    except ValueError as fault:
+        raise error(f"{path} is not valid JSON: {fault}") from None
+
+
+def read_table(path: str | Path, error: type[DimatError] = DataError) -> dict[str, Any]:
+    """Return the table (object) in a JSON file; `error` where there is none."""
+    found = read_json(path, error)
+    if not isinstance(found, dict):
+        raise error(f"{path} is not a JSON table but {_kind(found)}")
+    return cast("dict[str, Any]", found)
+
+
+def parse_json(text: str | bytes, *, finite: bool = False) -> Any:
+    """Return the value of a JSON text; ValueError with the reason where there is none. `finite`: NaN and infinities,
+    which are no JSON though Python writes them, are refused too."""
+    if finite:
+        return _parsed(lambda: json.loads(text, parse_constant=_refused, parse_float=_finite), text=False)
+    return _parsed(lambda: json.loads(text), text=False)
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """Return the table of a TOML text; ValueError with the reason where there is none."""
+    return _parsed(lambda: tomllib.loads(text), text=True)
+
+
+def _parsed(parse: Callable[[], Any], *, text: bool) -> Any:
+    try:
+        return check_plain(parse(), text=text)
+    except RecursionError:
+        raise ValueError(f"it is nested more than {MOST_DEPTH} deep") from None
+    except UnicodeDecodeError:
+        raise ValueError("it is not UTF-8 text") from None
+    except ValueError as fault:
+        if type(fault) is ValueError and "int_max_str_digits" in str(fault):  # Python's own bound on digits
+            raise ValueError(f"it {_LARGE}") from None
+        raise
+
+
+_LARGE = "holds a whole number that 64 bits do not hold"
+
+
+def as_type(kind: type[T], value: Any) -> T:
+    """Return plain values as a dataclass with all that is in it; ValueError, in one line, where they are none."""
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return _adapter(TypeAdapter, kind).validate_python(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])
+        raise ValueError(f"{where.removeprefix('.') or kind.__name__}: {first['msg']}") from None
+
+
+@cache
+def _adapter(adapter: Callable[[Any], Any], kind: type) -> Any:
+    return adapter(kind)
+
+
+def check_plain(tree: Any, *, text: bool = False) -> Any:
+    """Return plain values as they are; ValueError, which says where, for what is beyond the bounds of this module.
+    `text`: texts are looked at too."""
+    left: list[tuple[Any, _Place, int]] = [([tree], None, -1)]
+    seen = 0
+    while left:
+        value, place, depth = left.pop()
+        if depth >= MOST_DEPTH:
+            raise ValueError(f"{_shown(place, None)[:80]}… is nested more than {MOST_DEPTH} deep")
+        seen += len(value)
+        if seen > MOST_VALUES:
+            raise ValueError(f"it holds more than {MOST_VALUES:,} values")
+        pairs: Iterable[tuple[Any, Any]] = value.items() if value.__class__ is dict else enumerate(value)
+        for key, item in pairs:
+            kind = item.__class__  # a vocabulary has a million entries: no look at subclasses
+            if kind is str:
+                if text and not item.isprintable():
+                    _check_text(item, place, key)
+            elif kind is int:
+                if not -(2**63) <= item < 2**64:
+                    raise ValueError(f"{_shown(place, key)} {_LARGE}")
+            elif kind is dict or kind is list or kind is tuple:
+                left.append((item, (place, key), depth + 1))
+            if text and isinstance(key, str) and not key.isprintable():
+                _check_text(key, place, "<key>")
+    return tree
+
+
+_Place = tuple[Any, Any] | None
+"""Where a value stands: (place of the table or list that holds it, key or number in there); None at the top."""
+
+
+def _shown(place: _Place, key: Any) -> str:
+    """Return a place as one would write it: `models[3].weight`; the first key is that of the list around the tree."""
+    parts = [key]
+    while place is not None:
+        place, key = place
+        parts.append(key)
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts[-2::-1] if part is not None)
+    return text.removeprefix(".") or "it"
+
+
+def _check_text(value: str, place: _Place, key: Any) -> None:
+    if "\0" in value:
+        raise ValueError(f"{_shown(place, key)} holds a NUL character")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{_shown(place, key)} is not UTF-8 text") from None
+
+
+def _refused(name: str) -> float:
+    raise ValueError(f"it holds {name}, which is no number")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    return value if value - value == 0 else _refused(digits[:20])
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "null"
+    return {str: "a text", bool: "a truth value", int: "a number", float: "a number", list: "a list"}[type(value)]

@@ -1,0 +1,106 @@
+"""No input of whatever kind ends in a traceback: each is told in one line, and nothing is written outside.
+
+Reference: the exit codes of `dimat/errors.py`, and the folder before the command.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+
+from dimat.cli import main
+from dimat.simulate import run_simulation
+from tests.cli.bad_input import Place, each_text, mutants
+from tests.simulate.helpers import tiny_experiment
+
+COUNT = 60
+"""Trees with something wrong in them, of each kind of file."""
+
+
+@pytest.fixture
+def place(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Place:
+    return Place(tmp_path, capsys, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a finished run with a trace."""
+    folder = tmp_path_factory.mktemp("finished")
+    run_simulation(tiny_experiment(folder, simulate__trace=True, schedule__rounds=2), out=folder / "run")
+    return folder / "run"
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("x.toml", ["simulate", "--set", "task.hook=none.py:task"]),
+        ("x.toml", ["agent"]),
+        ("x.toml", ["status"]),
+        ("x.toml", ["evaluate", "none.safetensors", "--file"]),
+        ("x.toml", ["symmetry", "show"]),
+        ("x.toml", ["topology", "show"]),
+        ("x.toml", ["topology", "check"]),
+        ("x.json", ["topology", "show"]),
+        ("x.graphml", ["topology", "show"]),
+        ("x.gml", ["topology", "show"]),
+        ("x.edges", ["topology", "show"]),
+        ("x.csv", ["topology", "export", "--draw"]),
+        ("x.toml", ["merge"]),
+        ("x.safetensors", ["merge", "-o", "out"]),
+        ("x.safetensors", ["evaluate"]),
+        ("x.yaml", ["merge", "-o", "out", "--from-mergekit"]),
+        ("x.json", ["symmetry", "diff", "digits"]),
+        ("x.toml", ["keys", "issue", "--map"]),
+        ("x.csr", ["keys", "sign"]),
+        ("x.crt", ["keys", "show"]),
+        ("x.key", ["keys", "show"]),
+        ("x.py:task", ["symmetry", "show"]),
+        ("x.py:task", ["evaluate", "none.safetensors", "--task"]),
+        ("x.py:graph", ["topology", "show"]),
+        ("x.crt", ["dht", "--run", "r", "--ca"]),
+    ],
+)
+def test_a_file_that_holds_something_else(name: str, command: list[str], place: Place) -> None:
+    """Every kind of text in the place of every kind of file that a command names."""
+    file = place.folder / name.partition(":")[0]
+    for kind in each_text(file.write_bytes):
+        if command[0] == "keys" and command[1] == "show":
+            continue
+        place.refuses([*command, name], kind, may_pass=file.suffix in {".edges", ".csv", ".toml"})
+        for left in ("runs", "agents"):
+            shutil.rmtree(place.folder / left, ignore_errors=True)
+
+
+MARKED = ("results.json", "experiment.json", "origin.json", "trace.jsonl", "events.jsonl", "lineage.jsonl")
+
+
+@pytest.mark.parametrize("name", MARKED)
+def test_a_run_folder_that_holds_something_else(name: str, place: Place, finished: Path) -> None:
+    """A finished run with one of its files replaced: report and replay say which, or can do without."""
+    shutil.copytree(finished, place.folder / "run")
+    for kind in each_text((place.folder / "run" / name).write_bytes):
+        for command in (["report", "run"], ["simulate", "--replay", "run"]):
+            code = main(command)
+            assert code in (0, 1, 2, 5), (kind, command)
+    del place
+
+
+def test_results_with_one_wrong_value(place: Place, finished: Path) -> None:
+    """`dimat report` of results.json with a value of another kind, left out, or under another key."""
+    shutil.copytree(finished, place.folder / "run")
+    tree = json.loads((finished / "results.json").read_text())
+    for what, changed in mutants(tree, random.Random(1), COUNT):
+        (place.folder / "run" / "results.json").write_text(json.dumps(changed))
+        _runs(place, ["report", "run"], what)
+
+
+def _runs(place: Place, command: list[str], what: str) -> None:
+    """Demand no traceback, and nothing written outside of the run's folder."""
+    before = {path for path in place.outside.rglob("*") if "run" not in path.parts}
+    place_code = main(command)
+    assert place_code in (0, 1, 2, 5), what
+    assert {path for path in place.outside.rglob("*") if "run" not in path.parts} == before, what

@@ -1,0 +1,109 @@
+"""Every combine method of the registry × every nature of an entry: what no method may decide comes out right.
+
+Reference: the definitions in `dimat/merge/natures.py`. A method that is added is tested here by being registered.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+from dimat import merge_weights
+from dimat.config import MergeConfig
+from dimat.merge import MergeContext, Peer, merge, plan_merge
+from dimat.merge.registry import combine_registry
+
+FACTORS = {"lora-concat", "lora-lego", "lora-svd"}
+
+
+class Whole(nn.Module):
+    """Parameters, a mean, a variance, counts, masks of ±∞, u and v, codes with a scale, a tensor under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.norm, self.head = nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 6, bias=False)
+        self.head.weight = self.one.weight
+        self.spectral = spectral_norm(nn.Linear(6, 4))
+        self.register_buffer("mask", torch.full((6, 6), -torch.inf).triu(1))
+        self.register_buffer("ceiling", torch.tensor([torch.inf, torch.inf, 1.0]))
+        self.register_buffer("code_table", torch.randint(-8, 8, (4, 3), dtype=torch.int8))
+        self.register_buffer("code_table_scale", torch.rand(4) + 0.1)
+        self.register_buffer("step", torch.tensor(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.spectral(self.head(self.norm(self.one(x))).relu())
+
+
+def model_of(seed: int) -> Whole:
+    torch.manual_seed(seed)
+    model = Whole()
+    for _ in range(3):
+        model(torch.randn(32, 6) * (1 + seed))
+    model.get_buffer("step").add_(seed + 1)
+    return model.eval()
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def merged_by(method: str, own: dict[str, Tensor], peer: dict[str, Tensor], **more: Any) -> dict[str, Tensor]:
+    """Merge by a method with all that it may ask for."""
+    floats = {name: t for name, t in own.items() if t.is_floating_point()}
+    aux = {f"fisher.{name}": torch.rand(t.shape) for name, t in floats.items()}
+    aux |= {f"gram.{name}": torch.eye(t.shape[1]) for name, t in floats.items() if t.ndim == 2}
+    context: dict[str, Any] = {"model": Whole(), "generator": torch.Generator().manual_seed(0)}
+    bound = combine_registry.bind(method, {})
+    if "base" in bound.asks:
+        context["base"] = state(model_of(9))
+    if "aux" in bound.asks:
+        context["aux"] = [aux, aux]
+    if "data" in bound.asks:
+        context["data"] = torch.randn(64, 6)
+    return merge_weights(own, [peer], [0.5, 0.5], method="average", combine=method, **(context | more))
+
+
+@pytest.mark.parametrize("method", sorted({*combine_registry.names()} - FACTORS))
+def test_every_method_is_true_to_every_nature(method: str) -> None:
+    """Constants of ±∞ and codes with their scales stay bit for bit, counts stay own's, variances are not negative, the
+    two names are equal, and u, v are the singular vectors of the merged weight (by `torch.linalg.svd`)."""
+    own, peer = state(model_of(0)), state(model_of(1))
+    for name in ("code_table", "code_table_scale"):
+        peer[name] = peer[name] + 1
+    own["norm.running_var"][:3], peer["norm.running_var"][3:] = 0.0, 1e-9
+    merged = merged_by(method, own, peer)
+    for name in ("mask", "ceiling", "code_table", "code_table_scale"):
+        assert torch.equal(merged[name], own[name]), name
+    for name in ("step", "norm.num_batches_tracked"):
+        assert merged[name] == own[name], name
+    assert (merged["norm.running_var"] >= 0).all()
+    assert torch.equal(merged["head.weight"], merged["one.weight"])
+    weight, u, v = (merged[f"spectral.parametrizations.weight.{part}"] for part in ("original", "0._u", "0._v"))
+    assert float(u @ weight @ v) == pytest.approx(float(torch.linalg.svdvals(weight)[0]), rel=1e-4)
+    assert all(t.isfinite().all() for name, t in merged.items() if name not in ("mask", "ceiling"))
+
+
+def overflowing() -> tuple[dict[str, Tensor], Peer, dict[str, Any]]:
+    """float16 that overflows where a difference is scaled: own, a peer, and the merge's settings."""
+    own = {"w": torch.tensor([40000.0, 1.0]).half()}
+    peer = Peer("lab-b", {"w": torch.tensor([40000.0, 2.0]).half()}, 0.5)
+    return own, peer, {"method": "average", "combine": {"name": "task-arithmetic", "options": {"scaling": 3.0}}}
+
+
+def test_a_merge_that_is_not_finite_is_kept_where_that_is_wanted() -> None:
+    """`merge.keep_not_finite`: the merge stands, a warning tells of it, and the next merge goes on from there."""
+    own, peer, settings = overflowing()
+    plan = plan_merge(MergeConfig.model_validate({**settings, "keep_not_finite": True}))
+    context = MergeContext(base={"w": torch.zeros(2).half()})
+    outcome = merge(own, 0.5, [peer], plan, context)
+    assert outcome.accepted == 1
+    assert outcome.weights["w"].tolist() == [float("inf"), 4.5]
+    assert outcome.notes == (
+        "warning: the merge's tensor 'w' holds 1 values that are not finite: the merge is kept, as "
+        "merge.keep_not_finite says",
+    )
+    assert merge(outcome.weights, 0.5, [peer], plan, context).own_weight == 0.5
