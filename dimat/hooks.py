@@ -90,8 +90,8 @@ def _searched(folder: Path) -> Generator[None]:
 
 @contextmanager
 def user_code(what: str, advice: str = "") -> Generator[None]:
-    """Raise HookError that begins with `what` ("task hook 'x.py:f' failed") and ends with `advice` for whatever a user's
-    code raises inside: it may even exit. Errors of dimat's own pass, and so does Ctrl-C."""
+    """Raise HookError that begins with `what` ("task hook 'x.py:f' failed"), and ends with `advice`, for whatever a
+    user's code raises inside: it may even exit. Errors of dimat's own pass, and so does Ctrl-C."""
     try:
         yield
     except (DimatError, KeyboardInterrupt, GeneratorExit):

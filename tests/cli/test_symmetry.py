@@ -91,7 +91,7 @@ def fails():
 def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     from dimat.symmetry.rules import call
 
-    monkeypatch.setattr(call, "_RULES", dict(call._RULES))
+    monkeypatch.setattr(call, "_RULES", dict(call._RULES))  # pyright: ignore[reportPrivateUsage]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "m.py").write_text(MODELS)
     return tmp_path
