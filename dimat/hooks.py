@@ -1,4 +1,4 @@
-"""A user's own function, `package.module:function` or `file.py:function`: loaded, and called.
+"""Loads and calls a user's own function, `package.module:function` or `file.py:function`.
 
 A hook is the user's code and runs with the user's rights; nothing here comes from a peer. Relative files, and
 modules that are not installed, are looked up from the folder of the configuration that names them.

@@ -1,8 +1,9 @@
-"""Text, JSON and TOML from files that may hold anything: plain values within bounds, or one line that says why not.
+"""Reads text, JSON and TOML from files that may hold anything, within bounds.
 
-A value is plain where nothing that takes it in can be surprised: nesting has an end, whole numbers fit into 64 bits,
-and text is Unicode without NUL. Parsers here raise ValueError with the reason alone; readers of files raise the error
-class that they are handed, with the file's name. Regular expressions that come from files run for a bounded time.
+What is read is plain values, or one line says why not. A value is plain where nothing that takes it in can be
+surprised: nesting has an end, whole numbers fit into 64 bits, and text is Unicode without NUL. Parsers here raise
+ValueError with the reason alone; readers of files raise the error class that they are handed, with the file's name.
+Regular expressions that come from files run for a bounded time.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tied tensors: several names of one tensor, in a model or in files that store it once, or twice.
+"""Tied tensors: several names of one tensor, stored once or twice.
 
 A model says itself which of its names are tied; in a file equal values do. This is the one place that finds ties and
 shows weights under other names: the pipeline keeps tied names equal by it, `dimat merge` brings folders together by it.
