@@ -105,6 +105,7 @@ class Agent:
                 part,
                 inputs.names,
                 fresh=fresh,
+                needed=self._needed(evaluate, metric),
                 follow=follow,
             )
             if evaluate is None:
@@ -117,6 +118,15 @@ class Agent:
                 trainer.give_back()
         self._trainer = trainer
         return self
+
+    def _needed(self, evaluate: Evaluate | None, metric: str) -> str:
+        """Return the metric that merges or the end of the run go by, "" for none; ConfigError where there is no way to
+        it."""
+        accept = self.config.merge.accept
+        judged = accept is not None and accept.name == "no-worse"
+        if judged and evaluate is None:
+            raise ConfigError('merge.accept = "no-worse" judges merges by metrics; give attach(…, evaluate=…)')
+        return metric if judged or self.config.schedule.target is not None else ""
 
     @property
     def done(self) -> bool:

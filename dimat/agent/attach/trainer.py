@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dimat.agent.attach.followers import Follower, Followers
 from dimat.agent.attach.inputs import ByName
 from dimat.agent.attach.part import Part
-from dimat.errors import DataError
+from dimat.errors import ConfigError, DataError
 from dimat.symmetry import Permutations, SymmetrySpec
 from dimat.symmetry.trace import modes_kept
 from dimat.tasks.base import Data
@@ -32,7 +32,8 @@ class AttachedTrainer(ModelState):
 
     The two threads take turns; the model belongs to the one whose turn it is. In the agent's turn its state dict holds
     `part` alone, and it takes its inputs by position, whatever `names` they have. `optimizer` keeps its place: state is
-    moved in it, never replaced by another object; with `fresh` it is cleared before every round.
+    moved in it, never replaced by another object; with `fresh` it is cleared before every round. `needed`: the metric
+    that merges or the end of the run go by, if any.
     """
 
     def __init__(
@@ -45,12 +46,14 @@ class AttachedTrainer(ModelState):
         names: Sequence[str] = (),
         *,
         fresh: bool = False,
+        needed: str = "",
         follow: Iterable[Follower] | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.batches = steps
         self.fresh = fresh
+        self._needed = needed
         self.followers = Followers(model, follow)
         self._evaluate = evaluate
         self._part = part
@@ -62,7 +65,7 @@ class AttachedTrainer(ModelState):
         self._over = False
         self._agents = ExitStack()
         self._through = False
-        self._group_values = group_values(optimizer)
+        self._group_values = group_values(optimizer)  # the groups stay what they are, whatever state begins anew
         self.optimized()  # raises where the optimizer is another model's
 
     # ── turns ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -137,13 +140,31 @@ class AttachedTrainer(ModelState):
             return {}
         if weights is None:
             with self.users(), modes_kept(self.model):
-                return {name: float(value) for name, value in self._evaluate(self.model).items()}
+                found: Any = self._evaluate(self.model)
+            return self._checked(found)
         own = self.weights()
         self.load_weights(weights)
         try:
             return self.evaluate(data)
         finally:
             self.load_weights(own)
+
+    def _checked(self, found: Any) -> dict[str, float]:
+        """Return metrics as plain numbers; ConfigError where they are none, or lack the one that is needed."""
+        if not isinstance(found, Mapping):
+            raise ConfigError(f"evaluate returned a {type(found).__name__}; it returns metrics by name, as a dict")
+        values: dict[str, float] = {}
+        for name, value in cast("Mapping[str, Any]", found).items():
+            try:
+                values[name] = float(value)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise ConfigError(f"evaluate: {name} is no single number: {value!r:.60}") from error
+        if self._needed and self._needed not in values:
+            raise ConfigError(
+                f"evaluate returned {', '.join(values) or 'nothing'}, and merge.accept or schedule.target goes by "
+                f"{self._needed}; return that too, or give attach(…, metric=…) another name"
+            )
+        return values
 
     def input_batches(self, data: Data, batch_size: int, generator: torch.Generator | None = None) -> InputBatches:
         """Return inputs of `data` on the model's device."""
@@ -181,6 +202,8 @@ class AttachedTrainer(ModelState):
         self.load_optimizer(tensors, state.values)
         self._seen = int(state.values.get("steps", 0))
 
-    def _new_optimizer(self) -> torch.optim.Optimizer:
+    def _renew_optimizer(self) -> None:
         self.optimizer.state.clear()
+
+    def _new_optimizer(self) -> torch.optim.Optimizer:
         return self.optimizer

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dimat.agent.attach import Agent
 from dimat.errors import ConfigError, DataError
+from dimat.tasks import TensorData
 from tests.agent.attach.test_part import adapted
 from tests.agent.own_loop import STEPS, examples, experiment, network
 
@@ -196,3 +197,29 @@ def test_what_cannot_be_attached_is_said_in_a_line(tmp_path: Path, free_ports: l
     with agent as running:
         running.step()
     assert os.path.isdir(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "message"),
+    [
+        (lambda _: 0.5, "evaluate returned a float"),
+        (lambda _: {"accuracy": torch.zeros(3)}, "accuracy is no single number"),
+        (lambda _: {"loss": 1.0}, r"evaluate returned loss, and .* goes by accuracy"),
+        (None, r"judges merges by metrics; give attach\(…, evaluate=…\)"),
+    ],
+    ids=["no table", "no number", "another metric", "none"],
+)
+def test_metrics_that_merges_go_by(tmp_path: Path, free_ports: list[int], evaluate: Any, message: str) -> None:
+    """What `evaluate` returns is checked where it is needed."""
+    file = experiment(tmp_path, dict(zip("ab", free_ports)))
+    model = network(0)
+    agent = Agent(file, (f"agent.folder='{tmp_path / 'a'}'", "merge.accept='no-worse'"), name="a")
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+
+    def judged() -> dict[str, float]:
+        trainer = agent.attach(model, optimizer, data=[torch.randn(8, 6)], evaluate=evaluate)._trainer
+        assert trainer is not None
+        return trainer.evaluate(TensorData(torch.randn(2, 6), torch.zeros(2)))
+
+    with pytest.raises(ConfigError, match=message):
+        judged()
