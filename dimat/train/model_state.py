@@ -13,7 +13,16 @@ from torch.nn.parameter import is_lazy  # pyright: ignore[reportUnknownVariableT
 from dimat.errors import ConfigError, DataError
 from dimat.symmetry import Permutations, SymmetrySpec, permute_weights
 from dimat.symmetry.trace import forget_derived
-from dimat.train.optimizer_state import PREFIX, copied, group_values, move, optimized, read_state, write_state
+from dimat.train.optimizer_state import (
+    PREFIX,
+    copied,
+    family,
+    group_values,
+    move,
+    optimized,
+    read_state,
+    write_state,
+)
 
 
 class ModelState(ABC):
@@ -53,20 +62,28 @@ class ModelState(ABC):
         moved = permute_weights(own, spec, permutations)
         gradients = self._gradients()
         moved_gradients = permute_weights(gradients, spec, permutations, strict=False)
-        move_optimizer, note = move(self.optimizer, self.optimized(), spec, permutations)
+        moving = [move(each, optimized(self.model, each), spec, permutations) for each in family(self.optimizer)]
         with torch.no_grad():
             for before, after in ((own, moved), (gradients, moved_gradients)):
                 for name, tensor in before.items():
                     if after[name] is not tensor:
                         tensor.copy_(after[name])
-            move_optimizer()
+            for move_optimizer, _ in moving:
+                move_optimizer()
         forget_derived(self.model)
-        return note
+        return "; ".join(note for _, note in moving if note)
 
     def optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return the optimizer's state as copies named `optimizer/<parameter>/<entry>`, and as text what is no tensor.
         ConfigError where it holds what a checkpoint cannot."""
-        return read_state(self.optimizer, self.optimized(), self._group_values)
+        tensors: dict[str, Tensor] = {}
+        texts: dict[str, str] = {}
+        for number, each in enumerate(family(self.optimizer)):
+            began = group_values(each) if number else self._group_values
+            found, said = read_state(each, optimized(self.model, each), began, number)
+            tensors |= found
+            texts |= said
+        return tensors, texts
 
     def load_optimizer(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Take over the optimizer's state from a trainer's tensors and values.
@@ -75,7 +92,13 @@ class ModelState(ABC):
         """
         held = {name: tensor for name, tensor in tensors.items() if name.startswith(PREFIX)}
         self._renew_optimizer()
-        write_state(self.optimizer, self.optimized(), held, values)
+        for number, each in enumerate(family(self.optimizer)):
+            write_state(each, optimized(self.model, each), held, values, number)
+
+    def clear_optimizer(self) -> None:
+        """Let the optimizer know nothing of before."""
+        for each in family(self.optimizer):
+            each.state.clear()
 
     def optimized(self) -> dict[str, nn.Parameter]:
         """Return the parameters that the optimizer changes, by name, in its order."""

@@ -7,6 +7,7 @@ they are: the optimizer's groups, its state, and the tensors in it that are move
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -18,16 +19,36 @@ from dimat.symmetry import Permutations, SymmetrySpec
 from dimat.symmetry.moments import begun_anew, move_state
 
 PREFIX = "optimizer/"
-PLAIN = "optimizer/plain"
-"""What is no tensor in the state: JSON, by parameter and entry."""
-GROUPS = "optimizer/groups"
-"""Values of groups that the optimizer itself has changed: JSON, by group."""
+"""Of names of tensors; of an optimizer inside another one `optimizer/1:`, `optimizer/2:`, …"""
+PLAIN = "plain"
+"""Text after the prefix: what is no tensor in the state, JSON, by parameter and entry."""
+GROUPS = "groups"
+"""Text after the prefix: values of groups that the optimizer itself has changed, JSON, by group."""
 NO_PARAMETER = ""
 """The name under which state is kept that is no parameter's."""
+INSIDE = re.compile(rf"{PREFIX}\d+:")
+"""Beginning of a name of an optimizer inside another one."""
 USERS = frozenset(("lr", "initial_lr", "params"))
 """Entries of groups that are set anew in every life."""
 
 Parameters = Mapping[str, nn.Parameter]
+
+
+def family(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
+    """Return an optimizer and those inside it that have a state of their own, as Lookahead and SAM have one."""
+    found = [optimizer]
+    held: list[Any] = []
+    for value in vars(optimizer).values():
+        held += cast("Sequence[Any]", value) if isinstance(value, list | tuple) else [value]
+    for value in held:
+        if isinstance(value, torch.optim.Optimizer) and value.state is not optimizer.state:
+            found += [each for each in family(value) if not any(each is other for other in found)]
+    return found
+
+
+def prefix(number: int) -> str:
+    """Return what names of the state of one of a family begin with."""
+    return f"{PREFIX}{number}:" if number else PREFIX
 
 
 def optimized(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
@@ -50,12 +71,12 @@ def group_values(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
 
 
 def read_state(
-    optimizer: torch.optim.Optimizer, parameters: Parameters, began: Sequence[Mapping[str, Any]]
+    optimizer: torch.optim.Optimizer, parameters: Parameters, began: Sequence[Mapping[str, Any]], number: int = 0
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the state as tensors named `optimizer/<parameter>/<entry>`, copied to the CPU, and the rest as text.
 
-    `began`: the groups' values (`group_values`) when the optimizer was new. ConfigError for a value that a checkpoint
-    cannot hold.
+    `began`: the groups' values (`group_values`) when the optimizer was new; `number`: in its family. ConfigError for
+    a value that a checkpoint cannot hold.
     """
     names = {parameter: name for name, parameter in parameters.items()}
     tensors: dict[str, Tensor] = {}
@@ -64,27 +85,33 @@ def read_state(
         name = names.get(cast("nn.Parameter", owner), NO_PARAMETER) if isinstance(owner, Tensor) else NO_PARAMETER
         entries: Mapping[Any, Any] = held if isinstance(owner, Tensor) else {owner: held}
         for key, value in entries.items():
-            packed = _packed(value, f"{PREFIX}{name}/{key}", tensors)
+            packed = _packed(value, f"{prefix(number)}{name}/{key}", tensors)
             if not isinstance(value, Tensor) or "/" in str(key) or name == NO_PARAMETER:
                 plain.setdefault(name, {})[str(key)] = packed
     changed = [
         {key: value for key, value in now.items() if key not in before or before[key] != value}
         for now, before in zip(group_values(optimizer), began, strict=True)
     ]
-    texts = {PLAIN: json.dumps(plain)} if plain else {}
-    return tensors, texts | ({GROUPS: json.dumps(changed)} if any(changed) else {})
+    texts = {prefix(number) + PLAIN: json.dumps(plain)} if plain else {}
+    return tensors, texts | ({prefix(number) + GROUPS: json.dumps(changed)} if any(changed) else {})
 
 
 def write_state(
-    optimizer: torch.optim.Optimizer, parameters: Parameters, tensors: Mapping[str, Tensor], texts: Mapping[str, Any]
+    optimizer: torch.optim.Optimizer,
+    parameters: Parameters,
+    tensors: Mapping[str, Tensor],
+    texts: Mapping[str, Any],
+    number: int = 0,
 ) -> None:
     """Put back what `read_state` read. DataError where it is of a parameter that the optimizer does not have."""
-    plain = cast("dict[str, dict[str, Any]]", json.loads(texts.get(PLAIN, "{}")))
+    start = prefix(number)
+    plain = cast("dict[str, dict[str, Any]]", json.loads(texts.get(start + PLAIN, "{}")))
     used: set[str] = set()
     entries = {name: {key: _unpacked(v, tensors, used) for key, v in held.items()} for name, held in plain.items()}
     for full, tensor in tensors.items():
-        name, _, key = full.removeprefix(PREFIX).rpartition("/")
-        if full not in used:
+        name, _, key = full.removeprefix(start).rpartition("/")
+        inside = INSIDE.match(full)
+        if full not in used and (inside[0] if inside else PREFIX) == start:
             entries.setdefault(name, {})[key] = tensor.clone()
     order = list(parameters)
     state: dict[Any, Any] = entries.pop(NO_PARAMETER, {})
@@ -94,7 +121,7 @@ def write_state(
         state[order.index(name)] = held
     groups, own = optimizer.param_groups, optimizer.state
     try:
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        _plainly(optimizer).load_state_dict({**_plainly(optimizer).state_dict(), "state": state})
     except (ValueError, KeyError, RuntimeError, TypeError) as error:
         first = (str(error).strip().splitlines() or [""])[0]
         raise DataError(f"{type(optimizer).__name__} cannot go on from its state: {first}") from error
@@ -107,7 +134,7 @@ def write_state(
         for key, stored in held.items():  # torch casts to the parameter's type, also what was wider
             if isinstance(stored, Tensor) and stored.is_floating_point() and mine[key].dtype != stored.dtype:
                 mine[key] = stored.to(mine[key].device)
-    for group, values in zip(groups, json.loads(texts.get(GROUPS, "[]"))):
+    for group, values in zip(groups, json.loads(texts.get(start + GROUPS, "[]"))):
         group.update(values)
 
 
@@ -118,7 +145,7 @@ def move(
 
     Nothing is changed before it is called; SymmetryError where the permutations do not fit.
     """
-    moved, anew = move_state(optimizer.state_dict(), spec, permutations, parameters)
+    moved, anew = move_state(_plainly(optimizer).state_dict(), spec, permutations, parameters)
 
     def apply() -> None:
         for number, (name, parameter) in enumerate(parameters.items()):
@@ -131,6 +158,24 @@ def move(
                     value.copy_(new[key])
 
     return apply, begun_anew(anew) if anew else ""
+
+
+class _Plainly:
+    """An optimizer with torch's own ways to read and load its state, where another one is inside it: those that wrap
+    one have ways of their own, for both at once."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        return torch.optim.Optimizer.state_dict(self._optimizer)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        torch.optim.Optimizer.load_state_dict(self._optimizer, state)
+
+
+def _plainly(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer | _Plainly:
+    return optimizer if len(family(optimizer)) == 1 else _Plainly(optimizer)
 
 
 def copied(tensor: Tensor) -> Tensor:

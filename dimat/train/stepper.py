@@ -60,7 +60,7 @@ class Stepper:
                 self._scaler.update()
             else:
                 self._optimizer.step()
-        except (RuntimeError, TypeError, ValueError) as error:  # dense or sparse gradients that it does not take, say
+        except Exception as error:  # gradients that it does not take, or whatever a user's own class raises
             name, first = self._config.optimizer.name, (str(error).strip().splitlines() or [""])[0]
             raise TrainingError(f"train.optimizer {name!r} cannot make a step: {first}") from error
         return loss, weight

@@ -180,7 +180,7 @@ class Trainer(ModelState):
         loss = progress.loss / progress.counted if progress.counted else math.nan
         self._check_weights(round)
         if self.config.optimizer_state == "fresh":
-            self.optimizer.state.clear()
+            self.clear_optimizer()
         self.samples_seen += samples
         return TrainReport(loss, samples, steps, time.process_time() - cpu, time.perf_counter() - wall)
 

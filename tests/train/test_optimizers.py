@@ -12,7 +12,7 @@ from torch import nn
 from dimat.agent.learner.checkpoint import Stored, read_state, write_state
 from dimat.config import OptimizerConfig, TrainConfig, load_experiment
 from dimat.errors import ConfigError, TrainingError
-from dimat.symmetry import derive_symmetry
+from dimat.symmetry import derive_symmetry, permute_weights
 from dimat.tasks import ClassificationTask, TensorData, seeded
 from dimat.train.model_state import check_whole
 from dimat.train.optimizer_state import group_values
@@ -348,3 +348,58 @@ def test_whatever_torch_would_load_goes_on() -> None:
     optimizer.state[model.weight]["odd"] = object()
     with pytest.raises(ConfigError, match=r'keeps a object in its state.*optimizer_state = "fresh"'):
         read_optimizer(optimizer, named, began)
+
+
+class Lookahead(torch.optim.Optimizer):
+    """Lookahead (arXiv 1907.08610) as it is often written: a wrapper with slow weights of its own."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        super().__init__([p for group in inner.param_groups for p in group["params"]], {"lr": 0.0})
+        self.inner = [inner]
+        self.param_groups = inner.param_groups
+        self.count = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"inner": self.inner[0].state_dict(), "slow": super().state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        raise AssertionError("of both at once")
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for p in (p for group in self.param_groups for p in group["params"]):
+            self.state[p].setdefault("slow", p.clone())
+        self.inner[0].step()
+        for p in (p for group in self.param_groups for p in group["params"]):
+            slow = self.state[p]["slow"]
+            slow += 0.5 * (p - slow)
+            p.copy_(slow)
+
+
+def lookahead(model: nn.Module) -> torch.optim.Optimizer:
+    return Lookahead(torch.optim.Adam(model.parameters(), lr=1e-2))
+
+
+def test_an_optimizer_inside_another_one_goes_along_and_on() -> None:
+    """Reference: training without a stop; and the trained model in another order of units, trained on (float64)."""
+    optimizer = {"name": f"{__name__}:lookahead"}
+    whole, first, second = (trainer(optimizer) for _ in range(3))
+    whole.train(1)
+    first.train(1)
+    state = first.state()
+    assert {"optimizer/0.weight/slow", "optimizer/1:0.weight/exp_avg"} <= state.tensors.keys()
+    second.load_state(state)
+    for each in (whole, second):
+        each.train(2)
+    assert all(torch.equal(second.weights()[key], value) for key, value in whole.weights().items())
+
+    spec = derive_symmetry(first.model, (torch.randn(4, 6),))
+    order = {spec.groups[0].id: torch.arange(8).flip(0)}
+    first.permute(spec, order)
+    first.train(2)
+    expected = permute_weights(whole.weights(), spec, order)
+    for key, value in first.weights().items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-5)
+    fresh = trainer(optimizer, optimizer_state="fresh")
+    fresh.train(1)
+    assert not any(name.startswith("optimizer/") for name in fresh.state().tensors)

@@ -207,5 +207,7 @@ def _unwrapped(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.M
     while isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
         model = inner
     while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        if inner.state is not optimizer.state:
+            break  # one with a state of its own, such as Lookahead
         optimizer = inner
     return model, optimizer

@@ -17,7 +17,7 @@ from dimat.errors import ConfigError, nearest
 from dimat.symmetry import Permutations, SymmetrySpec, permute_weights
 from dimat.symmetry.permute import identity
 from dimat.symmetry.trace import forget_derived
-from dimat.train.optimizer_state import move, optimized
+from dimat.train.optimizer_state import family, move, optimized
 
 Move = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 """Returns tensors, by the model's names, as they are after the model has changed."""
@@ -46,7 +46,8 @@ class Followers:
         """Return what moves all of them as the model is moved; nothing is changed before it is called."""
         tables = self._held()
         moved = [permute_weights(table, spec, permutations, strict=False) for table in tables]
-        optimizers = [move(each, optimized(model, each), spec, permutations) for each in self._optimizers]
+        held = [each for optimizer in self._optimizers for each in family(optimizer)]
+        optimizers = [move(each, optimized(model, each), spec, permutations) for each in held]
         still = all(torch.equal(p.cpu().long(), identity(p.shape)) for p in permutations.values())
 
         def apply() -> None:
@@ -65,7 +66,8 @@ class Followers:
         tables = self._held()
         _fill(tables, [{name: weights.get(name, tensor) for name, tensor in table.items()} for table in tables])
         for optimizer in self._optimizers:
-            optimizer.state.clear()
+            for each in family(optimizer):
+                each.state.clear()
         for function in self._functions:
             function(lambda tensors: {name: weights.get(name, tensor) for name, tensor in tensors.items()})
         self._changed("the model began anew with a neighbour's weights", False)

@@ -73,7 +73,7 @@ class AttachedTrainer(ModelState):
         """Let the user's loop do a round's steps."""
         del round
         if self.fresh:
-            self.optimizer.state.clear()
+            self.clear_optimizer()
         self.give_back()
         with self._turn:
             self._users = True
@@ -82,7 +82,7 @@ class AttachedTrainer(ModelState):
                 self._turn.wait(POLL_S)
         self.take()
         if self.fresh:  # a checkpoint would hold it for nothing
-            self.optimizer.state.clear()
+            self.clear_optimizer()
         self._seen += self._steps
         return TrainReport(float("nan"), 0, self._steps, 0.0, 0.0)
 
@@ -203,7 +203,7 @@ class AttachedTrainer(ModelState):
         self._seen = int(state.values.get("steps", 0))
 
     def _renew_optimizer(self) -> None:
-        self.optimizer.state.clear()
+        self.clear_optimizer()
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         return self.optimizer
