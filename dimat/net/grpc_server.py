@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from time import time as clock
 from typing import Any, NoReturn, TypeVar, cast
 
@@ -33,6 +33,7 @@ from dimat.net.limits import (
     READER_GONE_S,
     Limits,
 )
+from dimat.net.peers.lives import Life, Lives, header_of
 from dimat.net.pki.identity import Identity, agent_of
 from dimat.net.ports import dial, dial_error_text, is_loopback, owner_of, split_address
 from dimat.net.throttle import FullError, Slots
@@ -40,7 +41,7 @@ from dimat.net.transfer.outbox import Outbox
 from dimat.net.transfer.upload import SlowReaderError, Uploader
 from dimat.net.transport import Neighbours, Status
 from dimat.weights.snapshot import SnapshotStore
-from dimat.wire import AGENT_HEADER, DATA_SERVICE, FETCH, PEER_SERVICE, QUERY_HEADER
+from dimat.wire import AGENT_HEADER, DATA_SERVICE, FETCH, LIFE_HEADER, PEER_SERVICE, QUERY_HEADER, TWIN_HEADER
 from dimat.wire.v1 import peer_pb2 as pb
 
 Context = aio.ServicerContext[Any, Any]
@@ -65,7 +66,9 @@ class GrpcServer:
         status: Status,
         heard: Callable[[str], None],
         noticed: Callable[[str], None],
+        lives: Lives,
     ) -> None:
+        self._lives = lives
         self.neighbours = Neighbours((), (), (), {})
         self._run = run
         self._agent = agent
@@ -145,6 +148,7 @@ class GrpcServer:
     # ── calls ────────────────────────────────────────────────────────────────────────────────────────────────
     async def hello(self, request: pb.HelloRequest, context: Context) -> pb.HelloReply:
         caller = await self._member(context)
+        await self._meet(caller, context)
         if request.agent != caller:
             await _abort(context, Code.PERMISSION_DENIED, f"{caller} says hello as {quoted(request.agent)}")
         if not any(key == QUERY_HEADER for key, _ in context.invocation_metadata() or ()):
@@ -160,6 +164,7 @@ class GrpcServer:
 
     async def manifests(self, request: pb.ManifestsRequest, context: Context) -> pb.ManifestsReply:
         reader = await self._reader(context)
+        await self._meet(reader, context)
         try:
             with self._polls.take(reader):
                 self._polled[reader] = math.inf
@@ -175,6 +180,7 @@ class GrpcServer:
         finally:
             self._polled[reader] = asyncio.get_running_loop().time()
         await self._reader(context)  # it may be off the map by now
+        context.set_trailing_metadata(self._lives.trailer)
         return self._outbox.reply()
 
     async def status(self, request: pb.StatusRequest, context: Context) -> pb.StatusReply:
@@ -254,6 +260,18 @@ class GrpcServer:
             await _abort(context, Code.PERMISSION_DENIED, f"{quoted(caller)} is not on the map of {self._agent}")
         return caller
 
+    async def _meet(self, caller: str, context: Context) -> None:
+        """Note which life of a name calls; refuse one that is not the only one and younger than the other."""
+        life = Life.parse(header_of(context.invocation_metadata(), LIFE_HEADER))
+        older = None if life is None else self._lives.heard(caller, life)
+        if older is not None:
+            await _abort(
+                context,
+                Code.PERMISSION_DENIED,
+                f"another process runs as {caller}, and began before this one",
+                ((TWIN_HEADER, older.text()),),
+            )
+
     async def _reader(self, context: Context) -> str:
         """Return the caller's name if it may read and fits by its hello; abort the call otherwise."""
         caller = await self._member(context)
@@ -311,9 +329,11 @@ def _checked(method: Callable[[Any, Context], Awaitable[T]]) -> Callable[[Any, C
     return checked
 
 
-async def _abort(context: Context, code: grpc.StatusCode, details: str) -> NoReturn:
+async def _abort(
+    context: Context, code: grpc.StatusCode, details: str, trailer: Sequence[tuple[str, str]] = ()
+) -> NoReturn:
     async with asyncio.timeout(5):
-        await context.abort(code, details)
+        await context.abort(code, details, tuple(trailer))
     raise AssertionError("an aborted call goes on")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import os
+import time
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -15,9 +16,10 @@ from dimat.errors import NetworkError
 from dimat.net.compatibility import Profile
 from dimat.net.grpc_server import GrpcServer
 from dimat.net.limits import CHUNK_BYTES, SERVED_CHECK_S, Limits
-from dimat.net.manifest import ManifestLimits, Sign, Verify
-from dimat.net.peers.connection import Connector
+from dimat.net.manifest import ManifestLimits, Sign
+from dimat.net.peers.connection import Connector, Metadata
 from dimat.net.peers.link import AddressLookup, PeerLink
+from dimat.net.peers.lives import Lives, OwnLife, header_of
 from dimat.net.pki.certificates import check_certificate, check_signature
 from dimat.net.pki.identity import Identity
 from dimat.net.threads import BackgroundTasks, InFlight, Threads
@@ -27,6 +29,7 @@ from dimat.net.transfer.outbox import Outbox
 from dimat.net.transfer.upload import Uploader
 from dimat.net.transport import Fetched, Neighbours, PeerListener, Status
 from dimat.weights.snapshot import Manifest, SnapshotStore, roots_of
+from dimat.wire import TWIN_HEADER, TWINS_HEADER
 
 
 class GrpcTransport:
@@ -73,7 +76,11 @@ class GrpcTransport:
         self._threads = Threads()
         self._outbox = Outbox(store, run, agent, self._signer(), self._threads)
         self._uploader = Uploader(self._limits, self._threads)
-        self._connector = Connector(run, agent, identity, profile, manifest_limits, self._limits)
+        self._life = OwnLife(run, agent, self._signer(), self._own_check)
+        self._lives = Lives(self._notice)
+        self._connector = Connector(
+            run, agent, identity, profile, manifest_limits, self._limits, self._life.header, self._hear
+        )
         self._links: dict[str, PeerLink] = {}
         self._neighbours = Neighbours((), (), (), {})
         self._fetches = InFlight()
@@ -143,7 +150,7 @@ class GrpcTransport:
             self._generator,
             listener.noticed,
         )
-        self._outbox.restore(self._own_check(), self._manifest_limits, listener.noticed)
+        self._outbox.restore(self._own_check, self._manifest_limits, listener.noticed)
         self._server = GrpcServer(
             run=self._run,
             agent=self._agent,
@@ -156,6 +163,7 @@ class GrpcTransport:
             status=self._status,
             heard=self._heard,
             noticed=listener.noticed,
+            lives=self._lives,
         )
         self._port = await self._server.start(self._listen)
         await self._tasks.open()
@@ -195,6 +203,10 @@ class GrpcTransport:
             )
             link.update_addresses(addresses)
             link.start(self._tasks)
+
+    def sign_again(self) -> None:
+        """Sign what is offered with the agent's new key; connections stay as they are."""
+        self._outbox.sign_again()
 
     def publish(self, manifest: Manifest) -> None:
         """Offer a recorded snapshot to the readers. Offering it again changes nothing."""
@@ -274,13 +286,27 @@ class GrpcTransport:
     def _signer(self) -> Sign:
         return _unsigned if self._identity is None else self._identity.sign
 
-    def _own_check(self) -> Verify:
-        """Return the check of this agent's own signatures of before a restart."""
+    def _own_check(self, data: bytes, signature: bytes) -> None:
+        """Check a signature of this agent's own: of before a restart, or of another process."""
         identity = self._identity
-        if identity is None:
-            return _any
-        key = check_certificate(identity.certificate_der, identity.ca, identity.name)
-        return lambda data, signature: check_signature(key, data, signature)
+        if identity is not None:  # on an insecure network nothing is checked
+            key = check_certificate(identity.certificate_der, identity.ca, identity.name)
+            check_signature(key, data, signature)
+
+    def _hear(self, peer: str, metadata: Metadata) -> None:
+        """Take in what comes with a peer's answers: of an older life of this agent's name, and of others' twins."""
+        older = self._life.proven_older(header_of(metadata, TWIN_HEADER))
+        if older is not None and self._listener is not None:
+            began = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(older.started_s))
+            self._listener.twin(
+                f"another process runs as {self._agent}, since {began} UTC, and {peer} hears both: this one, which is "
+                "younger, leaves; stop the other one first if this one is to run"
+            )
+        self._lives.take_word(peer, header_of(metadata, TWINS_HEADER), self._neighbours.members)
+
+    def _notice(self, message: str) -> None:
+        if self._listener is not None:
+            self._listener.noticed(message)
 
 
 def _by_peer(counts: Mapping[tuple[str, str], int]) -> dict[str, int]:
@@ -294,10 +320,6 @@ def _by_peer(counts: Mapping[tuple[str, str], int]) -> dict[str, int]:
 def _unsigned(data: bytes) -> bytes:
     """On an insecure network nothing is signed."""
     return b""
-
-
-def _any(data: bytes, signature: bytes) -> None:
-    """On an insecure network nothing is checked."""
 
 
 # ── memory of the process ─────────────────────────────────────────────────────────────────────────────────────

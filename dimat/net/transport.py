@@ -54,6 +54,10 @@ class PeerListener(Protocol):
         """A message for a person: passed once, then at growing intervals."""
         ...
 
+    def twin(self, reason: str) -> None:
+        """An older process runs under this agent's name at the same time, which is proven: this one is to leave."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Neighbours:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import grpc
 from grpc import aio
@@ -24,6 +25,8 @@ from dimat.wire import AGENT_HEADER, DATA_SERVICE, FETCH, PEER_SERVICE
 from dimat.wire.v1 import peer_pb2 as pb
 
 Code = grpc.StatusCode
+Metadata = Sequence[tuple[str, str | bytes]]
+Hear = Callable[[Metadata], None]
 
 
 class PeerRefusedError(Exception):
@@ -41,7 +44,8 @@ class Connection:
     `verify`: checks the peer's signatures; `clock_offset_s`: how far its clock and this machine's differ at least;
     `note`: what the peer has set otherwise, though it fits;
     `heard_s`: when its last byte came, by the event loop's clock; `certificate`: DER, checked, empty on an insecure
-    network; `transfers`: those under way.
+    network; `life`: gives the header that says which life of this agent's name calls; `hear`: takes the metadata that
+    comes with the peer's replies and refusals; `transfers`: those under way.
     """
 
     peer: str
@@ -51,8 +55,10 @@ class Connection:
     verify: Verify
     clock_offset_s: float
     note: str
+    life: Callable[[], tuple[str, str]]
     heard_s: float = 0.0
     certificate: bytes = b""
+    hear: Hear = field(default=lambda _: None)
     transfers: InFlight = field(default_factory=InFlight, init=False)
     _closed: bool = field(default=False, init=False)
 
@@ -80,7 +86,8 @@ class Connection:
 
     async def call(self, method: str, request: Any, reply: Any, timeout_s: float) -> Any:
         """Call a method of the peer's service and return its reply."""
-        return await _call(self.channel, method, request, reply, timeout_s, self.metadata)
+        metadata = (*self.metadata, self.life())
+        return await _call(self.channel, method, request, reply, timeout_s, metadata, self.hear)
 
 
 DATE_FAULTS = {
@@ -91,7 +98,7 @@ DATE_FAULTS = {
 
 
 class Connector:
-    """Connects `agent` to its peers."""
+    """Connects `agent` to its peers. `life`: see `Connection`; `hear`: takes a peer and the metadata of its answers."""
 
     def __init__(
         self,
@@ -101,7 +108,11 @@ class Connector:
         profile: Profile,
         manifest_limits: ManifestLimits,
         limits: Limits,
+        life: Callable[[], tuple[str, str]],
+        hear: Callable[[str, Metadata], None],
     ) -> None:
+        self._life = life
+        self._hear = hear
         self._run = run
         self._agent = agent
         self._identity = identity
@@ -122,6 +133,14 @@ class Connector:
             await channel.close()
             raise
 
+    async def greet_again(self, connection: Connection) -> bool:
+        """Take over the certificate that a peer has now, on the connection that is there; return whether it is another
+        one than before. Raises as `connect` does."""
+        renewed = await self._hello(connection.peer, connection.address, connection.channel)
+        changed = renewed.certificate != connection.certificate
+        connection.verify, connection.certificate = renewed.verify, renewed.certificate
+        return changed
+
     def _channel(self, peer: str, address: str) -> aio.Channel:
         # the longest reply holds all manifests that a peer offers
         largest = max(4 * CHUNK_BYTES, MOST_FORMS * self._manifest_limits.manifest_bytes)
@@ -134,9 +153,10 @@ class Connector:
         metadata = ((AGENT_HEADER, self._agent),) if self._identity is None else ()
         request = pb.HelloRequest(**self._profile.fields(self._run, self._agent))
         before = time.time()
+        hear = partial(self._hear, peer)
         try:
             reply: pb.HelloReply = await _call(
-                channel, "Hello", request, pb.HelloReply, self._limits.connect_s, metadata
+                channel, "Hello", request, pb.HelloReply, self._limits.connect_s, (*metadata, self._life()), hear
             )
         except aio.AioRpcError as error:
             if error.code() in (Code.PERMISSION_DENIED, Code.UNAUTHENTICATED, Code.UNIMPLEMENTED):
@@ -155,7 +175,18 @@ class Connector:
         # on an insecure network a certificate would be anybody's
         certificate = b"" if self._identity is None else reply.certificate
         note = doubtful(self._profile, reply)
-        return Connection(peer, address, channel, metadata, verify, clock_offset_s, note, certificate=certificate)
+        return Connection(
+            peer,
+            address,
+            channel,
+            metadata,
+            verify,
+            clock_offset_s,
+            note,
+            self._life,
+            certificate=certificate,
+            hear=hear,
+        )
 
     def _verifier(self, peer: str, certificate: bytes) -> Verify:
         """Return the check of the peer's signatures; SecurityError where its certificate is not its own."""
@@ -170,9 +201,15 @@ def _unsigned(data: bytes, signature: bytes) -> None:
 
 
 async def _call(
-    channel: aio.Channel, method: str, request: Any, reply: Any, timeout_s: float, metadata: Sequence[tuple[str, str]]
+    channel: aio.Channel,
+    method: str,
+    request: Any,
+    reply: Any,
+    timeout_s: float,
+    metadata: Sequence[tuple[str, str]],
+    hear: Hear,
 ) -> Any:
-    """Call a method of the service of `peer.proto`."""
+    """Call a method of the service of `peer.proto`. `hear`: takes the metadata that ends the reply or the refusal."""
     call: Any = channel.unary_unary(
         f"/{PEER_SERVICE}/{method}",
         request_serializer=type(request).SerializeToString,
@@ -180,9 +217,15 @@ async def _call(
     )
     try:
         async with asyncio.timeout(timeout_s + 1.0):
-            return await call(request, timeout=timeout_s, metadata=metadata)
+            answering: Any = call(request, timeout=timeout_s, metadata=metadata)
+            answer = await answering
+            hear(tuple(await answering.trailing_metadata() or ()))
+            return answer
     except TimeoutError:
         raise ConnectionBrokenError("no answer in time") from None
+    except aio.AioRpcError as error:
+        hear(cast("Metadata", tuple(error.trailing_metadata() or ())))
+        raise
 
 
 def error_text(error: Exception) -> str:

@@ -316,18 +316,20 @@ class PeerLink:
         if len(reply.offered) > MOST_OFFERED:
             raise PeerRefusedError(f"it offers {len(reply.offered):,} snapshots, at most {MOST_OFFERED} are read")
         offers: dict[tuple[int, str], SignedManifest] = {}
+        greeted = False
         for offered in reply.offered:
             try:
-                # long manifests are parsed off the event loop
-                signed = await self._threads.submit(
-                    unseal,
-                    offered.manifest,
-                    offered.signature,
-                    connection.verify,
-                    publisher=self.peer,
-                    run=self._run,
-                    limits=self.manifest_limits,
-                )
+                try:
+                    signed = await self._unseal(connection, offered)
+                except SecurityError:
+                    # its keys may be new ones; it is asked once for each of its replies
+                    if greeted:
+                        raise
+                    greeted = True
+                    if not await self._connector.greet_again(connection):
+                        raise
+                    self.certificate = connection.certificate
+                    signed = await self._unseal(connection, offered)
                 if signed.manifest.schema != self._profile.schema:
                     raise PeerError(f"manifest of {self.peer} refused: it is of another model than it said hello with")
             except (PeerError, SecurityError) as error:
@@ -350,6 +352,18 @@ class PeerLink:
                 self._listener.offered(signed.manifest, oldest)
         told.intersection_update(offers)
         self._changed.fire()
+
+    async def _unseal(self, connection: Connection, offered: pb.SignedManifest) -> SignedManifest:
+        # long manifests are parsed off the event loop
+        return await self._threads.submit(
+            unseal,
+            offered.manifest,
+            offered.signature,
+            connection.verify,
+            publisher=self.peer,
+            run=self._run,
+            limits=self.manifest_limits,
+        )
 
     # ── reachability ──────────────────────────────────────────────────────────────────────────────────────────
     def _in_reach(self) -> None:

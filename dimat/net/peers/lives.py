@@ -1,0 +1,171 @@
+"""Lives of agents: two processes under one name are noticed, and the younger leaves.
+
+With each call an agent says which life of its name it is: an id drawn when it began, when that was, and when it speaks,
+signed. Who is called by one life, then by another and then by the first again knows that both run: a restart never goes
+back. It refuses the younger one from then on and hands it the older one's newest statement. The younger one leaves only
+where that proves that the older one lived after it had begun itself: no member can make another agent leave with
+statements of lives that are over. All others are told in the replies to their calls, and pass it on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import secrets
+import time
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from dimat.errors import SecurityError
+from dimat.net.manifest import Sign, Verify
+from dimat.wire import LIFE_HEADER, TWINS_HEADER
+
+LIVING_S = 60.0
+"""Seconds for which a life counts as living since its last call: peers call several times in that."""
+LIVES_KEPT = 4
+PASSED_ON_S, AGAIN_S = 600.0, 3600.0
+"""For how long it is passed on that a name has two lives; and after what time another word of it counts anew."""
+_LONGEST = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Life:
+    """One life of an agent, as it says itself: `started_s` and `said_s` in Unix time, by its own clock."""
+
+    id: str
+    started_s: float
+    said_s: float
+    signature: bytes = b""
+
+    def is_older(self, other: Life) -> bool:
+        """Whether it began before another one; ids decide between equal times."""
+        return (self.started_s, self.id) < (other.started_s, other.id)
+
+    def statement(self, run: str, agent: str) -> bytes:
+        """Return the bytes that are signed."""
+        return json.dumps(["dimat life", run, agent, self.id, self.started_s, self.said_s]).encode()
+
+    def text(self) -> str:
+        """Return it as a header's value."""
+        return json.dumps([self.id, self.started_s, self.said_s, self.signature.hex()])
+
+    @staticmethod
+    def parse(text: object) -> Life | None:
+        """Return what `text` gave; None for anything else."""
+        if not isinstance(text, str) or len(text) > _LONGEST:
+            return None
+        try:
+            name, started_s, said_s, signature = json.loads(text)
+            life = Life(str(name), float(started_s), float(said_s), bytes.fromhex(signature))
+        except (ValueError, TypeError, RecursionError):
+            return None
+        return life if math.isfinite(life.started_s) and math.isfinite(life.said_s) else None
+
+
+class OwnLife:
+    """This process's life of `agent`. `sign`, `verify`: with the agent's own key."""
+
+    def __init__(
+        self, run: str, agent: str, sign: Sign, verify: Verify, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._run = run
+        self._agent = agent
+        self._sign = sign
+        self._verify = verify
+        self._clock = clock
+        now = clock()
+        self._life = Life(secrets.token_hex(8), now, now)  # an id never to come again, so from no seeded generator
+
+    def header(self) -> tuple[str, str]:
+        """Return the header that says which life this is, and that it lives now."""
+        now = Life(self._life.id, self._life.started_s, self._clock())
+        signature = self._sign(now.statement(self._run, self._agent))
+        return LIFE_HEADER, Life(now.id, now.started_s, now.said_s, signature).text()
+
+    def proven_older(self, text: object) -> Life | None:
+        """Return the older life of the same name that a peer tells of, where it is sure that it lived after this one
+        began."""
+        life, own = Life.parse(text), self._life
+        if life is None or life.id == own.id or not life.is_older(own) or life.said_s <= own.started_s:
+            return None
+        try:
+            self._verify(life.statement(self._run, self._agent), life.signature)
+        except SecurityError:
+            return None
+        return life
+
+
+@dataclass(slots=True)
+class _Heard:
+    """The lives of one caller, the one heard last at the end; `twins`: two ids that both live."""
+
+    lives: dict[str, tuple[Life, float]] = field(default_factory=dict[str, tuple[Life, float]])
+    twins: tuple[str, ...] = ()
+
+
+class Lives:
+    """The lives of all callers of one agent, and which names are said to have two.
+
+    `told(message)` is called once for each name that has two lives, heard here or told by another member.
+    """
+
+    def __init__(self, told: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
+        self._told = told
+        self._clock = clock
+        self._heard: dict[str, _Heard] = {}
+        self._names: dict[str, float] = {}  # names with two lives: when that was said first
+
+    def heard(self, caller: str, life: Life) -> Life | None:
+        """Take in a call of one life; return the older one that runs at the same time, where there is one."""
+        now, known = self._clock(), self._heard.setdefault(caller, _Heard())
+        last = next(reversed(known.lives), life.id)
+        if life.id in known.lives and last != life.id:
+            known.twins = (life.id, last)
+        known.lives.pop(life.id, None)
+        known.lives[life.id] = (life, now)
+        for gone in list(known.lives)[:-LIVES_KEPT]:
+            del known.lives[gone]
+        if life.id not in known.twins:
+            return None
+        other = next((each for each in known.twins if each != life.id), "")
+        other_life, at = known.lives.get(other, (life, -math.inf))
+        if now - at > LIVING_S:
+            known.twins = ()
+            return None
+        older, younger = sorted((life, other_life), key=lambda each: (each.started_s, each.id))
+        begun = (time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(each.started_s)) for each in (older, younger))
+        self._say(
+            caller,
+            f"two processes run as {caller} at once, begun at {' and '.join(begun)} UTC by their clocks; the younger "
+            "one is refused, and told to leave",
+        )
+        return other_life if other_life.is_older(life) else None
+
+    def take_word(self, peer: str, value: object, members: Collection[str]) -> None:
+        """Take in what a peer's reply says of names with two lives."""
+        try:
+            names: Any = json.loads(value) if isinstance(value, bytes) and len(value) <= _LONGEST else ()
+        except ValueError:
+            return
+        for name in cast("Iterable[object]", names) if isinstance(names, list | tuple) else ():
+            if isinstance(name, str) and name in members:
+                self._say(name, f"{peer} says that two processes run as {name} at once; the younger one is to leave")
+
+    @property
+    def trailer(self) -> tuple[tuple[str, bytes], ...]:
+        """Metadata of a reply that passes the names with two lives on."""
+        now = self._clock()
+        names = [name for name, since in self._names.items() if now - since < PASSED_ON_S]
+        return ((TWINS_HEADER, json.dumps(names)[:_LONGEST].encode()),) if names else ()
+
+    def _say(self, name: str, message: str) -> None:
+        now = self._clock()
+        if now - self._names.get(name, -math.inf) >= AGAIN_S:
+            self._names[name] = now
+            self._told(message)
+
+
+def header_of(metadata: Iterable[tuple[str, object]] | None, name: str) -> object:
+    """Return the value of a header, None where it is not there."""
+    return next((value for key, value in metadata or () if key == name), None)
