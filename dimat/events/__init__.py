@@ -84,6 +84,15 @@ class MapRead(AgentEvent):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KeysRead(AgentEvent):
+    """A real agent goes by these keys from now on. `fingerprint`: SHA-256 of its certificate, in hex; `until_s`: when
+    that, or its CA's, ends, in Unix time."""
+
+    fingerprint: str
+    until_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PhaseStarted(AgentEvent):
     """A real agent goes on to the next part of its round. `phase`: "join" (a newcomer listens for a network), "train"
     (training, and what it has learned is made durable), "wait" (published, and peers are waited for), "merge" (basis,
@@ -262,7 +271,8 @@ class Joined(AgentEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resumed(AgentEvent):
-    """An agent goes on from its checkpoint of `round`. `stage`: "trained", "merged" or "joined"."""
+    """An agent goes on from its checkpoint of `round`. `stage`: "trained", "merged" or "joined"; with "training", which
+    may follow one of the others, in the middle of that round's training."""
 
     stage: str
 
@@ -295,8 +305,9 @@ class LinksHealed(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpointed(AgentEvent):
-    """State is written. `stage`: "trained" (before publishing), "merged" or "joined". A daemon's survives power
-    loss; the simulator writes them where agents may crash, and does not wait for the disk."""
+    """State is written. `stage`: "trained" (before publishing), "merged" or "joined"; "training": what a round has
+    trained so far, kept beside the checkpoint before. A daemon's survives power loss; the simulator writes them where
+    agents may crash, and does not wait for the disk."""
 
     stage: str
 

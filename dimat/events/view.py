@@ -37,6 +37,7 @@ class AgentView:
     merged: events.Merged | None = None
     finished: events.RoundFinished | None = None
     network: events.NetworkObserved | None = None
+    keys: events.KeysRead | None = None
     basis: str = ""
     late: dict[str, str] = field(default_factory=dict[str, str])
     refused: dict[str, str] = field(default_factory=dict[str, str])
@@ -92,6 +93,8 @@ class AgentView:
                 self.crashed, self.left = False, ""
             case events.Joined() | events.Resumed():
                 self.crashed, self.left, self.late, self.refused, self.waited_s = False, "", {}, {}, None
+            case events.KeysRead():
+                self.keys = event
             case events.MapRead():
                 self.members, self.peers = event.members, event.peers
             case events.AgentCrashed(back_s=back_s):

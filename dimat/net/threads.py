@@ -40,6 +40,7 @@ class BackgroundTasks:
         self._group: asyncio.TaskGroup | None = None
         self._closing = asyncio.Event()
         self._holder: asyncio.Task[None] | None = None
+        self._running: set[asyncio.Task[Any]] = set()
 
     @property
     def is_open(self) -> bool:
@@ -55,10 +56,16 @@ class BackgroundTasks:
     def start(self, coroutine: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
         """Run a coroutine in a task of the group, between `open` and `close`."""
         assert self._group is not None, "tasks are started after `open`"
-        return self._group.create_task(coroutine, name=name)
+        task = self._group.create_task(coroutine, name=name)
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        return task
 
-    async def close(self) -> None:
-        """Wait until all tasks have ended; ExceptionGroup of their errors."""
+    async def close(self, *, cancel: bool = False) -> None:
+        """Wait until all tasks have ended, called off or by themselves; ExceptionGroup of their errors."""
+        if cancel:
+            for task in self._running:
+                task.cancel()
         self._closing.set()
         if self._holder is not None:
             await self._holder

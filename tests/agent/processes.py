@@ -176,8 +176,8 @@ def network(
     net = Network(folder, names, dict(zip(names, ports)), hosts=dict(zip(names, hosts)), loads=loads)
     net.write_map()
     (folder / "tiny_task.py").write_text(TINY_TASK)
-    init_authority(folder / "keys", "tests", 30)
-    issue(folder / "keys", dict.fromkeys(names, ("127.0.0.1:7300",)), 10)
+    init_authority(folder / "keys", "tests", 400)
+    issue(folder / "keys", dict.fromkeys(names, ("127.0.0.1:7300",)), 100)  # nothing is warned of
     write_config(folder / "agents.toml", **tables)
     try:
         yield net

@@ -52,8 +52,8 @@ class MapDirectory(Protocol):
 class MapFollower:
     """Looks for newer maps for one agent.
 
-    `folder`: the agent's, for what belongs to the DHT; `check` raises DimatError where a map file cannot be used;
-    `take` is called when one has been written that can.
+    `folder`: the agent's, for what belongs to the DHT; `ca`: gives the CA certificates that count now; `check` raises
+    DimatError where a map file cannot be used; `take` is called when one has been written that can.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class MapFollower:
         config: ExperimentConfig,
         folder: Path,
         dht: MapDirectory,
-        ca: bytes,
+        ca: Callable[[], bytes],
         *,
         check: Callable[[Path], object],
         take: Callable[[], Awaitable[None]],
@@ -142,7 +142,7 @@ class MapFollower:
                 return None
             try:
                 data = path.read_bytes()
-                self._held = open_map(data, ca=self._ca, run=self._config.run, now=now), data
+                self._held = open_map(data, ca=self._ca(), run=self._config.run, now=now), data
             except (OSError, DimatError):
                 return None  # damaged or over: others may have it, and the map itself is there
         return self._held if self._held[0].expires_s > now else None

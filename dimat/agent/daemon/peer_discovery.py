@@ -60,6 +60,10 @@ class PeerDiscovery:
         await self._resolver.start()
         self._resolver.announce(self._told)
 
+    async def update_ca(self, ca: bytes) -> None:
+        """Take other CA certificates over."""
+        await self.dht.update_ca(ca)
+
     def update_neighbours(self, neighbours: Neighbours) -> None:
         """Take a new map over."""
         self._resolver.update_members(neighbours.addresses, neighbours.members)

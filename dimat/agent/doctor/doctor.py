@@ -13,14 +13,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-
-from cryptography import x509
+from typing import Any
 
 from dimat.agent.daemon.folder import owner_of_folder, read_mark
+from dimat.agent.daemon.key_watch import certificate_facts
 from dimat.agent.daemon.resources import available_memory, held_bytes, memory_bytes, needed_bytes
 from dimat.agent.daemon.status_socket import ask
 from dimat.agent.doctor.check import Check, fail, failed, ok, warn
@@ -41,10 +41,12 @@ IMPORT_S = 120.0
 
 @dataclass(frozen=True, slots=True)
 class RunningAgent:
-    """The agent's own process. `pid`: 0 where none runs; `address`: `host:port`, "" where it is not known."""
+    """The agent's own process. `pid`: 0 where none runs; `address`: `host:port`, "" where it is not known;
+    `certificate`: the facts about its keys that it tells, none where it does not."""
 
     pid: int = 0
     address: str = ""
+    certificate: Mapping[str, object] = field(default_factory=dict[str, object])
 
 
 def examine(config: ExperimentConfig) -> Iterator[Check]:
@@ -68,6 +70,8 @@ def examine(config: ExperimentConfig) -> Iterator[Check]:
     yield from _machine(config)
     path = agent_folder(config, setup.name)
     running = running_in(path)
+    if identity is not None and running.certificate:
+        yield _keys_in_use(identity, running)
     learner = _learner(setup)
     model = learner.trainer.model
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
@@ -97,10 +101,10 @@ def running_in(folder: Path) -> RunningAgent:
     if owner is None:
         return RunningAgent()
     try:
-        address = str(ask(folder).get("address", ""))
+        status = ask(folder)
     except DataError:
-        address = ""  # it is about to start, or to end
-    return RunningAgent(owner or -1, address)
+        status = dict[str, Any]()  # it is about to start, or to end
+    return RunningAgent(owner or -1, str(status.get("address", "")), status.get("certificate") or {})
 
 
 # ── keys ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -112,12 +116,27 @@ def _keys(config: ExperimentConfig, name: str) -> tuple[Identity | None, Check]:
         identity = load_identity(Path(config.folder) / config.agent.keys, name)
     except DimatError as error:
         return None, failed("keys", error)
-    until = x509.load_pem_x509_certificate(identity.certificate).not_valid_after_utc
+    until = identity.until
     left = until - datetime.now(UTC)
-    what = f"certificate of {name} is valid for {left.days} more days, until {until:%Y-%m-%d}"
+    what = f"certificate of {name}, and its CA's, are valid for {left.days} more days, until {until:%Y-%m-%d}"
     if left < SOON:
         return identity, warn("keys", what, f"renew it: dimat keys issue {name} --renew (or request and sign)")
     return identity, ok("keys", what)
+
+
+def _keys_in_use(identity: Identity, running: RunningAgent) -> Check:
+    """Say whether the running process goes by the keys that lie in the files."""
+    in_files, used = certificate_facts(identity), running.certificate
+    if all(used.get(name) == value for name, value in in_files.items()):
+        return ok("keys in use", f"process {running.pid} goes by these keys")
+    ends = used.get("until")
+    until = f", valid until {datetime.fromtimestamp(ends, UTC):%Y-%m-%d}" if isinstance(ends, int | float) else ""
+    what = f"process {running.pid} goes by other keys than the files hold (certificate {_short(used)}…{until})"
+    return warn("keys in use", what, f"let it read them anew: kill -HUP {running.pid}")
+
+
+def _short(certificate: Mapping[str, object]) -> str:
+    return str(certificate.get("fingerprint", ""))[:16]
 
 
 # ── the machine ──────────────────────────────────────────────────────────────────────────────────────────────

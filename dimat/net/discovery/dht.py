@@ -173,6 +173,14 @@ class DhtNode:
             raise NetworkError("the DHT node was not started")
         await asyncio.shield(self._first)
 
+    async def update_ca(self, ca: bytes | None) -> None:
+        """Check records by other CA certificates from now on; the node's process checks too, and is started again."""
+        if ca != self._ca:
+            self._ca = ca
+            if self._child is not None and self.healthy:
+                with suppress(NetworkError):  # one that does not answer is noticed by its next probe
+                    await self._child.ask("stop", 4.0)
+
     async def announce(self, record: AddressRecord) -> bool:
         """Store this agent's record with other nodes; return whether any took it. ConfigError for an invalid one."""
         data = self._seal(record)

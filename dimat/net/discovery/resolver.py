@@ -20,6 +20,7 @@ from dimat.errors import DimatError
 from dimat.net.backoff import Reminders
 from dimat.net.discovery.address_records import AddressRecord
 from dimat.net.limits import ANNOUNCE_RETRY_S, LOOKUP_S, RECORD_FRESH_S, RECORD_LIFE_S, RECORD_SAMPLE
+from dimat.net.threads import BackgroundTasks
 
 
 class RecordDirectory(Protocol):
@@ -85,7 +86,7 @@ class AddressResolver:
         self._news = asyncio.Event()
         self._found: dict[str, tuple[float, AddressRecord | None]] = {}
         self._lookups: dict[str, asyncio.Task[AddressRecord | None]] = {}
-        self._loop: asyncio.Task[None] | None = None
+        self._tasks = BackgroundTasks()
         self._last: AddressRecord | None = None
         self._number = _read_number(self._file)
         self._alone = 0
@@ -100,8 +101,9 @@ class AddressResolver:
 
     async def start(self) -> None:
         """Begin to announce this agent; return at once."""
+        await self._tasks.open()
         if self._dht is not None:
-            self._loop = asyncio.create_task(self._keep_announced(self._dht), name="announcing")
+            self._tasks.start(self._keep_announced(self._dht), "announcing")
 
     def announce(self, own: Announcement) -> None:
         """Announce new facts about this agent at once."""
@@ -116,16 +118,11 @@ class AddressResolver:
 
     async def close(self) -> None:
         """Stop announcing; the last record expires by itself."""
-        tasks = [task for task in (self._loop, *self._lookups.values()) if task is not None]
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
-        self._loop = None
+        await self._tasks.close(cancel=True)
 
     async def _lookup(self, agent: str) -> AddressRecord | None:
         """Return an agent's record, from memory where it is fresh. Concurrent calls wait for one lookup."""
-        if self._dht is None or agent == self._agent or agent not in self._members:
+        if self._dht is None or agent == self._agent or agent not in self._members or not self._tasks.is_open:
             return None
         now = time.monotonic()
         when, record = self._found.get(agent, (float("-inf"), None))
@@ -133,7 +130,7 @@ class AddressResolver:
             return record if record is not None and record.expires_s > self._clock() else None
         task = self._lookups.get(agent)
         if task is None:
-            task = self._lookups[agent] = asyncio.create_task(self._look_up(self._dht, agent))
+            task = self._lookups[agent] = self._tasks.start(self._look_up(self._dht, agent), f"lookup of {agent}")
             task.add_done_callback(lambda _: self._lookups.pop(agent, None))
         with suppress(TimeoutError):
             # where the map gives addresses too, the DHT only adds to them

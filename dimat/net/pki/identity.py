@@ -6,12 +6,15 @@ gRPC is imported only where credentials are made: the DHT's process checks certi
 from __future__ import annotations
 
 import shlex
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -23,9 +26,12 @@ if TYPE_CHECKING:
     import grpc
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Identity:
-    """An agent's name, certificate and key; `load_identity` makes one. The key never shows in a repr."""
+    """An agent's name, certificate and key; `load_identity` makes one. The key never shows in a repr.
+
+    All parts of an agent hold the same object, so that keys which are read anew (`take_over`) are everybody's at once.
+    """
 
     name: str
     """Agent, as in the certificate and on the map."""
@@ -34,6 +40,12 @@ class Identity:
     ca: bytes = field(repr=False)
     """PEM of the CA certificates that are trusted: several while a CA is being replaced."""
     key: ec.EllipticCurvePrivateKey = field(repr=False)
+    _whole: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
+
+    def take_over(self, fresh: Identity) -> None:
+        """Go on with the certificate and key of `fresh`, of the same name: connections made from now on show them."""
+        with self._whole:
+            self.certificate, self.ca, self.key = fresh.certificate, fresh.ca, fresh.key
 
     def sign(self, data: bytes) -> bytes:
         """Return the signature of the agent's key: ECDSA over SHA-256, DER."""
@@ -48,13 +60,24 @@ class Identity:
         """SHA-256 of the certificate's DER, in hex."""
         return self._loaded.fingerprint(hashes.SHA256()).hex()
 
+    @property
+    def until(self) -> datetime:
+        """When it ends: its certificate, or before that the CA's that issued it."""
+        issuers = [ca for ca in authorities(self.ca) if _issued(ca, self._loaded)]
+        ends = [authority.not_valid_after_utc for authority in issuers]
+        return min([self._loaded.not_valid_after_utc, *([max(ends)] if ends else [])])
+
     def server_credentials(self) -> grpc.ServerCredentials:
-        """Return a server's credentials: a client without a certificate of the CA gets no connection."""
+        """Return a server's credentials: a client without a certificate of the CA gets no connection. Each handshake
+        goes by the keys that hold then."""
         import grpc
 
-        return grpc.ssl_server_credentials(
-            [(self._key_pem, self.certificate)], root_certificates=self.ca, require_client_auth=True
-        )
+        def now() -> grpc.ServerCertificateConfiguration:
+            with self._whole:
+                pair = self._key_pem, self.certificate
+                return grpc.ssl_server_certificate_configuration([pair], root_certificates=self.ca)
+
+        return grpc.dynamic_ssl_server_credentials(now(), now, require_client_authentication=True)
 
     def channel_credentials(self) -> grpc.ChannelCredentials:
         """Return a client's credentials; its channel must set "grpc.ssl_target_name_override" to `tls_name(peer)`."""
@@ -73,6 +96,14 @@ class Identity:
         return self.key.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
+
+
+def _issued(authority: x509.Certificate, certificate: x509.Certificate) -> bool:
+    try:
+        certificate.verify_directly_issued_by(authority)
+    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
+        return False
+    return True
 
 
 def load_identity(folder: str | Path, name: str) -> Identity:

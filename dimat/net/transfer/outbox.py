@@ -61,6 +61,13 @@ class Outbox:
         if self._key(manifest) in self._signed:
             self._unwritten.put_nowait(signed)
 
+    def sign_again(self) -> None:
+        """Sign what is offered with the key that holds now: readers check it by the certificate that goes with it."""
+        for key, known in list(self._signed.items()):
+            self._signed[key] = seal(known.manifest, self._sign)
+            self._unwritten.put_nowait(self._signed[key])
+        self._change()
+
     def leave(self, reason: str) -> None:
         """Tell readers, in the next reply to each, that this agent leaves."""
         self.leaving = reason or "it stops"

@@ -47,6 +47,7 @@ METRICS: Mapping[str, str] = {
     "dimat_accept_total": "Merges with peers, by whether the check after them kept all, a part or nothing",
     "dimat_accepted_share": "Share of the way from own to merged weights that the newest merge went",
     "dimat_basis_changes_total": "Times that the agent has permuted itself into a peer's basis",
+    "dimat_certificate_expires_timestamp_seconds": "When the agent's certificate, or its CA's, ends, Unix time",
     "dimat_dht_up": "Whether the agent's DHT node serves",
     "dimat_dht_restarts_total": "Times that the DHT node was started again",
     "dimat_checkpoint_timestamp_seconds": "When the newest checkpoint of each stage was written, Unix time",
@@ -195,6 +196,8 @@ class PrometheusListener:
         if view.finished is not None:
             yield ("dimat_peers", "heard"), view.finished.heard
             yield ("dimat_peers", "expected"), view.finished.expected
+        if view.keys is not None:
+            yield ("dimat_certificate_expires_timestamp_seconds",), view.keys.until_s
         if view.left:
             yield ("dimat_left", view.left if view.left in REASONS else "failed"), 1
         retries = {} if view.network is None else view.network.retries

@@ -226,7 +226,7 @@ class Lab:
             self.config,
             self.folder,
             self.shelf,
-            (folder / "keys" / "ca.crt").read_bytes(),
+            (folder / "keys" / "ca.crt").read_bytes,
             check=self.prepared.schedule_on,
             take=take,
             notice=self.said.append,
