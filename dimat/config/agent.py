@@ -50,13 +50,20 @@ class AgentConfig(Tree):
     keep_snapshots: Annotated[int, Field(ge=1)] = SNAPSHOTS_KEPT
     """How many of its newest snapshots peers can fetch; more where peers may be further behind."""
     disk_quota_mb: Annotated[float, Field(gt=0)] | None = None
-    """Space that peers' snapshots may take on disk, in MB. Default: twice the need of a round."""
+    """Space on disk for all that grows, in MB: five eighths for peers' snapshots, an eighth each for the log, the
+    ledger of own merges and that of manifests. Default: for snapshots four times the need of a round, for each of the
+    others half of that need, and at least 64 MiB."""
+    logs_kept: Annotated[int, Field(ge=1)] = 4
+    """A log that has grown to its share of the space is put aside; so many that were put aside are kept."""
     evaluate: Literal["all", "after", "none"] = "after"
     """Test metrics before and after each merge, after it, or never."""
     linger_s: Annotated[float, Field(ge=0)] = 60.0
     """After its last round an agent serves its readers for at most this many seconds, until they have all they need."""
     drain_s: Annotated[float, Field(ge=0)] = 5.0
-    """When the agent is stopped, running transfers may go on for at most this many seconds."""
+    """When the agent is stopped, running transfers may go on for at most this many seconds, and so may the step of
+    training that is under way and the saving of what the round has trained so far."""
+    checkpoint_every_s: Annotated[float, Field(gt=0)] | None = None
+    """Seconds of training after which what a round has trained so far is saved. Default: only when it is stopped."""
 
     @field_validator("listen")
     @classmethod

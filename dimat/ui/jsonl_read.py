@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -28,28 +29,62 @@ READ_BYTES = 4 << 20
 """Read and parsed at a time where a log is followed; a line that is longer is no event."""
 
 
+def rotated(path: str | Path) -> list[Path]:
+    """Return the files of a log that were put aside as it grew, oldest first: events.000001.jsonl, …"""
+    path = Path(path)
+    name = re.compile(rf"{re.escape(path.stem)}\.(\d{{6,}}){re.escape(path.suffix)}")
+    try:
+        found = [file for file in path.parent.iterdir() if name.fullmatch(file.name)]
+    except FileNotFoundError:
+        return []
+    return sorted(found, key=number_of)
+
+
+def number_of(file: Path) -> int:
+    """Return the number of a file that was put aside."""
+    return int(file.stem.rpartition(".")[2])
+
+
 def read_events(path: str | Path) -> Iterator[dict[str, Any]]:
-    """Yield the events of a log as dictionaries, without the header. A torn last line, as kill -9 leaves it, is
-    passed over; any other damage is a DataError that names the line."""
+    """Yield the events of a log as dictionaries, without the headers, those in files that were put aside first. A torn
+    last line, as kill -9 leaves it, is passed over; any other damage is a DataError that names the line."""
     try:
         with open(path, "rb") as file:
-            complete = Completion(file.readline(), path)
-            for number, line in enumerate(file, 2):
-                event = parsed(line)
-                if event is not None:
-                    yield complete(event)
-                elif line.endswith(b"\n"):
-                    raise DataError(f"{path}, line {number}: not a JSON object; the file is damaged")
+            own = _identity(file)
+            for older in rotated(path):
+                try:
+                    with older.open("rb") as aside:
+                        if _identity(aside) != own:  # else it was put aside after it was opened
+                            yield from _strictly(aside, older)
+                except FileNotFoundError:
+                    continue  # there were too many
+            yield from _strictly(file, path)
     except OSError as error:
         raise _unreadable(path, error) from error
+
+
+def _strictly(file: BinaryIO, path: str | Path) -> Iterator[dict[str, Any]]:
+    complete = Completion(file.readline(), path)
+    for number, line in enumerate(file, 2):
+        event = parsed(line)
+        if event is not None:
+            yield complete(event)
+        elif line.endswith(b"\n"):
+            raise DataError(f"{path}, line {number}: not a JSON object; the file is damaged")
+
+
+def _identity(file: BinaryIO) -> tuple[int, int]:
+    """Return what an open file is, whatever its name."""
+    now = os.fstat(file.fileno())
+    return now.st_dev, now.st_ino
 
 
 class EventReader:
     """Reads a log that may still grow, each time from where it stopped the time before.
 
-    `skipped`: lines so far that are no events; they are passed over. A log that was replaced or cut (another file
-    under the name, or a shorter one) is read anew from its begin. A last line without its newline is left for the next
-    time.
+    `skipped`: lines so far that are no events; they are passed over. A log that was put aside is read to its end under
+    its new name, then those that came after it. One that was replaced or cut (another file under the name, or a
+    shorter one) is read anew from its begin. A last line without its newline is left for the next time.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -58,6 +93,7 @@ class EventReader:
         self._at = 0
         self._within = False  # a line that is too long, of which the end is still to come
         self._file: tuple[int, int] | None = None
+        self._number = 0  # of the newest file put aside that was read to its end
         self._complete: Completion | None = None  # once the header is read
 
     def read(self) -> Iterator[list[dict[str, Any]]]:
@@ -65,31 +101,51 @@ class EventReader:
         where it cannot be read or is no event log of this format."""
         try:
             with self.path.open("rb") as file:
-                now = os.fstat(file.fileno())
-                if self._file != (now.st_dev, now.st_ino) or now.st_size < self._at:
-                    self._file, self._at, self._within = (now.st_dev, now.st_ino), 0, False
-                file.seek(self._at)
-                if self._at == 0 and not self._begin(file):
-                    return
-                while True:
-                    data = file.read(READ_BYTES)
-                    end = data.rfind(b"\n") + 1
-                    if not end and len(data) < READ_BYTES:
-                        return
-                    self._at += end or len(data)
-                    file.seek(self._at)
-                    if not end:
-                        self.skipped += not self._within
-                        self._within = True
-                        continue
-                    start = data.index(b"\n") + 1 if self._within else 0
-                    self._within = False
-                    if found := self._events(data[start:end]):
-                        yield found
+                own = _identity(file)
+                if self._file != own:
+                    yield from self._put_aside(own)
+                yield from self._read(file)
         except FileNotFoundError:
             return
         except OSError as error:
             raise _unreadable(self.path, error) from error
+
+    def _put_aside(self, own: tuple[int, int]) -> Iterator[list[dict[str, Any]]]:
+        """Read what is left of the file that was read last, and the files after it, but for `own`, which comes next."""
+        for older in rotated(self.path):
+            try:
+                with older.open("rb") as aside:
+                    identity = _identity(aside)
+                    if identity == own or (number_of(older) <= self._number and identity != self._file):
+                        continue
+                    yield from self._read(aside)
+                    self._number = number_of(older)
+            except FileNotFoundError:
+                continue
+
+    def _read(self, file: BinaryIO) -> Iterator[list[dict[str, Any]]]:
+        """Read a file's events, from where it was left if it was the one before."""
+        now = os.fstat(file.fileno())
+        if self._file != (now.st_dev, now.st_ino) or now.st_size < self._at:
+            self._file, self._at, self._within = (now.st_dev, now.st_ino), 0, False
+        file.seek(self._at)
+        if self._at == 0 and not self._begin(file):
+            return
+        while True:
+            data = file.read(READ_BYTES)
+            end = data.rfind(b"\n") + 1
+            if not end and len(data) < READ_BYTES:
+                return
+            self._at += end or len(data)
+            file.seek(self._at)
+            if not end:
+                self.skipped += not self._within
+                self._within = True
+                continue
+            start = data.index(b"\n") + 1 if self._within else 0
+            self._within = False
+            if found := self._events(data[start:end]):
+                yield found
 
     def _begin(self, file: BinaryIO) -> bool:
         """Return whether the header is there, and go behind it."""

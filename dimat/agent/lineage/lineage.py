@@ -52,53 +52,75 @@ class Lineage:
 
 
 def lineage(
-    records: Iterable[MergeRecord], agent: str, round: int | None = None, *, starts: Mapping[Model, int] | None = None
+    records: Iterable[MergeRecord],
+    agent: str,
+    round: int | None = None,
+    *,
+    starts: Mapping[Model, int] | None = None,
+    known: Mapping[Model, Lineage] | None = None,
 ) -> Lineage:
     """Return the lineage of `agent`'s model after its merge of `round` (default: its last).
 
     `starts` is for one who has not all records, but `agent`'s own: of others' snapshots (agent, round) the round of the
     merge that their training started from, 0 for a first network. Training from a merge that is not known ends in
-    `Lineage.earlier`. Without it the records must be complete.
+    `Lineage.earlier`. Without it the records must be complete. `known`: models whose lineage is known already, so that
+    records of before are not needed.
 
     Of several records of one agent and round the last counts: it is the one that became durable. DataError where
     there is no such record, where one names another snapshot than its publisher's own record does, or where
     merges rest on each other in a circle.
     """
-    ledger = _Ledger(records, agent, starts)
+    ledger = Ledger(records, agent, starts, known or {})
     wanted = round if round is not None else max(ledger.rounds.get(agent, [0]))
-    if (agent, wanted) not in ledger.last:
+    if (agent, wanted) not in ledger.last and (agent, wanted) not in ledger.known:
         raise DataError(f"there is no record of a merge of {agent} in round {wanted}")
-    initial: defaultdict[str, float] = defaultdict(float)
-    updates: defaultdict[Model, float] = defaultdict(float)
-    earlier: defaultdict[Model, float] = defaultdict(float)
-    weights: defaultdict[Model, float] = defaultdict(float)
-    weights[agent, wanted] = 1.0
-    for model in ledger.newest_first((agent, wanted)):
-        weight = weights.pop(model)
-        if model not in ledger.last:
-            initial[model[0]] += weight
-            continue
-        for part in ledger.parts(model):
-            origin = ledger.origin(part)
-            if origin is None:
-                earlier[part.agent, part.round] += weight * part.weight
-            else:
-                weights[origin] += weight * part.weight
-            if ledger.trained(part, model):
-                updates[part.agent, part.round] += weight * part.weight
-    return Lineage(dict(sorted(initial.items())), dict(sorted(updates.items())), dict(sorted(earlier.items())))
+    return ledger.lineage((agent, wanted))
 
 
-class _Ledger:
-    """Records by (agent, round), and the way back from a model to those that it was made of."""
+class Ledger:
+    """Records by (agent, round), and the way back from a model to those that it was made of. See `lineage`."""
 
-    def __init__(self, records: Iterable[MergeRecord], agent: str, starts: Mapping[Model, int] | None) -> None:
+    def __init__(
+        self,
+        records: Iterable[MergeRecord],
+        agent: str,
+        starts: Mapping[Model, int] | None,
+        known: Mapping[Model, Lineage],
+    ) -> None:
         self._agent = agent
         self._starts = starts
+        self.known = known
         self.last: dict[Model, MergeRecord] = {(record.agent, record.round): record for record in records}
         self.rounds: defaultdict[str, list[int]] = defaultdict(list)
-        for name, number in sorted(self.last):
+        for name, number in sorted({*self.last, *known}):
             self.rounds[name].append(number)
+
+    def lineage(self, start: Model) -> Lineage:
+        """Return the lineage of a model that is on record, or known."""
+        initial: defaultdict[str, float] = defaultdict(float)
+        updates: defaultdict[Model, float] = defaultdict(float)
+        earlier: defaultdict[Model, float] = defaultdict(float)
+        weights: defaultdict[Model, float] = defaultdict(float)
+        weights[start] = 1.0
+        for model in self.newest_first(start):
+            weight = weights.pop(model)
+            if (made := self.known.get(model)) is not None:
+                for total, shares in ((initial, made.initial), (updates, made.updates), (earlier, made.earlier)):
+                    for key, share in shares.items():
+                        total[key] += weight * share  # pyright: ignore[reportArgumentType]
+                continue
+            if model not in self.last:
+                initial[model[0]] += weight
+                continue
+            for part in self.parts(model):
+                origin = self.origin(part)
+                if origin is None:
+                    earlier[part.agent, part.round] += weight * part.weight
+                else:
+                    weights[origin] += weight * part.weight
+                if self.trained(part, model):
+                    updates[part.agent, part.round] += weight * part.weight
+        return Lineage(dict(sorted(initial.items())), dict(sorted(updates.items())), dict(sorted(earlier.items())))
 
     def parts(self, model: Model) -> list[Contribution]:
         return [part for part in self.last[model].contributions if part.weight > 0]
@@ -111,7 +133,7 @@ class _Ledger:
         """
         if self._starts is not None and part.agent != self._agent:
             start = self._starts.get((part.agent, part.round))
-            known = start == 0 or (part.agent, start) in self.last
+            known = start == 0 or (part.agent, start) in self.last or (part.agent, start) in self.known
             return (part.agent, start) if start is not None and known else None
         rounds = self.rounds.get(part.agent, [])
         before = bisect_left(rounds, part.round)
@@ -147,7 +169,7 @@ class _Ledger:
                     done.append(model)
                 continue
             state[model] = False
-            for part in self.parts(model) if model in self.last else ():
+            for part in self.parts(model) if model in self.last and model not in self.known else ():
                 origin = self.origin(part)
                 if origin is None:
                     continue

@@ -8,7 +8,8 @@ which round of each agent: {"dropped": {agent: round}, "lines": count}.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -61,11 +62,15 @@ class Dropped:
 
 
 class ManifestLedger:
-    """Appends manifests to a file, each once; of a file beyond `most_bytes` the older half is dropped."""
+    """Appends manifests to a file, each once; of a file beyond `most_bytes` the older half is dropped.
+
+    Any thread may call.
+    """
 
     def __init__(self, path: Path, most_bytes: int = LEDGER_BYTES) -> None:
-        self._path = path
-        self._most_bytes = most_bytes
+        self.path = path
+        self.most_bytes = most_bytes
+        self._lock = threading.Lock()
         self._file: BinaryIO | None = None
         self._known: dict[tuple[str, int, str], None] = {}
 
@@ -73,8 +78,6 @@ class ManifestLedger:
         """Keep the manifest of a snapshot that has arrived; DataError where it cannot be written."""
         manifest, (data, signature) = fetched.manifest, fetched.signed
         key = (manifest.agent, manifest.round, manifest.payload.root)
-        if key in self._known:
-            return
         line = {
             "agent": manifest.agent,
             "round": manifest.round,
@@ -84,49 +87,81 @@ class ManifestLedger:
             "signature": signature.hex(),
             "certificate": fetched.certificate.hex(),
         }
-        try:
-            if self._file is None:
-                self._file = self._path.open("ab")
-            # a line that a crash cut short stays behind as one damaged line of its own
-            start = b"\n" if self._file.tell() and not self._known else b""
-            self._file.write(start + json.dumps(line, separators=(",", ":")).encode() + b"\n")
-            self._file.flush()
-            self._known[key] = None
-            if len(self._known) > KNOWN:
-                del self._known[next(iter(self._known))]
-            if self._file.tell() > self._most_bytes:
-                self._drop_half()
-        except OSError as error:
-            raise DataError(f"cannot write {self._path}: {error.strerror or error}") from error
+        with self._lock:
+            if key in self._known:
+                return
+            try:
+                if self._file is None:
+                    self._file = self.path.open("ab")
+                # a line that a crash cut short stays behind as one damaged line of its own
+                start = b"\n" if self._file.tell() and not self._known else b""
+                self._file.write(start + json.dumps(line, separators=(",", ":")).encode() + b"\n")
+                self._file.flush()
+                self._known[key] = None
+                if len(self._known) > KNOWN:
+                    del self._known[next(iter(self._known))]
+                if self._file.tell() > self.most_bytes:
+                    self._drop_half()
+            except OSError as error:
+                raise DataError(f"cannot write {self.path}: {error.strerror or error}") from error
+
+    def keep(self, wanted: Callable[[Vouched], bool]) -> None:
+        """Drop the manifests that are not wanted any more, and lines that were cut short.
+
+        DataError where the file cannot be read or written.
+        """
+        with self._lock:
+            try:
+                before, lines = self._lines()
+                said = [(line, _read_or_none(line)) for line in lines]
+                kept = [line for line, entry in said if entry is not None and wanted(entry)]
+                gone = [entry for _, entry in said if entry is not None and not wanted(entry)]
+                self._rewrite(before, kept, gone, len(said) - len(kept))
+            except OSError as error:
+                raise DataError(f"cannot write {self.path}: {error.strerror or error}") from error
+
+    def close(self) -> None:
+        """Close the file; closing twice is allowed."""
+        with self._lock:
+            self._close()
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _lines(self) -> tuple[Dropped, list[bytes]]:
+        """Return what was dropped before, and the lines that are there."""
+        lines = self.path.read_bytes().splitlines() if self.path.exists() else []
+        before = dropped_of(lines[0].decode(errors="replace")) if lines else None
+        return (Dropped(), lines) if before is None else (before, lines[1:])
 
     def _drop_half(self) -> None:
-        self.close()
-        lines = self._path.read_bytes().splitlines()
-        dropped = dropped_of(lines[0].decode(errors="replace"))
+        before, lines = self._lines()
         kept: list[bytes] = []
-        room = self._most_bytes // 2
-        for line in reversed(lines if dropped is None else lines[1:]):
+        room = self.most_bytes // 2
+        for line in reversed(lines):
             room -= len(line) + 1
             if room < 0:
                 break
             kept.append(line)
-        before = dropped or Dropped()
-        gone = lines[(dropped is not None) : len(lines) - len(kept)]
-        rounds = dict(before.rounds)
-        for line in gone:
-            try:
-                said = read_line(line.decode())
-            except (ValueError, KeyError, TypeError):
-                continue
-            rounds[said.agent] = max(said.round, rounds.get(said.agent, 0))
-        head = json.dumps({"dropped": rounds, "lines": before.lines + len(gone)}, separators=(",", ":")).encode()
-        write_bytes(self._path, b"\n".join([head, *reversed(kept)]) + b"\n")
+        gone = [_read_or_none(line) for line in lines[: len(lines) - len(kept)]]
+        self._rewrite(before, kept[::-1], [entry for entry in gone if entry is not None], len(gone))
 
-    def close(self) -> None:
-        """Close the file; closing twice is allowed."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+    def _rewrite(self, before: Dropped, kept: Sequence[bytes], gone: Iterable[Vouched], count: int) -> None:
+        self._close()
+        rounds = dict(before.rounds)
+        for entry in gone:
+            rounds[entry.agent] = max(entry.round, rounds.get(entry.agent, 0))
+        head = json.dumps({"dropped": rounds, "lines": before.lines + count}, separators=(",", ":")).encode()
+        write_bytes(self.path, b"\n".join([head, *kept]) + b"\n")
+
+
+def _read_or_none(line: bytes) -> Vouched | None:
+    try:
+        return read_line(line.decode())
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def read_ledger(path: Path) -> Iterator[Vouched]:

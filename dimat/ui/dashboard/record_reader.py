@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dimat.agent.lineage.compaction import SUMMARY
 from dimat.agent.lineage.lineage import Lineage, lineage, read_records
 from dimat.agent.protocol.messages import MergeRecord
 from dimat.errors import DataError
@@ -50,7 +51,8 @@ class RecordReader:
             raise DataError(f"no merge of {agent} is on record yet")
         last = max(mine, key=lambda record: record.round)
         known = {record.agent for record in records}
-        if all(part.agent in known for record in records for part in record.contributions):
+        whole = not any((folder / SUMMARY).exists() for folder in (own, *folders))
+        if whole and all(part.agent in known for record in records for part in record.contributions):
             made = lineage(records, agent, last.round)
         else:  # of others only what their signed manifests say
             from dimat.ui.report.agent_summary import agent_lineage

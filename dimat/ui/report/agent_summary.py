@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dimat.agent.lineage.compaction import SUMMARY, read_summary
 from dimat.agent.lineage.lineage import Lineage, lineage, read_records
 from dimat.agent.lineage.manifest_log import peers_records, read_ledger, starts
 from dimat.agent.protocol.messages import MergeRecord
@@ -31,7 +32,8 @@ def agent_lineage(folder: Path, agent: str) -> tuple[MergeRecord, Lineage, list[
     # of several records of one round the last counts
     last = next(record for record in reversed(own) if record.round == last.round)
     peers = [record for record in peers_records(vouched) if record.agent != agent]
-    return last, lineage([*own, *peers], agent, starts=starts(vouched)), own
+    known = read_summary(folder / SUMMARY)
+    return last, lineage([*own, *peers], agent, starts=starts(vouched), known=known), own
 
 
 def lineage_rows(agent: str, number: int, made: Lineage) -> list[tuple[object, ...]]:
