@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from dimat.agent.daemon.daemon import Daemon
     from dimat.config import ExperimentConfig
     from dimat.events import Listener
+    from dimat.ui.jsonl import JsonlListener
 
 WATCH_S = 2.0
 """Seconds between two looks of `status --watch`."""
@@ -83,7 +84,6 @@ def _agent(
         from dimat.agent.daemon.daemon import Daemon
         from dimat.agent.setup.prepare import prepare_agent
         from dimat.config import agent_folder
-        from dimat.ui.jsonl import JsonlListener
         from dimat.ui.listeners import open_listeners
         from dimat.ui.terminal.panel import agent_listener
 
@@ -92,7 +92,7 @@ def _agent(
     with open_listeners(config, agent_folder(config, setup.name), agent=setup.name) as watching:
         daemon = Daemon(setup)
         listener = agent_listener(setup.schedule.metric, sys.stderr, -1 if quiet else verbose, plain)
-        with closing(listener), closing(JsonlListener(daemon.folder.events)) as log, _dashboard(daemon) as shown:
+        with closing(listener), closing(_log_of(daemon)) as log, _dashboard(daemon) as shown:
             daemon.listeners += [listener, log, *watching.listeners, *shown]
             watching.warned += [listener, log, *shown]
             for line in () if quiet else watching.messages:
@@ -188,6 +188,13 @@ def _watch(found: Mapping[str, Any], look: Callable[[], Mapping[str, Any]], as_j
                 found, trouble = look(), ""
             except NetworkError as error:
                 trouble = clean(str(error))
+
+
+def _log_of(daemon: Daemon) -> JsonlListener:
+    from dimat.ui.jsonl import JsonlListener
+
+    kept = daemon.setup.config.agent.logs_kept
+    return JsonlListener(daemon.folder.events, most_bytes=daemon.shares.log_file, kept=kept)
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-import shutil
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
@@ -17,25 +16,26 @@ from typing import Any
 
 from dimat import events
 from dimat.agent.daemon.folder import AgentFolder
+from dimat.agent.daemon.key_watch import KeyWatch, certificate_facts
 from dimat.agent.daemon.lateness import Lateness
 from dimat.agent.daemon.map_follower import MapFollower
+from dimat.agent.daemon.mid_round import MidRound
 from dimat.agent.daemon.network_monitor import NetworkMonitor
 from dimat.agent.daemon.peer_discovery import PeerDiscovery, check_discovery
 from dimat.agent.daemon.removal import Removal
-from dimat.agent.daemon.resources import RESERVE_BYTES, available_memory, held_bytes, little_memory, needed_bytes
+from dimat.agent.daemon.resources import check_room, disk_shares
 from dimat.agent.daemon.runner import Runner
-from dimat.agent.daemon.status_socket import StatusSocket, notify, plain_view, watchdog_s, without_paths
+from dimat.agent.daemon.status_socket import StatusSocket, feed_watchdog, for_members, notify, plain_view
+from dimat.agent.daemon.transport import make_transport
 from dimat.agent.daemon.worker import AgentWorker, WorkThread
 from dimat.agent.learner.checkpoint import CheckpointStore
-from dimat.agent.lineage.manifest_log import LEDGER_BYTES, ManifestLedger
+from dimat.agent.lineage.compaction import Compaction
+from dimat.agent.lineage.manifest_log import ManifestLedger
 from dimat.agent.setup.machine import machine_for
 from dimat.agent.setup.prepare import PreparedAgent, neighbours_of
 from dimat.config import agent_folder
 from dimat.errors import ConfigError, DataError, DimatError
 from dimat.merge.weight_views import content_hash
-from dimat.net.grpc_transport import GrpcTransport
-from dimat.net.limits import Limits
-from dimat.net.manifest import ManifestLimits
 from dimat.net.pki.identity import Identity, load_identity
 from dimat.net.threads import beside
 from dimat.seeds import derive_seed
@@ -43,7 +43,6 @@ from dimat.train.trainer import ModelTrainer
 from dimat.version import __version__
 from dimat.weights.snapshot import RecordedSnapshot, SnapshotStore
 
-MB = 1e6
 _TURNS = (events.AgentStarted, events.Trained, events.Published, events.Merged, events.Checkpointed)
 
 
@@ -68,6 +67,7 @@ class Daemon:
         base = Path(config.folder)
         path = agent_folder(config, setup.name)
         self.identity: Identity | None = None if agent.insecure else load_identity(base / agent.keys, setup.name)
+        self._keys = self.identity and KeyWatch(self.identity, base / agent.keys, self._renewed, self._notice)
         finds = check_discovery(config)
         self.folder = AgentFolder(path, config.run, setup.name)
         self._discovery: PeerDiscovery | None = None
@@ -91,53 +91,47 @@ class Daemon:
 
     def _prepare(self, trainer: ModelTrainer | None) -> None:
         setup, folder, config = self.setup, self.folder, self.setup.config
-        agent, exchange = config.agent, config.exchange
+        agent = config.agent
         self._schedule = setup.schedule
         self._learner = setup.learner(folder.snapshots, trainer)
         keep = setup.schedule.snapshots_kept(agent.keep_snapshots)
         self._store = SnapshotStore(folder.snapshots, keep=keep)
         size = setup.largest_snapshot(self._learner.trainer.model)
-        self._check_room(size, keep)
+        listened = len(setup.schedule.plan(setup.name).peers)
+        if warning := check_room(folder.path, size, listened, keep, agent.keep_checkpoints):
+            self._notice(warning)
         checkpoints = CheckpointStore(folder.checkpoints, agent.keep_checkpoints, elsewhere=(folder.snapshots,))
-        self._work = AgentWorker(self._learner, config.run, checkpoints, folder.lineage, agent.evaluate, folder.weights)
+        middle = MidRound(
+            self._learner, checkpoints, agent.checkpoint_every_s, lambda fault: self.runner.saved_soon(fault)
+        )
+        self.shares = disk_shares(agent.disk_quota_mb, size, listened, agent.logs_kept)
+        self._ledger = ManifestLedger(folder.manifests, self.shares.manifests)
+        compaction = Compaction(setup.name, folder.lineage, self._ledger, self.shares.lineage)
+        self._work = AgentWorker(
+            self._learner, config.run, checkpoints, folder.lineage, agent.evaluate, folder.weights, middle, compaction
+        )
         found = self._work.restore()()
-        self._passed_over = () if found is None else found.passed_over
-        if found is not None and found.note:
-            self._notice(found.note)
+        if found is not None:
+            self._early += (f"{fault}; the one before is used" for fault in found.passed_over)
+            self._early += (note for note in (found.note, middle.fault) if note)
         self._new = found is None
         state = None if found is None else found.state
         self._kept = _addresses(folder.snapshots, "" if state is None else state.root)
         published = 0 if found is None else found.published
         founding = content_hash(self._learner.trainer.weights()) if state is None else ""
         self._machine = machine_for(setup.schedule, setup.name, state, published, founding)
-        peers = max(1, len(setup.schedule.plan(setup.name).peers))
-        quota = agent.disk_quota_mb * MB if agent.disk_quota_mb is not None else 4 * (peers + 1) * size
-        self._transport = GrpcTransport(
-            run=config.run,
-            agent=setup.name,
-            identity=self.identity,
-            store=self._store,
-            received=folder.received,
-            profile=setup.profile(self._learner.trainer.model),
-            manifest_limits=ManifestLimits(size),
-            limits=Limits(
-                fetches=exchange.transfers,
-                streams_per_peer=exchange.transfers,
-                rate_mb_s=exchange.rate_limit_mb_s,
-                idle_s=exchange.idle_s,
-                lost_after_s=exchange.lost_after_s,
-                disk_bytes=int(quota),
-                disk_reserve_bytes=RESERVE_BYTES,
-            ),
-            listen=setup.listen_address(),
-            generator=random.Random(derive_seed(config.seed, "jitter", setup.name)),
+        self._transport = make_transport(
+            setup,
+            self.identity,
+            self._learner.trainer.model,
+            self._store,
+            folder.received,
+            snapshot_bytes=size,
+            disk_bytes=self.shares.received,
             status=self._status_for_members,
             address_lookup=None if self._discovery is None else self._discovery.addresses,
         )
         self.thread = WorkThread()
-        # an eighth of the quota; where none is set, at least what a long run of a small model takes
-        ledger_bytes = int(quota) // 8 if agent.disk_quota_mb is not None else max(int(quota) // 8, LEDGER_BYTES)
-        self._ledger = ManifestLedger(folder.manifests, ledger_bytes)
         self.runner = Runner(
             self._machine,
             self._work,
@@ -166,7 +160,7 @@ class Daemon:
         `ready` is called once it listens.
         """
         async with beside(self._tasks):
-            self._tasks.create_task(_watchdog(), name="watchdog")
+            self._tasks.create_task(feed_watchdog(), name="watchdog")
             self._until_it_leaves(self._observing.go_on(), "network monitor")
             return await self._live(ready)
 
@@ -185,6 +179,8 @@ class Daemon:
             await socket.start()
             self._introduce()
             self._up = True
+            if self._keys is not None:
+                self._until_it_leaves(self._keys.go_on(), "watch over the keys")
             if self._reload_wanted:
                 self.reload_soon()
             notify("READY=1")
@@ -205,7 +201,7 @@ class Daemon:
             self._removal.cancel()
             if self.address:
                 self._observing.tell()
-            await self._transport.close(config.agent.drain_s)
+            await asyncio.gather(self._transport.close(config.agent.drain_s), self.runner.save(config.agent.drain_s))
             if self._discovery is not None:
                 await self._discovery.close()
             await socket.close()
@@ -213,23 +209,53 @@ class Daemon:
             self.folder.close()
 
     def stop(self, reason: str = "stopped") -> None:
-        """Leave: the next life goes on from the newest checkpoint."""
+        """Leave: the next life goes on from the newest checkpoint, or in the middle of the round after it."""
         if self.runner.ended is None:
             self.runner.stop(reason)
+        self._work.middle.interrupt()
         self._leaving.set()
 
     def reload_soon(self) -> None:
         """Let `reload` go on beside the agent's other work, once it is up."""
         if self._up:
-            self._tasks.create_task(self.reload(), name="reading the map")
+            self._tasks.create_task(self.reload(), name="reading keys and map")
         else:
             self._reload_wanted = True
 
     async def reload(self) -> None:
-        """Take the network map over as it is in its file now, or as it was followed.
+        """Read keys and network map anew, from their files; the map, as it was followed where that is newer.
 
-        Where it cannot be used, the old one stands.
+        Where one of them cannot be used, the old one stands.
         """
+        if self._keys is not None:
+            await self._keys.read_anew()
+        await self._read_map()
+
+    async def _renewed(self, new_key: bool, new_ca: bool) -> None:
+        """Go by keys that were read anew, without a connection less."""
+        assert self.identity is not None
+        if new_key:
+            self._transport.sign_again()
+        if new_ca and self._discovery is not None:
+            await self._discovery.update_ca(self.identity.ca)
+        self._tell_keys()
+        self.runner.noticed(
+            f"the keys were read again: certificate {self.identity.fingerprint[:16]}…, valid until "
+            f"{self.identity.until:%Y-%m-%d}"
+        )
+
+    def _tell_keys(self) -> None:
+        if (identity := self.identity) is not None:
+            self.runner.emit(
+                events.KeysRead(
+                    agent=self.setup.name,
+                    round=self._machine.round,
+                    fingerprint=identity.fingerprint,
+                    until_s=identity.until.timestamp(),
+                )
+            )
+
+    async def _read_map(self) -> None:
         try:
             schedule = await asyncio.to_thread(self.setup.schedule_now)
         except DimatError as error:
@@ -271,6 +297,7 @@ class Daemon:
             "address": self.address,
             "folder": str(self.folder.path),
             "secure": self.identity is not None,
+            **({} if self.identity is None else {"certificate": certificate_facts(self.identity)}),
             "round": machine.round,
             "rounds": self._schedule.rounds,
             "phase": machine.phase.value,
@@ -283,11 +310,7 @@ class Daemon:
 
     def _status_for_members(self) -> dict[str, object]:
         """Return the status as other members get it: without this machine's paths and process."""
-        own = {key: value for key, value in self.status().items() if key not in ("folder", "pid")}
-        # a path of one part is no secret, and may be a word: an agent's folder is often called as the agent is
-        paths = {str(path) for path in (self.folder.path, self.folder.path.resolve()) if len(path.parts) > 1}
-        paths.add(str(Path(self.setup.config.folder).resolve()))
-        return {key: without_paths(value, paths) for key, value in own.items()}
+        return for_members(self.status(), (self.folder.path, Path(self.setup.config.folder)))
 
     # ── parts ────────────────────────────────────────────────────────────────────────────────────────────────
     def _until_it_leaves(self, work: Coroutine[Any, Any, None], name: str) -> None:
@@ -296,15 +319,16 @@ class Daemon:
     def _follow(self, discovery: PeerDiscovery) -> None:
         """Begin to look for network maps that the organiser publishes, where they are to be followed."""
         config = self.setup.config
-        if not config.dht.follow_map or self.identity is None:
+        identity = self.identity
+        if not config.dht.follow_map or identity is None:
             return
         follower = MapFollower(
             config,
             self.folder.dht,
             discovery.dht,
-            self.identity.ca,
+            lambda: identity.ca,
             check=self.setup.schedule_on,
-            take=self.reload,
+            take=self._read_map,
             notice=self._notice,
             generator=random.Random(derive_seed(config.seed, "map", self.setup.name)),
         )
@@ -337,8 +361,7 @@ class Daemon:
                 histogram=self.setup.histogram(),
             )
         )
-        for fault in self._passed_over:
-            self.runner.noticed(f"{fault}; the one before is used")
+        self._tell_keys()
         for message in self._early:
             self.runner.noticed(message)
 
@@ -357,20 +380,6 @@ class Daemon:
         )
         for task in (served, told):
             task.cancel()
-
-    def _check_room(self, size: int, keep: int) -> None:
-        """Refuse to begin where the disk cannot hold what a round needs."""
-        peers = len(self.setup.schedule.plan(self.setup.name).peers)
-        needed = needed_bytes(size, peers, keep, self.setup.config.agent.keep_checkpoints)
-        held = held_bytes(self.folder.path)
-        free = shutil.disk_usage(self.folder.path).free
-        if free + held < needed:
-            raise DataError(
-                f"{self.folder.path} has {free / MB:,.0f} MB free, the agent needs about "
-                f"{(needed - held) / MB:,.0f} MB; make room, or set agent.folder to another disk"
-            )
-        if warning := little_memory(size, peers, available_memory()):
-            self._notice(warning)
 
     def _notice(self, message: str) -> None:
         if self.address:
@@ -411,11 +420,3 @@ def _addresses(folder: Path, root: str) -> frozenset[str]:
     recorded = RecordedSnapshot.load(folder, root) if root else None
     forms = () if recorded is None else (form.payload.root for form in recorded.forms)
     return frozenset((root, *forms))
-
-
-async def _watchdog() -> None:
-    """Tell the service manager from within the loop that it turns, if it wants to know."""
-    every_s = watchdog_s()
-    while every_s is not None:
-        notify("WATCHDOG=1")
-        await asyncio.sleep(every_s)

@@ -25,10 +25,11 @@ from dimat.agent.protocol.offers import PeerPublished
 from dimat.agent.protocol.plan import Plan
 from dimat.agent.protocol.round import Phase, RoundMachine
 from dimat.agent.protocol.work import Outcome
-from dimat.errors import DataError, NetworkError
+from dimat.errors import DataError, NetworkError, SecurityError
 from dimat.events.view import AgentView
 from dimat.net.threads import beside
 from dimat.net.transport import Fetched, Transport
+from dimat.train.progress import TrainingInterruptedError
 from dimat.weights.snapshot import Manifest, RecordedSnapshot
 
 T = TypeVar("T")
@@ -72,6 +73,7 @@ class Runner:
         self._lateness = lateness
         self._events: asyncio.Queue[m.Event] = asyncio.Queue()
         self._stopping = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._fault: BaseException | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._fetches: dict[tuple[str, int, str], asyncio.Task[None]] = {}
@@ -85,7 +87,7 @@ class Runner:
     # ── the loop ─────────────────────────────────────────────────────────────────────────────────────────────
     async def run(self, *, join: bool) -> str:
         """Run until the agent leaves; return why. Raises what its work raised."""
-        loop = asyncio.get_running_loop()
+        loop = self._loop = asyncio.get_running_loop()
         over = None if self._max_time_s is None else loop.call_later(self._max_time_s, self.post, m.TimeUp())
         self.post(m.Started(join=join))
         try:
@@ -113,6 +115,36 @@ class Runner:
         self._stopping.set()
         self.post(m.Stop(reason))
 
+    async def save(self, most_s: float) -> None:
+        """Save what the round has trained so far, once the step that is under way is over, within a time."""
+        middle = self._work.middle
+        middle.interrupt()
+        if not middle.unsaved:
+            return  # a merge that is under way is made again from what was durable before it
+        saving = self._thread.do(middle.leave)
+        await asyncio.wait([saving], timeout=most_s)
+        if not saving.done():
+            self.noticed(
+                f"a step of training, or its saving, takes longer than agent.drain_s ({most_s:g} s): what round "
+                f"{self.machine.round} has trained is lost; give it more, or set agent.checkpoint_every_s"
+            )
+        elif (error := saving.exception()) is not None:
+            self._saved(str(error))
+        elif saving.result():
+            self._saved("")
+
+    def saved_soon(self, fault: str) -> None:
+        """Tell from any thread that a round was saved in its middle, or why not."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._saved, fault)
+
+    def _saved(self, fault: str) -> None:
+        number = self.machine.round
+        if fault:
+            self.noticed(f"{fault}; what round {number} has trained so far is not saved")
+        else:
+            self.emit(events.Checkpointed(agent=self.machine.agent, round=number, stage="training"))
+
     def remap(self, plan: Plan) -> None:
         """Take a new network map over, from the next round on."""
         self.post(m.MapChanged(plan))
@@ -137,6 +169,12 @@ class Runner:
     def noticed(self, message: str) -> None:
         """Something that a person should know."""
         self.emit(events.Warned(message=message, agent=self.machine.agent))
+
+    def twin(self, reason: str) -> None:
+        """Leave: an older process runs under this agent's name."""
+        if self._fault is None:
+            self._fault = SecurityError(reason)
+            self.stop("another process runs under its name")
 
     # ── actions ──────────────────────────────────────────────────────────────────────────────────────────────
     async def _handle(self, event: m.Event) -> None:
@@ -210,6 +248,8 @@ class Runner:
                 await job(*args)
             except asyncio.CancelledError:
                 raise
+            except TrainingInterruptedError:
+                return  # the agent is about to leave
             except BaseException as error:
                 self._fault = error
                 self.stop(str(error))
@@ -244,6 +284,8 @@ class Runner:
         return replace(action, record=replace(record, manifests=hashes))
 
     async def _train(self, action: m.Train) -> None:
+        if self._work.middle.resumed:
+            self.emit(events.Resumed(agent=self.machine.agent, round=action.round, stage="training"))
         started = time.monotonic()
         result = await self._thread.do(self._work.train(action))
         train_s = time.monotonic() - started
@@ -326,7 +368,8 @@ class Runner:
     async def _save_weights(self) -> None:
         try:
             await self._thread.do(self._work.save_weights())
-        except DataError as error:  # a convenience for people; the checkpoint has them too
+            await self._thread.do(self._work.compact())
+        except DataError as error:  # conveniences for people; the checkpoint has the weights too
             self.noticed(str(error))
 
     def _finish(self, number: int) -> None:

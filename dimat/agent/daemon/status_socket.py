@@ -127,6 +127,14 @@ def watchdog_s() -> float | None:
     return microseconds / 2e6 if microseconds > 0 and watched == os.getpid() else None
 
 
+async def feed_watchdog() -> None:
+    """Tell the service manager from within the loop that it turns, if it wants to know."""
+    every_s = watchdog_s()
+    while every_s is not None:
+        notify("WATCHDOG=1")
+        await asyncio.sleep(every_s)
+
+
 @contextmanager
 def _short(folder: Path) -> Generator[str]:
     """Give a path to the socket that is short enough for the kernel (108 bytes), however deep the folder lies."""
@@ -161,6 +169,14 @@ def plain_view(view: AgentView) -> dict[str, object]:
     if view.left:
         plain["left"] = view.left
     return plain
+
+
+def for_members(status: Mapping[str, object], folders: Iterable[Path]) -> dict[str, object]:
+    """Return a status as other members get it: without this machine's process, and without the paths of `folders`."""
+    own = {key: value for key, value in status.items() if key not in ("folder", "pid")}
+    # a path of one part is no secret, and may be a word: an agent's folder is often called as the agent is
+    paths = {str(path) for folder in folders for path in (folder, folder.resolve()) if len(path.parts) > 1}
+    return {key: without_paths(value, paths) for key, value in own.items()}
 
 
 def without_paths(value: object, paths: Collection[str]) -> object:

@@ -9,13 +9,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
+from dimat.agent.daemon.mid_round import MidRound
 from dimat.agent.learner.checkpoint import CheckpointStore
 from dimat.agent.learner.learner import Learner
+from dimat.agent.lineage.compaction import Compaction
 from dimat.agent.lineage.lineage import append_record
 from dimat.agent.protocol import messages as m
 from dimat.agent.protocol.state import Restored
 from dimat.agent.protocol.work import Outcome, Work
 from dimat.events import MergeResult, TrainResult
+from dimat.train.progress import TrainingInterruptedError
 from dimat.weights.snapshot import RecordedSnapshot
 
 T = TypeVar("T")
@@ -71,12 +74,23 @@ class AgentWorker(Work[Path]):
     """The work of a real agent, done as its outcomes are taken in the agent's one thread.
 
     `evaluate`: on what occasions a merge is evaluated (`Learner.merge`); `lineage`: file of the records of merges;
-    `weights`: file in which people find the newest merged weights.
+    `weights`: file in which people find the newest merged weights; `middle`: saves training in the middle of a round;
+    `compaction`: of the ledgers.
     """
 
     def __init__(
-        self, learner: Learner, run: str, checkpoints: CheckpointStore, lineage: Path, evaluate: str, weights: Path
+        self,
+        learner: Learner,
+        run: str,
+        checkpoints: CheckpointStore,
+        lineage: Path,
+        evaluate: str,
+        weights: Path,
+        middle: MidRound,
+        compaction: Compaction,
     ) -> None:
+        self.middle = middle
+        self._compaction = compaction
         self._learner = learner
         self._run = run
         self._checkpoints = checkpoints
@@ -92,13 +106,26 @@ class AgentWorker(Work[Path]):
             if found is None:
                 return None
             note = self._learner.restore(found.checkpoint)
+            if not note:  # else a new epoch begins, and with it the round
+                self.middle.restore(found.checkpoint, self._run)
             return Restored(found.checkpoint.machine, found.published, found.passed_over, note)
 
         return restored
 
     def train(self, action: m.Train) -> Outcome[TrainResult]:
-        """Train for a round."""
-        return lambda: self._learner.train(action.round, action.learn)
+        """Train for a round, or for the rest of it where it was broken off in an earlier life."""
+
+        def trained() -> TrainResult:
+            self.middle.begin()
+            try:
+                return self._learner.train(action.round, action.learn)
+            except TrainingInterruptedError:
+                raise
+            except BaseException:
+                self.middle.failed()
+                raise
+
+        return trained
 
     def record(self, action: m.Train) -> Outcome[RecordedSnapshot]:
         """Record the weights as a snapshot, and beside it what a manifest says of it."""
@@ -118,6 +145,7 @@ class AgentWorker(Work[Path]):
             if action.record is not None:
                 append_record(self._lineage, action.record)
             self._checkpoints.save(self._learner.checkpoint(action.state))
+            self.middle.checkpointed(action.state)
 
         return written
 
@@ -132,6 +160,10 @@ class AgentWorker(Work[Path]):
     def merge(self, action: m.MergeAction, sources: Mapping[str, Path]) -> Outcome[MergeResult]:
         """Merge snapshots into the agent's own weights."""
         return lambda: self._learner.merge(action, sources, self._evaluate)
+
+    def compact(self) -> Outcome[bool]:
+        """Compact the ledgers, where one is about to pass its bound."""
+        return self._compaction.look
 
     def save_weights(self) -> Outcome[None]:
         """Write the weights of the checkpoint that was just made to where people find them."""

@@ -116,12 +116,13 @@ def test_stop_resume_and_status(tmp_path: Path, free_ports: list[int]) -> None:
         a.signal(signal.SIGTERM)
         b.signal(signal.SIGINT)
         assert (a.wait(), b.wait()) == (143, 130)
-        left = {name: net.events(name, "Checkpointed")[-1]["round"] for name in ("lab-a", "lab-b")}
+        kept = {name: net.events(name, "Checkpointed") for name in ("lab-a", "lab-b")}
+        left = {name: [e["round"] for e in told if e["stage"] != "training"][-1] for name, told in kept.items()}
         before = net.events("lab-c", "Checkpointed")[-1]["round"]
         net.wait_for("lab-c", "Checkpointed", round=before + 2, stage="merged")  # alone
         again = [net.start("lab-a"), net.start("lab-b")]
         for name in ("lab-a", "lab-b"):
-            (resumed,) = net.wait_for(name, "Resumed")
+            resumed = net.wait_for(name, "Resumed")[0]
             assert resumed["round"] == left[name]
         net.until(lambda: all(net.partners(name) == set(ABC) for name in ABC), "all merge all again")
         for life in (*again, c):
@@ -191,8 +192,14 @@ def test_what_cannot_run(
         assert all(word.replace("{taken}", port) in last for word in words), last
 
 
+def warned(net: Network, name: str, words: str) -> list[str]:
+    """Return the warnings of an agent that have these words in them."""
+    return [event["message"] for event in net.events(name, "Warned") if words in event["message"]]
+
+
 def test_the_same_name_twice(tmp_path: Path, free_ports: list[int]) -> None:
-    """From another folder and port: nobody dials it, and the first one goes on unharmed."""
+    """From another folder and port: nobody dials it, and the first one goes on unharmed. lab-b hears both: the younger
+    one leaves, with the exit code of wrong keys, which no service manager starts again, and all are told."""
     with network(tmp_path, ABC[:2], free_ports, schedule="rounds = 0\nround_deadline_s = 600", train=SLOW) as net:
         running = net.start("lab-a")
         net.wait_for("lab-a", "AgentStarted")
@@ -202,9 +209,13 @@ def test_the_same_name_twice(tmp_path: Path, free_ports: list[int]) -> None:
         net.wait_for("lab-b", "SnapshotFetched", peer="lab-a")
         fetched = net.events("lab-b", "SnapshotFetched")[0]["snapshot"]
         assert fetched == net.events("lab-a", "Published")[0]["snapshot"]
-        for life in (running, twin, peer):
+        assert twin.wait() == 4, twin.text()
+        assert twin.text().strip().splitlines()[-1].startswith("dimat: another process runs as lab-a, since ")
+        for name in ABC[:2]:
+            net.until(lambda name=name: warned(net, name, "two processes run as lab-a"), f"{name} is told")
+        for life in (running, peer):
             life.signal(signal.SIGTERM)
-        assert [life.wait() for life in (running, twin, peer)] == [143] * 3
+        assert [life.wait() for life in (running, peer)] == [143] * 2
 
 
 def test_damaged_checkpoints(tmp_path: Path, free_ports: list[int]) -> None:

@@ -52,6 +52,8 @@ def check_resumed(net: Network, name: str) -> None:
     """Check that an agent went on from its newest checkpoint in each of its lives, and offered what this one holds."""
     newest, resumed = (0, -1), None
     for event in net.events(name):
+        if event.get("stage") == "training":  # beside a checkpoint, in the middle of the round after it
+            continue
         if event["event"] == "Checkpointed":
             newest = (event["round"], STAGES.index(event["stage"]))
         elif event["event"] == "Resumed":

@@ -36,7 +36,7 @@ def interrupt(net: Network, life: Life) -> None:
 def go_on(net: Network) -> None:
     """Start lab-a again, let both merge both, and check what all lives have left."""
     lab_a = net.start("lab-a")
-    (resumed,) = net.wait_for("lab-a", "Resumed")
+    resumed = net.wait_for("lab-a", "Resumed")[0]
     known = [(event["round"], event["stage"]) for event in net.events("lab-a", "Checkpointed")]
     assert (resumed["round"], resumed["stage"]) in known
     since = len(net.events("lab-b", "Merged"))

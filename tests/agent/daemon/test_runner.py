@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -50,6 +51,7 @@ class Broken:
     def __init__(self, training: Exception | None, writing: Exception | None) -> None:
         self._training = training
         self._writing = writing
+        self.middle = SimpleNamespace(resumed=False)
 
     def train(self, action: m.Train) -> Outcome[TrainResult]:
         def outcome() -> TrainResult:
