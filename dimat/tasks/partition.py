@@ -43,7 +43,10 @@ def partition(
             )
         classes = np.zeros(samples or 0, dtype=np.int64)
     else:
-        classes = labels.numpy()
+        if labels.ndim != 1 or labels.is_floating_point() or labels.is_complex():
+            kind = f"{tuple(labels.shape)} {str(labels.dtype).removeprefix('torch.')}"
+            raise PartitionError(f"labels are {kind}; a partition goes by one class, a whole number, for each example")
+        classes = labels.cpu().numpy()
     if agents < 1:
         raise PartitionError(f"a partition among {agents} agents; there must be at least one")
     if agents > len(classes):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import pairwise
 from math import isfinite
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -23,7 +24,7 @@ from dimat.errors import ConfigError, DataError, DimatError, HookError, nearest
 from dimat.seeds import torch_generator
 from dimat.symmetry.trace import eval_mode
 from dimat.tasks.base import Batch, Data, Split, Task
-from dimat.tasks.data import Subset, TensorData, batch_bounds
+from dimat.tasks.data import batch_bounds
 from dimat.train.contract import (
     HALF_TOLERANCE,
     TOLERANCE,
@@ -37,11 +38,12 @@ from dimat.train.contract import (
     task_errors,
     unlike_parts,
 )
+from dimat.train.optimizers import build_optimizer
+from dimat.train.stepper import Stepper
+from dimat.train.witnesses import LOST, spread, unevenly_ignored, witnesses
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-SAMPLED = 32
-"""Examples that are read where the data lie in no tensors that could be looked through whole."""
 TRIED = 4
 """Examples of an ordinary batch that the task is tried on."""
 COMPARED = 2_000_000
@@ -60,7 +62,7 @@ def check_sizes(task: Task, data: Data, config: TrainConfig) -> int:
     if min(size // min(config.accumulate, size) for size in sizes) > 1:
         return 1
     trial = Trial(task, config)
-    faults = [trial.training_fault(data, [place]) for place in _spread(len(data), TRIED)]
+    faults = [trial.training_fault(data, [place]) for place in spread(len(data), TRIED)]
     fault = faults[0]
     if not all(faults) or trial.training_fault(data, [0, len(data) - 1]):
         return 1  # what fails with two examples too has another cause, which training will tell
@@ -84,9 +86,17 @@ def _batch_norms(model: nn.Module) -> str:
     return f"the model (with {found[0][1]} {found[0][0]!r})" if found else "the model"
 
 
+def check_accumulate(task: Task, data: Data, config: TrainConfig) -> None:
+    """Raise HookError where `train.accumulate` would change what is trained: where labels are left out, of one example
+    more than of another, and nothing says how much the loss of a part counts."""
+    plain = getattr(task, "loss_weight", None) is None and getattr(task, "train_step", None) is None
+    if config.accumulate > 1 and plain and (most := unevenly_ignored(task, data)) is not None:
+        Trial(task, config).compare_parts(data, most)
+
+
 # ── the whole task ───────────────────────────────────────────────────────────────────────────────────────────
-def check_task(task: Task, config: TrainConfig) -> tuple[str, ...]:
-    """Try a task on a few examples; return in words what may be meant.
+def check_task(task: Task, config: TrainConfig, folder: Path = Path()) -> tuple[str, ...]:
+    """Try a task on a few examples; return in words what may be meant. `folder`: where an optimizer's hook is.
 
     Raises HookError where the task's code fails, or returns what the `Task` protocol does not allow; DataError that
     names the example where the data are at fault. No random stream is disturbed.
@@ -99,7 +109,7 @@ def check_task(task: Task, config: TrainConfig) -> tuple[str, ...]:
         found = {split: trial.look(split, data) for split, data in held.items()}
         trial.example_inputs()
         _check_metrics(task, found["test"], notes)
-        trial.train(held["train"], notes)
+        trial.train(held["train"], notes, folder)
     return tuple(notes)
 
 
@@ -171,8 +181,8 @@ class Trial:
 
     def look(self, split: Split, data: Data) -> dict[str, float]:
         """Evaluate an ordinary batch and the examples that may be at fault; return the means over these few."""
-        odd = _witnesses(self.task, data)
-        ordinary = [place for place in _spread(len(data), TRIED + len(odd)) if place not in odd][:TRIED]
+        odd = witnesses(self.task, data)
+        ordinary = [place for place in spread(len(data), TRIED + len(odd)) if place not in odd][:TRIED]
         everything = [*ordinary, *odd]
         if len(everything) == len(self.task.classes):  # one number a class must not pass for one an example
             everything.append(everything[0])
@@ -186,10 +196,13 @@ class Trial:
         # which one is it? Two alike are taken, for code that takes a batch of one for something else
         try:
             means = self._evaluate(data, [ordinary[0], ordinary[-1]]) if ordinary else {}
-        except DimatError:  # whichever is taken
-            if fault is not None:
-                raise fault from None
-            raise
+        except DimatError as error:  # whichever is taken
+            # labels that are missing make floats of all, which is why a loss may fail for each
+            lost = next((f"example {place}: {why}" for place, why in odd.items() if why.startswith(LOST)), "")
+            if lost:
+                where = f'task {self.task.name}: data("{split}"), {lost}'
+                raise DataError(f"{where}; leave such examples out. {fault or error}") from error
+            raise (fault or error) from None
         for place, why in odd.items():
             where = f'task {self.task.name}: data("{split}"), example {place}: {why}'
             try:
@@ -237,20 +250,43 @@ class Trial:
             )
 
     # ── as in training ───────────────────────────────────────────────────────────────────────────────────────
-    def train(self, data: Data, notes: list[str]) -> None:
-        """Take the gradients of a batch, and see that parts of it have the same."""
-        places = (_spread(len(data), TRIED) * TRIED)[:TRIED]
+    def train(self, data: Data, notes: list[str], folder: Path) -> None:
+        """Make a step with a batch, and see that parts of it have the same gradients."""
+        places = (spread(len(data), TRIED) * TRIED)[:TRIED]
         batch = self._read(data, places)
         self.model.train()
-        grads = self._gradients(batch, trained=True)
-        lost = [name for name, grad in grads.items() if not grad.isfinite().all()]
-        if lost:
-            raise HookError(
-                f"task {self.task.name}: the gradient of {lost[0]} is not finite after one batch, and its loss is; "
-                "look for a root or a logarithm of 0, or a division by it"
-            )
+        config, scaler = self._config, torch.amp.GradScaler(self._device.type, enabled=self._config.precision == "fp16")
+
+        def backward() -> tuple[Tensor, float]:
+            loss = self._loss(batch)
+            if not loss.isfinite():
+                raise HookError(
+                    f"task {self.task.name}: the loss is {float(loss.detach())} before any training; check loss(), the "
+                    "scale of the inputs, and train.precision"
+                )
+            with task_errors(self.task, "the gradient of the loss"):
+                scaler.scale(loss).backward()
+            if not scaler.is_enabled():  # scaled gradients may overflow, and the step is left out then
+                self._check_gradients()
+            return loss.detach(), 1.0
+
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise HookError(f"task {self.task.name}: its model has no parameter that requires a gradient; leave some")
+        made = build_optimizer(self.model, config.optimizer, precision=config.precision, folder=folder)
+        with own_streams(seeded_streams(0, self._device), self._device), task_errors(self.task, "train.optimizer"):
+            Stepper(self.model, made, config, scaler).step(backward)
+        self.model.zero_grad()
         with eval_mode(self.model):
             self._compare_parts(batch, notes)
+
+    def _check_gradients(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            grad = parameter.grad
+            if grad is not None and not (grad.to_dense() if grad.is_sparse else grad).isfinite().all():
+                raise HookError(
+                    f"task {self.task.name}: the gradient of {name} is not finite after one batch, and its loss is; "
+                    "look for a root or a logarithm of 0, or a division by it"
+                )
 
     def training_fault(self, data: Data, places: Sequence[int]) -> str:
         """Return why a loss in training mode cannot be taken on these examples; "" where it can."""
@@ -262,6 +298,12 @@ class Trial:
             except DimatError as error:
                 return first_line(error.__cause__ or error)
             return "" if loss.isfinite() else f"its loss is {float(loss.detach())}"
+
+    def compare_parts(self, data: Data, places: tuple[int, int]) -> None:
+        """See that the loss of two examples, each twice, is the mean of theirs."""
+        batch = self._read(data, [places[0]] * 2 + [places[1]] * 2)
+        with own_streams(seeded_streams(0, self._device), self._device), eval_mode(self.model):
+            self._compare_parts(batch, [])
 
     def _compare_parts(self, batch: Batch, notes: list[str]) -> None:
         """See that a batch's loss is the mean of its parts', or may well be meant to be something else."""
@@ -303,18 +345,11 @@ class Trial:
                 "that compares examples with each other, else look at the shapes in it"
             )
 
-    def _gradients(self, batch: Batch, *, trained: bool = False, seed: int = 0) -> dict[str, Tensor]:
-        """Return gradients by parameter: of all with `trained`, else of as many as tell one loss from another."""
-        asked = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        if not trained:
-            asked = _last(asked, COMPARED)
+    def _gradients(self, batch: Batch, seed: int = 0) -> dict[str, Tensor]:
+        """Return gradients by parameter, of as many as tell one loss from another."""
+        asked = _last({name: p for name, p in self.model.named_parameters() if p.requires_grad}, COMPARED)
         with own_streams(seeded_streams(seed, self._device), self._device):
             loss = self._loss(batch)
-            if trained and not loss.isfinite():
-                raise HookError(
-                    f"task {self.task.name}: the loss is {float(loss.detach())} before any training; check loss(), the "
-                    "scale of the inputs, and train.precision"
-                )
             with task_errors(self.task, "the gradient of the loss"):
                 grads = torch.autograd.grad(loss, [*asked.values()], allow_unused=True, materialize_grads=True)
         return {n: g.to_dense() if g.is_sparse else g for n, g in zip(asked, grads, strict=True)}
@@ -346,51 +381,6 @@ class Trial:
         return nullcontext() if dtype is None else torch.autocast(self._device.type, dtype=dtype)
 
 
-# ── examples that may be at fault ────────────────────────────────────────────────────────────────────────────
-def _spread(count: int, most: int) -> list[int]:
-    """Return places spread over `count` examples, the first and the last among them."""
-    most = min(count, most)
-    return sorted({round(i * (count - 1) / max(1, most - 1)) for i in range(most)})
-
-
-def _witnesses(task: Task, data: Data) -> dict[int, str]:
-    """Return the examples that may be at fault, with what is odd about them."""
-    stored = _stored(data)
-    if stored is None:
-        read = torch.tensor(_spread(len(data), SAMPLED))
-        with task_errors(task, f"data.batch() for {len(read)} of {len(data)} examples"):
-            batch = checked_batch(task, data.batch(read), len(read), "data.batch()")
-        columns, places = [*batch.inputs, batch.targets], None
-    else:
-        columns, places = [*stored[0].inputs, stored[0].targets], stored[1]
-        read = torch.arange(len(data))
-    names = [*(f"its inputs[{i}]" for i in range(len(columns) - 1)), "its target"]
-    found: dict[int, str] = {}
-
-    def note(place: Tensor, why: str) -> None:
-        found.setdefault(int(read[place]), why)
-
-    for name, tensor in zip(reversed(names), reversed(columns), strict=True):
-        # the sum tells in one pass that there is nothing to look for
-        if tensor.is_floating_point() and not tensor.sum().isfinite():
-            own = tensor if places is None else tensor[places]
-            lost = ~own.isfinite().reshape(len(own), -1).all(1)
-            if lost.any():
-                first = lost.nonzero()[0, 0]
-                verb, kind = "is" if own.ndim == 1 else "holds", "NaN" if own[first].isnan().any() else "inf"
-                note(first, f"{name} {verb} {kind} ({int(lost.sum())} such examples)")
-    targets = columns[-1] if places is None else columns[-1][places]
-    if not targets.is_floating_point() and not targets.is_complex() and targets.dtype != torch.bool and targets.numel():
-        flat = targets.reshape(len(targets), -1)
-        low, high = flat.amin(1), flat.amax(1)
-        note(low.argmin(), f"its target {int(low.min())} is the smallest")
-        note(high.argmax(), f"its target {int(high.max())} is the largest")
-        ignored = (flat < 0).sum(1)
-        if ignored.any():
-            note(ignored.argmax(), f"{int(ignored.max())} of its targets are negative, the most")
-    return found
-
-
 def _last(parameters: Mapping[str, nn.Parameter], entries: int) -> dict[str, nn.Parameter]:
     """Return the last parameters, as many as have about `entries` entries."""
     chosen: dict[str, nn.Parameter] = {}
@@ -399,12 +389,3 @@ def _last(parameters: Mapping[str, nn.Parameter], entries: int) -> dict[str, nn.
             chosen[name] = parameters[name]
             entries -= parameters[name].numel()
     return chosen or dict([min(parameters.items(), key=lambda item: item[1].numel())])
-
-
-def _stored(data: Data) -> tuple[TensorData, Tensor | None] | None:
-    """Return the tensors in which data lie, and the places of those that count; None where they lie elsewhere."""
-    places: Tensor | None = None
-    while isinstance(data, Subset):
-        places = data.indices if places is None else data.indices[places]
-        data = data.data
-    return (data, places) if isinstance(data, TensorData) else None

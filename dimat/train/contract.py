@@ -41,7 +41,7 @@ def task_errors(task: Task, doing: str = "") -> Generator[None]:
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text that says something."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "it says nothing")
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "it says nothing").rstrip(".")
 
 
 def described(value: Any) -> str:

@@ -29,7 +29,7 @@ from dimat.symmetry import Permutations, SymmetrySpec
 from dimat.symmetry.trace import eval_mode
 from dimat.tasks.base import Batch, Data, Task
 from dimat.tasks.data import InputBatches, batch_bounds, input_batches
-from dimat.train.check_task import check_sizes
+from dimat.train.check_task import check_accumulate, check_sizes
 from dimat.train.contract import check_parts, checked_batch, checked_loss, checked_metrics, loss_weight, task_errors
 from dimat.train.losses import LocalLoss
 from dimat.train.model_state import ModelState, check_fit, check_whole
@@ -116,6 +116,7 @@ class Trainer(ModelState):
         if len(data) == 0:
             raise DataError("no samples to train on; check the partition")
         self._least = check_sizes(task, data, config)
+        check_accumulate(task, data, config)
         self.task = task
         self.data = data
         self.config = config
@@ -421,7 +422,10 @@ class Trainer(ModelState):
         Raises DataError where something is missing or does not fit; a GPU's random stream is needed on a GPU only.
         """
         tensors, values = state.tensors, state.values
-        progress = self._middle(Progress.of(tensors, values), new_epoch=new_epoch)
+        try:
+            progress = self._middle(Progress.of(tensors, values), new_epoch=new_epoch)
+        except KeyError as error:
+            raise DataError(f"the trainer's state lacks {error.args[0]!r}") from error
         # states of older versions tell neither
         rows, batches = values.get("rows", len(self.data)), values.get("batches", self.batches)
         if (rows, batches) != (len(self.data), self.batches) and not new_epoch:

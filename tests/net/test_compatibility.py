@@ -18,7 +18,8 @@ from dimat.wire.v1 import peer_pb2 as pb
 from tests.net.agents import RUN, SCHEMA, call, hello, join, make, started, update_neighbours, weights
 
 pytestmark = pytest.mark.anyio
-OWN = Profile(SCHEMA, "b" * 64, ("fp32",), groups="d" * 64)
+SETTINGS = {"classes": '["cat", "dog"]', "tokenizer": "257 tokens", "probe": "a"}
+OWN = Profile(SCHEMA, "b" * 64, ("fp32",), groups="d" * 64, settings=SETTINGS)
 
 
 @pytest.mark.parametrize(
@@ -29,13 +30,16 @@ OWN = Profile(SCHEMA, "b" * 64, ("fp32",), groups="d" * 64)
         ({"profile": replace(OWN, groups="e" * 64)}, "find the difference with `dimat symmetry diff`"),
         ({"profile": replace(OWN, base="")}, "its base is"),
         ({"profile": replace(OWN, protocol=2)}, "protocol"),
+        ({"profile": replace(OWN, settings={"classes": '["dog", "cat"]'})}, "(the same classes in"),
+        ({"profile": replace(OWN, settings={"tokenizer": "258 tokens"})}, "its tokenizer is "),
     ],
 )
 async def test_one_that_does_not_fit_is_refused_by_both_and_others_go_on(
     tmp_path: Path, other: dict[str, Any], says: str
 ) -> None:
     a, c = make(tmp_path / "a", "a", profile=OWN), make(tmp_path / "c", "c", profile=OWN)
-    b = make(tmp_path / "b", "b", **({"profile": OWN} | other))
+    own: dict[str, Any] = {"profile": OWN}
+    b = make(tmp_path / "b", "b", **(own | other))
     async with started(a, b, c):
         join(a, b, c)
         a.publish(1, weights(1))
@@ -96,6 +100,21 @@ async def test_one_that_answers_under_another_name_is_not_taken_for_it(tmp_path:
         update_neighbours([a, b], {"a": a.address, "b": b.address, "c": a.address})
         await b.ears.until(lambda: any(peer == "c" for peer, _, _ in b.ears.losses))
         assert "'a' answers there, not c" in next(reason for peer, reason, _ in b.ears.losses if peer == "c")
+
+
+async def test_a_probe_set_that_differs_is_said_and_costs_nothing(tmp_path: Path) -> None:
+    a = make(tmp_path / "a", "a", profile=OWN)
+    b = make(tmp_path / "b", "b", profile=replace(OWN, settings={**SETTINGS, "probe": "b"}))
+    async with started(a, b):
+        join(a, b)
+        for one, other in ((a, b), (b, a)):
+            one.publish(1, weights(1))
+            await other.ears.offer(one.name, 1)
+            await other.ears.until(lambda other=other: other.ears.notices)
+        assert a.ears.notices == [
+            "b: it fits, but its probe is 'b', here 'a'; give both the same, unless that is meant"
+        ]
+        assert not a.ears.refusals
 
 
 async def test_clocks_that_differ_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,13 @@ def split(labels: Tensor | None, agents: int, seed: int = 0, samples: int | None
 def test_every_example_belongs_to_exactly_one_agent(
     labels: list[int], agents: int, kind: str, alpha: float, each: int, least: int, seed: int
 ) -> None:
-    options = {"kind": kind, "alpha": alpha, "classes_per_agent": each, "shards_per_agent": each, "min_samples": least}
+    options: dict[str, Any] = {
+        "kind": kind,
+        "alpha": alpha,
+        "classes_per_agent": each,
+        "shards_per_agent": each,
+        "min_samples": least,
+    }
     try:
         parts = split(torch.tensor(labels), agents, seed, **options)
     except PartitionError:
@@ -113,3 +119,10 @@ def test_without_labels_only_a_random_split_is_possible() -> None:
 def test_errors_say_what_to_change(samples: int, agents: int, config: dict[str, Any], message: str) -> None:
     with pytest.raises(PartitionError, match=message):
         split(torch.arange(samples) % 10, agents, **config)
+
+
+@pytest.mark.parametrize("labels", [torch.tensor([0.0, 1.0, float("nan")]), torch.zeros(6, 3, dtype=torch.int64)])
+@pytest.mark.parametrize("kind", ["iid", "dirichlet"])
+def test_labels_that_are_no_classes_are_refused(labels: Tensor, kind: str) -> None:
+    with pytest.raises(PartitionError, match=r"labels are .* one class, a whole number, for each example"):
+        split(labels, 2, kind=kind)

@@ -145,7 +145,10 @@ MEMBERS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: of(derived_metrics=_lost),
         r"failed in derived_metrics\(\): KeyError",
     ),
-    "model without parameters": (lambda: task(rows(40, features=3), nn.Identity), "without a gradient"),
+    "model without parameters": (
+        lambda: task(rows(40, features=3), nn.Identity),
+        "no parameter that requires a gradient",
+    ),
     "sum": (lambda: of(loss=lambda o, t: F.cross_entropy(o, t, reduction="sum")), "the sum over a batch"),
     "infinite gradient": (
         lambda: regression(lambda o, t: (o * 0).sum().abs().sqrt() + (o[:, 0] - t).square().mean()),
@@ -220,6 +223,21 @@ def nan_at(place: int, tensor: Tensor, value: float = float("nan")) -> Tensor:
     return changed
 
 
+class Reading(nn.Module):
+    """Ten tokens, read by their mean."""
+
+    def __init__(self, *, sparse: bool = False) -> None:
+        super().__init__()
+        self.table, self.out = nn.Embedding(10, 8, sparse=sparse), nn.Linear(8, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.out(self.table(tokens).mean(1))
+
+
+def tokens(ids: Tensor, *, sparse: bool = False) -> Any:
+    return task(TensorData(ids, torch.arange(len(ids)) % 3), lambda: Reading(sparse=sparse))
+
+
 CLASSES = (torch.arange(200) % 3).tolist()
 DATA: dict[str, tuple[Callable[[], Any], str]] = {
     "label too large": (lambda: labelled([*CLASSES[:77], 7, *CLASSES]), r"example 77: label 7 is none of 0 … 2"),
@@ -237,6 +255,18 @@ DATA: dict[str, tuple[Callable[[], Any], str]] = {
     "NaN target": (
         lambda: regression(lambda o, t: F.mse_loss(o[:, 0], t), nan_at(17, torch.randn(40))),
         r'data\("train"\), example 17: its target is NaN \(1 such examples\), so that its loss and accuracy are not',
+    ),
+    "NaN among labels, which are floats by it": (
+        lambda: labelled(nan_at(90, torch.tensor(CLASSES).float())),
+        r"90: its target is NaN \(1 such examples\); leave such examples out\. .*RuntimeError: expected .*Long",
+    ),
+    "token without an embedding": (
+        lambda: tokens(torch.randint(10, (40, 5)).index_fill(0, torch.tensor([17]), 12)),
+        r"example 17: its inputs\[0\] holds 12, the largest: .*IndexError: index out of range",
+    ),
+    "negative token": (
+        lambda: tokens(torch.randint(10, (40, 5)).index_fill(0, torch.tensor([3]), -1)),
+        r"example 3: its inputs\[0\] holds -1, the smallest: .*IndexError",
     ),
     "infinite target": (
         lambda: regression(lambda o, t: F.mse_loss(o[:, 0], t), nan_at(39, torch.randn(40), float("inf"))),
@@ -291,6 +321,12 @@ def test_what_the_task_leaves_out_itself_is_no_fault() -> None:
 
     data = TensorData(nan_at(150, torch.randn(200, 8)), torch.tensor(CLASSES))
     assert check(task(data, lambda: Filling(8, 3))) == ()
+
+
+def test_an_optimizer_that_cannot_step_is_told() -> None:
+    with pytest.raises(DimatError, match="sparse"):
+        check(tokens(torch.randint(10, (40, 5)), sparse=True))
+    assert check(tokens(torch.randint(10, (40, 5)), sparse=True), optimizer={"name": "sgd", "momentum": 0.0}) == ()
 
 
 def test_a_class_that_is_alone_is_told() -> None:

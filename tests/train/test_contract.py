@@ -225,11 +225,28 @@ def test_asking_whether_one_example_is_enough_leaves_no_trace() -> None:
 
 def test_parts_of_a_loss_that_leaves_labels_out_are_refused_without_weights() -> None:
     for precision in ("fp32", "bf16"):
-        one = trainer(Tokens(), batch_size=8, accumulate=4, steps_per_round=6, precision=precision)
-        with pytest.raises(
-            HookError, match=r"train\.accumulate would change what is trained; give the task loss_weight"
-        ):
-            one.train(1)
+        with pytest.raises(HookError, match=r"train\.accumulate would change .*; give the task loss_weight"):
+            trainer(Tokens(), batch_size=8, accumulate=4, steps_per_round=6, precision=precision)
+
+
+def test_labels_left_out_without_a_sign_are_noticed_in_the_first_epoch() -> None:
+    """Padding by class 0, which the loss leaves out: no label is negative."""
+
+    class Padded(Tokens):
+        def __init__(self) -> None:
+            super().__init__()
+            self._data.targets += 1
+            self._data.targets[:4, 1:] = 0
+
+        def loss(self, outputs: Any, targets: Tensor) -> Tensor:
+            return F.cross_entropy(outputs.flatten(0, 1), targets.flatten(), ignore_index=0)
+
+        def build_model(self, generator: torch.Generator) -> nn.Module:
+            return seeded(lambda: nn.Linear(8, 4))(generator)
+
+    one = trainer(Padded(), batch_size=8, accumulate=4, steps_per_round=6)
+    with pytest.raises(HookError, match="give the task loss_weight"):
+        one.train(1)
 
 
 @pytest.mark.parametrize("empty", [False, True])

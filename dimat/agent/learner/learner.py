@@ -24,9 +24,9 @@ from dimat.agent.learner.statistics import take_statistics
 from dimat.agent.protocol.messages import MergeAction, Moves
 from dimat.agent.protocol.state import MachineState
 from dimat.config import ExperimentConfig
-from dimat.errors import DimatError, PeerError
+from dimat.errors import DataError, DimatError, PeerError
 from dimat.events import WARNING, MergeResult, TrainResult
-from dimat.merge import MergeContext, MergePlan, Peer, adopt, merge, open_weights
+from dimat.merge import MergeContext, MergePlan, Peer, adopt, merge, needs_symmetry, open_weights
 from dimat.merge.matching.assignment import moved_by_group, moved_share
 from dimat.merge.natures import natures_of
 from dimat.merge.pipeline import NOT_KEPT
@@ -95,6 +95,7 @@ class Learner:
             self._hold_out = Subset(train, indices[order[:cut]])
             indices = indices[order[cut:]]
         self._own = Subset(train, indices)
+        self._check_sets()
         self.trainer = custom_trainer or self._new_trainer(train)
 
     def _new_trainer(self, train: Data) -> Trainer:
@@ -113,6 +114,23 @@ class Learner:
         )
         self._unsaid = (trainer.loss.note,) if trainer.loss.note else ()
         return trainer
+
+    def _check_sets(self) -> None:
+        """Raise DataError where a set of examples is too small for what is to be done with it."""
+        plan, own = self._plan, len(self._own)
+        if self._hold_out is not None and own == 0:
+            raise DataError(
+                f'agent {self.name} has {len(self.indices)} example, which accept = "no-worse" on "local" keeps from '
+                "training; give it more data, or judge merges on the probe set"
+            )
+        if (needs_symmetry(plan) or plan.repair.name != "none") and (count := len(self._shared_inputs())) < 2:
+            what = "the probe set" if plan.align_data == "probe" else f"the data of agent {self.name}"
+            raise DataError(
+                f"{what} has fewer than the two examples ({count}) that comparing networks or re-estimating BatchNorm "
+                'takes; give more, or set merge.align_data to "local" or "probe", whichever has them'
+            )
+        if self._score_asked() and self._hold_out is None and len(self._probe()) == 0:
+            raise DataError("the probe set is empty, and merges are judged on it; give examples")
 
     def train(self, number: int, learn: bool = True) -> TrainResult:
         """Train for a round (not if `learn` is false), and take the merge method's statistics."""
@@ -297,9 +315,13 @@ class Learner:
         probe = self.task.data("probe")
         return Subset(probe, torch.arange(min(self._plan.probe_samples, len(probe))))
 
-    def _score(self) -> Callable[[Mapping[str, Tensor]], float] | None:
+    def _score_asked(self) -> bool:
+        """Tell whether merges are judged by the task's metric."""
         judged = self._plan.combine.settings.get("objective")  # a combine method may judge by score too
-        if self._plan.accept.name != "no-worse" and judged != "score":
+        return self._plan.accept.name == "no-worse" or judged == "score"
+
+    def _score(self) -> Callable[[Mapping[str, Tensor]], float] | None:
+        if not self._score_asked():
             return None
         data = self._hold_out if self._hold_out is not None else self._probe()
         return lambda weights: self.trainer.evaluate(data, weights)[self.task.metric]

@@ -115,14 +115,15 @@ def derive_checked(task: Task) -> SymmetrySpec:
 
 def _tried(config: ExperimentConfig, shared: _Shared) -> tuple[str, ...]:
     """Try the task once for each way to train it; errors and notes name the hook that it is of."""
-    key = f"{config.train.device} {config.train.precision} {config.train.accumulate > 1}"
+    train = config.train
+    key = f"{train.device} {train.precision} {train.accumulate > 1} {train.grad_clip_norm} {train.optimizer}"
     if key not in shared.checked:
         with task_errors(shared.task):
             for split in ("train", "test"):
                 shared.task.data(split)
         where = "" if config.task.hook is None else f"{config.task.hook}: "
         try:
-            notes = check_task(shared.task, config.train)
+            notes = check_task(shared.task, train, Path(config.folder))
         except DimatError as error:
             raise type(error)(f"{where}{error}") from error
         shared.checked[key] = tuple(f"{where}{note}" for note in notes)

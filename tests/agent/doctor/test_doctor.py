@@ -38,11 +38,11 @@ def around(authority: Authority | None, peers: dict[str, str], **more: Any) -> A
     known = {name: [address] for name, address in peers.items()}
     neighbours = Neighbours(list(known), (), ["a", *known], known)
     identity = None if authority is None else authority.issue("a")
-    values = {
+    values: dict[str, Any] = {
         "run": RUN,
         "agent": "a",
         "identity": identity,
-        "profile": Profile(SCHEMA, groups="d" * 64),
+        "profile": Profile(SCHEMA, groups="d" * 64, settings={"heads": "4", "probe": "a"}),
         "listen": "127.0.0.1:0",
     }
     return AgentEndpoint(**(values | {"running": 0, "neighbours": neighbours, "bootstraps": ()} | more))
@@ -78,6 +78,7 @@ async def test_peers_that_fit_and_reach_back(tmp_path: Path, authority: Authorit
         ({"profile": Profile(SCHEMA, base="d" * 64)}, "base", 2),
         ({"profile": Profile(SCHEMA, protocol=2)}, "protocol 2", 2),
         ({"profile": Profile(SCHEMA, groups="e" * 64)}, "symmetry groups", 2),
+        ({"profile": Profile(SCHEMA, settings={"heads": "8"})}, "its heads is '8', here '4'", 2),
     ],
 )
 async def test_peers_that_do_not_fit(
@@ -124,6 +125,16 @@ async def test_peers_that_are_not_trusted_or_not_there(tmp_path: Path, authority
     assert "refused" in told["peer gone"].what
     assert "resolved" in told["peer unnamed"].what
     assert all(told[f"peer {name}"].mend for name in peers if name != "b")
+
+
+async def test_a_peer_that_may_be_meant_to_differ(tmp_path: Path, authority: Authority) -> None:
+    profile = Profile(SCHEMA, settings={"heads": "4", "probe": "b"})
+    b = make(tmp_path / "b", "b", identity=authority.issue("b"), profile=profile)
+    async with started(b):
+        update_neighbours([b], {"a": "127.0.0.1:9", "b": b.address})
+        finding = (await found(around(authority, {"b": b.address})))["peer b"]
+    assert (finding.level, finding.mend) == ("warn", "give both the same, unless that is meant")
+    assert "its probe is 'b', here 'a'" in finding.what
 
 
 async def test_a_peer_that_cannot_reach_back(tmp_path: Path, authority: Authority) -> None:

@@ -156,3 +156,28 @@ def test_batches_of_another_size_begin_a_new_epoch(tmp_path: Path) -> None:
 def test_a_checkpoint_of_an_older_version_is_taken_to_be_of_the_same_data() -> None:
     now = {"rows": 100, "batches": 4, "labels": "", "part": "p"}
     assert compare_data({}, now) == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "merge", "says"),
+    [
+        ("probe", {"method": "dimat", "align_data": "probe"}, r"the probe set has fewer than the two examples \(1\)"),
+        ("train", {"method": "dimat"}, r"the data of agent agent-1 has fewer than the two examples \(1\)"),
+        (
+            "train",
+            {"method": "average", "accept": {"name": "no-worse", "options": {"on": "local"}}},
+            "agent agent-1 has 1 example, which accept",
+        ),
+    ],
+)
+def test_sets_of_one_example_are_refused_before_training(
+    tmp_path: Path, change: str, merge: dict[str, Any], says: str
+) -> None:
+    (tmp_path / "one.py").write_text(
+        f"{TINY_TASK}\n\nfrom dataclasses import replace\n\n\ndef one():\n    whole = task()\n"
+        f"    return replace(whole, {change}=TensorData(torch.zeros(1, 6), torch.zeros(1, dtype=torch.int64)))\n"
+    )
+    own = {"name": "agent-1", "insecure": True}
+    setup = prepare_agent(tiny_experiment(tmp_path, agent=own, task={"hook": "one.py:one"}, merge=merge))
+    with pytest.raises(DataError, match=says):
+        setup.learner(tmp_path)

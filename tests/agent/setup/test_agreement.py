@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,12 +11,14 @@ import torch
 from torch import nn
 
 from dimat.agent.setup.agreement import LONGEST, settings_of
+from dimat.agent.setup.prepare import prepare_agent
 from dimat.config import MergeConfig
 from dimat.errors import HookError
 from dimat.merge import plan_merge
 from dimat.net.compatibility import Profile, doubtful, incompatibility
 from dimat.tasks import ClassificationTask, TensorData, seeded
 from dimat.wire.v1 import peer_pb2 as pb
+from tests.simulate.helpers import TINY_TASK, tiny_experiment
 
 
 def task(classes: tuple[str, ...] = ("cat", "dog", "eel"), probe: float = 0.0, **more: Any) -> ClassificationTask:
@@ -129,6 +132,21 @@ def test_agents_whose_weights_mean_something_else_refuse_each_other_and_name_bot
     assert "\n" not in refusal
     assert doubt == ""
     assert greeted(two, one)[0]
+
+
+def test_agents_of_two_configurations(tmp_path: Path) -> None:
+    """As they are prepared: a task of other classes, which travel with the rest of what agents agree on."""
+    (tmp_path / "tiny_task.py").write_text(TINY_TASK)
+    (tmp_path / "other.py").write_text(TINY_TASK.replace('tuple("abcd")', 'tuple("abdc")'))
+    profiles: list[Profile] = []
+    for hook in ("tiny_task.py:task", "other.py:task"):
+        own = {"name": "agent-1", "insecure": True}
+        setup = prepare_agent(tiny_experiment(tmp_path, agent=own, task={"hook": hook}))
+        profiles.append(setup.profile(setup.experiment.task.build_model(torch.Generator())))
+    one, two = profiles
+    assert (one.schema, one.groups, one.base) == (two.schema, two.groups, two.base)
+    reason = incompatibility(one, "r", pb.HelloRequest(**two.fields("r", "b")))
+    assert "class 2 is 'd' there, 'c' here (the same classes in another order)" in reason
 
 
 def test_several_differences_are_counted() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,21 @@ def test_a_tokenizer_of_a_folder(tmp_path: Path) -> None:
     again = made(tmp_path, model={"name": "tokens", "config": None}, data={"tokenizer": None})
     read = again.build_model(torch_generator(9))
     assert all(torch.equal(t, model.state_dict()[name]) for name, t in read.state_dict().items())
+
+
+def test_agents_with_other_tokens_do_not_agree(tmp_path: Path) -> None:
+    """Two tokenizers of as many tokens, of which two have changed places."""
+    write_tokenizer(tmp_path / "one", write_text(tmp_path / "text.txt"))
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    tree = json.loads((tmp_path / "two" / "tokenizer.json").read_text())
+    ids = tree["model"]["vocab"]
+    one, two = [token for token in ids if len(token) == 1][:2]
+    ids[one], ids[two] = ids[two], ids[one]
+    (tmp_path / "two" / "tokenizer.json").write_text(json.dumps(tree))
+    told = [made(tmp_path, data={"tokenizer": name}).agreement["tokenizer"] for name in ("one", "one", "two", "bytes")]
+    assert told[0] == told[1] != told[2]
+    assert told[0].partition(",")[0] == told[2].partition(",")[0]
+    assert told[3] == "bytes"
 
 
 def test_labels_go_with_documents(tmp_path: Path) -> None:
