@@ -1,4 +1,4 @@
-"""Examples of a data set that may be at fault: what is not finite, and the smallest and largest."""
+"""Examples that may be at fault: not finite, or with the smallest or largest numbers."""
 
 from __future__ import annotations
 
