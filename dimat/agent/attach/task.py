@@ -30,18 +30,17 @@ class AttachedTask:
         self.metric = metric
         self.base_hash = part.base_hash
         self.merge_stages: Mapping[str, str] | None = part.merge_stages
-        # what is frozen is never written, and need not be held twice
-        shared = {id(p): p for p in model.parameters() if not p.requires_grad and p.device.type == "cpu"}
-        self._shared = shared if part.names is not None else {}
         try:
-            self._model = copy_module(model, self._shared).cpu()
+            self._model = copy_module(model, {} if part.names is None else _frozen_on_cpu(model)).cpu()
         except Exception as error:  # a user's module may fail in any way
             first = (str(error).strip().splitlines() or [""])[0]
             raise ConfigError(
                 f"the model cannot be copied ({type(error).__name__}: {first}), and its symmetries are found on a "
                 "copy; mend its __deepcopy__, or keep what cannot be copied outside the model"
             ) from error
+        self._shared: dict[int, Any] = {}
         if part.names is not None:
+            self._shared = _frozen_on_cpu(self._model)
             self._model.register_state_dict_post_hook(KeepNames(part.names))
         if inputs.names:
             self._model.register_forward_pre_hook(ByName(inputs.names), prepend=True, with_kwargs=True)
@@ -68,3 +67,9 @@ class AttachedTask:
     def metrics(self, outputs: Any, targets: Tensor) -> Mapping[str, Tensor]:
         """Return nothing: metrics come from the user's `evaluate`."""
         return {}
+
+
+def _frozen_on_cpu(model: nn.Module) -> dict[int, nn.Parameter]:
+    """Return plain frozen parameters by id, on the CPU: they are never written, and need not be held twice."""
+    frozen = [p for p in model.parameters() if not p.requires_grad and type(p) is nn.Parameter]
+    return {id(p): p if p.device.type == "cpu" else nn.Parameter(p.detach().cpu(), requires_grad=False) for p in frozen}

@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from dimat.agent.attach.inputs import Inputs
 from dimat.agent.attach.part import part_of
+from dimat.agent.attach.task import AttachedTask
 from dimat.errors import ConfigError
 from dimat.tasks.huggingface.library import library
 
@@ -92,3 +94,15 @@ def test_what_cannot_be_merged_as_products_is_refused() -> None:
         with pytest.raises(ConfigError, match=message) as fault:
             part_of(model)
         assert "\n" not in str(fault.value)
+
+
+def test_a_frozen_base_is_not_held_twice() -> None:
+    """Reference: the places in memory of the user's own tensors."""
+    model = adapted()
+    part = part_of(model)
+    task = AttachedTask(model, Inputs((torch.zeros(4, 8),)), part, "accuracy")
+    made = task.build_model(torch.Generator())
+    assert set(made.state_dict()) == part.names
+    own = dict(model.named_parameters())
+    for name, parameter in made.named_parameters():
+        assert (parameter.data_ptr() == own[name].data_ptr()) == (not parameter.requires_grad)
