@@ -89,8 +89,8 @@ def _batch_norms(model: nn.Module) -> str:
 def check_accumulate(task: Task, data: Data, config: TrainConfig) -> None:
     """Raise HookError where `train.accumulate` would change what is trained: where labels are left out, of one example
     more than of another, and nothing says how much the loss of a part counts."""
-    plain = getattr(task, "loss_weight", None) is None and getattr(task, "train_step", None) is None
-    if config.accumulate > 1 and plain and (most := unevenly_ignored(task, data)) is not None:
+    weighed = getattr(task, "loss_weight", None) is not None
+    if config.accumulate > 1 and not weighed and (most := unevenly_ignored(task, data)) is not None:
         Trial(task, config).compare_parts(data, most)
 
 

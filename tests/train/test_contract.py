@@ -229,6 +229,15 @@ def test_parts_of_a_loss_that_leaves_labels_out_are_refused_without_weights() ->
             trainer(Tokens(), batch_size=8, accumulate=4, steps_per_round=6, precision=precision)
 
 
+def test_parts_of_a_training_step_of_ones_own_are_compared_too() -> None:
+    class Stepping(Tokens):
+        def train_step(self, model: nn.Module, batch: Batch) -> Tensor:
+            return self.loss(model(*batch.inputs), batch.targets)
+
+    with pytest.raises(HookError, match="give the task loss_weight"):
+        trainer(Stepping(), batch_size=8, accumulate=2)
+
+
 def test_labels_left_out_without_a_sign_are_noticed_in_the_first_epoch() -> None:
     """Padding by class 0, which the loss leaves out: no label is negative."""
 

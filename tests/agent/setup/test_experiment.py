@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from dimat.agent.doctor.doctor import examine
 from dimat.agent.setup.experiment import resolve
 from dimat.agent.setup.loaded_task import load_for
 from dimat.agent.setup.prepare import prepare_agent
@@ -105,6 +106,18 @@ def test_faults_are_worded_alike_for_simulator_and_agent(tmp_path: Path) -> None
             with pytest.raises(kind) as caught:
                 make(config.model_copy(update={"merge": merge}))
             assert str(caught.value) == message
+
+
+def test_what_may_be_meant_of_a_task_is_told_by_simulator_agent_and_doctor(tmp_path: Path) -> None:
+    """A training set of one class; with the hook that it is of."""
+    (tmp_path / "one_class.py").write_text(
+        TINY_TASK.replace("y = (x[:, :3]", "y = 0 * (x[:, :3]").replace("+ 2 *", "+ 0 *")
+    )
+    config = one_of(tmp_path, task={"hook": "one_class.py:task"}, merge={"method": "average"})
+    note = 'one_class.py:task: task tiny: data("train"): all 160 examples are of class 0'
+    assert note in prepare(config).warnings
+    assert prepare_agent(config).experiment.loaded.notes == (note,)
+    assert [check.level for check in examine(config) if check.what == note] == ["warn"]
 
 
 def test_symmetry_groups_are_loaded_where_the_merge_rests_on_them(tmp_path: Path) -> None:
