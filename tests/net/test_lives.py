@@ -134,7 +134,8 @@ async def test_the_younger_of_two_processes_is_told_to_leave_and_all_others_hear
     await asyncio.sleep(0.01)
     younger = one("younger", "b")
     async with started(a, older, younger, c):
-        update_neighbours([a, older, younger, c], {"a": a.address, "b": older.address, "c": c.address})
+        update_neighbours([older, younger], {"a": a.address, "b": older.address})
+        update_neighbours([a, c], {"a": a.address, "b": older.address, "c": c.address})
         await younger.ears.until(lambda: told_to_leave(younger))
         assert told_to_leave(younger)[0].startswith("another process runs as b, since ")
         await a.ears.until(lambda: [said for said in a.ears.notices if said.startswith("two processes run as b")])
