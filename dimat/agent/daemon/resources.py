@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,8 @@ def needed_bytes(size: int, peers: int, snapshots: int, checkpoints: int) -> int
     `size`: bytes of a snapshot; `snapshots`, `checkpoints`: how many of its own the agent keeps.
     """
     # one more of each is being written; a checkpoint has two optimizer moments beside the weights
-    return (snapshots + 1 + peers + 3 * (checkpoints + 1)) * size + RESERVE_BYTES
+    # and another one holds the middle of a round, should the agent be stopped there
+    return (snapshots + 1 + peers + 3 * (checkpoints + 1 + 1)) * size + RESERVE_BYTES
 
 
 def memory_bytes(size: int, peers: int) -> int:
@@ -69,7 +71,7 @@ def disk_shares(quota_mb: float | None, size: int, peers: int, logs_kept: int) -
     if received < needed:
         raise ConfigError(
             f"agent.disk_quota_mb = {quota_mb:g} leaves {received / 1e6:,.1f} MB for peers' snapshots, a round needs "
-            f"{needed / 1e6:,.1f} MB; set it to {needed / 1e6 * 8 / 5:,.0f} or more, or leave it out"
+            f"{needed / 1e6:,.1f} MB; set it to {math.ceil(needed / 1e6 * 8 / 5):,} or more, or leave it out"
         )
     return DiskShares(received, other // (logs_kept + 1), other, other)
 

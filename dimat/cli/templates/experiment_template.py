@@ -133,8 +133,8 @@ method = "average"             # of what adapters stand for (combine = "lora-svd
 """,
     },
 }
-"""The parts in which the starters of the bundled tasks differ. `deadline`: seconds, at least as long as a round trains
-on two cores of a CPU, so that a machine half as fast as its peers is heard."""
+"""The parts in which the starters of the bundled tasks differ. `deadline`: seconds, by estimate at least as long as a
+round trains on two cores of a CPU (digits: 0.5 s), so that a machine half as fast as its peers is heard."""
 
 
 def tables_of(task: str) -> Mapping[str, str]:

@@ -6,12 +6,21 @@ from pathlib import Path
 
 import pytest
 
-from dimat.agent.daemon.resources import RESERVE_BYTES, available_memory, held_bytes, little_memory, needed_bytes
+from dimat.agent.daemon.resources import (
+    RESERVE_BYTES,
+    available_memory,
+    disk_shares,
+    held_bytes,
+    little_memory,
+    needed_bytes,
+)
+from dimat.agent.lineage.manifest_log import LEDGER_BYTES
+from dimat.errors import ConfigError
 
 
 def test_all_that_lies_on_the_disk_at_once_is_counted() -> None:
-    own, peers, written = 2, 3, 1
-    checkpoints = (3 + written) * 3  # weights and two moments
+    own, peers, written, middle = 2, 3, 1, 1
+    checkpoints = (3 + written + middle) * 3  # weights and two moments
     assert needed_bytes(1000, peers, own, 3) == (own + written + peers + checkpoints) * 1000 + RESERVE_BYTES
 
 
@@ -24,6 +33,27 @@ def test_a_folder_holds_its_files_and_one_that_is_not_there_nothing(tmp_path: Pa
     assert held_bytes(folder) == 107
     (folder / "weights").hardlink_to(folder / "checkpoints" / "one")
     assert held_bytes(folder) == 107
+
+
+@pytest.mark.parametrize(("quota_mb", "kept"), [(8.0, 4), (80.0, 1)])
+def test_all_that_grows_keeps_inside_the_quota(quota_mb: float, kept: int) -> None:
+    """Snapshots, the log with the files put aside, and the two ledgers, together."""
+    shares = disk_shares(quota_mb, 1000, 2, kept)
+    whole = shares.received + (kept + 1) * shares.log_file + shares.lineage + shares.manifests
+    assert 0.99 * quota_mb * 1e6 < whole <= quota_mb * 1e6
+    assert shares.received == quota_mb * 1e6 * 5 / 8
+
+
+def test_a_quota_that_a_round_does_not_fit_in_is_refused() -> None:
+    """By hand: two peers and one more snapshot of 1 MB are 3 MB, five eighths of 4.8 MB; without a quota all fits."""
+    assert disk_shares(4.81, 10**6, 2, 4).received >= 3 * 10**6
+    with pytest.raises(
+        ConfigError, match=r"agent.disk_quota_mb = 4 leaves 2.5 MB .*, a round needs 3.0 MB; set it to 5"
+    ):
+        disk_shares(4.0, 10**6, 2, 4)
+    free = disk_shares(None, 10**6, 2, 4)
+    assert (free.received, free.lineage, free.manifests) == (12 * 10**6, LEDGER_BYTES, LEDGER_BYTES)
+    assert disk_shares(None, 10**9, 2, 4).lineage > LEDGER_BYTES
 
 
 def test_little_memory_is_a_warning() -> None:
