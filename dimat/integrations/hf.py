@@ -1,11 +1,15 @@
 """An agent beside Hugging Face's `Trainer`.
 
-Trainer(model=model, args=args, train_dataset=data, callbacks=[TrainerCallback("lab-a.toml", name="lab-a")])
+    with TrainerCallback("lab-a.toml", name="lab-a") as callback:
+        Trainer(model=model, args=args, train_dataset=data, callbacks=[callback]).train()
+
+The context leaves the network also where `train` raises, of which callbacks are not told.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from dimat.errors import ConfigError
 from dimat.integrations.beside import Beside, imported
@@ -23,6 +27,14 @@ class TrainerCallback(_Base):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self.beside = Beside(*args, **options)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.beside.end(error)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Join the network before the first step."""

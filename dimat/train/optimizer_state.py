@@ -88,9 +88,10 @@ def read_state(
             packed = _packed(value, f"{prefix(number)}{name}/{key}", tensors)
             if not isinstance(value, Tensor) or "/" in str(key) or name == NO_PARAMETER:
                 plain.setdefault(name, {})[str(key)] = packed
-    changed = [
+    groups = group_values(optimizer)
+    changed = [  # a group that was added since then is as its user made it
         {key: value for key, value in now.items() if key not in before or before[key] != value}
-        for now, before in zip(group_values(optimizer), began, strict=True)
+        for now, before in zip(groups, [*began, *groups[len(began) :]])
     ]
     texts = {prefix(number) + PLAIN: json.dumps(plain)} if plain else {}
     return tensors, texts | ({prefix(number) + GROUPS: json.dumps(changed)} if any(changed) else {})

@@ -114,6 +114,40 @@ def test_a_trainer_with_an_agent_alone_trains_as_without(tmp_path: Path, free_po
         assert torch.equal(beside.model.state_dict()[name], tensor), name
 
 
+def test_the_context_leaves_where_training_raises(tmp_path: Path, free_ports: list[int]) -> None:
+    """`Trainer` does not tell callbacks of a fault; the agent must not stay behind as one that never publishes."""
+    of_extra("transformers")
+    from dimat.integrations import TrainerCallback
+
+    class Fails(Sentences):
+        def __getitem__(self, index: int) -> dict[str, Tensor]:
+            if self.gone:
+                raise KeyError("the disk is gone")
+            return super().__getitem__(index)
+
+        gone = False
+
+    file = experiment(tmp_path, dict(zip("ab", free_ports)), merge='method = "average"')
+    one = trainer(tmp_path, 0, [])
+    one.train_dataset = Fails(0)
+    with TrainerCallback(file, (f"agent.folder='{tmp_path / 'a'}'",), name="a") as callback:
+        one.add_callback(callback)
+        begin = callback.on_train_begin
+
+        def breaks(*args: Any, **named: Any) -> None:
+            begin(*args, **named)
+            one.train_dataset.gone = True
+
+        callback.on_train_begin = breaks
+        with pytest.raises(KeyError, match="the disk is gone"):
+            one.train()
+        agent = callback.beside.agent
+        assert agent is not None
+        assert not agent.done
+    assert agent.done
+    assert callback.beside.agent is None
+
+
 def test_several_processes_and_a_wrong_file_are_refused(tmp_path: Path) -> None:
     of_extra("transformers")
     from dimat.integrations import TrainerCallback

@@ -345,6 +345,9 @@ def test_whatever_torch_would_load_goes_on() -> None:
         assert after["history"][0][0] == 0.5
         assert torch.equal(after["history"][0][1], torch.ones(3))
         assert (after["history"][1], after["nothing"]) == ({"a": None}, None)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "k": 5})
+    added = dict(named) | {"added": optimizer.param_groups[1]["params"][0]}
+    assert read_optimizer(optimizer, added, began)[1].keys() == texts.keys()
     optimizer.state[model.weight]["odd"] = object()
     with pytest.raises(ConfigError, match=r'keeps a object in its state.*optimizer_state = "fresh"'):
         read_optimizer(optimizer, named, began)

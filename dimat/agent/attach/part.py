@@ -33,6 +33,17 @@ class Part:
     base_hash: str = ""
     merge_stages: Mapping[str, str] | None = field(default=None)
 
+    def check(self, model: nn.Module) -> None:
+        """Raise ConfigError where more of the model trains than is exchanged."""
+        if self.names is None:
+            return
+        more = [name for name, p in model.named_parameters() if p.requires_grad and name not in self.names]
+        if more:
+            raise ConfigError(
+                f"{more[0]} trains now, and was frozen when the model was attached; agents exchange what trained then. "
+                "Let all that ever trains be trainable when it is attached"
+            )
+
     @contextmanager
     def alone(self, model: nn.Module) -> Generator[None]:
         """Inside, the model's state dict holds this part alone."""

@@ -81,6 +81,7 @@ class AttachedTrainer(ModelState):
             while self._users and not self._over:
                 self._turn.wait(POLL_S)
         self.take()
+        self._part.check(self.model)
         if self.fresh:  # a checkpoint would hold it for nothing
             self.clear_optimizer()
         self._seen += self._steps

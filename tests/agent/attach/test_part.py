@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dimat.agent.attach.inputs import Inputs
-from dimat.agent.attach.part import part_of
+from dimat.agent.attach.part import Part, part_of
 from dimat.agent.attach.task import AttachedTask
 from dimat.errors import ConfigError
 from dimat.tasks.huggingface.library import library
@@ -52,6 +52,17 @@ def test_adapters_alone_are_exchanged_and_their_base_is_hashed() -> None:
     assert part_of(adapted(seed=2)).base_hash == part.base_hash
     assert part_of(adapted(model=base(3))).base_hash != part.base_hash
     assert part_of(adapted(lora_alpha=5)).base_hash != part.base_hash
+
+
+def test_a_base_that_begins_to_train_is_refused() -> None:
+    """It would not be exchanged, and each agent would go its own way."""
+    model = adapted()
+    part = part_of(model)
+    part.check(model)
+    model.base_model.model[2].weight.requires_grad_(True)
+    with pytest.raises(ConfigError, match=r"base_model\.model\.2\.weight trains now, and was frozen"):
+        part.check(model)
+    Part().check(model)
 
 
 def test_a_plain_model_is_exchanged_whole() -> None:
