@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+from grpc import aio
 
+from dimat.agent.daemon.status_socket import StatusSocket
 from dimat.agent.lineage.lineage import append_record, read_records
 from dimat.agent.protocol.messages import MergeDone, MergeRecord
 from dimat.cli.shared import show
@@ -15,6 +18,8 @@ from dimat.events import MergeResult
 from dimat.json_text import to_json
 from dimat.results import AgentRound
 from dimat.simulate.trace import TraceWriter, event_of, plain
+from dimat.wire.v1 import peer_pb2 as pb
+from tests.net.agents import call, make, started, update_neighbours
 
 NAN, INF = float("nan"), float("inf")
 ODD = {"nan": NAN, "list": [1.5, INF, {"deep": (-INF, "NaN", None)}], "whole": 1}
@@ -38,6 +43,29 @@ def test_results_on_stdout_are_json(capsys: pytest.CaptureFixture[str]) -> None:
     """All commands print their `--json` with `show`."""
     show(ODD)
     assert strictly(capsys.readouterr().out)["nan"] is None
+
+
+@pytest.mark.anyio
+async def test_a_status_is_json(tmp_path: Path) -> None:
+    """On the agent's socket, byte for byte."""
+    server = StatusSocket(tmp_path, lambda: ODD)
+    await server.start()
+    reader, writer = await asyncio.open_unix_connection(tmp_path / "status.sock")
+    assert strictly((await reader.read()).decode())["list"] == [1.5, None, {"deep": [None, "NaN", None]}]
+    writer.close()
+    await server.close()
+
+
+@pytest.mark.anyio
+@pytest.mark.live
+async def test_a_status_for_members_is_json(tmp_path: Path) -> None:
+    """As it comes over the network."""
+    agent = make(tmp_path / "a", "a", status=lambda: ODD)
+    async with started(agent):
+        update_neighbours([agent], {"a": agent.address, "b": "127.0.0.1:1"})
+        async with aio.insecure_channel(agent.address) as channel:
+            reply = await call(channel, "Status", pb.StatusRequest(), pb.StatusReply, "b")
+    assert strictly(reply.json)["nan"] is None
 
 
 def test_a_ledger_of_merges_is_json_and_comes_back(tmp_path: Path) -> None:
