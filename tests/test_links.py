@@ -60,8 +60,9 @@ def test_links_are_found() -> None:
     assert set(DOCS) <= named
 
 
-def test_pages_are_at_most_fifteen() -> None:
-    assert len(DOCS) <= 15
+def test_pages_are_few() -> None:
+    """A reader finds the right one by its name."""
+    assert len(DOCS) <= 16
 
 
 @pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="needs mkdocs-material (extra docs)")
