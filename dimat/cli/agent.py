@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 import sys
@@ -71,9 +70,11 @@ def _agent(
     quiet: bool,
     plain: bool,
 ) -> int:
+    from dimat.config import quoted
+
     flags = ["agent.insecure=true"] if insecure else []
-    flags += [] if metrics is None else [f"monitor.metrics={json.dumps(metrics)}"]
-    flags += [] if dashboard is None else [f"monitor.dashboard={json.dumps(dashboard)}"]
+    flags += [] if metrics is None else [f"monitor.metrics={quoted(metrics)}"]
+    flags += [] if dashboard is None else [f"monitor.dashboard={quoted(dashboard)}"]
     # faults of the file are told at once, not after seconds of loading torch
     config = load_agent(file, name, (*set_, *flags))
     if config.monitor.dashboard is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -165,12 +164,12 @@ def evaluate(
     as_json: Json = False,
 ) -> int:
     """Test metrics of a weights file on a task's test data."""
-    from dimat.config import load_experiment
+    from dimat.config import load_experiment, quoted
     from dimat.simulate.run import evaluate_file
 
     if file is not None and task is not None:
         raise ConfigError("give --task or --file, not both")
-    chosen = [f"task.{'hook' if ':' in task else 'name'}={json.dumps(task)}"] if task is not None else []
+    chosen = [f"task.{'hook' if ':' in task else 'name'}={quoted(task)}"] if task is not None else []
     config = load_experiment(file, [*chosen, *set_])
     metrics = evaluate_file(weights, config)
     show(metrics if as_json else "\n".join(f"{name} {value:.4f}" for name, value in metrics.items()))

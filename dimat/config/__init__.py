@@ -23,6 +23,7 @@ from dimat.config.load import (
     build,
     load_experiment,
     naming,
+    quoted,
     read_toml,
 )
 from dimat.config.monitor import MlflowConfig, MonitorConfig, WandbConfig
@@ -84,5 +85,6 @@ __all__ = [
     "changed",
     "load_experiment",
     "naming",
+    "quoted",
     "read_toml",
 ]

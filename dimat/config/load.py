@@ -151,5 +151,10 @@ def _known(kind: type[BaseModel], path: Sequence[str | int]) -> list[str]:
 
 def naming(name: str | None) -> tuple[str, ...]:
     """Return the overrides that give an agent its name, of any characters; none for None."""
+    return () if name is None else (f"agent.name={quoted(name)}",)
+
+
+def quoted(text: str) -> str:
+    """Return a text as a value of an override, whatever it holds."""
     # a JSON string is a TOML one, but for surrogate pairs and the delete character
-    return () if name is None else (f"agent.name={json.dumps(name, ensure_ascii=False)}".replace("\x7f", "\\u007f"),)
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

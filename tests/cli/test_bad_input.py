@@ -11,11 +11,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 
 from dimat.cli import main
 from dimat.simulate import run_simulation
-from tests.cli.bad_input import Place, each_text, mutants
-from tests.simulate.helpers import tiny_experiment
+from tests.cli.bad_input import Place, as_toml, each_text, mutants
+from tests.merge_files.models import weights
+from tests.simulate.helpers import TINY_TASK, tiny_experiment
 
 COUNT = 60
 """Trees with something wrong in them, of each kind of file."""
@@ -104,3 +106,72 @@ def _runs(place: Place, command: list[str], what: str) -> None:
     place_code = main(command)
     assert place_code in (0, 1, 2, 5), what
     assert {path for path in place.outside.rglob("*") if "run" not in path.parts} == before, what
+
+
+def test_keys_that_are_something_else(place: Place) -> None:
+    """A folder of keys whose files hold any text: `keys show` lists the faults, and an agent does not start; exit 4."""
+    (place.folder / "tiny_task.py").write_text(TINY_TASK)
+    agent = {"name": "lab-a", "keys": "keys"}
+    tree = {"topology": {"map": "map.toml"}, "task": {"hook": "tiny_task.py:task"}, "agent": agent}
+    tree["merge"] = {"method": "average"}  # which needs no symmetry groups
+    (place.folder / "x.toml").write_text(as_toml(tree))
+    agents = [{"name": name, "addresses": [f"127.0.0.1:{port}"]} for name, port in (("lab-a", 7399), ("lab-b", 7398))]
+    (place.folder / "map.toml").write_text(as_toml({"graph": "ring", "agents": agents}))
+    keys = place.folder / "keys"
+    keys.mkdir()
+
+    def write(data: bytes) -> None:
+        for name in ("lab-a.key", "lab-a.crt", "ca.crt"):
+            (keys / name).write_bytes(data)
+            (keys / name).chmod(0o600)
+
+    for kind in each_text(write):
+        place.refuses(["agent", "x.toml"], kind)
+        assert main(["keys", "show", "keys"]) == 4, kind
+
+
+BAD = "\udcff"
+"""A byte that is no UTF-8, as Python has it in arguments."""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["simulate", f"{BAD}.toml"],
+        ["simulate", "--replay", BAD],
+        ["simulate", "x.toml", "--set", f"run={BAD}"],
+        ["agent", f"{BAD}.toml"],
+        ["agent", "x.toml", "--name", BAD],
+        ["agent", "x.toml", "--metrics", BAD],
+        ["status", BAD],
+        ["report", BAD],
+        ["evaluate", f"{BAD}.safetensors", "--task", f"{BAD}:f"],
+        ["merge", f"{BAD}.safetensors", "-o", "out"],
+        ["merge", "a.safetensors", "-o", BAD],
+        ["merge", "a.safetensors", "-o", "out", "--set", f"{BAD}={BAD}"],
+        ["merge", "--from-mergekit", BAD, "-o", "out"],
+        ["topology", "show", BAD],
+        ["topology", "show", f"{BAD}.json"],
+        ["topology", "check", f"{BAD}.toml"],
+        ["symmetry", "show", f"{BAD}.py:f"],
+        ["symmetry", "diff", "digits", f"{BAD}.json"],
+        ["keys", "init-ca", "--name", BAD],
+        ["keys", "issue", BAD],
+        ["keys", "show", BAD],
+        ["keys", "sign", f"{BAD}.csr"],
+        ["dht", "--ca", BAD, "--run", "r"],
+        ["dht", "--bootstrap", BAD],
+        ["dashboard", BAD],
+        [BAD],
+        ["merge", f"--{BAD}"],
+        ["topology", "show", "ring", "-n", "9" * 5000],
+        ["symmetry", "verify", "digits", "--seed", "9" * 30],
+        ["merge", "a.safetensors", "-o", "out", "--seed", "9" * 30],
+        ["demo", "--seeds", "1000000000"],
+    ],
+)
+def test_arguments(command: list[str], place: Place) -> None:
+    """Arguments that are no UTF-8, and numbers beyond all bounds."""
+    (place.folder / "x.toml").write_text("")
+    save_file(weights(0), place.folder / "a.safetensors")
+    place.refuses(command)

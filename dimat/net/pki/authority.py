@@ -44,7 +44,7 @@ def make_authority(key: ec.EllipticCurvePrivateKey, name: str, days: float) -> x
 
     `name`: the collaboration, 1 to 64 bytes of UTF-8. ConfigError for another.
     """
-    if not 1 <= len(name.encode()) <= 64 or not name.isprintable():
+    if not name.isprintable() or not 1 <= len(name.encode()) <= 64:
         raise ConfigError(f"name {name!r} of the collaboration has to be one line of 1 to 64 bytes")
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     now = _now()

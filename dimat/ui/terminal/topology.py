@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dimat.config import TopologyConfig, load_experiment
+from dimat.config import TopologyConfig, load_experiment, quoted
 from dimat.errors import ConfigError
 from dimat.json_text import to_json
 from dimat.topology import (
@@ -36,13 +35,13 @@ def open_topology(spec: str, agents: int | None, settings: Sequence[str]) -> Top
     """
     path = Path(spec)
     if spec.rpartition(":")[0].endswith(".py"):
-        source = f"python={json.dumps(spec)}"
+        source = f"python={quoted(spec)}"
     elif path.suffix == ".toml":
-        source = f"map={json.dumps(spec)}"
+        source = f"map={quoted(spec)}"
     elif path.suffix in FILES or path.is_file():
-        source = f"file={json.dumps(spec)}"
+        source = f"file={quoted(spec)}"
     else:
-        source = f"graph={json.dumps(spec)}"
+        source = f"graph={quoted(spec)}"
     count = [f"topology.agents={agents}"] if agents is not None else []
     config: TopologyConfig = load_experiment(
         None, [f"topology.{source}", *count, *(f"topology.{item}" for item in settings)], env={}
