@@ -5,8 +5,6 @@ Reference: the exit codes of `dimat/errors.py`, and the folder before the comman
 
 from __future__ import annotations
 
-import json
-import random
 import shutil
 from pathlib import Path
 
@@ -15,12 +13,9 @@ from safetensors.torch import save_file
 
 from dimat.cli import main
 from dimat.simulate import run_simulation
-from tests.cli.bad_input import Place, as_toml, each_text, mutants
+from tests.cli.bad_input import Place, as_toml, each_text
 from tests.merge_files.models import weights
 from tests.simulate.helpers import TINY_TASK, tiny_experiment
-
-COUNT = 60
-"""Trees with something wrong in them, of each kind of file."""
 
 
 @pytest.fixture
@@ -43,7 +38,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("x.toml", ["agent"]),
         ("x.toml", ["status"]),
         ("x.toml", ["evaluate", "none.safetensors", "--file"]),
-        ("x.toml", ["symmetry", "show"]),
+        ("x.toml", ["symmetry", "show", "--no-verify"]),
         ("x.toml", ["topology", "show"]),
         ("x.toml", ["topology", "check"]),
         ("x.json", ["topology", "show"]),
@@ -55,7 +50,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("x.safetensors", ["merge", "-o", "out"]),
         ("x.safetensors", ["evaluate"]),
         ("x.yaml", ["merge", "-o", "out", "--from-mergekit"]),
-        ("x.json", ["symmetry", "diff", "digits"]),
+        ("x.json", ["symmetry", "diff", "x.json"]),
         ("x.toml", ["keys", "issue", "--map"]),
         ("x.csr", ["keys", "sign"]),
         ("x.crt", ["keys", "show"]),
@@ -77,35 +72,20 @@ def test_a_file_that_holds_something_else(name: str, command: list[str], place: 
             shutil.rmtree(place.folder / left, ignore_errors=True)
 
 
-MARKED = ("results.json", "experiment.json", "origin.json", "trace.jsonl", "events.jsonl", "lineage.jsonl")
-
-
-@pytest.mark.parametrize("name", MARKED)
-def test_a_run_folder_that_holds_something_else(name: str, place: Place, finished: Path) -> None:
-    """A finished run with one of its files replaced: report and replay say which, or can do without."""
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("results.json", ["report", "run"]),
+        ("experiment.json", ["simulate", "--replay", "run"]),
+        ("origin.json", ["simulate", "--replay", "run"]),
+        ("trace.jsonl", ["simulate", "--replay", "run"]),
+    ],
+)
+def test_a_run_folder_that_holds_something_else(name: str, command: list[str], place: Place, finished: Path) -> None:
+    """A finished run with one of its files replaced."""
     shutil.copytree(finished, place.folder / "run")
     for kind in each_text((place.folder / "run" / name).write_bytes):
-        for command in (["report", "run"], ["simulate", "--replay", "run"]):
-            code = main(command)
-            assert code in (0, 1, 2, 5), (kind, command)
-    del place
-
-
-def test_results_with_one_wrong_value(place: Place, finished: Path) -> None:
-    """`dimat report` of results.json with a value of another kind, left out, or under another key."""
-    shutil.copytree(finished, place.folder / "run")
-    tree = json.loads((finished / "results.json").read_text())
-    for what, changed in mutants(tree, random.Random(1), COUNT):
-        (place.folder / "run" / "results.json").write_text(json.dumps(changed))
-        _runs(place, ["report", "run"], what)
-
-
-def _runs(place: Place, command: list[str], what: str) -> None:
-    """Demand no traceback, and nothing written outside of the run's folder."""
-    before = {path for path in place.outside.rglob("*") if "run" not in path.parts}
-    place_code = main(command)
-    assert place_code in (0, 1, 2, 5), what
-    assert {path for path in place.outside.rglob("*") if "run" not in path.parts} == before, what
+        place.refuses(command, kind, may_pass=name == "trace.jsonl")  # a last line that was cut short is passed over
 
 
 def test_keys_that_are_something_else(place: Place) -> None:
