@@ -226,7 +226,7 @@ class MergeConfig(Tree):
     """Keep a merge whose weights, or whose test metrics, are not finite: it is warned of, and kept all the same. By
     default it is not, and the agent's own weights go on."""
     screen: Options = Field(default_factory=dict)
-    """Options of the screen, which is always on: max_norm_ratio."""
+    """Options of the screen, which is always on: max_norm_ratio, as a multiple of what own training has made."""
     base: BaseConfig | None = None
     """Weights that task-vector methods take deltas from; all agents have the same."""
 

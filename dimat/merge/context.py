@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from dimat.errors import MergeError
+from dimat.merge.growth import Reference
 from dimat.merge.stages import Data, Inputs, Points, Score, Weights
 from dimat.symmetry import Observer
 from dimat.symmetry.spec import SymmetrySpec
@@ -23,8 +24,10 @@ class MergeContext:
     `data` batches of its inputs, to be iterated more than once. `score` judges weights (higher is better), for
     accept rules. `base`: the weights that task vectors are taken from; `aux`: by peer name, statistics that came
     with its snapshot, own's under "" (see shared_statistics.py; combine methods get them in the order own, peers);
-    `state`: what a method carries from merge to merge. `points` pins where groups are observed. Keep one context
-    per model, or its `observer_cache`: tracing a model takes seconds.
+    `state`: what a method carries from merge to merge. `reference`: the norms that own training has made, which bound
+    what the merge makes of them; `judge`: a score for merges with peers whose weights are unusually large by it.
+    `points` pins where groups are observed. Keep one context per model, or its `observer_cache`: tracing a model takes
+    seconds.
     """
 
     model: nn.Module | None = None
@@ -36,6 +39,8 @@ class MergeContext:
     generator: torch.Generator | None = None
     state: dict[str, Any] | None = None
     points: Points | None = None
+    reference: Reference | None = None
+    judge: Score | None = None
     observer_cache: dict[str, Observer] = field(default_factory=dict[str, Observer], repr=False)
 
     def observer(self, inputs: Inputs) -> Observer:

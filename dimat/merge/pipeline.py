@@ -1,19 +1,22 @@
-"""The merge pipeline: screen → align → combine → repair → check → accept.
+"""The merge pipeline: screen → align → combine → bound → repair → check → accept.
 
     plan = plan_merge(MergeConfig(method="dimat"))
     outcome = merge(own, 0.5, [Peer("lab-b", weights, 0.5)], plan, MergeContext(model, spec, data))
 
 Nothing that is handed in is changed: not the model, its mode and BatchNorm momentum, nor any weights, nor the
 global random state. A peer that cannot be trusted is refused whole, and its weight goes to self. Entries that are no
-parameters are treated by their nature (`natures.py`), whatever the combine method does; a merge that is not finite is
-not kept, unless the plan says so, and a note tells of it.
+parameters are treated by their nature (`natures.py`), whatever the combine method does. Where it is known how large own
+training has made the weights (`growth.py`), no merge makes them larger than a multiple of that, and a peer with
+unusually large weights is left out where it makes the merge worse. A merge that is not finite is not kept,
+unless the plan says so, and a note tells of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from math import isclose, isfinite
+from math import isclose, isfinite, isnan
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -21,11 +24,12 @@ from torch import Tensor
 from dimat.config import MergeConfig, NamedConfig
 from dimat.errors import DimatError, MergeError
 from dimat.events import WARNING
+from dimat.merge.accept.no_worse import between
 from dimat.merge.context import MergeContext
 from dimat.merge.matching.assignment import moved_share
 from dimat.merge.natures import Natures, natures_of
 from dimat.merge.registry import CONTEXT, accept_registry, align_registry, combine_registry, repair_registry
-from dimat.merge.screen import norm_of, screen
+from dimat.merge.screen import MAX_NORM_RATIO, norm_of, screen
 from dimat.merge.settled import Shield, not_finite
 from dimat.merge.shared_statistics import OWN, TakeStatistics, check_statistics, in_order
 from dimat.merge.stages import Accepted, Aligned, Permutations, Repaired, StageTimer, Weights
@@ -37,6 +41,12 @@ R = TypeVar("R")
 
 MIXING_TOLERANCE = 1e-6
 """Mixing weights sum to 1 within this."""
+
+LARGE = 3.0
+"""A peer whose weights exceed the norms that own training has made by this factor is not to make the merge worse."""
+
+WORSE = 0.02
+"""A merge is worse than another where its score is lower by this, or by this share of a score above 1."""
 
 NOT_KEPT = "the merge is not kept, own weights go on"
 KEPT = "the merge is kept, as merge.keep_not_finite says"
@@ -61,6 +71,11 @@ class MergePlan:
     """Notes on every merge by this plan."""
 
     @property
+    def most(self) -> float:
+        """By which factor weights may exceed the norms that own training has made, where a merge is by peers alone."""
+        return float(self.screen.get("max_norm_ratio", MAX_NORM_RATIO))
+
+    @property
     def statistics(self) -> TakeStatistics | None:
         """How an agent takes the statistics that the combine method rests on; None where it rests on none."""
         return self.combine.traits["statistics"]
@@ -80,7 +95,8 @@ class Peer:
 class MergeOutcome:
     """The result of a merge. `own_weight` and `mixing` are after refusals, whose mass went to self; `permutations`
     and `moved` (share of units that moved) list the peers that were aligned; `accepted`: how far the weights
-    are on the way from own (0) to merged (1); `cpu_s`: CPU seconds by stage; `images`: examples by stage."""
+    are on the way from own (0) to merged (1); `doubtful`: a peer in it is unusually large, or it had to be held
+    back; `cpu_s`: CPU seconds by stage; `images`: examples by stage."""
 
     weights: dict[str, Tensor]
     own_weight: float
@@ -90,6 +106,7 @@ class MergeOutcome:
     moved: dict[str, float] = field(default_factory=dict[str, float])
     accepted: float = 1.0
     notes: tuple[str, ...] = ()
+    doubtful: bool = False
     cpu_s: dict[str, float] = field(default_factory=dict[str, float])
     images: dict[str, int] = field(default_factory=dict[str, int])
 
@@ -149,10 +166,11 @@ def merge(
     expected = statistics.get(OWN) if plan.statistics is not None else None
     refused: dict[str, str] = {}
     kept: list[Peer] = []
+    large: dict[str, float] = {}
     for peer in peers:
         try:
             renamed = replace(peer, weights=under_names(peer.weights, own, natures.first))
-            screen(own, renamed.weights, peer.name, own_norm, natures, **plan.screen)
+            factor = screen(own, renamed.weights, peer.name, own_norm, natures, context.reference, **plan.screen)
             check_statistics(peer.name, statistics.get(peer.name, {}), own, expected)
         except DimatError as error:
             if not refuse:
@@ -160,8 +178,50 @@ def merge(
             refused[peer.name] = str(error)
         else:
             kept.append(renamed)
+            if factor > LARGE and peer.weight > 0:
+                large[peer.name] = factor
     clock.lap("screen")
     own_weight += sum(peer.weight for peer in peers if peer.name in refused)
+
+    def attempt(peers: list[Peer], own_weight: float, refused: dict[str, str]) -> MergeOutcome:
+        return _merge(own, own_weight, peers, plan, context, natures, clock, refused, refuse=refuse)
+
+    if not large or context.judge is None or not refuse:
+        outcome = attempt(kept, own_weight, refused)
+        return replace(outcome, doubtful=True) if large else outcome
+    state = deepcopy(context.state)
+    usual = [peer for peer in kept if peer.name not in large]
+    without_large = own_weight + sum(peer.weight for peer in kept if peer.name in large)
+    without = attempt(usual, without_large, refused)
+    after, context.state = context.state, state
+    outcome = attempt(kept, own_weight, refused)
+    with_score, without_score = context.judge(outcome.weights), context.judge(without.weights)
+    clock.lap("judge")
+    bar = without_score - WORSE * max(abs(without_score), 1.0)
+    if outcome.accepted and (with_score >= bar or isnan(without_score)):
+        return replace(outcome, doubtful=True)
+    context.state = after
+    scores = f"the merge with it scores {with_score:.3g}, the one without {without_score:.3g} (higher is better)"
+    told = {
+        name: f"{name}: weights up to {factor:.3g} times as large as our own training has made ours; {scores}"
+        for name, factor in large.items()
+    }
+    return replace(without, refused=refused | told, cpu_s=clock.seconds)
+
+
+def _merge(
+    own: Weights,
+    own_weight: float,
+    kept: Sequence[Peer],
+    plan: MergePlan,
+    context: MergeContext,
+    natures: Natures,
+    clock: StageTimer,
+    refused: dict[str, str],
+    *,
+    refuse: bool,
+) -> MergeOutcome:
+    """Merge peers that the screen has passed; `own_weight` has the weight of those that it has not."""
     mixing = {peer.name: peer.weight for peer in kept}
     merging = [peer for peer in kept if peer.weight > 0]
     if not merging:
@@ -181,11 +241,18 @@ def merge(
     seen = offered | {"aux": aux, "names": names, "base": shield.base(base)}
     combined = dict(shield.settle(plan.combine(shield.own, shield.peers, own_first, **seen)))
     _check_shapes(own, combined, plan.combine.name)
+    fault, share, bounded = not_finite(combined, shield.fixed), 1.0, ""
+    if context.reference is not None and not fault:
+        share, where = context.reference.share(own, combined, own_weight + (1 - own_weight) * plan.most)
+        if share < 1:
+            what = f"tensor {where!r}" if where else "weights"
+            bounded = f"the merge makes {what} larger than merges may: it went {share:.3g} of the way there"
+            combined = dict(shield.settle(between(own, combined, share)))
     clock.lap("combine")
-    repaired = plan.repair(combined, **offered)
+    repaired = Repaired(combined) if fault and not plan.keep_not_finite else plan.repair(combined, **offered)
     clock.lap("repair")
-    notes = (*plan.notes, *aligned.notes, *repaired.notes)
-    fault = not_finite(repaired.weights, shield.fixed)
+    notes = (*plan.notes, *aligned.notes, *repaired.notes, *((f"{WARNING}{bounded}",) if bounded else ()))
+    fault = fault or not_finite(repaired.weights, shield.fixed)
     if fault and plan.keep_not_finite:
         notes = (*notes, f"{WARNING}{fault}: {KEPT}")
     elif fault:
@@ -199,9 +266,11 @@ def merge(
         return plan.repair(dict(shield.settle(weights)), **offered).weights
 
     accepted = plan.accept(own, repaired.weights, **offered, repair=repair_again)
+    accepted = replace(accepted, share=accepted.share * share)
     clock.lap("accept")
     notes = (*notes, *accepted.notes)
-    return _outcome(own, own_weight, mixing, refused, permutations, accepted, notes, clock, aligned, repaired)
+    outcome = _outcome(own, own_weight, mixing, refused, permutations, accepted, notes, clock, aligned, repaired)
+    return replace(outcome, doubtful=True) if bounded else outcome
 
 
 def _outcome(
@@ -239,7 +308,8 @@ def adopt(own: Weights, peer: Peer, plan: MergePlan, context: MergeContext) -> P
     """
     natures = natures_of(own, context.model)
     peer = replace(peer, weights=under_names(peer.weights, own, natures.first))
-    screen(own, peer.weights, peer.name, _check_own(own, context, natures, plan), natures, **plan.screen)
+    own_norm = _check_own(own, context, natures, plan)
+    screen(own, peer.weights, peer.name, own_norm, natures, context.reference, **plan.screen)
     return _align(peer.weights, [own], plan, context).permutations[0]
 
 

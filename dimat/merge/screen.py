@@ -9,9 +9,11 @@ from pydantic import Field
 from torch import Tensor
 
 from dimat.errors import MergeError, PeerError, nearest
+from dimat.merge.growth import Reference
 from dimat.merge.natures import Nature, Natures
 from dimat.merge.stages import Weights
 
+MAX_NORM_RATIO = 10.0
 UNKNOWN = Natures({})
 """Natures of a model of which nothing is known: all entries are parameters."""
 
@@ -22,15 +24,19 @@ def screen(
     name: str,
     own_norm: float,
     natures: Natures = UNKNOWN,
+    reference: Reference | None = None,
     *,
-    max_norm_ratio: Annotated[float, Field(gt=0)] = 10.0,
-) -> None:
+    max_norm_ratio: Annotated[float, Field(gt=0)] = MAX_NORM_RATIO,
+) -> float:
     """Check a peer's weights against own: names, shapes, dtypes, finite values, natures, and size.
 
     `name`: the peer, for messages; `own_norm`: `norm_of(own)`. The 2-norm of all the peer's floating-point
     tensors may not exceed `max_norm_ratio` times own's (a bound that no permutation of units changes).
     `natures`: of own's entries: a variance may not be negative, and a constant that holds ±∞ must be equal to own's.
-    Reads one tensor at a time. Raises PeerError naming the agent and the tensor.
+    `reference`: the norms that own training has made, where they are known: the bound is then by these, in each tensor
+    and in all, whatever own norm is.
+    Returns by which factor the peer exceeds the reference, at most (0: there is none). Reads one tensor at a time.
+    Raises PeerError naming the agent and the tensor.
     """
     for key in own:
         if key not in peer:
@@ -57,6 +63,14 @@ def screen(
         if norm is None:
             raise PeerError(f"{name}: tensor {key!r} holds {_count_non_finite(theirs)} values that are not finite")
         squares[key] = norm * norm
+    if reference is not None:
+        factor, where = reference.excess({key: square**0.5 for key, square in squares.items()})
+        if factor > max_norm_ratio:
+            raise PeerError(
+                f"{name}: {f'tensor {where!r} is' if where else 'weights are'} {factor:.3g} times as large as our own "
+                f"training has made ours; at most {max_norm_ratio:g} times is taken"
+            )
+        return factor
     total = sum(squares.values()) ** 0.5
     if own_norm and total > max_norm_ratio * own_norm:
         largest = max(squares, key=squares.__getitem__)
@@ -64,12 +78,13 @@ def screen(
             f"{name}: weights of norm {total:.3g} exceed {max_norm_ratio:g} times ours ({own_norm:.3g}); "
             f"largest tensor {largest!r}"
         )
+    return 0.0
 
 
-def norm_of(own: Weights, natures: Natures = UNKNOWN, *, lenient: bool = False) -> float:
-    """Return the 2-norm of all floating-point tensors, without constants that hold ±∞; MergeError names any other that
+def norms_of(own: Weights, natures: Natures = UNKNOWN, *, lenient: bool = False) -> dict[str, float]:
+    """Return the 2-norms of all floating-point tensors, without constants that hold ±∞; MergeError names any other that
     is not finite, which `lenient` leaves out instead."""
-    total = 0.0
+    norms: dict[str, float] = {}
     for key, tensor in own.items():
         norm = _norm(tensor)
         if norm is None and (lenient or (natures.of(key) is Nature.CONSTANT and not tensor.isnan().any())):
@@ -78,8 +93,13 @@ def norm_of(own: Weights, natures: Natures = UNKNOWN, *, lenient: bool = False) 
             raise MergeError(
                 f"own weights: tensor {key!r} holds {_count_non_finite(tensor)} values that are not finite"
             )
-        total += norm * norm
-    return total**0.5
+        norms[key] = norm
+    return norms
+
+
+def norm_of(own: Weights, natures: Natures = UNKNOWN, *, lenient: bool = False) -> float:
+    """Return the 2-norm of all those tensors together."""
+    return sum(norm * norm for norm in norms_of(own, natures, lenient=lenient).values()) ** 0.5
 
 
 def _norm(tensor: Tensor) -> float | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from dimat.agent.daemon.mid_round import MidRound
-from dimat.agent.learner.checkpoint import CheckpointStore
+from dimat.agent.learner.checkpoint import TRUSTED, CheckpointStore
 from dimat.agent.learner.learner import Learner
 from dimat.agent.lineage.compaction import Compaction
 from dimat.agent.lineage.lineage import append_record
@@ -102,7 +102,8 @@ class AgentWorker(Work[Path]):
         """Go on from the newest checkpoint that can be read."""
 
         def restored() -> Restored | None:
-            found = self._checkpoints.newest(self._run, self._learner.name, self._learner.schema())
+            learner = self._learner
+            found = self._checkpoints.newest(self._run, learner.name, learner.schema(), learner.fault_of)
             if found is None:
                 return None
             note = self._learner.restore(found.checkpoint)
@@ -144,10 +145,22 @@ class AgentWorker(Work[Path]):
         def written() -> None:
             if action.record is not None:
                 append_record(self._lineage, action.record)
+            if action.stage == "merged":
+                self._keep_trusted(action.round)
             self._checkpoints.save(self._learner.checkpoint(action.state))
             self.middle.checkpointed(action.state)
 
         return written
+
+    def _keep_trusted(self, number: int) -> None:
+        """Set the checkpoint from before the first doubtful merge aside until weights can be trusted again."""
+        learner = self._learner
+        first, _ = learner.doubt
+        if first == number:
+            self._checkpoints.set_aside(TRUSTED)
+        elif first and learner.trusts_again(number):
+            learner.doubt = (0, 0)
+            self._checkpoints.drop(TRUSTED)
 
     def adopt_basis(self, action: m.AdoptBasis, source: Path) -> Outcome[m.Moves | None]:
         """Permute the agent into the basis of a snapshot."""

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,8 @@ from dimat.weights.snapshot import checksum_file, make_folder
 from dimat.weights.tensors import EncodedTensors, open_tensors, record_tensors
 
 FORMAT = "3"
+TRUSTED = "trusted"
+"""Name of the checkpoint from before the first doubtful merge."""
 READ = ("2", FORMAT)
 """Formats that are read: in the first of them all tensors lay in the checkpoint's own file."""
 PART_BYTES = 16 * 2**10
@@ -68,7 +70,9 @@ class Checkpoint:
     optimizer, random streams, position in the data; `method_tensors`, `method_values`: what the merge method carries
     from merge to merge; `schema`: hash of the model's tensor names, shapes and types; `statistics`: what the merge to
     come rests on beside weights, as it was published with them (stage "trained"); `data`: which data it trained on
-    (`own_data.describe_data`), empty where its user's loop reads them, and in checkpoints of older versions.
+    (`own_data.describe_data`), empty where its user's loop reads them and in older checkpoints; `norms`: by
+    tensor, those that own training has made (`dimat.merge.growth`); `doubt`: rounds of the first and last doubtful
+    merge, 0 for none.
     """
 
     machine: MachineState
@@ -78,6 +82,8 @@ class Checkpoint:
     method_values: Mapping[str, Value] = field(default_factory=dict[str, Value])
     statistics: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     data: Mapping[str, Value] = field(default_factory=dict[str, Value])
+    norms: Mapping[str, float] = field(default_factory=dict[str, float])
+    doubt: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,10 +153,14 @@ class CheckpointStore:
             return False
         return True
 
-    def newest(self, run: str, agent: str, schema: str) -> Loaded | None:
-        """Return the newest checkpoint that can be read, None where none was ever written.
+    def newest(
+        self, run: str, agent: str, schema: str, fault_of: Callable[[Checkpoint], str] = lambda _: ""
+    ) -> Loaded | None:
+        """Return the newest checkpoint that can be read and has no fault, None where none was ever written.
 
-        Raises DataError where all are damaged, and where it is another run's, agent's or model's, naming both.
+        `fault_of`: why a checkpoint is of no use, or nothing. Where one has a fault, the one that is set aside as
+        `TRUSTED` is gone back to, if there is one. Raises DataError where all are damaged, and where it is another
+        run's, agent's or model's, naming both.
         """
         names = self._names()
         passed_over: list[str] = []
@@ -163,7 +173,14 @@ class CheckpointStore:
                 passed_over.append(str(error))
                 continue
             _check_whose(path, checkpoint, run, agent, schema)
-            return Loaded(checkpoint, published, tuple(passed_over))
+            if not (fault := fault_of(checkpoint)):
+                return Loaded(checkpoint, published, tuple(passed_over))
+            passed_over.append(f"checkpoint {path}: {fault}")
+            trusted = self.aside(TRUSTED, run, agent, schema)
+            if trusted is not None and not fault_of(trusted):
+                number = trusted.machine.round
+                passed_over.append(f"all checkpoints since the doubtful merge of round {number} are passed over")
+                return Loaded(trusted, published, tuple(passed_over))
         if passed_over:
             raise DataError(
                 f"no checkpoint in {self.folder} can be read: {passed_over[0]}; restore one from a backup, or remove "
@@ -233,6 +250,8 @@ class CheckpointStore:
             "schema": checkpoint.schema,
             "statistics": [*checkpoint.statistics],
             "data": dict(checkpoint.data),
+            "norms": dict(checkpoint.norms),
+            "doubt": [*checkpoint.doubt],
         }
         own = {name: tensor for name, tensor in tensors.items() if not name.startswith(gone)}
         alone = "weights" in parts and not checkpoint.statistics
@@ -362,6 +381,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
             method_values=dict(values["method"]),
             statistics=under(_STATISTICS),
             data=dict(values.get("data", {})),
+            norms=dict(values.get("norms", {})),
+            doubt=(int(values.get("doubt", (0, 0))[0]), int(values.get("doubt", (0, 0))[1])),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"cannot read checkpoint {path}: {type(error).__name__}: {error}") from error

@@ -24,13 +24,14 @@ from dimat.agent.learner.statistics import take_statistics
 from dimat.agent.protocol.messages import MergeAction, Moves
 from dimat.agent.protocol.state import MachineState
 from dimat.config import ExperimentConfig
-from dimat.errors import DataError, DimatError, PeerError
+from dimat.errors import DataError, DimatError, MergeError, PeerError
 from dimat.events import WARNING, MergeResult, TrainResult
 from dimat.merge import MergeContext, MergePlan, Peer, adopt, merge, needs_symmetry, open_weights
+from dimat.merge.growth import HORIZON, Reference
 from dimat.merge.matching.assignment import moved_by_group, moved_share
 from dimat.merge.natures import natures_of
-from dimat.merge.pipeline import NOT_KEPT
-from dimat.merge.screen import norm_of, screen
+from dimat.merge.pipeline import LARGE, NOT_KEPT
+from dimat.merge.screen import norm_of, norms_of, screen
 from dimat.merge.shared_statistics import OWN, apart, beside, permuted
 from dimat.merge.stages import Weights
 from dimat.seeds import torch_generator
@@ -72,6 +73,10 @@ class Learner:
     base: dict[str, Tensor] | None = field(init=False)
     """Weights that task vectors are taken from, where the configuration names any."""
     _plan: MergePlan = field(init=False)
+    _norms: dict[str, float] = field(init=False, default_factory=dict[str, float])
+    """Norms that own training has made the weights have (`dimat.merge.growth`); empty before the first."""
+    doubt: tuple[int, int] = field(init=False, default=(0, 0))
+    """Rounds of the first and the last doubtful merge that weights rest on; 0 for none."""
     _statistics: dict[str, Tensor] = field(init=False, default_factory=dict[str, Tensor])
     """Statistics that the combine method rests on, from the end of training to the merge; in the weights' basis."""
     _hold_out: Data | None = field(init=False, default=None)
@@ -134,9 +139,11 @@ class Learner:
 
     def train(self, number: int, learn: bool = True) -> TrainResult:
         """Train for a round (not if `learn` is false), and take the merge method's statistics."""
+        before = self._norms_now() if self._norms else {}
         start = time.thread_time()
         report = self.trainer.train(number) if learn else None
         trained = time.thread_time()
+        self._note_growth(before)
         self._statistics = take_statistics(
             self._plan,
             self.task,
@@ -171,10 +178,11 @@ class Learner:
         try:
             own = self.trainer.weights()
             natures = natures_of(own, self.trainer.model)
-            screen(own, weights, peer, norm_of(own, natures), natures, **self._plan.screen)
+            screen(own, weights, peer, norm_of(own, natures), natures, self._reference(), **self._plan.screen)
         except DimatError as error:
             return str(error)
         self.trainer.start_from({name: weights[name] for name in own})
+        self._norms = self._norms_now()
         self._recorder.forget()
         return ""
 
@@ -182,8 +190,17 @@ class Learner:
         """Return all that this agent needs to go on, with the round machine's state."""
         tensors = {name: value for name, value in self.method.items() if isinstance(value, Tensor)}
         values = {name: value for name, value in self.method.items() if name not in tensors}
-        data = self.data_now()
-        return Checkpoint(machine, self.trainer.state(), self.schema(), tensors, values, self._statistics, data)
+        return Checkpoint(
+            machine,
+            self.trainer.state(),
+            self.schema(),
+            tensors,
+            values,
+            self._statistics,
+            self.data_now(),
+            self._norms,
+            self.doubt,
+        )
 
     def restore(self, checkpoint: Checkpoint) -> str:
         """Go on from a checkpoint; return why a new epoch begins with it, "" where the epoch goes on.
@@ -198,6 +215,8 @@ class Learner:
             self.trainer.load_state(checkpoint.trainer)
         self.method = {**checkpoint.method_tensors, **checkpoint.method_values}
         self._statistics = dict(checkpoint.statistics)
+        self._norms = dict(checkpoint.norms)
+        self.doubt = checkpoint.doubt
         return note
 
     def data_now(self) -> dict[str, int | float | str]:
@@ -243,6 +262,7 @@ class Learner:
         context = self._context(action.round, statistics if self._plan.statistics is not None else None)
         own = self.trainer.weights()
         outcome = merge(own, action.own_weight, parts, self._plan, context)
+        self.method = context.state or {}
         self._statistics = {}  # they are of the weights before
         changed = outcome.accepted > 0 and bool(outcome.mixing)
         if changed:
@@ -262,6 +282,8 @@ class Learner:
                 after = before
             else:  # it was not finite before, so the merge is not to blame
                 self.trainer.load_weights(outcome.weights)
+        if outcome.doubtful and outcome.accepted > 0:
+            self.doubt = (self.doubt[0] or action.round, action.round)
         return MergeResult(
             refused=outcome.refused,
             accepted=outcome.accepted,
@@ -282,6 +304,53 @@ class Learner:
         """Write the current weights as plain safetensors."""
         write_weights(file, self.trainer.weights(), durable=self.durable)
 
+    def _norms_now(self) -> dict[str, float]:
+        """Return the norms of the current weights; nothing where they are not finite, which the merge says."""
+        own = self.trainer.model.state_dict()
+        try:
+            return norms_of(own, natures_of(own, self.trainer.model))
+        except MergeError:
+            return {}
+
+    def _reference(self) -> Reference | None:
+        if not self._norms or self._plan.keep_not_finite:
+            return None
+        own = self.trainer.model.state_dict()
+        return Reference.of(self._norms, own, natures_of(own, self.trainer.model))
+
+    def _note_growth(self, before: Mapping[str, float]) -> None:
+        """Let the reference follow what a round's training has made of norms, `before` given."""
+        reference, after = self._reference(), self._norms_now()
+        if reference is not None and after:
+            self._norms = reference.after_training(before, after)
+        elif reference is None:
+            self._norms = after
+
+    def trusts_again(self, number: int) -> bool:
+        """Whether weights after a round can be trusted again: the last doubtful merge is long over, and they are no
+        larger than usual."""
+        reference = self._reference()
+        usual = reference is None or reference.excess(self._norms_now())[0] <= LARGE
+        return usual and number >= self.doubt[1] + HORIZON
+
+    def fault_of(self, checkpoint: Checkpoint) -> str:
+        """Return why an agent cannot go on from a checkpoint though it is whole, or nothing."""
+        if self._plan.keep_not_finite:
+            return ""
+        tensors = checkpoint.trainer.tensors
+        weights = {name.removeprefix("model/"): tensors[name] for name in tensors if name.startswith("model/")}
+        try:
+            norms_of(weights, natures_of(weights, self.trainer.model))
+        except MergeError as error:
+            return str(error)
+        return ""
+
+    def _judge(self, weights: Weights) -> float:
+        """Score weights on the test set, by the loss where it is known, else by the task's metric; NaN where there is
+        neither."""
+        values = self.trainer.evaluate(self.task.data("test"), weights)
+        return -values["loss"] if "loss" in values else values.get(self.task.metric, nan)
+
     def _open(self, snapshot: Path) -> tuple[Weights, Weights]:
         """Return a snapshot's weights and, where the combine method rests on statistics, those. Elsewhere they are
         tensors too many, which the screen refuses."""
@@ -300,6 +369,8 @@ class Learner:
             base=self.base,
             aux=aux,
             state=self.method,
+            reference=self._reference(),
+            judge=self._judge,
             observer_cache=self.observers,
         )
 

@@ -45,7 +45,7 @@ def no_worse(
     for share in SHARES:
         candidate = dict(merged)
         if share < 1:
-            candidate = _between(own, merged, share)
+            candidate = between(own, merged, share)
             candidate = repair(candidate) if repair else candidate
         if _number(score(candidate)) >= bar:
             notes = () if share == 1 else (f"score on the {on} set fell: went {share:g} of the way to the merge",)
@@ -57,8 +57,8 @@ def _number(score: float) -> float:
     return float("-inf") if isnan(score) else score
 
 
-def _between(own: Weights, merged: Weights, share: float) -> dict[str, Tensor]:
-    """Return own + share · (merged − own)."""
+def between(own: Weights, merged: Weights, share: float) -> dict[str, Tensor]:
+    """Return own + share · (merged − own); of LoRA factors the point between the products, at own's rank."""
     there = {name: tensor.to(own[name].device) for name, tensor in merged.items()}
     between = {
         name: torch.lerp(tensor, there[name], share) if tensor.is_floating_point() else tensor
