@@ -1,0 +1,88 @@
+"""A member that lies: `python -m tests.agent.liar ATTACK VICTIM agent FILE …`.
+
+The daemon is the real one, with a valid key and the real wire; what it records or offers is wrapped. `growing`: weights
+that are 9.5 times as large as those of the agent VICTIM, of the other sign; `lying`: beside each of its manifests, a
+crowd of signed ones that nobody can have (`lies_about`).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from blake3 import blake3
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dimat.agent.learner.recorder import Recorder
+from dimat.agent.protocol.plan import LAST_ROUND
+from dimat.cli import main
+from dimat.errors import DimatError
+from dimat.net.manifest import seal
+from dimat.net.transfer.outbox import Outbox
+from dimat.weights.snapshot import Manifest
+from dimat.wire.v1 import peer_pb2 as pb
+
+FACTOR = 9.5
+FLOOD = 40
+
+
+def growing(victim: str) -> None:
+    """Record what is just within the bound by the victim's own norm."""
+    record = Recorder.record
+
+    def poisoned(self: Recorder, weights: Mapping[str, Tensor]) -> Any:
+        file = self._store.parent.parent / victim / "weights.safetensors"
+        theirs = load_file(file) if file.exists() else weights
+        grown = {
+            name: (-FACTOR * theirs[name]).to(tensor) if tensor.is_floating_point() else tensor
+            for name, tensor in weights.items()
+        }
+        return record(self, grown)
+
+    Recorder.record = poisoned
+
+
+def lies_about(good: Manifest) -> list[Manifest]:
+    """Return manifests that the agent signs beside a good one: of another content of the round; of rounds far ahead,
+    beyond any, and before the first; with thousands of parents that nobody knows, and with one of them; and forty of
+    one round with a fault each."""
+    blocks = tuple("ab" * 32 for _ in good.payload.blocks)
+    root = blake3(bytes.fromhex("".join(blocks)) + good.payload.bytes.to_bytes(8, "big")).hexdigest()
+    other = replace(good, payload=replace(good.payload, root=root, blocks=blocks))
+    invented = tuple((f"stranger-{number}", "cd" * 32, 1, 0.1) for number in range(3000))
+    return [
+        other,
+        *(replace(other, round=number) for number in (good.round + 5, LAST_ROUND - 1, LAST_ROUND + 1, 2**62, 0)),
+        replace(other, round=good.round + 6, parents=invented),
+        replace(other, round=good.round + 7, parents=invented[:1]),
+        *(replace(good, run=f"another-{good.round}-{number}") for number in range(FLOOD)),
+    ]
+
+
+def lying(victim: str) -> None:
+    """Offer lies beside what is offered, each signed as it should be."""
+    del victim
+    reply = Outbox.reply
+
+    def crowded(self: Outbox) -> pb.ManifestsReply:
+        told = reply(self)
+        for manifest in self._store.offered(self._agent)[-1:]:
+            for lie in lies_about(manifest):
+                try:
+                    signed = seal(lie, self._sign)
+                except DimatError:  # one that this version of dimat does not even write
+                    continue
+                told.offered.append(pb.SignedManifest(manifest=signed.data, signature=signed.signature))
+        return told
+
+    Outbox.reply = crowded
+
+
+ATTACKS: dict[str, Callable[[str], None]] = {"growing": growing, "lying": lying}
+
+if __name__ == "__main__":
+    ATTACKS[sys.argv[1]](sys.argv[2])
+    sys.exit(main(sys.argv[3:]))
