@@ -1,4 +1,8 @@
-"""Run seeded hostile schedules against the round machine: `python -m tests.faults --help`."""
+"""Run seeded hostile schedules against the round machine: `python -m tests.faults --help`.
+
+A schedule that has found a fault stays a test as a file in `found/`, named after the fault:
+`python -m tests.faults --replay SEED --shrink --save tests/faults/found/waits-for-the-dead.json`.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +36,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--profile", choices=list(PROFILES), help="draw only such schedules")
     parser.add_argument("--mutant", choices=list(BY_NAME), default="", help="break the machine on purpose")
     parser.add_argument("--replay", metavar="SEED|FILE", help="run one schedule again and tell what happens")
+    parser.add_argument("--save", metavar="FILE", type=Path, help="write the schedule that is run again there")
     parser.add_argument("--shrink", action="store_true", help="make failing schedules short first")
     return parser.parse_args()
 
@@ -68,6 +73,8 @@ def _replay(args: argparse.Namespace) -> int:
         if args.shrink:
             schedule = shrink(schedule, world)
         print(schedule.to_json())
+        if args.save:
+            args.save.write_text(schedule.to_json() + "\n")
         print(trace_of(schedule, world))
         return 1 if run(schedule, world).promise else 0
 

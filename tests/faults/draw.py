@@ -21,7 +21,7 @@ def draw(seed: int, profile: str | None = None) -> Schedule:
     rng = random.Random(seed)
     drawn = rng.choices(list(SHARES), list(SHARES.values()))[0]
     name = profile or drawn
-    return PROFILES[name](rng, replace(_network(rng, name), seed=seed))
+    return _more(random.Random(seed ^ 0xADD), PROFILES[name](rng, replace(_network(rng, name), seed=seed)))
 
 
 # ── the network ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -174,6 +174,22 @@ PROFILES = {
     "partitioned": _partitioned,
     "push": _push,
 }
+
+
+def _more(rng: random.Random, s: Schedule) -> Schedule:
+    """What came to be drawn later, from a stream of its own, so that what a seed stands for stays: a target that ends
+    runs early, agents on another base, and newcomers that are offered what they must not take."""
+    if not s.exact and s.profile != "partitioned" and rng.random() < 0.2:
+        s = replace(s, rules={**s.rules, "target": ("score", float(rng.randint(5, 7)))})
+    if s.base and s.profile in ("lossy", "crashy", "hostile") and rng.random() < 0.2:
+        others = rng.sample(range(s.agents), rng.randint(1, s.agents - 1))
+        s = replace(s, bases=tuple((agent, "other") for agent in sorted(others)))
+    tempted = [fault for fault in s.faults if fault.kind == "late" and rng.random() < 0.5]
+    faults = [
+        Fault("tempt", at=round(fault.at + rng.uniform(0, 2), 3), agent=fault.agent, count=rng.randint(1, 3))
+        for fault in tempted
+    ]
+    return replace(s, faults=_sorted([*s.faults, *faults])) if faults else s
 
 
 # ── what goes wrong ──────────────────────────────────────────────────────────────────────────────────────────────

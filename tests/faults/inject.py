@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from dimat.agent.protocol import messages as m
 from dimat.agent.protocol.basis import BasisId
 from dimat.agent.protocol.offers import PeerPublished
+from dimat.agent.protocol.plan import LAST_ROUND
 from dimat.agent.protocol.round import Phase
 from tests.faults.model import UNITS, Snapshot, splitmix
 from tests.faults.node import FAULT, OWN, RUN, TIMER
@@ -187,6 +188,31 @@ def _foreign(world: World, fault: Fault, node: Node) -> None:
             world.step(node, own, idle=True)
 
 
+def _tempt(world: World, fault: Fault, node: Node) -> None:
+    """Whoever listens for a network is offered what it must not take, in a basis older than all: of a round that there
+    cannot be, of another run, on another base than its own, by a stranger, by its own name."""
+    peer, machine = _peer(world, fault, node), node.machine
+    if peer is None or machine is None:
+        return
+    number = max(peer.store, default=0) + 1
+    good = PeerPublished(peer.name, number, "tempting", BasisId(-1, "zz", "0"), run=RUN, oldest=1, base=machine.base)
+    beyond = LAST_ROUND + 1 if world.rules.rounds is None else world.rules.rounds + 1
+    offers = [
+        replace(good, round=beyond),
+        replace(good, round=LAST_ROUND + fault.count),
+        replace(good, round=0),
+        replace(good, round=-fault.count),
+        replace(good, run="other"),
+        replace(good, peer="zz"),
+        replace(good, peer=node.name),
+    ]
+    knows = machine.base or world.rules.join == "align" or machine.phase is not Phase.JOINING
+    offers += [replace(good, base="another")] if knows else []
+    for offer in offers:
+        if _awake(world, node):
+            world.step(node, offer, idle=True)
+
+
 def _flood(world: World, fault: Fault, node: Node) -> None:
     """A peer offers rounds far ahead that nobody can fetch."""
     peer = _peer(world, fault, node)
@@ -194,7 +220,7 @@ def _flood(world: World, fault: Fault, node: Node) -> None:
         if peer is not None and _awake(world, node):
             number = max(peer.store, default=0) + 1 + i
             offer = PeerPublished(
-                peer.name, number, f"flood{number}", _basis_of(peer), run=RUN, base=world.schedule.base
+                peer.name, number, f"flood{number}", _basis_of(peer), run=RUN, base=world.schedule.base_of(peer.index)
             )
             world.step(node, offer)
     world.watch.bounded(node)
@@ -273,6 +299,7 @@ KINDS: dict[str, Callable[[World, Fault, Node], None]] = {
     "stranger": _stranger,
     "foreign": _foreign,
     "flood": _flood,
+    "tempt": _tempt,
     "lost": _lost,
     "noise": _noise,
     "equivocate": _equivocate,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from dimat import events
 from dimat.agent.protocol import messages as m
-from dimat.agent.protocol.offers import PeerPublished
+from dimat.agent.protocol.offers import ROUNDS_KEPT, PeerPublished
 from dimat.agent.protocol.round import Phase
 from dimat.agent.protocol.state import MachineState
 from tests.faults import finals
@@ -46,14 +46,25 @@ class Watch:
                 assert node.machine is not None
                 learns = node.machine.phase is Phase.JOINING and self.world.rules.join == "adopt"
                 same = event.base == node.machine.base or (learns and not node.machine.base)
-                if event.run == RUN and event.peer in node.known and same:
+                counts = not self.world.rules.beyond(event.round) and event.round > 0
+                if event.run == RUN and event.peer in node.known and same and counts:
                     node.offered[event.peer, event.round, event.root] = event
-                    if not self.world.rules.beyond(event.round):
-                        node.heard = min(node.heard or event.basis, event.basis)
+                    node.heard = min(node.heard or event.basis, event.basis)
+                    node.waiting.hears(event)
+            case m.PeerLost():
+                node.waiting.lost(event.peer, event.last)
+            case m.SnapshotReady():
+                if any(held.snapshot is not None for held in node.held.get((event.peer, event.root), ())):
+                    node.waiting.came(event.peer)
+            case m.FetchFailure():
+                asked = node.asked.get((event.peer, event.round)) == event.root
+                if asked and node.machine is not None and event.round == node.machine.round:
+                    node.waiting.failed.add(event.peer)
             case m.Deadline():
                 assert node.machine is not None
                 if event.round == node.machine.round and node.machine.phase is not Phase.TRAINING:
                     node.expired = event.round
+                    node.waiting.expired(self._missing(node), event.round)
             case m.TimeUp():
                 node.time_heard = True
             case m.MapChanged():
@@ -76,7 +87,7 @@ class Watch:
         if machine.phase in CLOSED and before not in CLOSED:
             node.closed = self._arrived(node)
         if isinstance(event, m.MergeDone) and before is Phase.MERGING and not idle:
-            self._merged(node, actions)
+            self._merged(node, event, actions)
         ends = [i for i, action in enumerate(actions) if isinstance(action, m.Exit)]
         self._demand(not ends or ends == [len(actions) - 1], "exit", node, f"goes on after its end: {actions}")
 
@@ -85,6 +96,30 @@ class Watch:
         machine = node.machine
         if machine is not None and machine.phase is Phase.GATHERING:
             self._demand(machine.round in node.timed, "deadline", node, f"no timer in round {machine.round}")
+        if machine is not None and machine.phase is Phase.GATHERING and self.world.rules.mode == "sync":
+            self._waits_for_somebody(node, machine.round)
+
+    def _waits_for_somebody(self, node: Node, number: int) -> None:
+        """A round that still gathers waits for a snapshot that may come, or for as many as the rules ask for."""
+        expected, missing = self._expected(node), self._missing(node)
+        short = len(expected) - len(missing) < min(self.world.rules.min_peers, len(expected))
+        coming = [peer for peer in missing if any(node.held.get((peer, root)) for root in self._roots(node, peer))]
+        needed = short or coming or any(node.waiting.worth(peer, number) for peer in missing)
+        self._demand(bool(needed), "needless waiting", node, f"waits in round {number} for {missing}: {node.waiting}")
+
+    def _missing(self, node: Node) -> list[str]:
+        """Return the peers of a round whose snapshots are not here."""
+        if node.row is None or node.machine is None:
+            return []
+        return [p for p in self._expected(node) if not any(self._here(node, p, r) for r in self._roots(node, p))]
+
+    def _roots(self, node: Node, peer: str) -> list[str]:
+        assert node.machine is not None
+        return [root for of, number, root in node.offered if (of, number) == (peer, node.machine.round)]
+
+    def _here(self, node: Node, peer: str, root: str) -> bool:
+        assert node.machine is not None
+        return node.here(peer, root, node.machine.round) is not None
 
     def starts(self, node: Node, state: MachineState | None) -> None:
         self._resumed = state
@@ -96,8 +131,12 @@ class Watch:
 
     def _started(self, node: Node, actions: list[m.Action]) -> None:
         state = self._resumed
+        if state is not None and state.leaves:
+            ends = [a.reason for a in actions if isinstance(a, m.Exit)]
+            self._demand(ends == [state.leaves], "target", node, f"had left ({state.leaves}) and goes on: {actions}")
         if state is not None and state.stage == "trained":
             node.row, node.row_round = node.plan.of(state.round), state.round
+            node.waiting.begins(node.plan.peers)
             again = any(isinstance(a, m.Publish) and (a.round, a.root) == (state.round, state.root) for a in actions)
             self._demand(again, "republish", node, f"does not republish round {state.round} after a restart")
 
@@ -107,6 +146,8 @@ class Watch:
         assert machine is not None
         self._demand(action.peer in node.known | node.plan.peers, "strangers", node, f"fetches from {action.peer}")
         self._demand(key in node.offered, "strangers", node, f"fetches what no peer of the run offered: {action}")
+        if machine.phase is Phase.JOINING:
+            self._joins_the_network(node, action)
         root = node.asked.setdefault((action.peer, action.round), action.root)
         self._demand(root == action.root, "one content", node, f"takes a second content: {action}")
         if self.world.rules.mode == "sync" and machine.phase is not Phase.JOINING:
@@ -116,9 +157,24 @@ class Watch:
                 node.proofs[action.peer] = machine.round
             self._demand(action.round == machine.round or proof, "round", node, f"in round {machine.round}: {action}")
 
+    def _joins_the_network(self, node: Node, action: m.Fetch) -> None:
+        """A newcomer takes the weights of the network's round, the lower median of what it has heard, or a later one;
+        of these one in the smallest basis that is left."""
+        front = _median(self._newest(node))
+        self._demand(action.round >= front, "joining", node, f"takes {action}, the network is at {front}")
+
+    def _newest(self, node: Node) -> list[int]:
+        """Return the newest round of each peer that an agent has heard, in order."""
+        newest: dict[str, int] = {}
+        for offer in node.offered.values():
+            if offer.peer in node.known:
+                newest[offer.peer] = max(newest.get(offer.peer, 0), offer.round)
+        return sorted(newest.values())
+
     def trains(self, node: Node, action: m.Train) -> None:
         node.row, node.row_round = node.plan.of(action.round), action.round
         node.closed, node.unfit, node.known = None, False, node.plan.peers
+        node.waiting.begins(node.plan.peers)
         self._demand(not node.time_heard, "time", node, f"begins round {action.round} though its time is up")
         self._demand(action.round > node.published, "one content", node, f"trains round {action.round} anew")
         self._demand(action.learn == node.row.learn, "plan", node, f"trains against the plan: {action}")
@@ -216,6 +272,10 @@ class Watch:
             assert node.machine is not None
             younger = node.heard is not None and node.machine.basis > node.heard
             self._demand(younger, "newcomer", node, f"founds {node.machine.basis} and has heard {node.heard}")
+            newest = self._newest(node)
+            borne_out = sum(number + ROUNDS_KEPT >= _median(newest) for number in newest) > 1
+            joins = not borne_out or fact.round > _median(newest)
+            self._demand(joins, "joining", node, f"joins at {fact.round}, has heard of {newest}")
         if isinstance(fact, events.RoundsSkipped):
             self.world.totals["skips"] += 1
             exact = self.world.schedule.exact and self.world.rules.mode == "sync"
@@ -261,6 +321,7 @@ class Watch:
             here = node.here(part.peer, part.root, part.round)
             self._demand(here is not None, "whole or not at all", node, f"merges what is not here: {part}")
             offer = node.offered[part.peer, part.round, part.root]
+            self._demand(offer.base == machine.base, "one base", node, f"is on {machine.base!r}, merges {offer}")
             self._demand(part.same_basis == (offer.basis == machine.basis), "basis", node, f"{part}, {offer}")
             same = not part.same_basis or (here is not None and here.order == node.model.order)
             self._demand(same, "basis", node, f"of one name, in another order: {part}")
@@ -299,7 +360,7 @@ class Watch:
         whole = push["weight"] + math.fsum(shares.values())
         return {peer: share / whole for peer, share in shares.items() if share > 0}
 
-    def _merged(self, node: Node, actions: list[m.Action]) -> None:
+    def _merged(self, node: Node, event: m.MergeDone, actions: list[m.Action]) -> None:
         """What is told about a merge is what was done."""
         assert node.merging is not None
         merge, refused, accepted = node.merging
@@ -317,6 +378,14 @@ class Watch:
         fits = fits and found == kept and abs(own.weight - rest) < 1e-12 and own.snapshot == node.disk[-1].state.root
         self._demand(fits, "contributions", node, f"{told[0].contributions}, done was {merge}, {refused}, {accepted}")
         saved = [a for a in actions if isinstance(a, m.CheckpointAction) and a.stage == "merged"]
+        target = self.world.rules.target
+        reached = target is not None and event.result.after[target[0]] >= target[1]
+        ends = [a.reason for a in actions if isinstance(a, m.Exit)]
+        said = [a.state.leaves for a in saved]
+        if reached or "target" in (*ends, *said):
+            self._demand(
+                reached and ends == said == ["target"], "target", node, f"{event.result.after}: {ends}, {said}"
+            )
         records = [a.record.contributions for a in saved if a.record is not None]
         self._demand(records == [told[0].contributions], "record", node, f"{records}, told {told[0].contributions}")
 
@@ -330,8 +399,10 @@ class Watch:
         self._demand(size <= most, "bounded", node, f"keeps {size} things with {len(node.plan.peers)} peers")
 
     def quiet(self) -> None:
+        """Note the oldest basis that there is. What the dead have left may still be on its way to somebody."""
         living = self.world.living()
-        bases = [node.disk[-1].state.basis if node.disk else node.basis for node in living]
+        lived = [node for node in self.world.nodes if node.life]
+        bases = [node.disk[-1].state.basis if node.disk else node.basis for node in lived]
         self.oldest = min([*bases, *(n.machine.basis for n in living if n.machine is not None)], default=None)
 
     def finish(self) -> None:
@@ -340,6 +411,11 @@ class Watch:
             waits = node.up and not node.exited
             self._demand(not waits, "progress", node, f"waits for ever: {self.world.standing()}")
         finals.check(self.world)
+
+
+def _median(ordered: list[int]) -> int:
+    """Return the lower median."""
+    return ordered[(len(ordered) - 1) // 2]
 
 
 def _size(thing: Any, depth: int) -> int:

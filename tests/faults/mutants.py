@@ -10,7 +10,7 @@ from typing import Any
 from unittest.mock import patch
 
 from dimat import events
-from dimat.agent.protocol import inbox, joining, mixing_state, offers, push_sum
+from dimat.agent.protocol import inbox, joining, mixing_state, offers, plan, push_sum
 from dimat.agent.protocol import messages as m
 from dimat.agent.protocol import round as round_module
 from dimat.agent.protocol.offers import Known, PeerPublished
@@ -46,9 +46,9 @@ class Mutant:
 class Kept(RoundMachine):
     """A machine that remembers what it was made with."""
 
-    def __init__(self, agent: str, run: str, plan: Any, rules: Any, **more: Any) -> None:
-        super().__init__(agent, run, plan, rules, **more)
-        self.made_with = (plan, rules, more["basis"])
+    def __init__(self, agent: str, run: str, rounds: Any, rules: Any, **more: Any) -> None:
+        super().__init__(agent, run, rounds, rules, **more)
+        self.made_with = (rounds, rules, more["basis"])
 
 
 def driving(machine: type[RoundMachine]) -> type[World]:
@@ -83,8 +83,8 @@ def each(change: Callable[[Any, m.Action], m.Action]) -> Rewrite:
 # ── weights ──────────────────────────────────────────────────────────────────────────────────────────────────────
 def _missing_mass(machine: Any, action: m.Action) -> m.Action:
     if isinstance(action, m.MergeAction) and machine.push_weight is None:
-        plan, _, _ = machine.made_with
-        return replace(action, own_weight=plan.of(action.round).mixing[machine.agent])
+        rounds, _, _ = machine.made_with
+        return replace(action, own_weight=rounds.of(action.round).mixing[machine.agent])
     return action
 
 
@@ -115,9 +115,9 @@ _contributions = mixing_state.contributions
 
 # ── messages ─────────────────────────────────────────────────────────────────────────────────────────────────────
 def _stranger(machine: Any, event: m.Event) -> m.Event:
-    plan, _, _ = machine.made_with
-    if isinstance(event, PeerPublished) and event.peer not in plan.peers and plan.peers:
-        return replace(event, peer=min(plan.peers))
+    rounds, _, _ = machine.made_with
+    if isinstance(event, PeerPublished) and event.peer not in rounds.peers and rounds.peers:
+        return replace(event, peer=min(rounds.peers))
     return event
 
 
@@ -260,6 +260,28 @@ def _patient(self: Any) -> list[m.Action]:
 _time_is_up = joining.Newcomer.time_is_up
 
 
+# ── targets, rounds that there cannot be, needless waiting ───────────────────────────────────────────────────────
+def _above_target(machine: Any, event: m.Event) -> m.Event:
+    if isinstance(event, m.MergeDone):
+        after = {name: value - 0.5 for name, value in event.result.after.items()}
+        return replace(event, result=replace(event.result, after=after))
+    return event
+
+
+def _one_round_more(machine: Any, event: m.Event) -> m.Event:
+    return replace(event, last=event.last + 1) if isinstance(event, m.PeerLost) else event
+
+
+def _hindmost(self: Any, peers: Any) -> int:
+    return min((self.range(peer)[1] for peer in peers if self.range(peer)[1]), default=0)
+
+
+def _waits_again(self: Any) -> None:
+    for peer in self.missing():
+        if peer not in self.lost and self._heard_within(peer, 1):
+            self._overdue[peer] = self._overdue.get(peer, 0) + 1
+
+
 MUTANTS = (
     Mutant("missing-mass", "weights are not renormalised over what arrived", rewriting(each(_missing_mass))),
     Mutant("twice-in-a-merge", "a peer is merged twice in a round", rewriting(each(_twice_in_a_merge))),
@@ -310,6 +332,26 @@ MUTANTS = (
         "a newcomer waits for ever for the weights that it chose",
         patches=((joining.Newcomer, "time_is_up", _patient),),
         first=1_850,
+    ),
+    Mutant("above-target", "a target has to be exceeded, not reached", hearing(_above_target)),
+    Mutant(
+        "target-forgotten",
+        "an agent that has reached its target goes on after a restart",
+        rewriting(_state(leaves=lambda machine, state: "")),
+    ),
+    Mutant("beyond", "rounds after the last are taken", patches=((plan.Rules, "beyond", lambda self, number: False),)),
+    Mutant("hindmost", "the network's round is the hindmost's", patches=((offers.Offers, "front", _hindmost),)),
+    Mutant("one-round-more", "one that has left is waited for in one round more", hearing(_one_round_more)),
+    Mutant("waits-again", "the silent are waited for in every round", patches=((inbox.Inbox, "expire", _waits_again),)),
+    Mutant(
+        "waits-for-the-far",
+        "peers that are far behind are waited for",
+        patches=((inbox.Inbox, "_is_behind", lambda self, peer: False),),
+    ),
+    Mutant(
+        "waits-for-gaps",
+        "rounds that a peer has left out are waited for",
+        patches=((offers.Offers, "left_out", lambda self, peer, number: False),),
     ),
 )
 BY_NAME = {mutant.name: mutant for mutant in MUTANTS}

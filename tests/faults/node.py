@@ -16,6 +16,7 @@ from dimat.agent.protocol.state import MachineState
 from dimat.events import Contribution
 from tests.faults.model import Model, Snapshot
 from tests.faults.schedule import Fault
+from tests.faults.waiting import Waiting
 
 RUN = "run"
 MESSAGE, OWN, TIMER, FAULT = range(4)
@@ -52,6 +53,7 @@ class Offer:
     basis: BasisId
     pushed: dict[str, float]
     base: str
+    previous: int
 
 
 @dataclass(eq=False)
@@ -95,6 +97,7 @@ class Node:
     timed: set[int] = field(default_factory=set)
     asked: dict[tuple[str, int], str] = field(default_factory=dict)
     proofs: dict[str, int] = field(default_factory=dict)
+    waiting: Waiting = field(default_factory=Waiting)
     closed: dict[str, Held] | None = None
     unfit: bool = False
     heard: BasisId | None = None  # the smallest
@@ -143,6 +146,6 @@ class Node:
         """Lose the memory."""
         self.machine = None
         self.held, self.timers, self.timed, self.asked, self.proofs = {}, {}, set(), {}, {}
-        self.merging, self.closed = None, None
+        self.merging, self.closed, self.waiting = None, None, Waiting()
         self.row, self.row_round, self.expired, self.unfit = None, 0, -1, False
         self.heard, self.time_heard = None, False

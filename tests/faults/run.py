@@ -13,11 +13,13 @@ from tests.faults.world import World
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """`promise`: the one that was broken, if any, and `text`: how; `totals`: how often what happened."""
+    """`promise`: the one that was broken, if any, `text`: how, and `check`: by which of the checks of a promise, as the
+    place of that check; `totals`: how often what happened."""
 
     schedule: Schedule
     promise: str = ""
     text: str = ""
+    check: str = ""
     totals: Counter[str] = field(default_factory=Counter)
 
 
@@ -27,13 +29,18 @@ def run(schedule: Schedule, world: type[World] = World, trace: list[str] | None 
     try:
         network.run()
     except Violation as violation:
-        return Outcome(schedule, violation.promise, str(violation), network.totals)
+        return Outcome(schedule, violation.promise, str(violation), _place(violation), network.totals)
     except Exception as error:
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        place = f"{where.filename.rsplit('/', 1)[-1]}:{where.lineno}"
+        place = _place(error)
         text = f"{type(error).__name__}: {error} ({place})"
-        return Outcome(schedule, f"raises {type(error).__name__}", text, network.totals)
+        return Outcome(schedule, f"raises {type(error).__name__}", text, place, network.totals)
     return Outcome(schedule, totals=network.totals)
+
+
+def _place(error: BaseException) -> str:
+    """Return where an error was raised, or a demand was not met."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.name != "_demand"]
+    return f"{frames[-1].filename.rsplit('/', 1)[-1]}:{frames[-1].lineno}"
 
 
 def trace_of(schedule: Schedule, world: type[World] = World) -> str:

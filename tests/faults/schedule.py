@@ -52,7 +52,8 @@ class Schedule:
 
     Spans are (least, most) seconds; `slow`: agents that train so many times as long; chances from 0 to 1 hold until
     `quiet_s`. `keep`: snapshots that a publisher offers; `linger_s`: how long an agent that is through still serves
-    them (negative: for good). `learn`: "on", "off", or "half" (odd rounds). `exact`: nothing is lost for good, so that
+    them (negative: for good). `base`: of all agents but those in `bases`. `learn`: "on", "off", or "half" (odd rounds).
+    `exact`: nothing is lost for good, so that
     the trajectory is known beforehand. `settle`: rounds that an endless run goes on for after `quiet_s`.
     """
 
@@ -78,6 +79,7 @@ class Schedule:
     keep: int = 20
     linger_s: float = -1.0
     base: str = ""
+    bases: tuple[tuple[int, str], ...] = ()
     quiet_s: float = 0.0
     settle: int = 0
     exact: bool = False
@@ -86,6 +88,9 @@ class Schedule:
     @property
     def push(self) -> bool:
         return any(map_.push for map_ in self.maps)
+
+    def base_of(self, agent: int) -> str:
+        return dict(self.bases).get(agent, self.base)
 
     def to_json(self) -> str:
         """Write what differs from the defaults."""
@@ -101,10 +106,13 @@ class Schedule:
         values["faults"] = tuple(
             Fault(**{**f, "groups": tuple(tuple(g) for g in f.get("groups", ()))}) for f in values.get("faults", ())
         )
+        values["bases"] = tuple((agent, base) for agent, base in values.get("bases", ()))
         values["slow"] = tuple((agent, factor) for agent, factor in values.get("slow", ()))
         for name in ("message_s", "train_s", "job_s", "fetch_s"):
             if name in values:
                 values[name] = tuple(values[name])
+        if values["rules"].get("target"):
+            values["rules"]["target"] = tuple(values["rules"]["target"])
         return Schedule(**values)
 
 
@@ -135,6 +143,7 @@ class Plans:
         self._schedule = schedule
         self._rounds: dict[tuple[int, int], dict[int, RoundPlan]] = {}
         self._plans: dict[tuple[int, int], Plan] = {}
+        self._readers: dict[tuple[int, int], list[list[str]]] = {}
 
     def plan(self, map_: int, agent: int) -> Plan:
         """Return an agent's plan by a map."""
@@ -142,7 +151,11 @@ class Plans:
         if known is None:
             cycle = range(len(self._schedule.maps[map_].cycle))
             peers = {peer for i in cycle for peer in self._round(map_, i)[agent].mixing}
-            known = Plan(frozenset(peers - {name_of(agent)}), lambda number: self.of(map_, number)[agent])
+            known = Plan(
+                frozenset(peers - {name_of(agent)}),
+                lambda number: self.of(map_, number)[agent],
+                lambda number: self.readers(map_, number)[agent],
+            )
             self._plans[map_, agent] = known
         return known
 
@@ -152,6 +165,17 @@ class Plans:
         cycle = len(self._schedule.maps[map_].cycle)
         phase = (number - 1) % cycle
         return self._round(map_, phase if learn else phase + cycle)
+
+    def readers(self, map_: int, number: int) -> list[list[str]]:
+        """Return who merges each agent's snapshot of a round."""
+        phase = (number - 1) % len(self._schedule.maps[map_].cycle)
+        known = self._readers.get((map_, phase))
+        if known is None:
+            agents = self._schedule.agents
+            heard = sources_of(self._schedule.maps[map_], phase, agents)
+            known = [[name_of(b) for b in range(agents) if a in heard[b]] for a in range(agents)]
+            self._readers[map_, phase] = known
+        return known
 
     def _round(self, map_: int, phase: int) -> dict[int, RoundPlan]:
         known = self._rounds.get((map_, phase))

@@ -1,5 +1,5 @@
-"""Makes a failing schedule short enough to read: less goes wrong, fewer rounds and agents, while the same promise is
-broken (delta debugging: Zeller & Hildebrandt 2002)."""
+"""Makes a failing schedule short enough to read: less goes wrong, fewer rounds and agents, while the same check fails
+(delta debugging: Zeller & Hildebrandt 2002)."""
 
 from __future__ import annotations
 
@@ -16,17 +16,20 @@ MOST_RUNS = 600
 
 
 def shrink(schedule: Schedule, world: type[World] = World, most_runs: int = MOST_RUNS) -> Schedule:
-    """Return a schedule that breaks the same promise and from which nothing can be left out alone. One that breaks
-    none comes back as it is."""
-    promise = run(schedule, world).promise
-    if not promise:
+    """Return a schedule in which the same check of the same promise fails, and from which nothing can be left out
+    alone. One that breaks none comes back as it is."""
+    broken = run(schedule, world)
+    if not broken.promise:
         return schedule
     runs = 0
 
     def fails(candidate: Schedule) -> bool:
         nonlocal runs
         runs += 1
-        return runs <= most_runs and run(candidate, world).promise == promise
+        if runs > most_runs:
+            return False
+        found = run(candidate, world)
+        return (found.promise, found.check) == (broken.promise, broken.check)
 
     before = None
     while before != schedule and runs < most_runs:
@@ -107,7 +110,8 @@ def _without(s: Schedule, gone: int) -> Schedule:
     )
     faults = tuple(fault(f) for f in s.faults if f.kind in ("cut", "map") or f.agent != gone)
     slow = tuple((moved(agent), factor) for agent, factor in s.slow if agent != gone)
-    return replace(s, agents=s.agents - 1, maps=maps, faults=faults, slow=slow)
+    bases = tuple((moved(agent), base) for agent, base in s.bases if agent != gone)
+    return replace(s, agents=s.agents - 1, maps=maps, faults=faults, slow=slow, bases=bases)
 
 
 def _sparser(s: Schedule) -> Iterator[Schedule]:
@@ -138,6 +142,10 @@ def _plainer(s: Schedule) -> Iterator[Schedule]:
         yield replace(s, learn="off")
     if s.base:
         yield replace(s, base="")
+    if s.bases:
+        yield replace(s, bases=())
+    if s.rules.get("target"):
+        yield replace(s, rules={**s.rules, "target": None})
     if s.rules["min_peers"]:
         yield replace(s, rules={**s.rules, "min_peers": 0})
     if s.rules["basis_gossip"]:

@@ -6,9 +6,13 @@ Each commit is tested on 1,000 schedules of its own, whose seeds come from its n
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.faults.hunt import explain, run_seeds
+from tests.faults.run import run
+from tests.faults.schedule import Schedule
 from tests.faults.seeds import first_seed
 
 SCHEDULES = 1000
@@ -24,6 +28,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if metafunc.config.getoption("all"):
         seeds += [seed for seed in range(0, ALL, CHUNK) if seed not in seeds]
     metafunc.parametrize("first", seeds)
+
+
+@pytest.mark.parametrize("file", sorted((Path(__file__).parent / "found").glob("*.json")), ids=lambda file: file.stem)
+def test_what_was_found_once_stays_mended(file: Path) -> None:
+    """Schedules that broke a promise, or that a check of these tests was wrong about, each in a file named after it."""
+    outcome = run(Schedule.from_json(file.read_text()))
+    assert not outcome.promise, outcome.text
 
 
 def test_promises_hold(first: int) -> None:

@@ -35,12 +35,14 @@ def test_shrunk_schedule_breaks_the_same_promise_with_less(name: str) -> None:
     schedule = draw(caught.seed)
     with mutant.alive() as world:
         short = shrink(schedule, world)
-        assert run(short, world).promise == caught.promise
+        before, after = run(schedule, world), run(short, world)
+        assert (after.promise, after.check) == (before.promise, before.check) == (caught.promise, before.check)
         assert len(short.faults) <= len(schedule.faults)
         assert short.agents <= schedule.agents
         for i in range(len(short.faults)):
             fewer = replace(short, faults=(*short.faults[:i], *short.faults[i + 1 :]))
-            assert run(fewer, world).promise != caught.promise
+            left = run(fewer, world)
+            assert (left.promise, left.check) != (before.promise, before.check)
         again = Schedule.from_json(short.to_json())
         assert trace_of(again, world) == trace_of(short, world)
     assert not run(short).promise, "the machine as it is keeps the promise there"
@@ -62,7 +64,7 @@ def test_every_kind_of_fault_is_drawn() -> None:
     kinds = {fault.kind for schedule in schedules for fault in schedule.faults}
     assert kinds == {
         "crash", "late", "leave", "cut", "pause", "clock", "stranger", "foreign", "flood", "lost", "noise",
-        "equivocate", "time_up", "map",
+        "equivocate", "time_up", "map", "tempt",
     }  # fmt: skip
     crashes = [fault for schedule in schedules for fault in schedule.faults if fault.kind == "crash"]
     assert {fault.where for fault in crashes if fault.step} == {"before", "torn", "after"}
@@ -70,6 +72,8 @@ def test_every_kind_of_fault_is_drawn() -> None:
     assert any(fault.until < 0 for fault in crashes)
     assert {schedule.rules["mode"] for schedule in schedules} == {"sync", "async"}
     assert any(schedule.agents == 50 for schedule in schedules)
+    assert any(schedule.rules.get("target") for schedule in schedules)
+    assert any(schedule.bases for schedule in schedules)
 
 
 def test_failure_is_told_with_its_replay(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,13 @@ from tests.faults.schedule import Fault, Plans, Schedule, name_of, rules_of
 from tests.faults.trace import show
 from tests.faults.violation import Violation
 
+SCORE = "score"
 Job = Callable[[], m.Event | None]
+
+
+def score(seed: int, agent: int, number: int) -> int:
+    """Return the metric of an agent after a round's merge: a whole number below 8, so that it often is the target."""
+    return (seed * 31 + agent * 17 + number * number * 5 + number * 3) % 8
 
 
 class World:
@@ -238,7 +244,8 @@ class World:
                 raise Violation("whole or not at all", f"{node.name} merges a snapshot of {part.peer} released before")
             snapshots.append((part.weight, snapshot))
         node.model.merge(own, snapshots, accepted)
-        return m.MergeDone(action.round, MergeResult(refused=refused, accepted=accepted))
+        after = {SCORE: float(score(self.schedule.seed, node.index, action.round))}
+        return m.MergeDone(action.round, MergeResult(refused=refused, accepted=accepted, after=after))
 
     def rebase(self, node: Node, action: m.AdoptBasis) -> m.Event:
         assert node.machine is not None
@@ -267,7 +274,8 @@ class World:
 
     def publish(self, node: Node, action: m.Publish) -> None:
         self.watch.publishes(node, action)
-        offer = Offer(action.round, action.root, action.basis, dict(action.pushed), action.base)
+        previous = max((part.round for part in action.parents if part.agent == node.name), default=0)
+        offer = Offer(action.round, action.root, action.basis, dict(action.pushed), action.base, previous)
         node.store[action.round] = offer
         for old in sorted(node.store)[: -self.schedule.keep]:
             del node.store[old]
@@ -284,6 +292,7 @@ class World:
             oldest=min(node.store),
             pushed=offer.pushed.get(reader, 0.0),
             base=offer.base,
+            previous=offer.previous,
         )
 
     def resend(self, node: Node, reader: Node) -> None:
@@ -364,7 +373,7 @@ class World:
             node.plan,
             self.rules,
             basis=node.basis,
-            base=self.schedule.base if knows else "",
+            base=self.schedule.base_of(node.index) if knows else "",
             state=state,
             published=node.published,
         )

@@ -6,7 +6,7 @@ of things per peer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from enum import Enum
 
 from dimat.agent.protocol.catching_up import CatchingUp
@@ -19,6 +19,7 @@ SILENT = "silent since an earlier round"
 RECENT = 4
 """Rounds after which a peer that was not heard again may be dead; one that is ahead and waits makes fewer of them."""
 PAST = "it is ahead and offers this round no more"
+BEHIND = "it is behind, and is waited for once it has caught up"
 
 
 class Heard(Enum):
@@ -61,6 +62,7 @@ class Inbox:
         self._next: Plan | None = None
         self._turn = 0  # counts the rounds that were begun
         self._heard: dict[str, int] = {}  # the turn in which a peer was heard last
+        self._overdue: dict[str, int] = {}  # deadlines in a row that passed in waiting for a living peer
         self._apart: dict[str, int] = {}  # for how many rounds in a row a living peer was out of reach ahead
 
     # ── rounds ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -102,6 +104,7 @@ class Inbox:
         self.offers.forget_all_but(plan.peers)
         self._silent = {peer: gone for peer, gone in self._silent.items() if peer in plan.peers}
         self._heard = {peer: turn for peer, turn in self._heard.items() if peer in plan.peers}
+        self._overdue = {peer: count for peer, count in self._overdue.items() if peer in plan.peers}
         gone = [
             offer for held in (self.ready, self.fetching) for offer in held.values() if offer.peer not in plan.peers
         ]
@@ -119,11 +122,15 @@ class Inbox:
     def expire(self) -> None:
         """Wait no more in this round.
 
-        A peer that was waited for and not heard counts as silent; one that is late or rounds behind is waited for in
-        the next round too: it may catch up.
+        A peer that was waited for and not heard counts as silent; one that is late is waited for in the next round too:
+        it may catch up.
         """
         for peer in self.missing():
-            if peer not in self.lost and not self._heard_within(peer, 1):
+            if peer in self.lost:
+                continue
+            if self._heard_within(peer, 1):
+                self._overdue[peer] = self._overdue.get(peer, 0) + 1
+            else:
                 self._silent[peer] = (SILENT, 0)
 
     def network_round(self, number: int) -> int:
@@ -131,18 +138,19 @@ class Inbox:
 
         The network's round is a median, which one liar does not move. Where a living peer stays out of reach ahead of
         it (two parts of a network that went on at different speeds and meet again) an agent makes up ground, a bounded
-        number of rounds at a time. How far one peer's word alone counts: see `CatchingUp`.
+        number of rounds at a time. How far one peer's word alone counts: see `CatchingUp`. Peers that have gone on
+        without this agent's snapshot do not wait for it: it goes where they are, whatever they still offer.
         """
         # who was heard in this round lives, though what it offered may not have come in time
         heard = [peer for peer in self._plan.peers if peer not in self._silent or self._heard_within(peer, 1)]
         front = self.offers.front(heard)
-        apart = self._out_of_reach(number, heard)
-        still_offered = any(self.mode.may_come(self.offers, peer, number) for peer in heard)
+        passed = {peer for peer in heard if self._has_passed(peer, number)}
+        apart = self._out_of_reach(number, heard, passed)
+        still_offered = any(self.mode.may_come(self.offers, peer, number) for peer in heard if peer not in passed)
         if front > number + self.mode.slack and not still_offered:
             return self._catching_up.target(front, number, heard, self._plan.peers)
         if not apart:
             return number
-        self._apart = {}
         ground = max(number, min(apart[0], number + ROUNDS_KEPT))
         return self._catching_up.target(ground, number, heard, self._plan.peers)
 
@@ -155,12 +163,19 @@ class Inbox:
         """Whether a peer was heard in this round or in the last `turns` rounds, this one counted."""
         return peer in self._heard and self._turn - self._heard[peer] < turns
 
-    def _out_of_reach(self, number: int, peers: Sequence[str]) -> list[int]:
-        """Return the newest rounds, in order, of living peers that have been ahead out of reach for some rounds."""
+    def _has_passed(self, peer: str, number: int) -> bool:
+        """Whether a peer has gone on without this agent's snapshot of the round, or of a later one that is near."""
+        newest = self.offers.range(peer)[1] if self.mode.waits else 0
+        return any(peer in self._plan.readers(r) for r in range(number, min(newest, number + ROUNDS_KEPT)))
+
+    def _out_of_reach(self, number: int, peers: Sequence[str], passed: Collection[str]) -> list[int]:
+        """Return the newest rounds, in order, of living peers that have been ahead for some rounds, out of reach or
+        without waiting (`passed`)."""
         ahead: dict[str, int] = {}
         for peer in peers:
             oldest, newest = self.offers.range(peer)
-            if self._heard_within(peer, RECENT) and self.mode.meets_at(oldest, newest) > number:
+            far = peer in passed or self.mode.meets_at(oldest, newest) > number
+            if far and self._heard_within(peer, RECENT):
                 ahead[peer] = newest
         self._apart = {peer: self._apart.get(peer, 0) + 1 for peer in ahead}
         return sorted(newest for peer, newest in ahead.items() if self._apart[peer] >= PATIENCE)
@@ -224,6 +239,7 @@ class Inbox:
         if offer is None or not (self.open or self.mode.keeps):
             return None
         del self.fetching[peer]
+        self._overdue.pop(peer, None)
         self._catching_up.in_hand(peer, number)
         before = self.ready.get(peer)
         self.ready[peer] = offer
@@ -251,6 +267,7 @@ class Inbox:
         """
         if peer not in self._plan.peers:
             return False
+        last = min(last, self._silent[peer][1]) if peer in self._silent else last  # it has not been heard since
         self._silent[peer] = (reason, last)
         if last < self._number and peer not in self.ready and peer not in self.fetching:
             self.lost[peer] = reason
@@ -261,10 +278,22 @@ class Inbox:
         return offer if offer is not None and (offer.round, offer.root) == (number, root) else None
 
     def _pass_over(self, peer: str) -> None:
-        """Do not wait for a peer that is ahead and offers this round no more."""
-        here = peer in self.ready or peer in self.fetching
-        if not here and self.mode.is_past(self.offers, peer, self._number):
+        """Do not wait for a peer that is ahead and offers this round no more, nor for one that is far behind."""
+        if peer in self.ready or peer in self.fetching:
+            return
+        if self.mode.is_past(self.offers, peer, self._number):
             self.lost[peer] = PAST
+        elif self._is_behind(peer):
+            self.lost[peer] = BEHIND
+        elif self.lost.get(peer) == BEHIND:
+            del self.lost[peer]
+
+    def _is_behind(self, peer: str) -> bool:
+        """Whether a peer is further behind than it comes within a round, or has not caught up while it was waited for
+        `PATIENCE` times."""
+        newest = self.offers.range(peer)[1]
+        far = 0 < newest < self._number - ROUNDS_KEPT
+        return far or (self._overdue.get(peer, 0) >= PATIENCE and newest < self._number - 1)
 
     def _planned(self, number: int) -> RoundPlan:
         """Return the plan of this round, or of a later one as it is known now."""

@@ -20,6 +20,8 @@ class Mode(Protocol):
 
     keeps: bool
     """Whether a snapshot may be merged in a later round than the one that it was fetched in."""
+    waits: bool
+    """Whether a round waits for its peers."""
     newest_only: bool
     """Whether of each peer's offers only the newest counts."""
     slack: int
@@ -74,6 +76,7 @@ class Synchronous:
     """A round merges its neighbours' snapshots of the same round, and waits for them."""
 
     keeps = False
+    waits = True
     newest_only = False
     slack = 0
 
@@ -100,8 +103,9 @@ class Synchronous:
         return ready
 
     def is_past(self, offers: Offers, peer: str, number: int) -> bool:
-        """The peer's offers begin after the round."""
-        return offers.get(peer, number) is None and offers.range(peer)[0] > number
+        """The peer's offers begin after the round, or it left the round out."""
+        gone = offers.range(peer)[0] > number or offers.left_out(peer, number)
+        return gone and offers.get(peer, number) is None
 
     def is_far(self, offers: Offers, offer: PeerPublished, number: int) -> bool:
         """The offer is further ahead than offers are kept."""
@@ -116,7 +120,7 @@ class Synchronous:
     def may_come(self, offers: Offers, peer: str, number: int) -> bool:
         """The offer is known, or was lost on its way and lies within what the peer still offers."""
         oldest, newest = offers.range(peer)
-        lost = oldest <= number <= newest < number + ROUNDS_KEPT
+        lost = oldest <= number <= newest < number + ROUNDS_KEPT and not offers.left_out(peer, number)
         return lost or offers.get(peer, number) is not None
 
     def meets_at(self, oldest: int, newest: int) -> int:
@@ -132,6 +136,7 @@ class Asynchronous:
     """A round merges the newest snapshots, at most `max_staleness` rounds old; it never waits."""
 
     keeps = True
+    waits = False
     newest_only = True
 
     def __init__(self, rules: Rules) -> None:

@@ -25,7 +25,8 @@ class PeerPublished:
 
     `oldest`: the oldest round that it still offers (0: not known). `pushed`: all the push-sum weight that it has
     ever sent to this agent, this snapshot's included. `base`: address of the weights that its deltas are taken
-    from, if any. A driver hands in each offer when it is made, and again whenever a connection is made anew.
+    from, if any. `previous`: the round of its own that this one was trained from (0: not known): it left out those
+    between. A driver hands in each offer when it is made, and again whenever a connection is made anew.
     """
 
     peer: str
@@ -36,6 +37,7 @@ class PeerPublished:
     oldest: int = 0
     pushed: float = 0.0
     base: str = ""
+    previous: int = 0
 
     @staticmethod
     def of(manifest: Manifest, reader: str, oldest: int, basis: BasisId | None = None) -> PeerPublished:
@@ -52,6 +54,7 @@ class PeerPublished:
             oldest=oldest,
             pushed=manifest.pushed.get(reader, 0.0),
             base=manifest.base,
+            previous=max((number for agent, _, number, _ in manifest.parents if agent == manifest.agent), default=0),
         )
 
 
@@ -78,12 +81,18 @@ class Offers:
         self._offers: dict[str, dict[int, PeerPublished]] = {}
         self._far: dict[str, dict[int, PeerPublished]] = {}
         self._ranges: dict[str, tuple[int, int]] = {}
+        self._gaps: dict[str, dict[int, int]] = {}  # rounds that a peer left out: those between two numbers
 
     def heard(self, offer: PeerPublished) -> None:
         """Note which rounds a peer has got to, and which it offers no more."""
         oldest, newest = self._ranges.get(offer.peer, (0, 0))
         oldest = max(oldest, min(offer.oldest, offer.round))
         self._ranges[offer.peer] = (oldest, max(newest, offer.round))
+        if 0 < offer.previous < offer.round - 1:
+            gaps = self._gaps.setdefault(offer.peer, {})
+            gaps[offer.previous] = offer.round
+            for surplus in sorted(gaps)[FAR_KEPT:]:
+                del gaps[surplus]
         for kept in (self._offers.get(offer.peer, {}), self._far.get(offer.peer, {})):
             for withdrawn in [number for number in kept if number < oldest]:
                 del kept[withdrawn]
@@ -137,17 +146,24 @@ class Offers:
         """Return the oldest and newest round that a peer offers (0: not known, never heard)."""
         return self._ranges.get(peer, (0, 0))
 
+    def left_out(self, peer: str, number: int) -> bool:
+        """Whether a peer is known to have gone on without a snapshot of a round."""
+        return any(before < number < after for before, after in self._gaps.get(peer, {}).items())
+
     def forget_before(self, number: int) -> None:
-        """Drop offers of earlier rounds (synchronous mode: they are of no use)."""
+        """Drop what is known of earlier rounds (synchronous mode: it is of no use)."""
         for offers in self._offers.values():
             for old in [r for r in offers if r < number]:
                 del offers[old]
+        for peer, gaps in self._gaps.items():
+            self._gaps[peer] = {before: after for before, after in gaps.items() if after > number}
 
     def forget_all_but(self, peers: Collection[str]) -> None:
         """Drop whatever peers that are not named have offered."""
         self._offers = {peer: offers for peer, offers in self._offers.items() if peer in peers}
         self._far = {peer: far for peer, far in self._far.items() if peer in peers}
         self._ranges = {peer: range_ for peer, range_ in self._ranges.items() if peer in peers}
+        self._gaps = {peer: gap for peer, gap in self._gaps.items() if peer in peers}
 
     def front(self, peers: Collection[str]) -> int:
         """Return the round that a network is at, 0 if no peer was heard.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -42,11 +42,13 @@ class RoundPlan:
 class Plan:
     """All rounds as planned.
 
-    `peers`: everybody whom the agent may ever hear; `of(round)`: one round, from 1.
+    `peers`: everybody whom the agent may ever hear; `of(round)`: one round, from 1; `readers(round)`: who merges the
+    agent's snapshot of it.
     """
 
     peers: frozenset[str]
     of: Callable[[int], RoundPlan]
+    readers: Callable[[int], Collection[str]] = lambda _: ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

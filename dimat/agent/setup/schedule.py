@@ -81,7 +81,9 @@ class RunSchedule:
             for schedule in (*(topology.schedule for _, topology in self.schedules), self.final):
                 if schedule is not None and agent in schedule.names:
                     peers.update(schedule.sources(agent))
-        return Plan(frozenset(peers), lambda number: self.round_plan(agent, number))
+        return Plan(
+            frozenset(peers), lambda number: self.round_plan(agent, number), lambda number: self.readers(agent, number)
+        )
 
     def rules(self) -> Rules:
         """Return the rules by which all agents' rounds go."""

@@ -1,0 +1,79 @@
+"""Whom it makes sense to wait for in a synchronous round, worked out from what an agent has heard and from nothing of
+the machine's: whoever waits for anybody else wastes a deadline."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+
+from dimat.agent.protocol.offers import PATIENCE, ROUNDS_KEPT, PeerPublished
+
+
+@dataclass(slots=True)
+class Waiting:
+    """What an agent knows of its peers in one life.
+
+    `gone`: peers that have left or were not heard for a whole round, with the last round that may still come of them;
+    `newest`, `oldest`: rounds that they have got to and still offer; `gaps`: rounds that they left out, all of them;
+    `late`: deadlines in a row that passed in waiting for a peer that was heard; `failed`: whose snapshot of this round
+    could not be had; `heard`: who was, in this round.
+    """
+
+    plan: Collection[str] = ()
+    gone: dict[str, int] = field(default_factory=dict)
+    newest: dict[str, int] = field(default_factory=dict)
+    oldest: dict[str, int] = field(default_factory=dict)
+    gaps: dict[str, set[int]] = field(default_factory=dict)
+    offered: set[tuple[str, int]] = field(default_factory=set)
+    late: dict[str, int] = field(default_factory=dict)
+    failed: set[str] = field(default_factory=set)
+    heard: set[str] = field(default_factory=set)
+
+    def begins(self, plan: Collection[str]) -> None:
+        """A round begins, by a plan with these peers."""
+        self.plan = plan
+        self.failed, self.heard = set(), set()
+
+    def hears(self, offer: PeerPublished) -> None:
+        """An offer of a peer that counts."""
+        peer, number = offer.peer, offer.round
+        if self.gone.get(peer, number) < number:
+            del self.gone[peer]
+        self.heard.add(peer)
+        self.failed.discard(peer)
+        self.offered.add((peer, number))
+        self.newest[peer] = max(self.newest.get(peer, 0), number)
+        self.oldest[peer] = max(self.oldest.get(peer, 0), min(offer.oldest, number))
+        if offer.previous:
+            self.gaps.setdefault(peer, set()).update(range(offer.previous + 1, number))
+
+    def lost(self, peer: str, last: int) -> None:
+        """A peer is said to be gone, after a round."""
+        if peer in self.plan:
+            self.gone[peer] = min(last, self.gone.get(peer, last))
+
+    def came(self, peer: str) -> None:
+        """A peer's snapshot is here."""
+        self.late.pop(peer, None)
+
+    def expired(self, missing: Iterable[str], number: int) -> None:
+        """A deadline has passed while these had not come."""
+        for peer in missing:
+            if not self.worth(peer, number):
+                continue
+            if peer in self.heard:
+                self.late[peer] = self.late.get(peer, 0) + 1
+            else:
+                self.gone[peer] = 0
+
+    def worth(self, peer: str, number: int) -> bool:
+        """Whether a peer's snapshot of a round may still come before the deadline."""
+        if peer in self.failed or self.gone.get(peer, number) < number:
+            return False
+        newest = self.newest.get(peer, 0)
+        left_out = number in self.gaps.get(peer, ()) or self.oldest.get(peer, 0) > number
+        if left_out and (peer, number) not in self.offered:
+            return False
+        if 0 < newest < number - ROUNDS_KEPT:
+            return False
+        return newest >= number - 1 or self.late.get(peer, 0) < PATIENCE
