@@ -9,9 +9,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from dimat.agent.daemon.mid_round import MidRound
 from dimat.agent.daemon.worker import AgentWorker
 from dimat.agent.learner.checkpoint import CheckpointStore
 from dimat.agent.learner.learner import Learner
+from dimat.agent.lineage.compaction import Compaction
+from dimat.agent.lineage.manifest_log import ManifestLedger
 from dimat.agent.protocol.basis import BasisId
 from dimat.agent.protocol.messages import CheckpointAction
 from dimat.agent.protocol.state import MachineState, Stage
@@ -142,7 +145,12 @@ def test_a_restart_goes_back_to_before_the_first_doubtful_merge(
 
     def worker(learner: Learner) -> AgentWorker:
         store = CheckpointStore(tmp_path / "checkpoints", 2, durable=False)
-        return AgentWorker(learner, "tiny", store, tmp_path / "lineage.jsonl", "none", tmp_path / "weights.safetensors")
+        middle = MidRound(learner, store, None, lambda fault: None)
+        records = tmp_path / "lineage.jsonl"
+        compaction = Compaction(learner.name, records, ManifestLedger(tmp_path / "manifests.jsonl", 10**6), 10**6)
+        return AgentWorker(
+            learner, "tiny", store, records, "none", tmp_path / "weights.safetensors", middle, compaction
+        )
 
     def save(number: int, stage: Stage) -> None:
         state = MachineState("tiny", one.name, number, stage, BasisId(0, one.name, "0"))
