@@ -1,4 +1,4 @@
-"""How large own training has made own weights: the slow reference that bounds what merges may make of them.
+"""How large own training has made own weights: a slow reference that bounds merges.
 
 A merge moves own norm, and a bound by own norm moves along: a peer that stays within it every round makes weights grow
 without end. The reference follows own training alone; a merge leaves it as it was.
