@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -72,12 +72,22 @@ class Identity:
         goes by the keys that hold then."""
         import grpc
 
-        def now() -> grpc.ServerCertificateConfiguration:
+        shown: list[bytes] = []
+
+        def changed() -> grpc.ServerCertificateConfiguration | None:
+            # None while nothing has changed: gRPC replaces what handshakes of other threads may be using just then
             with self._whole:
+                held = [self.certificate, self.ca]
+                if held == shown:
+                    return None
+                shown[:] = held
                 pair = self._key_pem, self.certificate
                 return grpc.ssl_server_certificate_configuration([pair], root_certificates=self.ca)
 
-        return grpc.dynamic_ssl_server_credentials(now(), now, require_client_authentication=True)
+        first = changed()
+        assert first is not None
+        # its type leaves out that None is allowed, which its documentation says
+        return grpc.dynamic_ssl_server_credentials(first, cast("Any", changed), require_client_authentication=True)
 
     def channel_credentials(self) -> grpc.ChannelCredentials:
         """Return a client's credentials; its channel must set "grpc.ssl_target_name_override" to `tls_name(peer)`."""
