@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from dimat.config import TrainConfig
-from dimat.device import current_streams, own_streams, resolve_device, seeded_streams, set_streams
+from dimat.device import current_streams, own_streams, resolve_device, seeded_streams
 from dimat.errors import DataError, TrainingError
 from dimat.merge.models.functional import call_with
 from dimat.seeds import derive_seed, torch_generator
@@ -29,6 +29,7 @@ from dimat.symmetry import Permutations, SymmetrySpec
 from dimat.symmetry.trace import eval_mode
 from dimat.tasks.base import Batch, Data, Task
 from dimat.tasks.data import InputBatches, batch_bounds, input_batches
+from dimat.train.batch_feed import BatchFeed
 from dimat.train.check_task import check_accumulate, check_sizes
 from dimat.train.contract import check_parts, checked_batch, checked_loss, checked_metrics, loss_weight, task_errors
 from dimat.train.losses import LocalLoss
@@ -38,8 +39,6 @@ from dimat.train.optimizers import build_optimizer, lr_factor
 from dimat.train.progress import Interrupts, Progress, TrainingInterruptedError
 from dimat.train.stepper import Stepper
 
-GATHER_BYTES = 4 << 20
-"""Examples are gathered for several batches at once, up to about this size: it fits a cache."""
 DEFAULT_EPOCHS = 2.0
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -131,14 +130,9 @@ class Trainer(ModelState):
         self._renew_optimizer()
         self.samples_seen = 0
         """Training examples seen since the start, with repeats."""
-        self._order_rng = torch_generator(seed, *path, "batches")
-        self._augment_rng = torch_generator(seed, *path, "augment")
         self._global_rng = seeded_streams(derive_seed(seed, *path, "dropout"), self.device)
-        self._epoch_rng = self._order_rng.get_state()  # where the current epoch's order was drawn from
-        self._order = torch.empty(0, dtype=torch.int64)
-        self._position = 0  # batches of the current epoch that are done; 0: its order is still to be drawn
-        self._bounds = batch_bounds(len(data), config.batch_size)
-        self._batches_gathered = 0
+        order, augment = (torch_generator(seed, *path, name) for name in ("batches", "augment"))
+        self._feed = BatchFeed(task, data, config.batch_size, self.device, order, augment)
         self.interrupts: Interrupts | None = None
         self._progress: Progress | None = None  # of the round that is being trained, or was broken off
         self._step: Any = getattr(task, "train_step", None)
@@ -154,7 +148,7 @@ class Trainer(ModelState):
     @property
     def batches(self) -> int:
         """Batches in an epoch."""
-        return len(self._bounds) - 1
+        return self._feed.batches
 
     def train(self, round: int) -> TrainReport:
         """Train for one round and report loss, samples, steps and seconds.
@@ -191,7 +185,7 @@ class Trainer(ModelState):
         factors = self._lr_factors(round, progress.steps)
         goes_on = True
         while goes_on and progress.done < progress.steps:
-            batches = self._gather(progress)
+            batches = self._feed.gather(progress)
             losses: list[tuple[Tensor, float]] = []
             for batch in batches:
                 if factors is not None:
@@ -233,25 +227,6 @@ class Trainer(ModelState):
             progress.loss += value * weight
             progress.counted += weight
             progress.samples += len(batch.targets)
-
-    def _gather(self, progress: Progress) -> list[Batch]:
-        """Return the next batches of a round; of those that were gathered before it was broken off, the rest."""
-        if not progress.within:
-            progress.first = self._position
-            progress.before = {
-                "batches": self._order_rng.get_state(),
-                "augment": self._augment_rng.get_state(),
-                **current_streams(self.device),
-            }
-            return self._next_batches(progress.steps - progress.done)
-        now = current_streams(self.device)
-        self._position = progress.first
-        self._order_rng.set_state(progress.before["batches"])
-        self._augment_rng.set_state(progress.before["augment"])
-        set_streams(progress.before, self.device)  # data may draw from them too
-        batches = self._next_batches(progress.steps - progress.done + progress.within)
-        set_streams(now, self.device)
-        return batches[progress.within :]
 
     def _backward(self, batch: Batch) -> tuple[Tensor, float]:
         """Add the gradients of a batch's mean loss, part by part; return that loss, and by how much it counts."""
@@ -296,28 +271,6 @@ class Trainer(ModelState):
     def _autocast(self) -> Any:
         dtype = AUTOCAST.get(self.config.precision)
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
-
-    def _next_batches(self, most: int) -> list[Batch]:
-        """Return the next batches of the epoch, at most `most`, on the device; epochs run on over rounds."""
-        count = len(self._bounds) - 1
-        if self._position == 0 or self._position == count:
-            self._position = 0
-            self._epoch_rng = self._order_rng.get_state()
-            self._order = torch.randperm(len(self.data), generator=self._order_rng)
-        if not self._batches_gathered:
-            example = self.data.batch(torch.zeros(1, dtype=torch.int64))
-            size = sum(t.numel() * t.element_size() for t in (*example.inputs, example.targets))
-            self._batches_gathered = max(1, GATHER_BYTES // max(1, size * self.config.batch_size))
-        first = self._position
-        last = min(count, first + most, first + self._batches_gathered)
-        bounds = self._bounds[first : last + 1]
-        chosen = self._order[bounds[0] : bounds[-1]]
-        gathered = checked_batch(self.task, self.data.batch(chosen, self._augment_rng), len(chosen), "data.batch()")
-        sizes = [b - a for a, b in pairwise(bounds)]
-        inputs = [t.to(self.device, non_blocking=True).split(sizes) for t in gathered.inputs]
-        targets = gathered.targets.to(self.device, non_blocking=True).split(sizes)
-        self._position = last
-        return [Batch(*pair) for pair in zip(zip(*inputs, strict=True), targets, strict=True)]
 
     def _lr_factors(self, round: int, steps: int) -> list[float] | None:
         """Return the factor on the learning rate in each step of a round, or None where it never changes."""
@@ -397,7 +350,7 @@ class Trainer(ModelState):
         tensors = {f"model/{name}": tensor for name, tensor in self.weights().items()}
         values: dict[str, Value] = {
             "optimizer": self.config.optimizer.name,
-            "position": self._position,
+            "position": self._feed.position,
             "rows": len(self.data),
             "batches": self.batches,
             "samples_seen": self.samples_seen,
@@ -406,8 +359,7 @@ class Trainer(ModelState):
         tensors |= state
         values |= texts
         tensors |= {f"rng/{name}": state.clone() for name, state in self._global_rng.items()}
-        tensors |= {"rng/batches": self._order_rng.get_state(), "rng/augment": self._augment_rng.get_state()}
-        tensors |= {"rng/epoch": self._epoch_rng.clone()}
+        tensors |= self._feed.tensors()
         values |= {f"scaler/{key}": value for key, value in self._scaler.state_dict().items()}
         if self._progress is not None:
             tensors |= self._progress.tensors()
@@ -445,12 +397,7 @@ class Trainer(ModelState):
             self._teacher = {name: tensor.to(self.device) for name, tensor in taught.items()} or None
             for name in self._global_rng:
                 self._global_rng[name] = tensors[f"rng/{name}"].clone()
-            self._augment_rng.set_state(tensors["rng/augment"])
-            self._epoch_rng = tensors["rng/epoch"].clone()
-            self._order_rng.set_state(self._epoch_rng)
-            self._order = torch.randperm(len(self.data), generator=self._order_rng)
-            self._order_rng.set_state(tensors["rng/batches"])
-            self._position = 0 if new_epoch else min(int(values["position"]), self.batches)
+            self._feed.load(tensors, 0 if new_epoch else int(values["position"]))
             self.samples_seen = int(values["samples_seen"])
             scaler = {n.removeprefix("scaler/"): v for n, v in values.items() if n.startswith("scaler/")}
             if self._scaler.is_enabled():

@@ -155,7 +155,7 @@ def test_data_that_return_no_batch_are_refused(kind: str) -> None:
 
     data = Odd(torch.randn(40, 8), torch.zeros(40, dtype=torch.int64))
     own = trainer(task(data))
-    own._batches_gathered = 1  # pyright: ignore[reportPrivateUsage]
+    own._feed._most_gathered = 1  # pyright: ignore[reportPrivateUsage]
     with pytest.raises(HookError, match=says):
         own.train(1)
     with pytest.raises(HookError, match=says):

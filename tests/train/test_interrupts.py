@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import dimat.train.trainer as trainer_module
+import dimat.train.batch_feed as batch_feed_module
 from dimat.errors import DataError
 from dimat.tasks import TensorData
 from dimat.train.progress import Interrupts, TrainingInterruptedError
@@ -52,7 +52,7 @@ def test_a_round_goes_on_where_it_was_broken_off(
     settings: dict[str, Any], gathered: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After each of its steps, in a life of its own: order, augmentation, dropout, optimizer, the round's loss."""
-    monkeypatch.setattr(trainer_module, "GATHER_BYTES", gathered)
+    monkeypatch.setattr(batch_feed_module, "GATHER_BYTES", gathered)
     unbroken = trainer(data=own_data(), **settings)
     reports = [unbroken.train(number) for number in (1, 2, 3)]
     for after in range(1, reports[1].steps + 1):
