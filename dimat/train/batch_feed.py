@@ -1,4 +1,4 @@
-"""An agent's batches: epochs drawn from a seed, gathered several at a time, resumed bit for bit."""
+"""An agent's batches, epoch after epoch: drawn by seed, gathered, resumed bit for bit."""
 
 from __future__ import annotations
 
