@@ -76,7 +76,7 @@ class Network:
         if self.spec is None or not self.spec.groups:
             return "no symmetry groups are known: nothing is aligned"
         groups, share = len(self.spec.groups), self.spec.coverage
-        return f"{groups} groups of units, {share:.0%} of parameters have an axis that moves"
+        return f"{groups} groups of units, {share:.0%} of what could move in the parameters does"
 
 
 def runs_models(recipe: Recipe, methods: Sequence[Bound[Weights]]) -> list[str]:

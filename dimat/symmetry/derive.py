@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -13,9 +13,21 @@ from torch import nn
 
 from dimat.errors import SymmetryError
 from dimat.symmetry.atoms import Atom, Frozen, Layout, segment_size
-from dimat.symmetry.interpret import Analysis, interpret
+from dimat.symmetry.coverage import by_nature, costs, coverage_of
+from dimat.symmetry.experts import with_experts
+from dimat.symmetry.interpret import DEPENDS, Analysis, interpret
 from dimat.symmetry.points import find_points
-from dimat.symmetry.spec import AxisRef, Factor, FrozenAxis, Group, ObservationPoint, SymmetrySpec, UnknownOp, groups_in
+from dimat.symmetry.spec import (
+    AxisRef,
+    Factor,
+    FrozenAxis,
+    Group,
+    ObservationPoint,
+    SymmetrySpec,
+    UnknownOp,
+    groups_in,
+    with_hash,
+)
 from dimat.symmetry.spec import Layout as SpecLayout
 from dimat.symmetry.trace import SymmetryWarning, Trace, location_of, trace
 from dimat.symmetry.wreath import Parents, find_parents
@@ -43,6 +55,7 @@ def derive_symmetry(model: nn.Module, example_inputs: Any, outputs: Sequence[int
         warnings.warn(message, SymmetryWarning, stacklevel=2)
         return _untraced(model, message)
     spec, loud = describe(traced, traced.select_outputs(outputs), all_outputs=outputs is None)
+    spec, loud = exchange_experts(model, traced, example_inputs, spec, loud)
     for message in loud:
         warnings.warn(message, SymmetryWarning, stacklevel=2)
     return spec
@@ -94,16 +107,15 @@ def describe(
 
     groups = tuple(map(group, group_of))
     axes = _axes(analysis, layouts, names, {name: {names[a] for a in parents[atom]} for atom, name in group_of.items()})
-    moved = {axis.tensor for axis in axes}
-    sizes = {name: prod(traced.shapes[name]) for name in _parameters(traced)}
-    total = max(sum(sizes.values()), 1)
-    frozen = _frozen(analysis, layouts)
-    unknown, loud = _unknown(analysis, frozen, sizes)
+    shapes = {name: traced.shapes[name] for name in _parameters(traced)}
+    kept = outputs[:1] if all_outputs else outputs
+    frozen = _frozen(analysis, layouts, {f"model output '{traced.outputs[number][0]}'" for number in kept})
+    unknown, loud = _unknown(analysis, frozen, {name: prod(shape) for name, shape in shapes.items()})
     if all_outputs:
         loud.extend(_pinning(traced, frozen))
     unseen = [group.id for group in groups if group.method == "weight"]
     quiet = [f"SYM-W04 no observation point for {name}; weight matching" for name in unseen]
-    quiet += [f"SYM-W06 parameter {name} unused in trace; left unpermuted" for name in unused if name in sizes]
+    quiet += [f"SYM-W06 parameter {name} unused in trace; left unpermuted" for name in unused if name in shapes]
     spec = SymmetrySpec(
         groups=groups,
         axes=axes,
@@ -111,17 +123,31 @@ def describe(
         unknown_ops=unknown,
         tied=traced.tied,
         trace_kind=traced.kind,
-        coverage=sum(size for name, size in sizes.items() if name in moved) / total,
-        warnings=(*loud, *quiet),
         outputs=outputs,
         numbered=tuple(group(atom) for atom in names if atom in still),
     )
+    loud.extend(_costly(spec, shapes))
+    spec = replace(spec, coverage=coverage_of(spec, shapes), warnings=(*loud, *quiet))
     return with_hash(spec, traced.digest), loud
+
+
+def exchange_experts(
+    model: nn.Module, traced: Trace, example_inputs: Any, spec: SymmetrySpec, loud: list[str]
+) -> tuple[SymmetrySpec, list[str]]:
+    """Return what `describe` made of a traced module, with experts that are proven to be exchangeable as groups."""
+    moved = with_experts(model, spec, example_inputs, traced.shapes)
+    if moved is spec:
+        return spec, loud
+    shapes = {name: traced.shapes[name] for name in _parameters(traced)}
+    quiet = spec.warnings[len(loud) :]
+    loud = [message for message in loud if not message.startswith(_COSTLY)] + _costly(moved, shapes)
+    moved = replace(moved, coverage=coverage_of(moved, shapes), warnings=(*loud, *quiet))
+    return with_hash(moved, traced.digest), loud
 
 
 def fits(spec: SymmetrySpec, traced: Trace) -> bool:
     """Tell whether a spec was derived from this architecture, traced in this way."""
-    return spec.arch_hash == _hash(spec, traced.digest)
+    return spec.arch_hash == with_hash(spec, traced.digest).arch_hash
 
 
 _Layouts = Mapping[tuple[str, int], Layout]
@@ -210,13 +236,26 @@ def _spec_layout(analysis: Analysis, layout: Layout, group_of: Mapping[Atom, str
     return tuple(tuple(factor(atom) for atom in segment) or (Factor(1),) for segment in layout)
 
 
-def _frozen(analysis: Analysis, layouts: _Layouts) -> tuple[FrozenAxis, ...]:
-    found: dict[FrozenAxis, None] = {}
+def _frozen(analysis: Analysis, layouts: _Layouts, outputs: Collection[str]) -> tuple[FrozenAxis, ...]:
+    found: dict[tuple[str, int, Frozen], int] = {}
+
+    def look(layout: Layout, tensor: str, dim: int, copies: int) -> None:
+        for segment in analysis.domain.resolve(layout):
+            size = copies * segment_size(segment)
+            moves = any(atom.parts is None and atom.frozen is None for atom in segment)
+            for atom in segment:
+                if atom.parts is not None:
+                    look(atom.parts, tensor, dim, 0 if moves else size // atom.size)
+                elif atom.frozen is not None:
+                    why = atom.frozen.reason
+                    place = (tensor, dim, atom.frozen)
+                    stay = 0 if moves or why in outputs or by_nature(why) else size
+                    found[place] = found.get(place, 0) + stay
+                    moves = True  # one reason is enough
+
     for (tensor, dim), layout in layouts.items():
-        for atom in analysis.domain.leaves(layout):
-            if atom.frozen is not None:
-                found[FrozenAxis(tensor, dim, atom.frozen.reason, atom.frozen.node)] = None
-    return tuple(found)
+        look(layout, tensor, dim, 1)
+    return tuple(FrozenAxis(tensor, dim, why.reason, why.node, n) for (tensor, dim, why), n in found.items())
 
 
 def _parameters(traced: Trace) -> list[str]:
@@ -227,29 +266,61 @@ def _parameters(traced: Trace) -> list[str]:
 def _unknown(
     analysis: Analysis, frozen_axes: Sequence[FrozenAxis], sizes: Mapping[str, int]
 ) -> tuple[tuple[UnknownOp, ...], list[str]]:
-    """Return the unknown operations, and one warning for each kind of them."""
+    """Return the unknown operations, and one warning for each kind of them; what follows from a size that depends on
+    data is one kind."""
     blamed: dict[str, set[tuple[str, int]]] = {}
     for frozen in frozen_axes:
         blamed.setdefault(frozen.node, set()).add((frozen.tensor, frozen.dim))
     total = max(sum(sizes.values()), 1)
     listed: list[UnknownOp] = []
     first: dict[str, UnknownOp] = {}
+    reasons: dict[str, str] = {}
     touched: dict[str, set[tuple[str, int]]] = {}
 
     def share_of(axes: set[tuple[str, int]]) -> float:
         return sum(sizes[name] for name in {name for name, _ in axes}) / total
 
-    for node, (op, _) in analysis.unknown.items():
+    for node, (op, reason) in analysis.unknown.items():
         axes = {axis for axis in blamed.get(node.name, set()) if axis[0] in sizes}
         listed.append(UnknownOp(op, node.name, location_of(node), share_of(axes)))
-        first.setdefault(op, listed[-1])
-        touched.setdefault(op, set()).update(axes)
+        kind = DEPENDS if DEPENDS in reason else op
+        first.setdefault(kind, listed[-1])
+        reasons.setdefault(kind, reason)
+        touched.setdefault(kind, set()).update(axes)
     messages = [
-        f"SYM-W02 no rule for {op} at {first[op].location}; froze {len(axes)} axes "
-        f"({100 * share_of(axes):.1f} % of parameters); see register_rule"
-        for op, axes in touched.items()
+        f"SYM-W02 {_cause(kind, first[kind].op, reasons[kind])} at {first[kind].location}; froze {len(axes)} axes "
+        f"({100 * share_of(axes):.1f} % of parameters); {_ADVICE if kind == DEPENDS else 'see register_rule'}"
+        for kind, axes in touched.items()
     ]
     return tuple(listed), messages
+
+
+def _cause(kind: str, op: str, reason: str) -> str:
+    """Return why an operation freezes, and what its rule said if it has one."""
+    if kind == DEPENDS:
+        return f"a shape depends on data from {op} on,"
+    said = reason.partition(f"no rule for {op}: ")[2]
+    return f"no rule for {op}" + f" ({said})" * bool(said)
+
+
+_ADVICE = "the graph could not be run on the example inputs to know it"
+
+
+_COSTLY = "SYM-W08"
+
+
+def _costly(spec: SymmetrySpec, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Return a warning for every known reason that keeps much in place, but for those that are told otherwise."""
+    told = {op.node for op in spec.unknown_ops}
+    told |= {axis.node for axis in spec.frozen if axis.reason.startswith("model output")}
+    messages: list[str] = []
+    for reason, share, axes in costs(spec, shapes, told):
+        more = f" and {len(axes) - 1} more" if len(axes) > 1 else ""
+        messages.append(
+            f"{_COSTLY} {100 * share:.0f} % of what could move stays in place ({reason}): "
+            f"{axes[0].tensor}/{axes[0].dim}{more}"
+        )
+    return messages
 
 
 def _pinning(traced: Trace, frozen: Sequence[FrozenAxis]) -> list[str]:
@@ -273,13 +344,3 @@ def _untraced(model: nn.Module, message: str) -> SymmetrySpec:
     shapes = "\n".join(f"{name} {tuple(getattr(v, 'shape', ()))}" for name, v in sorted(state.items()))
     spec = SymmetrySpec((), (), frozen=frozen, trace_kind="none", warnings=(message,))
     return with_hash(spec, blake3(shapes.encode()).hexdigest())
-
-
-def _hash(spec: SymmetrySpec, digest: str) -> str:
-    groups = [(group.id, group.size) for group in spec.groups]
-    return blake3(repr((digest, spec.outputs, groups, spec.axes)).encode()).hexdigest()
-
-
-def with_hash(spec: SymmetrySpec, digest: str) -> SymmetrySpec:
-    """Return the spec with the hash that its groups and the digest of its trace give."""
-    return replace(spec, arch_hash=_hash(spec, digest))

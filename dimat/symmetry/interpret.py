@@ -25,6 +25,9 @@ from dimat.symmetry.trace import Trace, shape_of
 _LARGEST_CONSTANT = 1 << 26
 """Constants with more entries than this are frozen without a look at their values."""
 
+DEPENDS = "shape depends on data"
+"""The reason for which operations are frozen that have a tensor of unknown size among what they take or make."""
+
 _MOST_RESTARTS = 4
 
 _TRANSPARENT = ("wrap_with_set_grad_enabled", "wrap_with_autocast", "wrap_with_disable_saved_tensors_hooks")
@@ -179,7 +182,7 @@ def _apply_rule(analysis: Analysis, node: fx.Node) -> None:
         _freeze_all(analysis, node, f"no rule for {name}")
         return
     if any(_is_lost(analysis, source) for source in node.all_input_nodes):
-        _freeze_all(analysis, node, "shape depends on data")
+        _freeze_all(analysis, node, DEPENDS)
         return
     try:
         result = function(Call(node, analysis.domain, analysis.values))

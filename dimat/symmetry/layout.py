@@ -38,11 +38,9 @@ from dimat.symmetry.atoms import (
     first_frozen,
     layout_size,
     segment_size,
+    still,
     tidy,
 )
-
-_MOST_COPIES = 1024
-"""A frozen factor above a concatenation is written out as that many copies at most."""
 
 _MOST_CASES = 64
 """A concatenation of more equal pieces than this has them tied when it is viewed as (pieces, size)."""
@@ -264,7 +262,7 @@ class Domain:
         pieces: list[Segment] = []
         for segment in outer:
             copies = segment_size(segment)
-            if all(atom.frozen for atom in segment) and copies * len(inner) <= _MOST_COPIES:
+            if copies == 1 or (still(segment) and not any(a.frozen is None for part in inner for a in part)):
                 pieces.extend(inner * copies)
             else:
                 if whole is None:

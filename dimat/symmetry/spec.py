@@ -12,7 +12,7 @@ factor of size 2 describes an axis of 14 entries: 12 indexed as `i_a * 4 + i_b`,
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from typing import Literal
 
@@ -102,12 +102,17 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class FrozenAxis:
-    """An axis (or part of it) of a parameter or buffer that never moves, and why (`node`: where it was decided)."""
+    """An axis (or part of it) of a parameter or buffer that never moves, and why (`node`: where it was decided).
+
+    `entries`: how many entries of the axis stay for that reason, and might move without it. None are counted where no
+    symmetry could move them (`dimat.symmetry.coverage`), nor where something else in the same product moves.
+    """
 
     tensor: str
     dim: int
     reason: str
     node: str = ""
+    entries: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +137,7 @@ class SymmetrySpec:
     never permuted. `tied` lists sets of names that are one tensor (permuted once). `arch_hash` is a hex
     blake3 of names, shapes, dtypes and the traced graph: equal hashes mean that specs are interchangeable. The graph
     is another with another torch, so that hash is for one machine; `groups_hash` is what machines compare.
-    `coverage` is the share of parameter elements that lie in a tensor with at least one moved axis.
+    `coverage` is the share of parameters' entries, counted axis by axis, that moves (`dimat.symmetry.coverage`).
     `outputs` are the flat indices of the model outputs that the groups leave unchanged. `numbered` are groups of a kind
     that never moves and is no symmetry: their units are told apart by number, and only serve as parents.
     """
@@ -191,6 +196,12 @@ class SymmetrySpec:
     def from_json(text: str) -> SymmetrySpec:
         """Rebuild a spec from `to_json` text; ValueError where it is something else."""
         return as_type(SymmetrySpec, parse_json(text))
+
+
+def with_hash(spec: SymmetrySpec, digest: str) -> SymmetrySpec:
+    """Return the spec with the hash that its groups and the digest of its trace give."""
+    groups = [(group.id, group.size) for group in spec.groups]
+    return replace(spec, arch_hash=blake3(repr((digest, spec.outputs, groups, spec.axes)).encode()).hexdigest())
 
 
 def _spelled(layout: Layout, numbers: dict[str, int]) -> str:

@@ -16,10 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dimat.errors import SymmetryError
 from dimat.symmetry import tree
 from dimat.symmetry.copy_module import copy_module
-from dimat.symmetry.derive import with_hash
+from dimat.symmetry.coverage import coverage_of, moved_entries
 from dimat.symmetry.paths import unwrapped
 from dimat.symmetry.permute import permute_weights, random_permutations
-from dimat.symmetry.spec import AxisRef, Factor, FrozenAxis, Layout, SymmetrySpec, groups_in
+from dimat.symmetry.spec import AxisRef, Factor, FrozenAxis, Layout, SymmetrySpec, groups_in, with_hash
 from dimat.symmetry.steady import steady
 from dimat.symmetry.trace import SymmetryWarning, first_line, forget_derived, retrace
 
@@ -220,10 +220,8 @@ def freeze_failing(
     for message in messages:
         warnings.warn(message, SymmetryWarning, stacklevel=2)
     kept = without_groups(spec, set(culprits), "failed the invariance check")
-    moved = {axis.tensor for axis in kept.axes}
-    sizes = {name: p.numel() for name, p in model.named_parameters()}
-    coverage = sum(size for name, size in sizes.items() if name in moved) / max(sum(sizes.values()), 1)
-    kept = replace(kept, warnings=(*kept.warnings, *messages), coverage=coverage)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    kept = replace(kept, warnings=(*kept.warnings, *messages), coverage=coverage_of(kept, shapes))
     return with_hash(kept, retrace(model, example_inputs).digest)
 
 
@@ -234,8 +232,13 @@ def without_groups(spec: SymmetrySpec, gone: set[str], reason: str) -> SymmetryS
     moving = tuple(axis for axis in axes if groups_in(axis.layout))
     wanted = {parent for group in spec.groups if group.id not in gone for parent in group.parents}
     numbered = tuple(group for group in spec.numbered if group.id in wanted)
-    frozen = tuple(FrozenAxis(t, d, reason) for group in spec.groups if group.id in gone for t, d in group.axes)
     groups = tuple(group for group in spec.groups if group.id not in gone)
+    left, all_ids = {group.id for group in groups}, {group.id for group in spec.groups}
+    frozen = tuple(
+        FrozenAxis(a.tensor, a.dim, reason, "", moved_entries(a.layout, all_ids) - moved_entries(a.layout, left))
+        for a in spec.axes
+        if groups_in(a.layout) & gone
+    )
     return replace(spec, groups=groups, axes=moving, frozen=spec.frozen + frozen, numbered=numbered)
 
 

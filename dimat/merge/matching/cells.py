@@ -97,16 +97,17 @@ def cells(axes: Sequence[AxisRef], groups: Collection[str] | None = None) -> lis
     return [Cell(tuple(zip((dim for dim, _ in split), chosen))) for chosen in product(*(parts for _, parts in split))]
 
 
-def pair_up(own: Tensor, peer: Tensor, slots: Sequence[int]) -> Tensor:
+def pair_up(own: Tensor, peer: Tensor, slots: Sequence[int], blocks: int = 1) -> Tensor:
     """Return inner products of own's units with a peer's: (units, units), float64, on the CPU.
 
-    The units are those of dimensions `slots`, row-major; all other dimensions are summed over.
+    The units are those of dimensions `slots`, row-major; all other dimensions are summed over. With several `blocks`,
+    runs of as many units each, only pairs within one are made: (blocks, units of each, units of each).
     """
-    x, y = (_rows(tensor, slots) for tensor in (own, peer))
-    total = torch.zeros(len(x), len(y), dtype=torch.float64)
-    for left, right in zip(x.split(COLUMNS, 1), y.split(COLUMNS, 1)):
-        total += (left @ right.T).cpu().double()
-    return total
+    x, y = (_rows(tensor, slots).unflatten(0, (blocks, -1)) for tensor in (own, peer))
+    total = torch.zeros(blocks, x.shape[1], y.shape[1], dtype=torch.float64)
+    for left, right in zip(x.split(COLUMNS, 2), y.split(COLUMNS, 2)):
+        total += torch.bmm(left, right.mT).cpu().double()
+    return total if blocks > 1 else total[0]
 
 
 def _rows(tensor: Tensor, slots: Sequence[int]) -> Tensor:

@@ -243,7 +243,7 @@ class Descent:
             least += _RELATIVE.get(kind, _RELATIVE_SINGLE) * float(mine.norm()) * float(other.norm())
             for cell in counted:
                 for group, dims in matching.places(move, cell):
-                    pairs = pair_up(cell.spread(mine).to(kind), cell.spread(other).to(kind), dims)
+                    pairs = pair_up(cell.spread(mine).to(kind), cell.spread(other).to(kind), dims, move.tree.outer)
                     if not bool(pairs.isfinite().all()):
                         raise MergeError(
                             f"tensor {name!r} cannot be matched: its products with a peer's are not finite"

@@ -18,6 +18,10 @@ from dimat.merge.stages import Permutations
 from dimat.symmetry.spec import Group, SymmetrySpec
 
 
+EXACT = 256
+"""Units inside one of a parent's up to which pairs of those are judged by their best assignment."""
+
+
 @dataclass(frozen=True)
 class GroupTree:
     """A group and the trees of its children: groups whose parents are its own and, last, the group itself.
@@ -74,7 +78,8 @@ def assign_nested(
     """Return the permutations of a tree's groups that maximise the sum of their scores, and that sum.
 
     scores[group]: (outer · units, outer · units), finite; row = own unit, column = peer's, each counted row-major by
-    parents and unit; a group left out scores 0 everywhere. A parent's pair (h, h') is worth its own score and, for
+    parents and unit; a group left out scores 0 everywhere. Where the root has parents, (their units, n, n) will do, pairs
+    within one of their units only. A parent's pair (h, h') is worth its own score and, for
     every child, the best assignment within block (h, h'). Groups in `held` keep their order within their parents and
     are left out of the result. A root that has parents is assigned within theirs as they stand.
     """
@@ -133,7 +138,8 @@ class _Solver:
                 total += sum(self._best(child.children, own * size + j, peer * size + j) for j in range(size))
             else:
                 pairs = self._pairs(child, own, peer)
-                total += assignment_value(pairs, assign(pairs))
+                # of very many units the best partner of each will do, to tell which of the parents' units go together
+                total += assignment_value(pairs, assign(pairs)) if len(pairs) <= EXACT else float(pairs.amax(1).sum())
         return total
 
     def _block(self, tree: GroupTree, own: int, peer: int) -> Tensor:
@@ -141,6 +147,10 @@ class _Solver:
         if tree.group.id not in self._scores:
             return torch.zeros(size, size, dtype=torch.float64)
         whole = self._scores[tree.group.id]
+        if whole.ndim == 3:  # both lie in one unit of the root's parents
+            number, own = divmod(own, whole.shape[1] // size)
+            peer -= number * (whole.shape[1] // size)
+            whole = whole[number]
         return whole[own * size : (own + 1) * size, peer * size : (peer + 1) * size]
 
 
@@ -162,7 +172,15 @@ def flat_permutations(tree: GroupTree, permutations: Mapping[str, Tensor]) -> Pe
 def nested_value(tree: GroupTree, scores: Mapping[str, Tensor], permutations: Mapping[str, Tensor]) -> float:
     """Return what permutations of a tree's groups are worth; groups without one stay in their order."""
     flat = flat_permutations(tree, permutations)
-    return sum(assignment_value(s.double(), flat[group]) for group, s in scores.items())
+    return sum(_value(s.double(), flat[group]) for group, s in scores.items())
+
+
+def _value(scores: Tensor, flat: Tensor) -> float:
+    if scores.ndim == 2:
+        return assignment_value(scores, flat)
+    blocks, size, _ = scores.shape
+    inside = flat.view(blocks, size) - size * torch.arange(blocks).unsqueeze(1)
+    return sum(assignment_value(block, p) for block, p in zip(scores, inside))
 
 
 def nested_margin(tree: GroupTree, scores: Mapping[str, Tensor], permutations: Mapping[str, Tensor]) -> float:

@@ -92,7 +92,7 @@ class Call:
         """Return the shape of an output of the operation."""
         shape = shape_of(_outputs(self.node)[output])
         if shape is None:
-            raise NoRule("output shape depends on data")
+            raise NoRule("output shape depends on data")  # ends as `dimat.symmetry.interpret.DEPENDS` does
         return shape
 
     @property
@@ -118,7 +118,8 @@ class Call:
 
     def look_up(self, axis: Layout, places: Iterable[Layout], by: str, apart: Iterable[Layout]) -> None:
         """Freeze an axis whose entries are taken by the numbers in argument `by`, and become those of `places`."""
-        self.domain.freeze(axis, self.why("looked up by index"))
+        words = "embedding" in op_name(self.node.target)
+        self.domain.freeze(axis, self.why("looked up by index" if words else "chosen by number"))
         numbers = _same_numbers(self.arguments[by], _COUNTING if by == "offs" else set())
         self.domain.lookups.append(Lookup(axis, tuple(places), numbers, tuple(apart)))
 

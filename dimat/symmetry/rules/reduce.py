@@ -97,7 +97,7 @@ def index(call: Call) -> Result:
     if len(indexed) == 1:
         call.look_up(x.dims[first], looked_up, "indices", (*x.dims[:first], *x.dims[first + 1 :]))
     else:
-        call.freeze([x.dims[d] for d in indexed], "looked up by index")
+        call.freeze([x.dims[d] for d in indexed], "chosen by number")
     return Value((*x.dims[:first], *looked_up, *x.dims[indexed[-1] + 1 :]))
 
 
@@ -119,12 +119,10 @@ def index_put(call: Call) -> Result:
         return put_by_mask(call, x)
     if len(indices) != len(given) or not indices:
         raise NoRule("assignment to places of axes that are not the first ones")
-    call.freeze(
-        [*x.dims[: len(indices)], *(layout for value in indices for layout in value.dims)], "looked up by index"
-    )
+    call.freeze([*x.dims[: len(indices)], *(layout for value in indices for layout in value.dims)], "chosen by number")
     rest = x.dims[len(indices) :]
     call.broadcast([Value(values.dims[max(values.ndim - len(rest), 0) :]), Value(rest)], Value(rest).shape)
-    call.freeze(values.dims[: max(values.ndim - len(rest), 0)], "looked up by index")
+    call.freeze(values.dims[: max(values.ndim - len(rest), 0)], "chosen by number")
     return x
 
 
@@ -133,14 +131,14 @@ def gather(call: Call) -> Result:
     """Along one axis entries are looked up by number; the others are permuted alike, where sizes agree."""
     x, numbers = call.value("self"), call.value("index")
     axis = call.dim("dim", x.ndim)
-    call.freeze([x.dims[axis]], "looked up by index")
+    call.freeze([x.dims[axis]], "chosen by number")
     for d in range(x.ndim):
         if d == axis:
             continue
         if x.shape[d] == numbers.shape[d]:
             call.domain.unify(x.dims[d], numbers.dims[d])
         else:
-            call.freeze([x.dims[d], numbers.dims[d]], "looked up by index")
+            call.freeze([x.dims[d], numbers.dims[d]], "chosen by number")
     return numbers
 
 

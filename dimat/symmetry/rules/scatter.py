@@ -7,6 +7,7 @@ from torch import fx
 
 from dimat.symmetry.rules.call import Call, NoRule, Result, Value, op_name, rule
 
+_CHOSEN = "chosen by number"
 _LOOKED_UP = "looked up by index"
 _PICKED = "picked by a mask"
 
@@ -20,7 +21,7 @@ def scatter(call: Call) -> Result:
     for d in range(x.ndim):
         layouts = [x.dims[d], *(value.dims[d] for value in others)]
         if d == axis or len({value.shape[d] for value in (x, *others)}) > 1:
-            call.freeze(layouts, _LOOKED_UP)
+            call.freeze(layouts, _CHOSEN)
             continue
         for layout in layouts[1:]:
             call.domain.unify(layouts[0], layout)
@@ -32,14 +33,14 @@ def index_into(call: Call) -> Result:
     """Slices of one axis are written or added to by number; the other axes are permuted alike."""
     x, index, source = call.value("self"), call.value("index"), call.optional("source")
     axis = call.dim("dim", x.ndim)
-    call.freeze([x.dims[axis], *index.dims], _LOOKED_UP)
+    call.freeze([x.dims[axis], *index.dims], _CHOSEN)
     if source is not None and source.ndim == x.ndim:
-        call.freeze([source.dims[axis]], _LOOKED_UP)
+        call.freeze([source.dims[axis]], _CHOSEN)
         for d in range(x.ndim):
             if d != axis:
                 call.domain.unify(x.dims[d], source.dims[d])
     elif source is not None:
-        call.freeze(source.dims, _LOOKED_UP)
+        call.freeze(source.dims, _CHOSEN)
     return x
 
 
@@ -57,11 +58,11 @@ def take_along(call: Call) -> Result:
     if call.constant("dim") is None:
         raise NoRule("entries of a flattened tensor")
     axis, shape = call.dim("dim", x.ndim), call.shape()
-    call.freeze([x.dims[axis]], _LOOKED_UP)
-    call.freeze([numbers.dims[axis]], _LOOKED_UP)
+    call.freeze([x.dims[axis]], _CHOSEN)
+    call.freeze([numbers.dims[axis]], _CHOSEN)
     rest = [Value((*value.dims[:axis], *value.dims[axis + 1 :])) for value in (x, numbers)]
     dims = call.broadcast(rest, (*shape[:axis], *shape[axis + 1 :]))
-    return Value((*dims[:axis], call.fixed(shape[axis], _LOOKED_UP), *dims[axis:]))
+    return Value((*dims[:axis], call.fixed(shape[axis], _CHOSEN), *dims[axis:]))
 
 
 @rule("aten.where.default")

@@ -30,7 +30,7 @@ def write_drawing(
 def page(described: ModelSymmetry, picture: str, error: float | None) -> str:
     """Return the page: figures, warnings, drawing, tables."""
     spec = described.spec
-    numbers = [("groups", str(len(spec.groups))), ("parameters that move", f"{spec.coverage:.1%}")]
+    numbers = [("groups", str(len(spec.groups))), ("of what could move", f"{spec.coverage:.1%}")]
     numbers += [("parameters", f"{described.parameters:,}")] if described.parameters is not None else []
     numbers += [] if error is None else [("invariance error", f"{error:.1e}")]
     text = "Boxes are modules, from inputs down to outputs; a cell is an axis of their tensors: coloured with the "

@@ -198,7 +198,7 @@ def totals(described: ModelSymmetry) -> str:
     count = "unknown" if described.parameters is None else f"{described.parameters:,}"
     return (
         f"{len(spec.groups)} groups" + (f" ({nested} of them in each of another's units)" if nested else "") + "; "
-        f"{spec.coverage:.1%} of {count} parameters have an axis that moves; "
+        f"{spec.coverage:.1%} of what could move in {count} parameters does; "
         f"traced by {spec.trace_kind}; arch {spec.arch_hash[:16]}"
     )
 

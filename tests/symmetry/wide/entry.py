@@ -26,7 +26,7 @@ class Entry:
     """
 
     name: str
-    source: Literal["torchvision", "timm", "transformers", "own"]
+    source: Literal["torchvision", "timm", "transformers", "own", "diffusers", "torch_geometric"]
     family: Literal["cnn", "other"]
     make: Callable[[], Built]
     groups: int | None = None

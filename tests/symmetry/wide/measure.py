@@ -13,7 +13,7 @@ from torch import nn
 
 from dimat.errors import SymmetryError
 from dimat.symmetry import SymmetrySpec, SymmetryWarning, derive_symmetry, trace, verify_symmetry
-from dimat.symmetry.derive import describe
+from dimat.symmetry.derive import describe, exchange_experts
 from tests.symmetry.wide.entry import Entry, build
 
 MOST_DERIVE_SECONDS = 1.0
@@ -110,8 +110,8 @@ def _derive(entry: Entry, model: nn.Module, inputs: Any, row: Row) -> SymmetrySp
             row.frozen = [(f"cannot trace: {error}", 1.0, 1.0)]
             return derive_symmetry(model, inputs, entry.outputs)
         chosen = traced.select_outputs(entry.outputs)
-        (spec, _), row.derive_seconds = _timed(lambda: describe(traced, chosen, all_outputs=entry.outputs is None))
-    return spec
+        (spec, loud), row.derive_seconds = _timed(lambda: describe(traced, chosen, all_outputs=entry.outputs is None))
+        return exchange_experts(model, traced, inputs, spec, loud)[0]
 
 
 def _fill(row: Row, spec: SymmetrySpec, model: nn.Module) -> None:

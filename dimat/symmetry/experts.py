@@ -1,0 +1,100 @@
+"""Experts that are chosen by number are a group of their own, if the rows of the router that chooses move with them.
+
+Which tokens an expert gets is decided by the order of scores, and no rule of one operation tells that the numbers which
+come out of it follow the rows that scores come from. So the group is supposed, from names and sizes, and proven: it
+counts only if the network computes the same with its experts in another order, under several draws of its weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import prod
+from os.path import commonprefix
+from typing import Any
+
+import torch
+from torch import nn
+
+from dimat.symmetry.coverage import by_nature
+from dimat.symmetry.spec import AxisRef, Factor, Group, SymmetrySpec
+from dimat.symmetry.verify import holds, without_groups
+
+_DRAWS = 3
+"""Draws of a network's weights under which experts must be exchangeable; each sends tokens to others of them."""
+
+_MOST_UNITS = 8192
+"""Units of all experts together up to which they are exchanged: each pair of units is compared to match them."""
+
+
+def with_experts(
+    model: nn.Module, spec: SymmetrySpec, example_inputs: Any, shapes: Mapping[str, tuple[int, ...]]
+) -> SymmetrySpec:
+    """Return the spec with those of its `numbered` axes as groups that are proven to be exchangeable experts.
+
+    `shapes`: of all parameters and buffers. The spec itself is returned where there are none.
+    """
+    supposed = [group.id for group in spec.numbered if _router(spec, group, shapes)]
+    proven = _proven(model, spec, example_inputs, shapes, supposed)
+    return _moving(spec, proven, shapes) if proven else spec
+
+
+def _proven(
+    model: nn.Module, spec: SymmetrySpec, inputs: Any, shapes: Mapping[str, tuple[int, ...]], supposed: Sequence[str]
+) -> list[str]:
+    """Return which of these may move: all, or those of each half that may."""
+    if not supposed:
+        return []
+    moving = _moving(spec, supposed, shapes)
+    wanted = {group.id for group in moving.groups if {group.id, *group.parents} & {*supposed}}
+    alone = without_groups(moving, {group.id for group in moving.groups} - wanted, "")
+    if all(holds(model, alone, inputs, torch.Generator().manual_seed(draw)) for draw in range(_DRAWS)):
+        return list(supposed)
+    if len(supposed) == 1:
+        return []
+    half = len(supposed) // 2
+    halves = (supposed[:half], supposed[half:])
+    return [group for part in halves for group in _proven(model, spec, inputs, shapes, part)]
+
+
+def _moving(spec: SymmetrySpec, moved: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> SymmetrySpec:
+    """Return the spec with some of its numbered axes as groups."""
+    axes = {(axis.tensor, axis.dim): axis for axis in spec.axes}
+    groups: list[Group] = []
+    for group in spec.numbered:
+        if group.id in moved:
+            places = (*group.axes, *_router(spec, group, shapes))
+            groups.append(replace(group, axes=places))
+            whole = ((Factor(group.size, group.id),),)
+            axes = {(name, dim): AxisRef(name, dim, whole) for name, dim in places} | axes
+    return replace(
+        spec,
+        groups=(*spec.groups, *groups),
+        axes=tuple(axes[place] for place in sorted(axes)),
+        numbered=tuple(group for group in spec.numbered if group.id not in moved),
+        frozen=tuple(f for f in spec.frozen if not any((f.tensor, f.dim) in group.axes for group in groups)),
+    )
+
+
+def _router(spec: SymmetrySpec, group: Group, shapes: Mapping[str, tuple[int, ...]]) -> tuple[tuple[str, int], ...]:
+    """Return the axes that choose among the numbers of a group: frozen ones of its size, in the nearest module around
+    it that has any. None where what lies inside is of too many units to be compared."""
+    inside = [other.size for other in spec.groups if group.id in other.parents]
+    if group.size * max(inside, default=1) > _MOST_UNITS:
+        return ()
+    held = {(axis.tensor, axis.dim) for axis in spec.axes} | {*group.axes}
+    fixed = [
+        (axis.tensor, axis.dim)
+        for axis in spec.frozen
+        if (axis.tensor, axis.dim) not in held
+        and shapes.get(axis.tensor, ())[axis.dim : axis.dim + 1] == (group.size,)
+        and not by_nature(axis.reason)
+        and not axis.reason.startswith("model output")
+        and prod(shapes[axis.tensor]) > 1
+    ]
+    home = commonprefix([name.split(".")[:-1] for name, _ in group.axes])
+    for depth in range(len(home), -1, -1):
+        near = tuple(dict.fromkeys(place for place in fixed if place[0].split(".")[:depth] == home[:depth]))
+        if near:
+            return near
+    return ()
