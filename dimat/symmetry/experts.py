@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import takewhile
 from math import prod
-from os.path import commonprefix
 from typing import Any
 
 import torch
@@ -92,7 +92,8 @@ def _router(spec: SymmetrySpec, group: Group, shapes: Mapping[str, tuple[int, ..
         and not axis.reason.startswith("model output")
         and prod(shapes[axis.tensor]) > 1
     ]
-    home = commonprefix([name.split(".")[:-1] for name, _ in group.axes])
+    paths = [name.split(".")[:-1] for name, _ in group.axes]
+    home = [parts[0] for parts in takewhile(lambda parts: len({*parts}) == 1, zip(*paths))]
     for depth in range(len(home), -1, -1):
         near = tuple(dict.fromkeys(place for place in fixed if place[0].split(".")[:depth] == home[:depth]))
         if near:

@@ -119,7 +119,7 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[tuple[int,
     "slopes": (Sloped, (2, 5, 3), [(3, 4), (3, 4)], 1),
     "local": (Local, (2, 5, 3), [(5, 6)], 1),
 }
-"""Models, shapes of their inputs, (numbers, units in each) by hand, and how many numbered axes stay: none of experts."""
+"""Models, shapes of their inputs, (numbers, units in each) by hand, and how many numbered axes stay: not experts."""
 
 
 def built(name: str) -> tuple[nn.Module, Tensor, SymmetrySpec]:
@@ -274,7 +274,7 @@ def _one_order(spec: SymmetrySpec) -> SymmetrySpec:
 
 @pytest.mark.slow
 def test_barrier_of_mixtures_of_experts() -> None:
-    """Reference: the loss half-way between two trainings, with one order of units for all experts and with their own."""
+    """Reference: the loss half-way between two trainings, with one order of units for all experts, and their own."""
     nets = [_trained(seed) for seed in range(6)]
     spec = derive_symmetry(nets[0], _task()[0][:5])
     pairs = list(zip(nets[::2], nets[1::2]))

@@ -17,7 +17,6 @@ from dimat.merge.matching.assignment import assign, assignment_value, margin
 from dimat.merge.stages import Permutations
 from dimat.symmetry.spec import Group, SymmetrySpec
 
-
 EXACT = 256
 """Units inside one of a parent's up to which pairs of those are judged by their best assignment."""
 
@@ -78,8 +77,8 @@ def assign_nested(
     """Return the permutations of a tree's groups that maximise the sum of their scores, and that sum.
 
     scores[group]: (outer · units, outer · units), finite; row = own unit, column = peer's, each counted row-major by
-    parents and unit; a group left out scores 0 everywhere. Where the root has parents, (their units, n, n) will do, pairs
-    within one of their units only. A parent's pair (h, h') is worth its own score and, for
+    parents and unit; a group left out scores 0 everywhere. Where the root has parents, (their units, n, n) will do:
+    pairs within one of their units only. A parent's pair (h, h') is worth its own score and, for
     every child, the best assignment within block (h, h'). Groups in `held` keep their order within their parents and
     are left out of the result. A root that has parents is assigned within theirs as they stand.
     """
