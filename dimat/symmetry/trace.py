@@ -11,36 +11,28 @@ import logging
 import re
 import threading
 import warnings
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any, Literal, cast
 from weakref import WeakKeyDictionary
 
 import torch
-from blake3 import blake3
 from torch import fx, nn
-from torch.fx.node import map_arg
 
 from dimat.errors import SymmetryError, unknown_name
 from dimat.symmetry import tree
+from dimat.symmetry.digest import Origin, aliases, digest_of
 from dimat.symmetry.mute import muted
 from dimat.symmetry.paths import record_paths, record_sizes
+
+_MOST_TRIES = 4
 
 _EXPORTING = threading.Lock()  # torch.export keeps its state in globals: one at a time in a process
 
 
 class SymmetryWarning(UserWarning):
     """Part of a model, or all of it, is left unpermuted; the message says why and what to do."""
-
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """The tensor that a placeholder of the graph stands for; `name` is a state-dict name or an input's name."""
-
-    kind: Literal["parameter", "buffer", "constant", "input"]
-    name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,15 +98,17 @@ def trace(model: nn.Module, example_inputs: Any) -> Trace:
     """
     args, kwargs = tree.as_arguments(example_inputs)
     tensors = [leaf for leaf in tree.leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-    tries: list[tuple[Any, bool]] = [((args, kwargs), True), ((args, kwargs), False)]
+    tries: list[tuple[Any, bool, bool]] = [((args, kwargs), True, True), ((args, kwargs), False, True)]
     if tensors and all(t.ndim and t.shape[0] == 1 for t in tensors):
-        tries.insert(0, (tree.map_tensors(_doubled, (args, kwargs)), True))
+        tries.insert(0, (tree.map_tensors(_doubled, (args, kwargs)), True, True))
     causes: list[Exception] = []
-    for (these_args, these_kwargs), dynamic in tries:
+    for (these_args, these_kwargs), dynamic, grad in tries:
         try:
-            program = _export(model, these_args, these_kwargs, dynamic)
+            program = _export(model, these_args, these_kwargs, dynamic, grad)
         except Exception as error:  # export raises whatever the model's code does
             causes.append(error)
+            if isinstance(error, NotImplementedError) and "backward" in str(error) and len(tries) < _MOST_TRIES:
+                tries.append(((args, kwargs), True, False))  # as flex attention on a CPU
         else:
             traced = _read(model, program)
             _learn_sizes(model, traced, (these_args, these_kwargs))
@@ -228,14 +222,14 @@ def _doubled(tensor: torch.Tensor) -> torch.Tensor:
     return torch.cat([tensor, tensor])
 
 
-def _export(model: nn.Module, args: Any, kwargs: Any, dynamic: bool) -> torch.export.ExportedProgram:
+def _export(model: nn.Module, args: Any, kwargs: Any, dynamic: bool, grad: bool) -> torch.export.ExportedProgram:
     shapes: Any = None
     if dynamic:
         shapes = torch.export.ShapesCollection()
         for leaf in tree.leaves((args, kwargs)):
             if isinstance(leaf, torch.Tensor) and leaf.ndim:
                 shapes[leaf] = {0: torch.export.Dim.AUTO}
-    with _EXPORTING, eval_mode(model), _quiet(), torch.enable_grad():
+    with _EXPORTING, eval_mode(model), _quiet(), torch.set_grad_enabled(grad):
         return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
 
 
@@ -279,10 +273,10 @@ def _read(model: nn.Module, program: torch.export.ExportedProgram) -> Trace:
     shell = structure.unflatten(list(range(len(users))))
     outputs = tuple((name, users[index]) for name, index in tree.named_leaves(shell) if index is not None)
     tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
-    tied, entangled = _aliases(tensors)
+    tied, entangled = aliases(tensors)
     shapes = {name: tuple(value.shape) for name, value in tensors.items()}
     dtypes = {name: value.dtype for name, value in tensors.items()}
-    digest = _digest(program.graph_module, sources, constants, shapes, dtypes, tied)
+    digest = digest_of(program.graph_module, sources, constants, shapes, dtypes, tied)
     module = program.graph_module
     return Trace(module, sources, constants, outputs, shapes, dtypes, tied, entangled, digest)
 
@@ -325,11 +319,11 @@ def _run(model: nn.Module, args: Any, kwargs: Any) -> Trace:
     tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     others = dict(model.named_buffers())
-    tied, entangled = _aliases(tensors)
+    tied, entangled = aliases(tensors)
     shapes = {name: tuple(value.shape) for name, value in tensors.items()}
     dtypes = {name: value.dtype for name, value in tensors.items()}
     # not the graphs: which paths were taken depends on the numbers given, and peers have other ones
-    digest = _digest(None, {}, {}, shapes, dtypes, tied)
+    digest = digest_of(None, {}, {}, shapes, dtypes, tied)
     traces: list[Trace] = []
     for graph in graphs:
         nodes = [node for node in graph.graph.nodes if node.op == "placeholder"]
@@ -348,64 +342,6 @@ def _run(model: nn.Module, args: Any, kwargs: Any) -> Trace:
         flat = tuple((name, None if place is None else made[place]) for name, place in outputs)
         traces.append(Trace(graph, sources, constants, flat, shapes, dtypes, tied, entangled, digest, kind="make_fx"))
     return replace(traces[0], others=tuple(traces[1:]))
-
-
-def _aliases(tensors: Mapping[str, torch.Tensor]) -> tuple[tuple[tuple[str, ...], ...], frozenset[str]]:
-    """Return sets of names of the very same tensor, and names that share memory in any other way."""
-    views: dict[Any, list[str]] = {}
-    memories: dict[int, set[Any]] = {}
-    for name, value in sorted(tensors.items()):
-        if value.numel() == 0 or value.is_meta:
-            continue
-        view = (value.data_ptr(), tuple(value.shape), value.stride(), value.dtype)
-        views.setdefault(view, []).append(name)
-        memories.setdefault(value.untyped_storage().data_ptr(), set()).add(view)
-    tied = tuple(tuple(names) for names in views.values() if len(names) > 1)
-    entangled: set[str] = set()
-    for group in memories.values():
-        spans = sorted((view[0], view[0] + _extent(view), view) for view in group)
-        for (_, stop, one), (start, _, other) in pairwise(spans):
-            if start < stop:
-                entangled.update(views[one], views[other])
-    return tied, frozenset(entangled)
-
-
-def _extent(view: Any) -> int:
-    _, shape, stride, dtype = view
-    return (1 + sum((size - 1) * step for size, step in zip(shape, stride))) * dtype.itemsize
-
-
-def _digest(
-    module: fx.GraphModule | None,
-    sources: Mapping[str, Origin],
-    constants: Mapping[str, torch.Tensor],
-    shapes: Mapping[str, tuple[int, ...]],
-    dtypes: Mapping[str, torch.dtype],
-    tied: tuple[tuple[str, ...], ...],
-) -> str:
-    """Hash what the module is (and its graph), and nothing that changes between processes, batch sizes or weights."""
-    digest = blake3()
-
-    def add(*words: Any) -> None:
-        digest.update("\x1f".join(map(str, words)).encode() + b"\x1e")
-
-    for name, shape in sorted(shapes.items()):
-        add(name, shape, dtypes[name])
-    add(tied)
-    number: dict[fx.Node, str] = {}
-    label: Callable[[fx.Node], Any] = lambda node: f"%{number.get(node, node.name)}"  # noqa: E731
-    for count, node in enumerate(module.graph.nodes if module else ()):
-        number[node] = str(count)
-        source = sources.get(node.name) if node.op == "placeholder" else None
-        target = (source.kind, source.name) if source else ("output",) if node.op == "output" else (node.target,)
-        given = f"{map_arg(node.args, label)} {map_arg(node.kwargs, label)}"
-        add(node.op, *target, re.sub(r"device\(.*?\)", "device", given))
-        part = getattr(module, str(node.target), None) if node.op == "get_attr" else None
-        if isinstance(part, fx.GraphModule):
-            add(part.code)
-    for name, value in sorted(constants.items()):
-        add(name, tuple(value.shape), value.dtype)
-    return digest.hexdigest()
 
 
 def first_line(error: Exception) -> str:

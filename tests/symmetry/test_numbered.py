@@ -22,8 +22,6 @@ from dimat.symmetry import (
 )
 from dimat.symmetry.verify import without_groups
 
-pytestmark = pytest.mark.filterwarnings("ignore:SYM-W08:dimat.symmetry.SymmetryWarning")
-
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)

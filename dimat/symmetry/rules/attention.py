@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+from torch import fx
+
 from dimat.symmetry.atoms import Layout
 from dimat.symmetry.rules.call import Call, NoRule, Result, Value, rule
 
@@ -28,6 +33,51 @@ def attention(call: Call) -> Result:
     call.mix(q.dims[-1:], (*leading, q.dims[-2], k.dims[-2]))
     call.mix(k.dims[-2:-1], (*leading, q.dims[-2], v.dims[-1]))
     return Value((*leading, q.dims[-2], v.dims[-1]))
+
+
+@rule("higher_order.flex_attention")
+def flex_attention(call: Call) -> Result:
+    """The same with scores that a function changes, by the places of query and key, and a mask in blocks of these.
+
+    Arguments: query, key, value, that function, what the mask is made of (the function that says it last), the scale,
+    options, and tensors that the two functions look into. Heads go by number where a function, or the mask, tells them
+    apart.
+    """
+    q, k, v = (call.value(str(number)) for number in range(3))
+    mask: Sequence[Any] = call.arguments["4"]
+    by_head = _reads(call, call.arguments["3"], 2) or _reads(call, mask[-1], 1) or any(_has_heads(x) for x in mask)
+    k, v = (_repeated(call, value, q.shape[-3]) for value in (k, v))
+    call.domain.unify(q.dims[-1], k.dims[-1])
+    call.domain.unify(k.dims[-2], v.dims[-2])
+    call.freeze([q.dims[-2], k.dims[-2]], "places in attention")
+    for number in ("7", "8"):
+        for layout in (layout for x in call.tensors(number) for layout in x.dims):
+            call.domain.freeze(layout, call.why("looked into by a function of scores"))
+    leading = call.broadcast([Value(value.dims[:-2]) for value in (q, k, v)], q.shape[:-2])
+    if by_head:
+        call.domain.freeze(leading[-1], call.why("heads are told apart by number"))
+    call.mix(q.dims[-1:], (*leading, q.dims[-2], k.dims[-2]))
+    call.mix(k.dims[-2:-1], (*leading, q.dims[-2], v.dims[-1]))
+    sums = Value((*leading, q.dims[-2]))
+    return [Value((*leading, q.dims[-2], v.dims[-1])), *(sums for _ in range(1, call.output_count))]
+
+
+def _reads(call: Call, function: Any, position: int) -> bool:
+    """Tell whether a function among the arguments uses one of its own, or cannot be looked into."""
+    graph = getattr(call.node.graph.owning_module, str(function.target), None) if _is_node(function) else None
+    if not isinstance(graph, fx.GraphModule):
+        return True
+    return bool([node for node in graph.graph.nodes if node.op == "placeholder"][position].users)
+
+
+def _has_heads(given: Any) -> bool:
+    """Tell whether a tensor of a mask in blocks is another for each head."""
+    shape = getattr(given.meta.get("val"), "shape", ()) if _is_node(given) else ()
+    return len(shape) > 1 and shape[1] != 1
+
+
+def _is_node(given: Any) -> bool:
+    return isinstance(given, fx.Node)
 
 
 def _repeated(call: Call, x: Value, heads: int) -> Value:

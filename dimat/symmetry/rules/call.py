@@ -195,11 +195,16 @@ def own_rules() -> bool:
 
 
 def op_name(target: Any) -> str:
-    """Return `library.name.overload` of an operation, `library.name` of a packet, else an empty string."""
+    """Return `library.name.overload` of an operation, `library.name` of a packet, else an empty string.
+
+    An operation that takes a function, as flex attention, is of library `higher_order`.
+    """
     if isinstance(target, torch._ops.OpOverload):  # pyright: ignore[reportPrivateUsage]
         return str(target)
     if isinstance(target, torch._ops.OpOverloadPacket):  # pyright: ignore[reportPrivateUsage]
         return str(target)
+    if isinstance(target, torch._ops.HigherOrderOperator):  # pyright: ignore[reportPrivateUsage]
+        return f"higher_order.{target}"
     return ""
 
 

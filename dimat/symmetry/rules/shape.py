@@ -56,6 +56,21 @@ def permute(call: Call) -> Result:
     return Value(tuple(x.dims[d] for d in order))
 
 
+@rule("aten.meshgrid")
+def meshgrid(call: Call) -> Result:
+    """Each vector along an axis of its own, and repeated along the others ("xy" has the first two axes swapped)."""
+    vectors = call.tensors("tensors")
+    places = list(range(len(vectors)))
+    if call.constant("indexing", "ij") == "xy" and len(places) > 1:
+        places[:2] = 1, 0
+    made: list[Value | None] = []
+    for vector, place in zip(vectors, places):
+        dims = [call.domain.fresh(size) for size in call.shape()]
+        dims[place] = vector.dims[0] if vector.ndim else ONE
+        made.append(Value(tuple(dims)))
+    return made
+
+
 @rule("aten.expand", "aten.expand_as", "aten.broadcast_to")
 def expand(call: Call) -> Result:
     """An axis of size 1 repeated: its entries are equal, so any permutation of them does nothing."""
