@@ -14,7 +14,10 @@ from dimat.symmetry.spec import AxisRef, FrozenAxis, Layout, SymmetrySpec
 LARGE = 0.1
 """The share from which on a reason is worth a warning."""
 
-_BY_NATURE = ("model input", "position in a kernel", "spatial axis", "looked up by index", "single index")
+_BY_NATURE = (
+    *("model input", "position in a kernel", "spatial axis", "looked up by index", "single index"),
+    "unused in trace",
+)
 """Beginnings of the reasons for which an axis is never a matter of symmetry."""
 
 

@@ -238,13 +238,14 @@ def _own(name: str, make: Callable[[], nn.Module], *inputs: Callable[[], Tensor]
 
 
 _FP32 = {"tolerance": 1e-5, "exception": "an operation of it is of float32 only"}
+_FOURIER = "frequencies of a transform have their places"
 _NODES = (_draw(5, 3), lambda: EDGES)
 
 ENTRIES = (
-    _own("fourier_operator", Spectral, _draw(2, 2, 16)),
+    _own("fourier_operator", Spectral, _draw(2, 2, 16), least_coverage=0.7, exception=_FOURIER),
     _own("spatial_transformer", Transformer2d, _draw(2, 2, 8, 8)),
     _own("quantisation_aware", Quantised, _draw(3, 4), **_FP32),
-    _own("speech_spectra", Speech, _draw(2, 96)),
+    _own("speech_spectra", Speech, _draw(2, 96), least_coverage=0.7, exception=_FOURIER),
     _own("recommendation", Recommends, _draw(3, 4), _ids(20, 3, 2), _ids(20, 3, 2)),
     _own("radial_basis", Radial, _draw(4, 3)),
     _own("normed_weights", Normed, _draw(4, 4)),
