@@ -1,4 +1,4 @@
-"""What a traced module is: where its placeholders come from, which names are one tensor, and a hash of all that."""
+"""What a traced module is made of: origins of placeholders, tied names, and a hash of all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Experts that are chosen by number are a group of their own, if the rows of the router that chooses move with them.
+"""Experts that are chosen by number are a group, where rows of the router move with them.
 
 Which tokens an expert gets is decided by the order of scores, and no rule of one operation tells that the numbers which
 come out of it follow the rows that scores come from. So the group is supposed, from names and sizes, and proven: it
