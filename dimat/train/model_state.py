@@ -19,6 +19,7 @@ from dimat.train.optimizer_state import (
     family,
     group_values,
     move,
+    on_cpu,
     optimized,
     read_state,
     write_state,
@@ -33,9 +34,11 @@ class ModelState(ABC):
     _group_values: list[dict[str, Any]]
     """Values of the optimizer's groups when it was new."""
 
-    def weights(self) -> dict[str, Tensor]:
-        """Return copies of all parameters and buffers, on the CPU."""
-        return {name: copied(tensor) for name, tensor in self.model.state_dict().items()}
+    def weights(self, *, copy: bool = True) -> dict[str, Tensor]:
+        """Return all parameters and buffers, on the CPU: copies, or with `copy` false the model's own tensors where
+        they lie there, which change with the model."""
+        take = copied if copy else on_cpu
+        return {name: take(tensor) for name, tensor in self.model.state_dict().items()}
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Take over parameters and buffers in place; the optimizer's state stays. DataError where they do not fit."""
@@ -44,6 +47,26 @@ class ModelState(ABC):
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(weights[name])
+        forget_derived(self.model)
+
+    def exchange_weights(self, weights: dict[str, Tensor]) -> None:
+        """Take over parameters and buffers as `load_weights` does, and leave those of before in `weights`.
+
+        One tensor at a time, so that a merge that is not kept can be undone without a second copy of the model. Where
+        tensors share memory, all are copied first.
+        """
+        own = self.model.state_dict(keep_vars=True)
+        check_fit(own, weights, "weights")
+        if len({tensor.untyped_storage().data_ptr() for tensor in own.values()}) < len(own):
+            before = self.weights()
+            self.load_weights(weights)
+            weights.update(before)
+            return
+        with torch.no_grad():
+            for name, tensor in own.items():
+                former = copied(tensor)
+                tensor.copy_(weights[name])
+                weights[name] = former
         forget_derived(self.model)
 
     def start_from(self, weights: Mapping[str, Tensor]) -> None:
@@ -73,14 +96,14 @@ class ModelState(ABC):
         forget_derived(self.model)
         return "; ".join(note for _, note in moving if note)
 
-    def optimizer_state(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Return the optimizer's state as copies named `optimizer/<parameter>/<entry>`, and as text what is no tensor.
+    def optimizer_state(self, *, copy: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return the optimizer's state as tensors named `optimizer/<parameter>/<entry>`, and as text what is no tensor.
         ConfigError where it holds what a checkpoint cannot."""
         tensors: dict[str, Tensor] = {}
         texts: dict[str, str] = {}
         for number, each in enumerate(family(self.optimizer)):
             began = group_values(each) if number else self._group_values
-            found, said = read_state(each, optimized(self.model, each), began, number)
+            found, said = read_state(each, optimized(self.model, each), began, number, copy=copy)
             tensors |= found
             texts |= said
         return tensors, texts

@@ -71,13 +71,19 @@ def group_values(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
 
 
 def read_state(
-    optimizer: torch.optim.Optimizer, parameters: Parameters, began: Sequence[Mapping[str, Any]], number: int = 0
+    optimizer: torch.optim.Optimizer,
+    parameters: Parameters,
+    began: Sequence[Mapping[str, Any]],
+    number: int = 0,
+    *,
+    copy: bool = True,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the state as tensors named `optimizer/<parameter>/<entry>`, copied to the CPU, and the rest as text.
+    """Return the state as tensors named `optimizer/<parameter>/<entry>` on the CPU, and the rest as text.
 
-    `began`: the groups' values (`group_values`) when the optimizer was new; `number`: in its family. ConfigError for
-    a value that a checkpoint cannot hold.
+    `began`: the groups' values (`group_values`) when the optimizer was new; `number`: in its family; `copy`: if false,
+    tensors that lie on the CPU are the optimizer's own. ConfigError for a value that a checkpoint cannot hold.
     """
+    take = copied if copy else on_cpu
     names = {parameter: name for name, parameter in parameters.items()}
     tensors: dict[str, Tensor] = {}
     plain: dict[str, dict[str, Any]] = {}
@@ -85,7 +91,7 @@ def read_state(
         name = names.get(cast("nn.Parameter", owner), NO_PARAMETER) if isinstance(owner, Tensor) else NO_PARAMETER
         entries: Mapping[Any, Any] = held if isinstance(owner, Tensor) else {owner: held}
         for key, value in entries.items():
-            packed = _packed(value, f"{prefix(number)}{name}/{key}", tensors)
+            packed = _packed(value, f"{prefix(number)}{name}/{key}", tensors, take)
             if not isinstance(value, Tensor) or "/" in str(key) or name == NO_PARAMETER:
                 plain.setdefault(name, {})[str(key)] = packed
     groups = group_values(optimizer)
@@ -184,19 +190,24 @@ def copied(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
-def _packed(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+def on_cpu(tensor: Tensor) -> Tensor:
+    """Return a tensor itself where it lies on the CPU, else a copy there."""
+    return tensor.detach().to("cpu")
+
+
+def _packed(value: Any, name: str, tensors: dict[str, Tensor], take: Callable[[Tensor], Tensor]) -> Any:
     """Return a value as JSON has it, its tensors by name, which are put among `tensors`."""
     if isinstance(value, Tensor) and value.layout == torch.strided and type(value) in (Tensor, nn.Parameter):
-        tensors[name] = copied(value)
+        tensors[name] = take(value)
         return {"tensor": name}
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list | tuple):
-        each = [_packed(v, f"{name}/{i}", tensors) for i, v in enumerate(cast("Sequence[Any]", value))]
+        each = [_packed(v, f"{name}/{i}", tensors, take) for i, v in enumerate(cast("Sequence[Any]", value))]
         return {"tuple" if isinstance(value, tuple) else "list": each}
     if isinstance(value, Mapping):
         held = cast("Mapping[Any, Any]", value)
-        return {"dict": {str(key): _packed(v, f"{name}/{key}", tensors) for key, v in held.items()}}
+        return {"dict": {str(key): _packed(v, f"{name}/{key}", tensors, take) for key, v in held.items()}}
     raise ConfigError(
         f"the optimizer keeps a {type(value).__name__} in its state ({name}), which a checkpoint cannot hold; "
         'set train.optimizer_state = "fresh", or take another optimizer'

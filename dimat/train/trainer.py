@@ -74,17 +74,19 @@ class ModelTrainer(Protocol):
     """Trains one agent's model: a `Trainer`, or the user's own loop. Its members are those of `Trainer`."""
 
     model: nn.Module
+    optimizer: torch.optim.Optimizer
 
     @property
     def batches(self) -> int: ...
     def train(self, round: int) -> TrainReport: ...
     def evaluate(self, data: Data, weights: Mapping[str, Tensor] | None = None) -> dict[str, float]: ...
     def input_batches(self, data: Data, batch_size: int, generator: torch.Generator | None = None) -> InputBatches: ...
-    def weights(self) -> dict[str, Tensor]: ...
+    def weights(self, *, copy: bool = True) -> dict[str, Tensor]: ...
+    def exchange_weights(self, weights: dict[str, Tensor]) -> None: ...
     def load_weights(self, weights: Mapping[str, Tensor]) -> None: ...
     def start_from(self, weights: Mapping[str, Tensor]) -> None: ...
     def permute(self, spec: SymmetrySpec, permutations: Permutations) -> str: ...
-    def state(self) -> TrainerState: ...
+    def state(self, *, copy: bool = True) -> TrainerState: ...
     def load_state(self, state: TrainerState) -> None: ...
 
 
@@ -345,9 +347,10 @@ class Trainer(ModelState):
 
     # --- state ---
 
-    def state(self) -> TrainerState:
-        """Return everything that is needed to go on bit for bit, as copies on the CPU."""
-        tensors = {f"model/{name}": tensor for name, tensor in self.weights().items()}
+    def state(self, *, copy: bool = True) -> TrainerState:
+        """Return everything that is needed to go on bit for bit, on the CPU: as copies, or with `copy` false as what
+        changes with the model and its optimizer."""
+        tensors = {f"model/{name}": tensor for name, tensor in self.weights(copy=copy).items()}
         values: dict[str, Value] = {
             "optimizer": self.config.optimizer.name,
             "position": self._feed.position,
@@ -355,7 +358,7 @@ class Trainer(ModelState):
             "batches": self.batches,
             "samples_seen": self.samples_seen,
         }
-        state, texts = self.optimizer_state()
+        state, texts = self.optimizer_state(copy=copy)
         tensors |= state
         values |= texts
         tensors |= {f"rng/{name}": state.clone() for name, state in self._global_rng.items()}

@@ -186,10 +186,10 @@ class AttachedTrainer(ModelState):
         with self.users():
             self.followers.start_from(weights)
 
-    def state(self) -> TrainerState:
+    def state(self, *, copy: bool = True) -> TrainerState:
         """Return weights and optimizer state; random streams and the place in the data are the user's."""
-        tensors = {f"model/{name}": tensor for name, tensor in self.weights().items()}
-        state, texts = self.optimizer_state()
+        tensors = {f"model/{name}": tensor for name, tensor in self.weights(copy=copy).items()}
+        state, texts = self.optimizer_state(copy=copy)
         values: dict[str, Any] = {"optimizer": type(self.optimizer).__name__, "steps": self._seen}
         return TrainerState(tensors | state, {**values, **texts})
 

@@ -23,7 +23,7 @@ from dimat.agent.daemon.mid_round import MidRound
 from dimat.agent.daemon.network_monitor import NetworkMonitor
 from dimat.agent.daemon.peer_discovery import PeerDiscovery, check_discovery
 from dimat.agent.daemon.removal import Removal
-from dimat.agent.daemon.resources import check_room, disk_shares
+from dimat.agent.daemon.resources import check_room, disk_shares, needs_of
 from dimat.agent.daemon.runner import Runner
 from dimat.agent.daemon.status_socket import StatusSocket, feed_watchdog, for_members, notify, plain_view
 from dimat.agent.daemon.transport import make_transport
@@ -96,9 +96,10 @@ class Daemon:
         self._learner = setup.learner(folder.snapshots, trainer)
         keep = setup.schedule.snapshots_kept(agent.keep_snapshots)
         self._store = SnapshotStore(folder.snapshots, keep=keep)
-        size = setup.largest_snapshot(self._learner.trainer.model)
         listened = len(setup.schedule.plan(setup.name).peers)
-        if warning := check_room(folder.path, size, listened, keep, agent.keep_checkpoints):
+        needs = needs_of(self._learner.trainer, setup, listened)
+        size = needs.snapshot_bytes
+        if warning := check_room(folder.path, needs):
             self._notice(warning)
         checkpoints = CheckpointStore(folder.checkpoints, agent.keep_checkpoints, elsewhere=(folder.snapshots,))
         middle = MidRound(

@@ -7,29 +7,85 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from stat import S_ISREG
+from typing import Any, cast
 
 import psutil
+import torch
+from torch import Tensor, nn
 
 from dimat.agent.lineage.manifest_log import LEDGER_BYTES
+from dimat.agent.setup.prepare import PreparedAgent
 from dimat.errors import ConfigError, DataError
+from dimat.train.trainer import ModelTrainer
 
 RESERVE_BYTES = 64 * 2**20
 """Disk that stays free, whatever is kept."""
 
 
-def needed_bytes(size: int, peers: int, snapshots: int, checkpoints: int) -> int:
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """Estimates of what an agent needs.
+
+    `snapshot_bytes`: of a snapshot at most, in any encoding, statistics beside it; `disk_bytes`: in its folder, the
+    reserve that stays free included; `memory_bytes`: see `peak_bytes`.
+    """
+
+    snapshot_bytes: int
+    disk_bytes: int
+    memory_bytes: int
+
+
+def needs_of(trainer: ModelTrainer, setup: PreparedAgent, peers: int) -> Needs:
+    """Return what an agent with this model, this optimizer and so many peers needs."""
+    model, agent = trainer.model, setup.config.agent
+    size = setup.largest_snapshot(model)
+    state = int(state_share(trainer.optimizer) * _trained(model))
+    keep = setup.schedule.snapshots_kept(agent.keep_snapshots)
+    disk = needed_bytes(size, state, peers, keep, agent.keep_checkpoints)
+    return Needs(size, disk, peak_bytes(model, state, peers))
+
+
+def needed_bytes(size: int, state: int, peers: int, snapshots: int, checkpoints: int) -> int:
     """Return the bytes of disk that a round needs, the reserve that stays free included.
 
-    `size`: bytes of a snapshot; `snapshots`, `checkpoints`: how many of its own the agent keeps.
+    `size`: bytes of a snapshot; `state`: of the optimizer's state; `snapshots`, `checkpoints`: how many of its own the
+    agent keeps.
     """
-    # one more of each is being written; a checkpoint has two optimizer moments beside the weights
-    # and another one holds the middle of a round, should the agent be stopped there
-    return (snapshots + 1 + peers + 3 * (checkpoints + 1 + 1)) * size + RESERVE_BYTES
+    # one more of each is being written, and another checkpoint holds the middle of a round, should it be stopped there
+    return (snapshots + 1 + peers) * size + (checkpoints + 1 + 1) * (size + state) + RESERVE_BYTES
 
 
-def memory_bytes(size: int, peers: int) -> int:
-    """Return an estimate of the memory for weights in a round: weights, gradients, two moments, the peers' weights."""
-    return (4 + peers + 1) * size
+def peak_bytes(model: nn.Module, state: int, peers: int) -> int:
+    """Return the most memory that a model takes of an agent, without activations, data and what a merge that aligns or
+    computes on the model's outputs needs beside.
+
+    Weights and the optimizer's state are always there. Beside them are gradients in training; in a merge, the merged
+    weights with a tensor of each peer's and one to compute in; and when a checkpoint is taken up, the state as it was
+    read. `state`: bytes of the optimizer's; `peers`: how many are merged.
+    """
+    sizes = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}
+    held, largest = sum(sizes.values()), max(sizes.values(), default=0)
+    return held + state + max(_trained(model), held + (peers + 1) * largest, held + state)
+
+
+def _trained(model: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+
+
+def state_share(optimizer: torch.optim.Optimizer) -> float:
+    """Return how many bytes an optimizer keeps for each byte of parameters: counted, where one of its kind can make a
+    step on a matrix; else as many as Adam keeps."""
+    probe = nn.Parameter(torch.zeros(64, 64))
+    probe.grad = torch.zeros_like(probe)
+    try:
+        twin = type(optimizer)([probe], **optimizer.defaults)
+        twin.step()
+    except (TypeError, ValueError, RuntimeError, AttributeError):  # one that wants a closure, or more than groups
+        return 2.0
+    entries = cast("dict[str, Any]", twin.state.get(probe, {})).values()
+    # counters of steps do not grow with the model
+    held = sum(entry.nbytes for entry in entries if isinstance(entry, Tensor) and entry.ndim)
+    return held / probe.nbytes
 
 
 def available_memory() -> int:
@@ -37,13 +93,12 @@ def available_memory() -> int:
     return psutil.virtual_memory().available
 
 
-def little_memory(size: int, peers: int, available: int) -> str:
+def little_memory(wanted: int, available: int) -> str:
     """Return a warning where less memory is free than a round takes, else "". Both are estimates."""
-    wanted = memory_bytes(size, peers)
     if available >= wanted:
         return ""
     return (
-        f"{available / 1e6:,.0f} MB of memory are free, weights take about {wanted / 1e6:,.0f} MB in a round; "
+        f"{available / 1e6:,.0f} MB of memory are free, the model takes about {wanted / 1e6:,.0f} MB in a round; "
         "stop other programs, or give the agent fewer peers or a smaller model"
     )
 
@@ -76,18 +131,16 @@ def disk_shares(quota_mb: float | None, size: int, peers: int, logs_kept: int) -
     return DiskShares(received, other // (logs_kept + 1), other, other)
 
 
-def check_room(folder: Path, size: int, peers: int, snapshots: int, checkpoints: int) -> str:
-    """Return a warning where memory is short, else ""; DataError where the disk cannot hold what a round needs. See
-    `needed_bytes` for the numbers."""
-    needed = needed_bytes(size, peers, snapshots, checkpoints)
+def check_room(folder: Path, needs: Needs) -> str:
+    """Return a warning where memory is short, else ""; DataError where the disk cannot hold what a round needs."""
     held = held_bytes(folder)
     free = shutil.disk_usage(folder).free
-    if free + held < needed:
+    if free + held < needs.disk_bytes:
         raise DataError(
-            f"{folder} has {free / 1e6:,.0f} MB free, the agent needs about {(needed - held) / 1e6:,.0f} MB; make "
-            "room, or set agent.folder to another disk"
+            f"{folder} has {free / 1e6:,.0f} MB free, the agent needs about {(needs.disk_bytes - held) / 1e6:,.0f} MB; "
+            "make room, or set agent.folder to another disk"
         )
-    return little_memory(size, peers, available_memory())
+    return little_memory(needs.memory_bytes, available_memory())
 
 
 def held_bytes(folder: Path) -> int:

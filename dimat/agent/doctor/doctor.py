@@ -21,7 +21,7 @@ from typing import Any
 
 from dimat.agent.daemon.folder import owner_of_folder, read_mark
 from dimat.agent.daemon.key_watch import certificate_facts
-from dimat.agent.daemon.resources import available_memory, held_bytes, memory_bytes, needed_bytes
+from dimat.agent.daemon.resources import Needs, available_memory, held_bytes, needs_of
 from dimat.agent.daemon.status_socket import ask
 from dimat.agent.doctor.check import Check, fail, failed, ok, warn
 from dimat.agent.doctor.network_checks import AgentEndpoint, check_network
@@ -74,10 +74,7 @@ def examine(config: ExperimentConfig) -> Iterator[Check]:
         yield _keys_in_use(identity, running)
     learner = _learner(setup)
     model = learner.trainer.model
-    size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    largest = setup.largest_snapshot(model)
-    keep = setup.schedule.snapshots_kept(config.agent.keep_snapshots)
-    yield from _disk_and_memory(config, path, len(peers), size, largest, keep)
+    yield from _disk_and_memory(path, needs_of(learner.trainer, setup, len(peers)))
     yield from _folder(config, setup.name, path, running, learner.data_now())
     if identity is None and not config.agent.insecure:
         yield warn("peers", "not asked, for want of keys", "see to the keys first")
@@ -199,12 +196,9 @@ def _device(config: ExperimentConfig) -> Check:
     return ok("device", f"trains on {device} with {torch.get_num_threads()} threads")
 
 
-def _disk_and_memory(
-    config: ExperimentConfig, path: Path, peers: int, size: int, largest: int, keep: int
-) -> Iterator[Check]:
-    """Say whether disk and memory hold what a round needs. `size`: bytes of the model; `largest`: of a snapshot at
-    most; `keep`: how many own ones are kept."""
-    needed = needed_bytes(largest, peers, keep, config.agent.keep_checkpoints)
+def _disk_and_memory(path: Path, needs: Needs) -> Iterator[Check]:
+    """Say whether disk and memory hold what a round needs."""
+    needed = needs.disk_bytes
     place = path.absolute()
     while not place.exists():
         place = place.parent
@@ -219,12 +213,11 @@ def _disk_and_memory(
     else:
         yield ok("disk", what)
     available = available_memory()
-    wanted = memory_bytes(size, peers)
-    if available < wanted:
-        mend = "stop other programs, or give the agent fewer peers or a smaller model"
-        yield warn("memory", f"{available / MB:,.0f} MB free, weights take about {wanted / MB:,.1f} MB", mend)
+    what = f"{available / MB:,.0f} MB free, the model takes about {needs.memory_bytes / MB:,.1f} MB"
+    if available < needs.memory_bytes:
+        yield warn("memory", what, "stop other programs, or give the agent fewer peers or a smaller model")
     else:
-        yield ok("memory", f"{available / MB:,.0f} MB free, weights take about {wanted / MB:,.1f} MB of them")
+        yield ok("memory", f"{what} of them")
 
 
 # ── the folder ───────────────────────────────────────────────────────────────────────────────────────────────

@@ -165,7 +165,7 @@ class Learner:
 
         DataError where it cannot be written; it may be tried again then.
         """
-        weights = self.trainer.weights()
+        weights = self.trainer.weights(copy=False)
         payload, forms = self._recorder.record(beside(weights, self._statistics))
         return RecordedSnapshot(payload, forms, schema_hash(weights), self._samples)
 
@@ -176,7 +176,7 @@ class Learner:
         """
         weights, _ = self._open(snapshot)
         try:
-            own = self.trainer.weights()
+            own = self.trainer.weights(copy=False)
             natures = natures_of(own, self.trainer.model)
             screen(own, weights, peer, norm_of(own, natures), natures, self._reference(), **self._plan.screen)
         except DimatError as error:
@@ -187,12 +187,13 @@ class Learner:
         return ""
 
     def checkpoint(self, machine: MachineState) -> Checkpoint:
-        """Return all that this agent needs to go on, with the round machine's state."""
+        """Return all that this agent needs to go on, with the round machine's state. Its tensors are the model's and
+        the optimizer's own: it is to be written before they change."""
         tensors = {name: value for name, value in self.method.items() if isinstance(value, Tensor)}
         values = {name: value for name, value in self.method.items() if name not in tensors}
         return Checkpoint(
             machine,
-            self.trainer.state(),
+            self.trainer.state(copy=False),
             self.schema(),
             tensors,
             values,
@@ -238,7 +239,7 @@ class Learner:
             return Moves()
         source = Peer(peer, self._open(snapshot)[0], weight=0.0)
         try:
-            permutations = adopt(self.trainer.weights(), source, self._plan, self._context(number))
+            permutations = adopt(self.trainer.weights(copy=False), source, self._plan, self._context(number))
         except PeerError:
             return None  # the merge's own screen refuses this peer, and says why
         note = self.trainer.permute(self.spec, permutations)
@@ -260,13 +261,13 @@ class Learner:
             weights, statistics[part.peer] = self._open(sources[part.peer])
             parts.append(Peer(part.peer, weights, part.weight, part.same_basis))
         context = self._context(action.round, statistics if self._plan.statistics is not None else None)
-        own = self.trainer.weights()
-        outcome = merge(own, action.own_weight, parts, self._plan, context)
+        outcome = merge(self.trainer.weights(copy=False), action.own_weight, parts, self._plan, context)
         self.method = context.state or {}
         self._statistics = {}  # they are of the weights before
         changed = outcome.accepted > 0 and bool(outcome.mixing)
+        held = outcome.weights
         if changed:
-            self.trainer.load_weights(outcome.weights)
+            self.trainer.exchange_weights(held)  # from here on own weights of before are held
         merged = time.thread_time()
         after = before
         if evaluate != "none" and (changed or not before):
@@ -274,14 +275,14 @@ class Learner:
         checked = changed and not self._plan.keep_not_finite
         lost = [name for name, value in after.items() if not isfinite(value)] if checked else []
         if lost:
-            self.trainer.load_weights(own)
+            self.trainer.exchange_weights(held)
             before = before or self.evaluate()
             if any(isfinite(before.get(name, nan)) for name in lost):
                 note = f"{WARNING}after the merge {' and '.join(lost)} is not finite: {NOT_KEPT}"
                 outcome = replace(outcome, accepted=0.0, notes=(*outcome.notes, note))
                 after = before
             else:  # it was not finite before, so the merge is not to blame
-                self.trainer.load_weights(outcome.weights)
+                self.trainer.exchange_weights(held)
         if outcome.doubtful and outcome.accepted > 0:
             self.doubt = (self.doubt[0] or action.round, action.round)
         return MergeResult(
@@ -302,7 +303,7 @@ class Learner:
 
     def save(self, file: Path) -> None:
         """Write the current weights as plain safetensors."""
-        write_weights(file, self.trainer.weights(), durable=self.durable)
+        write_weights(file, self.trainer.weights(copy=False), durable=self.durable)
 
     def _norms_now(self) -> dict[str, float]:
         """Return the norms of the current weights; nothing where they are not finite, which the merge says."""

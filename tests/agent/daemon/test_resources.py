@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 
 import pytest
@@ -16,12 +18,16 @@ from dimat.agent.daemon.resources import (
 )
 from dimat.agent.lineage.manifest_log import LEDGER_BYTES
 from dimat.errors import ConfigError
+from tests.forks import start
+
+FIXED = 12e6
+"""Bytes that a peak may lie above the estimate whatever the model: buffers, code that is loaded late."""
 
 
 def test_all_that_lies_on_the_disk_at_once_is_counted() -> None:
     own, peers, written, middle = 2, 3, 1, 1
-    checkpoints = (3 + written + middle) * 3  # weights and two moments
-    assert needed_bytes(1000, peers, own, 3) == (own + written + peers + checkpoints) * 1000 + RESERVE_BYTES
+    snapshots, checkpoints = (own + written + peers) * 1000, (3 + written + middle) * (1000 + 2000)
+    assert needed_bytes(1000, 2000, peers, own, 3) == snapshots + checkpoints + RESERVE_BYTES
 
 
 def test_a_folder_holds_its_files_and_one_that_is_not_there_nothing(tmp_path: Path) -> None:
@@ -57,10 +63,31 @@ def test_a_quota_that_a_round_does_not_fit_in_is_refused() -> None:
 
 
 def test_little_memory_is_a_warning() -> None:
-    """Reference: seven models' weights with two peers, against memory that is said to be free."""
-    free = 1000 * 1024
-    assert little_memory(free // 7, 2, free) == ""
-    assert little_memory(free // 7 + 1, 2, free).startswith("1 MB of memory are free, weights take about 1 MB")
+    free = 1_000_000
+    assert little_memory(free, free) == ""
+    assert little_memory(free + 1, free).startswith("1 MB of memory are free, the model takes about 1 MB")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the reference is the kernel's VmHWM, of Linux")
+@pytest.mark.parametrize("width", [1000, 2000])  # 20 and 80 MB
+@pytest.mark.parametrize("optimizer", [("name=sgd",), ("name=adam",)], ids="-".join)
+def test_the_estimate_of_memory_is_true(tmp_path: Path, width: int, optimizer: tuple[str, ...]) -> None:
+    """Reference: the peak of a process that trains, publishes, merges with two peers and writes checkpoints, and of one
+    that takes the last one up. The estimate is at most an eighth off what both took at most, and some megabytes that
+    do not grow with the model; with SGD it is under five models."""
+    peaks: list[dict[str, int]] = []
+    said = tmp_path / "said"
+    for _ in range(2):
+        words = ["-m", "tests.agent.daemon.peak", str(tmp_path), str(width), "2", *optimizer]
+        with said.open("wb") as stream:
+            process = start(words, env=os.environ, stdout=stream.fileno(), stderr=stream.fileno())
+        assert process.wait(110) == 0, said.read_text()
+        peaks.append(json.loads(said.read_text()))
+    estimate, model = peaks[0]["estimate"], peaks[0]["model"]
+    most = max(each["peak"] for each in peaks)
+    assert most / 1.125 - FIXED <= estimate <= most * 1.125, peaks
+    assert "adam" in optimizer[0] or most <= 5 * model, peaks
 
 
 @pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="the reference is /proc/meminfo, which Linux has")
