@@ -1,7 +1,8 @@
 """Drives one agent's round machine for real: event loop, network, thread, wall clock.
 
 Actions are carried out in the order in which the machine gives them, and the next event is handed in once they are
-under way; a checkpoint is waited for, so that what comes after it (publishing above all) rests on a durable state.
+under way; a checkpoint is waited for, so that what comes after it (publishing above all) rests on a durable state. Of
+the one after training the optimizer's state follows once the snapshot is published: peers wait for weights alone.
 Training, merging and fetching go on side by side with the loop and come back as events.
 """
 
@@ -79,6 +80,7 @@ class Runner:
         self._fetches: dict[tuple[str, int, str], asyncio.Task[None]] = {}
         self._jobs = asyncio.TaskGroup()
         self._held: dict[tuple[str, int, str], Fetched] = {}
+        self._incomplete: events.Checkpointed | None = None  # to be told once it is whole
         self._recorded: dict[str, RecordedSnapshot] = {}
         self._sent = sum(transport.sent_bytes.values())  # up to the end of the last round
         self._received = 0  # since then
@@ -220,13 +222,18 @@ class Runner:
                 self._start(self._train, action)
             case m.CheckpointAction(round=number, stage=stage):
                 await self._durable(self._work.checkpoint(self._vouched(action)))
-                self.emit(events.Checkpointed(agent=agent, round=number, stage=stage))
+                told = events.Checkpointed(agent=agent, round=number, stage=stage)
+                if self._work.incomplete:
+                    self._incomplete = told
+                else:
+                    self.emit(told)
                 if stage == "merged":
                     await self._save_weights()
                     self._finish(number)
             case m.Publish():
                 self._enter("wait")
                 await self._publish(action)
+                await self._complete()
             case m.AdoptBasis():
                 self._enter("merge")
                 self._start(self._adopt_basis, action, self.machine.basis)
@@ -271,6 +278,13 @@ class Runner:
                     await asyncio.wait_for(self._stopping.wait(), wait)
                 except TimeoutError:
                     wait = min(2 * wait, most)
+
+    async def _complete(self) -> None:
+        """Bring the rest of the checkpoint after training to the disk: peers have what they wait for."""
+        told, self._incomplete = self._incomplete, None
+        if told is not None:
+            await self._durable(self._work.complete())
+            self.emit(told)
 
     def _vouched(self, action: m.CheckpointAction) -> m.CheckpointAction:
         """Say in the record of a merge which manifests its parts rest on: they are held until the round ends."""

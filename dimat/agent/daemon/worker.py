@@ -97,6 +97,7 @@ class AgentWorker(Work[Path]):
         self._lineage = lineage
         self._evaluate = evaluate
         self._weights = weights
+        self._complete: Callable[[], None] | None = None
 
     def restore(self) -> Outcome[Restored | None]:
         """Go on from the newest checkpoint that can be read."""
@@ -140,17 +141,34 @@ class AgentWorker(Work[Path]):
         return lambda: RecordedSnapshot.load(self._learner.store, root)
 
     def checkpoint(self, action: m.CheckpointAction) -> Outcome[None]:
-        """Make the record of a merge and the agent's state durable."""
+        """Make the record of a merge and the agent's state durable; after training, but for what `complete` writes."""
 
         def written() -> None:
             if action.record is not None:
                 append_record(self._lineage, action.record)
             if action.stage == "merged":
                 self._keep_trusted(action.round)
-            self._checkpoints.save(self._learner.checkpoint(action.state))
+            self._complete = self._checkpoints.begin(self._learner.checkpoint(action.state))[1]
+            if action.stage != "trained":
+                self.complete()()
             self.middle.checkpointed(action.state)
 
         return written
+
+    def complete(self) -> Outcome[None]:
+        """Write what is left of the checkpoint after training, while peers have its snapshot already."""
+
+        def completed() -> None:
+            if self._complete is not None:
+                self._complete()
+                self._complete = None
+
+        return completed
+
+    @property
+    def incomplete(self) -> bool:
+        """Whether anything is left of the newest checkpoint for `complete` to write."""
+        return self._complete is not None
 
     def _keep_trusted(self, number: int) -> None:
         """Set the checkpoint from before the first doubtful merge aside until weights can be trusted again."""

@@ -35,7 +35,7 @@ from dimat.reading import as_type, parse_json
 from dimat.train.trainer import TrainerState
 from dimat.weights.durable import share_file, write_bytes
 from dimat.weights.header import LONGEST_HEADER, parse_header
-from dimat.weights.snapshot import checksum_file, make_folder
+from dimat.weights.snapshot import checksum_file, checksum_pieces, make_folder
 from dimat.weights.tensors import EncodedTensors, open_tensors, record_tensors
 
 FORMAT = "3"
@@ -99,6 +99,15 @@ class Loaded:
     passed_over: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class _Encoded:
+    """`data`: of a checkpoint's own file; `weights`: the part that holds its weights alone; `left`: parts to write."""
+
+    data: bytes
+    weights: Path | None
+    left: Sequence[Mapping[str, Tensor]]
+
+
 class CheckpointStore:
     """The last `keep` checkpoints of one agent in a folder of their own, and those that were set aside.
 
@@ -133,14 +142,35 @@ class CheckpointStore:
 
         DataError where it cannot be written.
         """
-        data, weights = self._encode(checkpoint)
+        path, complete = self.begin(checkpoint)
+        if complete is not None:
+            complete()
+        return path
+
+    def begin(self, checkpoint: Checkpoint) -> tuple[Path, Callable[[], None] | None]:
+        """Write a checkpoint but for what nobody else waits for, the state of optimizer and merge method. Return its
+        file, and what completes it where anything is left: to be called before those change, and again where it raised
+        DataError.
+
+        From here on a snapshot of these weights may be published. Until it is complete the checkpoint cannot be read:
+        a crash in between costs the round, which counts as published. DataError where it cannot be written.
+        """
+        encoded = self._encode(checkpoint)
         machine, names = checkpoint.machine, self._names()
         number = int(names[-1][0]) + 1 if names else 1
-        path = self.folder / f"{number:09d}-{machine.round:09d}-{machine.stage}.{digest(data)}.safetensors"
-        write_bytes(path, data, durable=self._durable)
-        self._weights = weights
-        self._remove([self.folder / old[4] for old in names[: max(len(names) + 1 - self._keep, 0)]])
-        return path
+        path = self.folder / f"{number:09d}-{machine.round:09d}-{machine.stage}.{digest(encoded.data)}.safetensors"
+        write_bytes(path, encoded.data, durable=self._durable)
+
+        def complete() -> None:
+            for tensors in encoded.left:
+                record_tensors(self._parts, tensors, durable=self._durable)
+            self._weights = encoded.weights
+            self._remove([self.folder / old[4] for old in names[: max(len(names) + 1 - self._keep, 0)]])
+
+        if encoded.left:
+            return path, complete
+        complete()
+        return path, None
 
     def share_weights(self, path: Path) -> bool:
         """Give the weights of the checkpoint that was saved last another name; False where they are in no file of
@@ -196,9 +226,11 @@ class CheckpointStore:
         """
         before = self._aside(name)
         if checkpoint is not None:
-            data, _ = self._encode(checkpoint)
-            path = self.folder / f"{name}.{digest(data)}.safetensors"
-            write_bytes(path, data, durable=self._durable)
+            encoded = self._encode(checkpoint)
+            for tensors in encoded.left:
+                record_tensors(self._parts, tensors, durable=self._durable)
+            path = self.folder / f"{name}.{digest(encoded.data)}.safetensors"
+            write_bytes(path, encoded.data, durable=self._durable)
         else:
             newest = self._names()[-1:]
             if not newest:
@@ -224,8 +256,8 @@ class CheckpointStore:
         self._remove(self._aside(name))
 
     # ── files ────────────────────────────────────────────────────────────────────────────────────────────────
-    def _encode(self, checkpoint: Checkpoint) -> tuple[bytes, Path | None]:
-        """Write a checkpoint's parts; return the content of its own file, and the part that holds its weights alone."""
+    def _encode(self, checkpoint: Checkpoint) -> _Encoded:
+        """Write the part of a checkpoint that holds its weights."""
         tensors = {f"trainer/{name}": tensor for name, tensor in checkpoint.trainer.tensors.items()}
         tensors |= {f"method/{name}": tensor for name, tensor in checkpoint.method_tensors.items()}
         tensors |= {_STATISTICS + name: tensor for name, tensor in checkpoint.statistics.items()}
@@ -234,11 +266,18 @@ class CheckpointStore:
         candidates = {"weights": beside(model, checkpoint.statistics)}
         for part, prefix in _PREFIXES.items():
             candidates[part] = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        left: list[Mapping[str, Tensor]] = []
         for part, held in candidates.items():
-            if sum(tensor.nbytes for tensor in held.values()) >= PART_BYTES:
-                make_folder(self._parts)
+            if sum(tensor.nbytes for tensor in held.values()) < PART_BYTES:
+                continue
+            make_folder(self._parts)
+            if part == "weights":
                 recorded = record_tensors(self._parts, held, elsewhere=self._elsewhere, durable=self._durable)
-                parts[part] = recorded.root
+            else:
+                recorded = checksum_pieces(EncodedTensors(held).pieces())
+                if not (self._parts / f"{recorded.root}.safetensors").exists():
+                    left.append(held)
+            parts[part] = recorded.root
         gone = (
             *((_MODEL, _STATISTICS) if "weights" in parts else ()),
             *(_PREFIXES[p] for p in parts if p in _PREFIXES),
@@ -255,10 +294,8 @@ class CheckpointStore:
         }
         own = {name: tensor for name, tensor in tensors.items() if not name.startswith(gone)}
         alone = "weights" in parts and not checkpoint.statistics
-        return encode(Stored(own, values, parts)), self._part(parts["weights"]) if alone else None
-
-    def _part(self, root: str) -> Path:
-        return self._parts / f"{root}.safetensors"
+        weights = self._parts / f"{parts['weights']}.safetensors" if alone else None
+        return _Encoded(encode(Stored(own, values, parts)), weights, left)
 
     def _remove(self, files: Sequence[Path]) -> None:
         """Remove checkpoint files, then the parts that no other names. DataError where that fails."""
@@ -266,7 +303,8 @@ class CheckpointStore:
             for file in files:
                 file.unlink(missing_ok=True)
             left = [file for file in self.folder.glob("*.safetensors") if not file.name.startswith(".")]
-            self._known = {file.name: self._known.get(file.name) or _parts_of(file) for file in left}
+            known = self._known
+            self._known = {f.name: known[f.name] if f.name in known else _parts_of(f) for f in left}
             held = frozenset[str]().union(*self._known.values())
             for part in self._parts.glob("*.safetensors"):
                 if part.stem not in held:
@@ -398,6 +436,8 @@ def _read_part(checkpoint: Path, part: str, root: str) -> dict[str, Tensor]:
                 f"checkpoint {checkpoint} is damaged: the content of its {part}, {path}, does not match "
                 "the hash in its name"
             )
+    except FileNotFoundError:
+        raise DataError(f"checkpoint {checkpoint} was not written to the end: its {part}, {path}, is missing") from None
     except OSError as error:
         raise DataError(
             f"cannot read the {part} of checkpoint {checkpoint}, {path}: {error.strerror or error}"

@@ -270,6 +270,26 @@ def test_a_damaged_part_is_noticed(tmp_path: Path, part: str, damage: str) -> No
     assert str(file) in loaded.passed_over[0]
 
 
+def test_a_snapshot_may_go_out_before_the_optimizer_is_written(tmp_path: Path) -> None:
+    """Begun is a checkpoint whose round counts as published and that cannot be read; the one before is not removed for
+    it. Complete it is the newest. Nothing is left where the optimizer's state has not changed, or is small."""
+    store = CheckpointStore(tmp_path, keep=1)
+    store.save(large(1, optimizer=1))
+    path, complete = store.begin(large(2, "trained", optimizer=2))
+    assert complete is not None
+    loaded = CheckpointStore(tmp_path, keep=1).newest("r", "a", SCHEMA)
+    assert loaded is not None
+    assert (loaded.checkpoint.machine.round, loaded.published) == (1, 2)
+    assert "was not written to the end: its optimizer" in loaded.passed_over[0]
+    complete()
+    complete()  # as after a fault
+    assert numbers(tmp_path) == [2]
+    assert value(path) == (2.0, 2.0)
+    assert store.begin(large(2, optimizer=2, model=3))[1] is None
+    assert numbers(tmp_path) == [3]
+    assert store.begin(made(3))[1] is None
+
+
 def test_what_is_set_aside_stays(tmp_path: Path) -> None:
     """The newest checkpoint, and one of its own, under names: whatever follows, they come back whole, with their parts;
     a second one under a name takes the first one's place, and what is dropped goes."""
