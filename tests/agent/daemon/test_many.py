@@ -35,7 +35,7 @@ def test_a_complete_graph(
     agent = "founder = true\nlinger_s = 60\nevaluate = 'none'"
     exchange = "lost_after_s = 240\nidle_s = 120"
     tables = {"schedule": schedule, "train": train, "agent": agent, "exchange": exchange, "merge": 'method = "average"'}
-    with network(tmp_path, names, ports, **tables) as net:
+    with network(tmp_path, names, ports, hosts=(), loads=(), **tables) as net:
         net.write_map(graph="complete")
         task = tmp_path / "tiny_task.py"
         task.write_text(task.read_text().replace("(6, 12, 8, 4)", "(6, 480, 480, 4)"))  # 0.94 MB
