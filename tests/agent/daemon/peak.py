@@ -1,8 +1,9 @@
-"""The most memory that a round takes of a process: `python -m tests.agent.daemon.peak FOLDER WIDTH PEERS key=value …`.
+"""Memory of an agent's rounds: `python -m tests.agent.daemon.peak FOLDER WIDTH PEERS ROUNDS key=value …`.
 
 One learner does what the daemon has it do: it takes up the newest checkpoint, where there is one, or else goes through
-two rounds, with snapshots of peers that were recorded before. Prints JSON: the estimate, bytes of the model, and the
-process's peak of resident memory beyond what it had before there was a model (VmHWM of /proc/self/status).
+rounds, with snapshots of peers that were recorded before. Prints JSON: the estimate, bytes of the model, the process's
+peak of resident memory beyond what it had before there was a model (VmHWM of /proc/self/status), and its anonymous
+memory at each round's end.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ def resident(what: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
 
 
-def main(folder: Path, width: int, peers: int, *optimizer: str) -> None:
-    """Do two rounds and print what they took."""
+def main(folder: Path, width: int, peers: int, rounds: int, *optimizer: str) -> None:
+    """Do rounds and print what they took."""
     keep_freed()  # as the daemon does
     settings = dict(pair.split("=") for pair in optimizer)
     train = {"steps_per_round": 2, "batch_size": 8, "optimizer": {"lr": 0.001, **settings}}
@@ -64,18 +65,18 @@ def main(folder: Path, width: int, peers: int, *optimizer: str) -> None:
     size = sum(tensor.nbytes for tensor in held.values())
     state = int(state_share(learner.trainer.optimizer) * size)
     estimate = peak_bytes(learner.trainer.model, state, peers)
-    if work.restore()() is None:
-        _rounds(learner, work, folder, peers)
-    print(json.dumps({"estimate": estimate, "model": size, "peak": resident("VmHWM") - before}))
+    held = [] if work.restore()() is not None else _rounds(learner, work, folder, peers, rounds)
+    print(json.dumps({"estimate": estimate, "model": size, "peak": resident("VmHWM") - before, "anonymous": held}))
 
 
-def _rounds(learner: Learner, work: AgentWorker, folder: Path, peers: int) -> None:
+def _rounds(learner: Learner, work: AgentWorker, folder: Path, peers: int, rounds: int) -> list[int]:
     held = learner.trainer.model.state_dict()
     moved = [{name: tensor * (1 - i / 100) for name, tensor in held.items()} for i in range(1)]
     others = [record_tensors(folder / "peers", weights, durable=False).root for weights in moved] * peers
     del moved
     share = 1 / (1 + peers)
-    for number in (1, 2):
+    anonymous: list[int] = []
+    for number in range(1, rounds + 1):
         work.train(m.Train(number, True))()
         recorded = work.record(m.Train(number, True))()
         state = MachineState("tiny", "a", number, "trained", BasisId(0, "a", "00"), root=recorded.payload.root)
@@ -86,7 +87,12 @@ def _rounds(learner: Learner, work: AgentWorker, folder: Path, peers: int) -> No
         assert not result.refused, result
         work.checkpoint(m.CheckpointAction(number, "merged", replace(state, stage="merged")))()
         work.save_weights()()
+        for file in (folder / "snapshots").glob("*"):  # as the store lets go of them
+            if file.stem != recorded.payload.root:
+                file.unlink()
+        anonymous.append(resident("RssAnon"))
+    return anonymous
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:5]), *sys.argv[5:])

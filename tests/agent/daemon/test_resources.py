@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from statistics import fmean, linear_regression, pvariance
+from typing import Any
 
 import pytest
 
@@ -76,18 +78,35 @@ def test_the_estimate_of_memory_is_true(tmp_path: Path, width: int, optimizer: t
     """Reference: the peak of a process that trains, publishes, merges with two peers and writes checkpoints, and of one
     that takes the last one up. The estimate is at most an eighth off what both took at most, and some megabytes that
     do not grow with the model; with SGD it is under five models."""
-    peaks: list[dict[str, int]] = []
-    said = tmp_path / "said"
-    for _ in range(2):
-        words = ["-m", "tests.agent.daemon.peak", str(tmp_path), str(width), "2", *optimizer]
-        with said.open("wb") as stream:
-            process = start(words, env=os.environ, stdout=stream.fileno(), stderr=stream.fileno())
-        assert process.wait(110) == 0, said.read_text()
-        peaks.append(json.loads(said.read_text()))
+    peaks = [run(tmp_path, width, 2, *optimizer) for _ in range(2)]
     estimate, model = peaks[0]["estimate"], peaks[0]["model"]
     most = max(each["peak"] for each in peaks)
     assert most / 1.125 - FIXED <= estimate <= most * 1.125, peaks
     assert "adam" in optimizer[0] or most <= 5 * model, peaks
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the reference is the kernel's RssAnon, of Linux")
+def test_memory_does_not_grow_with_rounds(tmp_path: Path) -> None:
+    """Reference: a line through the last 300 of 400 rounds of a small model, by least squares: the upper end of the
+    95 % interval of its slope is under 1 kB a round. `benchmarks/agent_memory.py`: 2,000 rounds over the network."""
+    held = run(tmp_path, 16, 400, "name=adam")["anonymous"][100:]
+    blocks = [fmean(held[i : i + 10]) for i in range(0, len(held), 10)]  # neighbours are alike, and count once
+    rounds = [10.0 * i for i in range(len(blocks))]
+    slope, start_at = linear_regression(rounds, blocks)
+    rest = sum((y - start_at - slope * x) ** 2 for x, y in zip(rounds, blocks))
+    error = (rest / (len(blocks) - 2) / (len(blocks) * pvariance(rounds))) ** 0.5
+    assert slope + 1.96 * error < 1000, (slope, error, held[::30])
+
+
+def run(folder: Path, width: int, rounds: int, *optimizer: str) -> dict[str, Any]:
+    """Do rounds with two peers in a process of their own, or take up what they left; return what it says."""
+    said = folder / "said"
+    words = ["-m", "tests.agent.daemon.peak", str(folder), str(width), "2", str(rounds), *optimizer]
+    with said.open("wb") as stream:
+        process = start(words, env=os.environ, stdout=stream.fileno(), stderr=stream.fileno())
+    assert process.wait(110) == 0, said.read_text()
+    return json.loads(said.read_text().splitlines()[-1])
 
 
 @pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="the reference is /proc/meminfo, which Linux has")
