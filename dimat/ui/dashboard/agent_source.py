@@ -94,9 +94,11 @@ class _OwnView:
         self.state.run["method"] = daemon.setup.config.merge.method or ""
 
     def take(self, event: events.Event) -> None:
-        """Keep an event until the dashboard's thread takes it. In the agent's loop."""
+        """Keep an event until the dashboard's thread takes it. In the agent's loop, but for a tracker's word of its
+        end, which comes from the tracker's thread and may be the first of all."""
         if self._loop is None:
-            self._loop = asyncio.get_running_loop()
+            with contextlib.suppress(RuntimeError):
+                self._loop = asyncio.get_running_loop()
         if len(self._waiting) >= MOST_WAITING:
             self.state.left_out += 1
             return
