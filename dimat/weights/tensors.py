@@ -159,7 +159,7 @@ def record_tensors(
     encoded = EncodedTensors(tensors)
     payload = checksum_pieces(encoded.pieces())
     path = folder / f"{payload.root}.safetensors"
-    if path.exists() and path.stat().st_size == payload.bytes:
+    if is_recorded(folder, payload):
         return payload
     for other in elsewhere:
         try:
@@ -169,6 +169,14 @@ def record_tensors(
         return payload
     write_pieces(path, encoded.pieces(), durable=durable)
     return payload
+
+
+def is_recorded(folder: Path, payload: Payload) -> bool:
+    """Say whether a payload lies in a store folder, by its length; its content is looked at when it is read."""
+    try:
+        return (folder / f"{payload.root}.safetensors").stat().st_size == payload.bytes
+    except FileNotFoundError:
+        return False
 
 
 def schema_hash(weights: Mapping[str, Tensor]) -> str:

@@ -148,9 +148,11 @@ class AgentWorker(Work[Path]):
                 append_record(self._lineage, action.record)
             if action.stage == "merged":
                 self._keep_trusted(action.round)
-            self._complete = self._checkpoints.begin(self._learner.checkpoint(action.state))[1]
-            if action.stage != "trained":
-                self.complete()()
+            checkpoint = self._learner.checkpoint(action.state)
+            if action.stage == "trained":
+                self._complete = self._checkpoints.begin(checkpoint)
+            else:
+                self._checkpoints.save(checkpoint)
             self.middle.checkpointed(action.state)
 
         return written

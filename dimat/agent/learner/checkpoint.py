@@ -36,7 +36,7 @@ from dimat.train.trainer import TrainerState
 from dimat.weights.durable import share_file, write_bytes
 from dimat.weights.header import LONGEST_HEADER, parse_header
 from dimat.weights.snapshot import checksum_file, checksum_pieces, make_folder
-from dimat.weights.tensors import EncodedTensors, open_tensors, record_tensors
+from dimat.weights.tensors import EncodedTensors, is_recorded, open_tensors, record_tensors
 
 FORMAT = "3"
 TRUSTED = "trusted"
@@ -142,35 +142,30 @@ class CheckpointStore:
 
         DataError where it cannot be written.
         """
-        path, complete = self.begin(checkpoint)
-        if complete is not None:
-            complete()
+        encoded = self._encode(checkpoint)
+        self._record(encoded.left)
+        path = self._write(checkpoint, encoded)
+        self._prune(encoded)
         return path
 
-    def begin(self, checkpoint: Checkpoint) -> tuple[Path, Callable[[], None] | None]:
-        """Write a checkpoint but for what nobody else waits for, the state of optimizer and merge method. Return its
-        file, and what completes it where anything is left: to be called before those change, and again where it raised
-        DataError.
+    def begin(self, checkpoint: Checkpoint) -> Callable[[], None] | None:
+        """Write a checkpoint but for what nobody else waits for, the state of optimizer and merge method. Return what
+        completes it, None where nothing is left: to be called before those change, and again where it raised DataError.
 
         From here on a snapshot of these weights may be published. Until it is complete the checkpoint cannot be read:
         a crash in between costs the round, which counts as published. DataError where it cannot be written.
         """
         encoded = self._encode(checkpoint)
-        machine, names = checkpoint.machine, self._names()
-        number = int(names[-1][0]) + 1 if names else 1
-        path = self.folder / f"{number:09d}-{machine.round:09d}-{machine.stage}.{digest(encoded.data)}.safetensors"
-        write_bytes(path, encoded.data, durable=self._durable)
+        self._write(checkpoint, encoded)
 
         def complete() -> None:
-            for tensors in encoded.left:
-                record_tensors(self._parts, tensors, durable=self._durable)
-            self._weights = encoded.weights
-            self._remove([self.folder / old[4] for old in names[: max(len(names) + 1 - self._keep, 0)]])
+            self._record(encoded.left)
+            self._prune(encoded)
 
         if encoded.left:
-            return path, complete
+            return complete
         complete()
-        return path, None
+        return None
 
     def share_weights(self, path: Path) -> bool:
         """Give the weights of the checkpoint that was saved last another name; False where they are in no file of
@@ -227,8 +222,7 @@ class CheckpointStore:
         before = self._aside(name)
         if checkpoint is not None:
             encoded = self._encode(checkpoint)
-            for tensors in encoded.left:
-                record_tensors(self._parts, tensors, durable=self._durable)
+            self._record(encoded.left)
             path = self.folder / f"{name}.{digest(encoded.data)}.safetensors"
             write_bytes(path, encoded.data, durable=self._durable)
         else:
@@ -275,7 +269,7 @@ class CheckpointStore:
                 recorded = record_tensors(self._parts, held, elsewhere=self._elsewhere, durable=self._durable)
             else:
                 recorded = checksum_pieces(EncodedTensors(held).pieces())
-                if not (self._parts / f"{recorded.root}.safetensors").exists():
+                if not is_recorded(self._parts, recorded):
                     left.append(held)
             parts[part] = recorded.root
         gone = (
@@ -296,6 +290,23 @@ class CheckpointStore:
         alone = "weights" in parts and not checkpoint.statistics
         weights = self._parts / f"{parts['weights']}.safetensors" if alone else None
         return _Encoded(encode(Stored(own, values, parts)), weights, left)
+
+    def _record(self, parts: Sequence[Mapping[str, Tensor]]) -> None:
+        for tensors in parts:
+            record_tensors(self._parts, tensors, durable=self._durable)
+
+    def _write(self, checkpoint: Checkpoint, encoded: _Encoded) -> Path:
+        """Write a checkpoint's own file, as the newest."""
+        machine, names = checkpoint.machine, self._names()
+        number = int(names[-1][0]) + 1 if names else 1
+        path = self.folder / f"{number:09d}-{machine.round:09d}-{machine.stage}.{digest(encoded.data)}.safetensors"
+        write_bytes(path, encoded.data, durable=self._durable)
+        return path
+
+    def _prune(self, newest: _Encoded) -> None:
+        """Remove checkpoints beyond `keep`, now that the newest is whole."""
+        self._weights = newest.weights
+        self._remove([self.folder / old[4] for old in self._names()[: -self._keep]])
 
     def _remove(self, files: Sequence[Path]) -> None:
         """Remove checkpoint files, then the parts that no other names. DataError where that fails."""
