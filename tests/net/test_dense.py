@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dimat.weights.snapshot import Manifest, checksum_file
+from dimat.weights.snapshot import Manifest, verify_file
 from tests.net.agents import Agent, join, make, started, weights
 
 pytestmark = [pytest.mark.anyio, pytest.mark.live]
@@ -21,7 +21,7 @@ async def one_round(agents: list[Agent], number: int) -> None:
         await reader.ears.offer(manifest.agent, number)
         fetched = await reader.transport.fetch(manifest.agent, number, manifest.payload.root)
         # read while others come, are let go and make room: the content is the publisher's
-        assert await asyncio.to_thread(checksum_file, fetched.path) == manifest.payload
+        await asyncio.to_thread(verify_file, fetched.path, manifest.payload)
         reader.transport.release(manifest.agent, number, manifest.payload.root)
 
     async with asyncio.TaskGroup() as group:

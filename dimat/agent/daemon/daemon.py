@@ -119,7 +119,7 @@ class Daemon:
         state = None if found is None else found.state
         self._kept = _addresses(folder.snapshots, "" if state is None else state.root)
         published = 0 if found is None else found.published
-        founding = content_hash(self._learner.trainer.weights()) if state is None else ""
+        founding = content_hash(self._learner.trainer.weights(copy=False)) if state is None else ""
         self._machine = machine_for(setup.schedule, setup.name, state, published, founding)
         self._transport = make_transport(
             setup,

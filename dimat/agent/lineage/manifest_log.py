@@ -26,7 +26,7 @@ from dimat.weights.durable import write_bytes
 
 LEDGER_BYTES = 64 * 2**20
 """Bound of a ledger's length, where no quota says otherwise."""
-KNOWN = 4096
+KNOWN = 256
 """Manifests that a ledger remembers to have written; a peer offers far fewer at a time."""
 
 

@@ -15,10 +15,13 @@ from pathlib import Path
 
 import torch
 
+from dimat.agent.daemon.mid_round import MidRound
 from dimat.agent.daemon.resources import peak_bytes, state_share
 from dimat.agent.daemon.worker import AgentWorker
 from dimat.agent.learner.checkpoint import CheckpointStore
 from dimat.agent.learner.learner import Learner
+from dimat.agent.lineage.compaction import Compaction
+from dimat.agent.lineage.manifest_log import LEDGER_BYTES, ManifestLedger
 from dimat.agent.protocol import messages as m
 from dimat.agent.protocol.basis import BasisId
 from dimat.agent.protocol.state import MachineState
@@ -58,9 +61,12 @@ def main(folder: Path, width: int, peers: int, rounds: int, *optimizer: str) -> 
     encode(warm.weights())
     before = resident("VmRSS")
     task = wide(width)
-    learner = Learner("a", config, task, torch.arange(64), folder / "snapshots", None)
-    store = CheckpointStore(folder / "checkpoints", elsewhere=(folder / "snapshots",))
-    work = AgentWorker(learner, "tiny", store, folder / "lineage.jsonl", "all", folder / "weights.safetensors")
+    learner = Learner("a", config, task, torch.arange(64), folder / "snapshots", None, durable=False)
+    store = CheckpointStore(folder / "checkpoints", elsewhere=(folder / "snapshots",), durable=False)
+    lineage = folder / "lineage.jsonl"
+    middle = MidRound(learner, store, None, print)
+    compaction = Compaction("a", lineage, ManifestLedger(folder / "manifests.jsonl"), LEDGER_BYTES)
+    work = AgentWorker(learner, "tiny", store, lineage, "all", folder / "weights.safetensors", middle, compaction)
     held = learner.trainer.model.state_dict()
     size = sum(tensor.nbytes for tensor in held.values())
     state = int(state_share(learner.trainer.optimizer) * size)

@@ -52,6 +52,7 @@ class Broken:
         self._training = training
         self._writing = writing
         self.middle = SimpleNamespace(resumed=False)
+        self.incomplete = False
 
     def train(self, action: m.Train) -> Outcome[TrainResult]:
         def outcome() -> TrainResult:
