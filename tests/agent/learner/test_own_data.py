@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 
 from dimat.agent.daemon.folder import AgentFolder
+from dimat.agent.daemon.mid_round import MidRound
 from dimat.agent.daemon.worker import AgentWorker
 from dimat.agent.doctor.doctor import examine
 from dimat.agent.learner.checkpoint import CheckpointStore
 from dimat.agent.learner.own_data import compare_data
+from dimat.agent.lineage.compaction import Compaction
+from dimat.agent.lineage.manifest_log import LEDGER_BYTES, ManifestLedger
 from dimat.agent.protocol.state import Restored
 from dimat.agent.setup.prepare import prepare_agent
 from dimat.config import ExperimentConfig
@@ -54,7 +57,9 @@ def life(config: ExperimentConfig, *, train: bool = False) -> tuple[AgentWorker,
     try:
         learner = setup.learner(place.snapshots)
         store = CheckpointStore(place.checkpoints)
-        work = AgentWorker(learner, config.run, store, place.lineage, "none", place.weights)
+        middle = MidRound(learner, store, None, print)
+        compaction = Compaction(setup.name, place.lineage, ManifestLedger(place.manifests), LEDGER_BYTES)
+        work = AgentWorker(learner, config.run, store, place.lineage, "none", place.weights, middle, compaction)
         found = work.restore()()
         if train:
             learner.train(1)
