@@ -116,9 +116,11 @@ class RunState(RunModel):
         found.received = max(found.received, count(status.get("received_bytes")))
         if not found.own:
             self._own_status(found, status)
-        # a peer tells of its links too, as many as it likes
+        # a peer tells of its links too, as many as it likes, and to whomever it likes: members of the map alone count
+        members = {member for known in self.agents.values() if known.own for member in known.view.members}
         for peer, link in islice(mapping(status.get("peers")).items(), MOST_LINKS):
-            self._link(found, peer, mapping(link))
+            if not members or peer in members:
+                self._link(found, peer, mapping(link))
 
     def refresh(self, now: float) -> None:
         """Judge anew how each agent is. `now`: wall clock; a simulated run has its own time."""

@@ -5,6 +5,7 @@ the ledgers of all agents against what each has published."""
 from __future__ import annotations
 
 import signal
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -82,3 +83,43 @@ def test_halves_go_on_and_meet_again(tmp_path: Path) -> None:
             check_resumed(net, name)
             times = [event["time_s"] for event in net.events(name, "Merged")]
             assert max(b - a for a, b in pairwise(times)) < 3 * DEADLINE_S
+
+
+def test_one_that_is_far_behind_holds_nobody_up(tmp_path: Path) -> None:
+    """One of three is cut off, and trains so much longer than the others that these are over 16 rounds ahead. Healed,
+    it takes their round at once: within three deadlines all merge with all, and no deadline passes at those in step."""
+    need_namespaces()
+    three, slow = RING[:3], RING[2]
+    schedule = f"rounds = 0\nround_deadline_s = {DEADLINE_S}\njoin_wait_s = 3"
+    with hosts(3) as made, network(tmp_path, three, [7300] * 3, made, schedule=schedule, exchange=EXCHANGE) as net:
+        for name in three:
+            net.start(name, f"train.epochs_per_round={60 if name == slow else 1}")
+        net.until(lambda: all(net.partners(name) == set(three) for name in three), "all merge with all")
+        made[2].plug(1)
+        net.until(lambda: _round(net, three[0]) > _round(net, slow) + 20, "the others are far ahead")
+        healed = time.time()
+        made[2].plug(0)
+        for name in three:
+            net.until(
+                lambda name=name: any(
+                    merge["time_s"] > healed and {part["agent"] for part in merge["contributions"]} == set(three)
+                    for merge in net.events(name, "Merged")
+                ),
+                f"{name} merges with all again",
+            )
+        whole_s = time.time() - healed
+        late = [
+            event
+            for name in three[:2]
+            for event in net.events(name, "PeerLate", reason="deadline")
+            if event["time_s"] > healed
+        ]
+        assert whole_s < 3 * DEADLINE_S, whole_s
+        assert late == []
+        skipped = [event for event in net.events(slow, "RoundsSkipped") if event["time_s"] > healed]
+        assert sum(event["round"] - event["first"] for event in skipped) > 16
+        check_ledgers(net)
+
+
+def _round(net: Network, name: str) -> int:
+    return net.events(name, "Merged")[-1]["round"]

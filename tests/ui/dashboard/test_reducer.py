@@ -280,3 +280,13 @@ def test_long_curves_are_thinned_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(points) <= known.LEAST_POINTS
     assert max(points) == 1000
     assert min(points) < 100, "the beginning is still there"
+
+
+def test_a_peer_that_invents_agents_shows_none() -> None:
+    """What a peer answers is told by whoever has its key: only members of the agent's own map are shown."""
+    where: Values = {"address": "here:1", "peers": ("b",), "members": ("a", "b", "c")}
+    state = taken([AgentStarted(agent="a", round=0, samples=1, parameters=1, secure=True, time_s=1.0, **where)])
+    links: Values = {f"stranger-{number}": {"connected": True, "rounds": [9]} for number in range(50)}
+    state.take_status("b", {"round": 2, "peers": {"c": {"connected": True, "rounds": [1]}} | links}, 2.0)
+    assert set(state.agents) == {"a", "b", "c"}
+    assert not any("stranger" in source or "stranger" in reader for source, reader in state.edges)
