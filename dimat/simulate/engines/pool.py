@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
 from dimat.errors import ConfigError, DimatError
+from dimat.hooks import cause
 
 WORKER_ENDED = "a worker process has ended; if memory ran out, use fewer --workers or a smaller model"
 
@@ -107,7 +108,9 @@ class WorkerPool:
         future: Future[R] = Future()
         try:
             future.set_result(job(*args, **kwargs))
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a user's code may exit
             future.set_exception(error)
         return future
 
@@ -124,11 +127,10 @@ def result_of(future: Future[Any], what: str) -> Any:
         raise DimatError(f"{what}: {WORKER_ENDED}") from error
     except DimatError as error:
         raise type(error)(f"{what}: {error}") from error
-    except CancelledError:
+    except (CancelledError, KeyboardInterrupt):
         raise
-    except Exception as error:
-        first = (str(error).strip().splitlines() or [""])[0]
-        raise DimatError(f"{what} failed: {type(error).__name__}: {first}") from error
+    except BaseException as error:
+        raise DimatError(f"{what} failed: {cause(error)}") from error
 
 
 @contextmanager
