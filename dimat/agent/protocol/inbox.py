@@ -220,9 +220,9 @@ class Inbox:
             self._pass_over(offer.peer)
             return Heard.NOTED, []
         known = self.offers.note(offer)
+        self._pass_over(offer.peer)
         if known is Known.CONFLICT:
             return Heard.CONFLICT, []
-        self._pass_over(offer.peer)
         # a peer that was given up and is back: one more try, which the deadline bounds
         wanted = self.open and (known is Known.NEW or given_up)
         return Heard.NOTED, self._fetch_from(offer.peer) if wanted else []

@@ -213,12 +213,13 @@ class RoundMachine:
     def _offered(self, offer: PeerPublished) -> list[m.Action]:
         heard, actions = self._inbox.hear(offer)
         if heard is Heard.CONFLICT:
-            return self._refuse_once(
+            told = self._refuse_once(
                 "conflict",
                 offer.peer,
                 f"it offers another snapshot for round {offer.round} ({offer.root[:12]}…) than before; the first one "
                 "of a round counts, and any other is refused without another word",
             )
+            return told + self._go_on()  # it may have told that it left a round out
         if heard is Heard.BEYOND:
             reason = f"it offers round {offer.round}, which nobody could offer"
             return self._refuse_once("beyond", offer.peer, reason)
