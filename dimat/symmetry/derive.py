@@ -90,8 +90,10 @@ def describe(
     occurrences = {atom: places for atom, places in occurrences.items() if atom in parents or atom in still}
     names = _named(occurrences)
     group_of = {atom: name for atom, name in names.items() if atom not in still}
-    # a path that was run holds the sizes of its inputs, and other inputs take other paths: nothing is observed there
-    nodes = traced.nodes if traced.kind == "export" else []
+    # a path that was run holds the sizes of its inputs, and other inputs take other paths: nothing is observed there,
+    # nor where the graph enters `vmap`, which cannot be run node by node
+    mapped = any("_add_batch_dim" in str(node.target) for node in traced.nodes)
+    nodes = traced.nodes if traced.kind == "export" and not mapped else []
     points = find_points(nodes, analysis, names, parents, most_points)
     watched = set(points) | {names[above] for atom in group_of if group_of[atom] in points for above in parents[atom]}
 

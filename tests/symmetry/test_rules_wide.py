@@ -176,12 +176,75 @@ ALGEBRA: dict[str, Case] = {
     ),
 }
 
+OTHERS: dict[str, Case] = {
+    "det": (lambda m, x: x @ m.extra[0] * torch.linalg.det(m.extra[0][:2]), ((8, 2),), [6]),
+    "det of a square": (lambda m, x: x @ m.extra[0] @ m.extra[1] * m.extra[0].det(), ((8, 8), (8, 2)), [8]),
+    "matrix_power": (lambda m, x: x @ m.extra[0].matrix_power(3) @ m.extra[1], ((8, 8), (8, 2)), [8]),
+    "trace": (lambda m, x: x @ m.extra[0] @ m.extra[1] * m.extra[0].trace(), ((8, 8), (8, 2)), [8]),
+    "solve": (
+        lambda m, x: torch.linalg.solve(m.extra[0].expand(3, 8, 8), x.mT).mT @ m.extra[1],
+        ((8, 8), (8, 2)),
+        [8, 8],
+    ),
+    "outer": (lambda m, x: torch.outer(x[0, 0], m.extra[0]).flatten() @ m.extra[1], ((3,), (24, 2)), [8, 3]),
+    "cross": (lambda m, x: torch.linalg.cross(x[:, :3], m.extra[0][None], dim=1) @ m.extra[1], ((3, 8), (8, 2)), [8]),
+    "take": (lambda m, x: x.take(torch.tensor([0, 9, 30])), (), []),
+    "put": (lambda m, x: x.put(torch.tensor([0, 9]), m.extra[0]) @ m.extra[1], ((2,), (8, 2)), []),
+    "masked_select": (lambda m, x: x.masked_select(x > x.min() - 1).view(15, 8) @ m.extra[0], ((8, 2),), []),
+    "slice_scatter": (lambda m, x: x.slice_scatter(m.extra[0], 2, 0, 4) @ m.extra[1], ((3, 5, 4), (8, 2)), []),
+    "channel fake quantisation": (
+        lambda m, x: (
+            torch.fake_quantize_per_channel_affine(
+                x.float(), m.extra[0].float().abs() / 9 + 0.1, torch.zeros(8, dtype=torch.int32), 2, -8, 7
+            ).to(x)
+            @ m.extra[1]
+        ),
+        ((8,), (8, 2)),
+        [8],
+    ),
+    "affine_grid": (
+        lambda m, x: F.affine_grid(x[:, :2, :3], [3, 1, 2, 2], align_corners=False).flatten(1) @ m.extra[0],
+        ((8, 2),),
+        [5],
+    ),
+    "stft over positions": (
+        lambda m, x: (
+            torch.stft(x.mT.flatten(0, 1), 4, 2, window=torch.ones(4, dtype=x.dtype), return_complex=True, center=False)
+            .abs()
+            .unflatten(0, (3, 8))
+            .sum((2, 3))
+            @ m.extra[0]
+        ),
+        ((8, 2),),
+        [8],
+    ),
+    "meshgrid": (
+        lambda m, x: torch.meshgrid(m.extra[0], m.extra[1], indexing="xy")[0].T @ m.extra[2] @ x.sum(2)[0, :1],
+        ((4,), (6,), (6, 1)),
+        [6, 6, 8],
+    ),
+    "local response": (lambda m, x: F.local_response_norm(x.mT, 3).mT @ m.extra[0], ((8, 2),), []),
+    "channel_shuffle": (lambda m, x: F.channel_shuffle(x.mT[..., None], 2)[..., 0].mT @ m.extra[0], ((8, 2),), []),
+    "bucketize": (
+        lambda m, x: (torch.bucketize(x, torch.tensor([0.0, 0.5]).to(x)).to(x) + x) @ m.extra[0],
+        ((8, 2),),
+        [],
+    ),
+    "randperm": (lambda m, x: x[:, torch.randperm(5)] @ m.extra[0], ((8, 2),), [8]),
+    "cauchy": (lambda m, x: (x + torch.empty_like(x).cauchy_()) @ m.extra[0], ((8, 2),), [8]),
+    "geometric": (lambda m, x: (x * torch.empty_like(x).geometric_(0.4)) @ m.extra[0], ((8, 2),), [8]),
+    "log_normal": (lambda m, x: (x * torch.empty_like(x).log_normal_(0.1, 0.3)) @ m.extra[0], ((8, 2),), [8]),
+    "binomial": (lambda m, x: torch.binomial(x.abs().ceil() + 2, x.sigmoid()) @ m.extra[0], ((8, 2),), [8]),
+    "gamma": (lambda m, x: torch._standard_gamma(x.abs() + 1) @ m.extra[0], ((8, 2),), [8]),
+    "unit of the largest": (lambda m, x: x.argmax(-1).to(x), (), []),
+}
 
-@pytest.mark.parametrize("name", [*SCATTERED, *ALGEBRA])
+
+@pytest.mark.parametrize("name", [*SCATTERED, *ALGEBRA, *OTHERS])
 @pytest.mark.filterwarnings("ignore:SYM-W02:dimat.symmetry.SymmetryWarning")
 def test_rule(name: str) -> None:
     """Reference: groups by hand; the network itself in float64 under random permutations of them."""
-    operation, shapes, sizes = {**SCATTERED, **ALGEBRA}[name]
+    operation, shapes, sizes = {**SCATTERED, **ALGEBRA, **OTHERS}[name]
     generator = torch.Generator().manual_seed(4)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -190,7 +253,7 @@ def test_rule(name: str) -> None:
     spec = derive_symmetry(model, inputs)
     assert sorted(group.size for group in spec.groups) == sorted(sizes), spec.unknown_ops
     error = verify_symmetry(model, spec, inputs, generator)
-    assert error < (1e-5 if name == "fake quantisation" else 1e-9)
+    assert error < (1e-5 if "fake quantisation" in name else 1e-9)
 
 
 class Stepped(nn.Module):

@@ -70,11 +70,17 @@ def test_a_matrix_left_out_shows(subject: Subject) -> None:
         assert any(error > 1e-3 for error in errors), f"{axis.tensor} axis {axis.dim} left out, nothing changed"
 
 
-@pytest.mark.parametrize("subject", _params(name for name in CHEAP if name != "efficientnet_v2_s"), indirect=True)
+UNPLANTED = {
+    "efficientnet_v2_s": "one of its 75 groups by weights takes long; it is left to `make zoo`",
+    "variational": "draws its code anew in each pass, so that no two passes agree",
+    "complex": "random weights are real there, and units without an imaginary part leave nothing to be told",
+}
+
+
+@pytest.mark.parametrize("subject", _params(name for name in CHEAP if name not in UNPLANTED), indirect=True)
 def test_planted_permutations_are_found(subject: Subject) -> None:
     """Reference: the network is the average of itself and its permuted copy, aligned back by activations, and by
-    weights where nothing can be observed; without alignment it is not. (One of 75 groups by weights is left to
-    `make zoo`, for it takes long.)"""
+    weights where nothing can be observed; without alignment it is not."""
     found = recover(subject)
     assert found.error <= FOUND
     assert found.before > 100 * FOUND
