@@ -19,7 +19,7 @@ from dimat.ui.jsonl_read import HEADER
 PAGE = (Path(__file__).parent.parent.parent / "docs" / "events.md").read_text(encoding="utf-8")
 NAMES = {str: "string", int: "integer", float: "number", bool: "boolean"}
 RESULTS: dict[type[Any], tuple[type[Any], Sequence[str]]] = {
-    events.Trained: (events.TrainResult, ("loss", "samples")),
+    events.Trained: (events.TrainResult, ("loss", "samples", "notes")),
     events.Merged: (events.MergeResult, events.MERGE_LOGGED),
 }
 """Events that carry a result, of which these values stand among the event's own in a log."""
