@@ -132,8 +132,8 @@ class Trained(AgentEvent):
         """Return plain values; the result's stand among the event's own."""
         plain = Event.to_dict(self)
         del plain["result"]
-        said = {"notes": self.result.notes} if self.result.notes else {}
-        return {**plain, "loss": self.result.loss, "samples": self.result.samples, "train_s": self.train_s, **said}
+        result = {name: getattr(self.result, name) for name in ("loss", "samples", "notes")}
+        return {**plain, **result, "train_s": self.train_s}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
