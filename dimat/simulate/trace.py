@@ -166,7 +166,9 @@ def _parsed(values: Mapping[str, Any]) -> _Line:
 def _difference(was: Any, now: Any, where: str) -> str:
     """Return the first place at which two plain values differ, and how; an empty string where they are equal."""
     if isinstance(was, dict) and isinstance(now, dict) and was.get("kind") == now.get("kind"):
-        parts = [(f"{where}.{key}", was.get(key, NOTHING), now.get(key, NOTHING)) for key in {**was, **now}]
+        # a field that came after the trace was written is empty unless it is used
+        keys = [key for key in {**was, **now} if key in was or now[key]]
+        parts = [(f"{where}.{key}", was.get(key, NOTHING), now.get(key, NOTHING)) for key in keys]
     elif isinstance(was, list) and isinstance(now, list):
         longest = range(max(len(was), len(now)))
         parts = [(f"{where}[{i}]", *(x[i] if i < len(x) else NOTHING for x in (was, now))) for i in longest]
