@@ -93,7 +93,7 @@ def _agent(
     with open_listeners(config, agent_folder(config, setup.name), agent=setup.name) as watching:
         daemon = Daemon(setup)
         listener = agent_listener(setup.schedule.metric, sys.stderr, -1 if quiet else verbose, plain)
-        with closing(listener), closing(_log_of(daemon)) as log, _dashboard(daemon) as shown:
+        with closing(listener), _log(daemon) as log, _dashboard(daemon) as shown:
             daemon.listeners += [listener, log, *watching.listeners, *shown]
             watching.warned += [listener, log, *shown]
             for line in () if quiet else watching.messages:
@@ -191,11 +191,20 @@ def _watch(found: Mapping[str, Any], look: Callable[[], Mapping[str, Any]], as_j
                 trouble = clean(str(error))
 
 
-def _log_of(daemon: Daemon) -> JsonlListener:
+@contextmanager
+def _log(daemon: Daemon) -> Generator[JsonlListener]:
+    """Give the agent's event log; an end of it that a full disk refuses is told, and is no other end of the agent."""
     from dimat.ui.jsonl import JsonlListener
 
     kept = daemon.setup.config.agent.logs_kept
-    return JsonlListener(daemon.folder.events, most_bytes=daemon.shares.log_file, kept=kept)
+    log = JsonlListener(daemon.folder.events, most_bytes=daemon.shares.log_file, kept=kept)
+    try:
+        yield log
+    finally:
+        try:
+            log.close()
+        except DataError as error:
+            say(f"dimat: {error}")
 
 
 @contextmanager
