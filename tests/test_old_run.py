@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from dimat.agent.learner.checkpoint import look
+from dimat.agent.learner.checkpoint_store import look
 from dimat.cli import main
 from dimat.config import load_experiment
 from dimat.simulate import run_simulation

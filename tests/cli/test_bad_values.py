@@ -16,7 +16,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dimat.agent.learner.checkpoint import CheckpointStore, Stored, digest, encode
+from dimat.agent.learner.checkpoint import Stored, digest, encode
+from dimat.agent.learner.checkpoint_store import CheckpointStore
 from dimat.agent.lineage.lineage import lineage, read_records
 from dimat.agent.lineage.manifest_log import read_ledger
 from dimat.cli import main

@@ -28,7 +28,7 @@ from dimat.agent.daemon.runner import Runner
 from dimat.agent.daemon.status_socket import StatusSocket, feed_watchdog, for_members, notify, plain_view
 from dimat.agent.daemon.transport import make_transport
 from dimat.agent.daemon.worker import AgentWorker, WorkThread
-from dimat.agent.learner.checkpoint import CheckpointStore
+from dimat.agent.learner.checkpoint_store import CheckpointStore
 from dimat.agent.lineage.compaction import Compaction
 from dimat.agent.lineage.manifest_log import ManifestLedger
 from dimat.agent.setup.machine import machine_for

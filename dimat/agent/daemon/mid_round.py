@@ -6,7 +6,8 @@ import threading
 import time
 from collections.abc import Callable
 
-from dimat.agent.learner.checkpoint import Checkpoint, CheckpointStore
+from dimat.agent.learner.checkpoint import Checkpoint
+from dimat.agent.learner.checkpoint_store import CheckpointStore
 from dimat.agent.learner.learner import Learner
 from dimat.agent.protocol.state import MachineState
 from dimat.errors import DataError

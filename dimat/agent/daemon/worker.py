@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from dimat.agent.daemon.mid_round import MidRound
-from dimat.agent.learner.checkpoint import TRUSTED, CheckpointStore
+from dimat.agent.learner.checkpoint_store import TRUSTED, CheckpointStore
 from dimat.agent.learner.learner import Learner
 from dimat.agent.lineage.compaction import Compaction
 from dimat.agent.lineage.lineage import append_record

@@ -25,7 +25,8 @@ from dimat.agent.daemon.resources import Needs, available_memory, held_bytes, ne
 from dimat.agent.daemon.status_socket import ask
 from dimat.agent.doctor.check import Check, fail, failed, ok, warn
 from dimat.agent.doctor.network_checks import AgentEndpoint, check_network
-from dimat.agent.learner.checkpoint import look, read_checkpoint
+from dimat.agent.learner.checkpoint import read_checkpoint
+from dimat.agent.learner.checkpoint_store import look
 from dimat.agent.learner.learner import Learner
 from dimat.agent.learner.own_data import compare_data
 from dimat.agent.setup.prepare import PreparedAgent, neighbours_of, prepare_agent

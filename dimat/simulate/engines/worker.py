@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from blake3 import blake3
 
-from dimat.agent.learner.checkpoint import CheckpointStore, Stored, read_state, write_state
+from dimat.agent.learner.checkpoint import Stored, read_state, write_state
+from dimat.agent.learner.checkpoint_store import CheckpointStore
 from dimat.agent.learner.learner import Learner
 from dimat.agent.protocol.messages import AdoptBasis, AdoptWeights, MergeAction, Moves, Train
 from dimat.agent.protocol.state import MachineState, Restored

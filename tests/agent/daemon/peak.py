@@ -18,7 +18,7 @@ import torch
 from dimat.agent.daemon.mid_round import MidRound
 from dimat.agent.daemon.resources import peak_bytes, state_share
 from dimat.agent.daemon.worker import AgentWorker
-from dimat.agent.learner.checkpoint import CheckpointStore
+from dimat.agent.learner.checkpoint_store import CheckpointStore
 from dimat.agent.learner.learner import Learner
 from dimat.agent.lineage.compaction import Compaction
 from dimat.agent.lineage.manifest_log import LEDGER_BYTES, ManifestLedger

@@ -16,7 +16,7 @@ import pytest
 
 from dimat.agent.doctor.check import Check, exit_code, fail, failed, ok, warn
 from dimat.agent.doctor.network_checks import AgentEndpoint, check_network
-from dimat.agent.learner.checkpoint import look
+from dimat.agent.learner.checkpoint_store import look
 from dimat.errors import ConfigError, DataError, NetworkError, SecurityError
 from dimat.net.compatibility import Profile
 from dimat.net.transport import Neighbours

@@ -16,17 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 
-from dimat.agent.learner.checkpoint import (
-    FORMAT,
-    NAME,
-    Checkpoint,
-    CheckpointStore,
-    Loaded,
-    Stored,
-    digest,
-    encode,
-    read_checkpoint,
-)
+from dimat.agent.learner.checkpoint import FORMAT, Checkpoint, Stored, digest, encode, read_checkpoint
+from dimat.agent.learner.checkpoint_store import NAME, CheckpointStore, Loaded
 from dimat.agent.learner.learner import Learner
 from dimat.agent.learner.recorder import Recorder
 from dimat.agent.protocol.basis import BasisId
@@ -330,7 +321,7 @@ import json, os, random, signal, sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from dimat.agent.learner.checkpoint import CheckpointStore
+from dimat.agent.learner.checkpoint_store import CheckpointStore
 from tests.agent.learner.test_checkpoint import SCHEMA, made, numbers, whole
 
 folder, seed, lives = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
@@ -558,7 +549,7 @@ def test_a_checkpoint_without_a_part_is_passed_over(tmp_path: Path, lost: str) -
 NO_ROOM = """
 import resource, sys
 from pathlib import Path
-from dimat.agent.learner.checkpoint import CheckpointStore
+from dimat.agent.learner.checkpoint_store import CheckpointStore
 from dimat.errors import DataError
 from tests.agent.learner.test_checkpoint import SCHEMA, made, whole
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from dimat.agent.daemon.mid_round import MidRound
 from dimat.agent.daemon.worker import AgentWorker
-from dimat.agent.learner.checkpoint import CheckpointStore
+from dimat.agent.learner.checkpoint_store import CheckpointStore
 from dimat.agent.learner.learner import Learner
 from dimat.agent.lineage.compaction import Compaction
 from dimat.agent.lineage.manifest_log import ManifestLedger

@@ -13,7 +13,7 @@ from dimat.agent.daemon.folder import AgentFolder
 from dimat.agent.daemon.mid_round import MidRound
 from dimat.agent.daemon.worker import AgentWorker
 from dimat.agent.doctor.doctor import examine
-from dimat.agent.learner.checkpoint import CheckpointStore
+from dimat.agent.learner.checkpoint_store import CheckpointStore
 from dimat.agent.learner.own_data import compare_data
 from dimat.agent.lineage.compaction import Compaction
 from dimat.agent.lineage.manifest_log import LEDGER_BYTES, ManifestLedger

@@ -12,7 +12,8 @@ import networkx as nx
 import pytest
 
 from dimat import events
-from dimat.agent.learner.checkpoint import Checkpoint, CheckpointStore
+from dimat.agent.learner.checkpoint import Checkpoint
+from dimat.agent.learner.checkpoint_store import CheckpointStore
 from dimat.errors import DataError
 from dimat.events import Event
 from dimat.results import Results
