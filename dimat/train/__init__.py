@@ -3,6 +3,7 @@
 Knows no peers and no network.
 """
 
-from dimat.train.trainer import Trainer, TrainerState, TrainReport
+from dimat.train.base import TrainerState, TrainReport
+from dimat.train.trainer import Trainer
 
 __all__ = ["TrainReport", "Trainer", "TrainerState"]

@@ -11,24 +11,23 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dimat.config import TrainConfig
 from dimat.device import current_streams, own_streams, resolve_device, seeded_streams
 from dimat.errors import DataError, TrainingError
 from dimat.merge.models.functional import call_with
 from dimat.seeds import derive_seed, torch_generator
-from dimat.symmetry import Permutations, SymmetrySpec
 from dimat.symmetry.trace import eval_mode
 from dimat.tasks.base import Batch, Data, Task
 from dimat.tasks.data import InputBatches, batch_bounds, input_batches
+from dimat.train.base import TrainerState, TrainReport, Value
 from dimat.train.batch_feed import BatchFeed
 from dimat.train.check_task import check_accumulate, check_sizes
 from dimat.train.contract import check_parts, checked_batch, checked_loss, checked_metrics, loss_weight, task_errors
@@ -41,53 +40,6 @@ from dimat.train.stepper import Stepper
 
 DEFAULT_EPOCHS = 2.0
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-Value = int | float | str
-
-
-@dataclass(frozen=True, slots=True)
-class TrainReport:
-    """One round's training. `loss`: mean over the examples seen; `samples`: how many (with repeats);
-    `cpu_s`, `wall_s`: seconds of this process."""
-
-    loss: float
-    samples: int
-    steps: int
-    cpu_s: float
-    wall_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class TrainerState:
-    """All that a trainer needs to go on bit for bit.
-
-    `tensors`: on the CPU, named `model/<name>`, `optimizer/<parameter>/<entry>` and `rng/<stream>` (uint8), in the
-    middle of a round `round/<stream>` and `teacher/<name>` too; `values`: plain numbers and strings. Both are flat,
-    ready for safetensors and JSON.
-    """
-
-    tensors: dict[str, Tensor]
-    values: dict[str, Value]
-
-
-class ModelTrainer(Protocol):
-    """Trains one agent's model: a `Trainer`, or the user's own loop. Its members are those of `Trainer`."""
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-
-    @property
-    def batches(self) -> int: ...
-    def train(self, round: int) -> TrainReport: ...
-    def evaluate(self, data: Data, weights: Mapping[str, Tensor] | None = None) -> dict[str, float]: ...
-    def input_batches(self, data: Data, batch_size: int, generator: torch.Generator | None = None) -> InputBatches: ...
-    def weights(self, *, copy: bool = True) -> dict[str, Tensor]: ...
-    def exchange_weights(self, weights: dict[str, Tensor]) -> None: ...
-    def load_weights(self, weights: Mapping[str, Tensor]) -> None: ...
-    def start_from(self, weights: Mapping[str, Tensor]) -> None: ...
-    def permute(self, spec: SymmetrySpec, permutations: Permutations) -> str: ...
-    def state(self, *, copy: bool = True) -> TrainerState: ...
-    def load_state(self, state: TrainerState) -> None: ...
 
 
 class Trainer(ModelState):

@@ -15,8 +15,9 @@ from torch import Tensor
 import dimat.train.batch_feed as batch_feed_module
 from dimat.errors import DataError
 from dimat.tasks import TensorData
+from dimat.train.base import TrainerState
 from dimat.train.progress import Interrupts, TrainingInterruptedError
-from dimat.train.trainer import Trainer, TrainerState
+from dimat.train.trainer import Trainer
 from tests.train.test_trainer import SETTINGS, assert_same, blobs, trainer
 
 

@@ -14,12 +14,13 @@ from dimat.config import OptimizerConfig, TrainConfig, load_experiment
 from dimat.errors import ConfigError, TrainingError
 from dimat.symmetry import derive_symmetry, permute_weights
 from dimat.tasks import ClassificationTask, TensorData, seeded
+from dimat.train.base import TrainerState
 from dimat.train.model_state import check_whole
 from dimat.train.optimizer_state import group_values
 from dimat.train.optimizer_state import read_state as read_optimizer
 from dimat.train.optimizer_state import write_state as write_optimizer
 from dimat.train.optimizers import build_optimizer
-from dimat.train.trainer import Trainer, TrainerState
+from dimat.train.trainer import Trainer
 
 PLAIN: dict[str, Any] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01, fused=True),

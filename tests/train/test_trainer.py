@@ -17,8 +17,9 @@ from dimat.config import TaskConfig, TrainConfig
 from dimat.errors import ConfigError, DataError, DimatError
 from dimat.symmetry import derive_symmetry, permute_weights, random_permutations
 from dimat.tasks import ClassificationTask, Subset, TensorData, load_task, mlp, seeded
+from dimat.train.base import TrainerState
 from dimat.train.optimizers import lr_factor
-from dimat.train.trainer import Trainer, TrainerState
+from dimat.train.trainer import Trainer
 
 
 class Noisy(nn.Module):

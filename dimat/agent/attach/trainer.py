@@ -18,9 +18,9 @@ from dimat.symmetry import Permutations, SymmetrySpec
 from dimat.symmetry.trace import modes_kept
 from dimat.tasks.base import Data
 from dimat.tasks.data import InputBatches, input_batches
+from dimat.train.base import TrainerState, TrainReport
 from dimat.train.model_state import ModelState
 from dimat.train.optimizer_state import group_values
-from dimat.train.trainer import TrainerState, TrainReport
 
 POLL_S = 0.5
 

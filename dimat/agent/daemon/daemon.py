@@ -39,7 +39,7 @@ from dimat.merge.weight_views import content_hash
 from dimat.net.pki.identity import Identity, load_identity
 from dimat.net.threads import beside
 from dimat.seeds import derive_seed
-from dimat.train.trainer import ModelTrainer
+from dimat.train.base import ModelTrainer
 from dimat.version import __version__
 from dimat.weights.snapshot import RecordedSnapshot, SnapshotStore
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dimat.agent.lineage.manifest_log import LEDGER_BYTES
 from dimat.agent.setup.prepare import PreparedAgent
 from dimat.errors import ConfigError, DataError
-from dimat.train.trainer import ModelTrainer
+from dimat.train.base import ModelTrainer
 
 RESERVE_BYTES = 64 * 2**20
 """Disk that stays free, whatever is kept."""

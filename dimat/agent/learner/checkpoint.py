@@ -22,7 +22,7 @@ from dimat.agent.protocol.state import MachineState
 from dimat.errors import DataError
 from dimat.merge.shared_statistics import AUX
 from dimat.reading import as_type, parse_json
-from dimat.train.trainer import TrainerState
+from dimat.train.base import TrainerState
 from dimat.weights.durable import write_bytes
 from dimat.weights.header import LONGEST_HEADER, parse_header
 from dimat.weights.snapshot import checksum_file

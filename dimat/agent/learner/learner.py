@@ -38,8 +38,9 @@ from dimat.seeds import torch_generator
 from dimat.symmetry import Observer, SymmetrySpec
 from dimat.tasks import Subset
 from dimat.tasks.base import Data, Task
+from dimat.train.base import ModelTrainer
 from dimat.train.losses import class_counts
-from dimat.train.trainer import ModelTrainer, Trainer
+from dimat.train.trainer import Trainer
 from dimat.weights.snapshot import RecordedSnapshot
 from dimat.weights.tensors import schema_hash, write_weights
 

@@ -20,9 +20,9 @@ from dimat.seeds import torch_generator
 from dimat.symmetry import Observer, SymmetrySpec, verified_symmetry
 from dimat.tasks import load_task
 from dimat.tasks.base import Task
+from dimat.train.base import ModelTrainer
 from dimat.train.check_task import check_task
 from dimat.train.contract import task_errors
-from dimat.train.trainer import ModelTrainer
 
 
 @dataclass(slots=True)

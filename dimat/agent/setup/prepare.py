@@ -22,7 +22,7 @@ from dimat.net.transport import Neighbours
 from dimat.seeds import derive_seed
 from dimat.tasks.base import Task
 from dimat.topology import resolve_map
-from dimat.train.trainer import ModelTrainer
+from dimat.train.base import ModelTrainer
 from dimat.weights.encodings import ENCODINGS, encoded_bytes
 from dimat.weights.tensors import schema_hash
 

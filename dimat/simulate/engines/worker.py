@@ -22,7 +22,7 @@ from dimat.agent.setup.loaded_task import load_for
 from dimat.config import ExperimentConfig
 from dimat.events import MergeResult, TrainResult
 from dimat.merge import plan_merge
-from dimat.train.trainer import TrainerState
+from dimat.train.base import TrainerState
 from dimat.weights.snapshot import RecordedSnapshot, make_folder
 
 

@@ -27,7 +27,7 @@ from dimat.config import ExchangeConfig
 from dimat.errors import DataError
 from dimat.merge.shared_statistics import beside
 from dimat.simulate.world.scenario import prepare
-from dimat.train.trainer import TrainerState
+from dimat.train.base import TrainerState
 from dimat.weights import durable
 from dimat.weights.snapshot import checksum
 from tests.agent.learner.rounds import merged, trained

@@ -191,7 +191,7 @@ def test_a_merge_tells_how_many_units_of_a_peer_moved(tmp_path: Path) -> None:
 
 def test_checkpoint_holds_a_trainer(tmp_path: Path) -> None:
     """Train 2 rounds = train 1, checkpoint file, new agent, train 1: bit for bit, through the file."""
-    from dimat.train.trainer import TrainerState
+    from dimat.train.base import TrainerState
 
     one, _ = agents(tmp_path)
     trained(one, 1, learn=True)
