@@ -6,7 +6,7 @@ without end. The reference follows own training alone; a merge leaves it as it w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from math import isfinite, sqrt
 
@@ -47,6 +47,11 @@ class Reference:
             rms = sqrt(sum(norms[name] ** 2 for name in names) / entries) if entries else 0.0
             pools |= dict.fromkeys(names, rms)
         return Reference(norms, sizes, pools)
+
+    def without(self, names: Collection[str]) -> Reference:
+        """Return the reference of all tensors but these."""
+        left = {name: norm for name, norm in self.norms.items() if name not in names}
+        return Reference(left, self.sizes, self.pools)
 
     @property
     def total(self) -> float:

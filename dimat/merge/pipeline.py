@@ -243,7 +243,10 @@ def _merge(
     _check_shapes(own, combined, plan.combine.name)
     fault, share, bounded = not_finite(combined, shield.fixed), 1.0, ""
     if context.reference is not None and not fault:
-        share, where = context.reference.share(own, combined, own_weight + (1 - own_weight) * plan.most)
+        renewed = plan.repair.traits["renews"](context.model) if context.model is not None else ()
+        share, where = context.reference.without(renewed).share(
+            own, combined, own_weight + (1 - own_weight) * plan.most
+        )
         if share < 1:
             what = f"tensor {where!r}" if where else "weights"
             bounded = f"the merge makes {what} larger than merges may: it went {share:.3g} of the way there"

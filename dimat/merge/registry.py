@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
 from dimat.merge.stages import Accepted, Aligned, Repaired, Weights
 from dimat.registry import Registry
 
@@ -50,8 +52,18 @@ model, or the "deltas" of all models.
 """
 
 align_registry: Registry[Aligned] = Registry("align method", "dimat.merge.align", context=CONTEXT)
+
+
+def no_tensors(model: nn.Module) -> frozenset[str]:
+    """Return no names: what a repair renews that renews nothing."""
+    return frozenset()
+
+
 combine_registry: Registry[Weights] = Registry("combine method", "dimat.merge.combine", context=CONTEXT, traits=TRAITS)
-repair_registry: Registry[Repaired] = Registry("repair method", "dimat.merge.repair", context=CONTEXT)
+repair_registry: Registry[Repaired] = Registry(
+    "repair method", "dimat.merge.repair", context=CONTEXT, traits={"renews": no_tensors}
+)
+"""`renews`: (model) → names of the tensors that the method makes anew, whatever the merge made of them."""
 accept_registry: Registry[Accepted] = Registry("accept rule", "dimat.merge.accept", context=CONTEXT)
 
 

@@ -28,7 +28,13 @@ FIRST_CHECK = 128
 Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 
 
-@repair_registry.register("batchnorm")
+def running_statistics(model: nn.Module) -> frozenset[str]:
+    """Return the names of the model's running means and variances, under all names of their modules."""
+    prefixes = [prefix for layer in _layers(model).values() for prefix in layer.names]
+    return frozenset(prefix + kind for prefix in prefixes for kind in ("running_mean", "running_var"))
+
+
+@repair_registry.register("batchnorm", renews=running_statistics)
 def batchnorm(
     weights: Weights,
     *,
