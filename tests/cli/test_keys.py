@@ -374,7 +374,7 @@ def test_an_agent_that_is_asked_to_start_without_keys(capsys: pytest.CaptureFixt
     """What the agent says leads, command by command, to keys with which it can start."""
     with pytest.raises(SecurityError) as caught:
         load_identity("keys", "lab-a")
-    assert "(whoever organises begins with: dimat keys init-ca --folder keys)" in str(caught.value)
+    assert "(an organiser begins with: dimat keys init-ca --folder keys)" in str(caught.value)
     assert run("init-ca --folder keys") == 0
     with pytest.raises(SecurityError) as caught:
         load_identity("keys", "lab-a")

@@ -258,7 +258,7 @@ def test_a_recorded_snapshot_is_known_in_the_next_life(tmp_path: Path) -> None:
     assert RecordedSnapshot.load(tmp_path, whole.root) == recorded
     assert RecordedSnapshot.load(tmp_path, form.root) is None
     (tmp_path / f"{whole.root}.json").write_text("[]")
-    with pytest.raises(DataError, match=f"{whole.root}.json: TypeError"):
+    with pytest.raises(DataError, match=f"{whole.root}.json is not a JSON table but a list"):
         RecordedSnapshot.load(tmp_path, whole.root)
 
 
