@@ -82,6 +82,12 @@ class CatchingUp:
         """Note that a peer's snapshot of a round was fetched."""
         self._proved[peer] = max(number, self._proved.get(peer, 0))
 
+    def overtake(self, number: int) -> list[Action]:
+        """Let go of proofs on their way of rounds before `number`: they move nobody any more."""
+        past = [offer for offer in self._coming.values() if offer.round < number]
+        self._coming = {peer: offer for peer, offer in self._coming.items() if offer.round >= number}
+        return [Release(offer.peer, offer.round, offer.root) for offer in past]
+
     def forget_all_but(self, peers: Collection[str]) -> list[Action]:
         """Drop what peers that are not named have proved, and let their snapshots go."""
         self._proved = {peer: number for peer, number in self._proved.items() if peer in peers}

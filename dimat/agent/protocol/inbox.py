@@ -91,6 +91,10 @@ class Inbox:
         self._retired = []
         return [Release(offer.peer, offer.round, offer.root) for offer in done]
 
+    def overtake(self, number: int) -> list[Action]:
+        """Let go of snapshots that are fetched as proofs of rounds before `number`, which is about to begin."""
+        return [] if self.mode.keeps else self._catching_up.overtake(number)
+
     def announce(self, plan: Plan) -> None:
         """Note the plan of the next round on: offers of its peers count from now on."""
         self._next = plan

@@ -175,6 +175,7 @@ class RoundMachine:
         if number > first:
             skipped = events.RoundsSkipped(agent=self.agent, round=number, first=first, reason=reason)
             actions.append(m.Emit(skipped))
+        actions += self._inbox.overtake(number)
         self.round = number
         self.phase = Phase.TRAINING
         self._current = self._plan.of(number)
