@@ -16,7 +16,8 @@ class Waiting:
     `gone`: peers that have left or were not heard for a whole round, with the last round that may still come of them;
     `newest`, `oldest`: rounds that they have got to and still offer; `gaps`: rounds that they left out, all of them;
     `late`: deadlines in a row that passed in waiting for a peer that was heard; `failed`: whose snapshot of this round
-    could not be had; `heard`: who was, in this round.
+    could not be had; `heard`: who was, in this round; `number`: the round; `behind`: by how many rounds peers were
+    behind when a deadline passed in waiting for them.
     """
 
     plan: Collection[str] = ()
@@ -28,10 +29,12 @@ class Waiting:
     late: dict[str, int] = field(default_factory=dict)
     failed: set[str] = field(default_factory=set)
     heard: set[str] = field(default_factory=set)
+    number: int = 0
+    behind: dict[str, int] = field(default_factory=dict)
 
-    def begins(self, plan: Collection[str]) -> None:
+    def begins(self, plan: Collection[str], number: int) -> None:
         """A round begins, by a plan with these peers."""
-        self.plan = plan
+        self.plan, self.number = plan, number
         self.failed, self.heard = set(), set()
 
     def hears(self, offer: PeerPublished) -> None:
@@ -43,6 +46,8 @@ class Waiting:
         self.failed.discard(peer)
         self.offered.add((peer, number))
         self.newest[peer] = max(self.newest.get(peer, 0), number)
+        if self.number - number < self.behind.get(peer, 0):
+            self.late.pop(peer, None)
         self.oldest[peer] = max(self.oldest.get(peer, 0), min(offer.oldest, number))
         if offer.previous:
             self.gaps.setdefault(peer, set()).update(range(offer.previous + 1, number))
@@ -63,6 +68,7 @@ class Waiting:
                 continue
             if peer in self.heard:
                 self.late[peer] = self.late.get(peer, 0) + 1
+                self.behind[peer] = number - self.newest.get(peer, 0)
             else:
                 self.gone[peer] = 0
 

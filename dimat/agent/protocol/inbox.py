@@ -63,6 +63,7 @@ class Inbox:
         self._turn = 0  # counts the rounds that were begun
         self._heard: dict[str, int] = {}  # the turn in which a peer was heard last
         self._overdue: dict[str, int] = {}  # deadlines in a row that passed in waiting for a living peer
+        self._behind: dict[str, int] = {}  # by how many rounds it was behind then
         self._apart: dict[str, int] = {}  # for how many rounds in a row a living peer was out of reach ahead
 
     # ── rounds ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -134,6 +135,7 @@ class Inbox:
                 continue
             if self._heard_within(peer, 1):
                 self._overdue[peer] = self._overdue.get(peer, 0) + 1
+                self._behind[peer] = self._number - self.offers.range(peer)[1]
             else:
                 self._silent[peer] = (SILENT, 0)
 
@@ -217,6 +219,8 @@ class Inbox:
             self.lost.pop(offer.peer, None)
         self._heard[offer.peer] = self._turn
         self.offers.heard(offer)
+        if self._number - offer.round < self._behind.get(offer.peer, 0):  # it comes nearer: worth another wait
+            self._overdue.pop(offer.peer, None)
         far = self.mode.is_far(self.offers, offer, self._number)
         if far:
             self.offers.note_far(offer)
