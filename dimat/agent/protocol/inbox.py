@@ -63,6 +63,7 @@ class Inbox:
         self._turn = 0  # counts the rounds that were begun
         self._heard: dict[str, int] = {}  # the turn in which a peer was heard last
         self._overdue: dict[str, int] = {}  # deadlines in a row that passed in waiting for a living peer
+        self._due: dict[str, tuple[int, int]] = {}  # the last two rounds in which a peer was in the plan
         self._behind: dict[str, int] = {}  # by how many rounds it was behind then
         self._apart: dict[str, int] = {}  # for how many rounds in a row a living peer was out of reach ahead
 
@@ -72,6 +73,8 @@ class Inbox:
         self._number, self._current, self._turn = number, current, self._turn + 1
         # once a round: it is asked for with every message, and a dense graph has many of both
         self._expected = [peer for peer, weight in current.mixing.items() if peer != self._agent and weight > 0]
+        for peer in self._expected:
+            self._due[peer] = (self._due.get(peer, (0, number - 1))[1], number)
         self.open = True
         # a dead peer costs its neighbours one deadline, not one in every round
         self.lost = {peer: why for peer, (why, last) in self._silent.items() if last < number}
@@ -300,8 +303,10 @@ class Inbox:
         """Whether a peer is further behind than it comes within a round, or has not caught up while it was waited for
         `PATIENCE` times."""
         newest = self.offers.range(peer)[1]
-        far = 0 < newest < self._number - ROUNDS_KEPT
-        return far or (self._overdue.get(peer, 0) >= PATIENCE and newest < self._number - 1)
+        # offers may come in planned rounds only, so that nothing is known of those since the last one
+        due = self._due.get(peer, (0, self._number))[0]
+        far = 0 < newest <= due - ROUNDS_KEPT
+        return far or (self._overdue.get(peer, 0) >= PATIENCE and newest < due)
 
     def _planned(self, number: int) -> RoundPlan:
         """Return the plan of this round, or of a later one as it is known now."""
