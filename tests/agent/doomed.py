@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import dimat.agent.learner.checkpoint as checkpoint
+import dimat.agent.learner.checkpoint_store as checkpoint
 from dimat.agent.daemon.worker import AgentWorker
 from dimat.agent.learner.learner import Learner
 from dimat.agent.lineage.manifest_log import ManifestLedger
