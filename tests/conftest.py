@@ -17,9 +17,12 @@ from tests.forks import end_servers
 _scratch = tempfile.TemporaryDirectory(prefix="dimat-tests-")
 os.environ["XDG_CACHE_HOME"] = _scratch.name  # tests, and the processes that they start, leave the user's cache alone
 
-# a background job of a shell ignores Ctrl-C and hands that on, and some tests send it to the processes they start
+# a background job ignores Ctrl-C, one under `nohup` SIGHUP too, and what they start inherits that; some tests
+# send these signals to the processes that they start
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 torch.set_num_threads(1)
 settings.register_profile("dimat", deadline=None)
