@@ -136,7 +136,7 @@ class Watch:
             self._demand(ends == [state.leaves], "target", node, f"had left ({state.leaves}) and goes on: {actions}")
         if state is not None and state.stage == "trained":
             node.row, node.row_round = node.plan.of(state.round), state.round
-            node.waiting.begins(node.plan.peers, state.round, node.row.mixing)
+            node.waiting.begins(node.plan, state.round)
             again = any(isinstance(a, m.Publish) and (a.round, a.root) == (state.round, state.root) for a in actions)
             self._demand(again, "republish", node, f"does not republish round {state.round} after a restart")
 
@@ -174,7 +174,7 @@ class Watch:
     def trains(self, node: Node, action: m.Train) -> None:
         node.row, node.row_round = node.plan.of(action.round), action.round
         node.closed, node.unfit, node.known = None, False, node.plan.peers
-        node.waiting.begins(node.plan.peers, action.round, node.row.mixing)
+        node.waiting.begins(node.plan, action.round)
         self._demand(not node.time_heard, "time", node, f"begins round {action.round} though its time is up")
         self._demand(action.round > node.published, "one content", node, f"trains round {action.round} anew")
         self._demand(action.learn == node.row.learn, "plan", node, f"trains against the plan: {action}")

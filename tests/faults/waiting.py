@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from dimat.agent.protocol.offers import PATIENCE, ROUNDS_KEPT, PeerPublished
+from dimat.agent.protocol.plan import Plan, last_planned
 
 
 @dataclass(slots=True)
@@ -17,7 +18,7 @@ class Waiting:
     `newest`, `oldest`: rounds that they have got to and still offer; `gaps`: rounds that they left out, all of them;
     `late`: deadlines in a row that passed in waiting for a peer that was heard; `failed`: whose snapshot of this round
     could not be had; `heard`: who was, in this round; `number`: the round; `behind`: by how many rounds peers were
-    behind when a deadline passed in waiting for them; `due`: the last two rounds in which a peer was to be heard.
+    behind when a deadline passed in waiting for them; `due`: the last round before in which a peer was to be heard.
     """
 
     plan: Collection[str] = ()
@@ -31,13 +32,12 @@ class Waiting:
     heard: set[str] = field(default_factory=set)
     number: int = 0
     behind: dict[str, int] = field(default_factory=dict)
-    due: dict[str, tuple[int, int]] = field(default_factory=dict)
+    due: dict[str, int] = field(default_factory=dict)
 
-    def begins(self, plan: Collection[str], number: int, row: Collection[str]) -> None:
-        """A round begins, by a plan with these peers; those in `row` are to be heard in it."""
-        self.plan, self.number = plan, number
-        for peer in row:
-            self.due[peer] = (self.due.get(peer, (0, number - 1))[1], number)
+    def begins(self, plan: Plan, number: int) -> None:
+        """A round begins, by a plan."""
+        self.plan, self.number = plan.peers, number
+        self.due = {peer: last_planned(plan, peer, number) for peer in plan.of(number).mixing}
         self.failed, self.heard = set(), set()
 
     def hears(self, offer: PeerPublished) -> None:
@@ -83,7 +83,7 @@ class Waiting:
         left_out = number in self.gaps.get(peer, ()) or self.oldest.get(peer, 0) > number
         if left_out and (peer, number) not in self.offered:
             return False
-        due = self.due.get(peer, (0, number))[0]
+        due = self.due.get(peer, number - 1)
         if 0 < newest <= due - ROUNDS_KEPT:
             return False
         return newest >= due or self.late.get(peer, 0) < PATIENCE

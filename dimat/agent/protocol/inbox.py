@@ -13,7 +13,7 @@ from dimat.agent.protocol.catching_up import CatchingUp
 from dimat.agent.protocol.messages import Action, Fetch, Release
 from dimat.agent.protocol.modes import mode_of
 from dimat.agent.protocol.offers import PATIENCE, ROUNDS_KEPT, Known, Offers, PeerPublished
-from dimat.agent.protocol.plan import LAST_ROUND, Plan, RoundPlan, Rules
+from dimat.agent.protocol.plan import LAST_ROUND, Plan, RoundPlan, Rules, last_planned
 
 SILENT = "silent since an earlier round"
 RECENT = 4
@@ -63,7 +63,7 @@ class Inbox:
         self._turn = 0  # counts the rounds that were begun
         self._heard: dict[str, int] = {}  # the turn in which a peer was heard last
         self._overdue: dict[str, int] = {}  # deadlines in a row that passed in waiting for a living peer
-        self._due: dict[str, tuple[int, int]] = {}  # the last two rounds in which a peer was in the plan
+        self._due: dict[str, int] = {}  # the last round before this one in which a peer was in the plan
         self._behind: dict[str, int] = {}  # by how many rounds it was behind then
         self._apart: dict[str, int] = {}  # for how many rounds in a row a living peer was out of reach ahead
 
@@ -73,8 +73,7 @@ class Inbox:
         self._number, self._current, self._turn = number, current, self._turn + 1
         # once a round: it is asked for with every message, and a dense graph has many of both
         self._expected = [peer for peer, weight in current.mixing.items() if peer != self._agent and weight > 0]
-        for peer in self._expected:
-            self._due[peer] = (self._due.get(peer, (0, number - 1))[1], number)
+        self._due = {peer: last_planned(self._plan, peer, number) for peer in self._expected}
         self.open = True
         # a dead peer costs its neighbours one deadline, not one in every round
         self.lost = {peer: why for peer, (why, last) in self._silent.items() if last < number}
@@ -304,7 +303,7 @@ class Inbox:
         `PATIENCE` times."""
         newest = self.offers.range(peer)[1]
         # offers may come in planned rounds only, so that nothing is known of those since the last one
-        due = self._due.get(peer, (0, self._number))[0]
+        due = self._due.get(peer, self._number - 1)
         far = 0 < newest <= due - ROUNDS_KEPT
         return far or (self._overdue.get(peer, 0) >= PATIENCE and newest < due)
 

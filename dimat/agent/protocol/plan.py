@@ -51,6 +51,13 @@ class Plan:
     readers: Callable[[int], Collection[str]] = lambda _: ()
 
 
+def last_planned(plan: Plan, peer: str, number: int, most: int = 64) -> int:
+    """Return the last round before `number` in which a peer is planned, of the last `most`; the one before those if in
+    none of them."""
+    rounds = range(number - 1, max(number - 1 - most, 0), -1)
+    return next((r for r in rounds if plan.of(r).mixing.get(peer, 0.0) > 0), max(number - 1 - most, 0))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
     """How rounds go: the settings of `ScheduleConfig` that have the same name (meaning and defaults stand there), and:
