@@ -60,10 +60,11 @@ def test_one_that_makes_weights_grow(tmp_path: Path, free_ports: list[int], meth
 def test_one_that_lies_in_its_manifests(tmp_path: Path, free_ports: list[int]) -> None:
     """Two contents of a round, rounds beyond all bounds, thousands of parents, forty faults at once, every round: told
     a few times, kept in no ledger; nobody ends early, waits or loses more than a round, and only members are shown."""
-    with network(tmp_path, ABC, free_ports, schedule=SCHEDULE) as net:
+    # rounds that take a while: the status is asked for in the middle of the run
+    with network(tmp_path, ABC, free_ports, schedule=SCHEDULE, train="epochs_per_round = 20\nbatch_size = 8") as net:
         lives = [net.start(name) for name in HONEST]
         net.start(EVE, driver=("tests.agent.liar", "lying", HONEST[0]))
-        net.wait_for(HONEST[0], "Merged", 3)
+        net.wait_for(HONEST[0], "Merged", 2)
         status = json.loads(command("status", tmp_path / HONEST[0], "--json"))
         assert set(status["peers"]) <= set(ABC)
         assert "stranger-" not in json.dumps(status)
