@@ -37,7 +37,7 @@ class Waiting:
     def begins(self, plan: Plan, number: int) -> None:
         """A round begins, by a plan."""
         self.plan, self.number = plan.peers, number
-        self.due = {peer: last_planned(plan, peer, number) for peer in plan.of(number).mixing}
+        self.due = last_planned(plan, plan.of(number).mixing, number)
         self.failed, self.heard = set(), set()
 
     def hears(self, offer: PeerPublished) -> None:

@@ -73,7 +73,7 @@ class Inbox:
         self._number, self._current, self._turn = number, current, self._turn + 1
         # once a round: it is asked for with every message, and a dense graph has many of both
         self._expected = [peer for peer, weight in current.mixing.items() if peer != self._agent and weight > 0]
-        self._due = {peer: last_planned(self._plan, peer, number) for peer in self._expected}
+        self._due = last_planned(self._plan, self._expected, number)
         self.open = True
         # a dead peer costs its neighbours one deadline, not one in every round
         self.lost = {peer: why for peer, (why, last) in self._silent.items() if last < number}

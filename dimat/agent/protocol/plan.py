@@ -51,11 +51,17 @@ class Plan:
     readers: Callable[[int], Collection[str]] = lambda _: ()
 
 
-def last_planned(plan: Plan, peer: str, number: int, most: int = 64) -> int:
-    """Return the last round before `number` in which a peer is planned, of the last `most`; the one before those if in
-    none of them."""
-    rounds = range(number - 1, max(number - 1 - most, 0), -1)
-    return next((r for r in rounds if plan.of(r).mixing.get(peer, 0.0) > 0), max(number - 1 - most, 0))
+def last_planned(plan: Plan, peers: Collection[str], number: int, most: int = 64) -> dict[str, int]:
+    """Return for each peer the last round before `number` in which it is planned, of the last `most`; the one before
+    those if in none of them."""
+    first = max(number - 1 - most, 0)
+    found: dict[str, int] = {}
+    for r in range(number - 1, first, -1):
+        if len(found) == len(peers):
+            break
+        row = plan.of(r).mixing
+        found |= {peer: r for peer in peers if peer not in found and row.get(peer, 0.0) > 0}
+    return {peer: found.get(peer, first) for peer in peers}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
