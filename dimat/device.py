@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import random
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dimat.errors import ConfigError
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""Types of forward passes by `train.precision`; fp32 has none."""
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context in which forward passes run in a precision: "fp32", "bf16" or "fp16"."""
+    dtype = AUTOCAST.get(precision)
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
 def resolve_device(name: str, key: str = "train.device") -> torch.device:

@@ -85,3 +85,9 @@ def unknown_agent(where: str, name: str, agents: Sequence[str]) -> str:
     """Compose the message for a name at `where` that is not among the topology's agents, of which there may be many."""
     advice = nearest(name, agents) or f"; use one of its {len(agents)} agents, e.g. {agents[0]!r}"
     return f"{where}: no agent {name!r} in the topology{advice}"
+
+
+def first_line(error: BaseException) -> str:
+    """Return the kind of an error and the first line of what it says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dimat.errors import MergeError, PeerError, nearest
 from dimat.merge.stages import Inputs, Permutations, Weights
-from dimat.merge.weight_views import PermutedWeights, WeightsView, axes_by_name
+from dimat.merge.weight_views import PermutedWeights, RenamedWeights, axes_by_name
 from dimat.symmetry.spec import AxisRef, SymmetrySpec
 
 OWN = ""
@@ -55,19 +55,7 @@ def apart(snapshot: Weights, own: Weights) -> tuple[Weights, Weights]:
     model may have a module of that name). Nothing is read yet."""
     aux = {name.removeprefix(AUX): name for name in snapshot if name.startswith(AUX) and name not in own}
     weights = {name: name for name in snapshot if name.removeprefix(AUX) not in aux}
-    return _Renamed(snapshot, weights), _Renamed(snapshot, aux)
-
-
-class _Renamed(WeightsView):
-    """Some tensors of a mapping, under names of their own: each access reads one."""
-
-    def __init__(self, held: Weights, names: Mapping[str, str]) -> None:
-        super().__init__(names)
-        self._held = held
-        self._stored = names
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._held[self._stored[name]]
+    return RenamedWeights(snapshot, weights), RenamedWeights(snapshot, aux)
 
 
 def in_order(

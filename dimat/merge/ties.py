@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dimat.merge.models.functional import aliases
 from dimat.merge.stages import Weights
-from dimat.merge.weight_views import WeightsView
+from dimat.merge.weight_views import RenamedWeights
 
 HEADS = re.compile(r"(?:.*\.)?(?:lm_head|embed_out|cls\.predictions\.decoder)\.weight|output\.weight")
 """Output layers that may be tied to the embedding of tokens."""
@@ -97,19 +97,9 @@ def under_names(theirs: Weights, names: Collection[str], firsts: Mapping[str, st
             stored[first] = stored[name]
     more = [name for name in theirs if name not in names]
     stored |= {n: n for n in more if not any(one in theirs and _twice(theirs, n, one) for one in names)}
-    return theirs if stored.keys() == theirs.keys() else _Renamed(theirs, stored)
+    return theirs if stored.keys() == theirs.keys() else RenamedWeights(theirs, stored)
 
 
 def _twice(weights: Weights, name: str, other: str) -> bool:
     one, twin = weights[name].detach(), weights[other].detach()
     return one.ndim > 1 and one.shape == twin.shape and one.dtype == twin.dtype and same_values(one, twin)
-
-
-class _Renamed(WeightsView):
-    def __init__(self, weights: Weights, stored: Mapping[str, str]) -> None:
-        super().__init__(stored)
-        self._weights = weights
-        self._stored = stored
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._weights[self._stored[name]]

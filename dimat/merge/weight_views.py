@@ -45,6 +45,18 @@ class WeightsView(Mapping[str, Tensor]):
         return len(self._names)
 
 
+class RenamedWeights(WeightsView):
+    """Some tensors of a mapping under other names, each read when it is asked for. `stored`: their names in it."""
+
+    def __init__(self, weights: Weights, stored: Mapping[str, str]) -> None:
+        super().__init__(stored)
+        self._weights = weights
+        self._stored = stored
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._weights[self._stored[name]]
+
+
 def axes_by_name(spec: SymmetrySpec) -> dict[str, list[AxisRef]]:
     """Return the axes that hold units by the names of their tensors, all names of tied ones."""
     aliases = {name: names for names in spec.tied for name in names}

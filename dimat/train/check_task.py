@@ -8,7 +8,6 @@ whether such an example is a fault: a NaN that its loss leaves out is none.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from itertools import pairwise
 from math import isfinite
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
 from dimat.config import TrainConfig
-from dimat.device import own_streams, resolve_device, seeded_streams
+from dimat.device import AUTOCAST, autocast, own_streams, resolve_device, seeded_streams
 from dimat.errors import ConfigError, DataError, DimatError, HookError, nearest
 from dimat.seeds import torch_generator
 from dimat.symmetry.trace import eval_mode
@@ -42,7 +41,6 @@ from dimat.train.optimizers import build_optimizer
 from dimat.train.stepper import Stepper
 from dimat.train.witnesses import LOST, spread, unevenly_ignored, witnesses
 
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 TRIED = 4
 """Examples of an ordinary batch that the task is tried on."""
@@ -221,7 +219,7 @@ class Trial:
 
     def _evaluate(self, data: Data, places: Sequence[int]) -> dict[str, float]:
         batch = self._read(data, places)
-        with eval_mode(self.model), torch.no_grad(), self._autocast():
+        with eval_mode(self.model), torch.no_grad(), autocast(self._config.precision, self._device):
             outputs = self._outputs(batch.inputs)
             given = f"the model returned {described(outputs)}, targets are {described(batch.targets)}"
             self._check_classes(outputs, batch.targets)
@@ -355,7 +353,7 @@ class Trial:
         return {n: g.to_dense() if g.is_sparse else g for n, g in zip(asked, grads, strict=True)}
 
     def _loss(self, batch: Batch) -> Tensor:
-        with self._autocast():
+        with autocast(self._config.precision, self._device):
             if self._step is not None:
                 with task_errors(self.task, "train_step()"):
                     return checked_loss(self.task, self._step(self.model, batch), "train_step()", trained=True)
@@ -367,7 +365,10 @@ class Trial:
     def _outputs(self, inputs: tuple[Tensor, ...]) -> Any:
         given = ", ".join(map(described, inputs))
         hint = "; give float32" if any(tensor.dtype == torch.float64 for tensor in inputs) else ""
-        with task_errors(self.task, f"the model, on inputs {given}{hint}"), self._autocast():
+        with (
+            task_errors(self.task, f"the model, on inputs {given}{hint}"),
+            autocast(self._config.precision, self._device),
+        ):
             return self.model(*inputs)
 
     def _read(self, data: Data, places: Sequence[int]) -> Batch:
@@ -375,10 +376,6 @@ class Trial:
         with task_errors(self.task, f"data.batch() for examples {list(places)} of {len(data)}"):
             batch = checked_batch(self.task, data.batch(indices), len(indices), "data.batch()")
         return Batch(tuple(tensor.to(self._device) for tensor in batch.inputs), batch.targets.to(self._device))
-
-    def _autocast(self) -> Any:
-        dtype = AUTOCAST.get(self._config.precision)
-        return nullcontext() if dtype is None else torch.autocast(self._device.type, dtype=dtype)
 
 
 def _last(parameters: Mapping[str, nn.Parameter], entries: int) -> dict[str, nn.Parameter]:

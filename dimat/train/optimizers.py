@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from dimat.config import LrScheduleConfig, OptimizerConfig
-from dimat.errors import ConfigError, HookError, nearest
+from dimat.errors import ConfigError, HookError, first_line, nearest
 from dimat.hooks import load_hook
 
 SHORT = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
@@ -47,7 +47,7 @@ def build_optimizer(
     try:
         return _uncompiled(kind)(parameters, **options)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"{WHERE}: {kind.__name__} cannot be made: {_first_line(error)}") from error
+        raise ConfigError(f"{WHERE}: {kind.__name__} cannot be made: {first_line(error)}") from error
 
 
 def needs_closure(optimizer: torch.optim.Optimizer) -> bool:
@@ -82,7 +82,7 @@ def _class_of(name: str) -> type[torch.optim.Optimizer]:
     try:
         kind: Any = getattr(import_module(module), member, None)
     except ImportError as error:
-        raise ConfigError(f"{WHERE}.name {name!r}: cannot import {module} ({_first_line(error)})") from error
+        raise ConfigError(f"{WHERE}.name {name!r}: cannot import {module} ({first_line(error)})") from error
     if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)) or kind is torch.optim.Optimizer:
         held = vars(import_module(module))
         known = [n for n, k in held.items() if isinstance(k, type) and issubclass(k, torch.optim.Optimizer)]
@@ -118,7 +118,7 @@ def _from_hook(model: nn.Module, config: OptimizerConfig, folder: Path) -> torch
     try:
         made = function(model, **options)
     except Exception as error:  # a user's code may fail in any way
-        raise HookError(f"optimizer hook {config.name!r} failed: {_first_line(error)}") from error
+        raise HookError(f"optimizer hook {config.name!r} failed: {first_line(error)}") from error
     if not isinstance(made, torch.optim.Optimizer):
         raise HookError(f"optimizer hook {config.name!r} returned a {type(made).__name__}, not a torch.optim.Optimizer")
     return made
@@ -146,8 +146,3 @@ def lr_factor(schedule: LrScheduleConfig, progress: float) -> float:
     if schedule.name == "step":
         return schedule.gamma ** sum(progress >= milestone for milestone in schedule.milestones)
     return 1.0
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

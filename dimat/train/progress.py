@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-Value = int | float | str
+from dimat.train.base import Value
 
 
 class TrainingInterruptedError(Exception):

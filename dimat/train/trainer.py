@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dimat.config import TrainConfig
-from dimat.device import current_streams, own_streams, resolve_device, seeded_streams
+from dimat.device import autocast, current_streams, own_streams, resolve_device, seeded_streams
 from dimat.errors import DataError, TrainingError
 from dimat.merge.models.functional import call_with
 from dimat.seeds import derive_seed, torch_generator
@@ -39,7 +38,6 @@ from dimat.train.progress import Interrupts, Progress, TrainingInterruptedError
 from dimat.train.stepper import Stepper
 
 DEFAULT_EPOCHS = 2.0
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Trainer(ModelState):
@@ -197,7 +195,7 @@ class Trainer(ModelState):
             if watched:
                 here = (outputs, part.targets)
                 if before is not None:
-                    with self._autocast():
+                    with autocast(self.config.precision, self.device):
                         check_parts(self.task, [before, here])
                 before = here
             if len(parts) > 1:
@@ -208,7 +206,7 @@ class Trainer(ModelState):
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Any]:
         """Return a batch's loss, and the model's outputs where the task has no training step of its own."""
-        with self._autocast():
+        with autocast(self.config.precision, self.device):
             if self._step is not None:
                 return checked_loss(self.task, self._step(self.model, batch), "train_step()", trained=True), None
             outputs: Any = self.model(*batch.inputs)
@@ -221,10 +219,6 @@ class Trainer(ModelState):
             return None
         with torch.no_grad(), eval_mode(self.model):
             return call_with(self.model, self._teacher, batch.inputs)
-
-    def _autocast(self) -> Any:
-        dtype = AUTOCAST.get(self.config.precision)
-        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
 
     def _lr_factors(self, round: int, steps: int) -> list[float] | None:
         """Return the factor on the learning rate in each step of a round, or None where it never changes."""
@@ -274,7 +268,7 @@ class Trainer(ModelState):
                 inputs = tuple(t.to(self.device, non_blocking=True) for t in batch.inputs)
                 targets = batch.targets.to(self.device, non_blocking=True)
                 weight = loss_weight(self.task, targets)
-                with self._autocast():
+                with autocast(self.config.precision, self.device):
                     if held is None:
                         outputs = self.model(*inputs)
                     else:

@@ -22,7 +22,7 @@ from dimat.agent.protocol.state import MachineState
 from dimat.errors import DataError
 from dimat.merge.shared_statistics import AUX
 from dimat.reading import as_type, parse_json
-from dimat.train.base import TrainerState
+from dimat.train.base import TrainerState, Value
 from dimat.weights.durable import write_bytes
 from dimat.weights.header import LONGEST_HEADER, parse_header
 from dimat.weights.snapshot import checksum_file
@@ -35,8 +35,6 @@ PART_BYTES = 16 * 2**10
 """Tensors that take less stay in the checkpoint's own file."""
 PREFIXES = {"optimizer": "trainer/optimizer/", "method": "method/"}
 MODEL, STATISTICS = "trainer/model/", "statistics/"
-
-Value = int | float | str
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,7 @@ from blake3 import blake3
 from dimat.config import ExperimentConfig
 from dimat.errors import DataError
 from dimat.tasks.base import Data
-
-Value = int | float | str
+from dimat.train.base import Value
 
 NEW_EPOCH = "a new epoch begins, over the data as they are now"
 

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from dimat.errors import ConfigError, DataError, DimatError, NetworkError
+from dimat.errors import ConfigError, DataError, DimatError, NetworkError, first_line
 
 INSTALL = "pip install 'dimat[hf]'"
 _quieted: set[str] = set()
@@ -111,12 +111,6 @@ def local_path(name: str, folder: Path, option: str) -> Path | None:
     if hub_like and "\\" not in name and not name.endswith("/"):
         return None
     raise DataError(f"task.options.{option}: there is no file or folder {path}")
-
-
-def first_line(error: BaseException) -> str:
-    """Return the kind of an error and the first line of what it says."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _unreachable(error: BaseException | None) -> bool:

@@ -16,8 +16,8 @@ from blake3 import blake3
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
-from dimat.errors import ConfigError, DimatError
-from dimat.tasks.huggingface.library import first_line, library
+from dimat.errors import ConfigError, DimatError, first_line
+from dimat.tasks.huggingface.library import library
 from dimat.tasks.huggingface.options import LoraOptions
 
 MERGE_STAGES = {"align": "none", "combine": "lora-svd", "repair": "none"}

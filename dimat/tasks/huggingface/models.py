@@ -10,9 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from dimat.errors import ConfigError, nearest
+from dimat.errors import ConfigError, first_line, nearest
 from dimat.registry import OptionNames
-from dimat.tasks.huggingface.library import first_line, library, local_path, telling
+from dimat.tasks.huggingface.library import library, local_path, telling
 from dimat.tasks.huggingface.options import ModelOptions
 
 Kind = Literal["AutoModelForImageClassification", "AutoModelForCausalLM"]
