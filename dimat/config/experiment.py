@@ -159,6 +159,9 @@ class TrainConfig(Tree):
     """Loss of local training. "task": the task's own; "logit-adjusted", "calibrated", "restricted", "distillation",
     "not-true-distillation": for agents whose classes are skewed; "auto": "logit-adjusted" where an agent's class shares
     are far from the whole's, else "task"."""
+    proximal: Annotated[float, Field(ge=0)] = 0.0
+    """Strength μ of a pull to the weights with which the round's training began, those after the last merge: μ/2 times
+    the squared distance from them is added to the loss (FedProx, arXiv 1812.06127). 0: none."""
     optimizer_state: Literal["fresh", "kept"] = "kept"
     """Whether the optimizer's state is kept over a merge or made afresh each round."""
     lr_schedule: LrScheduleConfig = LrScheduleConfig()

@@ -33,8 +33,8 @@ class TrainerState:
     """All that a trainer needs to go on bit for bit.
 
     `tensors`: on the CPU, named `model/<name>`, `optimizer/<parameter>/<entry>` and `rng/<stream>` (uint8), in the
-    middle of a round `round/<stream>` and `teacher/<name>` too; `values`: plain numbers and strings. Both are flat,
-    ready for safetensors and JSON.
+    middle of a round `round/<stream>`, `teacher/<name>` and `anchor/<name>` too; `values`: plain numbers and strings.
+    Both are flat, ready for safetensors and JSON.
     """
 
     tensors: dict[str, Tensor]

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from dimat.config import TrainConfig
 from dimat.errors import ConfigError, TrainingError
 from dimat.train.optimizers import needs_closure
+from dimat.train.round_start import RoundStart
 
 Backward = Callable[[], tuple[Tensor, float]]
 
 
 class Stepper:
-    """Makes the steps of one optimizer of `model`. `scaler`: of the loss, for fp16.
+    """Makes the steps of one optimizer of `model`. `scaler`: of the loss, for fp16; `start`: of the round under way,
+    whose pull goes into the gradients.
 
     Raises ConfigError where the optimizer cannot train as the configuration says.
     """
@@ -32,6 +34,7 @@ class Stepper:
         self._rates = [float(group.get("lr", math.nan)) for group in optimizer.param_groups]
         self._by_closure = needs_closure(optimizer)
         self._first = True
+        self.start = RoundStart()
         if self._by_closure and scaler.is_enabled():
             raise ConfigError(
                 f"train.optimizer {config.optimizer.name!r} evaluates the loss in its own steps, which fp16 cannot "
@@ -71,7 +74,7 @@ class Stepper:
 
         def closure() -> Tensor:
             evaluated.append(self._gradients(backward))
-            return evaluated[-1][0]
+            return evaluated[-1][0] + self.start.pull(self._model)  # what the gradients are of
 
         self._optimizer.step(closure)
         return evaluated[0]
@@ -87,6 +90,7 @@ class Stepper:
             self._look_at_gradients()
         if self._scaler.is_enabled():
             self._scaler.unscale_(self._optimizer)
+        self.start.add_pull(self._model)
         if self._config.grad_clip_norm is not None:
             trained = [p for p in self._model.parameters() if p.requires_grad]
             nn.utils.clip_grad_norm_(trained, self._config.grad_clip_norm)
@@ -98,11 +102,12 @@ class Stepper:
         sparse = [name for name, p in named if p.grad is not None and p.grad.layout != torch.strided]
         if not sparse:
             return
-        if self._config.grad_clip_norm is not None:
-            raise ConfigError(
-                f"train.grad_clip_norm: gradients of {sparse[0]} are sparse, and torch cannot clip those; leave it "
-                "out, or make the layer without sparse=True"
-            )
+        for key in ("grad_clip_norm", "proximal"):
+            if getattr(self._config, key):
+                raise ConfigError(
+                    f"train.{key}: gradients of {sparse[0]} are sparse, and torch cannot clip or pull those; leave it "
+                    "out, or make the layer without sparse=True"
+                )
         for group in self._optimizer.param_groups:
             if group.get("fused"):
                 group["fused"] = False

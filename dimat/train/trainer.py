@@ -32,9 +32,10 @@ from dimat.train.check_task import check_accumulate, check_sizes
 from dimat.train.contract import check_parts, checked_batch, checked_loss, checked_metrics, loss_weight, task_errors
 from dimat.train.losses import LocalLoss
 from dimat.train.model_state import ModelState, check_fit, check_whole
-from dimat.train.optimizer_state import copied, optimized
+from dimat.train.optimizer_state import optimized
 from dimat.train.optimizers import build_optimizer, lr_factor
 from dimat.train.progress import Interrupts, Progress, TrainingInterruptedError
+from dimat.train.round_start import RoundStart
 from dimat.train.stepper import Stepper
 
 DEFAULT_EPOCHS = 2.0
@@ -89,7 +90,7 @@ class Trainer(ModelState):
         self._progress: Progress | None = None  # of the round that is being trained, or was broken off
         self._step: Any = getattr(task, "train_step", None)
         self.loss = LocalLoss.of(config.loss, task, data, reference)
-        self._teacher: dict[str, Tensor] | None = None  # the model as it was when the round began
+        self._start = RoundStart()
 
     # --- training ---
 
@@ -113,8 +114,7 @@ class Trainer(ModelState):
             progress = Progress(round, self.steps_in(round), self.batches)
             if self.config.optimizer_state == "fresh":
                 self._renew_optimizer()
-            if self.loss.teaches and round > 1:  # at the first, nobody has learned anything to hold on to
-                self._teacher = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+            self._start = RoundStart.of(self.model, self.config.proximal, teaches=self._teaches(round))
         cpu, wall = time.process_time(), time.perf_counter()
         self._progress = None  # a round that fails is not gone on with
         with own_streams(self._global_rng, self.device), task_errors(self.task, f"training in round {round}"):
@@ -122,7 +122,7 @@ class Trainer(ModelState):
         if not finished:
             self._progress = progress
             raise TrainingInterruptedError(f"round {round}, step {progress.done} of {progress.steps}")
-        self._teacher = None
+        self._start = RoundStart()
         steps, samples = progress.steps, progress.samples
         loss = progress.loss / progress.counted if progress.counted else math.nan
         self._check_weights(round)
@@ -134,6 +134,7 @@ class Trainer(ModelState):
     def _train(self, round: int, progress: Progress) -> bool:
         """Train for what is left of a round; return whether it was not broken off."""
         self.model.train()
+        self._stepper.start = self._start
         factors = self._lr_factors(round, progress.steps)
         goes_on = True
         while goes_on and progress.done < progress.steps:
@@ -213,12 +214,15 @@ class Trainer(ModelState):
             loss = self.loss(outputs, batch.targets, self._taught(batch))
             return checked_loss(self.task, loss, trained=True), outputs
 
+    def _teaches(self, round: int) -> bool:
+        return self.loss.teaches and round > 1  # at the first, nobody has learned anything to hold on to
+
     def _taught(self, batch: Batch) -> Any:
         """Return the teacher's outputs for a batch, None where there is no teacher."""
-        if self._teacher is None:
+        if not self._start.teacher:
             return None
         with torch.no_grad(), eval_mode(self.model):
-            return call_with(self.model, self._teacher, batch.inputs)
+            return call_with(self.model, self._start.teacher, batch.inputs)
 
     def _lr_factors(self, round: int, steps: int) -> list[float] | None:
         """Return the factor on the learning rate in each step of a round, or None where it never changes."""
@@ -313,7 +317,7 @@ class Trainer(ModelState):
         if self._progress is not None:
             tensors |= self._progress.tensors()
             values |= self._progress.values()
-            tensors |= {f"teacher/{name}": copied(tensor) for name, tensor in (self._teacher or {}).items()}
+            tensors |= self._start.tensors()
         return TrainerState(tensors, values)
 
     def load_state(self, state: TrainerState, *, new_epoch: bool = False) -> None:
@@ -323,10 +327,15 @@ class Trainer(ModelState):
         Raises DataError where something is missing or does not fit; a GPU's random stream is needed on a GPU only.
         """
         tensors, values = state.tensors, state.values
+        start = RoundStart()
         try:
             progress = self._middle(Progress.of(tensors, values), new_epoch=new_epoch)
         except KeyError as error:
             raise DataError(f"the trainer's state lacks {error.args[0]!r}") from error
+        if progress is not None:
+            number = progress.number
+            asked = self._teaches(number)
+            start = RoundStart.load(tensors, self.model, self.config.proximal, teaches=asked, number=number)
         # states of older versions tell neither
         rows, batches = values.get("rows", len(self.data)), values.get("batches", self.batches)
         if (rows, batches) != (len(self.data), self.batches) and not new_epoch:
@@ -342,8 +351,6 @@ class Trainer(ModelState):
                 )
             self.load_weights({n.removeprefix("model/"): t for n, t in tensors.items() if n.startswith("model/")})
             self.load_optimizer(tensors, values)
-            taught = {n.removeprefix("teacher/"): t for n, t in tensors.items() if n.startswith("teacher/")}
-            self._teacher = {name: tensor.to(self.device) for name, tensor in taught.items()} or None
             for name in self._global_rng:
                 self._global_rng[name] = tensors[f"rng/{name}"].clone()
             self._feed.load(tensors, 0 if new_epoch else int(values["position"]))
@@ -351,7 +358,7 @@ class Trainer(ModelState):
             scaler = {n.removeprefix("scaler/"): v for n, v in values.items() if n.startswith("scaler/")}
             if self._scaler.is_enabled():
                 self._scaler.load_state_dict(scaler)
-            self._progress = progress
+            self._progress, self._start = progress, start
         except KeyError as error:
             raise DataError(f"the trainer's state lacks {error.args[0]!r}") from error
 

@@ -253,6 +253,8 @@ def test_sparse_gradients_and_gaps_in_memory_train_as_without_fused_steps() -> N
         words({"name": "adam"}).train(1)
     with pytest.raises(ConfigError, match=r"grad_clip_norm: gradients of table are sparse"):
         words({"name": "sgd"}, grad_clip_norm=1.0).train(1)
+    with pytest.raises(ConfigError, match=r"train\.proximal: gradients of table are sparse"):
+        words({"name": "sgd"}, proximal=0.1).train(1)
 
 
 def test_models_that_one_process_does_not_hold_are_refused() -> None:

@@ -74,6 +74,9 @@ SETTINGS = [
     {"steps_per_round": 7, "first_round_epochs": 1.5, "lr_schedule": {"name": "step", "milestones": [0.4]}},
     {"precision": "bf16"},
     {"precision": "fp16"},
+    {"loss": "not-true-distillation"},
+    {"loss": {"name": "distillation", "options": {"temperature": 2.0}}, "proximal": 0.5, "optimizer_state": "fresh"},
+    {"proximal": 0.1, "accumulate": 2, "precision": "fp16", "optimizer": {"name": "sgd", "lr": 0.05}},
 ]
 
 
