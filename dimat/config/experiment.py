@@ -197,6 +197,15 @@ class BaseConfig(Tree):
         return self
 
 
+class OuterConfig(Tree):
+    """The step from own weights to merged ones."""
+
+    name: str = "none"
+    """"none": θ_own + lr (θ_merged − θ_own), without momentum."""
+    lr: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the way to the merged weights."""
+
+
 class MergeConfig(Tree):
     """The merge pipeline: screen → align → combine → repair → accept. Unset stages come from the preset."""
 
@@ -225,6 +234,11 @@ class MergeConfig(Tree):
     """"none" or "batchnorm"."""
     accept: Named | None = None
     """"always" or "no-worse" (options: on = "local" | "probe", tolerance)."""
+    outer: Annotated[OuterConfig, BeforeValidator(as_stage)] = OuterConfig()
+    """How far a merge goes: { name = "none", lr = 0.5 } is half of the way."""
+    layers: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(default_factory=dict)
+    """How far it goes in some tensors: patterns of their names → factors, the last one that matches counts. { "head.*"
+    = 0 } keeps an agent's head its own."""
     keep_not_finite: bool = False
     """Keep a merge whose weights, or whose test metrics, are not finite: it is warned of, and kept all the same. By
     default it is not, and the agent's own weights go on."""

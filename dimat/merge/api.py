@@ -29,6 +29,8 @@ Batches = Iterable[Tensor | Sequence[Tensor]] | Tensor
 """Model inputs: one tensor, or an iterable of batches, each a tensor or a tuple of the model's arguments."""
 
 STAGES = ("align", "combine", "repair", "accept")
+TABLES = ("screen", "outer", "layers")
+"""Other tables of a merge's configuration that are replaced whole."""
 
 
 def align_weights(
@@ -84,7 +86,8 @@ def merge_weights(
     `aux`: statistics for "fisher" and "regmean", own's first and then the peers' (`fisher.empirical_fisher`,
     `gram.gram_matrices`). `base`: for methods that merge deltas.
     `options`: `align`, `combine`, `repair`, `accept` replace a stage of the preset (a name, or {"name": …,
-    "options": {…}}), `screen` sets the screen's options; any other is an option of the chosen methods, handed to
+    "options": {…}}), `screen` sets the screen's options, `outer` ({"lr": 0.5}) and `layers`
+    ({"head.*": 0}) how far the merge goes; any other is an option of the chosen methods, handed to
     every stage whose method has one of that name, e.g. `max_images=500`.
     Raises ConfigError (names, options), MergeError (mixing, own weights, missing model or data, a result that is not
     finite), PeerError (a peer's tensors do not fit or are not finite, a variance is negative), DataError (unreadable
@@ -117,7 +120,7 @@ def _name(index: int, source: Source) -> str:
 
 def _plan(method: str, options: Mapping[str, Any]) -> MergePlan:
     """Return the plan of a preset with whole stages and single options replaced."""
-    stages = {key: value for key, value in options.items() if key in STAGES or key == "screen"}
+    stages = {key: value for key, value in options.items() if key in STAGES or key in TABLES}
     plan = plan_merge(build(MergeConfig, {"method": method, **stages}, "merge_weights"))
     chosen: dict[str, Bound[Any]] = {stage: getattr(plan, stage) for stage in STAGES}
     extra: dict[str, dict[str, Any]] = {stage: {} for stage in STAGES}
@@ -131,5 +134,5 @@ def _plan(method: str, options: Mapping[str, Any]) -> MergePlan:
         for stage in owners:
             extra[stage][key] = value
     tables = {s: {"name": c.name, "options": {**c.options, **extra[s]}} for s, c in chosen.items()}
-    screen = {"screen": stages["screen"]} if "screen" in stages else {}
-    return plan_merge(build(MergeConfig, {"method": method, **tables, **screen}, "merge_weights"))
+    tables |= {key: value for key, value in stages.items() if key in TABLES}
+    return plan_merge(build(MergeConfig, {"method": method, **tables}, "merge_weights"))

@@ -1,11 +1,12 @@
-"""The merge pipeline: screen → align → combine → bound → repair → check → accept.
+"""The merge pipeline: screen → align → combine → hold back → bound → repair → check → accept.
 
     plan = plan_merge(MergeConfig(method="dimat"))
     outcome = merge(own, 0.5, [Peer("lab-b", weights, 0.5)], plan, MergeContext(model, spec, data))
 
 Nothing that is handed in is changed: not the model, its mode and BatchNorm momentum, nor any weights, nor the
 global random state. A peer that cannot be trusted is refused whole, and its weight goes to self. Entries that are no
-parameters are treated by their nature (`natures.py`), whatever the combine method does. Where it is known how large own
+parameters are treated by their nature (`natures.py`), whatever the combine method does. Where it is set, a merge goes
+only a part of the way, in all tensors or in some (`outer.py`). Where it is known how large own
 training has made the weights (`growth.py`), no merge makes them larger than a multiple of that, and a peer with
 unusually large weights is left out where it makes the merge worse. A merge that is not finite is not kept,
 unless the plan says so, and a note tells of it.
@@ -13,7 +14,7 @@ unless the plan says so, and a note tells of it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from math import isclose, isfinite, isnan
@@ -28,6 +29,7 @@ from dimat.merge.accept.no_worse import between
 from dimat.merge.context import MergeContext
 from dimat.merge.matching.assignment import moved_share
 from dimat.merge.natures import Natures, natures_of
+from dimat.merge.outer import held_back, layer_factors, outer_registry
 from dimat.merge.registry import CONTEXT, accept_registry, align_registry, combine_registry, repair_registry
 from dimat.merge.screen import MAX_NORM_RATIO, norm_of, screen
 from dimat.merge.settled import Shield, not_finite
@@ -67,6 +69,8 @@ class MergePlan:
     statistics_samples: int = 256
     keep_not_finite: bool = False
     screen: dict[str, Any] = field(default_factory=dict[str, Any])
+    outer: Bound[Weights] = field(default_factory=lambda: outer_registry.bind("none", {}))
+    layers: Mapping[str, float] = field(default_factory=dict[str, float])
     notes: tuple[str, ...] = ()
     """Notes on every merge by this plan."""
 
@@ -74,6 +78,11 @@ class MergePlan:
     def most(self) -> float:
         """By which factor weights may exceed the norms that own training has made, where a merge is by peers alone."""
         return float(self.screen.get("max_norm_ratio", MAX_NORM_RATIO))
+
+    def factors(self, own: Weights, natures: Natures) -> dict[str, float]:
+        """Return by which factors tensors of own are held back in a merge; ConfigError where `layers` do not fit it."""
+        products = self.combine.traits["lora_products"]
+        return layer_factors(self.layers, own.keys(), natures, products=products)
 
     @property
     def statistics(self) -> TakeStatistics | None:
@@ -128,6 +137,8 @@ def plan_merge(config: MergeConfig) -> MergePlan:
         statistics_samples=config.statistics_samples,
         keep_not_finite=config.keep_not_finite,
         screen=check_options(screen, config.screen, "merge.screen", context=CONTEXT),
+        outer=outer_registry.bind(config.outer.name, {"lr": config.outer.lr}),
+        layers=config.layers,
     )
 
 
@@ -150,7 +161,7 @@ def merge(
     *,
     refuse: bool = True,
 ) -> MergeOutcome:
-    """Merge peers' weights into own: θ = repair(combine(own, align(peers))), kept if it is accepted.
+    """Merge peers' weights into own: θ = repair(outer(own, combine(own, align(peers)))), kept if it is accepted.
 
     `own_weight` and the peers' weights are this agent's row of the mixing matrix. Peers of weight 0 play no
     part; with weight 1 on self, or no peer left after the screen, own weights come back bit for bit.
@@ -241,6 +252,9 @@ def _merge(
     seen = offered | {"aux": aux, "names": names, "base": shield.base(base)}
     combined = dict(shield.settle(plan.combine(shield.own, shield.peers, own_first, **seen)))
     _check_shapes(own, combined, plan.combine.name)
+    stepped = plan.outer(own, held_back(own, combined, plan.factors(own, natures)), **offered)
+    if stepped is not combined:
+        combined = dict(shield.settle(stepped))
     fault, share, bounded = not_finite(combined, shield.fixed), 1.0, ""
     if context.reference is not None and not fault:
         renewed = plan.repair.traits["renews"](context.model) if context.model is not None else ()
@@ -269,7 +283,7 @@ def _merge(
         return plan.repair(dict(shield.settle(weights)), **offered).weights
 
     accepted = plan.accept(own, repaired.weights, **offered, repair=repair_again)
-    accepted = replace(accepted, share=accepted.share * share)
+    accepted = replace(accepted, share=accepted.share * share * plan.outer.settings["lr"])
     clock.lap("accept")
     notes = (*notes, *accepted.notes)
     outcome = _outcome(own, own_weight, mixing, refused, permutations, accepted, notes, clock, aligned, repaired)

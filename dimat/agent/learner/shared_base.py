@@ -21,6 +21,7 @@ from dimat.merge import (
     product_methods,
     repair_registry,
 )
+from dimat.merge.natures import natures_of
 from dimat.seeds import torch_generator
 from dimat.tasks.base import Task
 from dimat.weights.snapshot import checksum
@@ -57,8 +58,17 @@ def plan_for(config: MergeConfig, task: Task) -> MergePlan:
     """Return the plan of a merge configuration for a task: where its model is trained in part, with the stages that
     the part asks for in place of the preset's.
 
-    Raises ConfigError where the configuration moves units of a part, which the frozen rest would not follow.
+    Raises ConfigError where the configuration moves units of a part, which the frozen rest would not follow, or holds
+    layers back that the model does not have.
     """
+    plan = _plan_for(config, task)
+    if plan.layers:
+        model = task.build_model(torch_generator(0, "layers"))
+        plan.factors(own := model.state_dict(), natures_of(own, model))
+    return plan
+
+
+def _plan_for(config: MergeConfig, task: Task) -> MergePlan:
     plan = plan_merge(config)
     stages: Mapping[str, str] | None = getattr(task, "merge_stages", None)
     if stages is None:
