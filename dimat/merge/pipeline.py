@@ -1,4 +1,4 @@
-"""The merge pipeline: screen → align → combine → hold back → bound → repair → check → accept.
+"""The merge pipeline: screen → align → combine → step → bound → repair → check → accept.
 
     plan = plan_merge(MergeConfig(method="dimat"))
     outcome = merge(own, 0.5, [Peer("lab-b", weights, 0.5)], plan, MergeContext(model, spec, data))

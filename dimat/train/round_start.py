@@ -1,4 +1,4 @@
-"""What a round's training holds on to of the weights that it began with: a teacher, an anchor.
+"""What a round's training keeps of the weights that it began with: a teacher, an anchor.
 
 The teacher is the whole model, for losses that learn from it. The anchor are the trained parameters: with
 `train.proximal` = μ > 0 a step goes down not the batch's mean loss F alone but (FedProx, Li et al. 2020, arXiv
