@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from _children import ONE_THREAD
+from _agents import start, write_network
 from _common import Result, finish, options, table
 
 from dimat.tasks import ClassificationTask, TensorData, mlp, seeded
@@ -31,6 +31,20 @@ WIDTH = int(os.environ.get("DIMAT_BENCH_WIDTH", "4096"))
 OPTIMIZERS = {"sgd": 1, "adam": 2}
 """Tensors of the model's size in an optimizer's state."""
 MB = 1e6
+EXPERIMENT = """
+[train]
+steps_per_round = 2
+batch_size = 16
+optimizer = {{ name = "{optimizer}", lr = 1e-3 }}
+[merge]
+method = "average"
+[schedule]
+rounds = {rounds}
+round_deadline_s = 300
+[agent]
+founder = true
+evaluate = "none"
+"""
 
 
 def task() -> ClassificationTask:
@@ -74,42 +88,16 @@ def run(optimizer: str, rounds: int, width: int) -> Run:
     """Run the two agents to their end."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        entries = "\n".join(
-            f'[[agents]]\nname = "{name}"\naddresses = ["127.0.0.1:{7341 + i}"]' for i, name in enumerate(NAMES)
-        )
-        (folder / "map.toml").write_text(f'graph = "ring"\n{entries}\n')
-        (folder / "experiment.toml").write_text(f"""
-run = "disk"
-topology = {{ map = "map.toml" }}
-task = {{ hook = "{Path(__file__).resolve()}:task", partition = {{ kind = "iid" }} }}
-[train]
-steps_per_round = 2
-batch_size = 16
-optimizer = {{ name = "{optimizer}", lr = 1e-3 }}
-[merge]
-method = "average"
-[schedule]
-rounds = {rounds}
-round_deadline_s = 300
-[agent]
-founder = true
-evaluate = "none"
-""")
-        for command in (["init-ca"], ["issue", "--map", folder / "map.toml"]):
-            words = ["-m", "dimat.cli", "keys", *command, "--folder", folder / "keys"]
-            subprocess.run([sys.executable, *map(str, words)], check=True, capture_output=True)
+        text = EXPERIMENT.format(optimizer=optimizer, rounds=rounds)
+        file = write_network(folder, NAMES, "ring", Path(__file__), text)
+        program, environment = (__file__, "--agent"), {"DIMAT_BENCH_WIDTH": str(width)}
         agents = [
-            subprocess.Popen(
-                [sys.executable, __file__, "--agent", "agent", folder / "experiment.toml", "--name", name, "--quiet"],
-                env={**os.environ, **ONE_THREAD, "DIMAT_BENCH_WIDTH": str(width)},
-                cwd=folder,
-                stdout=subprocess.PIPE,
-            )
+            start(file, name, folder / name, program=program, environment=environment, stdout=subprocess.PIPE)
             for name in NAMES
         ]
         said = [json.loads(each.communicate()[0].splitlines()[-1]) for each in agents]
         assert [each["code"] for each in said] == [0, 0], said
-        lines = (folder / "agents" / "disk" / NAMES[0] / "events.jsonl").read_text().splitlines()[1:]
+        lines = (folder / NAMES[0] / "events.jsonl").read_text().splitlines()[1:]
         told = [json.loads(line) for line in lines]
     times = {(event["event"], event["round"]): event["time_s"] for event in told if "round" in event}
     return Run(

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -22,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from _children import ONE_THREAD, anonymous_kb
+from _agents import start, write_network
+from _children import anonymous_kb
 from _common import Result, finish, options, table
 
 from dimat.tasks import ClassificationTask, TensorData, mlp, seeded
@@ -32,6 +31,18 @@ LOOK_S = 0.25
 BLOCK = 25
 """Rounds whose samples are averaged: neighbours in time are alike, and would count as many."""
 TARGET_BYTES = 1000.0
+EXPERIMENT = """
+[train]
+steps_per_round = 2
+batch_size = 16
+[merge]
+method = "average"
+[schedule]
+rounds = {rounds}
+round_deadline_s = 300
+[agent]
+founder = true
+"""
 
 
 def task() -> ClassificationTask:
@@ -63,46 +74,10 @@ def fit(points: list[tuple[float, float]]) -> Slope:
     return Slope(slope, slope + 1.96 * error, n)
 
 
-def write(folder: Path, rounds: int) -> Path:
-    """Write map, keys and experiment."""
-    entries = "\n".join(
-        f'[[agents]]\nname = "{name}"\naddresses = ["127.0.0.1:{7361 + i}"]' for i, name in enumerate(NAMES)
-    )
-    (folder / "map.toml").write_text(f'graph = "complete"\n{entries}\n')
-    file = folder / "experiment.toml"
-    file.write_text(f"""
-run = "memory"
-topology = {{ map = "map.toml" }}
-task = {{ hook = "{Path(__file__).resolve()}:task", partition = {{ kind = "iid" }} }}
-[train]
-steps_per_round = 2
-batch_size = 16
-[merge]
-method = "average"
-[schedule]
-rounds = {rounds}
-round_deadline_s = 300
-[agent]
-founder = true
-""")
-    for command in (["init-ca"], ["issue", "--map", folder / "map.toml"]):
-        words = ["-m", "dimat.cli", "keys", *command, "--folder", folder / "keys"]
-        subprocess.run([sys.executable, *map(str, words)], check=True, capture_output=True)
-    return file
-
-
 def measure(folder: Path, rounds: int) -> dict[str, list[tuple[float, float]]]:
     """Run the agents to their end; return for each the means of blocks of rounds: middle round and bytes."""
-    file = write(folder, rounds)
-    agents = {
-        name: subprocess.Popen(
-            [sys.executable, "-m", "dimat.cli", "agent", file, "--name", name, "--quiet"],
-            env={**os.environ, **ONE_THREAD},
-            cwd=folder,
-            stdout=subprocess.DEVNULL,
-        )
-        for name in NAMES
-    }
+    file = write_network(folder, NAMES, "complete", Path(__file__), EXPERIMENT.format(rounds=rounds))
+    agents = {name: start(file, name, folder / name, stdout=subprocess.DEVNULL) for name in NAMES}
     looks: dict[str, list[tuple[float, int]]] = {name: [] for name in NAMES}
     while any(agent.poll() is None for agent in agents.values()):
         for name, agent in agents.items():
@@ -113,7 +88,7 @@ def measure(folder: Path, rounds: int) -> dict[str, list[tuple[float, float]]]:
     found: dict[str, list[tuple[float, float]]] = {}
     for name in NAMES:
         # the log may have been rotated; its newest part alone tells too little
-        logs = sorted((folder / "agents" / "memory" / name).glob("events*.jsonl*"))
+        logs = sorted((folder / name).glob("events*.jsonl*"))
         lines = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
         ends = sorted((each["time_s"], each["round"]) for each in lines if each.get("event") == "RoundFinished")
         blocks: defaultdict[int, list[int]] = defaultdict(list)

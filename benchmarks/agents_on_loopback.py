@@ -22,7 +22,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from _children import ONE_THREAD, anonymous_kb
+from _agents import start, write_network
+from _children import anonymous_kb
 from _common import Result, finish, options, table
 
 from dimat.tasks import ClassificationTask, TensorData, mlp, seeded
@@ -32,6 +33,20 @@ SIZES = (784, 256, 128, 10)
 NAMES = [f"agent-{i}" for i in range(AGENTS)]
 HEADERS_BYTES = 66  # of a packet on loopback: Ethernet, IP, TCP with timestamps
 TARGET_S, TARGET_MB, TARGET_RSS_MB, TARGET_IDLE = 10.0, 28.5, 450.0, 0.2
+EXPERIMENT = f"""
+[train]
+epochs_per_round = 1
+batch_size = 64
+optimizer = {{ name = "adam", lr = 1e-3 }}
+initialisation = "shared"
+[merge]
+method = "average"
+[schedule]
+rounds = {ROUNDS}
+round_deadline_s = 120
+[agent]
+founder = true
+"""
 KINDS = {
     "fp32": (),
     "bf16": ("exchange.encoding=bf16",),
@@ -71,57 +86,14 @@ class Measured:
     accuracy: float
 
 
-def write(folder: Path) -> Path:
-    """Write map, keys and experiment."""
-    entries = "\n".join(
-        f'[[agents]]\nname = "{name}"\naddresses = ["127.0.0.1:{7321 + i}"]' for i, name in enumerate(NAMES)
-    )
-    (folder / "map.toml").write_text(f'graph = "ring"\n{entries}\n')
-    file = folder / "experiment.toml"
-    file.write_text(f"""
-run = "loopback"
-topology = {{ map = "map.toml" }}
-task = {{ hook = "{Path(__file__).resolve()}:task", partition = {{ kind = "iid" }} }}
-[train]
-epochs_per_round = 1
-batch_size = 64
-optimizer = {{ name = "adam", lr = 1e-3 }}
-initialisation = "shared"
-[merge]
-method = "average"
-[schedule]
-rounds = {ROUNDS}
-round_deadline_s = 120
-[agent]
-founder = true
-""")
-    for command in (["init-ca"], ["issue", "--map", folder / "map.toml"]):
-        dimat("keys", *command, "--folder", folder / "keys")
-    return file
-
-
-def dimat(*words: object) -> None:
-    """Run a command of dimat to its end."""
-    subprocess.run([sys.executable, "-m", "dimat.cli", *map(str, words)], check=True, capture_output=True)
-
-
 def measure(file: Path, settings: tuple[str, ...]) -> Measured:
     """Run the five agents to their end."""
     folder = Path(tempfile.mkdtemp(dir=file.parent))
     sets = [word for setting in settings for word in ("--set", setting)]
     before = loopback()
     begun = time.perf_counter()
-    agents: list[subprocess.Popen[bytes]] = []
-    for name in NAMES:
-        own = ["--name", name, "--set", f"agent.folder={folder / name}", *sets, "--quiet"]
-        agents.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "dimat.cli", "agent", file, *own],
-                env={**os.environ, **ONE_THREAD},
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-            )
-        )
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    agents = [start(file, name, folder / name, *sets, **quiet) for name in NAMES]
     peak_kb, listening = 0, 0.0
     cpu_at_start = 0.0
     usage: dict[int, float] = {}
@@ -203,7 +175,7 @@ def main() -> None:
     own_namespace()
     kinds = list(KINDS) if arguments.encodings else ["fp32"]
     with tempfile.TemporaryDirectory() as scratch:
-        file = write(Path(scratch))
+        file = write_network(Path(scratch), NAMES, "ring", Path(__file__), EXPERIMENT)
         found = {kind: measure(file, KINDS[kind]) for kind in kinds}
     snapshot_mb = sum(a * b + b for a, b in pairwise(SIZES)) * 4 / 1e6
     ideal_mb = AGENTS * 2 * ROUNDS * snapshot_mb

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from _agents import free_ports, write_map
 from _common import Result, finish, options, table
 
 from dimat import events
@@ -96,13 +96,6 @@ class Meter:
             self.ended = self._cpu_s()
 
 
-def free_port() -> int:
-    """Return a port of loopback that nobody listens on."""
-    with socket.socket() as each:
-        each.bind(("127.0.0.1", 0))
-        return each.getsockname()[1]
-
-
 def children_s(but: set[int]) -> float:
     """Return the CPU-seconds of this process's children, but for some; a tracker's own process is one."""
     ticks = 0
@@ -130,9 +123,7 @@ def scraper(urls: list[str]) -> subprocess.Popen[bytes]:
 def measure(folder: Path, watching: Watching, epochs: float, rounds: int) -> float:
     """Run two agents in a folder of their own; return the CPU-seconds of a round of both."""
     folder.mkdir(parents=True)
-    ports = {name: free_port() for name in NAMES}
-    agents = "".join(f'[[agents]]\nname = "{n}"\naddresses = ["127.0.0.1:{p}"]\n' for n, p in ports.items())
-    (folder / "map.toml").write_text(f'graph = "complete"\n{agents}')
+    write_map(folder, NAMES, "complete")
     file = folder / "experiment.toml"
     file.write_text(EXPERIMENT.format(run="cost", epochs=epochs, rounds=rounds))
     scraped: set[int] = set()
@@ -141,7 +132,7 @@ def measure(folder: Path, watching: Watching, epochs: float, rounds: int) -> flo
         daemons: list[Daemon] = []
         urls: list[str] = []
         for name in NAMES:
-            port = free_port()
+            (port,) = free_ports(1)
             settings = [setting.replace("PORT", str(port)) for setting in watching.settings]
             config = load_experiment(file, (*settings, f"agent.name={name}", f'agent.folder="{folder / name}"'))
             setup = prepare_agent(config)
