@@ -164,7 +164,16 @@ def _check_text(value: str, place: _Place, key: Any) -> None:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{_shown(place, key)} is not UTF-8 text") from None
+        written = value.encode(errors="surrogateescape" if _from_bytes(value) else "backslashreplace")
+        raise ValueError(
+            f"{_shown(place, key)} is not UTF-8 text ({written!r:.80}); write it in UTF-8: a file that is named otherwise "
+            "can be renamed, or given by a symbolic link"
+        ) from None
+
+
+def _from_bytes(value: str) -> bool:
+    """Tell whether a text stands for bytes, as names of files that are no UTF-8 do."""
+    return all("\udc80" <= letter <= "\udcff" for letter in value if "\ud800" <= letter <= "\udfff")
 
 
 def _refused(name: str) -> float:

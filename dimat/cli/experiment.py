@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from dimat.cli.app import app
-from dimat.cli.shared import Json, Out, Overrides, Overwrite, Quiet, SeedCount, Workers, open_console, say, show
+from dimat.cli.shared import AtLeastOne, Json, Out, Overrides, Overwrite, Quiet, Workers, open_console, say, show
 from dimat.errors import ConfigError, SecurityError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def demo(
     *,
     quick: Annotated[bool, Parameter(negative="", help="One seed, fewer rounds: under 20 seconds.")] = False,
     seeds: Annotated[
-        int, Parameter(validator=SeedCount, help="Runs per method and split; the table is their mean.")
+        int, Parameter(validator=AtLeastOne, help="Runs per method and split; the table is their mean.")
     ] = 3,
     out: Out = None,
     workers: Workers = None,
@@ -82,7 +82,7 @@ def simulate(
         ),
     ] = None,
     seeds: Annotated[
-        int, Parameter(validator=SeedCount, help="With --compare: runs per method, seeds counted up from the file's.")
+        int, Parameter(validator=AtLeastOne, help="With --compare: runs per method, seeds counted up from the file's.")
     ] = 1,
     out: Out = None,
     workers: Workers = None,

@@ -30,8 +30,7 @@ Overrides = Annotated[
     ),
 ]
 Out = Annotated[Path | None, Parameter(help="Folder for results.")]
-AtLeastOne = validators.Number(gte=1)
-SeedCount = validators.Number(gte=1, lte=10_000)
+AtLeastOne = validators.Number(gte=1, lt=2**62)
 SeedRange = validators.Number(gte=0, lt=2**63)
 Workers = Annotated[
     int | None,

@@ -197,6 +197,8 @@ class SimulateConfig(Tree):
 
     workers: Annotated[int, Field(ge=1)] | None = None
     """Worker processes; default: one per core. Results do not depend on it."""
+    most_seeds: Annotated[int, Field(ge=1)] = 10_000
+    """Seeds of a comparison, at most: a digit too many is told before it makes as many runs."""
     evaluate: Literal["all", "after", "none"] = "all"
     """Test metrics before and after each merge, only after it, or never."""
     keep_snapshots: Annotated[int, Field(ge=1)] = SNAPSHOTS_KEPT

@@ -64,8 +64,11 @@ def cases_of(
     All else is as in `base`, but for methods other than its own the stages that make a method (align, combine,
     repair) are those of the method's preset. A variant with a group is compared under that instead of the split.
     The ceiling holds all data whatever the split, so it runs once and counts for all.
-    Raises ConfigError for a name that is neither a method nor a variant, or both.
+    Raises ConfigError for a name that is neither a method nor a variant, or both, and for too many seeds.
     """
+    most = base.simulate.most_seeds
+    if len(seeds) > most:
+        raise ConfigError(f"{len(seeds):,} seeds are above simulate.most_seeds = {most:,}; raise that in an experiment")
     forms = {variant.name: variant for variant in base.variants}
     clash = next((name for name in forms if name in PRESETS or name == ALL), None)
     if clash is not None:

@@ -25,7 +25,7 @@ _HOME = {
     "check_graph": "graphs",
     "check_matrix": "mixing",
     "check_schedule": "rounds",
-    "diameter": "analysis",
+    "diameter": "distances",
     "draw_graph": "draw",
     "export": "write",
     "lambda_2": "analysis",
@@ -85,7 +85,6 @@ __all__ = [
 if TYPE_CHECKING:
     from dimat.topology.analysis import (
         Summary,
-        diameter,
         lambda_2,
         models_sent,
         rounds_bound,
@@ -95,6 +94,7 @@ if TYPE_CHECKING:
     )
     from dimat.topology.base_k import BaseK
     from dimat.topology.build import build_topology, check, read_graph, resolve_map
+    from dimat.topology.distances import diameter
     from dimat.topology.draw import draw_graph
     from dimat.topology.graphs import build_graph, check_graph, list_graphs
     from dimat.topology.mixing import Mixer, check_matrix, list_mixings, mixing_matrix, push_sum_matrix, renormalise

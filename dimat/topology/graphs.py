@@ -21,7 +21,12 @@ if TYPE_CHECKING:
     IntGraph = nx.Graph[int]
 
 MAX_DRAWS = 100
-"""Draws of a random graph before giving up on a connected one."""
+"""Draws of a random graph before giving up on a connected one; fewer where each looks at very many pairs."""
+MAX_PAIRS = 500_000_000
+"""Pairs of agents that these draws may look at."""
+HOPELESS = 14.0
+"""Agents without any link that a random graph is expected to have, from which on no draw is worth it: about
+exp(-14) of all have none."""
 
 GRAPHS: Registry[IntGraph] = Registry("graph", traits={"links": None}, error=TopologyError)
 """Generators. Trait `links`: function of the number of agents and the options that returns about how many links the
@@ -125,14 +130,14 @@ def _graph(n: int, edges: Iterable[tuple[int, int]], directed: bool = False) -> 
     return graph
 
 
-def _connected(draw: Callable[[int], nx.Graph[int]], seed: int, what: str) -> nx.Graph[int]:
+def _connected(draw: Callable[[int], nx.Graph[int]], seed: int, what: str, draws: int = MAX_DRAWS) -> nx.Graph[int]:
     import networkx as nx
 
-    for attempt in range(MAX_DRAWS):
+    for attempt in range(draws):
         graph = draw(derive_seed(seed, "draw", attempt))
         if nx.is_connected(graph):
             return graph
-    raise TopologyError(f"{what}: none of {MAX_DRAWS} draws is connected; ask for more edges")
+    raise TopologyError(f"{what}: none of {draws} draws is connected; ask for more edges")
 
 
 def _every_pair(n: int, **_: Any) -> float:
@@ -252,10 +257,18 @@ def erdos_renyi(n: int, *, p: float | None = None, seed: int = 0) -> nx.Graph[in
     if not 0 < chance <= 1:
         raise TopologyError(f"option 'p' of graph 'erdos-renyi' must be in (0, 1], not {p}")
 
+    alone = n * math.exp((n - 1) * math.log1p(-chance)) if chance < 1 else 0.0
+    if alone > HOPELESS:
+        raise TopologyError(
+            f"erdos-renyi, p = {chance:.3g}: about {alone:,.0f} of {n:,} agents would have no link at all, so that no "
+            f"draw is connected; ask for p of {2 * math.log(n) / n:.2g} or more"
+        )
+
     def draw(s: int) -> nx.Graph[int]:
         return nx.gnp_random_graph(n, chance, seed=s)
 
-    return _connected(draw, seed, f"erdos-renyi, p = {chance:.3g}")
+    draws = max(2, min(MAX_DRAWS, 2 * MAX_PAIRS // (n * n)))
+    return _connected(draw, seed, f"erdos-renyi, p = {chance:.3g}", draws)
 
 
 @GRAPHS.register("watts-strogatz", links=_by_degree)

@@ -25,6 +25,8 @@ KEPT_ROUNDS = 8
 """Rounds whose links are kept in memory, the most recently used ones; of a short period all."""
 LONG_PERIOD = 64
 """Rounds of a period that are kept in memory and checked, at most."""
+ALL_PAIRS = 4_000_000
+"""Links, each way counted, up to which a graph is made of all pairs."""
 LOOKED_AT = 64
 """Readers, and starting rounds of a long schedule, from which `longest_lead` looks; of more, an even sample."""
 DRAWN = 8
@@ -37,6 +39,9 @@ class Schedule(ABC):
     `names` are the agents in their stable order; `period` is the number of rounds after which graphs and weights
     repeat, None if they never do. Subclasses give `_round`.
     """
+
+    any_pair = False
+    """Whether every two agents may meet in some round: pairs are drawn from all."""
 
     def __init__(self, names: Sequence[str], period: int | None) -> None:
         self.names = tuple(names)
@@ -119,9 +124,15 @@ class Schedule(ABC):
 
     def union(self) -> nx.Graph[str]:
         """Return the graph of all links that are ever used (dense for drawn schedules on all pairs); directed if those
-        of some round are, with an edge u -> v where u ever sends to v."""
+        of some round are, with an edge u -> v where u ever sends to v. TopologyError for millions of pairs."""
         import networkx as nx
 
+        n = len(self.names)
+        if self.any_pair and n * (n - 1) > ALL_PAIRS:
+            raise TopologyError(
+                f"any two of {n:,} agents may meet: {n * (n - 1):,} links are too many for one graph; give the "
+                "schedule a graph whose links it may use, or draw and write a smaller network"
+            )
         directed = any(self.links(number).directed for number in range(1, (self.period or 1) + 1))
         graph: nx.Graph[str] = nx.DiGraph() if directed else nx.Graph()
         graph.add_nodes_from(self.names)

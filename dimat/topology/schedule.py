@@ -125,6 +125,7 @@ class RandomMatching(Schedule):
         super().__init__(names, None)
         self._seed, self._mixer = seed, mixer
         self._base = links_of(base) if base is not None else None
+        self.any_pair = self._base is None
         if self._base is not None and self._base.directed:
             raise TopologyError("schedule 'random-matching' needs undirected links")
         self._at(1)
@@ -171,6 +172,7 @@ class Epidemic(Schedule):
         super().__init__(names, None)
         self._seed, self._s = seed, s
         self._base = links_of(base) if base is not None else None
+        self.any_pair = self._base is None
 
     def _round(self, number: int) -> tuple[RoundLinks, RowOf]:
         rng = random.Random(derive_seed(self._seed, "epidemic", number))

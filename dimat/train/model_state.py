@@ -31,8 +31,12 @@ class ModelState(ABC):
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    _group_values: list[dict[str, Any]]
-    """Values of the optimizer's groups when it was new."""
+    _began: list[list[dict[str, Any]]]
+    """Values of each optimizer's groups when it was new."""
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Return all optimizers whose state belongs to the model, always in one order."""
+        return family(self.optimizer)
 
     def weights(self, *, copy: bool = True) -> dict[str, Tensor]:
         """Return all parameters and buffers, on the CPU: copies, or with `copy` false the model's own tensors where
@@ -85,7 +89,7 @@ class ModelState(ABC):
         moved = permute_weights(own, spec, permutations)
         gradients = self._gradients()
         moved_gradients = permute_weights(gradients, spec, permutations, strict=False)
-        moving = [move(each, optimized(self.model, each), spec, permutations) for each in family(self.optimizer)]
+        moving = [move(each, optimized(self.model, each), spec, permutations) for each in self.optimizers()]
         with torch.no_grad():
             for before, after in ((own, moved), (gradients, moved_gradients)):
                 for name, tensor in before.items():
@@ -97,30 +101,31 @@ class ModelState(ABC):
         return "; ".join(note for _, note in moving if note)
 
     def optimizer_state(self, *, copy: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Return the optimizer's state as tensors named `optimizer/<parameter>/<entry>`, and as text what is no tensor.
+        """Return the optimizers' state as tensors named `optimizer/<parameter>/<entry>`, and as text what is no tensor.
         ConfigError where it holds what a checkpoint cannot."""
         tensors: dict[str, Tensor] = {}
         texts: dict[str, str] = {}
-        for number, each in enumerate(family(self.optimizer)):
-            began = group_values(each) if number else self._group_values
+        for number, each in enumerate(self.optimizers()):
+            # one that an optimizer has made inside itself since then is as it was made
+            began = self._began[number] if number < len(self._began) else group_values(each)
             found, said = read_state(each, optimized(self.model, each), began, number, copy=copy)
             tensors |= found
             texts |= said
         return tensors, texts
 
     def load_optimizer(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Take over the optimizer's state from a trainer's tensors and values.
+        """Take over the optimizers' state from a trainer's tensors and values.
 
         Whatever torch would load is; DataError for an unknown parameter.
         """
         held = {name: tensor for name, tensor in tensors.items() if name.startswith(PREFIX)}
         self._renew_optimizer()
-        for number, each in enumerate(family(self.optimizer)):
+        for number, each in enumerate(self.optimizers()):
             write_state(each, optimized(self.model, each), held, values, number)
 
     def clear_optimizer(self) -> None:
-        """Let the optimizer know nothing of before."""
-        for each in family(self.optimizer):
+        """Let the optimizers know nothing of before."""
+        for each in self.optimizers():
             each.state.clear()
 
     def optimized(self) -> dict[str, nn.Parameter]:
@@ -129,7 +134,7 @@ class ModelState(ABC):
 
     def _renew_optimizer(self) -> None:
         self.optimizer = self._new_optimizer()
-        self._group_values = group_values(self.optimizer)
+        self._began = [group_values(each) for each in self.optimizers()]
 
     def _gradients(self) -> dict[str, Tensor]:
         named = self.model.named_parameters()

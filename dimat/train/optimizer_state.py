@@ -19,7 +19,7 @@ from dimat.symmetry import Permutations, SymmetrySpec
 from dimat.symmetry.moments import begun_anew, move_state
 
 PREFIX = "optimizer/"
-"""Of names of tensors; of an optimizer inside another one `optimizer/1:`, `optimizer/2:`, …"""
+"""Of names of tensors; of an optimizer inside or beside another one `optimizer/1:`, `optimizer/2:`, …"""
 PLAIN = "plain"
 """Text after the prefix: what is no tensor in the state, JSON, by parameter and entry."""
 GROUPS = "groups"
@@ -27,7 +27,7 @@ GROUPS = "groups"
 NO_PARAMETER = ""
 """The name under which state is kept that is no parameter's."""
 INSIDE = re.compile(rf"{PREFIX}\d+:")
-"""Beginning of a name of an optimizer inside another one."""
+"""Beginning of a name of an optimizer inside or beside another one."""
 USERS = frozenset(("lr", "initial_lr", "params"))
 """Entries of groups that are set anew in every life."""
 

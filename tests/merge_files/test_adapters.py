@@ -109,8 +109,34 @@ def test_lego_is_the_library_s_on_adapters_of_one_scale() -> None:
     found, config = read_adapter(Path("out"))
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert config == read_adapter(Path("a"))[1]
-    merge("a", "b", "c", "--method", "lora-lego", "-o", "mixed")
-    assert read_adapter(Path("mixed"))[1]["r"] == 4
+
+
+def test_lego_of_modules_that_some_adapters_lack() -> None:
+    """Reference: the combine method on factors with each file's scale in B, of nothing where a file has none: units of
+    those that have some are clustered, and nobody's strength is halved by those that have not."""
+    merge("a", "b", "c", "--method", "lora-lego", "--weights", "0.5,0.3,0.2", "-o", "out")
+    found = deltas("out")
+    for layer in LAYERS:
+        whole = [deltas(folder)[layer] for folder in "abc"]
+        models: list[dict[str, Tensor]] = []
+        for folder in "abc":
+            tensors, config = read_adapter(Path(folder))
+            a, b = (tensors.get(f"{PREFIX}{layer}.lora_{side}.weight") for side in "AB")
+            if a is None or b is None:
+                models.append(
+                    {
+                        "x.lora_A.weight": torch.zeros(1, whole[0].shape[1]),
+                        "x.lora_B.weight": torch.zeros(len(whole[0]), 1),
+                    }
+                )
+                continue
+            at = int((b @ a).abs().argmax())
+            scale = float(delta(tensors, config, layer).flatten()[at] / (b @ a).flatten()[at])
+            models.append({"x.lora_A.weight": a, "x.lora_B.weight": scale * b})
+        merged = combine_registry.call("lora-lego", {}, models[0], models[1:], [0.5, 0.3, 0.2])
+        expected = merged["x.lora_B.weight"] @ merged["x.lora_A.weight"]
+        assert relative(found[layer], expected) < 1e-5
+    assert (deltas("c")[Q1].norm(), found[Q1].norm() > 0.5 * deltas("a")[Q1].norm()) == (0, True)
 
 
 @pytest.mark.parametrize("method", product_methods())

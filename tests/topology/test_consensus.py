@@ -16,7 +16,6 @@ from dimat.topology import (
     Schedule,
     Setting,
     build_graph,
-    diameter,
     lambda_2,
     make_schedule,
     mixing_matrix,
@@ -148,19 +147,12 @@ def test_directed_irregular_spectrum() -> None:
     assert lambda_2(schedule) == pytest.approx(values[-2])
 
 
-def test_traffic_and_diameter() -> None:
-    """Reference: out-degrees by definition; networkx for a diameter over the block size of 256."""
+def test_traffic() -> None:
+    """Reference: out-degrees by definition."""
     assert models_sent(plan("ring", 9)) == 2
     assert models_sent(plan("random-matching", 9)) == pytest.approx(8 / 9)
     assert models_sent(plan("epidemic", 9)) == 4
     assert models_sent(plan("base-k", 8)) == 1
-    graph = build_graph("ring", 301)
-    assert diameter(graph) == 150
-    assert diameter(build_graph("exponential", 10)) == nx.diameter(build_graph("exponential", 10))
-    with pytest.raises(TopologyError, match="not connected"):
-        diameter(nx.empty_graph(2))
-    with pytest.raises(TopologyError, match="not connected"):
-        diameter(nx.path_graph(2, create_using=nx.DiGraph))
 
 
 @pytest.mark.parametrize(
@@ -203,3 +195,41 @@ def test_summary() -> None:
     assert (large.diameter, large.spectral_gap, large.rounds_to_consensus) == (1000, None, None)
     with pytest.raises(TopologyError, match="up to 2000 agents"):
         spectral_gap(plan("ring", 2001))
+
+
+def test_what_would_take_long_is_left_out_and_said() -> None:
+    """Any two of 10,000 agents may meet: 99,990,000 links are counted, and no graph of them is made. Rounds that were
+    tried in vain are told."""
+    names = tuple(f"agent-{i}" for i in range(10_000))
+    drawn = summarise(make_schedule(Setting(names, seed=0), "epidemic", {"s": 2}))
+    assert (drawn.links, drawn.diameter, drawn.diameter_from) == (99_990_000, 1, 10_000)
+    assert (drawn.rounds_to_consensus, drawn.rounds_tried) == (None, 0)
+    pairs = summarise(make_schedule(Setting(names[:9], seed=0), "random-matching"))
+    assert (pairs.links, pairs.directed, pairs.diameter) == (36, False, 1)
+    with pytest.raises(TopologyError, match="99,990,000 links are too many for one graph"):
+        make_schedule(Setting(names, seed=0), "epidemic", {"s": 2}).union()
+    one_way = CycleSchedule([nx.relabel_nodes(nx.cycle_graph(150, create_using=nx.DiGraph), str)], Mixer("uniform"))
+    slow = summarise(one_way, max_rounds=20)
+    assert (slow.rounds_to_consensus, slow.rounds_tried) == (None, 20)
+
+
+@pytest.mark.parametrize("rule", ["metropolis", "uniform", "samples", "max-degree"])
+def test_spectra_of_reversible_weights(rule: str) -> None:
+    """Reference: numpy's eigenvalues. Weights by "uniform" and "samples" are not symmetric, and yet have real ones."""
+    graph = build_graph("watts-strogatz", 40, options={"p": 0.5})
+    samples = {name: 1 + i % 7 for i, name in enumerate(graph)} if rule == "samples" else None
+    schedule = CycleSchedule([graph], Mixer(rule, samples=samples))
+    values = np.sort(abs(np.linalg.eigvals(schedule.mixing(1))))
+    assert lambda_2(schedule) == pytest.approx(values[-2], abs=1e-9)
+
+
+def test_large_spectra_that_are_not_real(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reference: numpy's eigenvalues; Arnoldi's method finds the same, and None where its time is over."""
+    graph = nx.gnp_random_graph(120, 0.1, seed=1, directed=True)
+    graph.add_edges_from((i, (i + 1) % 120) for i in range(120))
+    schedule = CycleSchedule([nx.relabel_nodes(graph, str)], Mixer("uniform"))
+    monkeypatch.setattr("dimat.topology.analysis.SLOW", 100)
+    values = np.sort(abs(np.linalg.eigvals(schedule.mixing(1))))
+    assert lambda_2(schedule) == pytest.approx(values[-2], abs=1e-9)
+    exact = lambda_2(plan("base-k", 130))
+    assert exact == 0.0

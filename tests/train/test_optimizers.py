@@ -269,19 +269,27 @@ def test_models_that_one_process_does_not_hold_are_refused() -> None:
 
 
 def test_sharded_parameters_are_refused() -> None:
-    """Reference: torch's DTensor, on a group of one process."""
+    """Reference: torch's DTensor and both of its ways to shard a model, on a group of one process."""
     distributed = pytest.importorskip("torch.distributed")
     if not distributed.is_available():
         pytest.skip("torch is built without distributed")
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:
         from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
         from torch.distributed.tensor import Replicate, distribute_tensor
 
         model = nn.Linear(4, 2)
         wrapped = nn.parallel.DistributedDataParallel(model)
         with pytest.raises(ConfigError, match="wrapped in DistributedDataParallel"):
             check_whole(wrapped)
+        sharded = FullyShardedDataParallel(nn.Sequential(nn.Linear(4, 2)), device_id=torch.device("cpu"))
+        with pytest.raises(ConfigError, match=r"the model is sharded \(FullyShardedDataParallel\).*leave the sharding"):
+            check_whole(sharded)
+        with pytest.raises(ConfigError, match=r"^1 is sharded"):
+            check_whole(nn.Sequential(nn.ReLU(), sharded))
+        with pytest.raises(ConfigError, match="weight is a DTensor"):
+            check_whole(fully_shard(nn.Linear(4, 2), mesh=init_device_mesh("cpu", (1,))))
         mesh = init_device_mesh("cpu", (1,))
         model.weight = nn.Parameter(distribute_tensor(model.weight.detach(), mesh, [Replicate()]))
         with pytest.raises(ConfigError, match="weight is a DTensor"):

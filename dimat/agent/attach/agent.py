@@ -33,6 +33,7 @@ from dimat.agent.setup.prepare import prepare_agent
 from dimat.config import ExperimentConfig, load_experiment, naming
 from dimat.device import streams_kept
 from dimat.errors import ConfigError
+from dimat.merge import needs_symmetry
 from dimat.train.model_state import check_whole
 
 
@@ -80,7 +81,7 @@ class Agent:
         model's inputs and whose last is the target, or a dict of tensors by the names of the model's arguments; the
         first 1,024 examples are kept, to compare networks on. A loader's random generators, and the process's, are
         left as they were. `evaluate`: returns metrics of the model, for reports, for `accept` and for
-        `schedule.target`; `metric` is the one that counts.
+        `schedule.target`; `metric` is the one that counts. Model and `evaluate` are tried once, here.
 
         `follow`: what must change its units as the model does: copies (EMA, SWA, a target network) as modules or as
         tables of tensors by the model's names, other optimizers of it, and functions that are called with what moves
@@ -88,7 +89,7 @@ class Agent:
 
         Of a model with adapters on a frozen base (PEFT) the trained tensors alone are exchanged, and factors are merged
         as products. Raises ConfigError for a model that is wrapped for several processes or cannot be merged, DataError
-        for data that cannot be read.
+        for data that cannot be read, or that the model cannot take.
         """
         model, optimizer = _unwrapped(model, optimizer)
         check_whole(model)
@@ -113,7 +114,14 @@ class Agent:
                 self.config = self.config.model_copy(update={"agent": agent})
             trainer.take()
             try:
-                self._daemon = Daemon(prepare_agent(self.config, task), trainer=trainer)
+                setup = prepare_agent(self.config, task)
+                plan = setup.experiment.loaded.plan
+                trainer.try_out(
+                    inputs.tensors,
+                    needed=needs_symmetry(plan) or plan.statistics is not None or plan.repair.name != "none",
+                    evaluated=self.config.agent.evaluate != "none",
+                )
+                self._daemon = Daemon(setup, trainer=trainer)
             finally:
                 trainer.give_back()
         self._trainer = trainer

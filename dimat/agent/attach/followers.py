@@ -17,7 +17,7 @@ from dimat.errors import ConfigError, nearest
 from dimat.symmetry import Permutations, SymmetrySpec, permute_weights
 from dimat.symmetry.permute import identity
 from dimat.symmetry.trace import forget_derived
-from dimat.train.optimizer_state import family, move, optimized
+from dimat.train.optimizer_state import optimized
 
 Move = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 """Returns tensors, by the model's names, as they are after the model has changed."""
@@ -37,24 +37,20 @@ class Followers:
         self._due = ""
         self._tables: list[Mapping[str, Tensor]] = []
         self._modules: list[nn.Module] = []
-        self._optimizers: list[torch.optim.Optimizer] = []
+        self.optimizers: list[torch.optim.Optimizer] = []
+        """Other optimizers of the model, whose state the trainer moves and keeps as the first one's."""
         self._functions: list[Callable[[Move], None]] = []
         for each in follow or ():
             self._take(model, each)
 
-    def moving(self, model: nn.Module, spec: SymmetrySpec, permutations: Permutations) -> Callable[[], None]:
-        """Return what moves all of them as the model is moved; nothing is changed before it is called."""
+    def moving(self, spec: SymmetrySpec, permutations: Permutations) -> Callable[[], None]:
+        """Return what moves all but optimizers as the model is moved; nothing is changed before it is called."""
         tables = self._held()
         moved = [permute_weights(table, spec, permutations, strict=False) for table in tables]
-        held = [each for optimizer in self._optimizers for each in family(optimizer)]
-        optimizers = [move(each, optimized(model, each), spec, permutations) for each in held]
         still = all(torch.equal(p.cpu().long(), identity(p.shape)) for p in permutations.values())
 
         def apply() -> None:
             _fill(tables, moved)
-            for act, note in optimizers:
-                act()
-                self._due = note or self._due
             for function in self._functions:
                 function(lambda tensors: permute_weights(tensors, spec, permutations, strict=False))
             self._changed("the model's units were put in the network's order", bool(still))
@@ -62,12 +58,9 @@ class Followers:
         return apply
 
     def start_from(self, weights: Mapping[str, Tensor]) -> None:
-        """Let all of them be what a model is that begins with these weights."""
+        """Let all but optimizers be what a model is that begins with these weights."""
         tables = self._held()
         _fill(tables, [{name: weights.get(name, tensor) for name, tensor in table.items()} for table in tables])
-        for optimizer in self._optimizers:
-            for each in family(optimizer):
-                each.state.clear()
         for function in self._functions:
             function(lambda tensors: {name: weights.get(name, tensor) for name, tensor in tensors.items()})
         self._changed("the model began anew with a neighbour's weights", False)
@@ -97,7 +90,7 @@ class Followers:
             _check(model, given.state_dict(keep_vars=True), type(given).__name__)
         elif isinstance(given, torch.optim.Optimizer):
             optimized(model, given)
-            self._optimizers.append(given)
+            self.optimizers.append(given)
         elif isinstance(given, Mapping):
             table = cast("Mapping[str, Tensor]", given)
             _check(model, table, "a table")

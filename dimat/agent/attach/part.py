@@ -18,8 +18,32 @@ from dimat.errors import ConfigError, MergeError
 from dimat.merge.lora.factors import FACTOR, find_pairs
 from dimat.tasks.huggingface.lora import MERGE_STAGES, KeepNames, frozen_hash, refuse_batchnorm
 
-MERGED = frozenset(("LORA", "IA3"))
-"""Kinds of PEFT adapters that can be merged: LoRA as products, IA3's factors of activations as the vectors they are."""
+SUMS = frozenset(("IA3", "LN_TUNING", "BEFT", "PROMPT_TUNING", "TRAINABLE_TOKENS", "FOURIERFT", "C3A", "SHIRA"))
+"""Kinds of PEFT adapters that change a layer in proportion to what is trained, so that the mean of what is trained is
+the mean of the changes: factors of activations, norms, biases, rows of embeddings, coefficients of fixed waves,
+circulant blocks, single entries."""
+MERGED = SUMS | {"LORA"}
+"""Kinds that can be merged: those, and LoRA as products."""
+PRODUCTS = frozenset(
+    (
+        "LOHA",
+        "LOKR",
+        "ADALORA",
+        "VERA",
+        "PVERA",
+        "RANDLORA",
+        "DELORA",
+        "VBLORA",
+        "XLORA",
+        "POLY",
+        "HIRA",
+        "GRALORA",
+        "DoRA",
+    )
+)
+TURNS = frozenset(("OFT", "BOFT", "HRA", "ROAD", "PSOFT"))
+PLACES = ("fourierft_scaling", "indices", "shira_indices", "token_indices", "is_feedforward")
+"""Attributes of PEFT's layers, in no state dict, that say where and how strongly what is trained counts."""
 FACTORS = re.compile(r"(^|[._])(lora|lokr|hada|vera|oft|boft)_", re.IGNORECASE)
 """Names of factors of adapters, of any library."""
 
@@ -72,8 +96,8 @@ def part_of(model: nn.Module) -> Part:
     for kind in kinds:
         if kind not in MERGED:
             raise ConfigError(
-                f"the model has adapters of kind {kind}, which dimat cannot merge (it merges "
-                f"{' and '.join(sorted(MERGED))}); train other ones, or the whole model"
+                f"the model has adapters of kind {kind}, which dimat cannot merge: {_why(kind)}. It merges "
+                f"{', '.join(sorted(MERGED))}; train one of these, or the whole model"
             )
     if strange:
         raise ConfigError(
@@ -92,6 +116,13 @@ def part_of(model: nn.Module) -> Part:
     return Part(frozenset(trained), frozen_hash(_scales(model), frozen), MERGE_STAGES)
 
 
+def _plain(value: Any) -> Any:
+    """Return tensors in a value as lists, mappings as sorted pairs."""
+    if isinstance(value, Mapping):
+        return [(key, _plain(each)) for key, each in sorted(cast("Mapping[str, Any]", value).items())]
+    return value.tolist() if isinstance(value, Tensor) else value
+
+
 def _kinds(model: nn.Module) -> set[str]:
     """Return the kinds of adapters that PEFT has put into a model, by its names; DoRA is a kind of its own."""
     configs: Any = getattr(model, "peft_config", None)
@@ -103,11 +134,23 @@ def _kinds(model: nn.Module) -> set[str]:
     return found
 
 
+def _why(kind: str) -> str:
+    if kind in PRODUCTS:
+        return "its trained parts multiply each other, and the mean of factors is not the mean of their products"
+    if kind in TURNS:
+        return "it turns weights, and the mean of rotations is none"
+    return "whether the mean of what it trains is the mean of what it does is not known here"
+
+
 def _scales(model: nn.Module) -> str:
-    """Say by what adapters' products are multiplied, which all agents must have in common."""
+    """Say by what adapters are multiplied and where they act, which all agents must have in common."""
     said: list[str] = []
     for name, module in model.named_modules():
         scaling: Any = getattr(module, "scaling", None)
         if isinstance(scaling, Mapping) and hasattr(module, "lora_A"):
             said.append(f"{name} {sorted(cast('Mapping[str, float]', scaling).items())!r}")
+        for key in PLACES if hasattr(module, "base_layer") else ():
+            value: Any = getattr(module, key, None)
+            if isinstance(value, Mapping | bool):
+                said.append(f"{name} {key} {_plain(value)!r}")
     return "lora " + "; ".join(said)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
@@ -15,14 +16,17 @@ from dimat.agent.attach.inputs import ByName
 from dimat.agent.attach.part import Part
 from dimat.errors import ConfigError, DataError
 from dimat.symmetry import Permutations, SymmetrySpec
-from dimat.symmetry.trace import modes_kept
+from dimat.symmetry.trace import eval_mode, modes_kept
 from dimat.tasks.base import Data
 from dimat.tasks.data import InputBatches, input_batches
 from dimat.train.base import TrainerState, TrainReport
+from dimat.train.contract import described, first_line
 from dimat.train.model_state import ModelState
-from dimat.train.optimizer_state import group_values
+from dimat.train.optimizer_state import family, group_values
 
 POLL_S = 0.5
+TRIED = 4
+"""Examples that the model is tried on."""
 
 Evaluate = Callable[[nn.Module], Mapping[str, float]]
 
@@ -31,8 +35,8 @@ class AttachedTrainer(ModelState):
     """Trains a round by letting the user's thread do so: it waits meanwhile in the agent's.
 
     The two threads take turns; the model belongs to the one whose turn it is. In the agent's turn its state dict holds
-    `part` alone, and it takes its inputs by position, whatever `names` they have. `optimizer` keeps its place: state is
-    moved in it, never replaced by another object; with `fresh` it is cleared before every round. `needed`: the metric
+    `part` alone, and it takes its inputs by position, whatever `names` they have. Optimizers keep their place: state is
+    moved in them, never replaced by another object; with `fresh` it is cleared before every round. `needed`: the metric
     that merges or the end of the run go by, if any.
     """
 
@@ -65,8 +69,9 @@ class AttachedTrainer(ModelState):
         self._over = False
         self._agents = ExitStack()
         self._through = False
-        self._group_values = group_values(optimizer)  # the groups stay what they are, whatever state begins anew
         self.optimized()  # raises where the optimizer is another model's
+        # the groups stay what they are, whatever state begins anew
+        self._began = [group_values(each) for each in self.optimizers()]
 
     # ── turns ────────────────────────────────────────────────────────────────────────────────────────────────
     def train(self, round: int) -> TrainReport:
@@ -140,15 +145,18 @@ class AttachedTrainer(ModelState):
         if self._evaluate is None:
             return {}
         if weights is None:
-            with self.users(), modes_kept(self.model):
-                found: Any = self._evaluate(self.model)
-            return self._checked(found)
+            return self._metrics(self._evaluate)
         own = self.weights()
         self.load_weights(weights)
         try:
             return self.evaluate(data)
         finally:
             self.load_weights(own)
+
+    def _metrics(self, evaluate: Evaluate) -> dict[str, float]:
+        with self.users(), modes_kept(self.model):
+            found: Any = evaluate(self.model)
+        return self._checked(found)
 
     def _checked(self, found: Any) -> dict[str, float]:
         """Return metrics as plain numbers; ConfigError where they are none, or lack the one that is needed."""
@@ -167,14 +175,46 @@ class AttachedTrainer(ModelState):
             )
         return values
 
+    def try_out(self, inputs: Sequence[Tensor], *, needed: bool, evaluated: bool) -> None:
+        """Run the model on a few of the inputs that networks are compared on, and the user's `evaluate` where it is
+        `evaluated`, before the first round is trained.
+
+        Raises DataError where the model cannot take the inputs and merges need (`needed`) them, else warns; ConfigError
+        for metrics that are none. What `evaluate` itself raises is raised.
+        """
+        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        few = tuple(tensor[:TRIED].to(device) for tensor in inputs)
+        try:
+            with eval_mode(self.model), torch.no_grad():
+                self.model(*few)
+        except Exception as error:  # a user's module may fail in any way
+            shapes = ", ".join(described(tensor) for tensor in few)
+            by_name = f" (by name: {', '.join(self._names)})" if self._names else ""
+            fault = (
+                f"data: the model cannot take {shapes}{by_name}: {type(error).__name__}: {first_line(error)}; batches "
+                "are the model's inputs, and of a sequence the last entry is the target, which is left out"
+            )
+            if needed:
+                raise DataError(fault) from error
+            warnings.warn(f"{fault}. Merges by this method do not need them", stacklevel=4)
+        if evaluated and self._evaluate is not None:
+            self._metrics(self._evaluate)
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Return the user's optimizer, those that follow, and those inside them, each once."""
+        found: list[torch.optim.Optimizer] = []
+        for given in (self.optimizer, *self.followers.optimizers):
+            found += [each for each in family(given) if not any(each is other for other in found)]
+        return found
+
     def input_batches(self, data: Data, batch_size: int, generator: torch.Generator | None = None) -> InputBatches:
         """Return inputs of `data` on the model's device."""
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         return input_batches(data, batch_size, generator, samples=None, device=device)
 
     def permute(self, spec: SymmetrySpec, permutations: Permutations) -> str:
-        """Move model, gradients and optimizer state into another basis, and all that follows the model."""
-        move = self.followers.moving(self.model, spec, permutations)
+        """Move model, gradients and optimizers' state into another basis, and all that follows the model."""
+        move = self.followers.moving(spec, permutations)
         note = super().permute(spec, permutations)
         with self.users():
             move()
@@ -187,17 +227,21 @@ class AttachedTrainer(ModelState):
             self.followers.start_from(weights)
 
     def state(self, *, copy: bool = True) -> TrainerState:
-        """Return weights and optimizer state; random streams and the place in the data are the user's."""
+        """Return weights and optimizers' state; random streams and the place in the data are the user's."""
         tensors = {f"model/{name}": tensor for name, tensor in self.weights(copy=copy).items()}
         state, texts = self.optimizer_state(copy=copy)
-        values: dict[str, Any] = {"optimizer": type(self.optimizer).__name__, "steps": self._seen}
+        kinds = [type(each).__name__ for each in self.optimizers()]
+        values: dict[str, Any] = {"optimizer": kinds[0], "optimizers": " ".join(kinds), "steps": self._seen}
         return TrainerState(tensors | state, {**values, **texts})
 
     def load_state(self, state: TrainerState) -> None:
         """Go on from a state; DataError where it does not fit model or optimizer."""
-        kind = type(self.optimizer).__name__
-        if state.values.get("optimizer") != kind:
-            raise DataError(f"the checkpoint is of optimizer {state.values.get('optimizer')!r}, this one is {kind!r}")
+        # one that the checkpoint does not know begins anew; what it has of one that is not there any more is left
+        before = str(state.values.get("optimizers", state.values.get("optimizer"))).split()
+        for number, (kept, each) in enumerate(zip(before, self.optimizers())):
+            if kept != type(each).__name__:
+                where = f"optimizer {number + 1}" if number else "optimizer"
+                raise DataError(f"the checkpoint's {where} is {kept!r}, this one is {type(each).__name__!r}")
         tensors = state.tensors
         self.load_weights({n.removeprefix("model/"): t for n, t in tensors.items() if n.startswith("model/")})
         self.load_optimizer(tensors, state.values)

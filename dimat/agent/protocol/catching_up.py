@@ -1,8 +1,13 @@
 """How far peers' round numbers move an agent: fully where members bear them out.
 
-A number is borne out by two or more members that claim it, or by the only neighbour that there is once a snapshot of it
-has been fetched. Any other number is one peer's word: it moves an agent by at most `ROUNDS_KEPT` rounds beyond what it
-has counted itself or that peer has proved with a snapshot, and never into the last round of the schedule.
+A number is borne out by two or more members that claim it, where most are there; by snapshots of two members that were
+fetched, where most are not; or by the only neighbour that there is, once a snapshot of it was fetched. Any other number
+is one peer's word: it moves an agent by at most `ROUNDS_KEPT` rounds beyond what it has counted itself or that peer has
+proved with a snapshot, and never into the last round of the schedule.
+
+A peer that was away proves all of its way with one snapshot, as long as it has made no more than `ROUNDS_KEPT` rounds
+in each that the agent has made since it had one of that peer before: its word could have taken the agent there, had it
+been heard. A peer that was never away gains nothing by this.
 """
 
 from __future__ import annotations
@@ -22,25 +27,38 @@ class CatchingUp:
         self._rules = rules
         self._proved: dict[str, int] = {}
         self._coming: dict[str, PeerPublished] = {}
+        self._turn = 0
+        self._first = (0, 0)  # the agent's own first round in this life, and its turn
+        self._paced: dict[str, tuple[int, int]] = {}  # the round that a peer has come to at a likely pace, and when
         self.moved = 0
         """Rounds by which one peer's word has moved the agent since it was in step."""
         self._doubted: list[str] = []  # whose word did not take it all the way
 
-    def target(self, front: int, number: int, heard: Sequence[str], peers: Collection[str]) -> int:
+    def begins(self, number: int) -> None:
+        """Count a round of the agent's own."""
+        self._turn += 1
+        if self._turn == 1:
+            self._first = (number, 1)
+
+    def target(
+        self, front: int, number: int, heard: Sequence[str], peers: Collection[str], *, most: bool = True
+    ) -> int:
         """Return the round to go on with, from `number` to `front`, which some of the peers `heard` claim.
 
-        `peers`: everybody whom the agent may hear.
+        `peers`: everybody whom the agent may hear. `most`: whether `front` is the round of most of those heard.
         """
         self._doubted = []
         claim = [peer for peer in heard if self._offers.range(peer)[1] >= front]
-        if len(claim) > 1:
+        if most and len(claim) > 1:
             self.moved = 0
             return front
-        proved = max((self._proved.get(peer, 0) for peer in claim), default=0)
-        if len(peers) == 1 and proved > number:
+        proved = sorted((self._proved.get(peer, 0) for peer in claim), reverse=True)
+        borne_out = proved[:1] if len(peers) == 1 else proved[1:2]
+        if borne_out and borne_out[0] > number:
             self.moved = 0
-            return max(number, min(front, proved + ROUNDS_KEPT))
-        word = min(max(proved, number - self.moved), number) + ROUNDS_KEPT
+            return max(number, min(front, borne_out[0] + ROUNDS_KEPT))
+        paced = max((self._paced[peer][0] for peer in claim if peer in self._paced), default=0)
+        word = max(min(max([number - self.moved, *proved]), number), paced) + ROUNDS_KEPT
         last = front if self._rules.rounds is None else self._rules.rounds - 1
         target = max(number, min(front, word, last))
         self.moved += target - number
@@ -81,6 +99,9 @@ class CatchingUp:
     def in_hand(self, peer: str, number: int) -> None:
         """Note that a peer's snapshot of a round was fetched."""
         self._proved[peer] = max(number, self._proved.get(peer, 0))
+        before, turn = self._paced.get(peer, self._first)
+        if number >= before:
+            self._paced[peer] = (min(number, before + ROUNDS_KEPT * max(1, self._turn - turn)), self._turn)
 
     def overtake(self, number: int) -> list[Action]:
         """Let go of proofs on their way of rounds before `number`: they move nobody any more."""
@@ -91,6 +112,7 @@ class CatchingUp:
     def forget_all_but(self, peers: Collection[str]) -> list[Action]:
         """Drop what peers that are not named have proved, and let their snapshots go."""
         self._proved = {peer: number for peer, number in self._proved.items() if peer in peers}
+        self._paced = {peer: paced for peer, paced in self._paced.items() if peer in peers}
         gone = [offer for peer, offer in self._coming.items() if peer not in peers]
         self._coming = {peer: offer for peer, offer in self._coming.items() if peer in peers}
         return [Release(offer.peer, offer.round, offer.root) for offer in gone]

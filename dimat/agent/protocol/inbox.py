@@ -71,6 +71,7 @@ class Inbox:
     def begin(self, number: int, current: RoundPlan) -> list[Action]:
         """Open a round: fetch what is offered for it."""
         self._number, self._current, self._turn = number, current, self._turn + 1
+        self._catching_up.begins(number)
         # once a round: it is asked for with every message, and a dense graph has many of both
         self._expected = [peer for peer, weight in current.mixing.items() if peer != self._agent and weight > 0]
         self._due = last_planned(self._plan, self._expected, number)
@@ -159,8 +160,7 @@ class Inbox:
             return self._catching_up.target(front, number, heard, self._plan.peers)
         if not apart:
             return number
-        ground = max(number, min(apart[0], number + ROUNDS_KEPT))
-        return self._catching_up.target(ground, number, heard, self._plan.peers)
+        return self._catching_up.target(max(number, apart[0]), number, heard, self._plan.peers, most=False)
 
     def take_word(self, rounds: int) -> int:
         """Note that one peer's word has moved a newcomer by `rounds` rounds; return them."""

@@ -20,11 +20,13 @@ from dimat.topology import (
     list_schedules,
     summarise,
 )
+from dimat.topology.analysis import DENSE
 from dimat.ui.text import Table, as_text
 
 if TYPE_CHECKING:
     from dimat.topology import Topology
 
+LEFT_OUT = f"- (for up to {DENSE} agents)"
 FILES = {".graphml", ".gml", ".json", ".edges", ".edgelist", ".txt", ".csv"}
 
 
@@ -63,6 +65,14 @@ def describe(topology: Topology, *, as_json: bool) -> str:
         if summary.min_peers == summary.max_peers
         else (f"{summary.min_peers} to {summary.max_peers}")
     )
+    n = summary.agents
+    longest = f"{summary.diameter}"
+    if summary.diameter_from < n:
+        longest = f"at least {longest}: looked for from {summary.diameter_from} of {n} agents"
+    mixing = shown(summary.rounds_to_consensus)
+    if summary.rounds_to_consensus is None:
+        tried = f"more than {summary.rounds_tried}, which were tried"
+        mixing = tried if summary.rounds_tried else LEFT_OUT
     rows = (
         ("agents", str(summary.agents)),
         ("links", f"{summary.links} {'one-way' if summary.directed else 'undirected'}"),
@@ -70,10 +80,10 @@ def describe(topology: Topology, *, as_json: bool) -> str:
         ("mixing", topology.mixing_config.name),
         ("peers heard per round", peers),
         ("models sent per agent and round", shown(summary.models_sent)),
-        ("diameter", str(summary.diameter)),
-        ("|λ₂|", shown(summary.lambda_2)),
-        ("spectral gap", shown(summary.spectral_gap)),
-        ("rounds to 1e-3 consensus", shown(summary.rounds_to_consensus)),
+        ("diameter", longest),
+        ("|λ₂|", shown(summary.lambda_2) if n <= DENSE else LEFT_OUT),
+        ("spectral gap", shown(summary.spectral_gap) if n <= DENSE else LEFT_OUT),
+        ("rounds to 1e-3 consensus", mixing),
         ("keeps the mean", "yes" if summary.doubly_stochastic else "no (not doubly stochastic)"),
     )
     return "\n".join(as_text(Table("", ("", ""), rows, left=frozenset({0, 1})))).strip("\n")

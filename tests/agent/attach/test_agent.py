@@ -110,6 +110,30 @@ def test_leaving_early_and_faults(tmp_path: Path, free_ports: list[int]) -> None
         Agent(file, options, name="a").attach(model, stranger, data=[torch.randn(8, 6)])
 
 
+def test_what_is_wrong_is_told_before_the_first_round(tmp_path: Path) -> None:
+    """Data that the model cannot take, and an `evaluate` that returns no metrics, or not the one that counts. Where
+    merges need no data it is a warning: they may be of use to somebody else."""
+    inputs, targets = examples(0)
+    file = experiment(tmp_path, {"a": 1, "b": 2}, merge='method = "average"', agent="insecure = true")
+    repaired = ('merge.repair="batchnorm"',)
+    model = network(0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(DataError, match=r"data: the model cannot take \(4,\) int64: RuntimeError: .*the last entry is"):
+        Agent(file, repaired, name="a").attach(model, optimizer, data=[(targets, inputs)])
+    with pytest.warns(UserWarning, match=r"the model cannot take .* Merges by this method do not need them"):
+        Agent(file, name="a").attach(model, optimizer, data=[(targets, inputs)])
+    for found, message in (([0.5], "evaluate returned a list"), ({"accuracy": "high"}, "accuracy is no single number")):
+        with pytest.raises(ConfigError, match=message):
+            Agent(file, name="a").attach(model, optimizer, data=[inputs], evaluate=lambda _, found=found: found)
+    with pytest.raises(
+        ConfigError, match=r"evaluate returned loss, and merge.accept or schedule.target goes by accuracy"
+    ):
+        Agent(file, ('merge.accept="no-worse"',), name="a").attach(
+            model, optimizer, data=[inputs], evaluate=lambda _: {"loss": 1.0}
+        )
+    assert model.training
+
+
 @pytest.mark.parametrize("name", ['lab "a"', "lab\\a", "lab\\u0041", "лаб \U0001f600", "lab\x7f"])
 def test_a_name_is_taken_as_it_is(tmp_path: Path, name: str) -> None:
     """Quotes, backslashes and what TOML cannot hold bare: the name in the configuration is the one that was given."""

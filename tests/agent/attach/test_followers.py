@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from dimat.agent.attach.followers import Move
 from dimat.agent.attach.part import Part
 from dimat.agent.attach.trainer import AttachedTrainer
-from dimat.errors import ConfigError
+from dimat.errors import ConfigError, DataError
 from dimat.symmetry import SymmetrySpec, derive_symmetry, random_permutations
 
 X = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
@@ -94,6 +94,43 @@ def test_a_second_optimizer_goes_along() -> None:
         second.state[model[0].weight]["exp_avg"].copy_(model[0].weight)
     permuted(trainer, derive_symmetry(model, (X,)))
     assert torch.equal(second.state[model[0].weight]["exp_avg"], model[0].weight)
+
+
+def test_the_state_of_a_second_optimizer_is_kept() -> None:
+    """Reference: torch's own state after the same steps. What a checkpoint knows of others is no hindrance, and one of
+    another class is refused."""
+
+    def made(kind: Any = torch.optim.Adam) -> tuple[nn.Module, torch.optim.Optimizer, AttachedTrainer]:
+        torch.manual_seed(0)
+        model = network()
+        first = torch.optim.SGD(model[3].parameters(), 0.1, momentum=0.9)
+        second = kind(model[0].parameters(), 0.1)
+        follow = [] if kind is torch.optim.SGD else [second, first]  # the first one is counted once
+        return model, second, AttachedTrainer(model, first, 1, None, Part(), follow=follow)
+
+    model, second, trainer = made()
+    model(X).sum().backward()
+    trainer.optimizer.step()
+    second.step()
+    held = trainer.state()
+    assert held.values["optimizers"] == "SGD Adam"
+    again, other, resumed = made()
+    resumed.load_state(held)
+    for name in ("exp_avg", "exp_avg_sq", "step"):
+        assert torch.equal(other.state[again[0].weight][name], second.state[model[0].weight][name])
+    moment = resumed.optimizer.state[again[3].weight]["momentum_buffer"]
+    assert torch.equal(moment, trainer.optimizer.state[model[3].weight]["momentum_buffer"])
+    weights = {name: torch.zeros_like(tensor) for name, tensor in again.state_dict().items()}
+    resumed.start_from(weights)
+    assert not other.state
+    _, _, alone = made(torch.optim.SGD)
+    alone.load_state(held)  # it follows no more
+    again, other, resumed = made()
+    resumed.load_state(alone.state())  # it is new
+    assert not other.state
+    _, _, changed = made(torch.optim.RMSprop)
+    with pytest.raises(DataError, match="optimizer 2 is 'Adam', this one is 'RMSprop'"):
+        changed.load_state(held)
 
 
 def test_a_warning_says_once_that_copies_must_follow() -> None:

@@ -14,7 +14,9 @@ from dimat.agent.attach.inputs import Inputs
 from dimat.agent.attach.part import Part, part_of
 from dimat.agent.attach.task import AttachedTask
 from dimat.errors import ConfigError
+from dimat.merge.registry import combine_registry
 from dimat.tasks.huggingface.library import library
+from dimat.tasks.huggingface.lora import MERGE_STAGES
 
 
 def base(seed: int = 0) -> nn.Module:
@@ -89,6 +91,7 @@ def test_what_cannot_be_merged_as_products_is_refused() -> None:
     """Factors of other libraries, half a pair, adapters of other kinds, a base that trains or counts."""
     peft = of_extra("peft")
     other = peft.get_peft_model(base(), peft.LoHaConfig(r=2, target_modules=["0"]))
+    turning = peft.get_peft_model(base(), peft.OFTConfig(oft_block_size=4, target_modules=["0"]))
     thawed = adapted().requires_grad_(True)
     counting = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 2))
     half = copy.deepcopy(adapted())
@@ -96,7 +99,8 @@ def test_what_cannot_be_merged_as_products_is_refused() -> None:
     for model, message in (
         (Loralib(), "lora_A looks like a part of an adapter"),
         (Loralib("lora_a", "lora_b"), "lora_a looks like a part of an adapter"),
-        (other, "adapters of kind LOHA"),
+        (other, "adapters of kind LOHA, which dimat cannot merge: its trained parts multiply each other"),
+        (turning, "adapters of kind OFT, which dimat cannot merge: it turns weights"),
         (adapted(use_dora=True), "adapters of kind DoRA"),
         (thawed, "its base is not frozen"),
         (half, "is a LoRA factor without its lora_B"),
@@ -105,6 +109,65 @@ def test_what_cannot_be_merged_as_products_is_refused() -> None:
         with pytest.raises(ConfigError, match=message) as fault:
             part_of(model)
         assert "\n" not in str(fault.value)
+
+
+SUMS = {
+    "IA3": lambda peft: peft.IA3Config(target_modules=["0"], feedforward_modules=[]),
+    "LN_TUNING": lambda peft: peft.LNTuningConfig(target_modules=["1"]),
+    "FOURIERFT": lambda peft: peft.FourierFTConfig(n_frequency=9, target_modules=["0"]),
+    "C3A": lambda peft: peft.C3AConfig(block_size=4, target_modules=["0"]),
+    "SHIRA": lambda peft: peft.ShiraConfig(r=1, random_seed=3, target_modules=["0"]),
+    "BEFT": lambda peft: peft.BeftConfig(target_modules=["0"]),
+}
+
+
+@pytest.mark.parametrize("kind", SUMS)
+def test_kinds_that_change_a_layer_in_proportion_are_averaged(kind: str) -> None:
+    """Law: the mean of what is trained changes the adapted layer by the mean of the changes."""
+    peft = of_extra("peft")
+
+    def model(seed: int) -> Any:
+        torch.manual_seed(0)
+        plain = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 2))
+        made = peft.get_peft_model(plain, SUMS[kind](peft))
+        for p in made.parameters():
+            if p.requires_grad:
+                with torch.no_grad():
+                    p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)))
+        return made.eval()
+
+    one, two, mean = model(1), model(2), model(3)
+    part = part_of(one)
+    assert part.names == {name for name, p in one.named_parameters() if p.requires_grad}
+    assert part.merge_stages is not None
+    averaged = average(
+        *({name: p.detach() for name, p in each.named_parameters() if name in part.names} for each in (one, two))
+    )
+    mean.load_state_dict(averaged, strict=False)
+    x = torch.randn(5, 8, generator=torch.Generator().manual_seed(4))
+
+    def run(each: Any) -> torch.Tensor:
+        inside = each.base_model.model
+        return inside[1](inside[0](x)) if kind == "LN_TUNING" else inside[0](x)
+
+    torch.testing.assert_close(run(mean), (run(one) + run(two)) / 2, rtol=1e-4, atol=1e-5)
+
+
+def average(own: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Merge as agents with adapters do."""
+    return combine_registry.call(MERGE_STAGES["combine"], {}, own, [other], [0.5, 0.5])
+
+
+def test_where_what_is_trained_acts_counts() -> None:
+    """Entries at other places cannot be averaged: agents whose places differ do not meet."""
+    peft = of_extra("peft")
+
+    def hashed(seed: int) -> str:
+        return part_of(
+            peft.get_peft_model(base(), peft.ShiraConfig(r=1, random_seed=seed, target_modules=["0"]))
+        ).base_hash
+
+    assert hashed(3) == hashed(3) != hashed(4)
 
 
 def test_a_frozen_base_is_not_held_twice() -> None:

@@ -209,6 +209,66 @@ def test_the_only_neighbour_is_followed_at_once_when_its_snapshot_is_in_hand() -
     assert of(actions, r.Fetch) == [r.Fetch("b", 501, "b501")]
 
 
+def alone_ahead(m, claim: int, away: int) -> list[int]:
+    """b and c are in step for three rounds, then b is away for some, then it says that it is at `claim` and proves
+    what is asked for; return the agent's rounds since."""
+    for _ in range(3 + away):
+        have(m, "c", m.round)
+        if m.round <= 3:
+            have(m, "b", m.round)
+        own_round(m, {})
+    rounds = []
+    for _ in range(PATIENCE + 2):
+        have(m, "c", m.round)
+        actions = own_round(m, {"b": claim})
+        for fetch in of(actions, r.Fetch):
+            m.handle(r.SnapshotReady(fetch.peer, fetch.round, fetch.root))
+        rounds.append(m.round)
+    return rounds
+
+
+def test_one_that_was_away_is_followed_all_the_way_by_one_snapshot() -> None:
+    """In 20 rounds without it, it has made 200: ten in each, which its word could have moved the agent by. Its number
+    alone moves nobody further than before."""
+    m = machine(rounds=None)
+    m.handle(r.Started())
+    rounds = alone_ahead(m, 203, away=20)
+    assert rounds[:PATIENCE] == [25, 26 + ROUNDS_KEPT]
+    assert rounds[PATIENCE] == 203
+
+
+def test_one_that_was_not_away_or_is_faster_than_can_be_is_not() -> None:
+    """A member that was here a round ago proves nothing by a snapshot with a large number, nor does one whose number
+    is beyond all that it can have made meanwhile: ROUNDS_KEPT rounds for each of the agent's."""
+    for away, claim in ((0, 500), (3, 10_000), (20, 10_000)):
+        m = machine(rounds=None)
+        m.handle(r.Started())
+        before = 4 + away
+        rounds = alone_ahead(m, claim, away=away)
+        most = before + (len(rounds) + 1) * (ROUNDS_KEPT + 1) + away * ROUNDS_KEPT
+        assert all(number <= most for number in rounds), (away, rounds)
+    m = machine(rounds=100)
+    m.handle(r.Started())
+    assert alone_ahead(m, 100, away=20)[PATIENCE] == 99, "nobody's word takes an agent into its last round"
+
+
+def test_two_that_are_ahead_of_most_are_followed_once_their_snapshots_are_here() -> None:
+    """Two members bear a round out, also where more are elsewhere: their numbers alone are a few rounds' worth."""
+    plan = Plan(frozenset("bcdef"), lambda _: RoundPlan({"me": 0.5, **dict.fromkeys("bcdef", 0.1)}))
+    m = machine(rounds=None)
+    m.handle(r.MapChanged(plan))
+    m.handle(r.Started())
+    rounds = []
+    for _ in range(PATIENCE + 1):
+        for peer in "def":
+            have(m, peer, m.round)
+        actions = own_round(m, {"b": 500, "c": 510})
+        for fetch in of(actions, r.Fetch):
+            m.handle(r.SnapshotReady(fetch.peer, fetch.round, fetch.root))
+        rounds.append(m.round)
+    assert rounds == [2, 3 + ROUNDS_KEPT, 500]
+
+
 def test_a_proof_that_is_on_its_way_is_not_fetched_twice() -> None:
     """It comes while the agent is at its round already: it is merged like any other."""
     m = machine(rounds=None)
