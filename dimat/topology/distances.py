@@ -50,10 +50,9 @@ def longest_distance(graph: nx.Graph[str], work: float = WORK) -> Distance:
     in trees and rings, a lower bound in general (Magnien, Latapy & Habib 2009). TopologyError as in `diameter`.
     """
     import networkx as nx
-    import numpy as np
     from scipy.sparse.csgraph import connected_components, dijkstra
 
-    matrix = nx.to_scipy_sparse_array(graph, weight=None, format="csr", dtype=np.int8)
+    matrix = nx.to_scipy_sparse_array(graph, weight=None, format="csr")
     n = matrix.shape[0]
     if connected_components(matrix, directed=graph.is_directed(), connection="strong")[0] > 1:
         raise TopologyError("the graph is not connected: it has no diameter")

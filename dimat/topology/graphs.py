@@ -24,6 +24,10 @@ MAX_DRAWS = 100
 """Draws of a random graph before giving up on a connected one; fewer where each looks at very many pairs."""
 MAX_PAIRS = 500_000_000
 """Pairs of agents that these draws may look at."""
+FEW = 30
+"""Agents up to which a dense random regular graph is soon drawn."""
+MAX_LOOKS = 20_000_000
+"""Looks for a free place, of the links of a small world that are rewired, that one draw may take."""
 HOPELESS = 14.0
 """Agents without any link that a random graph is expected to have, from which on no draw is worth it: about
 exp(-14) of all have none."""
@@ -240,8 +244,15 @@ def random_regular(n: int, *, degree: int = 4, seed: int = 0) -> nx.Graph[int]:
     if degree == 1 and n > 2:
         raise TopologyError(f"a 1-regular graph of {n} agents is not connected; use degree 2 or more")
 
+    # Of dense graphs the links that are not there are drawn: a draw's last pairs hardly ever fit there, so that it would
+    # begin anew without end. The complement of such a graph is as random. Small ones are drawn as they ever were
+    absent = n - 1 - degree
+
     def draw(s: int) -> nx.Graph[int]:
-        return nx.random_regular_graph(degree, n, seed=s)
+        if absent >= degree or n <= FEW:
+            return nx.random_regular_graph(degree, n, seed=s)
+        drawn: nx.Graph[int] = nx.random_regular_graph(absent, n, seed=s)
+        return nx.complement(drawn)
 
     return _connected(draw, seed, f"random-regular, degree {degree}")
 
@@ -282,6 +293,12 @@ def watts_strogatz(n: int, *, k: int = 4, p: float = 0.2, seed: int = 0) -> nx.G
         raise TopologyError(f"option 'k' of graph 'watts-strogatz' must be even, from 2 to {n - 1}, not {k}")
     if not 0 <= p <= 1:
         raise TopologyError(f"option 'p' of graph 'watts-strogatz' must be in [0, 1], not {p}")
+
+    if (looked_at := p * n * k / 2 * n / max(1, n - 1 - k)) > MAX_LOOKS:
+        raise TopologyError(
+            f"watts-strogatz, k = {k} of {n} agents: each link that is rewired has to find one of few free places, "
+            f"about {looked_at:.1g} looks in all; take a smaller k, or graph 'complete'"
+        )
 
     def draw(s: int) -> nx.Graph[int]:
         return nx.watts_strogatz_graph(n, k, p, seed=s)

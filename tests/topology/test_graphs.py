@@ -82,6 +82,7 @@ def test_exponential_sends_by_powers_of_two() -> None:
         ("torus", 12, {"rows": 5}, r"does not divide 12"),
         ("torus", 12, {"rows": 3, "cols": 3}, r"does not divide|has 9 agents, not 12"),
         ("torus", 12, {"rows": 3, "cols": 2}, r"has 6 agents, not 12"),
+        ("watts-strogatz", 1000, {"k": 998, "p": 1.0}, r"few free places, about 5e\+08 looks in all"),
         ("erdos-renyi", 12, {"p": 0.05}, r"none of 100 draws is connected"),
         ("erdos-renyi", 50, {"p": 0.001}, r"about 48 of 50 agents would have no link at all.*p of 0\.16 or more"),
         ("erdos-renyi", 10_000, {"p": 1e-300}, r"about 10,000 of 10,000 agents would have no link at all"),
@@ -130,6 +131,17 @@ def test_random_graphs_repeat_under_their_seed(name: str, n: int, seed: int) -> 
     assert nx.is_connected(one)
     if name == "random-regular":
         assert {degree for _, degree in one.degree()} == {4}
+
+
+@pytest.mark.parametrize(("n", "degree"), [(31, 30), (50, 48), (100, 90), (300, 298)])
+def test_dense_random_regular_graphs_are_drawn_too(n: int, degree: int) -> None:
+    """Law: everybody has as many neighbours. A draw of pairs hardly ever ends well there."""
+    graph = build_graph("random-regular", n, 3, {"degree": degree})
+    assert {found for _, found in graph.degree()} == {degree}
+    assert list(graph) == [f"agent-{i}" for i in range(n)]
+    assert degree == n - 1 or list(graph.edges()) != list(
+        build_graph("random-regular", n, 4, {"degree": degree}).edges()
+    )
 
 
 def test_seeds_and_names_differ() -> None:
