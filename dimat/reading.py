@@ -166,8 +166,8 @@ def _check_text(value: str, place: _Place, key: Any) -> None:
     except UnicodeEncodeError:
         written = value.encode(errors="surrogateescape" if _from_bytes(value) else "backslashreplace")
         raise ValueError(
-            f"{_shown(place, key)} is not UTF-8 text ({written!r:.80}); write it in UTF-8: a file that is named otherwise "
-            "can be renamed, or given by a symbolic link"
+            f"{_shown(place, key)} is not UTF-8 text ({written!r:.80}); write it in UTF-8: a file that is named "
+            "otherwise can be renamed, or given by a symbolic link"
         ) from None
 
 

@@ -244,7 +244,7 @@ def random_regular(n: int, *, degree: int = 4, seed: int = 0) -> nx.Graph[int]:
     if degree == 1 and n > 2:
         raise TopologyError(f"a 1-regular graph of {n} agents is not connected; use degree 2 or more")
 
-    # Of dense graphs the links that are not there are drawn: a draw's last pairs hardly ever fit there, so that it would
+    # of dense graphs the links that are not there are drawn: a draw's last pairs hardly ever fit there, and it would
     # begin anew without end. The complement of such a graph is as random. Small ones are drawn as they ever were
     absent = n - 1 - degree
 
