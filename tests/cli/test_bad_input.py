@@ -154,4 +154,7 @@ def test_arguments(command: list[str], place: Place) -> None:
     """Arguments that are no UTF-8, and numbers beyond all bounds."""
     (place.folder / "x.toml").write_text("")
     save_file(weights(0), place.folder / "a.safetensors")
-    place.refuses(command)
+    line = place.refuses(command)
+    if command[0] == "merge" and f"{BAD}.safetensors" in command:
+        assert "models[0] is not UTF-8 text (b'\\xff.safetensors')" in line
+        assert "can be renamed, or given by a symbolic link" in line
