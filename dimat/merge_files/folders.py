@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +13,9 @@ from dimat.reading import read_table, read_text
 from dimat.weights.header import read_header
 
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+
+SHARD = re.compile(r".*-\d{5}-of-(\d{5})\.safetensors")
+"""Names of shards, with the number of all."""
 
 FORMATS: Mapping[bytes, str] = {
     b"GGUF": "is GGUF, llama.cpp's format: take the model that it was made from, as safetensors",
@@ -84,6 +88,13 @@ def _open_folder(folder: Path) -> ModelFiles:
     if (folder / INDEX).exists():
         return ModelFiles(folder, folder, _read_index(folder / INDEX))
     found = sorted(folder.glob("*.safetensors"))
+    if found and all(SHARD.fullmatch(file.name) for file in found):
+        counts = {int(match[1]) for file in found if (match := SHARD.fullmatch(file.name))}
+        if counts != {1} or len(found) > 1:
+            raise DataError(
+                f"{folder} has {len(found)} of {max(counts)} shards and no {INDEX}, which says what lies where: fetch "
+                "the whole folder"
+            )
     if len(found) == 1:
         return _single(folder, found[0], folder)
     if found:

@@ -216,8 +216,12 @@ def _class_differences(first: Named, other: Named) -> list[str]:
 
 def _classes(config: Mapping[str, Any]) -> dict[str, str] | None:
     """Return the classes' names by output; None where they have none of their own."""
-    names: Any = config.get("id2label")
-    if not isinstance(names, dict):
+    names, numbers = config.get("id2label"), config.get("label2id")
+    found: dict[str, str] = {}
+    if isinstance(names, dict) and names:
+        found = {str(key): str(name) for key, name in cast("dict[Any, Any]", names).items()}
+    elif isinstance(numbers, dict):
+        found = {str(number): str(name) for name, number in cast("dict[Any, Any]", numbers).items()}
+    if not found:
         return None
-    found = {str(key): str(name) for key, name in cast("dict[Any, Any]", names).items()}
     return None if all(re.fullmatch(r"LABEL_\d+", name) for name in found.values()) else found

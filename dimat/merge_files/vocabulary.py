@@ -171,13 +171,25 @@ def _ids_in(folder: Path) -> dict[str, int]:
         for token in cast("list[Any]", added) if isinstance(added, list) else []:
             if isinstance(token, dict) and type(cast("dict[str, Any]", token).get("id")) is int:
                 ids[str(cast("dict[str, Any]", token).get("content"))] = token["id"]
-        return ids
-    if (folder / "vocab.json").is_file():
+    elif (folder / "vocab.json").is_file():
         ids = _whole_numbers(read_table(folder / "vocab.json"))
     elif (folder / "vocab.txt").is_file():
         lines = read_text(folder / "vocab.txt").split("\n")
         ids = {line.rstrip("\r"): i for i, line in enumerate(lines) if line}
-    if ids and (folder / "added_tokens.json").is_file():
+    # tokenizer.json has the last word on what is in it, and the lists of added tokens on what is in older files
+    added_later = _added(folder) if ids else {}
+    return added_later | ids if (folder / "tokenizer.json").is_file() else ids | added_later
+
+
+def _added(folder: Path) -> dict[str, int]:
+    """Return the ids of the tokens that files beside a vocabulary add to it."""
+    ids: dict[str, int] = {}
+    if (folder / "tokenizer_config.json").is_file():
+        decoder: Any = read_table(folder / "tokenizer_config.json").get("added_tokens_decoder")
+        for row, token in cast("dict[str, Any]", decoder).items() if isinstance(decoder, dict) else ():
+            if isinstance(token, dict) and row.isdecimal():
+                ids[str(cast("dict[str, Any]", token).get("content"))] = int(row)
+    if (folder / "added_tokens.json").is_file():
         ids |= _whole_numbers(read_table(folder / "added_tokens.json"))
     return ids
 

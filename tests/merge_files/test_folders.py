@@ -57,6 +57,31 @@ def folder(name: str, tensors: Mapping[str, Tensor], **config: Any) -> Path:
     return Path(name)
 
 
+def test_shards_without_their_index_are_told(fails: Fails) -> None:
+    """transformers reads none of these: one shard is no model, and nothing says what lies in which."""
+    for name, left in (("all", 2), ("one", 1)):
+        write_folder(Path(name), weights(0), shards=2)
+        Path(name, "model.safetensors.index.json").unlink()
+        for shard in sorted(Path(name).glob("*.safetensors"))[left:]:
+            shard.unlink()
+        assert f"{name} has {left} of 2 shards and no model.safetensors.index.json" in fails(name, name)
+
+
+@pytest.mark.parametrize("file", ["added_tokens.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("vocabulary", ["tokenizer.json", "vocab.json"])
+def test_tokens_that_are_added_beside_a_vocabulary_count(file: str, vocabulary: str, fails: Fails) -> None:
+    """transformers puts them behind the vocabulary, in the rows that the file names."""
+    for name, token in (("a", "<x>"), ("b", "<y>"), ("c", "<x>")):
+        folder(name, language_model(0))
+        ids = {letter: row for row, letter in enumerate("abcdefg")}
+        text = {"model": {"vocab": ids}, "added_tokens": []} if vocabulary == "tokenizer.json" else ids
+        Path(name, vocabulary).write_text(json.dumps(text))
+        added: Any = {token: 7} if file == "added_tokens.json" else {"added_tokens_decoder": {"7": {"content": token}}}
+        Path(name, file).write_text(json.dumps(added))
+    assert "b has other tokens than a: 7 is '<x>' there, '<y>' here" in fails("a", "b")
+    merge("a", "c")
+
+
 def test_a_whole_file_goes_before_shards() -> None:
     """transformers takes model.safetensors where there is one, whatever an index beside it says."""
     write_folder(Path("a"), weights(0), shards=2)
@@ -174,6 +199,8 @@ def test_quantised_weights_are_refused(
         ({"rms_norm_eps": 1e-5}, {"rms_norm_eps": 1e-6}, "rms_norm_eps is 1e-05 in a, 1e-06 in b"),
         ({"text_config": {"hidden_act": "silu"}}, {"text_config": {"hidden_act": "gelu"}}, "text_config.hidden_act"),
         ({"id2label": {0: "cat", 1: "dog"}}, {"id2label": {0: "dog", 1: "cat"}}, "class 0 is 'cat' in a, 'dog' in b"),
+        ({"label2id": {"cat": 0, "dog": 1}}, {"label2id": {"cat": 1, "dog": 0}}, "class 0 is 'cat' in a, 'dog' in b"),
+        ({"id2label": {0: "cat", 1: "dog"}}, {"label2id": {"dog": 0, "cat": 1}}, "class 0 is 'cat' in a, 'dog' in b"),
     ],
 )
 def test_configs_that_compute_differently(one: dict[str, Any], two: dict[str, Any], message: str, fails: Fails) -> None:
