@@ -17,6 +17,10 @@ CIRCULAR = ("ring", "exponential", "complete")
 """Generators drawn on a circle; all other graphs by a spring model."""
 ROOMY = 24
 """Most agents whose names are written."""
+SPRINGS = 1000
+"""Most agents that a spring model places by itself: its time grows with their square."""
+LINES = 20_000
+"""Most links that are drawn; of more an even sample, and the picture says so."""
 
 
 def draw_graph(
@@ -32,7 +36,8 @@ def draw_graph(
 
     `values` colours the agents (viridis, with a colour bar); `labels`: True for names, False for none, a mapping for
     other texts, by default names up to 24 agents. Layout "auto" is a circle for rings, exponential and complete
-    graphs, else a spring model seeded with `seed`. Directed links carry arrows. Raises ConfigError with the pip
+    graphs and for more than 1,000 agents, else a spring model seeded with `seed`. Directed links carry arrows. Of more
+    than 20,000 links a sample is drawn, which the picture says. Raises ConfigError with the pip
     command where matplotlib is missing, TopologyError for values or labels of unknown agents.
     """
     try:
@@ -82,7 +87,7 @@ def _places(graph: nx.Graph[str], layout: str, seed: int) -> dict[str, tuple[flo
     import networkx as nx
 
     n = graph.number_of_nodes()
-    if layout == "circular" or (layout == "auto" and graph.graph.get("generator") in CIRCULAR):
+    if layout == "circular" or (layout == "auto" and (n > SPRINGS or graph.graph.get("generator") in CIRCULAR)):
         angles = [math.pi / 2 - 2 * math.pi * i / n for i in range(n)]  # the first agent on top, then clockwise
         return {name: (math.cos(angle), math.sin(angle)) for name, angle in zip(graph, angles, strict=True)}
     if layout not in ("auto", "spring"):
@@ -100,7 +105,11 @@ def _links(axes: Any, graph: nx.Graph[str], places: dict[str, tuple[float, float
         for u, v in graph.edges():
             axes.annotate("", xy=places[v], xytext=places[u], arrowprops=style, zorder=1)
         return
-    lines = [(places[u], places[v]) for u, v in graph.edges()]
+    count = graph.number_of_edges()
+    every = -(-count // LINES)
+    lines = [(places[u], places[v]) for i, (u, v) in enumerate(graph.edges()) if i % every == 0] if count else []
+    if every > 1:
+        axes.text(0.5, 0.0, f"{len(lines):,} of {count:,} links", transform=axes.transAxes, ha="center", fontsize=7)
     width = 1.2 if len(lines) <= 200 else 0.3
     axes.add_collection(LineCollection(lines, colors="#999999", linewidths=width, zorder=1))
 

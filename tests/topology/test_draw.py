@@ -39,6 +39,16 @@ def test_values_labels_and_layout(tmp_path: Path) -> None:
         draw_graph(graph, layout="square")
 
 
+def test_large_networks_are_drawn_in_part_and_it_is_said(tmp_path: Path) -> None:
+    """Reference: the bounds. A spring model of thousands of agents, or a million lines, would take minutes."""
+    figure = draw_graph(build_graph("bipartite", 400), tmp_path / "x.svg", labels=False)
+    assert "20,000 of 40,000 links" in (tmp_path / "x.svg").read_text()
+    assert (
+        max(len(each.get_segments()) for each in figure.axes[0].collections if hasattr(each, "get_segments")) == 20_000
+    )
+    assert not draw_graph(build_graph("torus", 2000)).axes[0].texts
+
+
 def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reference: the brief, a ConfigError with the pip command."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
