@@ -101,6 +101,7 @@ CASES = {
     "one of five behind": (complete(5), (0,), {0: 4.0}),
     "one of five ahead": (complete(5), (0,), dict.fromkeys(range(1, 5), 4.0)),
     "two of five behind": (complete(5), (0, 1), {0: 4.0, 1: 4.0}),
+    "half of a path behind": (tuple((i, i + 1) for i in range(5)), (0, 1, 2), dict.fromkeys(range(3), 3.0)),
     "half of a ring behind": (ring(6), (0, 1, 2), dict.fromkeys(range(3), 3.0)),
     "one of a ring behind": (ring(5), (0,), {0: 4.0}),
     "equally fast": (complete(3), (0,), {}),

@@ -17,7 +17,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from dimat.errors import DataError
 
@@ -59,6 +59,11 @@ def read_inputs(data: Iterable[Any], model: nn.Module) -> Inputs:
     A loader's own random generators are as they were afterwards. Raises DataError where there are no inputs that can
     be read, or where batches do not fit together.
     """
+    given: Any = data
+    if isinstance(given, Dataset) and not isinstance(given, IterableDataset):
+        raise DataError(f"data: a {type(given).__name__} gives single examples; give batches, by a DataLoader of it")
+    if not isinstance(given, Iterable) and not hasattr(given, "__getitem__"):
+        raise DataError(f"data must give batches, as loaders do; what is of type {type(given).__name__} gives none")
     parts: list[Inputs] = []
     count = 0
     with _generators_kept(data):

@@ -127,6 +127,8 @@ def test_global_streams_are_left_as_they_were() -> None:
         ([(torch.zeros(()), 0)], "each needs the batch's examples"),
         ([object()], "not object"),
         ([], "fewer than two"),
+        (TensorDataset(torch.randn(8, 6)), "a TensorDataset gives single examples; give batches, by a DataLoader"),
+        (5, "what is of type int gives none"),
     ],
 )
 def test_what_cannot_be_read_is_said_in_a_line(data: list[Any], message: str) -> None:
