@@ -268,6 +268,7 @@ def test_models_that_one_process_does_not_hold_are_refused() -> None:
             check_whole(build())
 
 
+@pytest.mark.filterwarnings("ignore:FSDP")  # torch's own: one process shards nothing, and its first way is old
 def test_sharded_parameters_are_refused() -> None:
     """Reference: torch's DTensor and both of its ways to shard a model, on a group of one process."""
     distributed = pytest.importorskip("torch.distributed")
