@@ -1,4 +1,4 @@
-"""Longest shortest paths: exact where that is affordable, else a lower bound from a sample of agents.
+"""Longest shortest paths: exact where that is affordable, else a bound from a sample.
 
 Breadth-first searches from many agents run at once, a bit for each: `reached[i]` holds a bit for each start that
 reaches agent i, and a step ors the bits of all that send to i. A network whose agents all see the same network (agent
