@@ -1,4 +1,4 @@
-"""How fast a topology mixes: spectral gap, rounds to consensus, traffic; all figures of a topology.
+"""How fast a topology mixes: spectral gap, rounds to consensus, traffic, all its figures.
 
 Consensus error after t rounds of mixing alone: ‖X(t) − x̄(t)‖ / ‖X(0) − x̄(0)‖ (Frobenius norm), X(t) = W(t) X(t-1), x̄
 the mean over agents, X(0) Gaussian from a seed, n × 64. With doubly stochastic weights x̄ never moves.
