@@ -275,7 +275,8 @@ class Runner:
                     raise
                 self.noticed(f"{error}; trying again in {wait:.0f} s")
                 try:
-                    await asyncio.wait_for(self._stopping.wait(), wait)
+                    async with asyncio.timeout(wait):
+                        await self._stopping.wait()
                 except TimeoutError:
                     wait = min(2 * wait, most)
 

@@ -61,7 +61,8 @@ class StatusSocket:
         del reader
         with suppress(OSError, TimeoutError):  # who asked has gone
             writer.write(to_json(dict(self._status())).encode() + b"\n")
-            await asyncio.wait_for(writer.drain(), TIMEOUT_S)
+            async with asyncio.timeout(TIMEOUT_S):
+                await writer.drain()
         writer.close()
 
 

@@ -114,7 +114,8 @@ class ChildProcess:
         self, number: int, op: str, answer: asyncio.Future[dict[str, Any]], limit_s: float
     ) -> dict[str, Any]:
         try:
-            reply = await asyncio.wait_for(answer, limit_s)
+            async with asyncio.timeout(limit_s):
+                reply = await answer
         except TimeoutError:
             raise NetworkError(f"the child process did not answer {op!r} within {limit_s:.0f} s") from None
         finally:

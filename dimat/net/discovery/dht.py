@@ -320,7 +320,8 @@ class DhtNode:
         while True:
             if not await self._join(child):  # else it knows others now, and callers wait for that
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(child.gone.wait(), self._probe_s)
+                    async with asyncio.timeout(self._probe_s):
+                        await child.gone.wait()
                     return "its process has ended"
             try:
                 self._take(await child.ask("probe", DHT_REQUEST_S))

@@ -69,7 +69,8 @@ class DhtService:
             request = json.loads(line)
             number = request["id"]
             work = self._work(request["op"])
-            done = await asyncio.wait_for(work(request), DHT_WORK_S[request["op"]])
+            async with asyncio.timeout(DHT_WORK_S[request["op"]]):
+                done = await work(request)
             reply: dict[str, Any] = {"id": number, "ok": True, **done}
         except RequestError as refusal:
             reply = {"id": number, "ok": False, "kind": refusal.kind, "error": str(refusal)}
@@ -138,7 +139,8 @@ class DhtService:
                 return None
             # a node that is given its first peers when it is made fails for good where they are down: so it is made
             # without any, and p2pd is told to dial them now
-            await asyncio.wait_for(self._node.p2p._client.connect(peer_id, [Multiaddr(where)]), 2 * DHT_RPC_S)
+            async with asyncio.timeout(2 * DHT_RPC_S):
+                await self._node.p2p._client.connect(peer_id, [Multiaddr(where)])
             answered = await self._node.protocol.call_ping(peer_id)
         except TimeoutError:
             return "no answer"

@@ -134,7 +134,8 @@ class AddressResolver:
             task.add_done_callback(lambda _: self._lookups.pop(agent, None))
         with suppress(TimeoutError):
             # where the map gives addresses too, the DHT only adds to them
-            return await asyncio.wait_for(asyncio.shield(task), LOOKUP_S)
+            async with asyncio.timeout(LOOKUP_S):
+                return await asyncio.shield(task)
         return record
 
     async def _look_up(self, dht: RecordDirectory, agent: str) -> AddressRecord | None:

@@ -128,7 +128,8 @@ class _OwnView:
             look.close()
             return {}
         try:
-            return await asyncio.wait_for(asyncio.wrap_future(future), ANSWER_S)
+            async with asyncio.timeout(ANSWER_S):
+                return await asyncio.wrap_future(future)
         except TimeoutError:
             return {}
 

@@ -179,8 +179,8 @@ class Dashboard:
                     await asyncio.sleep(READ_S)
                     continue
                 try:
-                    async with self._changed:
-                        await asyncio.wait_for(self._changed.wait(), BEAT_S)
+                    async with self._changed, asyncio.timeout(BEAT_S):
+                        await self._changed.wait()
                 except TimeoutError:
                     yield ": still here\n\n"
         finally:
