@@ -13,6 +13,7 @@ from hypothesis import settings
 
 from tests.faults.seeds import first_seed
 from tests.forks import end_servers
+from tests.order import spread
 
 _scratch = tempfile.TemporaryDirectory(prefix="dimat-tests-")
 os.environ["XDG_CACHE_HOME"] = _scratch.name  # tests, and the processes that they start, leave the user's cache alone
@@ -33,6 +34,14 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     """One worker more than cores (`-n auto`): tests of real agents wait for peers and deadlines much of their time."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return cores + 1 if config.option.numprocesses == "auto" else None
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where workers share the tests, each is to have some that wait and some that compute."""
+    if hasattr(config, "workerinput"):
+        waiting = ("live", "page")
+        items[:] = spread(items, lambda item: item.path, lambda item: any(map(item.get_closest_marker, waiting)))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
