@@ -212,8 +212,10 @@ async def test_too_many_offers_and_too_long_replies_are_no_burden(tmp_path: Path
     liar.offered = [(bytes(30 * MIB), b"")]
     c = make(tmp_path / "c", "b")
     async with against(liar, c):
-        await c.ears.until(lambda: c.ears.losses)
-        assert "larger than max" in c.ears.losses[0][1]
+        # on a busy machine the peer is lost before it has answered for the first time: then a notice says why
+        await c.ears.until(
+            lambda: any("larger than max" in why for why in [*c.ears.notices, *(loss[1] for loss in c.ears.losses)])
+        )
 
 
 async def test_a_peer_that_answers_at_once_and_says_nothing_new_is_not_asked_in_a_rush(tmp_path: Path) -> None:
