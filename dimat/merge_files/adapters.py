@@ -63,11 +63,6 @@ class MergedAdapter:
         ranks = {module_of(key): rank for key, rank in self.ranks.items()}
         return self.settings.merged(ranks, self.others)
 
-    def bases(self) -> list[str]:
-        """Return the names of the base models that the adapters were trained on, each once."""
-        named = (settings.config.get("base_model_name_or_path") for settings in (self.settings, *self.others))
-        return sorted({str(name) for name in named if name})
-
 
 def open_adapters(recipe: Recipe, models: Sequence[ModelFiles]) -> tuple[Adapter, ...] | None:
     """Return the adapters of a recipe that merges products, checked; None where it merges tensors one by one.

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dimat.errors import DataError
+from dimat.merge.lora.kinds import PLACES, why_not
 from dimat.merge.natures import is_constant
 from dimat.reading import read_table
 from dimat.weights.header import NAMES, TensorInfo, read_header
@@ -174,24 +175,51 @@ def tell_differences(found: Sequence[str]) -> None:
 
 
 def check_factors(models: Sequence[ModelFiles]) -> None:
-    """Check that adapters scale their factors alike, where factors are merged like any other tensors."""
+    """Check that adapters can be merged and scale alike what they train, where it is merged like any other tensors."""
     models = [model for model in models if model.adapter]
     settings = [read_table(model.path / ADAPTER_CONFIG) for model in models]
-    for key in ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
+    kinds = [str(setting.get("peft_type") or "LORA") for setting in settings]
+    for model, kind in zip(models, kinds):
+        if why := why_not(kind):
+            raise DataError(
+                f"{model.path} is an adapter of kind {kind}: {why}; merge each adapter into its base model with PEFT "
+                "first"
+            )
+    scales = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+    for key in dict.fromkeys(("peft_type", *scales, *(key for kind in kinds for key in PLACES.get(kind, ())))):
         for model, setting in zip(models[1:], settings[1:]):
-            if setting.get(key) != settings[0].get(key):
-                plain = key not in ("peft_type", "use_dora")
+            if (setting.get(key) or None) != (settings[0].get(key) or None):  # False and {} are as good as left out
+                plain = key in scales and key != "use_dora" and {*kinds} == {"LORA"}
                 raise DataError(
                     f"adapters differ in {key!r}: {settings[0].get(key)!r} in {models[0].path}, "
                     f"{setting.get(key)!r} in {model.path}; merge "
                     + ("their products with --method lora-svd" if plain else "them into their base models first")
                 )
-    for model, setting in zip(models, settings):
+    for model, setting, kind in zip(models, settings, kinds):
+        if len(models) > 1 and kind == "SHIRA" and setting.get("random_seed") is None:
+            raise DataError(
+                f"{model.path} does not say which entries it trains (random_seed is not set); merge each adapter into "
+                "its base model with PEFT first"
+            )
         if setting.get("use_dora") or any("lora_magnitude_vector" in name for name in model):
             raise DataError(
                 f"{model.path} is DoRA: its magnitudes scale the base's weights too, so that factors merged one by one "
                 "are no merge; merge each adapter into its base model with PEFT first"
             )
+
+
+def adapter_notes(models: Sequence[ModelFiles], *, products: bool) -> list[str]:
+    """Return what is to be known of a merge of adapters: other bases, and factors that are merged one by one."""
+    settings = [read_table(model.path / ADAPTER_CONFIG) for model in models if model.adapter]
+    named = (setting.get("base_model_name_or_path") for setting in settings)
+    bases = sorted({str(name) for name in named if name})
+    notes = [f"the adapters name different base models: {', '.join(bases)}"] if len(bases) > 1 else []
+    if len(settings) > 1 and not products and any("lora_A" in name for name in models[0]):
+        notes.append(
+            "adapters: factors are merged one by one, which is not the merge of their products; for that take "
+            "--method lora-svd"
+        )
+    return notes
 
 
 def _is_real(dtype: torch.dtype) -> bool:

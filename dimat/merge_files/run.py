@@ -20,7 +20,7 @@ from dimat.merge.weight_views import WeightsView, open_weights
 from dimat.merge_files.adapters import MergedAdapter, fit_together, names_of, open_adapters
 from dimat.merge_files.architecture import Network, open_network, runs
 from dimat.merge_files.card import config_of, model_card, provenance
-from dimat.merge_files.files import ADAPTER_CONFIG, ModelFiles, check_alike, check_factors
+from dimat.merge_files.files import ADAPTER_CONFIG, ModelFiles, adapter_notes, check_alike, check_factors
 from dimat.merge_files.folders import open_model
 from dimat.merge_files.into_base import IntoBase, target
 from dimat.merge_files.memory import peak_memory, whole_memory
@@ -75,10 +75,6 @@ class Job:
     @property
     def bytes(self) -> int:
         return sum(info.bytes for info in self.infos.values())
-
-    @property
-    def adapter(self) -> bool:
-        return self.models[0].adapter
 
     def peak_memory(self) -> int:
         """Return about how many bytes of memory the merge needs; mapped files are not counted."""
@@ -215,6 +211,7 @@ def prepare(recipe: Recipe, *, overwrite: bool = False) -> Job:
         together = bring_together(models, base)
         models, base = together.models, together.base
         check_alike([*models, *([] if base is None else [base])])
+    notes += adapter_notes(models, products=opened is not None)
     names = models[0].infos if opened is None else names_of(recipe, opened)
     statistics = _open_statistics(recipe, models)
     parts = _parts(recipe, names)

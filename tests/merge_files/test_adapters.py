@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dimat.cli import main
@@ -269,10 +270,14 @@ def test_dry_run_and_notes(capsys: pytest.CaptureFixture[str]) -> None:
     merge("a", "b", "e", "--method", "lora-concat", "-o", "out", "--dry-run")
     told = capsys.readouterr().out
     assert "ranks    10, 16, of 3 modules" in told
-    assert "note     the adapters name different base models: org/base, org/other" in told
+    assert "note: the adapters name different base models: org/base, org/other" in told
     merge("a", "e", "-o", "out", "--dry-run")
     assert "for that take --method lora-svd" in capsys.readouterr().out
     assert not Path("out").exists()
+    merge("a", "e", "-o", "out")
+    told = capsys.readouterr().err
+    assert "note: the adapters name different base models: org/base, org/other" in told
+    assert "note: adapters: factors are merged one by one" in told
 
 
 def test_provenance(capsys: pytest.CaptureFixture[str]) -> None:
@@ -401,6 +406,49 @@ def test_other_faults(capsys: pytest.CaptureFixture[str]) -> None:
         'models = ["a", "c"]\nmethod = "lora-svd"\n[[rules]]\nmatch = "*q_proj*"\nweights=[0, 1]'
     )
     assert "no model that has" in fails(capsys, 2, "deaf.toml")
+
+
+TRAINED: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]], str]] = {
+    "LOHA": ({}, {"hada_w1_a": (6, 2), "hada_w1_b": (2, 6)}, "its trained parts multiply each other"),
+    "LOKR": ({}, {"lokr_w1": (2, 2), "lokr_w2": (3, 3)}, "its trained parts multiply each other"),
+    "ADALORA": ({}, {"lora_A": (2, 6), "lora_B": (6, 2), "lora_E": (2, 1)}, "its trained parts multiply each other"),
+    "VERA": ({}, {"vera_lambda_b": (6,), "vera_lambda_d": (2,)}, "its trained parts multiply each other"),
+    "OFT": ({}, {"oft_R.weight": (2, 3)}, "the mean of rotations is none"),
+    "NOVEL": ({}, {"novel": (2, 3)}, "is not known here"),
+    "FOURIERFT": ({"random_loc_seed": 1}, {"fourierft_spectrum": (9,)}, "differ in 'random_loc_seed': 1 in x, 2 in y"),
+    "SHIRA": ({"random_seed": 1}, {"shira_weight": (9,)}, "differ in 'random_seed': 1 in x, 2 in y"),
+    "IA3": ({"feedforward_modules": ["q"]}, {"ia3_l": (6, 1)}, "differ in 'feedforward_modules': ['q'] in x, [] in y"),
+}
+"""Kinds of adapters: settings, what they train, and what is said of two that cannot be merged."""
+
+
+@pytest.mark.parametrize("kind", TRAINED)
+def test_other_kinds_are_averaged_or_refused(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """References: the mean, where a layer changes in proportion to what is trained and that acts at the same places;
+    else the reason."""
+    settings_, shapes, message = TRAINED[kind]
+    trained: list[dict[str, Tensor]] = []
+
+    def write(name: str, seed: int, **config: Any) -> None:
+        g = torch.Generator().manual_seed(seed)
+        trained.append({f"{PREFIX}{V}.{key}": torch.randn(shape, generator=g) for key, shape in shapes.items()})
+        Path(name).mkdir()
+        save_file(trained[-1], f"{name}/adapter_model.safetensors")
+        Path(name, "adapter_config.json").write_text(json.dumps({"peft_type": kind, **config}))
+
+    write("x", 0, **settings_)
+    write("z", 1, **settings_)
+    other = {key: [] if isinstance(value, list) else value + 1 for key, value in settings_.items()}
+    write("y", 1, **other)
+    assert main(["merge", "x", "y", "-o", "out"]) == 5
+    assert message in capsys.readouterr().err
+    if settings_:
+        merge("x", "z", "-o", "out")
+        found, _ = read_adapter(Path("out"))
+        for name, tensor in found.items():
+            torch.testing.assert_close(tensor, (trained[0][name] + trained[1][name]) / 2)
+    else:
+        assert main(["merge", "x", "z", "-o", "out"]) == 5
 
 
 def test_concat_of_modules_that_only_a_later_adapter_has() -> None:

@@ -16,32 +16,9 @@ from torch import Tensor, nn
 
 from dimat.errors import ConfigError, MergeError
 from dimat.merge.lora.factors import FACTOR, find_pairs
+from dimat.merge.lora.kinds import MERGED, why_not
 from dimat.tasks.huggingface.lora import MERGE_STAGES, KeepNames, frozen_hash, refuse_batchnorm
 
-SUMS = frozenset(("IA3", "LN_TUNING", "BEFT", "PROMPT_TUNING", "TRAINABLE_TOKENS", "FOURIERFT", "C3A", "SHIRA"))
-"""Kinds of PEFT adapters that change a layer in proportion to what is trained, so that the mean of what is trained is
-the mean of the changes: factors of activations, norms, biases, rows of embeddings, coefficients of fixed waves,
-circulant blocks, single entries."""
-MERGED = SUMS | {"LORA"}
-"""Kinds that can be merged: those, and LoRA as products."""
-PRODUCTS = frozenset(
-    (
-        "LOHA",
-        "LOKR",
-        "ADALORA",
-        "VERA",
-        "PVERA",
-        "RANDLORA",
-        "DELORA",
-        "VBLORA",
-        "XLORA",
-        "POLY",
-        "HIRA",
-        "GRALORA",
-        "DoRA",
-    )
-)
-TURNS = frozenset(("OFT", "BOFT", "HRA", "ROAD", "PSOFT"))
 PLACES = ("fourierft_scaling", "indices", "shira_indices", "token_indices", "is_feedforward")
 """Attributes of PEFT's layers, in no state dict, that say where and how strongly what is trained counts."""
 FACTORS = re.compile(r"(^|[._])(lora|lokr|hada|vera|oft|boft)_", re.IGNORECASE)
@@ -94,9 +71,9 @@ def part_of(model: nn.Module) -> Part:
     if not kinds and not factors and not strange:
         return Part()
     for kind in kinds:
-        if kind not in MERGED:
+        if why := why_not(kind):
             raise ConfigError(
-                f"the model has adapters of kind {kind}, which dimat cannot merge: {_why(kind)}. It merges "
+                f"the model has adapters of kind {kind}, which dimat cannot merge: {why}. It merges "
                 f"{', '.join(sorted(MERGED))}; train one of these, or the whole model"
             )
     if strange:
@@ -132,14 +109,6 @@ def _kinds(model: nn.Module) -> set[str]:
         dora = bool(getattr(config, "use_dora", False))
         found.add("DoRA" if dora else str(getattr(kind, "value", kind)))
     return found
-
-
-def _why(kind: str) -> str:
-    if kind in PRODUCTS:
-        return "its trained parts multiply each other, and the mean of factors is not the mean of their products"
-    if kind in TURNS:
-        return "it turns weights, and the mean of rotations is none"
-    return "whether the mean of what it trains is the mean of what it does is not known here"
 
 
 def _scales(model: nn.Module) -> str:

@@ -35,14 +35,6 @@ def plan_lines(job: Job) -> str:
     if job.adapters is not None:
         ranks = sorted({*job.adapters.ranks.values()})
         lines.append(f"ranks    {', '.join(map(str, ranks))}, of {len(job.adapters.ranks):,} modules")
-        bases = job.adapters.bases()
-        if len(bases) > 1:
-            lines.append(f"note     the adapters name different base models: {', '.join(bases)}")
-    elif job.adapter:
-        lines.append(
-            "note     adapters: factors are merged one by one, which is not the merge of their products; "
-            "for that take --method lora-svd"
-        )
     return "\n".join(lines)
 
 
