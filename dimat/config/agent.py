@@ -77,6 +77,10 @@ class ExchangeConfig(Tree):
     encoding: Literal["fp32", "bf16", "fp16", "int8"] = "fp32"
     """Type that weights are cast to before they are sent: "bf16" and "fp16" halve the bytes, "int8" (a scale per block
     of 256; rounding errors are carried over to the next round) takes about a quarter. The agent's weights stay fp32."""
+    moments: Literal["int8", "bf16", "fp32"] = "int8"
+    """Type that optimizer moments are cast to before they are sent, where train.optimizer_state = "merged"; in the
+    simulator too. With Adam "int8" (logarithmic, a scale per block of 256) sends half a snapshot in fp32 more, "bf16"
+    as much again, "fp32" twice as much again."""
     delta: bool = False
     """With "int8": send the change since the snapshot before; peers that do not hold that one get whole weights."""
     transfers: Annotated[int, Field(ge=1)] = 4

@@ -162,8 +162,9 @@ class TrainConfig(Tree):
     proximal: Annotated[float, Field(ge=0)] = 0.0
     """Strength μ of a pull to the weights with which the round's training began, those after the last merge: μ/2 times
     the squared distance from them is added to the loss (FedProx, arXiv 1812.06127). 0: none."""
-    optimizer_state: Literal["fresh", "kept"] = "kept"
-    """Whether the optimizer's state is kept over a merge or made afresh each round."""
+    optimizer_state: Literal["fresh", "kept", "merged"] = "kept"
+    """The optimizer's state over a merge: "kept" as it was, made "fresh" each round, or "merged": moments (Adam's,
+    momentum) travel beside the weights (exchange.moments) and are averaged with them. The same for all agents."""
     lr_schedule: LrScheduleConfig = LrScheduleConfig()
     """Learning rate over the run."""
     grad_clip_norm: Annotated[float, Field(gt=0)] | None = None

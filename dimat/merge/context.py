@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,7 @@ class MergeContext:
     with its snapshot, own's under "" (see shared_statistics.py; combine methods get them in the order own, peers);
     `state`: what a method carries from merge to merge. `reference`: the norms that own training has made, which bound
     what the merge makes of them; `judge`: a score for merges with peers whose weights are unusually large by it.
+    `beside` checks what else came with the snapshot of a peer, given its name, and raises PeerError for what cannot be.
     `points` pins where groups are observed. Keep one context per model, or its `observer_cache`: tracing a model takes
     seconds.
     """
@@ -41,6 +42,7 @@ class MergeContext:
     points: Points | None = None
     reference: Reference | None = None
     judge: Score | None = None
+    beside: Callable[[str], None] | None = None
     observer_cache: dict[str, Observer] = field(default_factory=dict[str, Observer], repr=False)
 
     def observer(self, inputs: Inputs) -> Observer:

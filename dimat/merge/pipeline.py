@@ -183,6 +183,8 @@ def merge(
             renamed = replace(peer, weights=under_names(peer.weights, own, natures.first))
             factor = screen(own, renamed.weights, peer.name, own_norm, natures, context.reference, **plan.screen)
             check_statistics(peer.name, statistics.get(peer.name, {}), own, expected)
+            if context.beside is not None:
+                context.beside(peer.name)
         except DimatError as error:
             if not refuse:
                 raise

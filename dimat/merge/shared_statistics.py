@@ -50,11 +50,13 @@ def beside(weights: Weights, aux: Weights) -> dict[str, Tensor]:
     return {**weights, **extras}
 
 
-def apart(snapshot: Weights, own: Weights) -> tuple[Weights, Weights]:
-    """Return a snapshot's weights, and the statistics beside them: what is named `aux.…` and is no tensor of own's (a
-    model may have a module of that name). Nothing is read yet."""
-    aux = {name.removeprefix(AUX): name for name in snapshot if name.startswith(AUX) and name not in own}
-    weights = {name: name for name in snapshot if name.removeprefix(AUX) not in aux}
+def apart(snapshot: Weights, own: Weights, beginnings: tuple[str, ...] = ("",)) -> tuple[Weights, Weights]:
+    """Return a snapshot's weights, and what is beside them: what is named `aux.…`, with one of these `beginnings` after
+    that, and is no tensor of own's (a model may have a module of that name). Nothing is read yet."""
+    named = tuple(AUX + beginning for beginning in beginnings)
+    aux = {name.removeprefix(AUX): name for name in snapshot if name.startswith(named) and name not in own}
+    taken = set(aux.values())
+    weights = {name: name for name in snapshot if name not in taken}
     return RenamedWeights(snapshot, weights), RenamedWeights(snapshot, aux)
 
 

@@ -13,6 +13,8 @@ from dimat.wire.v1 import peer_pb2 as pb
 
 MAY_DIFFER = frozenset({"inputs", "probe"})
 """Settings that may well differ, and then cost quality: how inputs are scaled, and where networks are compared."""
+OPTIMIZER_STATE = "train.optimizer_state"
+"""The setting that says whether an agent's snapshots hold moments of its optimizer ("merged"), or not ("own")."""
 CLASSES = "classes"
 """The setting that holds the names of the classes in label order, as a list in JSON."""
 
@@ -78,7 +80,10 @@ def incompatibility(profile: Profile, run: str, other: pb.HelloRequest | pb.Hell
             f"its base is {quoted(other.base, 12) if other.base else 'none'}, here "
             f"{quoted(profile.base, 12) if profile.base else 'none'}; name the same base file or seed in both"
         )
-    differ = [told for name, told in _differences(profile, other).items() if name not in MAY_DIFFER]
+    found = _differences(profile, other)
+    if (told := found.pop(OPTIMIZER_STATE, "")) != "":
+        return f"one of the two sends its optimizer's moments, the other does not: {told}; give both the same"
+    differ = [told for name, told in found.items() if name not in MAY_DIFFER]
     if differ:
         more = f", and {len(differ) - 1} more such setting{'s' * (len(differ) > 2)}" if len(differ) > 1 else ""
         return f"the same weights mean something else to it: {differ[0]}{more}; give both the same"

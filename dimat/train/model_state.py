@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy  # pyright: ignore[reportUnknownVariableT
 from dimat.errors import ConfigError, DataError
 from dimat.symmetry import Permutations, SymmetrySpec, permute_weights
 from dimat.symmetry.trace import forget_derived
+from dimat.train.moments import adopt_moments, limit_of_momenta, read_moments, write_moments
 from dimat.train.optimizer_state import (
     PREFIX,
     copied,
@@ -122,6 +123,26 @@ class ModelState(ABC):
         self._renew_optimizer()
         for number, each in enumerate(self.optimizers()):
             write_state(each, optimized(self.model, each), held, values, number)
+
+    def moments(self) -> dict[str, Tensor]:
+        """Return the optimizer's moments and counts of steps as `<entry>.<parameter>`: its own tensors, which change
+        with it (`dimat.train.moments`)."""
+        return read_moments(self.model, self.optimizer)
+
+    def load_moments(self, moments: Mapping[str, Tensor]) -> None:
+        """Take over moments in place, one tensor after the other; all that the optimizer has must be there."""
+        with torch.no_grad():
+            write_moments(self.model, self.optimizer, moments)
+
+    def adopt_moments(self, moments: Mapping[str, Tensor]) -> list[str]:
+        """Let an optimizer that knows nothing of before go on with another agent's moments; return the parameters for
+        which it cannot."""
+        with torch.no_grad():
+            return adopt_moments(self.model, self.optimizer, moments)
+
+    def momentum_limit(self) -> float:
+        """Return how many times the root of a second moment a first moment may be."""
+        return limit_of_momenta(self.optimizer)
 
     def clear_optimizer(self) -> None:
         """Let the optimizers know nothing of before."""

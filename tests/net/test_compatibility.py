@@ -18,7 +18,12 @@ from dimat.wire.v1 import peer_pb2 as pb
 from tests.net.agents import RUN, SCHEMA, call, hello, join, make, started, update_neighbours, weights
 
 pytestmark = pytest.mark.anyio
-SETTINGS = {"classes": '["cat", "dog"]', "tokenizer": "257 tokens", "probe": "a"}
+SETTINGS = {
+    "classes": '["cat", "dog"]',
+    "tokenizer": "257 tokens",
+    "probe": "a",
+    "train.optimizer_state": "merged",
+}
 OWN = Profile(SCHEMA, "b" * 64, ("fp32",), groups="d" * 64, settings=SETTINGS)
 
 
@@ -32,6 +37,7 @@ OWN = Profile(SCHEMA, "b" * 64, ("fp32",), groups="d" * 64, settings=SETTINGS)
         ({"profile": replace(OWN, protocol=2)}, "protocol"),
         ({"profile": replace(OWN, settings={"classes": '["dog", "cat"]'})}, "(the same classes in"),
         ({"profile": replace(OWN, settings={"tokenizer": "258 tokens"})}, "its tokenizer is "),
+        ({"profile": replace(OWN, settings={"train.optimizer_state": "own"})}, "sends its optimizer's moments"),
     ],
 )
 async def test_one_that_does_not_fit_is_refused_by_both_and_others_go_on(

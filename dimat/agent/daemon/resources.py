@@ -26,7 +26,7 @@ RESERVE_BYTES = 64 * 2**20
 class Needs:
     """Estimates of what an agent needs.
 
-    `snapshot_bytes`: of a snapshot at most, in any encoding, statistics beside it; `disk_bytes`: in its folder, the
+    `snapshot_bytes`: of a snapshot at most, in any encoding, all beside it; `disk_bytes`: in its folder, the
     reserve that stays free included; `memory_bytes`: see `peak_bytes`.
     """
 
@@ -38,7 +38,7 @@ class Needs:
 def needs_of(trainer: ModelTrainer, setup: PreparedAgent, peers: int) -> Needs:
     """Return what an agent with this model, this optimizer and so many peers needs."""
     model, agent = trainer.model, setup.config.agent
-    size = setup.largest_snapshot(model)
+    size = setup.largest_snapshot(model, trainer.optimizer)
     state = int(state_share(trainer.optimizer) * _trained(model))
     keep = setup.schedule.snapshots_kept(agent.keep_snapshots)
     disk = needed_bytes(size, state, peers, keep, agent.keep_checkpoints)

@@ -56,7 +56,7 @@ class Checkpoint:
     come rests on beside weights, as it was published with them (stage "trained"); `data`: which data it trained on
     (`own_data.describe_data`), empty where its user's loop reads them and in older checkpoints; `norms`: by
     tensor, those that own training has made (`dimat.merge.growth`); `doubt`: rounds of the first and last doubtful
-    merge, 0 for none.
+    merge, 0 for none; `moment_norms`: as `norms`, of the optimizer's moments where they are merged.
     """
 
     machine: MachineState
@@ -68,6 +68,7 @@ class Checkpoint:
     data: Mapping[str, Value] = field(default_factory=dict[str, Value])
     norms: Mapping[str, float] = field(default_factory=dict[str, float])
     doubt: tuple[int, int] = (0, 0)
+    moment_norms: Mapping[str, float] = field(default_factory=dict[str, float])
 
 
 def digest(data: bytes) -> str:
@@ -147,6 +148,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             data=dict(values.get("data", {})),
             norms=dict(values.get("norms", {})),
             doubt=(int(values.get("doubt", (0, 0))[0]), int(values.get("doubt", (0, 0))[1])),
+            moment_norms=dict(values.get("moment_norms", {})),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"cannot read checkpoint {path}: {type(error).__name__}: {error}") from error

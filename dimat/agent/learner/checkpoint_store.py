@@ -244,6 +244,7 @@ class CheckpointStore:
             "data": dict(checkpoint.data),
             "norms": dict(checkpoint.norms),
             "doubt": [*checkpoint.doubt],
+            "moment_norms": dict(checkpoint.moment_norms),
         }
         own = {name: tensor for name, tensor in tensors.items() if not name.startswith(gone)}
         alone = "weights" in parts and not checkpoint.statistics

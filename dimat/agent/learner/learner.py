@@ -20,6 +20,7 @@ from dimat.agent.learner.checkpoint import Checkpoint
 from dimat.agent.learner.own_data import compare_data, describe_data
 from dimat.agent.learner.recorder import Recorder
 from dimat.agent.learner.shared_base import load_base, plan_for
+from dimat.agent.learner.shared_moments import SharedMoments
 from dimat.agent.learner.statistics import take_statistics
 from dimat.agent.protocol.messages import MergeAction, Moves
 from dimat.agent.protocol.state import MachineState
@@ -29,6 +30,7 @@ from dimat.events import WARNING, MergeResult, TrainResult
 from dimat.merge import MergeContext, MergePlan, Peer, adopt, merge, needs_symmetry, open_weights
 from dimat.merge.growth import HORIZON, Reference
 from dimat.merge.matching.assignment import moved_by_group, moved_share
+from dimat.merge.moments import PREFIXES
 from dimat.merge.natures import natures_of
 from dimat.merge.pipeline import LARGE, NOT_KEPT
 from dimat.merge.screen import norm_of, norms_of, screen
@@ -80,6 +82,8 @@ class Learner:
     """Rounds of the first and the last doubtful merge that weights rest on; 0 for none."""
     _statistics: dict[str, Tensor] = field(init=False, default_factory=dict[str, Tensor])
     """Statistics that the combine method rests on, from the end of training to the merge; in the weights' basis."""
+    _moments: SharedMoments | None = field(init=False, default=None)
+    """The optimizer's moments, where they are sent beside the weights and merged."""
     _hold_out: Data | None = field(init=False, default=None)
     _own: Data = field(init=False)
     _recorder: Recorder = field(init=False)
@@ -103,6 +107,8 @@ class Learner:
         self._own = Subset(train, indices)
         self._check_sets()
         self.trainer = custom_trainer or self._new_trainer(train)
+        if config.train.optimizer_state == "merged":
+            self._moments = SharedMoments(self.trainer, config.exchange.moments, self._plan.most)
 
     def _new_trainer(self, train: Data) -> Trainer:
         config = self.config
@@ -141,10 +147,13 @@ class Learner:
     def train(self, number: int, learn: bool = True) -> TrainResult:
         """Train for a round (not if `learn` is false), and take the merge method's statistics."""
         before = self._norms_now() if self._norms else {}
+        moments_before = self._moments.norms_now() if self._moments is not None and learn else {}
         start = time.thread_time()
         report = self.trainer.train(number) if learn else None
         trained = time.thread_time()
         self._note_growth(before)
+        if self._moments is not None and learn:
+            self._unsaid += self._moments.after_training(moments_before)
         self._statistics = take_statistics(
             self._plan,
             self.task,
@@ -167,7 +176,8 @@ class Learner:
         DataError where it cannot be written; it may be tried again then.
         """
         weights = self.trainer.weights(copy=False)
-        payload, forms = self._recorder.record(beside(weights, self._statistics))
+        moments = {} if self._moments is None else self._moments.encoded()
+        payload, forms = self._recorder.record(beside(weights, {**self._statistics, **moments}))
         return RecordedSnapshot(payload, forms, schema_hash(weights), self._samples)
 
     def adopt_weights(self, peer: str, snapshot: Path) -> str:
@@ -175,14 +185,18 @@ class Learner:
 
         Returns why it could not be, with nothing changed, or an empty string.
         """
-        weights, _ = self._open(snapshot)
+        weights, _, moments = self._open(snapshot)
         try:
             own = self.trainer.weights(copy=False)
             natures = natures_of(own, self.trainer.model)
             screen(own, weights, peer, norm_of(own, natures), natures, self._reference(), **self._plan.screen)
+            if self._moments is not None:
+                self._moments.check(peer, moments)
         except DimatError as error:
             return str(error)
         self.trainer.start_from({name: weights[name] for name in own})
+        if self._moments is not None and (note := self._moments.adopt(moments)):
+            self._unsaid += (note,)
         self._norms = self._norms_now()
         self._recorder.forget()
         return ""
@@ -202,6 +216,7 @@ class Learner:
             self.data_now(),
             self._norms,
             self.doubt,
+            {} if self._moments is None else self._moments.norms,
         )
 
     def restore(self, checkpoint: Checkpoint) -> str:
@@ -219,6 +234,8 @@ class Learner:
         self._statistics = dict(checkpoint.statistics)
         self._norms = dict(checkpoint.norms)
         self.doubt = checkpoint.doubt
+        if self._moments is not None:
+            self._moments.norms = dict(checkpoint.moment_norms) or self._moments.norms_now()
         return note
 
     def data_now(self) -> dict[str, int | float | str]:
@@ -258,10 +275,13 @@ class Learner:
         ready = time.thread_time()
         parts: list[Peer] = []
         statistics: dict[str, Weights] = {OWN: self._statistics}
+        moments: dict[str, Weights] = {}
         for part in action.parts:
-            weights, statistics[part.peer] = self._open(sources[part.peer])
+            weights, statistics[part.peer], moments[part.peer] = self._open(sources[part.peer])
             parts.append(Peer(part.peer, weights, part.weight, part.same_basis))
-        context = self._context(action.round, statistics if self._plan.statistics is not None else None)
+        aux = statistics if self._plan.statistics is not None else None
+        checks = None if self._moments is None else self._moments.checks(moments)
+        context = self._context(action.round, aux, checks)
         outcome = merge(self.trainer.weights(copy=False), action.own_weight, parts, self._plan, context)
         self.method = context.state or {}
         self._statistics = {}  # they are of the weights before
@@ -284,6 +304,10 @@ class Learner:
                 after = before
             else:  # it was not finite before, so the merge is not to blame
                 self.trainer.exchange_weights(held)
+        evaluated = time.thread_time()
+        if changed and outcome.accepted > 0 and self._moments is not None:
+            notes = self._moments.merge(outcome, moments, self.spec)
+            outcome = replace(outcome, notes=(*outcome.notes, *notes))
         if outcome.doubtful and outcome.accepted > 0:
             self.doubt = (self.doubt[0] or action.round, action.round)
         return MergeResult(
@@ -292,7 +316,10 @@ class Learner:
             before=before,
             after=after,
             notes=outcome.notes,
-            cpu_s={"merge": merged - ready, "evaluate": (ready - start) + (time.thread_time() - merged)},
+            cpu_s={
+                "merge": (merged - ready) + (time.thread_time() - evaluated),
+                "evaluate": (ready - start) + (evaluated - merged),
+            },
             # a method that does not align gives no permutations, and "none moved" would be said of nothing
             moved={peer: share for peer, share in outcome.moved.items() if outcome.permutations[peer]},
             moved_groups={peer: moved_by_group(p) for peer, p in outcome.permutations.items() if p},
@@ -353,13 +380,21 @@ class Learner:
         values = self.trainer.evaluate(self.task.data("test"), weights)
         return -values["loss"] if "loss" in values else values.get(self.task.metric, nan)
 
-    def _open(self, snapshot: Path) -> tuple[Weights, Weights]:
-        """Return a snapshot's weights and, where the combine method rests on statistics, those. Elsewhere they are
-        tensors too many, which the screen refuses."""
-        held = open_weights(snapshot)
-        return (held, {}) if self._plan.statistics is None else apart(held, self.trainer.model.state_dict())
+    def _open(self, snapshot: Path) -> tuple[Weights, Weights, Weights]:
+        """Return a snapshot's weights and, where the combine method rests on statistics, those, and where moments are
+        merged, those. Elsewhere they are tensors too many, which the screen refuses."""
+        weights, own = open_weights(snapshot), self.trainer.model.state_dict()
+        statistics: Weights = {}
+        moments: Weights = {}
+        if self._moments is not None:
+            weights, moments = apart(weights, own, PREFIXES)
+        if self._plan.statistics is not None:
+            weights, statistics = apart(weights, own)
+        return weights, statistics, moments
 
-    def _context(self, number: int, aux: Mapping[str, Weights] | None = None) -> MergeContext:
+    def _context(
+        self, number: int, aux: Mapping[str, Weights] | None = None, checks: Callable[[str], None] | None = None
+    ) -> MergeContext:
         order = torch_generator(self.config.seed, "align", self.name, number)
         batches = self.trainer.input_batches(self._shared_inputs(), self.config.train.eval_batch_size, order)
         return MergeContext(
@@ -373,6 +408,7 @@ class Learner:
             state=self.method,
             reference=self._reference(),
             judge=self._judge,
+            beside=checks,
             observer_cache=self.observers,
         )
 

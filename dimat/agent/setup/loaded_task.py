@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -79,9 +80,10 @@ class LoadedTask:
             custom_trainer=trainer,
         )
 
-    def sample_snapshot(self, model: torch.nn.Module) -> dict[str, Tensor]:
-        """Return tensors of the names, shapes and types of a snapshot: the model's, and the statistics beside them."""
-        return beside(model.state_dict(), sample_statistics(self.plan, self.task, model))
+    def sample_snapshot(self, model: torch.nn.Module, moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return tensors of the names, shapes and types of a snapshot: the model's, and beside them statistics and the
+        optimizer's moments as they travel."""
+        return beside(model.state_dict(), {**sample_statistics(self.plan, self.task, model), **moments})
 
 
 def load_for(config: ExperimentConfig, task: Task | None = None, *, symmetry: bool = True) -> LoadedTask:

@@ -10,14 +10,15 @@ import torch
 
 from dimat.agent.learner.learner import Learner
 from dimat.agent.learner.own_data import part_of
+from dimat.agent.learner.shared_moments import sample_encoded
 from dimat.agent.setup.agreement import settings_of
 from dimat.agent.setup.experiment import Experiment, resolve
 from dimat.agent.setup.followed_map import with_map, with_newest_map
 from dimat.agent.setup.loaded_task import load_for
 from dimat.agent.setup.schedule import RunSchedule
-from dimat.config import ExperimentConfig
+from dimat.config import ExchangeConfig, ExperimentConfig
 from dimat.errors import ConfigError, unknown_agent
-from dimat.net.compatibility import Profile
+from dimat.net.compatibility import OPTIMIZER_STATE, Profile
 from dimat.net.transport import Neighbours
 from dimat.seeds import derive_seed
 from dimat.tasks.base import Task
@@ -66,7 +67,8 @@ class PreparedAgent:
             self.schedule.base,
             ENCODINGS,
             groups="" if loaded.spec is None else loaded.spec.groups_hash,
-            settings=settings_of(loaded.task, model, loaded.plan),
+            settings=settings_of(loaded.task, model, loaded.plan)
+            | {OPTIMIZER_STATE: "merged" if self.config.train.optimizer_state == "merged" else "own"},
         )
 
     def histogram(self) -> tuple[int, ...]:
@@ -87,9 +89,12 @@ class PreparedAgent:
         part = part_of(self.config, self.name, agents, str(experiment.loaded.plan.accept))
         return experiment.loaded.learner(self.name, self.config, self.indices, store, part=part, trainer=trainer)
 
-    def largest_snapshot(self, model: torch.nn.Module) -> int:
-        """Return the most bytes that a snapshot of this run takes, in any encoding, statistics beside it."""
-        snapshot = self.experiment.loaded.sample_snapshot(model)
+    def largest_snapshot(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
+        """Return the most bytes that a snapshot of this run takes, in any encoding, statistics and moments beside it.
+        `optimizer`: the model's."""
+        # peers may send moments in any type, and those in fp32 are the largest
+        widest = self.config.model_copy(update={"exchange": ExchangeConfig(moments="fp32")})
+        snapshot = self.experiment.loaded.sample_snapshot(model, sample_encoded(widest, model, optimizer))
         return max(encoded_bytes(snapshot, encoding) for encoding in ENCODINGS)
 
     def listen_address(self) -> str:

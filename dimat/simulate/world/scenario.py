@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from dimat.agent.learner.shared_moments import sample_encoded
 from dimat.agent.setup.experiment import Experiment, resolve
 from dimat.agent.setup.loaded_task import load_for
 from dimat.config import ExchangeConfig, ExperimentConfig, NetworkConfig
@@ -36,6 +37,8 @@ class Scenario(Experiment):
     parameters: int
     snapshot_bytes: int
     faults: FaultPlan
+    moment_bytes: int = 0
+    """Of a snapshot's bytes, those of the optimizer's moments."""
     warnings: tuple[str, ...] = ()
 
     def estimate(self, workers: int) -> tuple[float, float, float]:
@@ -46,7 +49,7 @@ class Scenario(Experiment):
         example = sum(t[0].numel() * t[0].element_size() for t in self.task.example_inputs()) / MB
         data = example * (len(self.task.data("train")) + len(self.task.data("test")))
         # weights, gradients, two optimizer moments, and a merged copy that exists during a merge
-        memory = processes * (PROCESS_MB + data) + 5.5 * weights * len(self.agents)
+        memory = processes * (PROCESS_MB + data) + 5.5 * (weights - self.moment_bytes / MB) * len(self.agents)
         rounds, kept = self.schedule.rounds, self.schedule.snapshots_kept(self.config.simulate.keep_snapshots)
         shown = min(rounds or 16, 16)
         per_round = [sum(len(self.schedule.readers(a, r)) for a in self.agents) for r in range(1, shown + 1)]
@@ -58,9 +61,10 @@ class Scenario(Experiment):
 def prepare(config: ExperimentConfig) -> Scenario:
     """Resolve an experiment for the simulator; raises ConfigError and its kin for what cannot be run."""
     warnings: list[str] = []
-    if config.exchange != ExchangeConfig():
+    simulated = ExchangeConfig(moments=config.exchange.moments)
+    if config.exchange != simulated:
         warnings.append("[exchange] is for real agents: the simulator moves weights in fp32")
-        config = config.model_copy(update={"exchange": ExchangeConfig()})
+        config = config.model_copy(update={"exchange": simulated})
     if config.merge.preset.ceiling:
         config = _without_network(config)
     loaded = load_for(config, symmetry=False)  # what is merged is merged in the workers
@@ -68,6 +72,7 @@ def prepare(config: ExperimentConfig) -> Scenario:
     experiment = resolve(config, loaded, split=True)
     with task_errors(loaded.task, "build_model()"):
         model = loaded.task.build_model(torch_generator(config.seed, "measure"))
+    moments = sample_encoded(config, model)
     agents, schedule = experiment.agents, experiment.schedule
     faults = plan_faults(config, agents)
     scenario = Scenario(
@@ -76,7 +81,8 @@ def prepare(config: ExperimentConfig) -> Scenario:
         parts=experiment.parts,
         histogram=_histogram(loaded.task, agents, experiment.parts),
         parameters=sum(p.numel() for p in model.parameters()),
-        snapshot_bytes=len(encode(loaded.sample_snapshot(model))),
+        snapshot_bytes=len(encode(loaded.sample_snapshot(model, moments))),
+        moment_bytes=sum(tensor.nbytes for tensor in moments.values()),
         faults=faults,
     )
     pace = Pace(config, experiment.counts, Compute(config.simulate.compute, agents, config.seed, faults.timed))

@@ -1,0 +1,126 @@
+"""Optimizer moments of one agent on their way: sent beside its weights, bounded, merged, adopted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dimat.config import ExperimentConfig
+from dimat.merge import MergeOutcome
+from dimat.merge.moments import (
+    MergedMoments,
+    PeerMoments,
+    check_moments,
+    decoded_moments,
+    norms_of_moments,
+    reference_of,
+)
+from dimat.merge.stages import Weights
+from dimat.symmetry import SymmetrySpec
+from dimat.train.base import ModelTrainer
+from dimat.train.moments import kept_back, sample_moments
+from dimat.train.optimizers import build_optimizer
+from dimat.weights.moments import encode_moments
+
+
+class SharedMoments:
+    """The moments of one agent's optimizer in `train.optimizer_state = "merged"`.
+
+    `encoding`: in which they travel; `norms`: those that own training has made them have, empty before the first.
+    """
+
+    def __init__(self, trainer: ModelTrainer, encoding: str, ratio: float) -> None:
+        self._trainer = trainer
+        self._encoding = encoding
+        self._ratio = ratio
+        self._told = False
+        self.norms: dict[str, float] = {}
+
+    def encoded(self) -> dict[str, Tensor]:
+        """Return the tensors that the moments travel as, by names without `aux.`."""
+        return encode_moments(self._trainer.moments(), self._encoding)
+
+    def norms_now(self) -> dict[str, float]:
+        """Return the norms of the moments as they are."""
+        return norms_of_moments(self._trainer.moments())
+
+    def after_training(self, before: Mapping[str, float]) -> tuple[str, ...]:
+        """Let the reference follow what training has made of the norms, `before` given; return notes for people."""
+        own = self._trainer.moments()
+        after = norms_of_moments(own)
+        followed = reference_of(self.norms, own).after_training(before, after)
+        self.norms = {**after, **followed}
+        if self._told or not after:
+            return ()
+        self._told = True
+        kind = type(self._trainer.optimizer).__name__
+        held = kept_back(self._trainer.model, self._trainer.optimizer)
+        if not held:
+            return ()
+        return (
+            f'train.optimizer_state = "merged": {", ".join(held)} of {kind} do not have their parameters\' shapes; '
+            "they are not sent, and stay each agent's own",
+        )
+
+    def check(self, peer: str, tensors: Weights) -> None:
+        """Check what came beside a peer's weights; PeerError says what is wrong."""
+        check_moments(peer, tensors, self._trainer.model.state_dict(), self._trainer.moments())
+
+    def checks(self, came: Mapping[str, Weights]) -> Callable[[str], None]:
+        """Return what checks the moments of a peer, given its name. `came`: by peer what travelled beside weights."""
+        return lambda peer: self.check(peer, came.get(peer, {}))
+
+    def merge(self, outcome: MergeOutcome, came: Mapping[str, Weights], spec: SymmetrySpec | None) -> tuple[str, ...]:
+        """Merge own moments with those of the peers that were in a merge of weights; return notes for people.
+
+        `came`: by peer what travelled beside its weights.
+        """
+        own = self._trainer.moments()
+        peers = [
+            PeerMoments(name, weight, came.get(name, {}), outcome.permutations.get(name, {}))
+            for name, weight in outcome.mixing.items()
+            if weight > 0
+        ]
+        merged = MergedMoments(
+            own,
+            outcome.own_weight,
+            peers,
+            spec,
+            reference_of(self.norms, own),
+            ratio=self._ratio,
+            limit=self._trainer.momentum_limit(),
+            share=outcome.accepted,
+        )
+        self._trainer.load_moments(merged)
+        return tuple(
+            f"{peer}: its optimizer's moments are up to {factor:.3g} times as large as our own training has made ours; "
+            f"they count as {self._ratio:g} times"
+            for peer, factor in merged.exceeded.items()
+        )
+
+    def adopt(self, tensors: Weights) -> str:
+        """Go on with another agent's moments, which have been checked; return what a person should know, or ""."""
+        anew = self._trainer.adopt_moments(decoded_moments(tensors))
+        self.norms = self.norms_now()
+        if not anew:
+            return ""
+        more = f" and {len(anew) - 3} more" if len(anew) > 3 else ""
+        return f"the optimizer begins anew for {', '.join(anew[:3])}{more}: its state is more than what travels"
+
+
+def sample_encoded(
+    config: ExperimentConfig, model: nn.Module, optimizer: torch.optim.Optimizer | None = None
+) -> Weights:
+    """Return tensors of the names, shapes and types that moments will travel as; none where they are not merged.
+
+    `optimizer`: the model's; that of the configuration where it is not given.
+    """
+    if config.train.optimizer_state != "merged":
+        return {}
+    made = optimizer or build_optimizer(
+        model, config.train.optimizer, precision=config.train.precision, folder=Path(config.folder)
+    )
+    return encode_moments(sample_moments(model, made), config.exchange.moments)

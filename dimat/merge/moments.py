@@ -1,0 +1,244 @@
+"""Optimizers' moments of a merge: those of peers are checked and bounded, and averaged with the weights' own mixing.
+
+After a merge that was kept a moment is Σ_i w_i m_i over own (first) and the peers that were in it, in own's basis; of a
+share s of the way to the merged weights, own + s (mean − own). w_i are the mixing weights of the weights' merge, in
+which what peers that were refused would have had is own's; and so it is with a parameter of which a peer has no
+moments. Averages of squares are averaged as such: they are never negative, and those of agents with like gradients stay
+what they are.
+
+Counts of steps are averaged too, and rounded. A moment of t steps is (1 − βᵗ) times an average of gradients, so the
+mean of moments is Σ w_i (1 − β^t_i) times one, and 1 − βᵗ of the mean t agrees with that to first order in the
+differences of t_i; agents in step keep their count.
+
+What a peer may do by its moments: a second moment that is too large freezes an agent, a first moment too large for the
+second throws it off. Of both no more is taken than `ratio` times the norm that own training has made (`growth.py`; a
+merge does not move it), the root's of squares; what is larger is scaled down to that. Of a first moment each element is
+at most `limit` times the root of the second moment beside it, as it is for whoever averaged the gradients of both: so
+is then each mean of them, by Jensen's inequality.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import sqrt
+
+import torch
+from torch import Tensor
+
+from dimat.errors import DataError, PeerError, nearest
+from dimat.merge.growth import Reference
+from dimat.merge.stages import Permutations, Weights
+from dimat.merge.weight_views import PermutedWeights, WeightsView, axes_by_name
+from dimat.symmetry.spec import AxisRef, SymmetrySpec
+from dimat.weights.moments import MOMENT, SCALE, STEP, decode_moment, entry_of, is_known, is_squared
+
+PREFIXES = (MOMENT, SCALE)
+"""Beginnings of the names that moments have beside a snapshot's weights."""
+LIMIT = 10.0
+"""The limit of a first moment where the optimizer does not tell its decays."""
+SURE = 0.999
+"""A centred RMSprop subtracts the squared average of gradients from that of squares, which must stay positive."""
+_PARTNERS = {"exp_avg": ("exp_avg_sq", "exp_inf"), "grad_avg": ("square_avg",)}
+
+
+def parameter_of(name: str) -> str:
+    """Return the parameter that a moment is of."""
+    return name.partition(".")[2]
+
+
+def names_of(tensors: Iterable[str]) -> list[str]:
+    """Return the names of moments among those of the tensors that they travel as."""
+    return [name.removeprefix(MOMENT) for name in tensors if name.startswith(MOMENT)]
+
+
+def limit_of(betas: tuple[float, float]) -> float:
+    """Return how many times the root of Adam's second moment its first can be.
+
+    By Cauchy and Schwarz (1 − β₁) Σ β₁ᵏ |g_k| ≤ (1 − β₁) √(Σ (β₁² / β₂)ᵏ) √(Σ β₂ᵏ g_k²): the limit is
+    (1 − β₁) / √((1 − β₂) (1 − β₁² / β₂)), 7.3 for β = (.9, .999). Infinite where β₁² ≥ β₂.
+    """
+    first, second = betas
+    if not 0 <= first < 1 or not 0 < second < 1 or first * first >= second:
+        return float("inf")
+    return (1 - first) / sqrt((1 - second) * (1 - first * first / second))
+
+
+def check_moments(peer: str, tensors: Weights, own: Weights, moments: Mapping[str, Tensor]) -> None:
+    """Check the moments beside a peer's weights, one tensor at a time; PeerError names the peer and the moment.
+
+    `tensors`: as they came, by names without `aux.`; `own`: own weights; `moments`: own moments. A peer may have none
+    of a parameter, or of all: it has not trained it. Of one that it has, it must have the same entries as we, of the
+    parameter's shape, finite, and not negative where they are of squares (known by name, or by ours having no negative
+    value). Where we have none at all only entries are taken of which that is known.
+    """
+    names = names_of(tensors)
+    present = set(names)
+    for key in tensors:
+        if key.startswith(SCALE) and key.removeprefix(SCALE) not in present:
+            raise PeerError(f"{peer}: {key!r} are scales of no moment")
+    entries = {name.partition(".")[0] for name in moments}
+    shared = {parameter_of(name) for name in names}
+    for name in moments:
+        if parameter_of(name) in shared and name not in present:
+            raise PeerError(f"{peer}: moment {name!r} is missing; agents must train with the same train.optimizer")
+    positive: dict[str, bool] = {}
+    for name in names:
+        entry, _, parameter = name.partition(".")
+        if parameter not in own or (entry not in entries if entries else not is_known(name)):
+            raise PeerError(
+                f"{peer}: moment {name!r} is none of ours{nearest(name, moments)}; agents must train with the same "
+                "train.optimizer"
+            )
+        try:
+            found = decode_moment(tensors, name)
+        except DataError as error:
+            raise PeerError(f"{peer}: moment {error}") from error
+        shape = torch.Size([]) if entry_of(name) == STEP else own[parameter].shape
+        if found.shape != shape:
+            raise PeerError(f"{peer}: moment {name!r} is {[*found.shape]}, expected {[*shape]}")
+        if is_known(name):
+            continue
+        if entry not in positive:
+            ours = (tensor for key, tensor in moments.items() if key.partition(".")[0] == entry)
+            positive[entry] = not any(bool((tensor < 0).any()) for tensor in ours)
+        if positive[entry] and bool((found < 0).any()):
+            raise PeerError(f"{peer}: moment {name!r} holds values below 0, as none of ours does")
+
+
+def norms_of_moments(moments: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the 2-norms of moments, of squares that of their root; a count is its own."""
+    return {name: _norm(name, tensor) for name, tensor in moments.items()}
+
+
+def reference_of(norms: Mapping[str, float], moments: Mapping[str, Tensor]) -> Reference:
+    """Return the reference of norms of own moments: to a moment that is still zero the usual of its entry goes."""
+    norms = {name: norm for name, norm in norms.items() if name in moments}
+    sizes = {name: moments[name].numel() for name in norms}
+    sums: dict[str, tuple[float, int]] = {}
+    for name, norm in norms.items():
+        total, elements = sums.get(name.partition(".")[0], (0.0, 0))
+        sums[name.partition(".")[0]] = (total + norm * norm, elements + sizes[name])
+    usual = {entry: sqrt(total / elements) if elements else 0.0 for entry, (total, elements) in sums.items()}
+    return Reference(norms, sizes, {name: usual[name.partition(".")[0]] for name in norms})
+
+
+@dataclass(frozen=True)
+class PeerMoments:
+    """A peer's moments as they travel (`tensors`), its mixing weight, and how its units move into own's order."""
+
+    name: str
+    weight: float
+    tensors: Weights
+    permutations: Permutations = field(default_factory=dict[str, Tensor])
+
+
+class MergedMoments(WeightsView):
+    """Own moments merged with peers' that `check_moments` has passed: each is computed when it is asked for.
+
+    `own`: as they are now, by name; `own_weight` and the peers' sum to 1; `share`: how far the weights went to the
+    merged ones; `reference` and `ratio` bound the peers', `limit` their first moments (`limit_of`). `exceeded`: by peer
+    how many times as large as the reference its moments were at most, of those that were scaled down.
+    """
+
+    def __init__(
+        self,
+        own: Mapping[str, Tensor],
+        own_weight: float,
+        peers: Sequence[PeerMoments],
+        spec: SymmetrySpec | None,
+        reference: Reference,
+        *,
+        ratio: float,
+        limit: float = LIMIT,
+        share: float = 1.0,
+    ) -> None:
+        super().__init__(own)
+        self._own = own
+        self._own_weight = own_weight
+        self._share = share
+        self._ratio, self._limit = ratio, limit
+        self._reference = reference
+        self.exceeded: dict[str, float] = {}
+        self._peers = [(peer.name, peer.weight, self._view(peer, spec)) for peer in peers]
+
+    def __getitem__(self, name: str) -> Tensor:
+        own = self._own[name]
+        theirs = [(peer, weight, moments) for peer, weight, moments in self._peers if name in moments]
+        if not theirs:
+            return own
+        wide = own.dtype if own.dtype == torch.float64 else torch.float32
+        weight = self._own_weight + sum(w for _, w, moments in self._peers if name not in moments)
+        mean = own.to(wide, copy=True)
+        values = mean.clone() if self._share < 1 else mean
+        mean *= weight
+        for peer, part, moments in theirs:
+            mean.add_(self._bounded(peer, name, moments).to(mean.device, wide), alpha=part)
+        if self._share < 1:
+            mean = values.lerp_(mean, self._share)
+        return mean.round_() if entry_of(name) == STEP else mean
+
+    def _view(self, peer: PeerMoments, spec: SymmetrySpec | None) -> Weights:
+        decoded = _Decoded(peer.tensors, [name for name in names_of(peer.tensors) if name in self._own])
+        if spec is None or not peer.permutations:
+            return decoded
+        return PermutedWeights(decoded, spec_of_moments(decoded, spec), peer.permutations)
+
+    def _bounded(self, peer: str, name: str, moments: Weights) -> Tensor:
+        """Return a peer's moment, no larger than it may be."""
+        found = self._scaled(peer, name, moments)
+        entry, _, rest = name.partition(".")
+        family = entry.removesuffix(entry_of(name))
+        for partner in _PARTNERS.get(entry_of(name), ()):
+            if (beside := f"{family}{partner}.{rest}") in moments:
+                scale = self._scaled(peer, beside, moments)
+                most = scale * self._limit if partner == "exp_inf" else scale.sqrt() * self._limit_of(partner)
+                return torch.minimum(torch.maximum(found, -most), most)
+        return found
+
+    def _limit_of(self, partner: str) -> float:
+        return SURE if partner == "square_avg" else self._limit
+
+    def _scaled(self, peer: str, name: str, moments: Weights) -> Tensor:
+        found = moments[name]
+        norm = _norm(name, found)
+        most = self._ratio * self._reference.usual(name) if name in self._reference.norms else 0.0
+        if norm <= most:
+            return found
+        if most:
+            self.exceeded[peer] = max(self.exceeded.get(peer, 0.0), norm / most * self._ratio)
+        factor = most / norm
+        return found * (factor * factor if is_squared(name) else factor)
+
+
+class _Decoded(WeightsView):
+    """Moments as numbers, each decoded when it is asked for."""
+
+    def __init__(self, tensors: Weights, names: Sequence[str]) -> None:
+        super().__init__(dict.fromkeys(names))
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        return decode_moment(self._tensors, name)
+
+
+def decoded_moments(tensors: Weights) -> Weights:
+    """Return moments that `check_moments` has passed as numbers by name, each decoded when it is asked for."""
+    return _Decoded(tensors, names_of(tensors))
+
+
+def spec_of_moments(names: Iterable[str], spec: SymmetrySpec) -> SymmetrySpec:
+    """Return a spec whose axes are those of moments: each moves as its parameter does."""
+    by_name = axes_by_name(spec)
+    axes: list[AxisRef] = []
+    for name in names:
+        if entry_of(name) != STEP:
+            axes += [replace(axis, tensor=name) for axis in by_name.get(parameter_of(name), [])]
+    return replace(spec, axes=tuple(axes), tied=())
+
+
+def _norm(name: str, moment: Tensor) -> float:
+    wide = torch.float32 if moment.device.type == "mps" else torch.float64
+    if is_squared(name):
+        return sqrt(max(float(moment.sum(dtype=wide)), 0.0))
+    return float(torch.linalg.vector_norm(moment, dtype=wide))
