@@ -17,13 +17,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from dimat.device import own_streams, seeded_streams
 from dimat.merge.moments import LIMIT, limit_of
 from dimat.train.optimizer_state import Parameters, family, optimized
 from dimat.weights.moments import STEP
 
 _ENTRY = re.compile(r"\w+")
-FAULTS = (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError)
-"""What an optimizer may raise that cannot be made for a single parameter, or wants a closure."""
 
 State = dict[Any, Any]
 
@@ -112,10 +111,11 @@ def sample_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> S
     probe = nn.Parameter(torch.zeros_like(parameter, memory_format=torch.preserve_format))
     probe.grad = torch.zeros_like(probe)
     try:
-        twin = type(optimizer)([{**group, "params": [probe]}], **_arguments(optimizer))
-        twin.step()
-        held = cast("State", dict(twin.state.get(probe, {})))
-    except FAULTS:
+        with own_streams(seeded_streams(0, parameter.device), parameter.device):
+            twin = type(optimizer)([{**group, "params": [probe]}], **_arguments(optimizer))
+            twin.step()
+        held = dict(twin.state.get(probe, {}))
+    except Exception:  # a class of a user's may raise anything, where it wants a closure or more than groups
         return None
     return {key: value for key, value in held.items() if value is not None}
 
@@ -165,5 +165,5 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, list | tuple):
-        for each in cast("list[Any]", list(cast("Any", value))):
+        for each in cast("list[Any] | tuple[Any, ...]", value):
             yield from _tensors(each)

@@ -30,13 +30,14 @@ SHAPES = {"0.weight": (40, 30), "0.bias": (40,)}
 Moments = dict[str, Tensor]
 
 
-def adams(seed: int, steps: int, size: float = 1.0) -> Moments:
-    """Return Adam's moments of some steps with random gradients, by its formulas."""
-    generator = torch.Generator().manual_seed(seed)
+def adams(seed: int, steps: int) -> Moments:
+    """Return Adam's moments of some steps with random gradients, by its formulas; those of an element have the same
+    size whatever the seed, over several powers of ten."""
+    generator, sizes = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(0)
     found: Moments = {}
     for name, shape in SHAPES.items():
         first, second = torch.zeros(shape), torch.zeros(shape)
-        scale = torch.pow(10.0, torch.randn(shape, generator=generator)) * size
+        scale = torch.pow(10.0, torch.randn(shape, generator=sizes))
         for _ in range(steps):
             gradient = torch.randn(shape, generator=generator) * scale
             first = BETAS[0] * first + (1 - BETAS[0]) * gradient
@@ -73,7 +74,8 @@ def test_the_mean_is_the_plain_mean(seed: int, weight: float, share: float) -> N
     for name, tensor in found.items():
         mean = sum(part * each[name].double() for part, each in zip(parts, (own, *others), strict=True))
         expected = own[name].double() + share * (mean - own[name].double())
-        torch.testing.assert_close(tensor.double(), expected, rtol=1e-5, atol=1e-7)
+        terms = sum(each[name].double().abs() for each in (own, *others))
+        assert bool(((tensor - expected).abs() <= 1e-6 * terms).all())
         assert not name.startswith("exp_avg_sq") or bool((tensor >= 0).all())
     assert found.exceeded == {}
 
@@ -223,9 +225,8 @@ NONE = "agents must train with the same train.optimizer"
 def test_what_a_peer_may_not_send(change: dict[str, Tensor | None], said: str) -> None:
     """One fault each; one line, with the peer's name."""
     sent = {**encode_moments(adams(1, 20), "int8"), **change}
-    with pytest.raises(PeerError, match=re.escape(f"lab-b: {'moment ' if said[0] == 's' else ''}{said}")[:60]) as told:
+    with pytest.raises(PeerError, match=f"^lab-b: .*{re.escape(said)}") as told:
         check_moments("lab-b", {name: t for name, t in sent.items() if t is not None}, WEIGHTS, OWN)
-    assert said in str(told.value)
     assert "\n" not in str(told.value)
 
 

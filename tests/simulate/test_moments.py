@@ -69,8 +69,9 @@ def by_hand(config: Any) -> list[dict[str, Tensor]]:
 
 
 def far(one: list[dict[str, Tensor]], two: list[dict[str, Tensor]]) -> float:
-    """Return the largest difference of two runs' weights as a share of the largest weight."""
-    return max(float((a[k] - b[k]).abs().max() / b[k].abs().max()) for a, b in zip(one, two, strict=True) for k in b)
+    """Return the norm of the difference of two runs' weights as a share of the norm."""
+    pairs = [(a[k], b[k]) for a, b in zip(one, two, strict=True) for k in b]
+    return float(sum((a - b).square().sum() for a, b in pairs) / sum(b.square().sum() for _, b in pairs)) ** 0.5
 
 
 def test_a_run_is_the_loop_by_hand(tmp_path: Path) -> None:

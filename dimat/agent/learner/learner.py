@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dimat.agent.learner.checkpoint import Checkpoint
 from dimat.agent.learner.own_data import compare_data, describe_data
+from dimat.agent.learner.own_norms import OwnNorms
 from dimat.agent.learner.recorder import Recorder
 from dimat.agent.learner.shared_base import load_base, plan_for
 from dimat.agent.learner.shared_moments import SharedMoments
@@ -28,11 +29,11 @@ from dimat.config import ExperimentConfig
 from dimat.errors import DataError, DimatError, MergeError, PeerError
 from dimat.events import WARNING, MergeResult, TrainResult
 from dimat.merge import MergeContext, MergePlan, Peer, adopt, merge, needs_symmetry, open_weights
-from dimat.merge.growth import HORIZON, Reference
+from dimat.merge.growth import HORIZON
 from dimat.merge.matching.assignment import moved_by_group, moved_share
 from dimat.merge.moments import PREFIXES
 from dimat.merge.natures import natures_of
-from dimat.merge.pipeline import LARGE, NOT_KEPT
+from dimat.merge.pipeline import NOT_KEPT
 from dimat.merge.screen import norm_of, norms_of, screen
 from dimat.merge.shared_statistics import OWN, apart, beside, permuted
 from dimat.merge.stages import Weights
@@ -76,8 +77,7 @@ class Learner:
     base: dict[str, Tensor] | None = field(init=False)
     """Weights that task vectors are taken from, where the configuration names any."""
     _plan: MergePlan = field(init=False)
-    _norms: dict[str, float] = field(init=False, default_factory=dict[str, float])
-    """Norms that own training has made the weights have (`dimat.merge.growth`); empty before the first."""
+    _norms: OwnNorms = field(init=False)
     doubt: tuple[int, int] = field(init=False, default=(0, 0))
     """Rounds of the first and the last doubtful merge that weights rest on; 0 for none."""
     _statistics: dict[str, Tensor] = field(init=False, default_factory=dict[str, Tensor])
@@ -107,6 +107,7 @@ class Learner:
         self._own = Subset(train, indices)
         self._check_sets()
         self.trainer = custom_trainer or self._new_trainer(train)
+        self._norms = OwnNorms(self.trainer, used=not self._plan.keep_not_finite)
         if config.train.optimizer_state == "merged":
             self._moments = SharedMoments(self.trainer, config.exchange.moments, self._plan.most)
 
@@ -146,13 +147,13 @@ class Learner:
 
     def train(self, number: int, learn: bool = True) -> TrainResult:
         """Train for a round (not if `learn` is false), and take the merge method's statistics."""
-        before = self._norms_now() if self._norms else {}
-        moments_before = self._moments.norms_now() if self._moments is not None and learn else {}
+        before = self._norms.now() if self._norms.norms else {}
+        moments_before = self._moments.norms_now() if self._moments is not None else {}
         start = time.thread_time()
         report = self.trainer.train(number) if learn else None
         trained = time.thread_time()
-        self._note_growth(before)
-        if self._moments is not None and learn:
+        self._norms.after_training(before)
+        if self._moments is not None:
             self._unsaid += self._moments.after_training(moments_before)
         self._statistics = take_statistics(
             self._plan,
@@ -189,7 +190,7 @@ class Learner:
         try:
             own = self.trainer.weights(copy=False)
             natures = natures_of(own, self.trainer.model)
-            screen(own, weights, peer, norm_of(own, natures), natures, self._reference(), **self._plan.screen)
+            screen(own, weights, peer, norm_of(own, natures), natures, self._norms.reference(), **self._plan.screen)
             if self._moments is not None:
                 self._moments.check(peer, moments)
         except DimatError as error:
@@ -197,7 +198,7 @@ class Learner:
         self.trainer.start_from({name: weights[name] for name in own})
         if self._moments is not None and (note := self._moments.adopt(moments)):
             self._unsaid += (note,)
-        self._norms = self._norms_now()
+        self._norms.begin()
         self._recorder.forget()
         return ""
 
@@ -214,7 +215,7 @@ class Learner:
             values,
             self._statistics,
             self.data_now(),
-            self._norms,
+            self._norms.norms,
             self.doubt,
             {} if self._moments is None else self._moments.norms,
         )
@@ -232,7 +233,7 @@ class Learner:
             self.trainer.load_state(checkpoint.trainer)
         self.method = {**checkpoint.method_tensors, **checkpoint.method_values}
         self._statistics = dict(checkpoint.statistics)
-        self._norms = dict(checkpoint.norms)
+        self._norms.norms = dict(checkpoint.norms)
         self.doubt = checkpoint.doubt
         if self._moments is not None:
             self._moments.norms = dict(checkpoint.moment_norms) or self._moments.norms_now()
@@ -333,34 +334,10 @@ class Learner:
         """Write the current weights as plain safetensors."""
         write_weights(file, self.trainer.weights(copy=False), durable=self.durable)
 
-    def _norms_now(self) -> dict[str, float]:
-        """Return the norms of the current weights; nothing where they are not finite, which the merge says."""
-        own = self.trainer.model.state_dict()
-        try:
-            return norms_of(own, natures_of(own, self.trainer.model))
-        except MergeError:
-            return {}
-
-    def _reference(self) -> Reference | None:
-        if not self._norms or self._plan.keep_not_finite:
-            return None
-        own = self.trainer.model.state_dict()
-        return Reference.of(self._norms, own, natures_of(own, self.trainer.model))
-
-    def _note_growth(self, before: Mapping[str, float]) -> None:
-        """Let the reference follow what a round's training has made of norms, `before` given."""
-        reference, after = self._reference(), self._norms_now()
-        if reference is not None and after:
-            self._norms = reference.after_training(before, after)
-        elif reference is None:
-            self._norms = after
-
     def trusts_again(self, number: int) -> bool:
         """Whether weights after a round can be trusted again: the last doubtful merge is long over, and they are no
         larger than usual."""
-        reference = self._reference()
-        usual = reference is None or reference.excess(self._norms_now())[0] <= LARGE
-        return usual and number >= self.doubt[1] + HORIZON
+        return self._norms.are_usual() and number >= self.doubt[1] + HORIZON
 
     def fault_of(self, checkpoint: Checkpoint) -> str:
         """Return why an agent cannot go on from a checkpoint though it is whole, or nothing."""
@@ -406,7 +383,7 @@ class Learner:
             base=self.base,
             aux=aux,
             state=self.method,
-            reference=self._reference(),
+            reference=self._norms.reference(),
             judge=self._judge,
             beside=checks,
             observer_cache=self.observers,
