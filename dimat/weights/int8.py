@@ -50,7 +50,7 @@ def quantise(weights: Tensor, *, residual: Tensor | None = None, after: Tensor |
     scales = torch.empty(blocks_of(count))
     decoded = torch.empty(count)
     left = torch.empty(count if after is None else min(count, _PIECE))
-    for elements, blocks, width in _pieces(count):
+    for elements, blocks, width in pieces(count):
         own = flat[elements]
         rest = left[elements] if after is None else left[: len(own)]
         if after is not None:
@@ -80,7 +80,7 @@ def restore(values: Tensor, scales: Tensor, after: Tensor | None = None) -> Tens
     """Decode what `quantise` made; `scales` has `blocks_of` the values' elements."""
     flat = values.reshape(-1)
     decoded = torch.empty(len(flat))
-    for elements, blocks, width in _pieces(len(flat)):
+    for elements, blocks, width in pieces(len(flat)):
         out = decoded[elements]
         _restore(flat[elements], scales[blocks], width, out)
         if after is not None:
@@ -93,8 +93,9 @@ def _restore(values: Tensor, scales: Tensor, width: int, out: Tensor) -> None:
     out.copy_(values).view(-1, width).mul_(scales[:, None])
 
 
-def _pieces(count: int) -> Iterator[tuple[slice, slice, int]]:
-    """Give (elements, blocks, elements a block): pieces of whole blocks, then the short block at the end."""
+def pieces(count: int) -> Iterator[tuple[slice, slice, int]]:
+    """Give (elements, blocks, elements a block): pieces of whole blocks, then the short block at the end. Work in such
+    pieces takes no memory beside its result, and stays in the cache."""
     whole = count // BLOCK * BLOCK
     for start in range(0, whole, _PIECE):
         end = min(start + _PIECE, whole)

@@ -2,7 +2,7 @@
 
 A moment is an entry of an optimizer's state that has its parameter's shape, named `<entry>.<parameter>`
 ("exp_avg.conv1.weight"). It travels as a tensor `moment.<entry>.<parameter>`, int8 codes with their scales as
-`moment-scale.<entry>.<parameter>` (float32, one for each `BLOCK` elements). The type says which encoding it is.
+`moment-scale.<entry>.<parameter>` (float32, one for each `int8.BLOCK` elements). The type says which encoding it is.
 
 Averages of squares (`is_squared`) travel as their roots, and are squared again by the reader: so they are never
 negative, and their range in powers of ten is halved. The value of code c is sign(c) · scale · 2^((|c| − 127) / 8), that
@@ -24,7 +24,7 @@ from torch import Tensor
 from dimat.errors import DataError
 from dimat.weights.encodings import SMALLEST
 from dimat.weights.header import shown
-from dimat.weights.int8 import BLOCK, LARGEST, blocks_of
+from dimat.weights.int8 import LARGEST, blocks_of, pieces
 
 MOMENT, SCALE = "moment.", "moment-scale."
 """Beginnings of the names of tensors."""
@@ -126,20 +126,24 @@ def decode_moment(tensors: Mapping[str, Tensor], name: str) -> Tensor:
 def to_codes(values: Tensor) -> tuple[Tensor, Tensor]:
     """Return int8 codes of finite float32 values, of their shape, and the scale of each block."""
     flat = values.reshape(-1)
-    padded = torch.zeros(blocks_of(len(flat)) * BLOCK)
-    padded[: len(flat)] = flat
-    rows = padded.view(-1, BLOCK)
-    magnitudes = rows.abs()
-    scales = magnitudes.amax(1)
-    # in double precision, so that no share of a large scale is lost; 0 / 0 is a block of zeros
-    shares = magnitudes.double() / torch.where(scales > 0, scales, 1.0).double()[:, None]
-    levels = (shares.log2_().mul_(PER_OCTAVE).round_() + LEVELS).clamp_(1, LEVELS)
-    codes = torch.where(magnitudes > 0, levels, 0.0).to(torch.int8) * rows.sign().to(torch.int8)
-    return codes.view(-1)[: len(flat)].reshape(values.shape), scales
+    codes = torch.empty(len(flat), dtype=torch.int8)
+    scales = torch.empty(blocks_of(len(flat)))
+    for elements, blocks, width in pieces(len(flat)):
+        rows = flat[elements].view(-1, width)
+        magnitudes = rows.abs()
+        largest = scales[blocks] = magnitudes.amax(1)
+        # 0 / 0 is a block of zeros
+        levels = torch.div(magnitudes, torch.where(largest > 0, largest, 1.0)[:, None]).log2_()
+        levels.mul_(PER_OCTAVE).round_().add_(LEVELS).clamp_(1, LEVELS)
+        codes[elements] = (levels * rows.sign()).to(torch.int8).view(-1)
+    return codes.view(values.shape), scales
 
 
 def from_codes(codes: Tensor, scales: Tensor) -> Tensor:
     """Return what codes from −127 to 127 and their scales stand for."""
     flat = codes.reshape(-1)
-    values = _TABLE[flat.int() + LEVELS]
-    return (values * scales.repeat_interleave(BLOCK)[: len(flat)]).reshape(codes.shape)
+    values = torch.empty(len(flat))
+    for elements, blocks, width in pieces(len(flat)):
+        torch.index_select(_TABLE, 0, flat[elements].int().add_(LEVELS), out=values[elements])
+        values[elements].view(-1, width).mul_(scales[blocks][:, None])
+    return values.view(codes.shape)

@@ -37,7 +37,7 @@ def adams(seed: int, steps: int) -> Moments:
     found: Moments = {}
     for name, shape in SHAPES.items():
         first, second = torch.zeros(shape), torch.zeros(shape)
-        scale = torch.pow(10.0, torch.randn(shape, generator=sizes))
+        scale = torch.pow(10.0, torch.randn(shape, generator=sizes) / 2)
         for _ in range(steps):
             gradient = torch.randn(shape, generator=generator) * scale
             first = BETAS[0] * first + (1 - BETAS[0]) * gradient
