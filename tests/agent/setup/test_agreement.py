@@ -149,6 +149,24 @@ def test_agents_of_two_configurations(tmp_path: Path) -> None:
     assert "class 2 is 'd' there, 'c' here (the same classes in another order)" in reason
 
 
+def test_agents_of_which_one_sends_moments(tmp_path: Path) -> None:
+    """Kept or made afresh is all one to a peer; merged is not, and what a snapshot may take is told with moments."""
+    profiles: dict[str, Profile] = {}
+    sizes: dict[str, int] = {}
+    for state in ("kept", "fresh", "merged"):
+        train = {"epochs_per_round": 1, "optimizer_state": state}
+        setup = prepare_agent(tiny_experiment(tmp_path, agent={"name": "agent-1", "insecure": True}, train=train))
+        model = setup.experiment.task.build_model(torch.Generator())
+        profiles[state] = setup.profile(model)
+        sizes[state] = setup.largest_snapshot(model, torch.optim.AdamW(model.parameters()))
+    for one, two, fits in (("kept", "fresh", True), ("kept", "merged", False), ("merged", "fresh", False)):
+        reason = incompatibility(profiles[one], "r", pb.HelloRequest(**profiles[two].fields("r", "b")))
+        assert (reason == "") == fits
+        assert fits or "one of the two sends its optimizer's moments, the other does not: its train.optimizer" in reason
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert sizes["kept"] == sizes["fresh"] <= sizes["merged"] - 2 * 4 * parameters
+
+
 def test_several_differences_are_counted() -> None:
     one = {f"config.{i}": "1" for i in range(4)}
     refusal, _ = greeted(one, dict.fromkeys(one, "2"))
