@@ -137,8 +137,9 @@ class MergedMoments(WeightsView):
     """Own moments merged with peers' that `check_moments` has passed: each is computed when it is asked for.
 
     `own`: as they are now, by name; `own_weight` and the peers' sum to 1; `share`: how far the weights went to the
-    merged ones; `reference` and `ratio` bound the peers', `limit` their first moments (`limit_of`). `exceeded`: by peer
-    how many times as large as the reference its moments were at most, of those that were scaled down.
+    merged ones, and `factors` by parameter where `merge.layers` held one back; `reference` and `ratio` bound the
+    peers', `limit` their first moments (`limit_of`). `exceeded`: by peer how many times as large as the reference its
+    moments were at most, of those that were scaled down.
     """
 
     def __init__(
@@ -152,11 +153,13 @@ class MergedMoments(WeightsView):
         ratio: float,
         limit: float = LIMIT,
         share: float = 1.0,
+        factors: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__(own)
         self._own = own
         self._own_weight = own_weight
         self._share = share
+        self._factors = factors or {}
         self._ratio, self._limit = ratio, limit
         self._reference = reference
         self.exceeded: dict[str, float] = {}
@@ -170,12 +173,13 @@ class MergedMoments(WeightsView):
         wide = own.dtype if own.dtype == torch.float64 else torch.float32
         weight = self._own_weight + sum(w for _, w, moments in self._peers if name not in moments)
         mean = own.to(wide, copy=True)
-        values = mean.clone() if self._share < 1 else mean
+        share = self._share * self._factors.get(parameter_of(name), 1.0)
+        values = mean.clone() if share < 1 else mean
         mean *= weight
         for peer, part, moments in theirs:
             mean.add_(self._bounded(peer, name, moments).to(mean.device, wide), alpha=part)
-        if self._share < 1:
-            mean = values.lerp_(mean, self._share)
+        if share < 1:
+            mean = values.lerp_(mean, share)
         return mean.round_() if entry_of(name) == STEP else mean
 
     def _view(self, peer: PeerMoments, spec: SymmetrySpec | None) -> Weights:

@@ -125,24 +125,26 @@ class ModelState(ABC):
             write_state(each, optimized(self.model, each), held, values, number)
 
     def moments(self) -> dict[str, Tensor]:
-        """Return the optimizer's moments and counts of steps as `<entry>.<parameter>`: its own tensors, which change
-        with it (`dimat.train.moments`)."""
-        return read_moments(self.model, self.optimizer)
+        """Return the optimizers' moments and counts of steps as `<entry>.<parameter>`: their own tensors, which change
+        with them (`dimat.train.moments`)."""
+        return read_moments(self.model, self.optimizers())
 
     def load_moments(self, moments: Mapping[str, Tensor]) -> None:
-        """Take over moments in place, one tensor after the other; all that the optimizer has must be there."""
+        """Take over moments in place, one tensor after the other; all that the optimizers have must be there."""
         with torch.no_grad():
-            write_moments(self.model, self.optimizer, moments)
+            write_moments(self.model, self.optimizers(), moments)
 
     def adopt_moments(self, moments: Mapping[str, Tensor]) -> list[str]:
-        """Let an optimizer that knows nothing of before go on with another agent's moments; return the parameters for
-        which it cannot."""
+        """Let optimizers that know nothing of before go on with another agent's moments.
+
+        Return the parameters for which they cannot.
+        """
         with torch.no_grad():
-            return adopt_moments(self.model, self.optimizer, moments)
+            return adopt_moments(self.model, self.optimizers(), moments)
 
     def momentum_limit(self) -> float:
         """Return how many times the root of a second moment a first moment may be."""
-        return limit_of_momenta(self.optimizer)
+        return limit_of_momenta(self.optimizers())
 
     def clear_optimizer(self) -> None:
         """Let the optimizers know nothing of before."""

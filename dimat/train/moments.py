@@ -1,16 +1,16 @@
-"""An optimizer's moments by name: read, replaced in place, taken over from another agent.
+"""The moments of a model's optimizers by name: read, replaced in place, taken over from another agent.
 
 A moment is a tensor of real numbers in a parameter's state that has the parameter's shape (Adam's moments, momentum,
 sums of squares), or the parameter's count of steps. All else in the state (Adafactor's rows and columns, products of
-momenta, lists) stays the agent's own. Names are those of `dimat.weights.moments`; of an optimizer inside another one
-the entry has its number before it, "1:exp_avg".
+momenta, lists) stays the agent's own. Names are those of `dimat.weights.moments`; of an optimizer inside or
+beside another one the entry has its number before it, "1:exp_avg".
 """
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any, cast
 
@@ -19,35 +19,36 @@ from torch import Tensor, nn
 
 from dimat.device import own_streams, seeded_streams
 from dimat.merge.moments import LIMIT, limit_of
-from dimat.train.optimizer_state import Parameters, family, optimized
+from dimat.train.optimizer_state import Parameters, optimized
 from dimat.weights.moments import STEP
 
 _ENTRY = re.compile(r"\w+")
 
 State = dict[Any, Any]
+Optimizers = Sequence[torch.optim.Optimizer]
 
 
-def read_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return all moments by name: the optimizer's own tensors, where they lie; counts that are no tensors as such."""
+def read_moments(model: nn.Module, optimizers: Optimizers) -> dict[str, Tensor]:
+    """Return all moments by name: the optimizers' own tensors, where they lie; counts that are no tensors as such."""
     return {
         name: torch.tensor(float(value), dtype=torch.float64) if isinstance(value, Real) else value.detach()
-        for name, _, _, value in _moments(model, optimizer)
+        for name, _, _, value in _moments(model, optimizers)
     }
 
 
-def write_moments(model: nn.Module, optimizer: torch.optim.Optimizer, moments: Mapping[str, Tensor]) -> None:
-    """Take over moments in place, one after the other; each of the optimizer's must be there."""
-    for name, state, entry, value in list(_moments(model, optimizer)):
+def write_moments(model: nn.Module, optimizers: Optimizers, moments: Mapping[str, Tensor]) -> None:
+    """Take over moments in place, one after the other; each of the optimizers' must be there."""
+    for name, state, entry, value in list(_moments(model, optimizers)):
         if isinstance(value, Tensor):
             value.copy_(moments[name])
         else:
             state[entry] = type(value)(moments[name].item())
 
 
-def kept_back(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
+def kept_back(model: nn.Module, optimizers: Optimizers) -> list[str]:
     """Return the entries of the state that are no moments and grow with the model, in order of their names."""
     found: set[str] = set()
-    for each in family(optimizer):
+    for each in optimizers:
         for parameter in optimized(model, each).values():
             for entry, value in each.state.get(parameter, {}).items():
                 if not _is_moment(entry, value, parameter) and any(t.numel() > 1 for t in _tensors(value)):
@@ -55,14 +56,14 @@ def kept_back(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
     return sorted(found)
 
 
-def adopt_moments(model: nn.Module, optimizer: torch.optim.Optimizer, moments: Mapping[str, Tensor]) -> list[str]:
-    """Let an optimizer that knows nothing go on with another agent's moments.
+def adopt_moments(model: nn.Module, optimizers: Optimizers, moments: Mapping[str, Tensor]) -> list[str]:
+    """Let optimizers that know nothing go on with another agent's moments.
 
     Return the parameters that begin anew: their state is more than moments, or the moments are not all there.
     """
     anew: list[str] = []
     given = {name.partition(".")[2] for name in moments}
-    for number, each in enumerate(family(optimizer)):
+    for number, each in enumerate(optimizers):
         before = f"{number}:" if number else ""
         for name, parameter in optimized(model, each).items():
             if name not in given:
@@ -83,13 +84,13 @@ def adopt_moments(model: nn.Module, optimizer: torch.optim.Optimizer, moments: M
     return anew
 
 
-def sample_moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return tensors of the names and shapes of the moments that the optimizer will have once it has made a step.
+def sample_moments(model: nn.Module, optimizers: Optimizers) -> dict[str, Tensor]:
+    """Return tensors of the names and shapes of the moments that there will be once each optimizer has made a step.
 
     Where that cannot be told, as many as Adam has, under names at least as long.
     """
     found: dict[str, Tensor] = {}
-    for number, each in enumerate(family(optimizer)):
+    for number, each in enumerate(optimizers):
         before = f"{number}:" if number else ""
         for name, parameter in optimized(model, each).items():
             if not parameter.requires_grad:
@@ -120,10 +121,10 @@ def sample_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> S
     return {key: value for key, value in held.items() if value is not None}
 
 
-def limit_of_momenta(optimizer: torch.optim.Optimizer) -> float:
+def limit_of_momenta(optimizers: Optimizers) -> float:
     """Return how many times the root of a second moment a first moment may be, by the groups' decays."""
     limits: list[float] = []
-    for each in family(optimizer):
+    for each in optimizers:
         for group in each.param_groups:
             betas: Any = group.get("betas")
             if isinstance(betas, tuple | list) and len(pair := cast("list[Any]", list(betas))) == 2:
@@ -138,9 +139,9 @@ def _arguments(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return {key: value for key, value in optimizer.defaults.items() if takes_all or key in named}
 
 
-def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, State, str, Any]]:
+def _moments(model: nn.Module, optimizers: Optimizers) -> Iterator[tuple[str, State, str, Any]]:
     """Give the name of each moment, the state and the entry that it is, and its value."""
-    for number, each in enumerate(family(optimizer)):
+    for number, each in enumerate(optimizers):
         before = f"{number}:" if number else ""
         parameters: Parameters = optimized(model, each)
         for name, parameter in parameters.items():

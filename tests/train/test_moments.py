@@ -19,6 +19,7 @@ from dimat.train.moments import (
     sample_moments,
     write_moments,
 )
+from dimat.train.optimizer_state import family
 from dimat.weights.moments import encode_moments
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -69,7 +70,7 @@ def train(model: nn.Module, optimizer: Optimizer, seed: int, steps: int) -> None
 
 
 def merged_with(own: tuple[nn.Module, Optimizer], other: tuple[nn.Module, Optimizer], encoding: str) -> MergedMoments:
-    mine, sent = read_moments(*own), encode_moments(read_moments(*other), encoding)
+    mine, sent = read_moments(own[0], [own[1]]), encode_moments(read_moments(other[0], [other[1]]), encoding)
     check_moments("lab-b", sent, own[0].state_dict(), mine)
     bound = reference_of(norms_of_moments(mine), mine)
     return MergedMoments(
@@ -79,7 +80,7 @@ def merged_with(own: tuple[nn.Module, Optimizer], other: tuple[nn.Module, Optimi
         None,
         bound,
         ratio=10.0,
-        limit=limit_of_momenta(own[1]),
+        limit=limit_of_momenta([own[1]]),
     )
 
 
@@ -88,16 +89,16 @@ def test_moments_of_every_optimizer_of_torch(name: str) -> None:
     """Each can be read, sent, checked, merged and put back, and training goes on with finite weights; of equal agents
     the merge is what they had. What is no moment is untouched."""
     model, optimizer = stepped(name, 1)
-    moments = read_moments(model, optimizer)
+    moments = read_moments(model, [optimizer])
     assert bool(moments) != (name in NONE_OF_ITS_OWN)
     before = copy.deepcopy(optimizer.state_dict()["state"])
     same = merged_with((model, optimizer), stepped(name, 1), "fp32")
-    write_moments(model, optimizer, same)
+    write_moments(model, [optimizer], same)
     torch.testing.assert_close(optimizer.state_dict()["state"], before, rtol=1e-5, atol=1e-9)
     mixed = merged_with((model, optimizer), stepped(name, 2), "int8")
     expected = {entry: tensor.clone() for entry, tensor in mixed.items()}
-    write_moments(model, optimizer, mixed)
-    now = read_moments(model, optimizer)
+    write_moments(model, [optimizer], mixed)
+    now = read_moments(model, [optimizer])
     assert all(torch.equal(now[entry], tensor) for entry, tensor in expected.items())
     train(model, optimizer, 3, 5)
     assert all(bool(p.isfinite().all()) for p in model.parameters())
@@ -110,7 +111,7 @@ def test_a_newcomer_goes_on_with_anothers_moments(name: str) -> None:
     model, optimizer = stepped(name, 1)
     young = copy.deepcopy(model)
     fresh = optimizer_of(name, young)
-    anew = adopt_moments(young, fresh, read_moments(model, optimizer))
+    anew = adopt_moments(young, [fresh], read_moments(model, [optimizer]))
     if name in IN_PART:
         assert anew == ([] if name in NONE_OF_ITS_OWN else ["0.weight", "2.weight"])
         assert not fresh.state
@@ -126,22 +127,23 @@ def test_names_and_shapes_are_known_before_the_first_step(name: str) -> None:
     """So that bytes can be told before anything is trained."""
     model, optimizer = stepped(name, 1)
     young = network()
-    sample = sample_moments(young, optimizer_of(name, young))
-    found = read_moments(model, optimizer)
+    sample = sample_moments(young, [optimizer_of(name, young)])
+    found = read_moments(model, [optimizer])
     assert {entry: tensor.shape for entry, tensor in sample.items()} == {e: t.shape for e, t in found.items()}
 
 
 def test_an_optimizer_that_cannot_be_told_is_taken_to_have_two_moments() -> None:
     """LBFGS wants a closure; the estimate is an upper bound."""
     young = network()
-    sample = sample_moments(young, optimizer_of("LBFGS", young))
+    sample = sample_moments(young, [optimizer_of("LBFGS", young)])
     assert sum(tensor.numel() for tensor in sample.values() if tensor.ndim) == 2 * (30 * 50 + 50 * 4)
 
 
 def test_what_is_kept_back_is_named() -> None:
     """Adafactor's rows and columns; none of Adam."""
-    assert kept_back(*stepped("Adafactor", 1)) == ["col_var", "row_var"]
-    assert kept_back(*stepped("AdamW", 1)) == []
+    for name, entries in (("Adafactor", ["col_var", "row_var"]), ("AdamW", [])):
+        model, optimizer = stepped(name, 1)
+        assert kept_back(model, [optimizer]) == entries
 
 
 class Counting(Optimizer):
@@ -171,11 +173,11 @@ def test_counts_that_are_plain_numbers() -> None:
         optimizer = Counting(model.parameters())
         train(model, optimizer, steps, steps)
         pairs.append((model, optimizer))
-    write_moments(*pairs[0], merged_with(pairs[0], pairs[1], "int8"))
+    write_moments(pairs[0][0], [pairs[0][1]], merged_with(pairs[0], pairs[1], "int8"))
     assert [state["step"] for state in pairs[0][1].state.values()] == [4, 4]
     young = network()
     fresh = Counting(young.parameters())
-    assert adopt_moments(young, fresh, read_moments(*pairs[0])) == []
+    assert adopt_moments(young, [fresh], read_moments(pairs[0][0], [pairs[0][1]])) == []
     assert [type(state["step"]) for state in fresh.state.values()] == [int, int]
 
 
@@ -200,9 +202,9 @@ def test_an_optimizer_inside_another_one() -> None:
     model = network()
     around = Around(torch.optim.Adam(model.parameters()))
     train(model, around, 1, 3)
-    moments = read_moments(model, around)
+    moments = read_moments(model, family(around))
     assert {name.partition(".")[0] for name in moments} == {"slow", "1:exp_avg", "1:exp_avg_sq", "1:step"}
-    write_moments(model, around, {name: tensor * 2 for name, tensor in moments.items()})
+    write_moments(model, family(around), {name: tensor * 2 for name, tensor in moments.items()})
     first = next(iter(model.parameters()))
     assert float(around.inner.state[first]["step"]) == 6
     assert around.inner.state[first]["exp_avg"] is not None
@@ -212,5 +214,5 @@ def test_an_optimizer_inside_another_one() -> None:
 def test_limits_by_the_groups_decays() -> None:
     """The largest of all groups; ten where the optimizer has no pair of decays."""
     model = network()
-    assert limit_of_momenta(torch.optim.Adam(model.parameters(), betas=(0.5, 0.999))) == pytest.approx(18.27, abs=0.1)
-    assert limit_of_momenta(torch.optim.SGD(model.parameters(), lr=0.1)) == 10.0
+    assert limit_of_momenta([torch.optim.Adam(model.parameters(), betas=(0.5, 0.999))]) == pytest.approx(18.27, abs=0.1)
+    assert limit_of_momenta([torch.optim.SGD(model.parameters(), lr=0.1)]) == 10.0

@@ -38,7 +38,7 @@ class Needs:
 def needs_of(trainer: ModelTrainer, setup: PreparedAgent, peers: int) -> Needs:
     """Return what an agent with this model, this optimizer and so many peers needs."""
     model, agent = trainer.model, setup.config.agent
-    size = setup.largest_snapshot(model, trainer.optimizer)
+    size = setup.largest_snapshot(model, trainer.optimizers())
     state = int(state_share(trainer.optimizer) * _trained(model))
     keep = setup.schedule.snapshots_kept(agent.keep_snapshots)
     disk = needed_bytes(size, state, peers, keep, agent.keep_checkpoints)

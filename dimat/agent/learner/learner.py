@@ -109,7 +109,7 @@ class Learner:
         self.trainer = custom_trainer or self._new_trainer(train)
         self._norms = OwnNorms(self.trainer, used=not self._plan.keep_not_finite)
         if config.train.optimizer_state == "merged":
-            self._moments = SharedMoments(self.trainer, config.exchange.moments, self._plan.most)
+            self._moments = SharedMoments(self.trainer, config.exchange.moments, self._plan)
 
     def _new_trainer(self, train: Data) -> Trainer:
         config = self.config

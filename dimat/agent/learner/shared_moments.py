@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from dimat.config import ExperimentConfig
-from dimat.merge import MergeOutcome
+from dimat.merge import MergeOutcome, MergePlan
 from dimat.merge.moments import (
     MergedMoments,
     PeerMoments,
@@ -18,10 +18,12 @@ from dimat.merge.moments import (
     norms_of_moments,
     reference_of,
 )
+from dimat.merge.natures import natures_of
 from dimat.merge.stages import Weights
 from dimat.symmetry import SymmetrySpec
 from dimat.train.base import ModelTrainer
 from dimat.train.moments import kept_back, sample_moments
+from dimat.train.optimizer_state import family
 from dimat.train.optimizers import build_optimizer
 from dimat.weights.moments import encode_moments
 
@@ -29,13 +31,14 @@ from dimat.weights.moments import encode_moments
 class SharedMoments:
     """The moments of one agent's optimizer in `train.optimizer_state = "merged"`.
 
-    `encoding`: in which they travel; `norms`: those that own training has made them have, empty before the first.
+    `encoding`: in which they travel; `plan`: of the merges, which bounds what peers send and may hold layers back;
+    `norms`: those that own training has made them have, empty before the first.
     """
 
-    def __init__(self, trainer: ModelTrainer, encoding: str, ratio: float) -> None:
+    def __init__(self, trainer: ModelTrainer, encoding: str, plan: MergePlan) -> None:
         self._trainer = trainer
         self._encoding = encoding
-        self._ratio = ratio
+        self._plan = plan
         self._told = False
         self.norms: dict[str, float] = {}
 
@@ -57,7 +60,7 @@ class SharedMoments:
             return ()
         self._told = True
         kind = type(self._trainer.optimizer).__name__
-        held = kept_back(self._trainer.model, self._trainer.optimizer)
+        held = kept_back(self._trainer.model, self._trainer.optimizers())
         if not held:
             return ()
         return (
@@ -78,7 +81,8 @@ class SharedMoments:
 
         `came`: by peer what travelled beside its weights.
         """
-        own = self._trainer.moments()
+        own, model = self._trainer.moments(), self._trainer.model
+        weights = model.state_dict()
         peers = [
             PeerMoments(name, weight, came.get(name, {}), outcome.permutations.get(name, {}))
             for name, weight in outcome.mixing.items()
@@ -90,14 +94,15 @@ class SharedMoments:
             peers,
             spec,
             reference_of(self.norms, own),
-            ratio=self._ratio,
+            ratio=self._plan.most,
             limit=self._trainer.momentum_limit(),
             share=outcome.accepted,
+            factors=self._plan.factors(weights, natures_of(weights, model)),
         )
         self._trainer.load_moments(merged)
         return tuple(
             f"{peer}: its optimizer's moments are up to {factor:.3g} times as large as our own training has made ours; "
-            f"they count as {self._ratio:g} times"
+            f"they count as {self._plan.most:g} times"
             for peer, factor in merged.exceeded.items()
         )
 
@@ -112,15 +117,16 @@ class SharedMoments:
 
 
 def sample_encoded(
-    config: ExperimentConfig, model: nn.Module, optimizer: torch.optim.Optimizer | None = None
+    config: ExperimentConfig, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer] = ()
 ) -> Weights:
     """Return tensors of the names, shapes and types that moments will travel as; none where they are not merged.
 
-    `optimizer`: the model's; that of the configuration where it is not given.
+    `optimizers`: the model's; that of the configuration where none is given.
     """
     if config.train.optimizer_state != "merged":
         return {}
-    made = optimizer or build_optimizer(
-        model, config.train.optimizer, precision=config.train.precision, folder=Path(config.folder)
-    )
-    return encode_moments(sample_moments(model, made), config.exchange.moments)
+    if not optimizers:
+        folder = Path(config.folder)
+        made = build_optimizer(model, config.train.optimizer, precision=config.train.precision, folder=folder)
+        optimizers = family(made)
+    return encode_moments(sample_moments(model, optimizers), config.exchange.moments)

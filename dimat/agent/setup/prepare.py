@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,12 +89,12 @@ class PreparedAgent:
         part = part_of(self.config, self.name, agents, str(experiment.loaded.plan.accept))
         return experiment.loaded.learner(self.name, self.config, self.indices, store, part=part, trainer=trainer)
 
-    def largest_snapshot(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    def largest_snapshot(self, model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> int:
         """Return the most bytes that a snapshot of this run takes, in any encoding, statistics and moments beside it.
-        `optimizer`: the model's."""
+        `optimizers`: the model's."""
         # peers may send moments in any type, and those in fp32 are the largest
         widest = self.config.model_copy(update={"exchange": ExchangeConfig(moments="fp32")})
-        snapshot = self.experiment.loaded.sample_snapshot(model, sample_encoded(widest, model, optimizer))
+        snapshot = self.experiment.loaded.sample_snapshot(model, sample_encoded(widest, model, optimizers))
         return max(encoded_bytes(snapshot, encoding) for encoding in ENCODINGS)
 
     def listen_address(self) -> str:

@@ -20,6 +20,7 @@ from dimat.agent.learner.learner import Learner
 from dimat.agent.learner.shared_moments import SharedMoments
 from dimat.agent.protocol.basis import BasisId
 from dimat.agent.protocol.state import MachineState
+from dimat.merge import plan_merge
 from dimat.symmetry import random_permutations
 from dimat.symmetry.moments import move_state
 from tests.agent.learner.rounds import merged, trained
@@ -71,6 +72,17 @@ def test_moments_are_averaged_with_the_weights(tmp_path: Path, moments: str) -> 
     tolerance = {"fp32": 1e-5, "bf16": 1e-2, "int8": 0.1}[moments]
     for name, tensor in one.trainer.moments().items():
         torch.testing.assert_close(tensor, 0.7 * own[name] + 0.3 * other[name], rtol=tolerance, atol=1e-6)
+
+
+def test_layers_that_are_held_back_hold_their_moments_back(tmp_path: Path) -> None:
+    """`merge.layers` and `merge.outer`: an own head keeps its moments, and half a step is half a step of both."""
+    merge = {"method": "average", "layers": {"5.*": 0.0}, "outer": {"name": "none", "lr": 0.5}}
+    one, two, _, theirs = pair(tmp_path, merge=merge)
+    own, other = copies(one), copies(two)
+    merged(one, 1, 0.5, [("two", theirs, 0.5, True)], "none")
+    for name, tensor in one.trainer.moments().items():
+        part = 0.0 if ".5." in name else 0.25
+        torch.testing.assert_close(tensor, own[name].lerp(other[name], part), rtol=1e-5, atol=1e-8)
 
 
 def test_a_peer_without_moments_counts_with_its_weights(tmp_path: Path) -> None:
@@ -243,7 +255,7 @@ def test_moments_move_with_the_basis(tmp_path: Path) -> None:
 def test_the_reference_follows_own_training_alone(tmp_path: Path) -> None:
     """A merge leaves it as it was."""
     one, _, _, theirs = pair(tmp_path)
-    held = SharedMoments(one.trainer, "fp32", 10.0)
+    held = SharedMoments(one.trainer, "fp32", plan_merge(one.config.merge))
     held.after_training({})
     before = dict(held.norms)
     assert before == held.norms_now() == one.checkpoint(STATE).moment_norms

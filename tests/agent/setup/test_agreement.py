@@ -158,7 +158,7 @@ def test_agents_of_which_one_sends_moments(tmp_path: Path) -> None:
         setup = prepare_agent(tiny_experiment(tmp_path, agent={"name": "agent-1", "insecure": True}, train=train))
         model = setup.experiment.task.build_model(torch.Generator())
         profiles[state] = setup.profile(model)
-        sizes[state] = setup.largest_snapshot(model, torch.optim.AdamW(model.parameters()))
+        sizes[state] = setup.largest_snapshot(model, [torch.optim.AdamW(model.parameters())])
     for one, two, fits in (("kept", "fresh", True), ("kept", "merged", False), ("merged", "fresh", False)):
         reason = incompatibility(profiles[one], "r", pb.HelloRequest(**profiles[two].fields("r", "b")))
         assert (reason == "") == fits
