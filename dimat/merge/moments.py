@@ -1,4 +1,4 @@
-"""Optimizers' moments of a merge: those of peers are checked and bounded, and averaged with the weights' own mixing.
+"""Optimizers' moments in a merge: peers' are checked, bounded and averaged as weights are.
 
 After a merge that was kept a moment is Σ_i w_i m_i over own (first) and the peers that were in it, in own's basis; of a
 share s of the way to the merged weights, own + s (mean − own). w_i are the mixing weights of the weights' merge, in

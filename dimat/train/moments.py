@@ -1,4 +1,4 @@
-"""The moments of a model's optimizers by name: read, replaced in place, taken over from another agent.
+"""Moments of a model's optimizers by name: read, replaced, taken over from another agent.
 
 A moment is a tensor of real numbers in a parameter's state that has the parameter's shape (Adam's moments, momentum,
 sums of squares), or the parameter's count of steps. All else in the state (Adafactor's rows and columns, products of

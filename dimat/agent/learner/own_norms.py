@@ -1,4 +1,4 @@
-"""Norms of an agent's weights as own training has made them, by which its merges are bounded (`dimat.merge.growth`)."""
+"""Norms of weights as own training has made them, by which merges are bounded."""
 
 from __future__ import annotations
 

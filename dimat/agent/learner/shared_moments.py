@@ -1,4 +1,4 @@
-"""Optimizer moments of one agent on their way: sent beside its weights, bounded, merged, adopted."""
+"""An agent's optimizer moments: sent beside its weights, bounded, merged, adopted."""
 
 from __future__ import annotations
 
