@@ -1,4 +1,4 @@
-"""Moments of optimizers on their way: in 8-bit logarithmic codes by block, in bf16 or in fp32.
+"""Moments of optimizers on their way: in 8-bit logarithmic codes, in bf16 or in fp32.
 
 A moment is an entry of an optimizer's state that has its parameter's shape, named `<entry>.<parameter>`
 ("exp_avg.conv1.weight"). It travels as a tensor `moment.<entry>.<parameter>`, int8 codes with their scales as
