@@ -31,7 +31,7 @@ from dimat.merge.matching.assignment import moved_share
 from dimat.merge.natures import Natures, natures_of
 from dimat.merge.outer import held_back, layer_factors, outer_registry
 from dimat.merge.registry import CONTEXT, accept_registry, align_registry, combine_registry, repair_registry
-from dimat.merge.screen import MAX_NORM_RATIO, norm_of, screen
+from dimat.merge.screen import MAX_NORM_RATIO, check_usual, norm_of, screen
 from dimat.merge.settled import Shield, not_finite
 from dimat.merge.shared_statistics import OWN, TakeStatistics, check_statistics, in_order
 from dimat.merge.stages import Accepted, Aligned, Permutations, Repaired, StageTimer, Weights
@@ -171,6 +171,7 @@ def merge(
     """
     check_mixing([own_weight, *(peer.weight for peer in peers)])
     clock = StageTimer()
+    check_usual(own)
     natures = natures_of(own, context.model)
     own_norm = _check_own(own, context, natures, plan)
     statistics = context.aux or {}

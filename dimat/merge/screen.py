@@ -47,6 +47,8 @@ def screen(
     squares: dict[str, float] = {}
     for key, ours in own.items():
         theirs = peer[key]
+        if fault := unusual(theirs):
+            raise PeerError(f"{name}: tensor {key!r} {fault}")
         if theirs.shape != ours.shape or theirs.dtype != ours.dtype:
             raise PeerError(f"{name}: tensor {key!r} is {_describe(theirs)}, ours {_describe(ours)}")
         nature = natures.of(key)
@@ -79,6 +81,23 @@ def screen(
             f"largest tensor {largest!r}"
         )
     return 0.0
+
+
+def unusual(tensor: Tensor) -> str:
+    """Return why a tensor's numbers cannot be read one by one, "" where they can."""
+    if tensor.layout != torch.strided:
+        kind = str(tensor.layout).removeprefix("torch.").removeprefix("_")
+        return f"is {kind.replace('_', ' ')}; give it dense, by to_dense()"
+    if tensor.is_quantized:
+        return "is quantised; give it dequantised, by dequantize()"
+    return "has no values (it is on the meta device); load the model first" if tensor.is_meta else ""
+
+
+def check_usual(own: Weights) -> None:
+    """Raise MergeError for own weights whose numbers cannot be read one by one."""
+    for key, tensor in own.items():
+        if fault := unusual(tensor):
+            raise MergeError(f"own weights: tensor {key!r} {fault}")
 
 
 def norms_of(own: Weights, natures: Natures = UNKNOWN, *, lenient: bool = False) -> dict[str, float]:

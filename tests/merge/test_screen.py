@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dimat import merge_weights
 from dimat.errors import MergeError, PeerError
 from dimat.merge.screen import norm_of, screen
 
@@ -74,3 +75,16 @@ def test_own_weights_that_are_not_finite_are_an_error() -> None:
     """Nothing sensible can be merged into them."""
     with pytest.raises(MergeError, match="own weights: tensor 'bias' holds 1"):
         norm_of(weights() | {"bias": torch.tensor([torch.inf])})
+
+
+def test_tensors_whose_numbers_cannot_be_read_one_by_one_are_told() -> None:
+    """Reference: torch's own kinds of tensors; own weights and a peer's, in one line."""
+    dense = {"w": torch.eye(3)}
+    for odd, message in (
+        (torch.eye(3).to_sparse(), "is sparse coo; give it dense"),
+        (torch.empty(3, 3, device="meta"), "has no values"),
+    ):
+        with pytest.raises(MergeError, match=f"own weights: tensor 'w' {message}"):
+            merge_weights({"w": odd}, [dense], [0.5, 0.5], method="average")
+        with pytest.raises(PeerError, match=f"tensor 'w' {message}"):
+            merge_weights(dense, [{"w": odd}], [0.5, 0.5], method="average")
