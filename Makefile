@@ -11,6 +11,9 @@ ZOO_ARGS ?=
 
 PROTO := build/proto-venv
 
+# tests start hundreds of processes, each of which would compile dimat anew where bytecode is not kept
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
+
 .PHONY: help install setup demo test test-all test-times lint format index docs proto proto-check zoo bench bench-quick screenshots clean
 
 help:  ## Show this list
@@ -35,13 +38,13 @@ demo: $(VENV)/.run  ## Set up, then run the main job on bundled data (about two 
 	$(BIN)/dimat demo $(DEMO_ARGS)
 
 test: $(VENV)/.dev  ## Set up, then run all tests but for what `test-all` adds
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 test-all: $(VENV)/.dev  ## Run all tests, with 5,000 fault schedules more (five CPU-minutes)
-	$(BIN)/python -m pytest --all $(PYTEST_ARGS)
+	$(PYTEST) --all $(PYTEST_ARGS)
 
 test-times: $(VENV)/.dev  ## Run the tests and list what each costs in CPU-seconds, its processes included
-	$(BIN)/python -m pytest -p tests.times $(PYTEST_ARGS)
+	$(PYTEST) -p tests.times $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev  ## Check style, types and the import floors
 	$(BIN)/ruff check .

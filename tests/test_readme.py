@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.forks import dimat
 from tests.pages import README, ROOT
 from tests.pages import blocks as all_blocks
 
@@ -21,6 +22,7 @@ SHORT = {
     "DIMAT_SCHEDULE__ROUNDS": "1",
     "DIMAT_TRAIN__FIRST_ROUND_EPOCHS": "0.2",
     "DIMAT_TRAIN__EPOCHS_PER_ROUND": "0.2",
+    "DIMAT_SIMULATE__WORKERS": "1",  # results are the same, and importing torch in workers takes longer than training
 }
 
 
@@ -36,7 +38,7 @@ def commands(start: str) -> list[list[str]]:
 
 def execute(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
-        [sys.executable, "-m", "dimat.cli", *command[1:]],
+        [dimat(), *command[1:]],
         cwd=folder,
         env={**os.environ, **SHORT},
         capture_output=True,
@@ -73,12 +75,12 @@ def test_commands_of_real_agents(tmp_path: Path) -> None:
                     other_ports(tmp_path / "trio" / "map.toml")
                 case ["agent", *words]:
                     words = [word for word in words if word != "&"]
-                    program = [sys.executable, "-m", "dimat.cli", "agent", *words]
+                    program = [dimat(), "agent", *words]
                     running.append(subprocess.Popen(program, cwd=tmp_path, env={**os.environ, **SHORT}))
                 case ["status", *_]:
                     assert [process.wait(200) for process in running] == [0, 0, 0]
                     done = subprocess.run(
-                        [sys.executable, "-m", "dimat.cli", *command[1:]],
+                        [dimat(), *command[1:]],
                         cwd=tmp_path,
                         capture_output=True,
                         text=True,
@@ -96,6 +98,7 @@ def test_commands_of_real_agents(tmp_path: Path) -> None:
     assert (tmp_path / "trio" / "keys" / "lab-d.crt").exists()
 
 
+@pytest.mark.page
 def test_python_example(monkeypatch: pytest.MonkeyPatch) -> None:
     """README, "From Python": the six names, as pasted; alignment keeps the function."""
     for key, value in SHORT.items():

@@ -243,7 +243,9 @@ def test_keys_that_are_left_out_have_the_defaults_of_the_architecture(
 def test_llama_and_mistral_compute_alike() -> None:
     """That their weights may be merged rests on this: of the same tensors and settings, the same outputs."""
     from dimat.tasks.huggingface.library import library
+    from tests.symmetry.zoo import _torchvision_models as torchvision_models
 
+    torchvision_models()  # if an earlier test loaded transformers, it fails with a torchvision of another build
     hf: Any = library("transformers")
     sizes = SIZES | {"intermediate_size": 64, "num_hidden_layers": 2, "num_key_value_heads": 2}
     llama = hf.LlamaForCausalLM(hf.LlamaConfig(**sizes)).eval()

@@ -7,7 +7,7 @@ import asyncio
 import json
 import os
 import signal
-import sys
+import subprocess
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -19,6 +19,7 @@ import pytest
 from dimat.errors import NetworkError
 from dimat.net.transport import Fetched
 from dimat.weights.snapshot import Manifest
+from tests.forks import Process, start
 from tests.net.agents import BLOCK, QUICK, Agent, make, pair, started, update_neighbours, weights
 from tests.net.lone import WIDE
 
@@ -27,16 +28,16 @@ MIB = 2**20
 
 
 class Lone:
-    """An agent in a process of its own."""
+    """An agent in a process of its own, with what it says."""
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, process: Process | subprocess.Popen[bytes], said: asyncio.StreamReader) -> None:
         self.process = process
+        self._said = said
 
     async def says(self, key: str, least: int = 0) -> Any:
         """Wait for a line with a value, of at least that much where it is a number."""
-        assert self.process.stdout is not None
         async with asyncio.timeout(120):
-            while line := await self.process.stdout.readline():
+            while line := await self._said.readline():
                 value = json.loads(line).get(key)
                 if value is not None and (not isinstance(value, int) or value >= least):
                     return value
@@ -46,28 +47,30 @@ class Lone:
         self.process.send_signal(number)
 
     async def kill(self) -> None:
-        if self.process.returncode is None:
+        if self.process.poll() is None:
             self.process.kill()
-        await self.process.wait()
+        await asyncio.to_thread(self.process.wait)
 
 
 @asynccontextmanager
 async def lone(*arguments: str, mb_s: str = "") -> AsyncGenerator[Lone]:
     """Start an agent in a process, and kill it at the end."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "tests.net.lone",
-        *arguments,
-        stdout=asyncio.subprocess.PIPE,
-        env=os.environ | {"LONE_MB_S": mb_s, "PYTHONWARNINGS": "default"},
-    )
-    agent = Lone(process)
+    ours, theirs = os.pipe()
+    said = asyncio.StreamReader()
+    try:
+        process = start(
+            ["-m", "tests.net.lone", *arguments], env=os.environ | {"LONE_MB_S": mb_s}, stdout=theirs, stderr=2
+        )
+    finally:
+        os.close(theirs)
+    loop = asyncio.get_running_loop()
+    pipe, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(said), os.fdopen(ours, "rb"))
+    agent = Lone(process, said)
     try:
         yield agent
     finally:
         await agent.kill()
-        process._transport.close()  # type: ignore[attr-defined]
+        pipe.close()
 
 
 def reader(tmp_path: Path, **more: Any) -> Agent:
