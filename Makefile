@@ -40,7 +40,7 @@ demo: $(VENV)/.run  ## Set up, then run the main job on bundled data (about two 
 test: $(VENV)/.dev  ## Set up, then run all tests but for what `test-all` adds
 	$(PYTEST) $(PYTEST_ARGS)
 
-test-all: $(VENV)/.dev  ## Run all tests, with 5,000 fault schedules more (five CPU-minutes)
+test-all: $(VENV)/.dev  ## Run all tests, with 5,000 more fault schedules and larger cases (many CPU-minutes)
 	$(PYTEST) --all $(PYTEST_ARGS)
 
 test-times: $(VENV)/.dev  ## Run the tests and list what each costs in CPU-seconds, its processes included

@@ -60,8 +60,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("dimat", "how much is tested")
-    group.addoption("--all", action="store_true", help="all fault schedules, as `make test-all`")
+    group.addoption("--all", action="store_true", help="all fault schedules and larger cases, as `make test-all`")
     group.addoption("--fault-seed", type=int, help="the first seed of the fault schedules (default: by the commit)")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Leave larger cases to `--all`."""
+    if item.get_closest_marker("more") is not None and not item.config.getoption("all"):
+        pytest.skip("a larger case, with --all")
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

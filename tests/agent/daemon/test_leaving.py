@@ -65,7 +65,7 @@ def test_while_a_transfer_is_let_end(tmp_path: Path, free_ports: list[int]) -> N
         interrupt(net, slow)
         net.wait_for("lab-a", "AgentLeft", timeout=30)
         # lab-b is served on, and lab-a waits for that
-        time.sleep(10)
+        time.sleep(5)
         assert slow.process.poll() is None
         assert comes_in(net, "lab-b", "lab-a")
         slow.signal(signal.SIGINT)

@@ -18,14 +18,13 @@ from tests.agent.processes import check_ledgers, network
 pytestmark = [pytest.mark.slow, pytest.mark.live]
 
 
-@pytest.mark.parametrize(("count", "rounds", "all_tests"), [(12, 4, False), (12, 20, True), (20, 20, True)])
-def test_a_complete_graph(
-    tmp_path: Path, request: pytest.FixtureRequest, count: int, rounds: int, all_tests: bool
-) -> None:
+MORE = [pytest.param(12, 20, marks=pytest.mark.more), pytest.param(20, 20, marks=pytest.mark.more)]
+
+
+@pytest.mark.parametrize(("count", "rounds"), [(8, 4), *MORE])
+def test_a_complete_graph(tmp_path: Path, count: int, rounds: int) -> None:
     """All finish all rounds; in each round but the first, when some may not be there yet, each merges with all that
     were in time, and nearly all were; what lies in the folders has its address."""
-    if all_tests and not request.config.getoption("all"):
-        pytest.skip("minutes of CPU time: with --all")
     names = [f"agent-{place:02}" for place in range(count)]
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in names]

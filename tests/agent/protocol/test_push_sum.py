@@ -8,7 +8,7 @@ import random
 
 import networkx as nx
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dimat.agent.protocol.plan import PushShares
@@ -86,6 +86,7 @@ def test_weight_is_never_lost_only_late(graph: nx.DiGraph, data: st.DataObject) 
             assert net.ledgers[b].taken.get(str(a), 0.0) <= net.offer(a, b)
 
 
+@settings(max_examples=40)  # each is 400 rounds
 @given(graph=digraphs(), data=st.data())
 def test_without_losses_all_tend_to_the_mean(graph: nx.DiGraph, data: st.DataObject) -> None:
     """Synchronous rounds on any strongly connected directed graph: Σ yθ is conserved, and θ tends to the mean of the
