@@ -112,7 +112,7 @@ def run(folder: Path, width: int, rounds: int, *optimizer: str) -> dict[str, Any
     words = ["-m", "tests.agent.daemon.peak", str(folder), str(width), "2", str(rounds), *optimizer]
     with said.open("wb") as stream:
         process = start(words, env=os.environ, stdout=stream.fileno(), stderr=stream.fileno())
-    assert process.wait(110) == 0, said.read_text()
+    assert process.wait(250) == 0, said.read_text()
     return json.loads(said.read_text().splitlines()[-1])
 
 
