@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from dimat.symmetry.atoms import Frozen, LayoutError
-from dimat.symmetry.forms import Form, form_of, made
+from dimat.symmetry.atoms import Frozen, Layout, LayoutError
+from dimat.symmetry.forms import Form, form_of, made, taken_apart
 from dimat.symmetry.layout import Domain
-from dimat.symmetry.rules import Call, NoRule, Value, find_rule
+from dimat.symmetry.rules import Call, NoRule, Value, create, find_rule, random
 from dimat.symmetry.rules.call import Abstract, op_name
+from dimat.symmetry.spec import View
 from dimat.symmetry.trace import Trace, shape_of
+from dimat.symmetry.views import part_name
 
 _LARGEST_CONSTANT = 1 << 26
 """Constants with more entries than this are frozen without a look at their values."""
@@ -49,6 +51,8 @@ class Analysis:
     unknown: dict[fx.Node, tuple[str, str]] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)
     forms: dict[tuple[str, int], Form] = field(default_factory=dict)
+    parts: dict[str, int] = field(default_factory=dict)
+    views: dict[str, list[View]] = field(default_factory=dict)
     from_input: set[fx.Node] = field(default_factory=set)
 
     def all_values(self) -> list[Value]:
@@ -62,25 +66,41 @@ class Analysis:
 def interpret(trace: Trace, outputs: tuple[int, ...]) -> Analysis:
     """Derive the layouts of a traced module whose outputs of the given indices must not change.
 
-    An axis that turns out to be several in one (query, key and value in one projection) is taken apart, and the
-    graph is run again.
+    An axis that turns out to be several in one (query, key and value in one projection) is taken apart, and so is a
+    tensor that is several in one (layers on top of each other), and the graph is run again.
     """
-    analysis = _once(trace, outputs, {})
+    analysis = _once(trace, outputs, {}, {})
     for _ in range(_MOST_RESTARTS):
+        parts = {
+            name: dim
+            for name, value in analysis.tensors.items()
+            if name in trace.shapes and name not in analysis.parts
+            if (dim := _numbered(analysis, value)) is not None
+        }
         forms = {
             place: form
             for (name, value) in analysis.tensors.items()
             for place, layout in (((name, dim), layout) for dim, layout in enumerate(value.dims))
-            if place not in analysis.forms and (form := form_of(analysis.domain, layout))
+            if name not in parts and place not in analysis.forms and (form := form_of(analysis.domain, layout))
         }
-        if not forms:
+        if not forms and not parts:
             break
-        analysis = _once(trace, outputs, {**analysis.forms, **forms})
+        analysis = _once(trace, outputs, {**analysis.forms, **forms}, {**analysis.parts, **parts})
     return analysis
 
 
-def _once(trace: Trace, outputs: tuple[int, ...], forms: dict[tuple[str, int], Form]) -> Analysis:
-    analysis = Analysis(forms=forms)
+def _numbered(analysis: Analysis, value: Value) -> int | None:
+    """Return the axis of a parameter, if any, that was taken index by index, others being there to move."""
+    for dim, layout in enumerate(value.dims):
+        if any(n > 1 for d, n in enumerate(value.shape) if d != dim) and taken_apart(analysis.domain, layout):
+            return dim
+    return None
+
+
+def _once(
+    trace: Trace, outputs: tuple[int, ...], forms: dict[tuple[str, int], Form], parts: dict[str, int]
+) -> Analysis:
+    analysis = Analysis(forms=forms, parts=parts)
     for path in (trace, *trace.others):
         for node in path.nodes:
             if node.op == "placeholder":
@@ -89,14 +109,38 @@ def _once(trace: Trace, outputs: tuple[int, ...], forms: dict[tuple[str, int], F
                 _freeze_outputs(analysis, path, outputs)
             else:
                 _visit(analysis, path.module, node)
-                if any(source in analysis.from_input for source in node.all_input_nodes):
+                if not _is_blank(node) and any(source in analysis.from_input for source in node.all_input_nodes):
                     analysis.from_input.add(node)
     # resolving may still freeze what cannot be written down, and that may reach other layouts
     for _ in range(2):
         for layout in [layout for value in analysis.all_values() for layout in value.dims]:
             analysis.domain.resolve(layout)
     analysis.domain.pair_lookups()
+    for name, dim in parts.items():
+        _part(analysis, trace, name, dim)
     return analysis
+
+
+def _part(analysis: Analysis, trace: Trace, name: str, dim: int) -> None:
+    """Put the parts of a tensor in its place among `tensors`, if its parts are still apart."""
+    value, domain = analysis.tensors.get(name), analysis.domain
+    choice = None if value is None else domain.choice_of(value.dims[dim])
+    if value is None or choice is None or not any(domain.cases_of(layout) for layout in value.dims):
+        return
+    others = (*value.dims[:dim], *value.dims[dim + 1 :])
+    views = [View(part_name(name, dim, number), (name,), dim, number) for number in range(choice.size)]
+    for number, view in enumerate(views):
+        analysis.tensors[view.tensor] = Value(tuple(domain.choose(layout, choice, number) for layout in others))
+    analysis.views[name] = views
+    del analysis.tensors[name]
+    if name in analysis.used:
+        analysis.used |= {view.tensor for view in views}
+
+
+def _is_blank(node: fx.Node) -> bool:
+    """Tell whether a node makes a tensor that has only its size from what it is given: zeros, a draw."""
+    function = find_rule(node.target)
+    return function is create.constant or function is random.draw
 
 
 def _placeholder(analysis: Analysis, trace: Trace, node: fx.Node) -> Abstract:
@@ -123,8 +167,18 @@ def _parameter(analysis: Analysis, trace: Trace, name: str, node: str) -> Value:
         return _fixed(domain, shape, Frozen("integer tensor", node))
     if name in trace.entangled:
         return _fixed(domain, shape, Frozen("shares memory with another tensor in part", node))
-    forms = (analysis.forms.get((name, dim)) for dim in range(len(shape)))
-    return Value(tuple(made(domain, form) if form else domain.fresh(size) for form, size in zip(forms, shape)))
+
+    def axis(name: str, dim: int, size: int) -> Layout:
+        form = analysis.forms.get((name, dim))
+        return made(domain, form) if form else domain.fresh(size)
+
+    if name not in analysis.parts:
+        return Value(tuple(axis(name, dim, size) for dim, size in enumerate(shape)))
+    apart = analysis.parts[name]
+    others = [*shape[:apart], *shape[apart + 1 :]]
+    names = [part_name(name, apart, number) for number in range(shape[apart])]
+    numbers, axes = domain.numbered([[axis(part, dim, size) for part in names] for dim, size in enumerate(others)])
+    return Value((*axes[:apart], numbers, *axes[apart:]))
 
 
 def _fixed(domain: Domain, shape: tuple[int, ...], why: Frozen) -> Value:
