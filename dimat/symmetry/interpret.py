@@ -18,7 +18,7 @@ from torch import fx
 from dimat.symmetry.atoms import Frozen, Layout, LayoutError
 from dimat.symmetry.forms import Form, form_of, made, taken_apart
 from dimat.symmetry.layout import Domain
-from dimat.symmetry.rules import Call, NoRule, Value, create, find_rule, random
+from dimat.symmetry.rules import Call, NoRule, Value, create, find_rule, join, random
 from dimat.symmetry.rules.call import Abstract, op_name
 from dimat.symmetry.spec import View
 from dimat.symmetry.trace import Trace, shape_of
@@ -31,6 +31,9 @@ DEPENDS = "shape depends on data"
 """The reason for which operations are frozen that have a tensor of unknown size among what they take or make."""
 
 _MOST_RESTARTS = 4
+
+_TAKING = (join.select, join.unbind, join.slice_, join.split)
+"""Rules of operations that take indices of an axis."""
 
 _TRANSPARENT = ("wrap_with_set_grad_enabled", "wrap_with_autocast", "wrap_with_disable_saved_tensors_hooks")
 """Higher-order operations that just run a sub-graph; the sub-graph is interpreted in their place."""
@@ -70,11 +73,12 @@ def interpret(trace: Trace, outputs: tuple[int, ...]) -> Analysis:
     tensor that is several in one (layers on top of each other), and the graph is run again.
     """
     analysis = _once(trace, outputs, {}, {})
+    only_taken = _only_taken(trace)
     for _ in range(_MOST_RESTARTS):
         parts = {
             name: dim
             for name, value in analysis.tensors.items()
-            if name in trace.shapes and name not in analysis.parts
+            if name in only_taken and name not in analysis.parts
             if (dim := _numbered(analysis, value)) is not None
         }
         forms = {
@@ -87,6 +91,19 @@ def interpret(trace: Trace, outputs: tuple[int, ...]) -> Analysis:
             break
         analysis = _once(trace, outputs, {**analysis.forms, **forms}, {**analysis.parts, **parts})
     return analysis
+
+
+def _only_taken(trace: Trace) -> set[str]:
+    """Return the parameters and buffers of which nothing but indices and runs of an axis is ever used."""
+    found: dict[str, bool] = {}
+    for path in (trace, *trace.others):
+        for node in path.nodes:
+            source = path.sources.get(node.name)
+            if node.op == "placeholder" and source is not None and source.name in path.shapes:
+                name = path.canonical(source.name)
+                rules = [find_rule(user.target) for user in node.users]
+                found[name] = found.get(name, True) and all(rule in _TAKING for rule in rules)
+    return {name for name, only in found.items() if only}
 
 
 def _numbered(analysis: Analysis, value: Value) -> int | None:

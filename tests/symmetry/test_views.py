@@ -252,7 +252,7 @@ class Chain(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
             x = torch.tanh(x @ layer)
-        return x + self.layers.sum() * 0 + (self.layers.sum(0) if self.whole else 0.0)
+        return x + self.layers.sum(0) if self.whole else x
 
 
 def test_units_between_layers_of_a_stack_are_groups() -> None:
