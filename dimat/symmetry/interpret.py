@@ -16,9 +16,10 @@ import torch
 from torch import fx
 
 from dimat.symmetry.atoms import Frozen, Layout, LayoutError
-from dimat.symmetry.forms import Form, form_of, made, taken_apart
+from dimat.symmetry.forms import Form, form_of, made
 from dimat.symmetry.layout import Domain
-from dimat.symmetry.rules import Call, NoRule, Value, create, find_rule, join, random
+from dimat.symmetry.parts import numbered_axis, only_taken, parts_of
+from dimat.symmetry.rules import Call, NoRule, Value, create, find_rule, random
 from dimat.symmetry.rules.call import Abstract, op_name
 from dimat.symmetry.spec import View
 from dimat.symmetry.trace import Trace, shape_of
@@ -31,9 +32,6 @@ DEPENDS = "shape depends on data"
 """The reason for which operations are frozen that have a tensor of unknown size among what they take or make."""
 
 _MOST_RESTARTS = 4
-
-_TAKING = (join.select, join.unbind, join.slice_, join.split)
-"""Rules of operations that take indices of an axis."""
 
 _TRANSPARENT = ("wrap_with_set_grad_enabled", "wrap_with_autocast", "wrap_with_disable_saved_tensors_hooks")
 """Higher-order operations that just run a sub-graph; the sub-graph is interpreted in their place."""
@@ -73,13 +71,13 @@ def interpret(trace: Trace, outputs: tuple[int, ...]) -> Analysis:
     tensor that is several in one (layers on top of each other), and the graph is run again.
     """
     analysis = _once(trace, outputs, {}, {})
-    only_taken = _only_taken(trace)
+    taken = only_taken(trace)
     for _ in range(_MOST_RESTARTS):
         parts = {
             name: dim
             for name, value in analysis.tensors.items()
-            if name in only_taken and name not in analysis.parts
-            if (dim := _numbered(analysis, value)) is not None
+            if name in taken and name not in analysis.parts
+            if (dim := numbered_axis(analysis.domain, value)) is not None
         }
         forms = {
             place: form
@@ -91,27 +89,6 @@ def interpret(trace: Trace, outputs: tuple[int, ...]) -> Analysis:
             break
         analysis = _once(trace, outputs, {**analysis.forms, **forms}, {**analysis.parts, **parts})
     return analysis
-
-
-def _only_taken(trace: Trace) -> set[str]:
-    """Return the parameters and buffers of which nothing but indices and runs of an axis is ever used."""
-    found: dict[str, bool] = {}
-    for path in (trace, *trace.others):
-        for node in path.nodes:
-            source = path.sources.get(node.name)
-            if node.op == "placeholder" and source is not None and source.name in path.shapes:
-                name = path.canonical(source.name)
-                rules = [find_rule(user.target) for user in node.users]
-                found[name] = found.get(name, True) and all(rule in _TAKING for rule in rules)
-    return {name for name, only in found.items() if only}
-
-
-def _numbered(analysis: Analysis, value: Value) -> int | None:
-    """Return the axis of a parameter, if any, that was taken index by index, others being there to move."""
-    for dim, layout in enumerate(value.dims):
-        if any(n > 1 for d, n in enumerate(value.shape) if d != dim) and taken_apart(analysis.domain, layout):
-            return dim
-    return None
 
 
 def _once(
@@ -134,24 +111,13 @@ def _once(
             analysis.domain.resolve(layout)
     analysis.domain.pair_lookups()
     for name, dim in parts.items():
-        _part(analysis, trace, name, dim)
+        apart = parts_of(analysis.domain, name, analysis.tensors[name], dim)
+        if apart:
+            del analysis.tensors[name]
+            analysis.views[name] = list(apart)
+            analysis.tensors.update({view.tensor: value for view, value in apart.items()})
+            analysis.used |= {view.tensor for view in apart} if name in analysis.used else set()
     return analysis
-
-
-def _part(analysis: Analysis, trace: Trace, name: str, dim: int) -> None:
-    """Put the parts of a tensor in its place among `tensors`, if its parts are still apart."""
-    value, domain = analysis.tensors.get(name), analysis.domain
-    choice = None if value is None else domain.choice_of(value.dims[dim])
-    if value is None or choice is None or not any(domain.cases_of(layout) for layout in value.dims):
-        return
-    others = (*value.dims[:dim], *value.dims[dim + 1 :])
-    views = [View(part_name(name, dim, number), (name,), dim, number) for number in range(choice.size)]
-    for number, view in enumerate(views):
-        analysis.tensors[view.tensor] = Value(tuple(domain.choose(layout, choice, number) for layout in others))
-    analysis.views[name] = views
-    del analysis.tensors[name]
-    if name in analysis.used:
-        analysis.used |= {view.tensor for view in views}
 
 
 def _is_blank(node: fx.Node) -> bool:
