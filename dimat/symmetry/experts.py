@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dimat.symmetry.atoms import SINGLE
 from dimat.symmetry.coverage import by_nature
 from dimat.symmetry.spec import AxisRef, Factor, Group, SymmetrySpec
 from dimat.symmetry.verify import holds, without_groups
@@ -89,9 +90,12 @@ def _router(spec: SymmetrySpec, group: Group, shapes: Mapping[str, tuple[int, ..
 
 
 def router(
-    spec: SymmetrySpec, group: Group, shapes: Mapping[str, tuple[int, ...]], inside: int
+    spec: SymmetrySpec, group: Group, shapes: Mapping[str, tuple[int, ...]], inside: int, *, singly: bool = False
 ) -> tuple[tuple[str, int], ...]:
-    """Return the axes that choose among units of a group whose axes are given, `inside` units in each (see module)."""
+    """Return the axes that choose among units of a group whose axes are given, `inside` units in each (see module).
+
+    `singly`: their indices may be taken one by one.
+    """
     if group.size * inside > _MOST_UNITS:
         return ()
     held = {(axis.tensor, axis.dim) for axis in spec.axes} | {*group.axes}
@@ -100,7 +104,7 @@ def router(
         for axis in spec.frozen
         if (axis.tensor, axis.dim) not in held
         and shapes.get(axis.tensor, ())[axis.dim : axis.dim + 1] == (group.size,)
-        and not by_nature(axis.reason)
+        and (not by_nature(axis.reason) or (singly and axis.reason == SINGLE))
         and not axis.reason.startswith("model output")
         and prod(shapes[axis.tensor]) > 1
     ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -197,7 +197,9 @@ def _visit(analysis: Analysis, module: fx.GraphModule, node: fx.Node) -> None:
         return
     elif str(node.target) == "cond" and _branches(analysis, module, node):
         return
-    elif _called(node.target) in ("_add_batch_dim", "_remove_batch_dim") and _mapped(analysis, node):
+    elif _called(node.target) in ("_add_batch_dim", "_remove_batch_dim"):
+        if not _mapped(analysis, node):
+            _freeze_all(analysis, node, f"no rule for {_called(node.target)}")
         return
     elif op_name(node.target):
         _apply_rule(analysis, node)
@@ -205,6 +207,7 @@ def _visit(analysis: Analysis, module: fx.GraphModule, node: fx.Node) -> None:
         _freeze_all(analysis, node, f"no rule for {_called(node.target)}")
     else:
         analysis.values[node] = None
+    _set_aside(analysis, node)
 
 
 def _called(target: Any) -> str:
@@ -257,7 +260,7 @@ def _settle_cases(domain: Domain, result: Abstract) -> None:
         return
     for value in result if isinstance(result, list) else [result]:
         if value is not None:
-            choices = [domain.choice_of(layout) for layout in value.dims]
+            choices = [domain.choice_of(layout) for layout in value.all_dims]
             for case in [case for layout in value.dims for case in domain.cases_of(layout)]:
                 if case.choice not in choices:
                     domain.settle(case)
@@ -270,7 +273,7 @@ def _freeze_all(analysis: Analysis, node: fx.Node, reason: str) -> None:
     for source in node.all_input_nodes:
         value = analysis.values.get(source)
         for tensor in value if isinstance(value, list) else [value]:
-            for layout in tensor.dims if tensor is not None else ():
+            for layout in tensor.all_dims if tensor is not None else ():
                 analysis.domain.freeze(layout, why)
 
     def fixed(value: Any) -> Value | None:
@@ -343,21 +346,39 @@ def _mapped(analysis: Analysis, node: fx.Node) -> bool:
     source = analysis.values.get(node.all_input_nodes[0]) if node.all_input_nodes else None
     if not isinstance(source, Value):
         return False
-    why = Frozen("axis of vmap", node.name)
     if _called(node.target) == "_add_batch_dim":
-        axis: Any = node.args[1]
-        if not isinstance(axis, int):
+        axis, level = node.args[1:3]
+        if not isinstance(axis, int) or not isinstance(level, int):
             return False
-        analysis.domain.freeze(source.dims[axis], why)
-        analysis.values[node] = Value((*source.dims[:axis], *source.dims[axis % source.ndim + 1 :]))
+        axis %= source.ndim
+        others = (*source.dims[:axis], *source.dims[axis + 1 :])
+        analysis.values[node] = Value(others, (*source.mapped, (level, source.dims[axis])))
         return True
-    shape, out = shape_of(node.meta.get("val")), node.args[3]
-    if shape is None or not isinstance(out, int):
+    shape, level, out = shape_of(node.meta.get("val")), node.args[1], node.args[3]
+    if shape is None or not isinstance(out, int) or not isinstance(level, int):
         return False
     out %= len(shape)
-    made = Value((*source.dims[:out], analysis.domain.fixed(shape[out], why), *source.dims[out:]))
+    axis = dict(source.mapped).get(level) or analysis.domain.fresh(shape[out])  # of what is the same for all, copies
+    others = tuple(entry for entry in source.mapped if entry[0] != level)
+    made = Value((*source.dims[:out], axis, *source.dims[out:]), others)
     analysis.values[node] = made
     return made.shape == shape
+
+
+def _set_aside(analysis: Analysis, node: fx.Node) -> None:
+    """Give what an operation makes the axes that are set aside of what it is given, which go by the same numbers."""
+    axes: dict[int, Layout] = {}
+    for source in node.all_input_nodes:
+        given = analysis.values.get(source)
+        for value in given if isinstance(given, list) else [given]:
+            for level, layout in value.mapped if value is not None else ():
+                analysis.domain.unify(axes.setdefault(level, layout), layout)
+    if axes:
+        made, mapped = analysis.values.get(node), tuple(axes.items())
+        if isinstance(made, list):
+            analysis.values[node] = [value and replace(value, mapped=mapped) for value in made]
+        elif made is not None:
+            analysis.values[node] = replace(made, mapped=mapped)
 
 
 def _graph_of(module: fx.GraphModule, arg: Any) -> fx.GraphModule | None:

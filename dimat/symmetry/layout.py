@@ -27,6 +27,7 @@ from math import prod
 
 from dimat.symmetry.atoms import (
     ONE,
+    SINGLE,
     Atom,
     Frozen,
     Layout,
@@ -80,7 +81,7 @@ class Domain:
 
     def numbered(self, axes: Sequence[Sequence[Layout]]) -> tuple[Layout, list[Layout]]:
         """Return an axis of numbers, and others each of which has, at every number, one of the layouts listed."""
-        choice = Atom(len(axes[0]), Frozen("single index"))
+        choice = Atom(len(axes[0]), Frozen(SINGLE))
         choice.chooses = True
         return ((choice,),), [self._case(choice, cases) for cases in axes]
 

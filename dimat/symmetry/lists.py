@@ -108,9 +108,9 @@ class _Stacking:
             return None
         places = tuple((view, 0) for view in self.listed)
         named = tuple((name, 0) for name in held)  # for the module in which they lie
-        choosing = router(
-            spec, Group(group, count, named), self.shapes, max((child.size for child in children), default=1)
-        )
+        units = max((child.size for child in children), default=1)
+        place = Group(group, count, named)
+        choosing = router(spec, place, self.shapes, units) or router(spec, place, self.shapes, units, singly=True)
         if not choosing:
             return None
         axes.update({place: AxisRef(*place, ((Factor(count, group),),)) for place in choosing})

@@ -167,6 +167,8 @@ class Handed(Experts):
             hidden = hidden * torch.arange(1.0, 5)[:, None] + hidden.sort(1).values
         elif self.how == "shuffled":
             hidden = hidden * torch.arange(1.0, 5)[:, None] + F.channel_shuffle(hidden[..., None], 2)[..., 0]
+        elif self.how == "shuffled by hand":
+            hidden = hidden * torch.arange(1.0, 5)[:, None] + hidden.unflatten(1, (2, 2)).transpose(1, 2).flatten(1, 2)
         elif self.how == "added by number":
             hidden = hidden * torch.arange(1.0, 5)[:, None] + torch.zeros_like(hidden).index_add(
                 1, torch.tensor([1, 0, 3, 2]), hidden
@@ -180,7 +182,18 @@ class Handed(Experts):
 
 @pytest.mark.parametrize(
     "how",
-    ["roll", "looked up", "first", "running", "sum", "sorted", "shuffled", "added by number", "gathered"],
+    [
+        "roll",
+        "looked up",
+        "first",
+        "running",
+        "sum",
+        "sorted",
+        "shuffled",
+        "shuffled by hand",
+        "added by number",
+        "gathered",
+    ],
 )
 @pytest.mark.filterwarnings("ignore:SYM:dimat.symmetry.SymmetryWarning")
 def test_units_that_are_handed_on_have_one_order(how: str) -> None:

@@ -167,9 +167,9 @@ SHAPED: dict[str, Case] = {
     "searched": (
         lambda m, x: torch.searchsorted(torch.tensor([0.0, 0.5]).to(x), x.sum(-1)).to(x),
         (),
-        [],
+        [8],
     ),
-    "histogram": (lambda m, x: torch.bincount((x[0, :, 0] > 0).long(), minlength=2).to(x) + x.sum(-1).sum(), (), []),
+    "histogram": (lambda m, x: torch.bincount((x[0, :, 0] > 0).long(), minlength=2).to(x) + x.sum(-1).sum(), (), [7]),
     "rotated": (lambda m, x: x.mT[..., None].rot90(2, (2, 3))[..., 0].mT @ m.extra[0], ((8, 2),), [8]),
     "shuffled pixels": (
         lambda m, x: F.pixel_shuffle((x @ m.extra[0]).mT[..., None].expand(3, 8, 5, 5), 2).sum((2, 3)) @ m.extra[1],
@@ -232,7 +232,7 @@ SHAPED: dict[str, Case] = {
         ((8, 2),),
         [8],
     ),
-    "once each": (lambda m, x: (torch.unique((x[0, :, 0] * 0).long()).to(x) + x.sum(-1)).sum(), (), []),
+    "once each": (lambda m, x: (torch.unique((x[0, :, 0] * 9).long()).to(x).sum() + x.sum(-1)).sum(), (), [7]),
     "where not zero": (lambda m, x: x[0][torch.argwhere(x[0, :, 0].abs() >= 0)[:, 0]] @ m.extra[0], ((8, 2),), [7]),
     "rows put": (lambda m, x: x[0].index_put((torch.tensor([1, 3]),), m.extra[0]) @ m.extra[1], ((2, 8), (8, 2)), [8]),
     "rows added": (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -53,10 +54,11 @@ class SideBySide(nn.Module):
 
 
 class Soft(nn.Module):
-    """Every expert, with a normalisation of its own, on every row, weighted."""
+    """Every expert, with a normalisation of its own, on every row, weighted, at once or one after the other."""
 
-    def __init__(self) -> None:
+    def __init__(self, singly: bool = False) -> None:
         super().__init__()
+        self.singly = singly
         self.into, self.gate, self.out = nn.Linear(3, 8), nn.Linear(8, 4), nn.Linear(8, 2)
         self.experts = nn.ModuleList(
             nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 8)) for _ in range(4)
@@ -65,16 +67,19 @@ class Soft(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.into(x)
         shares = self.gate(x).softmax(-1)
+        if self.singly:
+            return self.out(x + sum(shares[:, n, None] * expert(x) for n, expert in enumerate(self.experts)))
         made = torch.stack([expert(x) for expert in self.experts], -1)
         return self.out(x + (made * shares[:, None]).sum(-1))
 
 
-LISTS: dict[str, tuple[Callable[[], nn.Module], int, int, int]] = {
-    "chosen": (Looped, 4, 6, 6),
-    "side by side": (SideBySide, 3, 6, 5),
-    "soft": (Soft, 4, 6, 4 + 6 + 1),
+LISTS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
+    "chosen": (Looped, 4, 6),
+    "side by side": (SideBySide, 3, 6),
+    "soft": (Soft, 4, 6),
+    "soft, one by one": (lambda: Soft(singly=True), 4, 6),
 }
-"""Models, how many experts, units in each, and tensors that change places: those of an expert and of the router."""
+"""Models, how many experts, and units in each."""
 
 
 def built(make: Callable[[], nn.Module], *shape: int) -> tuple[nn.Module, Tensor, SymmetrySpec]:
@@ -96,7 +101,7 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
 def test_experts_of_a_list_are_a_group(name: str) -> None:
     """Reference: groups by hand; the network itself under random permutations."""
     model, inputs, spec = experts(name)
-    _, count, units, _ = LISTS[name]
+    _, count, units = LISTS[name]
     (inside,) = (group for group in spec.groups if group.parents)
     assert (spec.sizes[inside.parents[0]], inside.size) == (count, units)
     assert verify_symmetry(model, spec, inputs, generator()) < 1e-9
@@ -265,6 +270,34 @@ def test_units_between_layers_of_a_stack_are_groups() -> None:
     assert not spec.views
 
 
+class Ensemble(nn.Module):
+    """Four perceptrons, mapped over: each has units of its own, and their mean does not depend on their order."""
+
+    def __init__(self, mean: bool) -> None:
+        super().__init__()
+        self.mean = mean
+        self.up, self.bias = nn.Parameter(torch.randn(4, 8, 3)), nn.Parameter(torch.randn(4, 8))
+        self.down = nn.Parameter(torch.randn(4, 2, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        def one(up: Tensor, bias: Tensor, down: Tensor, x: Tensor) -> Tensor:
+            return torch.func.vmap(lambda row: F.linear(torch.relu(F.linear(row, up, bias)), down))(x)
+
+        made = torch.func.vmap(one, in_dims=(0, 0, 0, None))(self.up, self.bias, self.down, x)
+        return made.mean(0) if self.mean else made
+
+
+@pytest.mark.parametrize(("mean", "sizes"), [(True, [4, 8]), (False, [8])])
+def test_what_is_mapped_over_keeps_units_of_its_own(mean: bool, sizes: list[int]) -> None:
+    """Reference: by hand; members of an ensemble are units themselves where only their mean is used."""
+    model, inputs, spec = built(lambda: Ensemble(mean), 5, 3)
+    assert sorted(group.size for group in spec.groups) == sizes
+    (inside,) = (group for group in spec.groups if group.parents)
+    assert spec.sizes[inside.parents[0]] == 4
+    assert len(spec.numbered) == (not mean)
+    assert verify_symmetry(model, spec, inputs, generator()) < 1e-12
+
+
 class Stacked(nn.Module):
     """Query, key and value in one tensor, two heads of four units."""
 
@@ -305,7 +338,7 @@ def test_training_goes_on_as_it_would_have(make: Callable[[], nn.Module]) -> Non
 
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     steps(optimizer, 3)
-    start, held = state_of(model), optimizer.state_dict()
+    start, held = state_of(model), copy.deepcopy(optimizer.state_dict())
     steps(optimizer, 3)
     expected = permute_weights(state_of(model), spec, drawn)
     model.load_state_dict(permute_weights(start, spec, drawn))

@@ -8,6 +8,7 @@ the operation is treated as unknown: everything that it touches is frozen.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,9 +29,14 @@ class NoRule(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """An abstract tensor: one layout for each of its axes."""
+    """An abstract tensor: one layout for each of its axes.
+
+    `mapped`: axes that `torch.func.vmap` has set aside, by its level; every operation is done for each of their indices
+    alone.
+    """
 
     dims: tuple[Layout, ...]
+    mapped: tuple[tuple[int, Layout], ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -39,6 +45,11 @@ class Value:
     @property
     def ndim(self) -> int:
         return len(self.dims)
+
+    @property
+    def all_dims(self) -> tuple[Layout, ...]:
+        """All axes, those set aside behind the others."""
+        return (*self.dims, *(layout for _, layout in self.mapped))
 
 
 Result = Value | list[Value | None] | None
@@ -98,6 +109,12 @@ class Call:
     @property
     def output_count(self) -> int:
         return len(_outputs(self.node))
+
+    def uses(self, output: int) -> bool:
+        """Tell whether one of several outputs of the operation may be used."""
+        return any(
+            user.target is not operator.getitem or (user.args[1] == output and user.users) for user in self.node.users
+        )
 
     @property
     def result_names(self) -> list[str]:
