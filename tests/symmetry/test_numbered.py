@@ -330,3 +330,25 @@ def test_a_numbered_axis_takes_no_permutation() -> None:
     _, _, spec = built("slopes")
     with pytest.raises(SymmetryError, match="unknown symmetry group"):
         permute_weights({}, spec, {spec.numbered[0].id: torch.arange(3).flip(0)}, strict=False)
+
+
+class Table(nn.Module):
+    """Rows of a table, taken by the numbers given, in ways that are no embedding."""
+
+    def __init__(self, gathered: bool) -> None:
+        super().__init__()
+        self.gathered = gathered
+        self.table, self.out = nn.Parameter(torch.randn(50, 8)), nn.Linear(8, 2)
+
+    def forward(self, words: Tensor) -> Tensor:
+        rows = self.table.gather(0, words[:, None].expand(-1, 8)) if self.gathered else self.table[words]
+        return self.out(torch.tanh(rows))
+
+
+@pytest.mark.parametrize("gathered", [False, True])
+def test_words_are_no_experts(gathered: bool) -> None:
+    """Reference: by hand: eight units; a vocabulary never moves, and counts for nothing."""
+    model, words = Table(gathered), torch.tensor([3, 1, 4])
+    spec = derive_symmetry(model, words)
+    assert [group.size for group in spec.groups] == [8]
+    assert spec.coverage == 1.0

@@ -166,7 +166,7 @@ def gather(call: Call) -> Result:
     """Along one axis entries are looked up by number; the others are permuted alike, where sizes agree."""
     x, numbers = call.value("self"), call.value("index")
     axis = call.dim("dim", x.ndim)
-    call.freeze([x.dims[axis]], "chosen by number")
+    call.freeze([x.dims[axis]], call.by_number("index"))
     for d in range(x.ndim):
         if d == axis:
             continue
