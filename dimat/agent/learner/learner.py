@@ -34,6 +34,7 @@ from dimat.merge.matching.assignment import moved_by_group, moved_share
 from dimat.merge.moments import PREFIXES
 from dimat.merge.natures import natures_of
 from dimat.merge.pipeline import NOT_KEPT
+from dimat.merge.registry import repair_registry
 from dimat.merge.screen import norm_of, norms_of, screen
 from dimat.merge.shared_statistics import OWN, apart, beside, permuted
 from dimat.merge.stages import Weights
@@ -47,6 +48,7 @@ from dimat.train.trainer import Trainer
 from dimat.weights.snapshot import RecordedSnapshot
 from dimat.weights.tensors import schema_hash, write_weights
 
+NO_REPAIR = repair_registry.bind("none", {})
 HOLD_OUT = 0.1  # share of an agent's samples that `accept = no-worse` on "local" keeps from training
 
 
@@ -150,7 +152,7 @@ class Learner:
         before = self._norms.now() if self._norms.norms else {}
         moments_before = self._moments.norms_now() if self._moments is not None else {}
         start = time.thread_time()
-        report = self.trainer.train(number) if learn else None
+        report = self.trainer.train(self.config.round_of(number)) if learn else None
         trained = time.thread_time()
         self._norms.after_training(before)
         if self._moments is not None:
@@ -269,10 +271,14 @@ class Learner:
     def merge(self, action: MergeAction, sources: Mapping[str, Path], evaluate: str) -> MergeResult:
         """Merge the agent's own weights with its peers' snapshots.
 
-        `sources`: the snapshots' files, by peer; `evaluate`: "all" (test metrics before and after), "after" or "none".
+        `sources`: the snapshots' files, by peer; `evaluate`: "all" (test metrics before and after), "after" or "none";
+        of several mixing steps before the first and after the last.
         """
+        number, config = action.round, self.config
+        first = number == config.first_exchange(config.round_of(number)) or number > config.exchanges > 0
+        last = evaluate != "none" and config.ends_round(number)
         start = time.thread_time()
-        before = self.evaluate() if evaluate == "all" else {}
+        before = self.evaluate() if evaluate == "all" and first else {}
         ready = time.thread_time()
         parts: list[Peer] = []
         statistics: dict[str, Weights] = {OWN: self._statistics}
@@ -283,7 +289,7 @@ class Learner:
         aux = statistics if self._plan.statistics is not None else None
         checks = None if self._moments is None else self._moments.checks(moments)
         context = self._context(action.round, aux, checks)
-        outcome = merge(self.trainer.weights(copy=False), action.own_weight, parts, self._plan, context)
+        outcome = merge(self.trainer.weights(copy=False), action.own_weight, parts, self._plan_of(first), context)
         self.method = context.state or {}
         self._statistics = {}  # they are of the weights before
         changed = outcome.accepted > 0 and bool(outcome.mixing)
@@ -291,8 +297,8 @@ class Learner:
         if changed:
             self.trainer.exchange_weights(held)  # from here on own weights of before are held
         merged = time.thread_time()
-        after = before
-        if evaluate != "none" and (changed or not before):
+        after = before if last else {}
+        if last and (changed or not before):
             after = self.evaluate()
         checked = changed and not self._plan.keep_not_finite
         lost = [name for name, value in after.items() if not isfinite(value)] if checked else []
@@ -325,6 +331,15 @@ class Learner:
             moved={peer: share for peer, share in outcome.moved.items() if outcome.permutations[peer]},
             moved_groups={peer: moved_by_group(p) for peer, p in outcome.permutations.items() if p},
         )
+
+    def _plan_of(self, first: bool) -> MergePlan:
+        """Return how an exchange merges, the first of a round or a further one.
+
+        Further ones average what a repair at the first has made from own data: with batch statistics of all agents a
+        mean does better than with those of own data, and they hold for weights that have all but met.
+        """
+        plan = self._plan
+        return plan if first or not plan.combine.traits["linear"] else replace(plan, repair=NO_REPAIR)
 
     def evaluate(self) -> dict[str, float]:
         """Return the test metrics of the current weights."""
