@@ -1,12 +1,13 @@
-"""Accuracy after each merge on CIFAR-10 at 16×16: five agents on a ring, 500 images each.
+"""Accuracy after each merge on CIFAR-10 at 16×16 pixels: five agents on a ring, 500 images each.
 
-Every row starts from epoch 0 and trains two epochs before each merge. Rows that begin with the same weights say so:
-`shared`; the others begin with own ones. "plain" is cross-entropy, else the loss is the default ("auto": logit-adjusted
-where an agent's classes are skewed). D-PSGD merges after every step and is measured every two epochs. Three seeds, no run
-left out. Needs cifar10-train.parquet and cifar10-test.parquet (Hugging Face's image layout) in --data.
+Every row starts from epoch 0 and trains two epochs before each merge; all agents of a row begin with the same weights,
+unless it says "own-starts". "plain" is cross-entropy, else the loss is the default ("auto": logit-adjusted where an
+agent's classes are skewed). "dimat-3-steps" is the default with `schedule.mixing_steps = 3`. D-PSGD merges after every
+step and is measured every two epochs. Three seeds, no run left out. Needs cifar10-train.parquet and
+cifar10-test.parquet (Hugging Face's image layout) in --data.
 
-Reference: D-PSGD with the same loss on Dirichlet 0.5 after 12 merges; target: the default is 2.5 points above it, at no
-more than half its bytes. The other marks that the default is held against are listed with whether it meets them.
+Reference: D-PSGD with the same loss on Dirichlet 0.5 after 12 merges; target: three mixing steps are 2.5 points above
+it, at no more than half its bytes. All marks are listed with whether they are met.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ SPLITS = {
     "dirichlet-0.1": PartitionConfig(kind="dirichlet", alpha=0.1),
     "two-classes": PartitionConfig(kind="classes", classes_per_agent=2),
 }
-CENTRALISED, DEFAULT, ALONE, DPSGD = "centralised", "dimat", "isolated", "dpsgd"
+CENTRALISED, DEFAULT, MIXED, ALONE, DPSGD = "centralised", "dimat", "dimat-3-steps", "isolated", "dpsgd"
+FIXED = {"dirichlet-0.1": 0.42, "two-classes": 0.34}
 PLAIN: dict[str, Any] = {"train": {"loss": "task"}}
 
 
@@ -47,8 +49,7 @@ def forms(rounds: int) -> dict[str, dict[str, Any]]:
     }
     return {
         DEFAULT: {},
-        "dimat-1-step": {"schedule": {"mixing_steps": 1}},
-        "dimat-lr-4e-3": {"train": {"optimizer": {"name": "adam", "lr": 4e-3}}},
+        MIXED: {"schedule": {"mixing_steps": 3}},
         "average-shared": {"merge": {"method": "average"}},
         "average-shared-plain": {"merge": {"method": "average"}, **PLAIN},
         "dimat-own-starts": {"train": {"initialisation": "own"}},
@@ -108,24 +109,25 @@ def show(heading: str, curves: Mapping[str, MethodCurve], merges: Sequence[int])
 
 
 def marks(splits: Mapping[str, Mapping[str, MethodCurve]], last: int) -> list[tuple[str, str, str, bool]]:
-    """Return what the default is held against: (mark, measured, bar, whether it is met)."""
+    """Return what the default, with one mixing step and with three, is held against: (mark, measured, bar, met)."""
     found: list[tuple[str, str, str, bool]] = []
 
     def mark(what: str, measured: float, bar: float) -> None:
         found.append((what, f"{measured:.3f}", f">= {bar:.3f}", measured >= bar))
 
     for split, curves in splits.items():
-        ours, alone = curves[DEFAULT], curves[ALONE]
-        worst = min(a - b for a, b in zip(ours.after_merge, alone.after_merge, strict=True))
-        mark(f"{split}: the worst merge against isolated", worst, -0.01)
-        mark(f"{split}: D-PSGD with the same loss", at(ours, last), at(curves[DPSGD], last))
-        mark(f"{split}: centralised less 6 points", at(ours, last), at(curves[CENTRALISED], last) - 0.06)
-    fixed = {"dirichlet-0.1": 0.42, "two-classes": 0.34}
-    for split in fixed.keys() & splits.keys():
-        mark(f"{split}: {fixed[split]}", at(splits[split][DEFAULT], last), fixed[split])
+        alone, every, ceiling = curves[ALONE], curves[DPSGD], curves[CENTRALISED]
+        for name in (DEFAULT, MIXED):
+            ours = curves[name]
+            worst = min(a - b for a, b in zip(ours.after_merge, alone.after_merge, strict=True))
+            mark(f"{split}, {name}: the worst merge against isolated", worst, -0.01)
+            mark(f"{split}, {name}: D-PSGD with the same loss", at(ours, last), at(every, last))
+            mark(f"{split}, {name}: centralised less 6 points", at(ours, last), at(ceiling, last) - 0.06)
+            if split in FIXED:
+                mark(f"{split}, {name}", at(ours, last), FIXED[split])
     skewed = splits["dirichlet-0.5"]
-    once, every = skewed["dimat-1-step"], skewed[DPSGD]
-    mark("dirichlet-0.5: one mixing step, D-PSGD less .5 points", at(once, last), at(every, last) - 0.005)
+    once, every = skewed[DEFAULT], skewed[DPSGD]
+    mark("dirichlet-0.5, dimat: D-PSGD less .5 points", at(once, last), at(every, last) - 0.005)
     share = once.mb_sent_per_agent / every.mb_sent_per_agent
     found.append(("  at a share of its bytes of", f"{share:.3f}", "<= 0.100", share <= 0.1))
     return found
@@ -167,7 +169,7 @@ def main() -> int:
         [(*m[:3], "yes" if m[3] else "NO") for m in marks(comparison.splits, rounds)],
     )
     skewed = comparison.splits["dirichlet-0.5"]
-    ours, reference = skewed[DEFAULT], skewed[DPSGD]
+    ours, reference = skewed[MIXED], skewed[DPSGD]
     measured, bar = at(ours, rounds), at(reference, rounds)
     enough = measured >= bar + 0.025 and ours.mb_sent_per_agent <= 0.5 * reference.mb_sent_per_agent
     target = ">= reference + 0.025 at <= half its bytes"

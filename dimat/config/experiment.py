@@ -269,9 +269,9 @@ class ScheduleConfig(Tree):
 
     rounds: Annotated[int, Field(ge=0)] = 10
     """Number of rounds (a round: train, publish, gather, merge); 0 = until `target`, `max_time_s` or Ctrl-C."""
-    mixing_steps: Annotated[int, Field(ge=1)] | None = None
-    """Exchanges and merges after each training: more bring a sparse network nearer to its mean. Each is a round of its
-    own in logs, which count to `rounds` × `mixing_steps`. By default as many as suit the merge method."""
+    mixing_steps: Annotated[int, Field(ge=1)] = 1
+    """Exchanges and merges after each training: more bring a sparse network nearer to its mean (mode "sync"). Each is a
+    round of its own in logs, which count to `rounds` × `mixing_steps`."""
     round_deadline_s: Annotated[float, Field(gt=0)] = 600.0
     """Seconds that an agent waits for its peers' snapshots once its own training of a round is over; then it goes on
     with those that have arrived. To be longer than the slowest agent trains more than the quickest."""
@@ -304,7 +304,7 @@ class ScheduleConfig(Tree):
     def _possible(self) -> ScheduleConfig:
         if self.final_merge and self.mode == "async":
             raise ValueError('final_merge needs all agents in the same round; use it with mode = "sync"')
-        if (self.mixing_steps or 1) > 1 and self.mode == "async":
+        if self.mixing_steps > 1 and self.mode == "async":
             raise ValueError('mixing_steps needs all agents in the same round; use it with mode = "sync"')
         if self.final_merge and self.rounds == 0:
             raise ValueError("final_merge comes after the last round, but rounds = 0 has none; give a number of rounds")
@@ -313,6 +313,28 @@ class ScheduleConfig(Tree):
             if after <= before:
                 raise ValueError(f"changes[{i}] is of round {after}, after one of round {before}; put them in order")
         return self
+
+    @property
+    def last_exchange(self) -> int:
+        """The last exchange of the last round, counted from 1; 0 for no end."""
+        return self.rounds * self.mixing_steps
+
+    def learns(self, exchange: int) -> bool:
+        """Whether agents train before an exchange (from 1); they do not before the further ones of a round, nor before
+        those of the final merge."""
+        return (exchange - 1) % self.mixing_steps == 0 and (self.rounds == 0 or exchange <= self.last_exchange)
+
+    def ends_round(self, exchange: int) -> bool:
+        """Whether an exchange is the last one of its round."""
+        return exchange % self.mixing_steps == 0 or 0 < self.last_exchange < exchange
+
+    def round_of(self, exchange: int) -> int:
+        """Return the round that an exchange belongs to, both counted from 1."""
+        return (exchange - 1) // self.mixing_steps + 1
+
+    def first_exchange(self, round: int) -> int:
+        """Return the first exchange of a round, both counted from 1."""
+        return (round - 1) * self.mixing_steps + 1
 
 
 def _run_name(value: Any) -> Any:
@@ -377,35 +399,6 @@ class ExperimentConfig(Tree):
             if name in names[:i]:
                 raise ValueError(f"variants[{i}] is named {name!r} as variants[{names.index(name)}] is; rename one")
         return self
-
-    @property
-    def mixing_steps(self) -> int:
-        """How often agents exchange and merge after each training: as the schedule says, or as the method does."""
-        steps = self.schedule.mixing_steps
-        wanted = self.merge.preset.mixing_steps if self.schedule.mode == "sync" else 1
-        return wanted if steps is None else steps
-
-    @property
-    def exchanges(self) -> int:
-        """How often agents exchange weights up to the end of the last round; 0 for no end."""
-        return self.schedule.rounds * self.mixing_steps
-
-    def learns(self, exchange: int) -> bool:
-        """Whether agents train before an exchange (from 1); they do not before the further ones of a round, nor before
-        those of the final merge."""
-        return (exchange - 1) % self.mixing_steps == 0 and (self.schedule.rounds == 0 or exchange <= self.exchanges)
-
-    def ends_round(self, exchange: int) -> bool:
-        """Whether an exchange is the last one of its round."""
-        return exchange % self.mixing_steps == 0 or 0 < self.exchanges < exchange
-
-    def round_of(self, exchange: int) -> int:
-        """Return the round that an exchange belongs to, both counted from 1."""
-        return (exchange - 1) // self.mixing_steps + 1
-
-    def first_exchange(self, round: int) -> int:
-        """Return the first exchange of a round, both counted from 1."""
-        return (round - 1) * self.mixing_steps + 1
 
 
 def agent_folder(config: ExperimentConfig, agent: str) -> Path:

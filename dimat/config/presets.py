@@ -34,8 +34,6 @@ class Preset:
     """Whether agents merge after every optimizer step, unless the configuration says how long a round trains."""
     push_sum: bool = False
     """Whether weights have to be mixed by push-sum."""
-    mixing_steps: int = 1
-    """How often agents exchange and merge after each training, unless the configuration says it (mode "sync")."""
 
 
 PRESETS: Mapping[str, Preset] = {

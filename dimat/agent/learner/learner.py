@@ -152,7 +152,7 @@ class Learner:
         before = self._norms.now() if self._norms.norms else {}
         moments_before = self._moments.norms_now() if self._moments is not None else {}
         start = time.thread_time()
-        report = self.trainer.train(self.config.round_of(number)) if learn else None
+        report = self.trainer.train(self.config.schedule.round_of(number)) if learn else None
         trained = time.thread_time()
         self._norms.after_training(before)
         if self._moments is not None:
@@ -274,9 +274,9 @@ class Learner:
         `sources`: the snapshots' files, by peer; `evaluate`: "all" (test metrics before and after), "after" or "none";
         of several mixing steps before the first and after the last.
         """
-        number, config = action.round, self.config
-        first = number == config.first_exchange(config.round_of(number)) or number > config.exchanges > 0
-        last = evaluate != "none" and config.ends_round(number)
+        number, schedule = action.round, self.config.schedule
+        first = number == schedule.first_exchange(schedule.round_of(number)) or number > schedule.last_exchange > 0
+        last = evaluate != "none" and schedule.ends_round(number)
         start = time.thread_time()
         before = self.evaluate() if evaluate == "all" and first else {}
         ready = time.thread_time()

@@ -49,7 +49,7 @@ class RunSchedule:
 
     def schedule_at(self, number: int) -> tuple[Schedule, int]:
         """Return the schedule that holds in a round, and the round as that schedule counts it."""
-        planned = self.config.exchanges
+        planned = self.config.schedule.last_exchange
         if self.final is not None and number > planned:
             return self.final, number - planned
         start, topology = next((s, t) for s, t in reversed(self.schedules) if s <= number)
@@ -57,7 +57,7 @@ class RunSchedule:
 
     def round_plan(self, agent: str, number: int) -> RoundPlan:
         """Return mixing weights of an agent for a round, and whether it trains before."""
-        learn = self.config.learns(number)
+        learn = self.config.schedule.learns(number)
         if not self.exchanges:
             return RoundPlan({agent: 1.0}, learn)
         schedule, number = self.schedule_at(number)
@@ -123,7 +123,7 @@ class RunSchedule:
 
 def with_final_merge(config: ExperimentConfig, agents: Sequence[str]) -> tuple[Schedule | None, int]:
     """Return the schedule of the final merge, if there is one, and the number of rounds with it."""
-    rounds = config.exchanges
+    rounds = config.schedule.last_exchange
     if not config.schedule.final_merge or len(agents) < 2 or not config.merge.preset.exchanges:
         return None, rounds
     final = BaseK(tuple(agents), config.schedule.final_merge_peers)
@@ -150,5 +150,5 @@ def later_topologies(
                 f"schedule.changes[{i}]: agent {new[0]!r} is not in the first topology; name all agents there, and let "
                 'those that come later join with a fault of kind "join"'
             )
-        changes.append((config.first_exchange(change.round), later))
+        changes.append((config.schedule.first_exchange(change.round), later))
     return changes

@@ -112,7 +112,7 @@ class PooledLearner(SimulatedWork):
     def train_s(self, action: m.Train, now: float) -> float:
         """Return how long training that begins now takes, in virtual seconds."""
         config = self._setup.config
-        steps = round_steps(config.train, self._batches, config.round_of(action.round))
+        steps = round_steps(config.train, self._batches, config.schedule.round_of(action.round))
         return self._learners.compute.train_s(self._setup.agent, steps, action.learn, now)
 
     def merge_s(self, action: m.MergeAction) -> float:
@@ -160,7 +160,7 @@ class PooledLearner(SimulatedWork):
         """Merge snapshots into the agent's own weights."""
         file = self._learners.folder.state_file(self._setup.agent, action.round)
         config = self._setup.config
-        due = config.round_of(action.round) % config.simulate.evaluate_every == 0
+        due = config.schedule.round_of(action.round) % config.simulate.evaluate_every == 0
         evaluate = config.simulate.evaluate if due else "none"
         return self._counted(self._submit(worker.merge, action, sources, evaluate, file))
 
