@@ -153,18 +153,20 @@ class TrainConfig(Tree):
     the whole batch, in less memory. BatchNorm sees a part at a time."""
     optimizer: Annotated[OptimizerConfig, BeforeValidator(as_stage)] = OptimizerConfig()
     """Optimizer and learning rate."""
-    initialisation: Literal["own", "shared"] = "own"
-    """Each agent starts from weights of its own, or all from the same."""
-    loss: Named = NamedConfig(name="task")
-    """Loss of local training. "task": the task's own; "logit-adjusted", "calibrated", "restricted", "distillation",
-    "not-true-distillation": for agents whose classes are skewed; "auto": "logit-adjusted" where an agent's class shares
-    are far from the whole's, else "task"."""
+    initialisation: Literal["own", "shared"] = "shared"
+    """All agents start from the same weights ("shared"), which then need no alignment, or each from its own: for models
+    that exist already."""
+    loss: Named = NamedConfig(name="auto")
+    """Loss of local training. "auto": "logit-adjusted" where an agent's class shares are far from the whole's, else
+    "task", the task's own; "logit-adjusted", "calibrated", "restricted", "distillation", "not-true-distillation": for
+    agents whose classes are skewed."""
     proximal: Annotated[float, Field(ge=0)] = 0.0
     """Strength μ of a pull to the weights with which the round's training began, those after the last merge: μ/2 times
     the squared distance from them is added to the loss (FedProx, arXiv 1812.06127). 0: none."""
-    optimizer_state: Literal["fresh", "kept", "merged"] = "kept"
+    optimizer_state: Literal["fresh", "kept", "merged"] | None = None
     """The optimizer's state over a merge: "kept" as it was, made "fresh" each round, or "merged": moments (Adam's,
-    momentum) travel beside the weights (exchange.moments) and are averaged with them. The same for all agents."""
+    momentum) travel beside the weights (exchange.moments) and are averaged with them. The same for all agents. By
+    default as the merge method has it: "merged" with "dimat" and "pleas", else "kept"."""
     lr_schedule: LrScheduleConfig = LrScheduleConfig()
     """Learning rate over the run."""
     grad_clip_norm: Annotated[float, Field(gt=0)] | None = None
@@ -279,6 +281,9 @@ class ScheduleConfig(Tree):
 
     rounds: Annotated[int, Field(ge=0)] = 10
     """Number of rounds (a round: train, publish, gather, merge); 0 = until `target`, `max_time_s` or Ctrl-C."""
+    mixing_steps: Annotated[int, Field(ge=1)] = 1
+    """Exchanges and merges after each training: more bring a sparse network nearer to its mean (mode "sync"). Each is a
+    round of its own in logs, which count to `rounds` × `mixing_steps`."""
     round_deadline_s: Annotated[float, Field(gt=0)] = 600.0
     """Seconds that an agent waits for its peers' snapshots once its own training of a round is over; then it goes on
     with those that have arrived. To be longer than the slowest agent trains more than the quickest."""
@@ -325,6 +330,8 @@ class ScheduleConfig(Tree):
     def _possible(self) -> ScheduleConfig:
         if self.final_merge and self.mode == "async":
             raise ValueError('final_merge needs all agents in the same round; use it with mode = "sync"')
+        if self.mixing_steps > 1 and self.mode == "async":
+            raise ValueError('mixing_steps needs all agents in the same round; use it with mode = "sync"')
         if self.final_merge and self.rounds == 0:
             raise ValueError("final_merge comes after the last round, but rounds = 0 has none; give a number of rounds")
         starts = [change.round for change in self.changes]
@@ -332,6 +339,28 @@ class ScheduleConfig(Tree):
             if after <= before:
                 raise ValueError(f"changes[{i}] is of round {after}, after one of round {before}; put them in order")
         return self
+
+    @property
+    def last_exchange(self) -> int:
+        """The last exchange of the last round, counted from 1; 0 for no end."""
+        return self.rounds * self.mixing_steps
+
+    def learns(self, exchange: int) -> bool:
+        """Whether agents train before an exchange (from 1); they do not before the further ones of a round, nor before
+        those of the final merge."""
+        return (exchange - 1) % self.mixing_steps == 0 and (self.rounds == 0 or exchange <= self.last_exchange)
+
+    def ends_round(self, exchange: int) -> bool:
+        """Whether an exchange is the last one of its round."""
+        return exchange % self.mixing_steps == 0 or 0 < self.last_exchange < exchange
+
+    def round_of(self, exchange: int) -> int:
+        """Return the round that an exchange belongs to, both counted from 1."""
+        return (exchange - 1) // self.mixing_steps + 1
+
+    def first_exchange(self, round: int) -> int:
+        """Return the first exchange of a round, both counted from 1."""
+        return (round - 1) * self.mixing_steps + 1
 
 
 def _run_name(value: Any) -> Any:
@@ -375,6 +404,11 @@ class ExperimentConfig(Tree):
     """Other forms of this experiment, for `--compare`."""
     folder: Annotated[str, Field(exclude=True)] = "."
     """Folder that relative paths are taken from; set when a file is read."""
+
+    @property
+    def optimizer_state(self) -> Literal["fresh", "kept", "merged"]:
+        """The optimizer's state over a merge: as `train` says, or as the merge method has it."""
+        return self.train.optimizer_state or ("merged" if self.merge.preset.moments else "kept")
 
     @model_validator(mode="before")
     @classmethod

@@ -200,7 +200,10 @@ class SimulateConfig(Tree):
     most_seeds: Annotated[int, Field(ge=1)] = 10_000
     """Seeds of a comparison, at most: a digit too many is told before it makes as many runs."""
     evaluate: Literal["all", "after", "none"] = "all"
-    """Test metrics before and after each merge, only after it, or never."""
+    """Test metrics before and after each merge, only after it, or never. Of several mixing steps, before the first and
+    after the last."""
+    evaluate_every: Annotated[int, Field(ge=1)] = 1
+    """Take test metrics in every so many rounds only, as for methods that merge after each step."""
     keep_snapshots: Annotated[int, Field(ge=1)] = SNAPSHOTS_KEPT
     """Snapshots kept per agent, at least; more where readers may be further behind (asynchronous mode, links one way,
     time-varying graphs). Older ones are removed as soon as nobody reads them."""

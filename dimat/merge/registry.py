@@ -41,6 +41,7 @@ TRAITS: Mapping[str, Any] = {
     "holds": "tensors",
     "lora_products": False,
     "adds_ranks": False,
+    "linear": False,
 }
 """The traits of a combine method, with the values of those that it does not give.
 
@@ -49,6 +50,7 @@ TRAITS: Mapping[str, Any] = {
 `holds`: what it keeps in memory while it merges mapped files: "pieces" of each tensor, one of the "tensors" of each
 model, or the "deltas" of all models.
 `lora_products`: it merges the products of LoRA factors, of whatever ranks. `adds_ranks`: to the sum of their ranks.
+`linear`: it is a weighted mean, so that merging again is one merge with other weights.
 """
 
 align_registry: Registry[Aligned] = Registry("align method", "dimat.merge.align", context=CONTEXT)

@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from dimat.tasks.image_files import ImageSource, PixelFormat, decode_images, ope
 from dimat.tasks.models import ImageCNN, Shortcut, resnet20, seeded
 from dimat.tasks.registry import TASKS
 
-CROP_PADDING = 4
+CROP_SHARE = 8  # of the height: 4 pixels of 32, as is usual for CIFAR
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -35,6 +34,7 @@ def images(
     limit: Count | None = None,
     test_limit: Count | None = None,
     augment: bool = True,
+    crop: Annotated[int, Field(ge=0)] | None = None,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
     probe: Annotated[int, Field(ge=2)] = 100,
@@ -46,8 +46,9 @@ def images(
     train, test: a Parquet file, a folder of them, or a folder of class folders of PNG or JPEG files. model:
     "resnet20" (`width` multiplies its channels, default 1; `shortcut` "A" or "B") or "cnn" (four convolutions,
     `width` channels in the first, default 32). size: resize to this many pixels square. limit, test_limit: take
-    at most this many, class-balanced, drawn with `seed`. augment: random crop with padding of 4 and horizontal
-    flip when training. mean, std: per channel, of pixels in [0, 1]; by default those of the training images.
+    at most this many, class-balanced, drawn with `seed`. augment: random shift by up to `crop` pixels (default: an
+    eighth of the height, 4 of 32) and horizontal flip when training. mean, std: per channel, of pixels in [0, 1]; by
+    default those of the training images.
     **Agents on separate machines must give the same mean and std**, or their networks see different inputs.
     probe: training images set aside as the probe set, drawn with `seed`.
     """
@@ -65,6 +66,7 @@ def images(
     tested = tested.sort().values
     shift, scale = _normalisation(pixels, mean, std)
     plain = ImageTransform(shift, scale)
+    padding = height // CROP_SHARE if crop is None else crop
     if model == "resnet20":
         factory = lambda: resnet20(width or 1, shortcut, len(classes), channels)  # noqa: E731
     else:
@@ -72,7 +74,7 @@ def images(
     return ClassificationTask(
         name="images",
         model=seeded(factory),
-        train=TensorData(pixels, source.labels[own], ImageTransform(shift, scale, augment)),
+        train=TensorData(pixels, source.labels[own], ImageTransform(shift, scale, padding if augment else None)),
         test=TensorData(decode_images(test_source, tested, form, None), test_source.labels[tested], plain),
         probe=TensorData(decode_images(source, probes, form, None), source.labels[probes], plain),
         classes=classes,
@@ -88,27 +90,30 @@ def normalisation_text(mean: Sequence[float], std: Sequence[float]) -> str:
 class ImageTransform:
     """Stored pixels (B, C, H, W) uint8 → model inputs, float32: (x / 255 − mean) / std per channel.
 
-    With `augment` and a generator, each image is first shifted by up to 4 pixels on a black border and, every
-    second time, mirrored, each drawn anew.
+    With `crop` and a generator, each image is first shifted by up to so many pixels on a border of the mean's
+    colour and, every second time, mirrored, each drawn anew.
     """
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float], augment: bool = False) -> None:
+    def __init__(self, mean: Sequence[float], std: Sequence[float], crop: int | None = None) -> None:
         self._shift = torch.tensor(mean).mul(255.0)[:, None, None]
         self._scale = torch.tensor(std).mul(255.0).reciprocal()[:, None, None]
-        self._augment = augment
+        self._crop = crop
+        self._border = torch.tensor(mean).mul(255.0).round().clamp(0, 255).to(torch.uint8)
 
     def __call__(self, inputs: tuple[Tensor, ...], generator: torch.Generator | None) -> tuple[Tensor, ...]:
         (pixels,) = inputs
-        if self._augment and generator is not None:
-            pixels = mirrored(cropped(pixels, CROP_PADDING, generator), generator)
+        if self._crop is not None and generator is not None:
+            pixels = mirrored(cropped(pixels, self._crop, generator, self._border), generator)
         return (pixels.float().sub_(self._shift).mul_(self._scale),)
 
 
-def cropped(pixels: Tensor, padding: int, generator: torch.Generator) -> Tensor:
-    """Shift each of (B, C, H, W) by an offset of its own of up to `padding` pixels; what comes in is 0."""
-    count, _, height, width = pixels.shape
+def cropped(pixels: Tensor, padding: int, generator: torch.Generator, border: Tensor) -> Tensor:
+    """Shift each of (B, C, H, W) by an offset of its own of up to `padding` pixels; what comes in is `border`, (C,)."""
+    count, channels, height, width = pixels.shape
     down, right = torch.randint(2 * padding + 1, (2, count), generator=generator)
-    windows = F.pad(pixels, (padding, padding, padding, padding)).unfold(2, height, 1).unfold(3, width, 1)
+    wide = border.to(pixels)[:, None, None].expand(count, channels, height + 2 * padding, width + 2 * padding).clone()
+    wide[:, :, padding : padding + height, padding : padding + width] = pixels
+    windows = wide.unfold(2, height, 1).unfold(3, width, 1)
     return windows[torch.arange(count), :, down, right]
 
 

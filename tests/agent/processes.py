@@ -25,7 +25,7 @@ Event = dict[str, Any]
 
 TABLES = {
     "task": 'hook = "tiny_task.py:task"\npartition = { kind = "iid" }',
-    "train": 'epochs_per_round = 1\nbatch_size = 16\noptimizer = { name = "adam", lr = 0.01 }',
+    "train": 'epochs_per_round = 1\nbatch_size = 16\noptimizer = { name = "adam", lr = 0.01 }\ninitialisation = "own"',
     "merge": 'method = "dimat"',
     "schedule": "rounds = 4\nround_deadline_s = 30\njoin_wait_s = 3",
     "agent": "founder = true\nlinger_s = 20",

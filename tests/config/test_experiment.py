@@ -30,6 +30,7 @@ def fault(**tables: Any) -> str:
     ("schedule", "said"),
     [
         ({"mode": "async", "final_merge": True}, 'use it with mode = "sync"'),
+        ({"mode": "async", "mixing_steps": 2}, "mixing_steps needs all agents in the same round; use it with mode"),
         ({"rounds": 0, "final_merge": True}, "rounds = 0 has none; give a number of rounds"),
         ({"rounds": -1}, "x.toml: schedule.rounds: "),
         ({"staleness_decay": 0}, "x.toml: schedule.staleness_decay: "),

@@ -28,7 +28,12 @@ def tiny_experiment(folder: Path, **changes: Any) -> ExperimentConfig:
         "run": "tiny",
         "topology": {"graph": "path", "agents": 3},
         "task": {"hook": "tiny_task.py:task"},
-        "train": {"epochs_per_round": 2, "batch_size": 16, "optimizer": {"name": "adam", "lr": 0.01}},
+        "train": {
+            "epochs_per_round": 2,
+            "batch_size": 16,
+            "optimizer": {"name": "adam", "lr": 0.01},
+            "initialisation": "own",
+        },
         "merge": {"method": "dimat"},
         "schedule": {"rounds": 3},
         "simulate": {"workers": 1},

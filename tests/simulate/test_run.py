@@ -165,6 +165,55 @@ def test_final_merge_is_the_exact_average(tmp_path: Path, agents: int, peers: in
     assert plain.after_merge() == results.after_merge()[:3]
 
 
+@pytest.mark.parametrize("steps", [2, 3])
+def test_mixing_steps_apply_the_mixing_matrix_so_often(tmp_path: Path, steps: int) -> None:
+    """Reference: W^k applied to what one merge starts from, by hand; Metropolis on a path of three (1/3 off it)."""
+    plain = {"merge__method": "average", "schedule": {"rounds": 2}, "train__first_round_epochs": 1}
+    ours = tiny_experiment(tmp_path, **plain | {"schedule": {"rounds": 2, "mixing_steps": steps}})
+    results, _, weights = run(ours, tmp_path / "more")
+    trained = [(row.agent, row.round) for row in results.rows if row.loss is not None]
+    assert sorted({number for _, number in trained}) == [1, 1 + steps]
+    assert max(row.round for row in results.rows) == 2 * steps
+    assert len(results.after_merge()) == 2
+    assert results.mb_sent_per_agent == pytest.approx(
+        steps * run(tiny_experiment(tmp_path, **plain), tmp_path / "one")[0].mb_sent_per_agent
+    )
+    # after one training: k mixing steps are k - 1 more than one
+    short = tiny_experiment(tmp_path, **plain | {"schedule": {"rounds": 1, "mixing_steps": steps}})
+    once = tiny_experiment(tmp_path, **plain | {"schedule": {"rounds": 1}})
+    (_, _, mixed), (_, _, first) = run(short, tmp_path / "short"), run(once, tmp_path / "once")
+    w = torch.tensor([[2 / 3, 1 / 3, 0], [1 / 3, 1 / 3, 1 / 3], [0, 1 / 3, 2 / 3]], dtype=torch.float64)
+    more = torch.linalg.matrix_power(w, steps - 1)
+    for key in weights["agent-0"]:
+        before = torch.stack([first[name][key].double().flatten() for name in sorted(first)])
+        wanted = (more @ before).float()
+        for row, name in zip(wanted, sorted(first), strict=True):
+            torch.testing.assert_close(mixed[name][key].flatten(), row, rtol=1e-5, atol=1e-6)
+
+
+def test_mixing_steps_come_before_a_final_merge_and_changes_count_in_rounds(tmp_path: Path) -> None:
+    """Two rounds of two exchanges, then Base-2's cycle of five; the second round's graph holds from exchange 3."""
+    cycle = BaseK(tuple(f"agent-{i}" for i in range(5)), 1).period or 0
+    config = tiny_experiment(
+        tmp_path,
+        topology={"graph": "ring", "agents": 5},
+        merge__method="average",
+        schedule={
+            "rounds": 2,
+            "mixing_steps": 2,
+            "final_merge": True,
+            "changes": [{"round": 2, "topology": {"graph": "complete", "agents": 5}}],
+        },
+    )
+    results, heard, _ = run(config, tmp_path / "run")
+    expected = {row.round: row.expected for row in results.rows if row.agent == "agent-0"}
+    assert [expected[number] for number in (1, 2, 3, 4)] == [2, 2, 4, 4]
+    assert max(expected) == 4 + cycle
+    assert {e.round for e in heard if isinstance(e, events.Trained)} == {1, 3}
+    assert max(row.consensus_distance for row in results.rows if row.round == 4 + cycle) < 1e-6
+    assert len(results.after_merge()) == 2 + cycle
+
+
 def test_a_screened_out_network_trains_on_and_says_so(tmp_path: Path) -> None:
     """Every peer refused (a norm bound that nobody meets): own weights are kept, a warning names each peer once."""
     config = tiny_experiment(tmp_path, merge={"method": "dimat", "screen": {"max_norm_ratio": 0.01}})

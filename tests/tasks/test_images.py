@@ -109,9 +109,9 @@ def test_augmentation_is_fresh_seeded_and_for_training_only(folder: Path) -> Non
 def test_crops_and_mirrors_are_those_of_a_loop() -> None:
     """Reference: pad and slice image by image with the same draws."""
     images = torch.from_numpy(pixels(16)).permute(0, 3, 1, 2)
-    ours = cropped(images, 4, torch.Generator().manual_seed(3))
+    ours = cropped(images, 4, torch.Generator().manual_seed(3), torch.tensor([7, 8, 9]))
     down, right = torch.randint(9, (2, 16), generator=torch.Generator().manual_seed(3))
-    padded = torch.nn.functional.pad(images, (4, 4, 4, 4))
+    padded = torch.stack([torch.nn.functional.pad(images[:, c], (4, 4, 4, 4), value=7 + c) for c in range(3)], 1)
     for i in range(16):
         assert torch.equal(ours[i], padded[i, :, down[i] : down[i] + 12, right[i] : right[i] + 12])
     flipped = mirrored(images, torch.Generator().manual_seed(3))

@@ -35,6 +35,7 @@ from dimat.merge.matching.assignment import moved_by_group, moved_share
 from dimat.merge.moments import PREFIXES
 from dimat.merge.natures import natures_of
 from dimat.merge.pipeline import NOT_KEPT
+from dimat.merge.registry import repair_registry
 from dimat.merge.screen import norm_of, norms_of, screen
 from dimat.merge.shared_statistics import OWN, apart, beside, permuted
 from dimat.merge.stages import Weights
@@ -48,6 +49,7 @@ from dimat.train.trainer import Trainer
 from dimat.weights.snapshot import RecordedSnapshot
 from dimat.weights.tensors import schema_hash, write_weights
 
+NO_REPAIR = repair_registry.bind("none", {})
 HOLD_OUT = 0.1  # share of an agent's samples that `accept = no-worse` on "local" keeps from training
 
 
@@ -110,7 +112,7 @@ class Learner:
         self._check_sets()
         self.trainer = custom_trainer or self._new_trainer(train)
         self._norms = OwnNorms(self.trainer, used=not self._plan.keep_not_finite)
-        if config.train.optimizer_state == "merged":
+        if config.optimizer_state == "merged":
             self._moments = SharedMoments(self.trainer, config.exchange.moments, self._plan)
         self._first = FirstMerge(config.schedule)
         self._first.check(self.trainer)
@@ -154,7 +156,7 @@ class Learner:
         before = self._norms.now() if self._norms.norms else {}
         moments_before = self._moments.norms_now() if self._moments is not None else {}
         start = time.thread_time()
-        report = self.trainer.train(number) if learn else None
+        report = self.trainer.train(self.config.schedule.round_of(number)) if learn else None
         trained = time.thread_time()
         self._norms.after_training(before)
         if self._moments is not None:
@@ -290,10 +292,14 @@ class Learner:
     def merge(self, action: MergeAction, sources: Mapping[str, Path], evaluate: str) -> MergeResult:
         """Merge the agent's own weights with its peers' snapshots.
 
-        `sources`: the snapshots' files, by peer; `evaluate`: "all" (test metrics before and after), "after" or "none".
+        `sources`: the snapshots' files, by peer; `evaluate`: "all" (test metrics before and after), "after" or "none";
+        of several mixing steps before the first and after the last.
         """
+        number, schedule = action.round, self.config.schedule
+        first = number == schedule.first_exchange(schedule.round_of(number)) or number > schedule.last_exchange > 0
+        last = evaluate != "none" and schedule.ends_round(number)
         start = time.thread_time()
-        before = self.evaluate(self._first.former) if evaluate == "all" else {}
+        before = self.evaluate(self._first.former) if evaluate == "all" and first else {}
         ready = time.thread_time()
         parts: list[Peer] = []
         statistics: dict[str, Weights] = {OWN: self._statistics}
@@ -307,7 +313,7 @@ class Learner:
         checks = None if self._moments is None else self._moments.checks(moments)
         context = self._context(action.round, aux, checks)
         own_weight = action.own_weight + sum(peer.weight for peer in apart)
-        outcome = merge(self.trainer.weights(copy=False), own_weight, parts, self._plan, context)
+        outcome = merge(self.trainer.weights(copy=False), own_weight, parts, self._plan_of(first), context)
         self.method = context.state or {}
         self._statistics = {}  # they are of the weights before
         changed = outcome.accepted > 0 and bool(outcome.mixing)
@@ -315,8 +321,8 @@ class Learner:
         if changed:
             self.trainer.exchange_weights(held)  # from here on own weights of before are held
         merged = time.thread_time()
-        after = before
-        if evaluate != "none" and (changed or self._first.former is not None or not before):
+        after = before if last else {}
+        if last and (changed or self._first.former is not None or not before):
             after = self.evaluate()
         checked = changed and not self._plan.keep_not_finite
         lost = [name for name, value in after.items() if not isfinite(value)] if checked else []
@@ -361,6 +367,15 @@ class Learner:
             moved={peer: share for peer, share in outcome.moved.items() if outcome.permutations[peer]},
             moved_groups={peer: moved_by_group(p) for peer, p in outcome.permutations.items() if p},
         )
+
+    def _plan_of(self, first: bool) -> MergePlan:
+        """Return how an exchange merges, the first of a round or a further one.
+
+        Further ones average what a repair at the first has made from own data: with batch statistics of all agents a
+        mean does better than with those of own data, and they hold for weights that have all but met.
+        """
+        plan = self._plan
+        return plan if first or not plan.combine.traits["linear"] else replace(plan, repair=NO_REPAIR)
 
     def evaluate(self, weights: Weights | None = None) -> dict[str, float]:
         """Return the test metrics of the current weights, or of others."""

@@ -23,7 +23,8 @@ from dimat.topology.rounds import longest_lead
 
 @dataclass(frozen=True, kw_only=True)
 class RunSchedule:
-    """All rounds of all agents. `metric`: of the task; `rounds`: with the final merge's, 0 for no end."""
+    """All rounds of all agents. `metric`: of the task; `rounds`: exchanges in all, those of `mixing_steps` and of the
+    final merge too, 0 for no end. From here on each exchange is a round."""
 
     config: ExperimentConfig
     merge_plan: MergePlan
@@ -48,18 +49,15 @@ class RunSchedule:
 
     def schedule_at(self, number: int) -> tuple[Schedule, int]:
         """Return the schedule that holds in a round, and the round as that schedule counts it."""
-        if self.final is not None and not self.learns(number):
-            return self.final, number - self.config.schedule.rounds
+        planned = self.config.schedule.last_exchange
+        if self.final is not None and number > planned:
+            return self.final, number - planned
         start, topology = next((s, t) for s, t in reversed(self.schedules) if s <= number)
         return topology.schedule, number - start + 1
 
-    def learns(self, number: int) -> bool:
-        """Whether agents train in a round; in those of the final merge they do not."""
-        return self.config.schedule.rounds == 0 or number <= self.config.schedule.rounds
-
     def round_plan(self, agent: str, number: int) -> RoundPlan:
         """Return mixing weights of an agent for a round, and whether it trains before."""
-        learn = self.learns(number)
+        learn = self.config.schedule.learns(number)
         if not self.exchanges:
             return RoundPlan({agent: 1.0}, learn)
         schedule, number = self.schedule_at(number)
@@ -127,7 +125,7 @@ class RunSchedule:
 
 def with_final_merge(config: ExperimentConfig, agents: Sequence[str]) -> tuple[Schedule | None, int]:
     """Return the schedule of the final merge, if there is one, and the number of rounds with it."""
-    rounds = config.schedule.rounds
+    rounds = config.schedule.last_exchange
     if not config.schedule.final_merge or len(agents) < 2 or not config.merge.preset.exchanges:
         return None, rounds
     final = BaseK(tuple(agents), config.schedule.final_merge_peers)
@@ -154,5 +152,5 @@ def later_topologies(
                 f"schedule.changes[{i}]: agent {new[0]!r} is not in the first topology; name all agents there, and let "
                 'those that come later join with a fault of kind "join"'
             )
-        changes.append((change.round, later))
+        changes.append((config.schedule.first_exchange(change.round), later))
     return changes

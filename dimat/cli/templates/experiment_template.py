@@ -36,6 +36,7 @@ first_round_epochs = 5         # alone, before the first merge
 epochs_per_round = 2
 batch_size = 32
 optimizer = { name = "adam", lr = 2e-3 }
+initialisation = "shared"      # one start for all; "own" for networks that exist already
 """
 _DIMAT = """\
 method = "dimat"               # or "average", "dimat-paper", "isolated", "centralised"

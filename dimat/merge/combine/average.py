@@ -11,7 +11,7 @@ from dimat.merge.tensors.streaming import combine_elements, taking_part
 from dimat.merge.tensors.task_vectors import mean_of
 
 
-@combine_registry.register("average", holds="pieces")
+@combine_registry.register("average", holds="pieces", linear=True)
 def average(own: Weights, peers: Sequence[Weights], weights: Sequence[float]) -> Weights:
     """Return θ = w_0 θ_own + Σ_k w_k θ_k, computed as θ_own + Σ_k w_k (θ_k − θ_own).
 

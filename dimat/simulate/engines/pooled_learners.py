@@ -12,6 +12,7 @@ from dimat.agent.lineage.lineage import append_record
 from dimat.agent.protocol import messages as m
 from dimat.agent.protocol.state import Restored
 from dimat.agent.protocol.work import Outcome
+from dimat.errors import ConfigError
 from dimat.events import MergeResult, TrainResult
 from dimat.simulate.engines import worker
 from dimat.simulate.engines.pool import WorkerPool, result_of
@@ -61,9 +62,17 @@ class PooledLearners:
             self.of[name] = PooledLearner(self, setup, slot)
 
     def create_all(self) -> list[str]:
-        """Set all agents up; return warnings, each once."""
-        created = [learner.create() for learner in self.of.values()]
-        return list(dict.fromkeys(warning for wait in created for warning in wait()))
+        """Set all agents up; return warnings, each once. ConfigError where agents that are to begin with the same
+        weights do not."""
+        created = [wait() for wait in [learner.create() for learner in self.of.values()]]
+        config = self.scenario.config
+        if config.train.initialisation == "shared" and len({made.start for made in created}) > 1:
+            raise ConfigError(
+                f'train.initialisation = "shared", but build_model() of task {self.scenario.task.name} makes other '
+                "weights at each call: draw them from the generator that it is given (dimat.tasks.seeded does), or set "
+                '"own"'
+            )
+        return list(dict.fromkeys(warning for made in created for warning in made.warnings))
 
     def drop_all(self) -> None:
         """Let the workers forget all agents."""
@@ -81,15 +90,15 @@ class PooledLearner(SimulatedWork):
         self._batches = 0
         self._rebased = 0  # the last round in which a basis was taken over
 
-    def create(self) -> Outcome[tuple[str, ...]]:
-        """Set the agent up; the outcome is the warnings of its symmetry derivation."""
+    def create(self) -> Outcome[worker.CreatedLearner]:
+        """Set the agent up."""
         name = f"the set-up of {self._setup.agent}"
         job = self._learners.pool.submit(self._slot, worker.create, self._setup)
 
-        def created() -> tuple[str, ...]:
+        def created() -> worker.CreatedLearner:
             made: worker.CreatedLearner = result_of(job, name)
             self._batches = made.batches
-            return made.warnings
+            return made
 
         return created
 
@@ -103,7 +112,8 @@ class PooledLearner(SimulatedWork):
 
     def train_s(self, action: m.Train, now: float) -> float:
         """Return how long training that begins now takes, in virtual seconds."""
-        steps = round_steps(self._setup.config.train, self._batches, action.round)
+        config = self._setup.config
+        steps = round_steps(config.train, self._batches, config.schedule.round_of(action.round))
         return self._learners.compute.train_s(self._setup.agent, steps, action.learn, now)
 
     def merge_s(self, action: m.MergeAction, now: float) -> float:
@@ -160,7 +170,9 @@ class PooledLearner(SimulatedWork):
     def merge(self, action: m.MergeAction, sources: Mapping[str, Path]) -> Outcome[MergeResult]:
         """Merge snapshots into the agent's own weights."""
         file = self._learners.folder.state_file(self._setup.agent, action.round)
-        evaluate = self._setup.config.simulate.evaluate
+        config = self._setup.config
+        due = config.schedule.round_of(action.round) % config.simulate.evaluate_every == 0
+        evaluate = config.simulate.evaluate if due else "none"
         return self._counted(self._submit(worker.merge, action, sources, evaluate, file))
 
     def _submit(self, job: Callable[..., Any], *args: Any) -> Future[Any]:

@@ -22,6 +22,7 @@ from dimat.agent.setup.loaded_task import load_for
 from dimat.config import ExperimentConfig
 from dimat.events import MergeResult, TrainResult
 from dimat.merge import plan_merge
+from dimat.merge.weight_views import content_hash
 from dimat.train.base import TrainerState
 from dimat.weights.snapshot import RecordedSnapshot, make_folder
 
@@ -47,11 +48,13 @@ class LearnerSetup:
 class CreatedLearner:
     """An agent that was set up.
 
-    `batches`: in an epoch of its data; `warnings` of its symmetry derivation.
+    `batches`: in an epoch of its data; `warnings` of its symmetry derivation; `start`: hash of the weights that it
+    begins with.
     """
 
     batches: int
     warnings: tuple[str, ...]
+    start: str
 
 
 _agents: dict[str, tuple[Learner, LearnerSetup]] = {}
@@ -63,7 +66,8 @@ def create(setup: LearnerSetup) -> CreatedLearner:
     loaded = load_for(setup.config)
     agent = loaded.learner(setup.agent, setup.config, setup.indices, setup.store, durable=False)
     _agents[setup.key] = (agent, setup)
-    return CreatedLearner(agent.trainer.batches, loaded.spec.warnings if loaded.spec is not None else ())
+    warnings = loaded.spec.warnings if loaded.spec is not None else ()
+    return CreatedLearner(agent.trainer.batches, warnings, content_hash(agent.trainer.weights(copy=False)))
 
 
 def restore(setup: LearnerSetup) -> Restored | None:

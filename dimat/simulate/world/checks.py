@@ -28,9 +28,10 @@ class Pace:
 
     def train_s(self, number: int, now: float = 0.0) -> dict[str, float]:
         """Return by agent how long its training of a round takes, if it begins now."""
-        learn = self._config.schedule.rounds == 0 or number <= self._config.schedule.rounds
+        schedule = self._config.schedule
+        learn, trained = schedule.learns(number), schedule.round_of(number)
         return {
-            agent: self._compute.train_s(agent, round_steps(self._config.train, batches, number), learn, now)
+            agent: self._compute.train_s(agent, round_steps(self._config.train, batches, trained), learn, now)
             for agent, batches in self._batches.items()
         }
 
@@ -48,7 +49,7 @@ def check_times(config: ExperimentConfig, pace: Pace, snapshot_bytes: int) -> li
     """Check the deadline, which counts from the end of an agent's own training, against the others' times of training
     and of travel; return a warning for agents that the quickest will never hear in time."""
     deadline = config.schedule.round_deadline_s
-    times = pace.train_s(2)  # the first round may have epochs of its own
+    times = pace.train_s(config.schedule.first_exchange(2))  # the first round may have epochs of its own
     quickest = min(times.values())
     travel = travel_s(config.simulate.network, snapshot_bytes)
     late = [agent for agent, seconds in times.items() if seconds + travel >= quickest + deadline]

@@ -25,6 +25,7 @@ IN_MEMORY_BYTES = 2 << 30
 """Decoded images are kept up to this size, and else decoded whenever they are read."""
 BILINEAR = 2
 CONVNEXT_CROPS_BELOW = 384
+CROP_PADDING = 4  # pixels by which images are shifted at most in training
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def pixel_format(
 def image_data(rows: Any, column: str, labels: Tensor, form: Preprocessing, *, augment: bool) -> Data:
     """Return rows of encoded images as examples; `augment`: cropped and mirrored at random when training."""
     encoded = rows.cast_column(column, library("datasets").Image(decode=False))
-    transform = ImageTransform(form.mean, form.std, augment)
+    transform = ImageTransform(form.mean, form.std, CROP_PADDING if augment else None)
     lazy = LazyImages(encoded, column, labels, form, transform)
     if len(labels) * form.channels * form.height * form.width > IN_MEMORY_BYTES:
         return lazy
