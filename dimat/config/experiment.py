@@ -163,10 +163,9 @@ class TrainConfig(Tree):
     proximal: Annotated[float, Field(ge=0)] = 0.0
     """Strength μ of a pull to the weights with which the round's training began, those after the last merge: μ/2 times
     the squared distance from them is added to the loss (FedProx, arXiv 1812.06127). 0: none."""
-    optimizer_state: Literal["fresh", "kept", "merged"] | None = None
+    optimizer_state: Literal["fresh", "kept", "merged"] = "kept"
     """The optimizer's state over a merge: "kept" as it was, made "fresh" each round, or "merged": moments (Adam's,
-    momentum) travel beside the weights (exchange.moments) and are averaged with them. The same for all agents. By
-    default as the merge method has it: "merged" with "dimat" and "pleas", else "kept"."""
+    momentum) travel beside the weights (exchange.moments) and are averaged with them. The same for all agents."""
     lr_schedule: LrScheduleConfig = LrScheduleConfig()
     """Learning rate over the run."""
     grad_clip_norm: Annotated[float, Field(gt=0)] | None = None
@@ -404,11 +403,6 @@ class ExperimentConfig(Tree):
     """Other forms of this experiment, for `--compare`."""
     folder: Annotated[str, Field(exclude=True)] = "."
     """Folder that relative paths are taken from; set when a file is read."""
-
-    @property
-    def optimizer_state(self) -> Literal["fresh", "kept", "merged"]:
-        """The optimizer's state over a merge: as `train` says, or as the merge method has it."""
-        return self.train.optimizer_state or ("merged" if self.merge.preset.moments else "kept")
 
     @model_validator(mode="before")
     @classmethod
