@@ -7,6 +7,7 @@ This is the only place where defaults live.
 from dimat.config.agent import AgentConfig, DhtConfig, ExchangeConfig
 from dimat.config.experiment import (
     BaseConfig,
+    DistilConfig,
     ExperimentConfig,
     LrScheduleConfig,
     MapChange,
@@ -53,6 +54,7 @@ __all__ = [
     "BaseConfig",
     "ComputeConfig",
     "DhtConfig",
+    "DistilConfig",
     "ExchangeConfig",
     "ExperimentConfig",
     "FaultConfig",

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from dimat.config.agent import AgentConfig, DhtConfig, ExchangeConfig
 from dimat.config.monitor import MonitorConfig
-from dimat.config.presets import Preset, apply_preset, preset_of
+from dimat.config.presets import PRESETS, Preset, apply_preset, preset_of
 from dimat.config.simulate import SimulateConfig
 from dimat.config.tree import Named, NamedConfig, Options, Tree, as_stage
 from dimat.config.variants import VariantConfig
@@ -254,6 +254,17 @@ class MergeConfig(Tree):
         return preset_of(self.method)
 
 
+class DistilConfig(Tree):
+    """Distillation at a first merge: own labels, and the mean logits of own and peers' old models, on own examples."""
+
+    steps: Annotated[int, Field(ge=1)] = 80
+    """Optimizer steps."""
+    weight: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Share of the loss that is by the teachers' logits; the rest is `train.loss` of own labels."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """By which both sides' logits are divided."""
+
+
 class MapChange(Tree):
     """Another topology from some round on, as after an operator's change of the network map."""
 
@@ -283,6 +294,15 @@ class ScheduleConfig(Tree):
     join: Literal["adopt", "align"] = "adopt"
     """How a newcomer joins a living network: "adopt" a neighbour's weights, or "align": keep its own, permuted
     into the network's basis."""
+    first_merge: Literal["align", "adopt", "adopt-distil"] = "align"
+    """Where agents begin with weights of their own: how one takes over another's basis. "align": it permutes its own
+    weights; "adopt": it takes over the other's weights whole, as a basis that needs no alignment; "adopt-distil": that,
+    and what its own model and its neighbours' knew is carried over by `distil`."""
+    first_merge_rounds: Annotated[int, Field(ge=1)] = 8
+    """Rounds, from the first, in which weights are taken over with a basis; a basis spreads by a link a round. Later
+    ones are taken over by "align", so that nobody's weights are lost where parts of a network meet again."""
+    distil: DistilConfig = DistilConfig()
+    """The distillation of first_merge = "adopt-distil"."""
     join_wait_s: Annotated[float, Field(gt=0)] = 10.0
     """Seconds for which a newcomer listens for a living network before it founds one."""
     target: Annotated[float, Field()] | None = None
@@ -295,6 +315,11 @@ class ScheduleConfig(Tree):
     """k of that Base-(k+1) graph: peers per agent and round."""
     changes: tuple[MapChange, ...] = ()
     """Other topologies from later rounds on, in order of their rounds."""
+
+    @property
+    def adopt_rounds(self) -> int:
+        """Rounds, from the first, in which bases are taken over with the weights in them; 0 for none."""
+        return 0 if self.first_merge == "align" else self.first_merge_rounds
 
     @model_validator(mode="after")
     def _possible(self) -> ScheduleConfig:
@@ -366,6 +391,12 @@ class ExperimentConfig(Tree):
             )
         if self.schedule.target is not None and self.simulate.evaluate == "none":
             raise ValueError('schedule.target needs test metrics, but simulate.evaluate is "none"; use "after"')
+        preset = PRESETS.get(self.merge.method)
+        if self.schedule.first_merge != "align" and preset and (self.merge.align_to or preset.align_to) == "self":
+            raise ValueError(
+                f'schedule.first_merge = "{self.schedule.first_merge}" gives all agents one basis, in which '
+                'merge.align_to = "self" has nothing to align; set merge.align_to = "shared"'
+            )
         names = [variant.name for variant in self.variants]
         for i, name in enumerate(names):
             if name in names[:i]:

@@ -270,7 +270,7 @@ class Driver:
             case m.MergeAction():
                 sources = {part.peer: self._transfers.source(name, part.peer, part.root) for part in action.parts}
                 merge = node.work.merge(action, sources)
-                self._post(name, now + node.work.merge_s(action), lambda: m.MergeDone(action.round, merge()))
+                self._post(name, now + node.work.merge_s(action, now), lambda: m.MergeDone(action.round, merge()))
             case m.Exit(reason=reason):
                 self._exit(name, machine.round, reason)
 

@@ -33,8 +33,8 @@ class SimulatedWork(Work[Any], Protocol):
         """Return how long training that begins now takes, in virtual seconds."""
         ...
 
-    def merge_s(self, action: m.MergeAction) -> float:
-        """Return how long a merge takes, in virtual seconds."""
+    def merge_s(self, action: m.MergeAction, now: float) -> float:
+        """Return how long a merge that begins now takes, in virtual seconds."""
         ...
 
 

@@ -111,3 +111,13 @@ class BatchFeed:
         targets = gathered.targets.to(self._device, non_blocking=True).split(sizes)
         self._position = last
         return [Batch(*pair) for pair in zip(zip(*inputs, strict=True), targets, strict=True)]
+
+
+def parts_of(batch: Batch, count: int, least: int) -> list[Batch]:
+    """Return a batch in `count` parts, as even as may be; in fewer where they would have under `least` examples."""
+    size = len(batch.targets)
+    count = max(1, min(count, size // least))
+    if count == 1:
+        return [batch]
+    bounds = [size * i // count for i in range(count + 1)]
+    return [Batch(tuple(t[a:b] for t in batch.inputs), batch.targets[a:b]) for a, b in pairwise(bounds)]

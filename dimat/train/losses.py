@@ -110,7 +110,7 @@ def distillation(
 
     Hinton et al. 2015, arXiv 1503.02531.
     """
-    gap = _divergence(logits / temperature, teacher / temperature)
+    gap = divergence(logits / temperature, teacher / temperature)
     return (1 - weight) * plain(logits) + weight * temperature**2 * gap
 
 
@@ -130,10 +130,10 @@ def not_true_distillation(
     """
     others = ~F.one_hot(targets, logits.shape[1]).bool()
     rest, known = (x[others].view(len(x), -1) / temperature for x in (logits, teacher))
-    return plain(logits) + weight * _divergence(rest, known)
+    return plain(logits) + weight * divergence(rest, known)
 
 
-def _divergence(logits: Tensor, teacher: Tensor) -> Tensor:
+def divergence(logits: Tensor, teacher: Tensor) -> Tensor:
     """Return the mean KL(teacher ‖ model) over a batch."""
     said, meant = F.log_softmax(logits, 1), F.log_softmax(teacher, 1)
     return F.kl_div(said, meant, reduction="batchmean", log_target=True)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
 
+from dimat.config import TrainConfig
 from dimat.train.base import Value
+
+DEFAULT_EPOCHS = 2.0
+"""Of a round, where neither epochs nor steps are given."""
 
 
 class TrainingInterruptedError(Exception):
@@ -76,3 +81,14 @@ class Progress:
         whole = {name: int(values[f"round/{name}"]) for name in WHOLE}
         counted = float(values.get("round/counted", whole["samples"]))
         return Progress(**whole, loss=float(values["round/loss"]), counted=counted, before=before)
+
+
+def round_steps(config: TrainConfig, batches: int, round: int) -> int:
+    """Return the optimizer steps of a round (from 1) of an agent with `batches` batches in an epoch."""
+    if round == 1 and config.first_round_epochs is not None:
+        epochs = config.first_round_epochs
+    elif config.steps_per_round is not None:
+        return config.steps_per_round
+    else:
+        epochs = config.epochs_per_round or DEFAULT_EPOCHS
+    return max(1, math.floor(epochs * batches + 0.5))

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dimat.config import TrainConfig
+from dimat.config import DistilConfig, TrainConfig
 from dimat.device import autocast, current_streams, own_streams, resolve_device, seeded_streams
 from dimat.errors import DataError, TrainingError
 from dimat.merge.models.functional import call_with
@@ -27,18 +27,17 @@ from dimat.symmetry.trace import eval_mode
 from dimat.tasks.base import Batch, Data, Task
 from dimat.tasks.data import InputBatches, batch_bounds, input_batches
 from dimat.train.base import TrainerState, TrainReport, Value
-from dimat.train.batch_feed import BatchFeed
+from dimat.train.batch_feed import BatchFeed, parts_of
 from dimat.train.check_task import check_accumulate, check_sizes
 from dimat.train.contract import check_parts, checked_batch, checked_loss, checked_metrics, loss_weight, task_errors
+from dimat.train.lesson import Lesson, check_teachable
 from dimat.train.losses import LocalLoss
 from dimat.train.model_state import ModelState, check_fit, check_whole
 from dimat.train.optimizer_state import optimized
 from dimat.train.optimizers import build_optimizer, lr_factor
-from dimat.train.progress import Interrupts, Progress, TrainingInterruptedError
+from dimat.train.progress import Interrupts, Progress, TrainingInterruptedError, round_steps
 from dimat.train.round_start import RoundStart
 from dimat.train.stepper import Stepper
-
-DEFAULT_EPOCHS = 2.0
 
 
 class Trainer(ModelState):
@@ -91,6 +90,7 @@ class Trainer(ModelState):
         self._step: Any = getattr(task, "train_step", None)
         self.loss = LocalLoss.of(config.loss, task, data, reference)
         self._start = RoundStart()
+        self._lesson: Lesson | None = None  # while it is taught by other models
 
     # --- training ---
 
@@ -123,13 +123,37 @@ class Trainer(ModelState):
             self._progress = progress
             raise TrainingInterruptedError(f"round {round}, step {progress.done} of {progress.steps}")
         self._start = RoundStart()
-        steps, samples = progress.steps, progress.samples
+        return self._report(round, progress, cpu, wall)
+
+    def distil(self, round: int, teachers: Sequence[Mapping[str, Tensor]], config: DistilConfig) -> TrainReport:
+        """Train on own examples and on what teachers say of them (`Lesson`), between two rounds.
+
+        `teachers`: whole state dicts. Batches, augmentation and dropout go on in the agent's streams; nothing breaks it
+        off. Raises ConfigError where the task has no logits to teach, TrainingError as `train` does.
+        """
+        check_teachable(self.task, 'schedule.first_merge = "adopt-distil"')
+        own = self.model.state_dict()
+        here = [{name: each[name].to(self.device, own[name].dtype) for name in own} for each in teachers]
+        progress = Progress(round, config.steps, self.batches)
+        cpu, wall = time.process_time(), time.perf_counter()
+        interrupts, self.interrupts = self.interrupts, None  # a state of its middle would be taken for the round's
+        self._lesson = Lesson(here, config)
+        try:
+            with own_streams(self._global_rng, self.device), task_errors(self.task, f"distillation in round {round}"):
+                self._train(round, progress)
+        finally:
+            self.interrupts, self._lesson = interrupts, None
+        return self._report(round, progress, cpu, wall)
+
+    def _report(self, round: int, progress: Progress, cpu: float, wall: float) -> TrainReport:
+        """Close training that is over: check weights, count examples, report."""
         loss = progress.loss / progress.counted if progress.counted else math.nan
         self._check_weights(round)
         if self.config.optimizer_state == "fresh":
             self.clear_optimizer()
-        self.samples_seen += samples
-        return TrainReport(loss, samples, steps, time.process_time() - cpu, time.perf_counter() - wall)
+        self.samples_seen += progress.samples
+        used = time.process_time() - cpu, time.perf_counter() - wall
+        return TrainReport(loss, progress.samples, progress.steps, *used)
 
     def _train(self, round: int, progress: Progress) -> bool:
         """Train for what is left of a round; return whether it was not broken off."""
@@ -183,7 +207,7 @@ class Trainer(ModelState):
 
     def _backward(self, batch: Batch) -> tuple[Tensor, float]:
         """Add the gradients of a batch's mean loss, part by part; return that loss, and by how much it counts."""
-        parts = _parts(batch, self.config.accumulate, self._least)
+        parts = parts_of(batch, self.config.accumulate, self._least)
         weights = [loss_weight(self.task, part.targets) for part in parts]
         whole = sum(weights)
         watched = len(parts) > 1 and self._step is None and self.samples_seen < len(self.data)
@@ -212,6 +236,8 @@ class Trainer(ModelState):
                 return checked_loss(self.task, self._step(self.model, batch), "train_step()", trained=True), None
             outputs: Any = self.model(*batch.inputs)
             loss = self.loss(outputs, batch.targets, self._taught(batch))
+            if self._lesson is not None:
+                loss = self._lesson(self.task, self.model, batch, outputs, loss)
             return checked_loss(self.task, loss, trained=True), outputs
 
     def _teaches(self, round: int) -> bool:
@@ -384,24 +410,3 @@ class Trainer(ModelState):
 
 def _sum(values: Sequence[Tensor]) -> float:
     return torch.stack(list(values)).cpu().double().sum().item()
-
-
-def _parts(batch: Batch, count: int, least: int) -> list[Batch]:
-    """Cut a batch into `count` parts, as even as may be; into fewer where they would have under `least` examples."""
-    size = len(batch.targets)
-    count = max(1, min(count, size // least))
-    if count == 1:
-        return [batch]
-    bounds = [size * i // count for i in range(count + 1)]
-    return [Batch(tuple(t[a:b] for t in batch.inputs), batch.targets[a:b]) for a, b in pairwise(bounds)]
-
-
-def round_steps(config: TrainConfig, batches: int, round: int) -> int:
-    """Return the optimizer steps of a round (from 1) of an agent with `batches` batches in an epoch."""
-    if round == 1 and config.first_round_epochs is not None:
-        epochs = config.first_round_epochs
-    elif config.steps_per_round is not None:
-        return config.steps_per_round
-    else:
-        epochs = config.epochs_per_round or DEFAULT_EPOCHS
-    return max(1, math.floor(epochs * batches + 0.5))

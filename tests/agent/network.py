@@ -80,7 +80,7 @@ class Averaging:
     def train_s(self, action: m.Train, now: float) -> float:
         return self._random.uniform(0.5, 1.5)
 
-    def merge_s(self, action: m.MergeAction) -> float:
+    def merge_s(self, action: m.MergeAction, now: float) -> float:
         return 0.0
 
     def train(self, action: m.Train) -> Outcome[TrainResult]:

@@ -178,7 +178,8 @@ PROFILES = {
 
 def _more(rng: random.Random, s: Schedule) -> Schedule:
     """What came to be drawn later, from a stream of its own, so that what a seed stands for stays: a target that ends
-    runs early, agents on another base, and newcomers that are offered what they must not take."""
+    runs early, agents on another base, newcomers that are offered what they must not take, and bases that are taken
+    over with their weights."""
     if not s.exact and s.profile != "partitioned" and rng.random() < 0.2:
         s = replace(s, rules={**s.rules, "target": ("score", float(rng.randint(5, 7)))})
     if s.base and s.profile in ("lossy", "crashy", "hostile") and rng.random() < 0.2:
@@ -189,7 +190,10 @@ def _more(rng: random.Random, s: Schedule) -> Schedule:
         Fault("tempt", at=round(fault.at + rng.uniform(0, 2), 3), agent=fault.agent, count=rng.randint(1, 3))
         for fault in tempted
     ]
-    return replace(s, faults=_sorted([*s.faults, *faults])) if faults else s
+    s = replace(s, faults=_sorted([*s.faults, *faults])) if faults else s
+    if s.rules["basis_gossip"] and not s.exact and rng.random() < 0.3:
+        s = replace(s, rules={**s.rules, "adopt_rounds": rng.randint(1, 6)})
+    return s
 
 
 # ── what goes wrong ──────────────────────────────────────────────────────────────────────────────────────────────

@@ -83,6 +83,7 @@ class Node:
     held: dict[tuple[str, str], list[Held]] = field(default_factory=dict)
     timers: dict[int, tuple[float, int]] = field(default_factory=dict)
     merging: tuple[MergeAction, dict[str, str], float] | None = None
+    taken: tuple[str, int, str] | None = None  # peer, round and address of weights that stand for own ones in a merge
     # disk
     disk: list[Saved] = field(default_factory=list)
     store: dict[int, Offer] = field(default_factory=dict)
@@ -147,5 +148,5 @@ class Node:
         self.machine = None
         self.held, self.timers, self.timed, self.asked, self.proofs = {}, {}, set(), {}, {}
         self.merging, self.closed, self.waiting = None, None, Waiting()
-        self.row, self.row_round, self.expired, self.unfit = None, 0, -1, False
+        self.row, self.row_round, self.expired, self.unfit, self.taken = None, 0, -1, False, None
         self.heard, self.time_heard = None, False

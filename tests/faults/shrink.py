@@ -148,6 +148,8 @@ def _plainer(s: Schedule) -> Iterator[Schedule]:
         yield replace(s, rules={**s.rules, "target": None})
     if s.rules["min_peers"]:
         yield replace(s, rules={**s.rules, "min_peers": 0})
+    if s.rules.get("adopt_rounds"):
+        yield replace(s, rules={**s.rules, "adopt_rounds": 0})
     if s.rules["basis_gossip"]:
         yield replace(s, rules={**s.rules, "basis_gossip": False})
     for i, fault in enumerate(s.faults):

@@ -235,7 +235,8 @@ class World:
         self._job(node, self.schedule.job_s, lambda: self.merge(node, action, refused, accepted))
 
     def merge(self, node: Node, action: m.MergeAction, refused: dict[str, str], accepted: float) -> m.Event:
-        kept = [p for p in action.parts if p.peer not in refused]
+        adopts = action.round <= self.rules.adopt_rounds
+        kept = [p for p in action.parts if p.peer not in refused and (p.same_basis or not adopts)]
         own = 1.0 - sum(p.weight for p in kept)
         snapshots = []
         for part in kept:
@@ -253,7 +254,12 @@ class World:
         if self.chance(node, self.schedule.rebase_fails) or snapshot is None:
             node.unfit = True
             return m.BasisChanged(action.round, node.machine.basis)
-        node.model.rebase(snapshot.order)
+        if action.round > self.rules.adopt_rounds:
+            node.model.rebase(snapshot.order)
+        else:
+            node.model.adopt(snapshot)
+            numbers = [each.round for each in node.held[action.peer, action.root] if each.snapshot is not None]
+            node.taken = (action.peer, numbers[-1], action.root)
         return m.BasisChanged(action.round, action.basis, 0.5)
 
     def adopt(self, node: Node, action: m.AdoptWeights) -> m.Event:

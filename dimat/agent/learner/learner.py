@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dimat.agent.learner.checkpoint import Checkpoint
+from dimat.agent.learner.first_merge import FirstMerge
 from dimat.agent.learner.own_data import compare_data, describe_data
 from dimat.agent.learner.own_norms import OwnNorms
 from dimat.agent.learner.recorder import Recorder
@@ -84,6 +85,7 @@ class Learner:
     """Statistics that the combine method rests on, from the end of training to the merge; in the weights' basis."""
     _moments: SharedMoments | None = field(init=False, default=None)
     """The optimizer's moments, where they are sent beside the weights and merged."""
+    _first: FirstMerge = field(init=False)
     _hold_out: Data | None = field(init=False, default=None)
     _own: Data = field(init=False)
     _recorder: Recorder = field(init=False)
@@ -110,6 +112,8 @@ class Learner:
         self._norms = OwnNorms(self.trainer, used=not self._plan.keep_not_finite)
         if config.train.optimizer_state == "merged":
             self._moments = SharedMoments(self.trainer, config.exchange.moments, self._plan)
+        self._first = FirstMerge(config.schedule)
+        self._first.check(self.trainer)
 
     def _new_trainer(self, train: Data) -> Trainer:
         config = self.config
@@ -182,24 +186,35 @@ class Learner:
         return RecordedSnapshot(payload, forms, schema_hash(weights), self._samples)
 
     def adopt_weights(self, peer: str, snapshot: Path) -> str:
-        """Take over a peer's weights whole (a newcomer that adopts).
+        """Take over a peer's weights whole.
 
         Returns why it could not be, with nothing changed, or an empty string.
         """
-        weights, _, moments = self._open(snapshot)
+        weights, statistics, moments = self._open(snapshot)
+        if fault := self._unfit(peer, weights):
+            return fault
         try:
-            own = self.trainer.weights(copy=False)
-            natures = natures_of(own, self.trainer.model)
-            screen(own, weights, peer, norm_of(own, natures), natures, self._norms.reference(), **self._plan.screen)
             if self._moments is not None:
                 self._moments.check(peer, moments)
         except DimatError as error:
             return str(error)
-        self.trainer.start_from({name: weights[name] for name in own})
+        self.trainer.start_from({name: weights[name] for name in self.trainer.weights(copy=False)})
         if self._moments is not None and (note := self._moments.adopt(moments)):
             self._unsaid += (note,)
+        self.method = {}  # what a merge method carries from merge to merge was of the weights before
+        self._statistics = {name: tensor.clone() for name, tensor in statistics.items()}
         self._norms.begin()
         self._recorder.forget()
+        return ""
+
+    def _unfit(self, peer: str, weights: Weights) -> str:
+        """Return why a peer's weights do not pass the screen, or an empty string."""
+        own = self.trainer.weights(copy=False)
+        natures = natures_of(own, self.trainer.model)
+        try:
+            screen(own, weights, peer, norm_of(own, natures), natures, self._norms.reference(), **self._plan.screen)
+        except DimatError as error:
+            return str(error)
         return ""
 
     def checkpoint(self, machine: MachineState) -> Checkpoint:
@@ -249,11 +264,17 @@ class Learner:
         return schema_hash(self.trainer.model.state_dict())
 
     def adopt_basis(self, number: int, peer: str, snapshot: Path) -> Moves | None:
-        """Permute weights, buffers and optimizer into the basis of a peer's snapshot.
+        """Permute weights, buffers and optimizer into the basis of a peer's snapshot, or take over its weights with it.
 
         Return which units moved. None, and nothing changed, where the snapshot is not fit to align to. Without symmetry
         groups nothing is permuted: all bases are one then.
         """
+        if self._first.adopts(number):
+            former = self.trainer.weights()
+            if self.adopt_weights(peer, snapshot):
+                return None  # the merge refuses this peer too, and says why
+            self._first.took_over(former, peer)
+            return Moves()
         if self.spec is None:
             return Moves()
         source = Peer(peer, self._open(snapshot)[0], weight=0.0)
@@ -272,7 +293,7 @@ class Learner:
         `sources`: the snapshots' files, by peer; `evaluate`: "all" (test metrics before and after), "after" or "none".
         """
         start = time.thread_time()
-        before = self.evaluate() if evaluate == "all" else {}
+        before = self.evaluate(self._first.former) if evaluate == "all" else {}
         ready = time.thread_time()
         parts: list[Peer] = []
         statistics: dict[str, Weights] = {OWN: self._statistics}
@@ -280,10 +301,13 @@ class Learner:
         for part in action.parts:
             weights, statistics[part.peer], moments[part.peer] = self._open(sources[part.peer])
             parts.append(Peer(part.peer, weights, part.weight, part.same_basis))
+        parts, apart = self._first.split(action.round, parts)
+        unfit = {peer.name: why for peer in apart if (why := self._unfit(peer.name, peer.weights))}
         aux = statistics if self._plan.statistics is not None else None
         checks = None if self._moments is None else self._moments.checks(moments)
         context = self._context(action.round, aux, checks)
-        outcome = merge(self.trainer.weights(copy=False), action.own_weight, parts, self._plan, context)
+        own_weight = action.own_weight + sum(peer.weight for peer in apart)
+        outcome = merge(self.trainer.weights(copy=False), own_weight, parts, self._plan, context)
         self.method = context.state or {}
         self._statistics = {}  # they are of the weights before
         changed = outcome.accepted > 0 and bool(outcome.mixing)
@@ -292,7 +316,7 @@ class Learner:
             self.trainer.exchange_weights(held)  # from here on own weights of before are held
         merged = time.thread_time()
         after = before
-        if evaluate != "none" and (changed or not before):
+        if evaluate != "none" and (changed or self._first.former is not None or not before):
             after = self.evaluate()
         checked = changed and not self._plan.keep_not_finite
         lost = [name for name, value in after.items() if not isfinite(value)] if checked else []
@@ -309,26 +333,38 @@ class Learner:
         if changed and outcome.accepted > 0 and self._moments is not None:
             notes = self._moments.merge(outcome, moments, self.spec)
             outcome = replace(outcome, notes=(*outcome.notes, *notes))
+        settled = time.thread_time()
+        refused, cpu_s = {**outcome.refused, **unfit}, {"merge": (merged - ready) + (settled - evaluated)}
+        if self._first.teaches([peer for peer in apart if peer.name not in unfit]):
+            own = held if changed and outcome.accepted > 0 else self.trainer.weights()
+            known = [peer for peer in (*parts, *apart) if peer.name not in refused]
+            norms, moved = self._norms.now(), {} if self._moments is None else self._moments.norms_now()
+            self._first.carry_over(self.trainer, action.round, own, known)
+            self._norms.after_training(norms)
+            if self._moments is not None:
+                self._unsaid += self._moments.after_training(moved)
+            cpu_s["train"] = time.thread_time() - settled
+            after = self.evaluate() if evaluate != "none" else after
+        cpu_s["evaluate"] = (
+            (evaluated - start) + (time.thread_time() - settled) - (merged - ready) - cpu_s.get("train", 0.0)
+        )
         if outcome.doubtful and outcome.accepted > 0:
             self.doubt = (self.doubt[0] or action.round, action.round)
         return MergeResult(
-            refused=outcome.refused,
+            refused=refused,
             accepted=outcome.accepted,
             before=before,
             after=after,
-            notes=outcome.notes,
-            cpu_s={
-                "merge": (merged - ready) + (time.thread_time() - evaluated),
-                "evaluate": (ready - start) + (evaluated - merged),
-            },
+            notes=(*outcome.notes, *self._first.done()),
+            cpu_s=cpu_s,
             # a method that does not align gives no permutations, and "none moved" would be said of nothing
             moved={peer: share for peer, share in outcome.moved.items() if outcome.permutations[peer]},
             moved_groups={peer: moved_by_group(p) for peer, p in outcome.permutations.items() if p},
         )
 
-    def evaluate(self) -> dict[str, float]:
-        """Return the test metrics of the current weights."""
-        return self.trainer.evaluate(self.task.data("test"))
+    def evaluate(self, weights: Weights | None = None) -> dict[str, float]:
+        """Return the test metrics of the current weights, or of others."""
+        return self.trainer.evaluate(self.task.data("test"), weights)
 
     def save(self, file: Path) -> None:
         """Write the current weights as plain safetensors."""

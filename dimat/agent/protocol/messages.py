@@ -307,7 +307,8 @@ class AdoptWeights:
 
 @dataclass(frozen=True, slots=True)
 class AdoptBasis:
-    """Permute the agent's weights, buffers and optimizer state into the basis of a peer's snapshot.
+    """Permute the agent's weights, buffers and optimizer state into the basis of a peer's snapshot, or in the first
+    rounds take over its weights with it, where `schedule.first_merge` says so.
 
     Answer `BasisChanged`.
     """

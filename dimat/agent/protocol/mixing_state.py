@@ -33,6 +33,7 @@ class MixingState:
         self._agent = agent
         self._rules = rules
         self._taking: dict[str, float] = {}
+        self._taken: PeerPublished | None = None  # whose weights stand in the place of own ones, until the merge
 
     def push_weight(self, plan: RoundPlan) -> float | None:
         """Return own push-sum weight; None where the plan has none."""
@@ -50,8 +51,18 @@ class MixingState:
         self.parents = (taken,)
         return MergeRecord(self._agent, number, "", self.parents, kind="join")
 
+    def rebased(self, number: int, offer: PeerPublished) -> None:
+        """Note whose basis was taken over in a round, with its weights where the rules say so."""
+        self._taken = offer if number <= self._rules.adopt_rounds else None
+
     def merge(self, number: int, plan: RoundPlan, usable: Mapping[str, PeerPublished], basis: BasisId) -> MergeAction:
-        """Return the merge of a round, of the agent's own snapshot with those in `usable`."""
+        """Return the merge of a round, of the agent's own snapshot with those in `usable`.
+
+        Where weights were taken over, a newer snapshot of that peer has come too late: one of it is in the merge.
+        """
+        taken = self._taken
+        if taken is not None and taken.peer in usable and usable[taken.peer].root != taken.root:
+            usable = {peer: offer for peer, offer in usable.items() if peer != taken.peer}
         own, mixing = shares(self._rules, plan, self.push, self._agent, number, usable)
         parts = tuple(
             MergePart(peer, offer.round, offer.root, mixing[peer], offer.basis == basis)
@@ -70,7 +81,9 @@ class MixingState:
         """
         # a refused peer's push-sum weight counts for self, as its mixing weight does
         self.push.take(self._taking if plan.push is not None else {})
-        self.parents = contributions(self._agent, self.root, merge, result)
+        whole = merge.round <= self._rules.adopt_rounds
+        self.parents = contributions(self._agent, self.root, merge, result, whole=whole, taken=self._taken)
+        self._taken = None
         told = Merged(
             agent=self._agent,
             round=merge.round,
@@ -100,15 +113,31 @@ def shares(
     return 1.0 - math.fsum(peers.values()), peers
 
 
-def contributions(agent: str, root: str, merge: MergeAction, result: MergeResult) -> tuple[Contribution, ...]:
+def contributions(
+    agent: str,
+    root: str,
+    merge: MergeAction,
+    result: MergeResult,
+    *,
+    whole: bool = False,
+    taken: PeerPublished | None = None,
+) -> tuple[Contribution, ...]:
     """Return the parts of a merge, self first.
 
-    The weight that refused peers and an accept rule left goes to self.
+    The weight that refused peers and an accept rule left goes to self; with `whole` (bases are taken over with weights)
+    that of peers in another basis too. `taken`: the snapshot whose weights stood for self, to which that goes then.
     """
-    kept = [(part, part.weight * result.accepted) for part in merge.parts if part.peer not in result.refused]
-    own = 1.0 - math.fsum(weight for _, weight in kept)
+    merged = [part for part in merge.parts if part.peer not in result.refused and (part.same_basis or not whole)]
+    kept = [(part, part.weight * result.accepted) for part in merged]
+    own, instead = 1.0 - math.fsum(weight for _, weight in kept), ()
+    if taken is not None:
+        own += math.fsum(weight for part, weight in kept if part.root == taken.root and part.peer == taken.peer)
+        kept = [(part, weight) for part, weight in kept if part.peer != taken.peer]
+        adopted = Contribution(agent=taken.peer, snapshot=taken.root, round=taken.round, weight=own, verdict="adopted")
+        own, instead = 0.0, (adopted,)
     return (
         Contribution(agent=agent, snapshot=root, round=merge.round, weight=own, verdict="own"),
+        *instead,
         *(
             Contribution(
                 agent=part.peer,

@@ -69,7 +69,8 @@ class Rules:
     """How rounds go: the settings of `ScheduleConfig` that have the same name (meaning and defaults stand there), and:
 
     `rounds`: the last round, None for no end. `deadline_s`: `round_deadline_s`. `basis_gossip`: agents come to share
-    one basis. `target`: (metric, value); an agent whose metric after a merge is at least the value is through.
+    one basis. `adopt_rounds`: up to which round they take over the weights in it, and merge none in another one.
+    `target`: (metric, value); an agent whose metric after a merge is at least the value is through.
     """
 
     rounds: int | None
@@ -80,6 +81,7 @@ class Rules:
     staleness_decay: float
     join: Literal["adopt", "align"]
     join_wait_s: float
+    adopt_rounds: int = 0
     basis_gossip: bool = False
     target: tuple[str, float] | None = None
 

@@ -335,6 +335,7 @@ class RoundMachine:
             self._unfit.add(offer.root)
             return self._adopt_or_merge()
         self.basis = event.basis
+        self._mixing.rebased(self.round, offer)
         adopted = events.BasisAdopted(
             agent=self.agent,
             round=self.round,

@@ -47,7 +47,7 @@ class Work(Protocol[Source]):
         ...
 
     def adopt_basis(self, action: m.AdoptBasis, source: Source) -> Outcome[m.Moves | None]:
-        """Permute the agent into the basis of a snapshot.
+        """Bring the agent into the basis of a snapshot: permute it, or take over the snapshot's weights.
 
         None, and nothing changed, where it is not fit for that.
         """

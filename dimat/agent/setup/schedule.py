@@ -91,7 +91,9 @@ class RunSchedule:
         return Rules.of(
             schedule,
             rounds=self.rounds or None,
-            basis_gossip=self.merge_plan.align.name != "none" and self.merge_plan.align_to == "shared",
+            adopt_rounds=schedule.adopt_rounds,
+            basis_gossip=schedule.adopt_rounds > 0
+            or (self.merge_plan.align.name != "none" and self.merge_plan.align_to == "shared"),
             target=None if schedule.target is None else (self.metric, schedule.target),
         )
 

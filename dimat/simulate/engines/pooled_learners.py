@@ -19,7 +19,7 @@ from dimat.simulate.folder import RunFolder
 from dimat.simulate.node import SimulatedWork
 from dimat.simulate.world.compute_model import Compute
 from dimat.simulate.world.scenario import Scenario
-from dimat.train.trainer import round_steps
+from dimat.train.progress import round_steps
 from dimat.weights.snapshot import RecordedSnapshot, SnapshotStore
 
 
@@ -79,6 +79,7 @@ class PooledLearner(SimulatedWork):
         self._setup = setup
         self._slot = slot
         self._batches = 0
+        self._rebased = 0  # the last round in which a basis was taken over
 
     def create(self) -> Outcome[tuple[str, ...]]:
         """Set the agent up; the outcome is the warnings of its symmetry derivation."""
@@ -105,9 +106,18 @@ class PooledLearner(SimulatedWork):
         steps = round_steps(self._setup.config.train, self._batches, action.round)
         return self._learners.compute.train_s(self._setup.agent, steps, action.learn, now)
 
-    def merge_s(self, action: m.MergeAction) -> float:
-        """Return how long a merge takes, in virtual seconds."""
-        return self._setup.config.simulate.compute.merge_s if action.parts else 0.0
+    def merge_s(self, action: m.MergeAction, now: float) -> float:
+        """Return how long a merge that begins now takes, in virtual seconds."""
+        config, schedule = self._setup.config, self._setup.config.schedule
+        if not action.parts:
+            return 0.0
+        merge_s = config.simulate.compute.merge_s
+        first = self._rebased == action.round or not all(part.same_basis for part in action.parts)
+        if schedule.first_merge != "adopt-distil" or not first or action.round > schedule.adopt_rounds:
+            return merge_s
+        steps = round_steps(config.train, self._batches, action.round)
+        round_s = self._learners.compute.train_s(self._setup.agent, steps, True, now)
+        return merge_s + round_s * schedule.distil.steps / steps
 
     def train(self, action: m.Train) -> Outcome[TrainResult]:
         """Train for a round."""
@@ -139,7 +149,8 @@ class PooledLearner(SimulatedWork):
         return written
 
     def adopt_basis(self, action: m.AdoptBasis, source: Path) -> Outcome[m.Moves | None]:
-        """Permute the agent into the basis of a snapshot."""
+        """Bring the agent into the basis of a snapshot."""
+        self._rebased = action.round
         return self._outcome(self._submit(worker.adopt_basis, action, source))
 
     def adopt_weights(self, action: m.AdoptWeights, source: Path) -> Outcome[str]:

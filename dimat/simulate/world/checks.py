@@ -13,7 +13,7 @@ from dimat.simulate.world.compute_model import Compute
 from dimat.simulate.world.faults import Crash, FaultPlan, Leave
 from dimat.simulate.world.link_model import BYTES_PER_MBIT
 from dimat.tasks.data import batch_bounds
-from dimat.train.trainer import round_steps
+from dimat.train.progress import round_steps
 
 
 class Pace:

@@ -80,6 +80,27 @@ def test_three_agents_as_in_the_simulator(tmp_path: Path, free_ports: list[int])
         assert record["after"] == net.events("lab-a", "Merged")[-1]["after"]
 
 
+def test_weights_are_taken_over_and_taught_as_in_the_simulator(tmp_path: Path, free_ports: list[int]) -> None:
+    """`first_merge = "adopt-distil"`: whose weights they are after the first merge, and the accuracies."""
+    schedule = 'rounds = 3\nround_deadline_s = 60\nfirst_merge = "adopt-distil"\ndistil = { steps = 10 }'
+    with network(tmp_path, ABC, free_ports, schedule=schedule) as net:
+        finish(net)
+        results = run_simulation(load_experiment(tmp_path / "agents.toml", ("simulate.workers=1",)))
+        simulated = {(row.agent, row.round): row.after for row in results.rows}
+        bases = {net.events(name, "Published")[-1]["basis"] for name in ABC}
+        (founder,) = {basis.split(":")[1] for basis in bases}
+        for name in ABC:
+            first, *later = net.events(name, "Merged")
+            taken = {founder: 1.0} if name == founder else {name: 0.0, founder: 1.0}
+            assert {part["agent"]: part["weight"] for part in first["contributions"]} == pytest.approx(taken)
+            assert any("learned for 10 steps" in note and "3 models" in note for note in first["notes"])
+            for merge in (first, *later):
+                assert merge["after"]["accuracy"] == pytest.approx(simulated[name, merge["round"]], abs=0.05)
+            for merge in later:
+                assert [part["weight"] for part in merge["contributions"]] == pytest.approx([1 / 3] * 3)
+        check_ledgers(net)
+
+
 def test_projection_on_a_shared_base_and_in_no_step(tmp_path: Path, free_ports: list[int]) -> None:
     """`opcm` with a base that all draw from one seed, and `average` asynchronously: all come through, and take from
     each other."""

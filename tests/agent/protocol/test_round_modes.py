@@ -263,3 +263,28 @@ def test_messages_of_another_run_are_ignored() -> None:
     m = machine()
     m.handle(r.Started())
     assert m.handle(r.PeerPublished("b", 1, "b1", BasisId(0, "a", "0"), "another run", 1)) == []
+
+
+# ── taking weights over with a basis ─────────────────────────────────────────────────────────────────────────────
+def test_taken_weights_stand_for_own_ones_in_the_record_of_a_merge() -> None:
+    """What would be self's is the adopted snapshot's; peers in another basis are not in it. Beyond `adopt_rounds` all
+    are."""
+    for adopt_rounds, expected in (
+        (0, [("me", 0.5, "own"), ("b", 0.25, "same basis"), ("c", 0.25, "other basis")]),
+        (1, [("me", 0.0, "own"), ("b", 1.0, "adopted")]),
+    ):
+        m = machine(basis_gossip=True, adopt_rounds=adopt_rounds)
+        m.handle(r.Started())
+        smaller = BasisId(0, "a", "0")
+        have(m, "b", 1, basis=smaller)
+        have(m, "c", 1)
+        (adopt,) = of(m.handle(r.TrainingDone(1, "own1")), r.AdoptBasis)
+        assert of(m.handle(r.BasisChanged(1, adopt.basis)), r.MergeAction)
+        (merged,) = told(m.handle(r.MergeDone(1)), events.Merged)
+        assert [(part.agent, part.weight, part.verdict) for part in merged.contributions] == expected
+        # in the next round own weights are own again
+        have(m, "b", 2, basis=smaller)
+        have(m, "c", 2, basis=smaller)
+        m.handle(r.TrainingDone(2, "own2"))
+        (merged,) = told(m.handle(r.MergeDone(2)), events.Merged)
+        assert [(part.agent, part.weight) for part in merged.contributions] == [("me", 0.5), ("b", 0.25), ("c", 0.25)]

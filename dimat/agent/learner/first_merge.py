@@ -1,0 +1,82 @@
+"""The first merges of agents that begin with weights of their own, as `schedule.first_merge` has them.
+
+With "align" an agent permutes its own weights into the basis that it takes over. With "adopt" and "adopt-distil" it
+takes over the weights in that basis instead, whole, and no merge mixes bases: peers in another one are left out, and
+take over ours soon, or we theirs. That is so in the first rounds (`first_merge_rounds`); later it is as with "align".
+With "adopt-distil" an agent that has taken over weights, or has left peers out, learns after the merge from own labels
+and from the logits of its old model and of all peers' of that round, for `schedule.distil.steps` steps on own examples:
+what they knew is carried over, whatever their order of units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from dimat.config import ScheduleConfig
+from dimat.errors import ConfigError
+from dimat.merge import Peer
+from dimat.train.base import ModelTrainer
+from dimat.train.lesson import check_teachable
+from dimat.train.trainer import Trainer
+
+
+@dataclass(slots=True)
+class FirstMerge:
+    """What is kept from the moment at which weights are taken over to the merge that follows.
+
+    `former`: own weights of before, None where none were taken over; `source`: the peer that they were taken from.
+    """
+
+    config: ScheduleConfig
+    former: dict[str, Tensor] | None = None
+    source: str = ""
+    notes: list[str] = field(default_factory=list[str])
+
+    def adopts(self, number: int) -> bool:
+        """Whether in a round weights are taken over with a basis."""
+        return number <= self.config.adopt_rounds
+
+    def check(self, trainer: ModelTrainer) -> None:
+        """Raise ConfigError where the model cannot be taught as the configuration says."""
+        if self.config.first_merge != "adopt-distil":
+            return
+        key = 'schedule.first_merge = "adopt-distil"'
+        if not isinstance(trainer, Trainer):
+            raise ConfigError(f'{key} trains by itself, and here a loop of your own does; take "adopt"')
+        check_teachable(trainer.task, key)
+
+    def took_over(self, former: dict[str, Tensor], source: str) -> None:
+        """Note that a peer's weights stand in the place of own ones."""
+        self.former, self.source = former, source
+        self.notes = [f"took over the weights of {source} with its basis, in place of its own"]
+
+    def split(self, number: int, parts: Sequence[Peer]) -> tuple[list[Peer], list[Peer]]:
+        """Return the peers that are merged in a round, and those that are left out of the merge."""
+        merged = [peer for peer in parts if peer.same_basis or not self.adopts(number)]
+        left_out = [peer for peer in parts if not peer.same_basis and self.adopts(number)]
+        if left_out:
+            names = ", ".join(peer.name for peer in left_out)
+            self.notes.append(f"not merged, since in another basis: {names} (schedule.first_merge)")
+        return merged, left_out
+
+    def teaches(self, left_out: Sequence[Peer]) -> bool:
+        """Whether this merge is followed by distillation."""
+        return self.config.first_merge == "adopt-distil" and (self.former is not None or bool(left_out))
+
+    def carry_over(self, trainer: ModelTrainer, number: int, own: Mapping[str, Tensor], peers: Sequence[Peer]) -> None:
+        """Teach the model what `own` (the weights before the merge, where none were taken over) and peers knew."""
+        assert isinstance(trainer, Trainer)
+        teachers = [own if self.former is None else self.former, *(peer.weights for peer in peers)]
+        report = trainer.distil(number, teachers, self.config.distil)
+        self.notes.append(
+            f"learned for {report.steps} steps from own labels and from what {len(teachers)} models say of own examples"
+        )
+
+    def done(self) -> tuple[str, ...]:
+        """Forget what was kept; return what a person should know of the merge."""
+        notes, self.notes = tuple(self.notes), []
+        self.former, self.source = None, ""
+        return notes
