@@ -33,9 +33,9 @@ settings.load_profile("dimat")
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
-    """One worker more than cores (`-n auto`): tests of real agents wait for peers and deadlines much of their time."""
+    """Two workers more than cores (`-n auto`): tests of real agents wait for peers and deadlines much of their time."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return cores + 1 if config.option.numprocesses == "auto" else None
+    return cores + 2 if config.option.numprocesses == "auto" else None
 
 
 @pytest.hookimpl(wrapper=True)

@@ -1,4 +1,4 @@
-"""Distillation from several models at once: what they knew, into weights that begin somewhere else.
+"""Distillation from several models at once: what they knew, into other weights.
 
     L = (1 − w) · loss(z, y) + w · T² · KL(softmax(z̄ / T) ‖ softmax(z / T))
 

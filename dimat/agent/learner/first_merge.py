@@ -1,4 +1,4 @@
-"""The first merges of agents that begin with weights of their own, as `schedule.first_merge` has them.
+"""First merges of agents that begin with weights of their own: `schedule.first_merge`.
 
 With "align" an agent permutes its own weights into the basis that it takes over. With "adopt" and "adopt-distil" it
 takes over the weights in that basis instead, whole, and no merge mixes bases: peers in another one are left out, and

@@ -41,7 +41,7 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize("method", ["dimat", "average"])
 def test_adopting_takes_the_weights_of_the_basis(tmp_path: Path, method: str) -> None:
     """After the merge with the peer they are the peer's, with or without alignment; the metrics of before are own."""
-    one, two, files = started(tmp_path, "adopt", merge__method=method, train__optimizer_state="kept")
+    one, two, files = started(tmp_path, "adopt", merge__method=method)
     own = two.evaluate()
     assert two.adopt_basis(1, one.name, files[one.name]) is not None
     result = merged(two, 1, 0.5, [(one.name, files[one.name], 0.5, True)], "all")
