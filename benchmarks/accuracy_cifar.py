@@ -111,7 +111,7 @@ def show(heading: str, curves: Mapping[str, MethodCurve], merges: Sequence[int])
 
 
 def marks(splits: Mapping[str, Mapping[str, MethodCurve]], last: int) -> list[tuple[str, str, str, bool]]:
-    """Return what the default, with moments, and with three mixing steps, is held against: (mark, measured, bar, met)."""
+    """Return what the default, with moments, and with mixing steps, is held against: (mark, measured, bar, met)."""
     found: list[tuple[str, str, str, bool]] = []
 
     def mark(what: str, measured: float, bar: float) -> None:
