@@ -1,8 +1,8 @@
 """Accuracy after each merge on CIFAR-10 at 16×16 pixels: five agents on a ring, 500 images each.
 
 Every row starts from epoch 0 and trains two epochs before each merge; all agents of a row begin with the same weights,
-unless it says "own-starts". "plain" is cross-entropy, else the loss is the default ("auto": logit-adjusted where an
-agent's classes are skewed). "moments": optimizer moments are merged too (`train.optimizer_state = "merged"`, int8);
+unless it says "own-starts". "plain" is cross-entropy, else the loss is "auto": logit-adjusted where an agent's classes
+are skewed. "moments": optimizer moments are merged too (`train.optimizer_state = "merged"`, int8);
 "3-steps": `schedule.mixing_steps = 3`. D-PSGD merges after every step and is measured every two epochs. Three seeds, no
 run left out. Needs cifar10-train.parquet and cifar10-test.parquet (Hugging Face's image layout) in --data.
 
@@ -80,7 +80,13 @@ def experiment(data: Path, rounds: int, images: int, tests: int, model: str, siz
         "run": "cifar",
         "topology": {"graph": "ring", "agents": AGENTS},
         "task": task,
-        "train": {"epochs_per_round": EPOCHS, "batch_size": BATCH, "optimizer": {"name": "adam", "lr": 2e-3}},
+        "train": {
+            "epochs_per_round": EPOCHS,
+            "batch_size": BATCH,
+            "optimizer": {"name": "adam", "lr": 2e-3},
+            "initialisation": "shared",
+            "loss": "auto",
+        },
         "schedule": {"rounds": rounds},
         "simulate": {"evaluate": "after"},
         "variants": [VariantConfig(name=name, set=change) for name, change in forms(rounds).items()],

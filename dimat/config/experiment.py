@@ -153,13 +153,12 @@ class TrainConfig(Tree):
     the whole batch, in less memory. BatchNorm sees a part at a time."""
     optimizer: Annotated[OptimizerConfig, BeforeValidator(as_stage)] = OptimizerConfig()
     """Optimizer and learning rate."""
-    initialisation: Literal["own", "shared"] = "shared"
-    """All agents start from the same weights ("shared"), which then need no alignment, or each from its own: for models
-    that exist already."""
-    loss: Named = NamedConfig(name="auto")
-    """Loss of local training. "auto": "logit-adjusted" where an agent's class shares are far from the whole's, else
-    "task", the task's own; "logit-adjusted", "calibrated", "restricted", "distillation", "not-true-distillation": for
-    agents whose classes are skewed."""
+    initialisation: Literal["own", "shared"] = "own"
+    """Each agent starts from weights of its own, or all from the same, which then need no alignment."""
+    loss: Named = NamedConfig(name="task")
+    """Loss of local training. "task": the task's own; "logit-adjusted", "calibrated", "restricted", "distillation",
+    "not-true-distillation": for agents whose classes are skewed; "auto": "logit-adjusted" where an agent's class shares
+    are far from the whole's, else "task"."""
     proximal: Annotated[float, Field(ge=0)] = 0.0
     """Strength μ of a pull to the weights with which the round's training began, those after the last merge: μ/2 times
     the squared distance from them is added to the loss (FedProx, arXiv 1812.06127). 0: none."""

@@ -21,6 +21,7 @@ from dimat.config import (
     TrainConfig,
     VariantConfig,
 )
+from dimat.config.tree import NamedConfig
 from dimat.simulate.compare import Case, cases_of
 
 OWN = {"train": {"initialisation": "own"}}
@@ -44,7 +45,12 @@ def demo_config(rounds: int = 10) -> ExperimentConfig:
         topology=TopologyConfig(graph="ring", agents=5),
         task=TaskConfig(name="digits"),
         train=TrainConfig(
-            first_round_epochs=5, epochs_per_round=2, batch_size=32, optimizer=OptimizerConfig(name="adam", lr=2e-3)
+            first_round_epochs=5,
+            epochs_per_round=2,
+            batch_size=32,
+            optimizer=OptimizerConfig(name="adam", lr=2e-3),
+            initialisation="shared",
+            loss=NamedConfig(name="auto"),
         ),
         merge=MergeConfig(method="dimat"),
         schedule=ScheduleConfig(rounds=rounds),

@@ -37,6 +37,7 @@ epochs_per_round = 2
 batch_size = 32
 optimizer = { name = "adam", lr = 2e-3 }
 initialisation = "shared"      # one start for all; "own" for networks that exist already
+loss = "auto"                  # logit-adjusted where an agent's classes are skewed; "task": the task's own
 """
 _DIMAT = """\
 method = "dimat"               # or "average", "dimat-paper", "isolated", "centralised"
