@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dimat.errors import MergeError, PeerError, nearest
 from dimat.merge.stages import Inputs, Permutations, Weights
 from dimat.merge.weight_views import PermutedWeights, RenamedWeights, axes_by_name
-from dimat.symmetry.spec import AxisRef, SymmetrySpec, View
+from dimat.symmetry.spec import AxisRef, SymmetrySpec
 
 OWN = ""
 """Name under which an agent's own statistics stand beside its peers'; no agent can be called so."""
@@ -161,20 +161,4 @@ def _spec_for(aux: Weights, spec: SymmetrySpec) -> SymmetrySpec:
             axes += [replace(axis, tensor=key) for axis in moving]
         elif key.startswith(GRAM):
             axes += [replace(axis, tensor=key, dim=dim) for axis in moving if axis.dim == 1 for dim in (0, 1)]
-    views: list[View] = []
-    for kind in (FISHER, GRAM):
-        for view in spec.views:
-            seen = replace(view, tensor=kind + view.tensor, sources=tuple(kind + name for name in view.sources))
-            lacking = [name for name in seen.sources if name not in aux]
-            if len(lacking) == len(seen.sources):
-                continue
-            if lacking:
-                raise MergeError(f"statistic {lacking[0]!r} is missing; its list of tensors moves as a whole")
-            views.append(seen)
-            for axis in by_name.get(view.tensor, []):
-                if kind == FISHER or not axis.dim:
-                    axes.append(replace(axis, tensor=seen.tensor))
-                elif axis.dim == 2:  # a list's: its matrices' inputs
-                    axes += [replace(axis, tensor=seen.tensor, dim=dim) for dim in (1, 2)]
-    hidden = {name for view in views for name in view.sources}
-    return replace(spec, axes=tuple(axis for axis in axes if axis.tensor not in hidden), tied=(), views=tuple(views))
+    return replace(spec, axes=tuple(axes), tied=())

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
-from functools import cached_property
 from os import PathLike
 from typing import Any
 
@@ -17,9 +16,7 @@ from torch import Tensor
 
 from dimat.merge.stages import Permutations, Weights
 from dimat.symmetry import permute_weights
-from dimat.symmetry.permute import Moves, permute_behind
 from dimat.symmetry.spec import AxisRef, SymmetrySpec, groups_in
-from dimat.symmetry.views import read_view, views_behind
 from dimat.weights.header import LONGEST_HEADER
 from dimat.weights.tensors import Tensors
 
@@ -60,59 +57,28 @@ class RenamedWeights(WeightsView):
         return self._weights[self._stored[name]]
 
 
-class ViewedWeights(WeightsView):
-    """Weights beside which the views of a spec can be asked for; only real tensors are listed."""
-
-    def __init__(self, weights: Weights, spec: SymmetrySpec) -> None:
-        super().__init__(weights)
-        self._weights = weights
-        self._views = {view.tensor: view for view in spec.views}
-
-    def __getitem__(self, name: str) -> Tensor:
-        view = self._views.get(name)
-        return self._weights[name] if view is None else read_view(view, self._weights)
-
-
 def axes_by_name(spec: SymmetrySpec) -> dict[str, list[AxisRef]]:
-    """Return the axes that hold units by the names of their tensors, all names of tied ones.
-
-    Those of views are named by the view; a tensor of a list has its own axes too, for those groups of which all of the
-    list have the same units.
-    """
+    """Return the axes that hold units by the names of their tensors, all names of tied ones."""
     aliases = {name: names for names in spec.tied for name in names}
     found: dict[str, list[AxisRef]] = {}
     for axis in spec.axes:
         for name in aliases.get(axis.tensor, (axis.tensor,)):
             # most are their own: copying each costs seconds where weights are matched, which asks for every step
             found.setdefault(name, []).append(axis if name == axis.tensor else replace(axis, tensor=name))
-    for view in spec.views:
-        if view.index is None:
-            axes = [axis for axis in found.get(view.tensor, ()) if axis.dim]
-            found.update(
-                {name: [replace(axis, tensor=name, dim=axis.dim - 1) for axis in axes] for name in view.sources}
-            )
     return found
 
 
 class PermutedWeights(WeightsView):
-    """Weights in another basis: each access permutes one tensor. Views of the spec can be asked for too."""
+    """Weights in another basis: each access permutes one tensor."""
 
     def __init__(self, weights: Weights, spec: SymmetrySpec, permutations: Permutations) -> None:
         super().__init__(weights)
-        self._weights = ViewedWeights(weights, spec) if spec.views else weights
-        self._behind = views_behind(spec)
-        self._whole = spec
-        self._spec = replace(spec, axes=(), tied=(), views=())
+        self._weights = weights
+        self._spec = replace(spec, axes=(), tied=())
         self._permutations = permutations
         self._axes = axes_by_name(spec)
 
-    @cached_property
-    def _moves(self) -> Moves:
-        return Moves.of(self._whole, self._permutations)
-
     def __getitem__(self, name: str) -> Tensor:
-        if name in self._behind:
-            return permute_behind(self._weights, name, self._behind[name], self._axes, self._moves)
         axes = tuple(self._axes.get(name, ()))
         groups = set[str]().union(*(groups_in(axis.layout) for axis in axes))
         permutations = {group: p for group, p in self._permutations.items() if group in groups}

@@ -16,7 +16,6 @@ from dimat.symmetry.atoms import Atom, Frozen, Layout, segment_size
 from dimat.symmetry.coverage import by_nature, costs, coverage_of
 from dimat.symmetry.experts import with_experts
 from dimat.symmetry.interpret import DEPENDS, Analysis, interpret
-from dimat.symmetry.lists import with_lists
 from dimat.symmetry.points import find_points
 from dimat.symmetry.spec import (
     AxisRef,
@@ -31,7 +30,6 @@ from dimat.symmetry.spec import (
 )
 from dimat.symmetry.spec import Layout as SpecLayout
 from dimat.symmetry.trace import SymmetryWarning, Trace, location_of, trace
-from dimat.symmetry.views import with_views
 from dimat.symmetry.wreath import Parents, find_parents
 
 POINTS_PER_GROUP = 6
@@ -111,15 +109,12 @@ def describe(
 
     groups = tuple(map(group, group_of))
     axes = _axes(analysis, layouts, names, {name: {names[a] for a in parents[atom]} for atom, name in group_of.items()})
-    views = tuple(view for listed in analysis.views.values() for view in listed)
-    shapes = with_views({name: traced.shapes[name] for name in _parameters(traced)}, views)
-    shapes = {name: shape for name, shape in shapes.items() if name not in analysis.views}
+    shapes = {name: traced.shapes[name] for name in _parameters(traced)}
     kept = outputs[:1] if all_outputs else outputs
     frozen = _frozen(analysis, layouts, {f"model output '{traced.outputs[number][0]}'" for number in kept})
     unknown, loud = _unknown(analysis, frozen, {name: prod(shape) for name, shape in shapes.items()})
     if all_outputs:
         loud.extend(_pinning(traced, frozen))
-    moved = {axis.tensor for axis in axes}
     unseen = [group.id for group in groups if group.method == "weight"]
     quiet = [f"SYM-W04 no observation point for {name}; weight matching" for name in unseen]
     quiet += [f"SYM-W06 parameter {name} unused in trace; left unpermuted" for name in unused if name in shapes]
@@ -132,7 +127,6 @@ def describe(
         trace_kind=traced.kind,
         outputs=outputs,
         numbered=tuple(group(atom) for atom in names if atom in still),
-        views=tuple(v for listed in analysis.views.values() if {v.tensor for v in listed} & moved for v in listed),
     )
     loud.extend(_costly(spec, shapes))
     spec = replace(spec, coverage=coverage_of(spec, shapes), warnings=(*loud, *quiet))
@@ -144,10 +138,9 @@ def exchange_experts(
 ) -> tuple[SymmetrySpec, list[str]]:
     """Return what `describe` made of a traced module, with experts that are proven to be exchangeable as groups."""
     moved = with_experts(model, spec, example_inputs, traced.shapes)
-    moved = with_lists(model, moved, example_inputs, traced.shapes)
     if moved is spec:
         return spec, loud
-    shapes = with_views({name: traced.shapes[name] for name in _parameters(traced)}, moved.views)
+    shapes = {name: traced.shapes[name] for name in _parameters(traced)}
     quiet = spec.warnings[len(loud) :]
     loud = [message for message in loud if not message.startswith(_COSTLY)] + _costly(moved, shapes)
     moved = replace(moved, coverage=coverage_of(moved, shapes), warnings=(*loud, *quiet))

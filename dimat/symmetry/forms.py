@@ -38,14 +38,6 @@ def form_of(domain: Domain, layout: Layout) -> Form | None:
     return tuple(piece for form, size in zip(found, whole) for piece in (form or (size,)))
 
 
-def taken_apart(domain: Domain, layout: Layout) -> bool:
-    """Tell whether an axis of several indices, few enough, was taken index by index, as a whole."""
-    if len(layout) != 1 or len(layout[0]) != 1:
-        return False
-    atom = domain.find(layout[0][0])
-    return 1 < atom.size <= MOST_PIECES and _singles(domain, atom)
-
-
 def _of_product(domain: Domain, segment: Sequence[Atom]) -> Form | None:
     factors = _factors(domain, segment)
     sizes = [atom.size for atom in factors]

@@ -9,21 +9,18 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
 
-from dimat.symmetry.atoms import Frozen, Layout, LayoutError
+from dimat.symmetry.atoms import Frozen, LayoutError
 from dimat.symmetry.forms import Form, form_of, made
 from dimat.symmetry.layout import Domain
-from dimat.symmetry.parts import numbered_axis, only_taken, parts_of
-from dimat.symmetry.rules import Call, NoRule, Value, create, find_rule, random
+from dimat.symmetry.rules import Call, NoRule, Value, find_rule
 from dimat.symmetry.rules.call import Abstract, op_name
-from dimat.symmetry.spec import View
 from dimat.symmetry.trace import Trace, shape_of
-from dimat.symmetry.views import part_name
 
 _LARGEST_CONSTANT = 1 << 26
 """Constants with more entries than this are frozen without a look at their values."""
@@ -52,8 +49,6 @@ class Analysis:
     unknown: dict[fx.Node, tuple[str, str]] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)
     forms: dict[tuple[str, int], Form] = field(default_factory=dict)
-    parts: dict[str, int] = field(default_factory=dict)
-    views: dict[str, list[View]] = field(default_factory=dict)
     from_input: set[fx.Node] = field(default_factory=set)
 
     def all_values(self) -> list[Value]:
@@ -67,34 +62,25 @@ class Analysis:
 def interpret(trace: Trace, outputs: tuple[int, ...]) -> Analysis:
     """Derive the layouts of a traced module whose outputs of the given indices must not change.
 
-    An axis that turns out to be several in one (query, key and value in one projection) is taken apart, and so is a
-    tensor that is several in one (layers on top of each other), and the graph is run again.
+    An axis that turns out to be several in one (query, key and value in one projection) is taken apart, and the
+    graph is run again.
     """
-    analysis = _once(trace, outputs, {}, {})
-    taken = only_taken(trace)
+    analysis = _once(trace, outputs, {})
     for _ in range(_MOST_RESTARTS):
-        parts = {
-            name: dim
-            for name, value in analysis.tensors.items()
-            if name in taken and name not in analysis.parts
-            if (dim := numbered_axis(analysis.domain, value)) is not None
-        }
         forms = {
             place: form
             for (name, value) in analysis.tensors.items()
             for place, layout in (((name, dim), layout) for dim, layout in enumerate(value.dims))
-            if name not in parts and place not in analysis.forms and (form := form_of(analysis.domain, layout))
+            if place not in analysis.forms and (form := form_of(analysis.domain, layout))
         }
-        if not forms and not parts:
+        if not forms:
             break
-        analysis = _once(trace, outputs, {**analysis.forms, **forms}, {**analysis.parts, **parts})
+        analysis = _once(trace, outputs, {**analysis.forms, **forms})
     return analysis
 
 
-def _once(
-    trace: Trace, outputs: tuple[int, ...], forms: dict[tuple[str, int], Form], parts: dict[str, int]
-) -> Analysis:
-    analysis = Analysis(forms=forms, parts=parts)
+def _once(trace: Trace, outputs: tuple[int, ...], forms: dict[tuple[str, int], Form]) -> Analysis:
+    analysis = Analysis(forms=forms)
     for path in (trace, *trace.others):
         for node in path.nodes:
             if node.op == "placeholder":
@@ -103,27 +89,14 @@ def _once(
                 _freeze_outputs(analysis, path, outputs)
             else:
                 _visit(analysis, path.module, node)
-                if not _is_blank(node) and any(source in analysis.from_input for source in node.all_input_nodes):
+                if any(source in analysis.from_input for source in node.all_input_nodes):
                     analysis.from_input.add(node)
     # resolving may still freeze what cannot be written down, and that may reach other layouts
     for _ in range(2):
         for layout in [layout for value in analysis.all_values() for layout in value.dims]:
             analysis.domain.resolve(layout)
     analysis.domain.pair_lookups()
-    for name, dim in parts.items():
-        apart = parts_of(analysis.domain, name, analysis.tensors[name], dim)
-        if apart:
-            del analysis.tensors[name]
-            analysis.views[name] = list(apart)
-            analysis.tensors.update({view.tensor: value for view, value in apart.items()})
-            analysis.used |= {view.tensor for view in apart} if name in analysis.used else set()
     return analysis
-
-
-def _is_blank(node: fx.Node) -> bool:
-    """Tell whether a node makes a tensor that has only its size from what it is given: zeros, a draw."""
-    function = find_rule(node.target)
-    return function is create.constant or function is random.draw
 
 
 def _placeholder(analysis: Analysis, trace: Trace, node: fx.Node) -> Abstract:
@@ -150,18 +123,8 @@ def _parameter(analysis: Analysis, trace: Trace, name: str, node: str) -> Value:
         return _fixed(domain, shape, Frozen("integer tensor", node))
     if name in trace.entangled:
         return _fixed(domain, shape, Frozen("shares memory with another tensor in part", node))
-
-    def axis(name: str, dim: int, size: int) -> Layout:
-        form = analysis.forms.get((name, dim))
-        return made(domain, form) if form else domain.fresh(size)
-
-    if name not in analysis.parts:
-        return Value(tuple(axis(name, dim, size) for dim, size in enumerate(shape)))
-    apart = analysis.parts[name]
-    others = [*shape[:apart], *shape[apart + 1 :]]
-    names = [part_name(name, apart, number) for number in range(shape[apart])]
-    numbers, axes = domain.numbered([[axis(part, dim, size) for part in names] for dim, size in enumerate(others)])
-    return Value((*axes[:apart], numbers, *axes[apart:]))
+    forms = (analysis.forms.get((name, dim)) for dim in range(len(shape)))
+    return Value(tuple(made(domain, form) if form else domain.fresh(size) for form, size in zip(forms, shape)))
 
 
 def _fixed(domain: Domain, shape: tuple[int, ...], why: Frozen) -> Value:
@@ -197,9 +160,7 @@ def _visit(analysis: Analysis, module: fx.GraphModule, node: fx.Node) -> None:
         return
     elif str(node.target) == "cond" and _branches(analysis, module, node):
         return
-    elif _called(node.target) in ("_add_batch_dim", "_remove_batch_dim"):
-        if not _mapped(analysis, node):
-            _freeze_all(analysis, node, f"no rule for {_called(node.target)}")
+    elif _called(node.target) in ("_add_batch_dim", "_remove_batch_dim") and _mapped(analysis, node):
         return
     elif op_name(node.target):
         _apply_rule(analysis, node)
@@ -207,7 +168,6 @@ def _visit(analysis: Analysis, module: fx.GraphModule, node: fx.Node) -> None:
         _freeze_all(analysis, node, f"no rule for {_called(node.target)}")
     else:
         analysis.values[node] = None
-    _set_aside(analysis, node)
 
 
 def _called(target: Any) -> str:
@@ -260,7 +220,7 @@ def _settle_cases(domain: Domain, result: Abstract) -> None:
         return
     for value in result if isinstance(result, list) else [result]:
         if value is not None:
-            choices = [domain.choice_of(layout) for layout in value.all_dims]
+            choices = [domain.choice_of(layout) for layout in value.dims]
             for case in [case for layout in value.dims for case in domain.cases_of(layout)]:
                 if case.choice not in choices:
                     domain.settle(case)
@@ -273,7 +233,7 @@ def _freeze_all(analysis: Analysis, node: fx.Node, reason: str) -> None:
     for source in node.all_input_nodes:
         value = analysis.values.get(source)
         for tensor in value if isinstance(value, list) else [value]:
-            for layout in tensor.all_dims if tensor is not None else ():
+            for layout in tensor.dims if tensor is not None else ():
                 analysis.domain.freeze(layout, why)
 
     def fixed(value: Any) -> Value | None:
@@ -346,39 +306,21 @@ def _mapped(analysis: Analysis, node: fx.Node) -> bool:
     source = analysis.values.get(node.all_input_nodes[0]) if node.all_input_nodes else None
     if not isinstance(source, Value):
         return False
+    why = Frozen("axis of vmap", node.name)
     if _called(node.target) == "_add_batch_dim":
-        axis, level = node.args[1:3]
-        if not isinstance(axis, int) or not isinstance(level, int):
+        axis: Any = node.args[1]
+        if not isinstance(axis, int):
             return False
-        axis %= source.ndim
-        others = (*source.dims[:axis], *source.dims[axis + 1 :])
-        analysis.values[node] = Value(others, (*source.mapped, (level, source.dims[axis])))
+        analysis.domain.freeze(source.dims[axis], why)
+        analysis.values[node] = Value((*source.dims[:axis], *source.dims[axis % source.ndim + 1 :]))
         return True
-    shape, level, out = shape_of(node.meta.get("val")), node.args[1], node.args[3]
-    if shape is None or not isinstance(out, int) or not isinstance(level, int):
+    shape, out = shape_of(node.meta.get("val")), node.args[3]
+    if shape is None or not isinstance(out, int):
         return False
     out %= len(shape)
-    axis = dict(source.mapped).get(level) or analysis.domain.fresh(shape[out])  # of what is the same for all, copies
-    others = tuple(entry for entry in source.mapped if entry[0] != level)
-    made = Value((*source.dims[:out], axis, *source.dims[out:]), others)
+    made = Value((*source.dims[:out], analysis.domain.fixed(shape[out], why), *source.dims[out:]))
     analysis.values[node] = made
     return made.shape == shape
-
-
-def _set_aside(analysis: Analysis, node: fx.Node) -> None:
-    """Give what an operation makes the axes that are set aside of what it is given, which go by the same numbers."""
-    axes: dict[int, Layout] = {}
-    for source in node.all_input_nodes:
-        given = analysis.values.get(source)
-        for value in given if isinstance(given, list) else [given]:
-            for level, layout in value.mapped if value is not None else ():
-                analysis.domain.unify(axes.setdefault(level, layout), layout)
-    if axes:
-        made, mapped = analysis.values.get(node), tuple(axes.items())
-        if isinstance(made, list):
-            analysis.values[node] = [value and replace(value, mapped=mapped) for value in made]
-        elif made is not None:
-            analysis.values[node] = replace(made, mapped=mapped)
 
 
 def _graph_of(module: fx.GraphModule, arg: Any) -> fx.GraphModule | None:

@@ -27,7 +27,6 @@ from math import prod
 
 from dimat.symmetry.atoms import (
     ONE,
-    SINGLE,
     Atom,
     Frozen,
     Layout,
@@ -78,12 +77,6 @@ class Domain:
     def fixed(self, size: int, why: Frozen) -> Layout:
         """Return a new axis of `size` indices that never move."""
         return ONE if size == 1 else ((Atom(size, why),),) if size else ()
-
-    def numbered(self, axes: Sequence[Sequence[Layout]]) -> tuple[Layout, list[Layout]]:
-        """Return an axis of numbers, and others each of which has, at every number, one of the layouts listed."""
-        choice = Atom(len(axes[0]), Frozen(SINGLE))
-        choice.chooses = True
-        return ((choice,),), [self._case(choice, cases) for cases in axes]
 
     def find(self, atom: Atom) -> Atom:
         """Return the atom that `atom` was merged into, or itself."""

@@ -10,7 +10,6 @@ whole state is left out, and its optimizer begins it anew.
 
 from __future__ import annotations
 
-import copy
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -18,14 +17,12 @@ from dataclasses import replace
 from math import prod
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from dimat.errors import SymmetryError
-from dimat.symmetry.permute import Moves, Permutations, by_tensor, from_list, permute_tensor
-from dimat.symmetry.spec import AxisRef, SymmetrySpec, View
+from dimat.symmetry.permute import Moves, Permutations, by_tensor, permute_tensor
+from dimat.symmetry.spec import AxisRef, SymmetrySpec
 from dimat.symmetry.trace import SymmetryWarning
-from dimat.symmetry.views import views_behind
 
 BLOCK = re.compile(r"(?:inv_)?precond(?:itioner)?_(\d+)")
 """Names of square blocks of Shampoo and its like, with the axis of the parameter that they belong to."""
@@ -80,34 +77,18 @@ def move_state(
         raise SymmetryError(f"{len(listed)} parameter names for an optimizer of {len(numbers)} parameters")
     name_of = dict(zip(numbers, listed))
     shapes = {name: tuple(tensor.shape) for name, tensor in names.items()} if isinstance(names, Mapping) else None
-    behind = views_behind(spec)
-    number_of = {name: number for number, name in name_of.items()}
-    states = cast("Mapping[Any, Any]", optimizer_state["state"])
     state: dict[Any, Any] = {}
     anew: list[str] = []
-    for number in dict.fromkeys((*states, *(number_of[name] for name in behind if name in number_of))):
+    for number, entries in optimizer_state["state"].items():
         if isinstance(number, int) and number not in name_of:
             raise SymmetryError(f"optimizer state {number!r} belongs to no parameter of its groups")
-        name = name_of.get(number, "")
-        views, inner, axes = behind.get(name, ()), moves, axes_of.get(first.get(name, name), [])
-        source = name
-        if views and views[0].index is None:
-            source, axes, inner = from_list(views[0], name, axes_of, moves)
-        origin = number_of.get(source, number)
-        if origin not in states:
-            continue  # nor has the parameter in its place from now on
-        entries = states[origin]
         if number not in name_of or not isinstance(entries, Mapping):
             state[number] = entries
             continue
-        held = cast("Mapping[str, Any]", entries)
+        name, held = name_of[number], cast("Mapping[str, Any]", entries)
+        axes = axes_of.get(first.get(name, name), [])
         shape = _shape_by(axes, held, name) if shapes is None else shapes[name]
-        if views and views[0].index is not None:
-            moved = _moved_parts(held, views, axes_of, shape, moves)
-        else:
-            moved = _moved(held, axes, shape, inner)
-        if moved is not None and source != name:
-            moved = {key: _apart(value) for key, value in moved.items()}
+        moved = _moved(held, axes, shape, moves)
         if moved is None:
             anew.append(name)
         else:
@@ -150,41 +131,6 @@ def _moved(
                 return None
             result[key] = moved
     return result
-
-
-def _moved_parts(
-    entries: Mapping[str, Any],
-    views: Sequence[View],
-    axes_of: Mapping[str, Sequence[AxisRef]],
-    shape: Shape | None,
-    moves: Moves,
-) -> dict[str, Any] | None:
-    """Return the state of a parameter whose parts along an axis have units of their own, moved; None where it cannot
-    be."""
-    moving = [moves.together(axes_of.get(view.tensor, ())) for view in views]
-    if not any(moving):
-        return dict(entries)
-    dim = views[0].dim
-    result: dict[str, Any] = {}
-    for key, value in entries.items():
-        if not _large(value):
-            result[key] = value
-            continue
-        places = _places(key, tuple(value.shape), shape) if isinstance(value, Tensor) and shape else None
-        if places is None or dim not in places or shape is None or BLOCK.fullmatch(key):
-            return None
-        at, rest = places[dim], (*shape[:dim], *shape[dim + 1 :])
-        parts = [_moved_entry(key, value.select(at, n), sets, rest, moves) for n, sets in enumerate(moving)]
-        kept = [part for part in parts if part is not None]
-        if len(kept) < len(parts):
-            return None
-        result[key] = torch.stack(kept, at)
-    return result
-
-
-def _apart(value: Any) -> Any:
-    """Return a copy of what was another parameter's."""
-    return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
 def _moved_entry(

@@ -9,7 +9,7 @@ they are, not copied.
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import product
 from math import prod
 
@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from dimat.errors import SymmetryError, nearest
-from dimat.symmetry.spec import AxisRef, Factor, Layout, SymmetrySpec, View, groups_in
-from dimat.symmetry.views import real_names, views_behind
+from dimat.symmetry.spec import AxisRef, Factor, Layout, SymmetrySpec, groups_in
 
 Permutations = Mapping[str, Tensor]
 
@@ -31,21 +30,12 @@ def permute_weights(
     The input is untouched. Names that the spec does not know pass through; names tied to one tensor get one
     result. With `strict=False`, tensors of the spec may be missing (e.g. statistics of parameters alone).
     Raises SymmetryError, naming it, for an unknown group, a permutation that is none or has the wrong
-    length, a missing tensor, or one whose size does not fit; and for lists of tensors that change places and of which
-    only some are there.
+    length, a missing tensor, or one whose size does not fit.
     """
     moves = Moves.of(spec, permutations)
     aliases = {name: names for names in spec.tied for name in names}
-    behind, axes_of, shown = views_behind(spec), by_tensor(spec), real_names(spec)
     result = dict(state_dict)
-    for name, views in behind.items():
-        if name in state_dict:
-            result[name] = permute_behind(state_dict, name, views, axes_of, moves)
-        elif strict:
-            raise SymmetryError(f"tensor {name!r} is missing{nearest(name, state_dict)}")
-    for tensor, axes in axes_of.items():
-        if tensor in shown:
-            continue
+    for tensor, axes in by_tensor(spec).items():
         present = [name for name in aliases.get(tensor, (tensor,)) if name in state_dict]
         if not present:
             if strict:
@@ -198,7 +188,6 @@ class Moves:
     permutations: Mapping[str, Tensor]
     parents: Mapping[str, Sequence[str]]
     _known: dict[tuple[Layout, ...], Tensor] = field(default_factory=dict[tuple[Layout, ...], Tensor])
-    _inside: dict[tuple[str, int], Moves] = field(default_factory=dict[tuple[str, int], "Moves"])
 
     @staticmethod
     def of(spec: SymmetrySpec, permutations: Permutations) -> Moves:
@@ -210,20 +199,6 @@ class Moves:
         if layouts not in self._known:
             self._known[layouts] = _joint_index(layouts, self.permutations, self.parents)
         return self._known[layouts]
-
-    def inside(self, group: str, unit: int) -> Moves:
-        """Return the permutations inside one unit of a group, numbered as it is after the group's own permutation."""
-        key = (group, unit)
-        if key not in self._inside:
-            parents = dict(self.parents)
-            found = dict(self.permutations)
-            for child, above in self.parents.items():
-                if group in above:
-                    parents[child] = tuple(parent for parent in above if parent != group)
-                    if child in found:
-                        found[child] = found[child].select(list(above).index(group), unit)
-            self._inside[key] = Moves(found, parents)
-        return self._inside[key]
 
     def together(self, axes: Sequence[AxisRef]) -> list[list[AxisRef]]:
         """Return the axes that something moves, in sets that must be moved at once: a child and its far parents."""
@@ -296,53 +271,3 @@ def permute_tensor(value: Tensor, name: str, axes: Sequence[AxisRef], moves: Mov
             value = moved.flatten(0, len(dims) - 1).index_select(0, index).view(moved.shape).movedim(front, dims)
             value = value.contiguous()
     return value
-
-
-def permute_behind(
-    weights: Mapping[str, Tensor],
-    name: str,
-    views: Sequence[View],
-    axes_of: Mapping[str, Sequence[AxisRef]],
-    moves: Moves,
-) -> Tensor:
-    """Return a tensor that lies behind views with its units permuted; of a list's it may be another one of it.
-
-    `views`: those of the tensor. Raises SymmetryError where the one that comes to this place is missing.
-    """
-    if views[0].index is not None:
-        return _permute_parts(weights[name], name, views, axes_of, moves)
-    source, axes, inner = from_list(views[0], name, axes_of, moves)
-    if source not in weights:
-        raise SymmetryError(f"tensor {source!r} is missing, which is to come to the place of {name!r}")
-    moved = permute_tensor(weights[source], name, axes, inner)
-    return moved.detach().clone() if moved is weights[source] and source != name else moved
-
-
-def from_list(
-    stack: View, name: str, axes_of: Mapping[str, Sequence[AxisRef]], moves: Moves
-) -> tuple[str, list[AxisRef], Moves]:
-    """Return which tensor of a list comes to the place of this one, its axes, and what moves inside it."""
-    axes = axes_of.get(stack.tensor, ())
-    place = stack.sources.index(name)
-    lower = [replace(axis, tensor=name, dim=axis.dim - 1) for axis in axes if axis.dim]
-    group = next((axis.layout[0][0].group for axis in axes if not axis.dim), None)
-    if group is None:
-        return name, lower, moves
-    p = moves.permutations.get(group)
-    return stack.sources[place if p is None else int(p[place])], lower, moves.inside(group, place)
-
-
-def _permute_parts(
-    value: Tensor, name: str, views: Sequence[View], axes_of: Mapping[str, Sequence[AxisRef]], moves: Moves
-) -> Tensor:
-    """Return a tensor each of whose parts along an axis has units of its own, permuted."""
-    dim = views[0].dim
-    if dim >= value.ndim or value.shape[dim] != len(views):
-        raise SymmetryError(f"tensor {name!r} has shape {tuple(value.shape)}; axis {dim} should be {len(views)}")
-    if not any(moves.together(axes_of.get(view.tensor, ())) for view in views):
-        return value
-    parts = (
-        permute_tensor(value.select(dim, number), f"{name} at {number}", axes_of.get(view.tensor, ()), moves)
-        for number, view in enumerate(views)
-    )
-    return torch.stack([part.detach() for part in parts], dim)

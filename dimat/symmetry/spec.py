@@ -130,22 +130,6 @@ class UnknownOp:
 
 
 @dataclass(frozen=True, slots=True)
-class View:
-    """A tensor that only the spec knows: others on top of each other, or one of those that lie in another.
-
-    Without `index`: `sources`, all of one shape, stacked along a new first axis, whose units are then whole tensors
-    (the experts of a list of modules). With `index`: the only one of `sources` at that index of its axis `dim`, which
-    it has no more (a layer that is taken from a stack of them). What lies behind a view is in no other, and has no
-    axes of its own in the spec, but that all indices of one axis have a view each.
-    """
-
-    tensor: str
-    sources: tuple[str, ...]
-    dim: int = 0
-    index: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class SymmetrySpec:
     """Symmetry groups of one architecture.
 
@@ -155,8 +139,7 @@ class SymmetrySpec:
     is another with another torch, so that hash is for one machine; `groups_hash` is what machines compare.
     `coverage` is the share of parameters' entries, counted axis by axis, that moves (`dimat.symmetry.coverage`).
     `outputs` are the flat indices of the model outputs that the groups leave unchanged. `numbered` are groups of a kind
-    that never moves and is no symmetry: their units are told apart by number, and only serve as parents. `views` are
-    tensors that axes and groups name and that no state dict holds, with what they are made of.
+    that never moves and is no symmetry: their units are told apart by number, and only serve as parents.
     """
 
     groups: tuple[Group, ...]
@@ -170,7 +153,6 @@ class SymmetrySpec:
     warnings: tuple[str, ...] = field(default=())
     outputs: tuple[int, ...] = ()
     numbered: tuple[Group, ...] = ()
-    views: tuple[View, ...] = ()
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -204,7 +186,6 @@ class SymmetrySpec:
             group = known[group_id]
             parents = [numbers[parent] for parent in group.parents]
             lines.append(f"{number}: {group.size} {parents}" + " still" * (group_id in still))
-        lines += [f"{view.tensor!r}: {view.sources!r} {view.dim} {view.index}" for view in self.views]
         return blake3("\n".join(lines).encode()).hexdigest()
 
     def to_json(self) -> str:
@@ -220,8 +201,7 @@ class SymmetrySpec:
 def with_hash(spec: SymmetrySpec, digest: str) -> SymmetrySpec:
     """Return the spec with the hash that its groups and the digest of its trace give."""
     groups = [(group.id, group.size) for group in spec.groups]
-    told = (digest, spec.outputs, groups, spec.axes, *([spec.views] if spec.views else []))
-    return replace(spec, arch_hash=blake3(repr(told).encode()).hexdigest())
+    return replace(spec, arch_hash=blake3(repr((digest, spec.outputs, groups, spec.axes)).encode()).hexdigest())
 
 
 def _spelled(layout: Layout, numbers: dict[str, int]) -> str:

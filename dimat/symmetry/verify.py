@@ -22,7 +22,6 @@ from dimat.symmetry.permute import permute_weights, random_permutations
 from dimat.symmetry.spec import AxisRef, Factor, FrozenAxis, Layout, SymmetrySpec, groups_in, with_hash
 from dimat.symmetry.steady import steady
 from dimat.symmetry.trace import SymmetryWarning, first_line, forget_derived, retrace
-from dimat.symmetry.views import with_views
 
 _TRIALS = 2
 
@@ -221,7 +220,7 @@ def freeze_failing(
     for message in messages:
         warnings.warn(message, SymmetryWarning, stacklevel=2)
     kept = without_groups(spec, set(culprits), "failed the invariance check")
-    shapes = with_views({name: tuple(p.shape) for name, p in model.named_parameters()}, kept.views)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     kept = replace(kept, warnings=(*kept.warnings, *messages), coverage=coverage_of(kept, shapes))
     return with_hash(kept, retrace(model, example_inputs).digest)
 

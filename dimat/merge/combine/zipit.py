@@ -118,8 +118,7 @@ def zipit(
 
 
 def _plain(spec: SymmetrySpec) -> set[str]:
-    """Return the groups that are merged: not those inside heads (see `zipit`), nor those of one index of a tensor."""
-    parts = {view.tensor for view in spec.views if view.index is not None}
+    """Return the groups that are merged: not those inside heads (see `zipit`)."""
     nested = {
         group
         for axis in spec.axes
@@ -128,7 +127,6 @@ def _plain(spec: SymmetrySpec) -> set[str]:
         if factor.parts is not None
         for group in groups_in(factor.parts)
     }
-    nested |= {group for axis in spec.axes if axis.tensor in parts for group in groups_in(axis.layout)}
     return {group.id for group in spec.groups if not group.parents} - nested
 
 

@@ -55,12 +55,6 @@ class _Painter:
         spec = described.spec
         self._number = {group.id: number for number, group in enumerate((*spec.groups, *spec.numbered), 1)}
         self._layouts = {(axis.tensor, axis.dim): axis.layout for axis in spec.axes}
-        for view in reversed(spec.views):  # a tensor whose parts differ has the axes of the first
-            for dim in range(len(described.tensors.get(view.sources[0], ((), ""))[0])):
-                seen = dim + 1 if view.index is None else dim - (dim > view.dim)
-                layout = self._layouts.get((view.tensor, seen))
-                if layout is not None and (view.index is None or dim != view.dim):
-                    self._layouts.update({(name, dim): layout for name in view.sources})
 
     def legend(self, width: int) -> tuple[list[str], int]:
         """Return the legend's entries, in as many columns as the width has room for, and the height below them."""
