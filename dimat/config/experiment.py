@@ -346,11 +346,18 @@ class ScheduleConfig(Tree):
     def learns(self, exchange: int) -> bool:
         """Whether agents train before an exchange (from 1); they do not before the further ones of a round, nor before
         those of the final merge."""
-        return (exchange - 1) % self.mixing_steps == 0 and (self.rounds == 0 or exchange <= self.last_exchange)
+        return self.begins_round(exchange) and not self._is_final(exchange)
+
+    def begins_round(self, exchange: int) -> bool:
+        """Whether an exchange is the first one of its round; each of the final merge is one by itself."""
+        return (exchange - 1) % self.mixing_steps == 0 or self._is_final(exchange)
 
     def ends_round(self, exchange: int) -> bool:
         """Whether an exchange is the last one of its round."""
-        return exchange % self.mixing_steps == 0 or 0 < self.last_exchange < exchange
+        return exchange % self.mixing_steps == 0 or self._is_final(exchange)
+
+    def _is_final(self, exchange: int) -> bool:
+        return 0 < self.last_exchange < exchange
 
     def round_of(self, exchange: int) -> int:
         """Return the round that an exchange belongs to, both counted from 1."""

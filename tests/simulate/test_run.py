@@ -315,3 +315,14 @@ def test_no_worse_accepts_on_a_local_hold_out(tmp_path: Path) -> None:
     assert any(row.accepted < 1 for row in results.rows), "averaging unaligned networks must be refused somewhere"
     for merged in (e for e in heard if isinstance(e, events.Merged)):
         assert sum(p.weight for p in merged.contributions) == pytest.approx(1)
+
+
+def test_a_shared_start_that_is_none_is_refused(tmp_path: Path) -> None:
+    """A task whose model ignores its generator makes other weights for each agent: they are in no one basis."""
+    config = tiny_experiment(tmp_path, train__initialisation="shared")
+    text = (tmp_path / "tiny_task.py").read_text()
+    (tmp_path / "tiny_task.py").write_text(
+        text.replace("seeded(lambda: mlp((6, 12, 8, 4)))", "lambda _: mlp((6, 12, 8, 4))")
+    )
+    with pytest.raises(ConfigError, match="makes other weights at each call"):
+        run(config, tmp_path / "run")

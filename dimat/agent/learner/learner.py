@@ -49,7 +49,6 @@ from dimat.train.trainer import Trainer
 from dimat.weights.snapshot import RecordedSnapshot
 from dimat.weights.tensors import schema_hash, write_weights
 
-NO_REPAIR = repair_registry.bind("none", {})
 HOLD_OUT = 0.1  # share of an agent's samples that `accept = no-worse` on "local" keeps from training
 
 
@@ -296,7 +295,7 @@ class Learner:
         of several mixing steps before the first and after the last.
         """
         number, schedule = action.round, self.config.schedule
-        first = number == schedule.first_exchange(schedule.round_of(number)) or number > schedule.last_exchange > 0
+        first = schedule.begins_round(number)
         last = evaluate != "none" and schedule.ends_round(number)
         start = time.thread_time()
         before = self.evaluate(self._first.former) if evaluate == "all" and first else {}
@@ -350,7 +349,7 @@ class Learner:
             if self._moments is not None:
                 self._unsaid += self._moments.after_training(moved)
             cpu_s["train"] = time.thread_time() - settled
-            after = self.evaluate() if evaluate != "none" else after
+            after = self.evaluate() if last else after
         cpu_s["evaluate"] = (
             (evaluated - start) + (time.thread_time() - settled) - (merged - ready) - cpu_s.get("train", 0.0)
         )
@@ -375,7 +374,9 @@ class Learner:
         mean does better than with those of own data, and they hold for weights that have all but met.
         """
         plan = self._plan
-        return plan if first or not plan.combine.traits["linear"] else replace(plan, repair=NO_REPAIR)
+        if first or not plan.combine.traits["linear"]:
+            return plan
+        return replace(plan, repair=repair_registry.bind("none", {}))
 
     def evaluate(self, weights: Weights | None = None) -> dict[str, float]:
         """Return the test metrics of the current weights, or of others."""

@@ -65,8 +65,7 @@ class PooledLearners:
         """Set all agents up; return warnings, each once. ConfigError where agents that are to begin with the same
         weights do not."""
         created = [wait() for wait in [learner.create() for learner in self.of.values()]]
-        config = self.scenario.config
-        if config.train.initialisation == "shared" and len({made.start for made in created}) > 1:
+        if len({made.start for made in created}) > 1:
             raise ConfigError(
                 f'train.initialisation = "shared", but build_model() of task {self.scenario.task.name} makes other '
                 "weights at each call: draw them from the generator that it is given (dimat.tasks.seeded does), or set "

@@ -49,7 +49,7 @@ class CreatedLearner:
     """An agent that was set up.
 
     `batches`: in an epoch of its data; `warnings` of its symmetry derivation; `start`: hash of the weights that it
-    begins with.
+    begins with, where all are to begin with the same ones.
     """
 
     batches: int
@@ -67,7 +67,9 @@ def create(setup: LearnerSetup) -> CreatedLearner:
     agent = loaded.learner(setup.agent, setup.config, setup.indices, setup.store, durable=False)
     _agents[setup.key] = (agent, setup)
     warnings = loaded.spec.warnings if loaded.spec is not None else ()
-    return CreatedLearner(agent.trainer.batches, warnings, content_hash(agent.trainer.weights(copy=False)))
+    shared = setup.config.train.initialisation == "shared"
+    start = content_hash(agent.trainer.weights(copy=False)) if shared else ""
+    return CreatedLearner(agent.trainer.batches, warnings, start)
 
 
 def restore(setup: LearnerSetup) -> Restored | None:
