@@ -128,6 +128,9 @@ class Watch:
         if node.disk:
             same = node.model == node.disk[-1].model and state == node.disk[-1].state
             self._demand(same, "resume", node, "does not go on with what it saved")
+        for offer in state.offers if state is not None else ():  # what it was told in an earlier life, lies too
+            if offer.peer in node.plan.peers:
+                node.waiting.hears(offer)
 
     def _started(self, node: Node, actions: list[m.Action]) -> None:
         state = self._resumed

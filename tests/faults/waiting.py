@@ -16,9 +16,10 @@ class Waiting:
 
     `gone`: peers that have left or were not heard for a whole round, with the last round that may still come of them;
     `newest`, `oldest`: rounds that they have got to and still offer; `gaps`: rounds that they left out, all of them;
-    `late`: deadlines in a row that passed in waiting for a peer that was heard; `failed`: whose snapshot of this round
-    could not be had; `heard`: who was, in this round; `number`: the round; `behind`: by how many rounds peers were
-    behind when a deadline passed in waiting for them; `due`: the last round before in which a peer was to be heard.
+    `offered`: the first content of each round; `late`: deadlines in a row that passed in waiting for a peer that was
+    heard; `failed`: whose snapshot of this round could not be had; `heard`: who was, in this round; `number`: the
+    round; `behind`: by how many rounds peers were behind when a deadline passed in waiting for them; `due`: the last
+    round before in which a peer was to be heard.
     """
 
     plan: Collection[str] = ()
@@ -26,7 +27,7 @@ class Waiting:
     newest: dict[str, int] = field(default_factory=dict)
     oldest: dict[str, int] = field(default_factory=dict)
     gaps: dict[str, set[int]] = field(default_factory=dict)
-    offered: set[tuple[str, int]] = field(default_factory=set)
+    offered: dict[tuple[str, int], str] = field(default_factory=dict)
     late: dict[str, int] = field(default_factory=dict)
     failed: set[str] = field(default_factory=set)
     heard: set[str] = field(default_factory=set)
@@ -46,8 +47,10 @@ class Waiting:
         if self.gone.get(peer, number) < number:
             del self.gone[peer]
         self.heard.add(peer)
-        self.failed.discard(peer)
-        self.offered.add((peer, number))
+        known = self.offered.setdefault((peer, number), offer.root)
+        if known == offer.root and 0 <= number - self.number < ROUNDS_KEPT:
+            # a second content revives nobody, nor a round that is over or far ahead
+            self.failed.discard(peer)
         self.newest[peer] = max(self.newest.get(peer, 0), number)
         if self.number - number < self.behind.get(peer, 0):
             self.late.pop(peer, None)

@@ -65,10 +65,15 @@ class CatchingUp:
         self._doubted = claim if word < min(front, last) else []
         return target
 
-    def proofs(self) -> list[Action]:
-        """Fetch the newest snapshots of the peers whose word did not take the agent to where they say they are."""
+    def proofs(self, coming: Collection[PeerPublished]) -> list[Action]:
+        """Fetch the newest snapshots of the peers whose word did not take the agent to where they say they are.
+
+        `coming`: what is on its way for the round, and proves as much.
+        """
         wanted = [self._offers.farthest(peer) for peer in self._doubted]
-        new = [offer for offer in wanted if offer is not None and offer.peer not in self._coming]
+        new = [
+            offer for offer in wanted if offer is not None and offer.peer not in self._coming and offer not in coming
+        ]
         self._coming |= {offer.peer: offer for offer in new}
         return [Fetch(offer.peer, offer.round, offer.root) for offer in new]
 

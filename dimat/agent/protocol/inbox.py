@@ -83,7 +83,7 @@ class Inbox:
             self._pass_over(peer)
         fetched = [action for peer in self.expected() for action in self._fetch_from(peer)]
         # with a mode that keeps, whatever is newest is fetched anyway
-        return fetched if self.mode.keeps else [*fetched, *self._catching_up.proofs()]
+        return fetched if self.mode.keeps else [*fetched, *self._catching_up.proofs(self.fetching.values())]
 
     def end(self) -> list[Action]:
         """Close a round and let go of the snapshots that no later one may merge."""
