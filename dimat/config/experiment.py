@@ -153,18 +153,20 @@ class TrainConfig(Tree):
     the whole batch, in less memory. BatchNorm sees a part at a time."""
     optimizer: Annotated[OptimizerConfig, BeforeValidator(as_stage)] = OptimizerConfig()
     """Optimizer and learning rate."""
-    initialisation: Literal["own", "shared"] = "own"
-    """Each agent starts from weights of its own, or all from the same, which then need no alignment."""
-    loss: Named = NamedConfig(name="task")
-    """Loss of local training. "task": the task's own; "logit-adjusted", "calibrated", "restricted", "distillation",
-    "not-true-distillation": for agents whose classes are skewed; "auto": "logit-adjusted" where an agent's class shares
-    are far from the whole's, else "task"."""
+    initialisation: Literal["own", "shared"] = "shared"
+    """All agents start from the same weights ("shared"), which then need no alignment, or each from its own: for models
+    that exist already."""
+    loss: Named = NamedConfig(name="auto")
+    """Loss of local training. "auto": "logit-adjusted" where an agent's class shares are far from the whole's, else
+    "task", the task's own; "logit-adjusted", "calibrated", "restricted", "distillation", "not-true-distillation": for
+    agents whose classes are skewed."""
     proximal: Annotated[float, Field(ge=0)] = 0.0
     """Strength μ of a pull to the weights with which the round's training began, those after the last merge: μ/2 times
     the squared distance from them is added to the loss (FedProx, arXiv 1812.06127). 0: none."""
-    optimizer_state: Literal["fresh", "kept", "merged"] = "kept"
+    optimizer_state: Literal["fresh", "kept", "merged"] | None = None
     """The optimizer's state over a merge: "kept" as it was, made "fresh" each round, or "merged": moments (Adam's,
-    momentum) travel beside the weights (exchange.moments) and are averaged with them. The same for all agents."""
+    momentum) travel beside the weights (exchange.moments) and are averaged with them. The same for all agents. By
+    default as the merge method has it: "merged" where "dimat" averages, else "kept"."""
     lr_schedule: LrScheduleConfig = LrScheduleConfig()
     """Learning rate over the run."""
     grad_clip_norm: Annotated[float, Field(gt=0)] | None = None
@@ -409,6 +411,16 @@ class ExperimentConfig(Tree):
     """Other forms of this experiment, for `--compare`."""
     folder: Annotated[str, Field(exclude=True)] = "."
     """Folder that relative paths are taken from; set when a file is read."""
+
+    @property
+    def optimizer_state(self) -> Literal["fresh", "kept", "merged"]:
+        """The optimizer's state over a merge: as `train` says, or as the merge method has it.
+
+        Moments belong to weights that are averaged as they are; what another combine method makes has other gradients.
+        """
+        combine = self.merge.combine
+        averaged = combine is None or combine.name == self.merge.preset.combine
+        return self.train.optimizer_state or ("merged" if self.merge.preset.moments and averaged else "kept")
 
     @model_validator(mode="before")
     @classmethod

@@ -34,6 +34,8 @@ class Preset:
     """Whether agents merge after every optimizer step, unless the configuration says how long a round trains."""
     push_sum: bool = False
     """Whether weights have to be mixed by push-sum."""
+    moments: bool = False
+    """Whether optimizer moments are merged too, unless the configuration says it."""
 
 
 PRESETS: Mapping[str, Preset] = {
@@ -43,7 +45,7 @@ PRESETS: Mapping[str, Preset] = {
     "dpsgd": Preset(every_step=True),
     "sgp": Preset(every_step=True, push_sum=True),
     "opcm": Preset(combine="opcm"),
-    "dimat": Preset(align="activations", repair="batchnorm"),
+    "dimat": Preset(align="activations", repair="batchnorm", moments=True),
     "dimat-paper": Preset(align="activations", repair="batchnorm", align_to="self"),
     "zipit": Preset(repair="batchnorm", combine="zipit"),
     "pleas": Preset(align="activations", repair="batchnorm", combine="pleas"),

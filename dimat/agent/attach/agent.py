@@ -97,7 +97,7 @@ class Agent:
             inputs = read_inputs(data, model)
             part = part_of(model)
             task = AttachedTask(model, inputs, part, metric)
-            fresh = self.config.train.optimizer_state == "fresh"
+            fresh = self.config.optimizer_state == "fresh"
             trainer = AttachedTrainer(
                 model,
                 optimizer,

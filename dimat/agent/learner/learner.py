@@ -111,7 +111,7 @@ class Learner:
         self._check_sets()
         self.trainer = custom_trainer or self._new_trainer(train)
         self._norms = OwnNorms(self.trainer, used=not self._plan.keep_not_finite)
-        if config.train.optimizer_state == "merged":
+        if config.optimizer_state == "merged":
             self._moments = SharedMoments(self.trainer, config.exchange.moments, self._plan)
         self._first = FirstMerge(config.schedule)
         self._first.check(self.trainer)

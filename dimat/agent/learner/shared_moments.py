@@ -123,7 +123,7 @@ def sample_encoded(
 
     `optimizers`: the model's; that of the configuration where none is given.
     """
-    if config.train.optimizer_state != "merged":
+    if config.optimizer_state != "merged":
         return {}
     if not optimizers:
         folder = Path(config.folder)

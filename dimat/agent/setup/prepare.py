@@ -69,7 +69,7 @@ class PreparedAgent:
             groups="" if loaded.spec is None else loaded.spec.groups_hash,
             settings=settings_of(loaded.task, model, loaded.plan)
             | {
-                OPTIMIZER_STATE: "merged" if self.config.train.optimizer_state == "merged" else "own",
+                OPTIMIZER_STATE: "merged" if self.config.optimizer_state == "merged" else "own",
                 "schedule.mixing_steps": str(self.config.schedule.mixing_steps),
             },
         )

@@ -25,7 +25,7 @@ RING = ("lab-a", "lab-b", "lab-c", "lab-d", "lab-e")
 ROUNDS = 6
 DIGITS = {
     "task": 'name = "digits"\npartition = { kind = "iid" }',
-    "train": "epochs_per_round = 2",
+    "train": 'epochs_per_round = 2\ninitialisation = "own"',
     "schedule": f"rounds = {ROUNDS}\nround_deadline_s = 120",
     "exchange": "lost_after_s = 120",  # they are found one after the other
 }
