@@ -372,9 +372,16 @@ def test_a_command_that_is_stopped_before_it_has_begun(tmp_path: Path, sent: int
         except OSError:
             assert time.monotonic() < deadline, "nobody reads the file"
             time.sleep(0.05)
+    said = None
     try:
-        process.send_signal(sent)
-        _, said = process.communicate(timeout=60)
+        while said is None:
+            process.send_signal(
+                sent
+            )  # once more where it came just before the system call that waits, which nothing ends
+            try:
+                _, said = process.communicate(timeout=5)
+            except subprocess.TimeoutExpired:
+                assert time.monotonic() < deadline, "it does not stop"
     finally:
         os.close(writer)
         process.kill()

@@ -167,12 +167,8 @@ class Watch:
         self._demand(action.round >= front, "joining", node, f"takes {action}, the network is at {front}")
 
     def _newest(self, node: Node) -> list[int]:
-        """Return the newest round of each peer that an agent has heard, in order."""
-        newest: dict[str, int] = {}
-        for offer in node.offered.values():
-            if offer.peer in node.known:
-                newest[offer.peer] = max(newest.get(offer.peer, 0), offer.round)
-        return sorted(newest.values())
+        """Return the newest round of each peer that an agent has heard in this life, in order."""
+        return sorted(number for peer, number in node.waiting.newest.items() if peer in node.known)
 
     def trains(self, node: Node, action: m.Train) -> None:
         node.row, node.row_round = node.plan.of(action.round), action.round
@@ -245,7 +241,9 @@ class Watch:
         if self.world.schedule.push:
             self._demand(dict(action.pushed) == dict(state.push["sent"]), "push-sum", node, str(action))
 
-    def rebases(self, node: Node, action: m.AdoptBasis) -> None:
+    def rebases(self, node: Node, action: m.AdoptBasis) -> int:
+        """Return of which round the snapshot is whose basis is taken over; one of a later round may have equal content,
+        and come while it is."""
         machine = node.machine
         assert machine is not None
         held = [each for each in node.held.get((action.peer, action.root), ()) if each.snapshot is not None]
@@ -253,6 +251,7 @@ class Watch:
         offer = node.offered[action.peer, held[-1].round, action.root]
         smaller = self.world.rules.basis_gossip and action.basis < machine.basis and offer.basis == action.basis
         self._demand(smaller, "basis", node, f"is in {machine.basis}, offered was {offer.basis}: {action}")
+        return held[-1].round
 
     def adopts(self, node: Node, action: m.AdoptWeights) -> None:
         here = node.here(action.peer, action.root, action.round)
@@ -335,10 +334,13 @@ class Watch:
             self._taint(part.peer, part.round, part.root)
         if self.world.settling:
             node.missed.update(dict.fromkeys(set(self._expected(node)) - set(peers), node.calm_merges + 1))
-        if node.taken is not None:  # of that peer a newer one has come too late
+        count = len(arrived)
+        if (
+            node.taken is not None
+        ):  # of that peer a newer one has come too late; but it counts as one that is in the merge
             peer, _, root = node.taken
             arrived = {name: held for name, held in arrived.items() if name != peer or _root(held) == root}
-        wanted = self._weights(node, arrived)
+        wanted = self._weights(node, arrived, count)
         found = {part.peer: (part.round, part.weight) for part in action.parts}
         fits = found.keys() == wanted.keys() and all(
             found[peer][0] == arrived[peer].round and abs(found[peer][1] - weight) < 1e-12
@@ -348,11 +350,11 @@ class Watch:
         if self.world.schedule.exact and self.world.rules.mode == "sync":
             self._demand(len(closed) == len(self._expected(node)), "nobody is late", node, f"{action}")
 
-    def _weights(self, node: Node, closed: dict[str, Held]) -> dict[str, float]:
-        """Work out what the plan says about what has arrived: the peers' weights; the rest is own."""
+    def _weights(self, node: Node, closed: dict[str, Held], count: int) -> dict[str, float]:
+        """Work out what the plan says about what has arrived, of `count` peers: their weights; the rest is own."""
         rules, row = self.world.rules, node.row
         assert row is not None
-        if len(closed) < min(rules.min_peers, len(self._expected(node))):
+        if count < min(rules.min_peers, len(self._expected(node))):
             return {}
         if row.push is None:
             stale = {peer: max(node.row_round - held.round, 0) for peer, held in closed.items()}

@@ -83,6 +83,7 @@ class Node:
     held: dict[tuple[str, str], list[Held]] = field(default_factory=dict)
     timers: dict[int, tuple[float, int]] = field(default_factory=dict)
     merging: tuple[MergeAction, dict[str, str], float] | None = None
+    adopting: int = 0  # the round of the snapshot whose basis is being taken over
     taken: tuple[str, int, str] | None = None  # peer, round and address of weights that stand for own ones in a merge
     # disk
     disk: list[Saved] = field(default_factory=list)

@@ -186,7 +186,7 @@ class World:
             case m.MergeAction():
                 self._start_merge(node, action)
             case m.AdoptBasis():
-                self.watch.rebases(node, action)
+                node.adopting = self.watch.rebases(node, action)
                 self._job(node, self.schedule.job_s, lambda: self.rebase(node, action))
             case m.AdoptWeights():
                 self.watch.adopts(node, action)
@@ -258,8 +258,7 @@ class World:
             node.model.rebase(snapshot.order)
         else:
             node.model.adopt(snapshot)
-            numbers = [each.round for each in node.held[action.peer, action.root] if each.snapshot is not None]
-            node.taken = (action.peer, numbers[-1], action.root)
+            node.taken = (action.peer, node.adopting, action.root)
         return m.BasisChanged(action.round, action.basis, 0.5)
 
     def adopt(self, node: Node, action: m.AdoptWeights) -> m.Event:

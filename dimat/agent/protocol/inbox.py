@@ -46,6 +46,7 @@ class Inbox:
         self.fetching: dict[str, PeerPublished] = {}
         self.lost: dict[str, str] = {}
         """Peers that are not waited for in this round, and why."""
+        self._failed: set[str] = set()  # those of which it is because the snapshot could not be had
         self.open = False
         self.base: str | None = ""
         """Address of the weights that deltas are taken from; None: a newcomer takes whatever the network's is."""
@@ -77,7 +78,7 @@ class Inbox:
         self._due = last_planned(self._plan, self._expected, number)
         self.open = True
         # a dead peer costs its neighbours one deadline, not one in every round
-        self.lost = {peer: why for peer, (why, last) in self._silent.items() if last < number}
+        self.lost, self._failed = {peer: why for peer, (why, last) in self._silent.items() if last < number}, set()
         self.mode.open(self.offers, number)
         for peer in self.expected():
             self._pass_over(peer)
@@ -218,7 +219,8 @@ class Inbox:
         given_up = offer.peer in self.lost
         if offer.peer in self._silent and self._silent[offer.peer][1] < offer.round:
             del self._silent[offer.peer]
-            self.lost.pop(offer.peer, None)
+            if offer.peer not in self._failed:
+                self.lost.pop(offer.peer, None)
         self._heard[offer.peer] = self._turn
         self.offers.heard(offer)
         if self._number - offer.round < self._behind.get(offer.peer, 0):  # it comes nearer: worth another wait
@@ -268,6 +270,7 @@ class Inbox:
             return None
         del self.fetching[peer]
         self.lost[peer] = reason
+        self._failed.add(peer)
         return self._fetch_from(peer) if self.open and self.mode.replaced(self.offers, offer) else []
 
     def gone(self, peer: str, reason: str, last: int) -> bool:
@@ -321,6 +324,7 @@ class Inbox:
             return []
         self.fetching[peer] = offer
         self.lost.pop(peer, None)
+        self._failed.discard(peer)
         if self._catching_up.take(offer):
             return []
         return [Fetch(peer, offer.round, offer.root)]
