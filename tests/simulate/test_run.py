@@ -114,7 +114,8 @@ def test_networks_that_begin_with_the_same_weights_are_never_aligned(tmp_path: P
 
     def of(method: str) -> tuple[Results, list[Event], dict[str, dict[str, torch.Tensor]]]:
         merge = {"method": method, "repair": "none"}
-        return run(tiny_experiment(tmp_path, merge=merge, train__initialisation="shared"), tmp_path / method)
+        train = {"epochs_per_round": 2, "batch_size": 16, "optimizer": {"name": "adam"}, "optimizer_state": "kept"}
+        return run(tiny_experiment(tmp_path, merge=merge, train=train), tmp_path / method)
 
     (_, heard, dimat), (_, _, average), (_, told, _) = map(of, ("dimat", "average", "dimat-paper"))
     assert same(dimat, average)

@@ -146,7 +146,7 @@ def test_whoever_waits_behind_an_abandoned_transfer_moves_up(tmp_path: Path) -> 
     """By hand: the middle of a star sends one snapshot a second and has three readers. The first of them goes when its
     own is half through, and the others' arrive half a second earlier than without that."""
     star = {"graph": "star", "agents": 4}
-    size = prepare(tiny_experiment(tmp_path, topology=star)).snapshot_bytes
+    size = prepare(tiny_experiment(tmp_path, merge__method="average", topology=star)).snapshot_bytes
     network = {"links": [{"between": ["agent-0", f"agent-{i}"], "bandwidth_mbit_s": 1e6} for i in (1, 2, 3)]}
     network |= {"uplink_mbit_s": size / 125_000}
     times: list[dict[str, float]] = []
@@ -166,7 +166,7 @@ def test_bytes_of_what_breaks_off_are_those_that_were_sent(tmp_path: Path) -> No
     """Law: what is held is never sent again (DESIGN.md). A transfer of 1 s that partitions break off three times costs
     its own size and, each time, what was on the 0.01 s of its way."""
     pair = {"graph": "complete", "agents": 2}
-    size = prepare(tiny_experiment(tmp_path, topology=pair)).snapshot_bytes
+    size = prepare(tiny_experiment(tmp_path, merge__method="average", topology=pair)).snapshot_bytes
     cuts = [
         {"kind": "partition", "at_s": 1.2 + 0.4 * i, "groups": [["agent-0"]], "heal_after_s": 0.2} for i in range(3)
     ]
@@ -185,7 +185,7 @@ def test_bytes_of_what_breaks_off_are_those_that_were_sent(tmp_path: Path) -> No
 def test_bytes_of_what_is_given_up_are_those_that_were_sent(tmp_path: Path) -> None:
     """By hand: snapshots take 4 s, and 2 s after training the deadline ends the wait for them: half is sent."""
     pair = {"graph": "complete", "agents": 2}
-    size = prepare(tiny_experiment(tmp_path, topology=pair)).snapshot_bytes
+    size = prepare(tiny_experiment(tmp_path, merge__method="average", topology=pair)).snapshot_bytes
     results, heard = run(
         tmp_path,
         topology=pair,

@@ -173,7 +173,9 @@ def check_merges(mine: Left, peer: Left) -> None:
         assert {int(t) for name, t in before["optimizer"].items() if name.endswith("/step")} == {10 * number}
         if record["accepted"] == 0:
             assert all(torch.equal(after["model"][name], tensor) for name, tensor in sent.items())
-        if record["accepted"] == 1:
+        if (
+            record["accepted"] == 1 and not record["refused"]
+        ):  # in its strides lab-b may outgrow what lab-a's screen takes
             ours, theirs, found = (products(w) for w in (sent, peer.snapshot(number), after["model"]))
             for key, product in found.items():
                 torch.testing.assert_close(product, best((ours[key] + theirs[key]) / 2), atol=1e-6, rtol=1e-4)
