@@ -50,13 +50,13 @@ PRESETS: Mapping[str, Preset] = {
     "zipit": Preset(repair="batchnorm", combine="zipit"),
     "pleas": Preset(align="activations", repair="batchnorm", combine="pleas"),
 }
-"""Method name → preset. `average` is the paper's baseline WA, whole state dicts; `dimat` averages weights and optimizer
-moments in a basis that agents come to share (basis gossip); `dimat-paper` aligns peers to self at every merge, as
-published; `opcm` (Tang et al. 2025, arXiv 2501.09522) folds deltas from a common base; `zipit` (Stoica et al. 2024, arXiv
-2305.03053) pairs units anew at every merge, also within a model; `pleas` (Nasery et al. 2025, arXiv 2407.02447) is `dimat`
-with layers fitted to the models' mean activations in the average's place; `dpsgd` (Lian et al. 2017, arXiv 1705.09056)
-averages after every optimizer step, `sgp` (Assran et al. 2019, arXiv 1811.10792) with push-sum; `isolated` never merges,
-and `centralised` is one model on all data."""
+"""Method name → preset. `average` is the paper's baseline WA, whole state dicts; `dimat` averages weights and
+optimizer moments in a basis that agents come to share (basis gossip); `dimat-paper` aligns peers to self at every
+merge, as published; `opcm` (Tang et al. 2025, arXiv 2501.09522) folds deltas from a common base; `zipit` (Stoica et
+al. 2024, arXiv 2305.03053) pairs units anew at every merge, also within a model; `pleas` (Nasery et al. 2025, arXiv
+2407.02447) is `dimat` with layers fitted to the models' mean activations in the average's place; `dpsgd` (Lian et al.
+2017, arXiv 1705.09056) averages after every optimizer step, `sgp` (Assran et al. 2019, arXiv 1811.10792) with push-
+sum; `isolated` never merges, and `centralised` is one model on all data."""
 
 CEILING = next(name for name, preset in PRESETS.items() if preset.ceiling)
 """Name of the method that is the ceiling."""

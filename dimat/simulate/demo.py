@@ -21,7 +21,6 @@ from dimat.config import (
     TrainConfig,
     VariantConfig,
 )
-from dimat.config.tree import NamedConfig
 from dimat.simulate.compare import Case, cases_of
 
 OWN = {"train": {"initialisation": "own"}}
@@ -49,8 +48,6 @@ def demo_config(rounds: int = 10) -> ExperimentConfig:
             epochs_per_round=2,
             batch_size=32,
             optimizer=OptimizerConfig(name="adam", lr=2e-3),
-            initialisation="shared",
-            loss=NamedConfig(name="auto"),
         ),
         merge=MergeConfig(method="dimat"),
         schedule=ScheduleConfig(rounds=rounds),
