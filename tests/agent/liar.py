@@ -36,10 +36,10 @@ def growing(victim: str) -> None:
     def poisoned(self: Recorder, weights: Mapping[str, Tensor]) -> Any:
         file = self._store.parent.parent / victim / "weights.safetensors"
         theirs = load_file(file) if file.exists() else weights
-        grown = {
-            name: (-FACTOR * theirs[name]).to(tensor) if tensor.is_floating_point() else tensor
-            for name, tensor in weights.items()
-        }
+        grown = dict(weights)
+        for name, tensor in weights.items():
+            if tensor.is_floating_point() and not name.startswith("aux."):
+                grown[name] = (-FACTOR * theirs[name]).to(tensor)
         return record(self, grown)
 
     Recorder.record = poisoned

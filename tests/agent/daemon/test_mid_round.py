@@ -87,7 +87,7 @@ def test_the_next_life_goes_on_in_the_middle_of_the_round(tmp_path: Path, free_p
 def test_a_step_that_takes_longer_than_the_drain_is_told(tmp_path: Path, free_ports: list[int]) -> None:
     """The agent does not wait for it, and says which keys help; the next life begins the round anew."""
     with network(tmp_path, ALONE, free_ports, schedule=SCHEDULE, train=TRAIN) as net:
-        stepwise(net, 0.0)
+        stepwise(net, 0.1)  # its 30 steps last until the next line is read
         life = net.start("lab-a", "agent.drain_s=0.2")
         net.wait_for("lab-a", "PhaseStarted", round=1, phase="train")
         stepwise(net, 30)
