@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
+from dimat.agent.protocol.inbox import LONGEST_REST
 from dimat.agent.protocol.offers import PATIENCE, ROUNDS_KEPT, PeerPublished
 from dimat.agent.protocol.plan import Plan, last_planned
 
@@ -18,8 +19,9 @@ class Waiting:
     `newest`, `oldest`: rounds that they have got to and still offer; `gaps`: rounds that they left out, all of them;
     `offered`: the first content of each round; `late`: deadlines in a row that passed in waiting for a peer that was
     heard; `failed`: whose snapshot of this round could not be had; `heard`: who was, in this round; `number`: the
-    round; `behind`: by how many rounds peers were behind when a deadline passed in waiting for them; `due`: the last
-    round before in which a peer was to be heard.
+    round; `behind`: by how many rounds peers were behind, at least, when a deadline passed in waiting for them;
+    `begun`: rounds of this life; `rests`: until which of them a late peer is not waited for; `due`: the last round
+    before in which a peer was to be heard.
     """
 
     plan: Collection[str] = ()
@@ -33,6 +35,8 @@ class Waiting:
     heard: set[str] = field(default_factory=set)
     number: int = 0
     behind: dict[str, int] = field(default_factory=dict)
+    begun: int = 0
+    rests: dict[str, int] = field(default_factory=dict)
     due: dict[str, int] = field(default_factory=dict)
 
     def begins(self, plan: Plan, number: int) -> None:
@@ -40,6 +44,7 @@ class Waiting:
         self.plan, self.number = plan.peers, number
         self.due = last_planned(plan, plan.of(number).mixing, number)
         self.failed, self.heard = set(), set()
+        self.begun += 1
 
     def hears(self, offer: PeerPublished) -> None:
         """An offer of a peer that counts."""
@@ -53,6 +58,7 @@ class Waiting:
             self.failed.discard(peer)
         self.newest[peer] = max(self.newest.get(peer, 0), number)
         if self.number - number < self.behind.get(peer, 0):
+            self.behind[peer] = self.number - number
             self.late.pop(peer, None)
         self.oldest[peer] = max(self.oldest.get(peer, 0), min(offer.oldest, number))
         if offer.previous:
@@ -66,6 +72,7 @@ class Waiting:
     def came(self, peer: str) -> None:
         """A peer's snapshot is here."""
         self.late.pop(peer, None)
+        self.behind.pop(peer, None)
 
     def expired(self, missing: Iterable[str], number: int) -> None:
         """A deadline has passed while these had not come."""
@@ -74,7 +81,9 @@ class Waiting:
                 continue
             if peer in self.heard:
                 self.late[peer] = self.late.get(peer, 0) + 1
-                self.behind[peer] = number - self.newest.get(peer, 0)
+                self.rests[peer] = self.begun + 2 ** min(self.late[peer], LONGEST_REST)
+                behind = number - self.newest.get(peer, 0)
+                self.behind[peer] = min(behind, self.behind.get(peer, behind))
             else:
                 self.gone[peer] = 0
 
@@ -89,4 +98,4 @@ class Waiting:
         due = self.due.get(peer, number - 1)
         if 0 < newest <= due - ROUNDS_KEPT:
             return False
-        return newest >= due or self.late.get(peer, 0) < PATIENCE
+        return newest >= due or self.late.get(peer, 0) < PATIENCE or self.begun > self.rests[peer]

@@ -18,6 +18,8 @@ from dimat.agent.protocol.plan import LAST_ROUND, Plan, RoundPlan, Rules, last_p
 SILENT = "silent since an earlier round"
 RECENT = 4
 """Rounds after which a peer that was not heard again may be dead; one that is ahead and waits makes fewer of them."""
+LONGEST_REST = 10
+"""Rounds in which a living peer that did not catch up is not waited for double each time, up to two to this power."""
 PAST = "it is ahead and offers this round no more"
 BEHIND = "it is behind, and is waited for once it has caught up"
 
@@ -64,8 +66,9 @@ class Inbox:
         self._turn = 0  # counts the rounds that were begun
         self._heard: dict[str, int] = {}  # the turn in which a peer was heard last
         self._overdue: dict[str, int] = {}  # deadlines in a row that passed in waiting for a living peer
+        self._waited: dict[str, int] = {}  # the turn in which the last of them did
         self._due: dict[str, int] = {}  # the last round before this one in which a peer was in the plan
-        self._behind: dict[str, int] = {}  # by how many rounds it was behind then
+        self._behind: dict[str, int] = {}  # by how many rounds it was behind then, at least
         self._apart: dict[str, int] = {}  # for how many rounds in a row a living peer was out of reach ahead
 
     # ── rounds ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -138,8 +141,9 @@ class Inbox:
             if peer in self.lost:
                 continue
             if self._heard_within(peer, 1):
-                self._overdue[peer] = self._overdue.get(peer, 0) + 1
-                self._behind[peer] = self._number - self.offers.range(peer)[1]
+                self._overdue[peer], self._waited[peer] = self._overdue.get(peer, 0) + 1, self._turn
+                behind = self._number - self.offers.range(peer)[1]
+                self._behind[peer] = min(behind, self._behind.get(peer, behind))
             else:
                 self._silent[peer] = (SILENT, 0)
 
@@ -223,7 +227,8 @@ class Inbox:
                 self.lost.pop(offer.peer, None)
         self._heard[offer.peer] = self._turn
         self.offers.heard(offer)
-        if self._number - offer.round < self._behind.get(offer.peer, 0):  # it comes nearer: worth another wait
+        if self._number - offer.round < self._behind.get(offer.peer, 0):  # nearer than ever: worth another wait
+            self._behind[offer.peer] = self._number - offer.round
             self._overdue.pop(offer.peer, None)
         far = self.mode.is_far(self.offers, offer, self._number)
         if far:
@@ -252,6 +257,7 @@ class Inbox:
             return None
         del self.fetching[peer]
         self._overdue.pop(peer, None)
+        self._behind.pop(peer, None)
         self._catching_up.in_hand(peer, number)
         before = self.ready.get(peer)
         self.ready[peer] = offer
@@ -303,12 +309,17 @@ class Inbox:
 
     def _is_behind(self, peer: str) -> bool:
         """Whether a peer is further behind than it comes within a round, or has not caught up while it was waited for
-        `PATIENCE` times."""
+        `PATIENCE` times.
+
+        It is tried again, more and more rarely: one that follows at a slower pace never catches up with an agent that
+        does not wait, and may have been held up by others when it was waited for.
+        """
         newest = self.offers.range(peer)[1]
         # offers may come in planned rounds only, so that nothing is known of those since the last one
         due = self._due.get(peer, self._number - 1)
-        far = 0 < newest <= due - ROUNDS_KEPT
-        return far or (self._overdue.get(peer, 0) >= PATIENCE and newest < due)
+        overdue = self._overdue.get(peer, 0)
+        rests = overdue >= PATIENCE and self._turn - self._waited[peer] <= 2 ** min(overdue, LONGEST_REST)
+        return 0 < newest <= due - ROUNDS_KEPT or (rests and newest < due)
 
     def _planned(self, number: int) -> RoundPlan:
         """Return the plan of this round, or of a later one as it is known now."""
