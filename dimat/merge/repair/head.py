@@ -25,7 +25,7 @@ from dimat.merge.stages import Data, Repaired, Weights
 
 MOST_VIRTUAL = 20_000
 """Most virtual features in all; of many classes each has fewer."""
-SIZE = 1.0
+SIZE = 2.0
 """How many times as large as own training has made them a fit may make a head's weight and bias."""
 LEAST_SCALE = 1e-2
 """Features smaller than this, as a share of the root mean square of all, are scaled as if they were not."""

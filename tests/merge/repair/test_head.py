@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from dimat.errors import MergeError
+from dimat.merge.growth import Reference
 from dimat.merge.models.classifier import class_statistics
 from dimat.merge.repair.batchnorm import batchnorm
-from dimat.merge.repair.head import head, refitted
+from dimat.merge.repair.head import SIZE, head, refitted
 from tests.merge.methods import assert_same_bits
 
 
@@ -144,6 +145,22 @@ def test_a_fit_is_the_best_classifier_of_gaussians_that_differ_in_mean_alone() -
     fresh = centres[labels] + torch.randn(len(labels), 4, generator=g, dtype=torch.float64)
     bayes = (fresh @ centres.mT - centres.square().sum(1) / 2).argmax(1)
     assert float(((fresh @ w.mT + b).argmax(1) == bayes).double().mean()) > 0.97
+
+
+def test_a_fit_makes_the_head_no_larger_than_own_training_has() -> None:
+    """With a reference, weight and bias end at most at `SIZE` times its norms; without, this fit goes beyond. It is a
+    part of the same way."""
+    model, weights, data, told = setting()
+    free = head(weights, model=model, data=data, aux=told, generator=generator(), pull=0.01).weights
+    norms = {name: float(tensor.norm()) for name, tensor in weights.items() if tensor.is_floating_point()}
+    reference = Reference(norms, {n: weights[n].numel() for n in norms}, dict.fromkeys(norms, 0.0))
+    assert any(float(free[n].norm()) > SIZE * norms[n] for n in ("3.weight", "3.bias"))
+    held = head(weights, model=model, data=data, aux=told, generator=generator(), pull=0.01, reference=reference)
+    ratios = {n: float(held.weights[n].norm()) / norms[n] for n in ("3.weight", "3.bias")}
+    assert max(ratios.values()) <= SIZE * (1 + 1e-5)
+    shares = [(held.weights[n] - weights[n]).norm() / (free[n] - weights[n]).norm() for n in ("3.weight", "3.bias")]
+    assert 0.01 < float(shares[0]) < 1
+    torch.testing.assert_close(shares[0], shares[1], rtol=1e-3, atol=1e-3)
 
 
 def test_a_single_class_leaves_the_head_as_it_is() -> None:
