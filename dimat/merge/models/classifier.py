@@ -145,6 +145,10 @@ def _name_of(model: nn.Module, layer: nn.Linear) -> str:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     if weight not in parameters:
         raise ConfigError(f"{NEEDED}, and the weight of {names[0]!r} is computed from others; leave that setting out")
+    if weight not in model.state_dict():  # of a model that is trained in part, that is the part
+        raise ConfigError(
+            f"{NEEDED}, and {weight!r} is not among the weights that are exchanged; leave that setting out"
+        )
     if sum(parameter is parameters[weight] for parameter in parameters.values()) > 1:
         raise ConfigError(f"{NEEDED} of its own, and {weight!r} is another layer's too; leave that setting out")
     return weight

@@ -125,6 +125,13 @@ class Tied(nn.Module):
         return self.last(self.first(x).relu())
 
 
+class Part(nn.Linear):
+    """A model trained in part: its state dict is the part."""
+
+    def state_dict(self, *args: Any, **more: Any) -> dict[str, Any]:
+        return {"bias": self.bias}
+
+
 NO_HEAD = "need a classifier whose last layer is one nn.Linear"
 
 
@@ -134,6 +141,7 @@ NO_HEAD = "need a classifier whose last layer is one nn.Linear"
         (nn.Sequential(nn.Linear(6, 4), nn.LogSoftmax(1)), torch.zeros(5).long(), NO_HEAD),
         (nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4)), torch.zeros(5).long(), NO_HEAD),
         (nn.Identity(), torch.zeros(5).long(), NO_HEAD),
+        (Part(6, 4), torch.zeros(5).long(), "'weight' is not among the weights that are exchanged"),
         (Tied(), torch.zeros(5).long(), "is another layer's too"),
         (nn.utils.parametrizations.weight_norm(nn.Linear(6, 4)), torch.zeros(5).long(), "is computed from others"),
         (nn.Linear(6, 4), torch.zeros(5), r"one class label for each example: targets are \[5\] of float32"),
