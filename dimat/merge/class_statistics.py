@@ -125,12 +125,17 @@ def check_classes(
                     f"{name}: statistic {key!r} counts {int(found.sum())} examples, more than {most}; agents must have "
                     "the same merge.statistics_samples"
                 )
-        elif not found.is_floating_point() or not bool(found.isfinite().all()):
+        elif not is_finite(found):
             raise PeerError(f"{name}: statistic {key!r} holds values that are not finite numbers")
         if key.startswith(VARIANCE) and bool((found < 0).any()):
             raise PeerError(f"{name}: statistic {key!r} holds variances below 0")
     for key in (key for key in aux if key.startswith(MEAN)):
         _check_sizes(name, aux, expected, key.partition(".")[2])
+
+
+def is_finite(found: Tensor) -> bool:
+    """Tell whether a tensor from a peer holds finite real numbers, of a type that torch computes with (no float8)."""
+    return found.is_floating_point() and found.itemsize > 1 and bool(found.isfinite().all())
 
 
 def _check_sizes(name: str, aux: Mapping[str, Tensor], expected: Mapping[str, Tensor], weight: str) -> None:

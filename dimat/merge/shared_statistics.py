@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from dimat.errors import MergeError, PeerError, nearest
-from dimat.merge.class_statistics import FEATURE_AXIS, check_classes
+from dimat.merge.class_statistics import FEATURE_AXIS, check_classes, is_finite
 from dimat.merge.stages import Inputs, Permutations, Weights
 from dimat.merge.weight_views import PermutedWeights, RenamedWeights, axes_by_name
 from dimat.registry import Bound, keywords
@@ -134,8 +134,7 @@ def check_statistics(
         shape = ours if key.startswith(FISHER) else torch.Size([ours[1], ours[1]] if len(ours) == 2 else [])
         if found.shape != shape:
             raise PeerError(f"{name}: statistic {key!r} is {[*found.shape]}, expected {[*shape]}")
-        values = found if key.startswith(FISHER) else found.diagonal()
-        if not found.is_floating_point() or not found.isfinite().all() or (values < 0).any():
+        if not is_finite(found) or bool(((found if key.startswith(FISHER) else found.diagonal()) < 0).any()):
             raise PeerError(f"{name}: statistic {key!r} holds values that are negative or not finite")
         if key.startswith(GRAM) and not _is_gram(found):
             raise PeerError(

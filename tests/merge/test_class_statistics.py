@@ -105,6 +105,8 @@ def told(seed: int = 0) -> dict[str, Tensor]:
         ("class_count.", lambda t: t[:3], r"is \[3\], expected \[4\]"),
         ("class_mean.", lambda t: t[None], r"is \[1, 4, 5\], expected \[4, 5\]"),
         ("class_mean.", lambda t: t * torch.nan, "holds values that are not finite numbers"),
+        ("class_mean.", lambda t: t.to(torch.float8_e4m3fn), "holds values that are not finite numbers"),
+        ("class_mean.", lambda t: t + 0j, "holds values that are not finite numbers"),
         ("class_mean.", lambda t: t.long(), "holds values that are not finite numbers"),
         ("class_mean.", lambda t: t * 1e6, "is of features .* times as large as ours, more than 10 times"),
         ("class_mean.", lambda t: t * 0 + 3e38, "is of features .* times as large as ours, more than 10 times"),
