@@ -229,12 +229,16 @@ class MergeConfig(Tree):
     probe_samples: Annotated[int, Field(ge=2)] = 100
     """Size of the probe set, for align_data = "probe" and accept sets named "probe"."""
     statistics_samples: Annotated[int, Field(ge=1)] = 256
-    """Most examples of its training data on which an agent takes the statistics that combine = "fisher" and "regmean"
-    rest on; they travel with its weights."""
+    """Most examples of its training data on which an agent takes the statistics that combine = "fisher" and "regmean",
+    repair = "head" and head = "rows" rest on; they travel with its weights."""
     combine: Named | None = None
     """"average"."""
     repair: Named | None = None
-    """"none" or "batchnorm"."""
+    """"none", "batchnorm", or "head": batchnorm, then the classifier is refitted on features drawn from statistics by
+    class, which agents tell each other."""
+    head: Literal["mixing", "rows"] = "mixing"
+    """How a classifier's last layer is averaged: by "mixing" weights as all else, or "rows": that of a class by mixing
+    weights times examples of the class, whose counts agents tell each other."""
     accept: Named | None = None
     """"always" or "no-worse" (options: on = "local" | "probe", tolerance)."""
     outer: Annotated[OuterConfig, BeforeValidator(as_stage)] = OuterConfig()

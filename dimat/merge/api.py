@@ -29,7 +29,7 @@ Batches = Iterable[Tensor | Sequence[Tensor]] | Tensor
 """Model inputs: one tensor, or an iterable of batches, each a tensor or a tuple of the model's arguments."""
 
 STAGES = ("align", "combine", "repair", "accept")
-TABLES = ("screen", "outer", "layers")
+TABLES = ("screen", "outer", "layers", "head")
 """Other tables of a merge's configuration that are replaced whole."""
 
 
@@ -83,12 +83,12 @@ def merge_weights(
     and is left as it is; `data`: batches of its inputs in random order (passes over them stop early, see
     `stable_within` of the methods), for methods that align or re-estimate BatchNorm. The symmetry spec is
     derived from the model unless handed in. `score` serves accept = "no-worse".
-    `aux`: statistics for "fisher" and "regmean", own's first and then the peers' (`fisher.empirical_fisher`,
-    `gram.gram_matrices`). `base`: for methods that merge deltas.
+    `aux`: statistics for "fisher", "regmean", repair = "head" and head = "rows", own's first and then the peers'
+    (`empirical_fisher`, `gram_matrices`, `class_statistics`, `class_counts_of`). `base`: for methods that merge deltas.
     `options`: `align`, `combine`, `repair`, `accept` replace a stage of the preset (a name, or {"name": …,
     "options": {…}}), `screen` sets the screen's options, `outer` ({"lr": 0.5}) and `layers`
-    ({"head.*": 0}) how far the merge goes; any other is an option of the chosen methods, handed to
-    every stage whose method has one of that name, e.g. `max_images=500`.
+    ({"head.*": 0}) how far the merge goes, `head` how a classifier's rows are averaged; any other is an option of the
+    chosen methods, handed to every stage whose method has one of that name, e.g. `max_images=500`.
     Raises ConfigError (names, options), MergeError (mixing, own weights, missing model or data, a result that is not
     finite), PeerError (a peer's tensors do not fit or are not finite, a variance is negative), DataError (unreadable
     files). Own weights are untouched.

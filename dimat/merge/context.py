@@ -55,5 +55,17 @@ class MergeContext:
 
     def offered(self) -> dict[str, Any]:
         """Return what a method may ask for by keyword."""
-        names = ("model", "spec", "data", "score", "base", "aux", "generator", "state", "points", "observer")
+        names = (
+            "model",
+            "spec",
+            "data",
+            "score",
+            "base",
+            "aux",
+            "generator",
+            "state",
+            "points",
+            "observer",
+            "reference",
+        )
         return {name: getattr(self, name) for name in names}

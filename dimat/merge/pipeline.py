@@ -27,13 +27,15 @@ from dimat.errors import DimatError, MergeError
 from dimat.events import WARNING
 from dimat.merge.accept.no_worse import between
 from dimat.merge.context import MergeContext
+from dimat.merge.head_rows import rows_by_class
 from dimat.merge.matching.assignment import moved_share
+from dimat.merge.models.classifier import class_counts_of
 from dimat.merge.natures import Natures, natures_of
 from dimat.merge.outer import held_back, layer_factors, outer_registry
 from dimat.merge.registry import CONTEXT, accept_registry, align_registry, combine_registry, repair_registry
 from dimat.merge.screen import MAX_NORM_RATIO, check_usual, norm_of, screen
 from dimat.merge.settled import Shield, not_finite
-from dimat.merge.shared_statistics import OWN, TakeStatistics, check_statistics, in_order
+from dimat.merge.shared_statistics import OWN, Statistics, check_statistics, in_order, statistics_of
 from dimat.merge.stages import Accepted, Aligned, Permutations, Repaired, StageTimer, Weights
 from dimat.merge.ties import under_names
 from dimat.merge.weight_views import PermutedWeights
@@ -67,6 +69,7 @@ class MergePlan:
     align_data: str = "local"
     probe_samples: int = 100
     statistics_samples: int = 256
+    head: str = "mixing"
     keep_not_finite: bool = False
     screen: dict[str, Any] = field(default_factory=dict[str, Any])
     outer: Bound[Weights] = field(default_factory=lambda: outer_registry.bind("none", {}))
@@ -85,9 +88,11 @@ class MergePlan:
         return layer_factors(self.layers, own.keys(), natures, products=products)
 
     @property
-    def statistics(self) -> TakeStatistics | None:
-        """How an agent takes the statistics that the combine method rests on; None where it rests on none."""
-        return self.combine.traits["statistics"]
+    def statistics(self) -> tuple[Statistics, ...]:
+        """How an agent takes the statistics that its merges rest on: empty where they rest on none."""
+        found = (statistics_of("merge.combine", self.combine), statistics_of("merge.repair", self.repair))
+        rows = (Statistics('merge.head = "rows"', class_counts_of),) if self.head == "rows" else ()
+        return tuple(each for each in found if each is not None) + rows
 
 
 @dataclass(frozen=True)
@@ -135,6 +140,7 @@ def plan_merge(config: MergeConfig) -> MergePlan:
         align_data=config.align_data,
         probe_samples=config.probe_samples,
         statistics_samples=config.statistics_samples,
+        head=config.head,
         keep_not_finite=config.keep_not_finite,
         screen=check_options(screen, config.screen, "merge.screen", context=CONTEXT),
         outer=outer_registry.bind(config.outer.name, {"lr": config.outer.lr}),
@@ -175,7 +181,7 @@ def merge(
     natures = natures_of(own, context.model)
     own_norm = _check_own(own, context, natures, plan)
     statistics = context.aux or {}
-    expected = statistics.get(OWN) if plan.statistics is not None else None
+    expected = statistics.get(OWN) if plan.statistics else None
     refused: dict[str, str] = {}
     kept: list[Peer] = []
     large: dict[str, float] = {}
@@ -183,7 +189,7 @@ def merge(
         try:
             renamed = replace(peer, weights=under_names(peer.weights, own, natures.first))
             factor = screen(own, renamed.weights, peer.name, own_norm, natures, context.reference, **plan.screen)
-            check_statistics(peer.name, statistics.get(peer.name, {}), own, expected)
+            check_statistics(peer.name, statistics.get(peer.name, {}), own, expected, plan.statistics_samples)
             if context.beside is not None:
                 context.beside(peer.name)
         except DimatError as error:
@@ -247,13 +253,16 @@ def _merge(
     views = [_view(peer.weights, permutations.get(peer.name), context) for peer in merging]
     clock.lap("align")
     aux = in_order(context.aux, [peer.name for peer in merging], permutations, context.spec)
-    offered = context.offered()
+    offered = context.offered() | {"aux": aux}
     own_first = [own_weight, *(peer.weight for peer in merging)]
     names = [peer.name for peer in merging]
     shield = Shield.of(own, views, own_first, natures, context.model is not None)
     base = None if context.base is None else under_names(context.base, own, natures.first)
-    seen = offered | {"aux": aux, "names": names, "base": shield.base(base)}
-    combined = dict(shield.settle(plan.combine(shield.own, shield.peers, own_first, **seen)))
+    seen = offered | {"names": names, "base": shield.base(base)}
+    together = plan.combine(shield.own, shield.peers, own_first, **seen)
+    if plan.head == "rows":
+        together = rows_by_class(together, [shield.own, *shield.peers], own_first, aux)
+    combined = dict(shield.settle(together))
     _check_shapes(own, combined, plan.combine.name)
     stepped = plan.outer(own, held_back(own, combined, plan.factors(own, natures)), **offered)
     if stepped is not combined:

@@ -29,6 +29,7 @@ CONTEXT = frozenset(
         "score",
         "points",
         "observer",
+        "reference",
         "repair",
         "put_away",
     }
@@ -45,7 +46,8 @@ TRAITS: Mapping[str, Any] = {
 }
 """The traits of a combine method, with the values of those that it does not give.
 
-`statistics`: how an agent takes the statistics that the method asks for as `aux` (`dimat.merge.shared_statistics`).
+`statistics`: how an agent takes the statistics that the method asks for as `aux` (`dimat.merge.shared_statistics`); it
+gets those of the method's options that it has by the same name.
 `base_with`: the option with which it needs the base that it asks for; None: it always does.
 `holds`: what it keeps in memory while it merges mapped files: "pieces" of each tensor, one of the "tensors" of each
 model, or the "deltas" of all models.
@@ -63,9 +65,10 @@ def no_tensors(model: nn.Module) -> frozenset[str]:
 
 combine_registry: Registry[Weights] = Registry("combine method", "dimat.merge.combine", context=CONTEXT, traits=TRAITS)
 repair_registry: Registry[Repaired] = Registry(
-    "repair method", "dimat.merge.repair", context=CONTEXT, traits={"renews": no_tensors}
+    "repair method", "dimat.merge.repair", context=CONTEXT, traits={"renews": no_tensors, "statistics": None}
 )
-"""`renews`: (model) → names of the tensors that the method makes anew, whatever the merge made of them."""
+"""`renews`: (model) → names of the tensors that the method makes anew, whatever the merge made of them.
+`statistics`: as of a combine method."""
 accept_registry: Registry[Accepted] = Registry("accept rule", "dimat.merge.accept", context=CONTEXT)
 
 

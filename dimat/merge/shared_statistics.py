@@ -1,23 +1,27 @@
-"""Statistics that travel with weights: Fisher diagonals, Gram matrices.
+"""Statistics that travel with weights: Fisher diagonals, Gram matrices, those by class.
 
 In a snapshot they are tensors `aux.…`, in `MergeContext.aux` a mapping per agent of the names without `aux.`
-(own's under `OWN`): `fisher.<tensor>` has the tensor's shape, `gram.<tensor>` (in, in) for a weight (out, in).
-A combine method that asks for `aux` gets them as it gets weights: in the order own, peers, in own's basis. How an agent
-takes them is registered with the method: `combine_registry.register("fisher", statistics=empirical_fisher)`.
+(own's under `OWN`): `fisher.<tensor>` has the tensor's shape, `gram.<tensor>` (in, in) for a weight (out, in); those by
+class are in `class_statistics.py`. A combine or repair method that asks for `aux` gets them as weights come: in the
+order own, peers, in own's basis. How an agent takes them is registered with the method:
+`combine_registry.register("fisher", statistics=empirical_fisher)`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from dimat.errors import MergeError, PeerError, nearest
+from dimat.merge.class_statistics import FEATURE_AXIS, check_classes, is_finite
 from dimat.merge.stages import Inputs, Permutations, Weights
 from dimat.merge.weight_views import PermutedWeights, RenamedWeights, axes_by_name
+from dimat.registry import Bound, keywords
 from dimat.symmetry.spec import AxisRef, SymmetrySpec
 
 OWN = ""
@@ -34,12 +38,28 @@ Examples = Iterable[tuple[Inputs, Tensor]]
 
 
 class TakeStatistics(Protocol):
-    """Takes the statistics of a model at its own weights: {"fisher.<tensor>" or "gram.<tensor>": tensor}.
+    """Takes the statistics of a model at its own weights: {"fisher.<tensor>", "gram.<tensor>", …: tensor}.
 
     `loss`: (output, targets) of a batch → its mean loss. The model is left as it was, and so are global draws.
     """
 
     def __call__(self, model: nn.Module, examples: Examples, *, loss: Callable[[Any, Tensor], Tensor]) -> Weights: ...
+
+
+class Statistics(NamedTuple):
+    """Statistics that merges rest on. `asked_by`: the setting that wants them, as it is written; `take` takes them."""
+
+    asked_by: str
+    take: TakeStatistics
+
+
+def statistics_of(key: str, method: Bound[Any]) -> Statistics | None:
+    """Return the statistics that a method rests on, by its options; None where it rests on none. `key` sets it."""
+    take: Callable[..., Weights] | None = method.traits["statistics"]
+    if take is None:
+        return None
+    options = {name: value for name, value in method.settings.items() if name in keywords(take)}
+    return Statistics(f"{key} = {method.name!r}", partial(take, **options))
 
 
 def beside(weights: Weights, aux: Weights) -> dict[str, Tensor]:
@@ -84,18 +104,20 @@ def permuted(aux: Weights, spec: SymmetrySpec, permutations: Permutations) -> We
     return PermutedWeights(aux, _spec_for(aux, spec), permutations)
 
 
-def check_statistics(name: str, aux: Weights, own: Weights, expected: Weights | None = None) -> None:
+def check_statistics(
+    name: str, aux: Weights, own: Weights, expected: Weights | None = None, most_examples: int = 256
+) -> None:
     """Check what a peer sent beside its weights; PeerError names the peer and the tensor.
 
     `expected`: own's statistics where the merge rests on them; then the peer must have sent the same ones, no more and
     no less. Fisher diagonals must have the shape of our tensor, Gram matrices that of its inputs; both must be finite,
-    with no negative value (on the diagonal), and a Gram matrix symmetric, with G[i, j]² ≤ G[i, i] G[j, j]. Where none
-    are expected, other names are left alone.
+    with no negative value (on the diagonal), and a Gram matrix symmetric, with G[i, j]² ≤ G[i, i] G[j, j]. Those by
+    class are checked by `check_classes`, with `most_examples`. Where none are expected, other names are left alone.
     """
     if expected and not aux:
         raise PeerError(
             f"{name}: came without statistics ({next(iter(expected))!r} and others); agents must merge by the same "
-            "merge.combine"
+            "merge.combine, merge.repair and merge.head"
         )
     for key in expected or ():
         if key not in aux:
@@ -112,13 +134,14 @@ def check_statistics(name: str, aux: Weights, own: Weights, expected: Weights | 
         shape = ours if key.startswith(FISHER) else torch.Size([ours[1], ours[1]] if len(ours) == 2 else [])
         if found.shape != shape:
             raise PeerError(f"{name}: statistic {key!r} is {[*found.shape]}, expected {[*shape]}")
-        values = found if key.startswith(FISHER) else found.diagonal()
-        if not found.is_floating_point() or not found.isfinite().all() or (values < 0).any():
+        if not is_finite(found) or bool(((found if key.startswith(FISHER) else found.diagonal()) < 0).any()):
             raise PeerError(f"{name}: statistic {key!r} holds values that are negative or not finite")
         if key.startswith(GRAM) and not _is_gram(found):
             raise PeerError(
                 f"{name}: statistic {key!r} is no Gram matrix: not symmetric, or too large off its diagonal"
             )
+
+    check_classes(name, aux, own, expected or {}, most_examples)
 
 
 def _is_gram(found: Tensor) -> bool:
@@ -152,7 +175,8 @@ def needs_aux(aux: Sequence[Weights] | None, prefix: str, method: str, how: str)
 
 
 def _spec_for(aux: Weights, spec: SymmetrySpec) -> SymmetrySpec:
-    """Return a spec whose axes are those of the statistics: a Gram matrix moves as its weight's inputs, twice."""
+    """Return a spec whose axes are those of the statistics: a Gram matrix moves as its weight's inputs, twice, features
+    of classes as they do."""
     by_name = axes_by_name(spec)
     axes: list[AxisRef] = []
     for key in aux:
@@ -161,4 +185,7 @@ def _spec_for(aux: Weights, spec: SymmetrySpec) -> SymmetrySpec:
             axes += [replace(axis, tensor=key) for axis in moving]
         elif key.startswith(GRAM):
             axes += [replace(axis, tensor=key, dim=dim) for axis in moving if axis.dim == 1 for dim in (0, 1)]
+        for kind, dim in FEATURE_AXIS.items():
+            if key.startswith(kind):
+                axes += [replace(axis, tensor=key, dim=dim) for axis in moving if axis.dim == 1]
     return replace(spec, axes=tuple(axes), tied=())

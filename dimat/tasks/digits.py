@@ -16,6 +16,7 @@ import torch
 from dimat.errors import ConfigError, DataError
 from dimat.tasks.classification import ClassificationTask
 from dimat.tasks.data import Subset, TensorData, balanced_draw
+from dimat.tasks.heads import Head
 from dimat.tasks.models import DigitsCNN, mlp, seeded
 from dimat.tasks.registry import TASKS
 
@@ -25,13 +26,19 @@ MAX_PROBE = 1000
 
 @TASKS.register("digits")
 def digits(
-    *, model: Literal["cnn", "mlp"] = "cnn", width: int = 16, hidden: tuple[int, ...] = (64, 64), probe: int = 100
+    *,
+    model: Literal["cnn", "mlp"] = "cnn",
+    width: int = 16,
+    hidden: tuple[int, ...] = (64, 64),
+    head: Head = "linear",
+    probe: int = 100,
 ) -> ClassificationTask:
     """Handwritten digits, 8×8, bundled with scikit-learn.
 
     model: "cnn" (three BatchNorm convolutions, `width` channels in the first) or "mlp" (`hidden` units per
-    layer). probe: images set aside as the probe set. The split is the same for every seed: 360 images to test
-    (36 per class), and of the other 1,437 `probe` (class-balanced) for the probe set, the rest to train on.
+    layer). head: "linear", or "simplex", a classifier whose classes have fixed directions. probe: images set aside as
+    the probe set. The split is the same for every seed: 360 images to test (36 per class), and of the other 1,437
+    `probe` (class-balanced) for the probe set, the rest to train on.
     Inputs are (B, 1, 8, 8) in about [−1, 1].
     """
     if not 2 <= probe <= MAX_PROBE:
@@ -46,7 +53,8 @@ def digits(
     )
     # Held as tensors of their own, in the order of the file, so that batches are read without indirection.
     parts = [TensorData(images[part], labels[part]) for part in (train.sort().values, test.sort().values)]
-    factory = (lambda: DigitsCNN(width=width)) if model == "cnn" else (lambda: mlp((64, *hidden, 10)))
+    sizes = (64, *hidden, 10)
+    factory = (lambda: DigitsCNN(width=width, head=head)) if model == "cnn" else (lambda: mlp(sizes, head))
     return ClassificationTask(
         name="digits",
         model=seeded(factory),

@@ -14,6 +14,7 @@ from torch import Tensor
 from dimat.errors import ConfigError, DataError
 from dimat.tasks.classification import ClassificationTask
 from dimat.tasks.data import TensorData, balanced_draw
+from dimat.tasks.heads import Head
 from dimat.tasks.image_files import ImageSource, PixelFormat, decode_images, open_images
 from dimat.tasks.models import ImageCNN, Shortcut, resnet20, seeded
 from dimat.tasks.registry import TASKS
@@ -30,6 +31,7 @@ def images(
     model: Literal["resnet20", "cnn"] = "resnet20",
     width: Count | None = None,
     shortcut: Shortcut = "A",
+    head: Head = "linear",
     size: Annotated[int, Field(ge=8)] | None = None,
     limit: Count | None = None,
     test_limit: Count | None = None,
@@ -45,10 +47,10 @@ def images(
 
     train, test: a Parquet file, a folder of them, or a folder of class folders of PNG or JPEG files. model:
     "resnet20" (`width` multiplies its channels, default 1; `shortcut` "A" or "B") or "cnn" (four convolutions,
-    `width` channels in the first, default 32). size: resize to this many pixels square. limit, test_limit: take
-    at most this many, class-balanced, drawn with `seed`. augment: random shift by up to `crop` pixels (default: an
-    eighth of the height, 4 of 32) and horizontal flip when training. mean, std: per channel, of pixels in [0, 1]; by
-    default those of the training images.
+    `width` channels in the first, default 32). head: "linear", or "simplex", a classifier whose classes have fixed
+    directions. size: resize to this many pixels square. limit, test_limit: take at most this many, class-balanced,
+    drawn with `seed`. augment: random shift by up to `crop` pixels (default: an eighth of the height, 4 of 32) and
+    horizontal flip when training. mean, std: per channel, of pixels in [0, 1]; by default those of the training images.
     **Agents on separate machines must give the same mean and std**, or their networks see different inputs.
     probe: training images set aside as the probe set, drawn with `seed`.
     """
@@ -68,9 +70,9 @@ def images(
     plain = ImageTransform(shift, scale)
     padding = height // CROP_SHARE if crop is None else crop
     if model == "resnet20":
-        factory = lambda: resnet20(width or 1, shortcut, len(classes), channels)  # noqa: E731
+        factory = lambda: resnet20(width or 1, shortcut, len(classes), channels, head)  # noqa: E731
     else:
-        factory = lambda: ImageCNN(channels, len(classes), width or 32)  # noqa: E731
+        factory = lambda: ImageCNN(channels, len(classes), width or 32, head)  # noqa: E731
     return ClassificationTask(
         name="images",
         model=seeded(factory),

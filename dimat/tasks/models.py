@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dimat.tasks.data import draw_seed
+from dimat.tasks.heads import Head, make_head
 
 
 def seeded(factory: Callable[[], nn.Module]) -> Callable[[torch.Generator], nn.Module]:
@@ -28,15 +29,15 @@ def seeded(factory: Callable[[], nn.Module]) -> Callable[[torch.Generator], nn.M
     return build
 
 
-def mlp(sizes: Sequence[int]) -> nn.Sequential:
+def mlp(sizes: Sequence[int], head: Head = "linear") -> nn.Sequential:
     """Return a multilayer perceptron with ReLU between layers; `sizes` are units from inputs to logits.
 
-    Inputs of any shape (B, …) are flattened to (B, sizes[0]).
+    Inputs of any shape (B, …) are flattened to (B, sizes[0]). The last layer is a head of this kind.
     """
     layers: list[nn.Module] = [nn.Flatten()]
-    for fan_in, fan_out in pairwise(sizes):
+    for fan_in, fan_out in pairwise(sizes[:-1]):
         layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
+    return nn.Sequential(*layers, make_head(head, *sizes[-2:]))
 
 
 def _conv(fan_in: int, fan_out: int, stride: int = 1, kernel: int = 3) -> nn.Conv2d:
@@ -46,12 +47,12 @@ def _conv(fan_in: int, fan_out: int, stride: int = 1, kernel: int = 3) -> nn.Con
 class DigitsCNN(nn.Module):
     """Three 3×3 convolutions with BatchNorm for (B, 1, 8, 8) images: 8×8, 4×4, 2×2, mean, logits."""
 
-    def __init__(self, classes: int = 10, width: int = 16) -> None:
+    def __init__(self, classes: int = 10, width: int = 16, head: Head = "linear") -> None:
         super().__init__()
         self.conv1, self.bn1 = _conv(1, width), nn.BatchNorm2d(width)
         self.conv2, self.bn2 = _conv(width, 2 * width, stride=2), nn.BatchNorm2d(2 * width)
         self.conv3, self.bn3 = _conv(2 * width, 2 * width, stride=2), nn.BatchNorm2d(2 * width)
-        self.fc = nn.Linear(2 * width, classes)
+        self.fc = make_head(head, 2 * width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))
@@ -63,12 +64,12 @@ class DigitsCNN(nn.Module):
 class ImageCNN(nn.Module):
     """Four 3×3 convolutions with BatchNorm for images of any size from 8×8: the three after the first halve it."""
 
-    def __init__(self, channels: int = 3, classes: int = 10, width: int = 32) -> None:
+    def __init__(self, channels: int = 3, classes: int = 10, width: int = 32, head: Head = "linear") -> None:
         super().__init__()
         sizes = (channels, width, 2 * width, 4 * width, 4 * width)
         self.convs = nn.ModuleList(_conv(sizes[i], sizes[i + 1], stride=1 if i == 0 else 2) for i in range(4))
         self.norms = nn.ModuleList(nn.BatchNorm2d(size) for size in sizes[1:])
-        self.fc = nn.Linear(sizes[-1], classes)
+        self.fc = make_head(head, sizes[-1], classes)
 
     def forward(self, x: Tensor) -> Tensor:
         for conv, norm in zip(self.convs, self.norms, strict=True):
@@ -106,7 +107,9 @@ class Block(nn.Module):
 class ResNet20(nn.Module):
     """He et al.'s CIFAR ResNet-20: three stages of three blocks with 16, 32, 64 channels times `width`."""
 
-    def __init__(self, width: int = 1, shortcut: Shortcut = "A", classes: int = 10, channels: int = 3) -> None:
+    def __init__(
+        self, width: int = 1, shortcut: Shortcut = "A", classes: int = 10, channels: int = 3, head: Head = "linear"
+    ) -> None:
         super().__init__()
         sizes = (16 * width, 32 * width, 64 * width)
         self.conv1, self.bn1 = _conv(channels, sizes[0]), nn.BatchNorm2d(sizes[0])
@@ -123,7 +126,7 @@ class ResNet20(nn.Module):
             )
             fan_in = size
         self.layer1, self.layer2, self.layer3 = stages
-        self.fc = nn.Linear(fan_in, classes)
+        self.fc = make_head(head, fan_in, classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -134,6 +137,8 @@ class ResNet20(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-def resnet20(width: int = 1, shortcut: Shortcut = "A", classes: int = 10, channels: int = 3) -> ResNet20:
-    """Return a CIFAR ResNet-20 (0.27 M parameters at width 1); shortcuts as in `Block`."""
-    return ResNet20(width, shortcut, classes, channels)
+def resnet20(
+    width: int = 1, shortcut: Shortcut = "A", classes: int = 10, channels: int = 3, head: Head = "linear"
+) -> ResNet20:
+    """Return a CIFAR ResNet-20 (0.27 M parameters at width 1); shortcuts as in `Block`, heads as in `heads`."""
+    return ResNet20(width, shortcut, classes, channels, head)

@@ -70,7 +70,10 @@ def test_a_method_that_rests_on_statistics_says_how_agents_take_them() -> None:
     """Whoever asks for `aux` declares it, and nobody else does: agents know a method by its registration alone."""
     for name in combine_registry.names():
         plan = plan_merge(MergeConfig.model_validate({"combine": name}))
-        assert ("aux" in keywords(combine_registry.get(name))) == (plan.statistics is not None), name
+        assert ("aux" in keywords(combine_registry.get(name))) == bool(plan.statistics), name
+    for name in repair_registry.names():
+        plan = plan_merge(MergeConfig.model_validate({"repair": name}))
+        assert ("aux" in keywords(repair_registry.get(name))) == bool(plan.statistics), name
     assert combine_registry.traits("fisher")["statistics"] is empirical_fisher
     assert "other" not in combine_registry.traits("fisher")
 

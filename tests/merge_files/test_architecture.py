@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dimat import derive_symmetry, merge_weights, permute_weights
 from dimat.cli import main
+from dimat.merge.models.classifier import class_statistics
 from dimat.symmetry.verify import random_permutations
 from tests.merge.methods import assert_same_bits, worst
 from tests.merge.networks import ResNet, randomise
@@ -156,6 +157,40 @@ out = "merged"
         (found,) = [files[file] for source, files in record["inputs"].items() if source.endswith(file)]
         assert found == blake3(Path(file).read_bytes()).hexdigest()
     assert "| run with | `x.safetensors` |" in Path("sub/merged/README.md").read_text()
+
+
+def test_a_repair_gets_the_statistics_of_the_recipe(folder: Path) -> None:
+    """Reference: `merge_weights` with the same statistics and draws."""
+    model, told = ResNet(widths=(4, 6, 8)), list[dict[str, Tensor]]()
+    for seed, name in ((0, "a"), (1, "b")):
+        model.load_state_dict(resnet(seed, near=0) if seed else resnet(0))
+        labels = torch.arange(48) % 5 + 5 * seed
+        told.append(class_statistics(model, [((images(),), labels)]))
+        save_file(told[-1], f"{name}-classes.safetensors")
+    Path("recipe.toml").write_text(
+        """
+models = [
+  { path = "a.safetensors", weight = 0.7, statistics = "a-classes.safetensors" },
+  { path = "b.safetensors", weight = 0.3, statistics = "b-classes.safetensors" },
+]
+model = "arch.py:pair"
+data = "x.safetensors"
+repair = "head"
+out = "out.safetensors"
+"""
+    )
+    merge("recipe.toml")
+    expected = merge_weights(
+        *(resnet(0), [resnet(1, near=0)], [0.7, 0.3], "average"),
+        model=ResNet(widths=(4, 6, 8)),
+        data=[images()],
+        repair="head",
+        aux=told,
+        generator=torch.Generator().manual_seed(0),
+    )
+    assert worst(read_model(Path("out.safetensors")), expected) < 1e-4
+    mean = merge_weights(resnet(0), [resnet(1, near=0)], [0.7, 0.3], "average")
+    assert worst({"w": expected["linear.weight"]}, {"w": mean["linear.weight"]}) > 1e-2
 
 
 @pytest.mark.parametrize(

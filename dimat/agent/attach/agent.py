@@ -118,7 +118,7 @@ class Agent:
                 plan = setup.experiment.loaded.plan
                 trainer.try_out(
                     inputs.tensors,
-                    needed=needs_symmetry(plan) or plan.statistics is not None or plan.repair.name != "none",
+                    needed=needs_symmetry(plan) or bool(plan.statistics) or plan.repair.name != "none",
                     evaluated=self.config.agent.evaluate != "none",
                 )
                 self._daemon = Daemon(setup, trainer=trainer)

@@ -83,7 +83,7 @@ class Learner:
     doubt: tuple[int, int] = field(init=False, default=(0, 0))
     """Rounds of the first and the last doubtful merge that weights rest on; 0 for none."""
     _statistics: dict[str, Tensor] = field(init=False, default_factory=dict[str, Tensor])
-    """Statistics that the combine method rests on, from the end of training to the merge; in the weights' basis."""
+    """Statistics that merges rest on, from the end of training to the merge; in the weights' basis."""
     _moments: SharedMoments | None = field(init=False, default=None)
     """The optimizer's moments, where they are sent beside the weights and merged."""
     _first: FirstMerge = field(init=False)
@@ -308,7 +308,7 @@ class Learner:
             parts.append(Peer(part.peer, weights, part.weight, part.same_basis))
         parts, apart = self._first.split(action.round, parts)
         unfit = {peer.name: why for peer in apart if (why := self._unfit(peer.name, peer.weights))}
-        aux = statistics if self._plan.statistics is not None else None
+        aux = statistics if self._plan.statistics else None
         checks = None if self._moments is None else self._moments.checks(moments)
         context = self._context(action.round, aux, checks)
         own_weight = action.own_weight + sum(peer.weight for peer in apart)
@@ -410,14 +410,14 @@ class Learner:
         return -values["loss"] if "loss" in values else values.get(self.task.metric, nan)
 
     def _open(self, snapshot: Path) -> tuple[Weights, Weights, Weights]:
-        """Return a snapshot's weights and, where the combine method rests on statistics, those, and where moments are
-        merged, those. Elsewhere they are tensors too many, which the screen refuses."""
+        """Return a snapshot's weights and, where merges rest on statistics, those, and where moments are merged, those.
+        Elsewhere they are tensors too many, which the screen refuses."""
         weights, own = open_weights(snapshot), self.trainer.model.state_dict()
         statistics: Weights = {}
         moments: Weights = {}
         if self._moments is not None:
             weights, moments = apart(weights, own, PREFIXES)
-        if self._plan.statistics is not None:
+        if self._plan.statistics:
             weights, statistics = apart(weights, own)
         return weights, statistics, moments
 

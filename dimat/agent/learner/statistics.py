@@ -1,4 +1,4 @@
-"""Statistics for combine methods that need them, taken on an agent's own data."""
+"""Statistics for merge methods that need them, taken on an agent's own data."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from dimat.tasks.data import batch_bounds
 def take_statistics(
     plan: MergePlan, task: Task, model: nn.Module, data: Data, batch_size: int, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """Return the statistics of the plan's combine method at the model's weights, on the CPU.
+    """Return the statistics that merges by the plan rest on, at the model's weights, on the CPU.
 
-    Empty where it has none.
+    Empty where they rest on none.
 
     Taken on `statistics_samples` examples of `data` at most, drawn with the generator and not augmented, with the
     task's loss. Equal weights, data and draws give equal bits. Raises MergeError where a value is not finite.
     """
-    if plan.statistics is None:
+    if not plan.statistics:
         return {}
     order = torch.randperm(len(data), generator=generator)[: plan.statistics_samples]
 
@@ -36,8 +36,14 @@ def take_statistics(
             batch = data.batch(order[start:stop])
             yield batch.inputs, batch.targets
 
-    found = plan.statistics(model, examples(), loss=task.loss)
-    return {name: tensor.cpu() for name, tensor in found.items()}
+    taken: dict[str, Tensor] = {}
+    for each in plan.statistics:
+        try:
+            found = each.take(model, examples(), loss=task.loss)
+        except ConfigError as error:
+            raise ConfigError(f"{each.asked_by} and task {task.name}: {error}") from error
+        taken |= {name: tensor.cpu() for name, tensor in found.items()}
+    return taken
 
 
 def sample_statistics(plan: MergePlan, task: Task, model: nn.Module) -> dict[str, Tensor]:
@@ -45,9 +51,9 @@ def sample_statistics(plan: MergePlan, task: Task, model: nn.Module) -> dict[str
 
     ConfigError where the method finds none in this model, or the task's loss or model cannot be used for it.
     """
-    if plan.statistics is None:
+    if not plan.statistics:
         return {}
-    method = plan.combine.name
+    asked_by = " and ".join(each.asked_by for each in plan.statistics)
     few = replace(plan, statistics_samples=2)
     try:
         found = take_statistics(few, task, model, task.data("train"), 2, torch_generator(0, "statistics"))
@@ -56,12 +62,11 @@ def sample_statistics(plan: MergePlan, task: Task, model: nn.Module) -> dict[str
     except Exception as error:  # a user's loss may do what cannot be differentiated example by example
         first = (str(error).strip().splitlines() or [""])[0]
         raise ConfigError(
-            f"merge.combine = {method!r}: its statistics cannot be taken of task {task.name}: "
+            f"{asked_by}: its statistics cannot be taken of task {task.name}: "
             f"{type(error).__name__}: {first}; choose another method"
         ) from error
     if not found:
         raise ConfigError(
-            f"merge.combine = {method!r} finds nothing to take statistics of in the model of task {task.name}; "
-            "choose another method"
+            f"{asked_by} finds nothing to take statistics of in the model of task {task.name}; choose another method"
         )
     return found

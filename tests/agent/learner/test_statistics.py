@@ -145,6 +145,8 @@ def damaged(held: dict[str, Tensor], fault: str) -> dict[str, Tensor]:
             return {**held, key: torch.ones(2, 3, 4)}
         case "type":
             return {**held, key: torch.ones_like(held[key], dtype=torch.int64)}
+        case "float8":
+            return {**held, key: held[key].to(torch.float8_e4m3fn)}
         case _:
             return {**held, key: torch.full_like(held[key], {"nan": torch.nan, "inf": torch.inf}.get(fault, -1.0))}
 
@@ -159,6 +161,7 @@ def damaged(held: dict[str, Tensor], fault: str) -> dict[str, Tensor]:
         ("no statistic", "eve: tensor 'extra' is not in our model"),
         ("shape", r"eve: statistic '.*' is \[2, 3, 4\], expected"),
         ("type", "eve: statistic '.*' holds values that are negative or not finite"),
+        ("float8", "eve: statistic '.*' holds values that are negative or not finite"),
         ("nan", "eve: statistic '.*' holds values that are negative or not finite"),
         ("inf", "eve: statistic '.*' holds values that are negative or not finite"),
         ("negative", "eve: statistic '.*' holds values that are negative or not finite"),
