@@ -80,15 +80,21 @@ class CrossStatistics:
         if self._own is None:
             raise ValueError("correlation of no samples")
         x, y, n = self._own, self._others[peer], self.count
-        covariance = self._products[peer] / n - torch.outer(x.total / n, y.total / n)
+        # in place: of wide layers these are large, and it is done for each point, peer and look
+        covariance = (self._products[peer] / n).sub_(torch.outer(x.total / n, y.total / n))
         scale = torch.outer(x.deviation(n), y.deviation(n))
-        correlation = torch.where(scale > 0, covariance / scale.where(scale > 0, torch.ones_like(scale)), 0.0)
+        correlation, told = covariance.div_(scale), scale > 0
+        if not bool(told.all()):
+            correlation.masked_fill_(told.logical_not_(), 0.0)
         return correlation.nan_to_num_(0.0, 0.0, 0.0)
 
 
 def average_correlation(points: Sequence[CrossStatistics], peer: int) -> Tensor:
     """Mean over a group's observation points of own × peer correlations: (units, units), float64."""
-    return torch.stack([point.correlation(peer) for point in points]).mean(0)
+    if len(points) > 2:
+        return torch.stack([point.correlation(peer) for point in points]).mean(0)
+    first, *second = (point.correlation(peer) for point in points)
+    return first.add_(second[0]).div_(2) if second else first
 
 
 class PositionSampler:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from math import inf
 from typing import Annotated
 
@@ -115,8 +116,7 @@ def compare(
             clock.lap("matching")
             if steady == 2:
                 break
-    pairs.match()
-    result.margins = pairs.margins()
+    result.margins = pairs.settle()
     clock.lap("matching")
     return result
 
@@ -142,26 +142,30 @@ class GroupMatches:
 
     def match(self) -> float:
         """Assign anew; return the largest share of value that an assignment of before falls short of the new one."""
-        worst = 0.0
-        for number, tree in enumerate(self._trees):
-            for peer, permutations in enumerate(self.permutations):
-                scores = self._scores(number, peer)
-                before = {g: permutations[g] for g in tree.ids() if g in permutations}
-                found, value = assign_nested(tree, scores, self.unseen)
-                known = nested_value(tree, scores, before) if before else float("-inf")
-                permutations.update(found)
-                worst = max(worst, (value - known) / max(value, NEGLIGIBLE))
-        return worst
+        return max((self._assign(*each)[0] for each in self._pairs()), default=0.0)
 
-    def margins(self) -> list[dict[str, float]]:
-        """Return, by peer, the margins of the groups."""
-        found: list[dict[str, float]] = []
-        for peer, permutations in enumerate(self.permutations):
-            found.append({})
-            for number, tree in enumerate(self._trees):
-                margin = nested_margin(tree, self._scores(number, peer), permutations)
-                found[-1].update(dict.fromkeys(tree.ids(), margin))
+    def settle(self) -> list[dict[str, float]]:
+        """Assign for the last time; return, by peer, the margins of the groups."""
+        found: list[dict[str, float]] = [{} for _ in self.permutations]
+        for number, peer in self._pairs():
+            _, scores = self._assign(number, peer)
+            tree = self._trees[number]
+            margin = nested_margin(tree, scores, self.permutations[peer])
+            found[peer].update(dict.fromkeys(tree.ids(), margin))
         return found
+
+    def _pairs(self) -> Iterator[tuple[int, int]]:
+        """Return the number of each tree of groups with each peer."""
+        return product(range(len(self._trees)), range(len(self.permutations)))
+
+    def _assign(self, number: int, peer: int) -> tuple[float, dict[str, Tensor]]:
+        """Assign the groups of a tree anew; return the share of value by which those of before fall short, and scores."""
+        tree, permutations, scores = self._trees[number], self.permutations[peer], self._scores(number, peer)
+        before = {g: permutations[g] for g in tree.ids() if g in permutations}
+        found, value = assign_nested(tree, scores, self.unseen)
+        known = nested_value(tree, scores, before) if before else float("-inf")
+        permutations.update(found)
+        return (value - known) / max(value, NEGLIGIBLE), scores
 
     def _scores(self, tree: int, peer: int) -> dict[str, Tensor]:
         groups = [group for group in self._trees[tree].ids() if group in self._statistics]

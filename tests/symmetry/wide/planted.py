@@ -60,7 +60,7 @@ class _Positional(nn.Module):
         return self.inner(**dict(zip(self.names, inputs)), **self.others)
 
 
-def recover(subject: Subject, batches: int = 6) -> Planted:
+def recover(subject: Subject, batches: int = 3) -> Planted:
     """Plant a random element of the whole group in a network with random weights, and align it back.
 
     By activations, and by weights where a group cannot be observed; all by weights where `BY_WEIGHTS` has the model.
