@@ -204,6 +204,10 @@ class MethodCurve(ResultsModel):
     seeds: list[int] = []
     curves: list[list[float]] = []
     timeline: Timeline = Timeline()
+    unlike: list[str] = []
+    """Settings of training in which these runs differ from those of `isolated` beside them."""
+    next_step: str = ""
+    """What to try next where this method is not ahead of training alone."""
 
     def rounds_to(self, target: float) -> int | None:
         """Return the first merge after which the mean metric is at least `target`; None if it never is."""
