@@ -1,4 +1,4 @@
-"""Whether merging beat training alone, by how much, and what to try next: the first line of every report.
+"""The first line of every report: whether merging beat training alone, and what to try next.
 
 Training alone is a row `isolated` of the same comparison, with the same parts, seeds and training. Where there is none,
 only what merges themselves changed is known, and the line says so. Metrics are on the task's test set; higher is
@@ -19,9 +19,6 @@ if TYPE_CHECKING:
 
 FLOOR = "isolated"
 """The method that trains alone."""
-ONE_SEED = 0.02
-"""A difference that one seed can tell: standard deviations over seeds were .01 to .03 in what was measured
-(docs/results.md)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +122,8 @@ def _paired(curve: MethodCurve, floor: MethodCurve) -> list[tuple[Sequence[float
 
 def _decided(by: float, spread: float | None) -> bool | None:
     """Return whether a mean difference is above zero by more than seeds differ, None where that cannot be told."""
+    from dimat.results import ONE_SEED  # pydantic: not wanted by those who only format events
+
     return None if abs(by) <= (ONE_SEED if spread is None else spread) else by > 0
 
 

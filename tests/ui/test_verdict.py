@@ -6,8 +6,8 @@ import pytest
 
 from dimat.agent.protocol.messages import MergeRecord
 from dimat.events import Contribution, MergeResult
-from dimat.results import Comparison, MethodCurve, Results
-from dimat.ui.verdict import ONE_SEED, headlines, of_agent, of_comparison, of_run
+from dimat.results import ONE_SEED, Comparison, MethodCurve, Results
+from dimat.ui.verdict import headlines, of_agent, of_comparison, of_run
 from tests.ui.samples import make_comparison, make_results
 
 

@@ -1,4 +1,4 @@
-"""How far agents' class shares lie apart, and from where on that asks for an exact average.
+"""How far agents' class shares lie apart, and from where on an exact average is advised.
 
 Plain counts in, a number out: the report, the doctor and the advisor go by the same one.
 """

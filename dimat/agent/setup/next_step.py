@@ -1,4 +1,4 @@
-"""The next thing to try where merging did not beat training alone, by what an experiment is set to."""
+"""The next thing to try where merging did not pay, by what an experiment is set to."""
 
 from __future__ import annotations
 
