@@ -18,7 +18,7 @@ from typing import Any
 
 from dimat.advice import Advice, ProbeRow
 from dimat.agent.setup.class_shares import FAR_APART
-from dimat.agent.setup.next_step import averages_exactly, exact_average
+from dimat.agent.setup.next_step import exact_average
 from dimat.config import ExperimentConfig, NamedConfig
 from dimat.errors import ConfigError, DimatError
 from dimat.results import ONE_SEED
@@ -183,10 +183,9 @@ class _Search:
     @property
     def noise(self) -> float:
         """What a difference of means has to exceed: twice its standard error, from the paired differences of all
-        probes so far; of one seed `ONE_SEED`."""
-        if self.seeds == 1 or self.degrees == 0:
-            return ONE_SEED
-        return 2 * math.sqrt(self.squares / self.degrees / self.seeds)
+        probes so far, and what as many seeds can tell at best: the first few may agree by luck."""
+        error = math.sqrt(self.squares / self.degrees / self.seeds) if self.degrees else 0.0
+        return max(2 * error, ONE_SEED / math.sqrt(self.seeds))
 
     def vary(self, name: str, factor: Factor) -> None:
         """Run a factor's options, keep the best, and note what was not tried."""
@@ -323,7 +322,7 @@ def _of_classes(config: ExperimentConfig) -> list[str]:
     world = World.of(prepare(config))
     if world.apart is None or world.apart <= FAR_APART:
         return []
-    wanted = [] if averages_exactly(config) else [f"an exact average, {exact_average(world.agents)}"]
+    wanted = [] if world.exact else [f"an exact average, {exact_average(world.agents)}"]
     wanted += ['train.loss = "auto"'] if config.train.loss.name == "task" else []
     if not wanted:
         return []

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dimat.agent.setup.next_step import next_step
+from dimat.agent.setup.next_step import averages_exactly, next_step
 from dimat.config import CEILING, PRESETS, ExperimentConfig, PartitionConfig, VariantConfig, build, changed
 from dimat.errors import ConfigError, DataError, DimatError, unknown_name
 from dimat.events import Event, Listener
@@ -24,7 +24,7 @@ from dimat.results import Comparison, MethodCurve, Results, mean_timeline
 from dimat.simulate.engines.pool import WorkerPool, default_workers
 from dimat.simulate.folder import RunFolder, check_folder
 from dimat.simulate.simulation import Simulation
-from dimat.simulate.world.scenario import prepare
+from dimat.simulate.world.scenario import Scenario, prepare
 
 ALL = "all"
 FLOOR = "isolated"
@@ -175,13 +175,13 @@ def compare(
         raise KeyboardInterrupt("stopped before the first run was complete; each run's folder keeps its rounds")
     runs = {case.config.run: case.folder for case in finished_runs}
     first = frozenset(case.config.run for case in finished_runs if case.seed == cases[0].seed)
-    return Outcome(summarise(finished_runs), runs, first, complete)
+    return Outcome(summarise(finished_runs, scenarios), runs, first, complete)
 
 
-def summarise(done: Mapping[Case, Results]) -> Comparison:
-    """Return mean and standard deviation over seeds of each method's curve on each split."""
+def summarise(done: Mapping[Case, Results], scenarios: Mapping[Case, Scenario]) -> Comparison:
+    """Return mean and standard deviation over seeds of each method's curve on each split; `scenarios`: of each case."""
     curves: dict[tuple[str, str], list[tuple[int, Results]]] = {}
-    configs = {(case.split, case.method): case.config for case in done}
+    worlds = {(case.split, case.method): scenarios[case] for case in done}
     for case, results in done.items():
         curves.setdefault((case.split, case.method), []).append((case.seed, results))
     splits: dict[str, dict[str, MethodCurve]] = {}
@@ -200,7 +200,7 @@ def summarise(done: Mapping[Case, Results]) -> Comparison:
             curves=rows,
             timeline=mean_timeline([results.timeline() for _, results in runs]),
             unlike=_unlike(runs[0][1], curves.get((split, FLOOR), runs)[0][1]),
-            next_step=_next_step(runs[0][1], configs[split, method]),
+            next_step=_next_step(worlds[split, method]),
         )
     ceiling = next((methods[CEILING] for methods in splits.values() if CEILING in methods), None)
     if ceiling is not None:
@@ -234,10 +234,15 @@ def _epochs(epochs: float, first: float | None, rounds: int) -> tuple[object, ..
     return (round((epochs if first is None else first) + epochs * (rounds - 1), 9),)
 
 
-def _next_step(results: Results, config: ExperimentConfig) -> str:
-    agents = len(results.agents)
-    linked = {frozenset(edge) for edge in results.edges}
-    return next_step(config, results.histogram, sparse=len(linked) < agents * (agents - 1) // 2)
+def _next_step(scenario: Scenario) -> str:
+    agents = len(scenario.agents)
+    linked = {frozenset(edge) for edge in scenario.schedule.edges()}
+    return next_step(
+        scenario.config,
+        scenario.histogram,
+        sparse=len(linked) < agents * (agents - 1) // 2,
+        exact=averages_exactly(scenario.schedule.first),
+    )
 
 
 def _serialised(listeners: Sequence[Listener]) -> list[Listener]:

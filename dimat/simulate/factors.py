@@ -1,4 +1,4 @@
-"""The factors that `dimat advise` varies: each one's options on a given experiment, or why there are none.
+"""The factors that `dimat advise` varies: options on a given experiment, or why none.
 
 An option is a set of settings by dotted key, as they stand in the experiment's file.
 """
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from dimat.agent.setup.class_shares import class_distance
+from dimat.agent.setup.next_step import averages_exactly
 from dimat.config import ExperimentConfig, NamedConfig, build
 from dimat.seeds import torch_generator
 from dimat.simulate.world.scenario import Scenario
@@ -42,6 +43,8 @@ class World:
     task: Task
     agents: int
     sparse: bool
+    exact: bool
+    base_k: bool
     apart: float | None
     skewed: bool
 
@@ -56,6 +59,8 @@ class World:
             scenario.task,
             agents,
             len(linked) < agents * (agents - 1) // 2,
+            averages_exactly(scenario.schedule.first),
+            scenario.schedule.first.schedule_config.name == "base-k",
             None if counts is None else class_distance(counts),
             far,
         )
@@ -110,7 +115,7 @@ def topology(config: ExperimentConfig, world: World) -> Options:
     options = [Option("as it is")]
     if world.sparse and (config.topology.graph != denser or config.topology.schedule.name != "static"):
         options.append(Option(denser, _links(config, denser, "static", world.agents)))
-    if config.topology.schedule.name != "base-k" and config.schedule.mode == "sync":
+    if not world.base_k and config.schedule.mode == "sync":
         pairs = _links(config, "complete", "base-k", world.agents)
         period = len(base_k_rounds(world.agents, 1))
         exact = {**pairs, "schedule.mixing_steps": period}
@@ -122,7 +127,7 @@ def mixing_steps(config: ExperimentConfig, world: World) -> Options:
     """Exchanges after each training."""
     if config.schedule.mode != "sync":
         return 'schedule.mixing_steps needs mode = "sync"'
-    exact = config.topology.schedule.name == "base-k"
+    exact = world.base_k
     present = config.schedule.mixing_steps
     if not world.sparse and not exact and present == 1:
         return "all agents are linked to all: one exchange is the mean"

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from dimat.agent.setup.class_shares import FAR_APART, class_distance
 from dimat.config import ExperimentConfig
+
+if TYPE_CHECKING:
+    from dimat.topology.network_map import Topology
 
 SKEWED = 0.15
 """Class distance above which the plain loss is worth another try: as of "auto" itself (`dimat.train.losses`, which
@@ -16,11 +20,11 @@ after ten (docs/results.md)."""
 ADVISE = "let short probes choose: dimat advise experiment.toml"
 
 
-def next_step(config: ExperimentConfig, histogram: Mapping[str, Sequence[int]], *, sparse: bool) -> str:
+def next_step(config: ExperimentConfig, histogram: Mapping[str, Sequence[int]], *, sparse: bool, exact: bool) -> str:
     """Return the setting to try next, the likeliest first; "" where the method does not merge.
 
     `histogram`: samples by class of each agent, empty where they are not known; `sparse`: whether some agents are not
-    linked to each other.
+    linked to each other; `exact`: whether they average exactly (`averages_exactly`).
     """
     method, schedule, train = config.merge.preset, config.schedule, config.train
     if not method.exchanges:
@@ -34,7 +38,6 @@ def next_step(config: ExperimentConfig, histogram: Mapping[str, Sequence[int]], 
     averaged = (method.combine if combine is None else combine.name) == "average"
     if config.optimizer_state == "kept" and averaged and not method.every_step:
         return 'train.optimizer_state = "merged"'
-    exact = averages_exactly(config)
     if apart is not None and apart > FAR_APART and sparse and not exact:
         return f"an exact average, {exact_average(len(histogram))}: class shares are {apart:.2f} from the whole's"
     if sparse and not exact and schedule.mixing_steps == 1 and schedule.mode == "sync" and not method.every_step:
@@ -55,7 +58,11 @@ def exact_average(agents: int) -> str:
     )
 
 
-def averages_exactly(config: ExperimentConfig) -> bool:
+def averages_exactly(topology: Topology) -> bool:
     """Whether agents hold the exact average of all now and then: a Base-(k+1) schedule, or all linked to all."""
-    topology = config.topology
-    return topology.schedule.name == "base-k" or (topology.graph == "complete" and topology.schedule.name == "static")
+    if topology.schedule_config.name == "base-k":
+        return True
+    graph, count = topology.base, len(topology.names)
+    return (
+        topology.schedule_config.name == "static" and graph is not None and len(graph.edges) >= count * (count - 1) / 2
+    )

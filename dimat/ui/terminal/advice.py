@@ -1,4 +1,4 @@
-"""What `dimat advise` found, for a person: a line, a table, the lines to change, and what is not known."""
+"""The findings of `dimat advise` for a person: verdict, table, lines to change, notes."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import pytest
 
 from dimat.agent.setup import next_step as module
 from dimat.agent.setup.class_shares import FAR_APART, class_distance
-from dimat.agent.setup.next_step import ADVISE, exact_average, next_step
+from dimat.agent.setup.next_step import ADVISE, averages_exactly, exact_average, next_step
 from dimat.config import ExperimentConfig, build
 from dimat.topology import build_topology
 from dimat.topology.base_k import base_k_rounds
@@ -69,7 +69,8 @@ def test_what_is_tried_next(
     tables: dict[str, dict[str, Any]], histogram: dict[str, list[int]], sparse: bool, said: str
 ) -> None:
     """The likeliest of the settings that are not so yet."""
-    found = next_step(experiment(**tables), histogram, sparse=sparse)
+    config = experiment(**tables)
+    found = next_step(config, histogram, sparse=sparse, exact=averages_exactly(build_topology(config.topology)))
     assert said in found
     assert bool(said) == bool(found)
 
