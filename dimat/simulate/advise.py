@@ -1,8 +1,8 @@
 """`dimat advise`: short seeded probes of an experiment, one factor after the other.
 
 The search is greedy. It begins with the experiment as it is, shortened. Each factor's options are run with the same
-seeds and as many epochs; what is best by more than seeds differ is kept, among equals what sends least. What is kept is
-where the next factor begins.
+seeds and as many epochs; what is best by more than seeds differ is kept, among equals what sends least, and then what
+is there already. What is kept is where the next factor begins.
 """
 
 from __future__ import annotations
@@ -37,6 +37,14 @@ FAST = (
     "short probes favour what learns fast: what is ahead after a few epochs need not be at the end; compare what is "
     "advised with the experiment as it is over its whole length before you rely on it"
 )
+
+CONDITIONS = {
+    "train.initialisation": "train.initialisation is for networks that begin now: models that exist already keep their "
+    'weights, and schedule.first_merge = "adopt-distil" is what to try for them',
+    "topology.graph": "the advised topology needs links that the present one may not have: every two agents that it "
+    "links must reach each other",
+}
+"""Settings that not everybody can change → what they rest on."""
 
 
 def advise(
@@ -75,6 +83,7 @@ def advise(
         alone = search.alone()
     notes = [*probe.notes, *search.notes, *_of_classes(search.config)]
     settings, removed = _translated(config, probe.config, search.settings)
+    notes += [note for key, note in CONDITIONS.items() if key in settings]
     runs, epochs = search.runs, search.epochs
     return Advice(
         metric=search.metric,
@@ -141,7 +150,7 @@ def _shortened(config: ExperimentConfig, rounds: int, budget: float) -> _Probe:
         each = min(own, math.ceil(2 * max(budget * whole / count, fewest)) / 2)
         plain = with_settings(plain, {"train.epochs_per_round": each}, "the probe")
     what = f"{count} rounds of {each:g} {unit}"
-    what += f", {each * count / whole:.0%} of the experiment's {whole:g}" if whole else ""
+    what += f", {100 * each * count / whole:.2g} % of the experiment's {whole:g}" if whole else ""
     dropped = {
         "simulate.faults": bool(config.simulate.faults),
         "simulate.random_faults": config.simulate.random_faults != plain.simulate.random_faults,
@@ -219,7 +228,9 @@ class _Search:
         means = {label: sum(values) / len(values) for label, (values, _) in found.items()}
         noise = self.noise
         equals = [label for label, mean in means.items() if max(means.values()) - mean <= noise]
-        kept = min(equals, key=lambda label: round(found[label][1], 3)) if factor.by_traffic else equals[0]
+        kept = equals[0]
+        if factor.by_traffic:  # of those that send as little, what is there already
+            kept = min(equals, key=lambda label: (round(found[label][1], 3), label != present))
         for label, (values, mb) in found.items():
             gain = means[label] - means[present]
             self.rows.append(ProbeRow(name, label, values, gain, noise, mb, label == kept))

@@ -158,8 +158,8 @@ def local_steps(config: ExperimentConfig, world: World) -> Options:
 
 @dataclass(frozen=True, slots=True)
 class Factor:
-    """One thing to vary. `by_traffic`: whether of equally good options the one that sends least is kept; else it is the
-    first, which is simplest."""
+    """One thing to vary. `by_traffic`: whether of equally good options the one that sends least is kept, and then what
+    is there already; else it is the first, which is simplest."""
 
     options: Callable[[ExperimentConfig, World], Options]
     by_traffic: bool = True

@@ -14,7 +14,7 @@ from dimat.cli import main
 from dimat.config import ExperimentConfig, build, changed
 from dimat.errors import ConfigError
 from dimat.simulate import run_simulation
-from dimat.simulate.advise import advise
+from dimat.simulate.advise import CONDITIONS, advise
 from dimat.simulate.factors import FACTORS, with_settings
 from tests.simulate.helpers import tiny_experiment
 
@@ -57,7 +57,7 @@ def test_each_factor_begins_where_the_last_one_ended(advice: Advice) -> None:
 def test_rows_are_runs_of_the_simulator(advice: Advice, experiment: ExperimentConfig, tmp_path: Path) -> None:
     """The experiment as it is, shortened by hand, has the metric of its row, seed by seed; as many epochs for all."""
     epochs = experiment.train.epochs_per_round
-    assert f"2 rounds of {epochs:g} epochs, 17% of the experiment's 24" in advice.probe
+    assert f"2 rounds of {epochs:g} epochs, 17 % of the experiment's 24" in advice.probe
     short = with_settings(experiment, {"schedule.rounds": 2}, "the test")
     for seed, value in enumerate(advice.given.values):
         results = run_simulation(with_settings(short, {"seed": seed}, "the test"))
@@ -114,6 +114,9 @@ def _inline(value: object) -> str:
 def test_it_says_what_short_probes_cannot(advice: Advice, experiment: ExperimentConfig) -> None:
     """And what they left out of the experiment."""
     assert "short probes favour what learns fast" in advice.notes[-1]
+    told = {key for key, note in CONDITIONS.items() if note in advice.notes}
+    assert told == CONDITIONS.keys() & advice.settings.keys()
+    assert told  # of this experiment some are advised
     first = with_settings(experiment, {"train.first_round_epochs": 3.0}, "the test")
     notes = advise(first, rounds=1, seeds=1, workers=1).notes
     assert notes[0] == "probes are without the experiment's train.first_round_epochs"
