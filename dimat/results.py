@@ -20,6 +20,9 @@ from dimat.events import RoundFinished, RoundSummary
 from dimat.reading import read_table
 
 FORMAT = 1
+ONE_SEED = 0.02
+"""A difference that one seed can tell: standard deviations over seeds were .01 to .03 in what was measured
+(docs/results.md)."""
 
 
 class ResultsModel(BaseModel):
@@ -204,6 +207,10 @@ class MethodCurve(ResultsModel):
     seeds: list[int] = []
     curves: list[list[float]] = []
     timeline: Timeline = Timeline()
+    unlike: list[str] = []
+    """Settings of training in which these runs differ from those of `isolated` beside them."""
+    next_step: str = ""
+    """What to try next where this method is not ahead of training alone."""
 
     def rounds_to(self, target: float) -> int | None:
         """Return the first merge after which the mean metric is at least `target`; None if it never is."""

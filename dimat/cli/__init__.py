@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cyclopts import CycloptsError
 
-from dimat.cli import agent, dashboard, dht, doctor, experiment, keys, merge, symmetry, topology
+from dimat.cli import advise, agent, dashboard, dht, doctor, experiment, keys, merge, symmetry, topology
 from dimat.cli.app import app
 from dimat.cli.shared import say
 from dimat.errors import ConfigError, DataError, DimatError
@@ -24,7 +24,7 @@ LONGEST = 2000
 """Characters of a fault's line."""
 TRACEBACK = "DIMAT_TRACEBACK"
 """Variable by which faults of dimat's own show where they come from."""
-COMMANDS = (agent, dashboard, dht, doctor, experiment, keys, merge, symmetry, topology)
+COMMANDS = (advise, agent, dashboard, dht, doctor, experiment, keys, merge, symmetry, topology)
 """The modules that put their commands into `app`."""
 
 

@@ -132,21 +132,25 @@ def report(
     keys: Annotated[Path, Parameter(help="With --verify: folder with the CA's certificate, ca.crt.")] = Path("keys"),
     as_json: Json = False,
 ) -> int:
-    """Write a report of a run, or say whose training is in an agent's model.
+    """Write a report of a run, or say whose training is in an agent's model; first, whether merging paid.
 
     A run folder gets tables, pictures and a self-contained HTML page; an agent's folder gets lineage.csv.
     """
     from dimat.agent.daemon.folder import read_mark
+    from dimat.results import read_results
     from dimat.ui.report.report import write_report
     from dimat.ui.terminal.run import ConsoleListener
+    from dimat.ui.verdict import of_run
 
     mark = read_mark(run_dir)
     if mark is not None:
         return _report_agent(run_dir, str(mark["agent"]), keys if verify else None, as_json)
-    if verify or as_json:
-        raise ConfigError(f"{run_dir} is no agent's folder; --verify and --json are for those")
+    if verify:
+        raise ConfigError(f"{run_dir} is no agent's folder; --verify is for those")
     with ConsoleListener() as console:
         files = write_report(run_dir, console)
+    found = of_run(read_results(run_dir))
+    show({"verdict": found.to_plain(), "files": [str(file) for file in files]} if as_json else found.line)
     say(f"wrote {len(files)} files; open {run_dir / 'report.html'}")
     return 0
 
@@ -197,15 +201,16 @@ def _report_agent(folder: Path, agent: str, keys: Path | None, as_json: bool) ->
     from dimat.agent.lineage.verify import verify_ledger
     from dimat.ui.report.agent_summary import HEADER, agent_lineage, lineage_rows, report_json, report_lines
     from dimat.ui.report.report import write_csv
+    from dimat.ui.verdict import of_agent
 
     last, made, own = agent_lineage(folder, agent)
     found = None if keys is None else verify_ledger(folder / "manifests.jsonl", keys, own)
     file = write_csv(folder / "lineage.csv", HEADER, lineage_rows(agent, last.round, made))
     if as_json:
         checked = None if found is None else {"lines": found.checked, "faults": found.faults, "torn": found.torn}
-        show({**report_json(agent, last, made), "verified": checked})
+        show({**report_json(agent, last, made, of_agent(own)), "verified": checked})
     else:
-        show("\n".join(report_lines(agent, last, made)))
+        show("\n".join(report_lines(agent, last, made, of_agent(own))))
         say(f"wrote {file}")
     if found is None:
         return 0

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dimat.agent.setup.next_step import averages_exactly, next_step
 from dimat.config import CEILING, PRESETS, ExperimentConfig, PartitionConfig, VariantConfig, build, changed
 from dimat.errors import ConfigError, DataError, DimatError, unknown_name
 from dimat.events import Event, Listener
@@ -23,9 +24,11 @@ from dimat.results import Comparison, MethodCurve, Results, mean_timeline
 from dimat.simulate.engines.pool import WorkerPool, default_workers
 from dimat.simulate.folder import RunFolder, check_folder
 from dimat.simulate.simulation import Simulation
-from dimat.simulate.world.scenario import prepare
+from dimat.simulate.world.scenario import Scenario, prepare
 
 ALL = "all"
+FLOOR = "isolated"
+"""The method that trains alone."""
 SIDE_BY_SIDE = 3  # runs at a time per pool: enough to even out how agents fall on workers
 
 
@@ -172,12 +175,13 @@ def compare(
         raise KeyboardInterrupt("stopped before the first run was complete; each run's folder keeps its rounds")
     runs = {case.config.run: case.folder for case in finished_runs}
     first = frozenset(case.config.run for case in finished_runs if case.seed == cases[0].seed)
-    return Outcome(summarise(finished_runs), runs, first, complete)
+    return Outcome(summarise(finished_runs, scenarios), runs, first, complete)
 
 
-def summarise(done: Mapping[Case, Results]) -> Comparison:
-    """Return mean and standard deviation over seeds of each method's curve on each split."""
+def summarise(done: Mapping[Case, Results], scenarios: Mapping[Case, Scenario]) -> Comparison:
+    """Return mean and standard deviation over seeds of each method's curve on each split; `scenarios`: of each case."""
     curves: dict[tuple[str, str], list[tuple[int, Results]]] = {}
+    worlds = {(case.split, case.method): scenarios[case] for case in done}
     for case, results in done.items():
         curves.setdefault((case.split, case.method), []).append((case.seed, results))
     splits: dict[str, dict[str, MethodCurve]] = {}
@@ -195,12 +199,50 @@ def summarise(done: Mapping[Case, Results]) -> Comparison:
             seeds=[seed for seed, _ in runs],
             curves=rows,
             timeline=mean_timeline([results.timeline() for _, results in runs]),
+            unlike=_unlike(runs[0][1], curves.get((split, FLOOR), runs)[0][1]),
+            next_step=_next_step(worlds[split, method]),
         )
     ceiling = next((methods[CEILING] for methods in splits.values() if CEILING in methods), None)
     if ceiling is not None:
         splits = {split: {**methods, CEILING: ceiling} for split, methods in splits.items()}
     metric = next(iter(done.values())).metric
     return Comparison(metric=metric, splits=splits)
+
+
+def _unlike(one: Results, floor: Results) -> list[str]:
+    """Return the settings of training in which two runs differ, so that one alone is no measure of the other's merges.
+
+    Where agents begin makes no difference to agents that train alone, and how optimizers' states are merged none
+    either; rounds of other lengths count by their epochs or steps in all.
+    """
+    pair = [_training(results.config) for results in (one, floor)]
+    return sorted(key for key in {*pair[0], *pair[1]} if pair[0].get(key) != pair[1].get(key))
+
+
+def _training(plain: Mapping[str, Any]) -> dict[str, object]:
+    train: dict[str, Any] = dict(plain["train"])
+    rounds = plain["schedule"]["rounds"]
+    epochs, steps, first = (train.pop(key) for key in ("epochs_per_round", "steps_per_round", "first_round_epochs"))
+    for key in ("initialisation", "optimizer_state", "eval_batch_size"):
+        del train[key]
+    total: tuple[object, ...] = (steps * rounds, first) if steps is not None else _epochs(epochs or 2.0, first, rounds)
+    task = {f"task.{key}": value for key, value in plain["task"].items()}
+    return {**{f"train.{key}": value for key, value in train.items()}, **task, "epochs or steps in all": total}
+
+
+def _epochs(epochs: float, first: float | None, rounds: int) -> tuple[object, ...]:
+    return (round((epochs if first is None else first) + epochs * (rounds - 1), 9),)
+
+
+def _next_step(scenario: Scenario) -> str:
+    agents = len(scenario.agents)
+    linked = {frozenset(edge) for edge in scenario.schedule.edges()}
+    return next_step(
+        scenario.config,
+        scenario.histogram,
+        sparse=len(linked) < agents * (agents - 1) // 2,
+        exact=averages_exactly(scenario.schedule.first),
+    )
 
 
 def _serialised(listeners: Sequence[Listener]) -> list[Listener]:

@@ -479,3 +479,22 @@ def test_an_interrupt_inside_exec_keeps_the_exit_code(tmp_path: Path) -> None:
     )
     run = subprocess.run([sys.executable, "-m", "late"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (run.returncode, run.stderr) == (143, "dimat: stopped\n")
+
+
+def test_reports_begin_with_the_verdict(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Reference: the difference of the two rows' last means, from the comparison's own JSON; and a run by itself, which
+    claims none."""
+    words = ["simulate", str(tiny), "--compare", "isolated,average", "--workers", "1", "--quiet"]
+    assert main(words) == 0
+    line = capsys.readouterr().out.splitlines()[0]
+    curves = json.loads(Path("runs/tiny-compared/comparison.json").read_text())["splits"]["iid"]
+    by = curves["average"]["after_merge"][-1] - curves["isolated"]["after_merge"][-1]
+    assert line.startswith("iid: average: merging")
+    assert f"{abs(by):.3f}" in line
+    assert line.replace('"', "&quot;") in Path("runs/tiny-compared/report.html").read_text()
+    folder = Path("runs/tiny-compared/iid/average/seed0")
+    assert main(["report", str(folder)]) == 0
+    assert capsys.readouterr().out.startswith("whether merging beat training alone was not measured; 2 merges changed")
+    assert main(["report", str(folder), "--json"]) == 0
+    verdict = json.loads(capsys.readouterr().out)["verdict"]
+    assert (verdict["ahead"], verdict["by"]) == (None, None)

@@ -24,6 +24,7 @@ from dimat.agent.daemon.key_watch import certificate_facts
 from dimat.agent.daemon.resources import Needs, available_memory, held_bytes, needs_of
 from dimat.agent.daemon.status_socket import ask
 from dimat.agent.doctor.check import Check, fail, failed, ok, warn
+from dimat.agent.doctor.class_checks import check_classes
 from dimat.agent.doctor.network_checks import AgentEndpoint, check_network
 from dimat.agent.learner.checkpoint import read_checkpoint
 from dimat.agent.learner.checkpoint_store import look
@@ -66,6 +67,7 @@ def examine(config: ExperimentConfig) -> Iterator[Check]:
         yield ok("map", f"{len(setup.schedule.agents)} agents; {setup.name} listens to {', '.join(peers)}")
     else:
         yield warn("map", f"{setup.name} has no peers", "give the map another agent, or another graph")
+    yield from check_classes(setup)
     identity, check = _keys(config, setup.name)
     yield check
     yield from _machine(config)

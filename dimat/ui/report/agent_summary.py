@@ -13,6 +13,7 @@ from dimat.agent.lineage.manifest_log import peers_records, read_ledger, starts
 from dimat.agent.protocol.messages import MergeRecord
 from dimat.errors import DataError
 from dimat.ui.text import NONE, Table, as_text, clean, metric_text, spans
+from dimat.ui.verdict import Verdict
 
 HEADER = ("agent", "round", "contributor", "contributor_round", "part", "weight")
 
@@ -49,8 +50,8 @@ def lineage_rows(agent: str, number: int, made: Lineage) -> list[tuple[object, .
     return [row for row in rows if row[-1]]
 
 
-def report_lines(agent: str, last: MergeRecord, made: Lineage) -> list[str]:
-    """Return what `dimat report` prints of an agent: its last merge, and a row per contributor."""
+def report_lines(agent: str, last: MergeRecord, made: Lineage, verdict: Verdict) -> list[str]:
+    """Return what `dimat report` prints of an agent: the verdict, its last merge, and a row per contributor."""
     result = last.result
     moves = {peer: f" ({share:.0%} of its units moved)" for peer, share in result.moved.items()}
     parts = ", ".join(f"{clean(p.agent)} {p.weight:.3f}{moves.get(p.agent, '')}" for p in last.contributions)
@@ -58,9 +59,11 @@ def report_lines(agent: str, last: MergeRecord, made: Lineage) -> list[str]:
         f"{name} {metric_text(result.before.get(name))} → {metric_text(value)}" for name, value in result.after.items()
     )
     kept = result.accepted
-    verdict = "accepted" if kept == 1 else f"accepted {kept:.0%}" if kept else "turned down"
+    outcome = "accepted" if kept == 1 else f"accepted {kept:.0%}" if kept else "turned down"
     lines = [
-        f"{clean(agent)} after round {last.round}: {parts}; {verdict}" + (f"; {metrics}" if metrics else ""),
+        verdict.line,
+        "",
+        f"{clean(agent)} after round {last.round}: {parts}; {outcome}" + (f"; {metrics}" if metrics else ""),
         "",
         *as_text(contributors_table(made)),
     ]
@@ -94,9 +97,10 @@ def contributors_table(made: Lineage) -> Table:
     return Table("", headers, rows, left=frozenset({0, 1}))
 
 
-def report_json(agent: str, last: MergeRecord, made: Lineage) -> dict[str, Any]:
+def report_json(agent: str, last: MergeRecord, made: Lineage, verdict: Verdict) -> dict[str, Any]:
     """Return the same as one JSON object, weights unrounded."""
     return {
+        "verdict": verdict.to_plain(),
         "agent": agent,
         "round": last.round,
         "merge": last.to_dict(),

@@ -23,7 +23,7 @@ body { margin: 0 auto; max-width: 70rem; padding: 1.25rem; background: var(--pap
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: .5rem 0 .25rem; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
-p { margin: .5rem 0; } .soft { color: var(--soft); } a { color: var(--link); }
+p { margin: .5rem 0; } .verdict { font-weight: 600; } .soft { color: var(--soft); } a { color: var(--link); }
 .facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .6rem; margin: 1.2rem 0; }
 .facts div { background: var(--card); border-radius: .5rem; padding: .6rem .8rem; }
 .facts b { display: block; font-size: clamp(1.05rem, 5vw, 1.3rem); font-weight: 600; overflow-wrap: anywhere; }
@@ -79,9 +79,10 @@ def document(title: str, pieces: Iterable[str]) -> str:
     )
 
 
-def heading(title: str, line: str) -> str:
-    """Return the head of the page: its title and one line below."""
-    return f'<header><h1>{esc(title)}</h1><p class="soft">{esc(line)}</p></header>'
+def heading(title: str, line: str, first: Sequence[str] = ()) -> str:
+    """Return the head of the page: its title, the lines to be read first of all, and one line below."""
+    lead = "".join(f'<p class="verdict">{esc(each)}</p>' for each in first)
+    return f'<header><h1>{esc(title)}</h1>{lead}<p class="soft">{esc(line)}</p></header>'
 
 
 def section(title: str, *pieces: str) -> str:

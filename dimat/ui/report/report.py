@@ -16,7 +16,7 @@ from urllib.parse import quote
 from dimat.errors import ConfigError, DataError
 from dimat.events import Listener, Warned
 from dimat.results import AgentRound, Comparison, Results, read_results
-from dimat.ui import tables, text
+from dimat.ui import tables, text, verdict
 from dimat.ui.report import lineage, page, plots
 from dimat.ui.terminal.lines import told_once
 from dimat.ui.text import Table
@@ -158,7 +158,7 @@ def _run_page(
     classes = tables.histogram_table(results.histogram, results.classes, full=True)
     settings = Table("", ("key", "value"), tuple(tables.flattened(results.config)), left=frozenset({0, 1}))
     pieces = [
-        page.heading(results.run, head),
+        page.heading(results.run, head, [verdict.of_run(results).line]),
         page.notices([*status, *missing, *told_once(results.warnings)]),
         page.facts(numbers),
         page.section("Pictures", page.pictures((ALT[name], png) for name, png in drawn.items())),
@@ -209,7 +209,7 @@ def _comparison_page(
     head = f"{', '.join(methods)} on {text.count_text(len(comparison.splits), 'split')}"
     reports = [(label, Path(run) / "report.html") for label, run in labelled]
     pieces = [
-        page.heading("Methods side by side", head),
+        page.heading("Methods side by side", head, verdict.headlines(comparison)),
         page.notices([missing] if missing else []),
         *(page.section(table.title, page.table(table)) for table in tables.comparison_tables(comparison)),
         page.section("Pictures", page.pictures(((ALT[name], png) for name, png in drawn.items()), wide=True)),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from dimat.events import AgentEvent, Event, RoundFinished, RoundSummary, RunFinished, RunStarted
 from dimat.events.view import AgentView
-from dimat.ui import tables, text
+from dimat.ui import tables, text, verdict
 from dimat.ui.terminal.lines import RepeatFilter, lines_of
 from dimat.ui.text import Table, clean
 
@@ -252,12 +252,16 @@ class ConsoleListener:
 
 
 def print_results(results: Results, stream: TextIO | None = None, terminal: bool | None = None) -> None:
-    """Print what each agent of a run ended with. `stream`: stdout if not given; `terminal` is found out from it."""
+    """Print the verdict on a run, and what each agent ended with. `stream`: stdout if not given; `terminal` is found
+    out from it."""
+    _print_lines([verdict.of_run(results).line], stream, terminal)
     _print_tables([tables.final_table(results)], stream, terminal, tables.FINAL_DROP)
 
 
 def print_comparison(comparison: Comparison, stream: TextIO | None = None, terminal: bool | None = None) -> None:
-    """Print a table per split, methods side by side. `stream`: stdout if not given; `terminal` is found out from it."""
+    """Print the verdict on each split, and a table of its methods side by side. `stream` and `terminal`: as for
+    `print_results`."""
+    _print_lines(verdict.headlines(comparison), stream, terminal)
     _print_tables(tables.comparison_tables(comparison), stream, terminal, tables.COMPARISON_DROP)
 
 
@@ -265,6 +269,18 @@ def is_terminal(stream: TextIO) -> bool:
     """Return whether `stream` is a terminal that can move its cursor and knows all characters of a table."""
     unicode = (getattr(stream, "encoding", None) or "").lower().startswith("utf")
     return unicode and stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def _print_lines(lines: list[str], stream: TextIO | None, terminal: bool | None) -> None:
+    out = stream or sys.stdout
+    console = open_screen(out) if (is_terminal(out) if terminal is None else terminal) else None
+    for line in lines:
+        if console is None:
+            _write(out, line)
+        else:
+            console.print(line, style="bold", markup=False, highlight=False, emoji=False)
+    if lines:
+        _write(out, "")
 
 
 def _print_tables(shown: list[Table], stream: TextIO | None, terminal: bool | None, drop: tuple[str, ...]) -> None:

@@ -63,7 +63,7 @@ def test_a_third_agent_is_let_in_by_a_published_map(tmp_path: Path, free_ports: 
     with network(tmp_path, ABC, free_ports) as net, bootstrap(net, "tiny") as (_, address):
         dht = f"bootstraps = [{json.dumps(address)}]\nlisten = '127.0.0.1:0'\nfollow_map = true"
         write_config(tmp_path / "agents.toml", schedule=schedule, train=SLOW, dht=dht)
-        stepwise(net, 0.01)  # maps are looked for now and then, and agents that rest meanwhile leave the cores to others
+        stepwise(net, 0.01)  # while a map is looked for, agents rest
         write(tmp_path / "map.toml", 0, ABC[:2])
         own = (tmp_path / "map.toml").read_bytes()
         lives = [net.start(name) for name in ABC[:2]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import sys
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from dimat.errors import DataError
 from dimat.events import Event, Warned
 from dimat.results import Comparison, Results
 from dimat.ui.report.report import write_comparison_report, write_report
+from dimat.ui.verdict import of_run
 from tests.ui.samples import make_results
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
@@ -76,6 +78,13 @@ def test_a_report_is_complete_and_leaves_nothing_else(run: tuple[Path, list[Path
     assert names == {"rounds.csv", "report.html"} | pictures
     assert {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} == names | {"results.json"}
     assert all(path.stat().st_size > 0 for path in written)
+
+
+def test_the_page_begins_with_the_verdict(run: tuple[Path, list[Path]]) -> None:
+    """Reference: the line that the terminal prints; it comes before any number and any picture."""
+    page = (run[0] / "report.html").read_text(encoding="utf-8")
+    line = escape(of_run(make_results()).line)
+    assert 0 < page.index(line) < min(page.index('class="facts"'), page.index("<img"))
 
 
 def test_csv_equals_the_results(run: tuple[Path, list[Path]]) -> None:

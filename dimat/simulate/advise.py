@@ -1,0 +1,343 @@
+"""`dimat advise`: short seeded probes of an experiment, one factor after the other.
+
+The search is greedy. It begins with the experiment as it is, shortened. Each factor's options are run with the same
+seeds and as many epochs; what is best by more than seeds differ is kept, among equals what sends least, and then what
+is there already. What is kept is where the next factor begins.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dimat.advice import Advice, ProbeRow
+from dimat.agent.setup.class_shares import FAR_APART
+from dimat.agent.setup.next_step import exact_average
+from dimat.config import ExperimentConfig, NamedConfig
+from dimat.errors import ConfigError, DimatError
+from dimat.results import ONE_SEED
+from dimat.simulate.compare import FLOOR, Case, cases_of, compare
+from dimat.simulate.factors import FACTORS, Factor, Option, World, present_of, with_settings
+from dimat.simulate.folder import describe
+from dimat.simulate.world.scenario import prepare
+from dimat.tasks.data import batch_bounds
+
+ROUNDS = 4
+BUDGET = 0.05
+SEEDS = 2
+FEWEST_STEPS = 20
+"""Optimizer steps of a probe's round, at least: with fewer a network has learned nothing that a merge could lose."""
+FAST = (
+    "short probes favour what learns fast: what is ahead after a few epochs need not be at the end; compare what is "
+    "advised with the experiment as it is over its whole length before you rely on it"
+)
+
+CONDITIONS = {
+    "train.initialisation": "train.initialisation is for networks that begin now: models that exist already keep their "
+    'weights, and schedule.first_merge = "adopt-distil" is what to try for them',
+    "topology.graph": "the advised topology needs links that the present one may not have: every two agents that it "
+    "links must reach each other",
+}
+"""Settings that not everybody can change → what they rest on."""
+
+
+def advise(
+    config: ExperimentConfig,
+    *,
+    rounds: int = ROUNDS,
+    budget: float = BUDGET,
+    seeds: int = SEEDS,
+    out: Path | None = None,
+    workers: int | None = None,
+    overwrite: bool = False,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Advice:
+    """Probe an experiment and return which start, loss, combine, topology and local steps to use.
+
+    `rounds`: of a probe; `budget`: share in (0, 1] of the experiment's epochs that a probe trains, at least
+    `FEWEST_STEPS` steps a round and at most the experiment's own epochs a round; `seeds`: runs of each form, counted up
+    from the experiment's seed; `out`: folder that keeps the probes, none by default; `tell`: hears of the progress.
+
+    Equal arguments give equal rows. Raises ConfigError for an experiment that cannot be, or that merges nothing between
+    rounds of training; KeyboardInterrupt where a probe was stopped.
+    """
+    method = config.merge.preset
+    if not method.exchanges or method.every_step:
+        how = "never merges" if not method.exchanges else "merges after every step"
+        raise ConfigError(f'merge.method "{config.merge.method}" {how}: nothing to advise; set merge.method = "dimat"')
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="dimat-advise-") as scratch:
+        folder = Path(scratch) / "probes" if out is None else out
+        probe = _shortened(config, rounds, budget)
+        given = probe.config
+        search = _Search(given, folder, seeds, workers, overwrite, tell)
+        search.run("the experiment", [("as it is", given)])
+        for name, factor in FACTORS.items():
+            search.vary(name, factor)
+        alone = search.alone()
+    notes = [*probe.notes, *search.notes, *_of_classes(search.config)]
+    settings, removed = _translated(config, probe.config, search.settings)
+    notes += [note for key, note in CONDITIONS.items() if key in settings]
+    runs, epochs = search.runs, search.epochs
+    return Advice(
+        metric=search.metric,
+        rows=tuple(search.rows),
+        alone=alone,
+        given=search.row_of(given, "as it is"),
+        advised=search.row_of(search.config, "as advised"),
+        settings=settings,
+        removed=removed,
+        map=config.topology.map or "",
+        probe=probe.what,
+        cost=f"{runs} runs, {epochs:g} {probe.unit} an agent{probe.share(epochs)}, "
+        f"{time.perf_counter() - started:.0f} s",
+        notes=(*notes, FAST),
+    )
+
+
+# ── a probe ──────────────────────────────────────────────────────────────────────────────────────────────────
+@dataclass(frozen=True, slots=True)
+class _Probe:
+    config: ExperimentConfig
+    unit: str
+    whole: float
+    """Epochs or steps of the experiment, 0 where it has no end."""
+    what: str
+    notes: tuple[str, ...]
+
+    def share(self, amount: float) -> str:
+        return f" ({amount / self.whole:.3g} times the experiment's)" if self.whole else ""
+
+
+def _shortened(config: ExperimentConfig, rounds: int, budget: float) -> _Probe:
+    """Return the experiment as a probe runs it: few rounds, few epochs in each, no faults, metrics at the end."""
+    train, schedule = config.train, config.schedule
+    count = min(rounds, schedule.rounds) if schedule.rounds else rounds
+    settings: dict[str, Any] = {
+        "variants": (),
+        "train.first_round_epochs": None,
+        "schedule.rounds": count,
+        "schedule.target": None,
+        "schedule.max_time_s": None,
+        "schedule.final_merge": False,
+        "schedule.changes": (),
+        "simulate.evaluate": "after",
+        "simulate.evaluate_every": count,
+        "simulate.faults": (),
+        "simulate.random_faults": {},
+        "simulate.trace": False,
+    }
+    plain = with_settings(config, settings, "the probe")
+    scenario = prepare(plain)
+    batches = [len(batch_bounds(len(part), train.batch_size)) - 1 for part in scenario.parts]
+    if train.steps_per_round is not None:
+        unit, own = "steps", float(train.steps_per_round)
+        fewest, first = float(FEWEST_STEPS), train.first_round_epochs
+        whole = own * schedule.rounds
+        each = float(math.ceil(min(own, max(budget * whole / count, fewest))))
+        plain = with_settings(plain, {"train.steps_per_round": int(each)}, "the probe")
+    else:
+        unit, own = "epochs", train.epochs_per_round or 2.0
+        fewest, first = FEWEST_STEPS * len(batches) / sum(batches), train.first_round_epochs
+        whole = (own if first is None else first) + own * (schedule.rounds - 1) if schedule.rounds else 0.0
+        # half epochs, which the factor of local steps can cut in two
+        each = min(own, math.ceil(2 * max(budget * whole / count, fewest)) / 2)
+        plain = with_settings(plain, {"train.epochs_per_round": each}, "the probe")
+    what = f"{count} rounds of {each:g} {unit}"
+    what += f", {100 * each * count / whole:.2g} % of the experiment's {whole:g}" if whole else ""
+    dropped = {
+        "simulate.faults": bool(config.simulate.faults),
+        "simulate.random_faults": config.simulate.random_faults != plain.simulate.random_faults,
+        "train.first_round_epochs": first is not None,
+        "schedule.final_merge": schedule.final_merge,
+        "schedule.changes": bool(schedule.changes),
+    }
+    left = [key for key, there in dropped.items() if there]
+    notes = (f"probes are without the experiment's {', '.join(left)}",) if left else ()
+    return _Probe(plain, unit, whole, what, notes)
+
+
+_Measured = tuple[tuple[float, ...], float]
+"""The metric at the end by seed, and megabytes sent by an agent."""
+
+
+# ── the search ───────────────────────────────────────────────────────────────────────────────────────────────
+@dataclass(slots=True)
+class _Search:
+    """The search as far as it is. `config`: the form that is best so far; `settings`: what makes it of the probe as it
+    began; `squares` and `degrees`: squared deviations of paired differences over seeds, and degrees of freedom."""
+
+    config: ExperimentConfig
+    folder: Path
+    seeds: int
+    workers: int | None
+    overwrite: bool
+    tell: Callable[[str], None]
+    settings: dict[str, Any] = field(default_factory=dict[str, Any])
+    rows: list[ProbeRow] = field(default_factory=list[ProbeRow])
+    notes: list[str] = field(default_factory=list[str])
+    metric: str = ""
+    runs: int = 0
+    epochs: float = 0.0
+    squares: float = 0.0
+    degrees: int = 0
+    _known: dict[str, _Measured] = field(default_factory=dict[str, "_Measured"])
+
+    @property
+    def noise(self) -> float:
+        """What a difference of means has to exceed: twice its standard error, from the paired differences of all
+        probes so far, and what as many seeds can tell at best: the first few may agree by luck."""
+        error = math.sqrt(self.squares / self.degrees / self.seeds) if self.degrees else 0.0
+        return max(2 * error, ONE_SEED / math.sqrt(self.seeds))
+
+    def vary(self, name: str, factor: Factor) -> None:
+        """Run a factor's options, keep the best, and note what was not tried."""
+        options = factor.options(self.config, World.of(prepare(self.config)))
+        if isinstance(options, str):
+            self.notes.append(f"{name}: not varied: {options}")
+            return
+        forms: dict[str, tuple[Option, ExperimentConfig]] = {}
+        present = options[present_of(options)].label
+        for option in options:
+            try:
+                changes = option.settings
+                if "schedule.rounds" in changes:
+                    changes = {**changes, "simulate.evaluate_every": changes["schedule.rounds"]}
+                form = with_settings(self.config, changes, f"{name} = {option.label}")
+                prepare(form)
+            except ConfigError as error:
+                if option.label == present:
+                    raise
+                self.notes.append(f"{name} = {option.label}: not possible here: {error}")
+                continue
+            forms[option.label] = (option, form)
+        if len(forms) < 2:
+            return
+        self.run(name, [(label, form) for label, (_, form) in forms.items()])
+        found = {label: self._known[_key(form)] for label, (_, form) in forms.items()}
+        base = found[present][0]
+        for label, (values, _) in found.items():
+            if label != present and self.seeds > 1:
+                self._learn_noise(values, base)
+        means = {label: sum(values) / len(values) for label, (values, _) in found.items()}
+        noise = self.noise
+        equals = [label for label, mean in means.items() if max(means.values()) - mean <= noise]
+        kept = equals[0]
+        if factor.by_traffic:  # of those that send as little, what is there already
+            kept = min(equals, key=lambda label: (round(found[label][1], 3), label != present))
+        for label, (values, mb) in found.items():
+            gain = means[label] - means[present]
+            self.rows.append(ProbeRow(name, label, values, gain, noise, mb, label == kept))
+        option, self.config = forms[kept]
+        self.settings |= option.settings
+
+    def alone(self) -> ProbeRow:
+        """Return the row of training alone, with the loss and the epochs of the form that is best."""
+        (case,) = cases_of(self.config, [FLOOR], self._splits, [self.config.seed], self.folder / "alone")
+        config = with_settings(case.config, {"run": self.config.run}, FLOOR)
+        self.run("alone", [(FLOOR, config)])
+        values, mb = self._known[_key(config)]
+        best, _ = self._known[_key(self.config)]
+        if self.seeds > 1:
+            self._learn_noise(best, values)
+        gain = sum(values) / len(values) - sum(best) / len(best)
+        return ProbeRow("alone", FLOOR, values, gain, self.noise, mb, False)
+
+    def row_of(self, config: ExperimentConfig, option: str) -> ProbeRow:
+        """Return the row of a form that was run, by itself."""
+        values, mb = self._known[_key(config)]
+        return ProbeRow("", option, values, 0.0, self.noise, mb, False)
+
+    @property
+    def _splits(self) -> Mapping[str, Any]:
+        partition = self.config.task.partition
+        return {partition.kind: partition}
+
+    def _learn_noise(self, values: Sequence[float], base: Sequence[float]) -> None:
+        differences = [one - other for one, other in zip(values, base, strict=True)]
+        mean = sum(differences) / len(differences)
+        self.squares += sum((d - mean) ** 2 for d in differences)
+        self.degrees += len(differences) - 1
+
+    def run(self, name: str, forms: Sequence[tuple[str, ExperimentConfig]]) -> None:
+        """Run the forms that were not run yet with all seeds."""
+        fresh = [(label, form) for label, form in forms if _key(form) not in self._known]
+        if not fresh:
+            return
+        self.tell(f"{name}: {', '.join(label for label, _ in fresh)}, {self.seeds} seeds each")
+        cases: list[Case] = []
+        by_label = dict(fresh)
+        for label, form in fresh:
+            for seed in range(form.seed, form.seed + self.seeds):
+                where = self.folder / name.replace(" ", "-") / label.replace(" ", "-") / f"seed{seed}"
+                run = f"{name} = {label}, seed {seed}"
+                cases.append(Case(name, label, seed, with_settings(form, {"run": run, "seed": seed}, run), where))
+                self.runs += 1
+                self.epochs += form.schedule.rounds * (form.train.steps_per_round or form.train.epochs_per_round or 0)
+        outcome = compare(cases, self.folder, workers=self.workers, overwrite=self.overwrite)
+        if not outcome.complete:
+            raise KeyboardInterrupt("stopped before all probes were run")
+        self.metric = outcome.comparison.metric
+        for label, curve in outcome.comparison.splits[name].items():
+            ends = dict(zip(curve.seeds, (each[-1] if each else math.nan for each in curve.curves), strict=True))
+            if any(not math.isfinite(value) for value in ends.values()):
+                raise DimatError(f"{name} = {label}: no finite {self.metric} at the end of a probe; give more --rounds")
+            values = tuple(ends[seed] for seed in sorted(ends))
+            self._known[_key(by_label[label])] = (values, curve.mb_sent_per_agent)
+
+
+def _key(config: ExperimentConfig) -> str:
+    return json.dumps(describe(config), sort_keys=True)
+
+
+# ── the advice ───────────────────────────────────────────────────────────────────────────────────────────────
+def _translated(
+    config: ExperimentConfig, probe: ExperimentConfig, settings: Mapping[str, Any]
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return the settings for the whole experiment, and the keys that they replace.
+
+    Longer and shorter rounds are told by their factor, which is put on the experiment's own.
+    """
+    made = {key: value for key, value in settings.items() if value not in (None, {}, _value_of(config, key))}
+    removed = tuple(key for key, value in settings.items() if value is None or value == {})
+    if config.topology.map is not None:  # the map keeps its agents, and is changed itself
+        made.pop("topology.agents", None)
+        removed = tuple(key for key in removed if key != "topology.map")
+    if "schedule.rounds" in made:
+        factor = probe.schedule.rounds / made.pop("schedule.rounds")
+        if config.schedule.rounds:
+            made["schedule.rounds"] = max(1, round(config.schedule.rounds / factor))
+        steps = made.pop("train.steps_per_round", None)
+        if steps is not None and config.train.steps_per_round is not None:
+            made["train.steps_per_round"] = max(1, round(config.train.steps_per_round * factor))
+        elif made.pop("train.epochs_per_round", None) is not None:
+            made["train.epochs_per_round"] = (config.train.epochs_per_round or 2.0) * factor
+    return made, removed
+
+
+def _value_of(config: ExperimentConfig, key: str) -> Any:
+    """Return the value of a dotted key, of a named choice without options its name."""
+    table, _, name = key.rpartition(".")
+    value = getattr(getattr(config, table), name)
+    return value.name if isinstance(value, NamedConfig) and not value.options else value
+
+
+def _of_classes(config: ExperimentConfig) -> list[str]:
+    """Return what class shares that are far apart ask for and the form that is best does not have."""
+    world = World.of(prepare(config))
+    if world.apart is None or world.apart <= FAR_APART:
+        return []
+    wanted = [] if world.exact else [f"an exact average, {exact_average(world.agents)}"]
+    wanted += ['train.loss = "auto"'] if config.train.loss.name == "task" else []
+    if not wanted:
+        return []
+    return [
+        f"class shares are {world.apart:.2f} from the whole's (total variation, above {FAR_APART}): over a whole run "
+        f"{' and '.join(wanted)} may be worth more than the probes say"
+    ]
