@@ -1,12 +1,12 @@
 """Accuracy after each merge on CIFAR-10 at 16×16 pixels: five agents on a ring, 500 images each.
 
 Every row starts from step 0, and each agent takes 16 steps before each merge: two epochs of an even part, and equally
-many whatever its part's size. "all-data" is the ceiling, one model that takes two epochs of all data, 80 steps, in the
-same time. All agents of a row begin with the same weights, unless it says "own-starts". "plain" is cross-entropy, else the loss is "auto": logit-adjusted where an agent's classes
-are skewed. "dimat" is the default, which merges optimizer moments too (int8); "dimat-3-steps" has
-`schedule.mixing_steps = 3`, "dimat-kept" `train.optimizer_state = "kept"`. D-PSGD merges after every step and is
-measured every 16 steps. Three seeds, no run left out. Needs cifar10-train.parquet and cifar10-test.parquet (Hugging
-Face's image layout) in --data.
+many whatever its part's size. "all-data" is the ceiling, one model that takes two epochs of all data, 80 steps, in
+the same time. All agents of a row begin with the same weights, unless it says "own-starts". "plain" is cross-entropy,
+else the loss is "auto": logit-adjusted where an agent's classes are skewed. "dimat" is the default, which merges
+optimizer moments too (int8); "dimat-3-steps" has `schedule.mixing_steps = 3`, "dimat-kept" `train.optimizer_state =
+"kept"`. D-PSGD merges after every step and is measured every 16 steps. Three seeds, no run left out. Needs
+cifar10-train.parquet and cifar10-test.parquet (Hugging Face's image layout) in --data.
 
 Reference: D-PSGD with the same loss on Dirichlet 0.5 after 12 merges; target: three mixing steps are 2.5 points above
 it, at no more than half its bytes. All marks are listed with whether they are met.
