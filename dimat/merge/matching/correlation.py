@@ -159,7 +159,7 @@ class GroupMatches:
         return product(range(len(self._trees)), range(len(self.permutations)))
 
     def _assign(self, number: int, peer: int) -> tuple[float, dict[str, Tensor]]:
-        """Assign a tree's groups anew; return the share of value by which those of before fall short, and the scores."""
+        """Assign a tree's groups anew; return the share of value by which those of before fall short, and scores."""
         tree, permutations, scores = self._trees[number], self.permutations[peer], self._scores(number, peer)
         before = {g: permutations[g] for g in tree.ids() if g in permutations}
         found, value = assign_nested(tree, scores, self.unseen)
