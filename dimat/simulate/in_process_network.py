@@ -1,7 +1,7 @@
 """The network within one process: snapshots change hands through a shared store.
 
-It moves no bytes, yet counts those that a real network would have to: the part of a payload that a reader holds is not
-sent again.
+It moves no bytes, yet counts those that a real network would have to: of a snapshot its cheapest form that the reader
+can decode (`exchange.encoding`), and of that no part again which the reader holds.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ class MemoryNetwork:
         self._store = store
         # by reader and publisher, the payload that was moved last and how many bytes of it are held
         self._held: dict[tuple[str, str], tuple[str, int]] = {}
+        self._whole: dict[tuple[str, str], str] = {}  # the last one that came whole: deltas are taken to it
 
     def hold(self, root: str) -> None:
         """Keep a payload in the store until `release`."""
@@ -91,7 +92,15 @@ class MemoryNetwork:
     def missing(self, reader: str, manifest: Manifest) -> int:
         """Return how many bytes of a snapshot a reader does not hold."""
         root, bytes_ = self._held.get((reader, manifest.agent), ("", 0))
-        return manifest.payload.bytes - (bytes_ if root == manifest.payload.root else 0)
+        if root == manifest.payload.root == self._whole.get((reader, manifest.agent)):
+            return 0
+        return self._bytes(reader, manifest) - (bytes_ if root == manifest.payload.root else 0)
+
+    def _bytes(self, reader: str, manifest: Manifest) -> int:
+        """Return the bytes of the cheapest form of a snapshot for a reader."""
+        base = self._whole.get((reader, manifest.agent), "")
+        forms = [form.payload.bytes for form in manifest.forms if form.after in ("", base)]
+        return min([manifest.payload.bytes, *forms])
 
     def moved(self, reader: str, round_: int, manifest: Manifest, sent: int, there: int) -> None:
         """Count bytes that were sent for `reader`'s round, those of attempts that failed too.
@@ -101,8 +110,11 @@ class MemoryNetwork:
         self.sent[manifest.agent, manifest.round] += sent
         self.received[reader, round_] += sent
         if there:
-            have = manifest.payload.bytes - self.missing(reader, manifest) + there
-            self._held[reader, manifest.agent] = (manifest.payload.root, have)
+            link, root = (reader, manifest.agent), manifest.payload.root
+            missing = self.missing(reader, manifest) - there
+            self._held[link] = (root, self._bytes(reader, manifest) - missing)
+            if missing <= 0:
+                self._whole[link] = root
 
     def receive(self, reader: str, manifest: Manifest) -> Any:
         """Return the payload that was moved, or where it lies, whole and checked.
@@ -113,4 +125,5 @@ class MemoryNetwork:
             return self._store.verify(manifest.payload)
         except DataError:
             self._held.pop((reader, manifest.agent), None)
+            self._whole.pop((reader, manifest.agent), None)
             raise

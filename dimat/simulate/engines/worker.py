@@ -118,7 +118,11 @@ def train(key: str, action: Train) -> TrainResult:
 def record(key: str) -> tuple[RecordedSnapshot, float]:
     """Record an agent's weights as a snapshot; return it, and the CPU-seconds that it took."""
     start = time.thread_time()
-    return _agents[key][0].record(), time.thread_time() - start
+    learner = _agents[key][0]
+    snapshot = learner.record()
+    for form in snapshot.forms:  # of which the simulated network only counts the bytes
+        (learner.store / f"{form.payload.root}.safetensors").unlink(missing_ok=True)
+    return snapshot, time.thread_time() - start
 
 
 def adopt_basis(key: str, action: AdoptBasis, source: Path) -> Moves | None:

@@ -61,9 +61,12 @@ class Scenario(Experiment):
 def prepare(config: ExperimentConfig) -> Scenario:
     """Resolve an experiment for the simulator; raises ConfigError and its kin for what cannot be run."""
     warnings: list[str] = []
-    simulated = ExchangeConfig(moments=config.exchange.moments)
+    simulated = ExchangeConfig(encoding=config.exchange.encoding, moments=config.exchange.moments)
     if config.exchange != simulated:
-        warnings.append("[exchange] is for real agents: the simulator moves weights in fp32")
+        told = [key for key in ExchangeConfig.model_fields if getattr(config.exchange, key) != getattr(simulated, key)]
+        warnings.append(
+            f"exchange.{', exchange.'.join(told)}: for real agents; of [exchange] the simulator has encoding and moments"
+        )
         config = config.model_copy(update={"exchange": simulated})
     if config.merge.preset.ceiling:
         config = _without_network(config)

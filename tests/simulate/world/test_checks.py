@@ -130,6 +130,7 @@ def test_agents_whose_peers_die_by_crash_points_are_alone_too(tmp_path: Path) ->
 
 def test_settings_of_real_agents_are_named(tmp_path: Path) -> None:
     """A file for real agents can be simulated; what the simulator does not do is said."""
-    scenario = prepare(tiny_experiment(tmp_path, exchange={"encoding": "bf16"}))
-    assert any("[exchange]" in warning for warning in scenario.warnings)
-    assert scenario.config.exchange.encoding == "fp32"
+    exchange = {"encoding": "int8", "delta": True, "rate_limit_mb_s": 3.0}
+    scenario = prepare(tiny_experiment(tmp_path, exchange=exchange))
+    assert any(warning.startswith("exchange.delta, exchange.rate_limit_mb_s: ") for warning in scenario.warnings)
+    assert (scenario.config.exchange.encoding, scenario.config.exchange.delta) == ("int8", False)
