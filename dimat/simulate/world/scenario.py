@@ -65,7 +65,7 @@ def prepare(config: ExperimentConfig) -> Scenario:
     if config.exchange != simulated:
         told = [key for key in ExchangeConfig.model_fields if getattr(config.exchange, key) != getattr(simulated, key)]
         warnings.append(
-            f"exchange.{', exchange.'.join(told)}: for real agents; of [exchange] the simulator has encoding and moments"
+            f"exchange.{', exchange.'.join(told)}: for real agents; the simulator has [exchange]'s encoding and moments"
         )
         config = config.model_copy(update={"exchange": simulated})
     if config.merge.preset.ceiling:
