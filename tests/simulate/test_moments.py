@@ -130,3 +130,20 @@ def test_workers_and_rounds_without_training(tmp_path: Path) -> None:
         assert not [fact for fact in heard if isinstance(fact, events.PeerRefused | events.Warned)]
         runs.append(final_weights(out))
     assert all(torch.equal(a[k], b[k]) for a, b in zip(*runs, strict=True) for k in a)
+
+
+def test_moments_travel_once_after_each_training(tmp_path: Path) -> None:
+    """Further mixing steps and the final merge move weights alone: by bytes, those of a run that keeps its moments."""
+    sizes: dict[str, list[int]] = {}
+    schedule = {"rounds": 2, "mixing_steps": 2, "final_merge": True}
+    for state in ("merged", "kept"):
+        heard: list[Event] = []
+        config = experiment(tmp_path, train={"optimizer_state": state}, schedule=schedule)
+        run_simulation(config, listeners=[heard.append])
+        sizes[state] = [f.bytes for f in heard if isinstance(f, events.Published) and f.agent == "agent-0"]
+    (plain,) = set(sizes["kept"])
+    whole = sizes["merged"][0]
+    assert whole > plain
+    assert sizes["merged"][:4] == [whole, plain, whole, plain]
+    assert set(sizes["merged"][4:]) == {plain}
+    assert len(sizes["merged"]) == len(sizes["kept"]) > 4

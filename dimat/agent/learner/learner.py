@@ -92,6 +92,8 @@ class Learner:
     _recorder: Recorder = field(init=False)
     _samples: int = field(init=False, default=0)
     """Examples of the last training."""
+    _learned: bool = field(init=False, default=False)
+    """Whether the weights are those of a training, and not of a merge."""
     _unsaid: tuple[str, ...] = field(init=False, default=())
     """Notes for people that go with the next training."""
 
@@ -157,6 +159,7 @@ class Learner:
         start = time.thread_time()
         report = self.trainer.train(self.config.schedule.round_of(number)) if learn else None
         trained = time.thread_time()
+        self._learned = report is not None
         self._norms.after_training(before)
         if self._moments is not None:
             self._unsaid += self._moments.after_training(moments_before)
@@ -182,7 +185,7 @@ class Learner:
         DataError where it cannot be written; it may be tried again then.
         """
         weights = self.trainer.weights(copy=False)
-        moments = {} if self._moments is None else self._moments.encoded()
+        moments = self._moments.encoded() if self._moments is not None and self._learned else {}
         payload, forms = self._recorder.record(beside(weights, {**self._statistics, **moments}))
         return RecordedSnapshot(payload, forms, schema_hash(weights), self._samples)
 
@@ -251,6 +254,8 @@ class Learner:
         self._statistics = dict(checkpoint.statistics)
         self._norms.norms = dict(checkpoint.norms)
         self.doubt = checkpoint.doubt
+        state = checkpoint.machine
+        self._learned = state.stage == "trained" and self.config.schedule.learns(state.round)
         if self._moments is not None:
             self._moments.norms = dict(checkpoint.moment_norms) or self._moments.norms_now()
         return note
