@@ -1,4 +1,4 @@
-"""An agent's sets of examples: what it trains on, what it keeps from training, what networks are compared on."""
+"""An agent's sets of examples: to train on, to be judged on, to compare networks on."""
 
 from __future__ import annotations
 
