@@ -1,4 +1,4 @@
-"""Evaluates a model, or other weights in it, on a task's data: means of the loss and of the metrics."""
+"""Evaluates weights on a task's data: means of the loss and of the metrics."""
 
 from __future__ import annotations
 

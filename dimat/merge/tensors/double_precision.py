@@ -1,4 +1,4 @@
-"""Sums, differences and distances in double precision of tensors of any type, some elements at a time."""
+"""Sums, differences and distances of tensors in double precision, some elements at a time."""
 
 from __future__ import annotations
 

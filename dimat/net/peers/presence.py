@@ -1,4 +1,4 @@
-"""Whether a peer is there: when it counts as lost, what it said when it left, when waiting is of no use."""
+"""Whether a peer is there: when it counts as lost, and when as gone."""
 
 from __future__ import annotations
 
