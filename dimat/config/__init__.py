@@ -6,18 +6,13 @@ This is the only place where defaults live.
 
 from dimat.config.agent import AgentConfig, DhtConfig, ExchangeConfig
 from dimat.config.experiment import (
-    BaseConfig,
     DistilConfig,
     ExperimentConfig,
-    LrScheduleConfig,
     MapChange,
-    MergeConfig,
-    OptimizerConfig,
     PartitionConfig,
     ScheduleConfig,
     TaskConfig,
     TopologyConfig,
-    TrainConfig,
     agent_folder,
 )
 from dimat.config.load import (
@@ -27,6 +22,7 @@ from dimat.config.load import (
     quoted,
     read_toml,
 )
+from dimat.config.merge import BaseConfig, MergeConfig
 from dimat.config.monitor import MlflowConfig, MonitorConfig, WandbConfig
 from dimat.config.presets import CEILING, PRESETS, Preset
 from dimat.config.simulate import (
@@ -39,6 +35,7 @@ from dimat.config.simulate import (
     SimulateConfig,
     Span,
 )
+from dimat.config.train import LrScheduleConfig, OptimizerConfig, TrainConfig
 from dimat.config.tree import (
     Named,
     NamedConfig,

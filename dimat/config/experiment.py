@@ -1,4 +1,4 @@
-"""The main tables of an experiment: topology, task, training, merge, schedule."""
+"""An experiment: the root of all tables, with [topology], [task] and [schedule]."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from dimat.config.agent import AgentConfig, DhtConfig, ExchangeConfig
+from dimat.config.merge import MergeConfig
 from dimat.config.monitor import MonitorConfig
-from dimat.config.presets import PRESETS, Preset, apply_preset, preset_of
+from dimat.config.presets import PRESETS, apply_preset
 from dimat.config.simulate import SimulateConfig
-from dimat.config.tree import Named, NamedConfig, Options, Tree, as_stage
+from dimat.config.train import TrainConfig
+from dimat.config.tree import Named, NamedConfig, Options, Tree
 from dimat.config.variants import VariantConfig
-from dimat.errors import ConfigError, nearest
+from dimat.errors import ConfigError
 
 _NO_FOLDER = re.compile(r"[/\\\x00-\x1f\x7f\ud800-\udfff]")
 MOST_NAME = 200
@@ -95,169 +97,6 @@ class TaskConfig(Tree):
         if self.name is not None and self.hook is not None:
             raise ValueError("give name or hook, not both")
         return self
-
-
-OPTIMIZERS = ("sgd", "adam", "adamw")
-"""Short names of optimizers."""
-
-
-def _optimizer_name(name: str) -> str:
-    if name not in OPTIMIZERS and not any(mark in name.strip(".:") for mark in ".:"):
-        raise ValueError(
-            f"unknown optimizer{nearest(name, OPTIMIZERS)} (use {', '.join(OPTIMIZERS)}, a class by its dotted name "
-            "such as torch.optim.RAdam, or a hook such as file.py:function)"
-        )
-    return name
-
-
-class OptimizerConfig(Tree):
-    """An optimizer: `"adam"`, or `{ name = "torch.optim.RAdam", lr = 1e-3, options = { betas = [0.9, 0.95] } }`."""
-
-    name: Annotated[str, AfterValidator(_optimizer_name)] = "adam"
-    """"sgd", "adam" or "adamw"; a class by its dotted name, of torch or of any package ("torch.optim.Adafactor"); or a
-    hook, `package.module:function` or `file.py:function`, called with the model, that returns a torch optimizer."""
-    lr: Annotated[float, Field(gt=0)] = 2e-3
-    """Learning rate; where it is not given, classes and hooks by name have their own default."""
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Momentum (sgd; classes and hooks only where it is given)."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """L2 penalty (sgd, adam) or decoupled decay (adamw); classes and hooks only where it is given."""
-    options: Options = Field(default_factory=dict)
-    """Further keyword arguments of the class or hook, e.g. { betas = [0.9, 0.95] }."""
-
-
-class LrScheduleConfig(Tree):
-    """How the learning rate goes on within one round's local training or over the whole run."""
-
-    name: Literal["constant", "cosine", "step"] = "constant"
-    """"cosine" falls to 0 over all rounds; "step" multiplies by `gamma` after each of `milestones`."""
-    milestones: tuple[float, ...] = (0.5, 0.75)
-    """Points as shares of the whole run in (0, 1) (name "step")."""
-    gamma: Annotated[float, Field(gt=0, le=1)] = 0.1
-    """Factor at a milestone (name "step")."""
-
-
-class TrainConfig(Tree):
-    """Local training between merges."""
-
-    epochs_per_round: Annotated[float, Field(gt=0)] | None = None
-    """Epochs of local training per round. Default 2 if `steps_per_round` is not given."""
-    steps_per_round: Annotated[int, Field(ge=1)] | None = None
-    """Optimizer steps per round, instead of epochs."""
-    first_round_epochs: Annotated[float, Field(gt=0)] | None = None
-    """Epochs before the first merge, where they differ from the later rounds'."""
-    batch_size: Annotated[int, Field(ge=1)] = 32
-    """Samples per optimizer step."""
-    accumulate: Annotated[int, Field(ge=1)] = 1
-    """Parts in which a step's samples go through the model, one after the other; their gradients add up to those of
-    the whole batch, in less memory. BatchNorm sees a part at a time."""
-    optimizer: Annotated[OptimizerConfig, BeforeValidator(as_stage)] = OptimizerConfig()
-    """Optimizer and learning rate."""
-    initialisation: Literal["own", "shared"] = "shared"
-    """All agents start from the same weights ("shared"), which then need no alignment, or each from its own: for models
-    that exist already."""
-    loss: Named = NamedConfig(name="auto")
-    """Loss of local training. "auto": "logit-adjusted" where an agent's class shares are far from the whole's, else
-    "task", the task's own; "logit-adjusted", "calibrated", "restricted", "distillation", "not-true-distillation": for
-    agents whose classes are skewed."""
-    proximal: Annotated[float, Field(ge=0)] = 0.0
-    """Strength μ of a pull to the weights with which the round's training began, those after the last merge: μ/2 times
-    the squared distance from them is added to the loss (FedProx, arXiv 1812.06127). 0: none."""
-    optimizer_state: Literal["fresh", "kept", "merged"] | None = None
-    """The optimizer's state over a merge: "kept" as it was, made "fresh" each round, or "merged": moments (Adam's,
-    momentum) travel beside the weights (exchange.moments) and are averaged with them. The same for all agents. By
-    default as the merge method has it: "merged" where "dimat" averages, else "kept"."""
-    lr_schedule: LrScheduleConfig = LrScheduleConfig()
-    """Learning rate over the run."""
-    grad_clip_norm: Annotated[float, Field(gt=0)] | None = None
-    """Gradients are scaled down to this global 2-norm; none by default."""
-    device: str = "auto"
-    """"auto" (cuda if there is one, else cpu), "cpu", "cuda", "cuda:1", …"""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Autocast type of the forward pass; fp16 scales the loss. Weights stay fp32."""
-    eval_batch_size: Annotated[int, Field(ge=1)] = 512
-    """Samples per forward pass in evaluation."""
-
-    @model_validator(mode="after")
-    def _epochs_or_steps(self) -> TrainConfig:
-        if self.epochs_per_round is not None and self.steps_per_round is not None:
-            raise ValueError("give epochs_per_round or steps_per_round, not both")
-        return self
-
-
-class BaseConfig(Tree):
-    """The base of task vectors: one of a file and a seed."""
-
-    file: str | None = None
-    """Weights (safetensors); a path, relative to the experiment's folder."""
-    seed: Annotated[int, Field(ge=0)] | None = None
-    """Seed of the initialisation of the task's model."""
-
-    @model_validator(mode="after")
-    def _one_source(self) -> BaseConfig:
-        if (self.file is None) == (self.seed is None):
-            raise ValueError("give file or seed")
-        return self
-
-
-class OuterConfig(Tree):
-    """The step from own weights to merged ones."""
-
-    name: str = "none"
-    """"none": θ_own + lr (θ_merged − θ_own), without momentum."""
-    lr: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of the way to the merged weights."""
-
-
-class MergeConfig(Tree):
-    """The merge pipeline: screen → align → combine → repair → accept. Unset stages come from the preset."""
-
-    method: str = "dimat"
-    """Preset: "isolated" (no exchange), "average", "dimat" (shared basis), "dimat-paper" (aligned at every merge),
-    "opcm" (orthogonal projection of deltas from `base`, which should be where all agents start), "dpsgd" (average
-    after every optimizer step), "sgp" (the same with push-sum mixing, for directed graphs), or "centralised" (one
-    model on all data: the ceiling). "dpsgd" and "sgp" set `train.steps_per_round` = 1 unless steps
-    or epochs per round are given; "sgp" sets `topology.mixing` = "push-sum" unless a map says how to mix."""
-    align: Named | None = None
-    """How units are matched: "none", "activations", "weights" (no data needed), or "auto" (the one of these, or the
-    mixture of both by group, on which the networks agree best)."""
-    align_to: Literal["shared", "self"] | None = None
-    """"shared": basis gossip, each agent permutes itself once; "self": peers are permuted at every merge."""
-    align_data: Literal["local", "probe", "pooled"] = "local"
-    """Inputs on which activations are compared and BatchNorm is re-estimated: the agent's own, an agreed public
-    set, or everyone's training data (in simulation only)."""
-    probe_samples: Annotated[int, Field(ge=2)] = 100
-    """Size of the probe set, for align_data = "probe" and accept sets named "probe"."""
-    statistics_samples: Annotated[int, Field(ge=1)] = 256
-    """Most examples of its training data on which an agent takes the statistics that combine = "fisher" and "regmean",
-    repair = "head" and head = "rows" rest on; they travel with its weights."""
-    combine: Named | None = None
-    """"average"."""
-    repair: Named | None = None
-    """"none", "batchnorm", or "head": batchnorm, then the classifier is refitted on features drawn from statistics by
-    class, which agents tell each other."""
-    head: Literal["mixing", "rows"] = "mixing"
-    """How a classifier's last layer is averaged: by "mixing" weights as all else, or "rows": that of a class by mixing
-    weights times examples of the class, whose counts agents tell each other."""
-    accept: Named | None = None
-    """"always" or "no-worse" (options: on = "local" | "probe", tolerance)."""
-    outer: Annotated[OuterConfig, BeforeValidator(as_stage)] = OuterConfig()
-    """How far a merge goes: { name = "none", lr = 0.5 } is half of the way."""
-    layers: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(default_factory=dict)
-    """How far it goes in some tensors: patterns of their names → factors, the last one that matches counts. { "head.*"
-    = 0 } keeps an agent's head its own."""
-    keep_not_finite: bool = False
-    """Keep a merge whose weights, or whose test metrics, are not finite: it is warned of, and kept all the same. By
-    default it is not, and the agent's own weights go on."""
-    screen: Options = Field(default_factory=dict)
-    """Options of the screen, which is always on: max_norm_ratio, as a multiple of what own training has made."""
-    base: BaseConfig | None = None
-    """Weights that task-vector methods take deltas from; all agents have the same."""
-
-    @property
-    def preset(self) -> Preset:
-        """The preset of the method, with its traits; ConfigError for a method that there is not."""
-        return preset_of(self.method)
 
 
 class DistilConfig(Tree):

@@ -124,6 +124,11 @@ class MergeOutcome:
     cpu_s: dict[str, float] = field(default_factory=dict[str, float])
     images: dict[str, int] = field(default_factory=dict[str, int])
 
+    @property
+    def changes(self) -> bool:
+        """Whether there is anything of a peer in the weights."""
+        return self.accepted > 0 and bool(self.mixing)
+
 
 def plan_merge(config: MergeConfig) -> MergePlan:
     """Return the plan of a configuration: its preset with what it overrides, all names and options checked.

@@ -73,14 +73,15 @@ class Accepted:
 
 
 class StageTimer:
-    """CPU seconds of this process (all its threads), by part of the work."""
+    """CPU seconds by part of the work: of this process (all its threads), or as another `clock` counts them."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = process_time) -> None:
         self.seconds: dict[str, float] = {}
-        self._last = process_time()
+        self._clock = clock
+        self._last = clock()
 
     def lap(self, part: str) -> None:
         """Count the time since the last lap as spent on `part`."""
-        now = process_time()
+        now = self._clock()
         self.seconds[part] = self.seconds.get(part, 0.0) + now - self._last
         self._last = now

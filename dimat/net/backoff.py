@@ -1,10 +1,12 @@
-"""Retry back-off with jitter, a circuit breaker, and reminders of lasting trouble."""
+"""Retry back-off with jitter, a circuit breaker, and notices of trouble that do not flood."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from random import Random
+
+from dimat.net.limits import MOST_NOTICES
 
 
 class Backoff:
@@ -76,3 +78,25 @@ class Reminders:
         """End a topic: pass `message` where the trouble was told, and begin anew should it come back."""
         if self._topics.pop(topic, None) is not None and message:
             self._notice(message)
+
+
+class FaultNotices:
+    """Passes messages about a peer's faults to `notice`, each once; of a peer that always finds another fault only
+    `MOST_NOTICES`. `count`: all faults, told or not."""
+
+    def __init__(self, peer: str, notice: Callable[[str], None]) -> None:
+        self._peer = peer
+        self._notice = notice
+        self._told: set[str] = set()
+        self.count = 0
+
+    def tell(self, message: str) -> None:
+        """Count a fault, and pass its message on unless that, or enough, was passed before."""
+        self.count += 1
+        if message in self._told or len(self._told) > MOST_NOTICES:
+            return
+        self._told.add(message)
+        self._notice(message)
+        if len(self._told) == MOST_NOTICES:
+            self._told.add("")
+            self._notice(f"further faults of {self._peer} are counted in the status, and not told one by one")

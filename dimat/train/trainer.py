@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +24,15 @@ from dimat.merge.models.functional import call_with
 from dimat.seeds import derive_seed, torch_generator
 from dimat.symmetry.trace import eval_mode
 from dimat.tasks.base import Batch, Data, Task
-from dimat.tasks.data import InputBatches, batch_bounds, input_batches
+from dimat.tasks.data import InputBatches, input_batches
 from dimat.train.base import TrainerState, TrainReport, Value
 from dimat.train.batch_feed import BatchFeed, parts_of
 from dimat.train.check_task import check_accumulate, check_sizes
-from dimat.train.contract import check_parts, checked_batch, checked_loss, checked_metrics, loss_weight, task_errors
+from dimat.train.contract import check_parts, checked_loss, loss_weight, task_errors
+from dimat.train.evaluation import evaluate
 from dimat.train.lesson import Lesson, check_teachable
 from dimat.train.losses import LocalLoss
-from dimat.train.model_state import ModelState, check_fit, check_whole
+from dimat.train.model_state import ModelState, check_whole
 from dimat.train.optimizer_state import optimized
 from dimat.train.optimizers import build_optimizer, lr_factor
 from dimat.train.progress import Interrupts, Progress, TrainingInterruptedError, round_steps
@@ -274,45 +274,12 @@ class Trainer(ModelState):
     # --- evaluation ---
 
     def evaluate(self, data: Data, weights: Mapping[str, Tensor] | None = None) -> dict[str, float]:
-        """Return the means over `data` of the loss ("loss") and of the task's metrics, in eval mode.
+        """Return the means over `data` of the loss ("loss") and of the task's metrics (`dimat.train.evaluation`).
 
-        With `weights` (a whole state dict), those are evaluated and the model keeps its own. Neither mode nor
-        random streams are disturbed. Raises DataError for empty data or weights that do not fit, HookError where the
-        task's code fails or returns what it may not.
+        With `weights` (a whole state dict), those are evaluated and the model keeps its own.
         """
-        if len(data) == 0:
-            raise DataError("no samples to evaluate on")
-        held: dict[str, Tensor] | None = None
-        if weights is not None:
-            own = self.model.state_dict(keep_vars=True)
-            check_fit(own, weights, "weights to evaluate")
-            held = {name: weights[name].to(self.device, own[name].dtype) for name in own}
-        bounds = batch_bounds(len(data), self.config.eval_batch_size)
-        sums: dict[str, list[Tensor]] = {}
-        losses: list[Tensor] = []
-        counted = 0.0
-        streams = own_streams(seeded_streams(0, self.device), self.device)
-        with eval_mode(self.model), streams, torch.no_grad(), task_errors(self.task, "evaluation"):
-            for start, stop in pairwise(bounds):
-                batch = checked_batch(self.task, data.batch(torch.arange(start, stop)), stop - start, "data.batch()")
-                inputs = tuple(t.to(self.device, non_blocking=True) for t in batch.inputs)
-                targets = batch.targets.to(self.device, non_blocking=True)
-                weight = loss_weight(self.task, targets)
-                with autocast(self.config.precision, self.device):
-                    if held is None:
-                        outputs = self.model(*inputs)
-                    else:
-                        outputs = call_with(self.model, held, inputs)
-                    if weight:  # a mean over no label is no number
-                        losses.append(checked_loss(self.task, self.task.loss(outputs, targets)) * weight)
-                    metrics = checked_metrics(self.task, self.task.metrics(outputs, targets), stop - start)
-                counted += weight
-                for name, value in metrics.items():
-                    sums.setdefault(name, []).append(value.sum())
-        means = {"loss": _sum(losses) / counted if losses else math.nan}
-        means |= {name: _sum(parts) / len(data) for name, parts in sums.items()}
-        derived = getattr(self.task, "derived_metrics", None)
-        return means if derived is None else {**means, **derived(means)}
+        size, precision = self.config.eval_batch_size, self.config.precision
+        return evaluate(self.task, self.model, data, weights, batch_size=size, precision=precision, device=self.device)
 
     def input_batches(
         self, data: Data, batch_size: int, generator: torch.Generator | None = None, *, samples: int | None = None
@@ -406,7 +373,3 @@ class Trainer(ModelState):
         optimized(self.model, made)  # raises where a hook's optimizer is another model's
         self._stepper = Stepper(self.model, made, config, self._scaler)
         return made
-
-
-def _sum(values: Sequence[Tensor]) -> float:
-    return torch.stack(list(values)).cpu().double().sum().item()

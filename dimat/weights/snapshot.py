@@ -79,6 +79,13 @@ class RecordedSnapshot:
         except ValueError as error:
             raise DataError(f"{path} is damaged: {error}") from None
 
+    @staticmethod
+    def addresses(folder: Path, root: str) -> frozenset[str]:
+        """Return the addresses of all payloads of the snapshot recorded under `root`, that one among them."""
+        recorded = RecordedSnapshot.load(folder, root) if root else None
+        forms = () if recorded is None else (form.payload.root for form in recorded.forms)
+        return frozenset((root, *forms))
+
 
 @dataclass(frozen=True, slots=True)
 class Manifest:

@@ -25,7 +25,7 @@ from dimat.config import load_experiment
 from dimat.errors import ConfigError, DimatError, HookError
 from dimat.merge_files import prepare as prepare_merge
 from dimat.merge_files.recipe import recipe_of
-from dimat.net.discovery.dht import check_bootstrap
+from dimat.net.discovery.dht_addresses import check_bootstrap
 from dimat.simulate.replay import replay_run
 from dimat.simulate.world.scenario import prepare
 from dimat.topology import build_topology, check

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dimat import events
+from dimat.agent.daemon.event_teller import EventTeller
 from dimat.agent.daemon.folder import AgentFolder
 from dimat.agent.daemon.key_watch import KeyWatch, certificate_facts
 from dimat.agent.daemon.lateness import Lateness
@@ -34,7 +35,7 @@ from dimat.agent.lineage.manifest_log import ManifestLedger
 from dimat.agent.setup.machine import machine_for
 from dimat.agent.setup.prepare import PreparedAgent, neighbours_of
 from dimat.config import agent_folder
-from dimat.errors import ConfigError, DataError, DimatError
+from dimat.errors import ConfigError, DimatError
 from dimat.merge.weight_views import content_hash
 from dimat.net.pki.identity import Identity, load_identity
 from dimat.net.threads import beside
@@ -71,7 +72,7 @@ class Daemon:
         finds = check_discovery(config)
         self.folder = AgentFolder(path, config.run, setup.name)
         self._discovery: PeerDiscovery | None = None
-        self._log_fault = ""
+        self._teller = EventTeller(self.listeners, lambda message: self.runner.noticed(message))
         self._started_s = time.time()
         self._leaving = asyncio.Event()
         self._early = list(setup.experiment.loaded.notes)  # to be said once there is a run to say it in
@@ -117,7 +118,7 @@ class Daemon:
             self._early += (note for note in (found.note, middle.fault) if note)
         self._new = found is None
         state = None if found is None else found.state
-        self._kept = _addresses(folder.snapshots, "" if state is None else state.root)
+        self._kept = RecordedSnapshot.addresses(folder.snapshots, "" if state is None else state.root)
         published = 0 if found is None else found.published
         founding = content_hash(self._learner.trainer.weights(copy=False)) if state is None else ""
         self._machine = machine_for(setup.schedule, setup.name, state, published, founding)
@@ -391,18 +392,7 @@ class Daemon:
     def _emit(self, fact: events.Event) -> None:
         if isinstance(fact, events.Published) and self._discovery is not None:
             self._discovery.tell(fact.round, fact.snapshot)
-        fault = ""
-        for listener in self.listeners:
-            try:
-                listener(fact)
-            except DataError as error:  # a log on a full disk: training goes on, and what waits is written later
-                fault = str(error)
-        if fault != self._log_fault:
-            self._log_fault = fault
-            message = (
-                f"{fault}; the agent goes on, and so does the log once it can" if fault else "events are logged again"
-            )
-            self.runner.noticed(message)
+        self._teller.tell(fact)
         if isinstance(fact, _TURNS):
             self._tell_manager()
         if isinstance(fact, events.RoundFinished):
@@ -414,10 +404,3 @@ class Daemon:
         of = f" of {self._schedule.rounds}" if self._schedule.rounds else ""
         connected = sum(bool(peer["connected"]) for peer in peers.values())
         notify(f"STATUS=round {machine.round}{of}, {machine.phase.value}; {connected} of {len(peers)} peers connected")
-
-
-def _addresses(folder: Path, root: str) -> frozenset[str]:
-    """Return the addresses of all payloads of a recorded snapshot, which may not be published yet."""
-    recorded = RecordedSnapshot.load(folder, root) if root else None
-    forms = () if recorded is None else (form.payload.root for form in recorded.forms)
-    return frozenset((root, *forms))

@@ -10,7 +10,7 @@ what they knew is carried over, whatever their order of units.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -18,9 +18,29 @@ from torch import Tensor
 from dimat.config import ScheduleConfig
 from dimat.errors import ConfigError
 from dimat.merge import Peer
+from dimat.merge.stages import Weights
 from dimat.train.base import ModelTrainer
 from dimat.train.lesson import check_teachable
 from dimat.train.trainer import Trainer
+
+
+@dataclass(frozen=True, slots=True)
+class PeerSplit:
+    """The peers of a merge. `left_out`: in another basis, so not merged; `unfit`: those of them that do not pass the
+    screen, with the reason."""
+
+    merged: list[Peer]
+    left_out: list[Peer]
+    unfit: dict[str, str]
+
+    @property
+    def left_out_weight(self) -> float:
+        """The mixing weight of those that are left out, which goes to self."""
+        return sum(peer.weight for peer in self.left_out)
+
+    def refused(self, by_merge: Mapping[str, str]) -> dict[str, str]:
+        """Return all peers that are kept out, with the reason, given those of the peers that are merged."""
+        return {**by_merge, **self.unfit}
 
 
 @dataclass(slots=True)
@@ -53,23 +73,35 @@ class FirstMerge:
         self.former, self.source = former, source
         self.notes = [f"took over the weights of {source} with its basis, in place of its own"]
 
-    def split(self, number: int, parts: Sequence[Peer]) -> tuple[list[Peer], list[Peer]]:
-        """Return the peers that are merged in a round, and those that are left out of the merge."""
-        merged = [peer for peer in parts if peer.same_basis or not self.adopts(number)]
-        left_out = [peer for peer in parts if not peer.same_basis and self.adopts(number)]
+    def split(self, number: int, peers: Sequence[Peer], fault_of: Callable[[str, Weights], str]) -> PeerSplit:
+        """Tell the peers that are merged in a round from those that are left out of the merge.
+
+        `fault_of`: why a peer's weights do not pass the screen, "" where they do.
+        """
+        merged = [peer for peer in peers if peer.same_basis or not self.adopts(number)]
+        left_out = [peer for peer in peers if not peer.same_basis and self.adopts(number)]
         if left_out:
             names = ", ".join(peer.name for peer in left_out)
             self.notes.append(f"not merged, since in another basis: {names} (schedule.first_merge)")
-        return merged, left_out
+        faults = {peer.name: fault_of(peer.name, peer.weights) for peer in left_out}
+        return PeerSplit(merged, left_out, {name: fault for name, fault in faults.items() if fault})
 
-    def teaches(self, left_out: Sequence[Peer]) -> bool:
+    def teaches(self, split: PeerSplit) -> bool:
         """Whether this merge is followed by distillation."""
-        return self.config.first_merge == "adopt-distil" and (self.former is not None or bool(left_out))
+        teaches_left_out = any(peer.name not in split.unfit for peer in split.left_out)
+        return self.config.first_merge == "adopt-distil" and (self.former is not None or teaches_left_out)
 
-    def carry_over(self, trainer: ModelTrainer, number: int, own: Mapping[str, Tensor], peers: Sequence[Peer]) -> None:
-        """Teach the model what `own` (the weights before the merge, where none were taken over) and peers knew."""
+    def teach(
+        self, trainer: ModelTrainer, number: int, own: Weights, split: PeerSplit, refused: Mapping[str, str]
+    ) -> None:
+        """Teach the model what it knew before and what its peers know.
+
+        `own`: the agent's weights before the merge, which count where none were taken over; `refused`: peers that teach
+        nothing.
+        """
         assert isinstance(trainer, Trainer)
-        teachers = [own if self.former is None else self.former, *(peer.weights for peer in peers)]
+        fit = (peer.weights for peer in (*split.merged, *split.left_out) if peer.name not in refused)
+        teachers = [own if self.former is None else self.former, *fit]
         report = trainer.distil(number, teachers, self.config.distil)
         self.notes.append(
             f"learned for {report.steps} steps from own labels and from what {len(teachers)} models say of own examples"

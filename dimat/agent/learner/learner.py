@@ -6,50 +6,46 @@ driver (simulator, daemon) has one per agent.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import InitVar, dataclass, field, replace
-from math import isfinite, nan
+from math import nan
 from pathlib import Path
+from time import thread_time
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dimat.agent.learner.checkpoint import Checkpoint
-from dimat.agent.learner.first_merge import FirstMerge
+from dimat.agent.learner.example_sets import ExampleSets
+from dimat.agent.learner.first_merge import FirstMerge, PeerSplit
+from dimat.agent.learner.merge_metrics import MergeMetrics
 from dimat.agent.learner.own_data import compare_data, describe_data
 from dimat.agent.learner.own_norms import OwnNorms
+from dimat.agent.learner.peer_snapshots import Opened, open_snapshot
 from dimat.agent.learner.recorder import Recorder
 from dimat.agent.learner.shared_base import load_base, plan_for
 from dimat.agent.learner.shared_moments import SharedMoments
-from dimat.agent.learner.statistics import take_statistics
+from dimat.agent.learner.statistics import OwnStatistics
 from dimat.agent.protocol.messages import MergeAction, Moves
 from dimat.agent.protocol.state import MachineState
 from dimat.config import ExperimentConfig
-from dimat.errors import DataError, DimatError, MergeError, PeerError
-from dimat.events import WARNING, MergeResult, TrainResult
-from dimat.merge import MergeContext, MergePlan, Peer, adopt, merge, needs_symmetry, open_weights
+from dimat.errors import DimatError, PeerError
+from dimat.events import MergeResult, TrainResult
+from dimat.merge import MergeContext, MergeOutcome, MergePlan, Peer, adopt, merge
 from dimat.merge.growth import HORIZON
 from dimat.merge.matching.assignment import moved_by_group, moved_share
-from dimat.merge.moments import PREFIXES
-from dimat.merge.natures import natures_of
-from dimat.merge.pipeline import NOT_KEPT
 from dimat.merge.registry import repair_registry
-from dimat.merge.screen import norm_of, norms_of, screen
-from dimat.merge.shared_statistics import OWN, apart, beside, permuted
-from dimat.merge.stages import Weights
+from dimat.merge.shared_statistics import OWN, beside
+from dimat.merge.stages import StageTimer, Weights
 from dimat.seeds import torch_generator
 from dimat.symmetry import Observer, SymmetrySpec
-from dimat.tasks import Subset
-from dimat.tasks.base import Data, Task
+from dimat.tasks.base import Task
 from dimat.train.base import ModelTrainer
 from dimat.train.losses import class_counts
 from dimat.train.trainer import Trainer
 from dimat.weights.snapshot import RecordedSnapshot
 from dimat.weights.tensors import schema_hash, write_weights
-
-HOLD_OUT = 0.1  # share of an agent's samples that `accept = no-worse` on "local" keeps from training
 
 
 @dataclass(slots=True)
@@ -82,13 +78,10 @@ class Learner:
     _norms: OwnNorms = field(init=False)
     doubt: tuple[int, int] = field(init=False, default=(0, 0))
     """Rounds of the first and the last doubtful merge that weights rest on; 0 for none."""
-    _statistics: dict[str, Tensor] = field(init=False, default_factory=dict[str, Tensor])
-    """Statistics that merges rest on, from the end of training to the merge; in the weights' basis."""
-    _moments: SharedMoments | None = field(init=False, default=None)
-    """The optimizer's moments, where they are sent beside the weights and merged."""
+    _statistics: OwnStatistics = field(init=False)
+    _moments: SharedMoments = field(init=False)
     _first: FirstMerge = field(init=False)
-    _hold_out: Data | None = field(init=False, default=None)
-    _own: Data = field(init=False)
+    _sets: ExampleSets = field(init=False)
     _recorder: Recorder = field(init=False)
     _samples: int = field(init=False, default=0)
     """Examples of the last training."""
@@ -102,29 +95,22 @@ class Learner:
         self._recorder = Recorder(self.store, config.exchange, durable=self.durable)
         self._plan = plan_for(config.merge, self.task)
         self.base = load_base(config, self.task)
-        train = self.task.data("train")
-        indices = self.indices
-        if self._plan.accept.name == "no-worse" and self._plan.accept.settings["on"] == "local":
-            order = torch.randperm(len(indices), generator=torch_generator(config.seed, "hold-out", self.name))
-            cut = max(1, int(len(indices) * HOLD_OUT))
-            self._hold_out = Subset(train, indices[order[:cut]])
-            indices = indices[order[cut:]]
-        self._own = Subset(train, indices)
-        self._check_sets()
-        self.trainer = custom_trainer or self._new_trainer(train)
+        self._sets = ExampleSets.of(self.task, self._plan, self.name, self.indices, config.seed)
+        self._statistics = OwnStatistics(self._plan, self.task, self._sets.own, config.train.eval_batch_size)
+        self.trainer = custom_trainer or self._new_trainer()
         self._norms = OwnNorms(self.trainer, used=not self._plan.keep_not_finite)
-        if config.optimizer_state == "merged":
-            self._moments = SharedMoments(self.trainer, config.exchange.moments, self._plan)
+        merged = config.optimizer_state == "merged"
+        self._moments = SharedMoments(self.trainer, config.exchange.moments, self._plan, used=merged)
         self._first = FirstMerge(config.schedule)
         self._first.check(self.trainer)
 
-    def _new_trainer(self, train: Data) -> Trainer:
-        config = self.config
+    def _new_trainer(self) -> Trainer:
+        config, train = self.config, self.task.data("train")
         # the skew of a part is measured against the whole; and who stands for all agents has the whole
         known = len(self.indices) < len(train) or config.merge.preset.ceiling
         trainer = Trainer(
             self.task,
-            self._own,
+            self._sets.own,
             config.train,
             seed=config.seed,
             path=("agent", self.name),
@@ -135,49 +121,30 @@ class Learner:
         self._unsaid = (trainer.loss.note,) if trainer.loss.note else ()
         return trainer
 
-    def _check_sets(self) -> None:
-        """Raise DataError where a set of examples is too small for what is to be done with it."""
-        plan, own = self._plan, len(self._own)
-        if self._hold_out is not None and own == 0:
-            raise DataError(
-                f'agent {self.name} has {len(self.indices)} example, which accept = "no-worse" on "local" keeps from '
-                "training; give it more data, or judge merges on the probe set"
-            )
-        if (needs_symmetry(plan) or plan.repair.name != "none") and (count := len(self._shared_inputs())) < 2:
-            what = "the probe set" if plan.align_data == "probe" else f"the data of agent {self.name}"
-            raise DataError(
-                f"{what} has fewer than the two examples ({count}) that comparing networks or re-estimating BatchNorm "
-                'takes; give more, or set merge.align_data to "local" or "probe", whichever has them'
-            )
-        if self._score_asked() and self._hold_out is None and len(self._probe()) == 0:
-            raise DataError("the probe set is empty, and merges are judged on it; give examples")
-
     def train(self, number: int, learn: bool = True) -> TrainResult:
         """Train for a round (not if `learn` is false), and take the merge method's statistics."""
-        before = self._norms.now() if self._norms.norms else {}
-        moments_before = self._moments.norms_now() if self._moments is not None else {}
-        start = time.thread_time()
-        report = self.trainer.train(self.config.schedule.round_of(number)) if learn else None
-        trained = time.thread_time()
-        self._learned = report is not None
-        self._norms.after_training(before)
-        if self._moments is not None:
-            self._unsaid += self._moments.after_training(moments_before)
-        self._statistics = take_statistics(
-            self._plan,
-            self.task,
-            self.trainer.model,
-            self._own,
-            self.config.train.eval_batch_size,
-            torch_generator(self.config.seed, "statistics", self.name, number),
-        )
-        cpu_s = {"train": trained - start}
-        if self._statistics:
-            cpu_s["statistics"] = time.thread_time() - trained
-        self._samples = report.samples if report is not None else 0
+        report = None
+        with self._own_training():
+            timer = StageTimer(thread_time)
+            if learn:
+                report = self.trainer.train(self.config.schedule.round_of(number))
+            timer.lap("train")
+        draws = torch_generator(self.config.seed, "statistics", self.name, number)
+        self._statistics.take(self.trainer.model, draws)
+        if self._statistics.tensors:
+            timer.lap("statistics")
+        self._learned, self._samples = report is not None, report.samples if report is not None else 0
         loss = report.loss if report is not None else nan
         said, self._unsaid = self._unsaid, ()
-        return TrainResult(loss=loss, samples=self._samples, notes=said, cpu_s=cpu_s)
+        return TrainResult(loss=loss, samples=self._samples, notes=said, cpu_s=timer.seconds)
+
+    @contextmanager
+    def _own_training(self) -> Generator[None]:
+        """Let the norms by which merges are bounded follow what is trained meanwhile."""
+        norms, moments = self._norms.now() if self._norms.norms else {}, self._moments.norms_now()
+        yield
+        self._norms.after_training(norms)
+        self._unsaid += self._moments.after_training(moments)
 
     def record(self) -> RecordedSnapshot:
         """Record the current weights as a snapshot, in the encoding in which peers get them.
@@ -185,8 +152,8 @@ class Learner:
         DataError where it cannot be written; it may be tried again then.
         """
         weights = self.trainer.weights(copy=False)
-        moments = self._moments.encoded() if self._moments is not None and self._learned else {}
-        payload, forms = self._recorder.record(beside(weights, {**self._statistics, **moments}))
+        extras = {**self._statistics.tensors, **(self._moments.encoded() if self._learned else {})}
+        payload, forms = self._recorder.record(beside(weights, extras))
         return RecordedSnapshot(payload, forms, schema_hash(weights), self._samples)
 
     def adopt_weights(self, peer: str, snapshot: Path) -> str:
@@ -198,28 +165,20 @@ class Learner:
         if fault := self._unfit(peer, weights):
             return fault
         try:
-            if self._moments is not None:
-                self._moments.check(peer, moments)
+            self._moments.check(peer, moments)
         except DimatError as error:
             return str(error)
         self.trainer.start_from({name: weights[name] for name in self.trainer.weights(copy=False)})
-        if self._moments is not None and (note := self._moments.adopt(moments)):
+        if note := self._moments.adopt(moments):
             self._unsaid += (note,)
         self.method = {}  # what a merge method carries from merge to merge was of the weights before
-        self._statistics = {name: tensor.clone() for name, tensor in statistics.items()}
+        self._statistics.adopt(statistics)
         self._norms.begin()
         self._recorder.forget()
         return ""
 
     def _unfit(self, peer: str, weights: Weights) -> str:
-        """Return why a peer's weights do not pass the screen, or an empty string."""
-        own = self.trainer.weights(copy=False)
-        natures = natures_of(own, self.trainer.model)
-        try:
-            screen(own, weights, peer, norm_of(own, natures), natures, self._norms.reference(), **self._plan.screen)
-        except DimatError as error:
-            return str(error)
-        return ""
+        return self._norms.unfit(peer, weights, self._plan.screen)
 
     def checkpoint(self, machine: MachineState) -> Checkpoint:
         """Return all that this agent needs to go on, with the round machine's state. Its tensors are the model's and
@@ -232,11 +191,11 @@ class Learner:
             self.schema(),
             tensors,
             values,
-            self._statistics,
+            self._statistics.tensors,
             self.data_now(),
             self._norms.norms,
             self.doubt,
-            {} if self._moments is None else self._moments.norms,
+            self._moments.norms,
         )
 
     def restore(self, checkpoint: Checkpoint) -> str:
@@ -251,19 +210,18 @@ class Learner:
         else:
             self.trainer.load_state(checkpoint.trainer)
         self.method = {**checkpoint.method_tensors, **checkpoint.method_values}
-        self._statistics = dict(checkpoint.statistics)
+        self._statistics.tensors = dict(checkpoint.statistics)
         self._norms.norms = dict(checkpoint.norms)
         self.doubt = checkpoint.doubt
-        state = checkpoint.machine
-        self._learned = state.stage == "trained" and self.config.schedule.learns(state.round)
-        if self._moments is not None:
-            self._moments.norms = dict(checkpoint.moment_norms) or self._moments.norms_now()
+        self._moments.restore(checkpoint.moment_norms)
+        machine = checkpoint.machine
+        self._learned = machine.stage == "trained" and self.config.schedule.learns(machine.round)
         return note
 
     def data_now(self) -> dict[str, int | float | str]:
         """Return what a checkpoint remembers of the data; nothing where the user's own loop reads them."""
         own = isinstance(self.trainer, Trainer)
-        return describe_data(self._own, self.trainer.batches, self.part) if own else {}
+        return describe_data(self._sets.own, self.trainer.batches, self.part) if own else {}
 
     def schema(self) -> str:
         """Return the hash of the model's tensor names, shapes and types."""
@@ -283,14 +241,14 @@ class Learner:
             return Moves()
         if self.spec is None:
             return Moves()
-        source = Peer(peer, self._open(snapshot)[0], weight=0.0)
+        source = Peer(peer, self._open(snapshot).weights, weight=0.0)
         try:
             permutations = adopt(self.trainer.weights(copy=False), source, self._plan, self._context(number))
         except PeerError:
             return None  # the merge's own screen refuses this peer, and says why
         note = self.trainer.permute(self.spec, permutations)
         self._recorder.forget()  # in another order of units the change since the last snapshot is no small one
-        self._statistics = dict(permuted(self._statistics, self.spec, permutations))
+        self._statistics.permute(self.spec, permutations)
         return Moves(moved_share(permutations), moved_by_group(permutations), note)
 
     def merge(self, action: MergeAction, sources: Mapping[str, Path], evaluate: str) -> MergeResult:
@@ -299,78 +257,62 @@ class Learner:
         `sources`: the snapshots' files, by peer; `evaluate`: "all" (test metrics before and after), "after" or "none";
         of several mixing steps before the first and after the last.
         """
-        number, schedule = action.round, self.config.schedule
-        first = schedule.begins_round(number)
-        last = evaluate != "none" and schedule.ends_round(number)
-        start = time.thread_time()
-        before = self.evaluate(self._first.former) if evaluate == "all" and first else {}
-        ready = time.thread_time()
-        parts: list[Peer] = []
-        statistics: dict[str, Weights] = {OWN: self._statistics}
-        moments: dict[str, Weights] = {}
-        for part in action.parts:
-            weights, statistics[part.peer], moments[part.peer] = self._open(sources[part.peer])
-            parts.append(Peer(part.peer, weights, part.weight, part.same_basis))
-        parts, apart = self._first.split(action.round, parts)
-        unfit = {peer.name: why for peer in apart if (why := self._unfit(peer.name, peer.weights))}
-        aux = statistics if self._plan.statistics else None
-        checks = None if self._moments is None else self._moments.checks(moments)
-        context = self._context(action.round, aux, checks)
-        own_weight = action.own_weight + sum(peer.weight for peer in apart)
-        outcome = merge(self.trainer.weights(copy=False), own_weight, parts, self._plan_of(first), context)
-        self.method = context.state or {}
-        self._statistics = {}  # they are of the weights before
-        changed = outcome.accepted > 0 and bool(outcome.mixing)
+        schedule = self.config.schedule
+        first, last = schedule.begins_round(action.round), schedule.ends_round(action.round)
+        metrics = MergeMetrics(self.evaluate, evaluate, first=first, last=last)
+        timer = StageTimer(thread_time)
+        metrics.take_before(self._first.former)
+        timer.lap("evaluate")
+        opened = {part.peer: self._open(sources[part.peer]) for part in action.parts}
+        peers = [Peer(part.peer, opened[part.peer].weights, part.weight, part.same_basis) for part in action.parts]
+        split = self._first.split(action.round, peers, self._unfit)
+        outcome = self._merge_weights(action, split, opened, self._plan_of(first))
         held = outcome.weights
-        if changed:
+        if outcome.changes:
             self.trainer.exchange_weights(held)  # from here on own weights of before are held
-        merged = time.thread_time()
-        after = before if last else {}
-        if last and (changed or self._first.former is not None or not before):
-            after = self.evaluate()
-        checked = changed and not self._plan.keep_not_finite
-        lost = [name for name, value in after.items() if not isfinite(value)] if checked else []
-        if lost:
-            self.trainer.exchange_weights(held)
-            before = before or self.evaluate()
-            if any(isfinite(before.get(name, nan)) for name in lost):
-                note = f"{WARNING}after the merge {' and '.join(lost)} is not finite: {NOT_KEPT}"
-                outcome = replace(outcome, accepted=0.0, notes=(*outcome.notes, note))
-                after = before
-            else:  # it was not finite before, so the merge is not to blame
-                self.trainer.exchange_weights(held)
-        evaluated = time.thread_time()
-        if changed and outcome.accepted > 0 and self._moments is not None:
-            notes = self._moments.merge(outcome, moments, self.spec)
+        timer.lap("merge")
+        metrics.take_after(changed=outcome.changes or self._first.former is not None)
+        if not self._plan.keep_not_finite:
+            outcome = metrics.keep_if_finite(outcome, held, self.trainer)
+        timer.lap("evaluate")
+        if outcome.changes:
+            notes = self._moments.merge(outcome, {peer: each.moments for peer, each in opened.items()}, self.spec)
             outcome = replace(outcome, notes=(*outcome.notes, *notes))
-        settled = time.thread_time()
-        refused, cpu_s = {**outcome.refused, **unfit}, {"merge": (merged - ready) + (settled - evaluated)}
-        if self._first.teaches([peer for peer in apart if peer.name not in unfit]):
-            own = held if changed and outcome.accepted > 0 else self.trainer.weights()
-            known = [peer for peer in (*parts, *apart) if peer.name not in refused]
-            norms, moved = self._norms.now(), {} if self._moments is None else self._moments.norms_now()
-            self._first.carry_over(self.trainer, action.round, own, known)
-            self._norms.after_training(norms)
-            if self._moments is not None:
-                self._unsaid += self._moments.after_training(moved)
-            cpu_s["train"] = time.thread_time() - settled
-            after = self.evaluate() if last else after
-        cpu_s["evaluate"] = (
-            (evaluated - start) + (time.thread_time() - settled) - (merged - ready) - cpu_s.get("train", 0.0)
-        )
+        timer.lap("merge")
+        refused = split.refused(outcome.refused)
+        if self._first.teaches(split):
+            own = held if outcome.changes else self.trainer.weights()
+            with self._own_training():
+                self._first.teach(self.trainer, action.round, own, split, refused)
+            timer.lap("train")
+            metrics.take_after(changed=True)
+        timer.lap("evaluate")
         if outcome.doubtful and outcome.accepted > 0:
             self.doubt = (self.doubt[0] or action.round, action.round)
         return MergeResult(
             refused=refused,
             accepted=outcome.accepted,
-            before=before,
-            after=after,
+            before=metrics.before,
+            after=metrics.after,
             notes=(*outcome.notes, *self._first.done()),
-            cpu_s=cpu_s,
+            cpu_s=timer.seconds,
             # a method that does not align gives no permutations, and "none moved" would be said of nothing
             moved={peer: share for peer, share in outcome.moved.items() if outcome.permutations[peer]},
             moved_groups={peer: moved_by_group(p) for peer, p in outcome.permutations.items() if p},
         )
+
+    def _merge_weights(
+        self, action: MergeAction, split: PeerSplit, opened: Mapping[str, Opened], plan: MergePlan
+    ) -> MergeOutcome:
+        """Merge own weights with those of peers; the model still has its own."""
+        statistics = {OWN: self._statistics.tensors, **{peer: each.statistics for peer, each in opened.items()}}
+        checks = self._moments.checks({peer: each.moments for peer, each in opened.items()})
+        context = self._context(action.round, statistics if self._plan.statistics else None, checks)
+        own_weight = action.own_weight + split.left_out_weight
+        outcome = merge(self.trainer.weights(copy=False), own_weight, split.merged, plan, context)
+        self.method = context.state or {}
+        self._statistics.forget()
+        return outcome
 
     def _plan_of(self, first: bool) -> MergePlan:
         """Return how an exchange merges, the first of a round or a further one.
@@ -398,15 +340,10 @@ class Learner:
 
     def fault_of(self, checkpoint: Checkpoint) -> str:
         """Return why an agent cannot go on from a checkpoint though it is whole, or nothing."""
-        if self._plan.keep_not_finite:
-            return ""
         tensors = checkpoint.trainer.tensors
-        weights = {name.removeprefix("model/"): tensors[name] for name in tensors if name.startswith("model/")}
-        try:
-            norms_of(weights, natures_of(weights, self.trainer.model))
-        except MergeError as error:
-            return str(error)
-        return ""
+        return self._norms.not_finite(
+            {name.removeprefix("model/"): tensors[name] for name in tensors if name.startswith("model/")}
+        )
 
     def _judge(self, weights: Weights) -> float:
         """Score weights on the test set, by the loss where it is known, else by the task's metric; NaN where there is
@@ -414,23 +351,15 @@ class Learner:
         values = self.trainer.evaluate(self.task.data("test"), weights)
         return -values["loss"] if "loss" in values else values.get(self.task.metric, nan)
 
-    def _open(self, snapshot: Path) -> tuple[Weights, Weights, Weights]:
-        """Return a snapshot's weights and, where merges rest on statistics, those, and where moments are merged, those.
-        Elsewhere they are tensors too many, which the screen refuses."""
-        weights, own = open_weights(snapshot), self.trainer.model.state_dict()
-        statistics: Weights = {}
-        moments: Weights = {}
-        if self._moments is not None:
-            weights, moments = apart(weights, own, PREFIXES)
-        if self._plan.statistics:
-            weights, statistics = apart(weights, own)
-        return weights, statistics, moments
+    def _open(self, snapshot: Path) -> Opened:
+        own, statistics = self.trainer.model.state_dict(), bool(self._plan.statistics)
+        return open_snapshot(snapshot, own, statistics=statistics, moments=self._moments.used)
 
     def _context(
         self, number: int, aux: Mapping[str, Weights] | None = None, checks: Callable[[str], None] | None = None
     ) -> MergeContext:
         order = torch_generator(self.config.seed, "align", self.name, number)
-        batches = self.trainer.input_batches(self._shared_inputs(), self.config.train.eval_batch_size, order)
+        batches = self.trainer.input_batches(self._sets.compared(), self.config.train.eval_batch_size, order)
         return MergeContext(
             model=self.trainer.model,
             spec=self.spec,
@@ -446,25 +375,7 @@ class Learner:
             observer_cache=self.observers,
         )
 
-    def _shared_inputs(self) -> Data:
-        """Return the examples on which networks are compared and BatchNorm is re-estimated."""
-        if self._plan.align_data == "local":
-            return self._own
-        if self._plan.align_data == "pooled":
-            return self.task.data("train")
-        return self._probe()
-
-    def _probe(self) -> Data:
-        probe = self.task.data("probe")
-        return Subset(probe, torch.arange(min(self._plan.probe_samples, len(probe))))
-
-    def _score_asked(self) -> bool:
-        """Tell whether merges are judged by the task's metric."""
-        judged = self._plan.combine.settings.get("objective")  # a combine method may judge by score too
-        return self._plan.accept.name == "no-worse" or judged == "score"
-
     def _score(self) -> Callable[[Mapping[str, Tensor]], float] | None:
-        if not self._score_asked():
-            return None
-        data = self._hold_out if self._hold_out is not None else self._probe()
-        return lambda weights: self.trainer.evaluate(data, weights)[self.task.metric]
+        """Return what judges weights by the task's metric, None where nothing asks for it."""
+        data = self._sets.judged()
+        return None if data is None else lambda weights: self.trainer.evaluate(data, weights)[self.task.metric]

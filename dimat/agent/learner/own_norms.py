@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
-from dimat.errors import MergeError
+from dimat.errors import DimatError, MergeError
 from dimat.merge.growth import Reference
 from dimat.merge.natures import natures_of
 from dimat.merge.pipeline import LARGE
-from dimat.merge.screen import norms_of
+from dimat.merge.screen import norm_of, norms_of, screen
+from dimat.merge.stages import Weights
 from dimat.train.base import ModelTrainer
 
 
@@ -52,3 +54,23 @@ class OwnNorms:
         """Tell whether the current weights are no larger than usual."""
         reference = self.reference()
         return reference is None or reference.excess(self.now())[0] <= LARGE
+
+    def unfit(self, peer: str, weights: Weights, options: Mapping[str, Any]) -> str:
+        """Return why a peer's weights do not pass the screen, whose `options` are given, or an empty string."""
+        own = self._trainer.weights(copy=False)
+        natures = natures_of(own, self._trainer.model)
+        try:
+            screen(own, weights, peer, norm_of(own, natures), natures, self.reference(), **options)
+        except DimatError as error:
+            return str(error)
+        return ""
+
+    def not_finite(self, weights: Weights) -> str:
+        """Return which weights of the agent's own, from a checkpoint, are not finite; "" where nothing is bounded."""
+        if not self._used:
+            return ""
+        try:
+            norms_of(weights, natures_of(weights, self._trainer.model))
+        except MergeError as error:
+            return str(error)
+        return ""

@@ -32,26 +32,34 @@ class SharedMoments:
     """The moments of one agent's optimizer in `train.optimizer_state = "merged"`.
 
     `encoding`: in which they travel; `plan`: of the merges, which bounds what peers send and may hold layers back;
-    `norms`: those that own training has made them have, empty before the first.
+    `used`: if false they stay the agent's own: none are sent, awaited or changed; `norms`: those that own training has
+    made them have, empty before the first.
     """
 
-    def __init__(self, trainer: ModelTrainer, encoding: str, plan: MergePlan) -> None:
+    def __init__(self, trainer: ModelTrainer, encoding: str, plan: MergePlan, *, used: bool = True) -> None:
         self._trainer = trainer
         self._encoding = encoding
         self._plan = plan
         self._told = False
+        self.used = used
         self.norms: dict[str, float] = {}
 
     def encoded(self) -> dict[str, Tensor]:
         """Return the tensors that the moments travel as, by names without `aux.`."""
-        return encode_moments(self._trainer.moments(), self._encoding)
+        return encode_moments(self._trainer.moments(), self._encoding) if self.used else {}
 
     def norms_now(self) -> dict[str, float]:
         """Return the norms of the moments as they are."""
-        return norms_of_moments(self._trainer.moments())
+        return norms_of_moments(self._trainer.moments()) if self.used else {}
+
+    def restore(self, norms: Mapping[str, float]) -> None:
+        """Go on with the norms of a checkpoint; one of an older version has none."""
+        self.norms = dict(norms) or self.norms_now() if self.used else {}
 
     def after_training(self, before: Mapping[str, float]) -> tuple[str, ...]:
         """Let the reference follow what training has made of the norms, `before` given; return notes for people."""
+        if not self.used:
+            return ()
         own = self._trainer.moments()
         after = norms_of_moments(own)
         followed = reference_of(self.norms, own).after_training(before, after)
@@ -70,6 +78,8 @@ class SharedMoments:
 
     def check(self, peer: str, tensors: Weights) -> None:
         """Check what came beside a peer's weights; PeerError says what is wrong."""
+        if not self.used:
+            return
         check_moments(peer, tensors, self._trainer.model.state_dict(), self._trainer.moments())
 
     def checks(self, came: Mapping[str, Weights]) -> Callable[[str], None]:
@@ -81,6 +91,8 @@ class SharedMoments:
 
         `came`: by peer what travelled beside its weights.
         """
+        if not self.used:
+            return ()
         own, model = self._trainer.moments(), self._trainer.model
         weights = model.state_dict()
         peers = [
@@ -108,6 +120,8 @@ class SharedMoments:
 
     def adopt(self, tensors: Weights) -> str:
         """Go on with another agent's moments, which have been checked; return what a person should know, or ""."""
+        if not self.used:
+            return ""
         anew = self._trainer.adopt_moments(decoded_moments(tensors))
         self.norms = self.norms_now()
         if not anew:

@@ -10,11 +10,43 @@ import torch
 from torch import Tensor, nn
 
 from dimat.errors import ConfigError, DimatError
-from dimat.merge import MergePlan
-from dimat.merge.stages import Inputs
+from dimat.merge import MergePlan, Permutations
+from dimat.merge.shared_statistics import permuted
+from dimat.merge.stages import Inputs, Weights
 from dimat.seeds import torch_generator
+from dimat.symmetry import SymmetrySpec
 from dimat.tasks.base import Data, Task
 from dimat.tasks.data import batch_bounds
+
+
+class OwnStatistics:
+    """The statistics that an agent's next merge rests on, from the end of training to the merge.
+
+    `data`: the agent's own; `tensors`: at its weights and in their basis, empty where merges rest on none.
+    """
+
+    def __init__(self, plan: MergePlan, task: Task, data: Data, batch_size: int) -> None:
+        self._plan = plan
+        self._task = task
+        self._data = data
+        self._batch_size = batch_size
+        self.tensors: dict[str, Tensor] = {}
+
+    def take(self, model: nn.Module, generator: torch.Generator) -> None:
+        """Take them at the model's weights (see `take_statistics`)."""
+        self.tensors = take_statistics(self._plan, self._task, model, self._data, self._batch_size, generator)
+
+    def adopt(self, tensors: Weights) -> None:
+        """Go on with those of another agent, whose weights are taken over whole."""
+        self.tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+
+    def permute(self, spec: SymmetrySpec, permutations: Permutations) -> None:
+        """Bring them into the basis that the weights are permuted into."""
+        self.tensors = dict(permuted(self.tensors, spec, permutations))
+
+    def forget(self) -> None:
+        """Let them go: the weights they were taken at have changed."""
+        self.tensors = {}
 
 
 def take_statistics(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
-from math import fsum, hypot, isfinite
+from math import fsum, isfinite
 from typing import Annotated, Any, Literal
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dimat.errors import MergeError
 from dimat.merge.registry import combine_registry
 from dimat.merge.stages import PutAway, Weights
-from dimat.merge.tensors.pieces import PIECE
+from dimat.merge.tensors.double_precision import by_parts, difference, distance, total_of
 from dimat.merge.tensors.projection import FoldLayout, Split
 from dimat.merge.tensors.streaming import MergedWeights, needs_base
 from dimat.merge.tensors.task_vectors import copy_of
@@ -180,7 +180,7 @@ class Fold:
             for party, digest, found in zip(parties, digests, squares):
                 tensor = self.read(party.weights, name, party.title)
                 absorb(digest, name, tensor)
-                norm = _distance(tensor.to(device), base.to(device))
+                norm = distance(tensor.to(device), base.to(device))
                 if not isfinite(norm):
                     title = party.title if torch.isfinite(base).all() else "the base"
                     raise MergeError(f"opcm: tensor {name!r} of {title} holds values that are not finite")
@@ -211,7 +211,7 @@ class Fold:
         device = self.layout.meta[name].device
         own = self.read(party.weights, name, party.title)
         delta = torch.empty(own.shape, dtype=torch.complex128 if own.is_complex() else torch.float64, device=device)
-        return _by_parts(delta, _difference, own.to(device), former.to(device))
+        return by_parts(delta, difference, own.to(device), former.to(device))
 
     def _narrow(self, delta: Tensor, name: str) -> Tensor:
         exact = self.dtype == torch.float64 or delta.is_complex() or self.layout.meta[name].dtype == torch.float64
@@ -223,37 +223,8 @@ class Fold:
         result = torch.empty(meta.shape, dtype=meta.dtype, device=meta.device)
         base = self.read(self.base, name, "the base").to(meta.device)
         if factor is None:
-            return _by_parts(result, _sum, base, delta.to(meta.device))
-        return _by_parts(result, lambda one, other: _sum(one, other * factor), base, delta.to(meta.device))
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
-
-
-def _difference(one: Tensor, other: Tensor) -> Tensor:
-    return _wide(one) - _wide(other)
-
-
-def _sum(one: Tensor, other: Tensor) -> Tensor:
-    return _wide(one) + _wide(other)
-
-
-def _by_parts(out: Tensor, function: Callable[[Tensor, Tensor], Tensor], one: Tensor, other: Tensor) -> Tensor:
-    """Fill `out`, a dense tensor, by a function of each element; on the CPU some elements at a time, so that what is in
-    double precision in between stays in the processor's cache."""
-    if out.device.type != "cpu":
-        return out.copy_(function(one, other))
-    for part, *parts in zip(*(tensor.reshape(-1).split(PIECE) for tensor in (out, one, other))):
-        part.copy_(function(*parts))
-    return out
-
-
-def _distance(one: Tensor, other: Tensor) -> float:
-    """Return the norm of a difference in double precision."""
-    size = PIECE if one.device.type == "cpu" else max(one.numel(), 1)
-    parts = zip(one.reshape(-1).split(size), other.reshape(-1).split(size))
-    return hypot(*(float(torch.linalg.vector_norm(_difference(*pair))) for pair in parts))
+            return by_parts(result, total_of, base, delta.to(meta.device))
+        return by_parts(result, lambda one, other: total_of(one, other * factor), base, delta.to(meta.device))
 
 
 def _stacked(tensors: Sequence[Tensor]) -> Tensor:

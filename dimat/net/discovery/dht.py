@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import ipaddress
 import os
 import random
-import re
 import shutil
 import tempfile
 import time
@@ -25,6 +23,7 @@ from dimat.errors import ConfigError, NetworkError, SecurityError
 from dimat.net.backoff import Backoff, Reminders
 from dimat.net.discovery.address_records import AddressRecord, open_record, record_key, seal_record
 from dimat.net.discovery.child_process import TOKEN_VARIABLE, ChildProcess, PidFile, RequestError
+from dimat.net.discovery.dht_addresses import check_bootstrap, port_of, split_listen
 from dimat.net.discovery.map_records import MapRecord, map_key, open_map
 from dimat.net.limits import (
     DHT_MISSES,
@@ -35,30 +34,6 @@ from dimat.net.limits import (
     DHT_STEADY_S,
     MAX_CA_BYTES,
 )
-
-_BOOTSTRAP = re.compile(r"(/(ip4|ip6|dns|dns4|dns6)/[^/\s]{1,253})/tcp/[0-9]{1,5}/p2p/[1-9A-HJ-NP-Za-km-z]{20,80}")
-
-
-def check_bootstrap(address: str) -> str:
-    """Return a bootstrap node's address as it is; ConfigError unless it is a multiaddress with a peer's identity."""
-    if not _BOOTSTRAP.fullmatch(address):
-        raise ConfigError(
-            f"DHT bootstrap {address!r} is not an address as `dimat dht` prints it: /ip4/HOST/tcp/PORT/p2p/IDENTITY"
-        )
-    return address
-
-
-def split_listen(listen: str) -> tuple[str, int]:
-    """Return host and port of `host:port`; ConfigError unless the host is an IP address (IPv6 in brackets)."""
-    host, _, port = listen.rpartition(":")
-    bracketed = host.startswith("[") and host.endswith("]")
-    try:
-        address = ipaddress.ip_address(host[1:-1] if bracketed else host)
-        if not (port.isdecimal() and int(port) < 65536 and bracketed == (address.version == 6)):
-            raise ValueError
-    except ValueError:
-        raise ConfigError(f"DHT listen address {listen!r} is not IP:port, e.g. 0.0.0.0:7301") from None
-    return str(address), int(port)
 
 
 class DhtNode:
@@ -309,7 +284,7 @@ class DhtNode:
 
     async def _serve(self, child: ChildProcess) -> str:
         self._take(await child.attach(DHT_START_S))
-        self._port = self._port or _port_of(self._addresses)  # a restarted node keeps its port, by which others know it
+        self._port = self._port or port_of(self._addresses)  # a restarted node keeps its port, by which others know it
         self._due.clear()
         self.healthy = True
         self.changed.set()
@@ -386,14 +361,6 @@ class DhtNode:
 
 def _unsigned(record: AddressRecord) -> bytes:
     return seal_record(record, None, b"")
-
-
-def _port_of(addresses: Sequence[str]) -> int:
-    for address in addresses:
-        match = re.search(r"/tcp/([0-9]+)/", address)
-        if match is not None:
-            return int(match[1])
-    return 0
 
 
 def _environment(token: str) -> dict[str, str]:

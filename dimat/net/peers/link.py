@@ -11,11 +11,10 @@ from typing import Any
 from grpc import aio
 
 from dimat.errors import DimatError, NetworkError, PeerError, SecurityError
-from dimat.net.backoff import Backoff, Breaker, Reminders
-from dimat.net.compatibility import Profile, quoted
+from dimat.net.backoff import Backoff, Breaker, FaultNotices, Reminders
+from dimat.net.compatibility import Profile
 from dimat.net.limits import (
     CLOCKS_DIFFER_S,
-    MOST_NOTICES,
     MOST_OFFERED,
     POLL_PAUSE_S,
     POLL_REPLY_S,
@@ -24,6 +23,7 @@ from dimat.net.limits import (
 )
 from dimat.net.manifest import ManifestLimits, SignedManifest, unseal
 from dimat.net.peers.connection import Code, Connection, ConnectionBrokenError, Connector, PeerRefusedError, error_text
+from dimat.net.peers.presence import Presence
 from dimat.net.threads import BackgroundTasks, Notifier, Threads
 from dimat.net.transport import PeerListener
 from dimat.wire.v1 import peer_pb2 as pb
@@ -77,21 +77,17 @@ class PeerLink:
         self._changed = Notifier()
         self._wake = Notifier()
         self._dropped: asyncio.Event = asyncio.Event()
-        self._lost_timer: asyncio.TimerHandle | None = None
-        self._lost_told = False
-        self._parting = ""  # the reason that it gave when it left, until it is reached again
         self._unreached = False  # whether the last attempt to reach it has failed
-        self._gone = ""  # why waiting for it is of no use, until it is reached again
         self._reason = "it was not reached yet"
+        self._presence = Presence(peer, limits.lost_after_s, listener.lost, lambda: self._refusal or self._reason)
         self._reminders = Reminders(listener.noticed)
-        self._noticed: set[str] = set()
-        self._faults = 0  # all of them, told or not
+        self._faults = FaultNotices(peer, listener.noticed)
         self._woken_s = float("-inf")
 
     # ── for the transport ─────────────────────────────────────────────────────────────────────────────────────
     def start(self, tasks: BackgroundTasks) -> None:
         """Begin to follow the peer, in one of `tasks`."""
-        self._out_of_reach()
+        self._presence.out_of_reach()
         self._task = tasks.start(self._follow(), f"link to {self.peer}")
 
     async def stop(self) -> None:
@@ -99,6 +95,7 @@ class PeerLink:
         self._stopped = True
         self._changed.fire()
         self._in_reach()
+        self._presence.close()
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
@@ -133,8 +130,8 @@ class PeerLink:
                 raise NetworkError(f"{self.peer}: {self._refusal}")
             if self._connection is not None:
                 return self._connection
-            if self._gone:
-                raise NetworkError(f"{self.peer} is gone: {self._gone}")
+            if self._presence.gone:
+                raise NetworkError(f"{self.peer} is gone: {self._presence.gone}")
             await self._changed.wait()
 
     def drop(self, connection: Connection, reason: str) -> None:
@@ -153,7 +150,7 @@ class PeerLink:
             "address": self._connection.address if self._connection else self._last_good,
             "trouble": "" if self._connection else self._refusal or self._reason,
             "rounds": sorted(round_ for round_, _ in self._offers),
-            "faults": self._faults,
+            "faults": self._faults.count,
             "heard_s": None if last_s is None else asyncio.get_running_loop().time() - last_s,
         }
 
@@ -178,13 +175,13 @@ class PeerLink:
                 self._reason = error_text(error)
                 self._breaker.failed()
                 wait_s = self._breaker.wait_s(self._backoff.next())
-                if self._lost_told:
+                if self._presence.lost:
                     self._reminders.tell("reach", f"{self.peer} is out of reach: {self._reason}; it is tried on")
             except Exception as error:  # a bug must not end the loop, nor hide
                 self._reason = f"{type(error).__name__}: {error}"
                 self._breaker.failed()
                 wait_s = self._breaker.wait_s(self._backoff.next())
-                self._notice_once(f"following {self.peer} failed: {self._reason}")
+                self._faults.tell(f"following {self.peer} failed: {self._reason}")
             self._disconnected()
             try:
                 async with asyncio.timeout(wait_s):
@@ -253,7 +250,7 @@ class PeerLink:
         except TimeoutError:
             return ()
         except DimatError as error:
-            self._notice_once(f"no addresses of {self.peer} were found: {error}")
+            self._faults.tell(f"no addresses of {self.peer} were found: {error}")
             return ()
 
     async def _poll_offers(self, connection: Connection) -> None:
@@ -278,7 +275,7 @@ class PeerLink:
                 await self._take(connection, reply, told)
                 if reply.leaving and not left:
                     left = True
-                    self._left(reply.leaving)
+                    self._presence.leaves(reply.leaving, max((round_ for round_, _ in self._offers), default=0))
                 # a peer that answers at once with nothing new must not be polled in a rush
                 await asyncio.sleep(began_s + POLL_PAUSE_S - asyncio.get_running_loop().time())
         finally:
@@ -333,7 +330,7 @@ class PeerLink:
                 if signed.manifest.schema != self._profile.schema:
                     raise PeerError(f"manifest of {self.peer} refused: it is of another model than it said hello with")
             except (PeerError, SecurityError) as error:
-                self._notice_once(f"{self.peer} offers what cannot be taken: {error}")
+                self._faults.tell(f"{self.peer} offers what cannot be taken: {error}")
                 continue
             offers[signed.manifest.round, signed.manifest.payload.root] = signed
         if self._dropped.is_set():
@@ -370,52 +367,18 @@ class PeerLink:
         self._backoff.reset()
         self._breaker.succeeded()
         self._reminders.over("reach")
-        self._lost_told = False
-        self._parting = self._gone = ""
-        if self._lost_timer is not None:
-            self._lost_timer.cancel()
-            self._lost_timer = None
+        self._presence.in_reach()
 
     def _disconnected(self) -> None:
         """Count the peer as out of reach, unless transfers still drain."""
         if self._draining:
             return
-        self._out_of_reach()
-        if self._parting and self._unreached:  # it said so, and does not answer any more
-            self._give_up(f"it has left ({quoted(self._parting)})")
-
-    def _give_up(self, reason: str) -> None:
-        """End the waiting for a connection with NetworkError, until the peer is reached again."""
-        self._gone = reason
-        self._changed.fire()
-
-    def _out_of_reach(self) -> None:
-        if self._lost_timer is None and not self._lost_told and not self._stopped:
-            self._lost_timer = asyncio.get_running_loop().call_later(self._limits.lost_after_s, self._lose)
-
-    def _lose(self) -> None:
-        self._lost_timer = None
-        self._lost_told = True
-        self._listener.lost(self.peer, self._refusal or self._reason, 0)
-
-    def _left(self, reason: str) -> None:
-        self._lost_told, self._parting = True, reason
-        last = max((round_ for round_, _ in self._offers), default=0)
-        self._listener.lost(self.peer, f"it has left ({quoted(reason)})", last)
+        self._presence.out_of_reach()
+        if self._unreached and self._presence.unanswered():
+            self._changed.fire()
 
     def _refuse(self, reason: str) -> None:
         if reason != self._refusal:
             self._refusal = reason
             self._listener.refused(self.peer, reason)
         self._changed.fire()
-
-    def _notice_once(self, message: str) -> None:
-        """Pass a message to the listener, once; a peer that always finds another fault is not told of for ever."""
-        self._faults += 1
-        if message in self._noticed or len(self._noticed) > MOST_NOTICES:
-            return
-        self._noticed.add(message)
-        self._listener.noticed(message)
-        if len(self._noticed) == MOST_NOTICES:
-            self._noticed.add("")
-            self._listener.noticed(f"further faults of {self.peer} are counted in the status, and not told one by one")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from math import nan
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,10 +12,8 @@ from dimat.agent.learner.checkpoint import Stored, read_state, write_state
 from dimat.agent.learner.learner import Learner
 from dimat.agent.setup.loaded_task import derive_checked
 from dimat.errors import DataError
-from dimat.events import WARNING
 from dimat.merge.matching.assignment import moved_share
 from dimat.simulate.world.scenario import prepare
-from dimat.tasks.base import Data
 from tests.agent.learner.rounds import merged, trained
 from tests.simulate.helpers import tiny_experiment
 
@@ -57,26 +53,6 @@ def test_merge_with_nobody_keeps_own_weights_bit_for_bit(tmp_path: Path) -> None
     assert all(torch.equal(v, state.tensors[k]) for k, v in one.trainer.state().tensors.items())
 
 
-@pytest.mark.parametrize(("wanted", "given"), [(7, 7), (10_000, None)])
-def test_networks_are_compared_on_so_many_probe_samples(
-    wanted: int, given: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Reference: the first `merge.probe_samples` of the task's probe set, all of it where it has fewer."""
-    one, two = agents(tmp_path, merge={"method": "dimat", "align_data": "probe", "probe_samples": wanted})
-    probe = one.task.data("probe")
-    peer = trained(two, 1, learn=True).payload
-    trained(one, 1, learn=True)
-    seen: list[Data] = []
-    batches = one.trainer.input_batches
-    monkeypatch.setattr(one.trainer, "input_batches", lambda data, *rest: seen.append(data) or batches(data, *rest))
-    merged(one, 1, 0.5, [("two", one.store / f"{peer.root}.safetensors", 0.5, True)], "none")
-    assert seen
-    first = torch.arange(given or len(probe))
-    for data in seen:
-        assert len(data) == len(first)
-        torch.testing.assert_close(data.batch(first).inputs[0], probe.batch(first).inputs[0], rtol=0, atol=0)
-
-
 def test_a_peer_with_nan_is_refused_and_named(tmp_path: Path) -> None:
     """Bad input: a NaN in a peer's weights; its mass goes to self, the other peer is merged, own weights live."""
     one, two = agents(tmp_path, merge__method="average")
@@ -108,28 +84,6 @@ def test_a_peer_with_a_negative_variance_is_refused(tmp_path: Path) -> None:
     report = merged(one, 1, 0.5, [("two", tmp_path / "bad.safetensors", 0.5, True)], "all")
     assert "'bn1.running_var' is a variance and holds" in report.refused["two"]
     assert report.after == report.before
-    assert all(torch.equal(v, before[k]) for k, v in one.trainer.weights().items())
-
-
-def test_a_merge_with_metrics_that_are_not_finite_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Finite weights, NaN as loss after the merge and a number before it: own weights go on, and a warning says so."""
-    one, two = agents(tmp_path, merge__method="average")
-    peer = trained(two, 1, learn=True).payload
-    trained(one, 1, learn=True)
-    before, evaluate = one.trainer.weights(), one.trainer.evaluate
-    weight = next(iter(before))
-
-    def judged(*given: Any) -> dict[str, float]:
-        own = torch.equal(one.trainer.weights()[weight], before[weight])
-        return evaluate(*given) if own else {**evaluate(*given), "loss": nan}
-
-    monkeypatch.setattr(one.trainer, "evaluate", judged)
-    report = merged(one, 1, 0.5, [("two", one.store / f"{peer.root}.safetensors", 0.5, True)], "after")
-    assert report.accepted == 0
-    assert report.after == evaluate(one.task.data("test"))
-    assert report.notes[-1] == (
-        f"{WARNING}after the merge loss is not finite: the merge is not kept, own weights go on"
-    )
     assert all(torch.equal(v, before[k]) for k, v in one.trainer.weights().items())
 
 

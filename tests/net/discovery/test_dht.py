@@ -13,9 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from dimat.errors import ConfigError
 from dimat.net.discovery.address_records import AddressRecord, seal_record
-from dimat.net.discovery.dht import DhtNode, check_bootstrap, split_listen
+from dimat.net.discovery.dht import DhtNode
 from dimat.net.discovery.resolver import AddressResolver, Announcement
 from tests.net.authority import Authority
 from tests.net.nodes import make_node, make_record, needs_hivemind, until, until_there, up
@@ -170,16 +169,3 @@ async def test_discovery_over_the_dht(network: Network, tmp_path: Path) -> None:
     finally:
         await a.close()
         await b.close()
-
-
-def test_addresses_that_cannot_be_are_named() -> None:
-    assert split_listen("[::1]:7301") == ("::1", 7301)
-    for listen in ("7301", "localhost:7301", "1.2.3.4:", "1.2.3.4:70000", ":::1"):
-        with pytest.raises(ConfigError, match="is not IP:port"):
-            split_listen(listen)
-    peer = "QmTqiERyn26Mzop2zxUaTRvKMdYypMqW3LDKBb8ZBQfdR2"
-    for good in (f"/ip4/1.2.3.4/tcp/7301/p2p/{peer}", f"/dns4/boot.example.org/tcp/7301/p2p/{peer}"):
-        assert check_bootstrap(good) == good
-    for bad in ("1.2.3.4:7301", "/ip4/1.2.3.4/tcp/7301", f"/ip4/1.2.3.4/tcp/7301/p2p/{peer} ", ""):
-        with pytest.raises(ConfigError, match="is not an address as `dimat dht` prints it"):
-            check_bootstrap(bad)

@@ -129,7 +129,7 @@ async def test_a_connection_that_is_given_up_while_news_is_read_stays_so(
         monkeypatch.setattr(link, "unseal", slow)
         a.publish(2, weights(2))
         await asyncio.to_thread(reading.wait, 30)
-        peer_link._parting = "time is up"
+        peer_link._presence.parting = "time is up"
         peer_link.drop(connection, "a transfer failed")
         reached: list[object] = []
         monkeypatch.setattr(peer_link, "_in_reach", lambda: reached.append(peer_link._connection))

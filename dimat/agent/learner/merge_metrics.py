@@ -1,0 +1,59 @@
+"""Test metrics around a merge: before it, after it, and whether it has made them not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from math import isfinite, nan
+
+from torch import Tensor
+
+from dimat.events import WARNING
+from dimat.merge import MergeOutcome
+from dimat.merge.pipeline import NOT_KEPT
+from dimat.merge.stages import Weights
+from dimat.train.base import ModelTrainer
+
+
+class MergeMetrics:
+    """The metrics of one merge, empty where they are not asked for.
+
+    `evaluate`: gives those of the current weights, or of others; `asked`: "all" (before and after), "after" or "none";
+    `first`, `last`: whether the merge is the first and the last of its round, whose metrics these are.
+    """
+
+    def __init__(
+        self, evaluate: Callable[[Weights | None], dict[str, float]], asked: str, *, first: bool, last: bool
+    ) -> None:
+        self._evaluate = evaluate
+        self._with_before = asked == "all" and first
+        self._with_after = asked != "none" and last
+        self.before: Mapping[str, float] = {}
+        self.after: Mapping[str, float] = {}
+
+    def take_before(self, former: Weights | None) -> None:
+        """Evaluate before the merge; `former`: the agent's own weights, where it has taken over others since."""
+        if self._with_before:
+            self.before = self._evaluate(former)
+
+    def take_after(self, *, changed: bool) -> None:
+        """Evaluate after the merge; nothing is computed twice where the weights are not `changed` by it."""
+        if self._with_after:
+            self.after = self._evaluate(None) if changed or not self.before else self.before
+
+    def keep_if_finite(self, outcome: MergeOutcome, held: dict[str, Tensor], trainer: ModelTrainer) -> MergeOutcome:
+        """Put own weights, which are `held`, back into the trainer where the merge has made metrics not finite.
+
+        Return the outcome, as it is then.
+        """
+        lost = [name for name, value in self.after.items() if not isfinite(value)]
+        if not lost or not outcome.changes:
+            return outcome
+        trainer.exchange_weights(held)
+        self.before = self.before or self._evaluate(None)
+        if not any(isfinite(self.before.get(name, nan)) for name in lost):
+            trainer.exchange_weights(held)  # they were not finite before, so the merge is not to blame
+            return outcome
+        self.after = self.before
+        note = f"{WARNING}after the merge {' and '.join(lost)} is not finite: {NOT_KEPT}"
+        return replace(outcome, accepted=0.0, notes=(*outcome.notes, note))

@@ -1,0 +1,54 @@
+"""Test metrics around a merge, and merges that make them not finite. References: the trainer's own evaluation."""
+
+from __future__ import annotations
+
+from math import isnan, nan
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dimat.events import WARNING
+from tests.agent.learner.rounds import merged, trained
+from tests.agent.learner.test_learner import agents
+
+
+def test_a_merge_with_metrics_that_are_not_finite_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finite weights, NaN as loss after the merge and a number before it: own weights go on, and a warning says so."""
+    one, two = agents(tmp_path, merge__method="average")
+    peer = trained(two, 1, learn=True).payload
+    trained(one, 1, learn=True)
+    before, evaluate = one.trainer.weights(), one.trainer.evaluate
+    weight = next(iter(before))
+
+    def judged(*given: Any) -> dict[str, float]:
+        own = torch.equal(one.trainer.weights()[weight], before[weight])
+        return evaluate(*given) if own else {**evaluate(*given), "loss": nan}
+
+    monkeypatch.setattr(one.trainer, "evaluate", judged)
+    report = merged(one, 1, 0.5, [("two", one.store / f"{peer.root}.safetensors", 0.5, True)], "after")
+    assert report.accepted == 0
+    assert report.after == evaluate(one.task.data("test"))
+    assert report.notes[-1] == (
+        f"{WARNING}after the merge loss is not finite: the merge is not kept, own weights go on"
+    )
+    assert all(torch.equal(v, before[k]) for k, v in one.trainer.weights().items())
+
+
+def test_a_merge_is_not_to_blame_for_what_was_not_finite_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NaN as loss before the merge too: it is kept, and both metrics are told."""
+    one, two = agents(tmp_path, merge__method="average")
+    peer = trained(two, 1, learn=True).payload
+    trained(one, 1, learn=True)
+    own, other = one.trainer.weights(), two.trainer.weights()
+    evaluate = one.trainer.evaluate
+    monkeypatch.setattr(one.trainer, "evaluate", lambda *given: {**evaluate(*given), "loss": nan})
+    report = merged(one, 1, 0.5, [("two", one.store / f"{peer.root}.safetensors", 0.5, True)], "after")
+    assert report.accepted == 1
+    assert isnan(report.before["loss"])
+    assert isnan(report.after["loss"])
+    for name, tensor in one.trainer.weights().items():
+        torch.testing.assert_close(tensor, 0.5 * own[name] + 0.5 * other[name])
