@@ -224,7 +224,7 @@ OTHERS: dict[str, Case] = {
         [6, 6, 8],
     ),
     "local response": (lambda m, x: F.local_response_norm(x.mT, 3).mT @ m.extra[0], ((8, 2),), []),
-    "channel_shuffle": (lambda m, x: F.channel_shuffle(x.mT[..., None], 2)[..., 0].mT @ m.extra[0], ((8, 2),), []),
+    "channel_shuffle": (lambda m, x: F.channel_shuffle(x.mT[..., None], 2)[..., 0].mT @ m.extra[0], ((8, 2),), [2, 4]),
     "bucketize": (
         lambda m, x: (torch.bucketize(x, torch.tensor([0.0, 0.5]).to(x)).to(x) + x) @ m.extra[0],
         ((8, 2),),

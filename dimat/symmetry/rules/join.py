@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dimat.symmetry.atoms import ONE, Layout, layout_size
-from dimat.symmetry.rules.call import Call, NoRule, Result, Value, rule
+from dimat.symmetry.rules.call import Call, NoRule, Result, Value, op_name, rule
 
 
 @rule("aten.cat", "aten.concat", "aten.concatenate")
 def cat(call: Call) -> Result:
     """One axis is the concatenation of the inputs'; the others are permuted alike."""
     values = [value for value in call.tensors("tensors") if value.shape != (0,)]
-    axis = call.dim("dim", values[0].ndim)
+    return _joined(call, values, call.dim("dim", values[0].ndim))
+
+
+def _joined(call: Call, values: list[Value], axis: int) -> Value:
     dims = list(values[0].dims)
     for value in values[1:]:
         for position, layout in enumerate(value.dims):
@@ -18,6 +21,19 @@ def cat(call: Call) -> Result:
                 call.domain.unify(dims[position], layout)
     dims[axis] = call.domain.concat(value.dims[axis] for value in values)
     return Value(tuple(dims))
+
+
+@rule("aten.column_stack", "aten.hstack", "aten.vstack", "aten.row_stack")
+def side_by_side(call: Call) -> Result:
+    """As `cat` does, of vectors as columns (rows) of a matrix, or along their only axis."""
+    values = call.tensors("tensors")
+    name = op_name(call.node.target).split(".")[1]
+    axis = 0 if name in ("vstack", "row_stack") else 1
+    if any(value.ndim < 2 for value in values):
+        if name != "hstack" or any(value.ndim != 1 for value in values):
+            raise NoRule("vectors as rows or columns")
+        axis = 0
+    return _joined(call, values, axis)
 
 
 @rule("aten.stack")
