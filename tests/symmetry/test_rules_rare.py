@@ -144,6 +144,17 @@ SHAPED: dict[str, Case] = {
     "cut by a pad": (lambda m, x: F.pad(x, (-2, 0)) @ m.extra[0], ((6, 2),), [2, 6]),
     "concatenated": (lambda m, x: torch.concatenate([x, x * 2], -1) @ m.extra[0], ((16, 2),), [8]),
     "stacked columns": (lambda m, x: torch.column_stack([x[0], x[1]]) @ m.extra[0], ((16, 2),), [8]),
+    "vectors as columns": (
+        lambda m, x: torch.column_stack([m.extra[0], x[0].mT, m.extra[1]]).mT @ m.extra[2],
+        ((8,), (8, 2), (8, 2)),
+        [8],
+    ),
+    "vectors as rows": (lambda m, x: torch.vstack([x[0], m.extra[0], x[1]]) @ m.extra[1], ((8,), (8, 2)), [8]),
+    "vectors one after the other": (
+        lambda m, x: torch.hstack([x[0, 0], m.extra[0]]) @ m.extra[1],
+        ((3,), (11, 2)),
+        [3, 8],
+    ),
     "select_scatter": (lambda m, x: x.select_scatter(m.extra[0], 1, 2) @ m.extra[1], ((3, 8), (8, 2)), []),
     "positions of a pattern": (
         lambda m, x: x * torch.linspace(0, 1, 5, dtype=x.dtype)[:, None] @ m.extra[0] * torch.logspace(0, 1, 2).to(x),

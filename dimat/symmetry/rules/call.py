@@ -113,7 +113,8 @@ class Call:
     def uses(self, output: int) -> bool:
         """Tell whether one of several outputs of the operation may be used."""
         return any(
-            user.target is not operator.getitem or (user.args[1] == output and user.users) for user in self.node.users
+            user.target is not operator.getitem or (user.args[1] == output and is_used(user))
+            for user in self.node.users
         )
 
     @property
@@ -256,6 +257,20 @@ def _bind(node: fx.Node) -> dict[str, Any]:
             default = argument.default_value if argument.has_default_value() else None
             bound[argument.name] = node.kwargs.get(argument.name, default)
     return bound
+
+
+def is_used(node: fx.Node) -> bool:
+    """Tell whether anything that a graph returns, or writes into, may depend on a node."""
+    found, seen = [*node.users], set[fx.Node]()
+    while found:
+        user = found.pop()
+        if user in seen:
+            continue
+        if user.is_impure():
+            return True
+        seen.add(user)
+        found.extend(user.users)
+    return False
 
 
 def _is_given(given: Any) -> bool:

@@ -28,12 +28,13 @@ def side_by_side(call: Call) -> Result:
     """As `cat` does, of vectors as columns (rows) of a matrix, or along their only axis."""
     values = call.tensors("tensors")
     name = op_name(call.node.target).split(".")[1]
-    axis = 0 if name in ("vstack", "row_stack") else 1
-    if any(value.ndim < 2 for value in values):
-        if name != "hstack" or any(value.ndim != 1 for value in values):
-            raise NoRule("vectors as rows or columns")
-        axis = 0
-    return _joined(call, values, axis)
+    if any(not value.ndim for value in values):
+        raise NoRule("numbers as rows or columns")
+    if name == "hstack":
+        return _joined(call, values, min(values[0].ndim - 1, 1))
+    columns = name == "column_stack"
+    raised = (Value((*x.dims, ONE) if columns else (ONE, *x.dims)) if x.ndim == 1 else x for x in values)
+    return _joined(call, [*raised], int(columns))
 
 
 @rule("aten.stack")
