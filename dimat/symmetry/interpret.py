@@ -9,16 +9,16 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import fx
 
-from dimat.symmetry.atoms import Frozen, LayoutError
+from dimat.symmetry.atoms import Frozen, Layout, LayoutError
 from dimat.symmetry.forms import Form, form_of, made
 from dimat.symmetry.layout import Domain
-from dimat.symmetry.rules import Call, NoRule, Value, find_rule
+from dimat.symmetry.rules import Call, NoRule, Value, create, find_rule, random
 from dimat.symmetry.rules.call import Abstract, op_name
 from dimat.symmetry.trace import Trace, shape_of
 
@@ -89,7 +89,7 @@ def _once(trace: Trace, outputs: tuple[int, ...], forms: dict[tuple[str, int], F
                 _freeze_outputs(analysis, path, outputs)
             else:
                 _visit(analysis, path.module, node)
-                if any(source in analysis.from_input for source in node.all_input_nodes):
+                if not _is_blank(node) and any(source in analysis.from_input for source in node.all_input_nodes):
                     analysis.from_input.add(node)
     # resolving may still freeze what cannot be written down, and that may reach other layouts
     for _ in range(2):
@@ -97,6 +97,12 @@ def _once(trace: Trace, outputs: tuple[int, ...], forms: dict[tuple[str, int], F
             analysis.domain.resolve(layout)
     analysis.domain.pair_lookups()
     return analysis
+
+
+def _is_blank(node: fx.Node) -> bool:
+    """Tell whether a node makes a tensor that has only its size from what it is given: zeros, a draw."""
+    function = find_rule(node.target)
+    return function is create.constant or function is random.draw
 
 
 def _placeholder(analysis: Analysis, trace: Trace, node: fx.Node) -> Abstract:
@@ -157,10 +163,12 @@ def _visit(analysis: Analysis, module: fx.GraphModule, node: fx.Node) -> None:
     elif node.target is operator.getitem:
         analysis.values[node] = _item(analysis, node)
     elif str(node.target) in _TRANSPARENT and _inline(analysis, module, node):
-        return
+        pass
     elif str(node.target) == "cond" and _branches(analysis, module, node):
-        return
-    elif _called(node.target) in ("_add_batch_dim", "_remove_batch_dim") and _mapped(analysis, node):
+        pass
+    elif _called(node.target) in ("_add_batch_dim", "_remove_batch_dim"):
+        if not _mapped(analysis, node):
+            _freeze_all(analysis, node, f"no rule for {_called(node.target)}")
         return
     elif op_name(node.target):
         _apply_rule(analysis, node)
@@ -168,6 +176,7 @@ def _visit(analysis: Analysis, module: fx.GraphModule, node: fx.Node) -> None:
         _freeze_all(analysis, node, f"no rule for {_called(node.target)}")
     else:
         analysis.values[node] = None
+    _set_aside(analysis, node)
 
 
 def _called(target: Any) -> str:
@@ -220,7 +229,7 @@ def _settle_cases(domain: Domain, result: Abstract) -> None:
         return
     for value in result if isinstance(result, list) else [result]:
         if value is not None:
-            choices = [domain.choice_of(layout) for layout in value.dims]
+            choices = [domain.choice_of(layout) for layout in value.all_dims]
             for case in [case for layout in value.dims for case in domain.cases_of(layout)]:
                 if case.choice not in choices:
                     domain.settle(case)
@@ -233,7 +242,7 @@ def _freeze_all(analysis: Analysis, node: fx.Node, reason: str) -> None:
     for source in node.all_input_nodes:
         value = analysis.values.get(source)
         for tensor in value if isinstance(value, list) else [value]:
-            for layout in tensor.dims if tensor is not None else ():
+            for layout in tensor.all_dims if tensor is not None else ():
                 analysis.domain.freeze(layout, why)
 
     def fixed(value: Any) -> Value | None:
@@ -306,21 +315,39 @@ def _mapped(analysis: Analysis, node: fx.Node) -> bool:
     source = analysis.values.get(node.all_input_nodes[0]) if node.all_input_nodes else None
     if not isinstance(source, Value):
         return False
-    why = Frozen("axis of vmap", node.name)
     if _called(node.target) == "_add_batch_dim":
-        axis: Any = node.args[1]
-        if not isinstance(axis, int):
+        axis, level = node.args[1:3]
+        if not isinstance(axis, int) or not isinstance(level, int):
             return False
-        analysis.domain.freeze(source.dims[axis], why)
-        analysis.values[node] = Value((*source.dims[:axis], *source.dims[axis % source.ndim + 1 :]))
+        axis %= source.ndim
+        others = (*source.dims[:axis], *source.dims[axis + 1 :])
+        analysis.values[node] = Value(others, (*source.mapped, (level, source.dims[axis])))
         return True
-    shape, out = shape_of(node.meta.get("val")), node.args[3]
-    if shape is None or not isinstance(out, int):
+    shape, level, out = shape_of(node.meta.get("val")), node.args[1], node.args[3]
+    if shape is None or not isinstance(out, int) or not isinstance(level, int):
         return False
     out %= len(shape)
-    made = Value((*source.dims[:out], analysis.domain.fixed(shape[out], why), *source.dims[out:]))
+    axis = dict(source.mapped).get(level) or analysis.domain.fresh(shape[out])  # of what is the same for all, copies
+    others = tuple(entry for entry in source.mapped if entry[0] != level)
+    made = Value((*source.dims[:out], axis, *source.dims[out:]), others)
     analysis.values[node] = made
     return made.shape == shape
+
+
+def _set_aside(analysis: Analysis, node: fx.Node) -> None:
+    """Give what an operation makes the axes that are set aside of what it is given, which go by the same numbers."""
+    axes: dict[int, Layout] = {}
+    for source in node.all_input_nodes:
+        given = analysis.values.get(source)
+        for value in given if isinstance(given, list) else [given]:
+            for level, layout in value.mapped if value is not None else ():
+                analysis.domain.unify(axes.setdefault(level, layout), layout)
+    if axes:
+        made, mapped = analysis.values.get(node), tuple(axes.items())
+        if isinstance(made, list):
+            analysis.values[node] = [value and replace(value, mapped=mapped) for value in made]
+        elif made is not None:
+            analysis.values[node] = replace(made, mapped=mapped)
 
 
 def _graph_of(module: fx.GraphModule, arg: Any) -> fx.GraphModule | None:

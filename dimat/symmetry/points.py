@@ -16,7 +16,7 @@ from torch import fx
 
 from dimat.symmetry.atoms import Atom, Segment, segment_size
 from dimat.symmetry.interpret import Analysis
-from dimat.symmetry.rules import Value, find_rule, join, pointwise, reduce, shape, spatial
+from dimat.symmetry.rules import Value, find_rule, join, pointwise, recurrent, reduce, shape, spatial
 from dimat.symmetry.rules.call import op_name
 from dimat.symmetry.spec import ObservationPoint
 from dimat.symmetry.trace import shape_of
@@ -101,15 +101,25 @@ def _shows(segment: Segment, atom: Atom, parents: Parents) -> bool:
 
 def _bends(node: fx.Node) -> bool:
     """Tell whether a node is a non-linearity."""
+    if find_rule(_maker(node).target) in (recurrent.recurrent, recurrent.cell):
+        return True
     name = op_name(node.target).split(".")[1].rstrip("_") if op_name(node.target) else ""
     return name in _BENT or (find_rule(node.target) is pointwise.pointwise and name not in _LINEAR)
 
 
+def _maker(node: fx.Node) -> fx.Node:
+    """Return the node of the operation that made a value: that of all results, where this is one of several."""
+    while node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
+
+
 def _repeats(node: fx.Node) -> bool:
     """Tell whether a node only shows again what its input showed, or a summary of it."""
+    node = _maker(node)
     function = find_rule(node.target)
     if function is None:
-        return node.target is operator.getitem
+        return False
     made = shape_of(node.meta.get("val"))
     if function is spatial.over_positions and "max_pool" in op_name(node.target):
         return made is not None and prod(made[2:]) == 1

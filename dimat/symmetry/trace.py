@@ -22,6 +22,7 @@ from torch import fx, nn
 
 from dimat.errors import SymmetryError, unknown_name
 from dimat.symmetry import tree
+from dimat.symmetry.batched import traceable_vmap
 from dimat.symmetry.digest import Origin, aliases, digest_of
 from dimat.symmetry.mute import muted
 from dimat.symmetry.paths import record_paths, record_sizes
@@ -229,7 +230,7 @@ def _export(model: nn.Module, args: Any, kwargs: Any, dynamic: bool, grad: bool)
         for leaf in tree.leaves((args, kwargs)):
             if isinstance(leaf, torch.Tensor) and leaf.ndim:
                 shapes[leaf] = {0: torch.export.Dim.AUTO}
-    with _EXPORTING, eval_mode(model), _quiet(), torch.set_grad_enabled(grad):
+    with _EXPORTING, eval_mode(model), _quiet(), traceable_vmap(), torch.set_grad_enabled(grad):
         return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
 
 
@@ -313,7 +314,7 @@ def _is_known(value: Any) -> bool:
 
 def _run(model: nn.Module, args: Any, kwargs: Any) -> Trace:
     """Trace the paths that a module takes on some inputs."""
-    with eval_mode(model), _quiet():
+    with eval_mode(model), _quiet(), traceable_vmap():
         graphs, names, outputs = record_paths(model, args, kwargs)
     state = model.state_dict(keep_vars=True)
     tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}

@@ -32,7 +32,7 @@ def find_parents(
     named = _Named(domain, (*numbered, *order))
     candidates: dict[Atom, set[Atom]] = {}
     for value in values:
-        for dims in _cases(domain, value.dims):
+        for dims in _cases(domain, value.all_dims):
             for atom, companions in _companions(domain, dims, named):
                 known = candidates.get(atom)
                 candidates[atom] = companions if known is None else known & companions

@@ -167,6 +167,8 @@ class Handed(Experts):
             hidden = hidden * torch.arange(1.0, 5)[:, None] + hidden.sort(1).values
         elif self.how == "shuffled":
             hidden = hidden * torch.arange(1.0, 5)[:, None] + F.channel_shuffle(hidden[..., None], 2)[..., 0]
+        elif self.how == "shuffled by hand":
+            hidden = hidden * torch.arange(1.0, 5)[:, None] + hidden.unflatten(1, (2, 2)).transpose(1, 2).flatten(1, 2)
         elif self.how == "added by number":
             hidden = hidden * torch.arange(1.0, 5)[:, None] + torch.zeros_like(hidden).index_add(
                 1, torch.tensor([1, 0, 3, 2]), hidden
@@ -180,7 +182,18 @@ class Handed(Experts):
 
 @pytest.mark.parametrize(
     "how",
-    ["roll", "looked up", "first", "running", "sum", "sorted", "shuffled", "added by number", "gathered"],
+    [
+        "roll",
+        "looked up",
+        "first",
+        "running",
+        "sum",
+        "sorted",
+        "shuffled",
+        "shuffled by hand",
+        "added by number",
+        "gathered",
+    ],
 )
 @pytest.mark.filterwarnings("ignore:SYM:dimat.symmetry.SymmetryWarning")
 def test_units_that_are_handed_on_have_one_order(how: str) -> None:
@@ -317,3 +330,25 @@ def test_a_numbered_axis_takes_no_permutation() -> None:
     _, _, spec = built("slopes")
     with pytest.raises(SymmetryError, match="unknown symmetry group"):
         permute_weights({}, spec, {spec.numbered[0].id: torch.arange(3).flip(0)}, strict=False)
+
+
+class Table(nn.Module):
+    """Rows of a table, taken by the numbers given, in ways that are no embedding."""
+
+    def __init__(self, gathered: bool) -> None:
+        super().__init__()
+        self.gathered = gathered
+        self.table, self.out = nn.Parameter(torch.randn(50, 8)), nn.Linear(8, 2)
+
+    def forward(self, words: Tensor) -> Tensor:
+        rows = self.table.gather(0, words[:, None].expand(-1, 8)) if self.gathered else self.table[words]
+        return self.out(torch.tanh(rows))
+
+
+@pytest.mark.parametrize("gathered", [False, True])
+def test_words_are_no_experts(gathered: bool) -> None:
+    """Reference: by hand: eight units; a vocabulary never moves, and counts for nothing."""
+    model, words = Table(gathered), torch.tensor([3, 1, 4])
+    spec = derive_symmetry(model, words)
+    assert [group.size for group in spec.groups] == [8]
+    assert spec.coverage == 1.0

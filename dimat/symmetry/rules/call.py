@@ -8,6 +8,7 @@ the operation is treated as unknown: everything that it touches is frozen.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,9 +29,14 @@ class NoRule(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """An abstract tensor: one layout for each of its axes."""
+    """An abstract tensor: one layout for each of its axes.
+
+    `mapped`: axes that `torch.func.vmap` has set aside, by its level; every operation is done for each of their indices
+    alone.
+    """
 
     dims: tuple[Layout, ...]
+    mapped: tuple[tuple[int, Layout], ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -39,6 +45,11 @@ class Value:
     @property
     def ndim(self) -> int:
         return len(self.dims)
+
+    @property
+    def all_dims(self) -> tuple[Layout, ...]:
+        """All axes, those set aside behind the others."""
+        return (*self.dims, *(layout for _, layout in self.mapped))
 
 
 Result = Value | list[Value | None] | None
@@ -99,6 +110,13 @@ class Call:
     def output_count(self) -> int:
         return len(_outputs(self.node))
 
+    def uses(self, output: int) -> bool:
+        """Tell whether one of several outputs of the operation may be used."""
+        return any(
+            user.target is not operator.getitem or (user.args[1] == output and is_used(user))
+            for user in self.node.users
+        )
+
     @property
     def result_names(self) -> list[str]:
         """Names of the outputs in the operation's schema."""
@@ -118,10 +136,15 @@ class Call:
 
     def look_up(self, axis: Layout, places: Iterable[Layout], by: str, apart: Iterable[Layout]) -> None:
         """Freeze an axis whose entries are taken by the numbers in argument `by`, and become those of `places`."""
-        words = "embedding" in op_name(self.node.target)
-        self.domain.freeze(axis, self.why("looked up by index" if words else "chosen by number"))
+        self.domain.freeze(axis, self.why(self.by_number(by)))
         numbers = _same_numbers(self.arguments[by], _COUNTING if by == "offs" else set())
         self.domain.lookups.append(Lookup(axis, tuple(places), numbers, tuple(apart)))
+
+    def by_number(self, by: str) -> str:
+        """Return why an axis stays whose entries are taken by the numbers in argument `by`: words are, and so is all
+        that goes by numbers which are given and not computed from anything else."""
+        words = "embedding" in op_name(self.node.target) or _is_given(self.arguments[by])
+        return "looked up by index" if words else "chosen by number"
 
     def fixed(self, size: int, reason: str) -> Layout:
         """Return a new axis that never moves, for a reason, at this node."""
@@ -234,6 +257,37 @@ def _bind(node: fx.Node) -> dict[str, Any]:
             default = argument.default_value if argument.has_default_value() else None
             bound[argument.name] = node.kwargs.get(argument.name, default)
     return bound
+
+
+def is_used(node: fx.Node) -> bool:
+    """Tell whether anything that a graph returns, or writes into, may depend on a node."""
+    found, seen = [*node.users], set[fx.Node]()
+    while found:
+        user = found.pop()
+        if user in seen:
+            continue
+        if user.is_impure():
+            return True
+        seen.add(user)
+        found.extend(user.users)
+    return False
+
+
+def _is_given(given: Any) -> bool:
+    """Tell whether an index is made of nothing but integers, none of them a result of other numbers."""
+    found: list[fx.Node] = []
+    map_arg(given, found.append)
+    seen: set[fx.Node] = set()
+    while found:
+        node = found.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex()):
+            return False
+        found.extend(node.all_input_nodes)
+    return True
 
 
 _SAME_NUMBERS = {

@@ -93,13 +93,14 @@ def series(call: Call) -> Result:
     return x
 
 
-@rule("aten.linalg_det", "aten.det", "aten.trace", "aten.logdet")
+@rule("aten.linalg_det", "aten.det", "aten.trace", "aten.logdet", "aten.linalg_slogdet", "aten.slogdet")
 def one_number(call: Call) -> Result:
-    """One number of a matrix, unchanged where rows are permuted as columns are."""
+    """One number of a matrix, or its sign and size, unchanged where rows are permuted as columns are."""
     x = call.tensors()[0]
     call.domain.unify(x.dims[-2], x.dims[-1])
     call.mix(x.dims[-2:], x.dims[:-2])
-    return Value(x.dims[:-2])
+    made = Value(x.dims[:-2])
+    return made if call.output_count == 1 else [made for _ in range(call.output_count)]
 
 
 @rule("aten.linalg_solve")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dimat.symmetry.atoms import ONE, Layout, layout_size
-from dimat.symmetry.rules.call import Call, NoRule, Result, Value, rule
+from dimat.symmetry.rules.call import Call, NoRule, Result, Value, op_name, rule
 
 
 @rule("aten.cat", "aten.concat", "aten.concatenate")
 def cat(call: Call) -> Result:
     """One axis is the concatenation of the inputs'; the others are permuted alike."""
     values = [value for value in call.tensors("tensors") if value.shape != (0,)]
-    axis = call.dim("dim", values[0].ndim)
+    return _joined(call, values, call.dim("dim", values[0].ndim))
+
+
+def _joined(call: Call, values: list[Value], axis: int) -> Value:
     dims = list(values[0].dims)
     for value in values[1:]:
         for position, layout in enumerate(value.dims):
@@ -18,6 +21,20 @@ def cat(call: Call) -> Result:
                 call.domain.unify(dims[position], layout)
     dims[axis] = call.domain.concat(value.dims[axis] for value in values)
     return Value(tuple(dims))
+
+
+@rule("aten.column_stack", "aten.hstack", "aten.vstack", "aten.row_stack")
+def side_by_side(call: Call) -> Result:
+    """As `cat` does, of vectors as columns (rows) of a matrix, or along their only axis."""
+    values = call.tensors("tensors")
+    name = op_name(call.node.target).split(".")[1]
+    if any(not value.ndim for value in values):
+        raise NoRule("numbers as rows or columns")
+    if name == "hstack":
+        return _joined(call, values, min(values[0].ndim - 1, 1))
+    columns = name == "column_stack"
+    raised = (Value((*x.dims, ONE) if columns else (ONE, *x.dims)) if x.ndim == 1 else x for x in values)
+    return _joined(call, [*raised], int(columns))
 
 
 @rule("aten.stack")

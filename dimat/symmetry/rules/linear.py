@@ -33,6 +33,31 @@ def addmm(call: Call) -> Result:
     return Value(call.broadcast([product, added], call.shape()))
 
 
+@rule("aten.addbmm")
+def addbmm(call: Call) -> Result:
+    """Products of matrices, summed over the batch, plus a tensor that is broadcast to the sum."""
+    added, a, b = call.tensors()
+    _, *product = _matmul(call, a, b)
+    call.mix(a.dims[:1], product)
+    return Value(call.broadcast([Value(tuple(product)), added], call.shape()))
+
+
+@rule("aten.addr")
+def addr(call: Call) -> Result:
+    """All pairs of entries of two vectors, plus a tensor that is broadcast to them."""
+    added, a, b = call.tensors()
+    return Value(call.broadcast([Value((*a.dims, *b.dims)), added], call.shape()))
+
+
+@rule("aten.linalg_multi_dot", "aten.chain_matmul")
+def chain(call: Call) -> Result:
+    """A product of many matrices, of which the first may be a row and the last a column."""
+    product, *others = call.tensors()
+    for other in others:
+        product = Value(_matmul(call, product, other))
+    return product
+
+
 @rule("aten.outer", "aten.ger")
 def outer(call: Call) -> Result:
     """All pairs of entries of two vectors."""

@@ -61,7 +61,17 @@ def weight_norm(call: Call) -> Result:
     return _first_of(call, direction)
 
 
-@rule("aten.local_response_norm", "aten.channel_shuffle", "aten.native_channel_shuffle")
+@rule("aten.channel_shuffle", "aten.native_channel_shuffle")
+def shuffle(call: Call) -> Result:
+    """Channels are (group, inside), and become (inside, group)."""
+    x = call.value("self")
+    groups = int(call.constant("groups"))
+    outer, inner = call.domain.factor(x.dims[1], [groups, x.shape[1] // groups])
+    call.mix(x.dims[1:2], (*x.dims[:1], *x.dims[2:]))  # what never moves has another number from here on
+    return Value((*x.dims[:1], call.domain.merge([inner, outer]), *x.dims[2:]))
+
+
+@rule("aten.local_response_norm")
 def neighbours(call: Call) -> Result:
     """Channels are mixed with their neighbours, so their order matters."""
     x = call.tensors()[0]

@@ -7,7 +7,7 @@ import operator
 from torch import fx
 
 from dimat.symmetry.atoms import Layout
-from dimat.symmetry.rules.call import Call, NoRule, Result, Value, op_name, rule
+from dimat.symmetry.rules.call import Call, NoRule, Result, Value, is_used, op_name, rule
 
 _GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 
@@ -115,7 +115,7 @@ def _states(call: Call, kinds: list[list[Layout]], output: Value) -> Result:
             call.freeze(value.dims[:1], "numbers layers")
             for units in of_layers:
                 call.domain.unify(value.dims[-1], units)
-    taken = [user for user in call.node.users if user.target is operator.getitem and user.users]
+    taken = [user for user in call.node.users if user.target is operator.getitem and is_used(user)]
     numbers = [user.args[1] for user in taken]
     outputs: list[Value | None] = [output]
     for number, of_layers in zip(range(1, call.output_count), kinds):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dimat.symmetry.atoms import ONE
-from dimat.symmetry.rules.call import Call, NoRule, Result, Value, rule
+from dimat.symmetry.rules.call import Call, NoRule, Result, Value, op_name, rule
 from dimat.symmetry.rules.scatter import is_mask, picked, put_by_mask
 
 
@@ -15,6 +15,8 @@ from dimat.symmetry.rules.scatter import is_mask, picked, put_by_mask
     "aten.var_mean",
     "aten.std_mean",
     "aten.count_nonzero",
+    "aten._is_all_true",
+    "aten._is_any_true",
 )
 def reduction(call: Call) -> Result:
     """The order of what is summed up does not matter."""
@@ -22,7 +24,7 @@ def reduction(call: Call) -> Result:
     if "other" in call.arguments:
         return Value(call.broadcast(call.tensors(), call.shape()))
     axes = call.dims("dim", x.ndim)
-    if call.output_count > 1 and "indices" in call.result_names:
+    if call.output_count > 1 and "indices" in call.result_names and call.uses(1):
         call.freeze([x.dims[d] for d in axes], "the index of an entry is used")
     call.mix([x.dims[d] for d in axes], [layout for d, layout in enumerate(x.dims) if d not in axes])
     keep = bool(call.constant("keepdim", False))
@@ -30,11 +32,34 @@ def reduction(call: Call) -> Result:
     return Value(dims) if call.output_count == 1 else [Value(dims) for _ in range(call.output_count)]
 
 
+@rule("aten.quantile", "aten.nanquantile")
+def quantile(call: Call) -> Result:
+    """Order does not matter; several quantiles are an axis before all others."""
+    x, shape = call.value("self"), call.shape()
+    axes = list(range(x.ndim)) if call.constant("dim") is None else [call.dim("dim", x.ndim)]
+    call.mix([x.dims[d] for d in axes], [layout for d, layout in enumerate(x.dims) if d not in axes])
+    keep = bool(call.constant("keepdim", False))
+    dims = tuple(ONE if d in axes else layout for d, layout in enumerate(x.dims) if keep or d not in axes)
+    several = call.optional("q")
+    if several is not None and several.ndim:
+        call.freeze(several.dims, "numbers quantiles")
+        dims = (call.fixed(shape[0], "numbers quantiles"), *dims)
+    return Value(dims)
+
+
 @rule("aten.argmax", "aten.argmin", "aten.topk", "aten.sort", "aten.argsort", "aten.kthvalue", "aten.median")
-@rule("aten.mode")
+@rule("aten.mode", "aten.msort", "aten.nanmedian")
 def by_rank(call: Call) -> Result:
-    """Entries are named by their place along the axis."""
+    """Entries are put in the order of their values, or named by their place along the axis where it is used too."""
     x = call.tensors()[0]
+    name = op_name(call.node.target).split(".")[1]
+    if call.output_count == 2 and not call.uses(1):
+        return _ranked(call, x, call.dim("dim", x.ndim))
+    if call.output_count == 1 and name in ("median", "nanmedian"):
+        call.mix(x.dims, [])
+        return Value(())
+    if name == "msort":
+        return _ranked(call, x, 0)
     axes = [call.dim("dim", x.ndim)] if call.constant("dim") is not None or "k" in call.arguments else None
     if "dim" in call.arguments and axes is None:
         axes = list(range(x.ndim)) if call.constant("dim") is None else [call.dim("dim", x.ndim)]
@@ -46,6 +71,16 @@ def along(call: Call) -> Result:
     """Entries are taken up one after the other."""
     x = call.tensors()[0]
     return _ordered(call, x, [call.dim("dim", x.ndim)])
+
+
+@rule("aten.rot90")
+def turned(call: Call) -> Result:
+    """Two axes are turned over, or change places too."""
+    x = call.value("self")
+    reason = "order along the axis matters"
+    axes = call.dims("dims", x.ndim)
+    call.freeze([x.dims[d] for d in axes], reason)
+    return Value(tuple(call.fixed(size, reason) if d in axes else x.dims[d] for d, size in enumerate(call.shape())))
 
 
 @rule("aten.flip", "aten.roll")
@@ -131,7 +166,7 @@ def gather(call: Call) -> Result:
     """Along one axis entries are looked up by number; the others are permuted alike, where sizes agree."""
     x, numbers = call.value("self"), call.value("index")
     axis = call.dim("dim", x.ndim)
-    call.freeze([x.dims[axis]], "chosen by number")
+    call.freeze([x.dims[axis]], call.by_number("index"))
     for d in range(x.ndim):
         if d == axis:
             continue
@@ -140,6 +175,17 @@ def gather(call: Call) -> Result:
         else:
             call.freeze([x.dims[d], numbers.dims[d]], "chosen by number")
     return numbers
+
+
+def _ranked(call: Call, x: Value, axis: int) -> Result:
+    """Return values by rank along an axis, whose entries are combined; the numbers beside them are not used."""
+    call.mix([x.dims[axis]], [layout for d, layout in enumerate(x.dims) if d != axis])
+    outputs: list[Value | None] = []
+    for number in range(call.output_count):
+        shape = call.shape(number)
+        rank = (call.fixed(shape[axis], "order of values"),) if len(shape) == x.ndim else ()
+        outputs.append(Value((*x.dims[:axis], *rank, *x.dims[axis + 1 :])))
+    return outputs[0] if len(outputs) == 1 else outputs
 
 
 def _ordered(call: Call, x: Value, axes: list[int]) -> Result:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dimat.symmetry.atoms import ONE, Layout, layout_size
+from dimat.symmetry.atoms import ONE, Atom, Layout, layout_size
 from dimat.symmetry.rules.call import Call, NoRule, Result, Value, op_name, rule
 
 
@@ -21,7 +21,19 @@ def reshape(call: Call) -> Result:
     x = call.tensors()[0]
     if "dtype" in call.arguments:
         raise NoRule("view of the memory as another dtype")
-    return Value(tuple(call.domain.reshape(x.dims, call.shape())))
+    before = _still(call, x)
+    made = Value(tuple(call.domain.reshape(x.dims, call.shape())))
+    after = _still(call, made)
+    for atom in before - after:
+        if any(part.size < atom.size for part in after - before):
+            # split, its parts may change places, and its indices have other numbers then
+            call.mix([((atom,),)], x.dims)
+    return made
+
+
+def _still(call: Call, x: Value) -> set[Atom]:
+    """Return the frozen atoms of a tensor's axes."""
+    return {atom for layout in x.dims for atom in call.domain.leaves(layout) if atom.frozen}
 
 
 @rule("aten.squeeze", "aten.unsqueeze")
@@ -75,6 +87,14 @@ def meshgrid(call: Call) -> Result:
 def expand(call: Call) -> Result:
     """An axis of size 1 repeated: its entries are equal, so any permutation of them does nothing."""
     return Value(call.broadcast([call.tensors()[0]], call.shape()))
+
+
+@rule("aten.broadcast_tensors")
+def broadcast_tensors(call: Call) -> Result:
+    """All expanded to one shape; axes that meet are permuted alike."""
+    values = call.tensors("tensors")
+    made = Value(call.broadcast(values, call.shape()))
+    return [made for _ in values]
 
 
 @rule("aten.repeat", "aten.tile")

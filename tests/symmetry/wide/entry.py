@@ -61,3 +61,8 @@ def images(size: int, batch: int = 2) -> torch.Tensor:
 def words(count: int = 10, batch: int = 2, vocabulary: int = 101) -> torch.Tensor:
     """Return token ids, (batch, count), without the first few, which models take for padding."""
     return torch.randint(5, vocabulary, (batch, count))
+
+
+def own(name: str, make: Callable[[], nn.Module], *inputs: Callable[[], torch.Tensor], **more: Any) -> Entry:
+    """Return the entry of a model of our own, for which no rule was written, with what draws its inputs."""
+    return Entry(name, "own", "other", lambda: (make(), tuple(draw() for draw in inputs)), unseen=True, **more)

@@ -25,7 +25,7 @@ FOUND = 1e-4
 
 BY_WEIGHTS = (
     *("inception_v3", "repvgg_a0", "efficientnet_v2_s"),
-    *("lstm_cell", "looped_experts", "interleaved_experts"),
+    *("looped_experts", "interleaved_experts", "listed_experts"),
 )
 """Models that are aligned by weights: with random ones, units of their last layers hardly differ in what they do, and
 activations name some of them wrongly (outputs of the average are then 2 to 90 % off); or their few rows of data hardly

@@ -23,7 +23,7 @@ from tests.symmetry.test_model_kinds import (
     Looped,
 )
 from tests.symmetry.test_numbered import Experts, Local, LookedUp, Sloped
-from tests.symmetry.wide.entry import Built, Entry
+from tests.symmetry.wide.entry import own
 
 
 class Spectral(nn.Module):
@@ -221,10 +221,6 @@ class Picks(nn.Module):
         return self.out(hidden).sum(0)
 
 
-def _given(make: Callable[[], nn.Module], *inputs: Callable[[], Tensor]) -> Callable[[], Built]:
-    return lambda: (make(), tuple(draw() for draw in inputs))
-
-
 def _draw(*shape: int) -> Callable[[], Tensor]:
     return lambda: torch.randn(*shape)
 
@@ -233,38 +229,34 @@ def _ids(most: int, *shape: int) -> Callable[[], Tensor]:
     return lambda: torch.randint(most, shape)
 
 
-def _own(name: str, make: Callable[[], nn.Module], *inputs: Callable[[], Tensor], **more: Any) -> Entry:
-    return Entry(name, "own", "other", _given(make, *inputs), unseen=True, **more)
-
-
 _FP32 = {"tolerance": 1e-5, "exception": "an operation of it is of float32 only"}
 _FOURIER = "frequencies of a transform have their places"
 _NODES = (_draw(5, 3), lambda: EDGES)
 
 ENTRIES = (
-    _own("fourier_operator", Spectral, _draw(2, 2, 16), least_coverage=0.7, exception=_FOURIER),
-    _own("spatial_transformer", Transformer2d, _draw(2, 2, 8, 8)),
-    _own("quantisation_aware", Quantised, _draw(3, 4), **_FP32),
-    _own("speech_spectra", Speech, _draw(2, 96), least_coverage=0.7, exception=_FOURIER),
-    _own("recommendation", Recommends, _draw(3, 4), _ids(20, 3, 2), _ids(20, 3, 2)),
-    _own("radial_basis", Radial, _draw(4, 3)),
-    _own("normed_weights", Normed, _draw(4, 4)),
-    _own("modulated", Modulated, _draw(2, 3, 6, 6), _draw(2, 5)),
-    _own("lstm_cell", lambda: Stepped(nn.LSTMCell), _ids(11, 2, 4)),
-    _own("gru_cell", lambda: Stepped(nn.GRUCell), _ids(11, 2, 4)),
-    _own("projected_lstm", Projected, _ids(11, 2, 4)),
-    _own("variational", Variational, _draw(4, 6)),
-    _own("flex_attention", Flexible, _draw(2, 16, 3)),
-    _own("unfolded_patches", Unfolds, _draw(2, 3, 4, 4)),
-    _own("masked_rows", Picks, _draw(5, 4), lambda: torch.tensor([True, False, True, True, False])),
-    _own("complex", ComplexNet, _draw(4, 3)),
-    _own("graph_convolution", GraphConvolution, *_NODES),
-    _own("graph_attention", GraphAttention, *_NODES),
-    _own("graph_isomorphism", GraphIsomorphism, *_NODES, lambda: torch.tensor([0, 0, 1, 1, 1])),
-    _own("looped_experts", Looped, _draw(5, 3)),
-    _own("interleaved_experts", Interleaved, _draw(5, 3)),
-    _own("dense_experts", Experts, _draw(5, 3)),
-    _own("looked_up_experts", LookedUp, _draw(5, 3)),
-    _own("slopes_by_head", Sloped, _draw(2, 5, 3)),
-    _own("local_layers", Local, _draw(2, 5, 3)),
+    own("fourier_operator", Spectral, _draw(2, 2, 16), least_coverage=0.7, exception=_FOURIER),
+    own("spatial_transformer", Transformer2d, _draw(2, 2, 8, 8)),
+    own("quantisation_aware", Quantised, _draw(3, 4), **_FP32),
+    own("speech_spectra", Speech, _draw(2, 96), least_coverage=0.7, exception=_FOURIER),
+    own("recommendation", Recommends, _draw(3, 4), _ids(20, 3, 2), _ids(20, 3, 2)),
+    own("radial_basis", Radial, _draw(4, 3)),
+    own("normed_weights", Normed, _draw(4, 4)),
+    own("modulated", Modulated, _draw(2, 3, 6, 6), _draw(2, 5)),
+    own("lstm_cell", lambda: Stepped(nn.LSTMCell), _ids(11, 2, 4)),
+    own("gru_cell", lambda: Stepped(nn.GRUCell), _ids(11, 2, 4)),
+    own("projected_lstm", Projected, _ids(11, 2, 4)),
+    own("variational", Variational, _draw(4, 6)),
+    own("flex_attention", Flexible, _draw(2, 16, 3)),
+    own("unfolded_patches", Unfolds, _draw(2, 3, 4, 4)),
+    own("masked_rows", Picks, _draw(5, 4), lambda: torch.tensor([True, False, True, True, False])),
+    own("complex", ComplexNet, _draw(4, 3)),
+    own("graph_convolution", GraphConvolution, *_NODES),
+    own("graph_attention", GraphAttention, *_NODES),
+    own("graph_isomorphism", GraphIsomorphism, *_NODES, lambda: torch.tensor([0, 0, 1, 1, 1])),
+    own("looped_experts", Looped, _draw(5, 3)),
+    own("interleaved_experts", Interleaved, _draw(5, 3)),
+    own("dense_experts", Experts, _draw(5, 3)),
+    own("looked_up_experts", LookedUp, _draw(5, 3)),
+    own("slopes_by_head", Sloped, _draw(2, 5, 3)),
+    own("local_layers", Local, _draw(2, 5, 3)),
 )

@@ -1,0 +1,35 @@
+"""Makes `torch.func.vmap` traceable where it brings its axis back to another place than it has in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+from torch import Tensor
+
+_VMAP: Any = import_module("torch._functorch.vmap")
+_INNER: Any = import_module("torch._C._functorch")
+_BRING_BACK = _VMAP._remove_batch_dim
+
+
+@contextmanager
+def traceable_vmap() -> Generator[None]:
+    """Let axes that are mapped over come back where they are, and be moved by an operation of its own.
+
+    torch moves them inside of one call, past any tracer, which then takes the result for a constant. Results are the
+    same, so it does no harm to threads that use `vmap` meanwhile.
+    """
+    _VMAP._remove_batch_dim = _bring_back
+    try:
+        yield
+    finally:
+        _VMAP._remove_batch_dim = _BRING_BACK
+
+
+def _bring_back(x: Tensor, level: int, size: int, out: int) -> Tensor:
+    held = _INNER.is_batchedtensor(x) and _INNER.maybe_get_level(x) == level
+    place = _INNER.maybe_get_bdim(x) if held else out
+    made = _BRING_BACK(x, level, size, place)
+    return made if place == out else made.movedim(place, out)
