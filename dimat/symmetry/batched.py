@@ -1,4 +1,4 @@
-"""Makes `torch.func.vmap` traceable where it brings its axis back to another place than it has in memory."""
+"""Makes `torch.func.vmap` traceable where its axis comes back at another place than in memory."""
 
 from __future__ import annotations
 
