@@ -1,4 +1,4 @@
-"""Makes `torch.func.vmap` traceable where its axis comes back at another place than in memory."""
+"""Makes `torch.func.vmap` traceable wherever its axis comes back."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor
 
 _VMAP: Any = import_module("torch._functorch.vmap")
 _INNER: Any = import_module("torch._C._functorch")
-_BRING_BACK = _VMAP._remove_batch_dim
+_BRING_BACK = getattr(_VMAP, "_remove_batch_dim", None)
+"""torch's own, which no promise covers: where it is not there, such axes stay as torch leaves them."""
 
 
 @contextmanager
@@ -21,6 +22,9 @@ def traceable_vmap() -> Generator[None]:
     torch moves them inside of one call, past any tracer, which then takes the result for a constant. Results are the
     same, so it does no harm to threads that use `vmap` meanwhile.
     """
+    if _BRING_BACK is None:
+        yield
+        return
     _VMAP._remove_batch_dim = _bring_back
     try:
         yield
@@ -29,6 +33,7 @@ def traceable_vmap() -> Generator[None]:
 
 
 def _bring_back(x: Tensor, level: int, size: int, out: int) -> Tensor:
+    assert _BRING_BACK is not None
     held = _INNER.is_batchedtensor(x) and _INNER.maybe_get_level(x) == level
     place = _INNER.maybe_get_bdim(x) if held else out
     made = _BRING_BACK(x, level, size, place)
