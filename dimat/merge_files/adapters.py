@@ -20,7 +20,7 @@ from dimat.merge.stages import Weights
 from dimat.merge.weight_views import WeightsView
 from dimat.merge_files.files import ADAPTER_CONFIG, ModelFiles, check_alike, tell_differences
 from dimat.merge_files.peft import Settings, module_of, read_settings
-from dimat.merge_files.recipe import Part, Recipe
+from dimat.merge_files.recipe import Recipe, TensorGroup
 from dimat.weights.header import TensorInfo
 
 BIAS = re.compile(r"(?P<module>.+)\.lora_B(?:\.default)?\.bias")
@@ -101,7 +101,7 @@ def names_of(recipe: Recipe, adapters: Sequence[Adapter]) -> dict[str, TensorInf
 
 
 def fit_together(
-    adapters: tuple[Adapter, ...], names: Mapping[str, TensorInfo], parts: Sequence[Part], device: torch.device
+    adapters: tuple[Adapter, ...], names: Mapping[str, TensorInfo], parts: Sequence[TensorGroup], device: torch.device
 ) -> MergedAdapter:
     """Return adapters as one merge: the merged ranks, and each adapter in own's scale with the modules that it lacks.
 
@@ -224,7 +224,7 @@ def _check_fit(adapters: Sequence[Adapter]) -> None:
     tell_differences(found)
 
 
-def _pairs_inside(part: Part, pairs: Mapping[str, FactorPair]) -> list[str]:
+def _pairs_inside(part: TensorGroup, pairs: Mapping[str, FactorPair]) -> list[str]:
     """Return the modules whose factors a method merges; ConfigError where it has one of two, or cannot take them."""
     names = {*part.names}
     inside = [key for key, pair in pairs.items() if pair.a in names or pair.b in names]
@@ -239,7 +239,7 @@ def _pairs_inside(part: Part, pairs: Mapping[str, FactorPair]) -> list[str]:
     return inside
 
 
-def _ranks(part: Part, ranks: Sequence[int], key: str) -> tuple[list[int], int]:
+def _ranks(part: TensorGroup, ranks: Sequence[int], key: str) -> tuple[list[int], int]:
     """Return the ranks in which the adapters are shown to the method, and the merged rank."""
     shown = [*ranks]
     rank = part.method.options.get("rank")

@@ -193,7 +193,7 @@ class Recipe(Tree):
 
 
 @dataclass(frozen=True)
-class Part:
+class TensorGroup:
     """Tensors that are merged alike."""
 
     names: tuple[str, ...]

@@ -25,7 +25,7 @@ from dimat.merge_files.folders import open_model
 from dimat.merge_files.into_base import IntoBase, target
 from dimat.merge_files.memory import peak_memory, whole_memory
 from dimat.merge_files.model_config import check_configs, check_whole
-from dimat.merge_files.recipe import DTYPES, Part, Recipe
+from dimat.merge_files.recipe import DTYPES, Recipe, TensorGroup
 from dimat.merge_files.tied import Together, bring_together
 from dimat.merge_files.vocabulary import align_vocabularies, check_vocabularies
 from dimat.merge_files.whole import WholeMerge, merge_whole
@@ -48,7 +48,7 @@ class Job:
     models: tuple[ModelFiles, ...]
     base: ModelFiles | None
     statistics: tuple[Weights, ...] | None
-    parts: tuple[Part, ...]
+    parts: tuple[TensorGroup, ...]
     own: ModelFiles
     infos: dict[str, TensorInfo]
     layout: dict[str, list[str]]
@@ -313,7 +313,7 @@ def _merge_whole(job: Job, network: Network) -> WholeMerge:
         return merge_whole(job.recipe, network, job.models, job.base, job.statistics, job.parts, job.device)
 
 
-def _combine(job: Job, part: Part) -> Weights:
+def _combine(job: Job, part: TensorGroup) -> Weights:
     """Return some tensors of all models merged, each when it is asked for."""
     seen = {name: job.merged_as(name).dtype for name in part.names}
     dtypes = {name: dtype for name, dtype in seen.items() if dtype != job.merged[name].dtype}
@@ -334,7 +334,7 @@ def _combine(job: Job, part: Part) -> Weights:
     return merge_checked(method, own, peers, part.mixing, base, names, finite=not job.recipe.keep_not_finite)
 
 
-def _parts(recipe: Recipe, own: Collection[str]) -> tuple[Part, ...]:
+def _parts(recipe: Recipe, own: Collection[str]) -> tuple[TensorGroup, ...]:
     """Return which tensors are merged how; ConfigError where a rule matches none."""
     names: dict[int, list[str]] = {}
     limit_s = recipe.regex_s
@@ -348,10 +348,12 @@ def _parts(recipe: Recipe, own: Collection[str]) -> tuple[Part, ...]:
             why = "earlier rules take all that it matches" if earlier else f"names are like {next(iter(own))!r}"
             raise ConfigError(f"rule {i + 1} ({rule.pattern!r}) applies to no tensor: {why}")
     rules = {i: None if i < 0 else recipe.rules[i] for i in sorted(names)}
-    return tuple(Part(tuple(names[i]), recipe.method_of(rule), recipe.mixing_of(rule)) for i, rule in rules.items())
+    return tuple(
+        TensorGroup(tuple(names[i]), recipe.method_of(rule), recipe.mixing_of(rule)) for i, rule in rules.items()
+    )
 
 
-def _check_needs(part: Part, base: ModelFiles | None, statistics: Sequence[Weights] | None) -> None:
+def _check_needs(part: TensorGroup, base: ModelFiles | None, statistics: Sequence[Weights] | None) -> None:
     """Raise ConfigError where a method lacks the base or the statistics that it rests on."""
     method, option = part.method, part.method.traits["base_with"]
     wanted = "base" in method.asks and (option is None or method.settings[option])

@@ -17,7 +17,7 @@ from dimat.merge.shared_statistics import OWN, in_order
 from dimat.merge.stages import Permutations, Weights
 from dimat.merge.weight_views import PermutedWeights
 from dimat.merge_files.architecture import Network
-from dimat.merge_files.recipe import Part, Recipe
+from dimat.merge_files.recipe import Recipe, TensorGroup
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def merge_whole(
     models: Sequence[Weights],
     base: Weights | None,
     statistics: Sequence[Weights] | None,
-    parts: Sequence[Part],
+    parts: Sequence[TensorGroup],
     device: torch.device,
 ) -> WholeMerge:
     """Bring the peers' units into own's order, combine, repair; `models`: own first.
@@ -67,7 +67,7 @@ def merge_whole(
     offered = context.offered() | {"aux": aux, "names": names}
     for part in parts:
 
-        def method(own: Weights, peers: Sequence[Weights], base: Weights | None, part: Part = part) -> Weights:
+        def method(own: Weights, peers: Sequence[Weights], base: Weights | None, part: TensorGroup = part) -> Weights:
             return part.method(own, peers, part.mixing, **(offered | {"base": base}))
 
         ours, theirs = _only(own, part.names), [_only(view, part.names) for view in views]

@@ -23,7 +23,7 @@ from dimat.config import ExperimentConfig, NamedConfig
 from dimat.errors import ConfigError, DimatError
 from dimat.results import ONE_SEED
 from dimat.simulate.compare import FLOOR, Case, cases_of, compare
-from dimat.simulate.factors import FACTORS, Factor, Option, World, present_of, with_settings
+from dimat.simulate.factors import FACTORS, Option, ProbedFactor, World, present_of, with_settings
 from dimat.simulate.folder import describe
 from dimat.simulate.world.scenario import prepare
 from dimat.tasks.data import batch_bounds
@@ -196,7 +196,7 @@ class _Search:
         error = math.sqrt(self.squares / self.degrees / self.seeds) if self.degrees else 0.0
         return max(2 * error, ONE_SEED / math.sqrt(self.seeds))
 
-    def vary(self, name: str, factor: Factor) -> None:
+    def vary(self, name: str, factor: ProbedFactor) -> None:
         """Run a factor's options, keep the best, and note what was not tried."""
         options = factor.options(self.config, World.of(prepare(self.config)))
         if isinstance(options, str):

@@ -157,7 +157,7 @@ def local_steps(config: ExperimentConfig, world: World) -> Options:
 
 
 @dataclass(frozen=True, slots=True)
-class Factor:
+class ProbedFactor:
     """One thing to vary. `by_traffic`: whether of equally good options the one that sends least is kept, and then what
     is there already; else it is the first, which is simplest."""
 
@@ -165,14 +165,14 @@ class Factor:
     by_traffic: bool = True
 
 
-FACTORS: Mapping[str, Factor] = {
-    "start": Factor(start),
-    "loss": Factor(loss),
-    "optimizer state": Factor(optimizer_state),
-    "combine": Factor(combine, by_traffic=False),
-    "topology": Factor(topology),
-    "mixing steps": Factor(mixing_steps),
-    "local steps": Factor(local_steps),
+FACTORS: Mapping[str, ProbedFactor] = {
+    "start": ProbedFactor(start),
+    "loss": ProbedFactor(loss),
+    "optimizer state": ProbedFactor(optimizer_state),
+    "combine": ProbedFactor(combine, by_traffic=False),
+    "topology": ProbedFactor(topology),
+    "mixing steps": ProbedFactor(mixing_steps),
+    "local steps": ProbedFactor(local_steps),
 }
 """In the order in which they are varied: each one's best is where the next begins."""
 

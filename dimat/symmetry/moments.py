@@ -20,7 +20,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from dimat.errors import SymmetryError
-from dimat.symmetry.permute import Moves, Permutations, by_tensor, permute_tensor
+from dimat.symmetry.permute import CheckedPermutations, Permutations, by_tensor, permute_tensor
 from dimat.symmetry.spec import AxisRef, SymmetrySpec
 from dimat.symmetry.trace import SymmetryWarning
 
@@ -68,7 +68,7 @@ def move_state(
     names: Sequence[str] | Mapping[str, Tensor],
 ) -> tuple[dict[str, Any], list[str]]:
     """Do what `permute_optimizer` does; return also the parameters whose state is left out."""
-    moves = Moves.of(spec, permutations)
+    moves = CheckedPermutations.of(spec, permutations)
     axes_of = by_tensor(spec)
     first = {name: tied[0] for tied in spec.tied for name in tied}
     numbers = [number for group in optimizer_state["param_groups"] for number in group["params"]]
@@ -113,7 +113,7 @@ def _shape_by(axes: Sequence[AxisRef], entries: Mapping[str, Any], name: str) ->
 
 
 def _moved(
-    entries: Mapping[str, Any], axes: Sequence[AxisRef], shape: Shape | None, moves: Moves
+    entries: Mapping[str, Any], axes: Sequence[AxisRef], shape: Shape | None, moves: CheckedPermutations
 ) -> dict[str, Any] | None:
     """Return the state of one parameter, moved; None where it cannot be."""
     moving = moves.together(axes)
@@ -134,7 +134,7 @@ def _moved(
 
 
 def _moved_entry(
-    key: str, value: Any, moving: Sequence[Sequence[AxisRef]], shape: Shape, moves: Moves
+    key: str, value: Any, moving: Sequence[Sequence[AxisRef]], shape: Shape, moves: CheckedPermutations
 ) -> Tensor | None:
     """Return an entry of a parameter's state, moved; None where it is not known how it goes with the parameter."""
     if (
@@ -170,7 +170,7 @@ def _places(key: str, entry: Shape, shape: Shape) -> dict[int, int] | None:
 
 
 def _moved_block(
-    value: Tensor, dim: int, moving: Sequence[Sequence[AxisRef]], shape: Shape, moves: Moves
+    value: Tensor, dim: int, moving: Sequence[Sequence[AxisRef]], shape: Shape, moves: CheckedPermutations
 ) -> Tensor | None:
     """Return a statistic (n, n) of one axis of a parameter with both its axes moved; None where it is none."""
     if dim >= len(shape) or tuple(value.shape) != (shape[dim], shape[dim]):

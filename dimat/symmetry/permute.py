@@ -32,7 +32,7 @@ def permute_weights(
     Raises SymmetryError, naming it, for an unknown group, a permutation that is none or has the wrong
     length, a missing tensor, or one whose size does not fit.
     """
-    moves = Moves.of(spec, permutations)
+    moves = CheckedPermutations.of(spec, permutations)
     aliases = {name: names for names in spec.tied for name in names}
     result = dict(state_dict)
     for tensor, axes in by_tensor(spec).items():
@@ -182,7 +182,7 @@ def _find(factors: Sequence[tuple[int, str | None]], group: str, axis: int) -> i
 
 
 @dataclass(frozen=True)
-class Moves:
+class CheckedPermutations:
     """Checked permutations, and the indices that they give for the layouts seen so far."""
 
     permutations: Mapping[str, Tensor]
@@ -190,9 +190,11 @@ class Moves:
     _known: dict[tuple[Layout, ...], Tensor] = field(default_factory=dict[tuple[Layout, ...], Tensor])
 
     @staticmethod
-    def of(spec: SymmetrySpec, permutations: Permutations) -> Moves:
+    def of(spec: SymmetrySpec, permutations: Permutations) -> CheckedPermutations:
         """Return permutations, checked against the groups that they are of."""
-        return Moves(_checked(spec, permutations), {group.id: group.parents for group in spec.groups if group.parents})
+        return CheckedPermutations(
+            _checked(spec, permutations), {group.id: group.parents for group in spec.groups if group.parents}
+        )
 
     def index(self, layouts: tuple[Layout, ...]) -> Tensor:
         """Return the order in which axes of these layouts, flattened to one, are read."""
@@ -253,7 +255,7 @@ def by_tensor(spec: SymmetrySpec) -> dict[str, list[AxisRef]]:
     return grouped
 
 
-def permute_tensor(value: Tensor, name: str, axes: Sequence[AxisRef], moves: Moves) -> Tensor:
+def permute_tensor(value: Tensor, name: str, axes: Sequence[AxisRef], moves: CheckedPermutations) -> Tensor:
     """Return a tensor with its axes moved; SymmetryError, which calls it `name`, where it does not fit them."""
     for axis in axes:
         if axis.dim >= value.ndim or value.shape[axis.dim] != axis.size:
