@@ -173,6 +173,8 @@ class AddressResolver:
                     await self._look_around(dht)
                 except DimatError as error:
                     self._reminders.tell("own", str(error))
+                except Exception as error:  # a bug must not end the loop, and lookups with it, nor hide
+                    self._reminders.tell("own", f"announcing in the DHT failed: {type(error).__name__}: {error}")
             wait_s *= self._generator.uniform(0.8, 1.0)
             await first_of(self._news.wait(), dht.changed.wait(), most_s=wait_s)
 
