@@ -74,7 +74,8 @@ async def _serve(
     )
     try:
         await node.start()
-        ready = asyncio.ensure_future(node.ready())
+        # a plain task: a signal that comes first counts, whatever becomes of the start
+        ready = asyncio.create_task(node.ready())
         await asyncio.wait([ready, stopped], return_when=asyncio.FIRST_COMPLETED)
         if not stopped.done():
             await ready  # NetworkError where the port is taken, or hivemind is not there

@@ -3,6 +3,9 @@
 shield = Shield.of(own, peers, weights, natures)
 combined = method(shield.own, shield.peers, …)
 merged = shield.settle(combined)
+
+Tied names that a method merged one by one are made equal here, after it; those that `dimat merge` shows it once never
+come here (`merge_files/tied.py`). Which names are tied `ties.py` finds for both.
 """
 
 from __future__ import annotations

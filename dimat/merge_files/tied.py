@@ -2,6 +2,9 @@
 
 transformers passes over buffers that follow from the config (rotary frequencies, position ids, causal masks), and
 stores an output layer that is tied to the embedding or not, as the version and the config will have it.
+
+Here a method is shown such a layer once, before any tensor is merged, by headers and configs too; tied names that it
+is shown all the same are made equal after it (`merge/settled.py`). Which names are tied `merge/ties.py` finds for both.
 """
 
 from __future__ import annotations

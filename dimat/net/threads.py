@@ -107,6 +107,17 @@ async def beside(group: asyncio.TaskGroup) -> AsyncGenerator[None]:
         raise fault
 
 
+async def first_of(*waits: Coroutine[Any, Any, object], most_s: float | None = None) -> None:
+    """Wait until one of several coroutines has ended, or a time is over; none outlives this.
+
+    The others are called off. An error of one comes out as it is.
+    """
+    group = asyncio.TaskGroup()
+    async with beside(group):
+        tasks = [group.create_task(wait) for wait in waits]
+        await asyncio.wait(tasks, timeout=most_s, return_when=asyncio.FIRST_COMPLETED)
+
+
 class Notifier:
     """Wakes every task that waits, each time it is fired."""
 

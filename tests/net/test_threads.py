@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dimat.net.threads import BackgroundTasks, beside
+from dimat.net.threads import BackgroundTasks, beside, first_of
 
 pytestmark = pytest.mark.anyio
 
@@ -84,3 +84,22 @@ async def test_an_owner_calls_its_tasks_off_or_waits_for_them() -> None:
     assert ended.done()
     assert endless.called_off
     assert not tasks.is_open
+
+
+async def test_the_first_of_several_or_the_time_ends_the_wait() -> None:
+    """The others are called off before the wait is over; so are all where it is called off itself, or one fails."""
+    for most_s, ending in ((None, asyncio.sleep(0)), (0.01, asyncio.Event().wait())):
+        endless = Endless()
+        await first_of(endless.run(), ending, most_s=most_s)
+        assert endless.called_off
+    endless = Endless()
+    with pytest.raises(KeyError, match="a task"):
+        await first_of(endless.run(), fail())
+    assert endless.called_off
+    endless = Endless()
+    task = asyncio.create_task(first_of(endless.run()))
+    await asyncio.sleep(0.01)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert endless.called_off

@@ -38,7 +38,7 @@ from dimat.config import agent_folder
 from dimat.errors import ConfigError, DimatError
 from dimat.merge.weight_views import content_hash
 from dimat.net.pki.identity import Identity, load_identity
-from dimat.net.threads import beside
+from dimat.net.threads import beside, first_of
 from dimat.seeds import derive_seed
 from dimat.train.base import ModelTrainer
 from dimat.version import __version__
@@ -375,13 +375,7 @@ class Daemon:
             return
         await self._transport.unfollow_all()
         readers = self._schedule.readers(self.setup.name, self._machine.round)
-        served = asyncio.create_task(self._transport.served(readers))
-        told = asyncio.create_task(self._leaving.wait())
-        await asyncio.wait(
-            {served, told}, timeout=self.setup.config.agent.linger_s, return_when=asyncio.FIRST_COMPLETED
-        )
-        for task in (served, told):
-            task.cancel()
+        await first_of(self._transport.served(readers), self._leaving.wait(), most_s=self.setup.config.agent.linger_s)
 
     def _notice(self, message: str) -> None:
         if self.address:

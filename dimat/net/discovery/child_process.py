@@ -75,6 +75,7 @@ class ChildProcess:
         self._writer, _ = await loop.connect_write_pipe(asyncio.BaseProtocol, self._process.stdin)
         self._transports.append(self._writer)
         answer = self._waiting[0] = loop.create_future()
+        # a plain task: a group's end would raise its fault in `kill`, which has to go on
         self._reading = asyncio.create_task(self._read(reader), name="child's replies")
         return await self._answer(0, "start", answer, limit_s)
 

@@ -140,6 +140,7 @@ class DhtNode:
         self._first = asyncio.get_running_loop().create_future()
         if self._child is None:
             self.spawn()
+        # a plain task: a group's end would raise its fault in `close`, which has the processes to end, whatever it is
         self._task = asyncio.create_task(self._supervise(), name="dht")
 
     async def ready(self) -> None:

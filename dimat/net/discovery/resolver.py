@@ -20,7 +20,7 @@ from dimat.errors import DimatError
 from dimat.net.backoff import Reminders
 from dimat.net.discovery.address_records import AddressRecord
 from dimat.net.limits import ANNOUNCE_RETRY_S, LOOKUP_S, RECORD_FRESH_S, RECORD_LIFE_S, RECORD_SAMPLE
-from dimat.net.threads import BackgroundTasks
+from dimat.net.threads import BackgroundTasks, first_of
 
 
 class RecordDirectory(Protocol):
@@ -85,7 +85,7 @@ class AddressResolver:
         self._announcement = Announcement()
         self._news = asyncio.Event()
         self._found: dict[str, tuple[float, AddressRecord | None]] = {}
-        self._lookups: dict[str, asyncio.Task[AddressRecord | None]] = {}
+        self._lookups: dict[str, asyncio.Task[AddressRecord | Exception | None]] = {}
         self._tasks = BackgroundTasks()
         self._last: AddressRecord | None = None
         self._number = _read_number(self._file)
@@ -130,13 +130,23 @@ class AddressResolver:
             return record if record is not None and record.expires_s > self._clock() else None
         task = self._lookups.get(agent)
         if task is None:
-            task = self._lookups[agent] = self._tasks.start(self._look_up(self._dht, agent), f"lookup of {agent}")
+            task = self._lookups[agent] = self._tasks.start(self._try(self._dht, agent), f"lookup of {agent}")
             task.add_done_callback(lambda _: self._lookups.pop(agent, None))
         with suppress(TimeoutError):
             # where the map gives addresses too, the DHT only adds to them
             async with asyncio.timeout(LOOKUP_S):
-                return await asyncio.shield(task)
+                found = await asyncio.shield(task)
+                if isinstance(found, Exception):
+                    raise found
+                return found
         return record
+
+    async def _try(self, dht: RecordDirectory, agent: str) -> AddressRecord | Exception | None:
+        """Look an agent up; return the fault, which is that of those who wait: raised, it would end all tasks."""
+        try:
+            return await self._look_up(dht, agent)
+        except Exception as error:
+            return error
 
     async def _look_up(self, dht: RecordDirectory, agent: str) -> AddressRecord | None:
         record = await dht.lookup(agent)
@@ -163,15 +173,10 @@ class AddressResolver:
                     await self._look_around(dht)
                 except DimatError as error:
                     self._reminders.tell("own", str(error))
-            await self._pause(dht, wait_s * self._generator.uniform(0.8, 1.0))
-
-    async def _pause(self, dht: RecordDirectory, seconds: float) -> None:
-        waits = [asyncio.create_task(event.wait()) for event in (self._news, dht.changed)]
-        try:
-            await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in waits:
-                task.cancel()
+                except Exception as error:  # a bug must not end the loop, and lookups with it, nor hide
+                    self._reminders.tell("own", f"announcing in the DHT failed: {type(error).__name__}: {error}")
+            wait_s *= self._generator.uniform(0.8, 1.0)
+            await first_of(self._news.wait(), dht.changed.wait(), most_s=wait_s)
 
     def _next(self) -> AddressRecord:
         """Return the record to announce; its number is above all those announced before, by earlier runs too."""

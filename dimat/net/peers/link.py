@@ -256,6 +256,7 @@ class PeerLink:
     async def _poll_offers(self, connection: Connection) -> None:
         """Poll the peer for news until the connection breaks."""
         self._dropped = asyncio.Event()
+        # plain tasks, which end below: a group would wrap the errors that `_keep_connected` tells apart
         dropped = asyncio.create_task(self._dropped.wait())
         poll: asyncio.Task[pb.ManifestsReply] | None = None
         told: set[tuple[int, str]] = set()
@@ -291,6 +292,7 @@ class PeerLink:
         most_s = wait_s + self._limits.quiet_s
         request = pb.ManifestsRequest(seen=seen, session=session, wait_ms=int(wait_s * 1000))
         connection.heard()
+        # a plain task, which ends below: it may be cancelled with its connection, which a group would not tell
         call = asyncio.create_task(connection.call("Manifests", request, pb.ManifestsReply, POLL_REPLY_S))
         try:
             # on a slow link an answer waits behind the data of a transfer, which shows that the peer is alive

@@ -114,6 +114,7 @@ class Dashboard:
                     self._notice = str(error)
                 state.refresh(time.time())
                 if asking is None or asking.done():
+                    # a plain task: one that fails is followed by the next, where a group would end the page
                     asking = asyncio.create_task(self._ask())
                 if state.version != before:
                     async with self._changed:
@@ -274,6 +275,7 @@ class Server:
             limit_concurrency=200,
         )
         server = self._server = _Uvicorn(config)
+        # plain tasks: where one fails, uvicorn is told to end, which a group would cancel amidst its answers
         watching = asyncio.create_task(dashboard.watch())
         watching.add_done_callback(lambda _: server.end())  # a page that learns nothing new is no good
         ending = asyncio.create_task(self._end(server, watching))

@@ -195,6 +195,28 @@ async def test_own_addresses_that_cannot_be_are_told_and_end_nothing(tmp_path: P
         await until(lambda: len(shelf.announced) > 0)
 
 
+async def test_a_lookup_that_fails_is_the_fault_of_those_who_wait_for_it(tmp_path: Path) -> None:
+    """Others are looked up as before, announcements go on and tell of it, and closing raises nothing."""
+
+    class Failing(Shelf):
+        async def lookup(self, agent: str, *, elsewhere: bool = False) -> AddressRecord | None:
+            if agent == "lab-b":
+                raise KeyError(agent)
+            return await super().lookup(agent, elsewhere=elsewhere)
+
+    shelf, said = Failing(), []
+    shelf.records["lab-c"] = make_record("lab-c")
+    async with discovering(tmp_path, shelf, said) as discovery:
+        for _ in range(2):
+            with pytest.raises(KeyError, match="lab-b"):
+                await discovery.addresses("lab-b")
+        assert await discovery.addresses("lab-c") == shelf.records["lab-c"].addresses
+        discovery.announce(Announcement(("10.0.0.1:1",)))  # which looks the others up, too
+        await until(lambda: len(shelf.announced) > 1)
+        assert said == ["announcing in the DHT failed: KeyError: 'lab-b'"]
+        assert await discovery.addresses("lab-c") == shelf.records["lab-c"].addresses
+
+
 def test_reminders_come_at_growing_intervals() -> None:
     said: list[str] = []
     now = [0.0]
