@@ -92,8 +92,9 @@ class Waiting:
         if peer in self.failed or self.gone.get(peer, number) < number:
             return False
         newest = self.newest.get(peer, 0)
-        left_out = number in self.gaps.get(peer, ()) or self.oldest.get(peer, 0) > number
-        if left_out and (peer, number) not in self.offered:
+        if self.oldest.get(peer, 0) > number:  # withdrawn, if it was ever offered
+            return False
+        if number in self.gaps.get(peer, ()) and (peer, number) not in self.offered:
             return False
         due = self.due.get(peer, number - 1)
         if 0 < newest <= due - ROUNDS_KEPT:
