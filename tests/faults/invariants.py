@@ -54,8 +54,11 @@ class Watch:
             case m.PeerLost():
                 node.waiting.lost(event.peer, event.last)
             case m.SnapshotReady():
-                if any(held.snapshot is not None for held in node.held.get((event.peer, event.root), ())):
-                    node.waiting.came(event.peer)
+                machine = node.machine
+                assert machine is not None
+                counts = machine.phase in (Phase.TRAINING, Phase.GATHERING) and event.round == machine.round
+                if counts and any(held.snapshot is not None for held in node.held.get((event.peer, event.root), ())):
+                    node.waiting.came(event.peer)  # one that is late, or a proof, is no sign of being in step
             case m.FetchFailure():
                 asked = node.asked.get((event.peer, event.round)) == event.root
                 if asked and node.machine is not None and event.round == node.machine.round:

@@ -81,7 +81,7 @@ class Waiting:
                 continue
             if peer in self.heard:
                 self.late[peer] = self.late.get(peer, 0) + 1
-                self.rests[peer] = self.begun + 2 ** min(self.late[peer], LONGEST_REST)
+                self.rests[peer] = self.begun + 2 ** min(self.late[peer] // PATIENCE + 1, LONGEST_REST)
                 behind = number - self.newest.get(peer, 0)
                 self.behind[peer] = min(behind, self.behind.get(peer, behind))
             else:
@@ -99,4 +99,5 @@ class Waiting:
         due = self.due.get(peer, number - 1)
         if 0 < newest <= due - ROUNDS_KEPT:
             return False
-        return newest >= due or self.late.get(peer, 0) < PATIENCE or self.begun > self.rests[peer]
+        late = self.late.get(peer, 0)
+        return newest >= due or late < PATIENCE or late % PATIENCE > 0 or self.begun > self.rests[peer]

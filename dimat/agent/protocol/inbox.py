@@ -311,14 +311,15 @@ class Inbox:
         """Whether a peer is further behind than it comes within a round, or has not caught up while it was waited for
         `PATIENCE` times.
 
-        It is tried again, more and more rarely: one that follows at a slower pace never catches up with an agent that
-        does not wait, and may have been held up by others when it was waited for.
+        It is tried again, `PATIENCE` times in a row and more and more rarely: one that follows at a slower pace never
+        catches up with an agent that does not wait, and may have been held up by others when it was waited for.
         """
         newest = self.offers.range(peer)[1]
         # offers may come in planned rounds only, so that nothing is known of those since the last one
         due = self._due.get(peer, self._number - 1)
         overdue = self._overdue.get(peer, 0)
-        rests = overdue >= PATIENCE and self._turn - self._waited[peer] <= 2 ** min(overdue, LONGEST_REST)
+        tries, rest = divmod(overdue, PATIENCE)
+        rests = tries > 0 == rest and self._turn - self._waited[peer] <= 2 ** min(tries + 1, LONGEST_REST)
         return 0 < newest <= due - ROUNDS_KEPT or (rests and newest < due)
 
     def _planned(self, number: int) -> RoundPlan:
