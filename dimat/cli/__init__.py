@@ -1,4 +1,4 @@
-"""The command line: each command parses its arguments, calls one function and prints the result.
+"""The command line: each command parses arguments, calls one function and prints the result.
 
 Heavy modules (torch above all) are imported inside the commands, so that `dimat --help` answers at once.
 """

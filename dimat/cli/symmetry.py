@@ -1,4 +1,4 @@
-"""`dimat symmetry …`: shows and checks which tensor axes of a model must be permuted together."""
+"""`dimat symmetry …`: shows and checks which tensor axes of a model are permuted together."""
 
 from __future__ import annotations
 

@@ -327,7 +327,8 @@ def _mapped(analysis: Analysis, node: fx.Node) -> bool:
     if shape is None or not isinstance(out, int) or not isinstance(level, int):
         return False
     out %= len(shape)
-    axis = dict(source.mapped).get(level) or analysis.domain.fresh(shape[out])  # copies, if the value is the same for all
+    # a value that is the same for all indices is copied along a new axis
+    axis = dict(source.mapped).get(level) or analysis.domain.fresh(shape[out])
     others = tuple(entry for entry in source.mapped if entry[0] != level)
     made = Value((*source.dims[:out], axis, *source.dims[out:]), others)
     analysis.values[node] = made

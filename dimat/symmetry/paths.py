@@ -1,4 +1,4 @@
-"""Traces modules that `torch.export` cannot trace because their control flow depends on values.
+"""Traces modules that export cannot follow because their control flow depends on values.
 
 `make_fx` runs the module on real numbers and records the operations. Several runs on different numbers take different
 paths, which all relate the axes of the same parameters. A path that no run took is not covered; therefore the numeric

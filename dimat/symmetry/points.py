@@ -1,4 +1,4 @@
-"""Finds the observation points of each group: graph nodes whose outputs show the group's units.
+"""Finds each group's observation points: graph nodes whose outputs show the group's units.
 
 Matching by activations uses them. A node shows a group if exactly one axis of its output, or a run of that axis,
 contains the group's units (and its parents' units) once and nothing else that any group moves, and if the output

@@ -1,4 +1,4 @@
-"""Mixing weights, which say how much of each neighbour's weights an agent takes, and their checks.
+"""Mixing weights: how much of each neighbour's weights an agent takes. Also checks them.
 
 Row i of the mixing matrix W says how agent i merges: theta_i <- sum_j W_ij theta_j. Rows sum to 1, and W_ij is positive
 exactly for j = i and for each j that sends to i. Rows are computed one at a time, so a network of ten thousand agents
