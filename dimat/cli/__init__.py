@@ -1,4 +1,4 @@
-"""The command line: each command parses, calls one function and prints.
+"""The command line: each command parses arguments, calls one function and prints the result.
 
 Heavy modules (torch above all) are imported inside the commands, so that `dimat --help` answers at once.
 """
@@ -21,15 +21,15 @@ from dimat.errors import ConfigError, DataError, DimatError
 from dimat.ui.text import clean
 
 LONGEST = 2000
-"""Characters of a fault's line."""
+"""Most characters of an error message."""
 TRACEBACK = "DIMAT_TRACEBACK"
-"""Variable by which faults of dimat's own show where they come from."""
+"""Environment variable that makes internal errors show their traceback."""
 COMMANDS = (advise, agent, dashboard, dht, doctor, experiment, keys, merge, symmetry, topology)
-"""The modules that put their commands into `app`."""
+"""The modules that add their commands to `app`."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code; faults become one line on stderr."""
+    """Run the command line and return its exit code; an error becomes one line on stderr."""
 
     terminated = False
 
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _complain(str(error))
         return DataError.exit_code
     except MemoryError:
-        _complain("out of memory: this needs more than there is; make models, batches or the number of agents smaller")
+        _complain("out of memory: this needs more than the machine has; use smaller models or batches, or fewer agents")
         return DimatError.exit_code
     except Exception as error:
         if os.environ.get(TRACEBACK):
@@ -83,6 +83,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _complain(text: str) -> None:
-    """Tell a fault on one line of bounded length, whatever names and values are in it."""
+    """Print an error as one line of bounded length, whatever names and values it contains."""
     line = clean(text)
     say(f"dimat: {line if len(line) <= LONGEST else line[:LONGEST] + ' …'}")

@@ -1,4 +1,4 @@
-"""`dimat advise`: which start, loss, merge, topology and local steps short probes are for."""
+"""`dimat advise`: short probes choose the start, loss, merge, topology and local steps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def advise(
     /,
     *,
     set_: Overrides = (),
-    rounds: Annotated[int, Parameter(validator=AtLeastOne, help="Rounds of a probe.")] = 4,
+    rounds: Annotated[int, Parameter(validator=AtLeastOne, help="Rounds per probe.")] = 4,
     budget: Annotated[
         float,
         Parameter(
@@ -26,17 +26,17 @@ def advise(
             help="Share of the experiment's epochs that a probe trains; at least 20 steps a round.",
         ),
     ] = 0.05,
-    seeds: Annotated[int, Parameter(validator=AtLeastOne, help="Runs of each form, by which noise is told.")] = 2,
-    out: Annotated[Path | None, Parameter(help="Folder that keeps the probes and advice.json.")] = None,
+    seeds: Annotated[int, Parameter(validator=AtLeastOne, help="Runs of each variant, to estimate the noise.")] = 2,
+    out: Annotated[Path | None, Parameter(help="Folder in which to keep the probes and advice.json.")] = None,
     workers: Workers = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> int:
-    """Say by short simulated probes which settings to use: a table, the lines to change, and what it cost.
+    """Recommend settings from short simulated probes: prints a table, the lines to change and the cost.
 
-    One factor after the other: start, loss, optimizer state, combine, topology, mixing steps, local steps; beside
-    them agents that train alone. Short probes favour what learns fast.
+    Varies one factor after the other: start, loss, optimizer state, combine, topology, mixing steps, local steps; also
+    probes agents that train alone. Short probes favour settings that learn fast.
     """
     from dimat.config import load_experiment
 

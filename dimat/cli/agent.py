@@ -1,4 +1,4 @@
-"""Commands around a real agent: `agent`, `status`."""
+"""Commands for a real agent: `agent`, `status`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from dimat.ui.jsonl import JsonlListener
 
 WATCH_S = 2.0
-"""Seconds between two looks of `status --watch`."""
+"""Seconds between two queries of `status --watch`."""
 Name = Annotated[str | None, Parameter(help="The agent's name on the network map; default: agent.name of the file.")]
 
 
@@ -38,7 +38,7 @@ def agent(
     name: Name = None,
     set_: Overrides = (),
     insecure: Annotated[
-        bool, Parameter(negative="", help="Without keys and encryption; listens on loopback only.")
+        bool, Parameter(negative="", help="Run without keys and encryption, and listen on loopback only.")
     ] = False,
     metrics: Annotated[
         str | None,
@@ -46,14 +46,16 @@ def agent(
     ] = None,
     dashboard: Annotated[
         str | None,
-        Parameter(help="Show it in a browser, on HOST:PORT, or on a PORT of loopback; default: monitor.dashboard."),
+        Parameter(help="Serve a dashboard on HOST:PORT, or on a PORT of loopback; default: monitor.dashboard."),
     ] = None,
-    verbose: Annotated[int, Parameter(count=True, alias="-v", help="More: -v who was late, -vv every step.")] = 0,
+    verbose: Annotated[
+        int, Parameter(count=True, alias="-v", help="Print more: -v late peers, too; -vv every step.")
+    ] = 0,
     quiet: Quiet = False,
-    plain: Annotated[bool, Parameter(negative="", help="Lines only, also on a terminal.")] = False,
+    plain: Annotated[bool, Parameter(negative="", help="Print plain lines, also on a terminal.")] = False,
 ) -> int:
-    """Run one agent of a network: train, swap weights with the peers on the map, merge, go on. Ends with the last
-    round, on Ctrl-C, SIGTERM or SIGUSR1, and goes on where it was when started again; SIGHUP reads the map anew."""
+    """Run one agent of a network: train, exchange weights with the peers on the map, merge, repeat. It ends after the
+    last round, or on Ctrl-C, SIGTERM or SIGUSR1, and resumes when started again. SIGHUP makes it read the map again."""
     with _Signals() as signals:
         return _agent(signals, file, name, set_, insecure, metrics, dashboard, verbose, quiet, plain)
 
@@ -75,7 +77,7 @@ def _agent(
     flags = ["agent.insecure=true"] if insecure else []
     flags += [] if metrics is None else [f"monitor.metrics={quoted(metrics)}"]
     flags += [] if dashboard is None else [f"monitor.dashboard={quoted(dashboard)}"]
-    # faults of the file are told at once, not after seconds of loading torch
+    # errors in the file are reported at once, not after seconds of loading torch
     config = load_agent(file, name, (*set_, *flags))
     if config.monitor.dashboard is not None:
         from dimat.ui.dashboard.available import need_dashboard
@@ -89,7 +91,7 @@ def _agent(
         from dimat.ui.terminal.panel import agent_listener
 
         setup = prepare_agent(config)
-    # before the agent is made, so that a listener that cannot be had is told before anything is done
+    # before the agent is made, so that a missing listener is reported before anything is done
     with open_listeners(config, agent_folder(config, setup.name), agent=setup.name) as watching:
         daemon = Daemon(setup)
         listener = agent_listener(setup.schedule.metric, sys.stderr, -1 if quiet else verbose, plain)
@@ -99,7 +101,7 @@ def _agent(
             for line in () if quiet else watching.messages:
                 say(f"dimat: {line}")
             code = asyncio.run(_run(daemon, signals, listener.close))
-    if daemon.thread.busy:  # training cannot be broken off, and the interpreter would tear down what it uses
+    if daemon.thread.busy:  # training cannot be interrupted, and the interpreter would tear down modules that it uses
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -113,12 +115,12 @@ def status(
     *,
     name: Name = None,
     peer: Annotated[
-        str | None, Parameter(help="Ask this agent of the map instead, over the network, with this agent's keys.")
+        str | None, Parameter(help="Ask this peer on the map instead, over the network, with this agent's keys.")
     ] = None,
-    watch: Annotated[bool, Parameter(negative="", help="Show it again every two seconds, until Ctrl-C.")] = False,
+    watch: Annotated[bool, Parameter(negative="", help="Refresh every two seconds, until Ctrl-C.")] = False,
     as_json: Json = False,
 ) -> int:
-    """Show how an agent is, on this machine or, with --peer, on another: round, peers, metrics, bytes, warnings."""
+    """Show an agent's status: round, peers, metrics, bytes, warnings. With --peer, ask an agent on another machine."""
     from dimat.agent.daemon.status_socket import ask
     from dimat.ui.terminal.status import status_lines
 
@@ -146,7 +148,7 @@ def status(
 
 
 def load_agent(file: Path, name: str | None, overrides: tuple[str, ...] = ()) -> ExperimentConfig:
-    """Read an agent's file; `name`, where it is given, is the agent's."""
+    """Read an agent's file; `name`, if given, overrides the agent's name in it."""
     from dimat.config import load_experiment, naming
 
     if not file.exists():
@@ -155,21 +157,22 @@ def load_agent(file: Path, name: str | None, overrides: tuple[str, ...] = ()) ->
 
 
 def named_folder(target: str, name: str | None) -> Path:
-    """Return the folder of an agent that is named by it or by its file."""
+    """Return an agent's folder, given that folder or the agent's file."""
     path = Path(target)
-    if path.is_dir():  # a health check asks often: nothing more is loaded for it
+    if path.is_dir():  # health checks ask often, so nothing more is loaded here
         return path
     from dimat.config import agent_folder
 
     config = load_agent(path, name)
     if config.agent.name is None:
-        raise ConfigError(f"{path} does not say which agent; give --name, or the agent's folder")
+        raise ConfigError(f"{path} does not name the agent; give --name, or the agent's folder")
     return agent_folder(config, config.agent.name)
 
 
 def _watch(found: Mapping[str, Any], look: Callable[[], Mapping[str, Any]], as_json: bool) -> None:
-    """Show a status, and again each time that it was asked for, until Ctrl-C or the agent's end. A peer that was there
-    once is asked on while it is out of reach."""
+    """Show a status and refresh it until Ctrl-C or until the agent ends.
+
+    A peer that has answered once is asked again while it cannot be reached."""
     from dimat.ui.terminal.status import status_lines
     from dimat.ui.terminal.watch import LiveText
     from dimat.ui.text import clean
@@ -193,7 +196,7 @@ def _watch(found: Mapping[str, Any], look: Callable[[], Mapping[str, Any]], as_j
 
 @contextmanager
 def _log(daemon: Daemon) -> Generator[JsonlListener]:
-    """Give the agent's event log; an end of it that a full disk refuses is told, and is no other end of the agent."""
+    """Open the agent's event log; if a full disk prevents closing it, say so and do not change the agent's exit."""
     from dimat.ui.jsonl import JsonlListener
 
     kept = daemon.setup.config.agent.logs_kept
@@ -209,7 +212,7 @@ def _log(daemon: Daemon) -> Generator[JsonlListener]:
 
 @contextmanager
 def _dashboard(daemon: Daemon) -> Generator[Sequence[Listener]]:
-    """Serve the agent's dashboard, if it is to have one; give the listeners that are to be told its events."""
+    """Serve the agent's dashboard, if one is configured; yield the listeners that must get the agent's events."""
     monitor = daemon.setup.config.monitor
     if monitor.dashboard is None:
         yield ()
@@ -224,9 +227,9 @@ def _dashboard(daemon: Daemon) -> Generator[Sequence[Listener]]:
 
 
 class _Signals:
-    """Catches SIGHUP and SIGUSR1, which would end the process, from the beginning of a command to its end.
+    """Catches SIGHUP and SIGUSR1, which would end the process, while a command runs.
 
-    What comes before `serve` is remembered until then: an agent may take long to start.
+    Signals that arrive before `serve` are kept until then, as an agent may take long to start.
     """
 
     def __init__(self) -> None:
@@ -245,7 +248,7 @@ class _Signals:
             signal.signal(number, handler)
 
     def serve(self, actions: Mapping[int, Callable[[], None]]) -> None:
-        """From now on let the running loop do what belongs to a signal."""
+        """From now on, run each signal's action in the running event loop."""
         self._actions, self._loop = actions, asyncio.get_running_loop()
         for number in dict.fromkeys(self._remembered):
             actions[number]()
@@ -258,8 +261,9 @@ class _Signals:
 
 
 async def _run(daemon: Daemon, signals: _Signals, restore: Callable[[], None]) -> int:
-    """Run a daemon with signals: the first SIGINT, SIGTERM or SIGUSR1 lets it leave in good order, a second one ends
-    it, after `restore` has given the terminal back."""
+    """Run a daemon and handle signals: the first SIGINT, SIGTERM or SIGUSR1 lets it leave in good order.
+
+    A second one ends the process at once, after `restore` has restored the terminal."""
     loop = asyncio.get_running_loop()
     code = 0
 
@@ -278,8 +282,8 @@ async def _run(daemon: Daemon, signals: _Signals, restore: Callable[[], None]) -
     signals.serve({signal.SIGHUP: daemon.reload_soon, signal.SIGUSR1: partial(stop, signal.SIGUSR1)})
     try:
         await daemon.run()
-    except DataError as error:  # a full disk: what was not written is done again by the next life
+    except DataError as error:  # a full disk: the next life repeats the work that was not written
         if not code:
             raise
-        say(f"dimat: {error}; the checkpoint before stands")
+        say(f"dimat: {error}; the previous checkpoint is kept")
     return code

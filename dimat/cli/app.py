@@ -1,4 +1,4 @@
-"""The command line's tree of commands, which the other modules of this package fill."""
+"""The command line's command tree, to which the other modules of this package add commands."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ app = App(
     help="Train, align and merge neural networks among peers, without a server.",
     version=f"dimat {__version__}",
     help_on_error=False,
-    suppress_keyboard_interrupt=False,  # `main` tells Ctrl-C from SIGTERM, and says that it stops
+    suppress_keyboard_interrupt=False,  # `main` distinguishes Ctrl-C from SIGTERM and reports the stop
 )
 topology = App(name="topology", help="Graphs, schedules and mixing weights.")
-symmetry = App(name="symmetry", help="Which axes of a model's tensors move together.")
+symmetry = App(name="symmetry", help="Groups of a model's tensor axes that must be permuted together.")
 keys = App(name="keys", help="Keys and certificates of a collaboration's agents.")
 app.command(topology)
 app.command(symmetry)

@@ -1,4 +1,4 @@
-"""`dimat dashboard`: a run's folder as a page."""
+"""`dimat dashboard`: show a run's folder as a web page."""
 
 from __future__ import annotations
 
@@ -14,20 +14,18 @@ from dimat.cli.shared import say
 
 @app.command
 def dashboard(
-    folder: Annotated[
-        Path, Parameter(help="Folder of a run, of an agent, or one that holds agents' folders (agents/RUN).")
-    ],
+    folder: Annotated[Path, Parameter(help="Folder of a run, of an agent, or of several agents (agents/RUN).")],
     /,
     *,
-    listen: Annotated[str, Parameter(help="`host:port` to listen on; port 0: any free one.")] = "127.0.0.1:8300",
+    listen: Annotated[str, Parameter(help="`host:port` to listen on; port 0: any free port.")] = "127.0.0.1:8300",
     token_file: Annotated[
         Path | None,
-        Parameter(help="File with a token that every reader must give; needed on hosts other than loopback."),
+        Parameter(help="File with a token that every viewer must present; required unless the host is loopback."),
     ] = None,
 ) -> int:
-    """Show a run in the browser, while it runs or afterwards. Ctrl-C ends it.
+    """Show a run in the browser, while it runs or afterwards. Ctrl-C stops the server.
 
-    The page has the network, curves, merges, lineage and the log.
+    The page shows the network, curves, merges, lineage and the log.
     """
     from dimat.ui.dashboard.available import need_dashboard
 

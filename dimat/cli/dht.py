@@ -19,32 +19,32 @@ from dimat.errors import ConfigError
 @app.command
 def dht(
     *,
-    listen: Annotated[
-        str, Parameter(help="Address and port to listen on, IP:port; port 0 takes any.")
-    ] = "0.0.0.0:7301",
-    folder: Annotated[Path, Parameter(help="Folder of the node's identity, which keeps its address.")] = Path(
+    listen: Annotated[str, Parameter(help="Address to listen on, IP:port; port 0: any free port.")] = "0.0.0.0:7301",
+    folder: Annotated[Path, Parameter(help="Folder with the node's identity, so that its address stays.")] = Path(
         "dimat-dht"
     ),
     ca: Annotated[
-        Path | None, Parameter(help="Certificate of the CA (PEM); the node keeps only records signed under it.")
+        Path | None, Parameter(help="The CA's certificate (PEM); keep only records signed under this CA.")
     ] = None,
-    run: Annotated[str | None, Parameter(help="The node keeps records of this run only; default: of all runs.")] = None,
+    run: Annotated[str | None, Parameter(help="Keep only records of this run; default: records of all runs.")] = None,
     bootstrap: Annotated[
         tuple[str, ...],
-        Parameter(negative="", consume_multiple=False, help="Address of another node, as it prints it. Repeatable."),
+        Parameter(
+            negative="", consume_multiple=False, help="Address of another node, as that node prints it. Repeatable."
+        ),
     ] = (),
     as_json: Json = False,
 ) -> int:
-    """Run a bootstrap node of the DHT until it is stopped; prints the addresses that agents need."""
+    """Run a bootstrap node of the DHT until you stop it; prints the addresses that agents need."""
     if ca is not None and run is None:
-        raise ConfigError("dimat dht: --ca needs --run NAME, the run whose records it lets in")
+        raise ConfigError("dimat dht: --ca needs --run NAME, the run whose records the node keeps")
     if ca is not None and not ca.is_file():
         raise ConfigError(f"dimat dht: there is no file {ca} for --ca")
     certificate = ca.read_bytes() if ca is not None else None
     if certificate is not None:
         from dimat.net.pki.certificates import authorities
 
-        authorities(certificate)  # SecurityError: with a file that is no CA's, each record would be refused in silence
+        authorities(certificate)  # SecurityError: with any other file the node would silently refuse each record
     return asyncio.run(_serve(listen, folder, certificate, run, bootstrap, as_json))
 
 
@@ -78,10 +78,10 @@ async def _serve(
         ready = asyncio.create_task(node.ready())
         await asyncio.wait([ready, stopped], return_when=asyncio.FIRST_COMPLETED)
         if not stopped.done():
-            await ready  # NetworkError where the port is taken, or hivemind is not there
+            await ready  # NetworkError if the port is taken or hivemind is not installed
             show({"peer": node.peer, "addresses": list(node.addresses)} if as_json else "\n".join(node.addresses))
             sys.stdout.flush()  # a reader at the end of a pipe waits for it
-            say("dimat: DHT node runs; agents take one of these addresses as bootstrap. Ctrl-C stops it")
+            say("dimat: the DHT node is running; give agents one of these addresses as bootstrap. Ctrl-C stops it")
         code = await stopped
         say("dimat: stopping")
         ready.cancel()

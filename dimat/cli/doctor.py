@@ -1,4 +1,4 @@
-"""`dimat doctor`: check everything an agent needs, with advice for each fault."""
+"""`dimat doctor`: checks everything that an agent needs and says how to mend each fault."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def doctor(
     set_: Overrides = (),
     as_json: Json = False,
 ) -> int:
-    """Check everything an agent needs: configuration, keys, clock, port, peers, dial-back, DHT, GPU, disk, memory,
-    versions. Works while the agent runs, too; changes nothing. Exit code 0, or that of the first fault."""
+    """Check everything that an agent needs: configuration, keys, clock, port, peers, dial-back, DHT, GPU, disk, memory,
+    versions. It changes nothing, and also works while the agent runs. Exit code: 0, or that of the first fault."""
     import sys
 
     from dimat.agent.doctor.check import Check, exit_code, failed

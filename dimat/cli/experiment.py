@@ -1,4 +1,4 @@
-"""Commands around experiments: `demo`, `init`, `simulate`, `report`, `evaluate`."""
+"""Commands for experiments: `demo`, `init`, `simulate`, `report`, `evaluate`."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 @app.command
 def demo(
     *,
-    quick: Annotated[bool, Parameter(negative="", help="One seed, fewer rounds: under 20 seconds.")] = False,
+    quick: Annotated[bool, Parameter(negative="", help="Use one seed and fewer rounds: under 20 seconds.")] = False,
     seeds: Annotated[
-        int, Parameter(validator=AtLeastOne, help="Runs per method and split; the table is their mean.")
+        int, Parameter(validator=AtLeastOne, help="Runs per method and split; the table shows their mean.")
     ] = 3,
     out: Out = None,
     workers: Workers = None,
@@ -33,7 +33,7 @@ def demo(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> int:
-    """Five agents on a ring learn handwritten digits, by several methods side by side."""
+    """Compare several methods side by side: five agents on a ring learn handwritten digits."""
     from dimat.simulate.demo import demo_cases
 
     folder = out or Path("runs/demo-quick" if quick else "runs/demo")
@@ -45,7 +45,8 @@ def demo(
 @app.command
 def init(
     path: Annotated[
-        Path | None, Parameter(help="File to write (default: experiment.toml); with --agents, a folder (network).")
+        Path | None,
+        Parameter(help="File to write (default: experiment.toml); with --agents, a folder (default: network)."),
     ] = None,
     /,
     *,
@@ -54,11 +55,11 @@ def init(
     ] = "digits",
     agents: Annotated[
         int | None,
-        Parameter(help="Write a network of this many real agents on this host instead: map, configuration and keys."),
+        Parameter(help="Write the map, configuration and keys of this many real agents on this host instead."),
     ] = None,
-    force: Annotated[bool, Parameter(negative="", help="Replace what exists.")] = False,
+    force: Annotated[bool, Parameter(negative="", help="Replace existing files.")] = False,
 ) -> int:
-    """Write an experiment file that works, or with --agents the files of a network."""
+    """Write an experiment file that runs as it is, or with --agents the files of a network of agents."""
     if agents is not None:
         return _init_network(path or Path("network"), agents, task, force)
     from dimat.cli.templates.experiment_template import write_starter
@@ -77,12 +78,11 @@ def simulate(
     set_: Overrides = (),
     compare: Annotated[
         str | None,
-        Parameter(
-            help="Methods, or variants of the file, to run side by side, e.g. average,dimat; all = all variants."
-        ),
+        Parameter(help="Methods, or the file's variants, to run side by side, e.g. average,dimat; all = all variants."),
     ] = None,
     seeds: Annotated[
-        int, Parameter(validator=AtLeastOne, help="With --compare: runs per method, seeds counted up from the file's.")
+        int,
+        Parameter(validator=AtLeastOne, help="With --compare: runs per method; seeds count up from the file's seed."),
     ] = 1,
     out: Out = None,
     workers: Workers = None,
@@ -90,13 +90,13 @@ def simulate(
     replay: Annotated[
         Path | None,
         Parameter(
-            help="Instead of FILE: folder of a run with a trace (simulate.trace). Does this dimat still do the same?"
+            help="Instead of FILE: a run's folder with a trace (simulate.trace); check that this dimat does the same."
         ),
     ] = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> int:
-    """Simulate an experiment on this host: real training and merging, virtual time."""
+    """Simulate an experiment on this host: real training and merging in virtual time."""
     from dimat.config import load_experiment
 
     if replay is not None:
@@ -110,7 +110,7 @@ def simulate(
     config = load_experiment(file, set_)
     folder = out or Path("runs") / (config.run if compare is None else f"{config.run}-compared")
     if compare is None and seeds != 1:
-        raise ConfigError("--seeds goes with --compare; one run's seed is set with --set seed=N")
+        raise ConfigError("--seeds goes with --compare; set the seed of a single run with --set seed=N")
     if compare is not None:
         from dimat.simulate.compare import cases_of
 
@@ -127,14 +127,14 @@ def report(
     /,
     *,
     verify: Annotated[
-        bool, Parameter(negative="", help="An agent's folder: check the signatures of all manifests against the CA.")
+        bool, Parameter(negative="", help="For an agent's folder: check all manifests' signatures against the CA.")
     ] = False,
     keys: Annotated[Path, Parameter(help="With --verify: folder with the CA's certificate, ca.crt.")] = Path("keys"),
     as_json: Json = False,
 ) -> int:
-    """Write a report of a run, or say whose training is in an agent's model; first, whether merging paid.
+    """Report whether merging helped; write a run's report, or list whose training is in an agent's model.
 
-    A run folder gets tables, pictures and a self-contained HTML page; an agent's folder gets lineage.csv.
+    A run's folder gets tables, pictures and a self-contained HTML page; an agent's folder gets lineage.csv.
     """
     from dimat.agent.daemon.folder import read_mark
     from dimat.results import read_results
@@ -146,7 +146,7 @@ def report(
     if mark is not None:
         return _report_agent(run_dir, str(mark["agent"]), keys if verify else None, as_json)
     if verify:
-        raise ConfigError(f"{run_dir} is no agent's folder; --verify is for those")
+        raise ConfigError(f"{run_dir} is not an agent's folder; --verify needs one")
     with ConsoleListener() as console:
         files = write_report(run_dir, console)
     found = of_run(read_results(run_dir))
@@ -157,7 +157,9 @@ def report(
 
 @app.command
 def evaluate(
-    weights: Annotated[Path, Parameter(help="Weights (safetensors), e.g. runs/digits-ring/final/agent-0.safetensors.")],
+    weights: Annotated[
+        Path, Parameter(help="Weights file (safetensors), e.g. runs/digits-ring/final/agent-0.safetensors.")
+    ],
     /,
     *,
     task: Annotated[
@@ -167,7 +169,7 @@ def evaluate(
     set_: Overrides = (),
     as_json: Json = False,
 ) -> int:
-    """Test metrics of a weights file on a task's test data."""
+    """Evaluate a weights file on a task's test data."""
     from dimat.config import load_experiment, quoted
     from dimat.simulate.run import evaluate_file
 
@@ -187,8 +189,8 @@ def _init_network(folder: Path, agents: int, task: str, force: bool) -> int:
     file, first = shlex.quote(str(made.file)), made.names[0]
     say(f"wrote {folder}: map.toml, agents.toml, and keys of {', '.join(made.names[:3])}{' …' * (agents > 3)}")
     if (kept := Path("agents") / made.run).exists():
-        say(f"  {kept} holds an earlier run of this name, and agents would go on with it; remove it to begin anew")
-    say("start the agents, each in a terminal of its own:")
+        say(f"  {kept} holds an earlier run of this name, which agents would resume; remove it to start over")
+    say("start each agent in its own terminal:")
     for name in made.names:
         say(f"  dimat agent {file} --name {name}")
     say("then look at one:")
@@ -215,11 +217,11 @@ def _report_agent(folder: Path, agent: str, keys: Path | None, as_json: bool) ->
     if found is None:
         return 0
     for number in found.torn:
-        say(f"dimat: manifests.jsonl, line {number}: cut short, it vouches for nothing")
+        say(f"dimat: manifests.jsonl, line {number}: cut short, so it proves nothing")
     for fault in found.faults:
         say(f"dimat: {fault}")
     if found.dropped:
-        say(f"dimat: manifests.jsonl: {found.dropped} older lines were dropped by its bound (agent.disk_quota_mb)")
+        say(f"dimat: manifests.jsonl: {found.dropped} older lines were dropped to keep within agent.disk_quota_mb")
     say(f"{found.checked} signed manifests checked, {len(found.faults)} faults")
     return SecurityError.exit_code if found.faults else 0
 

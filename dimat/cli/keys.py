@@ -1,4 +1,4 @@
-"""`dimat keys …`: agents' certificates and keys, and publishing the network map."""
+"""`dimat keys …`: makes agents' keys and certificates, and publishes the network map."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from dimat.net.pki.keyring import KeyFiles
 
 Folder = Annotated[
-    Path, Parameter(help="Folder of keys: NAME.key, NAME.crt, and ca.crt (with ca.key: the organiser's).")
+    Path, Parameter(help="Folder of keys: NAME.key, NAME.crt and ca.crt; the organiser's folder also has ca.key.")
 ]
 Addresses = Annotated[
     tuple[str, ...],
-    Parameter(negative="", consume_multiple=False, help="Addresses of the agent, host:port, separated by commas."),
+    Parameter(negative="", consume_multiple=False, help="The agent's addresses, host:port, separated by commas."),
 ]
 Days = Annotated[
     int, Parameter(validator=validators.Number(gte=1, lte=36500), help="Days that the certificate is valid.")
@@ -37,31 +37,31 @@ def init_ca(
     name: Annotated[str, Parameter(help="Name of the collaboration, shown as issuer.")] = "dimat collaboration",
     days: Days = 10 * YEAR,
 ) -> int:
-    """Make the collaboration's own certificate authority: ca.key, which only the organiser has, and ca.crt, which
-    every agent gets."""
+    """Make the collaboration's certificate authority: ca.key, which only the organiser keeps, and ca.crt, which every
+    agent gets."""
     from dimat.net.pki.keyring import init_authority
 
     _tell(init_authority(folder, name, days), "CA")
-    say(f"  keep {folder / 'ca.key'} where no agent runs: who has it can let anybody in")
+    say(f"  keep {folder / 'ca.key'} where no agent runs: its holder can let anybody in")
     return 0
 
 
 @keys.command
 def issue(
-    *names: Annotated[str, Parameter(help="Agents, as on the map. Without names: all agents of --map.")],
+    *names: Annotated[str, Parameter(help="Names of agents, as on the map. Without names: all agents of --map.")],
     addresses: Addresses = (),
     map_: Annotated[Path | None, Parameter(name="--map", help="Network map to take the addresses from.")] = None,
     folder: Folder = KEYS,
     days: Days = YEAR,
     renew: Annotated[
-        bool, Parameter(negative="", help="Keep the keys, wherever they are, and make new certificates.")
+        bool, Parameter(negative="", help="Make new certificates for the existing keys, wherever the keys are.")
     ] = False,
     out: Annotated[
         Path | None, Parameter(help="Folder for the agents' files, with a copy of ca.crt; default: --folder.")
     ] = None,
 ) -> int:
-    """Make keys and certificates of agents: NAME.key and NAME.crt. An agent is removed by taking it off the map:
-    certificates are not revoked, the map says who may take part."""
+    """Make agents' keys and certificates: NAME.key and NAME.crt. To remove an agent, take it off the map: the map says
+    who may take part, and certificates are not revoked."""
     from dimat.net.pki.keyring import issue as issue_keys
 
     wanted = _wanted(names, addresses, map_, renew)
@@ -72,19 +72,19 @@ def issue(
 
 @keys.command
 def request(
-    name: Annotated[str, Parameter(help="The agent, as on the map.")],
+    name: Annotated[str, Parameter(help="The agent's name, as on the map.")],
     /,
     *,
     addresses: Addresses = (),
     folder: Folder = KEYS,
-    renew: Annotated[bool, Parameter(negative="", help="Keep the key, and make a new request.")] = False,
+    renew: Annotated[bool, Parameter(negative="", help="Make a new request for the existing key.")] = False,
 ) -> int:
-    """Make a key that never leaves this machine, NAME.key, and a request for its certificate, NAME.csr, to send to the
+    """Make a key, NAME.key, which never leaves this machine, and a certificate request, NAME.csr, to send to the
     organiser."""
     from dimat.net.pki.keyring import request as request_certificate
 
     _tell(request_certificate(folder, name, _listed(addresses), renew=renew), "request of")
-    say("  send the .csr to the organiser, and tell them the key above by another way (telephone)")
+    say("  send the .csr to the organiser, and read them the key above over another channel (telephone)")
     return 0
 
 
@@ -94,14 +94,14 @@ def sign(
     /,
     *,
     name: Annotated[
-        str | None, Parameter(help="Agent that the request must be of; default: the file's name without .csr.")
+        str | None, Parameter(help="Agent that the request must be from; default: the file's name without .csr.")
     ] = None,
     folder: Folder = KEYS,
     days: Days = YEAR,
-    renew: Annotated[bool, Parameter(negative="", help="The agent has a certificate; make a new one.")] = False,
+    renew: Annotated[bool, Parameter(negative="", help="Replace the agent's existing certificate.")] = False,
 ) -> int:
-    """Make the certificate that an agent asks for, NAME.crt, with the CA of the folder. Only name, addresses and key
-    are taken from the request."""
+    """Make the certificate that an agent asks for, NAME.crt, with the folder's CA. It uses only the name, the addresses
+    and the key in the request."""
     from dimat.net.pki.keyring import sign as sign_request
 
     made = sign_request(folder, file, days, name=name, renew=renew)
@@ -118,16 +118,18 @@ def publish_map(
     run: Annotated[str, Parameter(help="Name of the run whose agents follow the map.")],
     bootstrap: Annotated[
         tuple[str, ...],
-        Parameter(negative="", consume_multiple=False, help="A node of the run's DHT, as it prints it. Repeatable."),
+        Parameter(
+            negative="", consume_multiple=False, help="Address of a node of the run's DHT, as it prints it. Repeatable."
+        ),
     ],
     folder: Annotated[Path, Parameter(name=("--keys", "--folder"), help="The organiser's folder, with ca.key.")] = KEYS,
     days: Annotated[
         int, Parameter(validator=validators.Number(gte=1, lte=366), help="Days that nodes keep the map.")
     ] = 30,
-    listen: Annotated[str, Parameter(help="IP:port of the temporary DHT node; port 0: any free one.")] = "0.0.0.0:0",
+    listen: Annotated[str, Parameter(help="IP:port of the temporary DHT node; port 0: any free port.")] = "0.0.0.0:0",
 ) -> int:
-    """Change who is in the network: sign a map with the CA's key and leave it with the DHT, for all agents that have
-    dht.follow_map = true. Ends once a node has taken it."""
+    """Change who is in the network: sign a map with the CA's key and publish it in the DHT, for all agents with
+    dht.follow_map = true. The command ends once a node has stored the map."""
     import asyncio
 
     from dimat.net.discovery.publish_map import publish_map as publish
@@ -149,7 +151,7 @@ def show_keys(
     as_json: Json = False,
 ) -> int:
     """Show certificates, keys and requests: name, addresses, fingerprints, days left, issuer, and whether key and
-    certificate match. Warns of what ends within 30 days; exit code 4 if something cannot be used."""
+    certificate match. Warns of certificates that end within 30 days. Exit code 4 if a file cannot be used."""
     from dimat.net.pki.key_info import look_at
     from dimat.ui.terminal.keys import keys_json, keys_text
 
@@ -161,15 +163,15 @@ def show_keys(
 def _wanted(
     names: Sequence[str], addresses: Sequence[str], map_: Path | None, renew: bool
 ) -> dict[str, Sequence[str] | None]:
-    """Return the addresses of the agents that get certificates; None: those that an agent had."""
+    """Return the addresses of the agents that get certificates; None keeps an agent's previous addresses."""
     if map_ is None:
         if not names:
-            raise ConfigError("say which agents: dimat keys issue lab-a --addresses host:port, or --map FILE for all")
+            raise ConfigError("name the agents: dimat keys issue lab-a --addresses host:port, or --map FILE for all")
         if addresses and len(set(names)) > 1:
-            raise ConfigError("--addresses are those of one agent; issue the others apart, or take a --map for all")
+            raise ConfigError("--addresses belong to one agent; issue the others separately, or use --map for all")
         return dict.fromkeys(names, _listed(addresses) if addresses or not renew else None)
     if addresses:
-        raise ConfigError("--addresses and --map: give one of the two")
+        raise ConfigError("give --addresses or --map, not both")
     from dimat.config import TopologyConfig
     from dimat.topology import build_topology
 

@@ -1,4 +1,4 @@
-"""`dimat merge`: models on disk."""
+"""`dimat merge`: merges models on disk."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ def merge(
     *inputs: Annotated[
         Path,
         Parameter(
-            help="A recipe (TOML); or models: safetensors files, folders. The first is the one that is merged into."
+            help="A recipe (TOML), or models (safetensors files or folders). The others are merged into the first."
         ),
     ],
     method: Annotated[str | None, Parameter(help="Combine method; default: average.")] = None,
-    base: Annotated[Path | None, Parameter(help="Model that deltas are taken from, or adapters merged into.")] = None,
+    base: Annotated[Path | None, Parameter(help="Base model of deltas, or the model to merge adapters into.")] = None,
     into_base: Annotated[
-        bool, Parameter(negative="", help="Merge PEFT adapters into the base: a whole model comes out.")
+        bool, Parameter(negative="", help="Merge PEFT adapters into the base and write a whole model.")
     ] = False,
     out: Annotated[
-        Path | None, Parameter(name=["--out", "-o"], help="Where to: a name in .safetensors, or a folder.")
+        Path | None, Parameter(name=["--out", "-o"], help="Output: a .safetensors file or a folder.")
     ] = None,
     set_: Annotated[
         tuple[str, ...],
@@ -36,7 +36,9 @@ def merge(
     dtype: Annotated[
         str | None, Parameter(help="Type to write: fp32, bf16, fp16, fp64; default: the first model's.")
     ] = None,
-    input_dtype: Annotated[str | None, Parameter(help="Type to read in; default: the type of each tensor.")] = None,
+    input_dtype: Annotated[
+        str | None, Parameter(help="Type to read inputs in; default: each tensor's own type.")
+    ] = None,
     model: Annotated[
         str | None,
         Parameter(help="Architecture, for merges that run the models: `module:function`, `file.py:function`."),
@@ -46,24 +48,24 @@ def merge(
     ] = None,
     align: Annotated[
         str | None,
-        Parameter(help="Bring units into the first model's order: activations, weights, auto; default: none."),
+        Parameter(help="Align units with the first model's: activations, weights, auto; default: none."),
     ] = None,
     align_vocabulary: Annotated[
-        bool, Parameter(negative="", help="Bring rows of embeddings into one order, where tokens are in another order.")
+        bool, Parameter(negative="", help="Reorder embedding rows where vocabularies list tokens in different orders.")
     ] = False,
-    repair: Annotated[str | None, Parameter(help="Re-estimate afterwards: batchnorm; default: none.")] = None,
-    device: Annotated[str | None, Parameter(help="Where to merge: cpu (default), cuda, auto.")] = None,
+    repair: Annotated[str | None, Parameter(help="Re-estimate after merging: batchnorm; default: none.")] = None,
+    device: Annotated[str | None, Parameter(help="Device to merge on: cpu (default), cuda, auto.")] = None,
     seed: Annotated[
-        int | None, Parameter(validator=SeedRange, help="Seed of methods that draw at random; default: 0.")
+        int | None, Parameter(validator=SeedRange, help="Seed for methods that draw random numbers; default: 0.")
     ] = None,
-    shard_size: Annotated[str | None, Parameter(help="Bytes per file of a folder; default: 5GB.")] = None,
-    from_mergekit: Annotated[Path | None, Parameter(help="Instead of INPUTS: a configuration of mergekit.")] = None,
-    dry_run: Annotated[bool, Parameter(negative="", help="Check, print the plan, write nothing.")] = False,
-    overwrite: Annotated[bool, Parameter(negative="", help="Replace a model that is there.")] = False,
+    shard_size: Annotated[str | None, Parameter(help="Largest file in an output folder; default: 5GB.")] = None,
+    from_mergekit: Annotated[Path | None, Parameter(help="Instead of INPUTS: a mergekit configuration.")] = None,
+    dry_run: Annotated[bool, Parameter(negative="", help="Check and print the plan, but write nothing.")] = False,
+    overwrite: Annotated[bool, Parameter(negative="", help="Replace an existing model.")] = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> int:
-    """Merge models on disk by a recipe or from flags, tensor by tensor, without any network."""
+    """Merge models on disk, as a recipe or flags say, tensor by tensor and without a network."""
     from dimat.merge_files import merge_files, prepare
     from dimat.merge_files.recipe import parse_weights, recipe_of
     from dimat.ui.terminal.merge import plan_lines, progress_bar

@@ -1,6 +1,6 @@
-"""Shared by commands: flags that several have, and where they print.
+"""Flags that several commands share, and the functions with which commands print.
 
-Results go to stdout, everything for a person to stderr.
+Results go to stdout; messages for a person go to stderr.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dimat.json_text import to_json
 if TYPE_CHECKING:
     from dimat.ui.terminal.run import ConsoleListener
 
-Json = Annotated[bool, Parameter(name="--json", negative="", help="Print one JSON object on stdout.")]
+Json = Annotated[bool, Parameter(name="--json", negative="", help="Print the result as one JSON object on stdout.")]
 Overrides = Annotated[
     tuple[str, ...],
     Parameter(
@@ -34,16 +34,20 @@ AtLeastOne = validators.Number(gte=1, lt=2**62)
 SeedRange = validators.Number(gte=0, lt=2**63)
 Workers = Annotated[
     int | None,
-    Parameter(validator=AtLeastOne, help="Worker processes; default: one per core. Results do not depend on it."),
+    Parameter(
+        validator=AtLeastOne, help="Worker processes; default: one per core. The number does not change results."
+    ),
 ]
-Overwrite = Annotated[bool, Parameter(negative="", help="Replace results of the same experiment.")]
-Quiet = Annotated[bool, Parameter(negative="", help="No progress, only results and warnings.")]
+Overwrite = Annotated[bool, Parameter(negative="", help="Replace earlier results of the same experiment.")]
+Quiet = Annotated[bool, Parameter(negative="", help="Print no progress, only results and warnings.")]
 
 
 @contextmanager
 def collector_paused() -> Generator[None]:
-    """Load modules inside without the garbage collector, which would look through them again and again for nothing: a
-    seventh of the CPU time of loading torch."""
+    """Pause the garbage collector while modules are loaded: it would scan them repeatedly and find nothing.
+
+    That scanning takes a seventh of the CPU time of loading torch.
+    """
     before = gc.isenabled()
     gc.disable()
     try:
@@ -58,13 +62,13 @@ def show(value: Any) -> None:
     text = value if isinstance(value, str) else to_json(value)
     try:
         sys.stdout.write(text + "\n")
-    except UnicodeEncodeError:  # a name from the disk that is no text, or a terminal that has no such characters
+    except UnicodeEncodeError:  # a file name that is not valid text, or a terminal without these characters
         encoding = sys.stdout.encoding or "utf-8"
         sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
 
 
 def say(text: str) -> None:
-    """Tell a person something, on stderr."""
+    """Print a message for a person on stderr."""
     sys.stderr.write(text + "\n")
 
 

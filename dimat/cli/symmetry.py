@@ -1,4 +1,4 @@
-"""`dimat symmetry …`: which axes of a model's tensors move together."""
+"""`dimat symmetry …`: shows and checks which tensor axes of a model are permuted together."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ def symmetry_show(
     hook: Model,
     /,
     *,
-    verify: Annotated[bool, Parameter(help="Prove the groups by random permutations in float64.")] = True,
+    verify: Annotated[bool, Parameter(help="Check the groups with random permutations in float64.")] = True,
     output: Outputs = (),
     html: Annotated[Path | None, Parameter(help="Write a page with a drawing of the groups to this file.")] = None,
     svg: Annotated[Path | None, Parameter(help="Write the drawing alone to this file.")] = None,
     as_json: Json = False,
 ) -> int:
-    """Derive a model's symmetry groups and show sizes, tensors, observation points, frozen axes and why.
+    """Derive a model's symmetry groups; show their sizes, tensors, observation points and the frozen axes with reasons.
 
-    Exit code 1 where the model cannot be traced, as where its forward pass fails.
+    Exit code 1 if the model cannot be traced, for example because its forward pass fails.
     """
     from dimat.ui.symmetry.commands import show_symmetry
     from dimat.ui.symmetry.tables import check_suffix
@@ -65,9 +65,9 @@ def symmetry_verify(
     output: Outputs = (),
     as_json: Json = False,
 ) -> int:
-    """Check by numbers that permuting a model's groups leaves its outputs as they are; name the groups that do not.
+    """Check numerically that permuting a model's groups does not change its outputs; name the groups that fail.
 
-    Exit code 1 where a group fails, or the model cannot be traced.
+    Exit code 1 if a group fails, or if the model cannot be traced.
     """
     from dimat.ui.symmetry.commands import verify_model
 
@@ -78,9 +78,9 @@ def symmetry_verify(
 
 @symmetry.command(name="diff")
 def symmetry_diff(one: ModelOrSpec, other: ModelOrSpec, /, *, as_json: Json = False) -> int:
-    """Compare two architectures: peers align only where they are the same.
+    """Compare two architectures: peers can align only if these are the same.
 
-    Exit code 3 where they differ; both summaries and the first difference are shown.
+    Shows both summaries and the first difference. Exit code 3 if the architectures differ.
     """
     from dimat.ui.symmetry.diff import diff_symmetry
 

@@ -22,7 +22,7 @@ Options = Annotated[
 
 @topology.command(name="list")
 def topology_list(*, as_json: Json = False) -> int:
-    """Graphs, schedules and mixing rules, with their options."""
+    """List graphs, schedules and mixing rules, with their options."""
     from dimat.ui.terminal.topology import catalogue
 
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
@@ -40,7 +40,7 @@ def topology_show(
     draw: Annotated[Path | None, Parameter(help="Write a picture (PNG or SVG) to this file.")] = None,
     as_json: Json = False,
 ) -> int:
-    """Degree, diameter, spectral gap, rounds to consensus and cost of a topology."""
+    """Show a topology's degree, diameter, spectral gap, rounds to consensus and cost."""
     from dimat.ui.terminal.topology import describe, draw_topology, open_topology
 
     opened = open_topology(spec, agents, set_)
@@ -53,7 +53,7 @@ def topology_show(
 
 @topology.command(name="check")
 def topology_check(spec: Spec, /, *, agents: Agents = None, set_: Options = ()) -> int:
-    """Check that a topology can be used: connected, rows of the mixing matrix sum to 1, weights on edges only."""
+    """Check a topology: it is connected, rows of the mixing matrix sum to 1, and only edges have weights."""
     from dimat.ui.terminal.topology import check_topology, open_topology
 
     say(check_topology(open_topology(spec, agents, set_)))
@@ -63,13 +63,13 @@ def topology_check(spec: Spec, /, *, agents: Agents = None, set_: Options = ()) 
 @topology.command(name="export")
 def topology_export(
     spec: Spec,
-    file: Annotated[Path, Parameter(help="File to write; its ending tells the format.")],
+    file: Annotated[Path, Parameter(help="File to write; its suffix selects the format.")],
     /,
     *,
     agents: Agents = None,
     set_: Options = (),
 ) -> int:
-    """Write a topology as a file: TOML map, GraphML, GML, node-link JSON, edge list."""
+    """Write a topology to a file: TOML map, GraphML, GML, node-link JSON or edge list."""
     from dimat.ui.terminal.topology import export_topology, open_topology
 
     export_topology(open_topology(spec, agents, set_), file)

@@ -1,7 +1,7 @@
 """Abstract interpretation: run a traced graph over layouts instead of numbers.
 
-Every node gets an abstract value; running the rules relates the axes of parameters through the domain. An
-operation without a rule, or one whose rule declines, freezes all axes of its tensor inputs and outputs.
+Every node gets an abstract value, and the rules relate the axes of parameters through the domain. If an operation has
+no rule, or its rule declines, all axes of its tensor inputs and outputs are frozen.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from dimat.symmetry.rules.call import Abstract, op_name
 from dimat.symmetry.trace import Trace, shape_of
 
 _LARGEST_CONSTANT = 1 << 26
-"""Constants with more entries than this are frozen without a look at their values."""
+"""Constants with more entries than this are frozen without reading their values."""
 
 DEPENDS = "shape depends on data"
-"""The reason for which operations are frozen that have a tensor of unknown size among what they take or make."""
+"""The reason for freezing an operation that has a tensor of unknown size among its inputs or outputs."""
 
 _MOST_RESTARTS = 4
 
 _TRANSPARENT = ("wrap_with_set_grad_enabled", "wrap_with_autocast", "wrap_with_disable_saved_tensors_hooks")
-"""Higher-order operations that just run a sub-graph; the sub-graph is interpreted in their place."""
+"""Higher-order operations that only run a sub-graph; the sub-graph is interpreted in their place."""
 
 
 @dataclass(slots=True)
 class Analysis:
-    """Layouts of everything in a graph: of parameters and buffers by canonical name, and of nodes.
+    """The layouts in a graph: those of parameters and buffers by canonical name, and those of nodes.
 
-    `unknown` maps nodes without a rule to (operation, reason). `used` holds the names of tensors that some
-    node uses, `from_input` the nodes of the top graph whose value depends on a model input. `forms` are the
-    pieces in which axes of parameters, by (name, axis), were taken from the start.
+    `unknown` maps nodes without a rule to (operation, reason). `used` holds the names of tensors that some node uses,
+    `from_input` the nodes of the top graph whose value depends on a model input. `forms` gives, by (name, axis), the
+    pieces into which axes of parameters were split from the start.
     """
 
     domain: Domain = field(default_factory=Domain)
@@ -60,10 +60,10 @@ class Analysis:
 
 
 def interpret(trace: Trace, outputs: tuple[int, ...]) -> Analysis:
-    """Derive the layouts of a traced module whose outputs of the given indices must not change.
+    """Derive the layouts of a traced module; the outputs with the given indices must not change.
 
-    An axis that turns out to be several in one (query, key and value in one projection) is taken apart, and the
-    graph is run again.
+    If one axis turns out to contain several (query, key and value in one projection), it is split and the graph is
+    interpreted again.
     """
     analysis = _once(trace, outputs, {})
     for _ in range(_MOST_RESTARTS):
@@ -91,7 +91,7 @@ def _once(trace: Trace, outputs: tuple[int, ...], forms: dict[tuple[str, int], F
                 _visit(analysis, path.module, node)
                 if not _is_blank(node) and any(source in analysis.from_input for source in node.all_input_nodes):
                     analysis.from_input.add(node)
-    # resolving may still freeze what cannot be written down, and that may reach other layouts
+    # resolving may still freeze layouts that cannot be expressed, which may affect other layouts
     for _ in range(2):
         for layout in [layout for value in analysis.all_values() for layout in value.dims]:
             analysis.domain.resolve(layout)
@@ -100,7 +100,7 @@ def _once(trace: Trace, outputs: tuple[int, ...], forms: dict[tuple[str, int], F
 
 
 def _is_blank(node: fx.Node) -> bool:
-    """Tell whether a node makes a tensor that has only its size from what it is given: zeros, a draw."""
+    """Tell whether a node's result depends on its inputs by its size alone: zeros, random numbers."""
     function = find_rule(node.target)
     return function is create.constant or function is random.draw
 
@@ -138,7 +138,7 @@ def _fixed(domain: Domain, shape: tuple[int, ...], why: Frozen) -> Value:
 
 
 def _constant(domain: Domain, value: torch.Tensor | None, shape: tuple[int, ...], node: str) -> Value:
-    """Axes along which the constant does not change are free; others are fixed."""
+    """Return a constant's value: axes along which it does not change are free, the others are fixed."""
     why = Frozen("constant", node)
     if value is None or tuple(value.shape) != shape or value.numel() > _LARGEST_CONSTANT or value.is_meta:
         return _fixed(domain, shape, why)
@@ -180,7 +180,7 @@ def _visit(analysis: Analysis, module: fx.GraphModule, node: fx.Node) -> None:
 
 
 def _called(target: Any) -> str:
-    """Return the name of a function, without its address in memory."""
+    """Return the name of a function without its memory address."""
     return str(getattr(target, "__name__", None) or re.sub(r" at 0x[0-9a-f]+", "", str(target)))
 
 
@@ -200,19 +200,19 @@ def _apply_rule(analysis: Analysis, node: fx.Node) -> None:
     except (NoRule, LayoutError) as error:
         _freeze_all(analysis, node, f"no rule for {name}: {error}")
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        # a call in a form that the rule was not written for, e.g. an argument that has no abstract value
+        # the rule does not cover this form of the call, e.g. an argument has no abstract value
         _freeze_all(analysis, node, f"no rule for this call of {name} ({type(error).__name__}: {error})")
     else:
         analysis.values[node] = result
 
 
 def _is_lost(analysis: Analysis, source: fx.Node) -> bool:
-    """Tell whether a node makes a tensor about which nothing is known."""
+    """Tell whether a node makes a tensor that has no abstract value."""
     return analysis.values.get(source) is None and isinstance(source.meta.get("val"), torch.Tensor)
 
 
 def _check_shape(node: fx.Node, result: Abstract) -> None:
-    """Raise LayoutError where a rule's result does not have the shape that the operation returned."""
+    """Raise LayoutError if a rule's result does not have the shape that the operation returned."""
     expected: Any = node.meta.get("val")
     pairs = zip(result, expected) if isinstance(result, list) else [(result, expected)]
     for value, tensor in pairs:
@@ -224,7 +224,7 @@ def _check_shape(node: fx.Node, result: Abstract) -> None:
 
 
 def _settle_cases(domain: Domain, result: Abstract) -> None:
-    """Settle cases in a result that has lost the axis which chooses among them."""
+    """Settle the cases of a result that no longer has the axis of their choice."""
     if not domain.has_cases:
         return
     for value in result if isinstance(result, list) else [result]:
@@ -236,7 +236,7 @@ def _settle_cases(domain: Domain, result: Abstract) -> None:
 
 
 def _freeze_all(analysis: Analysis, node: fx.Node, reason: str) -> None:
-    """Freeze all tensors that a node touches, and record it as an unknown operation."""
+    """Freeze all input and output tensors of a node, and record it as an unknown operation."""
     why = Frozen(reason, node.name)
     analysis.unknown[node] = (op_name(node.target) or _called(node.target), reason)
     for source in node.all_input_nodes:
@@ -267,7 +267,7 @@ def _item(analysis: Analysis, node: fx.Node) -> Abstract:
 
 
 def _inline(analysis: Analysis, module: fx.GraphModule, node: fx.Node) -> bool:
-    """Interpret the sub-graph that a node runs; return False where its form is not the expected one."""
+    """Interpret the sub-graph that a node runs; return False if the node does not have the expected form."""
     position = next((i for i, arg in enumerate(node.args) if _graph_of(module, arg) is not None), None)
     inner = None if position is None else _graph_of(module, node.args[position])
     if position is None or inner is None:
@@ -292,7 +292,7 @@ def _branches(analysis: Analysis, module: fx.GraphModule, node: fx.Node) -> bool
 
 
 def _run_graph(analysis: Analysis, inner: fx.GraphModule, given: Sequence[Any], node: fx.Node) -> bool:
-    """Interpret a graph on the values of some nodes and note what it returns as a node's value."""
+    """Interpret a graph on the values of some nodes and record its result as a node's value."""
     placeholders = [n for n in inner.graph.nodes if n.op == "placeholder"]
     if len(given) != len(placeholders):
         return False
@@ -311,7 +311,7 @@ def _run_graph(analysis: Analysis, inner: fx.GraphModule, given: Sequence[Any], 
 
 
 def _mapped(analysis: Analysis, node: fx.Node) -> bool:
-    """Interpret the entry to and the exit from `torch.func.vmap`: an axis is set aside, and comes back."""
+    """Interpret the entry to and the exit from `torch.func.vmap`: an axis is set aside, then restored."""
     source = analysis.values.get(node.all_input_nodes[0]) if node.all_input_nodes else None
     if not isinstance(source, Value):
         return False
@@ -327,7 +327,8 @@ def _mapped(analysis: Analysis, node: fx.Node) -> bool:
     if shape is None or not isinstance(out, int) or not isinstance(level, int):
         return False
     out %= len(shape)
-    axis = dict(source.mapped).get(level) or analysis.domain.fresh(shape[out])  # of what is the same for all, copies
+    # a value that is the same for all indices is copied along a new axis
+    axis = dict(source.mapped).get(level) or analysis.domain.fresh(shape[out])
     others = tuple(entry for entry in source.mapped if entry[0] != level)
     made = Value((*source.dims[:out], axis, *source.dims[out:]), others)
     analysis.values[node] = made
@@ -335,7 +336,7 @@ def _mapped(analysis: Analysis, node: fx.Node) -> bool:
 
 
 def _set_aside(analysis: Analysis, node: fx.Node) -> None:
-    """Give what an operation makes the axes that are set aside of what it is given, which go by the same numbers."""
+    """Add the inputs' set-aside axes to an operation's result; axes of the same level are permuted alike."""
     axes: dict[int, Layout] = {}
     for source in node.all_input_nodes:
         given = analysis.values.get(source)

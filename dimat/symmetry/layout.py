@@ -1,22 +1,22 @@
 """The abstract domain of the derivation: how the indices of a tensor axis are made of units.
 
 An axis is a `Layout`: an ordered concatenation of segments, each a row-major product of atoms. An atom
-stands for a set of indices that may still be permuted at will. Three things can happen to it, all of them
-global and none ever undone, so that relations found early stay true:
+stands for a set of indices that may still be permuted freely. Three things can happen to an atom. All of them are
+global and none is ever undone, so relations found early stay true:
 
-- it is *merged* with another of its size (union-find): both are permuted alike;
+- it is *merged* with another atom of the same size (union-find): both are permuted alike;
 - it is *refined*, once, into a layout of smaller atoms: it may only be permuted piece by piece;
-- it is *frozen*, with a reason: it is never permuted. A frozen atom is just a count of indices, so it can be
-  split and joined at will.
+- it is *frozen*, with a reason: it is never permuted. A frozen atom is only a count of indices, so it can be
+  split and joined freely.
 
-Two kinds of atoms stand for more than a set of indices. A *nested* one is a concatenation below a free factor
-(an axis viewed as heads × (query, key, value)); `resolve` leaves it in place, with its `parts`. A *case* is what is
-left of a concatenation of equal pieces that is viewed as (pieces, size): the axis of the pieces is a *choice*, and
-the other axis has one of several layouts, whichever the choice says. `choose` takes one of them; whatever else
-touches a case settles it: its layouts are permuted alike from then on.
+Two kinds of atoms stand for more than a set of indices. A *nested* atom is a concatenation below a free factor
+(an axis viewed as heads × (query, key, value)); `resolve` leaves it in place, with its `parts`. A *case* arises when a
+concatenation of equal pieces is viewed as (pieces, size): the axis of the pieces is a *choice*, and the case is
+the other axis, which has one of several layouts, depending on the choice. `choose` picks one of these layouts. Every
+other operation on a case settles it: from then on its layouts are permuted alike.
 
-Whatever the domain cannot express is frozen, which is always sound: fewer permutations are allowed, never
-wrong ones.
+The domain freezes every atom whose behaviour it cannot express. This is always sound: it allows fewer permutations,
+never wrong ones.
 """
 
 from __future__ import annotations
@@ -43,13 +43,15 @@ from dimat.symmetry.atoms import (
 )
 
 _MOST_CASES = 64
-"""A concatenation of more equal pieces than this has them tied when it is viewed as (pieces, size)."""
+"""If a concatenation has more equal pieces than this, a view as (pieces, size) ties the pieces to each other."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lookup:
-    """Entries of `axis` taken by number: `places` are the axes of what they became, `by` the graph node that holds the
-    numbers, and `apart` the axes that were not looked up."""
+    """A lookup of entries of `axis` by index.
+
+    `places` are the result's axes, `by` is the graph node that holds the indices, and `apart` are the axes that were
+    not looked up."""
 
     axis: Layout
     places: tuple[Layout, ...]
@@ -58,11 +60,11 @@ class Lookup:
 
 
 class Domain:
-    """Makes atoms and relates them. Layouts handed out may be stale: `resolve` gives the present form.
+    """Makes atoms and relates them. A returned layout may become stale; `resolve` gives its current form.
 
-    `mixes` lists the events in which the indices of some axes were combined with each other, those of other axes
-    staying apart: (mixed, apart). `lookups` lists those in which places took entries of an axis by number. What may be
-    permuted anew for each index of another axis depends on them.
+    `mixes` lists the operations that combined the indices of some axes with each other and kept those of other axes
+    apart, as (mixed, apart). `lookups` lists the operations that looked up entries of an axis by index. These lists
+    determine which axes may be permuted separately for each index of another axis.
     """
 
     def __init__(self) -> None:
@@ -71,7 +73,7 @@ class Domain:
         self.has_cases = False
 
     def fresh(self, size: int) -> Layout:
-        """Return a new axis of `size` indices about which nothing is known yet."""
+        """Return a new, unconstrained axis of `size` indices."""
         return ONE if size == 1 else ((Atom(size),),) if size else ()
 
     def fixed(self, size: int, why: Frozen) -> Layout:
@@ -87,13 +89,13 @@ class Domain:
         return atom
 
     def identity(self, atom: Atom) -> Atom:
-        """Return the atom that stands for this one and, of frozen ones, for all whose numbers mean the same."""
+        """Return the atom that represents this one; frozen atoms whose indices mean the same share one."""
         while (above := atom.parent or atom.twin) is not None:
             atom = above
         return atom
 
     def resolve(self, layout: Layout) -> Layout:
-        """Return the layout in terms of unrefined root atoms and nested ones, neighbouring frozen parts joined."""
+        """Return the layout in terms of unrefined root atoms and nested atoms, with adjacent frozen parts joined."""
         segments: list[Segment] = []
         for segment in layout:
             pieces: list[Segment] = [()]
@@ -107,7 +109,7 @@ class Domain:
         return tidy(segments)
 
     def leaves(self, layout: Layout) -> Generator[Atom]:
-        """Yield the atoms of an axis that stand for indices of their own, also those inside nested atoms and cases."""
+        """Yield the unrefined atoms of an axis, including those inside nested atoms and cases."""
         for segment in self.resolve(layout):
             for atom in segment:
                 if atom.parts is not None:
@@ -119,18 +121,18 @@ class Domain:
                     yield atom
 
     def freeze(self, layout: Layout, why: Frozen) -> None:
-        """Freeze all atoms of an axis; those frozen before keep their reason."""
+        """Freeze all atoms of an axis; atoms that are frozen already keep their reason."""
         for atom in list(self.leaves(layout)):
             if atom.frozen is None:
                 atom.frozen = why
 
     def choice_of(self, layout: Layout) -> Atom | None:
-        """Return the atom that an axis is, if it numbers the layouts of cases, else None."""
+        """Return the axis's only atom if it is a choice, that is, if it numbers the layouts of cases; else None."""
         layout = self.resolve(layout)
         return layout[0][0] if len(layout) == 1 and len(layout[0]) == 1 and layout[0][0].chooses else None
 
     def cases_of(self, layout: Layout) -> list[Atom]:
-        """Return the cases that an axis is made of."""
+        """Return the cases in an axis."""
         if not self.has_cases:
             return []
         atoms = [atom for segment in self.resolve(layout) for atom in segment]
@@ -138,7 +140,7 @@ class Domain:
         return [atom for atom in atoms if atom.cases] + inner
 
     def choose(self, layout: Layout, choice: Atom, index: int) -> Layout:
-        """Return an axis whose cases under `choice` have the layout of that index."""
+        """Return the axis with each case under `choice` replaced by its layout for `index`."""
         segments: list[Segment] = []
         for segment in self.resolve(layout):
             pieces: list[Segment] = [()]
@@ -153,7 +155,7 @@ class Domain:
         return tuple(segments)
 
     def settle(self, case: Atom) -> None:
-        """Tie the layouts of a case to each other; it stands for the first of them from then on."""
+        """Tie the layouts of a case to each other; from then on the case stands for the first of them."""
         if case.parts is None:
             case.parts = case.cases[0]
             for other in case.cases[1:]:
@@ -178,13 +180,13 @@ class Domain:
         return self.cut(self.cut(layout, stop)[0], start)[1]
 
     def concat(self, layouts: Iterable[Layout]) -> Layout:
-        """Return the axis made of these axes, one after the other."""
+        """Return the concatenation of some axes."""
         return tuple(segment for layout in layouts for segment in layout)
 
     def unify(self, one: Layout, other: Layout) -> None:
         """Record that two axes are permuted alike.
 
-        Raises LayoutError where their sizes differ.
+        Raises LayoutError if their sizes differ.
         """
         work = [(one, other)]
         while work:
@@ -208,7 +210,7 @@ class Domain:
                 work.append((heads[0], heads[1]))
 
     def merge(self, layouts: Sequence[Layout]) -> Layout:
-        """Return the axis that flattens these axes (row-major); `factor` is its inverse."""
+        """Flatten axes into one (row-major); `factor` is the inverse."""
         if len(layouts) > 1 and (choice := self.choice_of(layouts[0])):
             rest = self.merge(layouts[1:])
             return self.concat(self.choose(rest, choice, index) for index in range(choice.size))
@@ -218,7 +220,7 @@ class Domain:
         return tuple(pieces)
 
     def factor(self, layout: Layout, sizes: Sequence[int]) -> list[Layout]:
-        """Split an axis into axes of these sizes (row-major), refining or freezing where they do not fit."""
+        """Split an axis into axes of the given sizes (row-major); refine or freeze atoms that do not fit."""
         layouts: list[Layout] = []
         for position, size in enumerate(sizes[:-1]):
             outer, layout = self._factor(layout, size, prod(sizes[position + 1 :]))
@@ -239,7 +241,7 @@ class Domain:
         return new
 
     def pair(self, a: Layout, b: Layout) -> None:
-        """Note that the numbers of two frozen axes mean the same, where each is one atom."""
+        """Record that the indices of two frozen axes mean the same, if each axis is a single atom."""
         a, b = self.resolve(a), self.resolve(b)
         if len(a) == len(b) == 1 and len(a[0]) == len(b[0]) == 1:
             one, other = self.identity(a[0][0]), self.identity(b[0][0])
@@ -248,7 +250,7 @@ class Domain:
                 other.twin = one
 
     def pair_lookups(self) -> None:
-        """Note that numbers of axes mean the same where the same places took entries of them by the same numbers."""
+        """Record that axes' indices mean the same where lookups with the same indices and places used these axes."""
         first: dict[tuple[object, tuple[Atom, ...]], Layout] = {}
         for lookup in self.lookups:
             atoms = (a for layout in lookup.places for segment in self.resolve(layout) for a in segment)
@@ -256,7 +258,7 @@ class Domain:
             self.pair(first.setdefault((lookup.by, places), lookup.axis), lookup.axis)
 
     def _times(self, outer: Sequence[Segment], inner: Layout, whole: Atom | None = None) -> list[Segment]:
-        """Distribute a product over a concatenation; below a free factor it becomes a nested atom (`whole`, if any)."""
+        """Distribute a product over a concatenation; below a free factor, make it a nested atom (`whole`, if given)."""
         if len(inner) == 1:
             return [segment + inner[0] for segment in outer]
         pieces: list[Segment] = []
@@ -288,7 +290,7 @@ class Domain:
         return left + inner[0], inner[1] + right
 
     def _unify_products(self, p: Segment, q: Segment) -> list[tuple[Layout, Layout]]:
-        """Unify the heads of two products of equal size; return what is left to unify."""
+        """Unify the heads of two products of equal size; return the pairs that are left to unify."""
         if p[0].size < q[0].size:
             p, q = q, p
         if p[0] is not q[0] and (p[0].cases or q[0].cases):

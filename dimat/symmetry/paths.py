@@ -1,9 +1,9 @@
-"""Traces modules that export cannot follow because control flow depends on values.
+"""Traces modules that export cannot follow because their control flow depends on values.
 
-`make_fx` runs the module on real numbers and records the operations that were run. Several runs on different numbers
-take different paths; all of them relate the axes of the same parameters. A path that none of them took is not covered,
-which is why the numeric check (`verify_symmetry`) must pass on inputs that were not traced. This is the package's only
-use of `torch.fx.experimental`; a test pins what it relies on.
+`make_fx` runs the module on real numbers and records the operations. Several runs on different numbers take different
+paths, which all relate the axes of the same parameters. A path that no run took is not covered; therefore the numeric
+check (`verify_symmetry`) must pass on inputs that were not traced. Only this module uses `torch.fx.experimental`; a
+test covers the behaviour that it relies on.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from dimat.symmetry import tree
 
 PATHS = 4
-"""How many inputs a module is run on: those given, and as many more of the same shapes."""
+"""How many inputs a module is run on: the given one, and others of the same shapes."""
 
 
 def record_paths(
     model: nn.Module, args: Any, kwargs: Any
 ) -> tuple[list[fx.GraphModule], list[str], list[tuple[str, int | None]]]:
-    """Return the graphs of some runs, the names of their first placeholders (parameters and buffers), and outputs.
+    """Run a module several times and return the graphs, the names of parameters and buffers, and the outputs.
 
-    An output is its name and its place among the graph's outputs (None where it is no tensor). The other placeholders
-    are the tensors among the inputs. Every node has its value, without memory, as `meta["val"]`. The module must be
-    in eval mode. Raises whatever the module's code raises.
+    The names are those of each graph's first placeholders, in order; the other placeholders are the input tensors. An
+    output is its name and its position among the graph's outputs (None if it is not a tensor). Every node has its value
+    as a meta tensor in `meta["val"]`. The module must be in eval mode. Raises the exceptions that the module's code
+    raises.
     """
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     names = list(tensors)
@@ -61,7 +62,7 @@ def record_paths(
         given = [leaves[place].detach().clone() for place in places]
         if number:
             given = [_other(tensor, generator) for tensor in given]
-        # in place writes reach copies only
+        # in-place writes change copies only
         weights = [tensor.detach().clone() for tensor in tensors.values()]
         try:
             with torch.no_grad():
@@ -82,9 +83,9 @@ def record_paths(
 
 
 def unwrapped(model: nn.Module, weights: Mapping[str, Tensor]) -> tuple[nn.Module, dict[str, Tensor]]:
-    """Return what a `DataParallel` runs, and its weights by the names there; torch cannot run the wrapper with others.
+    """Return the module inside a `DataParallel`, and the weights under that module's names.
 
-    Anything else is returned as it is.
+    torch cannot run the wrapper with other weights. Any other module is returned unchanged.
     """
     if not isinstance(model, nn.DataParallel):
         return model, dict(weights)
@@ -92,10 +93,10 @@ def unwrapped(model: nn.Module, weights: Mapping[str, Tensor]) -> tuple[nn.Modul
 
 
 def _other(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """Return other numbers of the same shape: drawn anew, or the same integers in another order.
+    """Return other numbers of the same shape: floats are drawn anew, integers are put in another order.
 
-    Integers change places within their row only, so that each row keeps what it holds (as one end-of-text token each);
-    a sorted vector (lengths, offsets, numbers of graphs) stays sorted.
+    Integers change places within their row only, so each row keeps its values (one end-of-text token each, say); a
+    sorted vector (lengths, offsets, graph numbers) stays as it is.
     """
     if tensor.is_floating_point() or tensor.is_complex():
         scale = tensor.detach().abs().float().mean().clamp_min(1e-3).cpu()
@@ -111,9 +112,9 @@ def _other(tensor: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def record_sizes(graph: fx.GraphModule, given: Sequence[Any]) -> None:
-    """Run a traced graph on real values and note every node's value, so that sizes that depend on data are known.
+    """Run a traced graph on real values and record every node's value, so that data-dependent sizes are known.
 
-    `given` holds a value for each placeholder; none is modified. Raises whatever the graph's operations raise.
+    `given` holds a value for each placeholder and is not modified. Raises the exceptions of the graph's operations.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -121,7 +122,7 @@ def record_sizes(graph: fx.GraphModule, given: Sequence[Any]) -> None:
 
 
 class _Recorder(fx.Interpreter):
-    """Runs a graph and notes every node's value, without its memory."""
+    """Runs a graph and records every node's value as a meta tensor."""
 
     def run_node(self, n: fx.Node) -> Any:
         with torch.no_grad():

@@ -1,7 +1,8 @@
-"""Where in the traced graph the units of a group can be seen, for matching by activations.
+"""Finds each group's observation points: graph nodes whose outputs show the group's units.
 
-A node shows a group where exactly one axis of its output, or a run of that axis, is made of the group's units (and
-its parents') once and otherwise of nothing that any group moves, and where the value depends on a model input.
+Matching by activations uses them. A node shows a group if exactly one axis of its output, or a run of that axis,
+contains the group's units (and its parents' units) once and nothing else that any group moves, and if the output
+depends on a model input.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ _BENT = {"softmax", "log_softmax", "_softmax", "_log_softmax", "glu", "prelu"}
 
 
 _COPYING = {module.__name__ for module in (join, shape, spatial)}
-"""Rules of operations that move or copy values, or blend neighbouring ones."""
+"""Modules with the rules of operations that move or copy values, or blend neighbouring ones."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """A point with what is needed to choose among many: does its node bend, copy, or average its input?"""
+    """An observation point, and whether its node is a non-linearity (`bends`) or copies or averages (`repeats`)."""
 
     point: ObservationPoint
     bends: bool
@@ -42,12 +43,12 @@ class _Seen:
 def find_points(
     nodes: Sequence[fx.Node], analysis: Analysis, group_of: Mapping[Atom, str], parents: Parents, most: int | None
 ) -> dict[str, tuple[ObservationPoint, ...]]:
-    """Return the observation points of every group, in graph order; at most `most` of each (None: all).
+    """Return the observation points of every group, in graph order; at most `most` per group (None: all).
 
-    `group_of` names the atoms of `parents`, and the frozen ones among these.
-    Left out, unless a group has no others or `most` is None, are nodes that only view, copy or summarise what
-    another point shows: averages over positions, pooling to a single one, resizing, concatenation.
-    Where more than `most` remain, the outputs of non-linearities towards the end are preferred.
+    `group_of` maps the atoms of `parents`, also the frozen ones among them, to their groups. Nodes that only view, copy
+    or summarise the values at another point (averages over positions, pooling to a single position, resizing,
+    concatenation) are left out, unless a group has no others or `most` is None. If more than `most` points remain, the
+    outputs of non-linearities near the end are preferred.
     """
     seen: dict[str, list[_Seen]] = {}
     for node in nodes:
@@ -61,7 +62,7 @@ def find_points(
 
 
 def shows_again(node: fx.Node) -> bool:
-    """Tell whether a node holds the very values of its first input, viewed or copied."""
+    """Tell whether a node returns its first input's values unchanged, as a view or a copy."""
     return find_rule(node.target) in (pointwise.identity, shape.reshape, shape.ones, shape.permute)
 
 
@@ -93,7 +94,7 @@ def _points_of(
 
 
 def _shows(segment: Segment, atom: Atom, parents: Parents) -> bool:
-    """Tell whether a product is made of an atom, its parents, once each, and of nothing else that moves."""
+    """Tell whether a product contains an atom and its parents once each, and nothing else that moves."""
     above = parents[atom]
     telling = [other for other in segment if other in parents or other in above or other.parts is not None]
     return len(telling) == 1 + len(above) and set(telling) == {atom, *above}
@@ -108,14 +109,14 @@ def _bends(node: fx.Node) -> bool:
 
 
 def _maker(node: fx.Node) -> fx.Node:
-    """Return the node of the operation that made a value: that of all results, where this is one of several."""
+    """Return the node of the operation that made a value, also where the value is one of several results."""
     while node.target is operator.getitem and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node
 
 
 def _repeats(node: fx.Node) -> bool:
-    """Tell whether a node only shows again what its input showed, or a summary of it."""
+    """Tell whether a node only repeats or summarises its input."""
     node = _maker(node)
     function = find_rule(node.target)
     if function is None:
@@ -127,7 +128,7 @@ def _repeats(node: fx.Node) -> bool:
 
 
 def _mark(found: Sequence[_Seen]) -> list[_Seen]:
-    """Mark the points before the first non-linearity (all of them where there is none)."""
+    """Mark the points before the first non-linearity as pre-activations (all points if there is none)."""
     first = next((number for number, seen in enumerate(found) if seen.bends), len(found))
     marked: list[_Seen] = []
     for number, seen in enumerate(found):

@@ -1,8 +1,8 @@
-"""Mixing weights: how much of each neighbour's weights an agent takes; their checks.
+"""Mixing weights: how much of each neighbour's weights an agent takes. Also checks them.
 
-Row i of the mixing matrix W says how agent i merges: theta_i <- sum_j W_ij theta_j. Rows sum to 1, and W_ij is above
-zero exactly for j = i and for the j that send to i. Rows are made one at a time, so that a network of ten thousand
-agents needs no dense matrix. Where W is doubly stochastic too, the network's mean is kept by every merge.
+Row i of the mixing matrix W says how agent i merges: theta_i <- sum_j W_ij theta_j. Rows sum to 1, and W_ij is positive
+exactly for j = i and for each j that sends to i. Rows are computed one at a time, so a network of ten thousand agents
+needs no dense matrix. If W is also doubly stochastic, every merge keeps the network's mean.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 TOLERANCE = 1e-9
-"""How far a row may be from summing to 1."""
+"""How far a row's sum may be from 1."""
 
 Row = dict[int, float]
 RowOf = Callable[[int], Row]
@@ -29,7 +29,7 @@ RowOf = Callable[[int], Row]
 
 @dataclass(frozen=True)
 class RoundLinks:
-    """Who sends to whom in one round, by index: agent i hears `sources[i]` and sends to `targets[i]`."""
+    """The links of one round, by index: agent i receives from `sources[i]` and sends to `targets[i]`."""
 
     names: tuple[str, ...]
     sources: Sequence[Sequence[int]]
@@ -42,7 +42,7 @@ class RoundLinks:
 
 
 def links_of(graph: nx.Graph[str]) -> RoundLinks:
-    """Return the links of a graph, agents numbered in the graph's node order."""
+    """Return the links of a graph; agents are numbered in the graph's node order."""
     import networkx as nx
 
     names = tuple(graph)
@@ -59,16 +59,16 @@ PUSH_SUM = "push-sum"
 
 
 def list_mixings() -> list[Entry]:
-    """Return the mixing rules: name, formula in a line, options with defaults. All take `lazy` in [0, 1) as well."""
+    """Return the mixing rules: name, one-line formula, options with defaults. All also take `lazy` in [0, 1)."""
     return [Entry(e.name, e.summary, {**e.options, "lazy": 0.0}) for e in MIXINGS.entries()]
 
 
 @dataclass(frozen=True)
 class Mixer:
-    """A mixing rule by name, with the options and facts that it needs; `rows(links)` applies it to a round's links.
+    """A named mixing rule with the options and data that it needs; `rows(links)` applies it to a round's links.
 
-    `lazy` in [0, 1), an option of every rule, gives W <- lazy·I + (1 - lazy)·W. With "push-sum" it is the shares A that
-    become lazy, not W: they are what keeps the mean.
+    The option `lazy` in [0, 1), which every rule has, gives W <- lazy·I + (1 - lazy)·W. With "push-sum" it changes the
+    shares A instead of W, because the shares keep the mean.
     """
 
     name: str = "metropolis"
@@ -76,20 +76,20 @@ class Mixer:
     samples: Mapping[str, int] | None = None
     """Training samples per agent, for "samples"."""
     pi: Sequence[Sequence[float]] | None = None
-    """Mixing matrix that came with the graph's file, for "matrix"."""
+    """Mixing matrix from the graph's file, for "matrix"."""
 
     @property
     def lazy(self) -> float:
-        """The share that stays with the agent before the rule is applied."""
+        """The share that the agent keeps before the rule is applied."""
         lazy = self.options.get("lazy", 0.0)
         if isinstance(lazy, bool) or not isinstance(lazy, int | float) or not 0 <= lazy < 1:
             raise TopologyError(f"option 'lazy' of mixing {self.name!r} must be in [0, 1), not {lazy!r}")
         return float(lazy)
 
     def rows(self, links: RoundLinks, mass: Sequence[float] | None = None) -> RowOf:
-        """Return the function that gives an agent's row; `mass` is the push-sum mass before this round.
+        """Return the function that returns an agent's row; `mass` is the push-sum mass before this round.
 
-        Raises TopologyError for unknown names or options, and for facts that are missing.
+        Raises TopologyError for unknown names or options, and for missing data.
         """
         lazy = self.lazy
         options = {key: value for key, value in self.options.items() if key != "lazy"}
@@ -107,7 +107,7 @@ class Mixer:
 
 
 def _pairwise(links: RoundLinks, weight: Callable[[int, int], float]) -> RowOf:
-    """Return rows whose neighbours weigh `weight(i, j)`; the agent keeps the rest."""
+    """Return rows in which neighbour j has `weight(i, j)`; the agent keeps the rest."""
 
     def row_of(i: int) -> Row:
         others = {j: weight(i, j) for j in links.sources[i]}
@@ -199,17 +199,17 @@ def matrix(links: RoundLinks, *, values: Sequence[Sequence[Any]] | None = None) 
 def push_sum(links: RoundLinks, *, mass: Sequence[float] | None = None, lazy: float = 0.0) -> RowOf:
     """W_ij = A_ij m_j / sum_k A_ik m_k, A_ij = 1 / (out_j + 1): exact average on any directed graph.
 
-    Push-sum sends shares A of (m·theta, m) and reads theta as their quotient; A is made lazy by `lazy`. The rows above
+    Push-sum sends shares A of (m·theta, m) and computes theta as their quotient; `lazy` makes A lazy. The rows above
     are the same iteration on theta itself, with the masses m(r) = A m(r-1), m(0) = 1, of a network that loses nothing:
     after r rounds their product is diag(1 / m(r)) A^r, whose rows all tend to 1/n on a strongly connected graph.
 
-    Agents do not suppose that everything arrives: with each snapshot they send the running sums of their shares
-    (`dimat.agent.protocol.push_sum`). So no mass is lost, but what is late counts for the newer network, and that bends
-    the average. With 10 % of messages lost and no retry, agents that started from unit vectors agreed on values off by
+    Agents do not assume that everything arrives: with each snapshot they send the running sums of their shares
+    (`dimat.agent.protocol.push_sum`). So no mass is lost, but late shares count for the newer network, which biases the
+    average. With 10 % of messages lost and no retry, agents that started from unit vectors agreed on values off by
     17 % of the mean (3–54 %), with one retry by 3 % (0–24 %): median and range over the five networks of
     tests/agent/test_consensus.py, six seeds each.
 
-    `mass` is set by the schedule. Kempe, Dobra & Gehrke 2003; Assran et al. 2019.
+    The schedule sets `mass`. Kempe, Dobra & Gehrke 2003; Assran et al. 2019.
     """
     before = [1.0] * len(links.names) if mass is None else mass
 
@@ -227,7 +227,7 @@ def push_sum_mass(links: RoundLinks, mass: Sequence[float], lazy: float = 0.0) -
 
 
 def _push_sum_shares(links: RoundLinks, mass: Sequence[float], lazy: float, i: int) -> Row:
-    """Return A_ij m_j, the mass that agent i has from each j: what is not lazy is split among j and its readers."""
+    """Return A_ij m_j, the mass that agent i gets from each j: j splits its share that is not lazy with its readers."""
     shares = {j: (1 - lazy) * mass[j] / (len(links.targets[j]) + 1) for j in (i, *links.sources[i])}
     shares[i] += lazy * mass[i]
     return shares
@@ -261,10 +261,10 @@ def mixing_matrix(graph: nx.Graph[str], mixer: Mixer | None = None) -> NDArray[n
 
 
 def renormalise(row: Mapping[str, float], present: Collection[str], agent: str) -> dict[str, float]:
-    """Return `row` over those who arrived: absent peers are dropped and their weight goes to `agent` itself.
+    """Return `row` for the peers that are present; `agent` itself gets the weight of absent peers.
 
-    `row` maps agents to weights that sum to 1 and contains `agent`; `present` need not. Peers' own weights are
-    untouched; with everyone present the row comes back as it was, with nobody it is {agent: 1.0}.
+    `row` maps agents to weights that sum to 1 and contains `agent`; `present` need not contain it. The weights of
+    present peers do not change: if all are present, the row is returned unchanged, if none is, {agent: 1.0}.
     """
     if agent not in row:
         raise TopologyError(f"the mixing row of agent {agent!r} does not contain the agent itself")
@@ -275,7 +275,10 @@ def renormalise(row: Mapping[str, float], present: Collection[str], agent: str) 
 
 
 def check_row(links: RoundLinks, i: int, row: Row) -> None:
-    """Raise TopologyError, naming the row, unless it is non-negative, sums to 1 (1e-9) and covers links and self."""
+    """Raise TopologyError, naming the row, unless the row is valid.
+
+    A valid row is non-negative, sums to 1 (within 1e-9), and is positive exactly for the agent and its sources.
+    """
     name = links.names[i]
     wanted = {i, *links.sources[i]}
     for j, weight in row.items():
@@ -294,7 +297,8 @@ def check_row(links: RoundLinks, i: int, row: Row) -> None:
 def check_matrix(weights: NDArray[np.float64], graph: nx.Graph[str], doubly: bool = False) -> None:
     """Raise TopologyError unless `weights` (n × n) is a mixing matrix on the graph; the message names the row.
 
-    Checked: shape, weights >= 0, rows sum to 1 within 1e-9, support = links and self; with `doubly` columns too.
+    Checks that the shape fits, weights are >= 0, rows sum to 1 within 1e-9, and exactly the links and the diagonal are
+    positive; with `doubly`, also that columns sum to 1.
     """
     links = links_of(graph)
     n = len(links.names)

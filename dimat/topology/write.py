@@ -1,4 +1,4 @@
-"""Writes topologies: GraphML, GML, JSON, edge list, {connectivity, pi}, TOML map."""
+"""Writes topologies as GraphML, GML, JSON, edge list, {connectivity, pi} or TOML map."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ if TYPE_CHECKING:
 
 
 def export(target: nx.Graph[str] | Topology, path: str | Path, format: str | None = None) -> Path:
-    """Write a graph or topology and return the path; `format` (graphml, gml, json, edges, dimat, toml) or the suffix.
+    """Write a graph or topology to a file and return the path.
 
-    `dimat` is {"connectivity": 0/1 rows, "pi": mixing rows} with row i for what agent i hears, under round 1's weights
-    of a topology, Metropolis weights of a graph. `toml` is a network map with addresses, samples, schedule and mixing
-    where the topology has them; it holds undirected links only. A graph reads back with the same names, order and
-    links. Raises TopologyError for an unknown format or what a format cannot hold.
+    `format` is graphml, gml, json, edges, dimat or toml; by default the path's suffix selects it. `dimat` is
+    {"connectivity": 0/1 rows, "pi": mixing rows}, where row i gives the agents that agent i receives from; the weights
+    are those of round 1 for a topology, Metropolis weights for a graph. `toml` is a network map with the addresses,
+    samples, schedule and mixing of the topology, if any; it holds undirected links only. Reading the file returns a
+    graph with the same names, order and links. Raises TopologyError for an unknown format, and for a topology that the
+    format cannot express.
     """
     kind = format_of(path, format)
     graph = target.graph if isinstance(target, Topology) else target
@@ -40,7 +42,7 @@ def _library(graph: nx.Graph[str], path: Path, kind: str) -> None:
     import networkx as nx
 
     bare: nx.Graph[str] = nx.DiGraph() if graph.is_directed() else nx.Graph()
-    bare.add_nodes_from(list(graph))  # names and links only: attributes of ours need not fit the format
+    bare.add_nodes_from(list(graph))  # names and links only: the format may not support dimat's attributes
     bare.add_edges_from(list(graph.edges()))
     if kind == "graphml":
         nx.write_graphml(bare, path)
@@ -106,7 +108,7 @@ def _toml(target: nx.Graph[str] | Topology, graph: nx.Graph[str]) -> str:
 
 
 def _value(value: Any) -> str:
-    """Return a plain value as TOML; tables inline."""
+    """Return a plain value as TOML, with inline tables."""
     if isinstance(value, str | bool):  # JSON's strings, true and false are TOML's too
         return json.dumps(value, ensure_ascii=False)
     if isinstance(value, Mapping):

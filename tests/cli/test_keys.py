@@ -218,11 +218,11 @@ def test_commands_that_cannot_be(capsys: pytest.CaptureFixture[str]) -> None:
     refuse(capsys, "show", 2, "keys")
     assert run("init-ca") == 0
     for command, says in (
-        ("issue", "say which agents"),
+        ("issue", "name the agents"),
         ("issue lab-a lab-b --addresses a:1", "one agent"),
-        ("issue lab-a --addresses a:1 --map map.toml", "give one of the two"),
+        ("issue lab-a --addresses a:1 --map map.toml", "give --addresses or --map, not both"),
         ("issue lab-x --map map.toml", "map.toml: no agent 'lab-x' in the topology; did you mean 'lab-"),
-        ("issue lab-a --addresses lab-b.agent.dimat.internal:7300", "kept for agents' identities"),
+        ("issue lab-a --addresses lab-b.agent.dimat.internal:7300", "reserved for agents' identities"),
         ("issue lab-a --addresses nonsense:x", "not host:port"),
         ("issue ../lab-a", "may only hold letters"),
         ("issue ca", "choose another name"),
@@ -325,7 +325,7 @@ def test_an_agents_files_in_a_folder_of_their_own(capsys: pytest.CaptureFixture[
     assert renewed.key.private_numbers() == first.key.private_numbers()
     assert shown(capsys, "lab-a/lab-a.crt")[1]["lab-a.crt:lab-a"]["hosts"] == ["lab-a.example.org"]
     assert run("init-ca --folder other") == 0
-    refuse(capsys, "issue lab-b --folder other --out lab-a", 4, "lab-a/ca.crt is that of another CA than other/ca.crt")
+    refuse(capsys, "issue lab-b --folder other --out lab-a", 4, "lab-a/ca.crt is from another CA than other/ca.crt")
     both = Path("other/ca.crt").read_bytes() + Path("keys/ca.crt").read_bytes()
     Path("lab-a/ca.crt").write_bytes(both)
     assert run("issue lab-b --folder other --out lab-a") == 0

@@ -41,7 +41,7 @@ map = "map.toml"               # who is there, at which address, and who exchang
 {merge}
 [schedule]
 rounds = 500                   # 0 = until stopped
-round_deadline_s = {deadline:<12}# after own training; who is not heard by then is left out of the round
+round_deadline_s = {deadline:<12}# after the agent's own training; peers not heard by then are left out of the round
 
 [agent]
 keys = "keys"                  # NAME.key, NAME.crt and ca.crt; see `dimat keys`

@@ -1,4 +1,4 @@
 """Keys, certificates and identities of agents.
 
-Knows nothing of transfers.
+This package does not depend on transfers.
 """

@@ -1,4 +1,4 @@
-"""Makes certificates: the CA's, agents', and requests of labs that keep their own key."""
+"""Makes the CA's certificate, agents' certificates, and requests for agents' certificates."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dimat.net.limits import MAX_CERTIFICATE_HOSTS
 from dimat.net.pki.certificates import SUFFIX, agent_name, check_name, dns_names, hosts, is_p256, readable, tls_name
 
 BACKDATED = timedelta(hours=1)
-"""How far before now a new certificate begins, for machines whose clocks are behind."""
+"""A new certificate is valid from this long before now, for machines whose clocks are slow."""
 
 _ADDRESS = re.compile(r"(?:\[(?P<six>[^\[\]]+)\]|(?P<host>[^:\[\]]+))(?::(?P<port>[0-9]{1,5}))?")
 _HOST = re.compile(r"(?=.{1,253}$)[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?)*")
@@ -27,7 +27,7 @@ _HOST = re.compile(r"(?=.{1,253}$)[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?(\.[a-z0-
 
 @dataclass(frozen=True, slots=True)
 class CertificateRequest:
-    """The content that an organiser takes from a certificate request; nothing else of it is used."""
+    """The part of a certificate request that an organiser uses; the rest is ignored."""
 
     name: str
     hosts: tuple[str, ...]
@@ -35,17 +35,17 @@ class CertificateRequest:
 
 
 def make_key() -> ec.EllipticCurvePrivateKey:
-    """Draw a private key, from the operating system's randomness."""
+    """Generate a private key from the operating system's random numbers."""
     return ec.generate_private_key(ec.SECP256R1())
 
 
 def make_authority(key: ec.EllipticCurvePrivateKey, name: str, days: float) -> x509.Certificate:
     """Make the certificate of a CA that may issue agents' certificates and nothing else.
 
-    `name`: the collaboration, 1 to 64 bytes of UTF-8. ConfigError for another.
+    `name`: the collaboration's name, 1 to 64 bytes of UTF-8. Raises ConfigError for any other name.
     """
     if not name.isprintable() or not 1 <= len(name.encode()) <= 64:
-        raise ConfigError(f"name {name!r} of the collaboration has to be one line of 1 to 64 bytes")
+        raise ConfigError(f"name {name!r} of the collaboration must be one line of 1 to 64 bytes")
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     now = _now()
     public = key.public_key()
@@ -64,9 +64,10 @@ def make_certificate(
     public_key: ec.EllipticCurvePublicKey,
     days: float,
 ) -> x509.Certificate:
-    """Make an agent's certificate, for listening and dialling alike; it ends with the CA's at the latest.
+    """Make an agent's certificate, which the agent uses both to listen and to dial.
 
-    `hosts`: as `host_of` gives them. SecurityError where the CA's own certificate has expired.
+    The certificate ends no later than the CA's. `hosts`: as `host_of` returns them. Raises SecurityError if the CA's
+    own certificate has expired.
     """
     check_name(name)
     now = _now()
@@ -87,7 +88,7 @@ def make_certificate(
 
 
 def make_request(key: ec.EllipticCurvePrivateKey, name: str, hosts: Iterable[str]) -> x509.CertificateSigningRequest:
-    """Make a request for an agent's certificate, signed to prove possession of the key."""
+    """Make a request for an agent's certificate, signed with the agent's key to prove possession of it."""
     check_name(name)
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     builder = x509.CertificateSigningRequestBuilder().subject_name(subject)
@@ -95,9 +96,10 @@ def make_request(key: ec.EllipticCurvePrivateKey, name: str, hosts: Iterable[str
 
 
 def read_request(pem: bytes) -> CertificateRequest:
-    """Return name, key and addresses of a certificate request; nothing else of it is looked at.
+    """Return the name, public key and hosts in a certificate request; ignore the rest of it.
 
-    SecurityError where it is garbage, not signed by its own key, or asks for what no agent may have.
+    Raises SecurityError if the request cannot be read, is not signed by its own key, or asks for something that no
+    agent may have.
     """
     with readable("request"):
         request = x509.load_pem_x509_csr(pem)
@@ -122,7 +124,10 @@ def read_request(pem: bytes) -> CertificateRequest:
 
 
 def hosts_of(addresses: Iterable[str]) -> tuple[str, ...]:
-    """Return the different hosts of addresses, in their order; ConfigError for one that is none, or too many."""
+    """Return the hosts of some addresses, in order and without duplicates.
+
+    Raises ConfigError for an invalid address, and for more hosts than a certificate may have.
+    """
     found = tuple(dict.fromkeys(map(host_of, addresses)))
     if len(found) > MAX_CERTIFICATE_HOSTS:
         raise ConfigError(f"{len(found)} addresses are too many for one agent (at most {MAX_CERTIFICATE_HOSTS})")
@@ -132,11 +137,11 @@ def hosts_of(addresses: Iterable[str]) -> tuple[str, ...]:
 def host_of(address: str) -> str:
     """Return the host of `host:port`, `host`, `[IPv6]:port` or an IP address: lower-case name or plain IP.
 
-    ConfigError for what is no host, for a wildcard, and for the names by which agents themselves are checked: whose
-    certificate held another agent's would pass for that one.
+    Raises ConfigError for an invalid host, for a wildcard, and for the DNS names that identify agents: an agent whose
+    certificate held another agent's DNS name could impersonate that agent.
     """
     text = address.strip()
-    parts = _ADDRESS.fullmatch(text)  # None too of an IPv6 address by itself
+    parts = _ADDRESS.fullmatch(text)  # None for a bare IPv6 address, too
     inner = text if parts is None else parts["six"] or parts["host"]
     wrong = f"address {address!r} is not host:port, with a DNS name (in ASCII) or an IP address as host"
     if parts is not None and parts["port"] is not None and not 0 < int(parts["port"]) < 65536:
@@ -148,7 +153,7 @@ def host_of(address: str) -> str:
     if parts is None or parts["host"] is None or not _HOST.fullmatch(host):
         raise ConfigError(wrong)
     if host.endswith(SUFFIX) or host == SUFFIX[1:]:
-        raise ConfigError(f"address {address!r}: names that end in {SUFFIX} are kept for agents' identities")
+        raise ConfigError(f"address {address!r}: names that end in {SUFFIX} are reserved for agents' identities")
     return host
 
 

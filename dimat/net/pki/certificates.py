@@ -1,8 +1,8 @@
 """Agents' names in certificates, and the checks of certificates and signatures.
 
 A collaboration has a certificate authority (CA), which an organiser keeps, and one P-256 key per agent. An agent's
-certificate says its name twice: exactly, as the subject's common name, and as the DNS name `tls_name(agent)`, which TLS
-compares when the agent is dialled, whatever address it is dialled at.
+certificate contains its name twice: as it is, in the subject's common name, and as the DNS name `tls_name(agent)`. TLS
+compares the DNS name when the agent is dialled, at any of its addresses.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from dimat.errors import ConfigError, SecurityError
 from dimat.net.limits import CLOCK_SKEW_S, MAX_CERTIFICATE_BYTES
 
 SUFFIX = ".agent.dimat.internal"
-"""Ends the DNS name of every agent; no address of an agent may end so."""
+"""Suffix of every agent's DNS name; no address of an agent may end with it."""
 CLOCK_SKEW = timedelta(seconds=CLOCK_SKEW_S)
-"""How far this machine's clock may be off when a certificate's dates are looked at."""
+"""How far this machine's clock may be off when a certificate's dates are checked."""
 
 E = TypeVar("E", bound=x509.ExtensionType)
 
@@ -60,8 +60,8 @@ def check_name(agent: str) -> None:
 def tls_name(agent: str) -> str:
     """Return the DNS name by which an agent's certificate is checked; no two agents have the same.
 
-    `lab-a` is lab-a.agent.dimat.internal. A name that is no lower-case DNS label (capitals, `_`, `.`, letters beyond
-    ASCII, over 63 characters) is hashed, and set apart from the plain ones by a label more.
+    `lab-a` becomes lab-a.agent.dimat.internal. A name that is not a lower-case DNS label (it has capitals, `_`, `.`,
+    letters beyond ASCII, or over 63 characters) is hashed, and gets one more label so that it cannot equal a plain one.
     """
     if _PLAIN.fullmatch(agent):
         return agent + SUFFIX
@@ -70,11 +70,11 @@ def tls_name(agent: str) -> str:
 
 
 def check_certificate(der: bytes, ca: bytes, name: str, now: datetime | None = None) -> ec.EllipticCurvePublicKey:
-    """Return the public key of an agent's certificate, once it is sure to be that agent's.
+    """Return the public key of an agent's certificate, after checking that it is that agent's.
 
-    `ca`: PEM of the CA certificates, one of which must have issued it. `now`: aware; default: the clock. Looks at name,
-    dates, issuer, the issuer's signature, and that it is made for an agent's use. SecurityError, which names agent and
-    fault.
+    `ca`: PEM of the CA certificates, one of which must have issued it. `now`: an aware time; default: the clock. Checks
+    the name, the dates, the issuer and its signature, and that the certificate is meant for an agent. Raises
+    SecurityError, which names the agent and the fault.
     """
     now = now or datetime.now(UTC)
     what = f"certificate of {name!r}"
@@ -99,7 +99,10 @@ def check_certificate(der: bytes, ca: bytes, name: str, now: datetime | None = N
 
 
 def check_signature(public_key: ec.EllipticCurvePublicKey, data: bytes, signature: bytes) -> None:
-    """Check a signature of `Identity.sign` (ECDSA over SHA-256, DER); SecurityError where it is not that key's."""
+    """Check a signature made by `Identity.sign` (ECDSA over SHA-256, DER).
+
+    Raises SecurityError if the key did not make it.
+    """
     try:
         public_key.verify(signature, data, ec.ECDSA(hashes.SHA256()))
     except (InvalidSignature, ValueError) as error:
@@ -107,10 +110,10 @@ def check_signature(public_key: ec.EllipticCurvePublicKey, data: bytes, signatur
 
 
 def agent_name(certificate: x509.Certificate | x509.CertificateSigningRequest) -> str | None:
-    """Return the agent whose certificate or request this is, as far as it says so itself.
+    """Return the name of the agent that a certificate or request claims to be for.
 
-    None unless it has exactly one common name, and the DNS name of that agent and of no other. ValueError and
-    others, see `readable`, for bytes that only look like a certificate.
+    None unless it has exactly one common name, and the DNS name of that agent and of no other. Raises ValueError and
+    the other errors in `readable` for bytes that only look like a certificate.
     """
     names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
     if len(names) != 1 or not isinstance(names[0].value, str):
@@ -121,7 +124,7 @@ def agent_name(certificate: x509.Certificate | x509.CertificateSigningRequest) -
 
 
 def dns_names(certificate: x509.Certificate | x509.CertificateSigningRequest) -> list[str]:
-    """Return the DNS names of a certificate or request, the agent's own among them."""
+    """Return the DNS names of a certificate or request, including the agent's own."""
     found = _alternatives(certificate)
     return [] if found is None else found.get_values_for_type(x509.DNSName)
 
@@ -144,7 +147,10 @@ def is_p256(key: object) -> bool:
 
 @lru_cache(maxsize=8)
 def authorities(ca: bytes) -> tuple[x509.Certificate, ...]:
-    """Return the CA certificates of a PEM text; SecurityError where it holds none, or one that is no CA's."""
+    """Return the CA certificates in a PEM text.
+
+    Raises SecurityError if it contains none, or one that does not belong to a CA.
+    """
     with readable("CA certificate"):
         found = tuple(x509.load_pem_x509_certificates(ca))
         for certificate in found:
@@ -157,7 +163,7 @@ def authorities(ca: bytes) -> tuple[x509.Certificate, ...]:
 
 @contextmanager
 def readable(what: str) -> Generator[None]:
-    """Turn what the parser raises for garbage, at once or on a later look, into one SecurityError."""
+    """Turn the parser's errors for unreadable data, raised at once or later, into one SecurityError."""
     try:
         yield
     except (
@@ -192,7 +198,7 @@ def _check_issuer(certificate: x509.Certificate, ca: bytes, what: str, now: date
 
 
 def _check_use(certificate: x509.Certificate, what: str) -> None:
-    """Refuse what an agent's certificate may not be able to do, and what this page would not understand."""
+    """Refuse uses that an agent's certificate may not have, and critical extensions that dimat does not know."""
     constraints = _extension(certificate, x509.BasicConstraints)
     usage = _extension(certificate, x509.KeyUsage)
     uses = _extension(certificate, x509.ExtendedKeyUsage)

@@ -1,6 +1,6 @@
 """An agent's identity for TLS and signatures: its key and certificate, as loaded.
 
-gRPC is imported only where credentials are made: the DHT's process checks certificates and signatures without it.
+This module imports gRPC only to make credentials: the DHT's process checks certificates and signatures without it.
 """
 
 from __future__ import annotations
@@ -30,25 +30,28 @@ if TYPE_CHECKING:
 class Identity:
     """An agent's name, certificate and key; `load_identity` makes one. The key never shows in a repr.
 
-    All parts of an agent hold the same object, so that keys which are read anew (`take_over`) are everybody's at once.
+    All parts of an agent share one Identity, so when `take_over` replaces the keys, all parts use them at once.
     """
 
     name: str
-    """Agent, as in the certificate and on the map."""
+    """The agent's name, as in the certificate and on the map."""
     certificate: bytes = field(repr=False)
     """PEM."""
     ca: bytes = field(repr=False)
-    """PEM of the CA certificates that are trusted: several while a CA is being replaced."""
+    """PEM of the trusted CA certificates; there are several while a CA is being replaced."""
     key: ec.EllipticCurvePrivateKey = field(repr=False)
     _whole: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
 
     def take_over(self, fresh: Identity) -> None:
-        """Go on with the certificate and key of `fresh`, of the same name: connections made from now on show them."""
+        """Replace the certificates and the key by those of `fresh`, which has the same name.
+
+        New connections use them.
+        """
         with self._whole:
             self.certificate, self.ca, self.key = fresh.certificate, fresh.ca, fresh.key
 
     def sign(self, data: bytes) -> bytes:
-        """Return the signature of the agent's key: ECDSA over SHA-256, DER."""
+        """Sign `data` with the agent's key: ECDSA over SHA-256, DER."""
         return self.key.sign(data, ec.ECDSA(hashes.SHA256()))
 
     @property
@@ -62,20 +65,22 @@ class Identity:
 
     @property
     def until(self) -> datetime:
-        """When it ends: its certificate, or before that the CA's that issued it."""
+        """When the agent's certificate ends, or the certificate of the CA that issued it, whichever is first."""
         issuers = [ca for ca in authorities(self.ca) if _issued(ca, self._loaded)]
         ends = [authority.not_valid_after_utc for authority in issuers]
         return min([self._loaded.not_valid_after_utc, *([max(ends)] if ends else [])])
 
     def server_credentials(self) -> grpc.ServerCredentials:
-        """Return a server's credentials: a client without a certificate of the CA gets no connection. Each handshake
-        goes by the keys that hold then."""
+        """Return a server's credentials, which refuse clients without a certificate of the CA.
+
+        Each handshake uses the keys that the identity holds at that moment.
+        """
         import grpc
 
         shown: list[bytes] = []
 
         def changed() -> grpc.ServerCertificateConfiguration | None:
-            # None while nothing has changed: gRPC replaces what handshakes of other threads may be using just then
+            # None while nothing has changed: gRPC replaces credentials that other threads' handshakes may be using
             with self._whole:
                 held = [self.certificate, self.ca]
                 if held == shown:
@@ -86,7 +91,7 @@ class Identity:
 
         first = changed()
         assert first is not None
-        # its type leaves out that None is allowed, which its documentation says
+        # gRPC's documentation allows None, its type does not
         return grpc.dynamic_ssl_server_credentials(first, cast("Any", changed), require_client_authentication=True)
 
     def channel_credentials(self) -> grpc.ChannelCredentials:
@@ -117,10 +122,11 @@ def _issued(authority: x509.Certificate, certificate: x509.Certificate) -> bool:
 
 
 def load_identity(folder: str | Path, name: str) -> Identity:
-    """Read an agent's identity from NAME.key, NAME.crt and ca.crt in a folder, and check that they go together.
+    """Read an agent's identity from NAME.key, NAME.crt and ca.crt in a folder, and check that they match.
 
-    SecurityError, one line that says what to do: a file is missing or garbage, others can read the key, it is not the
-    certificate's, or the certificate is another's, out of date or of another CA.
+    Raises SecurityError, with one line that says what to do, if a file is missing or cannot be read, if other users can
+    read the key, if key and certificate do not match, or if the certificate is another agent's, has expired or comes
+    from another CA.
     """
     check_name(name)
     folder = Path(folder)
@@ -134,7 +140,7 @@ def load_identity(folder: str | Path, name: str) -> Identity:
         public = certificate.public_key()
     if public != key.public_key():
         raise SecurityError(
-            f"{files[0]} is not the key of {files[1]}; put back the one that it was made with, or make both anew"
+            f"{files[0]} is not the key of {files[1]}; put back the key that it was made with, or make both anew"
         )
     der = certificate.public_bytes(serialization.Encoding.DER)
     with readable(str(files[2])):
@@ -150,8 +156,8 @@ def load_identity(folder: str | Path, name: str) -> Identity:
 def agent_of(auth_context: Mapping[str, Iterable[bytes]]) -> str | None:
     """Return the agent that a client proved to be, from gRPC's `ServicerContext.auth_context()`.
 
-    None where it has shown no certificate, or one whose two names disagree or that is not an agent's. That the CA
-    issued it, and that the client holds its key, TLS has checked before.
+    None if the client has shown no certificate, one whose two names disagree, or one that is not an agent's. TLS has
+    already checked that the CA issued the certificate and that the client holds its key.
     """
     for pem in auth_context.get("x509_pem_cert", ()):
         try:

@@ -1,4 +1,4 @@
-"""Files of keys and certificates: read and written whole; private keys closed to others."""
+"""Reads and writes files of keys and certificates; only a private key's owner can read it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ USER_OBJ, USER, GROUP_OBJ, GROUP, MASK, OTHER = 0x01, 0x02, 0x04, 0x08, 0x10, 0x
 
 
 def read_key(path: Path) -> ec.EllipticCurvePrivateKey:
-    """Read a private key (PEM, P-256, no passphrase); SecurityError too where others than its owner can get at it."""
+    """Read a private key (PEM, P-256, no passphrase).
+
+    Raises SecurityError for any other file, and if users other than its owner can access it.
+    """
     data = read_file(path, private=True)
     try:
         key = serialization.load_pem_private_key(data, password=None)
@@ -44,7 +47,10 @@ def read_key(path: Path) -> ec.EllipticCurvePrivateKey:
 
 
 def read_file(path: Path, *, private: bool = False) -> bytes:
-    """Read a small file; SecurityError if it cannot be, or if it is `private` and others have any right to it."""
+    """Read a small file.
+
+    Raises SecurityError if it cannot be read, or if it is `private` and other users have any right to it.
+    """
     try:
         with path.open("rb") as file:
             mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
@@ -59,13 +65,16 @@ def read_file(path: Path, *, private: bool = False) -> bytes:
 
 
 def write_key(path: Path, key: ec.EllipticCurvePrivateKey) -> None:
-    """Write a private key (PEM), readable by its owner alone."""
+    """Write a private key (PEM) that only its owner can read."""
     form = serialization.PrivateFormat.PKCS8
     write_file(path, key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption()), PRIVATE)
 
 
 def write_file(path: Path, data: bytes, mode: int) -> None:
-    """Write a file so that it is there whole or not at all, even after power loss; DataError where it cannot be."""
+    """Write a file atomically: after a power loss it is complete or absent.
+
+    Raises DataError if it cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # 0600 from the start
@@ -87,7 +96,7 @@ def write_file(path: Path, data: bytes, mode: int) -> None:
 def only_ours(descriptor: int, mode: int) -> bool:
     """Return whether an open file's ACL grants rights to its owner, this process's user and root alone.
 
-    False where it has no ACL, or one of another format: then its `mode` decides.
+    False if it has no ACL, or one in another format; then its `mode` decides.
     """
     if mode & 0o007 or not hasattr(os, "getxattr"):
         return False

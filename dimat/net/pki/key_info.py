@@ -20,16 +20,16 @@ from dimat.net.pki.key_files import read_file, read_key
 from dimat.net.pki.keyring import key_fingerprint
 
 SOON = timedelta(days=30)
-"""A certificate that ends sooner is warned of."""
+"""A certificate that ends sooner gets a warning."""
 _ENDINGS = (".crt", ".csr", ".key")
 
 
 @dataclass(slots=True)
 class KeyInfo:
-    """One certificate, request, or key without either.
+    """One certificate, one request, or one key that has neither.
 
-    `key`: whether its private key lies beside it: "here", "not here", "another's" or "unusable". `faults`: why it
-    cannot be used; `warnings`: what to see to. Dates are aware, None of what has none.
+    `key`: whether the private key is in the same folder: "here", "not here", "another's" or "unusable". `faults`: why
+    it cannot be used; `warnings`: what needs attention. Dates are aware; None if it has none.
     """
 
     file: Path
@@ -47,7 +47,7 @@ class KeyInfo:
 
 
 def look_at(paths: Iterable[Path], now: datetime | None = None) -> list[KeyInfo]:
-    """Return the facts about files and folders of keys, CAs first; ConfigError where there are none."""
+    """Return the facts about key files and folders of keys, CAs first; ConfigError if there are none."""
     now = now or datetime.now(UTC)
     found: list[KeyInfo] = []
     for stem in dict.fromkeys(stem for path in paths for stem in _stems(path)):
@@ -56,7 +56,7 @@ def look_at(paths: Iterable[Path], now: datetime | None = None) -> list[KeyInfo]
 
 
 def _stems(path: Path) -> list[Path]:
-    """Return the files of one agent, or of all in a folder, as paths without their ending."""
+    """Return the files of one agent, or of all agents in a folder, as paths without their suffix."""
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix in _ENDINGS and not file.name.startswith("."))
         if not files:
@@ -120,7 +120,7 @@ def _certificate(file: Path, now: datetime) -> KeyInfo:
             der = certificate.public_bytes(serialization.Encoding.DER)
             check_certificate(der, read_file(ca), file.stem, now)
         else:
-            facts.warnings.append("no ca.crt beside it, so that its issuer was not checked")
+            facts.warnings.append("no ca.crt beside it, so its issuer was not checked")
     except SecurityError as error:
         facts.faults.append(str(error))
     return facts
@@ -150,7 +150,7 @@ def _describe(facts: KeyInfo, certificate: x509.Certificate, now: datetime) -> N
 
 
 def _compare(found: list[KeyInfo], key_file: Path) -> None:
-    """Note on certificates (one, or the CA's several) whether a private key is that of one of them."""
+    """Note on each certificate (one agent's, or the CA's several) whether the private key belongs to it."""
     try:
         own = key_fingerprint(read_key(key_file).public_key())
     except SecurityError as error:

@@ -1,8 +1,7 @@
 """The folder of keys: makes, renews, requests and signs agents' keys and certificates.
 
-Nothing is overwritten unless a renewal is asked for, and that keeps the key. A file is there whole or not at all, new
-files that a command could not finish are taken back, and a private key never lies open to others, not even while it is
-written.
+Only a renewal overwrites files, and it keeps the key. Files are written atomically. A command that fails removes the
+new files that it has written. Other users can never read a private key, not even while it is being written.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from dimat.net.pki.key_files import PUBLIC, read_file, read_key, write_file, wri
 
 @dataclass(frozen=True, slots=True)
 class KeyFiles:
-    """The files that a command made for an agent. `until`: end of the certificate, None for a request."""
+    """The files that a command made for an agent. `until`: when the certificate ends; None for a request."""
 
     name: str
     hosts: tuple[str, ...]
@@ -35,8 +34,8 @@ class KeyFiles:
 
 
 def init_authority(folder: Path, name: str, days: float) -> KeyFiles:
-    """Make a CA's key and certificate in a folder; ConfigError where either is there."""
-    _refuse_existing([folder / "ca.key", folder / "ca.crt"], "a second CA belongs into another folder")
+    """Make a CA's key and certificate in a folder; ConfigError if it has either already."""
+    _refuse_existing([folder / "ca.key", folder / "ca.crt"], "make a second CA in another folder")
     key = issuing.make_key()
     certificate = issuing.make_authority(key, name, days)
     files = (folder / "ca.key", folder / "ca.crt")
@@ -55,11 +54,12 @@ def issue(
     renew: bool = False,
     out: Path | None = None,
 ) -> list[KeyFiles]:
-    """Make keys and certificates for agents, with the CA of the folder; all of them, or none where one cannot be.
+    """Make keys and certificates for agents with the folder's CA: for all of them, or for none if one fails.
 
-    `wanted`: addresses by agent; None keeps those of the certificate that is renewed. `renew`: keep the keys, whether
-    they lie here or with the agents, and make new certificates. `out`: where the agents' files lie, if not in the
-    CA's folder; it gets the CA's certificate too. ConfigError, SecurityError; DataError where the disk fails.
+    `wanted`: addresses by agent; None keeps the addresses of the certificate that is renewed. `renew`: keep the keys,
+    whether they are here or with the agents, and make new certificates. `out`: the folder of the agents' files, if it
+    is not the CA's folder; the CA's certificate is copied into it. Raises ConfigError, SecurityError, and DataError if
+    the disk fails.
     """
     place = folder if out is None else out
     for name in wanted:
@@ -71,7 +71,7 @@ def issue(
     ca, ca_file = read_file(folder / "ca.crt"), place / "ca.crt"
     ca_there = ca_file.exists()
     if ca_there and authority not in authorities(read_file(ca_file)):
-        raise SecurityError(f"{ca_file} is that of another CA than {folder / 'ca.crt'}; choose another folder")
+        raise SecurityError(f"{ca_file} is from another CA than {folder / 'ca.crt'}; choose another folder")
     plans: list[tuple[str, ec.EllipticCurvePrivateKey | None, x509.Certificate]] = []
     for name, addresses in wanted.items():
         key: ec.EllipticCurvePrivateKey | None = None if renew else issuing.make_key()
@@ -91,9 +91,9 @@ def issue(
 
 
 def request(folder: Path, name: str, addresses: Sequence[str], *, renew: bool = False) -> KeyFiles:
-    """Make an agent's key and a request for its certificate, which can be shown to anybody.
+    """Make an agent's key and a request for its certificate; the request is not secret.
 
-    `renew`: a new request for the key that is there. ConfigError, SecurityError.
+    `renew`: make a new request for the existing key. Raises ConfigError and SecurityError.
     """
     check_name(name)
     reached = issuing.hosts_of(addresses)
@@ -113,10 +113,10 @@ def request(folder: Path, name: str, addresses: Sequence[str], *, renew: bool = 
 
 
 def sign(folder: Path, file: Path, days: float, *, name: str | None = None, renew: bool = False) -> KeyFiles:
-    """Make the certificate that a request asks for, with the CA of the folder, into the folder.
+    """Make the certificate that a request asks for, with the folder's CA, and write it to that folder.
 
-    `name`: the agent that has to be asking; None: the one that the file is named after, NAME.csr. `renew`: where the
-    agent has a certificate; for the same key only. ConfigError, SecurityError.
+    `name`: the agent that the request must be from; None: the agent that the file NAME.csr is named after. `renew`:
+    replace the agent's existing certificate, for the same key only. Raises ConfigError and SecurityError.
     """
     if name is not None:
         check_name(name)
@@ -128,7 +128,7 @@ def sign(folder: Path, file: Path, days: float, *, name: str | None = None, rene
     expected = file.stem if name is None else name
     if expected != asked.name:
         raise SecurityError(
-            f"{file} asks for a certificate of {asked.name!r}, not of {expected!r}; if that is meant: "
+            f"{file} asks for a certificate of {asked.name!r}, not of {expected!r}; if you want that, add "
             f"--name {asked.name}"
         )
     target = folder / f"{asked.name}.crt"
@@ -147,7 +147,10 @@ def sign(folder: Path, file: Path, days: float, *, name: str | None = None, rene
 
 
 def authority_of(folder: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
-    """Return the CA of a folder: the certificate in ca.crt that belongs to ca.key. SecurityError where it has none."""
+    """Return the folder's CA: the certificate in ca.crt that belongs to ca.key, and that key.
+
+    Raises SecurityError if the folder has no CA, or if none of the certificates is for that key.
+    """
     for path in (folder / "ca.key", folder / "ca.crt"):
         if not path.exists():
             raise SecurityError(f"no {path}: only the organiser's folder has a CA; make one with: dimat keys init-ca")
@@ -159,7 +162,7 @@ def authority_of(folder: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivat
 
 
 def key_fingerprint(key: ec.EllipticCurvePublicKey) -> str:
-    """Return the SHA-256 of a public key (its DER), in hex: what two people compare by telephone."""
+    """Return the SHA-256 of a public key's DER in hex, which two people compare by telephone."""
     der = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
     digest = hashes.Hash(hashes.SHA256())
     digest.update(der)
@@ -168,9 +171,9 @@ def key_fingerprint(key: ec.EllipticCurvePublicKey) -> str:
 
 @contextmanager
 def _all_or_none() -> Generator[list[Path]]:
-    """Take back the new files in the list where what follows them fails.
+    """Delete the new files in the list if the block fails.
 
-    A key without its certificate would be in the way when the command is run again, and no renewal makes a CA's.
+    A key without its certificate would block a second run of the command, and no renewal makes a CA's certificate.
     """
     new: list[Path] = []
     try:
@@ -188,7 +191,7 @@ def _written(
     certificate: x509.Certificate,
     new: list[Path],
 ) -> KeyFiles:
-    """Write an agent's files; those that go with a new key are added to `new`, once they are there."""
+    """Write an agent's files; if the key is new, add each file to `new` once it is written."""
     public = certificate.public_key()
     assert isinstance(public, ec.EllipticCurvePublicKey)
     files = (folder / f"{name}.key", folder / f"{name}.crt")
@@ -203,7 +206,7 @@ def _written(
 
 
 def _renewed(folder: Path, name: str, ca: bytes) -> tuple[ec.EllipticCurvePublicKey, tuple[str, ...]]:
-    """Return the public key and the hosts of an agent that has a key here, a certificate here, or both."""
+    """Return the public key and hosts of an agent that has a key, a certificate or both in the folder."""
     key_file, file = folder / f"{name}.key", folder / f"{name}.crt"
     if not file.exists():
         if not key_file.exists():
@@ -215,7 +218,7 @@ def _renewed(folder: Path, name: str, ca: bytes) -> tuple[ec.EllipticCurvePublic
             raise SecurityError(f"{file} is not the certificate of {name!r}; put back the right one")
         former = hosts(certificate)
         der = certificate.public_bytes(serialization.Encoding.DER)
-        # as of its first day: a certificate that has expired is what renewal is for
+        # checked as of its first day: renewal must accept an expired certificate
         public = check_certificate(der, ca, name, certificate.not_valid_before_utc)
     if key_file.exists() and (own := read_key(key_file).public_key()) != public:
         raise SecurityError(

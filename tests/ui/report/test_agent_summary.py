@@ -80,7 +80,7 @@ def test_verify_names_a_line_that_was_changed(folder: Path, capsys: pytest.Captu
 def test_what_it_is_not_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """--verify is for agents' folders; an agent without a merge has nothing to report."""
     assert main(["report", str(tmp_path), "--verify"]) == 2
-    assert "no agent's folder" in capsys.readouterr().err
+    assert "not an agent's folder" in capsys.readouterr().err
     (tmp_path / "agent.json").write_text('{"run": "run", "agent": "a"}\n')
     assert main(["report", str(tmp_path)]) == 5
     assert "no merge on record" in capsys.readouterr().err
