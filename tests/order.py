@@ -11,7 +11,7 @@ from itertools import groupby
 from typing import TypeVar
 
 T = TypeVar("T")
-LAST = 0.95
+LAST = 0.85
 """By this share of the list the last file that waits begins: at the end nothing is left to do beside it."""
 
 
