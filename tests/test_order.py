@@ -33,5 +33,5 @@ def test_those_that_wait_are_in_each_part() -> None:
     order = ordered([(5, True)] * 20 + [(5, False)] * 80)
     for part in range(5):
         waiting = {file for file, _ in order[part * 100 : part * 100 + 100] if file < 20}
-        assert len(waiting) in (3, 4, 5)
+        assert len(waiting) in (2, 3, 4, 5)
     assert all(file >= 20 for file, _ in order[-25:])
