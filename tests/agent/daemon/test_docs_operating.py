@@ -115,7 +115,7 @@ def test_exit_codes_are_those_of_the_page(kind: str) -> None:
 def test_events_of_the_page_exist() -> None:
     from dimat import events
 
-    table = PAGE.split("| event | tells |")[1].split("\n\n")[0]
+    table = PAGE.split("| event | content |")[1].split("\n\n")[0]
     names = re.findall(r"`(\w+)`", table)
     assert len(names) >= 10
     assert all(hasattr(events, name) for name in names)
