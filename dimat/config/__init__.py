@@ -24,7 +24,7 @@ from dimat.config.load import (
 )
 from dimat.config.merge import BaseConfig, MergeConfig
 from dimat.config.monitor import MlflowConfig, MonitorConfig, WandbConfig
-from dimat.config.presets import CEILING, PRESETS, Preset
+from dimat.config.presets import CEILING, FLOOR, PRESETS, Preset
 from dimat.config.simulate import (
     ComputeConfig,
     FaultConfig,
@@ -46,6 +46,7 @@ from dimat.config.variants import VariantConfig, changed
 
 __all__ = [
     "CEILING",
+    "FLOOR",
     "PRESETS",
     "AgentConfig",
     "BaseConfig",

@@ -60,6 +60,8 @@ sum; `isolated` never merges, and `centralised` is one model on all data."""
 
 CEILING = next(name for name, preset in PRESETS.items() if preset.ceiling)
 """Name of the method that is the ceiling."""
+FLOOR = next(name for name, preset in PRESETS.items() if not preset.exchanges and not preset.ceiling)
+"""Name of the method that trains alone."""
 
 
 def preset_of(method: str) -> Preset:

@@ -19,10 +19,10 @@ from typing import Any
 from dimat.advice import Advice, ProbeRow
 from dimat.agent.setup.class_shares import FAR_APART
 from dimat.agent.setup.next_step import exact_average
-from dimat.config import ExperimentConfig, NamedConfig
+from dimat.config import FLOOR, ExperimentConfig, NamedConfig
 from dimat.errors import ConfigError, DimatError
 from dimat.results import ONE_SEED
-from dimat.simulate.compare import FLOOR, Case, cases_of, compare
+from dimat.simulate.compare import Case, cases_of, compare
 from dimat.simulate.factors import FACTORS, Option, ProbedFactor, World, present_of, with_settings
 from dimat.simulate.folder import describe
 from dimat.simulate.world.scenario import prepare

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dimat.agent.setup.next_step import averages_exactly, next_step
-from dimat.config import CEILING, PRESETS, ExperimentConfig, PartitionConfig, VariantConfig, build, changed
+from dimat.config import CEILING, FLOOR, PRESETS, ExperimentConfig, PartitionConfig, VariantConfig, build, changed
 from dimat.errors import ConfigError, DataError, DimatError, unknown_name
 from dimat.events import Event, Listener
 from dimat.results import Comparison, MethodCurve, Results, mean_timeline
@@ -27,8 +27,6 @@ from dimat.simulate.simulation import Simulation
 from dimat.simulate.world.scenario import Scenario, prepare
 
 ALL = "all"
-FLOOR = "isolated"
-"""The method that trains alone."""
 SIDE_BY_SIDE = 3  # runs at a time per pool: enough to even out how agents fall on workers
 
 
@@ -235,14 +233,8 @@ def _epochs(epochs: float, first: float | None, rounds: int) -> tuple[object, ..
 
 
 def _next_step(scenario: Scenario) -> str:
-    agents = len(scenario.agents)
-    linked = {frozenset(edge) for edge in scenario.schedule.edges()}
-    return next_step(
-        scenario.config,
-        scenario.histogram,
-        sparse=len(linked) < agents * (agents - 1) // 2,
-        exact=averages_exactly(scenario.schedule.first),
-    )
+    exact = averages_exactly(scenario.schedule.first)
+    return next_step(scenario.config, scenario.histogram, sparse=scenario.sparse, exact=exact)
 
 
 def _serialised(listeners: Sequence[Listener]) -> list[Listener]:

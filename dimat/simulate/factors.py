@@ -51,14 +51,12 @@ class World:
     @classmethod
     def of(cls, scenario: Scenario) -> World:
         """Return what is known of a resolved experiment."""
-        agents = len(scenario.agents)
-        linked = {frozenset(edge) for edge in scenario.schedule.edges()}
         counts = None if class_counts(scenario.task, scenario.task.data("train")) is None else scenario.histogram
         far = counts is not None and any(skew(torch.tensor(row)) > SKEWED for row in counts.values() if sum(row))
         return cls(
             scenario.task,
-            agents,
-            len(linked) < agents * (agents - 1) // 2,
+            len(scenario.agents),
+            scenario.sparse,
             averages_exactly(scenario.schedule.first),
             scenario.schedule.first.schedule_config.name == "base-k",
             None if counts is None else class_distance(counts),

@@ -17,9 +17,6 @@ if TYPE_CHECKING:
     from dimat.agent.protocol.messages import MergeRecord
     from dimat.results import Comparison, MethodCurve, Results
 
-FLOOR = "isolated"
-"""The method that trains alone."""
-
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
@@ -53,6 +50,8 @@ class Verdict:
 
 def of_comparison(comparison: Comparison) -> dict[str, list[Verdict]]:
     """Return by split the verdict on each row that merges, the best first; one for a split without `isolated`."""
+    from dimat.config import FLOOR  # pydantic: not wanted by those who only format events
+
     found: dict[str, list[Verdict]] = {}
     for split, curves in comparison.splits.items():
         floor = curves.get(FLOOR)
@@ -208,4 +207,6 @@ def _unmeasured(
 
 
 def _compared(method: str, file: str = "experiment.toml") -> str:
+    from dimat.config import FLOOR
+
     return f"dimat simulate {file} --compare {FLOOR},{method} --seeds 3"

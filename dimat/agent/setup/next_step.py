@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING
 
 from dimat.agent.setup.class_shares import FAR_APART, class_distance
 from dimat.config import ExperimentConfig
+from dimat.train.losses import SKEWED
 
 if TYPE_CHECKING:
     from dimat.topology.network_map import Topology
 
-SKEWED = 0.15
-"""Class distance above which the plain loss is worth another try: as of "auto" itself (`dimat.train.losses`, which
-loads torch; a test holds the two equal)."""
 FEW_ROUNDS = 10
 """Agents with starts of their own or skewed parts were behind training alone for two to three merges and well ahead
 after ten (docs/results.md)."""

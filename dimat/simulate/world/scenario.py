@@ -41,6 +41,12 @@ class Scenario(Experiment):
     """Of a snapshot's bytes, those of the optimizer's moments."""
     warnings: tuple[str, ...] = ()
 
+    @property
+    def sparse(self) -> bool:
+        """Whether some agents are never linked to each other, whichever way."""
+        agents, linked = len(self.agents), {frozenset(edge) for edge in self.schedule.edges()}
+        return len(linked) < agents * (agents - 1) // 2
+
     def estimate(self, workers: int) -> tuple[float, float, float]:
         """Return estimates of (memory of all processes, disk, sent by all agents over the run), in MB."""
         weights = self.snapshot_bytes / MB

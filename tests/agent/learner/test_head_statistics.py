@@ -29,6 +29,7 @@ from dimat.simulate import run_simulation
 from dimat.symmetry import permute_weights, random_permutations
 from tests.agent.learner.rounds import merged, trained
 from tests.agent.learner.test_learner import agents
+from tests.agent.learner.test_statistics import assert_refused_and_left_out, snapshot_of
 from tests.merge.methods import assert_same_bits, worst
 from tests.simulate.helpers import tiny_experiment
 
@@ -48,10 +49,6 @@ def pair(tmp_path: Path, way: str, **merge: Any) -> tuple[Learner, Learner]:
     for agent in (one, two):
         trained(agent, 1, learn=True)
     return one, two
-
-
-def snapshot_of(agent: Learner) -> Path:
-    return agent.store / f"{trained(agent, 1, learn=False).payload.root}.safetensors"
 
 
 def by_hand(agent: Learner, way: str) -> dict[str, Tensor]:
@@ -162,17 +159,7 @@ def test_a_peer_whose_statistics_cannot_be_right_is_refused(tmp_path: Path, faul
         case _:
             bad[mean] += 1e6
     save_file(bad, tmp_path / "bad.safetensors")
-    own = one.trainer.weights()
-    snapshot_of(one)
-    report = merged(one, 1, 0.5, [("eve", tmp_path / "bad.safetensors", 0.3, True), ("two", good, 0.2, True)], "none")
-    assert set(report.refused) == {"eve"}
-    assert re.match(said, report.refused["eve"])
-    assert "\n" not in report.refused["eve"]
-    found = one.trainer.weights()
-    one.trainer.load_weights(own)
-    snapshot_of(one)
-    merged(one, 1, 0.8, [("two", good, 0.2, True)], "none")
-    assert_same_bits(found, one.trainer.weights())
+    assert_refused_and_left_out(one, tmp_path / "bad.safetensors", good, said)
 
 
 def test_an_agent_goes_on_from_a_checkpoint_with_its_statistics(tmp_path: Path) -> None:

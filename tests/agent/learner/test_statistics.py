@@ -48,6 +48,22 @@ def snapshot_of(agent: Learner) -> Path:
     return agent.store / f"{trained(agent, 1, learn=False).payload.root}.safetensors"
 
 
+def assert_refused_and_left_out(one: Learner, bad: Path, good: Path, said: str) -> None:
+    """Merge "eve"'s bad snapshot and "two"'s good one: the former is refused in one line, and the latter is merged as
+    if it were the only one."""
+    own = one.trainer.weights()
+    snapshot_of(one)
+    report = merged(one, 1, 0.5, [("eve", bad, 0.3, True), ("two", good, 0.2, True)], "none")
+    assert set(report.refused) == {"eve"}
+    assert re.match(said, report.refused["eve"])
+    assert "\n" not in report.refused["eve"]
+    found = one.trainer.weights()
+    one.trainer.load_weights(own)
+    snapshot_of(one)
+    merged(one, 1, 0.8, [("two", good, 0.2, True)], "none")
+    assert_same_bits(found, one.trainer.weights())
+
+
 def by_hand(agent: Learner) -> dict[str, Tensor]:
     """Both kinds of statistics of the agent's weights, on all of its data."""
     inputs, targets = agent.task.data("train").batch(agent.indices)
@@ -174,16 +190,7 @@ def test_a_peer_whose_statistics_cannot_be_right_is_refused(tmp_path: Path, meth
     good = snapshot_of(two)
     save_file(damaged(load_file(good), fault), tmp_path / "bad.safetensors")
     own = one.trainer.weights()
-    snapshot_of(one)
-    report = merged(one, 1, 0.5, [("eve", tmp_path / "bad.safetensors", 0.3, True), ("two", good, 0.2, True)], "none")
-    assert set(report.refused) == {"eve"}
-    assert re.match(said, report.refused["eve"])
-    assert "\n" not in report.refused["eve"]
-    found = one.trainer.weights()
-    one.trainer.load_weights(own)
-    snapshot_of(one)
-    merged(one, 1, 0.8, [("two", good, 0.2, True)], "none")
-    assert_same_bits(found, one.trainer.weights())
+    assert_refused_and_left_out(one, tmp_path / "bad.safetensors", good, said)
     one.trainer.load_weights(own)
     snapshot_of(one)
     alone = merged(one, 1, 0.5, [("eve", tmp_path / "bad.safetensors", 0.5, True)], "none")

@@ -36,7 +36,7 @@ def test_distances_that_tell_nothing() -> None:
 
 
 def test_one_threshold_for_the_loss() -> None:
-    """That of "auto" itself, from which this module keeps a copy that loads no torch."""
+    """That of "auto" itself."""
     assert module.SKEWED == losses.SKEWED < FAR_APART
 
 
