@@ -44,6 +44,8 @@ class Waiting:
         self.plan, self.number = plan.peers, number
         self.due = last_planned(plan, plan.of(number).mixing, number)
         self.failed, self.heard = set(), set()
+        self.late = {peer: count for peer, count in self.late.items() if peer in plan.peers}
+        self.behind = {peer: rounds for peer, rounds in self.behind.items() if peer in plan.peers}
         self.begun += 1
 
     def hears(self, offer: PeerPublished) -> None:

@@ -7,6 +7,7 @@ of things per peer.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum
 
 from dimat.agent.protocol.catching_up import CatchingUp
@@ -32,6 +33,19 @@ class Heard(Enum):
     OTHER_BASE = "other base"
     CONFLICT = "conflict"
     BEYOND = "beyond the last round"
+
+
+@dataclass(slots=True)
+class _Late:
+    """What is known of a living peer that a deadline has passed in waiting for.
+
+    `deadlines`: how many passed in a row; `turn`: the agent's round in which the last of them did; `behind`: by how
+    many rounds the peer was behind then, at least.
+    """
+
+    deadlines: int
+    turn: int
+    behind: int
 
 
 class Inbox:
@@ -65,10 +79,8 @@ class Inbox:
         self._next: Plan | None = None
         self._turn = 0  # counts the rounds that were begun
         self._heard: dict[str, int] = {}  # the turn in which a peer was heard last
-        self._overdue: dict[str, int] = {}  # deadlines in a row that passed in waiting for a living peer
-        self._waited: dict[str, int] = {}  # the turn in which the last of them did
+        self._late: dict[str, _Late] = {}
         self._due: dict[str, int] = {}  # the last round before this one in which a peer was in the plan
-        self._behind: dict[str, int] = {}  # by how many rounds it was behind then, at least
         self._apart: dict[str, int] = {}  # for how many rounds in a row a living peer was out of reach ahead
 
     # ── rounds ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -116,7 +128,7 @@ class Inbox:
         self.offers.forget_all_but(plan.peers)
         self._silent = {peer: gone for peer, gone in self._silent.items() if peer in plan.peers}
         self._heard = {peer: turn for peer, turn in self._heard.items() if peer in plan.peers}
-        self._overdue = {peer: count for peer, count in self._overdue.items() if peer in plan.peers}
+        self._late = {peer: late for peer, late in self._late.items() if peer in plan.peers}
         gone = [
             offer for held in (self.ready, self.fetching) for offer in held.values() if offer.peer not in plan.peers
         ]
@@ -141,9 +153,9 @@ class Inbox:
             if peer in self.lost:
                 continue
             if self._heard_within(peer, 1):
-                self._overdue[peer], self._waited[peer] = self._overdue.get(peer, 0) + 1, self._turn
                 behind = self._number - self.offers.range(peer)[1]
-                self._behind[peer] = min(behind, self._behind.get(peer, behind))
+                late = self._late.get(peer, _Late(0, 0, behind))
+                self._late[peer] = _Late(late.deadlines + 1, self._turn, min(behind, late.behind))
             else:
                 self._silent[peer] = (SILENT, 0)
 
@@ -227,9 +239,9 @@ class Inbox:
                 self.lost.pop(offer.peer, None)
         self._heard[offer.peer] = self._turn
         self.offers.heard(offer)
-        if self._number - offer.round < self._behind.get(offer.peer, 0):  # nearer than ever: worth another wait
-            self._behind[offer.peer] = self._number - offer.round
-            self._overdue.pop(offer.peer, None)
+        late = self._late.get(offer.peer)
+        if late is not None and self._number - offer.round < late.behind:  # nearer than ever: worth another wait
+            late.behind, late.deadlines = self._number - offer.round, 0
         far = self.mode.is_far(self.offers, offer, self._number)
         if far:
             self.offers.note_far(offer)
@@ -256,8 +268,7 @@ class Inbox:
         if offer is None or not (self.open or self.mode.keeps):
             return None
         del self.fetching[peer]
-        self._overdue.pop(peer, None)
-        self._behind.pop(peer, None)
+        self._late.pop(peer, None)
         self._catching_up.in_hand(peer, number)
         before = self.ready.get(peer)
         self.ready[peer] = offer
@@ -317,9 +328,9 @@ class Inbox:
         newest = self.offers.range(peer)[1]
         # offers may come in planned rounds only, so that nothing is known of those since the last one
         due = self._due.get(peer, self._number - 1)
-        overdue = self._overdue.get(peer, 0)
-        tries, rest = divmod(overdue, PATIENCE)
-        rests = tries > 0 == rest and self._turn - self._waited[peer] <= 2 ** min(tries + 1, LONGEST_REST)
+        late = self._late.get(peer, _Late(0, 0, 0))
+        tries, rest = divmod(late.deadlines, PATIENCE)
+        rests = tries > 0 == rest and self._turn - late.turn <= 2 ** min(tries + 1, LONGEST_REST)
         return 0 < newest <= due - ROUNDS_KEPT or (rests and newest < due)
 
     def _planned(self, number: int) -> RoundPlan:
