@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Annotated
 
 import torch
-from torch import nn
+from pydantic import Field
+from torch import Tensor, nn
 
 from dimat.errors import MergeError
+from dimat.merge.matching.agreement import agreements, half_way
+from dimat.merge.matching.assignment import moved_share
 from dimat.merge.matching.coordinate_descent import fill_in
 from dimat.merge.matching.correlation import UNTIL_STABLE, UntilStable, compare
 from dimat.merge.registry import align_registry
 from dimat.merge.stages import Aligned, Data, Inputs, Points, Weights
+from dimat.merge.weight_views import PermutedWeights
 from dimat.symmetry import Observer
 from dimat.symmetry.spec import SymmetrySpec
+
+RELATED = 0.5
+"""Share of an assignment's worth that units have as they stand from which on two networks may be in one order already,
+as fine-tunes of one model are. Networks that were trained apart have .1 and less, so that nothing is asked of them."""
+
+COMPARED = 256
+"""Examples on which the two orders are compared, at most."""
 
 
 @align_registry.register("activations")
@@ -27,6 +39,7 @@ def activations(
     observer: Callable[[Inputs], Observer],
     generator: torch.Generator | None = None,
     points: Points | None = None,
+    keep_order_within: Annotated[float, Field(ge=0)] | None = 0.1,
     sampling: UntilStable = UNTIL_STABLE,
 ) -> Aligned:
     """Return, for each peer and group, the permutation p that maximises Σ_j corr[j, p[j]].
@@ -63,10 +76,46 @@ def activations(
         points=points,
         sampling=sampling,
     )
-    if not seen.unseen:
-        return Aligned(seen.permutations, seen.images, cpu_s=seen.clock.seconds)
-    free = seen.by_weights()
-    permutations = fill_in(own, peers, spec, seen.permutations, free, model=model, generator=generator)
-    seen.clock.lap("weights")
-    note = f"{len(seen.unseen)} groups cannot be observed and are matched by weights: {', '.join(seen.unseen)}"
-    return Aligned(permutations, seen.images, (note,), seen.clock.seconds)
+    permutations, notes = seen.permutations, tuple[str, ...]()
+    if seen.unseen:
+        permutations = fill_in(own, peers, spec, permutations, seen.by_weights(), model=model, generator=generator)
+        seen.clock.lap("weights")
+        notes = (f"{len(seen.unseen)} groups cannot be observed and are matched by weights: {', '.join(seen.unseen)}",)
+    if keep_order_within is not None and model is not None:
+        for number, (peer, unmoved) in enumerate(zip(peers, seen.unmoved)):
+            moved = moved_share(permutations[number])
+            if moved == 0 or unmoved < RELATED:
+                continue
+            view = PermutedWeights(peer, spec, permutations[number])
+            most = min(COMPARED, sampling.max_images or COMPARED)
+            if _as_good(own, peer, view, keep_order_within, model=model, data=data, spec=spec, max_images=most):
+                permutations[number] = {group: _in_order(p) for group, p in permutations[number].items()}
+                notes = (*notes, f"units of a peer are left in their order, though {moved:.0%} seem to have moved")
+        seen.clock.lap("agreement")
+    return Aligned(permutations, seen.images, notes, seen.clock.seconds)
+
+
+def _as_good(
+    own: Weights,
+    peer: Weights,
+    permuted: Weights,
+    within: float,
+    *,
+    model: nn.Module,
+    data: Data,
+    spec: SymmetrySpec,
+    max_images: int,
+) -> bool:
+    """Whether the average with a peer as it is agrees about as well as that with its units permuted."""
+    averages = [half_way(own, permuted), half_way(own, peer)]
+    try:
+        best, plain = agreements(
+            own, peer, averages, model=model, data=data, outputs=spec.outputs, max_images=max_images
+        )
+    except MergeError:  # one example, and BatchNorm: correlations are all that is known
+        return False
+    return best > 0 and 1 - plain <= (1 - best) * (1 + within)
+
+
+def _in_order(permutation: Tensor) -> Tensor:
+    return torch.arange(permutation.shape[-1]).expand_as(permutation).contiguous()

@@ -61,12 +61,14 @@ UNTIL_STABLE = UntilStable()
 
 @dataclass
 class Compared:
-    """The result of matching by activations. By peer: permutations, and margins of the groups. `unseen`: groups
-    that cannot be observed and have no children that can; they have no permutation."""
+    """The result of matching by activations. By peer: permutations, margins of the groups, and `unmoved`, the share of
+    the assignments' worth that units have as they stand. `unseen`: groups that cannot be observed and have no children
+    that can; they have no permutation."""
 
     permutations: list[Permutations]
     margins: list[dict[str, float]]
     unseen: list[str]
+    unmoved: list[float] = field(default_factory=list[float])
     images: int = 0
     clock: StageTimer = field(default_factory=StageTimer)
 
@@ -116,7 +118,7 @@ def compare(
             clock.lap("matching")
             if steady == 2:
                 break
-    result.margins = pairs.settle()
+    result.margins, result.unmoved = pairs.settle()
     clock.lap("matching")
     return result
 
@@ -144,15 +146,19 @@ class GroupMatches:
         """Assign anew; return the largest share of value that an assignment of before falls short of the new one."""
         return max((self._assign(*each)[0] for each in self._pairs()), default=0.0)
 
-    def settle(self) -> list[dict[str, float]]:
-        """Assign for the last time; return, by peer, the margins of the groups."""
+    def settle(self) -> tuple[list[dict[str, float]], list[float]]:
+        """Assign for the last time; return, by peer, the margins of the groups, and the share of the assignments' worth
+        that units have as they stand."""
         found: list[dict[str, float]] = [{} for _ in self.permutations]
+        worth, standing = [0.0 for _ in found], [0.0 for _ in found]
         for number, peer in self._pairs():
             _, scores = self._assign(number, peer)
             tree = self._trees[number]
             margin = nested_margin(tree, scores, self.permutations[peer])
             found[peer].update(dict.fromkeys(tree.ids(), margin))
-        return found
+            worth[peer] += nested_value(tree, scores, self.permutations[peer])
+            standing[peer] += nested_value(tree, scores, {})
+        return found, [stays / max(best, NEGLIGIBLE) for stays, best in zip(standing, worth)]
 
     def _pairs(self) -> Iterator[tuple[int, int]]:
         """Return the number of each tree of groups with each peer."""
