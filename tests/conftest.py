@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import signal
 import tempfile
 from collections.abc import Generator
@@ -33,9 +34,11 @@ settings.load_profile("dimat")
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
-    """Two workers more than cores (`-n auto`): tests of real agents wait for peers and deadlines much of their time."""
+    """Two workers more than cores (`-n auto`): tests of real agents wait for peers and deadlines much of their time.
+    Where those are left out, a worker more would only import everything once more."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return cores + 2 if config.option.numprocesses == "auto" else None
+    waiting = not re.search(r"not\b.*\blive\b", config.option.markexpr or "")
+    return (cores + 2 if waiting else cores) if config.option.numprocesses == "auto" else None
 
 
 @pytest.hookimpl(wrapper=True)

@@ -336,6 +336,7 @@ def alive(pid: int) -> bool:
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for orphans in /proc")
 @pytest.mark.parametrize(("sent", "code", "workers"), [(signal.SIGINT, 130, 2), (signal.SIGTERM, 143, 1)])
+@pytest.mark.live
 def test_a_stopped_run_keeps_its_complete_rounds(tiny: Path, sent: int, code: int, workers: int) -> None:
     """Ctrl-C and SIGTERM, to the whole process group as a terminal sends them: results, weights, no orphans."""
     with long_run(tiny, workers) as process:
@@ -441,6 +442,7 @@ def unbuilt():
     assert not (folder / "state").exists()
 
 
+@pytest.mark.live
 def test_a_script_without_a_main_guard(tiny: Path) -> None:
     """`run_simulation` with worker processes from a plain script: workers must not run the script again."""
     script = tiny.parent / "script.py"
@@ -455,6 +457,7 @@ def test_a_script_without_a_main_guard(tiny: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for orphans in /proc")
+@pytest.mark.live
 def test_kill_9_leaves_no_orphans(tiny: Path) -> None:
     """kill -9 of the simulator: its workers notice and leave; results.json of the last round is whole."""
     with long_run(tiny, workers=2) as process:

@@ -176,6 +176,7 @@ def managed(net: Network, name: str, *, watchdog_s: float = 0.4, driver: tuple[s
         manager.close()
 
 
+@pytest.mark.live
 def test_a_stop_by_the_manager(tmp_path: Path, free_ports: list[int]) -> None:
     """READY, and WATCHDOG again and again while it trains; SIGTERM during a transfer: STOPPING, the transfer ends, the
     peer has the whole snapshot, and the exit code is the one that the unit takes for success. Keys are credentials."""
@@ -242,6 +243,7 @@ def allowed() -> set[str]:
     return found
 
 
+@pytest.mark.live
 def test_an_agent_runs_under_the_filter(tmp_path: Path, free_ports: list[int]) -> None:
     """Two agents train and merge, one of them under the unit's own system call filter and address families, and it ends
     with 0; the filter is in force, for it refuses what it must."""

@@ -89,7 +89,9 @@ def network(name: str) -> tuple[nn.Module, tuple[Tensor, ...], SymmetrySpec]:
     return case(name).model, case(name).inputs, derived(name)
 
 
-@pytest.mark.parametrize("name", [*SMALL, *MODELS, "resnet18", "mobilenet_v2"])
+@pytest.mark.parametrize(
+    "name", [*SMALL, *MODELS, *(pytest.param(name, marks=pytest.mark.zoo) for name in ("resnet18", "mobilenet_v2"))]
+)
 def test_planted_permutations_are_recovered(name: str) -> None:
     """Reference: the network before it was permuted, all weights with 0.1 % noise; equality of outputs decides."""
     model, inputs, spec = network(name)
