@@ -1,4 +1,4 @@
-"""Parses events from the plain values of a log or a peer; raises nothing, whatever they hold.
+"""Parses events from plain values of a log or a peer; raises nothing, whatever they hold.
 
 A field that is missing, or of another type than its class says, gets its default, or else is empty or 0. So an event
 from the log of an older dimat is complete, and one from a stranger has only values of the types in its class.
