@@ -56,7 +56,7 @@ def screen(
             if not torch.equal(theirs.to(ours.device), ours):
                 raise PeerError(
                     f"{name}: tensor {key!r} is a constant that is not finite, and differs from ours; "
-                    "all agents must build their models by the same code"
+                    "all agents must build their models with the same code"
                 )
             continue
         if nature is Nature.VARIANCE and (negative := int((theirs < 0).sum())):
@@ -69,8 +69,8 @@ def screen(
         factor, where = reference.excess({key: square**0.5 for key, square in squares.items()})
         if factor > max_norm_ratio:
             raise PeerError(
-                f"{name}: {f'tensor {where!r} is' if where else 'weights are'} {factor:.3g} times as large as our own "
-                f"training has made ours; at most {max_norm_ratio:g} times is taken"
+                f"{name}: {f'tensor {where!r} is' if where else 'weights are'} {factor:.3g} times as large as this "
+                f"agent's own have become in training; at most {max_norm_ratio:g} times is accepted"
             )
         return factor
     total = sum(squares.values()) ** 0.5

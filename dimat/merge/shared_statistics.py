@@ -66,7 +66,7 @@ def beside(weights: Weights, aux: Weights) -> dict[str, Tensor]:
     """Return what a snapshot holds: weights, and statistics under `aux.…`; MergeError where a name is taken."""
     extras = {AUX + name: tensor for name, tensor in aux.items()}
     for name in extras.keys() & weights.keys():
-        raise MergeError(f"the model's tensor {name!r} has the name of a statistic; call its module something else")
+        raise MergeError(f"the model's tensor {name!r} has the name of a statistic; rename its module")
     return {**weights, **extras}
 
 
@@ -116,7 +116,7 @@ def check_statistics(
     """
     if expected and not aux:
         raise PeerError(
-            f"{name}: came without statistics ({next(iter(expected))!r} and others); agents must merge by the same "
+            f"{name}: sent no statistics ({next(iter(expected))!r} and others); agents must merge by the same "
             "merge.combine, merge.repair and merge.head"
         )
     for key in expected or ():
@@ -124,12 +124,12 @@ def check_statistics(
             raise PeerError(f"{name}: statistic {key!r} is missing{nearest(key, aux)}")
     for key in aux:
         if expected and key not in expected:
-            raise PeerError(f"{name}: statistic {key!r} is none of ours{nearest(key, expected)}")
+            raise PeerError(f"{name}: statistic {key!r} is not one of this agent's{nearest(key, expected)}")
         if not key.startswith((FISHER, GRAM)):
             continue
         target = key.partition(".")[2]
         if target not in own:
-            raise PeerError(f"{name}: statistic {key!r} is of no tensor of our model")
+            raise PeerError(f"{name}: statistic {key!r} belongs to no tensor of the model")
         found, ours = aux[key], own[target].shape
         shape = ours if key.startswith(FISHER) else torch.Size([ours[1], ours[1]] if len(ours) == 2 else [])
         if found.shape != shape:
@@ -138,7 +138,7 @@ def check_statistics(
             raise PeerError(f"{name}: statistic {key!r} holds values that are negative or not finite")
         if key.startswith(GRAM) and not _is_gram(found):
             raise PeerError(
-                f"{name}: statistic {key!r} is no Gram matrix: not symmetric, or too large off its diagonal"
+                f"{name}: statistic {key!r} is not a Gram matrix: it is not symmetric, or too large off its diagonal"
             )
 
     check_classes(name, aux, own, expected or {}, most_examples)

@@ -150,7 +150,7 @@ def later_topologies(
         if new:
             raise ConfigError(
                 f"schedule.changes[{i}]: agent {new[0]!r} is not in the first topology; name all agents there, and let "
-                'those that come later join with a fault of kind "join"'
+                'later ones join with a fault of kind "join"'
             )
         changes.append((config.schedule.first_exchange(change.round), later))
     return changes

@@ -33,5 +33,5 @@ def why_not(kind: str) -> str:
     if kind in PRODUCTS or kind == "DoRA":
         return "its trained parts multiply each other, and the mean of factors is not the mean of their products"
     if kind in TURNS:
-        return "it turns weights, and the mean of rotations is none"
-    return "whether the mean of what it trains is the mean of what it does is not known here"
+        return "it rotates weights, and the mean of rotations is not a rotation"
+    return "dimat does not know whether the mean of its weights gives the mean of their effects"

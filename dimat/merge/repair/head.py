@@ -67,7 +67,7 @@ def head(
     if aux is None or not names or any(MEAN + name not in theirs for theirs in aux for name in names):
         raise MergeError('repair "head" needs every model\'s statistics: see models.classifier.class_statistics')
     if generator is None:
-        raise MergeError('repair "head" draws at random: hand in generator=, seeded')
+        raise MergeError('repair "head" draws at random: pass a seeded generator=')
     repaired = dict(mended.weights)
     for name in names:
         found = pooled([ClassGaussians.of(theirs, name) for theirs in aux])

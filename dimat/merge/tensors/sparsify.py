@@ -174,7 +174,7 @@ def _find(table: Tensor, rank: int) -> tuple[int, int]:
 def root_of(generator: torch.Generator | None, method: str) -> int:
     """Draw the seed of one merge from a generator; MergeError where there is none."""
     if generator is None:
-        raise MergeError(f"combine method {method!r} draws at random: hand in generator=, seeded")
+        raise MergeError(f"combine method {method!r} draws at random: pass a seeded generator=")
     return int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
 
 

@@ -84,7 +84,7 @@ def test_an_agent_that_was_removed_from_the_map_says_so_and_leaves(tmp_path: Pat
         (left,) = net.events("lab-c", "AgentLeft")
         assert left["reason"] == "removed from the network map"
         (said,) = [event["message"] for event in net.events("lab-c", "Warned") if "any more" in event["message"]]
-        assert said.startswith("lab-c is not on the network map any more: it exchanges weights with nobody, and stops")
+        assert said.startswith("lab-c is no longer on the network map: it exchanges weights with nobody, and stops")
         assert "agent.go_on_alone = true" in leaving.text().strip().splitlines()[-1]
 
         net.write_map()

@@ -44,7 +44,7 @@ def test_a_paused_agent(tmp_path: Path) -> None:
         try:
             assert holder.stdout is not None
             assert holder.stdout.readline() == "held\n"
-            with pytest.raises(DataError, match=f"process {holder.pid}, is busy, or only starting"):
+            with pytest.raises(DataError, match=f"process {holder.pid}, is busy, or still starting"):
                 ask(tmp_path)
             holder.send_signal(signal.SIGSTOP)
             while psutil.Process(holder.pid).status() != psutil.STATUS_STOPPED:

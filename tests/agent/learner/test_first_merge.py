@@ -49,7 +49,7 @@ def test_adopting_takes_the_weights_of_the_basis(tmp_path: Path, method: str) ->
         torch.testing.assert_close(two.trainer.weights()[name], tensor)
     assert result.before == own
     assert result.after == pytest.approx(one.evaluate())
-    assert any("took over the weights of" in note for note in result.notes)
+    assert any("adopted the weights of" in note for note in result.notes)
     moments, taken = (each.trainer.moments() for each in (two, one))
     assert not moments.keys() ^ (taken.keys() if method == "dimat" else set()), "the optimizer knows nothing of before"
     for name, moment in moments.items():  # where moments travel, it goes on with the peer's, as they came
