@@ -139,7 +139,7 @@ def test_a_warning_says_once_that_copies_must_follow() -> None:
     trainer.permute(spec, {})
     trainer.followers.warn()
     permuted(trainer, spec)
-    with pytest.warns(UserWarning, match=r"Copies of it that you keep .* follow=\[\] where there are none"):
+    with pytest.warns(UserWarning, match=r"Copies of it that you keep .* follow=\[\] if there are none"):
         trainer.followers.warn()
     permuted(trainer, spec)
     trainer.followers.warn()

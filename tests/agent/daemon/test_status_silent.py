@@ -26,7 +26,7 @@ time.sleep(600)
 
 
 def test_a_folder_of_nobody(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="it is no agent's folder"):
+    with pytest.raises(DataError, match="it is not an agent's folder"):
         ask(tmp_path)
 
 
@@ -49,7 +49,7 @@ def test_a_paused_agent(tmp_path: Path) -> None:
             holder.send_signal(signal.SIGSTOP)
             while psutil.Process(holder.pid).status() != psutil.STATUS_STOPPED:
                 os.sched_yield()
-            with pytest.raises(DataError, match=f"is stopped by a signal .* go on with: kill -CONT {holder.pid}"):
+            with pytest.raises(DataError, match=f"is stopped by a signal .* continue it with: kill -CONT {holder.pid}"):
                 ask(tmp_path)
         finally:
             holder.kill()

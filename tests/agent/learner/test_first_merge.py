@@ -65,7 +65,7 @@ def test_peers_in_another_basis_are_left_out(tmp_path: Path) -> None:
     result = merged(one, 1, 0.5, [(two.name, files[two.name], 0.5, False)], "all")
     assert equal(one.trainer.weights(), before)
     assert result.refused == {}
-    assert any(f"not merged, since in another basis: {two.name}" in note for note in result.notes)
+    assert any(f"not merged, because they have another basis: {two.name}" in note for note in result.notes)
 
 
 def test_distillation_is_by_the_old_models(tmp_path: Path) -> None:

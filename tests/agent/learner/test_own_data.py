@@ -138,7 +138,8 @@ def test_another_map_partition_or_seed_begins_a_new_epoch(tmp_path: Path, change
     other = agent(tmp_path, **({"task": SPLIT, "train": steps(3)} | changes))
     _, found = life(other)
     assert found is not None
-    assert found.note.startswith("the network map or the partition has changed since the checkpoint: 53 examples")
+    said = "the network map or the partition has changed since the checkpoint: the agent had 53 examples"
+    assert found.note.startswith(said)
     assert checks(other)[0][0] == "warn"
 
 

@@ -164,7 +164,7 @@ def test_missing_statistics_are_named(method: str, how: str) -> None:
         ("fisher.0.weight", torch.ones(2, 2), r"\[2, 2\], expected \[3, 4\]"),
         ("fisher.0.weight", -torch.ones(3, 4), "negative or not finite"),
         ("fisher.0.weight", torch.full((3, 4), float("nan")), "negative or not finite"),
-        ("fisher.7.weight", torch.ones(3, 4), "of no tensor of our model"),
+        ("fisher.7.weight", torch.ones(3, 4), "belongs to no tensor of the model"),
         ("gram.0.weight", torch.ones(3, 3), r"\[3, 3\], expected \[4, 4\]"),
         ("gram.0.weight", -torch.eye(4), "negative or not finite"),
         ("gram.0.bias", torch.ones(3, 3), r"expected \[\]"),
