@@ -111,7 +111,7 @@ def _check(model: nn.Module, table: Mapping[str, Tensor], what: str) -> None:
     own = model.state_dict(keep_vars=True)
     for name, tensor in table.items():
         if name not in own:
-            raise ConfigError(f"follow: {what} has {name!r}, which the model has not{nearest(name, own)}")
+            raise ConfigError(f"follow: {what} has {name!r}, which the model does not have{nearest(name, own)}")
         if tensor.shape != own[name].shape:
             raise ConfigError(
                 f"follow: {name!r} of {what} has shape {tuple(tensor.shape)}, the model's {tuple(own[name].shape)}"

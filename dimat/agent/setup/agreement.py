@@ -1,4 +1,4 @@
-"""The settings that give an agent's weights their meaning, beyond shapes, which peers compare.
+"""The settings that give an agent's weights their meaning, which peers compare.
 
 Weights mean nothing by themselves: heads, activations and the eps of norms decide what they compute, the order of
 classes decides the meaning of an output, a tokenizer decides which token a row belongs to. Each is a short text by
