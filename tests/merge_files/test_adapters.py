@@ -414,7 +414,7 @@ TRAINED: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]], str]] = {
     "ADALORA": ({}, {"lora_A": (2, 6), "lora_B": (6, 2), "lora_E": (2, 1)}, "its trained parts multiply each other"),
     "VERA": ({}, {"vera_lambda_b": (6,), "vera_lambda_d": (2,)}, "its trained parts multiply each other"),
     "OFT": ({}, {"oft_R.weight": (2, 3)}, "the mean of rotations is not a rotation"),
-    "NOVEL": ({}, {"novel": (2, 3)}, "is not known here"),
+    "NOVEL": ({}, {"novel": (2, 3)}, "dimat does not know whether"),
     "FOURIERFT": ({"random_loc_seed": 1}, {"fourierft_spectrum": (9,)}, "differ in 'random_loc_seed': 1 in x, 2 in y"),
     "SHIRA": ({"random_seed": 1}, {"shira_weight": (9,)}, "differ in 'random_seed': 1 in x, 2 in y"),
     "IA3": ({"feedforward_modules": ["q"]}, {"ia3_l": (6, 1)}, "differ in 'feedforward_modules': ['q'] in x, [] in y"),
