@@ -90,7 +90,7 @@ def task():
 @pytest.mark.parametrize(
     ("method", "said"),
     [
-        ("regmean", "finds nothing in the model that it can compute statistics of, in task odd"),
+        ("regmean", "finds no layer in the model of task odd to compute statistics of"),
         ("fisher", r"'fisher': its statistics cannot be computed for task odd: RuntimeError: .*item"),
     ],
 )
