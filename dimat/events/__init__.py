@@ -1,7 +1,7 @@
-"""Typed events of a run, from which everything is shown, logged, counted and drawn.
+"""Typed events of a run: the source of all displays, logs, metrics and drawings.
 
-The round machine, the simulator and (later) the daemon emit events; listeners in `dimat.ui` receive them.
-An event states what happened; it carries no formatting and no live object. `to_dict` is the JSONL form.
+The round machine, the simulator and the daemon emit events; listeners in `dimat.ui` receive them.
+An event states what happened; it carries no formatting and no live object. `to_dict` gives its JSONL form.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ Listener = Callable[[Event], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunStarted(Event):
-    """A run begins. `edges`: undirected or directed pairs of agent names of the first round's graph;
-    `histogram`: samples per class that each agent holds; `parameters`: elements of one model. Estimates are for the
-    whole run on this host: memory of all processes, run folder, and what all agents send."""
+    """A run begins. `edges`: edges of the first round's graph, as pairs of agent names, directed if the graph is;
+    `histogram`: number of samples of each class, by agent; `parameters`: elements of one model. Estimates are for the
+    whole run on this host: memory of all processes, size of the run folder, and traffic sent by all agents."""
 
     method: str
     seed: int
@@ -58,10 +58,10 @@ class AgentEvent(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgentStarted(AgentEvent):
-    """A real agent is up and goes on after `round` (0: it is new). `address`: where it listens; `peers`: whom it
-    listens to; `samples`: that it trains on; `secure`: whether its connections are encrypted and proven; `members`: all
-    agents on the map; `rounds`: of the run, 0 for no end; `metric`: of the task; `version`: of dimat; `histogram`: its
-    samples by class, empty where the task does not tell classes."""
+    """A real agent is up and continues after `round` (0: it is new). `address`: where it listens; `peers`: agents whose
+    snapshots it merges; `samples`: size of its training data; `secure`: whether its connections are encrypted and
+    authenticated; `members`: all agents on the map; `rounds`: of the run, 0 for no end; `metric`: of the task;
+    `version`: of dimat; `histogram`: number of its samples of each class, empty if the task has no classes."""
 
     address: str
     peers: tuple[str, ...]
@@ -77,7 +77,8 @@ class AgentStarted(AgentEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MapRead(AgentEvent):
-    """A real agent has taken another network map over. `members`: all agents on it; `peers`: whom it listens to."""
+    """A real agent has adopted another network map. `members`: all agents on it; `peers`: agents whose snapshots it
+    merges from now on."""
 
     members: tuple[str, ...]
     peers: tuple[str, ...]
@@ -85,8 +86,8 @@ class MapRead(AgentEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeysRead(AgentEvent):
-    """A real agent goes by these keys from now on. `fingerprint`: SHA-256 of its certificate, in hex; `until_s`: when
-    that, or its CA's, ends, in Unix time."""
+    """A real agent uses these keys from now on. `fingerprint`: SHA-256 of its certificate, in hex; `until_s`: Unix time
+    when this certificate, or its CA's, expires."""
 
     fingerprint: str
     until_s: float
@@ -94,8 +95,8 @@ class KeysRead(AgentEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PhaseStarted(AgentEvent):
-    """A real agent goes on to the next part of its round. `phase`: "join" (a newcomer listens for a network), "train"
-    (training, and what it has learned is made durable), "wait" (published, and peers are waited for), "merge" (basis,
+    """A real agent begins the next phase of its round. `phase`: "join" (a newcomer listens for a network), "train"
+    (training, until its result is durable), "wait" (its snapshot is published, and it waits for peers), "merge" (basis,
     merge, evaluation, and the checkpoint after it) or "done". `previous`: the phase before, which took `previous_s`
     seconds; "" for none."""
 
@@ -112,8 +113,8 @@ class RoundStarted(AgentEvent):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainResult:
     """How the training of one round went. `loss`: mean training loss, NaN where the round had no training; `samples`:
-    examples seen, repeats counted; `notes`: for people; `cpu_s`: CPU-seconds by activity ("train", and "statistics"
-    where the merge method asks for some)."""
+    examples seen, repeats counted; `notes`: remarks for people; `cpu_s`: CPU-seconds by activity ("train", and
+    "statistics" where the merge method needs some)."""
 
     loss: float = nan
     samples: int = 0
@@ -123,13 +124,13 @@ class TrainResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trained(AgentEvent):
-    """Local training of a round is over. `train_s`: wall-clock seconds of it (CPU-seconds in the simulator)."""
+    """Local training of a round is over. `train_s`: its wall-clock seconds (CPU-seconds in the simulator)."""
 
     result: TrainResult
     train_s: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values; the result's stand among the event's own."""
+        """Return plain values, those of the result among the event's own."""
         plain = Event.to_dict(self)
         del plain["result"]
         result = {name: getattr(self.result, name) for name in ("loss", "samples", "notes")}
@@ -147,7 +148,7 @@ class Published(AgentEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SnapshotFetched(AgentEvent):
-    """A peer's snapshot is here, whole and checked. `bytes`: what crossed the network for it."""
+    """A peer's snapshot has arrived, whole and checked. `bytes`: traffic received for it, failed attempts included."""
 
     peer: str
     snapshot: str
@@ -156,7 +157,7 @@ class SnapshotFetched(AgentEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FetchFailed(AgentEvent):
-    """A peer's snapshot cannot be had for good (one that is only late is `PeerLate`). `reason`: why."""
+    """A peer's snapshot could not be fetched and is given up (a late one is `PeerLate`). `reason`: why."""
 
     peer: str
     snapshot: str
@@ -165,7 +166,8 @@ class FetchFailed(AgentEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerLate(AgentEvent):
-    """A peer's snapshot did not arrive in time; its weight goes to self. `reason`: "deadline", or why it failed."""
+    """A peer's snapshot did not arrive in time; its mixing weight goes to the agent itself. `reason`: "deadline", or
+    why it failed."""
 
     peer: str
     reason: str = "deadline"
@@ -181,8 +183,8 @@ class PeerRefused(AgentEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BasisAdopted(AgentEvent):
-    """The agent permuted itself into a peer's basis. `moved`: share of units whose place changed; `groups`: the same of
-    each symmetry group."""
+    """The agent permuted its units into a peer's basis. `moved`: share of all units whose place changed; `groups`: the
+    same share for each symmetry group."""
 
     peer: str
     basis: str
@@ -193,7 +195,7 @@ class BasisAdopted(AgentEvent):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contribution:
     """One part of a merge: whose snapshot of which round entered with what weight. `verdict`: "own", "same basis"
-    (units were in our order), "other basis" (aligned where the method aligns), or "adopted" (taken over whole)."""
+    (its units were in this agent's order), "other basis" (aligned if the method aligns), or "adopted" (taken whole)."""
 
     agent: str
     snapshot: str
@@ -203,16 +205,16 @@ class Contribution:
 
 
 WARNING = "warning: "
-"""Beginning of a note of a merge that is shown as a warning."""
+"""A merge's note that begins so is shown as a warning."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeResult:
-    """How one merge went. `refused`: peers that the screen kept out, with the reason; `accepted`: share of the way from
-    the agent's own to the merged weights, 0 where the merge was turned down; `before`, `after`: test metrics where they
-    were evaluated; `notes`: for people, warnings among them begin with WARNING; `moved`: by peer that was aligned the
-    share of its units whose place changed, and `moved_groups` that of each symmetry group; `cpu_s`: CPU-seconds by
-    activity ("merge", "evaluate", "checkpoint")."""
+    """How one merge went. `refused`: peers that the screen refused, with the reason; `accepted`: share of the way from
+    the agent's own to the merged weights, 0 if the merge was rejected; `before`, `after`: test metrics, if evaluated;
+    `notes`: remarks for people, of which warnings begin with WARNING; `moved`: for each aligned peer, the share of its
+    units whose place changed, and `moved_groups` that of each symmetry group; `cpu_s`: CPU-seconds by activity
+    ("merge", "evaluate", "checkpoint")."""
 
     refused: Mapping[str, str] = field(default_factory=dict[str, str])
     accepted: float = 1.0
@@ -225,14 +227,15 @@ class MergeResult:
 
     @property
     def merge_s(self) -> float:
-        """CPU-seconds of the merge itself, evaluation apart."""
+        """CPU-seconds of the merge itself, without evaluation."""
         return self.cpu_s.get("merge", 0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Merged(AgentEvent):
-    """A merge is done. `contributions` list self first; their weights sum to 1; `heard` of `expected` peers came in
-    time, refused ones among them. `push_weight`: the agent's own push-sum weight after the merge, where one is kept."""
+    """A merge is done. `contributions` list the agent itself first; their weights sum to 1; the snapshots of `heard`
+    of the `expected` peers came in time, refused ones included. `push_weight`: the agent's push-sum weight after the
+    merge, None without push-sum."""
 
     contributions: tuple[Contribution, ...]
     heard: int = 0
@@ -241,7 +244,7 @@ class Merged(AgentEvent):
     push_weight: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values; the result's that a log holds stand among the event's own."""
+        """Return plain values, those of the result that a log holds among the event's own."""
         plain = Event.to_dict(self)
         del plain["result"]
         return {**plain, **{name: getattr(self.result, name) for name in MERGE_LOGGED}}
@@ -253,8 +256,8 @@ MERGE_LOGGED = ("before", "after", "accepted", "merge_s", "notes")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundsSkipped(AgentEvent):
-    """An agent goes on with `round` and leaves out the rounds from `first` on: the network is ahead, or other content
-    may have been published under them before a checkpoint was lost."""
+    """An agent skips the rounds from `first` on and continues with `round`: the network is ahead, or other content of
+    these rounds may have been published before a checkpoint was lost."""
 
     first: int
     reason: str
@@ -262,8 +265,8 @@ class RoundsSkipped(AgentEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Joined(AgentEvent):
-    """A newcomer takes part from `round` on. `how`: "adopt" (it has taken over the weights of `peer`), "align" (it
-    keeps its own), or "found" (nobody was heard: it begins a network)."""
+    """A newcomer takes part from `round` on. `how`: "adopt" (it has adopted the weights of `peer`), "align" (it keeps
+    its own), or "found" (it heard nobody and begins a network)."""
 
     how: str
     peer: str = ""
@@ -271,15 +274,15 @@ class Joined(AgentEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resumed(AgentEvent):
-    """An agent goes on from its checkpoint of `round`. `stage`: "trained", "merged" or "joined"; with "training", which
-    may follow one of the others, in the middle of that round's training."""
+    """An agent continues from its checkpoint of `round`. `stage`: "trained", "merged" or "joined"; a second event with
+    "training" says that it continues in the middle of that round's training."""
 
     stage: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgentCrashed(AgentEvent):
-    """An agent is gone without a word (simulator only). `back_s`: when it comes back, None for never."""
+    """An agent has crashed (simulator only). `back_s`: seconds until it comes back, None for never."""
 
     back_s: float | None = None
 
@@ -293,7 +296,7 @@ class AgentLeft(AgentEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinksCut(Event):
-    """The network falls apart into groups that do not hear each other (simulator only)."""
+    """The network splits into groups that do not hear each other (simulator only)."""
 
     groups: tuple[tuple[str, ...], ...]
 
@@ -305,21 +308,21 @@ class LinksHealed(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpointed(AgentEvent):
-    """State is written. `stage`: "trained" (before publishing), "merged" or "joined"; "training": what a round has
-    trained so far, kept beside the checkpoint before. A daemon's survives power loss; the simulator writes them where
-    agents may crash, and does not wait for the disk."""
+    """A checkpoint was written. `stage`: "trained" (before publishing), "merged" or "joined"; "training": a round's
+    training so far, kept beside the previous checkpoint. A daemon's checkpoint survives power loss; the simulator
+    writes checkpoints only if agents may crash, and does not wait for the disk."""
 
     stage: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundFinished(AgentEvent):
-    """An agent's round is over: all that is known of it, made by `AgentView.round_finished`.
+    """An agent's round is over. The event sums up the round; `AgentView.round_finished` makes it.
 
-    `heard` of `expected` peers came in time; `loss`: mean training loss, None where the round had no training;
-    `contributions` list the agent itself first, and are empty where the round had no merge; `late` and `refused`: why,
-    by peer; `seconds`: by phase ("train", "wait", "merge"), those that are known; the others as `Trained`, `Published`
-    and `Merged` have them."""
+    The snapshots of `heard` of the `expected` peers came in time; `loss`: mean training loss, None where the round had
+    no training; `contributions` list the agent itself first, and are empty where the round had no merge; `late` and
+    `refused`: the reason, by peer; `seconds`: duration of each phase ("train", "wait", "merge") where known. The other
+    fields are as in `Trained`, `Published` and `Merged`."""
 
     heard: int
     expected: int
@@ -341,12 +344,12 @@ class RoundFinished(AgentEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NetworkObserved(AgentEvent):
-    """How a real agent's network is: told when a connection or the DHT changes, after a round, and every few seconds.
+    """State of a real agent's network, when a connection or the DHT changes, after a round, and every few seconds.
 
-    `connected`: peers that are reached now; `heard_at_s`: when each peer's last byte came (Unix seconds); `sent`,
-    `received`: bytes of payload by peer and encoding, `retries`: attempts to fetch after the first, by peer, and
+    `connected`: peers that the agent is connected to; `heard_at_s`: Unix time of each peer's last byte; `sent`,
+    `received`: bytes of payload by peer and encoding, `retries`: repeated attempts to fetch, by peer, and
     `dht_restarts`, all since this process started. `dht_up`: None without a DHT. `own_disk_bytes`,
-    `received_disk_bytes`: what snapshots take on disk, own and peers'."""
+    `received_disk_bytes`: disk space of own and of peers' snapshots."""
 
     connected: tuple[str, ...] = ()
     heard_at_s: Mapping[str, float] = field(default_factory=dict[str, float])
@@ -361,7 +364,7 @@ class NetworkObserved(AgentEvent):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundSummary(Event):
-    """All agents ended a round (simulator only): the line that a person reads. Metrics are over the agents;
+    """All agents ended a round (simulator only): what the console prints per round. Metrics are over the agents;
     `mb_sent`: megabytes sent by all agents since the start."""
 
     round: int
@@ -380,7 +383,7 @@ class RoundSummary(Event):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Warned(Event):
-    """Something that a person should know and that does not stop the run."""
+    """A warning: a person should know about this, but the run continues."""
 
     message: str
     agent: str = ""

@@ -1,7 +1,7 @@
-"""Parses events from a log's or a peer's plain values; raises nothing, whatever they hold.
+"""Parses events from plain values of a log or a peer; raises nothing, whatever they hold.
 
-A field that is missing, or of another form than its class says, has its default, or else is empty or 0. So an event of
-a log of an older dimat is whole, and one from a stranger holds nothing that its class does not say.
+A field that is missing, or of another type than its class says, gets its default, or else is empty or 0. So an event
+from the log of an older dimat is complete, and one from a stranger has only values of the types in its class.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from dimat import events
 
 MOST_NUMBER = 1e18
 MOST_ITEMS = 10_000
-"""Of a list or a mapping that are taken; the others are left out."""
+"""Most items read of a list or a mapping; the rest are ignored."""
 
 Convert = Callable[[object], Any]
 """Returns a value of a field's type, or `MISSING`."""
 
 
 def parse_event(plain: Mapping[str, Any]) -> events.Event | None:
-    """Return the event that `Event.to_dict` gave; None where its kind is not known."""
+    """Return the event whose `to_dict` gave these values; None if its kind is not known."""
     kind = KINDS.get(name) if isinstance(name := plain.get("event"), str) else None
     return None if kind is None else _parse(kind, plain)
 
@@ -58,8 +58,8 @@ def _parse(kind: type[Any], plain: Mapping[str, Any]) -> Any:
 
 @cache
 def _plan(kind: type[Any]) -> list[tuple[str, type | None, Convert, object]]:
-    """Return of each field its name, the class of values that are taken as they are, the conversion of others, and what
-    stands for a value that is missing: `MISSING` for the class's own default."""
+    """Return for each field its name, the class of values taken as they are, the conversion of other values, and the
+    substitute for a missing value: `MISSING` for the class's own default."""
     hints = typing.get_type_hints(kind)
     plan: list[tuple[str, type | None, Convert, object]] = []
     for field in fields(kind):

@@ -1,7 +1,7 @@
-"""Folds one agent's events into a view of it, which closes rounds and is shown everywhere.
+"""Folds one agent's events into its current state, which all displays show.
 
-The runner and the simulator make `RoundFinished` with it, and the reader of old logs completes theirs; status, panel,
-metrics, console and dashboard show its fields.
+The runner and the simulator make `RoundFinished` with it, and the reader of old logs completes that event with it.
+Status, panel, metrics, console and dashboard show its fields.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ WARNINGS_KEPT = 5
 
 @dataclass(slots=True)
 class AgentView:
-    """What is known of one agent. `members` and `peers`: all agents on its map, and those that it listens to;
-    `phase_began`: by the caller's clock; `spent`: seconds by phase, without the one that goes on; `trained`, `merged`,
+    """State of one agent. `members` and `peers`: all agents on its map, and those whose snapshots it merges;
+    `phase_began`: by the caller's clock; `spent`: seconds by phase, without the current one; `trained`, `merged`,
     `finished`, `network`: the newest event of the kind. `late`, `refused`: the reason by peer, and `waited_s`: seconds
-    of waiting, in the round that goes on or has just ended. `checkpoints`: the newest of each stage; `warnings`: the
-    newest ones; `crashed`: in a simulation, until it does something again; `back_s`: seconds until it comes back."""
+    of waiting, in the round in progress or the one that has just ended. `checkpoints`: the newest of each stage;
+    `warnings`: the newest ones; `crashed`: in a simulation, until its next event; `back_s`: seconds until it comes
+    back."""
 
     agent: str = ""
     run: str = ""
@@ -49,7 +50,7 @@ class AgentView:
     left: str = ""
 
     def take(self, event: events.Event, now: float = 0.0) -> None:
-        """Fold an event of this agent in. `now`: seconds of the caller's clock."""
+        """Fold in an event of this agent. `now`: seconds of the caller's clock."""
         if isinstance(event, events.AgentEvent):
             self.round = event.round
         match event:
@@ -85,7 +86,7 @@ class AgentView:
                 self._live(event)
 
     def _live(self, event: events.Event) -> None:
-        """Take in that the agent comes, goes, or has another map."""
+        """Fold in that the agent starts, ends or has another map."""
         match event:
             case events.AgentStarted():
                 self.agent, self.run, self.metric, self.started = event.agent, event.run, event.metric, event
@@ -125,12 +126,12 @@ class AgentView:
         return max(self.checkpoints.values(), key=lambda event: event.time_s, default=None)
 
     def seconds(self, phase: str, now: float) -> float:
-        """Return the seconds spent in a phase, what goes on included. `now`: of the clock that `take` was given."""
+        """Return the seconds spent in a phase, the current one included. `now`: by the same clock as for `take`."""
         running = now - self.phase_began if phase == self.phase and not self.left else 0.0
         return self.spent.get(phase, 0.0) + max(0.0, running)
 
     def round_finished(self, number: int, bytes_sent: int, bytes_received: int) -> events.RoundFinished:
-        """Return all that is known of a round, which ends now. Bytes are of payload, since the round before."""
+        """Return the event that sums up a round which ends now. Bytes are of payload, since the round before."""
         trained = self.trained if self.trained is not None and self.trained.round == number else None
         merged = self.merged if self.merged is not None and self.merged.round == number else None
         result = events.MergeResult() if merged is None else merged.result

@@ -111,7 +111,7 @@ def check_classes(
     for key in (key for key in aux if key.startswith(KINDS)):
         weight = key.partition(".")[2]
         if weight not in own:
-            raise PeerError(f"{name}: statistic {key!r} is of no tensor of our model")
+            raise PeerError(f"{name}: statistic {key!r} belongs to no tensor of the model")
         found = aux[key]
         shape = tuple(expected[key].shape) if key in expected else shape_of(key, found, own[weight].shape)
         if shape is None or tuple(found.shape) != shape:
@@ -150,8 +150,8 @@ def _check_sizes(name: str, aux: Mapping[str, Tensor], expected: Mapping[str, Te
     ours, size = _size(ClassGaussians.of(expected, weight)), _size(theirs)
     if ours and size > LARGER * ours:
         raise PeerError(
-            f"{name}: statistic {MEAN + weight!r} is of features {size / ours:.3g} times as large as ours, more than "
-            f"{LARGER:g} times"
+            f"{name}: statistic {MEAN + weight!r} has features {size / ours:.3g} times as large as the agent's "
+            f"own, more than {LARGER:g} times"
         )
 
 

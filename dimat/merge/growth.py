@@ -1,7 +1,7 @@
-"""How large own training has made own weights: a slow reference that bounds merges.
+"""Size of an agent's weights after its own training: a slow reference that bounds merges.
 
-A merge moves own norm, and a bound by own norm moves along: a peer that stays within it every round makes weights grow
-without end. The reference follows own training alone; a merge leaves it as it was.
+A merge changes own norm, and a bound by own norm moves along: a peer that stays within it every round makes weights
+grow without end. The reference follows only own training; a merge does not change it.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ BOUNDED = (Nature.PARAMETER, Nature.MEAN, Nature.VARIANCE)
 
 @dataclass(frozen=True)
 class Reference:
-    """Norms by tensor, as own training has made them, and the numbers of entries that they are taken over.
+    """Norms by tensor after own training, and the tensors' numbers of entries.
 
     `pools`: by nature the root mean square of all entries: a tensor that is still zero, as biases are at first, may
-    grow to what is usual in the model.
+    grow to the usual size in the model.
     """
 
     norms: Mapping[str, float]
@@ -59,11 +59,11 @@ class Reference:
         return sqrt(sum(norm * norm for norm in self.norms.values()))
 
     def usual(self, name: str) -> float:
-        """Return the norm that a tensor may have by own training: its own, or the usual one of its nature."""
+        """Return a tensor's reference norm: its own, or the usual one of its nature."""
         return max(self.norms[name], self.pools[name] * sqrt(self.sizes[name]))
 
     def excess(self, norms: Mapping[str, float]) -> tuple[float, str]:
-        """Return by which factor norms exceed the reference, and the tensor in which they do most ("" for all)."""
+        """Return the largest factor by which norms exceed the reference, and the tensor concerned ("" for all)."""
         known = [name for name in self.norms if name in norms]
         ratios = {name: norms[name] / usual for name in known if (usual := self.usual(name))}
         ratios[""] = sqrt(sum(norms[name] ** 2 for name in known)) / self.total if self.total else 0.0
@@ -89,8 +89,8 @@ class Reference:
     def share(self, own: Weights, merged: Weights, ratio: float) -> tuple[float, str]:
         """Return how far on the way from own to merged weights norms stay within `ratio` times the reference.
 
-        Own norms that exceed that already may stay, and grow no further. 1 and "" where the merge is within bounds;
-        else the tensor that goes furthest beyond its bound ("" for all of them together).
+        Own norms that exceed that already may stay, but not grow. 1 and "" if the merge is within bounds;
+        else the tensor that exceeds its bound most ("" for all of them together).
         """
         share, where = 1.0, ""
         sums = [0.0, 0.0, 0.0]

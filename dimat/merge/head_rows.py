@@ -1,4 +1,4 @@
-"""A classifier's rows averaged by who has the class: `merge.head = "rows"`."""
+"""Averages a classifier's rows over the agents that have the class: `merge.head = "rows"`."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from dimat.merge.weight_views import WeightsView
 def rows_by_class(
     combined: Weights, models: Sequence[Weights], weights: Sequence[float], aux: Sequence[Weights] | None
 ) -> Weights:
-    """Return combined weights with the head's rows averaged anew: W[c] = Σ_k w_k n_kc W_k[c] / Σ_k w_k n_kc, the bias
-    likewise.
+    """Return combined weights with the head's rows averaged by class: W[c] = Σ_k w_k n_kc W_k[c] / Σ_k w_k n_kc, the
+    bias likewise.
 
-    `models`, `weights` and `aux`: own's first; n_kc, `class_count.<tensor>` of `aux`, (classes,), are the examples that
-    model k tells of class c. A row of a class that no model of weight has examples of stays as it was combined, and so
-    do all other tensors. Sums are in float64. Raises MergeError where a model has no counts.
+    `models`, `weights` and `aux`: own's first; n_kc, `class_count.<tensor>` of `aux`, (classes,), is model k's number
+    of examples of class c. If no model of positive weight has examples of a class, its row stays as combined, and so
+    do all other tensors. Sums are in float64. Raises MergeError if a model has no counts.
     """
     names = [key.removeprefix(COUNT) for key in (aux or [{}])[0] if key.startswith(COUNT)]
     if aux is None or not names or any(COUNT + name not in theirs for theirs in aux for name in names):

@@ -76,7 +76,7 @@ def check_moments(peer: str, tensors: Weights, own: Weights, moments: Mapping[st
     present = set(names)
     for key in tensors:
         if key.startswith(SCALE) and key.removeprefix(SCALE) not in present:
-            raise PeerError(f"{peer}: {key!r} are scales of no moment")
+            raise PeerError(f"{peer}: {key!r} are scales without a moment")
     entries = {name.partition(".")[0] for name in moments}
     shared = {parameter_of(name) for name in names}
     for name in moments:
@@ -87,8 +87,8 @@ def check_moments(peer: str, tensors: Weights, own: Weights, moments: Mapping[st
         entry, _, parameter = name.partition(".")
         if parameter not in own or (entry not in entries if entries else not is_known(name)):
             raise PeerError(
-                f"{peer}: moment {name!r} is none of ours{nearest(name, moments)}; agents must train with the same "
-                "train.optimizer"
+                f"{peer}: moment {name!r} is not one of this agent's{nearest(name, moments)}; agents must "
+                "train with the same train.optimizer"
             )
         try:
             found = decode_moment(tensors, name)
@@ -103,7 +103,7 @@ def check_moments(peer: str, tensors: Weights, own: Weights, moments: Mapping[st
             ours = (tensor for key, tensor in moments.items() if key.partition(".")[0] == entry)
             positive[entry] = not any(bool((tensor < 0).any()) for tensor in ours)
         if positive[entry] and bool((found < 0).any()):
-            raise PeerError(f"{peer}: moment {name!r} holds values below 0, as none of ours does")
+            raise PeerError(f"{peer}: moment {name!r} holds values below 0, which this moment cannot have")
 
 
 def norms_of_moments(moments: Mapping[str, Tensor]) -> dict[str, float]:

@@ -1,12 +1,12 @@
 """Natures of state-dict entries: which of them are means of numbers, and which are not.
 
-Most entries are parameters, and a combine method may do with them as it likes. The others have a meaning that a mean
-of numbers loses: a variance is not negative; a mask of −∞ is the same in all models, and −∞ − (−∞) is no number; the
-vectors u and v of a power iteration only mean something for the weight that they were iterated on; an integer code
-means nothing apart from its scale; two names of one tensor hold equal values. The pipeline treats these itself, in one
+Most entries are parameters, which a combine method may merge freely. A mean of numbers would destroy the meaning of the
+others: a variance is not negative; a mask of −∞ is the same in all models, and −∞ − (−∞) is not a number; the
+vectors u and v of a power iteration belong to the weight on which they were iterated; an integer code
+means nothing without its scale; two names of one tensor hold equal values. The pipeline treats these itself, in one
 place, before and after every combine method (`settled.py`).
 
-Where there is a model, its modules say what an entry is; elsewhere names and values do.
+A model's modules decide what an entry is; without a model, names and values do.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Natures:
     first: Mapping[str, str] = ()  # pyright: ignore[reportAssignmentType]
 
     def of(self, name: str) -> Nature:
-        """Return the nature of an entry; one that is not known is a parameter."""
+        """Return the nature of an entry; an unknown one is a parameter."""
         return self.kinds.get(name, Nature.PARAMETER)
 
 

@@ -63,8 +63,8 @@ def layer_factors(
     for one, other, why in together:
         if one in found and other in found and found[one] != found[other]:
             raise ConfigError(
-                f"merge.layers: {one} and {other} {why}, and have the factors {found[one]:g} and {found[other]:g}; "
-                "give both the same"
+                f"merge.layers: {one} and {other} {why}, and have different factors, {found[one]:g} and "
+                f"{found[other]:g}; give both the same"
             )
     return {name: factor for name, factor in found.items() if factor < 1}
 

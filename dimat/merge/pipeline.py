@@ -52,8 +52,8 @@ LARGE = 3.0
 WORSE = 0.02
 """A merge is worse than another where its score is lower by this, or by this share of a score above 1."""
 
-NOT_KEPT = "the merge is not kept, own weights go on"
-KEPT = "the merge is kept, as merge.keep_not_finite says"
+NOT_KEPT = "the merge is not kept, own weights stay"
+KEPT = "the merge is kept, since merge.keep_not_finite is set"
 """Ends of notes on a merge that is not finite."""
 
 
@@ -226,9 +226,9 @@ def merge(
     if outcome.accepted and (with_score >= bar or isnan(without_score)):
         return replace(outcome, doubtful=True)
     context.state = after
-    scores = f"the merge with it scores {with_score:.3g}, the one without {without_score:.3g} (higher is better)"
+    scores = f"the merge with it scores {with_score:.3g}, the merge without it {without_score:.3g} (higher is better)"
     told = {
-        name: f"{name}: weights up to {factor:.3g} times as large as our own training has made ours; {scores}"
+        name: f"{name}: weights up to {factor:.3g} times as large as this agent's own have become in training; {scores}"
         for name, factor in large.items()
     }
     return replace(without, refused=refused | told, cpu_s=clock.seconds)
@@ -280,7 +280,7 @@ def _merge(
         )
         if share < 1:
             what = f"tensor {where!r}" if where else "weights"
-            bounded = f"the merge makes {what} larger than merges may: it went {share:.3g} of the way there"
+            bounded = f"the merge makes {what} too large: it went only {share:.3g} of the way"
             combined = dict(shield.settle(between(own, combined, share)))
     clock.lap("combine")
     repaired = Repaired(combined) if fault and not plan.keep_not_finite else plan.repair(combined, **offered)
@@ -291,7 +291,7 @@ def _merge(
         notes = (*notes, f"{WARNING}{fault}: {KEPT}")
     elif fault:
         if not refuse:
-            raise MergeError(f"{fault}; own weights are as they were")
+            raise MergeError(f"{fault}; own weights are unchanged")
         accepted = Accepted(dict(own), 0.0, (f"{WARNING}{fault}: {NOT_KEPT}",))
         notes = (*notes, *accepted.notes)
         return _outcome(own, own_weight, mixing, refused, permutations, accepted, notes, clock, aligned, repaired)

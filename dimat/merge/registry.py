@@ -3,7 +3,7 @@
 @combine_registry.register("median", holds="pieces")
 def median(own, peers, weights, *, alpha: float = 0.5): ...
 
-A method is wholly one file: what others have to know of it stands in its signature, or beside its name (`TRAITS`).
+A method is one file: all that other code needs to know of it is in its signature, or beside its name (`TRAITS`).
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ align_registry: Registry[Aligned] = Registry("align method", "dimat.merge.align"
 
 
 def no_tensors(model: nn.Module) -> frozenset[str]:
-    """Return no names: what a repair renews that renews nothing."""
+    """Return no names: for a repair that re-estimates nothing."""
     return frozenset()
 
 

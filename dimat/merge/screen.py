@@ -1,4 +1,4 @@
-"""The screen: a peer's weights are checked before anything of them is trusted."""
+"""The screen: checks a peer's weights before any of them is used."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def screen(
     `name`: the peer, for messages; `own_norm`: `norm_of(own)`. The 2-norm of all the peer's floating-point
     tensors may not exceed `max_norm_ratio` times own's (a bound that no permutation of units changes).
     `natures`: of own's entries: a variance may not be negative, and a constant that holds ±∞ must be equal to own's.
-    `reference`: the norms that own training has made, where they are known: the bound is then by these, in each tensor
-    and in all, whatever own norm is.
-    Returns by which factor the peer exceeds the reference, at most (0: there is none). Reads one tensor at a time.
+    `reference`: the norms after own training, if known: they then give the bound, for each tensor and for all
+    together, whatever own norm is.
+    Returns the largest factor by which the peer exceeds the reference (0: there is none). Reads one tensor at a time.
     Raises PeerError naming the agent and the tensor.
     """
     for key in own:
@@ -56,7 +56,7 @@ def screen(
             if not torch.equal(theirs.to(ours.device), ours):
                 raise PeerError(
                     f"{name}: tensor {key!r} is a constant that is not finite, and differs from ours; "
-                    "all agents must build their models by the same code"
+                    "all agents must build their models with the same code"
                 )
             continue
         if nature is Nature.VARIANCE and (negative := int((theirs < 0).sum())):
@@ -69,8 +69,8 @@ def screen(
         factor, where = reference.excess({key: square**0.5 for key, square in squares.items()})
         if factor > max_norm_ratio:
             raise PeerError(
-                f"{name}: {f'tensor {where!r} is' if where else 'weights are'} {factor:.3g} times as large as our own "
-                f"training has made ours; at most {max_norm_ratio:g} times is taken"
+                f"{name}: {f'tensor {where!r} is' if where else 'weights are'} {factor:.3g} times as large as this "
+                f"agent's own have become in training; at most {max_norm_ratio:g} times is accepted"
             )
         return factor
     total = sum(squares.values()) ** 0.5
@@ -84,7 +84,7 @@ def screen(
 
 
 def unusual(tensor: Tensor) -> str:
-    """Return why a tensor's numbers cannot be read one by one, "" where they can."""
+    """Return why a tensor's numbers cannot be read one by one, "" if they can."""
     if tensor.layout != torch.strided:
         kind = str(tensor.layout).removeprefix("torch.").removeprefix("_")
         return f"is {kind.replace('_', ' ')}; give it dense, by to_dense()"

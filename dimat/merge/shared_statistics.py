@@ -1,9 +1,9 @@
-"""Statistics that travel with weights: Fisher diagonals, Gram matrices, those by class.
+"""Statistics sent with weights: Fisher diagonals, Gram matrices, statistics by class.
 
 In a snapshot they are tensors `aux.…`, in `MergeContext.aux` a mapping per agent of the names without `aux.`
 (own's under `OWN`): `fisher.<tensor>` has the tensor's shape, `gram.<tensor>` (in, in) for a weight (out, in); those by
-class are in `class_statistics.py`. A combine or repair method that asks for `aux` gets them as weights come: in the
-order own, peers, in own's basis. How an agent takes them is registered with the method:
+class are in `class_statistics.py`. A combine or repair method that asks for `aux` gets them in the order of the
+weights: own, peers, in own's basis. The function that computes them is registered with the method:
 `combine_registry.register("fisher", statistics=empirical_fisher)`.
 """
 
@@ -38,7 +38,7 @@ Examples = Iterable[tuple[Inputs, Tensor]]
 
 
 class TakeStatistics(Protocol):
-    """Takes the statistics of a model at its own weights: {"fisher.<tensor>", "gram.<tensor>", …: tensor}.
+    """Computes the statistics of a model at its own weights: {"fisher.<tensor>", "gram.<tensor>", …: tensor}.
 
     `loss`: (output, targets) of a batch → its mean loss. The model is left as it was, and so are global draws.
     """
@@ -47,14 +47,14 @@ class TakeStatistics(Protocol):
 
 
 class Statistics(NamedTuple):
-    """Statistics that merges rest on. `asked_by`: the setting that wants them, as it is written; `take` takes them."""
+    """Statistics that merges need. `asked_by`: the setting that needs them, as text; `take` computes them."""
 
     asked_by: str
     take: TakeStatistics
 
 
 def statistics_of(key: str, method: Bound[Any]) -> Statistics | None:
-    """Return the statistics that a method rests on, by its options; None where it rests on none. `key` sets it."""
+    """Return the statistics that a method needs with its options; None if it needs none. `key`: its setting."""
     take: Callable[..., Weights] | None = method.traits["statistics"]
     if take is None:
         return None
@@ -63,16 +63,16 @@ def statistics_of(key: str, method: Bound[Any]) -> Statistics | None:
 
 
 def beside(weights: Weights, aux: Weights) -> dict[str, Tensor]:
-    """Return what a snapshot holds: weights, and statistics under `aux.…`; MergeError where a name is taken."""
+    """Return a snapshot's tensors: weights, and statistics under `aux.…`; raises MergeError if a name is taken."""
     extras = {AUX + name: tensor for name, tensor in aux.items()}
     for name in extras.keys() & weights.keys():
-        raise MergeError(f"the model's tensor {name!r} has the name of a statistic; call its module something else")
+        raise MergeError(f"the model's tensor {name!r} has the name of a statistic; rename its module")
     return {**weights, **extras}
 
 
 def apart(snapshot: Weights, own: Weights, beginnings: tuple[str, ...] = ("",)) -> tuple[Weights, Weights]:
-    """Return a snapshot's weights, and what is beside them: what is named `aux.…`, with one of these `beginnings` after
-    that, and is no tensor of own's (a model may have a module of that name). Nothing is read yet."""
+    """Return a snapshot's weights, and the tensors beside them: those named `aux.…`, with one of these `beginnings`
+    after that, unless the agent's own model has a tensor of that name. Nothing is read yet."""
     named = tuple(AUX + beginning for beginning in beginnings)
     aux = {name.removeprefix(AUX): name for name in snapshot if name.startswith(named) and name not in own}
     taken = set(aux.values())
@@ -86,9 +86,9 @@ def in_order(
     permutations: Mapping[str, Permutations],
     spec: SymmetrySpec | None,
 ) -> list[Weights] | None:
-    """Return the statistics of own and of these peers, in own's basis; an empty mapping for who sent none.
+    """Return the statistics of own and of these peers, in own's basis; an empty mapping for a peer that sent none.
 
-    `permutations`: by name of the peers that were aligned; their statistics move as their weights do.
+    `permutations`: by name of the aligned peers; their statistics are permuted like their weights.
     """
     if aux is None:
         return None
@@ -100,23 +100,23 @@ def in_order(
 
 
 def permuted(aux: Weights, spec: SymmetrySpec, permutations: Permutations) -> Weights:
-    """Return the statistics of weights that these permutations move."""
+    """Return statistics, permuted like the weights that these permutations move."""
     return PermutedWeights(aux, _spec_for(aux, spec), permutations)
 
 
 def check_statistics(
     name: str, aux: Weights, own: Weights, expected: Weights | None = None, most_examples: int = 256
 ) -> None:
-    """Check what a peer sent beside its weights; PeerError names the peer and the tensor.
+    """Check the statistics that a peer sent with its weights; PeerError names the peer and the tensor.
 
-    `expected`: own's statistics where the merge rests on them; then the peer must have sent the same ones, no more and
-    no less. Fisher diagonals must have the shape of our tensor, Gram matrices that of its inputs; both must be finite,
+    `expected`: own's statistics if the merge needs them; then the peer must have sent the same ones, no more and
+    no fewer. Fisher diagonals must have the shape of our tensor, Gram matrices that of its inputs; both must be finite,
     with no negative value (on the diagonal), and a Gram matrix symmetric, with G[i, j]² ≤ G[i, i] G[j, j]. Those by
     class are checked by `check_classes`, with `most_examples`. Where none are expected, other names are left alone.
     """
     if expected and not aux:
         raise PeerError(
-            f"{name}: came without statistics ({next(iter(expected))!r} and others); agents must merge by the same "
+            f"{name}: sent no statistics ({next(iter(expected))!r} and others); agents must merge by the same "
             "merge.combine, merge.repair and merge.head"
         )
     for key in expected or ():
@@ -124,12 +124,12 @@ def check_statistics(
             raise PeerError(f"{name}: statistic {key!r} is missing{nearest(key, aux)}")
     for key in aux:
         if expected and key not in expected:
-            raise PeerError(f"{name}: statistic {key!r} is none of ours{nearest(key, expected)}")
+            raise PeerError(f"{name}: statistic {key!r} is not one of this agent's{nearest(key, expected)}")
         if not key.startswith((FISHER, GRAM)):
             continue
         target = key.partition(".")[2]
         if target not in own:
-            raise PeerError(f"{name}: statistic {key!r} is of no tensor of our model")
+            raise PeerError(f"{name}: statistic {key!r} belongs to no tensor of the model")
         found, ours = aux[key], own[target].shape
         shape = ours if key.startswith(FISHER) else torch.Size([ours[1], ours[1]] if len(ours) == 2 else [])
         if found.shape != shape:
@@ -138,7 +138,7 @@ def check_statistics(
             raise PeerError(f"{name}: statistic {key!r} holds values that are negative or not finite")
         if key.startswith(GRAM) and not _is_gram(found):
             raise PeerError(
-                f"{name}: statistic {key!r} is no Gram matrix: not symmetric, or too large off its diagonal"
+                f"{name}: statistic {key!r} is not a Gram matrix: it is not symmetric, or too large off its diagonal"
             )
 
     check_classes(name, aux, own, expected or {}, most_examples)
@@ -152,9 +152,9 @@ def _is_gram(found: Tensor) -> bool:
 
 
 def statistic(aux: Sequence[Weights], key: str, device: torch.device) -> list[Tensor] | None:
-    """Return one statistic of own and peers on a device, each in its own type; None where nobody has it.
+    """Return one statistic of own and peers on a device, each in its own type; None if nobody has it.
 
-    Raises MergeError where only some have it, naming the first who has not.
+    Raises MergeError if only some have it, naming the first without.
     """
     lacking = [k for k, theirs in enumerate(aux) if key not in theirs]
     if len(lacking) == len(aux):
@@ -166,7 +166,7 @@ def statistic(aux: Sequence[Weights], key: str, device: torch.device) -> list[Te
 
 
 def needs_aux(aux: Sequence[Weights] | None, prefix: str, method: str, how: str) -> Sequence[Weights]:
-    """Return the statistics; MergeError, saying `how` to get them, where own or a peer has none with this prefix."""
+    """Return the statistics; raises MergeError, saying `how` to get them, if own or a peer has none of this prefix."""
     for k, theirs in enumerate(aux or [{}]):
         if not any(key.startswith(prefix) for key in theirs):
             who = f"peer {k - 1}" if k else "own weights"

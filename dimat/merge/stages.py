@@ -1,4 +1,4 @@
-"""The types that the stages of a merge take and return, and the time that they take.
+"""The types that the stages of a merge take and return, and their CPU time.
 
     align(own, peers, *, …)             -> Aligned    one set of permutations per peer
     combine(own, peers, weights, *, …)  -> Weights    one state dict, which may be lazy; `weights` lists self first
@@ -6,7 +6,7 @@
     accept(own, merged, *, …)           -> Accepted   the weights to go on with
 
 `own`, `peers` and `merged` are mappings from tensor names to tensors; peers may be files that are read one
-tensor at a time, so a method asks for a tensor once and lets it go. No method changes what it is given. A combine
+tensor at a time, so a method asks for a tensor once and releases it. No method changes its arguments. A combine
 method may return a mapping that merges a tensor when it is asked for it (`dimat.merge.tensors.streaming`).
 """
 
@@ -45,7 +45,7 @@ PutAway = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Aligned:
-    """Result of align. `permutations[k]` brings peer k into own's basis; `images`: examples looked at;
+    """Result of align. `permutations[k]` brings peer k into own's basis; `images`: examples used;
     `cpu_s`: CPU seconds by part of the work."""
 
     permutations: list[Permutations]
@@ -56,7 +56,7 @@ class Aligned:
 
 @dataclass(frozen=True)
 class Repaired:
-    """Result of repair. `images`: examples looked at."""
+    """Result of repair. `images`: examples used."""
 
     weights: dict[str, Tensor]
     images: int = 0
@@ -73,7 +73,7 @@ class Accepted:
 
 
 class StageTimer:
-    """CPU seconds by part of the work: of this process (all its threads), or as another `clock` counts them."""
+    """CPU seconds by part of the work: of this process (all its threads), or by another `clock`."""
 
     def __init__(self, clock: Callable[[], float] = process_time) -> None:
         self.seconds: dict[str, float] = {}

@@ -1,7 +1,7 @@
 """Symmetry groups of a module: units that can be permuted without changing its function.
 
 `derive_symmetry` gives a `SymmetrySpec`; `permute_weights` and `permute_optimizer` apply permutations of its
-groups; `verify_symmetry` checks it by numbers; `Observer` reads activations at its observation points.
+groups; `verify_symmetry` checks it numerically; `Observer` reads activations at its observation points.
 No architecture is described by hand: the module is traced, and one transfer rule for each operation says how
 axes relate. `register_rule` adds rules.
 """

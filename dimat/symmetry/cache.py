@@ -1,9 +1,9 @@
 """Verified specs kept on disk by architecture, so that a restarted agent derives none.
 
-A spec is found by the module's fingerprint, its code and constructor state, for which nothing is traced; one found so
-is checked by numbers before it is used. A module without a fingerprint is known by the hash of its trace. Either way
-the outputs asked for, dimat's own rules and torch's version are part of the key. Nothing is kept of modules that export
-cannot follow (which paths they take depends on the inputs' values), nor once rules were registered from outside.
+The key of a spec is the module's fingerprint, of its code and constructor state, for which nothing is traced; a spec
+found this way is checked numerically before it is used. A module without a fingerprint has the hash of its trace as
+key. In both cases the key also holds the requested outputs, dimat's own rules and torch's version. No spec is kept of
+modules that export cannot follow (their paths depend on the inputs' values), nor after rules were registered by users.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ def verified_symmetry(
     outputs: Sequence[int | str] | None = None,
     folder: Path | None = None,
 ) -> SymmetrySpec:
-    """Return a module's spec without the groups that fail the proof; its `warnings` say what was given up.
+    """Return a module's spec without the groups that fail verification; its `warnings` name these.
 
-    `folder`: where specs are kept, `default_folder()` by default; where there is none nothing is. The same spec comes
-    out whether it was kept or not. A kept one that does not hold for this module is derived anew, with a
+    `folder`: where specs are kept, `default_folder()` by default; without a folder none is kept. The returned spec is
+    the same whether it was kept or not. A kept one that does not hold for this module is derived again, with a
     SymmetryWarning (SYM-W07).
     Raises SymmetryError as `derive_symmetry` and `verify_symmetry` do.
     """
@@ -77,7 +77,7 @@ def verified_symmetry(
 
 
 def forget(spec: SymmetrySpec, folder: Path | None = None) -> None:
-    """Remove the kept file of a spec that turned out to be another model's; the next start derives it anew."""
+    """Remove the kept file of a spec that turned out to be another model's; the next start derives it again."""
     folder = folder or default_folder()
     for path in folder.glob("*.json") if folder is not None else ():
         kept = _read(path)

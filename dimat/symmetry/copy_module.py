@@ -26,11 +26,11 @@ class _ComputedTensors(TorchFunctionMode):
 
 
 def copy_module(model: nn.Module, shared: Mapping[int, Any] | None = None) -> nn.Module:
-    """Return a deep copy of a module, also where `copy.deepcopy` fails.
+    """Return a deep copy of a module, even if `copy.deepcopy` fails.
 
-    A tensor that a forward pass or a hook left behind (an auxiliary loss, the weight of old weight norm, pruning), in
-    whatever attribute or container, is copied as its values. An attribute that cannot be copied at all (a lock, an open
-    file, a generator) is shared with the copy. `shared`: objects by id that the copy takes as they are.
+    Of a tensor that a forward pass or a hook left behind (an auxiliary loss, the weight of old weight norm, pruning),
+    in any attribute or container, the values are copied. An attribute that cannot be copied at all (a lock, an open
+    file, a generator) is shared with the copy. `shared`: objects by id that the copy shares.
     """
     with _ComputedTensors():
         try:

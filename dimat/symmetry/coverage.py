@@ -1,7 +1,7 @@
-"""How much of a model's parameters moves, and what keeps the rest in place.
+"""The share of a model's parameters that moves, and the reasons that keep the rest in place.
 
-Counted are pairs of an entry and one of its tensor's axes: a matrix one of whose axes moves is half moved. Left out are
-those that no symmetry could move: along inputs and outputs, positions, vocabularies, and axes of size 1.
+It counts pairs of an entry and one of its tensor's axes: a matrix with one moving axis is half moved. It leaves out
+pairs that no symmetry could move: along inputs and outputs, positions, vocabularies, and axes of size 1.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _BY_NATURE = (
 
 
 def by_nature(reason: str) -> bool:
-    """Tell whether what is frozen for this reason could not move in any model of its kind."""
+    """Tell whether an axis frozen for this reason could not move in any model of its kind."""
     return reason.startswith(_BY_NATURE)
 
 

@@ -1,4 +1,4 @@
-"""From a module to its `SymmetrySpec`: trace, interpret, name groups, find where to observe."""
+"""From a module to its `SymmetrySpec`: trace, interpret, name groups and observation points."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def derive_symmetry(model: nn.Module, example_inputs: Any, outputs: Sequence[int
 
     A module that cannot be traced gets a spec without groups (`trace_kind` "none") and a `SymmetryWarning`;
     an operation without a transfer rule freezes what it touches, with a `SymmetryWarning`.
-    Raises SymmetryError where `outputs` names no output.
+    Raises SymmetryError if `outputs` names no output.
     """
     try:
         traced = trace(model, example_inputs)
@@ -64,7 +64,7 @@ def derive_symmetry(model: nn.Module, example_inputs: Any, outputs: Sequence[int
 def observation_points(
     model: nn.Module, example_inputs: Any, outputs: Sequence[int | str] | None = None
 ) -> dict[str, tuple[ObservationPoint, ...]]:
-    """Return every observation point of every group, in graph order, also those that the spec leaves out."""
+    """Return every observation point of every group, in graph order, including those that the spec leaves out."""
     traced = trace(model, example_inputs)
     spec, _ = describe(traced, traced.select_outputs(outputs), most_points=None)
     return {group.id: group.points for group in spec.groups}

@@ -1,4 +1,4 @@
-"""What a traced module is made of: origins of placeholders, tied names, and a hash of all."""
+"""Contents of a traced module: origins of placeholders, tied names, and a hash of all."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def digest_of(
     dtypes: Mapping[str, torch.dtype],
     tied: tuple[tuple[str, ...], ...],
 ) -> str:
-    """Hash what the module is (and its graph), and nothing that changes between processes, batch sizes or weights."""
+    """Hash the module's structure and its graph, and nothing that changes with processes, batch sizes or weights."""
     digest = blake3()
 
     def add(*words: Any) -> None:

@@ -1,11 +1,11 @@
 """The state of any optimizer in another order of units.
 
-What is known to follow its parameter moves, the rest begins anew. Known are entries of the parameter's shape (momentum,
-Adam's moments), the same with some axes reduced to 1 (Adafactor's rows and columns in torch, SM3), rows and columns
-without the reduced axis (`…_row`, `…_col`: Adafactor in transformers, CAME), square blocks of one axis (`precond_i`,
-`inv_precond_i`: Shampoo), and values of one element. Codes of a quantised state, eigenbases, flat vectors of all
-parameters (LBFGS) and whatever else there is cannot be told from their shape. Where a parameter has such an entry its
-whole state is left out, and its optimizer begins it anew.
+State that is known to follow its parameter is permuted, other state is reset. Known are entries of the parameter's
+shape (momentum, Adam's moments), the same with some axes reduced to 1 (Adafactor's rows and columns in torch, SM3),
+rows and columns without the reduced axis (`…_row`, `…_col`: Adafactor in transformers, CAME), square blocks of one axis
+(`precond_i`, `inv_precond_i`: Shampoo), and values of one element. Codes of a quantised state, eigenbases, flat vectors
+of all parameters (LBFGS) and others cannot be recognised by their shape. If a parameter has such an entry, its whole
+state is left out, and its optimizer starts it again.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ def permute_optimizer(
     permutations: Permutations,
     names: Sequence[str] | Mapping[str, Tensor],
 ) -> dict[str, Any]:
-    """Return a torch `optimizer.state_dict()` whose state is moved as the parameters are.
+    """Return a torch `optimizer.state_dict()` whose state is permuted like the parameters.
 
     `names`: the parameters' state-dict names in the order in which the optimizer holds them, with the parameters:
-    `dict(model.named_parameters())`. Names alone do where each parameter with a state has an entry of its own shape.
-    See the module for what moves; numbers, tensors of one element and hyper-parameters are kept, as is state that is
-    no parameter's. The input is untouched; tensors that nothing moves are not copied.
+    `dict(model.named_parameters())`. Names alone suffice if each parameter with a state has an entry of its own shape.
+    The module's docstring says what moves; numbers, tensors of one element and hyper-parameters are kept, as is state
+    that belongs to no parameter. The input is untouched; tensors that nothing moves are not copied.
 
     Parameters whose state cannot be moved are left out of the result, with a `SymmetryWarning` that names them. Raises
-    SymmetryError where names do not fit the state.
+    SymmetryError if names do not fit the state.
     """
     moved, anew = move_state(optimizer_state, spec, permutations, names)
     if anew:
@@ -53,7 +53,7 @@ def permute_optimizer(
 
 
 def begun_anew(names: Sequence[str]) -> str:
-    """Say in a line that the optimizer's state of these parameters could not be moved."""
+    """Return a line saying that the optimizer's state of these parameters could not be moved."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return (
         f"the optimizer's state of {', '.join(names[:3])}{more} cannot be put in another order of units, "
@@ -67,7 +67,7 @@ def move_state(
     permutations: Permutations,
     names: Sequence[str] | Mapping[str, Tensor],
 ) -> tuple[dict[str, Any], list[str]]:
-    """Do what `permute_optimizer` does; return also the parameters whose state is left out."""
+    """Do the same as `permute_optimizer`; also return the parameters whose state is left out."""
     moves = CheckedPermutations.of(spec, permutations)
     axes_of = by_tensor(spec)
     first = {name: tied[0] for tied in spec.tied for name in tied}

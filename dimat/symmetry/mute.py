@@ -1,4 +1,4 @@
-"""Discards what one thread prints; other threads' output goes where it belongs."""
+"""Discards the output of one thread; other threads' output is unaffected."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class _Muted:
 def muted() -> Generator[None]:
     """Discard what this thread prints on stdout and stderr.
 
-    `sys.stdout` and `sys.stderr` belong to the process: were they simply replaced, a line that another thread prints in
-    that moment would be lost, as "leaving" of an agent that is stopped while it traces.
+    `sys.stdout` and `sys.stderr` belong to the process: if they were simply replaced, a line that another thread prints
+    at that moment would be lost, such as "leaving" of an agent that is stopped while it traces.
     """
     out, err = _Muted(sys.stdout), _Muted(sys.stderr)
     redirects: Any = (redirect_stdout(out), redirect_stderr(err))  # they take whatever can be written to

@@ -22,7 +22,7 @@ class Observer:
     """Reads activations of one architecture under any weights, without a module to copy them into.
 
     The graph is traced once, here, in eval mode; `model`'s own weights are not kept. Raises SymmetryError
-    where the model cannot be traced or the spec belongs to another architecture.
+    if the model cannot be traced or the spec belongs to another architecture.
     """
 
     def __init__(self, model: nn.Module, spec: SymmetrySpec, example_inputs: Any) -> None:
@@ -40,7 +40,7 @@ class Observer:
         """Return the name of the node whose value enters the submodule of this path (its first argument).
 
         Observation points there are those whose `node` is this name; see `points_at`.
-        Raises SymmetryError where no operation of the graph runs inside that submodule.
+        Raises SymmetryError if no operation of the graph runs inside that submodule.
         """
         inside = [node for node in self._nodes if self._within(node, module)]
         for node in inside:

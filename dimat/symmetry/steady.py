@@ -1,8 +1,8 @@
 """Makes random operations steady: one draw for all entries, the same in every run.
 
-What a forward pass draws has no place of its own: a permuted model draws another sequence, and two runs agree only in
-distribution. One number for a whole tensor is the same whichever way units are ordered, so that all that remains
-between two runs is what the permutation of the weights changed.
+Random draws of a forward pass are not tied to units: a permuted model assigns other draws to them, and two runs agree
+only in distribution. One number for a whole tensor does not depend on the order of units, so that two runs differ only
+by the effect of the permuted weights.
 """
 
 from __future__ import annotations

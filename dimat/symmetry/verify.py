@@ -1,4 +1,4 @@
-"""Check a spec by numbers: random group elements must not change what a module computes."""
+"""Check a spec numerically: random group elements must not change what a module computes."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ _TRIALS = 2
 def verify_symmetry(model: nn.Module, spec: SymmetrySpec, example_inputs: Any, generator: torch.Generator) -> float:
     """Return the worst relative change of an output under random group elements (0 is perfect).
 
-    A copy of the module runs in float64 (float32 where it cannot) and eval mode, what it has cached of its weights
-    forgotten; its vectors, normalisation statistics and constant tensors are made random first, and its small
-    matrices larger, so that fresh layers (all ones, all zeros, next to nothing) cannot hide an error. Each selected
+    A copy of the module runs in float64 (float32 if it cannot) and eval mode, without values that it has cached from
+    its weights; its vectors, normalisation statistics and constant tensors are first made random, and its small
+    matrices larger, so that fresh layers (all ones, all zeros, nearly zero) cannot hide an error. Each selected
     output's largest absolute change is divided by its largest absolute value. Expect below `tolerance_of`.
     `generator` is a CPU generator.
-    Raises SymmetryError where the module has no floating-point output, or the spec does not fit it.
+    Raises SymmetryError if the module has no floating-point output, or the spec does not fit it.
     """
     return _Check(model, example_inputs, spec, generator).error(spec, generator)
 
@@ -51,7 +51,7 @@ def holds(model: nn.Module, spec: SymmetrySpec, example_inputs: Any, generator: 
 def tolerance_of(model: nn.Module, spec: SymmetrySpec, example_inputs: Any) -> float:
     """Return the error below which a group passes: 1e-9, or 1e-5 where the module itself computes in less than float64.
 
-    Many normalisations and rotary embeddings turn what they are given into float32 first.
+    Many normalisations and rotary embeddings convert their inputs to float32 first.
     """
     return _Check(model, example_inputs, spec, torch.Generator().manual_seed(0)).tolerance
 
@@ -195,7 +195,7 @@ def freeze_failing(
 ) -> SymmetrySpec:
     """Return the spec without the groups that fail `verify_symmetry`, found by halving; itself if none does.
 
-    `tolerance`: the error from which on a group fails; `tolerance_of` the module by default.
+    `tolerance`: the error from which a group fails; by default `tolerance_of` the module.
     Each failing group is listed in `warnings`, with a `SymmetryWarning` (SYM-E03), and its axes as frozen.
     Raises SymmetryError as `verify_symmetry` does.
     """
@@ -226,7 +226,7 @@ def freeze_failing(
 
 
 def without_groups(spec: SymmetrySpec, gone: set[str], reason: str) -> SymmetrySpec:
-    """Return the spec with the factors of some groups, and of those that hang on them, frozen."""
+    """Return the spec with the factors of some groups, and of groups that depend on them, frozen."""
     gone = gone | {group.id for group in spec.groups if not gone.isdisjoint(group.parents)}
     axes = tuple(AxisRef(axis.tensor, axis.dim, _frozen(axis.layout, gone)) for axis in spec.axes)
     moving = tuple(axis for axis in axes if groups_in(axis.layout))
@@ -253,10 +253,10 @@ def _frozen(layout: Layout, gone: set[str]) -> Layout:
 
 
 def randomised(state: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-    """Return a state dict in which no two units are alike, and all matter.
+    """Return a state dict in which no two units are alike, and all have an effect.
 
-    Vectors and what is constant along an axis get noise; matrices that are smaller than 1/√(inputs of a unit) are
-    scaled up to it, for attention whose scores are all about 0 does not show which unit meets which.
+    Vectors and tensors that are constant along an axis get noise; matrices that are smaller than 1/√(inputs of a unit)
+    are scaled up to it, since attention with all scores near 0 does not show which unit meets which.
     """
     result = dict(state)
     for name, value in state.items():

@@ -4,7 +4,7 @@
     topology.schedule.row(1, "agent-0")            # {"agent-0": 0.2, "agent-1": 0.2, …}
     summarise(topology.schedule).spectral_gap
 
-Names are handed out lazily: importing this package loads neither networkx nor numpy.
+Names are loaded lazily: importing this package loads neither networkx nor numpy.
 """
 
 from importlib import import_module

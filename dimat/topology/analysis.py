@@ -1,4 +1,4 @@
-"""How fast a topology mixes: spectral gap, rounds to consensus, traffic, all its figures.
+"""How fast a topology mixes: spectral gap, rounds to consensus, traffic and other figures.
 
 Consensus error after t rounds of mixing alone: ‖X(t) − x̄(t)‖ / ‖X(0) − x̄(0)‖ (Frobenius norm), X(t) = W(t) X(t-1), x̄
 the mean over agents, X(0) Gaussian from a seed, n × 64. With doubly stochastic weights x̄ never moves.
@@ -43,9 +43,9 @@ SAMPLED_ROUNDS = 16
 def lambda_2(schedule: Schedule) -> float | None:
     """Return the second largest modulus of W's eigenvalues; None for schedules without a period.
 
-    A time-varying schedule of period T counts with the product of its T matrices, |lambda_2|^(1/T): the factor by
+    For a time-varying schedule of period T it is |lambda_2|^(1/T) of the product of its T matrices: the factor by
     which disagreement shrinks per round in the long run (0: finite-time exact). 0 for one agent. Up to 2,000 agents.
-    None too where W has complex eigenvalues, is large, and Arnoldi's method does not find them in some seconds.
+    Also None if W has complex eigenvalues, is large, and Arnoldi's method does not find them within some seconds.
     """
     if schedule.period is None:
         return None
@@ -63,7 +63,7 @@ def spectral_gap(schedule: Schedule) -> float | None:
 def rounds_bound(schedule: Schedule, tolerance: float = 1e-3) -> int | None:
     """Return ln(1/tolerance) / −ln lambda_2, rounded up: rounds that suffice from the worst start, if W is symmetric.
 
-    None where there is no lambda_2, or it is 1 (no consensus). At least 1.
+    None if there is no lambda_2, or it is 1 (no consensus). At least 1.
     """
     second = lambda_2(schedule)
     if second is None or second >= 1:
@@ -224,7 +224,7 @@ def models_sent(schedule: Schedule) -> float:
 
 @dataclass(frozen=True)
 class Summary:
-    """A topology in figures; None where a figure does not exist (or is not computed: over 2,000 agents)."""
+    """The figures of a topology; None if a figure does not exist (or is not computed: over 2,000 agents)."""
 
     agents: int
     links: int
@@ -255,8 +255,8 @@ class Summary:
 def summarise(schedule: Schedule, graph: nx.Graph[str] | None = None, max_rounds: int = 10_000) -> Summary:
     """Return the figures of a schedule, within about a minute for networks of up to a million links.
 
-    `graph` is the union of its links, made here if it is not given. What would take longer is sampled or left out, and
-    the summary says so: `diameter_from`, `rounds_tried`.
+    `graph` is the union of its links, made here if it is not given. Figures that would take longer are sampled or left
+    out, and the summary says so: `diameter_from`, `rounds_tried`.
     """
     import numpy as np
 

@@ -41,8 +41,8 @@ class BaseK(Schedule):
 def base_k_rounds(n: int, k: int) -> Rounds:
     """Return the rounds of the Base-(k+1) graph on n agents, the shortest over all n = d·q.
 
-    d blocks of q agents side by side reach their exact averages, then a hyper-hypercube across blocks (agents with the
-    same place in each) makes them one. d has no prime factor above k + 1; d = 1 is the plain construction.
+    d blocks of q agents reach their exact averages in parallel, then a hyper-hypercube across blocks (agents at the
+    same position in each) averages these. d has no prime factor above k + 1; d = 1 is the plain construction.
     """
     divisors = [d for d in range(1, n + 1) if n % d == 0 and _factors(d, k + 1) is not None]
     d = min(divisors, key=lambda d: _length(n // d, k) + len(_factors(d, k + 1) or ()))

@@ -1,4 +1,4 @@
-"""Make a checked graph or topology of a configuration, a network map or a graph file.
+"""Make a checked graph or topology from a configuration, a network map or a graph file.
 
 `read_graph` reads one file; `build_topology` resolves a `TopologyConfig`, with the map that it names, to agents, graph
 and schedule; `check` tells whether one can be used.
@@ -37,9 +37,9 @@ def read_graph(
 ) -> nx.Graph[str]:
     """Read and check a graph; `agents` (a number, or names in order) must fit it.
 
-    A {connectivity, pi} file leaves its mixing matrix in the graph attribute `pi`. Of a TOML map only the graph is
-    taken (`seed` is for maps that name a random one). `within`: the maps that led here, none of which may be named
-    again. Raises TopologyError, naming the file, for what cannot be read or used.
+    The mixing matrix of a {connectivity, pi} file becomes the graph attribute `pi`. Of a TOML map only the graph is
+    used (`seed` is for maps that name a random one). `within`: the maps that led here, none of which may be named
+    again. Raises TopologyError, naming the file, if it cannot be read or used.
     """
     kind = format_of(path, format)
     if kind == "toml":
@@ -53,15 +53,15 @@ def read_graph(
 
 
 def graph_of(network: NetworkMap, seed: int = 0, within: Sequence[Path] = ()) -> nx.Graph[str] | None:
-    """Return a map's graph, or None where it names neither graph, edges, file nor python and is not static. `within`:
+    """Return a map's graph, or None if it names neither graph, edges, file nor python and is not static. `within`:
     the map's own file after those that led to it."""
     return _graph(network.config, network.names or network.config.agents, seed, network.folder, within)
 
 
 @dataclass(frozen=True)
 class ResolvedMap:
-    """A network map whose agents and graph are known. Its mixing weights come last: they may need sample counts, and
-    those are known once the data are split among the agents."""
+    """A network map whose agents and graph are known. Its mixing weights come last: they may need sample counts, which
+    are only known once the data are split among the agents."""
 
     network: NetworkMap
     names: tuple[str, ...]
@@ -70,8 +70,7 @@ class ResolvedMap:
     seed: int
 
     def topology(self, samples: Mapping[str, int] | None = None) -> Topology:
-        """Return the checked topology. `samples`: the agents' sample counts where they are known; they win over the
-        map's."""
+        """Return the checked topology. `samples`: the agents' sample counts, if known; they override the map's."""
         chosen = self.network.config
         counts = dict(self.network.samples if samples is None else samples)
         pi = self.graph.graph.get("pi") if self.graph is not None else None
@@ -90,11 +89,11 @@ class ResolvedMap:
 
 
 def resolve_map(config: TopologyConfig, seed: int = 0, folder: str | Path = ".") -> ResolvedMap:
-    """Return the agents and the graph of a configuration; a ring of 5 where it says nothing.
+    """Return the agents and the graph of a configuration; by default a ring of 5.
 
-    `seed` is the experiment's root seed (random graphs and schedules draw from streams under it), `folder` the one
-    that relative paths are taken from. With `config.map` the map decides; `schedule` and `mixing` that are set beside
-    it win over the map's. Raises TopologyError, HookError or ConfigError, in one line, for anything that cannot be.
+    `seed` is the experiment's root seed (random graphs and schedules draw from streams under it); relative paths start
+    at `folder`. With `config.map` the map decides, but `schedule` and `mixing` set beside it override the map's.
+    Raises TopologyError, HookError or ConfigError, in one line, if the configuration is impossible.
     """
     if config.map is None:
         network = NetworkMap(config, folder=Path(folder))

@@ -1,4 +1,4 @@
-"""Longest shortest paths: exact where that is affordable, else a bound from a sample.
+"""Longest shortest paths: exact if that is affordable, else a bound from a sample.
 
 Breadth-first searches from many agents run at once, a bit for each: `reached[i]` holds a bit for each start that
 reaches agent i, and a step ors the bits of all that send to i. A network whose agents all see the same network (agent
@@ -27,7 +27,7 @@ BLOCK_WORDS = 16
 
 @dataclass(frozen=True)
 class Distance:
-    """The longest shortest path in links; where it is not `exact`, one that was found, which others may exceed."""
+    """The longest shortest path in links; if it is not `exact`, the longest that was found, a lower bound."""
 
     links: int
     exact: bool
@@ -36,18 +36,18 @@ class Distance:
 
 
 def diameter(graph: nx.Graph[str]) -> int:
-    """Return the longest shortest path in links, along their direction where they have one, however long that takes.
+    """Return the longest shortest path in links, along their direction if they have one, however long that takes.
 
-    TopologyError if some agent does not reach some other.
+    Raises TopologyError if some agent does not reach some other.
     """
     return longest_distance(graph, work=float("inf")).links
 
 
 def longest_distance(graph: nx.Graph[str], work: float = WORK) -> Distance:
-    """Return the longest shortest path, from all agents or, where they would take more than `work`, from a sample.
+    """Return the longest shortest path, from all agents or, if that would take more than `work`, from a sample.
 
-    A sample is of even distance in the agents' order, and of those that are farthest from them (double sweeps): exact
-    in trees and rings, a lower bound in general (Magnien, Latapy & Habib 2009). TopologyError as in `diameter`.
+    A sample has evenly spaced agents, and the agents farthest from them (double sweeps): exact in trees and rings, a
+    lower bound in general (Magnien, Latapy & Habib 2009). Raises TopologyError as in `diameter`.
     """
     import networkx as nx
     from scipy.sparse.csgraph import connected_components, dijkstra

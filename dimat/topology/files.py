@@ -1,6 +1,6 @@
 """Graphs from files and functions: GraphML, GML, JSON, edge lists, {connectivity, pi}.
 
-Whatever a source calls its vertices, the outcome is a networkx graph whose nodes are agent names in a stable order:
+Whatever a source calls its vertices, the result is a networkx graph whose nodes are agent names in a stable order:
 labels that are just the numbers 0 … n-1 become `agent-0` … (or the names of the map that points to the file).
 """
 
@@ -50,7 +50,7 @@ def format_of(path: str | Path, format: str | None = None) -> str:
 def from_python(hook: str, folder: Path, agents: int | Sequence[str] | None = None) -> nx.Graph[str]:
     """Call `file.py:function` (relative to `folder`) without arguments and return its networkx graph, checked.
 
-    HookError where the file cannot be imported, has no such function, or returns anything but a networkx graph.
+    Raises HookError if the file cannot be imported, has no such function, or returns anything but a networkx graph.
     """
     import networkx as nx
 
@@ -162,7 +162,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def parse_graph(path: Path, kind: str) -> AnyGraph:
-    """Parse a file of the format `kind` as it is; TopologyError, naming the file, where it is none."""
+    """Parse a file of the format `kind` as it is; raises TopologyError, naming the file, if it is not one."""
     import networkx as nx
 
     try:

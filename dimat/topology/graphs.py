@@ -1,4 +1,4 @@
-"""Named graphs: generators by name, and the checks that every graph has to pass.
+"""Named graphs: generators by name, and the checks that every graph must pass.
 
 A generator takes the number of agents and keyword options and returns a networkx graph on 0 … n-1; `build_graph`
 names the agents. An edge u -> v of a directed graph means that u sends to v. Random graphs are drawn from a derived
@@ -56,9 +56,9 @@ def build_graph(
 ) -> nx.Graph[str]:
     """Return the graph `name` on `agents` (a number, or names in order), checked.
 
-    `seed` is the experiment's; random graphs draw from a stream of their own under it, unless `options` holds a
-    `seed`. The graph attribute `generator` holds the name. Raises TopologyError for what cannot exist, and, before it
-    is made, for a graph of more links than `most_links`.
+    `seed` is the experiment's; random graphs draw from their own stream under it, unless `options` holds a
+    `seed`. The graph attribute `generator` holds the name. Raises TopologyError for a graph that cannot exist, and,
+    before it is made, for one of more links than `most_links`.
     """
     names = agent_names(agents) if isinstance(agents, int) else tuple(agents)
     if not names:

@@ -1,4 +1,4 @@
-"""Network maps: who is in the network, where they are reached, and how they are linked.
+"""Network maps: the agents of a network, their addresses, and the links between them.
 
 A map is a TOML file that says who is in the network (`[[agents]]` with name, addresses, samples) and how they are
 linked (one of graph, edges, file, python; schedule; mixing). An experiment holds the same keys inline.
@@ -40,7 +40,7 @@ class MapAgent(Tree):
 
 @dataclass(frozen=True)
 class NetworkMap:
-    """A map file's content; `names` is empty where it only gives a number of agents, or none."""
+    """A map file's content; `names` is empty if it only gives a number of agents, or none."""
 
     config: TopologyConfig
     names: tuple[str, ...] = ()
@@ -75,7 +75,7 @@ class Topology:
 
 
 def load_map(path: str | Path) -> NetworkMap:
-    """Read a network map; ConfigError or TopologyError, naming file and key, for what is wrong in it.
+    """Read a network map; raises ConfigError or TopologyError, naming file and key, for faults in it.
 
     `agents` is a list of tables (name, addresses, samples), of names, or a number; relative paths in the map are taken
     from its folder.
@@ -118,7 +118,7 @@ def load_map(path: str | Path) -> NetworkMap:
 
 
 def check_alone(path: str | Path) -> None:
-    """Raise TopologyError where a map needs other files, or runs code: one that comes from elsewhere may not."""
+    """Raise TopologyError if a map needs other files or runs code: a map from the network must not."""
 
     def look(tree: Any) -> None:
         if isinstance(tree, Mapping):
@@ -136,13 +136,13 @@ def check_alone(path: str | Path) -> None:
 
 
 def without_mixing(config: TopologyConfig) -> TopologyConfig:
-    """Return the same network mixed by Metropolis weights, which need no sample counts: to ask who is there."""
+    """Return the same network with Metropolis weights, which need no sample counts: to list its agents."""
     mixing = config.mixing.model_copy(update={"name": "metropolis", "options": {}})
     return config.model_copy(update={"mixing": mixing})
 
 
 def check_names(names: tuple[str, ...], where: str) -> None:
-    """Raise TopologyError for a name that is there twice, or cannot be a folder's and a certificate's."""
+    """Raise TopologyError for a repeated name, or one that cannot name a folder and a certificate."""
     seen: set[str] = set()
     for name in names:
         if name in seen:

@@ -1,6 +1,6 @@
 """Schedules: a graph and mixing weights for every round. `CycleSchedule` takes a list of graphs in turn.
 
-Rounds count from 1. Every round can be asked for on its own, on any machine, and gives the same answer there. Rows are
+Rounds count from 1. Every round can be computed on its own, on any machine, with the same result. Rows are
 made one agent at a time, so that a network of ten thousand agents needs no dense matrix.
 """
 
@@ -222,9 +222,9 @@ def check_schedule(schedule: Schedule, rounds: int | None = None) -> None:
 def longest_lead(schedule: Schedule, most: int) -> int:
     """Return by how many rounds an agent may be ahead of one that reads it, up to `most`, in synchronous rounds.
 
-    A reader that has not ended round r publishes no round r + 1, so that its own readers do not end round r + 1, and
-    so on: the lead lasts until this comes round to the publisher. It is 1 on undirected graphs that do not change, and
-    n − 1 on a ring with links one way.
+    A reader that has not ended round r publishes no round r + 1, so its own readers cannot end round r + 1, and
+    so on, until this reaches the publisher. The lead is 1 on undirected graphs that do not change, and
+    n − 1 on a ring with links in one direction.
     """
     rounds = range(1, min(schedule.period or DRAWN, LOOKED_AT) + 1)
     if schedule.period is None and len(schedule.names) > LOOKED_AT:

@@ -1,7 +1,7 @@
 """Schedules by name: static, one-peer-exponential, random-matching, epidemic, base-k, cycle.
 
-Each name stands beside the schedule that it makes, where that is not one of `rounds` (a list of graphs in turn) or
-`base_k`. `make_schedule` makes them from what an operator writes, and says in one line what cannot be.
+Each name is beside the schedule that it makes, unless that is in `rounds` (a list of graphs in turn) or
+`base_k`. `make_schedule` makes them from an operator's settings, and rejects impossible ones in one line.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def make_schedule(setting: Setting, name: str = "static", options: Mapping[str, 
 
 
 def own_weights(setting: Setting, name: str) -> None:
-    """Raise TopologyError where a mixing rule was chosen for a schedule that brings its own weights."""
+    """Raise TopologyError if a mixing rule was chosen for a schedule with its own weights."""
     if setting.mixer.name != "metropolis" or setting.mixer.options:
         raise TopologyError(f"schedule {name!r} has mixing weights of its own; leave out mixing {setting.mixer.name!r}")
 

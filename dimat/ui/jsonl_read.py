@@ -82,7 +82,7 @@ def _identity(file: BinaryIO) -> tuple[int, int]:
 class EventReader:
     """Reads a log that may still grow, each time from where it stopped the time before.
 
-    `skipped`: lines so far that are no events; they are passed over. A log that was put aside is read to its end under
+    `skipped`: lines so far that are no events; they are ignored. A log that was put aside is read to its end under
     its new name, then those that came after it. One that was replaced or cut (another file under the name, or a
     shorter one) is read anew from its begin. A last line without its newline is left for the next time.
     """

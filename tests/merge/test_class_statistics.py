@@ -108,11 +108,15 @@ def told(seed: int = 0) -> dict[str, Tensor]:
         ("class_mean.", lambda t: t.to(torch.float8_e4m3fn), "holds values that are not finite numbers"),
         ("class_mean.", lambda t: t + 0j, "holds values that are not finite numbers"),
         ("class_mean.", lambda t: t.long(), "holds values that are not finite numbers"),
-        ("class_mean.", lambda t: t * 1e6, "is of features .* times as large as ours, more than 10 times"),
-        ("class_mean.", lambda t: t * 0 + 3e38, "is of features .* times as large as ours, more than 10 times"),
+        ("class_mean.", lambda t: t * 1e6, "has features .* times as large as the agent's own, more than 10 times"),
+        (
+            "class_mean.",
+            lambda t: t * 0 + 3e38,
+            "has features .* times as large as the agent's own, more than 10 times",
+        ),
         ("class_variance.", lambda t: t - 1e-3, "holds variances below 0"),
         ("class_variance.", lambda t: t + torch.inf, "holds values that are not finite numbers"),
-        ("class_variance.", lambda t: t * 1e9, "is of features .* times as large as ours, more than 10 times"),
+        ("class_variance.", lambda t: t * 1e9, "has features .* times as large as the agent's own, more than 10 times"),
         ("class_factor.", lambda t: t * 3, "is larger than the variances beside it"),
         ("class_factor.", lambda t: t[:, :1], r"is \[4, 1, 5\], expected \[4, 2, 5\]"),
         ("class_factor.", lambda t: t[0], r"is \[2, 5\], expected \[4, 2, 5\]"),
@@ -132,7 +136,7 @@ def test_statistics_that_cannot_be_right_are_refused(key: str, change: object, s
 def test_statistics_of_no_tensor_of_ours_are_refused() -> None:
     """Where nothing is expected too, as in merges of files, shapes go by the weight that a statistic names."""
     own = nn.Linear(FEATURES, CLASSES).state_dict()
-    for key, said in (("class_mean.gone", "is of no tensor of our model"), ("class_mean.bias", r"expected \[\]")):
+    for key, said in (("class_mean.gone", "belongs to no tensor of the model"), ("class_mean.bias", r"expected \[\]")):
         with pytest.raises(PeerError, match=said):
             check_classes("eve", {key: torch.ones(4, 5)}, own, {}, 256)
     with pytest.raises(PeerError, match=re.escape("'class_mean.weight' came without its counts and variances")):

@@ -103,7 +103,7 @@ def test_a_merge_that_is_not_finite_is_kept_where_that_is_wanted() -> None:
     assert outcome.accepted == 1
     assert outcome.weights["w"].tolist() == [float("inf"), 4.5]
     assert outcome.notes == (
-        "warning: the merge's tensor 'w' holds 1 values that are not finite: the merge is kept, as "
-        "merge.keep_not_finite says",
+        "warning: the merge's tensor 'w' holds 1 values that are not finite: the merge is kept, since "
+        "merge.keep_not_finite is set",
     )
     assert merge(outcome.weights, 0.5, [peer], plan, context).own_weight == 0.5

@@ -217,11 +217,11 @@ NONE = "agents must train with the same train.optimizer"
         ({f"{SCALE}exp_avg.0.weight": torch.full((5,), -1.0)}, "scales of 'exp_avg.0.weight' are not between 0"),
         ({f"{MOMENT}exp_avg_sq.0.bias": None}, f"moment 'exp_avg_sq.0.bias' is missing; {NONE}"),
         ({f"{MOMENT}step.0.bias": None}, f"moment 'step.0.bias' is missing; {NONE}"),
-        ({f"{MOMENT}max_exp_avg_sq.0.bias": torch.zeros(40)}, "'max_exp_avg_sq.0.bias' is none of ours"),
-        ({f"{MOMENT}momentum_buffer.0.bias": torch.zeros(40)}, "'momentum_buffer.0.bias' is none of ours"),
-        ({f"{MOMENT}exp_avg.1.bias": torch.zeros(40)}, "moment 'exp_avg.1.bias' is none of ours"),
-        ({f"{MOMENT}": torch.zeros(40)}, "moment '' is none of ours"),
-        ({f"{SCALE}exp_avg.9": torch.zeros(40)}, "'moment-scale.exp_avg.9' are scales of no moment"),
+        ({f"{MOMENT}max_exp_avg_sq.0.bias": torch.zeros(40)}, "'max_exp_avg_sq.0.bias' is not one of this agent's"),
+        ({f"{MOMENT}momentum_buffer.0.bias": torch.zeros(40)}, "'momentum_buffer.0.bias' is not one of this agent's"),
+        ({f"{MOMENT}exp_avg.1.bias": torch.zeros(40)}, "moment 'exp_avg.1.bias' is not one of this agent's"),
+        ({f"{MOMENT}": torch.zeros(40)}, "moment '' is not one of this agent's"),
+        ({f"{SCALE}exp_avg.9": torch.zeros(40)}, "'moment-scale.exp_avg.9' are scales without a moment"),
     ],
 )
 def test_what_a_peer_may_not_send(change: dict[str, Tensor | None], said: str) -> None:
@@ -239,7 +239,7 @@ def test_what_a_peer_may_send() -> None:
     check_moments("lab-b", {}, WEIGHTS, OWN)
     check_moments("lab-b", sent, WEIGHTS, {name: t for name, t in OWN.items() if "bias" in name})
     check_moments("lab-b", sent, WEIGHTS, {})
-    with pytest.raises(PeerError, match=r"'odd\.0\.bias' is none of ours"):
+    with pytest.raises(PeerError, match=r"'odd\.0\.bias' is not one of this agent's"):
         check_moments("lab-b", encode_moments({"odd.0.bias": torch.zeros(40)}, "int8"), WEIGHTS, {})
 
 

@@ -125,7 +125,7 @@ def test_a_merge_that_is_not_finite_is_not_kept() -> None:
     assert outcome.accepted == 0
     assert torch.equal(outcome.weights["w"], own["w"])
     assert outcome.notes == (
-        "warning: the merge's tensor 'w' holds 1 values that are not finite: the merge is not kept, own weights go on",
+        "warning: the merge's tensor 'w' holds 1 values that are not finite: the merge is not kept, own weights stay",
     )
 
 

@@ -126,7 +126,7 @@ def test_what_is_merged_as_one_is_held_back_as_one() -> None:
     tied = Tied()
     weights = tied.state_dict()
     natures = natures_of(weights, tied)
-    with pytest.raises(ConfigError, match=r"are one tensor, and have the factors 0 and 1; give both the same"):
+    with pytest.raises(ConfigError, match=r"are one tensor, and have different factors, 0 and 1; give both the same"):
         layer_factors({"head.*": 0}, weights.keys(), natures)
     assert layer_factors({"*": 0.5}, weights.keys(), natures) == {"embed.weight": 0.5, "head.weight": 0.5}
     names = ["q.lora_A.weight", "q.lora_B.weight"]

@@ -220,7 +220,7 @@ def test_methods_that_learn(method: str, options: dict[str, Any], data: str, fol
 
 
 def test_data_hooks_may_return_batches_and_models_may_be_half(folder: Path) -> None:
-    """A generator is read into memory, as data are passed over more than once; half types are merged in float32."""
+    """A generator is read into memory, as data are ignored more than once; half types are merged in float32."""
     for name in ("a", "b"):
         halves = {
             n: t.bfloat16() if t.is_floating_point() else t for n, t in read_model(Path(f"{name}.safetensors")).items()

@@ -90,8 +90,8 @@ def task():
 @pytest.mark.parametrize(
     ("method", "said"),
     [
-        ("regmean", "finds nothing to take statistics of in the model of task odd"),
-        ("fisher", r"'fisher': its statistics cannot be taken of task odd: RuntimeError: .*item"),
+        ("regmean", "finds no layer in the model of task odd to compute statistics of"),
+        ("fisher", r"'fisher': its statistics cannot be computed for task odd: RuntimeError: .*item"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_runs(tmp_path: Path, method: str, said: str) -> None:

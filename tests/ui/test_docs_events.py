@@ -114,7 +114,7 @@ def test_nothing_else_is_documented() -> None:
     headings = re.findall(r"^### (\w+)$", PAGE, re.MULTILINE)
     assert sorted(headings) == sorted(each.__name__ for each in classes())
     assert f'{{"format": {HEADER["format"]}, "kind": "{HEADER["kind"]}"}}' in PAGE
-    common = {row[0].strip("`"): row[1] for row in rows(section("What all have"))}
+    common = {row[0].strip("`"): row[1] for row in rows(section("Fields of all events"))}
     hints = typing.get_type_hints(events.AgentEvent)
     assert common == {"event": "string"} | {
         each.name: json_type(hints[each.name]) for each in fields(events.AgentEvent)

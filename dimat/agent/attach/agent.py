@@ -38,10 +38,10 @@ from dimat.train.model_state import check_whole
 
 
 class Agent:
-    """An agent of a network, for a training loop of one's own. `config`: a file, or an experiment's configuration;
+    """An agent of a network, for your own training loop. `config`: a file, or an experiment's configuration;
     `overrides` and `name` change settings of a file.
 
-    Raises ConfigError where the configuration cannot be used; network and data faults come out of `with` and `step`.
+    Raises ConfigError if the configuration cannot be used; `with` and `step` raise errors of the network and the data.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Agent:
             raise ConfigError("name and overrides are for a file; set them in the ExperimentConfig itself")
         self.config = config
         if self.config.train.steps_per_round is None:
-            raise ConfigError("train.steps_per_round says after how many calls of step() to merge; set it")
+            raise ConfigError("train.steps_per_round says after how many calls of step() to merge: set it")
         self.steps_per_round = self.config.train.steps_per_round
         self.listeners: list[events.Listener] = []
         """Are told every event, in the agent's thread."""
@@ -75,7 +75,7 @@ class Agent:
         metric: str = "accuracy",
         follow: Iterable[Follower] | None = None,
     ) -> Agent:
-        """Take a model and its optimizer on; returns the agent, to be entered with `with`.
+        """Attach a model and its optimizer; returns the agent, to be entered with `with`.
 
         `data`: batches of the model's inputs, as loaders give them: a tensor, a sequence whose first entries are the
         model's inputs and whose last is the target, or a dict of tensors by the names of the model's arguments; the
@@ -83,11 +83,11 @@ class Agent:
         left as they were. `evaluate`: returns metrics of the model, for reports, for `accept` and for
         `schedule.target`; `metric` is the one that counts. Model and `evaluate` are tried once, here.
 
-        `follow`: what must change its units as the model does: copies (EMA, SWA, a target network) as modules or as
-        tables of tensors by the model's names, other optimizers of it, and functions that are called with what moves
-        such a table. Without it, a UserWarning says once when units have moved.
+        `follow`: objects whose units must move with the model's: copies (EMA, SWA, a target network) as modules or as
+        tables of tensors by the model's names, other optimizers of it, and functions that are called with a function
+        that moves such a table. Without it, a UserWarning says once when units have moved.
 
-        Of a model with adapters on a frozen base (PEFT) the trained tensors alone are exchanged, and factors are merged
+        Of a model with adapters on a frozen base (PEFT) only the trained tensors are exchanged, and factors are merged
         as products. Raises ConfigError for a model that is wrapped for several processes or cannot be merged, DataError
         for data that cannot be read, or that the model cannot take.
         """
@@ -138,17 +138,17 @@ class Agent:
 
     @property
     def done(self) -> bool:
-        """Whether the agent is through: its last round is over, its target reached, or it was stopped."""
+        """Whether the agent has finished: its last round is over, its target reached, or it was stopped."""
         return bool(self._reason) or self._fault is not None
 
     @property
     def round(self) -> int:
-        """The round that the agent is in."""
+        """The agent's current round."""
         return 0 if self._daemon is None else self._daemon.round
 
     def step(self) -> None:
-        """Count an optimizer step; with a round's last one wait for the merge. Does nothing once `done`. Raises what
-        ended the agent, if it did not end well."""
+        """Count an optimizer step; after a round's last step, wait for the merge. Does nothing once `done`. Raises the
+        error that ended the agent, if any."""
         if self._trainer is None or self._thread is None:
             raise ConfigError("step() belongs inside `with agent.attach(model, optimizer, data=…) as agent:`")
         self._left -= 1

@@ -1,7 +1,7 @@
-"""What follows a user's model: running means and other copies, other optimizers.
+"""Copies and optimizers that follow a user's model when its units move.
 
-A running mean of weights (EMA, SWA), a target network or a teacher is of the model's units by position. When an agent
-puts its units in the network's order, or takes over another agent's weights, these must go along.
+A running mean of weights (EMA, SWA), a target network or a teacher has the model's units at the same positions. When an
+agent puts its units in the network's order, or adopts another agent's weights, these must change with the model.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Followers:
     """Everything that follows `model`: modules and tables of tensors by the model's names, optimizers, and functions
     that are called with a `Move`.
 
-    None: nobody has said what there is, and a warning is due once when the model's units have changed. ConfigError for
-    what does not fit the model.
+    None: the user has not said whether there are any, and is warned once when the model's units have moved. Raises
+    ConfigError for objects that do not fit the model.
     """
 
     def __init__(self, model: nn.Module, follow: Iterable[Follower] | None) -> None:
@@ -44,7 +44,7 @@ class Followers:
             self._take(model, each)
 
     def moving(self, spec: SymmetrySpec, permutations: Permutations) -> Callable[[], None]:
-        """Return what moves all but optimizers as the model is moved; nothing is changed before it is called."""
+        """Return a function that moves all but optimizers as the model is moved; nothing changes before its call."""
         tables = self._held()
         moved = [permute_weights(table, spec, permutations, strict=False) for table in tables]
         still = all(torch.equal(p.cpu().long(), identity(p.shape)) for p in permutations.values())
@@ -58,15 +58,15 @@ class Followers:
         return apply
 
     def start_from(self, weights: Mapping[str, Tensor]) -> None:
-        """Let all but optimizers be what a model is that begins with these weights."""
+        """Set all but optimizers to the state of a model that starts with these weights."""
         tables = self._held()
         _fill(tables, [{name: weights.get(name, tensor) for name, tensor in table.items()} for table in tables])
         for function in self._functions:
             function(lambda tensors: {name: weights.get(name, tensor) for name, tensor in tensors.items()})
-        self._changed("the model began anew with a neighbour's weights", False)
+        self._changed("the model started again from a neighbour's weights", False)
 
     def warn(self) -> None:
-        """Warn, in the user's own thread, of what is due."""
+        """Give due warnings, in the user's own thread."""
         due, self._due = self._due, ""
         if due:
             warnings.warn(due, stacklevel=3)
@@ -79,7 +79,7 @@ class Followers:
         self._told = True
         self._due = (
             f"{how}. Copies of it that you keep (a running mean, a target network) and other optimizers of it must "
-            "follow: give them as attach(…, follow=[…]), or follow=[] where there are none"
+            "follow: give them as attach(…, follow=[…]), or follow=[] if there are none"
         )
 
     def _take(self, model: nn.Module, given: Follower) -> None:
@@ -111,7 +111,7 @@ def _check(model: nn.Module, table: Mapping[str, Tensor], what: str) -> None:
     own = model.state_dict(keep_vars=True)
     for name, tensor in table.items():
         if name not in own:
-            raise ConfigError(f"follow: {what} has {name!r}, which the model has not{nearest(name, own)}")
+            raise ConfigError(f"follow: {what} has {name!r}, which the model does not have{nearest(name, own)}")
         if tensor.shape != own[name].shape:
             raise ConfigError(
                 f"follow: {name!r} of {what} has shape {tuple(tensor.shape)}, the model's {tuple(own[name].shape)}"

@@ -1,7 +1,7 @@
 """A user's data as a model's inputs: the first examples of a loader, left as it was.
 
-Batches are tensors, sequences of tensors with the target last, or tables by name (dicts, as Hugging Face collators give
-them), of which the model gets what its `forward` names.
+Batches are tensors, sequences of tensors with the target last, or dicts by name (as Hugging Face collators give
+them), of which the model gets the entries that its `forward` names.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ DEPTH = 3
 
 @dataclass(frozen=True)
 class Inputs:
-    """Examples along dim 0. `names`: the arguments that they are, where they go to the model by name."""
+    """Examples along dim 0. `names`: the model's arguments, if inputs are passed by name."""
 
     tensors: tuple[Tensor, ...]
     names: tuple[str, ...] = ()
@@ -56,8 +56,8 @@ class ByName:
 def read_inputs(data: Iterable[Any], model: nn.Module) -> Inputs:
     """Return the first examples of `data`, concatenated, on the CPU; 1,024 at most.
 
-    A loader's own random generators are as they were afterwards. Raises DataError where there are no inputs that can
-    be read, or where batches do not fit together.
+    A loader's own random generators are restored afterwards. Raises DataError if no inputs can be read, or if batches
+    do not fit together.
     """
     given: Any = data
     if isinstance(given, Dataset) and not isinstance(given, IterableDataset):
@@ -73,7 +73,7 @@ def read_inputs(data: Iterable[Any], model: nn.Module) -> Inputs:
             if count >= INPUTS_KEPT:
                 break
     if count < 2:
-        raise DataError("data gives fewer than two examples; networks are compared on some hundred")
+        raise DataError("data gives fewer than two examples; networks are compared on a few hundred")
     names = parts[0].names
     odd = next(
         (i for i, part in enumerate(parts) if part.names != names or len(part.tensors) != len(parts[0].tensors)), 0

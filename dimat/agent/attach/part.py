@@ -1,7 +1,7 @@
 """Which part of a user's model is exchanged: all, or adapters on a frozen base.
 
-Adapters get the protections that the tasks with LoRA have: what is frozen stays here and is compared by its hash, the
-factors are merged as the products that they stand for, and a kind of adapter that cannot be merged so is refused.
+Adapters get the same protections as tasks with LoRA: frozen tensors stay here and are compared by their hash, factors
+are merged as the products that they represent, and kinds of adapters that cannot be merged this way are refused.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FACTORS = re.compile(r"(^|[._])(lora|lokr|hada|vera|oft|boft)_", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Part:
-    """What agents exchange of a model. `names`: tensors of its state dict, None for all; `base_hash` and
+    """The exchanged part of a model. `names`: tensors of its state dict, None for all; `base_hash` and
     `merge_stages`: as a task's."""
 
     names: frozenset[str] | None = None
@@ -35,19 +35,19 @@ class Part:
     merge_stages: Mapping[str, str] | None = field(default=None)
 
     def check(self, model: nn.Module) -> None:
-        """Raise ConfigError where more of the model trains than is exchanged."""
+        """Raise ConfigError if more of the model trains than is exchanged."""
         if self.names is None:
             return
         more = [name for name, p in model.named_parameters() if p.requires_grad and name not in self.names]
         if more:
             raise ConfigError(
                 f"{more[0]} trains now, and was frozen when the model was attached; agents exchange what trained then. "
-                "Let all that ever trains be trainable when it is attached"
+                "When you attach the model, let everything be trainable that will ever train"
             )
 
     @contextmanager
     def alone(self, model: nn.Module) -> Generator[None]:
-        """Inside, the model's state dict holds this part alone."""
+        """Context in which the model's state dict holds only this part."""
         if self.names is None:
             yield
             return
@@ -82,7 +82,7 @@ def part_of(model: nn.Module) -> Part:
             "PEFT's names (<module>.lora_A.weight, <module>.lora_B.weight); name them so, or train the whole model"
         )
     if len(trained) == len(named):
-        raise ConfigError("the model has adapters, and its base is not frozen; freeze it, or leave the adapters away")
+        raise ConfigError("the model has adapters, and its base is not frozen; freeze it, or remove the adapters")
     try:
         find_pairs(factors)
     except MergeError as error:

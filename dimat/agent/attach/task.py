@@ -36,7 +36,7 @@ class AttachedTask:
             first = (str(error).strip().splitlines() or [""])[0]
             raise ConfigError(
                 f"the model cannot be copied ({type(error).__name__}: {first}), and its symmetries are found on a "
-                "copy; mend its __deepcopy__, or keep what cannot be copied outside the model"
+                "copy; fix its __deepcopy__, or keep what cannot be copied outside the model"
             ) from error
         self._shared: dict[int, Any] = {}
         if part.names is not None:

@@ -1,4 +1,4 @@
-"""A trainer that lets a user's thread do a round's steps, and takes turns with it."""
+"""A trainer that lets the user's thread do a round's steps, and takes turns with it."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ Evaluate = Callable[[nn.Module], Mapping[str, float]]
 
 
 class AttachedTrainer(ModelState):
-    """Trains a round by letting the user's thread do so: it waits meanwhile in the agent's.
+    """Lets the user's thread train a round, while the agent's thread waits.
 
     The two threads take turns; the model belongs to the one whose turn it is. In the agent's turn its state dict holds
-    `part` alone, and it takes its inputs by position, whatever `names` they have. Optimizers keep their place: state is
-    moved in them, never replaced by another object; with `fresh` it is cleared before every round. `needed`: the metric
-    that merges or the end of the run go by, if any.
+    only `part`, and it takes its inputs by position, whatever `names` they have. Optimizers stay the same objects, and
+    state is moved inside them; with `fresh` it is cleared before every round. `needed`: the metric that decides on
+    merges or the end of the run, if any.
     """
 
     def __init__(
@@ -99,13 +99,13 @@ class AttachedTrainer(ModelState):
             self._turn.notify_all()
 
     def wait(self) -> None:
-        """Wait until it is the user's turn, or the agent is through."""
+        """Wait until it is the user's turn, or the agent has finished."""
         with self._turn:
             while not self._users and not self._over:
                 self._turn.wait(POLL_S)
 
     def end(self) -> None:
-        """The agent is through: nobody waits for anybody any more."""
+        """The agent has finished: no thread waits for the other any more."""
         with self._turn:
             self._over = True
             self._turn.notify_all()
@@ -122,14 +122,14 @@ class AttachedTrainer(ModelState):
                 self._agents.callback(hook.remove)
 
     def give_back(self, *, for_good: bool = False) -> None:
-        """End the agent's turn: the model is as its user knows it. `for_good`: there is no other turn."""
+        """End the agent's turn: the model is as its user knows it. `for_good`: this was the last turn."""
         with self._turn:
             self._agents.close()
             self._through |= for_good
 
     @contextmanager
     def users(self) -> Generator[None]:
-        """Inside, code of the user's runs in the agent's turn, on the model as the user knows it."""
+        """Context in which user code runs in the agent's turn, on the model as the user knows it."""
         self.give_back()
         try:
             yield
@@ -138,9 +138,9 @@ class AttachedTrainer(ModelState):
 
     # ── what a trainer does ──────────────────────────────────────────────────────────────────────────────────
     def evaluate(self, data: Data, weights: Mapping[str, Tensor] | None = None) -> dict[str, float]:
-        """Return the user's metrics of the model, or of `weights` in its place; none where no way to them was given.
+        """Return the user's metrics of the model, or of `weights` in its place; none without the user's `evaluate`.
 
-        `data` is not used: the user decides on which data they are taken. Modes are left as they were.
+        `data` is not used: the user chooses the data. Modes are left as they were.
         """
         if self._evaluate is None:
             return {}
@@ -167,20 +167,20 @@ class AttachedTrainer(ModelState):
             try:
                 values[name] = float(value)
             except (TypeError, ValueError, RuntimeError) as error:
-                raise ConfigError(f"evaluate: {name} is no single number: {value!r:.60}") from error
+                raise ConfigError(f"evaluate: {name} is not a single number: {value!r:.60}") from error
         if self._needed and self._needed not in values:
             raise ConfigError(
-                f"evaluate returned {', '.join(values) or 'nothing'}, and merge.accept or schedule.target goes by "
+                f"evaluate returned {', '.join(values) or 'nothing'}, but merge.accept or schedule.target needs "
                 f"{self._needed}; return that too, or give attach(…, metric=…) another name"
             )
         return values
 
     def try_out(self, inputs: Sequence[Tensor], *, needed: bool, evaluated: bool) -> None:
-        """Run the model on a few of the inputs that networks are compared on, and the user's `evaluate` where it is
-        `evaluated`, before the first round is trained.
+        """Before the first round, run the model on a few of the inputs on which networks are compared, and the user's
+        `evaluate` if `evaluated`.
 
-        Raises DataError where the model cannot take the inputs and merges need (`needed`) them, else warns; ConfigError
-        for metrics that are none. What `evaluate` itself raises is raised.
+        Raises DataError if the model cannot take the inputs and merges need them (`needed`), else warns; ConfigError
+        for values that are not metrics. Errors of `evaluate` itself pass through.
         """
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         few = tuple(tensor[:TRIED].to(device) for tensor in inputs)
@@ -208,12 +208,12 @@ class AttachedTrainer(ModelState):
         return found
 
     def input_batches(self, data: Data, batch_size: int, generator: torch.Generator | None = None) -> InputBatches:
-        """Return inputs of `data` on the model's device."""
+        """Return the inputs of `data` on the model's device."""
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         return input_batches(data, batch_size, generator, samples=None, device=device)
 
     def permute(self, spec: SymmetrySpec, permutations: Permutations) -> str:
-        """Move model, gradients and optimizers' state into another basis, and all that follows the model."""
+        """Move model, gradients, optimizers' state and followers into another basis."""
         move = self.followers.moving(spec, permutations)
         note = super().permute(spec, permutations)
         with self.users():
@@ -221,13 +221,13 @@ class AttachedTrainer(ModelState):
         return note
 
     def start_from(self, weights: Mapping[str, Tensor]) -> None:
-        """Take over another agent's weights whole, for all that follows the model too."""
+        """Adopt all weights of another agent, for the model and its followers."""
         super().start_from(weights)
         with self.users():
             self.followers.start_from(weights)
 
     def state(self, *, copy: bool = True) -> TrainerState:
-        """Return weights and optimizers' state; random streams and the place in the data are the user's."""
+        """Return weights and optimizers' state; random streams and the position in the data are the user's."""
         tensors = {f"model/{name}": tensor for name, tensor in self.weights(copy=copy).items()}
         state, texts = self.optimizer_state(copy=copy)
         kinds = [type(each).__name__ for each in self.optimizers()]
@@ -235,7 +235,7 @@ class AttachedTrainer(ModelState):
         return TrainerState(tensors | state, {**values, **texts})
 
     def load_state(self, state: TrainerState) -> None:
-        """Go on from a state; DataError where it does not fit model or optimizer."""
+        """Continue from a state; raises DataError if it does not fit model or optimizer."""
         # one that the checkpoint does not know begins anew; what it has of one that is not there any more is left
         before = str(state.values.get("optimizers", state.values.get("optimizer"))).split()
         for number, (kept, each) in enumerate(zip(before, self.optimizers())):

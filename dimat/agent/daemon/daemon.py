@@ -114,7 +114,7 @@ class Daemon:
         )
         found = self._work.restore()()
         if found is not None:
-            self._early += (f"{fault}; the one before is used" for fault in found.passed_over)
+            self._early += (f"{fault}; the previous one is used" for fault in found.passed_over)
             self._early += (note for note in (found.note, middle.fault) if note)
         self._new = found is None
         state = None if found is None else found.state
@@ -192,8 +192,8 @@ class Daemon:
             await self._part(reason)
             if self._removal.over:
                 raise ConfigError(
-                    f"agent {self.setup.name} is not on the network map any more; put it back on the map, or set "
-                    "agent.go_on_alone = true to train on"
+                    f"agent {self.setup.name} is no longer on the network map; put it back on the map, or set "
+                    "agent.go_on_alone = true to train alone"
                 )
             return reason
         finally:
@@ -211,21 +211,21 @@ class Daemon:
             self.folder.close()
 
     def stop(self, reason: str = "stopped") -> None:
-        """Leave: the next life goes on from the newest checkpoint, or in the middle of the round after it."""
+        """Leave: a restart continues from the newest checkpoint, or in the middle of the round after it."""
         if self.runner.ended is None:
             self.runner.stop(reason)
         self._work.middle.interrupt()
         self._leaving.set()
 
     def reload_soon(self) -> None:
-        """Let `reload` go on beside the agent's other work, once it is up."""
+        """Run `reload` beside the agent's other work, once the agent is up."""
         if self._up:
             self._tasks.create_task(self.reload(), name="reading keys and map")
         else:
             self._reload_wanted = True
 
     async def reload(self) -> None:
-        """Read keys and network map anew, from their files; the map, as it was followed where that is newer.
+        """Read keys and network map again from their files; of the map, the published version if it is newer.
 
         Where one of them cannot be used, the old one stands.
         """
@@ -261,7 +261,7 @@ class Daemon:
         try:
             schedule = await asyncio.to_thread(self.setup.schedule_now)
         except DimatError as error:
-            self.runner.noticed(f"the network map is not taken over: {error}; the one before stands")
+            self.runner.noticed(f"the new network map is not used: {error}; the current one stays in use")
             return
         self._schedule = schedule
         neighbours = neighbours_of(schedule, self.setup.name)
@@ -284,11 +284,11 @@ class Daemon:
 
     @property
     def round(self) -> int:
-        """The round that the agent is in; for any thread, unlike all else."""
+        """The agent's current round; the only member that any thread may use."""
         return self._machine.round
 
     def status(self) -> dict[str, object]:
-        """Return how the agent is, as plain values."""
+        """Return the agent's status as plain values."""
         machine = self._machine
         return {
             **plain_view(self.runner.view),

@@ -1,4 +1,4 @@
-"""Tells an agent's listeners its events; a log that cannot be written holds nothing up."""
+"""Passes an agent's events to its listeners; a log that cannot be written stops nothing."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dimat.errors import DataError
 
 
 class EventTeller:
-    """Tells every event to `listeners`, to which more may be added meanwhile.
+    """Passes every event to `listeners`; more may be added at any time.
 
-    `notice` is told once that one of them fails, and once that all work again.
+    `notice` is called once when a listener fails, and once when all work again.
     """
 
     def __init__(self, listeners: Sequence[events.Listener], notice: Callable[[str], None]) -> None:
@@ -20,7 +20,7 @@ class EventTeller:
         self._fault = ""
 
     def tell(self, event: events.Event) -> None:
-        """Tell an event to all listeners, in their order."""
+        """Pass an event to all listeners, in their order."""
         fault = ""
         for listener in self._listeners:
             try:
@@ -30,5 +30,5 @@ class EventTeller:
         if fault != self._fault:
             self._fault = fault
             self._notice(
-                f"{fault}; the agent goes on, and so does the log once it can" if fault else "events are logged again"
+                f"{fault}; the agent continues, and logs again once it can" if fault else "events are logged again"
             )

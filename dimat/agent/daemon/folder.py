@@ -1,4 +1,4 @@
-"""The folder of a real agent: the places of its files, and the guards around it.
+"""The folder of a real agent: where its files are, its owner's mark, and its lock.
 
 `agent.json` marks a folder as that of one agent in one run; a folder of another is never touched. While an agent
 runs it holds a lock, so that no second process works on its files.
@@ -21,9 +21,9 @@ LOCK = "lock"
 
 
 class AgentFolder:
-    """Folder of one agent in one run; made if it is not there.
+    """Folder of one agent in one run; created if it does not exist.
 
-    DataError where it is another's, or in use.
+    Raises DataError if it belongs to another agent, or is in use.
     """
 
     def __init__(self, path: Path, run: str, agent: str) -> None:
@@ -49,8 +49,8 @@ class AgentFolder:
             owner = os.pread(self._lock, 32, 0).decode(errors="replace").strip()
             os.close(self._lock)
             raise DataError(
-                f"{path} is in use by the agent with process id {owner or 'unknown'}; stop that one, or give this one "
-                "another agent.folder"
+                f"{path} is in use by the agent with process id {owner or 'unknown'}; stop that agent, or give "
+                "this one another agent.folder"
             ) from None
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
@@ -61,7 +61,7 @@ class AgentFolder:
             raise
 
     def close(self) -> None:
-        """Let go of the folder; closing twice is allowed."""
+        """Release the folder; closing twice is allowed."""
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
@@ -79,7 +79,7 @@ class AgentFolder:
 
 
 def owner_of_folder(path: Path) -> int | None:
-    """Return the id of the process that works in a folder, None where none does; 0 where its id is not known."""
+    """Return the id of the process that works in a folder, None if none does, 0 if its id is not known."""
     try:
         lock = os.open(path / LOCK, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -95,13 +95,13 @@ def owner_of_folder(path: Path) -> int | None:
 
 
 def read_mark(path: Path) -> dict[str, Any] | None:
-    """Return whose folder this is ("run", "agent"), None where it is nobody's.
+    """Return the owner of a folder ("run", "agent"), None if it has none.
 
-    DataError for one that is damaged.
+    Raises DataError if the mark is damaged.
     """
     if not (path / MARK).exists():
         return None
     found = read_table(path / MARK)
     if not all(isinstance(found.get(key), str) for key in ("run", "agent")):
-        raise DataError(f"{path / MARK} does not say whose folder this is: it needs the texts run and agent")
+        raise DataError(f"{path / MARK} does not say whose folder this is: it needs the strings run and agent")
     return found

@@ -1,4 +1,4 @@
-"""Looks after a running agent's keys: reads them anew, and warns before they end."""
+"""Watches a running agent's keys: reads them again on request, warns before they expire."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ AGAIN = timedelta(days=1)
 
 
 class KeyWatch:
-    """Watches over one agent's identity, whose files lie in `folder`.
+    """Watches one agent's identity, whose files are in `folder`.
 
-    `renewed(key, ca)` is called once it was read anew, with whether key and CA certificates are others; `notice`
-    receives messages for a person; `clock`: aware.
+    `renewed(key, ca)` is called after the identity was read again, and says whether key and CA certificates have
+    changed; `notice` receives messages for a person; `clock` gives aware times.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class KeyWatch:
             await asyncio.sleep(LOOK_S)
 
     def look(self) -> None:
-        """Warn where the certificate ends soon, once a day."""
+        """Warn once a day if the certificate expires soon."""
         now, until = self._clock(), self._identity.until
         left = until - now
         if left >= SOON or (self._warned is not None and now - self._warned < AGAIN):
@@ -64,13 +64,13 @@ class KeyWatch:
         )
 
     async def read_anew(self) -> None:
-        """Take over what is in the files now; connections that are there go on. What cannot be used is told, and the
-        keys from before stand."""
+        """Use the keys that are in the files now; open connections stay. Unusable keys are reported, and the current
+        ones stay in use."""
         identity = self._identity
         try:
             fresh = await asyncio.to_thread(load_identity, self._folder, identity.name)
         except DimatError as error:
-            self._notice(f"the keys are not taken over: {error}; the ones before stand")
+            self._notice(f"the new keys are not used: {error}; the current ones stay in use")
             return
         if fresh == replace(identity, key=fresh.key):
             return
@@ -83,7 +83,7 @@ class KeyWatch:
 
 
 def certificate_facts(identity: Identity) -> dict[str, object]:
-    """Return what a status says of an agent's keys: by it `dimat doctor` sees whether a process goes by its files."""
+    """Return the facts on an agent's keys for its status: `dimat doctor` compares them with the files."""
     return {
         "fingerprint": identity.fingerprint,
         "ca": blake3(identity.ca).hexdigest(),

@@ -1,4 +1,4 @@
-"""Measures how late peers' snapshots are, and says which deadline would do."""
+"""Measures how late peers' snapshots are, and says which deadline would suffice."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import math
 from collections.abc import Callable, Iterable
 
 ROUNDS = 8
-"""Rounds for which the end of own training is remembered: later still, a snapshot tells of an outage."""
+"""Rounds for which the end of own training is remembered: a snapshot that is later points to an outage."""
 
 
 class Lateness:
     """Watches one agent's peers.
 
     `deadline_s`: `schedule.round_deadline_s`; `planned(peer, round)`: whether a round waits for a peer; `connected`:
-    gives the peers in reach; `notice` is told of each peer that is late, once. A peer that was out of reach meanwhile
-    is late for another reason, and is not told of.
+    gives the peers in reach; `notice` is called once for each peer that is late. A peer that was out of reach meanwhile
+    is late for another reason, and is not reported.
     """
 
     def __init__(

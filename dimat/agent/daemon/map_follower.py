@@ -1,9 +1,9 @@
 """Follows the network maps that the organiser publishes in the DHT (`dht.follow_map`).
 
-The map that was followed last lies in the agent's folder (`dht/map.toml`), never in the operator's file. Of the two the
-one of the higher version counts, so that an operator can overrule a published map, and no older one comes back. An
-agent also keeps the signed record, and leaves it with the DHT again when others do not have it any more: nodes forget
-it when they are started anew.
+The newest published map is kept in the agent's folder (`dht/map.toml`), never in the operator's file. Of the two files
+the higher version counts, so that an operator can overrule a published map, and no older one comes back. An
+agent also keeps the signed record, and publishes it in the DHT again when it is no longer there: nodes lose it when
+they are restarted.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class MapDirectory(Protocol):
         ...
 
     async def announce_map(self, sealed: bytes, record: MapRecord) -> int:
-        """Leave a map; returns how many took it."""
+        """Publish a map; return the number of nodes that stored it."""
         ...
 
     async def lookup_map(self) -> tuple[MapRecord, bytes] | None:
@@ -52,8 +52,8 @@ class MapDirectory(Protocol):
 class MapFollower:
     """Looks for newer maps for one agent.
 
-    `folder`: the agent's, for what belongs to the DHT; `ca`: gives the CA certificates that count now; `check` raises
-    DimatError where a map file cannot be used; `take` is called when one has been written that can.
+    `folder`: the agent's folder for files of the DHT; `ca`: gives the current CA certificates; `check` raises
+    DimatError if a map file cannot be used; `take` is called after a usable one was written.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class MapFollower:
         self._held: tuple[MapRecord, bytes] | None = None
 
     async def look(self, now: float) -> None:
-        """Look once: take a newer map over, or put the one that is held into the DHT."""
+        """Look once: adopt a newer map, or publish the current one in the DHT again."""
         found = await self._dht.lookup_map()
         known = self._followed()
         newer = found is not None and found[0].version > max(known, self._passed_over)
@@ -93,7 +93,7 @@ class MapFollower:
             await self._take_over(*found)
 
     async def follow(self) -> None:
-        """Look again and again, until cancelled."""
+        """Look repeatedly, until cancelled."""
         while True:
             wait_s = _SOON_S
             if self._dht.healthy and self._dht.known:
@@ -112,8 +112,8 @@ class MapFollower:
         except DimatError as error:
             self._passed_over = record.version
             self._notice(
-                f"the network map of version {record.version} from the DHT is not taken over: {error}; the one before "
-                "stands"
+                f"the network map of version {record.version} from the DHT is not used: {error}; the current one stays "
+                "in use"
             )
             return
         finally:

@@ -1,4 +1,4 @@
-"""Saves an agent's training in the middle of a round, for its next life."""
+"""Saves an agent's training in the middle of a round, to continue it after a restart."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ ASIDE = "training"
 class MidRound:
     """Saves the training of one agent where it is: when the agent is told to stop, and every `every_s` seconds.
 
-    `told` is called after each of the latter, in the thread that trains, with the reason why it failed or "". A trainer
-    that is not dimat's own (a user's loop) cannot be broken off; its rounds begin anew. All but `interrupt` belongs to
-    the thread that does the agent's work.
+    `told` is called after each of the timed saves, in the thread that trains, with the reason why it failed or "". A
+    trainer that is not dimat's own (a user's loop) cannot be interrupted; its rounds start from their beginning. Only
+    `interrupt` may be called outside the thread that does the agent's work.
     """
 
     def __init__(
@@ -49,12 +49,11 @@ class MidRound:
             trainer.interrupts = Interrupts(self._due, self._pause)
 
     def interrupt(self) -> None:
-        """Break training off after the step that is under way; for any thread."""
+        """Interrupt training after the current step; for any thread."""
         self._stop.set()
 
     def restore(self, newest: Checkpoint, run: str) -> None:
-        """Go on in the middle of the round that followed the newest checkpoint, which was restored, where that was
-        saved."""
+        """Continue in the middle of the round after the newest checkpoint (which was restored), if that was saved."""
         self._machine = newest.machine
         learner = self._learner
         try:
@@ -65,7 +64,7 @@ class MidRound:
             learner.trainer.load_state(aside.trainer)
         except DataError as error:
             learner.restore(newest)
-            self.fault = f"{error}; the round begins anew"
+            self.fault = f"{error}; the round starts from its beginning"
         else:
             self.resumed = True
 
@@ -75,19 +74,19 @@ class MidRound:
         self.unsaved, self._saved_s = self._able, time.monotonic()
 
     def failed(self) -> None:
-        """Note that training has failed: its state is not to be gone on with."""
+        """Note that training has failed: nothing may continue from its state."""
         self.unsaved = False
 
     def checkpointed(self, machine: MachineState) -> None:
-        """Note that a checkpoint was made, which is newer than what is in the middle of a round."""
+        """Note that a checkpoint was made, which is newer than any state from the middle of a round."""
         self._machine, self.unsaved = machine, False
         if self._kept:
             self._checkpoints.drop(ASIDE)
             self._kept = False
 
     def leave(self) -> bool:
-        """Save what training has done since the newest checkpoint; return whether there was any. DataError where it
-        cannot be written."""
+        """Save the training since the newest checkpoint; return whether there was any. Raises DataError if it cannot
+        be written."""
         if not self.unsaved:
             return False
         self._save()

@@ -16,7 +16,7 @@ LOOK_S = 1.0
 
 
 class Observed(Protocol):
-    """The network that is looked at: `dimat.net.grpc_transport.GrpcTransport`."""
+    """The observed network: `dimat.net.grpc_transport.GrpcTransport`."""
 
     @property
     def peers(self) -> Mapping[str, Mapping[str, object]]: ...
@@ -29,10 +29,10 @@ class Observed(Protocol):
 
 
 class NetworkMonitor:
-    """Tells `emit` a `NetworkObserved` from the event loop's thread.
+    """Emits `NetworkObserved` by `emit`, from the event loop's thread.
 
-    `round`: gives the agent's round; `dht`: gives the state of the DHT, None where there is none; `folders`: of own and
-    of received snapshots; `every_s`: seconds after which it is told although nothing has changed.
+    `round`: gives the agent's round; `dht`: gives the state of the DHT, None if there is none; `folders`: of own and
+    of received snapshots; `every_s`: seconds after which it emits even if nothing has changed.
     """
 
     def __init__(
@@ -58,19 +58,19 @@ class NetworkMonitor:
         self._told_s = float("-inf")
 
     async def go_on(self) -> None:
-        """Look for changes until cancelled."""
+        """Watch for changes until cancelled."""
         while True:
             await asyncio.sleep(min(LOOK_S, self._every_s))
             if self._state() != self._told or time.monotonic() - self._told_s >= self._every_s:
                 self.tell()
 
     def round_over(self) -> None:
-        """Tell how things are after a round, unless that was told just now."""
+        """Emit the state after a round, unless that has just been done."""
         if time.monotonic() - self._told_s >= LOOK_S:
             self.tell()
 
     def tell(self) -> None:
-        """Tell how things are."""
+        """Emit the current state."""
         self._told, self._told_s = self._state(), time.monotonic()
         now = time.time()
         peers, dht = self._network.peers, self._dht_state()

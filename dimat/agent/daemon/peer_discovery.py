@@ -17,7 +17,7 @@ from dimat.seeds import derive_seed
 
 
 class PeerDiscovery:
-    """The DHT node of an agent, in a process of its own, and what is found through it.
+    """The DHT node of an agent, in its own process, and the addresses found through it.
 
     Made before torch works on several threads and before gRPC runs; the rest belongs to the event loop.
     """
@@ -52,7 +52,7 @@ class PeerDiscovery:
         self.dht.spawn()
 
     async def start(self, neighbours: Neighbours, listens: str) -> None:
-        """Begin to watch over the node and to announce this agent, which listens at `host:port`."""
+        """Begin to watch the node and to announce this agent, which listens at `host:port`."""
         self.update_neighbours(neighbours)
         addresses = self._announced or tuple(neighbours.addresses.get(self._agent, ())) or (listens,)
         self._told = Announcement(addresses=tuple(addresses))
@@ -61,11 +61,11 @@ class PeerDiscovery:
         self._resolver.announce(self._told)
 
     async def update_ca(self, ca: bytes) -> None:
-        """Take other CA certificates over."""
+        """Use other CA certificates from now on."""
         await self.dht.update_ca(ca)
 
     def update_neighbours(self, neighbours: Neighbours) -> None:
-        """Take a new map over."""
+        """Use a new map from now on."""
         self._resolver.update_members(neighbours.addresses, neighbours.members)
 
     def tell(self, number: int, root: str) -> None:
@@ -74,17 +74,17 @@ class PeerDiscovery:
         self._resolver.announce(self._told)
 
     async def addresses(self, peer: str) -> Sequence[str]:
-        """Return where a peer is reached, as the map and the DHT say."""
+        """Return a peer's addresses, from the map and the DHT."""
         return await self._resolver.addresses(peer)
 
     async def close(self) -> None:
-        """Stop the node; its announcements run out by themselves."""
+        """Stop the node; its announcements expire by themselves."""
         await self._resolver.close()
         await self.dht.close()
 
     @property
     def state(self) -> dict[str, object]:
-        """How the DHT is, for `dimat status`."""
+        """State of the DHT, for `dimat status`."""
         return {
             "healthy": self.dht.healthy,
             "restarts": self.dht.restarts,
@@ -95,7 +95,7 @@ class PeerDiscovery:
 
 
 def check_discovery(config: ExperimentConfig) -> bool:
-    """Return whether there is to be a DHT; ConfigError where it cannot be."""
+    """Return whether the agent uses a DHT; raises ConfigError if it cannot."""
     if not config.dht.bootstraps:
         return False
     if config.agent.insecure:

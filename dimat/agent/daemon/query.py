@@ -16,12 +16,12 @@ from dimat.net.pki.identity import Identity, load_identity
 def ask_peer(config: ExperimentConfig, peer: str) -> dict[str, Any]:
     """Return the status of an agent on the map, from the first of its addresses that answers.
 
-    ConfigError where the map does not have it or no address of it, NetworkError and SecurityError where it does not
+    Raises ConfigError if the map has no such agent or no address of it, NetworkError or SecurityError if it does not
     answer.
     """
     name = config.agent.name
     if name is None:
-        raise ConfigError("who asks? set agent.name to its name on the network map, or give --name")
+        raise ConfigError("which agent asks? set agent.name to its name on the network map, or give --name")
     known = addresses_on_map(config)
     if peer not in known:
         raise ConfigError(unknown_agent("--peer", peer, tuple(known)))

@@ -1,4 +1,4 @@
-"""Ends an agent that a new network map does not have any more."""
+"""Ends an agent that is no longer on a new network map."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ REASON = "removed from the network map"
 class Removal:
     """Looks for one agent on each new map.
 
-    `wait_s`: how long the map may do without it; `go_on`: it trains on alone then; `notice` receives messages for a
-    person; `stop(reason)` lets the agent leave.
+    `wait_s`: how long the agent may be missing from the map; `go_on`: it then continues to train alone; `notice`
+    receives messages for a person; `stop(reason)` makes the agent leave.
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class Removal:
         self._gone = False
 
     def look(self, members: Collection[str]) -> None:
-        """Take the members of a new map."""
+        """Take in the members of a new map."""
         gone = self._agent not in members
         if gone == self._gone:
             return
@@ -38,18 +38,18 @@ class Removal:
             self.cancel()
             self._notice(f"{self._agent} is on the network map again")
             return
-        alone = f"{self._agent} is not on the network map any more: it exchanges weights with nobody"
+        alone = f"{self._agent} is no longer on the network map: it exchanges weights with nobody"
         if self._go_on:
-            self._notice(f"{alone}, and trains on alone (agent.go_on_alone)")
+            self._notice(f"{alone}, and continues to train alone (agent.go_on_alone)")
             return
         self._notice(
-            f"{alone}, and stops in {self._wait_s:g} s unless the map has it again; agent.go_on_alone = true lets it "
-            "train on"
+            f"{alone}, and stops in {self._wait_s:g} s unless the map has it again; with agent.go_on_alone = true it "
+            "trains alone"
         )
         self._timer = asyncio.get_running_loop().call_later(self._wait_s, self._leave)
 
     def cancel(self) -> None:
-        """Let the agent stay."""
+        """Cancel the agent's leaving."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

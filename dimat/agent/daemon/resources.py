@@ -24,10 +24,10 @@ RESERVE_BYTES = 64 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """Estimates of what an agent needs.
+    """Estimates of an agent's needs.
 
-    `snapshot_bytes`: of a snapshot at most, in any encoding, all beside it; `disk_bytes`: in its folder, the
-    reserve that stays free included; `memory_bytes`: see `peak_bytes`.
+    `snapshot_bytes`: largest size of a snapshot, in any encoding, with everything sent beside it; `disk_bytes`: size of
+    its folder, with the reserve that stays free; `memory_bytes`: see `peak_bytes`.
     """
 
     snapshot_bytes: int
@@ -36,7 +36,7 @@ class Needs:
 
 
 def needs_of(trainer: ModelTrainer, setup: PreparedAgent, peers: int) -> Needs:
-    """Return what an agent with this model, this optimizer and so many peers needs."""
+    """Return the needs of an agent with this model, this optimizer and this number of peers."""
     model, agent = trainer.model, setup.config.agent
     size = setup.largest_snapshot(model, trainer.optimizers())
     state = int(state_share(trainer.optimizer) * _trained(model))
@@ -46,7 +46,7 @@ def needs_of(trainer: ModelTrainer, setup: PreparedAgent, peers: int) -> Needs:
 
 
 def needed_bytes(size: int, state: int, peers: int, snapshots: int, checkpoints: int) -> int:
-    """Return the bytes of disk that a round needs, the reserve that stays free included.
+    """Return the bytes of disk that a round needs, with the reserve that stays free.
 
     `size`: bytes of a snapshot; `state`: of the optimizer's state; `snapshots`, `checkpoints`: how many of its own the
     agent keeps.
@@ -56,8 +56,8 @@ def needed_bytes(size: int, state: int, peers: int, snapshots: int, checkpoints:
 
 
 def peak_bytes(model: nn.Module, state: int, peers: int) -> int:
-    """Return the most memory that a model takes of an agent, without activations, data and what a merge that aligns or
-    computes on the model's outputs needs beside.
+    """Return the peak memory of an agent's model, without activations, data and the extra needs of a merge that aligns
+    or runs the model.
 
     Weights and the optimizer's state are always there. Beside them are gradients in training; in a merge, the merged
     weights with a tensor of each peer's and one to compute in; and when a checkpoint is taken up, the state as it was
@@ -73,8 +73,8 @@ def _trained(model: nn.Module) -> int:
 
 
 def state_share(optimizer: torch.optim.Optimizer) -> float:
-    """Return how many bytes an optimizer keeps for each byte of parameters: counted, where one of its kind can make a
-    step on a matrix; else as many as Adam keeps."""
+    """Return how many bytes an optimizer keeps for each byte of parameters: counted after a step on a matrix, if it can
+    make one; else as many as Adam keeps."""
     probe = nn.Parameter(torch.zeros(64, 64))
     probe.grad = torch.zeros_like(probe)
     try:
@@ -94,7 +94,7 @@ def available_memory() -> int:
 
 
 def little_memory(wanted: int, available: int) -> str:
-    """Return a warning where less memory is free than a round takes, else "". Both are estimates."""
+    """Return a warning if less memory is free than a round takes, else "". Both are estimates."""
     if available >= wanted:
         return ""
     return (
@@ -132,7 +132,7 @@ def disk_shares(quota_mb: float | None, size: int, peers: int, logs_kept: int) -
 
 
 def check_room(folder: Path, needs: Needs) -> str:
-    """Return a warning where memory is short, else ""; DataError where the disk cannot hold what a round needs."""
+    """Return a warning if memory is short, else ""; raises DataError if the disk has no room for a round."""
     held = held_bytes(folder)
     free = shutil.disk_usage(folder).free
     if free + held < needs.disk_bytes:
@@ -144,7 +144,7 @@ def check_room(folder: Path, needs: Needs) -> str:
 
 
 def held_bytes(folder: Path) -> int:
-    """Return the bytes that an agent's folder takes on the disk; 0 where it is not there. A file that goes meanwhile is
+    """Return the bytes that an agent's folder takes on disk; 0 if it does not exist. A file that vanishes meanwhile is
     not counted, and one with several names once."""
     sizes: dict[tuple[int, int], int] = {}
     for file in folder.rglob("*"):

@@ -1,9 +1,9 @@
 """Drives one agent's round machine for real: event loop, network, thread, wall clock.
 
-Actions are carried out in the order in which the machine gives them, and the next event is handed in once they are
-under way; a checkpoint is waited for, so that what comes after it (publishing above all) rests on a durable state. Of
-the one after training the optimizer's state follows once the snapshot is published: peers wait for weights alone.
-Training, merging and fetching go on side by side with the loop and come back as events.
+Actions are carried out in the order in which the machine gives them, and the next event is handed in once they have
+begun. The runner waits for a checkpoint, so that later actions (publishing above all) follow a durable state. In the
+checkpoint after training, the optimizer's state is written after the snapshot is published: peers wait for weights
+only. Training, merging and fetching run beside the loop, and their results come back as events.
 """
 
 from __future__ import annotations
@@ -41,12 +41,13 @@ RETRY_S = (1.0, 60.0)
 
 
 class Runner:
-    """One life of one agent.
+    """One agent, from the start of its process to the end.
 
-    It is the `PeerListener` of its transport, whose `start` and `close` are its owner's affair.
+    It is the `PeerListener` of its transport, which its owner starts and closes.
 
-    `emit` is told every event, from the event loop's thread; `fetched` of every snapshot that arrives, with the
-    publisher's signed manifest, before the machine knows of it; `lateness`: measures peers' in synchronous rounds.
+    `emit` is called with every event, from the event loop's thread; `fetched` with every snapshot that arrives and the
+    publisher's signed manifest, before the machine knows of it; `lateness` measures peers' lateness in synchronous
+    rounds.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class Runner:
 
     # ── the loop ─────────────────────────────────────────────────────────────────────────────────────────────
     async def run(self, *, join: bool) -> str:
-        """Run until the agent leaves; return why. Raises what its work raised."""
+        """Run until the agent leaves; return why. Raises the errors of its work."""
         loop = self._loop = asyncio.get_running_loop()
         over = None if self._max_time_s is None else loop.call_later(self._max_time_s, self.post, m.TimeUp())
         self.post(m.Started(join=join))
@@ -109,16 +110,16 @@ class Runner:
             await self._handle(await self._events.get())
 
     def post(self, event: m.Event) -> None:
-        """Hand the machine an event, once it has dealt with those before."""
+        """Give the machine an event, once it has handled those before."""
         self._events.put_nowait(event)
 
     def stop(self, reason: str) -> None:
-        """Leave at once; the newest checkpoint stands."""
+        """Leave at once; the newest checkpoint stays valid."""
         self._stopping.set()
         self.post(m.Stop(reason))
 
     async def save(self, most_s: float) -> None:
-        """Save what the round has trained so far, once the step that is under way is over, within a time."""
+        """Save the round's training so far after the current step, within a time."""
         middle = self._work.middle
         middle.interrupt()
         if not middle.unsaved:
@@ -127,8 +128,8 @@ class Runner:
         await asyncio.wait([saving], timeout=most_s)
         if not saving.done():
             self.noticed(
-                f"a step of training, or its saving, takes longer than agent.drain_s ({most_s:g} s): what round "
-                f"{self.machine.round} has trained is lost; give it more, or set agent.checkpoint_every_s"
+                f"a step of training and saving it take longer than agent.drain_s ({most_s:g} s): the training of "
+                f"round {self.machine.round} is lost; raise agent.drain_s, or set agent.checkpoint_every_s"
             )
         elif (error := saving.exception()) is not None:
             self._saved(str(error))
@@ -136,19 +137,19 @@ class Runner:
             self._saved("")
 
     def saved_soon(self, fault: str) -> None:
-        """Tell from any thread that a round was saved in its middle, or why not."""
+        """Report from any thread that the middle of a round was saved, or why not."""
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._saved, fault)
 
     def _saved(self, fault: str) -> None:
         number = self.machine.round
         if fault:
-            self.noticed(f"{fault}; what round {number} has trained so far is not saved")
+            self.noticed(f"{fault}; the training of round {number} so far is not saved")
         else:
             self.emit(events.Checkpointed(agent=self.machine.agent, round=number, stage="training"))
 
     def remap(self, plan: Plan) -> None:
-        """Take a new network map over, from the next round on."""
+        """Use a new network map from the next round on."""
         self.post(m.MapChanged(plan))
 
     # ── what is heard ────────────────────────────────────────────────────────────────────────────────────────
@@ -165,11 +166,11 @@ class Runner:
         self.post(m.PeerLost(peer, reason, last))
 
     def refused(self, peer: str, reason: str) -> None:
-        """A peer does not fit."""
+        """A peer is refused."""
         self.emit(events.PeerRefused(agent=self.machine.agent, round=self.machine.round, peer=peer, reason=reason))
 
     def noticed(self, message: str) -> None:
-        """Something that a person should know."""
+        """Emit a warning for a person."""
         self.emit(events.Warned(message=message, agent=self.machine.agent))
 
     def twin(self, reason: str) -> None:
@@ -320,7 +321,7 @@ class Runner:
             recorded = await self._thread.do(self._work.recorded(action.root))
         if recorded is None:
             gone = f"the snapshot of round {action.round} ({action.root[:12]}…) is gone from the agent's folder"
-            self.noticed(f"{gone}; peers have to do without it")
+            self.noticed(f"{gone}; peers cannot get it")
             return
         self._recorded.setdefault(action.root, recorded)
         manifest = action.manifest(self.machine.run, agent, recorded)

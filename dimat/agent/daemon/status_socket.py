@@ -38,7 +38,7 @@ class StatusSocket:
     async def start(self) -> None:
         """Listen.
 
-        What an earlier life left behind is replaced (the folder's lock says that it is over).
+        A socket left behind by an earlier process is replaced (the folder's lock says that it has ended).
         """
         with _short(self._folder) as path:
             with suppress(FileNotFoundError):
@@ -67,7 +67,7 @@ class StatusSocket:
 
 
 def ask(folder: Path) -> dict[str, Any]:
-    """Return the status of the agent that runs in a folder; DataError where none does."""
+    """Return the status of the agent that runs in a folder; raises DataError if none does."""
     connection = socket.socket(socket.AF_UNIX)
     connection.settimeout(TIMEOUT_S)
     try:
@@ -76,7 +76,7 @@ def ask(folder: Path) -> dict[str, Any]:
             with connection.makefile("rb") as answer:
                 found = parse_json(answer.read())
         if not isinstance(found, dict):
-            raise ValueError("what answers is no agent")
+            raise ValueError("the program that answers is not an agent")
         return cast("dict[str, Any]", found)
     except (OSError, ValueError) as error:
         reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
@@ -87,7 +87,7 @@ def _why_silent(folder: Path, reason: str) -> str:
     """Say of the agent of a folder why it does not answer: it is stopped, paused by a signal, or something else."""
     mark = read_mark(folder) if folder.is_dir() else None
     if mark is None:
-        return f"it is no agent's folder ({reason}); start one with: dimat agent FILE"
+        return f"it is not an agent's folder ({reason}); start one with: dimat agent FILE"
     name = f"{mark['agent']!r} of run {mark['run']!r}"
     owner = owner_of_folder(folder)
     if owner is None:
@@ -97,14 +97,14 @@ def _why_silent(folder: Path, reason: str) -> str:
     except psutil.Error:
         paused = False
     if paused:
-        return f"{name} is stopped by a signal (SIGSTOP, Ctrl-Z); let it go on with: kill -CONT {owner}"
-    return f"{name}, process {owner}, is busy, or only starting ({reason}); ask again"
+        return f"{name} is stopped by a signal (SIGSTOP, Ctrl-Z); continue it with: kill -CONT {owner}"
+    return f"{name}, process {owner}, is busy, or still starting ({reason}); ask again"
 
 
 def notify(message: str) -> None:
     """Tell the service manager READY=1, STOPPING=1, WATCHDOG=1, or STATUS=… (`sd_notify`).
 
-    Nothing happens where none has asked for it, or where it does not listen.
+    Does nothing if no service manager has asked for it, or if it does not listen.
     """
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address:
@@ -116,9 +116,9 @@ def notify(message: str) -> None:
 
 
 def watchdog_s() -> float | None:
-    """Return how often the service manager is to be told WATCHDOG=1.
+    """Return the interval at which to send WATCHDOG=1 to the service manager.
 
-    Twice in the time after which it takes the agent for hung. None where it does not watch this process.
+    It is half the time after which the manager takes the agent for hung. None if it does not watch this process.
     """
     try:
         microseconds = int(os.environ.get("WATCHDOG_USEC", ""))
@@ -129,7 +129,7 @@ def watchdog_s() -> float | None:
 
 
 async def feed_watchdog() -> None:
-    """Tell the service manager from within the loop that it turns, if it wants to know."""
+    """Tell the service manager from within the event loop that the loop runs, if it wants to know."""
     every_s = watchdog_s()
     while every_s is not None:
         notify("WATCHDOG=1")
@@ -151,7 +151,7 @@ def _short(folder: Path) -> Generator[str]:
 
 
 def plain_view(view: AgentView) -> dict[str, object]:
-    """Return the parts of an agent's status that its events tell, as plain values. Times are Unix seconds."""
+    """Return the parts of an agent's status that come from its events, as plain values. Times are Unix seconds."""
     plain: dict[str, object] = {"agent": view.agent, "run": view.run, "warnings": list(view.warnings)}
     if view.trained is not None:
         plain["trained"] = {"round": view.trained.round, "loss": view.loss}
@@ -173,7 +173,7 @@ def plain_view(view: AgentView) -> dict[str, object]:
 
 
 def for_members(status: Mapping[str, object], folders: Iterable[Path]) -> dict[str, object]:
-    """Return a status as other members get it: without this machine's process, and without the paths of `folders`."""
+    """Return a status for other members: without this machine's process id and the paths of `folders`."""
     own = {key: value for key, value in status.items() if key not in ("folder", "pid")}
     # a path of one part is no secret, and may be a word: an agent's folder is often called as the agent is
     paths = {str(path) for folder in folders for path in (folder, folder.resolve()) if len(path.parts) > 1}
@@ -181,7 +181,7 @@ def for_members(status: Mapping[str, object], folders: Iterable[Path]) -> dict[s
 
 
 def without_paths(value: object, paths: Collection[str]) -> object:
-    """Return plain values with the folders `paths` taken out of their texts."""
+    """Return plain values with the folders `paths` removed from their texts."""
     if isinstance(value, str):
         for path in sorted(paths, key=len, reverse=True):
             value = value.replace(path, "…")

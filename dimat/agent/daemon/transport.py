@@ -33,8 +33,8 @@ def make_transport(
 ) -> GrpcTransport:
     """Return an agent's transport, which is not started.
 
-    `model`: as its peers have to have it; `store`, `received`: of own and of received snapshots, of at most
-    `snapshot_bytes` each; `disk_bytes`: for those received; the rest as in `GrpcTransport`.
+    `model`: identity that peers' models must share; `store`, `received`: folders of own and received snapshots, of at
+    most `snapshot_bytes` each; `disk_bytes`: for the received ones; the rest is as in `GrpcTransport`.
     """
     exchange = setup.config.exchange
     return GrpcTransport(

@@ -1,4 +1,4 @@
-"""A real agent's work in a thread of its own, so that the event loop goes on serving."""
+"""A real agent's work in its own thread, so that the event loop continues to serve peers."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ T = TypeVar("T")
 
 
 class WorkThread:
-    """A thread that does what it is given, in order.
+    """A thread that does its jobs in order.
 
-    It is a daemon: nobody waits for it when the process ends.
+    It is a daemon thread: the process does not wait for it at its end.
     """
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class WorkThread:
     def do(self, job: Callable[[], T]) -> asyncio.Future[T]:
         """Do a job once those before it are done.
 
-        The future has its outcome, in the event loop that asks.
+        Returns a future of its outcome, in the caller's event loop.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
@@ -71,7 +71,7 @@ class WorkThread:
 
 
 class AgentWorker(Work[Path]):
-    """The work of a real agent, done as its outcomes are taken in the agent's one thread.
+    """The work of a real agent, done in the agent's one thread when its outcomes are taken.
 
     `evaluate`: on what occasions a merge is evaluated (`Learner.merge`); `lineage`: file of the records of merges;
     `weights`: file in which people find the newest merged weights; `middle`: saves training in the middle of a round;
@@ -100,7 +100,7 @@ class AgentWorker(Work[Path]):
         self._complete: Callable[[], None] | None = None
 
     def restore(self) -> Outcome[Restored | None]:
-        """Go on from the newest checkpoint that can be read."""
+        """Continue from the newest readable checkpoint."""
 
         def restored() -> Restored | None:
             learner = self._learner
@@ -115,7 +115,7 @@ class AgentWorker(Work[Path]):
         return restored
 
     def train(self, action: m.Train) -> Outcome[TrainResult]:
-        """Train for a round, or for the rest of it where it was broken off in an earlier life."""
+        """Train for a round, or for the rest of a round that was interrupted before a restart."""
 
         def trained() -> TrainResult:
             self.middle.begin()
@@ -130,18 +130,18 @@ class AgentWorker(Work[Path]):
         return trained
 
     def record(self, action: m.Train) -> Outcome[RecordedSnapshot]:
-        """Record the weights as a snapshot, and beside it what a manifest says of it."""
+        """Record the weights as a snapshot, with the facts for its manifest."""
         return self._record
 
     def recorded(self, root: str) -> Outcome[RecordedSnapshot | None]:
-        """Return a snapshot that was recorded in an earlier life, by address.
+        """Return a snapshot that was recorded before a restart, by address.
 
-        None where it is gone.
+        None if it is gone.
         """
         return lambda: RecordedSnapshot.load(self._learner.store, root)
 
     def checkpoint(self, action: m.CheckpointAction) -> Outcome[None]:
-        """Make the record of a merge and the agent's state durable; after training, but for what `complete` writes."""
+        """Make the record of a merge and the agent's state durable; after training, all but what `complete` writes."""
 
         def written() -> None:
             if action.record is not None:
@@ -158,7 +158,7 @@ class AgentWorker(Work[Path]):
         return written
 
     def complete(self) -> Outcome[None]:
-        """Write what is left of the checkpoint after training, while peers have its snapshot already."""
+        """Write the rest of the checkpoint after training, when peers can have its snapshot already."""
 
         def completed() -> None:
             if self._complete is not None:
@@ -169,7 +169,7 @@ class AgentWorker(Work[Path]):
 
     @property
     def incomplete(self) -> bool:
-        """Whether anything is left of the newest checkpoint for `complete` to write."""
+        """Whether the newest checkpoint still has a part for `complete` to write."""
         return self._complete is not None
 
     def _keep_trusted(self, number: int) -> None:
@@ -187,7 +187,7 @@ class AgentWorker(Work[Path]):
         return lambda: self._learner.adopt_basis(action.round, action.peer, source)
 
     def adopt_weights(self, action: m.AdoptWeights, source: Path) -> Outcome[str]:
-        """Take over the weights of a snapshot."""
+        """Adopt the weights of a snapshot."""
         return lambda: self._learner.adopt_weights(action.peer, source)
 
     def merge(self, action: m.MergeAction, sources: Mapping[str, Path]) -> Outcome[MergeResult]:
@@ -195,11 +195,11 @@ class AgentWorker(Work[Path]):
         return lambda: self._learner.merge(action, sources, self._evaluate)
 
     def compact(self) -> Outcome[bool]:
-        """Compact the ledgers, where one is about to pass its bound."""
+        """Compact the ledgers if one is about to exceed its bound."""
         return self._compaction.look
 
     def save_weights(self) -> Outcome[None]:
-        """Write the weights of the checkpoint that was just made to where people find them."""
+        """Write the weights of the checkpoint that was just made to the file for people."""
 
         def saved() -> None:
             if not self._checkpoints.share_weights(self._weights):

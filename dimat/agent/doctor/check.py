@@ -15,7 +15,7 @@ Level = Literal["ok", "warn", "fail"]
 class Check:
     """The result of one check.
 
-    `name`: its subject; `what`: the state found; `mend`: advice, "" where nothing is to be done; `code`: exit code of a
+    `name`: its subject; `what`: the state found; `mend`: advice, "" if none is needed; `code`: exit code of a
     command that fails for it (see `dimat.errors`).
     """
 

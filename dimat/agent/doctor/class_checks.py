@@ -1,7 +1,7 @@
-"""Check of `dimat doctor`: how far agents' class shares lie apart, and what that asks for.
+"""Check of `dimat doctor`: how far agents' class shares lie apart, and advice for it.
 
-Agents do not tell each other their counts. Where the configuration splits one data set among them, everybody's part is
-known here; where each has data of its own, only this agent's is.
+Agents do not send each other their counts. If the configuration splits one data set among them, all parts are known
+here; if each has its own data, only this agent's part is.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def check_classes(setup: PreparedAgent) -> Iterator[Check]:
     what = f"agents' class shares are {apart:.2f} from the whole's (total variation, mean over agents)"
     mends = [AUTO] if plain and any(skew(row) > SKEWED for row in counts.values()) else []
     if apart > FAR_APART and setup.config.merge.preset.exchanges and not averages_exactly(setup.schedule.first):
-        what += f", above {FAR_APART}: an average of few neighbours lacks whole classes"
+        what += f", above {FAR_APART}: an average over few neighbours lacks whole classes"
         mends.append(f"let all agents have exact averages: {exact_average(len(counts))}, if all can reach each other")
     yield warn("classes", what, "; ".join(mends)) if mends else ok("classes", what)
 

@@ -1,6 +1,6 @@
 """`dimat doctor`: checks everything an agent needs here and in the network, read-only.
 
-`examine` works whether the agent runs or not. What costs long is done once: the task is loaded, since its model's
+`examine` works whether the agent runs or not. The slow part is done once: the task is loaded, since its model's
 schema decides which peers fit.
 """
 
@@ -52,7 +52,7 @@ class RunningAgent:
 
 
 def examine(config: ExperimentConfig) -> Iterator[Check]:
-    """Look at an agent's configuration, keys, machine, folder, port and peers; a check each, once it is known."""
+    """Check an agent's configuration, keys, machine, folder, port and peers; yields each check when it is done."""
     try:
         setup = prepare_agent(config)
     except DimatError as error:
@@ -62,7 +62,7 @@ def examine(config: ExperimentConfig) -> Iterator[Check]:
     peers = sorted(setup.schedule.plan(setup.name).peers)
     yield ok("config", f"agent {setup.name} of run {config.run}, task {setup.experiment.task.name}")
     for note in setup.experiment.loaded.notes:
-        yield warn("task", note, "mend it unless it is meant")
+        yield warn("task", note, "fix it, unless you meant it")
     if peers:
         yield ok("map", f"{len(setup.schedule.agents)} agents; {setup.name} listens to {', '.join(peers)}")
     else:
@@ -80,7 +80,7 @@ def examine(config: ExperimentConfig) -> Iterator[Check]:
     yield from _disk_and_memory(path, needs_of(learner.trainer, setup, len(peers)))
     yield from _folder(config, setup.name, path, running, learner.data_now())
     if identity is None and not config.agent.insecure:
-        yield warn("peers", "not asked, for want of keys", "see to the keys first")
+        yield warn("peers", "not asked: there are no keys", "see to the keys first")
         return
     endpoint = AgentEndpoint(
         run=config.run,
@@ -111,7 +111,7 @@ def running_in(folder: Path) -> RunningAgent:
 def _keys(config: ExperimentConfig, name: str) -> tuple[Identity | None, Check]:
     if config.agent.insecure:
         mend = "make keys with `dimat keys` and drop agent.insecure before others take part"
-        return None, warn("keys", "none: agent.insecure, on loopback only", mend)
+        return None, warn("keys", "none: agent.insecure is set, so loopback only", mend)
     try:
         identity = load_identity(Path(config.folder) / config.agent.keys, name)
     except DimatError as error:
@@ -131,7 +131,7 @@ def _keys_in_use(identity: Identity, running: RunningAgent) -> Check:
         return ok("keys in use", f"process {running.pid} goes by these keys")
     ends = used.get("until")
     until = f", valid until {datetime.fromtimestamp(ends, UTC):%Y-%m-%d}" if isinstance(ends, int | float) else ""
-    what = f"process {running.pid} goes by other keys than the files hold (certificate {_short(used)}…{until})"
+    what = f"process {running.pid} uses other keys than the files hold (certificate {_short(used)}…{until})"
     return warn("keys in use", what, f"let it read them anew: kill -HUP {running.pid}")
 
 
@@ -177,8 +177,8 @@ def _hivemind(*, needed: bool) -> Check:
     # an agent without it goes on with the addresses of the map
     return warn(
         "hivemind",
-        f"cannot be imported: {' '.join(fault) or 'it ended without a word'}",
-        "pip install hivemind, or find peers by the map's addresses alone: drop dht.bootstraps",
+        f"cannot be imported: {' '.join(fault) or 'it ended without a message'}",
+        "pip install hivemind, or use only the map's addresses: drop dht.bootstraps",
     )
 
 
@@ -188,14 +188,14 @@ def _device(config: ExperimentConfig) -> Check:
     try:
         device = resolve_device(config.train.device)
     except ConfigError as error:
-        return failed("device", error, 'set train.device to "auto" or "cpu", or mend the driver (nvidia-smi)')
+        return failed("device", error, 'set train.device to "auto" or "cpu", or repair the driver (nvidia-smi)')
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         name = torch.cuda.get_device_name(device)
         return ok("device", f"trains on {device}: {name}, {free / MB:,.0f} of {total / MB:,.0f} MB free")
     gpus = torch.cuda.device_count()
     if gpus and device.type == "cpu":
-        return warn("device", f"trains on the cpu, and {gpus} GPU can be had", 'set train.device to "auto"')
+        return warn("device", f"trains on the cpu, and {gpus} GPU is available", 'set train.device to "auto"')
     return ok("device", f"trains on {device} with {torch.get_num_threads()} threads")
 
 
@@ -234,7 +234,7 @@ def _folder(
         yield failed("folder", error, f"move {path} away, or restore its agent.json")
         return
     if mark is None:
-        yield ok("folder", f"{path} is new: the agent begins there")
+        yield ok("folder", f"{path} is new: the agent starts there")
         return
     if mark != {"run": config.run, "agent": name}:
         what = f"{path} is that of agent {mark.get('agent')!r} in run {mark.get('run')!r}"
@@ -259,8 +259,8 @@ def _folder(
         mend = "restore one from a backup, or remove the folder to begin as a newcomer"
         yield fail("checkpoint", f"none of {len(found)} can be read: {damaged[0]}", mend, DataError)
     elif found[0][1]:
-        what = f"{damaged[0]}; the agent goes on from {newest}"
-        yield warn("checkpoint", what, "look after the disk (dmesg, smartctl); the round is trained again")
+        what = f"{damaged[0]}; the agent continues from {newest}"
+        yield warn("checkpoint", what, "check the disk (dmesg, smartctl); the round is trained again")
     else:
         yield ok("checkpoint", f"{newest} can be read, {len(found)} are kept")
     if newest is not None:

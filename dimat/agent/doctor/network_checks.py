@@ -51,7 +51,7 @@ def check_network(endpoint: AgentEndpoint) -> Iterator[Check]:
             try:
                 own = stack.enter_context(closing(listen(host, port)))
                 port = int(own.getsockname()[1])
-                yield ok("port", f"{endpoint.listen} can be had")
+                yield ok("port", f"{endpoint.listen} is free")
             except OSError as error:
                 listening = False
                 yield _port_taken(endpoint, port, error)
@@ -80,7 +80,7 @@ def _port_taken(endpoint: AgentEndpoint, port: int, error: OSError) -> Check:
         return fail("port", what, "set agent.listen to an address of this machine, or to 0.0.0.0", NetworkError)
     if error.errno == errno.EACCES:
         return fail("port", what, "take a port above 1023", NetworkError)
-    owner = owner_of(port) or f"what has it (ss -ltnp 'sport = :{port}' names it, as root)"
+    owner = owner_of(port) or f"the program that uses it (ss -ltnp 'sport = :{port}' names it, as root)"
     mend = f"stop {owner}, or set agent.listen to another port"
     return fail("port", what, mend, NetworkError)
 
@@ -107,8 +107,8 @@ async def _peer(endpoint: AgentEndpoint, peer: str) -> tuple[Check, str, float |
     addresses = sorted(endpoint.neighbours.addresses.get(peer, ()))
     if not addresses:
         if endpoint.bootstraps:
-            return ok(name, "has no address on the map; the DHT has to tell"), "", None
-        mend = "put its addresses on the map, or set dht.bootstraps"
+            return ok(name, "has no address on the map; only the DHT can give one"), "", None
+        mend = "add its addresses to the map, or set dht.bootstraps"
         return fail(name, "has no address on the map", mend, ConfigError), "", None
     worst: Check | None = None
     for address in addresses:
@@ -125,7 +125,7 @@ async def _at(endpoint: AgentEndpoint, peer: str, address: str) -> tuple[Check, 
     name = f"peer {peer}"
     fault = await dial(*split_address(address), DIAL_S)
     if fault is not None:
-        mend = "is it running, and do address, port and firewalls let us through? then try again"
+        mend = "check that it runs, and that address, port and firewalls let this agent through; then try again"
         if isinstance(fault, socket.gaierror):
             return fail(
                 name, f"{address}: its name cannot be resolved", "correct it on the map, or see to DNS", NetworkError
@@ -144,7 +144,9 @@ async def _at(endpoint: AgentEndpoint, peer: str, address: str) -> tuple[Check, 
     except PeerError as error:
         return failed(name, error, "correct the address of one of the two on the map"), None
     except NetworkError as error:
-        return failed(name, error, "TCP works, gRPC does not: is it a dimat agent, with keys as we have?"), None
+        return failed(
+            name, error, "TCP works, gRPC does not: is it a dimat agent, and does it use keys as this agent does?"
+        ), None
     apart = max(before - reply.time_s, reply.time_s - time.time(), 0.0)
     ahead = apart if reply.time_s > before else -apart
     fault_of_fit = incompatibility(endpoint.profile, endpoint.run, reply)
@@ -170,7 +172,9 @@ def _clock(apart: dict[str, float]) -> list[Check]:
         return [ok("clock", f"within {max(abs(seconds), 0.1):.1f} s of the clocks of {', '.join(sorted(apart))}")]
     side = "behind" if seconds > 0 else "ahead of"
     what = f"{abs(seconds):,.0f} s {side} that of {worst}"
-    return [warn("clock", what, "let NTP set the clocks of both (timedatectl): certificates and the DHT go by them")]
+    return [
+        warn("clock", what, "let NTP set the clocks of both (timedatectl): certificates and the DHT depend on them")
+    ]
 
 
 async def _back(endpoint: AgentEndpoint, peer: str, address: str, port: int) -> Check:
@@ -185,7 +189,7 @@ async def _back(endpoint: AgentEndpoint, peer: str, address: str, port: int) -> 
     if reply.reached:
         return ok(name, f"reaches this agent at {where}")
     said = reply.reason if reply.reason.isprintable() else "no reason"
-    mend = f"let TCP port {port} in (firewall, NAT), and put the address that others see on the map"
+    mend = f"let TCP port {port} in (firewall, NAT), and put on the map the address that others see"
     return fail(name, f"cannot reach this agent at {where}: {said}", mend, NetworkError)
 
 

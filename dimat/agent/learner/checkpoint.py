@@ -1,10 +1,10 @@
-"""A checkpoint: an agent's whole state, and the files that it is written to.
+"""A checkpoint: an agent's whole state, and the files that hold it.
 
 It is plain tensors and plain values in a safetensors file, without pickle. Files appear by rename, after fsync, and
-carry the hash of their content in their name, so that a reader sees a whole checkpoint or knows that it does not.
+have the hash of their content in their name, so that a reader sees a whole checkpoint or knows that it does not.
 
-What is large lies in parts, safetensors files of their own in `parts/`, which the checkpoint names by the address of
-their content: `weights` (with the statistics beside them: the very bytes of a snapshot), `optimizer`, `method`.
+Large state is in parts, separate safetensors files in `parts/`, which the checkpoint names by the address of
+their content: `weights` (with the statistics beside them: the bytes of a snapshot), `optimizer`, `method`.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ class Checkpoint:
     """An agent at the end of a step of its round.
 
     `machine`: the round machine (round, basis, newest snapshot, push-sum weight, peers' offers); `trainer`: weights,
-    optimizer, random streams, position in the data; `method_tensors`, `method_values`: what the merge method carries
-    from merge to merge; `schema`: hash of the model's tensor names, shapes and types; `statistics`: what the merge to
-    come rests on beside weights, as it was published with them (stage "trained"); `data`: which data it trained on
-    (`own_data.describe_data`), empty where its user's loop reads them and in older checkpoints; `norms`: by
-    tensor, those that own training has made (`dimat.merge.growth`); `doubt`: rounds of the first and last doubtful
-    merge, 0 for none; `moment_norms`: as `norms`, of the optimizer's moments where they are merged.
+    optimizer, random streams, position in the data; `method_tensors`, `method_values`: the merge method's state from
+    merge to merge; `schema`: hash of the model's tensor names, shapes and types; `statistics`: those that the next
+    merge needs, as published with the weights (stage "trained"); `data`: the data that it trained on
+    (`own_data.describe_data`), empty if the user's loop reads them and in older checkpoints; `norms`: of each
+    tensor after own training (`dimat.merge.growth`); `doubt`: rounds of the first and last doubtful
+    merge, 0 for none; `moment_norms`: as `norms`, of the optimizer's moments if they are merged.
     """
 
     machine: MachineState
@@ -72,7 +72,7 @@ class Checkpoint:
 
 
 def digest(data: bytes) -> str:
-    """Return the part of a file's name that vouches for its content."""
+    """Return the hash of a file's content, the part of its name that vouches for it."""
     return blake3(data).hexdigest()[:32]
 
 
@@ -85,14 +85,14 @@ def encode(stored: Stored) -> bytes:
 
 
 def write_state(path: Path, stored: Stored, *, durable: bool = True) -> None:
-    """Write tensors and values as one file, by rename; DataError where it cannot be written."""
+    """Write tensors and values as one file, by rename; raises DataError if it cannot be written."""
     write_bytes(path, encode(stored), durable=durable)
 
 
 def read_state(source: Path | bytes, what: str = "") -> Stored:
-    """Read what `write_state` wrote, or its bytes (`what`: those, for messages).
+    """Read a file of `write_state`, or its bytes (`what`: their name, for messages).
 
-    DataError where it is missing, damaged or of another format.
+    Raises DataError if it is missing, damaged or of another format.
     """
     where = what or str(source)
     try:
@@ -102,7 +102,7 @@ def read_state(source: Path | bytes, what: str = "") -> Stored:
         raise DataError(f"cannot read checkpoint: {error}") from error
     found = metadata.get("dimat.checkpoint", "none")
     if found not in READ:
-        raise DataError(f"{where} is no checkpoint that this dimat reads (format {found}, expected {FORMAT})")
+        raise DataError(f"{where} is not a checkpoint that this dimat reads (format {found}, expected {FORMAT})")
     try:
         values = as_type(dict[str, Any], parse_json(metadata["values"]))
         return Stored(tensors, values, as_type(dict[str, str], parse_json(metadata.get("parts", "{}"))))
@@ -111,9 +111,9 @@ def read_state(source: Path | bytes, what: str = "") -> Stored:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint file, whose name vouches for its content, and its parts.
+    """Read a checkpoint file, whose name has the hash of its content, and its parts.
 
-    DataError where any of them is missing or damaged.
+    Raises DataError if any of them is missing or damaged.
     """
     expected = path.name.split(".")[-2]
     try:
@@ -156,7 +156,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 def _read_part(checkpoint: Path, part: str, root: str) -> dict[str, Tensor]:
     if not root.isalnum():
-        raise DataError(f"checkpoint {checkpoint} is damaged: {root!r} is no address of its {part}")
+        raise DataError(f"checkpoint {checkpoint} is damaged: {root!r} is not an address of its {part}")
     path = checkpoint.parent / "parts" / f"{root}.safetensors"
     try:
         if checksum_file(path).root != root:
@@ -165,7 +165,7 @@ def _read_part(checkpoint: Path, part: str, root: str) -> dict[str, Tensor]:
                 "the hash in its name"
             )
     except FileNotFoundError:
-        raise DataError(f"checkpoint {checkpoint} was not written to the end: its {part}, {path}, is missing") from None
+        raise DataError(f"checkpoint {checkpoint} was not written completely: its {part}, {path}, is missing") from None
     except OSError as error:
         raise DataError(
             f"cannot read the {part} of checkpoint {checkpoint}, {path}: {error.strerror or error}"

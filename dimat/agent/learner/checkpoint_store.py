@@ -1,11 +1,11 @@
 """The folder that keeps an agent's last few checkpoints, and those that were set aside.
 
-What has not changed is not written again: parts are shared between checkpoints, and with snapshots of the same bytes. A
-part stays as long as any checkpoint file in the folder names it, whatever that file is called. So another state costs
-only what is new in it:
+Unchanged parts are not written again: checkpoints share them, with each other and with snapshots of the same bytes. A
+part stays as long as any checkpoint file in the folder names it, whatever that file is called. So another checkpoint
+costs only the space of its new parts:
 
-- `set_aside("training", checkpoint)` keeps one beside the numbered ones, in the middle of a round, say; the next one
-  under that name takes its place, `aside` reads it, `drop` removes it;
+- `set_aside("training", checkpoint)` keeps one beside the numbered ones, for instance in the middle of a round; the
+  next one under that name replaces it, `aside` reads it, `drop` removes it;
 - `set_aside("trusted")` keeps the newest numbered one under that name, however many follow.
 
 A damaged checkpoint is passed over for the one before.
@@ -47,7 +47,7 @@ ASIDE = re.compile(r"([a-z][a-z-]*)\.([0-9a-f]{32})\.safetensors")
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """The newest checkpoint that can be read.
+    """The newest readable checkpoint.
 
     `published`: the last round that a checkpoint of stage "trained" was ever made for, readable or not; `passed_over`:
     why newer ones could not be read.
@@ -68,10 +68,10 @@ class _Encoded:
 
 
 class CheckpointStore:
-    """The last `keep` checkpoints of one agent in a folder of their own, and those that were set aside.
+    """The last `keep` checkpoints of one agent in their own folder, and those that were set aside.
 
-    `durable`: they survive power loss; `elsewhere`: folders of snapshots on the same disk, whose files are shared where
-    a part has their content.
+    `durable`: they survive power loss; `elsewhere`: folders of snapshots on the same disk, whose files are shared if
+    a part has the same content.
     """
 
     def __init__(
@@ -108,11 +108,12 @@ class CheckpointStore:
         return path
 
     def begin(self, checkpoint: Checkpoint) -> Callable[[], None] | None:
-        """Write a checkpoint but for what nobody else waits for, the state of optimizer and merge method. Return what
-        completes it, None where nothing is left: to be called before those change, and again where it raised DataError.
+        """Write a checkpoint without the state of optimizer and merge method, for which no peer waits. Return a
+        function that completes it, None if nothing is left: call it before that state changes, and again if it raised
+        DataError.
 
-        From here on a snapshot of these weights may be published. Until it is complete the checkpoint cannot be read:
-        a crash in between costs the round, which counts as published. DataError where it cannot be written.
+        From now on a snapshot of these weights may be published. Until it is complete the checkpoint cannot be read:
+        a crash in between costs the round, which counts as published. Raises DataError if it cannot be written.
         """
         encoded = self._encode(checkpoint)
         self._write(checkpoint, encoded)
@@ -127,8 +128,8 @@ class CheckpointStore:
         return None
 
     def share_weights(self, path: Path) -> bool:
-        """Give the weights of the checkpoint that was saved last another name; False where they are in no file of
-        their own, or not alone in it. DataError where that fails."""
+        """Give the weights of the checkpoint that was saved last another name; False if they are not in a separate
+        file, or not alone in it. Raises DataError if that fails."""
         if self._weights is None:
             return False
         try:
@@ -140,11 +141,11 @@ class CheckpointStore:
     def newest(
         self, run: str, agent: str, schema: str, fault_of: Callable[[Checkpoint], str] = lambda _: ""
     ) -> Loaded | None:
-        """Return the newest checkpoint that can be read and has no fault, None where none was ever written.
+        """Return the newest readable checkpoint without a fault, None if none was ever written.
 
-        `fault_of`: why a checkpoint is of no use, or nothing. Where one has a fault, the one that is set aside as
-        `TRUSTED` is gone back to, if there is one. Raises DataError where all are damaged, and where it is another
-        run's, agent's or model's, naming both.
+        `fault_of`: why a checkpoint is of no use, or nothing. If one has a fault, the checkpoint set aside as
+        `TRUSTED` is used instead, if there is one. Raises DataError if all are damaged, and if it belongs to another
+        run, agent or model, naming both.
         """
         names = self._names()
         passed_over: list[str] = []
@@ -163,7 +164,7 @@ class CheckpointStore:
             trusted = self.aside(TRUSTED, run, agent, schema)
             if trusted is not None and not fault_of(trusted):
                 number = trusted.machine.round
-                passed_over.append(f"all checkpoints since the doubtful merge of round {number} are passed over")
+                passed_over.append(f"all checkpoints since the doubtful merge of round {number} are ignored")
                 return Loaded(trusted, published, tuple(passed_over))
         if passed_over:
             raise DataError(
@@ -174,9 +175,9 @@ class CheckpointStore:
 
     # ── beside the last few ──────────────────────────────────────────────────────────────────────────────────
     def set_aside(self, name: str, checkpoint: Checkpoint | None = None) -> None:
-        """Keep a checkpoint, or the newest one, under a name (of letters and "-") until another takes its place.
+        """Keep a checkpoint, or the newest one, under a name (of letters and "-") until another replaces it.
 
-        DataError where it cannot be written, and where there is none.
+        Raises DataError if it cannot be written, or if there is none.
         """
         before = self._aside(name)
         if checkpoint is not None:
@@ -193,9 +194,9 @@ class CheckpointStore:
         self._remove([old for old in before if old != path])
 
     def aside(self, name: str, run: str, agent: str, schema: str) -> Checkpoint | None:
-        """Return the checkpoint that was set aside under a name, None where there is none.
+        """Return the checkpoint that was set aside under a name, None if there is none.
 
-        DataError where it is damaged, and where it is another run's, agent's or model's.
+        Raises DataError if it is damaged, or belongs to another run, agent or model.
         """
         path = max(self._aside(name), key=lambda file: file.stat().st_mtime_ns, default=None)
         if path is None:
@@ -205,7 +206,7 @@ class CheckpointStore:
         return checkpoint
 
     def drop(self, name: str) -> None:
-        """Remove what was set aside under a name, if anything was."""
+        """Remove the checkpoint that was set aside under a name, if any."""
         self._remove(self._aside(name))
 
     # ── files ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -296,8 +297,8 @@ class CheckpointStore:
 def look(folder: Path) -> list[tuple[str, str]]:
     """Return the checkpoints in a folder, newest first: file name, and its fault or "".
 
-    Nothing is changed, unlike by a `CheckpointStore`, which is the running agent's alone. DataError where the folder
-    cannot be read.
+    It changes nothing, unlike a `CheckpointStore`, which only the running agent may open. Raises DataError if the
+    folder cannot be read.
     """
     try:
         names = sorted((path.name for path in folder.iterdir() if NAME.fullmatch(path.name)), reverse=True)

@@ -1,4 +1,4 @@
-"""An agent's sets of examples: to train on, to be judged on, to compare networks on."""
+"""An agent's sets of examples: to train on, to judge merges on, to compare networks on."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ HOLD_OUT = 0.1  # share of an agent's samples that `accept = no-worse` on "local
 class ExampleSets:
     """The sets of one agent, of a task and for merges by a plan.
 
-    `own`: what the agent trains on; `hold_out`: those of its samples that its merges are judged on instead, None where
-    they are judged on none of its own.
+    `own`: the samples that the agent trains on; `hold_out`: those on which its merges are judged instead, None if
+    they are not judged on its own samples.
     """
 
     task: Task
@@ -33,7 +33,7 @@ class ExampleSets:
     def of(task: Task, plan: MergePlan, agent: str, indices: Tensor, seed: int) -> ExampleSets:
         """Return the sets of the agent that has the samples `indices` of the training split; `seed`: the experiment's.
 
-        Raises DataError where one of them is too small for what is to be done with it.
+        Raises DataError if one of them is too small for its use.
         """
         train, held = task.data("train"), None
         if plan.accept.name == "no-worse" and plan.accept.settings["on"] == "local":
@@ -46,11 +46,11 @@ class ExampleSets:
         return sets
 
     def check(self, agent: str) -> None:
-        """Raise DataError where a set is too small for what is to be done with it."""
+        """Raise DataError if a set is too small for its use."""
         plan = self.plan
         if self.hold_out is not None and len(self.own) == 0:
             raise DataError(
-                f'agent {agent} has {len(self.hold_out)} example, which accept = "no-worse" on "local" keeps from '
+                f'agent {agent} has {len(self.hold_out)} example, which accept = "no-worse" on "local" keeps out of '
                 "training; give it more data, or judge merges on the probe set"
             )
         if (needs_symmetry(plan) or plan.repair.name != "none") and (count := len(self.compared())) < 2:
@@ -71,7 +71,7 @@ class ExampleSets:
         return self._probe()
 
     def judged(self) -> Data | None:
-        """Return the examples on which merges are judged by the task's metric, None where they are not."""
+        """Return the examples on which merges are judged by the task's metric, None if they are not judged."""
         objective = self.plan.combine.settings.get("objective")  # a combine method may judge by score too
         if self.plan.accept.name != "no-worse" and objective != "score":
             return None

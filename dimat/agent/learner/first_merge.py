@@ -1,11 +1,11 @@
-"""First merges of agents that begin with weights of their own: `schedule.first_merge`.
+"""First merges of agents that start from different weights: `schedule.first_merge`.
 
-With "align" an agent permutes its own weights into the basis that it takes over. With "adopt" and "adopt-distil" it
-takes over the weights in that basis instead, whole, and no merge mixes bases: peers in another one are left out, and
-take over ours soon, or we theirs. That is so in the first rounds (`first_merge_rounds`); later it is as with "align".
-With "adopt-distil" an agent that has taken over weights, or has left peers out, learns after the merge from own labels
-and from the logits of its old model and of all peers' of that round, for `schedule.distil.steps` steps on own examples:
-what they knew is carried over, whatever their order of units.
+With "align" an agent permutes its own weights into the basis that it adopts. With "adopt" and "adopt-distil" it adopts
+the peer's weights with the basis, and no merge mixes bases: peers in another basis are left out, until they adopt this
+agent's basis or it adopts theirs. This holds in the first rounds (`first_merge_rounds`); later rounds are as with
+"align". With "adopt-distil" an agent that has adopted weights, or has left out peers, learns after the merge from its
+own labels and from the logits of its old model and of all peers of that round, for `schedule.distil.steps` steps on its
+own examples: this transfers their knowledge, whatever their order of units.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ class PeerSplit:
 
     @property
     def left_out_weight(self) -> float:
-        """The mixing weight of those that are left out, which goes to self."""
+        """The mixing weight of the peers that are left out, which goes to the agent itself."""
         return sum(peer.weight for peer in self.left_out)
 
     def refused(self, by_merge: Mapping[str, str]) -> dict[str, str]:
-        """Return all peers that are kept out, with the reason, given those of the peers that are merged."""
+        """Return all refused peers with the reason, given those among the peers to merge."""
         return {**by_merge, **self.unfit}
 
 
 @dataclass(slots=True)
 class FirstMerge:
-    """What is kept from the moment at which weights are taken over to the merge that follows.
+    """State from the moment at which weights are adopted to the merge that follows.
 
-    `former`: own weights of before, None where none were taken over; `source`: the peer that they were taken from.
+    `former`: the agent's own weights before, None if it adopted none; `source`: the peer whose weights it adopted.
     """
 
     config: ScheduleConfig
@@ -56,7 +56,7 @@ class FirstMerge:
     notes: list[str] = field(default_factory=list[str])
 
     def adopts(self, number: int) -> bool:
-        """Whether in a round weights are taken over with a basis."""
+        """Whether in a round weights are adopted with a basis."""
         return number <= self.config.adopt_rounds
 
     def check(self, trainer: ModelTrainer) -> None:
@@ -65,24 +65,24 @@ class FirstMerge:
             return
         key = 'schedule.first_merge = "adopt-distil"'
         if not isinstance(trainer, Trainer):
-            raise ConfigError(f'{key} trains by itself, and here a loop of your own does; take "adopt"')
+            raise ConfigError(f'{key} trains by itself, but here your own loop trains; use "adopt"')
         check_teachable(trainer.task, key)
 
     def took_over(self, former: dict[str, Tensor], source: str) -> None:
-        """Note that a peer's weights stand in the place of own ones."""
+        """Note that a peer's weights have replaced the agent's own."""
         self.former, self.source = former, source
-        self.notes = [f"took over the weights of {source} with its basis, in place of its own"]
+        self.notes = [f"adopted the weights of {source} with its basis, in place of its own"]
 
     def split(self, number: int, peers: Sequence[Peer], fault_of: Callable[[str, Weights], str]) -> PeerSplit:
-        """Tell the peers that are merged in a round from those that are left out of the merge.
+        """Split the peers of a round into those that are merged and those that are left out.
 
-        `fault_of`: why a peer's weights do not pass the screen, "" where they do.
+        `fault_of`: why a peer's weights do not pass the screen, "" if they do.
         """
         merged = [peer for peer in peers if peer.same_basis or not self.adopts(number)]
         left_out = [peer for peer in peers if not peer.same_basis and self.adopts(number)]
         if left_out:
             names = ", ".join(peer.name for peer in left_out)
-            self.notes.append(f"not merged, since in another basis: {names} (schedule.first_merge)")
+            self.notes.append(f"not merged, because they have another basis: {names} (schedule.first_merge)")
         faults = {peer.name: fault_of(peer.name, peer.weights) for peer in left_out}
         return PeerSplit(merged, left_out, {name: fault for name, fault in faults.items() if fault})
 
@@ -94,9 +94,9 @@ class FirstMerge:
     def teach(
         self, trainer: ModelTrainer, number: int, own: Weights, split: PeerSplit, refused: Mapping[str, str]
     ) -> None:
-        """Teach the model what it knew before and what its peers know.
+        """Distil the agent's former model and its peers' models into the current one.
 
-        `own`: the agent's weights before the merge, which count where none were taken over; `refused`: peers that teach
+        `own`: the agent's weights before the merge, used if it adopted none; `refused`: peers that teach
         nothing.
         """
         assert isinstance(trainer, Trainer)
@@ -104,11 +104,12 @@ class FirstMerge:
         teachers = [own if self.former is None else self.former, *fit]
         report = trainer.distil(number, teachers, self.config.distil)
         self.notes.append(
-            f"learned for {report.steps} steps from own labels and from what {len(teachers)} models say of own examples"
+            f"learned for {report.steps} steps from its own labels and from the outputs of "
+            f"{len(teachers)} models on its own examples"
         )
 
     def done(self) -> tuple[str, ...]:
-        """Forget what was kept; return what a person should know of the merge."""
+        """Clear the state; return the remarks on the merge for people."""
         notes, self.notes = tuple(self.notes), []
         self.former, self.source = None, ""
         return notes

@@ -1,7 +1,7 @@
-"""The learner: one agent's model, optimizer and data, and what a round does with them.
+"""The learner: one agent's model, optimizer and data, and the work of a round on them.
 
-It trains, records snapshots, adopts a basis and merges, and knows no peers beyond the files of their snapshots. Every
-driver (simulator, daemon) has one per agent.
+It trains, records snapshots, adopts a basis and merges; of its peers it knows only the files of their snapshots. Every
+driver (simulator, daemon) has one learner per agent.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class Learner:
         return trainer
 
     def train(self, number: int, learn: bool = True) -> TrainResult:
-        """Train for a round (not if `learn` is false), and take the merge method's statistics."""
+        """Train for a round (not if `learn` is false), and compute the merge method's statistics."""
         report = None
         with self._own_training():
             timer = StageTimer(thread_time)
@@ -149,7 +149,7 @@ class Learner:
     def record(self) -> RecordedSnapshot:
         """Record the current weights as a snapshot, in the encoding in which peers get them.
 
-        DataError where it cannot be written; it may be tried again then.
+        Raises DataError if it cannot be written; it may then be tried again.
         """
         weights = self.trainer.weights(copy=False)
         extras = {**self._statistics.tensors, **(self._moments.encoded() if self._learned else {})}
@@ -157,9 +157,9 @@ class Learner:
         return RecordedSnapshot(payload, forms, schema_hash(weights), self._samples)
 
     def adopt_weights(self, peer: str, snapshot: Path) -> str:
-        """Take over a peer's weights whole.
+        """Adopt all weights of a peer.
 
-        Returns why it could not be, with nothing changed, or an empty string.
+        Returns an empty string, or with nothing changed the reason why it could not.
         """
         weights, statistics, moments = self._open(snapshot)
         if fault := self._unfit(peer, weights):
@@ -181,8 +181,8 @@ class Learner:
         return self._norms.unfit(peer, weights, self._plan.screen)
 
     def checkpoint(self, machine: MachineState) -> Checkpoint:
-        """Return all that this agent needs to go on, with the round machine's state. Its tensors are the model's and
-        the optimizer's own: it is to be written before they change."""
+        """Return all that this agent needs to continue, with the round machine's state. Its tensors are the model's and
+        the optimizer's own: write it before they change."""
         tensors = {name: value for name, value in self.method.items() if isinstance(value, Tensor)}
         values = {name: value for name, value in self.method.items() if name not in tensors}
         return Checkpoint(
@@ -199,9 +199,9 @@ class Learner:
         )
 
     def restore(self, checkpoint: Checkpoint) -> str:
-        """Go on from a checkpoint; return why a new epoch begins with it, "" where the epoch goes on.
+        """Continue from a checkpoint; return why a new epoch begins with it, "" if the epoch continues.
 
-        DataError where it does not fit the task, its data or the training's settings.
+        Raises DataError if it does not fit the task, its data or the training's settings.
         """
         note = ""
         if isinstance(self.trainer, Trainer):
@@ -219,7 +219,7 @@ class Learner:
         return note
 
     def data_now(self) -> dict[str, int | float | str]:
-        """Return what a checkpoint remembers of the data; nothing where the user's own loop reads them."""
+        """Return a checkpoint's description of the data; nothing if the user's own loop reads them."""
         own = isinstance(self.trainer, Trainer)
         return describe_data(self._sets.own, self.trainer.batches, self.part) if own else {}
 
@@ -228,10 +228,10 @@ class Learner:
         return schema_hash(self.trainer.model.state_dict())
 
     def adopt_basis(self, number: int, peer: str, snapshot: Path) -> Moves | None:
-        """Permute weights, buffers and optimizer into the basis of a peer's snapshot, or take over its weights with it.
+        """Permute weights, buffers and optimizer into the basis of a peer's snapshot, or adopt its weights with it.
 
-        Return which units moved. None, and nothing changed, where the snapshot is not fit to align to. Without symmetry
-        groups nothing is permuted: all bases are one then.
+        Return which units moved. None, with nothing changed, if the snapshot is not fit to align to. Without symmetry
+        groups nothing is permuted: all bases are then the same.
         """
         if self._first.adopts(number):
             former = self.trainer.weights()
@@ -334,12 +334,12 @@ class Learner:
         write_weights(file, self.trainer.weights(copy=False), durable=self.durable)
 
     def trusts_again(self, number: int) -> bool:
-        """Whether weights after a round can be trusted again: the last doubtful merge is long over, and they are no
+        """Whether weights after a round can be trusted again: the last doubtful merge is long ago, and they are no
         larger than usual."""
         return self._norms.are_usual() and number >= self.doubt[1] + HORIZON
 
     def fault_of(self, checkpoint: Checkpoint) -> str:
-        """Return why an agent cannot go on from a checkpoint though it is whole, or nothing."""
+        """Return why an agent cannot continue from a checkpoint although it is whole, or nothing."""
         tensors = checkpoint.trainer.tensors
         return self._norms.not_finite(
             {name.removeprefix("model/"): tensors[name] for name in tensors if name.startswith("model/")}

@@ -16,10 +16,10 @@ from dimat.train.base import ModelTrainer
 
 
 class MergeMetrics:
-    """The metrics of one merge, empty where they are not asked for.
+    """The metrics of one merge, empty if they are not asked for.
 
     `evaluate`: gives those of the current weights, or of others; `asked`: "all" (before and after), "after" or "none";
-    `first`, `last`: whether the merge is the first and the last of its round, whose metrics these are.
+    `first`, `last`: whether the merge is the first or the last of its round, before and after which metrics are taken.
     """
 
     def __init__(
@@ -32,19 +32,19 @@ class MergeMetrics:
         self.after: Mapping[str, float] = {}
 
     def take_before(self, former: Weights | None) -> None:
-        """Evaluate before the merge; `former`: the agent's own weights, where it has taken over others since."""
+        """Evaluate before the merge; `former`: the agent's own weights, if it has adopted others since."""
         if self._with_before:
             self.before = self._evaluate(former)
 
     def take_after(self, *, changed: bool) -> None:
-        """Evaluate after the merge; nothing is computed twice where the weights are not `changed` by it."""
+        """Evaluate after the merge; computes nothing again if the merge has not `changed` the weights."""
         if self._with_after:
             self.after = self._evaluate(None) if changed or not self.before else self.before
 
     def keep_if_finite(self, outcome: MergeOutcome, held: dict[str, Tensor], trainer: ModelTrainer) -> MergeOutcome:
-        """Put own weights, which are `held`, back into the trainer where the merge has made metrics not finite.
+        """Put the agent's own weights (`held`) back into the trainer if the merge has made metrics not finite.
 
-        Return the outcome, as it is then.
+        Return the outcome after that.
         """
         lost = [name for name, value in self.after.items() if not isfinite(value)]
         if not lost or not outcome.changes:

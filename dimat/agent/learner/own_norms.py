@@ -1,4 +1,4 @@
-"""Norms of weights as own training has made them, by which merges are bounded."""
+"""Norms of an agent's weights after its own training, by which merges are bounded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dimat.train.base import ModelTrainer
 
 
 class OwnNorms:
-    """The norms of the trainer's weights. `used`: if false nothing is bounded by them."""
+    """The norms of the trainer's weights. `used`: if false they bound nothing."""
 
     def __init__(self, trainer: ModelTrainer, *, used: bool) -> None:
         self._trainer = trainer
@@ -24,7 +24,7 @@ class OwnNorms:
         """By tensor, those that own training has made; empty before the first."""
 
     def now(self) -> dict[str, float]:
-        """Return the norms of the current weights; nothing where they are not finite, which the merge says."""
+        """Return the norms of the current weights; nothing if they are not finite, which the merge reports."""
         own = self._trainer.model.state_dict()
         try:
             return norms_of(own, natures_of(own, self._trainer.model))
@@ -32,18 +32,18 @@ class OwnNorms:
             return {}
 
     def begin(self) -> None:
-        """Take the current weights as made by own training: they are another agent's, taken over whole."""
+        """Treat the current weights as if own training had made them: another agent's, just adopted."""
         self.norms = self.now()
 
     def reference(self) -> Reference | None:
-        """Return what merges are bounded by, None before the first training."""
+        """Return the bound on merges, None before the first training."""
         if not self.norms or not self._used:
             return None
         own = self._trainer.model.state_dict()
         return Reference.of(self.norms, own, natures_of(own, self._trainer.model))
 
     def after_training(self, before: Mapping[str, float]) -> None:
-        """Let the reference follow what a round's training has made of norms, `before` given."""
+        """Let the reference follow the change of norms in a round's training, from `before`."""
         reference, after = self.reference(), self.now()
         if reference is not None and after:
             self.norms = reference.after_training(before, after)
@@ -51,12 +51,12 @@ class OwnNorms:
             self.norms = after
 
     def are_usual(self) -> bool:
-        """Tell whether the current weights are no larger than usual."""
+        """Return whether the current weights are no larger than usual."""
         reference = self.reference()
         return reference is None or reference.excess(self.now())[0] <= LARGE
 
     def unfit(self, peer: str, weights: Weights, options: Mapping[str, Any]) -> str:
-        """Return why a peer's weights do not pass the screen, whose `options` are given, or an empty string."""
+        """Return why a peer's weights do not pass the screen with these `options`, or an empty string."""
         own = self._trainer.weights(copy=False)
         natures = natures_of(own, self._trainer.model)
         try:
@@ -66,7 +66,7 @@ class OwnNorms:
         return ""
 
     def not_finite(self, weights: Weights) -> str:
-        """Return which weights of the agent's own, from a checkpoint, are not finite; "" where nothing is bounded."""
+        """Return which of the agent's own weights, from a checkpoint, are not finite; "" if norms bound nothing."""
         if not self._used:
             return ""
         try:

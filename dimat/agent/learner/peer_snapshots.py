@@ -1,4 +1,4 @@
-"""Peers' snapshots as an agent opens them: weights, and what travels beside them."""
+"""Opens peers' snapshots: weights, and the statistics and moments sent with them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dimat.merge.stages import Weights
 
 
 class Opened(NamedTuple):
-    """A snapshot of which nothing is read yet. `statistics`, `moments`: empty where merges have no use for them."""
+    """A snapshot of which nothing is read yet. `statistics`, `moments`: empty if merges do not use them."""
 
     weights: Weights
     statistics: Weights
@@ -20,9 +20,9 @@ class Opened(NamedTuple):
 
 
 def open_snapshot(file: Path, own: Weights, *, statistics: bool, moments: bool) -> Opened:
-    """Open a snapshot. `own`: own weights; `statistics`, `moments`: whether merges rest on those, or merge them.
+    """Open a snapshot. `own`: own weights; `statistics`, `moments`: whether merges use them.
 
-    Where they do not, such tensors stay among the weights: tensors too many, which the screen refuses.
+    If they do not, such tensors stay among the weights: unexpected tensors, which the screen refuses.
     """
     weights = open_weights(file)
     taken: Weights = {}

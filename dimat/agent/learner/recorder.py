@@ -1,6 +1,6 @@
-"""Turns an agent's weights into a snapshot, through the encoding they travel in.
+"""Turns an agent's weights into a snapshot, through the encoding in which they are sent.
 
-So every reader holds the same content, in whatever form it came.
+So every reader has the same content, whatever form it received.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from dimat.weights.tensors import record_tensors
 class Recorder:
     """Records snapshots of one agent, one after the other.
 
-    `store`: folder that they are recorded in.
+    `store`: folder in which they are recorded.
 
-    What an encoding cuts off is kept, and added to what is sent next (error feedback); with `delta` the next snapshot
-    is a change to the one before, which carries it along by itself.
+    The encoding's error is kept, and added to the next snapshot (error feedback); with `delta` the next snapshot
+    is a change to the one before, which includes the error by itself.
     """
 
     def __init__(self, store: Path, config: ExchangeConfig, *, durable: bool = True) -> None:
@@ -35,7 +35,7 @@ class Recorder:
     def record(self, weights: Mapping[str, Tensor]) -> tuple[Payload, tuple[Form, ...]]:
         """Record weights; return their payload, and the cheaper forms of it.
 
-        DataError where they cannot be written.
+        Raises DataError if they cannot be written.
         """
         config = self._config
         if config.encoding == "fp32":
@@ -57,6 +57,6 @@ class Recorder:
         return payload, forms
 
     def forget(self) -> None:
-        """Begin anew: the weights are not a continuation of what was sent before."""
+        """Start again: the weights do not continue those sent before."""
         self._before = None
         self._residual = {}

@@ -1,4 +1,4 @@
-"""The ground an agent shares with its peers: base of task vectors, frozen parts, adapters."""
+"""The base that an agent shares with its peers: of task vectors, or frozen below adapters."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from dimat.weights.tensors import encode, schema_hash
 
 
 def load_base(config: ExperimentConfig, task: Task) -> dict[str, Tensor] | None:
-    """Return the weights that task vectors are taken from; DataError for a file that cannot be read or does not fit
-    the task's model."""
+    """Return the base of task vectors; raises DataError for a file that cannot be read or does not fit the task's
+    model."""
     base = config.merge.base
     if base is None:
         return None
@@ -46,8 +46,8 @@ def load_base(config: ExperimentConfig, task: Task) -> dict[str, Tensor] | None:
 
 
 def base_address(config: ExperimentConfig, task: Task) -> str:
-    """Return what agents compare when they meet: the address of the base of task vectors, the hash of the part of the
-    model that is frozen, or a hash of both; empty where there is neither."""
+    """Return the base's identity, which agents compare when they connect: the address of the base of task vectors, the
+    hash of the frozen part of the model, or a hash of both; empty if there is neither."""
     weights = load_base(config, task)
     address = "" if weights is None else checksum(encode(weights)).root
     frozen: str = getattr(task, "base_hash", "")
@@ -55,11 +55,11 @@ def base_address(config: ExperimentConfig, task: Task) -> str:
 
 
 def plan_for(config: MergeConfig, task: Task) -> MergePlan:
-    """Return the plan of a merge configuration for a task: where its model is trained in part, with the stages that
-    the part asks for in place of the preset's.
+    """Return the plan of a merge configuration for a task: if only part of its model is trained, with the stages that
+    this part needs in place of the preset's.
 
-    Raises ConfigError where the configuration moves units of a part, which the frozen rest would not follow, or holds
-    layers back that the model does not have.
+    Raises ConfigError if the configuration moves units of a part, which the frozen rest would not follow, or holds
+    back layers that the model does not have.
     """
     plan = _plan_for(config, task)
     if plan.layers:
@@ -94,7 +94,7 @@ def _plan_for(config: MergeConfig, task: Task) -> MergePlan:
         )
     if wanted in product_methods() and not plan.combine.traits["lora_products"]:
         notes.append(
-            f'"{plan.combine.name}" merges LoRA factors one by one, which is no merge of the changes that they stand '
-            f'for; "{wanted}" is'
+            f'"{plan.combine.name}" merges LoRA factors one by one, which does not merge the changes that they '
+            f'represent; "{wanted}" does'
         )
     return replace(plan, notes=tuple(notes))

@@ -31,9 +31,9 @@ from dimat.weights.moments import encode_moments
 class SharedMoments:
     """The moments of one agent's optimizer in `train.optimizer_state = "merged"`.
 
-    `encoding`: in which they travel; `plan`: of the merges, which bounds what peers send and may hold layers back;
-    `used`: if false they stay the agent's own: none are sent, awaited or changed; `norms`: those that own training has
-    made them have, empty before the first.
+    `encoding`: in which they are sent; `plan`: of the merges, which bounds peers' moments and may hold layers back;
+    `used`: if false they stay the agent's own: none are sent, expected or changed; `norms`: their norms after own
+    training, empty before the first.
     """
 
     def __init__(self, trainer: ModelTrainer, encoding: str, plan: MergePlan, *, used: bool = True) -> None:
@@ -45,19 +45,19 @@ class SharedMoments:
         self.norms: dict[str, float] = {}
 
     def encoded(self) -> dict[str, Tensor]:
-        """Return the tensors that the moments travel as, by names without `aux.`."""
+        """Return the encoded tensors of the moments, by names without `aux.`."""
         return encode_moments(self._trainer.moments(), self._encoding) if self.used else {}
 
     def norms_now(self) -> dict[str, float]:
-        """Return the norms of the moments as they are."""
+        """Return the current norms of the moments."""
         return norms_of_moments(self._trainer.moments()) if self.used else {}
 
     def restore(self, norms: Mapping[str, float]) -> None:
-        """Go on with the norms of a checkpoint; one of an older version has none."""
+        """Continue with the norms of a checkpoint; one of an older version has none."""
         self.norms = dict(norms) or self.norms_now() if self.used else {}
 
     def after_training(self, before: Mapping[str, float]) -> tuple[str, ...]:
-        """Let the reference follow what training has made of the norms, `before` given; return notes for people."""
+        """Let the reference follow the change of norms in training, from `before`; return notes for people."""
         if not self.used:
             return ()
         own = self._trainer.moments()
@@ -77,19 +77,19 @@ class SharedMoments:
         )
 
     def check(self, peer: str, tensors: Weights) -> None:
-        """Check what came beside a peer's weights; PeerError says what is wrong."""
+        """Check the moments sent with a peer's weights; raises PeerError with the fault."""
         if not self.used:
             return
         check_moments(peer, tensors, self._trainer.model.state_dict(), self._trainer.moments())
 
     def checks(self, came: Mapping[str, Weights]) -> Callable[[str], None]:
-        """Return what checks the moments of a peer, given its name. `came`: by peer what travelled beside weights."""
+        """Return a function that checks a peer's moments, by its name. `came`: by peer, tensors sent with weights."""
         return lambda peer: self.check(peer, came.get(peer, {}))
 
     def merge(self, outcome: MergeOutcome, came: Mapping[str, Weights], spec: SymmetrySpec | None) -> tuple[str, ...]:
         """Merge own moments with those of the peers that were in a merge of weights; return notes for people.
 
-        `came`: by peer what travelled beside its weights.
+        `came`: by peer, the tensors sent with its weights.
         """
         if not self.used:
             return ()
@@ -113,13 +113,13 @@ class SharedMoments:
         )
         self._trainer.load_moments(merged)
         return tuple(
-            f"{peer}: its optimizer's moments are up to {factor:.3g} times as large as our own training has made ours; "
-            f"they count as {self._plan.most:g} times"
+            f"{peer}: its optimizer's moments are up to {factor:.3g} times as large as this agent's own have "
+            f"become in training; they count as {self._plan.most:g} times"
             for peer, factor in merged.exceeded.items()
         )
 
     def adopt(self, tensors: Weights) -> str:
-        """Go on with another agent's moments, which have been checked; return what a person should know, or ""."""
+        """Continue with another agent's moments, which have been checked; return a remark for people, or ""."""
         if not self.used:
             return ""
         anew = self._trainer.adopt_moments(decoded_moments(tensors))
@@ -127,13 +127,13 @@ class SharedMoments:
         if not anew:
             return ""
         more = f" and {len(anew) - 3} more" if len(anew) > 3 else ""
-        return f"the optimizer begins anew for {', '.join(anew[:3])}{more}: its state is more than what travels"
+        return f"the optimizer's state is reset for {', '.join(anew[:3])}{more}: it has state that is not exchanged"
 
 
 def sample_encoded(
     config: ExperimentConfig, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer] = ()
 ) -> Weights:
-    """Return tensors of the names, shapes and types that moments will travel as; none where they are not merged.
+    """Return tensors of the names, shapes and types in which moments will be sent; none if they are not merged.
 
     `optimizers`: the model's; that of the configuration where none is given.
     """

@@ -1,4 +1,4 @@
-"""Statistics for merge methods that need them, taken on an agent's own data."""
+"""Statistics for merge methods that need them, computed on an agent's own data."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from dimat.tasks.data import batch_bounds
 
 
 class OwnStatistics:
-    """The statistics that an agent's next merge rests on, from the end of training to the merge.
+    """The statistics for an agent's next merge, from the end of training to the merge.
 
-    `data`: the agent's own; `tensors`: at its weights and in their basis, empty where merges rest on none.
+    `data`: the agent's own; `tensors`: at its weights and in their basis, empty if merges need none.
     """
 
     def __init__(self, plan: MergePlan, task: Task, data: Data, batch_size: int) -> None:
@@ -33,31 +33,31 @@ class OwnStatistics:
         self.tensors: dict[str, Tensor] = {}
 
     def take(self, model: nn.Module, generator: torch.Generator) -> None:
-        """Take them at the model's weights (see `take_statistics`)."""
+        """Compute them at the model's weights (see `take_statistics`)."""
         self.tensors = take_statistics(self._plan, self._task, model, self._data, self._batch_size, generator)
 
     def adopt(self, tensors: Weights) -> None:
-        """Go on with those of another agent, whose weights are taken over whole."""
+        """Continue with those of another agent, whose weights are adopted."""
         self.tensors = {name: tensor.clone() for name, tensor in tensors.items()}
 
     def permute(self, spec: SymmetrySpec, permutations: Permutations) -> None:
-        """Bring them into the basis that the weights are permuted into."""
+        """Permute them into the basis of the permuted weights."""
         self.tensors = dict(permuted(self.tensors, spec, permutations))
 
     def forget(self) -> None:
-        """Let them go: the weights they were taken at have changed."""
+        """Drop them: the weights at which they were computed have changed."""
         self.tensors = {}
 
 
 def take_statistics(
     plan: MergePlan, task: Task, model: nn.Module, data: Data, batch_size: int, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """Return the statistics that merges by the plan rest on, at the model's weights, on the CPU.
+    """Return the statistics that merges by the plan need, at the model's weights, on the CPU.
 
-    Empty where they rest on none.
+    Empty if they need none.
 
-    Taken on `statistics_samples` examples of `data` at most, drawn with the generator and not augmented, with the
-    task's loss. Equal weights, data and draws give equal bits. Raises MergeError where a value is not finite.
+    Computed on at most `statistics_samples` examples of `data`, drawn with the generator and not augmented, with the
+    task's loss. Equal weights, data and draws give equal bits. Raises MergeError if a value is not finite.
     """
     if not plan.statistics:
         return {}
@@ -79,9 +79,9 @@ def take_statistics(
 
 
 def sample_statistics(plan: MergePlan, task: Task, model: nn.Module) -> dict[str, Tensor]:
-    """Return a merge method's statistics, of two examples: only names and shapes count.
+    """Return a merge method's statistics of two examples, for their names and shapes.
 
-    ConfigError where the method finds none in this model, or the task's loss or model cannot be used for it.
+    Raises ConfigError if the method finds none in this model, or cannot use the task's loss or model.
     """
     if not plan.statistics:
         return {}
@@ -94,11 +94,12 @@ def sample_statistics(plan: MergePlan, task: Task, model: nn.Module) -> dict[str
     except Exception as error:  # a user's loss may do what cannot be differentiated example by example
         first = (str(error).strip().splitlines() or [""])[0]
         raise ConfigError(
-            f"{asked_by}: its statistics cannot be taken of task {task.name}: "
+            f"{asked_by}: its statistics cannot be computed for task {task.name}: "
             f"{type(error).__name__}: {first}; choose another method"
         ) from error
     if not found:
         raise ConfigError(
-            f"{asked_by} finds nothing to take statistics of in the model of task {task.name}; choose another method"
+            f"{asked_by} finds no layer in the model of task {task.name} to compute "
+            "statistics of; choose another method"
         )
     return found

@@ -1,8 +1,8 @@
 """Keeps an agent's ledgers short, with the lineage of every later model unchanged.
 
-The ledgers of own merges and of peers' manifests tell what a model is made of only as a whole. `compact` works out what
-the models are made of that later records still rest on, writes that down (`lineage.summary.json`), and drops what came
-before. The lineage of every later model stays what it was, to twelve digits.
+A model's lineage needs the whole ledgers of own merges and of peers' manifests. `compact` computes the lineage of the
+models on which later records still depend, writes it to `lineage.summary.json`, and drops the records before. The
+lineage of every later model stays the same, to twelve digits.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ EQUAL = 1e-12
 
 
 class Compaction:
-    """Compacts the ledgers of `agent` where one of them is about to pass its bound.
+    """Compacts the ledgers of `agent` if one of them is about to exceed its bound.
 
     `records`: file of its own merges, bounded by `most_bytes`; `manifests`: the ledger of its peers' manifests.
     """
@@ -38,7 +38,7 @@ class Compaction:
         self._most_bytes = most_bytes
 
     def look(self) -> bool:
-        """Compact where it is time to; return whether it was. DataError where a file cannot be read or written."""
+        """Compact if it is time; return whether it was. Raises DataError if a file cannot be read or written."""
         full = _size(self._records) > self._most_bytes
         # before the ledger of manifests drops lines by itself, which would lose what they say
         if not full and _size(self._manifests.path) <= 7 * self._manifests.most_bytes // 8:
@@ -49,7 +49,7 @@ class Compaction:
 def compact(agent: str, records: Path, manifests: ManifestLedger) -> bool:
     """Sum up and drop the older half of an agent's merges, and the manifests that no later one needs.
 
-    Returns whether there was any. DataError as `look`.
+    Returns whether there were any. Raises DataError as `look` does.
     """
     own = read_records(records)
     rounds = sorted({record.round for record in own})
@@ -83,7 +83,7 @@ def _rested_on(ledger: Ledger, later: Iterable[MergeRecord], agent: str, cut: in
 
 # ── the file ─────────────────────────────────────────────────────────────────────────────────────────────────────
 def write_summary(path: Path, models: Mapping[Model, Lineage]) -> None:
-    """Write what models are made of; DataError where it cannot be written."""
+    """Write the lineage of models; raises DataError if it cannot be written."""
     plain = {
         "format": FORMAT,
         "models": [
@@ -101,7 +101,7 @@ def write_summary(path: Path, models: Mapping[Model, Lineage]) -> None:
 
 
 def read_summary(path: Path) -> dict[Model, Lineage]:
-    """Read what `write_summary` wrote, nothing where there is none; DataError where it is damaged."""
+    """Read a file of `write_summary`, nothing if there is none; raises DataError if it is damaged."""
     try:
         plain: Any = json.loads(path.read_text(encoding="utf-8"))
         if plain["format"] != FORMAT:

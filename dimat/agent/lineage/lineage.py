@@ -28,7 +28,7 @@ Model = tuple[str, int]
 
 @dataclass(frozen=True, slots=True)
 class Lineage:
-    """Of what a model is made.
+    """The origins of a model's weights.
 
     `initial[agent]`: weight of that agent's first network; `updates[agent, round]`: weight with which that round of
     training is in the model, from 0 to 1; `earlier[agent, round]`: weight of that agent's model as it went into that
@@ -68,7 +68,7 @@ def lineage(
 
     Of several records of one agent and round the last counts: it is the one that became durable. DataError where
     there is no such record, where one names another snapshot than its publisher's own record does, or where
-    merges rest on each other in a circle.
+    merges depend on each other in a circle.
     """
     ledger = Ledger(records, agent, starts, known or {})
     wanted = round if round is not None else max(ledger.rounds.get(agent, [0]))
@@ -78,7 +78,7 @@ def lineage(
 
 
 class Ledger:
-    """Records by (agent, round), and the way back from a model to those that it was made of. See `lineage`."""
+    """Records by (agent, round), and the way back from a model to its parts. See `lineage`."""
 
     def __init__(
         self,
@@ -140,9 +140,9 @@ class Ledger:
         return part.agent, rounds[before - 1] if before else 0
 
     def trained(self, part: Contribution, model: Model) -> bool:
-        """Whether training went before a snapshot that `model` is made of.
+        """Whether training preceded a snapshot that is a part of `model`.
 
-        DataError if the publisher's own record names another snapshot.
+        Raises DataError if the publisher's own record names another snapshot.
         """
         record = self.last.get((part.agent, part.round))
         if record is None or record.kind != "merge":
@@ -156,7 +156,7 @@ class Ledger:
         return record.trained
 
     def newest_first(self, start: Model) -> list[Model]:
-        """Return all models that `start` rests on, each before those that it is made of."""
+        """Return all models on which `start` depends, each before its own parts."""
         done: list[Model] = []
         state: dict[Model, bool] = {}  # True: all that it rests on is done
         stack = [start]
@@ -174,14 +174,14 @@ class Ledger:
                 if origin is None:
                     continue
                 if state.get(origin) is False:
-                    raise DataError(f"the records of {model[0]} and {origin[0]} rest on each other in a circle")
+                    raise DataError(f"the records of {model[0]} and {origin[0]} depend on each other in a circle")
                 if origin not in state:
                     stack.append(origin)
         return done[::-1]
 
 
 def append_record(file: Path, record: MergeRecord, *, durable: bool = True) -> None:
-    """Append a record to a ledger, one JSON object a line; `durable`: it survives power loss."""
+    """Append a record to a ledger, one JSON object per line; `durable`: it survives power loss."""
     line = to_json(record.to_dict(), separators=(",", ":")) + "\n"
     try:
         with file.open("a+b") as ledger:
@@ -197,7 +197,7 @@ def append_record(file: Path, record: MergeRecord, *, durable: bool = True) -> N
 
 
 def read_records(file: Path) -> list[MergeRecord]:
-    """Read a ledger. A line that is cut short is passed over: its merge never became durable."""
+    """Read a ledger. A line that is cut short is ignored: its merge never became durable."""
     records: list[MergeRecord] = []
     for number, line in enumerate(read_text(file).splitlines(), 1):
         try:
@@ -205,11 +205,11 @@ def read_records(file: Path) -> list[MergeRecord]:
         except JSONDecodeError:
             continue
         except ValueError as error:
-            raise DataError(f"{file}, line {number}: no merge record: {error}") from None
+            raise DataError(f"{file}, line {number}: not a merge record: {error}") from None
         try:
             records.append(MergeRecord.from_dict(values))
         except (AttributeError, TypeError, ValueError) as error:
-            raise DataError(f"{file}, line {number}: no merge record: {error}") from None
+            raise DataError(f"{file}, line {number}: not a merge record: {error}") from None
     return records
 
 

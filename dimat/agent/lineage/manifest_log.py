@@ -1,8 +1,8 @@
 """The log of signed manifests of all fetched snapshots: who vouched for which content.
 
-One JSON object a line, in `manifests.jsonl` of the agent's folder: the manifest's very bytes and the signature over
-them (hex), beside what they say. A ledger that gets too long loses its older half; its first line then says up to
-which round of each agent: {"dropped": {agent: round}, "lines": count}.
+One JSON object per line, in `manifests.jsonl` of the agent's folder: the manifest's exact bytes and the signature over
+them (hex), and their content in plain values. A ledger that gets too long drops its older half; its first line then
+says up to which round of each agent: {"dropped": {agent: round}, "lines": count}.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Vouched:
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """The lines that a ledger has lost to its bound: how many, and up to which round of each agent."""
+    """The lines that a ledger has dropped at its bound: how many, and up to which round of each agent."""
 
     lines: int = 0
     rounds: Mapping[str, int] = field(default_factory=dict[str, int])
@@ -75,7 +75,7 @@ class ManifestLedger:
         self._known: dict[tuple[str, int, str], None] = {}
 
     def note(self, fetched: Fetched) -> None:
-        """Keep the manifest of a snapshot that has arrived; DataError where it cannot be written."""
+        """Keep the manifest of a snapshot that has arrived; raises DataError if it cannot be written."""
         manifest, (data, signature) = fetched.manifest, fetched.signed
         key = (manifest.agent, manifest.round, manifest.payload.root)
         line = {
@@ -106,9 +106,9 @@ class ManifestLedger:
                 raise DataError(f"cannot write {self.path}: {error.strerror or error}") from error
 
     def keep(self, wanted: Callable[[Vouched], bool]) -> None:
-        """Drop the manifests that are not wanted any more, and lines that were cut short.
+        """Drop the manifests that are no longer wanted, and lines that were cut short.
 
-        DataError where the file cannot be read or written.
+        Raises DataError if the file cannot be read or written.
         """
         with self._lock:
             try:
@@ -165,9 +165,9 @@ def _read_or_none(line: bytes) -> Vouched | None:
 
 
 def read_ledger(path: Path) -> Iterator[Vouched]:
-    """Read what `ManifestLedger` wrote, but for lines that were cut short.
+    """Read a file of `ManifestLedger`, without lines that were cut short.
 
-    DataError where it cannot be read.
+    Raises DataError if it cannot be read.
     """
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
@@ -181,7 +181,7 @@ def read_ledger(path: Path) -> Iterator[Vouched]:
 
 
 def dropped_of(line: str) -> Dropped | None:
-    """Return what the first line of a ledger says was dropped; None where it is another line."""
+    """Return the dropped lines that the first line of a ledger states; None if it is another line."""
     try:
         found = parse_json(line, finite=True)
         return Dropped(int(found["lines"]), {str(agent): int(number) for agent, number in found["dropped"].items()})
@@ -190,14 +190,14 @@ def dropped_of(line: str) -> Dropped | None:
 
 
 def read_line(line: str) -> Vouched:
-    """Return what a line says; ValueError, KeyError or TypeError where it is none."""
+    """Return a line's entry; raises ValueError, KeyError or TypeError if it is not one."""
     found = parse_json(line, finite=True)
     data = {key: bytes.fromhex(found[key]) for key in ("manifest", "signature", "certificate") if key in found}
     return as_type(Vouched, {**found, **data})
 
 
 def peers_records(vouched: Iterable[Vouched]) -> list[MergeRecord]:
-    """Return peers' merges as their own manifests tell of them.
+    """Return peers' merges as their own manifests describe them.
 
     Of each snapshot: the parts of the merge that its training started from.
     """

@@ -23,7 +23,7 @@ from dimat.wire.v1 import peer_pb2 as pb
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """`checked`: lines whose signature was looked at.
+    """`checked`: lines whose signature was checked.
 
     `faults`: each with file and line; `torn`: lines that cannot be read, as a crash leaves them: they
     vouch for nothing. `dropped`: older lines that the ledger has lost to its bound.
@@ -38,12 +38,12 @@ class Verified:
 def verify_ledger(path: Path, keys: Path, records: Sequence[MergeRecord] = ()) -> Verified:
     """Check every line of a log of manifests: its signature, its signer, and its content.
 
-    It has to be signed by the agent that it names, whose certificate the CA in `keys` (ca.crt) issued, and say what the
-    signed bytes say. `records`: the agent's own merges; each manifest that one rests on has to be among the lines.
+    A line must be signed by the agent that it names, whose certificate the CA in `keys` (ca.crt) issued, and must agree
+    with the signed bytes. `records`: the agent's own merges; each manifest that a merge used must be among the lines.
 
-    A ledger outlives certificates, so their dates are not looked at. Of a line without a certificate, other lines'
-    of that agent and NAME.crt in `keys` are tried. SecurityError where there is no CA to check against, DataError for
-    a ledger that cannot be read.
+    A ledger outlives certificates, so their dates are not checked. For a line without a certificate, those in other
+    lines of that agent and NAME.crt in `keys` are tried. Raises SecurityError if there is no CA to check against,
+    DataError for a ledger that cannot be read.
     """
     ca = read_file(keys / "ca.crt")
     try:
@@ -94,12 +94,12 @@ def _check(entry: Vouched, certificates: Sequence[bytes], ca: bytes) -> None:
     try:
         said = pb.Manifest.FromString(entry.manifest)
     except DecodeError:
-        raise SecurityError("what was signed is no manifest") from None
+        raise SecurityError("the signed text is not a manifest") from None
     parents = tuple((parent.agent, parent.root.hex(), parent.round, parent.weight) for parent in said.parents)
     signed = {"agent": said.agent, "round": said.round, "root": said.payload.root.hex(), "parents": parents}
     for name, value in signed.items():
         if value != getattr(entry, name):
-            raise SecurityError(f"{name!r} of the line is not what was signed")
+            raise SecurityError(f"{name!r} of the line differs from the signed one")
 
 
 def _key(certificate: bytes, ca: bytes, agent: str) -> ec.EllipticCurvePublicKey:
@@ -135,7 +135,7 @@ def _unfounded(records: Sequence[MergeRecord], sound: set[str], dropped: Dropped
         for peer, digest in record.manifests.items():
             if digest not in sound and rounds.get(peer, record.round) > dropped.rounds.get(peer, 0):
                 faults.append(
-                    f"lineage.jsonl, round {record.round}: no sound line has the manifest {digest[:12]}… of {peer}, "
-                    "on which the merge rests"
+                    f"lineage.jsonl, round {record.round}: no intact line has the manifest {digest[:12]}… of {peer}, "
+                    "which the merge used"
                 )
     return faults

@@ -1,8 +1,8 @@
 """Basis ids: the name of an order of units, and the rule by which agents come to share one.
 
-Networks with permuted units compute the same function, so each agent starts in a basis of its own. In basis
-gossip an agent that sees a smaller id at a neighbour permutes itself into that neighbour's basis and takes the
-id over; ids only ever fall, and after at most diameter rounds all agents of a connected component agree.
+Networks with permuted units compute the same function, so each agent starts in its own basis. In basis gossip an
+agent that sees a neighbour with a smaller id permutes its units into that neighbour's basis and adopts the id. Ids
+only ever fall, and all agents of a connected component agree after at most as many rounds as its diameter.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 class BasisId(NamedTuple):
     """(round of founding, founder, nonce), compared in this order: the oldest basis wins.
 
-    The nonce tells two lives of one agent name apart, one that lost its disk, say.
+    The nonce distinguishes two agents that used one name in turn, for instance after a lost disk.
     """
 
     round: int
@@ -25,7 +25,7 @@ class BasisId(NamedTuple):
 
     @staticmethod
     def parse(text: str) -> BasisId:
-        """Read `str(basis)` back; ValueError where it is none."""
+        """Parse `str(basis)`; raises ValueError if the text is not a basis id."""
         number, _, rest = text.partition(":")
         founder, _, nonce = rest.rpartition(":")
         if not founder or not nonce:

@@ -1,12 +1,12 @@
-"""How far peers' round numbers move an agent: fully where members bear them out.
+"""How far peers' round numbers move an agent: fully if other members confirm them.
 
-A number is borne out by two or more members that claim it, where most are there; by snapshots of two members that were
-fetched, where most are not; or by the only neighbour that there is, once a snapshot of it was fetched. Any other number
-is one peer's word: it moves an agent by at most `ROUNDS_KEPT` rounds beyond what it has counted itself or that peer has
-proved with a snapshot, and never into the last round of the schedule.
+A number is confirmed by two or more members that claim it, if most members are at that round; by fetched snapshots of
+two members, if most are not; or by a fetched snapshot of the only neighbour. Any other number is one peer's word: it
+moves an agent by at most `ROUNDS_KEPT` rounds beyond what it has counted itself or that peer has proved with a
+snapshot, and never into the last round of the schedule.
 
-A peer that was away proves all of its way with one snapshot, as long as it has made no more than `ROUNDS_KEPT` rounds
-in each that the agent has made since it had one of that peer before: its word could have taken the agent there, had it
+A peer that was away proves all of its rounds with one snapshot, as long as it has made at most `ROUNDS_KEPT` rounds for
+each round of the agent since the agent's last snapshot of that peer: its word could have taken the agent there, had it
 been heard. A peer that was never away gains nothing by this.
 """
 
@@ -20,7 +20,7 @@ from dimat.agent.protocol.plan import Rules
 
 
 class CatchingUp:
-    """What is known of rounds ahead: by peer the newest round that it has proved, and the proof that is on its way."""
+    """Knowledge of rounds ahead: for each peer the newest round that it has proved, and the proof in transit."""
 
     def __init__(self, offers: Offers, rules: Rules) -> None:
         self._offers = offers
@@ -43,9 +43,9 @@ class CatchingUp:
     def target(
         self, front: int, number: int, heard: Sequence[str], peers: Collection[str], *, most: bool = True
     ) -> int:
-        """Return the round to go on with, from `number` to `front`, which some of the peers `heard` claim.
+        """Return the round to continue with, from `number` to `front`, which some of the peers `heard` claim.
 
-        `peers`: everybody whom the agent may hear. `most`: whether `front` is the round of most of those heard.
+        `peers`: all that the agent may hear. `most`: whether `front` is the round of most of those heard.
         """
         self._doubted = []
         claim = [peer for peer in heard if self._offers.range(peer)[1] >= front]
@@ -66,9 +66,9 @@ class CatchingUp:
         return target
 
     def proofs(self, coming: Collection[PeerPublished]) -> list[Action]:
-        """Fetch the newest snapshots of the peers whose word did not take the agent to where they say they are.
+        """Fetch the newest snapshots of the peers whose word did not take the agent to the round that they claim.
 
-        `coming`: what is on its way for the round, and proves as much.
+        `coming`: snapshots already in transit for the round, which prove as much.
         """
         wanted = [self._offers.farthest(peer) for peer in self._doubted]
         new = [
@@ -78,14 +78,14 @@ class CatchingUp:
         return [Fetch(offer.peer, offer.round, offer.root) for offer in new]
 
     def take(self, offer: PeerPublished) -> bool:
-        """Give a proof that is on its way up to the round that wants the same snapshot; whether it was."""
+        """Leave a proof in transit to the round that needs the same snapshot; return whether there was one."""
         if self._coming.get(offer.peer) != offer:
             return False
         del self._coming[offer.peer]
         return True
 
     def arrived(self, peer: str, number: int, root: str) -> list[Action] | None:
-        """Note that a snapshot is here; None where it is no proof that was asked for."""
+        """Note that a snapshot has arrived; None if it was not asked for as a proof."""
         offer = self._coming.get(peer)
         if offer is None or (offer.round, offer.root) != (number, root):
             return None
@@ -94,7 +94,7 @@ class CatchingUp:
         return [Release(peer, number, root)]
 
     def failed(self, peer: str, number: int, root: str) -> bool:
-        """Note that a snapshot cannot be had; False where it is no proof that was asked for."""
+        """Note that a snapshot could not be fetched; False if it was not asked for as a proof."""
         offer = self._coming.get(peer)
         if offer is None or (offer.round, offer.root) != (number, root):
             return False
@@ -109,13 +109,13 @@ class CatchingUp:
             self._paced[peer] = (min(number, before + ROUNDS_KEPT * max(1, self._turn - turn)), self._turn)
 
     def overtake(self, number: int) -> list[Action]:
-        """Let go of proofs on their way of rounds before `number`: they move nobody any more."""
+        """Release proofs in transit of rounds before `number`: they no longer move anybody."""
         past = [offer for offer in self._coming.values() if offer.round < number]
         self._coming = {peer: offer for peer, offer in self._coming.items() if offer.round >= number}
         return [Release(offer.peer, offer.round, offer.root) for offer in past]
 
     def forget_all_but(self, peers: Collection[str]) -> list[Action]:
-        """Drop what peers that are not named have proved, and let their snapshots go."""
+        """Drop the proofs of peers that are not named, and release their snapshots."""
         self._proved = {peer: number for peer, number in self._proved.items() if peer in peers}
         self._paced = {peer: paced for peer, paced in self._paced.items() if peer in peers}
         gone = [offer for peer, offer in self._coming.items() if peer not in peers]

@@ -1,4 +1,4 @@
-"""An agent's inbox: peers' offers, snapshots on their way, snapshots that are here.
+"""An agent's inbox: peers' offers, snapshots in transit, snapshots that have arrived.
 
 Part of the round machine, and like it without I/O, clock or chance. Whatever peers send, it keeps a bounded number
 of things per peer.
@@ -16,13 +16,13 @@ from dimat.agent.protocol.modes import mode_of
 from dimat.agent.protocol.offers import PATIENCE, ROUNDS_KEPT, Known, Offers, PeerPublished
 from dimat.agent.protocol.plan import LAST_ROUND, Plan, RoundPlan, Rules, last_planned
 
-SILENT = "silent since an earlier round"
+SILENT = "not heard since an earlier round"
 RECENT = 4
 """Rounds after which a peer that was not heard again may be dead; one that is ahead and waits makes fewer of them."""
 LONGEST_REST = 10
 """Rounds in which a living peer that did not catch up is not waited for double each time, up to two to this power."""
-PAST = "it is ahead and offers this round no more"
-BEHIND = "it is behind, and is waited for once it has caught up"
+PAST = "it is ahead and no longer offers this round"
+BEHIND = "it is behind; it is waited for again once it has caught up"
 
 
 class Heard(Enum):
@@ -102,7 +102,7 @@ class Inbox:
         return fetched if self.mode.keeps else [*fetched, *self._catching_up.proofs(self.fetching.values())]
 
     def end(self) -> list[Action]:
-        """Close a round and let go of the snapshots that no later one may merge."""
+        """Close a round and release the snapshots that no later one may merge."""
         self.open = False
         done = self._retired
         if not self.mode.keeps:
@@ -112,17 +112,17 @@ class Inbox:
         return [Release(offer.peer, offer.round, offer.root) for offer in done]
 
     def overtake(self, number: int) -> list[Action]:
-        """Let go of snapshots that are fetched as proofs of rounds before `number`, which is about to begin."""
+        """Release snapshots fetched as proofs of rounds before `number`, which is about to begin."""
         return [] if self.mode.keeps else self._catching_up.overtake(number)
 
     def announce(self, plan: Plan) -> None:
-        """Note the plan of the next round on: offers of its peers count from now on."""
+        """Note the plan that applies from the next round on: offers of its peers count from now on."""
         self._next = plan
 
     def change(self, plan: Plan) -> list[Action]:
-        """Take a new plan over, between rounds.
+        """Use a new plan, between rounds.
 
-        What peers that it does not name have sent is dropped.
+        Offers and snapshots of peers that it does not name are dropped.
         """
         self._plan, self._next = plan, None
         self.offers.forget_all_but(plan.peers)
@@ -139,14 +139,14 @@ class Inbox:
         return [*released, *self._catching_up.forget_all_but(plan.peers)]
 
     def settle(self, base: str) -> None:
-        """Take the network's base over; offers with another base are dropped."""
+        """Adopt the network's base; offers with another base are dropped."""
         self.base = base
         self.offers.forget_all_but({offer.peer for offer in self.offers if offer.base == base})
 
     def expire(self) -> None:
-        """Wait no more in this round.
+        """Stop waiting in this round.
 
-        A peer that was waited for and not heard counts as silent; one that is late is waited for in the next round too:
+        A peer that was waited for and not heard counts as silent. The next round waits again for a peer that is late:
         it may catch up.
         """
         for peer in self.missing():
@@ -160,12 +160,12 @@ class Inbox:
                 self._silent[peer] = (SILENT, 0)
 
     def network_round(self, number: int) -> int:
-        """Return the round to go on with: `number`, or the network's where it has gone on.
+        """Return the round to continue with: `number`, or the network's if that is ahead.
 
-        The network's round is a median, which one liar does not move. Where a living peer stays out of reach ahead of
-        it (two parts of a network that went on at different speeds and meet again) an agent makes up ground, a bounded
-        number of rounds at a time. How far one peer's word alone counts: see `CatchingUp`. Peers that have gone on
-        without this agent's snapshot do not wait for it: it goes where they are, whatever they still offer.
+        The network's round is a median, which one liar does not move. If a living peer stays out of reach ahead of
+        it (two parts of a network that progressed at different speeds and meet again) an agent catches up, a bounded
+        number of rounds at a time. See `CatchingUp` for how far one peer's word alone counts. Peers that have continued
+        without this agent's snapshot do not wait for it: it goes to their round, whatever they still offer.
         """
         # who was heard in this round lives, though what it offered may not have come in time
         heard = [peer for peer in self._plan.peers if peer not in self._silent or self._heard_within(peer, 1)]
@@ -207,7 +207,7 @@ class Inbox:
 
     # ── what is known for the round ──────────────────────────────────────────────────────────────────────────
     def expected(self) -> list[str]:
-        """Return the peers that the round is planned with."""
+        """Return the peers planned for the round."""
         return self._expected
 
     def missing(self) -> list[str]:
@@ -215,14 +215,14 @@ class Inbox:
         return self.mode.missing(self._expected, self.ready)
 
     def usable(self) -> Mapping[str, PeerPublished]:
-        """Return the snapshots that are here and may be merged in this round, by peer."""
+        """Return the snapshots that have arrived and may be merged in this round, by peer."""
         return self.mode.usable(self._expected, self.ready, self._number)
 
     # ── what happens ─────────────────────────────────────────────────────────────────────────────────────────
     def hear(self, offer: PeerPublished) -> tuple[Heard, list[Action]]:
         """Note an offer.
 
-        Only a neighbour's of this run counts, and a (peer, round) has one content for ever.
+        Only offers of a neighbour in this run count, and the content of a (peer, round) never changes.
         """
         known_peer = offer.peer in self._plan.peers or (self._next is not None and offer.peer in self._next.peers)
         foreign = offer.run != self._run or not known_peer or offer.peer == self._agent
@@ -257,9 +257,9 @@ class Inbox:
         return Heard.NOTED, self._fetch_from(offer.peer) if wanted else []
 
     def arrived(self, peer: str, number: int, root: str) -> list[Action] | None:
-        """Note that a snapshot is here.
+        """Note that a snapshot has arrived.
 
-        None where it is not one that was asked for and is still of use.
+        None if it was not asked for, or is no longer of use.
         """
         proof = self._catching_up.arrived(peer, number, root)
         if proof is not None:
@@ -279,7 +279,7 @@ class Inbox:
         return released + self._fetch_from(peer)
 
     def failed(self, peer: str, number: int, root: str, reason: str) -> list[Action] | None:
-        """Note that a snapshot cannot be had; None where it was not one that was asked for."""
+        """Note that a snapshot could not be fetched; None if it was not asked for."""
         if self._catching_up.failed(peer, number, root):
             return []
         offer = self._asked(peer, number, root)
@@ -291,9 +291,9 @@ class Inbox:
         return self._fetch_from(peer) if self.open and self.mode.replaced(self.offers, offer) else []
 
     def gone(self, peer: str, reason: str, last: int) -> bool:
-        """Wait no more for a peer's rounds after `last`.
+        """Stop waiting for a peer's rounds after `last`.
 
-        What is here of it, or on its way, still counts. False for a stranger.
+        Its snapshots that have arrived or are in transit still count. False for a stranger.
         """
         if peer not in self._plan.peers:
             return False

@@ -1,6 +1,6 @@
 """How a newcomer joins a running network: at which round, with whose weights.
 
-And whose basis an agent adopts.
+Also decides whose basis an agent adopts.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from dimat.agent.protocol.plan import Plan, Rules
 class Choice:
     """How a newcomer joins.
 
-    `round`: the network's, 0 where there is none and it founds one; `adopt`: the snapshot whose weights it takes over,
-    None where it keeps its own.
+    `round`: the network's, 0 if there is none and it founds one; `adopt`: the snapshot whose weights it adopts,
+    None if it keeps its own.
     """
 
     round: int
@@ -29,9 +29,9 @@ class Choice:
 
 
 class Newcomer:
-    """An agent that listens for a network, and then for the weights that it takes over.
+    """An agent that listens for a network, and then waits for the weights that it adopts.
 
-    Its methods return what is to be done; once `done` is set, listening is over and that is how it joins.
+    Its methods return actions; once `done` is set, listening is over and `done` says how the agent joins.
     """
 
     def __init__(self, agent: str, inbox: Inbox, plan: Plan, rules: Rules) -> None:
@@ -46,7 +46,7 @@ class Newcomer:
         self._unfit: set[str] = set()  # snapshots that turned out to be of no use, by address
 
     def go_on(self) -> list[m.Action]:
-        """Decide, unless it is worth listening on: not everybody is heard and the wait is not over."""
+        """Decide, unless it should still listen: some peers are not heard and the wait is not over."""
         if self.done is not None or self._adopting is not None:
             return []
         inbox, plan = self._inbox, self._plan
@@ -64,13 +64,15 @@ class Newcomer:
             self.done = Choice(self._believed(front, heard.values(), in_hand=False))
             if self._rules.join == "align":
                 return []
-            return [self._warn("it joins with its own weights: no neighbour's of the network's round could be had")]
+            return [
+                self._warn("it joins with its own weights: it could get none of a neighbour at the network's round")
+            ]
         chosen = min(fit, key=lambda offer: (offer.basis, -offer.round, offer.peer))
         self._adopting = chosen
         return [m.SetTimer(0, self._rules.deadline_s), m.Fetch(chosen.peer, chosen.round, chosen.root)]
 
     def arrived(self, event: m.SnapshotReady) -> list[m.Action]:
-        """Take the weights over that were asked for."""
+        """Adopt the weights that were asked for."""
         offer = self._awaited(event.peer, event.root)
         if offer is None:
             return []
@@ -78,12 +80,12 @@ class Newcomer:
         return [m.AdoptWeights(offer.peer, offer.round, offer.root, offer.base)]
 
     def failed(self, event: m.FetchFailure) -> list[m.Action]:
-        """The weights that were asked for cannot be had."""
+        """The weights that were asked for could not be fetched."""
         offer = self._awaited(event.peer, event.root)
         return [] if offer is None else self._unusable(offer, event.reason)
 
     def lost(self, event: m.PeerLost) -> list[m.Action]:
-        """A peer is gone; where its weights were on their way another's will do."""
+        """A peer is gone; if its weights were in transit, another peer is chosen."""
         offer = self._adopting
         if offer is None or self._here or event.peer != offer.peer or event.last >= offer.round:
             return self.go_on()
@@ -95,7 +97,7 @@ class Newcomer:
         offer = self._adopting
         if offer is None or self._here or offer.peer in plan.peers:
             return self.go_on()
-        return [m.Release(offer.peer, offer.round, offer.root), *self._unusable(offer, "it is on the map no more")]
+        return [m.Release(offer.peer, offer.round, offer.root), *self._unusable(offer, "it is no longer on the map")]
 
     def time_is_up(self) -> list[m.Action]:
         """The wait is over, for peers or for the weights that were asked for."""
@@ -106,11 +108,11 @@ class Newcomer:
         return (
             []
             if self._here
-            else [m.Release(offer.peer, offer.round, offer.root), *self._unusable(offer, "it does not come")]
+            else [m.Release(offer.peer, offer.round, offer.root), *self._unusable(offer, "they do not arrive")]
         )
 
     def took_over(self, event: m.WeightsAdopted) -> list[m.Action]:
-        """The weights were taken over, or could not be."""
+        """The weights were adopted, or could not be."""
         offer = self._adopting
         if offer is None or event.root != offer.root:
             return []
@@ -145,9 +147,9 @@ class Newcomer:
 
 
 def better_basis(own: BasisId, offers: Iterable[PeerPublished], weight: Mapping[str, float]) -> PeerPublished | None:
-    """Return the offer whose basis is to be adopted; None where no basis is better.
+    """Return the offer whose basis the agent should adopt; None if no basis is better.
 
-    It is the smallest id below the agent's own, and of equal ones the offer with most weight.
+    It has the smallest id below the agent's own, and among equal ids the most weight.
     """
     better = [offer for offer in offers if offer.basis < own]
     return min(better, key=lambda offer: (offer.basis, -weight[offer.peer], offer.peer), default=None)

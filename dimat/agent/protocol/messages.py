@@ -22,8 +22,8 @@ from dimat.weights.snapshot import Manifest, RecordedSnapshot
 class Started:
     """The agent is up.
 
-    It goes on from its checkpoint if the machine was given one, else it begins at round 1; with `join` it first listens
-    for a network that lives already.
+    It continues from its checkpoint if the machine was given one, else it begins at round 1; with `join` it first
+    listens for an existing network.
     """
 
     join: bool = False
@@ -39,7 +39,7 @@ class TrainingDone:
 
 @dataclass(frozen=True, slots=True)
 class SnapshotReady:
-    """A snapshot asked for with `Fetch` is here, whole and checked."""
+    """A snapshot asked for with `Fetch` has arrived, whole and checked."""
 
     peer: str
     round: int
@@ -48,7 +48,7 @@ class SnapshotReady:
 
 @dataclass(frozen=True, slots=True)
 class FetchFailure:
-    """A snapshot asked for with `Fetch` cannot be had."""
+    """A snapshot asked for with `Fetch` could not be fetched."""
 
     peer: str
     round: int
@@ -60,7 +60,7 @@ class FetchFailure:
 class PeerLost:
     """`peer` has left or is out of reach: nobody waits for it until it is heard again.
 
-    `last`: the last round that it published, where it said so when it left; up to that one it is waited for.
+    `last`: the last round that it published, if it said so when it left; rounds up to that one are waited for.
     """
 
     peer: str
@@ -79,7 +79,7 @@ class Deadline:
 class Moves:
     """The share of all units that a change of basis moved, and that of each symmetry group.
 
-    `note`: what a person should know of it, "" for nothing.
+    `note`: a remark for people, "" for none.
     """
 
     share: float = 0.0
@@ -91,8 +91,8 @@ class Moves:
 class BasisChanged:
     """The agent has permuted itself (or could not, and `basis` is its old one).
 
-    `moved`: share of its units whose place changed; `groups`: the same of each symmetry group; `note`: what a person
-    should know of it.
+    `moved`: share of its units whose place changed; `groups`: the same for each symmetry group; `note`: a remark for
+    people.
     """
 
     round: int
@@ -103,9 +103,9 @@ class BasisChanged:
 
     @staticmethod
     def after(action: AdoptBasis, own: BasisId, moves: Moves | None) -> BasisChanged:
-        """Return what became of an action.
+        """Return the result of an action.
 
-        `own`: the basis before, which stays where there are no moves.
+        `own`: the basis before, which stays if there are no moves.
         """
         if moves is None:
             return BasisChanged(action.round, own)
@@ -114,9 +114,9 @@ class BasisChanged:
 
 @dataclass(frozen=True, slots=True)
 class WeightsAdopted:
-    """The agent has taken over the weights of the snapshot `root` whole.
+    """The agent has adopted all weights of the snapshot `root`.
 
-    Not if it could not and says why (`fault`).
+    If it could not, `fault` says why.
     """
 
     root: str
@@ -133,19 +133,19 @@ class MergeDone:
 
 @dataclass(frozen=True, slots=True)
 class MapChanged:
-    """The operator has changed the network map; the new plan holds from the next round on."""
+    """The operator has changed the network map; the new plan applies from the next round on."""
 
     plan: Plan
 
 
 @dataclass(frozen=True, slots=True)
 class TimeUp:
-    """The time that the run was given is over: finish the round, then leave."""
+    """The run's time limit has passed: finish the round, then leave."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """Leave at once; the newest checkpoint stands."""
+    """Leave at once; the newest checkpoint stays valid."""
 
     reason: str = "stopped"
 
@@ -172,9 +172,9 @@ Event = (
 class MergeRecord:
     """One merge of one agent.
 
-    `snapshot`: its own snapshot of the round, by address; `contributions`: whose snapshots with what weight, self
-    first, summing to 1; `trained`: whether the agent's own snapshot came out of training; `kind`: "merge", or "join"
-    where a newcomer took a peer's weights over whole; `manifests`: by peer the blake3 of the manifest that it signed
+    `snapshot`: its own snapshot of the round, by address; `contributions`: whose snapshots with what weight, its own
+    first, summing to 1; `trained`: whether training produced the agent's own snapshot; `kind`: "merge", or "join"
+    if a newcomer adopted a peer's weights; `manifests`: for each peer the blake3 of the manifest that it signed
     for its part.
     """
 
@@ -188,14 +188,14 @@ class MergeRecord:
     manifests: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values; the result's that a record keeps stand among its own."""
+        """Return plain values, those of the result that a record keeps among its own."""
         plain = asdict(self)
         result = plain.pop("result")
         return {**plain, **{name: result[name] for name in MERGE_RECORDED}}
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> MergeRecord:
-        """Return what `to_dict` gave; ValueError where it is something else."""
+        """Rebuild a record from `to_dict`; raises ValueError for other values."""
         if unknown := values.keys() - MergeRecord.__dataclass_fields__.keys() - {*MERGE_RECORDED}:
             raise ValueError(f"unknown key {min(unknown)!r}")
         result = {name: values[name] for name in MERGE_RECORDED if name in values}
@@ -205,7 +205,7 @@ class MergeRecord:
 
 
 def metrics_of(plain: Mapping[str, float | None] | None) -> dict[str, float]:
-    """Return metrics as they were before they became JSON, which has null for a number that is not finite."""
+    """Return metrics from JSON, which has null for a number that is not finite."""
     return {name: nan if value is None else value for name, value in (plain or {}).items()}
 
 
@@ -229,8 +229,8 @@ class Train:
 class CheckpointAction:
     """Make the agent's state durable: weights, optimizer, random streams, machine.
 
-    `state`: the machine's, from which another goes on; `record`: of the merge or join that gave the weights, if any; it
-    is made durable no later than the state.
+    `state`: the machine's, from which another can continue; `record`: of the merge or join that gave the weights, if
+    any; it is made durable no later than the state.
     """
 
     round: int
@@ -254,7 +254,7 @@ class Publish:
     base: str = ""
 
     def manifest(self, run: str, agent: str, snapshot: RecordedSnapshot) -> Manifest:
-        """Return what the peers are told of the snapshot."""
+        """Return the snapshot's manifest, for the peers."""
         return Manifest.of(
             snapshot,
             run=run,
@@ -271,8 +271,8 @@ class Publish:
 class Fetch:
     """Get a peer's snapshot.
 
-    Answer `SnapshotReady`, or `FetchFailure` where it cannot be had for good (withdrawn, damaged). While the peer is
-    only out of reach a driver goes on trying, until `Release`.
+    Answer `SnapshotReady`, or `FetchFailure` if it can never be fetched (withdrawn, damaged). While the peer is
+    only out of reach, a driver tries again until `Release`.
     """
 
     peer: str
@@ -282,9 +282,9 @@ class Fetch:
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """A snapshot that was asked for with `Fetch` is needed no more, here or on its way.
+    """A snapshot that was asked for with `Fetch` is no longer needed, whether arrived or in transit.
 
-    Another round's of the same peer with equal content is not meant.
+    This does not concern another round of the same peer with equal content.
     """
 
     peer: str
@@ -294,7 +294,7 @@ class Release:
 
 @dataclass(frozen=True, slots=True)
 class AdoptWeights:
-    """Take over a peer's weights whole, with a fresh optimizer, and its `base` if it has one.
+    """Adopt all weights of a peer, with a fresh optimizer, and its `base` if it has one.
 
     Answer `WeightsAdopted`.
     """
@@ -308,7 +308,7 @@ class AdoptWeights:
 @dataclass(frozen=True, slots=True)
 class AdoptBasis:
     """Permute the agent's weights, buffers and optimizer state into the basis of a peer's snapshot, or in the first
-    rounds take over its weights with it, where `schedule.first_merge` says so.
+    rounds adopt its weights too, if `schedule.first_merge` says so.
 
     Answer `BasisChanged`.
     """
@@ -323,7 +323,7 @@ class AdoptBasis:
 class MergePart:
     """A peer's share in a merge: its snapshot `root` of `round`.
 
-    `same_basis`: its units are in the order of ours, no alignment is needed.
+    `same_basis`: its units are in this agent's order, no alignment is needed.
     """
 
     peer: str
@@ -347,7 +347,7 @@ class MergeAction:
 
 @dataclass(frozen=True, slots=True)
 class SetTimer:
-    """Answer `Deadline(round)` after `seconds`; a timer that was set before is called off."""
+    """Answer `Deadline(round)` after `seconds`; a timer that was set before is cancelled."""
 
     round: int
     seconds: float
@@ -355,14 +355,14 @@ class SetTimer:
 
 @dataclass(frozen=True, slots=True)
 class Emit:
-    """Tell the listeners a fact (the driver adds run and time)."""
+    """Pass an event to the listeners (the driver adds run and time)."""
 
     fact: events.Event
 
 
 @dataclass(frozen=True, slots=True)
 class Exit:
-    """The agent is through."""
+    """The agent has finished."""
 
     reason: str
 

@@ -1,6 +1,6 @@
-"""The mixing weights that a merge really uses, and the parts that a snapshot comes from.
+"""The mixing weights that a merge actually uses, and the parts that a snapshot is made of.
 
-All of them are computed here, staleness included, and nowhere else."""
+They are computed only here, staleness included."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from dimat.topology.mixing import renormalise
 class MixingState:
     """An agent's mixing weights from round to round, and its snapshot's parts.
 
-    `state`: of the checkpoint that it goes on from.
+    `state`: of the checkpoint that it continues from.
 
-    `root`: address of its newest snapshot; `parents`: what that one's training started from, and after a merge what the
-    next one's does; `push`: its push-sum weight and what became of it.
+    `root`: address of its newest snapshot; `parents`: the parts from which that snapshot's training started, or after a
+    merge that of the next one; `push`: its push-sum weight and where it went.
     """
 
     def __init__(self, agent: str, rules: Rules, state: MachineState | None = None) -> None:
@@ -36,29 +36,29 @@ class MixingState:
         self._taken: PeerPublished | None = None  # whose weights stand in the place of own ones, until the merge
 
     def push_weight(self, plan: RoundPlan) -> float | None:
-        """Return own push-sum weight; None where the plan has none."""
+        """Return the agent's push-sum weight; None if the plan has none."""
         return self.push.weight if plan.push is not None else None
 
     def trained(self, root: str, plan: RoundPlan) -> None:
-        """Note the snapshot that a round's training gave, and the push-sum weight it takes out."""
+        """Note the snapshot of a round's training, and the push-sum weight that it sends out."""
         self.root = root
         if plan.push is not None:
             self.push.push(plan.push)
 
     def took_over(self, offer: PeerPublished, number: int) -> MergeRecord:
-        """Note that the weights are a peer's; return the record of joining at round `number`."""
+        """Note that the weights are now a peer's; return the record of joining at round `number`."""
         taken = Contribution(agent=offer.peer, snapshot=offer.root, round=offer.round, weight=1.0, verdict="adopted")
         self.parents = (taken,)
         return MergeRecord(self._agent, number, "", self.parents, kind="join")
 
     def rebased(self, number: int, offer: PeerPublished) -> None:
-        """Note whose basis was taken over in a round, with its weights where the rules say so."""
+        """Note whose basis was adopted in a round, with its weights if the rules say so."""
         self._taken = offer if number <= self._rules.adopt_rounds else None
 
     def merge(self, number: int, plan: RoundPlan, usable: Mapping[str, PeerPublished], basis: BasisId) -> MergeAction:
         """Return the merge of a round, of the agent's own snapshot with those in `usable`.
 
-        Where weights were taken over, a newer snapshot of that peer has come too late: one of it is in the merge.
+        If a peer's weights were adopted, a newer snapshot of it comes too late: one of its snapshots is in the merge.
         """
         taken = self._taken
         if taken is not None and taken.peer in usable and usable[taken.peer].root != taken.root:
@@ -99,10 +99,10 @@ class MixingState:
 def shares(
     rules: Rules, plan: RoundPlan, push: PushSum, agent: str, number: int, usable: Mapping[str, PeerPublished]
 ) -> tuple[float, dict[str, float]]:
-    """Return own mixing weight and that of each peer in `usable`; they sum to 1.
+    """Return the agent's own mixing weight and that of each peer in `usable`; they sum to 1.
 
-    As planned, what is missing goes to self; in asynchronous mode W_ij · decay^staleness, and what is taken off goes to
-    self; with push-sum by the shares that travel with the snapshots.
+    As planned, with missing weight added to the agent's own; in asynchronous mode W_ij · decay^staleness, with the
+    difference added to its own; with push-sum by the shares that are sent with the snapshots.
     """
     if plan.push is not None:
         return push.mixing({peer: offer.pushed for peer, offer in usable.items()})
@@ -122,10 +122,11 @@ def contributions(
     whole: bool = False,
     taken: PeerPublished | None = None,
 ) -> tuple[Contribution, ...]:
-    """Return the parts of a merge, self first.
+    """Return the parts of a merge, the agent's own first.
 
-    The weight that refused peers and an accept rule left goes to self; with `whole` (bases are taken over with weights)
-    that of peers in another basis too. `taken`: the snapshot whose weights stood for self, to which that goes then.
+    The weight left over from refused peers and an accept rule goes to the agent itself; with `whole` (bases are adopted
+    with weights) also that of peers in another basis. `taken`: the adopted snapshot, if any, which then gets the
+    agent's own share.
     """
     merged = [part for part in merge.parts if part.peer not in result.refused and (part.same_basis or not whole)]
     kept = [(part, part.weight * result.accepted) for part in merged]

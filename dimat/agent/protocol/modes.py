@@ -1,6 +1,6 @@
 """The modes of a round, sync and async: which snapshots it merges, whom it waits for.
 
-A mode keeps nothing: it answers for the inbox, from the offers and snapshots that the inbox keeps.
+A mode has no state: it decides from the offers and snapshots that the inbox keeps.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dimat.agent.protocol.offers import ROUNDS_KEPT, Offers, PeerPublished
 from dimat.agent.protocol.plan import RoundPlan, Rules
 
 Ready = Mapping[str, PeerPublished]
-"""The snapshots that are here, by peer."""
+"""The snapshots that have arrived, by peer."""
 
 
 class Mode(Protocol):
@@ -23,7 +23,7 @@ class Mode(Protocol):
     waits: bool
     """Whether a round waits for its peers."""
     newest_only: bool
-    """Whether of each peer's offers only the newest counts."""
+    """Whether only the newest of each peer's offers counts."""
     slack: int
     """Rounds by which a peer may be ahead without being out of reach."""
 
@@ -36,7 +36,7 @@ class Mode(Protocol):
         ...
 
     def replaced(self, offers: Offers, offer: PeerPublished) -> bool:
-        """Whether the peer offers another snapshot in the place of one that could not be had."""
+        """Whether the peer offers another snapshot in place of one that could not be fetched."""
         ...
 
     def missing(self, expected: Sequence[str], ready: Ready) -> list[str]:
@@ -48,11 +48,11 @@ class Mode(Protocol):
         ...
 
     def is_past(self, offers: Offers, peer: str, number: int) -> bool:
-        """Whether a peer is ahead of the round and offers its snapshot of it no more."""
+        """Whether a peer is ahead of the round and no longer offers its snapshot of it."""
         ...
 
     def is_far(self, offers: Offers, offer: PeerPublished, number: int) -> bool:
-        """Whether many rounds would have to be left out before an offer is of use."""
+        """Whether an offer is only of use after many skipped rounds."""
         ...
 
     def is_useless(self, offer: PeerPublished, number: int, planned: Callable[[int], RoundPlan]) -> bool:
@@ -68,7 +68,7 @@ class Mode(Protocol):
         ...
 
     def begins_alone(self, number: int) -> bool:
-        """Whether it is no wonder that nobody was heard for the round."""
+        """Whether hearing nobody in the round is expected."""
         ...
 
 
@@ -81,7 +81,7 @@ class Synchronous:
     slack = 0
 
     def open(self, offers: Offers, number: int) -> None:
-        """Take offers within reach in; offers of earlier rounds are of no use."""
+        """Take in offers within reach; offers of earlier rounds are of no use."""
         offers.newest_first = False
         offers.approach(number)
         offers.forget_before(number)
@@ -91,15 +91,15 @@ class Synchronous:
         return offers.get(peer, number)
 
     def replaced(self, offers: Offers, offer: PeerPublished) -> bool:
-        """A peer has one snapshot of a round for ever."""
+        """A peer's snapshot of a round never changes."""
         return False
 
     def missing(self, expected: Sequence[str], ready: Ready) -> list[str]:
-        """Return the peers that are planned and not here."""
+        """Return the planned peers whose snapshots have not arrived."""
         return [peer for peer in expected if peer not in ready]
 
     def usable(self, expected: Sequence[str], ready: Ready, number: int) -> Ready:
-        """Return all that is here: it was fetched for this round."""
+        """Return all that have arrived: they were fetched for this round."""
         return ready
 
     def is_past(self, offers: Offers, peer: str, number: int) -> bool:
@@ -128,7 +128,7 @@ class Synchronous:
         return oldest
 
     def begins_alone(self, number: int) -> bool:
-        """Each round has the same neighbours' snapshots to hear of, the first too."""
+        """Each round, even the first, should hear of its neighbours' snapshots."""
         return False
 
 
@@ -176,7 +176,7 @@ class Asynchronous:
         return False
 
     def may_come(self, offers: Offers, peer: str, number: int) -> bool:
-        """No peer's snapshot of a certain round is looked for."""
+        """No snapshot of a particular round is needed."""
         return False
 
     def meets_at(self, oldest: int, newest: int) -> int:

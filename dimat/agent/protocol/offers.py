@@ -24,9 +24,9 @@ class PeerPublished:
     """`peer` offers the snapshot `root`, its weights of `round`, written in `basis`.
 
     `oldest`: the oldest round that it still offers (0: not known). `pushed`: all the push-sum weight that it has
-    ever sent to this agent, this snapshot's included. `base`: address of the weights that its deltas are taken
-    from, if any. `previous`: the round of its own that this one was trained from (0: not known): it left out those
-    between. A driver hands in each offer when it is made, and again whenever a connection is made anew.
+    ever sent to this agent, this snapshot's included. `base`: address of the weights that its task vectors start
+    from, if any. `previous`: its own round from which this one was trained (0: not known); it skipped the rounds
+    between. A driver hands in each offer when it is made, and again after each reconnection.
     """
 
     peer: str
@@ -43,7 +43,7 @@ class PeerPublished:
     def of(manifest: Manifest, reader: str, oldest: int, basis: BasisId | None = None) -> PeerPublished:
         """Return a manifest's offer to `reader`.
 
-        `basis`: the manifest's, where it is at hand parsed. ValueError where it has none that can be read.
+        `basis`: the manifest's, if already parsed. Raises ValueError if the manifest's cannot be read.
         """
         return PeerPublished(
             manifest.agent,
@@ -71,8 +71,8 @@ class Known(Enum):
 class Offers:
     """Offers by peer and round.
 
-    `newest_only`: of each peer just the newest round (asynchronous mode). `newest_first`: where there are too many the
-    oldest go, as for a newcomer, which has no round yet.
+    `newest_only`: keep only each peer's newest round (asynchronous mode). `newest_first`: if there are too many, drop
+    the oldest, as for a newcomer, which has no round yet.
     """
 
     def __init__(self, *, newest_only: bool) -> None:
@@ -84,7 +84,7 @@ class Offers:
         self._gaps: dict[str, dict[int, int]] = {}  # rounds that a peer left out: those between two numbers
 
     def heard(self, offer: PeerPublished) -> None:
-        """Note which rounds a peer has got to, and which it offers no more."""
+        """Note which round a peer has reached, and which rounds it no longer offers."""
         oldest, newest = self._ranges.get(offer.peer, (0, 0))
         oldest = max(oldest, min(offer.oldest, offer.round))
         self._ranges[offer.peer] = (oldest, max(newest, offer.round))
@@ -123,7 +123,7 @@ class Offers:
             del far[surplus]
 
     def approach(self, number: int) -> None:
-        """Take what was out of reach, and is within it in this round, for an offer like others."""
+        """Treat offers that have come within reach in this round like the others."""
         for far in self._far.values():
             for near in [r for r in far if r < number + self.span]:
                 self.note(far.pop(near))
@@ -133,12 +133,12 @@ class Offers:
         return self._offers.get(peer, {}).get(number)
 
     def newest(self, peer: str) -> PeerPublished | None:
-        """Return a peer's newest offer that is kept."""
+        """Return the newest of a peer's offers that are kept."""
         offers = self._offers.get(peer)
         return offers[max(offers)] if offers else None
 
     def farthest(self, peer: str) -> PeerPublished | None:
-        """Return the offer of a peer's newest round that is kept, within reach or not."""
+        """Return the offer of a peer's newest round, within reach or not."""
         kept = {**self._offers.get(peer, {}), **self._far.get(peer, {})}
         return kept[max(kept)] if kept else None
 
@@ -147,7 +147,7 @@ class Offers:
         return self._ranges.get(peer, (0, 0))
 
     def left_out(self, peer: str, number: int) -> bool:
-        """Whether a peer is known to have gone on without a snapshot of a round."""
+        """Whether a peer is known to have skipped a round."""
         return any(before < number < after for before, after in self._gaps.get(peer, {}).items())
 
     def forget_before(self, number: int) -> None:
@@ -159,7 +159,7 @@ class Offers:
             self._gaps[peer] = {before: after for before, after in gaps.items() if after > number}
 
     def forget_all_but(self, peers: Collection[str]) -> None:
-        """Drop whatever peers that are not named have offered."""
+        """Drop all offers of peers that are not named."""
         self._offers = {peer: offers for peer, offers in self._offers.items() if peer in peers}
         self._far = {peer: far for peer, far in self._far.items() if peer in peers}
         self._ranges = {peer: range_ for peer, range_ in self._ranges.items() if peer in peers}
@@ -170,7 +170,7 @@ class Offers:
 
         It is the lower median of the peers' newest rounds.
 
-        A median, so that one peer that lies cannot drag an agent ahead where two or more others are heard.
+        The median keeps one lying peer from moving an agent ahead if two or more others are heard.
         """
         rounds = sorted(self._ranges[peer][1] for peer in peers if peer in self._ranges)
         return rounds[(len(rounds) - 1) // 2] if rounds else 0

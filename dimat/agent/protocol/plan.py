@@ -1,4 +1,4 @@
-"""The plan of the rounds (with whom, with what weights) and the rules they go by."""
+"""The plan of the rounds (with whom, with what weights) and the rules they follow."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class PushShares:
 class RoundPlan:
     """One round as planned.
 
-    `mixing`: weight by agent, self included, summing to 1; `learn`: train before it.
+    `mixing`: weight by agent, itself included, summing to 1; `learn`: train before it.
 
-    With `push`, weights follow from the push-sum weights that travel with the snapshots; `mixing` then only names
-    who is heard.
+    With `push`, weights follow from the push-sum weights sent with the snapshots; `mixing` then only names
+    the agents that are heard.
     """
 
     mixing: Mapping[str, float]
@@ -42,8 +42,8 @@ class RoundPlan:
 class Plan:
     """All rounds as planned.
 
-    `peers`: everybody whom the agent may ever hear; `of(round)`: one round, from 1; `readers(round)`: who merges the
-    agent's snapshot of it.
+    `peers`: all agents that this one may ever hear; `of(round)`: one round, from 1; `readers(round)`: the agents that
+    merge its snapshot of that round.
     """
 
     peers: frozenset[str]
@@ -66,11 +66,11 @@ def last_planned(plan: Plan, peers: Collection[str], number: int, most: int = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
-    """How rounds go: the settings of `ScheduleConfig` that have the same name (meaning and defaults stand there), and:
+    """How rounds go: the settings of `ScheduleConfig` with the same names (see there for meaning and defaults), and:
 
     `rounds`: the last round, None for no end. `deadline_s`: `round_deadline_s`. `basis_gossip`: agents come to share
-    one basis. `adopt_rounds`: up to which round they take over the weights in it, and merge none in another one.
-    `target`: (metric, value); an agent whose metric after a merge is at least the value is through.
+    one basis. `adopt_rounds`: last round in which they adopt the weights in it too, and merge none in another basis.
+    `target`: (metric, value); an agent whose metric after a merge is at least the value has finished.
     """
 
     rounds: int | None
@@ -87,7 +87,7 @@ class Rules:
 
     @classmethod
     def of(cls, schedule: ScheduleConfig, **more: Any) -> Rules:
-        """Return the rules of a configuration; `more` are fields that it does not say, or says otherwise."""
+        """Return the rules of a configuration; `more` adds fields or replaces them."""
         names = {field.name for field in fields(cls)} & {*type(schedule).model_fields} - {"rounds", "target"}
         said: dict[str, Any] = {name: getattr(schedule, name) for name in names}
         said |= {"rounds": schedule.rounds or None, "deadline_s": schedule.round_deadline_s}

@@ -1,15 +1,15 @@
 """Push-sum weights, which make averaging exact on directed graphs.
 
 Every agent holds a weight y (1 at first) beside its network θ. Before it publishes it gives shares of y away, one
-to each reader, and keeps the rest; a reader that merges the snapshot takes the share in: y' = y_kept + Σ m_k and
-θ' = (y_kept θ + Σ m_k θ_k) / y'. Where nothing is lost Σ y stays n, and all θ tend to the true mean. Kempe, Dobra &
+to each reader, and keeps the rest; a reader that merges the snapshot adds its share: y' = y_kept + Σ m_k and
+θ' = (y_kept θ + Σ m_k θ_k) / y'. If nothing is lost Σ y stays n, and all θ tend to the true mean. Kempe, Dobra &
 Gehrke 2003; as stochastic gradient push: Assran et al. 2019, arXiv 1811.10792.
 
 Publishers state for each reader the sum of all shares so far. So a share that a reader misses in one round comes with
 the next snapshot that it gets, as in the running sums of Hadjicostis, Vaidya & Domínguez-García 2016: weight is never
-lost between two agents that live, only late. They sum up y θ alike, at the price of a second network in each message;
-here late weight counts for the newer θ, so that where snapshots are missed the agreed value is off by
-1/n Σ late weight × what θ moved meanwhile (`tests/agent/test_consensus.py` measures it).
+lost between two living agents, only late. That paper also sums y θ, at the price of a second network in each message;
+here late weight counts for the newer θ, so that after missed snapshots the agreed value is off by
+1/n Σ late weight × the change of θ meanwhile (`tests/agent/test_consensus.py` measures it).
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class PushSum:
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> PushSum:
-        """Return what `to_dict` gave."""
+        """Rebuild the state from `to_dict`."""
         ledger = PushSum()
         ledger.weight = float(values["weight"])
         ledger.sent = {str(k): float(v) for k, v in values["sent"].items()}

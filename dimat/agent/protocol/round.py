@@ -6,10 +6,10 @@ daemon's runner, the simulator, and the tests' fault simulator, which delays, dr
 
 It promises that a round ends, whichever peers are dead, no later than the deadline after its training; a peer's
 snapshot enters a merge whole or not at all and at most once per round; mixing weights sum to 1, and missing weight goes
-to the agent itself; late, repeated, foreign or unknown messages change nothing; whatever is sent, it keeps a bounded
-number of things per peer; and a machine made from a checkpoint's state goes on as the one that wrote it would have.
+to the agent itself; late, repeated, foreign or unknown messages change nothing; whatever peers send, it keeps a bounded
+amount per peer; and a machine made from a checkpoint's state continues as the one that wrote it would have.
 
-A driver carries actions out in the order given, and a `Publish` only once the `CheckpointAction` before it is durable.
+A driver carries out actions in the order given, and a `Publish` only once the `CheckpointAction` before it is durable.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dimat.agent.protocol.state import MachineState, Stage
 
 
 class Phase(Enum):
-    """Where in a round the machine is."""
+    """The machine's phase of a round."""
 
     IDLE = "idle"
     JOINING = "joining"
@@ -43,11 +43,11 @@ class Phase(Enum):
 class RoundMachine:
     """The rounds of one agent in one run.
 
-    `basis`: the agent's own, and `base`: address of the weights that a method takes deltas from, "" for none; both
-    where no checkpoint names others.
+    `basis`: the agent's own, and `base`: address of the weights from which a method takes task vectors, "" for none;
+    a checkpoint's values take precedence.
 
     `state`: of the newest readable checkpoint. `published`: the last round that a checkpoint of stage "trained" was
-    ever made for; rounds up to it may be known to peers, so none of them is published anew with other content.
+    ever made for; peers may know rounds up to it, so none of them is published again with other content.
     """
 
     def __init__(
@@ -87,11 +87,11 @@ class RoundMachine:
 
     @property
     def push_weight(self) -> float | None:
-        """Own push-sum weight; None where the plan has none."""
+        """The agent's push-sum weight; None if the plan has none."""
         return self._mixing.push_weight(self._current)
 
     def handle(self, event: m.Event) -> list[m.Action]:
-        """Take one event in, give the actions that follow from it."""
+        """Take in one event, return the actions that follow from it."""
         if self.phase is Phase.DONE:
             return []
         match event:
@@ -218,7 +218,7 @@ class RoundMachine:
                 "conflict",
                 offer.peer,
                 f"it offers another snapshot for round {offer.round} ({offer.root[:12]}…) than before; the first one "
-                "of a round counts, and any other is refused without another word",
+                "of a round counts, and any other is refused silently",
             )
             return told + self._go_on()  # it may have told that it left a round out
         if heard is Heard.BEYOND:
@@ -226,7 +226,7 @@ class RoundMachine:
             return self._refuse_once("beyond", offer.peer, reason)
         if heard is Heard.OTHER_BASE:
             bases = f"its base is {offer.base[:12] or 'none'}, ours {self.base[:12] or 'none'}"
-            reason = f"{bases}; agree on merge.base, and where adapters are trained on the model below them"
+            reason = f"{bases}; agree on merge.base, and for adapters also on the base model"
             return self._refuse_once("base", offer.peer, reason)
         return actions + self._go_on() if heard is Heard.NOTED else []
 

@@ -1,4 +1,4 @@
-"""The round machine's part of a checkpoint: plain values to go on from after a crash."""
+"""The round machine's part of a checkpoint: plain values to continue from after a crash."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Stage = Literal["trained", "merged", "joined"]
 class MachineState:
     """The machine at a checkpoint.
 
-    `stage`: "trained" (of `round`, not merged yet), "merged", or "joined" (has taken over a network's round, and
-    perhaps its weights; round 0: is there from the beginning). `root`: the agent's snapshot of the round; `parents`:
-    the parts of the merge that its training started from; `base`: address of the weights that deltas are taken from;
-    `push`: the push-sum ledger; `offers`: the peers'; `leaves`: why the agent leaves with it, if it does.
+    `stage`: "trained" (in `round`, not merged yet), "merged", or "joined" (has adopted a network's round, and
+    perhaps its weights; round 0: there from the beginning). `root`: the agent's snapshot of the round; `parents`:
+    the parts of the merge from which its training started; `base`: address of the base of task vectors;
+    `push`: the push-sum ledger; `offers`: the peers'; `leaves`: why the agent leaves afterwards, if it does.
     """
 
     run: str
@@ -54,7 +54,7 @@ class MachineState:
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> MachineState:
-        """Return what `to_dict` gave; KeyError, TypeError or ValueError where it is something else."""
+        """Rebuild the state from `to_dict`; raises KeyError, TypeError or ValueError for other values."""
         if missing := MachineState.__dataclass_fields__.keys() - values.keys() - {"leaves"}:
             raise KeyError(min(missing))
         offers = [{**offer, "basis": BasisId.parse(as_type(str, offer["basis"]))} for offer in values["offers"]]
@@ -67,7 +67,7 @@ class Restored:
     """The machine's part of the newest checkpoint that can be read.
 
     `published`: the last round that a checkpoint of stage "trained" was ever made for, readable or not; `passed_over`:
-    why newer ones could not be read; `note`: what has changed since, "" where nothing has.
+    why newer ones could not be read; `note`: the changes since, "" for none.
     """
 
     state: MachineState

@@ -20,43 +20,43 @@ Outcome = Callable[[], T]
 class Work(Protocol[Source]):
     """The work that one agent does when its round machine asks.
 
-    `Source`: how a driver has a peer's snapshot (a file's path).
+    `Source`: a driver's handle of a peer's snapshot (a file's path).
 
     A call asks for a piece of work, and its outcome is taken once: in the order of the calls, as each piece of work
     builds on the one before. The work may begin with the call (on the simulator's workers) or when its outcome is taken
-    (in the daemon's thread). Where an outcome raised DataError it may be taken again.
+    (in the daemon's thread). If taking an outcome raised DataError it may be taken again.
     """
 
     def restore(self) -> Outcome[Restored | None]:
-        """Go on from the newest checkpoint that can be read.
+        """Continue from the newest readable checkpoint.
 
-        None where there is no checkpoint: the agent is new.
+        None if there is no checkpoint: the agent is new.
         """
         ...
 
     def train(self, action: m.Train) -> Outcome[TrainResult]:
-        """Train for a round (unless the action says not to); take the method's statistics."""
+        """Train for a round (unless the action says not to); compute the method's statistics."""
         ...
 
     def record(self, action: m.Train) -> Outcome[RecordedSnapshot]:
-        """Record the weights that a round's training gave; DataError where they cannot be written."""
+        """Record the weights after a round's training; raises DataError if they cannot be written."""
         ...
 
     def checkpoint(self, action: m.CheckpointAction) -> Outcome[None]:
-        """Make the record of a merge and the agent's state durable; DataError where that fails."""
+        """Make the record of a merge and the agent's state durable; raises DataError if that fails."""
         ...
 
     def adopt_basis(self, action: m.AdoptBasis, source: Source) -> Outcome[m.Moves | None]:
-        """Bring the agent into the basis of a snapshot: permute it, or take over the snapshot's weights.
+        """Bring the agent into the basis of a snapshot: permute its units, or adopt the snapshot's weights.
 
-        None, and nothing changed, where it is not fit for that.
+        None, with nothing changed, if the snapshot is not fit for that.
         """
         ...
 
     def adopt_weights(self, action: m.AdoptWeights, source: Source) -> Outcome[str]:
-        """Take over the weights of a snapshot.
+        """Adopt the weights of a snapshot.
 
-        The outcome is why they could not be, or an empty string.
+        The outcome is the reason why they could not be adopted, or an empty string.
         """
         ...
 

@@ -1,8 +1,8 @@
-"""What an agent tells its peers beyond shapes of weights, so that these mean the same.
+"""The settings that give an agent's weights their meaning, which peers compare.
 
-Weights mean nothing by themselves: heads, activations and the eps of norms decide what they compute, the classes' order
-what an output stands for, a tokenizer which row is whose. Each is a short text by name, which peers compare
-(`dimat.net.compatibility`).
+Weights mean nothing by themselves: heads, activations and the eps of norms decide what they compute, the order of
+classes decides the meaning of an output, a tokenizer decides which token a row belongs to. Each is a short text by
+name, which peers compare (`dimat.net.compatibility`).
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ ATTRIBUTES = (
 
 
 def settings_of(task: Task, model: nn.Module, plan: MergePlan) -> dict[str, str]:
-    """Return an agent's settings by name: classes, the model's configuration and modules, the probe set where networks
-    are compared on it, and what the task adds by its `agreement`. HookError where that is no mapping of texts."""
+    """Return an agent's settings by name: classes, the model's configuration and modules, the probe set if networks
+    are compared on it, and those of the task's `agreement`. Raises HookError if that is not a mapping of texts."""
     config = _config_of(model)
     found = _modules(model)
     for key, value in sorted(config.items()):

@@ -1,6 +1,6 @@
-"""How far agents' class shares lie apart, and from where on an exact average is advised.
+"""How far agents' class shares lie apart, and the threshold for advising an exact average.
 
-Plain counts in, a number out: the report, the doctor and the advisor go by the same one.
+It turns plain counts into one number, which the report, the doctor and the advisor all use.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ few neighbours then lacks whole classes.
 def class_distance(histogram: Mapping[str, Sequence[int]]) -> float | None:
     """Return the mean over agents of the total variation between their class shares and those of all, in [0, 1].
 
-    `histogram`: samples by class of each agent. None where that tells nothing: of one agent, or without classes.
+    `histogram`: samples by class of each agent. None if it is undefined: for one agent, or without classes.
     Agents without samples are left out.
     """
     held = [counts for counts in histogram.values() if sum(counts) > 0]

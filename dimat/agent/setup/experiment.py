@@ -1,6 +1,6 @@
 """Resolves a configuration: its task, each agent's samples, and the plan of all rounds.
 
-The simulator and every agent resolve an experiment by this one function, so that all come to the same. The simulator
+The simulator and every agent resolve an experiment by this one function, so that all get the same result. The simulator
 adds faults and checks to it, an agent its keys and addresses.
 """
 
@@ -49,23 +49,23 @@ class Experiment:
         return self.schedule.agents
 
     def part(self, agent: str) -> Tensor:
-        """Return the training indices of an agent: its part, or all where each agent has data of its own."""
+        """Return the training indices of an agent: its part, or all if each agent has its own data."""
         if not self.parts:
             return torch.arange(len(self.task.data("train")))
         return self.parts[self.agents.index(agent)]
 
     @property
     def counts(self) -> dict[str, int]:
-        """Training samples by agent; empty where each has data of its own."""
+        """Training samples by agent; empty if each agent has its own data."""
         return _counts(self.agents, self.parts) if self.parts else {}
 
 
 def resolve(config: ExperimentConfig, loaded: LoadedTask, *, split: bool = False) -> Experiment:
     """Return the experiment of a configuration, its task loaded.
 
-    One data set is split among the agents where `task.partition` is given, and always with `split`, as in a simulation;
-    otherwise each agent has data of its own. Then a map states the sample counts, where weights are mixed by them.
-    Raises TopologyError, PartitionError and ConfigError for what cannot be, HookError where the task's data cannot be
+    One data set is split among the agents if `task.partition` is given, and always with `split`, as in a simulation;
+    otherwise each agent has its own data, and the map states the sample counts if mixing weights need them.
+    Raises TopologyError, PartitionError or ConfigError for impossible settings, HookError if the task's data cannot be
     read.
     """
     with task_errors(loaded.task):

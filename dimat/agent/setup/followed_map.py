@@ -1,4 +1,4 @@
-"""The network map that counts for an agent: its file, or a newer one from the DHT."""
+"""The network map that an agent uses: its file, or a newer one from the DHT."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ MAP_FILE = "map.toml"
 
 
 def followed_file(config: ExperimentConfig, agent: str) -> Path:
-    """Return where the map lies that an agent followed last; there is none before the first."""
+    """Return the path of the newest map from the DHT; there is no file before the first one."""
     return agent_folder(config, agent) / "dht" / MAP_FILE
 
 
 def with_newest_map(config: ExperimentConfig) -> ExperimentConfig:
-    """Return an agent's configuration with the map that counts: the followed one where its version is above that of the
-    operator's file, else that file. ConfigError where there is no map file to follow for."""
+    """Return an agent's configuration with the current map: the one from the DHT if its version is above that of the
+    operator's file, else that file. Raises ConfigError if the configuration names no map file."""
     if not config.dht.follow_map or config.agent.name is None:
         return config
     if config.topology.map is None:
@@ -37,5 +37,5 @@ def with_map(config: ExperimentConfig, path: Path) -> ExperimentConfig:
 
 
 def own_version(config: ExperimentConfig) -> int:
-    """Return the version that the operator's map file states, 0 for none."""
+    """Return the version in the operator's map file, 0 for none."""
     return load_map(Path(config.folder) / str(config.topology.map)).version

@@ -42,10 +42,10 @@ _loaded: dict[str, _Shared] = {}
 
 @dataclass(frozen=True, slots=True)
 class LoadedTask:
-    """A task that is loaded, and how models of it are merged. `plan`: the configuration's merge, or the one that the
-    task asks for in its place; `spec`: the model's symmetry groups, None where the merge does not rest on them or they
-    were not asked for; `observers`: of activations, shared by all agents of the process; `notes`: what is odd about
-    the task and may be meant."""
+    """A loaded task, and how its models are merged. `plan`: the configuration's merge, or the one that the
+    task asks for in its place; `spec`: the model's symmetry groups, None if the merge does not need them or they
+    were not asked for; `observers`: of activations, shared by all agents of the process; `notes`: oddities of the task
+    that may be intended."""
 
     task: Task
     plan: MergePlan
@@ -87,13 +87,13 @@ class LoadedTask:
 
 
 def load_for(config: ExperimentConfig, task: Task | None = None, *, symmetry: bool = True) -> LoadedTask:
-    """Load the task of an experiment, once per process, and what its merge rests on. `task`: one to take instead of
+    """Load the task of an experiment, once per process, and all that its merge needs. `task`: one to use instead of
     the configuration's; `symmetry`: False leaves the symmetry groups out, for a process in which nothing is merged.
 
-    The task is tried on a few examples (`check_task`), unless it is one that was given: that is trained elsewhere.
+    The task is tried on a few examples (`check_task`), unless `task` is given: that one is trained elsewhere.
 
-    Raises ConfigError for a merge or a device that cannot be, HookError where the task cannot be loaded or its code
-    does not what it should, DataError where its data are at fault.
+    Raises ConfigError for an impossible merge or device, HookError if the task cannot be loaded or its code breaks
+    its contract, DataError if its data are faulty.
     """
     plan_merge(config.merge)  # its faults come before the task is loaded
     resolve_device(config.train.device)
@@ -107,8 +107,8 @@ def load_for(config: ExperimentConfig, task: Task | None = None, *, symmetry: bo
 
 
 def derive_checked(task: Task) -> SymmetrySpec:
-    """Derive a task's symmetry groups, freeze those that fail the proof on its model, and return what is left;
-    its `warnings` say what was given up."""
+    """Derive a task's symmetry groups, freeze those that fail verification on its model, and return the spec;
+    its `warnings` name the frozen ones."""
     with task_errors(task):
         model = task.build_model(torch_generator(0, "symmetry", "model"))
         inputs = task.example_inputs()

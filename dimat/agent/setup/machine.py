@@ -18,10 +18,10 @@ def machine_for(
     """Return the round machine of an agent. `state`: of its newest checkpoint, None at its first start; `published`:
     the last round whose snapshot it has recorded, 0 for none.
 
-    Where agents come to share a basis and all begin with the same weights (`train.initialisation = "shared"`), they
-    begin in one, and are never aligned. `founding`: hash of the weights that this agent begins with, where agents might
-    not begin with the same ones (another build of torch); those that differ are in different bases, and come to share
-    one like any others.
+    If agents come to share a basis and all begin with the same weights (`train.initialisation = "shared"`), they
+    begin in one basis, and are never aligned. `founding`: hash of the weights with which this agent begins, since
+    another build of torch may begin with others; agents with other weights are in other bases, and come to share one
+    as usual.
     """
     config, rules = schedule.config, schedule.rules()
     shared = rules.basis_gossip and config.train.initialisation == "shared"

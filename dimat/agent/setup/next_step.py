@@ -1,4 +1,4 @@
-"""The next thing to try where merging did not pay, by what an experiment is set to."""
+"""The next setting to try if merging did not pay, given an experiment's settings."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ ADVISE = "let short probes choose: dimat advise experiment.toml"
 
 
 def next_step(config: ExperimentConfig, histogram: Mapping[str, Sequence[int]], *, sparse: bool, exact: bool) -> str:
-    """Return the setting to try next, the likeliest first; "" where the method does not merge.
+    """Return the setting to try next, the most promising first; "" if the method does not merge.
 
-    `histogram`: samples by class of each agent, empty where they are not known; `sparse`: whether some agents are not
+    `histogram`: samples by class of each agent, empty if not known; `sparse`: whether some agents are not
     linked to each other; `exact`: whether they average exactly (`averages_exactly`).
     """
     method, schedule, train = config.merge.preset, config.schedule, config.train
@@ -46,7 +46,7 @@ def next_step(config: ExperimentConfig, histogram: Mapping[str, Sequence[int]], 
 
 
 def exact_average(agents: int) -> str:
-    """Return the settings of an exact average of all agents, after every so many exchanges, as a person writes them."""
+    """Return, as TOML text, settings with which all agents reach their exact average every few exchanges."""
     from dimat.topology.base_k import base_k_rounds  # networkx: not wanted by those who ask for less
 
     steps = len(base_k_rounds(agents, 1))
@@ -57,7 +57,7 @@ def exact_average(agents: int) -> str:
 
 
 def averages_exactly(topology: Topology) -> bool:
-    """Whether agents hold the exact average of all now and then: a Base-(k+1) schedule, or all linked to all."""
+    """Whether agents regularly hold the exact average of all: a Base-(k+1) schedule, or all linked to all."""
     if topology.schedule_config.name == "base-k":
         return True
     graph, count = topology.base, len(topology.names)

@@ -34,8 +34,8 @@ MOST_CLASSES = 1_000
 
 @dataclass(frozen=True, slots=True)
 class PreparedAgent:
-    """An agent that is ready to run. `config`: as the operator gave it; the experiment's has the network map that
-    counts, which may be a newer one."""
+    """An agent that is ready to run. `config`: the operator's; the experiment's configuration has the current network
+    map, which may be newer."""
 
     name: str
     config: ExperimentConfig
@@ -52,15 +52,15 @@ class PreparedAgent:
         return self.experiment.part(self.name)
 
     def schedule_now(self) -> RunSchedule:
-        """Return all rounds by the network map as it is now in its file, or as it was followed."""
+        """Return all rounds by the current network map, from its file or from the DHT."""
         return resolve(with_newest_map(self.config), self.experiment.loaded).schedule
 
     def schedule_on(self, map_file: Path) -> RunSchedule:
-        """Return all rounds by another network map; what cannot be used raises as in `resolve`."""
+        """Return all rounds by another network map; raises as `resolve` if it cannot be used."""
         return resolve(with_map(self.config, map_file), self.experiment.loaded).schedule
 
     def profile(self, model: torch.nn.Module) -> Profile:
-        """Return what peers must agree with; `model`: that of the task."""
+        """Return the profile with which peers must agree; `model`: that of the task."""
         loaded = self.experiment.loaded
         return Profile(
             schema_hash(model.state_dict()),
@@ -75,7 +75,7 @@ class PreparedAgent:
         )
 
     def histogram(self) -> tuple[int, ...]:
-        """Return its samples by class; empty where the task does not tell classes."""
+        """Return its samples by class; empty if the task has no classes."""
         labels = self.experiment.task.data("train").labels
         if labels is None or labels.ndim != 1 or labels.is_floating_point() or int(labels.min()) < 0:
             return ()
@@ -85,15 +85,15 @@ class PreparedAgent:
         return tuple(torch.bincount(labels[self.indices], minlength=classes).tolist())
 
     def learner(self, store: Path, trainer: ModelTrainer | None = None) -> Learner:
-        """Return what does the agent's work; it records its snapshots in the folder `store`. `trainer`: trains the
-        model, where that is not dimat's own."""
+        """Return the learner, which does the agent's work; it records its snapshots in the folder `store`. `trainer`:
+        trains the model, if that is not dimat's own."""
         experiment = self.experiment
         agents = experiment.agents if experiment.parts else ()
         part = part_of(self.config, self.name, agents, str(experiment.loaded.plan.accept))
         return experiment.loaded.learner(self.name, self.config, self.indices, store, part=part, trainer=trainer)
 
     def largest_snapshot(self, model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> int:
-        """Return the most bytes that a snapshot of this run takes, in any encoding, statistics and moments beside it.
+        """Return the largest size in bytes of a snapshot of this run, in any encoding, with statistics and moments.
         `optimizers`: the model's."""
         # peers may send moments in any type, and those in fp32 are the largest
         widest = self.config.model_copy(update={"exchange": ExchangeConfig(moments="fp32")})
@@ -101,7 +101,7 @@ class PreparedAgent:
         return max(encoded_bytes(snapshot, encoding) for encoding in ENCODINGS)
 
     def listen_address(self) -> str:
-        """Return the `host:port` to listen on: what is set, or the port of the agent's first address on the map."""
+        """Return the `host:port` to listen on: the setting, or the port of the agent's first address on the map."""
         agent = self.config.agent
         if agent.listen is not None:
             return agent.listen
@@ -111,7 +111,7 @@ class PreparedAgent:
 
 
 def prepare_agent(config: ExperimentConfig, task: Task | None = None) -> PreparedAgent:
-    """Resolve an agent's configuration; raises ConfigError and its kin for what cannot be run. `task`: one to take
+    """Resolve an agent's configuration; raises ConfigError or a related error if it cannot run. `task`: one to use
     instead of the configuration's."""
     name = config.agent.name
     if name is None:
@@ -130,14 +130,14 @@ def prepare_agent(config: ExperimentConfig, task: Task | None = None) -> Prepare
 
 
 def addresses_on_map(config: ExperimentConfig) -> Mapping[str, Collection[str]]:
-    """Return where each agent of the map is reached, without loading the task; agents without addresses have none."""
+    """Return the addresses of each agent on the map, without loading the task; some agents may have none."""
     config = with_newest_map(config)
     resolved = resolve_map(config.topology, derive_seed(config.seed, "topology"), config.folder)
     return {name: tuple(resolved.network.addresses.get(name, ())) for name in resolved.names}
 
 
 def neighbours_of(schedule: RunSchedule, name: str) -> Neighbours:
-    """Return whom an agent listens to, who may fetch from it, and where they are."""
+    """Return the peers that an agent merges, those that may fetch from it, and their addresses."""
     readers = frozenset(agent for agent in schedule.agents if name in schedule.plan(agent).peers)
     peers = schedule.plan(name).peers if name in schedule.agents else frozenset[str]()
     return Neighbours(peers, readers, schedule.agents, schedule.first.addresses)

@@ -1,6 +1,6 @@
 """The rounds of an experiment as planned: who merges with whom, and with what weights.
 
-Worked out of the configuration and the network map alone, so that every agent of a network, and the simulator, come to
+It is computed only from the configuration and the network map, so that every agent of a network, and the simulator, get
 the same plan.
 """
 
@@ -48,7 +48,7 @@ class RunSchedule:
         return self.schedules[0][1]
 
     def schedule_at(self, number: int) -> tuple[Schedule, int]:
-        """Return the schedule that holds in a round, and the round as that schedule counts it."""
+        """Return the schedule that applies in a round, and the round's number in that schedule."""
         planned = self.config.schedule.last_exchange
         if self.final is not None and number > planned:
             return self.final, number - planned
@@ -84,7 +84,7 @@ class RunSchedule:
         )
 
     def rules(self) -> Rules:
-        """Return the rules by which all agents' rounds go."""
+        """Return the rules of all agents' rounds."""
         schedule = self.config.schedule
         return Rules.of(
             schedule,
@@ -96,7 +96,7 @@ class RunSchedule:
         )
 
     def readers(self, agent: str, number: int) -> Sequence[str]:
-        """Return who merges an agent's snapshot of a round."""
+        """Return the agents that merge an agent's snapshot of a round."""
         if not self.exchanges:
             return ()
         schedule, number = self.schedule_at(number)
@@ -113,8 +113,8 @@ class RunSchedule:
         return tuple((a, b) for a, b in pairs if (b, a) not in both or a < b)
 
     def snapshots_kept(self, kept: int) -> int:
-        """Return how many snapshots an agent offers: `kept`, or as many as a reader which is as far behind as may be
-        still merges."""
+        """Return how many snapshots an agent offers: `kept`, or as many as the reader that may be furthest behind still
+        merges."""
         if not self.exchanges:
             return kept
         if self.config.schedule.mode == "async":
@@ -150,7 +150,7 @@ def later_topologies(
         if new:
             raise ConfigError(
                 f"schedule.changes[{i}]: agent {new[0]!r} is not in the first topology; name all agents there, and let "
-                'those that come later join with a fault of kind "join"'
+                'later ones join with a fault of kind "join"'
             )
         changes.append((config.schedule.first_exchange(change.round), later))
     return changes

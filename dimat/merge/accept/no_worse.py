@@ -1,4 +1,4 @@
-"""Keep a merge only if it serves: a metric may not fall by more than a tolerance."""
+"""Keep a merge only if it does no harm: a metric may not fall by more than a tolerance."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def no_worse(
     `score`: higher is better, a share in [0, 1] for accuracies; a NaN counts as −∞. Points inside the segment
     are repaired like any merge before they are scored. Of LoRA factors they are points between the products B·A, at
     own's rank, since merged factors have a basis of their own. `on` names the set that the caller scores on: "local"
-    is the agent's own hold-out, and on skewed data it refuses merges that are good for the network, since what an
-    agent learns from its peers does not show on its own classes; "probe" is the agreed public set.
-    Raises MergeError where no score was handed in.
+    is the agent's own hold-out, and on skewed data it rejects merges that are good for the network, since the classes
+    that an agent learns from its peers are not in its own data; "probe" is the agreed public set.
+    Raises MergeError if no score was passed in.
     """
     if score is None:
         raise MergeError('accept = "no-worse" needs a score: hand one in, or choose accept = "always"')

@@ -48,16 +48,15 @@ def activations(
     averaged over the group's observation points: all of `points` where the group is named there, else up to
     `points_per_group` of the spec's (the last after a non-linearity first, then the last before one).
     All models see the same images; own's forward pass is shared over the peers (a star around own: no cycle
-    consistency). Heads are worth what the units in them are: for each pair of heads the best assignment inside it
-    counts. Groups that cannot be observed are matched by weights, the others held (as align = "weights" does), and
-    a note names them.
+    consistency). The score of a pair of heads is that of the best assignment of the units inside. Groups that cannot
+    be observed are matched by weights (as align = "weights" does) with the others fixed, and a note names them.
 
-    `max_images`: look at no more images than this (None: all). `positions`: positions per image, drawn from
-    `generator` (or from a fixed seed) anew for each batch; None: all. `stable_within`: stop once the assignments are
-    stable, that is once those of the last look are worth, under the newest statistics, at most this share less
-    than the newest ones, for every group and peer, at two looks in a row, each at twice the images of the one
-    before; batches must then come in random order. None: never stop early.
-    Raises MergeError where there are no data.
+    `max_images`: use at most this many images (None: all). `positions`: positions per image, drawn from
+    `generator` (or from a fixed seed) for each batch; None: all. `stable_within`: stop once the assignments are
+    stable, that is once the score of the last check's assignments, under the newest statistics, is at most this share
+    below that of the newest ones, for every group and peer, at two checks in a row, each at twice the images of the
+    one before; batches must then come in random order. None: never stop early.
+    Raises MergeError if there are no data.
 
     Paper: Saadati et al., "DIMAT: Decentralized Iterative Merging-And-Training", CVPR 2024, arXiv 2404.08079;
     the matching is Li et al., "Convergent Learning", ICLR 2016, arXiv 1511.07543.

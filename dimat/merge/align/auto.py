@@ -1,4 +1,4 @@
-"""Alignment by activations or by weights, whichever the two networks agree on best."""
+"""Alignment by activations or weights, whichever average agrees best with both networks."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ RESTARTS = {"activations": 0, "both": 0, "weights": 4}
 
 @dataclass(frozen=True)
 class Way:
-    """One way to align a peer. `by_weights`: the groups that weights decided; None: nothing was moved."""
+    """One way to align a peer. `by_weights`: the groups matched by weights; None: nothing was moved."""
 
     name: str
     permutations: Permutations
@@ -62,15 +62,15 @@ def auto(
     """Return, for each peer, the permutations whose average with own agrees best in function with own and the peer.
 
     Four ways are tried: by activations; by activations where they tell units apart, the vague groups by weights; by
-    weights; and no permutation at all, which is best for peers that are in own's basis already. The average half-way is
-    run on up to 256 examples (BatchNorm statistics estimated anew on them), and its outputs are compared with the mean
-    of both networks' outputs: see `dimat.merge.matching.agreement`. No labels are needed. A mixture can be worse than
-    either alone, in transformers by much, which no figure per group foretells; hence the networks are asked.
+    weights; and no permutation at all, which is best for peers that are in own's basis already. The half-way average is
+    run on up to 256 examples (with BatchNorm statistics re-estimated on them), and its outputs are compared with the
+    mean of both networks' outputs: see `dimat.merge.matching.agreement`. No labels are needed. A mixture can be worse
+    than either alone, in transformers by much, which no figure per group predicts; hence the networks are run.
 
-    A group is vague where its margin is below `least_margin`: the mean over own units of their correlation with the
-    unit that they were assigned, less that with the best other one. Heads and the units in them go the same way, by
-    the smallest margin among them. Groups that cannot be observed go by weights in any case. Whatever goes by weights
-    is matched with all else held as activations have it. Without data or model, all groups go by weights.
+    A group is vague if its margin is below `least_margin`: the mean over own units of their correlation with the
+    assigned unit, minus that with the best other one. Heads and the units in them are matched the same way, by
+    the smallest margin among them. Groups that cannot be observed are always matched by weights, with all other groups
+    fixed as activations have them. Without data or model, all groups are matched by weights.
 
     Notes say how many groups went which way and how well each way agreed. Memory: one network for each way and two
     more. The other options are those of align = "activations".

@@ -1,4 +1,4 @@
-"""Alignment by weights, without data: units with like weights are the same unit."""
+"""Alignment by weights, without data: units with similar weights are the same unit."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ def weights(
 ) -> Aligned:
     """Return, for each peer, permutations that maximise Σ over tensors of <own, permuted peer>, to a local optimum.
 
-    By coordinate descent: one group after the other is assigned anew while the others stay, until none improves the
-    sum. Groups with a permutation per head are assigned together with the heads. The first descent settles groups one
-    by one, those first that frozen axes and settled groups tell most about; `restarts` more start from the peer's own
-    order and visit groups in random orders, drawn from `generator` (or from a fixed seed); the best sum wins. Each
-    peer is matched to own alone, with the same draws, so the order of peers does not matter.
+    By coordinate descent: one group after the other is reassigned while the others stay, until none improves the
+    sum. Groups with a permutation per head are assigned together with the heads. The first descent assigns groups one
+    by one, beginning with those about which frozen axes and assigned groups say most; `restarts` more start from the
+    peer's own order and visit groups in random orders, drawn from `generator` (or from a fixed seed); the best sum
+    wins. Each peer is matched only to own, with the same draws, so the order of peers does not matter.
 
     `buffers`: also count moved buffers, which are the running statistics of normalisation layers. They are left out
     unless asked for: the paper counts parameters, and variances of a layer's inputs are of any size, so that a few of
     them could outweigh all weights.
-    Raises MergeError, naming the tensor, where products of weights are not finite.
+    Raises MergeError, naming the tensor, if products of weights are not finite.
 
     Paper: Ainsworth, Hayase, Srinivasa, "Git Re-Basin: Merging Models modulo Permutation Symmetries", ICLR 2023,
     arXiv 2209.04836, Algorithm 1.

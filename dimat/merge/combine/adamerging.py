@@ -1,4 +1,4 @@
-"""AdaMerging: coefficients of task vectors that make the merged model sure of itself."""
+"""AdaMerging: coefficients of task vectors that make the merged model's outputs certain."""
 
 from __future__ import annotations
 

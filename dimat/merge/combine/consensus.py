@@ -1,4 +1,4 @@
-"""Consensus merging: only parameters that several tasks need."""
+"""Consensus merging: changes only parameters that several tasks need."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layer swapping: whose tensor is taken, by name pattern."""
+"""Layer swapping: takes each tensor from one model, chosen by a pattern of names."""
 
 from __future__ import annotations
 

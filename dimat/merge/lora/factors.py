@@ -1,4 +1,4 @@
-"""LoRA adapters: factors found in pairs by name, and merged as the products that they are.
+"""LoRA adapters: finds factors in pairs by name, and merges them as their products.
 
 An adapter adds ΔW = s·B·A to a weight (out, in). PEFT names the factors of a module `<module>.lora_A.weight` (r, in)
 and `<module>.lora_B.weight` (out, r), with the adapter's name before `.weight` in a living model (`lora_A.default`);
@@ -6,8 +6,8 @@ of an embedding `<module>.lora_embedding_A` (r, rows) and `lora_embedding_B` (wi
 delta transposed; of a convolution A (r, in, height, width) and B (out, r, 1, 1). As (B R, R⁻¹ A) is the same ΔW for
 every invertible R, the mean of factors is not a merge of adapters unless all began with the same A and stayed near it.
 
-Combine methods take all models' scales s for equal, as one configuration trains them; then s does not matter. Models
-whose scales differ come here with s in B.
+Combine methods assume that all models have the same scale s, as one configuration trains them; then s does not matter.
+Models whose scales differ come here with s in B.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Kinds of PEFT adapters: which can be merged, how, and why others cannot.
 
-A merge of what is trained is a merge of what it does where a layer changes in proportion to it. LoRA's factors are
-merged as their products; of other kinds whose parts multiply each other the mean of the parts is another thing.
+Averaging trained tensors averages their effects if a layer changes in proportion to them. LoRA's factors are merged as
+their products; for other kinds whose parts multiply each other, the mean of the parts is not the mean of the effects.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ PLACES = {
 
 
 def why_not(kind: str) -> str:
-    """Return why adapters of a kind cannot be merged, "" where they can."""
+    """Return why adapters of a kind cannot be merged, "" if they can."""
     if kind in MERGED:
         return ""
     if kind in PRODUCTS or kind == "DoRA":
         return "its trained parts multiply each other, and the mean of factors is not the mean of their products"
     if kind in TURNS:
-        return "it turns weights, and the mean of rotations is none"
-    return "whether the mean of what it trains is the mean of what it does is not known here"
+        return "it rotates weights, and the mean of rotations is not a rotation"
+    return "dimat does not know whether the mean of its weights gives the mean of their effects"

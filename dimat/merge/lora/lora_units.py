@@ -1,6 +1,6 @@
 """The ranks of LoRA adapters as units to cluster: each a row of A with its column of B.
 
-A unit's product b aᵀ is the same for (a, b), (c a, b / c) and (−a, −b). So a unit is taken as a direction
+A unit's product b aᵀ is the same for (a, b), (c a, b / c) and (−a, −b). So a unit is represented by a direction
 v = [a/‖a‖; b/‖b‖] / √2, known up to its sign, and a strength p = ‖a‖ ‖b‖. Everything is computed from the Gram matrix
 of the directions, which is as small as the number of units, whatever the layer's size.
 """

@@ -1,8 +1,8 @@
-"""Streaming statistics of activations: how strongly this agent's units go with a peer's.
+"""Streaming statistics of activations: how strongly own units correlate with a peer's.
 
-Only self × peer blocks and variances are kept, n(U² + 2U) numbers for n peers and U units, never the full
-((n+1)U)² covariance. A batch is multiplied in float32 (its own dtype where that is float64) after the first
-batch's means are taken off, so that nothing cancels; sums over batches are float64, on the CPU.
+Only own × peer blocks and variances are kept, n(U² + 2U) numbers for n peers and U units, never the full
+((n+1)U)² covariance. A batch is multiplied in float32 (or in float64 if it is that) after subtracting the first
+batch's means, so that nothing cancels; sums over batches are float64, on the CPU.
 """
 
 from __future__ import annotations
@@ -98,10 +98,10 @@ def average_correlation(points: Sequence[CrossStatistics], peer: int) -> Tensor:
 
 
 class PositionSampler:
-    """Keeps at most `positions` of the positions of each image, drawn anew for each batch, alike for all models.
+    """Keeps at most `positions` of the positions of each image, drawn for each batch, the same for all models.
 
-    Samples come as (images · positions, units), image by image. Neighbouring positions tell much the same, so
-    64 of them serve nearly as well as 1,024 and cost a sixteenth. None keeps all.
+    Samples come as (images · positions, units), image by image. Neighbouring positions carry much the same information,
+    so 64 of them are nearly as good as 1,024, at a sixteenth of the cost. None keeps all.
     """
 
     def __init__(self, positions: int | None, generator: torch.Generator) -> None:

@@ -38,15 +38,15 @@ def agreements(
     outputs: Sequence[int] = (),
     max_images: int | None = None,
 ) -> list[float]:
-    """Return, for each of some merged networks, how near its outputs are to the mean of own's and the peer's:
+    """Return, for each merged network, how close its outputs are to the mean of own's and the peer's:
 
         1 − Σ (m − t)² / Σ t²,   t = (f(own) + f(peer)) / 2,   m = f(merged), both centred along the last axis,
 
     since adding a number to all logits changes nothing (outputs of one column are centred over all rows). 1: the same
-    function; 0: no better than outputs that are all alike; negative: worse. Unlike a correlation it counts how large
-    outputs are and what they are on the mean, and so goes with the loss half-way. The mean over floating-point outputs
+    function; 0: no better than constant outputs; negative: worse. Unlike a correlation it depends on the scale and the
+    mean of outputs, and so follows the loss of the half-way average. It is the mean over floating-point outputs
     that have a batch axis (those numbered in `outputs`, if any). −inf where m is not finite; 0 where t does not vary.
-    BatchNorm statistics of merged networks are estimated anew on the same examples.
+    BatchNorm statistics of merged networks are re-estimated on the same examples.
     All networks see the same pieces of up to 32 of at most `max_images` examples; all merged ones are held in memory.
     """
     device = device_of(model)

@@ -11,8 +11,8 @@ from torch import Tensor
 def assign(scores: Tensor) -> Tensor:
     """Return the permutation p that maximises Σ_j scores[j, p[j]].
 
-    scores: (units, units), finite; row = own unit, column = peer's unit. p: (units,) int64. Where several
-    permutations are best, which of them is returned depends on scipy alone (the same input gives the same p).
+    scores: (units, units), finite; row = own unit, column = peer's unit. p: (units,) int64. If several
+    permutations are best, scipy alone decides which of them is returned (the same input gives the same p).
     """
     from scipy.optimize import linear_sum_assignment  # takes 0.2 CPU-s to import
 
@@ -28,7 +28,7 @@ def assignment_value(scores: Tensor, permutation: Tensor) -> float:
 def margin(scores: Tensor, permutation: Tensor) -> float:
     """Return the mean over units of the assigned score minus the best other score in the same row.
 
-    Small or negative: many units of the peer go with one of ours about as well, and the match means little.
+    Small or negative: many units of the peer fit one of own's about as well, and the match means little.
     A group of one unit has margin 0.
     """
     if scores.shape[0] < 2:
@@ -39,13 +39,13 @@ def margin(scores: Tensor, permutation: Tensor) -> float:
 
 
 def moved_share(permutations: Mapping[str, Tensor]) -> float:
-    """Return the share of units whose place changes; 0 where there are none."""
+    """Return the share of units whose place changes; 0 if there are none."""
     units = sum(p.numel() for p in permutations.values())
     return sum(map(_moved, permutations.values())) / units if units else 0.0
 
 
 def moved_by_group(permutations: Mapping[str, Tensor]) -> dict[str, float]:
-    """Return of each group the share of units whose place changes."""
+    """Return for each group the share of units whose place changes."""
     return {group: _moved(p) / p.numel() for group, p in permutations.items() if p.numel()}
 
 

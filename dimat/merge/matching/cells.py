@@ -1,4 +1,4 @@
-"""Tensors cut into cells: blocks whose axes are products of units, to pair units by.
+"""Tensors cut into cells: blocks whose axes are products of units, for pairing units.
 
 An axis that concatenates segments holds different units in each; a cell takes one segment of each such axis. Pairing
 own units with a peer's, cell by cell, gives each pair's inner product over all that they share.
@@ -101,7 +101,7 @@ def pair_up(own: Tensor, peer: Tensor, slots: Sequence[int], blocks: int = 1) ->
     """Return inner products of own's units with a peer's: (units, units), float64, on the CPU.
 
     The units are those of dimensions `slots`, row-major; all other dimensions are summed over. With several `blocks`,
-    runs of as many units each, only pairs within one are made: (blocks, units of each, units of each).
+    runs of equally many units, only pairs within one block are computed: (blocks, units of each, units of each).
     """
     x, y = (_rows(tensor, slots).unflatten(0, (blocks, -1)) for tensor in (own, peer))
     total = torch.zeros(blocks, x.shape[1], y.shape[1], dtype=torch.float64)

@@ -1,11 +1,11 @@
 """Weight matching: coordinate descent on <this agent's weights, permuted peer's weights>.
 
-One **move** assigns anew the units of one tree of groups (a plain group; or heads together with what lies in them)
+One **move** reassigns the units of one tree of groups (a plain group; or heads together with the units in them)
 while all others stay, which is a linear assignment. The peer's tensors are permuted as they are read, one at a time.
 
-Two things are beyond it. Where a group occurs twice in a tensor (the hidden units of an LSTM), a move is the best step
-for the slope at hand, taken only where it helps. Where two children of one parent meet in a tensor (query heads of a
-shared key head, and the units of these), they take turns, so that the parent's pairs are judged by the others' order.
+In two cases a move is not exact. If a group occurs twice in a tensor (the hidden units of an LSTM), a move is the best
+step for the current gradient, taken only if it helps. If two children of one parent meet in a tensor (query heads of a
+shared key head, and their units), they take turns, so that the parent's pairs are scored with the others' order fixed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _RELATIVE_SINGLE = 1e-7
 
 @dataclass(frozen=True)
 class Move:
-    """Groups of one tree that are assigned anew together; those of the tree in `held` keep their order.
+    """Groups of one tree that are reassigned together; those of the tree in `held` keep their order.
 
     `curved`: one of its groups occurs twice in a tensor, so that its scores hold for small changes only.
     """
@@ -54,7 +54,7 @@ class Move:
 
 
 class Matching:
-    """The moves of a spec, and what they are judged by: the axes of the tensors that count."""
+    """The moves of a spec, and the axes of the counted tensors, by which they are scored."""
 
     def __init__(self, spec: SymmetrySpec, counted: Iterable[str], free: Collection[str] | None = None) -> None:
         """`counted`: names of tensors whose inner products count. `free`: groups that may move (None: all)."""
@@ -340,9 +340,9 @@ def fill_in(
 
 
 def counted_tensors(spec: SymmetrySpec, model: nn.Module | None, buffers: bool) -> set[str]:
-    """Return the tensors with moved axes that weight matching counts: parameters, and buffers where asked for.
+    """Return the tensors with moved axes that weight matching counts: parameters, and buffers if asked for.
 
-    Without a model, buffers are told by the names that torch's normalisation layers give them.
+    Without a model, buffers are recognised by the names in torch's normalisation layers.
     """
     names = {axis.tensor for axis in spec.axes}
     if buffers:

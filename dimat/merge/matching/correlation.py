@@ -37,7 +37,7 @@ NEGLIGIBLE = 1e-9
 
 @dataclass(frozen=True)
 class Sampling(SharedOptions):
-    """How much of the data is looked at to tell which units go together."""
+    """How much of the data is used to match units."""
 
     max_images: Annotated[int, Field(ge=1)] | None = None
     """Images, at most; None: all."""
@@ -93,7 +93,7 @@ def compare(
     points: Points | None,
     sampling: UntilStable,
 ) -> Compared:
-    """Return the assignments by activations; arguments are those of align = "activations"."""
+    """Return the assignments by activations; the arguments are those of align = "activations"."""
     chosen, _ = choose_points(spec, points, sampling.points_per_group)
     pairs = GroupMatches(spec, chosen, len(peers))
     result = Compared(pairs.permutations, [{} for _ in peers], pairs.unseen)

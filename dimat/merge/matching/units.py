@@ -1,7 +1,7 @@
 """Merging units many to one: how a tensor's axes follow when several units become one.
 
-A permutation moves all axes of a group alike. A merge of units does not: where a layer makes them, its rows are
-averaged; where a layer takes them in, its columns are added up, for there the merged unit stands for each member.
+A permutation moves all axes of a group alike. A merge of units does not: in the layer that computes them, rows are
+averaged; in a layer that reads them, columns are summed, for there the merged unit stands for each member.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 
 
 def taken_axes(model: nn.Module, spec: SymmetrySpec) -> Taken:
-    """Return which axes of which tensors run over what a layer takes in, by all names of the tensors.
+    """Return which axes of which tensors run over a layer's inputs, by all names of the tensors.
 
     Known by the kind of module that holds the tensor: linear and bilinear layers, convolutions (transposed ones too),
-    recurrent layers, attention, the GPT-2 kind of linear layer. Of other modules' tensors dim 1 of a matrix both of
-    whose axes hold units. A tensor that one module takes by and another makes by (an output layer tied to an
-    embedding) makes: it is averaged. For units merged one to one both come to the same.
+    recurrent layers, attention, GPT-2's kind of linear layer. For other modules it is dim 1 of a matrix both of
+    whose axes hold units. A tensor with which one module reads units and another computes them (an output layer tied
+    to an embedding) counts as computing them: it is averaged. For units merged one to one both give the same result.
     """
     both = {
         axis.tensor
@@ -54,7 +54,7 @@ def taken_axes(model: nn.Module, spec: SymmetrySpec) -> Taken:
 def merge_units(
     tensors: Sequence[Tensor], weights: Sequence[float], axes: Sequence[AxisRef], labels: Sequence[Labels], taken: Taken
 ) -> Tensor:
-    """Return one tensor of the models', each of whose units has become the merged unit of its label.
+    """Return one merged tensor of the models, in which each unit has become the merged unit of its label.
 
     Entry c (an index of merged units along every axis) is Σ_k w_k Σ_{i of model k in c} T_k[i] / Σ_k w_k n_k(c): a
     sum over all members i, divided by their weight, where n_k counts members along axes that are not `taken`. For

@@ -57,8 +57,8 @@ def tensors_for(model: nn.Module, weights: Weights, device: torch.device) -> dic
 
 @contextmanager
 def reading_inputs(model: nn.Module, readers: Mapping[nn.Module, Callable[[Tensor], None]]) -> Generator[None]:
-    """Inside, the model is in evaluation mode without gradients, and each of these modules hands its first input to its
-    reader whenever it runs. After that the model is as it was."""
+    """Context in which the model is in evaluation mode without gradients, and each of these modules passes its first
+    input to its reader whenever it runs. Afterwards the model is as it was."""
 
     def hook(read: Callable[[Tensor], None]) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         return lambda _, inputs, named: read((inputs[0] if inputs else named["input"]).detach())

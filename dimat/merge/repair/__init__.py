@@ -1,4 +1,4 @@
-"""Fourth stage of a merge, one method a file: mend what averaging broke.
+"""Fourth stage of a merge, one method a file: correct the damage done by averaging.
 
 No network, no files.
 """

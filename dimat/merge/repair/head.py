@@ -1,7 +1,7 @@
 """Classifier calibration: BatchNorm re-estimated, then the head fitted to virtual features.
 
-Averaging hurts a classifier's last layer most where agents have different classes. Agents therefore tell, beside their
-weights, a Gaussian of the head's inputs for each class that they have.
+Averaging hurts a classifier's last layer most if agents have different classes. Agents therefore send with their
+weights a Gaussian of the head's inputs for each class that they have.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ def head(
 
     The statistics by class of `aux` (own first, in own's basis) are pooled by their counts; `virtual` features (fewer
     where there are very many classes) of each class that anybody has are drawn with `generator`, and `refitted` fits
-    the head's rows of these classes to them: all classes count alike. Rows of other classes stay as they were merged.
-    With a `reference` the fit goes only so far that weight and bias are `SIZE` times as large as own training has made
-    them, so that what merges make of them does not grow from one to the next.
+    the head's rows of these classes to them, with equal weight for each class. Rows of other classes stay as merged.
+    With a `reference` the fit stops where weight and bias are `SIZE` times as large as after own training,
+    so that they do not grow from merge to merge.
     `covariance`, `rank`, `clip`, `noise`: of the statistics, see `class_statistics`.
     Raises MergeError where statistics or the generator are missing, and as `batchnorm`.
 
@@ -67,7 +67,7 @@ def head(
     if aux is None or not names or any(MEAN + name not in theirs for theirs in aux for name in names):
         raise MergeError('repair "head" needs every model\'s statistics: see models.classifier.class_statistics')
     if generator is None:
-        raise MergeError('repair "head" draws at random: hand in generator=, seeded')
+        raise MergeError('repair "head" draws at random: pass a seeded generator=')
     repaired = dict(mended.weights)
     for name in names:
         found = pooled([ClassGaussians.of(theirs, name) for theirs in aux])

@@ -54,8 +54,8 @@ def ranked(values: Tensor, rank: int) -> Tensor:
 def ranked_among(values: Callable[[], Iterable[Tensor]], sample: Tensor, elements: int, rank: int) -> float:
     """Return the value of a 0-based ascending rank among float32 values that come in pieces.
 
-    `values` starts a pass over all of them; `sample` is some of them. Exact: what lies in the range that the sample
-    points to is collected, a few in a hundred; where the rank is not among that, the whole is counted.
+    `values` starts a pass over all of them; `sample` is some of them. Exact: the values in the range that the sample
+    suggests are collected, a few in a hundred; if the rank is not among them, all values are counted.
     """
     if sample.device.type != "cpu" or elements <= 4 * sample.numel():
         return float(ranked(torch.cat([*values()]), rank))
@@ -85,8 +85,8 @@ def _range_of(sample: Tensor, share: float) -> tuple[float, float]:
 
 
 def smallest_kept(pieces: Pieces, densities: Sequence[float]) -> list[float]:
-    """Return for each model the magnitude that the share of largest elements reaches that its density says, 0 where all
-    stay. A tensor is never cut away whole: at least one element stays."""
+    """Return for each model the smallest magnitude among the share of largest elements given by its density, 0 if all
+    stay. At least one element of a tensor always stays."""
     ranks = [pieces.elements - kept_of(density, pieces.elements) for density in densities]
     return [0.0 if found is None else found for found in magnitude_ranks(pieces, [rank or None for rank in ranks])]
 
@@ -174,7 +174,7 @@ def _find(table: Tensor, rank: int) -> tuple[int, int]:
 def root_of(generator: torch.Generator | None, method: str) -> int:
     """Draw the seed of one merge from a generator; MergeError where there is none."""
     if generator is None:
-        raise MergeError(f"combine method {method!r} draws at random: hand in generator=, seeded")
+        raise MergeError(f"combine method {method!r} draws at random: pass a seeded generator=")
     return int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
 
 

@@ -82,7 +82,7 @@ def needs_base(base: Weights | None, method: str) -> Weights:
     """Return the base; MergeError, saying what to do, where there is none."""
     if base is None:
         raise MergeError(
-            f"combine method {method!r} takes deltas from a base, and there is none: give merge.base or base="
+            f"combine method {method!r} takes task vectors from a base, and there is none: give merge.base or base="
         )
     return base
 

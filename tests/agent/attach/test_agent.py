@@ -122,11 +122,14 @@ def test_what_is_wrong_is_told_before_the_first_round(tmp_path: Path) -> None:
         Agent(file, repaired, name="a").attach(model, optimizer, data=[(targets, inputs)])
     with pytest.warns(UserWarning, match=r"the model cannot take .* Merges by this method do not need them"):
         Agent(file, name="a").attach(model, optimizer, data=[(targets, inputs)])
-    for found, message in (([0.5], "evaluate returned a list"), ({"accuracy": "high"}, "accuracy is no single number")):
+    for found, message in (
+        ([0.5], "evaluate returned a list"),
+        ({"accuracy": "high"}, "accuracy is not a single number"),
+    ):
         with pytest.raises(ConfigError, match=message):
             Agent(file, name="a").attach(model, optimizer, data=[inputs], evaluate=lambda _, found=found: found)
     with pytest.raises(
-        ConfigError, match=r"evaluate returned loss, and merge.accept or schedule.target goes by accuracy"
+        ConfigError, match=r"evaluate returned loss, but merge.accept or schedule.target needs accuracy"
     ):
         Agent(file, ('merge.accept="no-worse"',), name="a").attach(
             model, optimizer, data=[inputs], evaluate=lambda _: {"loss": 1.0}

@@ -139,7 +139,7 @@ def test_a_warning_says_once_that_copies_must_follow() -> None:
     trainer.permute(spec, {})
     trainer.followers.warn()
     permuted(trainer, spec)
-    with pytest.warns(UserWarning, match=r"Copies of it that you keep .* follow=\[\] where there are none"):
+    with pytest.warns(UserWarning, match=r"Copies of it that you keep .* follow=\[\] if there are none"):
         trainer.followers.warn()
     permuted(trainer, spec)
     trainer.followers.warn()
@@ -154,7 +154,7 @@ def test_what_does_not_fit_the_model_is_refused() -> None:
     table: dict[str, Tensor] = {"0.wieght": torch.zeros(6, 4)}
     for each, message in (
         (other, r"'3\.weight' of Sequential has shape \(2, 6\), the model's \(3, 6\)"),
-        (table, r"a table has '0\.wieght', which the model has not; did you mean '0\.weight'"),
+        (table, r"a table has '0\.wieght', which the model does not have; did you mean '0\.weight'"),
         (stranger, "2 parameters that are not the model's|parameters that are not the model's"),
         (3, "a int cannot follow the model"),
     ):

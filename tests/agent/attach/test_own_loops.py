@@ -203,8 +203,8 @@ def test_what_cannot_be_attached_is_said_in_a_line(tmp_path: Path, free_ports: l
     ("evaluate", "message"),
     [
         (lambda _: 0.5, "evaluate returned a float"),
-        (lambda _: {"accuracy": torch.zeros(3)}, "accuracy is no single number"),
-        (lambda _: {"loss": 1.0}, r"evaluate returned loss, and .* goes by accuracy"),
+        (lambda _: {"accuracy": torch.zeros(3)}, "accuracy is not a single number"),
+        (lambda _: {"loss": 1.0}, r"evaluate returned loss, but .* needs accuracy"),
         (None, r"judges merges by metrics; give attach\(…, evaluate=…\)"),
     ],
     ids=["no table", "no number", "another metric", "none"],

@@ -100,7 +100,7 @@ def test_what_cannot_be_merged_as_products_is_refused() -> None:
         (Loralib(), "lora_A looks like a part of an adapter"),
         (Loralib("lora_a", "lora_b"), "lora_a looks like a part of an adapter"),
         (other, "adapters of kind LOHA, which dimat cannot merge: its trained parts multiply each other"),
-        (turning, "adapters of kind OFT, which dimat cannot merge: it turns weights"),
+        (turning, "adapters of kind OFT, which dimat cannot merge: it rotates weights"),
         (adapted(use_dora=True), "adapters of kind DoRA"),
         (thawed, "its base is not frozen"),
         (half, "is a LoRA factor without its lora_B"),

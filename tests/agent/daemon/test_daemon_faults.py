@@ -178,7 +178,7 @@ def test_full_disk(tmp_path: Path, free_ports: list[int]) -> None:
             net.until(lambda: life.text().count("trying again") > said, "lab-b waits once more")
             life.signal(signal.SIGTERM)
             assert life.wait() == 143
-            told = r"No space left on device; (the previous checkpoint is kept|what round \d+ has trained so far)"
+            told = r"No space left on device; (the previous checkpoint is kept|the training of round \d+ so far)"
             assert re.search(told, life.text())
             filler.unlink()
             net.start("lab-b")

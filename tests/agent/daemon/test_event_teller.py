@@ -27,7 +27,7 @@ def test_a_log_that_fails_is_told_once_and_holds_nobody_up() -> None:
     teller.tell(event)
     assert heard == [event] * 3
     assert notices == [
-        "events.jsonl cannot be written: no space left on device; the agent goes on, and so does the log once it can"
+        "events.jsonl cannot be written: no space left on device; the agent continues, and logs again once it can"
     ]
     full[0] = False
     teller.tell(event)

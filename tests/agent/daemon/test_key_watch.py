@@ -79,8 +79,8 @@ async def test_files_are_taken_over_or_told_of(tmp_path: Path) -> None:
     assert watched.said == said, "300 days are left"
     (tmp_path / "lab-a.crt").write_bytes(b"nothing")
     await watched.watch.read_anew()
-    assert watched.said[-1].startswith("the keys are not taken over: ")
-    assert watched.said[-1].endswith("; the ones before stand")
+    assert watched.said[-1].startswith("the new keys are not used: ")
+    assert watched.said[-1].endswith("; the current ones stay in use")
     assert len(watched.renewed) == 1
 
 

@@ -297,7 +297,7 @@ async def test_maps_that_cannot_be_used_are_passed_over_once(tmp_path: Path, tex
     await lab.sees(3, text)
     await lab.sees(3, text)
     (line,) = lab.said
-    assert "version 3 from the DHT is not taken over" in line
+    assert "version 3 from the DHT is not used" in line
     assert why in line
     assert lab.taken == []
     assert lab.agents() == ABC[:2]

@@ -95,7 +95,7 @@ def test_a_step_that_takes_longer_than_the_drain_is_told(tmp_path: Path, free_po
         life.signal(signal.SIGTERM)
         assert life.wait(20) == 143
         warned = [event["message"] for event in net.events("lab-a", "Warned")]
-        assert any("takes longer than agent.drain_s (0.2 s)" in message for message in warned), life.text()
+        assert any("take longer than agent.drain_s (0.2 s)" in message for message in warned), life.text()
 
 
 def test_a_round_of_other_settings_begins_anew(tmp_path: Path, free_ports: list[int]) -> None:

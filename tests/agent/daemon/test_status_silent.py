@@ -26,7 +26,7 @@ time.sleep(600)
 
 
 def test_a_folder_of_nobody(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="it is no agent's folder"):
+    with pytest.raises(DataError, match="it is not an agent's folder"):
         ask(tmp_path)
 
 
@@ -44,12 +44,12 @@ def test_a_paused_agent(tmp_path: Path) -> None:
         try:
             assert holder.stdout is not None
             assert holder.stdout.readline() == "held\n"
-            with pytest.raises(DataError, match=f"process {holder.pid}, is busy, or only starting"):
+            with pytest.raises(DataError, match=f"process {holder.pid}, is busy, or still starting"):
                 ask(tmp_path)
             holder.send_signal(signal.SIGSTOP)
             while psutil.Process(holder.pid).status() != psutil.STATUS_STOPPED:
                 os.sched_yield()
-            with pytest.raises(DataError, match=f"is stopped by a signal .* go on with: kill -CONT {holder.pid}"):
+            with pytest.raises(DataError, match=f"is stopped by a signal .* continue it with: kill -CONT {holder.pid}"):
                 ask(tmp_path)
         finally:
             holder.kill()

@@ -49,13 +49,13 @@ def test_adopting_takes_the_weights_of_the_basis(tmp_path: Path, method: str) ->
         torch.testing.assert_close(two.trainer.weights()[name], tensor)
     assert result.before == own
     assert result.after == pytest.approx(one.evaluate())
-    assert any("took over the weights of" in note for note in result.notes)
+    assert any("adopted the weights of" in note for note in result.notes)
     moments, taken = (each.trainer.moments() for each in (two, one))
     assert not moments.keys() ^ (taken.keys() if method == "dimat" else set()), "the optimizer knows nothing of before"
     for name, moment in moments.items():  # where moments travel, it goes on with the peer's, as they came
         torch.testing.assert_close(moment, taken[name], rtol=0.05, atol=float(taken[name].abs().max()) / 100)
     later = merged(two, 2, 0.5, [(one.name, files[one.name], 0.5, True)], "none")
-    assert not any("took over" in note for note in later.notes)
+    assert not any("adopted the weights of" in note for note in later.notes)
 
 
 def test_peers_in_another_basis_are_left_out(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ def test_peers_in_another_basis_are_left_out(tmp_path: Path) -> None:
     result = merged(one, 1, 0.5, [(two.name, files[two.name], 0.5, False)], "all")
     assert equal(one.trainer.weights(), before)
     assert result.refused == {}
-    assert any(f"not merged, since in another basis: {two.name}" in note for note in result.notes)
+    assert any(f"not merged, because they have another basis: {two.name}" in note for note in result.notes)
 
 
 def test_distillation_is_by_the_old_models(tmp_path: Path) -> None:

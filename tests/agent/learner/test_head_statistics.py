@@ -125,14 +125,14 @@ def test_statistics_move_with_weights_into_another_basis(tmp_path: Path, way: st
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
-        ("none", "eve: came without statistics"),
+        ("none", "eve: sent no statistics"),
         ("one less", r"eve: statistic 'class_count.5.weight' is missing"),
-        ("one more", r"eve: statistic 'class_mean.0.weight' is none of ours"),
+        ("one more", r"eve: statistic 'class_mean.0.weight' is not one of this agent's"),
         ("wide", r"eve: statistic 'class_mean.5.weight' is \[4, 100000\], expected \[4, 8\]"),
         ("nan", r"eve: statistic 'class_mean.5.weight' holds values that are not finite"),
         ("negative", r"eve: statistic 'class_variance.5.weight' holds variances below 0"),
         ("crowd", r"eve: statistic 'class_count.5.weight' holds counts that are not whole, negative or above 256"),
-        ("huge", r"eve: statistic 'class_mean.5.weight' is of features .* times as large as ours"),
+        ("huge", r"eve: statistic 'class_mean.5.weight' has features .* times as large as the agent's own"),
     ],
 )
 def test_a_peer_whose_statistics_cannot_be_right_is_refused(tmp_path: Path, fault: str, said: str) -> None:

@@ -171,5 +171,5 @@ def test_damaged_checkpoints_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot read checkpoint"):
         read_state(file)
     save_file({"t": torch.ones(3)}, file)
-    with pytest.raises(DataError, match="no checkpoint that this dimat reads"):
+    with pytest.raises(DataError, match="not a checkpoint that this dimat reads"):
         read_state(file)

@@ -30,9 +30,7 @@ def test_a_merge_with_metrics_that_are_not_finite_is_not_kept(tmp_path: Path, mo
     report = merged(one, 1, 0.5, [("two", one.store / f"{peer.root}.safetensors", 0.5, True)], "after")
     assert report.accepted == 0
     assert report.after == evaluate(one.task.data("test"))
-    assert report.notes[-1] == (
-        f"{WARNING}after the merge loss is not finite: the merge is not kept, own weights go on"
-    )
+    assert report.notes[-1] == (f"{WARNING}after the merge loss is not finite: the merge is not kept, own weights stay")
     assert all(torch.equal(v, before[k]) for k, v in one.trainer.weights().items())
 
 

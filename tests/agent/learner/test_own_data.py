@@ -104,7 +104,9 @@ def test_other_data_of_the_same_part_are_refused(tmp_path: Path, what: str, spli
         DataError, match=r"the training data have changed since the checkpoint: .* then, .* now"
     ) as caught:
         life(other)
-    assert str(caught.value).endswith("restore the data, or set agent.accept_new_data = true to go on with them")
+    assert str(caught.value).endswith(
+        "restore the data, or set agent.accept_new_data = true to continue with the new data"
+    )
     ((level, said, mend),) = checks(other)
     assert level == "fail"
     assert f"{said}; {mend}" == str(caught.value)
@@ -136,7 +138,8 @@ def test_another_map_partition_or_seed_begins_a_new_epoch(tmp_path: Path, change
     other = agent(tmp_path, **({"task": SPLIT, "train": steps(3)} | changes))
     _, found = life(other)
     assert found is not None
-    assert found.note.startswith("the network map or the partition has changed since the checkpoint: 53 examples")
+    said = "the network map or the partition has changed since the checkpoint: the agent had 53 examples"
+    assert found.note.startswith(said)
     assert checks(other)[0][0] == "warn"
 
 
@@ -152,10 +155,7 @@ def test_batches_of_another_size_begin_a_new_epoch(tmp_path: Path) -> None:
     life(agent(tmp_path, train=steps(7)), train=True)
     _, found = life(agent(tmp_path, train=steps(7, 100)))
     assert found is not None
-    assert (
-        found.note
-        == "train.batch_size has changed since the checkpoint; a new epoch begins, over the data as they are now"
-    )
+    assert found.note == "train.batch_size has changed since the checkpoint; a new epoch begins, over the current data"
 
 
 def test_a_checkpoint_of_an_older_version_is_taken_to_be_of_the_same_data() -> None:

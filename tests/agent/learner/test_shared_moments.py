@@ -202,7 +202,7 @@ def test_a_newcomer_with_an_optimizer_of_more_than_moments_begins_anew(tmp_path:
     assert one.adopt_weights("two", theirs) == ""
     assert one.trainer.moments() == {}
     assert one.train(2, learn=True).notes == (
-        "the optimizer begins anew for 1.weight, 1.bias, 3.weight and 3 more: its state is more than what travels",
+        "the optimizer's state is reset for 1.weight, 1.bias, 3.weight and 3 more: it has state that is not exchanged",
     )
 
 

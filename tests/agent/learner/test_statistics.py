@@ -170,10 +170,10 @@ def damaged(held: dict[str, Tensor], fault: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
-        ("none", "eve: came without statistics"),
+        ("none", "eve: sent no statistics"),
         ("one less", "eve: statistic '.*' is missing"),
-        ("one more", "eve: statistic 'fisher.extra' is none of ours"),
-        ("of another kind", "eve: statistic 'weights' is none of ours"),
+        ("one more", "eve: statistic 'fisher.extra' is not one of this agent's"),
+        ("of another kind", "eve: statistic 'weights' is not one of this agent's"),
         ("no statistic", "eve: tensor 'extra' is not in our model"),
         ("shape", r"eve: statistic '.*' is \[2, 3, 4\], expected"),
         ("type", "eve: statistic '.*' holds values that are negative or not finite"),

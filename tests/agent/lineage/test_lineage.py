@@ -248,9 +248,9 @@ def test_a_long_history_needs_no_deep_stack() -> None:
         ),
         (
             [record("a", 1, ("a", 1, 0.5), ("b", 2, 0.5)), record("b", 1, ("b", 1, 0.5), ("a", 2, 0.5))],
-            "rest on each other in a circle",
+            "depend on each other in a circle",
         ),
-        ([record("a", 2, ("a", 3, 1.0))], "rest on each other in a circle"),
+        ([record("a", 2, ("a", 3, 1.0))], "depend on each other in a circle"),
     ],
     ids=["empty", "stranger", "disagreement", "circle of two", "circle of one"],
 )
@@ -336,7 +336,7 @@ def test_a_line_that_is_no_record_is_named(tmp_path: Path, line: str) -> None:
     append_record(ledger, MANY[0])
     with ledger.open("a") as file:
         file.write(line + "\n")
-    with pytest.raises(DataError, match=r"ledger, line 2: no merge record") as caught:
+    with pytest.raises(DataError, match=r"ledger, line 2: not a merge record") as caught:
         read_records(ledger)
     assert "\n" not in str(caught.value)
 

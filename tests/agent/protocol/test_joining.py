@@ -46,7 +46,7 @@ def test_a_newcomer_that_aligns_founds_a_basis_too_young_to_win() -> None:
 
 
 def test_a_newcomer_tries_the_next_peer_and_at_last_keeps_its_own() -> None:
-    """Weights that cannot be used (not finite, say) are passed over, with a warning."""
+    """Weights that cannot be used (not finite, say) are ignored, with a warning."""
     m = machine(join="adopt")
     m.handle(r.Started(join=True))
     m.handle(offer("b", 6))

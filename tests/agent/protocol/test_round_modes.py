@@ -94,7 +94,7 @@ def test_a_peer_that_is_past_this_round_is_not_waited_for() -> None:
     actions = m.handle(offer("c", 3, oldest=2))
     (merge,) = of(actions, r.MergeAction)
     assert [p.peer for p in merge.parts] == ["b"]
-    assert told(actions, events.PeerLate)[0].reason == "it is ahead and offers this round no more"
+    assert told(actions, events.PeerLate)[0].reason == "it is ahead and no longer offers this round"
 
 
 def test_a_peer_that_leaves_is_waited_for_up_to_its_last_round() -> None:

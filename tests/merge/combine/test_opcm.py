@@ -292,7 +292,7 @@ def test_errors_name_the_tensor_and_the_agent() -> None:
             opcm(*args, **options)
         assert "\n" not in str(error.value)
 
-    fails(r"'opcm' takes deltas from a base.*merge\.base", own, [peer], [0.5, 0.5])
+    fails(r"'opcm' takes task vectors from a base.*merge\.base", own, [peer], [0.5, 0.5])
     for value in (torch.nan, torch.inf):
         bad = {n: torch.full_like(t, value) if n == "conv.weight" else t for n, t in peer.items()}
         fails(r"'conv\.weight' of lab-b .*not finite", own, [bad], [0.5, 0.5], base=base, names=["lab-b"])

@@ -160,7 +160,7 @@ def test_order_reading_zero_deltas_and_inputs(method: str) -> None:
 def test_faults_are_named(method: str) -> None:
     """No base, another architecture's base, an option out of range."""
     own = {"w": torch.ones(3, 3)}
-    with pytest.raises(MergeError, match=f"'{method}' takes deltas from a base"):
+    with pytest.raises(MergeError, match=f"'{method}' takes task vectors from a base"):
         combine(method, own, [own], [0.5, 0.5])
     with pytest.raises(MergeError, match="no tensor 'w'"):
         combine(method, own, [own], [0.5, 0.5], base={"v": torch.ones(3, 3)})

@@ -164,12 +164,12 @@ def test_missing_statistics_are_named(method: str, how: str) -> None:
         ("fisher.0.weight", torch.ones(2, 2), r"\[2, 2\], expected \[3, 4\]"),
         ("fisher.0.weight", -torch.ones(3, 4), "negative or not finite"),
         ("fisher.0.weight", torch.full((3, 4), float("nan")), "negative or not finite"),
-        ("fisher.7.weight", torch.ones(3, 4), "of no tensor of our model"),
+        ("fisher.7.weight", torch.ones(3, 4), "belongs to no tensor of the model"),
         ("gram.0.weight", torch.ones(3, 3), r"\[3, 3\], expected \[4, 4\]"),
         ("gram.0.weight", -torch.eye(4), "negative or not finite"),
         ("gram.0.bias", torch.ones(3, 3), r"expected \[\]"),
-        ("gram.0.weight", torch.eye(4) + torch.ones(4, 4).triu(1), "no Gram matrix"),
-        ("gram.0.weight", 2 * torch.ones(4, 4) - torch.eye(4), "no Gram matrix"),
+        ("gram.0.weight", torch.eye(4) + torch.ones(4, 4).triu(1), "not a Gram matrix"),
+        ("gram.0.weight", 2 * torch.ones(4, 4) - torch.eye(4), "not a Gram matrix"),
     ],
 )
 def test_statistics_are_screened(key: str, value: Tensor, message: str) -> None:

@@ -178,5 +178,5 @@ def test_missing_statistics_and_generators_are_told() -> None:
     for aux in (None, [], [told[0], {}], [{}, told[0]]):
         with pytest.raises(MergeError, match=r"needs every model's statistics: see models\.classifier"):
             head(weights, model=model, data=data, aux=aux, generator=generator())
-    with pytest.raises(MergeError, match=r"draws at random: hand in generator="):
+    with pytest.raises(MergeError, match=r"draws at random: pass a seeded generator="):
         head(weights, model=model, data=data, aux=told)
