@@ -19,7 +19,7 @@ is then each mean of them, by Jensen's inequality.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import sqrt
 
@@ -29,8 +29,9 @@ from torch import Tensor
 from dimat.errors import DataError, PeerError, nearest
 from dimat.merge.growth import Reference
 from dimat.merge.stages import Permutations, Weights
-from dimat.merge.weight_views import PermutedWeights, WeightsView, axes_by_name
-from dimat.symmetry.spec import AxisRef, SymmetrySpec
+from dimat.merge.weight_views import PermutedWeights, WeightsView, axes_by_name, stacks_of
+from dimat.symmetry.spec import AxisRef, Stack, SymmetrySpec
+from dimat.symmetry.stacks import stacked
 from dimat.weights.moments import MOMENT, SCALE, STEP, decode_moment, entry_of, is_known, is_squared
 
 PREFIXES = (MOMENT, SCALE)
@@ -183,7 +184,9 @@ class MergedMoments(WeightsView):
         return mean.round_() if entry_of(name) == STEP else mean
 
     def _view(self, peer: PeerMoments, spec: SymmetrySpec | None) -> Weights:
-        decoded = _Decoded(peer.tensors, [name for name in names_of(peer.tensors) if name in self._own])
+        listed = {} if spec is None else stacked(spec)  # they come to the places of others, of which we may have them
+        known = [n for n in names_of(peer.tensors) if n in self._own or parameter_of(n) in listed]
+        decoded = _Decoded(peer.tensors, known)
         if spec is None or not peer.permutations:
             return decoded
         return PermutedWeights(decoded, spec_of_moments(decoded, spec), peer.permutations)
@@ -231,14 +234,22 @@ def decoded_moments(tensors: Weights) -> Weights:
     return _Decoded(tensors, names_of(tensors))
 
 
-def spec_of_moments(names: Iterable[str], spec: SymmetrySpec) -> SymmetrySpec:
+def spec_of_moments(names: Collection[str], spec: SymmetrySpec) -> SymmetrySpec:
     """Return a spec whose axes are those of moments: each moves as its parameter does."""
     by_name = axes_by_name(spec)
     axes: list[AxisRef] = []
     for name in names:
         if entry_of(name) != STEP:
             axes += [replace(axis, tensor=name) for axis in by_name.get(parameter_of(name), [])]
-    return replace(spec, axes=tuple(axes), tied=())
+    stacks: list[Stack] = []
+    for kind in {f"{name.partition('.')[0]}." for name in names}:
+        for stack in stacks_of(kind, names, spec):
+            stacks.append(stack)
+            numbers_only = entry_of(kind) == STEP
+            moving = [axis for axis in by_name[stack.tensor.removeprefix(kind)] if not (numbers_only and axis.dim)]
+            axes += [replace(axis, tensor=stack.tensor) for axis in moving]
+    apart = {name for stack in stacks for name in stack.sources}
+    return replace(spec, axes=tuple(axis for axis in axes if axis.tensor not in apart), tied=(), stacks=tuple(stacks))
 
 
 def _norm(name: str, moment: Tensor) -> float:

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from dimat.errors import MergeError, PeerError, nearest
 from dimat.merge.class_statistics import FEATURE_AXIS, check_classes, is_finite
 from dimat.merge.stages import Inputs, Permutations, Weights
-from dimat.merge.weight_views import PermutedWeights, RenamedWeights, axes_by_name
+from dimat.merge.weight_views import PermutedWeights, RenamedWeights, axes_by_name, stacks_of
 from dimat.registry import Bound, keywords
-from dimat.symmetry.spec import AxisRef, SymmetrySpec
+from dimat.symmetry.spec import AxisRef, Stack, SymmetrySpec
 
 OWN = ""
 """Name under which an agent's own statistics stand beside its peers'; no agent can be called so."""
@@ -188,4 +188,14 @@ def _spec_for(aux: Weights, spec: SymmetrySpec) -> SymmetrySpec:
         for kind, dim in FEATURE_AXIS.items():
             if key.startswith(kind):
                 axes += [replace(axis, tensor=key, dim=dim) for axis in moving if axis.dim == 1]
-    return replace(spec, axes=tuple(axes), tied=())
+    stacks: list[Stack] = []
+    for kind in (FISHER, GRAM):
+        for stack in stacks_of(kind, aux, spec):
+            stacks.append(stack)
+            for axis in by_name[stack.tensor.removeprefix(kind)]:
+                if kind == FISHER or not axis.dim:
+                    axes.append(replace(axis, tensor=stack.tensor))
+                elif axis.dim == 2:  # inputs of the list's matrices
+                    axes += [replace(axis, tensor=stack.tensor, dim=dim) for dim in (1, 2)]
+    apart = {name for stack in stacks for name in stack.sources}
+    return replace(spec, axes=tuple(axis for axis in axes if axis.tensor not in apart), tied=(), stacks=tuple(stacks))

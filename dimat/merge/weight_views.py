@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
+from functools import cached_property
 from os import PathLike
 from typing import Any
 
@@ -16,7 +17,9 @@ from torch import Tensor
 
 from dimat.merge.stages import Permutations, Weights
 from dimat.symmetry import permute_weights
-from dimat.symmetry.spec import AxisRef, SymmetrySpec, groups_in
+from dimat.symmetry.permute import CheckedPermutations, from_list, permute_listed
+from dimat.symmetry.spec import AxisRef, Stack, SymmetrySpec, groups_in
+from dimat.symmetry.stacks import read_stack, stacked
 from dimat.weights.header import LONGEST_HEADER
 from dimat.weights.tensors import Tensors
 
@@ -57,28 +60,72 @@ class RenamedWeights(WeightsView):
         return self._weights[self._stored[name]]
 
 
+class StackedWeights(WeightsView):
+    """Weights beside which the stacks of a spec can be asked for; only real tensors are listed."""
+
+    def __init__(self, weights: Weights, spec: SymmetrySpec) -> None:
+        super().__init__(weights)
+        self._weights = weights
+        self._stacks = {stack.tensor: stack for stack in spec.stacks}
+
+    def __getitem__(self, name: str) -> Tensor:
+        stack = self._stacks.get(name)
+        return self._weights[name] if stack is None else read_stack(stack, self._weights)
+
+
+def stacks_of(kind: str, names: Collection[str], spec: SymmetrySpec) -> list[Stack]:
+    """Return the spec's stacks as those of statistics of one kind, which parameters' names follow, where any is there.
+
+    In a stack some may be missing, of parameters that were not trained: each goes where its parameter goes.
+    """
+    stacks = (Stack(kind + s.tensor, tuple(kind + name for name in s.sources)) for s in spec.stacks)
+    return [stack for stack in stacks if any(name in names for name in stack.sources)]
+
+
 def axes_by_name(spec: SymmetrySpec) -> dict[str, list[AxisRef]]:
-    """Return the axes that hold units by the names of their tensors, all names of tied ones."""
+    """Return the axes that hold units by the names of their tensors, all names of tied ones.
+
+    Those of a stack are named by it; each of its tensors has its own axes too, without the one that numbers them.
+    """
     aliases = {name: names for names in spec.tied for name in names}
     found: dict[str, list[AxisRef]] = {}
     for axis in spec.axes:
         for name in aliases.get(axis.tensor, (axis.tensor,)):
             # most are their own: copying each costs seconds where weights are matched, which asks for every step
             found.setdefault(name, []).append(axis if name == axis.tensor else replace(axis, tensor=name))
+    for stack in spec.stacks:
+        axes = [axis for axis in found.get(stack.tensor, ()) if axis.dim]
+        found.update({name: [replace(axis, tensor=name, dim=axis.dim - 1) for axis in axes] for name in stack.sources})
     return found
 
 
 class PermutedWeights(WeightsView):
-    """Weights in another basis: each access permutes one tensor."""
+    """Weights in another basis: each access permutes one tensor. Stacks of the spec can be asked for too."""
 
     def __init__(self, weights: Weights, spec: SymmetrySpec, permutations: Permutations) -> None:
-        super().__init__(weights)
-        self._weights = weights
-        self._spec = replace(spec, axes=(), tied=())
+        self._listed = stacked(spec)
+        self._whole = spec
         self._permutations = permutations
         self._axes = axes_by_name(spec)
+        complete = all(name in weights for name in self._listed)
+        super().__init__(weights if complete else dict.fromkeys(self._present(weights)))
+        self._weights = StackedWeights(weights, spec) if spec.stacks else weights
+        self._spec = replace(spec, axes=(), tied=(), stacks=())
+
+    def _present(self, weights: Weights) -> Iterator[str]:
+        """Yield the names of tensors that there are: in a stack, those in whose place one comes that there is."""
+        for name in dict.fromkeys((*weights, *self._listed)):
+            stack = self._listed.get(name)
+            if stack is None or from_list(stack, name, self._axes, self._moves)[0] in weights:
+                yield name
+
+    @cached_property
+    def _moves(self) -> CheckedPermutations:
+        return CheckedPermutations.of(self._whole, self._permutations)
 
     def __getitem__(self, name: str) -> Tensor:
+        if name in self._listed:
+            return permute_listed(self._weights, name, self._listed[name], self._axes, self._moves)
         axes = tuple(self._axes.get(name, ()))
         groups = set[str]().union(*(groups_in(axis.layout) for axis in axes))
         permutations = {group: p for group, p in self._permutations.items() if group in groups}

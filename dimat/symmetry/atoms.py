@@ -6,6 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 
+SINGLE = "single index"
+"""Why an index that is taken by itself stays."""
+
 
 class LayoutError(Exception):
     """Two layouts that should describe the same axis have different sizes: a rule is wrong."""
@@ -77,7 +80,7 @@ def tidy(segments: Sequence[Segment]) -> Layout:
             else:
                 factors.append(atom)
         if tidy and still(tidy[-1]) and still(factors):
-            why = first_frozen((tidy[-1], factors)) or Frozen("single index")
+            why = first_frozen((tidy[-1], factors)) or Frozen(SINGLE)
             tidy[-1] = (Atom(segment_size(tidy[-1]) + segment_size(tuple(factors)), why),)
         else:
             tidy.append(tuple(factors))

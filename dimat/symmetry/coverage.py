@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from math import prod
 
+from dimat.symmetry.atoms import SINGLE
 from dimat.symmetry.spec import AxisRef, FrozenAxis, Layout, SymmetrySpec
 
 LARGE = 0.1
 """The share from which on a reason is worth a warning."""
 
 _BY_NATURE = (
-    *("model input", "position in a kernel", "spatial axis", "looked up by index", "single index"),
+    *("model input", "position in a kernel", "spatial axis", "looked up by index", SINGLE),
     "unused in trace",
 )
 """Beginnings of the reasons for which an axis is never a matter of symmetry."""

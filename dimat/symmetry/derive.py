@@ -16,6 +16,8 @@ from dimat.symmetry.atoms import Atom, Frozen, Layout, segment_size
 from dimat.symmetry.coverage import by_nature, costs, coverage_of
 from dimat.symmetry.experts import with_experts
 from dimat.symmetry.interpret import DEPENDS, Analysis, interpret
+from dimat.symmetry.lists import with_lists
+from dimat.symmetry.order_free import order_dependent
 from dimat.symmetry.points import find_points
 from dimat.symmetry.spec import (
     AxisRef,
@@ -29,6 +31,7 @@ from dimat.symmetry.spec import (
     with_hash,
 )
 from dimat.symmetry.spec import Layout as SpecLayout
+from dimat.symmetry.stacks import with_stacks
 from dimat.symmetry.trace import SymmetryWarning, Trace, location_of, trace
 from dimat.symmetry.wreath import Parents, find_parents
 
@@ -76,8 +79,12 @@ def describe(
     *,
     all_outputs: bool = False,
     most_points: int | None = POINTS_PER_GROUP,
+    hidden: Collection[str] = (),
 ) -> tuple[SymmetrySpec, list[str]]:
-    """Return the spec of a traced module, and those of its warnings that should be raised as such."""
+    """Return the spec of a traced module, and those of its warnings that should be raised as such.
+
+    No group is observed at the nodes named in `hidden`.
+    """
     analysis = interpret(traced, outputs)
     unused = [name for name in analysis.tensors if name not in analysis.used]
     for name in unused:
@@ -94,7 +101,7 @@ def describe(
     # nor where the graph enters `vmap`, which cannot be run node by node
     mapped = any("_add_batch_dim" in str(node.target) for node in traced.nodes)
     nodes = traced.nodes if traced.kind == "export" and not mapped else []
-    points = find_points(nodes, analysis, names, parents, most_points)
+    points = find_points(nodes, analysis, names, parents, most_points, hidden)
     watched = set(points) | {names[above] for atom in group_of if group_of[atom] in points for above in parents[atom]}
 
     def group(atom: Atom) -> Group:
@@ -115,8 +122,7 @@ def describe(
     unknown, loud = _unknown(analysis, frozen, {name: prod(shape) for name, shape in shapes.items()})
     if all_outputs:
         loud.extend(_pinning(traced, frozen))
-    unseen = [group.id for group in groups if group.method == "weight"]
-    quiet = [f"SYM-W04 no observation point for {name}; weight matching" for name in unseen]
+    quiet = _unseen(groups)
     quiet += [f"SYM-W06 parameter {name} unused in trace; left unpermuted" for name in unused if name in shapes]
     spec = SymmetrySpec(
         groups=groups,
@@ -136,12 +142,29 @@ def describe(
 def exchange_experts(
     model: nn.Module, traced: Trace, example_inputs: Any, spec: SymmetrySpec, loud: list[str]
 ) -> tuple[SymmetrySpec, list[str]]:
-    """Return what `describe` made of a traced module, with experts that are proven to be exchangeable as groups."""
+    """Return what `describe` made of a traced module, with experts that are proven to be exchangeable as groups.
+
+    Other groups are observed only where the order of experts does not matter.
+    """
     moved = with_experts(model, spec, example_inputs, traced.shapes)
+    moved = with_lists(model, moved, example_inputs, traced.shapes)
     if moved is spec:
         return spec, loud
-    shapes = {name: traced.shapes[name] for name in _parameters(traced)}
-    quiet = spec.warnings[len(loud) :]
+    experts = {group.id for group in moved.groups} - {group.id for group in spec.groups}
+    experts = {group.id for group in moved.groups if group.id in experts and not experts & {*group.parents}}
+    hidden = order_dependent(model, traced, moved, example_inputs, experts)
+    seen = {group.id: group for group in describe(traced, spec.outputs, hidden=hidden)[0].groups}
+    outside = [group.id for group in moved.groups if not experts & {group.id, *group.parents}]
+    moved = replace(
+        moved,
+        groups=tuple(
+            replace(group, points=seen[group.id].points, method=seen[group.id].method) if group.id in outside else group
+            for group in moved.groups
+        ),
+    )
+    shapes = with_stacks({name: traced.shapes[name] for name in _parameters(traced)}, moved.stacks)
+    quiet = [message for message in spec.warnings[len(loud) :] if not message.startswith(_UNSEEN)]
+    quiet = [*_unseen(moved.groups), *quiet]
     loud = [message for message in loud if not message.startswith(_COSTLY)] + _costly(moved, shapes)
     moved = replace(moved, coverage=coverage_of(moved, shapes), warnings=(*loud, *quiet))
     return with_hash(moved, traced.digest), loud
@@ -309,6 +332,13 @@ _ADVICE = "the graph could not be run on the example inputs to know it"
 
 
 _COSTLY = "SYM-W08"
+_UNSEEN = "SYM-W04"
+
+
+def _unseen(groups: Sequence[Group]) -> list[str]:
+    """Return a warning for every group that is matched by weights, as it cannot be observed."""
+    unseen = [group.id for group in groups if group.method == "weight"]
+    return [f"{_UNSEEN} no observation point for {name}; weight matching" for name in unseen]
 
 
 def _costly(spec: SymmetrySpec, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:

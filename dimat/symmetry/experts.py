@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dimat.symmetry.atoms import SINGLE
 from dimat.symmetry.coverage import by_nature
 from dimat.symmetry.spec import AxisRef, Factor, Group, SymmetrySpec
 from dimat.symmetry.verify import holds, without_groups
@@ -46,15 +47,20 @@ def _proven(
     if not supposed:
         return []
     moving = _moving(spec, supposed, shapes)
-    wanted = {group.id for group in moving.groups if {group.id, *group.parents} & {*supposed}}
-    alone = without_groups(moving, {group.id for group in moving.groups} - wanted, "")
-    if all(holds(model, alone, inputs, torch.Generator().manual_seed(draw)) for draw in range(_DRAWS)):
+    if exchangeable(model, moving, inputs, supposed):
         return list(supposed)
     if len(supposed) == 1:
         return []
     half = len(supposed) // 2
     halves = (supposed[:half], supposed[half:])
     return [group for part in halves for group in _proven(model, spec, inputs, shapes, part)]
+
+
+def exchangeable(model: nn.Module, spec: SymmetrySpec, inputs: Any, groups: Sequence[str]) -> bool:
+    """Tell whether a network computes the same with the units of these groups, and those inside, in another order."""
+    wanted = {group.id for group in spec.groups if {group.id, *group.parents} & {*groups}}
+    alone = without_groups(spec, {group.id for group in spec.groups} - wanted, "")
+    return all(holds(model, alone, inputs, torch.Generator().manual_seed(draw)) for draw in range(_DRAWS))
 
 
 def _moving(spec: SymmetrySpec, moved: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> SymmetrySpec:
@@ -80,7 +86,17 @@ def _router(spec: SymmetrySpec, group: Group, shapes: Mapping[str, tuple[int, ..
     """Return the axes that choose among the numbers of a group: frozen ones of its size, in the nearest module around
     it that has any. None where what lies inside is of too many units to be compared."""
     inside = [other.size for other in spec.groups if group.id in other.parents]
-    if group.size * max(inside, default=1) > _MOST_UNITS:
+    return router(spec, group, shapes, max(inside, default=1))
+
+
+def router(
+    spec: SymmetrySpec, group: Group, shapes: Mapping[str, tuple[int, ...]], inside: int, *, singly: bool = False
+) -> tuple[tuple[str, int], ...]:
+    """Return the axes that choose among units of a group whose axes are given, `inside` units in each (see module).
+
+    `singly`: their indices may be taken one by one.
+    """
+    if group.size * inside > _MOST_UNITS:
         return ()
     held = {(axis.tensor, axis.dim) for axis in spec.axes} | {*group.axes}
     fixed = [
@@ -88,7 +104,7 @@ def _router(spec: SymmetrySpec, group: Group, shapes: Mapping[str, tuple[int, ..
         for axis in spec.frozen
         if (axis.tensor, axis.dim) not in held
         and shapes.get(axis.tensor, ())[axis.dim : axis.dim + 1] == (group.size,)
-        and not by_nature(axis.reason)
+        and (not by_nature(axis.reason) or (singly and axis.reason == SINGLE))
         and not axis.reason.startswith("model output")
         and prod(shapes[axis.tensor]) > 1
     ]

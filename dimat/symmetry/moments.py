@@ -10,6 +10,7 @@ state is left out, and its optimizer starts it again.
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -20,8 +21,9 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from dimat.errors import SymmetryError
-from dimat.symmetry.permute import CheckedPermutations, Permutations, by_tensor, permute_tensor
+from dimat.symmetry.permute import CheckedPermutations, Permutations, by_tensor, from_list, permute_tensor
 from dimat.symmetry.spec import AxisRef, SymmetrySpec
+from dimat.symmetry.stacks import stacked
 from dimat.symmetry.trace import SymmetryWarning
 
 BLOCK = re.compile(r"(?:inv_)?precond(?:itioner)?_(\d+)")
@@ -77,18 +79,30 @@ def move_state(
         raise SymmetryError(f"{len(listed)} parameter names for an optimizer of {len(numbers)} parameters")
     name_of = dict(zip(numbers, listed))
     shapes = {name: tuple(tensor.shape) for name, tensor in names.items()} if isinstance(names, Mapping) else None
+    stacks = stacked(spec)
+    number_of = {name: number for number, name in name_of.items()}
+    states = cast("Mapping[Any, Any]", optimizer_state["state"])
     state: dict[Any, Any] = {}
     anew: list[str] = []
-    for number, entries in optimizer_state["state"].items():
+    for number in dict.fromkeys((*states, *(number_of[name] for name in stacks if name in number_of))):
         if isinstance(number, int) and number not in name_of:
             raise SymmetryError(f"optimizer state {number!r} belongs to no parameter of its groups")
+        name = source = name_of.get(number, "")
+        axes, inside = axes_of.get(first.get(name, name), []), moves
+        if name in stacks:
+            source, axes, inside = from_list(stacks[name], name, axes_of, moves)
+        origin = number_of.get(source, number)
+        if origin not in states:
+            continue  # the parameter that comes to this place has none either
+        entries = states[origin]
         if number not in name_of or not isinstance(entries, Mapping):
             state[number] = entries
             continue
-        name, held = name_of[number], cast("Mapping[str, Any]", entries)
-        axes = axes_of.get(first.get(name, name), [])
+        held = cast("Mapping[str, Any]", entries)
         shape = _shape_by(axes, held, name) if shapes is None else shapes[name]
-        moved = _moved(held, axes, shape, moves)
+        moved = _moved(held, axes, shape, inside)
+        if moved is not None and source != name:
+            moved = {key: _apart(value) for key, value in moved.items()}
         if moved is None:
             anew.append(name)
         else:
@@ -131,6 +145,11 @@ def _moved(
                 return None
             result[key] = moved
     return result
+
+
+def _apart(value: Any) -> Any:
+    """Return a copy of what was another parameter's."""
+    return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
 def _moved_entry(

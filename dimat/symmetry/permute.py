@@ -9,7 +9,7 @@ they are, not copied.
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from math import prod
 
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from dimat.errors import SymmetryError, nearest
-from dimat.symmetry.spec import AxisRef, Factor, Layout, SymmetrySpec, groups_in
+from dimat.symmetry.spec import AxisRef, Factor, Layout, Stack, SymmetrySpec, groups_in
+from dimat.symmetry.stacks import real_names, stacked
 
 Permutations = Mapping[str, Tensor]
 
@@ -30,12 +31,21 @@ def permute_weights(
     The input is untouched. Names that the spec does not know pass through; names tied to one tensor get one
     result. With `strict=False`, tensors of the spec may be missing (e.g. statistics of parameters alone).
     Raises SymmetryError, naming it, for an unknown group, a permutation that is none or has the wrong
-    length, a missing tensor, or one whose size does not fit.
+    length, a missing tensor, or one whose size does not fit; and for lists of tensors that change places and of which
+    only some are there.
     """
     moves = CheckedPermutations.of(spec, permutations)
     aliases = {name: names for names in spec.tied for name in names}
+    axes_of, shown = by_tensor(spec), real_names(spec)
     result = dict(state_dict)
-    for tensor, axes in by_tensor(spec).items():
+    for name, stack in stacked(spec).items():
+        if name in state_dict:
+            result[name] = permute_listed(state_dict, name, stack, axes_of, moves)
+        elif strict:
+            raise SymmetryError(f"tensor {name!r} is missing{nearest(name, state_dict)}")
+    for tensor, axes in axes_of.items():
+        if tensor in shown:
+            continue
         present = [name for name in aliases.get(tensor, (tensor,)) if name in state_dict]
         if not present:
             if strict:
@@ -188,6 +198,9 @@ class CheckedPermutations:
     permutations: Mapping[str, Tensor]
     parents: Mapping[str, Sequence[str]]
     _known: dict[tuple[Layout, ...], Tensor] = field(default_factory=dict[tuple[Layout, ...], Tensor])
+    _inside: dict[tuple[str, int], CheckedPermutations] = field(
+        default_factory=dict[tuple[str, int], "CheckedPermutations"]
+    )
 
     @staticmethod
     def of(spec: SymmetrySpec, permutations: Permutations) -> CheckedPermutations:
@@ -201,6 +214,20 @@ class CheckedPermutations:
         if layouts not in self._known:
             self._known[layouts] = _joint_index(layouts, self.permutations, self.parents)
         return self._known[layouts]
+
+    def inside(self, group: str, unit: int) -> CheckedPermutations:
+        """Return the permutations inside one unit of a group, numbered as it is after the group's own permutation."""
+        key = (group, unit)
+        if key not in self._inside:
+            parents = dict(self.parents)
+            found = dict(self.permutations)
+            for child, above in self.parents.items():
+                if group in above:
+                    parents[child] = tuple(parent for parent in above if parent != group)
+                    if child in found:
+                        found[child] = found[child].select(list(above).index(group), unit)
+            self._inside[key] = CheckedPermutations(found, parents)
+        return self._inside[key]
 
     def together(self, axes: Sequence[AxisRef]) -> list[list[AxisRef]]:
         """Return the axes that something moves, in sets that must be moved at once: a child and its far parents."""
@@ -273,3 +300,35 @@ def permute_tensor(value: Tensor, name: str, axes: Sequence[AxisRef], moves: Che
             value = moved.flatten(0, len(dims) - 1).index_select(0, index).view(moved.shape).movedim(front, dims)
             value = value.contiguous()
     return value
+
+
+def permute_listed(
+    weights: Mapping[str, Tensor],
+    name: str,
+    stack: Stack,
+    axes_of: Mapping[str, Sequence[AxisRef]],
+    moves: CheckedPermutations,
+) -> Tensor:
+    """Return a tensor of a stack with its units permuted; it may be another one of it that comes to this place.
+
+    Raises SymmetryError where that one is missing.
+    """
+    source, axes, inside = from_list(stack, name, axes_of, moves)
+    if source not in weights:
+        raise SymmetryError(f"tensor {source!r} is missing, which is to come to the place of {name!r}")
+    moved = permute_tensor(weights[source], name, axes, inside)
+    return moved.detach().clone() if moved is weights[source] and source != name else moved
+
+
+def from_list(
+    stack: Stack, name: str, axes_of: Mapping[str, Sequence[AxisRef]], moves: CheckedPermutations
+) -> tuple[str, list[AxisRef], CheckedPermutations]:
+    """Return which tensor of a stack comes to the place of this one, its axes, and what moves inside it."""
+    axes = axes_of.get(stack.tensor, ())
+    place = stack.sources.index(name)
+    lower = [replace(axis, tensor=name, dim=axis.dim - 1) for axis in axes if axis.dim]
+    group = next((axis.layout[0][0].group for axis in axes if not axis.dim), None)
+    if group is None:
+        return name, lower, moves
+    p = moves.permutations.get(group)
+    return stack.sources[place if p is None else int(p[place])], lower, moves.inside(group, place)

@@ -8,7 +8,7 @@ depends on a model input.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -41,14 +41,19 @@ class _Seen:
 
 
 def find_points(
-    nodes: Sequence[fx.Node], analysis: Analysis, group_of: Mapping[Atom, str], parents: Parents, most: int | None
+    nodes: Sequence[fx.Node],
+    analysis: Analysis,
+    group_of: Mapping[Atom, str],
+    parents: Parents,
+    most: int | None,
+    hidden: Collection[str] = (),
 ) -> dict[str, tuple[ObservationPoint, ...]]:
     """Return the observation points of every group, in graph order; at most `most` per group (None: all).
 
     `group_of` maps the atoms of `parents`, also the frozen ones among them, to their groups. Nodes that only view, copy
     or summarise the values at another point (averages over positions, pooling to a single position, resizing,
     concatenation) are left out, unless a group has no others or `most` is None. If more than `most` points remain, the
-    outputs of non-linearities near the end are preferred.
+    outputs of non-linearities near the end are preferred. Nodes named in `hidden` count for none.
     """
     seen: dict[str, list[_Seen]] = {}
     for node in nodes:
@@ -58,7 +63,8 @@ def find_points(
         bends, repeats = _bends(node), _repeats(node)
         for group, point in _points_of(node, value, analysis, group_of, parents).items():
             seen.setdefault(group, []).append(_Seen(point, bends, repeats))
-    return {group: _choose(_mark(found), most) for group, found in seen.items()}
+    shown = {group: [s for s in _mark(found) if s.point.node not in hidden] for group, found in seen.items()}
+    return {group: _choose(found, most) for group, found in shown.items() if found}
 
 
 def shows_again(node: fx.Node) -> bool:

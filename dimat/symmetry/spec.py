@@ -130,6 +130,18 @@ class UnknownOp:
 
 
 @dataclass(frozen=True, slots=True)
+class Stack:
+    """Tensors of one shape on top of each other, as a tensor that only the spec knows.
+
+    The first axis of `tensor` numbers `sources`: the units of its group are whole tensors (the experts of a list of
+    modules). No tensor is in two stacks, and those in one have no axes of their own in the spec.
+    """
+
+    tensor: str
+    sources: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class SymmetrySpec:
     """Symmetry groups of one architecture.
 
@@ -139,7 +151,8 @@ class SymmetrySpec:
     is another with another torch, so that hash is for one machine; `groups_hash` is what machines compare.
     `coverage` is the share of parameters' entries, counted axis by axis, that moves (`dimat.symmetry.coverage`).
     `outputs` are the flat indices of the model outputs that the groups leave unchanged. `numbered` are groups of a kind
-    that never moves and is no symmetry: their units are told apart by number, and only serve as parents.
+    that never moves and is no symmetry: their units are told apart by number, and only serve as parents. `stacks` are
+    tensors that axes and groups name and that no state dict holds, with what they are made of.
     """
 
     groups: tuple[Group, ...]
@@ -153,6 +166,7 @@ class SymmetrySpec:
     warnings: tuple[str, ...] = field(default=())
     outputs: tuple[int, ...] = ()
     numbered: tuple[Group, ...] = ()
+    stacks: tuple[Stack, ...] = ()
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -186,6 +200,7 @@ class SymmetrySpec:
             group = known[group_id]
             parents = [numbers[parent] for parent in group.parents]
             lines.append(f"{number}: {group.size} {parents}" + " still" * (group_id in still))
+        lines += [f"{stack.tensor!r}: {stack.sources!r}" for stack in self.stacks]
         return blake3("\n".join(lines).encode()).hexdigest()
 
     def to_json(self) -> str:
@@ -201,7 +216,8 @@ class SymmetrySpec:
 def with_hash(spec: SymmetrySpec, digest: str) -> SymmetrySpec:
     """Return the spec with the hash that its groups and the digest of its trace give."""
     groups = [(group.id, group.size) for group in spec.groups]
-    return replace(spec, arch_hash=blake3(repr((digest, spec.outputs, groups, spec.axes)).encode()).hexdigest())
+    told = (digest, spec.outputs, groups, spec.axes, *([spec.stacks] if spec.stacks else []))
+    return replace(spec, arch_hash=blake3(repr(told).encode()).hexdigest())
 
 
 def _spelled(layout: Layout, numbers: dict[str, int]) -> str:

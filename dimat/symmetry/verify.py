@@ -20,6 +20,7 @@ from dimat.symmetry.coverage import coverage_of, moved_entries
 from dimat.symmetry.paths import unwrapped
 from dimat.symmetry.permute import permute_weights, random_permutations
 from dimat.symmetry.spec import AxisRef, Factor, FrozenAxis, Layout, SymmetrySpec, groups_in, with_hash
+from dimat.symmetry.stacks import with_stacks
 from dimat.symmetry.steady import steady
 from dimat.symmetry.trace import SymmetryWarning, first_line, forget_derived, retrace
 
@@ -220,7 +221,7 @@ def freeze_failing(
     for message in messages:
         warnings.warn(message, SymmetryWarning, stacklevel=2)
     kept = without_groups(spec, set(culprits), "failed the invariance check")
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    shapes = with_stacks({name: tuple(p.shape) for name, p in model.named_parameters()}, kept.stacks)
     kept = replace(kept, warnings=(*kept.warnings, *messages), coverage=coverage_of(kept, shapes))
     return with_hash(kept, retrace(model, example_inputs).digest)
 

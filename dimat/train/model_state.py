@@ -88,7 +88,7 @@ class ModelState(ABC):
         """
         own = self.model.state_dict()
         moved = permute_weights(own, spec, permutations)
-        gradients = self._gradients()
+        gradients = self._gradients(spec)
         moved_gradients = permute_weights(gradients, spec, permutations, strict=False)
         moving = [move(each, optimized(self.model, each), spec, permutations) for each in self.optimizers()]
         with torch.no_grad():
@@ -159,9 +159,14 @@ class ModelState(ABC):
         self.optimizer = self._new_optimizer()
         self._began = [group_values(each) for each in self.optimizers()]
 
-    def _gradients(self) -> dict[str, Tensor]:
-        named = self.model.named_parameters()
-        return {name: p.grad for name, p in named if p.grad is not None and p.grad.layout == torch.strided}
+    def _gradients(self, spec: SymmetrySpec) -> dict[str, Tensor]:
+        named = dict(self.model.named_parameters())
+        for stack in spec.stacks:  # its tensors may change places: what has no gradient yet may get another's
+            members = [named[name] for name in stack.sources if name in named]
+            if any(p.grad is not None for p in members):
+                for p in members:
+                    p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        return {name: p.grad for name, p in named.items() if p.grad is not None and p.grad.layout == torch.strided}
 
     @abstractmethod
     def _new_optimizer(self) -> torch.optim.Optimizer:

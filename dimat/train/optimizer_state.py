@@ -156,13 +156,20 @@ def move(
 
     def apply() -> None:
         for number, (name, parameter) in enumerate(parameters.items()):
-            if name in anew:
-                optimizer.state.pop(parameter, None)
+            new = moved["state"].get(number)
+            if name in anew or new is None:
+                optimizer.state.pop(parameter, None)  # it has none, or that of one of its list which has none
                 continue
-            new = moved["state"].get(number, {})
-            for key, value in optimizer.state.get(parameter, {}).items():
-                if isinstance(value, Tensor) and new[key] is not value:
-                    value.copy_(new[key])
+            held = optimizer.state[parameter]
+            for key in [key for key in held if key not in new]:
+                del held[key]
+            for key, value in new.items():
+                mine = held.get(key)
+                if isinstance(value, Tensor) and isinstance(mine, Tensor) and mine.shape == value.shape:
+                    if mine is not value:
+                        mine.copy_(value)
+                else:
+                    held[key] = value
 
     return apply, begun_anew(anew) if anew else ""
 

@@ -396,7 +396,7 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...], list[int]
     "GAT": (GraphAttention, (torch.randn(5, 3), EDGES), [4, 6]),
     "GIN": (GraphIsomorphism, (torch.randn(5, 3), EDGES, torch.tensor([0, 0, 1, 1, 1])), [6, 8]),
     # the stream between the experts' biases and the rest is one group, that before them another
-    "looped experts": (Looped, (torch.randn(5, 3),), [6, 6, 6, 6, 8, 8]),
+    "looped experts": (Looped, (torch.randn(5, 3),), [4, 6, 8, 8]),
     "interleaved experts": (Interleaved, (torch.randn(5, 3),), [4, 6, 8, 8]),
     "vmap": (Mapped, (torch.randn(5, 3),), [8]),
 }

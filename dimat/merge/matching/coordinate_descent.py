@@ -23,9 +23,10 @@ from dimat.merge.matching.cells import Cell, Slot, cells, pair_up
 from dimat.merge.matching.nested import GroupTree, assign_nested, nested_value, trees
 from dimat.merge.models.batches import device_of
 from dimat.merge.stages import Permutations, Weights
-from dimat.merge.weight_views import PermutedWeights, WeightsOn
+from dimat.merge.weight_views import PermutedWeights, StackedWeights, WeightsOn
 from dimat.symmetry import compose_permutations
 from dimat.symmetry.spec import AxisRef, SymmetrySpec
+from dimat.symmetry.stacks import real_names
 
 MOST_VISITS = 200
 """Visits of each move at most; a descent ends long before, but rounding must never make it go on for ever."""
@@ -323,7 +324,7 @@ def fill_in(
     seed = int(torch.randint(1 << 62, (1,), generator=generator))
     counted = counted_tensors(spec, model, buffers)
     device = device_of(model)
-    mine = WeightsOn(own, device)
+    mine = StackedWeights(WeightsOn(own, device), spec)
     matchings: dict[frozenset[str], Matching] = {}
     found: list[Permutations] = []
     for peer, permutations, groups in zip(peers, start, free, strict=True):
@@ -334,7 +335,8 @@ def fill_in(
         if key not in matchings:
             matchings[key] = Matching(spec, counted, key)
         draws = torch.Generator().manual_seed(seed)
-        best, _ = matchings[key].best(mine, WeightsOn(peer, device), permutations, restarts=restarts, generator=draws)
+        other = WeightsOn(peer, device)
+        best, _ = matchings[key].best(mine, other, permutations, restarts=restarts, generator=draws)
         found.append(best)
     return found
 
@@ -344,9 +346,11 @@ def counted_tensors(spec: SymmetrySpec, model: nn.Module | None, buffers: bool) 
 
     Without a model, buffers are recognised by the names in torch's normalisation layers.
     """
-    names = {axis.tensor for axis in spec.axes}
+    behind = real_names(spec)
+    sources = {axis.tensor: behind.get(axis.tensor, (axis.tensor,)) for axis in spec.axes}
     if buffers:
-        return names
+        return {*sources}
     if model is not None:
-        return names & {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    return {name for name in names if not name.endswith(("running_mean", "running_var"))}
+        parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        return {name for name, real in sources.items() if parameters.issuperset(real)}
+    return {name for name, real in sources.items() if not real[0].endswith(("running_mean", "running_var"))}

@@ -55,6 +55,10 @@ class _Painter:
         spec = described.spec
         self._number = {group.id: number for number, group in enumerate((*spec.groups, *spec.numbered), 1)}
         self._layouts = {(axis.tensor, axis.dim): axis.layout for axis in spec.axes}
+        for stack in spec.stacks:
+            for axis in spec.axes:
+                if axis.tensor == stack.tensor and axis.dim:
+                    self._layouts.update({(name, axis.dim - 1): axis.layout for name in stack.sources})
 
     def legend(self, width: int) -> tuple[list[str], int]:
         """Return the legend's entries, in as many columns as the width has room for, and the height below them."""

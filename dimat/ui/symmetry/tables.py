@@ -19,6 +19,7 @@ from dimat.merge.natures import natures_of
 from dimat.reading import as_type, parse_json, read_text
 from dimat.seeds import torch_generator
 from dimat.symmetry import Group, SymmetrySpec, derive_symmetry
+from dimat.symmetry.stacks import real_names
 from dimat.tasks import list_tasks, load_task
 from dimat.tasks.base import Task
 from dimat.ui.text import Table, as_text
@@ -130,11 +131,12 @@ def units_text(group: Group, sizes: Mapping[str, int]) -> str:
 def frozen_by_reason(described: ModelSymmetry) -> list[tuple[str, int, float]]:
     """Return (reason, axes, share of the parameters whose tensor has such an axis), most axes first."""
     by_reason: dict[str, set[tuple[str, int]]] = {}
+    behind = real_names(described.spec)
     for axis in described.spec.frozen:
         by_reason.setdefault(axis.reason, set()).add((axis.tensor, axis.dim))
     rows: list[tuple[str, int, float]] = []
     for reason, axes in by_reason.items():
-        held = {tensor for tensor, _ in axes} & described.trainable
+        held = {name for tensor, _ in axes for name in behind.get(tensor, (tensor,))} & described.trainable
         count = sum(prod(described.tensors[tensor][0]) for tensor in held)
         rows.append((reason, len(axes), count / max(described.parameters or 0, 1)))
     return sorted(rows, key=lambda row: (-row[1], row[0]))
@@ -144,13 +146,14 @@ def groups_table(spec: SymmetrySpec) -> Table:
     """Return the table of groups."""
     sizes, still = spec.sizes, {group.id for group in spec.numbered}
     numbers = {group.id: str(number) for number, group in enumerate((*spec.groups, *spec.numbered), 1)}
+    behind = real_names(spec)
     rows = tuple(
         (
             numbers[group.id],
             group.id,
             units_text(group, sizes),
             " ".join(numbers[name] for name in group.parents),
-            str(len({tensor for tensor, _ in group.axes})),
+            str(len({name for tensor, _ in group.axes for name in behind.get(tensor, (tensor,))})),
             group.points[0].node + (f" +{len(group.points) - 1}" if len(group.points) > 1 else "")
             if group.points
             else "",

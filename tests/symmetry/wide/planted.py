@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dimat.merge import align_weights
 from dimat.symmetry import derive_symmetry, permute_weights, random_permutations, tree
+from dimat.symmetry.stacks import real_names
 from dimat.symmetry.verify import randomised
 from tests.symmetry.wide.measure import Subject
 
@@ -23,13 +24,9 @@ FOUND = 1e-4
 """Outputs that differ by no more than this, relative to the largest, are equal as far as float32 can tell."""
 
 
-BY_WEIGHTS = (
-    *("inception_v3", "repvgg_a0", "efficientnet_v2_s"),
-    *("looped_experts", "interleaved_experts", "listed_experts"),
-)
+BY_WEIGHTS = ("inception_v3", "repvgg_a0", "efficientnet_v2_s")
 """Models that are aligned by weights: with random ones, units of their last layers hardly differ in what they do, and
-activations name some of them wrongly (outputs of the average are then 2 to 90 % off); or their few rows of data hardly
-reach some units."""
+activations name some of them wrongly (outputs of the average are then 2 to 90 % off)."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +89,13 @@ def recover(subject: Subject, batches: int = 3) -> Planted:
             _difference(reference, _outputs(model, _average(own, other), inputs, spec.outputs))
             for other in (aligned, peer)
         ]
+    real = real_names(spec)  # of a list of modules no state dict holds the stack
     wrong = {
-        group.id for group in spec.groups for tensor, _ in group.axes if not torch.equal(aligned[tensor], own[tensor])
+        group.id
+        for group in spec.groups
+        for tensor, _ in group.axes
+        for name in real.get(tensor, (tensor,))
+        if not torch.equal(aligned[name], own[name])
     }
     return Planted(errors[0], errors[1], 1 - len(wrong) / max(len(spec.groups), 1), len(spec.groups))
 
