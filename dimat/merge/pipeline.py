@@ -65,15 +65,15 @@ class MergePlan:
     combine: Bound[Weights]
     repair: Bound[Repaired]
     accept: Bound[Accepted]
-    align_to: str = "shared"
-    align_data: str = "local"
-    probe_samples: int = 100
-    statistics_samples: int = 256
-    head: str = "mixing"
-    keep_not_finite: bool = False
-    screen: dict[str, Any] = field(default_factory=dict[str, Any])
-    outer: Bound[Weights] = field(default_factory=lambda: outer_registry.bind("none", {}))
-    layers: Mapping[str, float] = field(default_factory=dict[str, float])
+    align_to: str
+    align_data: str
+    probe_samples: int
+    statistics_samples: int
+    head: str
+    keep_not_finite: bool
+    screen: dict[str, Any]
+    outer: Bound[Weights]
+    layers: Mapping[str, float]
     notes: tuple[str, ...] = ()
     """Notes on every merge by this plan."""
 

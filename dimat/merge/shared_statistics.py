@@ -104,9 +104,7 @@ def permuted(aux: Weights, spec: SymmetrySpec, permutations: Permutations) -> We
     return PermutedWeights(aux, _spec_for(aux, spec), permutations)
 
 
-def check_statistics(
-    name: str, aux: Weights, own: Weights, expected: Weights | None = None, most_examples: int = 256
-) -> None:
+def check_statistics(name: str, aux: Weights, own: Weights, expected: Weights | None, most_examples: int) -> None:
     """Check what a peer sent beside its weights; PeerError names the peer and the tensor.
 
     `expected`: own's statistics where the merge rests on them; then the peer must have sent the same ones, no more and

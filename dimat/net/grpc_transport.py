@@ -55,7 +55,7 @@ class GrpcTransport:
         manifest_limits: ManifestLimits,
         listen: str,
         generator: Random,
-        limits: Limits | None = None,
+        limits: Limits,
         status: Status = dict,
         address_lookup: AddressLookup | None = None,
         durable: bool = True,
@@ -69,7 +69,7 @@ class GrpcTransport:
         self._manifest_limits = manifest_limits
         self._listen = listen
         self._generator = generator
-        self._limits = limits or Limits()
+        self._limits = limits
         self._status = status
         self._address_lookup = address_lookup
         self._durable = durable

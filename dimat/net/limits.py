@@ -13,22 +13,23 @@ DISK_RESERVE_BYTES = 64 * MIB
 """Disk that stays free, whatever is kept."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """The bounds of one agent's transport that can be set; each field says what it bounds."""
+    """The bounds of one agent's transport that can be set; each field says what it bounds. Those without a default are
+    settings of the table [exchange] (`dimat/config/agent.py`)."""
 
     streams: int = 16
     """Uploads at a time to all readers, each of which holds at most 8 MiB in memory; one to each reader is always
     possible."""
-    streams_per_peer: int = 2
+    streams_per_peer: int
     """Uploads at a time to one reader."""
     polls_per_peer: int = 2
     """Calls of one reader that wait for news at a time."""
-    rate_mb_s: float | None = None
+    rate_mb_s: float | None
     """Upload rate in 10^6 bytes a second over all readers; None for no bound."""
     connections: int = 512
     """Connections open to this agent at a time."""
-    fetches: int = 4
+    fetches: int
     """Downloads at a time from all peers, each of which holds at most three blocks in memory; slow ones make room for
     peers that wait, and go on beside them."""
     fetches_per_peer: int = 2
@@ -37,7 +38,7 @@ class Limits:
     """Disk that received snapshots may take; the oldest that are not needed go first."""
     disk_reserve_bytes: int = DISK_RESERVE_BYTES
     """Disk that stays free."""
-    idle_s: float = 15.0
+    idle_s: float
     """A stream on which no byte moves for longer is broken off."""
     connect_s: float = 5.0
     """An address answers a hello within this time, or the next one is tried."""
@@ -47,7 +48,7 @@ class Limits:
     """How long a call for news waits at the peer until it is answered without any."""
     quiet_s: float = 5.0
     """Beyond `poll_s`, without an answer or a byte of a transfer, a connection counts as dead."""
-    lost_after_s: float = 10.0
+    lost_after_s: float
     """A peer that is out of reach for longer counts as lost."""
     refused_retry_s: float = 60.0
     """Between attempts at a peer that does not fit."""
