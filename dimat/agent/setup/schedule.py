@@ -90,8 +90,7 @@ class RunSchedule:
             schedule,
             rounds=self.rounds or None,
             adopt_rounds=schedule.adopt_rounds,
-            basis_gossip=schedule.adopt_rounds > 0
-            or (self.merge_plan.align.name != "none" and self.merge_plan.align_to == "shared"),
+            basis_gossip=schedule.adopt_rounds > 0 or (self.merge_plan.aligns and self.merge_plan.align_to == "shared"),
             target=None if schedule.target is None else (self.metric, schedule.target),
         )
 
