@@ -62,7 +62,7 @@ def test_commands_of_an_example(page: Path, copy: Path) -> None:
     listed = commands(page)
     assert listed
     for command in listed:
-        execute(command, copy, ("tests.tasks.hf.loaded",) if page.parent.name == "lora_text" else ())
+        execute(command, copy, ("tests.tasks.huggingface.loaded",) if page.parent.name == "lora_text" else ())
     results = list((copy / "runs").glob("**/results.json"))
     assert results
     for file in results:

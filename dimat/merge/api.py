@@ -13,7 +13,8 @@ from dimat.config import MergeConfig, build
 from dimat.errors import ConfigError, MergeError, nearest
 from dimat.merge.context import MergeContext
 from dimat.merge.models.batches import as_data, first_inputs
-from dimat.merge.pipeline import MergePlan, Peer, check_mixing, merge, needs_symmetry, plan_merge
+from dimat.merge.pipeline import Peer, check_mixing, merge
+from dimat.merge.plan import MergePlan, needs_symmetry, plan_merge
 from dimat.merge.registry import align_registry
 from dimat.merge.shared_statistics import OWN
 from dimat.merge.stages import Permutations, Points, Score, Weights

@@ -55,7 +55,10 @@ model, or the "deltas" of all models.
 `linear`: it is a weighted mean, so that merging again is one merge with other weights.
 """
 
-align_registry: Registry[Aligned] = Registry("align method", "dimat.merge.align", context=CONTEXT)
+align_registry: Registry[Aligned] = Registry(
+    "align method", "dimat.merge.align", context=CONTEXT, traits={"idle": False}
+)
+"""`idle`: the method moves nothing, whatever it is given."""
 
 
 def no_tensors(model: nn.Module) -> frozenset[str]:
@@ -65,11 +68,19 @@ def no_tensors(model: nn.Module) -> frozenset[str]:
 
 combine_registry: Registry[Weights] = Registry("combine method", "dimat.merge.combine", context=CONTEXT, traits=TRAITS)
 repair_registry: Registry[Repaired] = Registry(
-    "repair method", "dimat.merge.repair", context=CONTEXT, traits={"renews": no_tensors, "statistics": None}
+    "repair method",
+    "dimat.merge.repair",
+    context=CONTEXT,
+    traits={"idle": False, "renews": no_tensors, "statistics": None},
 )
-"""`renews`: (model) → names of the tensors that the method makes anew, whatever the merge made of them.
-`statistics`: as of a combine method."""
+"""`idle`: the method mends nothing. `renews`: (model) → names of the tensors that it makes anew, whatever the merge
+made of them. `statistics`: as of a combine method."""
 accept_registry: Registry[Accepted] = Registry("accept rule", "dimat.merge.accept", context=CONTEXT)
+
+
+def is_mean(method: str) -> bool:
+    """Tell whether a combine method is a weighted mean, so that what goes with weights can be averaged as they are."""
+    return method in combine_registry.names() and bool(combine_registry.traits(method)["linear"])
 
 
 def product_methods() -> list[str]:

@@ -104,9 +104,7 @@ def permuted(aux: Weights, spec: SymmetrySpec, permutations: Permutations) -> We
     return PermutedWeights(aux, _spec_for(aux, spec), permutations)
 
 
-def check_statistics(
-    name: str, aux: Weights, own: Weights, expected: Weights | None = None, most_examples: int = 256
-) -> None:
+def check_statistics(name: str, aux: Weights, own: Weights, expected: Weights | None, most_examples: int) -> None:
     """Check the statistics that a peer sent with its weights; PeerError names the peer and the tensor.
 
     `expected`: own's statistics if the merge needs them; then the peer must have sent the same ones, no more and

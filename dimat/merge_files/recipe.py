@@ -242,7 +242,7 @@ def build_recipe(tree: Mapping[str, Any], changes: Mapping[str, Any], options: M
     changes = {key: value for key, value in changes.items() if value is not None}
     weights = changes.pop("weights", None)
     merged = {**tree, **changes}
-    if "method" in changes and changes["method"] != tree.get("method", "average"):
+    if "method" in changes and changes["method"] != tree.get("method", Recipe.model_fields["method"].default):
         merged["options"] = {}  # those of another method
     if options:
         merged["options"] = {**merged.get("options", {}), **options}

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dimat.config import MergeConfig
 from dimat.device import resolve_device
 from dimat.errors import ConfigError
 from dimat.merge.registry import CONTEXT
@@ -375,7 +376,7 @@ def _open_statistics(recipe: Recipe, models: Sequence[ModelFiles]) -> tuple[Weig
         raise ConfigError(f"model {given.index(None) + 1} has no statistics: give every model some, or none of them")
     opened = tuple(open_weights(path) for path in paths)
     for path, found in zip(paths, opened):
-        check_statistics(path, found, models[0])
+        check_statistics(path, found, models[0], None, MergeConfig().statistics_samples)
     return opened
 
 

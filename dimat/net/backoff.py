@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from random import Random
 
-from dimat.net.limits import MOST_NOTICES
+from dimat.net.limits import MOST_NOTICES, REMIND_FIRST_S, REMIND_LAST_S
 
 
 class Backoff:
@@ -69,9 +69,9 @@ class Reminders:
     def tell(self, topic: str, message: str) -> None:
         """Pass a message on, unless one of its topic was passed a short time ago."""
         now = self._clock()
-        due, interval = self._topics.get(topic, (now, 60.0))
+        due, interval = self._topics.get(topic, (now, REMIND_FIRST_S))
         if now >= due:
-            self._topics[topic] = (now + interval, min(2 * interval, 3600.0))
+            self._topics[topic] = (now + interval, min(2 * interval, REMIND_LAST_S))
             self._notice(message)
 
     def over(self, topic: str, message: str = "") -> None:

@@ -25,8 +25,10 @@ from dimat.json_text import to_json
 from dimat.net.compatibility import Profile, incompatibility, quoted
 from dimat.net.grpc_options import server_options
 from dimat.net.limits import (
+    ABORT_S,
     DIAL_BACK_S,
     LONGEST_POLL_S,
+    MAX_ERROR_TEXT,
     MOST_CALLS,
     MOST_DIAL_BACK_ADDRESSES,
     MOST_DIAL_BACKS,
@@ -82,7 +84,7 @@ class GrpcServer:
         self._heard = heard
         self._noticed = noticed
         self._hellos: dict[str, str] = {}  # by caller the reason why it does not fit, "" where it does
-        self._polls = Slots("calls for news", 10**6, limits.polls_per_peer)
+        self._polls = Slots("calls for news", MOST_CALLS, limits.polls_per_peer)
         self._dials = Slots("dials", MOST_DIAL_BACKS, 1)
         self._received: dict[str, set[str]] = {}  # by reader the payloads that it has received to their end
         self._polled: dict[str, float] = {}  # by reader when its last call for news ended, by the loop's clock
@@ -332,7 +334,7 @@ def _checked(method: Callable[[Any, Context], Awaitable[T]]) -> Callable[[Any, C
 async def _abort(
     context: Context, code: grpc.StatusCode, details: str, trailer: Sequence[tuple[str, str]] = ()
 ) -> NoReturn:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(ABORT_S):
         await context.abort(code, details, tuple(trailer))
     raise AssertionError("an aborted call goes on")
 
@@ -358,4 +360,4 @@ def _cannot_listen(listen: str, cause: str) -> str:
 
 def _cause(error: Exception) -> str:
     """Return the first line of gRPC's error text."""
-    return (str(error).splitlines() or ["no reason given"])[0][:200]
+    return (str(error).splitlines() or ["no reason given"])[0][:MAX_ERROR_TEXT]

@@ -15,7 +15,7 @@ from random import Random
 from dimat.errors import NetworkError
 from dimat.net.compatibility import Profile
 from dimat.net.grpc_server import GrpcServer
-from dimat.net.limits import CHUNK_BYTES, SERVED_CHECK_S, Limits
+from dimat.net.limits import FREED_KEPT_BYTES, MAPPED_BYTES, SERVED_CHECK_S, Limits
 from dimat.net.manifest import ManifestLimits, Sign
 from dimat.net.peers.connection import Connector, Metadata
 from dimat.net.peers.link import AddressLookup, PeerLink
@@ -55,7 +55,7 @@ class GrpcTransport:
         manifest_limits: ManifestLimits,
         listen: str,
         generator: Random,
-        limits: Limits | None = None,
+        limits: Limits,
         status: Status = dict,
         address_lookup: AddressLookup | None = None,
         durable: bool = True,
@@ -69,7 +69,7 @@ class GrpcTransport:
         self._manifest_limits = manifest_limits
         self._listen = listen
         self._generator = generator
-        self._limits = limits or Limits()
+        self._limits = limits
         self._status = status
         self._address_lookup = address_lookup
         self._durable = durable
@@ -326,14 +326,10 @@ def _unsigned(data: bytes) -> bytes:
 CHOSEN = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_")
 # parameters of glibc's mallopt (malloc.h)
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-KEPT_BYTES = 16 * CHUNK_BYTES
-"""Freed memory that stays with the process, per arena: more than the chunks of two streams take."""
-MAPPED_BYTES = 2 * CHUNK_BYTES
-"""Allocations from this size on are mapped and freed on their own; a message of a transfer is smaller."""
 
 
 def keep_freed() -> bool:
-    """Let glibc keep up to `KEPT_BYTES` of freed memory per arena; return whether that was set.
+    """Let glibc keep up to `FREED_KEPT_BYTES` of freed memory per arena; return whether that was set.
 
     Left to itself, glibc trims an arena as soon as about two chunks are free at its top. A transfer allocates and
     frees each chunk at every hand-over, so it would pay a page fault for every 4 KiB that it moves. Nothing is set
@@ -346,4 +342,4 @@ def keep_freed() -> bool:
     except (OSError, AttributeError, TypeError):  # no glibc: musl, macOS, Windows
         return False
     mallopt.argtypes, mallopt.restype = (ctypes.c_int, ctypes.c_int), ctypes.c_int
-    return bool(mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES) and mallopt(M_TRIM_THRESHOLD, KEPT_BYTES))
+    return bool(mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES) and mallopt(M_TRIM_THRESHOLD, FREED_KEPT_BYTES))

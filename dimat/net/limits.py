@@ -9,33 +9,36 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 MIB = 2**20
+DISK_RESERVE_BYTES = 64 * MIB
+"""Disk that stays free, whatever is kept."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """The bounds of one agent's transport that can be set; each field says what it bounds."""
+    """The bounds of one agent's transport that can be set; each field says what it bounds. Those without a default are
+    settings of the table [exchange] (`dimat/config/agent.py`)."""
 
     streams: int = 16
     """Uploads at a time to all readers, each of which holds at most 8 MiB in memory; one to each reader is always
     possible."""
-    streams_per_peer: int = 2
+    streams_per_peer: int
     """Uploads at a time to one reader."""
     polls_per_peer: int = 2
     """Calls of one reader that wait for news at a time."""
-    rate_mb_s: float | None = None
+    rate_mb_s: float | None
     """Upload rate in 10^6 bytes a second over all readers; None for no bound."""
     connections: int = 512
     """Connections open to this agent at a time."""
-    fetches: int = 4
+    fetches: int
     """Downloads at a time from all peers, each of which holds at most three blocks in memory; slow ones make room for
     peers that wait, and go on beside them."""
     fetches_per_peer: int = 2
     """Downloads at a time from one peer."""
     disk_bytes: int = 64 * 1024 * MIB
     """Disk that received snapshots may take; the oldest that are not needed go first."""
-    disk_reserve_bytes: int = 256 * MIB
+    disk_reserve_bytes: int = DISK_RESERVE_BYTES
     """Disk that stays free."""
-    idle_s: float = 15.0
+    idle_s: float
     """A stream on which no byte moves for longer is broken off."""
     connect_s: float = 5.0
     """An address answers a hello within this time, or the next one is tried."""
@@ -45,7 +48,7 @@ class Limits:
     """How long a call for news waits at the peer until it is answered without any."""
     quiet_s: float = 5.0
     """Beyond `poll_s`, without an answer or a byte of a transfer, a connection counts as dead."""
-    lost_after_s: float = 10.0
+    lost_after_s: float
     """A peer that is out of reach for longer counts as lost."""
     refused_retry_s: float = 60.0
     """Between attempts at a peer that does not fit."""
@@ -78,10 +81,20 @@ MIN_PING_INTERVAL_S = 5.0
 """Pings without data that come faster count as strikes against the caller."""
 MOST_PING_STRIKES = 4
 """Strikes after which a server closes the connection."""
+ABORT_S = 5.0
+"""How long a refusal of a call may take to send."""
+MAX_ERROR_TEXT = 200
+"""Characters of gRPC's own error text that are passed on."""
 CLOCKS_DIFFER_S = 60.0
 """Clocks of two agents that differ by more are warned of."""
 CLOCK_SKEW_S = 300.0
 """How far a clock may be off when dates of certificates and DHT records are checked."""
+
+# ── notices of trouble ─────────────────────────────────────────────────────────────────────────────────
+REMIND_FIRST_S = 60.0
+"""Trouble of one topic is told again after this time; it doubles with each reminder."""
+REMIND_LAST_S = 3600.0
+"""The longest time between two reminders."""
 
 # ── calls for news, queries and dial-back ──────────────────────────────────────────────────────────────
 LONGEST_POLL_S = 60.0
@@ -100,10 +113,24 @@ MAX_QUERY_REPLY_BYTES = 4 * MIB
 """Reply to a call of a person's tool."""
 DIAL_BACK_S = 3.0
 """Timeout of each address that is dialled back."""
+DOCTOR_DIAL_S = 5.0
+"""Timeout of each address that `dimat doctor` dials."""
 MOST_DIAL_BACKS = 8
 """Callers that are dialled back at a time."""
 MOST_DIAL_BACK_ADDRESSES = 4
 """Addresses of the map that are dialled back for one caller."""
+
+# ── lives of agents (lives.py) ─────────────────────────────────────────────────────────────────────────
+LIVING_S = 60.0
+"""A life counts as living for this time since its last call: peers call several times in that."""
+LIVES_KEPT = 4
+"""Lives of one name that are remembered."""
+PASSED_ON_S = 600.0
+"""For how long it is passed on that a name has two lives."""
+AGAIN_S = 3600.0
+"""After this time another word of the same name counts anew."""
+MAX_LIFE_BYTES = 1000
+"""A header that tells of lives."""
 
 # ── manifests: the most that is read of a peer's ───────────────────────────────────────────────────────
 MOST_OFFERED = 64
@@ -136,6 +163,8 @@ SLOT_S = 2.0
 # ── transfers ──────────────────────────────────────────────────────────────────────────────────────────
 CHUNK_BYTES = MIB
 """The longest message of a transfer."""
+MAX_REPLY_BYTES = 4 * CHUNK_BYTES
+"""One reply to an agent's call; more only where all manifests that a peer may offer take more."""
 MIN_CHUNK_BYTES = 64 * 2**10
 """The shortest message of a transfer, but for the end of a block; used on slow links."""
 CHUNK_SLOW_S = 2.0
@@ -144,6 +173,12 @@ CHUNK_FAST_S = 0.5
 """A message that takes less is followed by ones of twice its length."""
 READ_AHEAD_BYTES = 4 * CHUNK_BYTES
 """Bytes that an upload reads from the disk at a time, in a thread."""
+RATE_BURST_S = 0.25
+"""After a pause, as much may be sent at once as the rate allows in this time."""
+FREED_KEPT_BYTES = 16 * CHUNK_BYTES
+"""Freed memory that stays with the process, per arena: more than the chunks of two streams take."""
+MAPPED_BYTES = 2 * CHUNK_BYTES
+"""Allocations from this size on are mapped and freed on their own; a message of a transfer is smaller."""
 WRITES_AHEAD = 2
 """Blocks of a download that are hashed and written while the next one comes."""
 BLOCK_ATTEMPTS = 2
@@ -190,22 +225,42 @@ DHT_REQUEST_S = 20.0
 """How long it may take to answer any other request; its own limits are shorter."""
 DHT_WORK_S = {"start": 40.0, "join": 15.0, "probe": 5.0, "store": 15.0, "get": 15.0, "map": 15.0, "stop": 3.0}
 """How long the process itself works on each kind of request."""
+DHT_STOP_S = DHT_WORK_S["stop"] + 1.0
+"""How long the process may take to stop by itself."""
+DHT_LISTEN_S = 30.0
+"""Within `DHT_WORK_S["start"]`, how long hivemind may take to listen."""
+DHT_GONE_S = 2.0
+"""How long the killed process and those that it started may take to be gone."""
 DHT_PROBE_S = 10.0
 """Interval of probes of the process."""
 DHT_MISSES = 3
 """Probes in a row that may be late until the process is replaced."""
+DHT_RESTART_FIRST_S = 1.0
+"""The first wait until it is started again; it doubles with each failure."""
 DHT_RESTART_S = 300.0
 """The longest wait until it is started again."""
 DHT_STEADY_S = 60.0
 """A process that ran for longer resets that wait."""
 DHT_RPC_S = 3.0
 """Timeout of one call of another node."""
+DHT_DIAL_S = 2 * DHT_RPC_S
+"""Timeout of dialling a bootstrap."""
+DHT_JOIN_FIRST_S = 2.0
+"""The first wait between attempts at a bootstrap that is out of reach; it doubles with each failure."""
+DHT_JOIN_LAST_S = 60.0
+"""The longest wait between these."""
 DHT_REPLICAS = 5
 """Nodes that keep a record."""
 DHT_ASKED = 8
 """Nodes that are asked for a record."""
 DHT_RECORDS = 4096
 """Records that a node keeps."""
+DHT_SEEN = 10_000
+"""Keys whose newest record a node remembers, until those that have ended are dropped."""
+MAX_DHT_ADDRESSES = 64
+"""A node's own addresses in a reply of the process."""
+MAX_DHT_REASON = 300
+"""Characters of the reason why a bootstrap was not joined."""
 MAX_LINE_BYTES = 65_536
 """A request to the process, or its reply."""
 MAX_WAITING_REQUESTS = 256
@@ -218,6 +273,8 @@ MAX_CERTIFICATE_BYTES = 16 * 2**10
 """A certificate (DER); an agent's own takes less than 1 KiB."""
 MAX_CERTIFICATE_HOSTS = 32
 """Addresses in one certificate."""
+MAX_NAME_BYTES = 64
+"""A name in a certificate (X.520 allows no longer common name): an agent's, or the collaboration's."""
 MAX_KEY_FILE_BYTES = MIB
 """A file of keys or certificates."""
 MAX_CA_BYTES = 32_768

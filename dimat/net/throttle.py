@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Generator
 from contextlib import asynccontextmanager, contextmanager
 
+from dimat.net.limits import RATE_BURST_S
+
 
 class FullError(Exception):
     """No slot is free; the message says which limit was reached."""
@@ -119,7 +121,6 @@ class Rate:
         if self._bytes_s is None:
             return
         now = asyncio.get_running_loop().time()
-        # a quarter of a second may go out at once, after a pause
-        self._free_at = max(self._free_at, now - 0.25) + amount / self._bytes_s
+        self._free_at = max(self._free_at, now - RATE_BURST_S) + amount / self._bytes_s
         if self._free_at > now:
             await asyncio.sleep(self._free_at - now)

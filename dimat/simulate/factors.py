@@ -14,6 +14,7 @@ import torch
 from dimat.agent.setup.class_shares import class_distance
 from dimat.agent.setup.next_step import averages_exactly
 from dimat.config import ExperimentConfig, NamedConfig, build
+from dimat.merge.registry import is_mean
 from dimat.seeds import torch_generator
 from dimat.simulate.world.scenario import Scenario
 from dimat.tasks.base import Task
@@ -90,7 +91,7 @@ def loss(config: ExperimentConfig, world: World) -> Options:
 
 def optimizer_state(config: ExperimentConfig, world: World) -> Options:
     """What becomes of the optimizer's moments over a merge."""
-    if _combine(config) != "average":
+    if not is_mean(_combine(config)):
         return f'moments go with averaged weights, and merge.combine is "{_combine(config)}"'
     options = [Option(name, {"train.optimizer_state": name}) for name in ("kept", "merged")]
     return _with_present(options, config.optimizer_state)

@@ -151,7 +151,7 @@ class Simulation:
         """Take an event from the driver, pass it on, and keep what the results need."""
         self._emit(event)
         match event:
-            case events.Merged():
+            case events.Merged():  # at once, not when the round is over: the log has them beside their merge
                 for note in event.result.notes:
                     self._warn(note)
             case events.Checkpointed(stage="merged"):

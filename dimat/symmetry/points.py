@@ -67,11 +67,6 @@ def find_points(
     return {group: _choose(found, most) for group, found in shown.items() if found}
 
 
-def shows_again(node: fx.Node) -> bool:
-    """Tell whether a node returns its first input's values unchanged, as a view or a copy."""
-    return find_rule(node.target) in (pointwise.identity, shape.reshape, shape.ones, shape.permute)
-
-
 def _points_of(
     node: fx.Node, value: Value, analysis: Analysis, group_of: Mapping[Atom, str], parents: Parents
 ) -> dict[str, ObservationPoint]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from torch import Tensor
 
@@ -30,12 +29,6 @@ class Interrupts:
 
     due: Callable[[], bool]
     pause: Callable[[], bool]
-
-
-class Interruptible(Protocol):
-    """A trainer whose training can be broken off, and whose `state` then holds the middle of the round."""
-
-    interrupts: Interrupts | None
 
 
 WHOLE = ("number", "steps", "batches", "done", "samples", "within", "first")

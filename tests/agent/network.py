@@ -19,13 +19,13 @@ from dimat.agent.protocol.push_sum import PushSum
 from dimat.agent.protocol.round import RoundMachine
 from dimat.agent.protocol.work import Outcome
 from dimat.config import NetworkConfig, ScheduleConfig, TopologyConfig
+from dimat.config.presets import PUSH_SUM
 from dimat.events import MergeResult, TrainResult
 from dimat.simulate.driver import Driver, Node
 from dimat.simulate.in_process_network import MemoryNetwork
 from dimat.simulate.world.faults import FaultPlan
 from dimat.simulate.world.link_model import Links
 from dimat.topology import CycleSchedule, Mixer, Schedule, build_topology
-from dimat.topology.mixing import PUSH_SUM
 from dimat.weights.snapshot import Manifest, Payload, RecordedSnapshot, checksum
 
 Values = NDArray[np.float64]

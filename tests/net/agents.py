@@ -29,7 +29,17 @@ from dimat.wire.v1 import peer_pb2 as pb
 RUN = "test-run"
 BLOCK = 64 * 2**10
 WIDTH = 512  # one tensor of 1 MiB: 17 blocks with the header
-QUICK = Limits(lost_after_s=1.0, backoff_first_s=0.05, backoff_last_s=0.5, breaker_open_s=0.5, refused_retry_s=0.5)
+QUICK = Limits(
+    streams_per_peer=2,
+    rate_mb_s=None,
+    fetches=4,
+    idle_s=15.0,
+    lost_after_s=1.0,
+    backoff_first_s=0.05,
+    backoff_last_s=0.5,
+    breaker_open_s=0.5,
+    refused_retry_s=0.5,
+)
 
 
 def weights(seed: int, width: int = WIDTH) -> dict[str, Tensor]:

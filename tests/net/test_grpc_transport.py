@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -13,7 +14,6 @@ import torch
 from grpc import aio
 
 from dimat.errors import NetworkError, SecurityError
-from dimat.net.limits import Limits
 from dimat.net.pki.identity import Identity
 from dimat.net.transfer.cache import SnapshotCache
 from dimat.net.transport import Neighbours
@@ -143,7 +143,7 @@ async def test_what_this_agent_holds_itself_is_not_sent(tmp_path: Path) -> None:
 
 
 async def test_news_come_at_once(tmp_path: Path) -> None:
-    async with pair(tmp_path, limits=Limits(poll_s=50.0)) as (a, b):
+    async with pair(tmp_path, limits=replace(QUICK, poll_s=50.0)) as (a, b):
         a.publish(1, weights(1))
         await b.ears.offer("a", 1)
         # the next answer would come after 50 s if it waited its time

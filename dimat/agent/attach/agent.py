@@ -33,7 +33,7 @@ from dimat.agent.setup.prepare import prepare_agent
 from dimat.config import ExperimentConfig, load_experiment, naming
 from dimat.device import streams_kept
 from dimat.errors import ConfigError
-from dimat.merge import needs_symmetry
+from dimat.merge import needs_symmetry, plan_merge
 from dimat.train.model_state import check_whole
 
 
@@ -118,7 +118,7 @@ class Agent:
                 plan = setup.experiment.loaded.plan
                 trainer.try_out(
                     inputs.tensors,
-                    needed=needs_symmetry(plan) or bool(plan.statistics) or plan.repair.name != "none",
+                    needed=needs_symmetry(plan) or bool(plan.statistics) or plan.repairs,
                     evaluated=self.config.agent.evaluate != "none",
                 )
                 self._daemon = Daemon(setup, trainer=trainer)
@@ -130,10 +130,12 @@ class Agent:
     def _needed(self, evaluate: Evaluate | None, metric: str) -> str:
         """Return the metric that merges or the end of the run go by, "" for none; ConfigError where there is no way to
         it."""
-        accept = self.config.merge.accept
-        judged = accept is not None and accept.name == "no-worse"
+        plan = plan_merge(self.config.merge)
+        judged = plan.judges
         if judged and evaluate is None:
-            raise ConfigError('merge.accept = "no-worse" judges merges by metrics; give attach(…, evaluate=…)')
+            raise ConfigError(
+                f'merge.accept = "{plan.accept.name}" judges merges by metrics; give attach(…, evaluate=…)'
+            )
         return metric if judged or self.config.schedule.target is not None else ""
 
     @property

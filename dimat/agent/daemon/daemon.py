@@ -26,7 +26,8 @@ from dimat.agent.daemon.peer_discovery import PeerDiscovery, check_discovery
 from dimat.agent.daemon.removal import Removal
 from dimat.agent.daemon.resources import check_room, disk_shares, needs_of
 from dimat.agent.daemon.runner import Runner
-from dimat.agent.daemon.status_socket import StatusSocket, feed_watchdog, for_members, notify, plain_view
+from dimat.agent.daemon.service_manager import feed_watchdog, notify, status_line
+from dimat.agent.daemon.status_socket import StatusSocket, for_members, plain_view
 from dimat.agent.daemon.transport import make_transport
 from dimat.agent.daemon.worker import AgentWorker, WorkThread
 from dimat.agent.learner.checkpoint_store import CheckpointStore
@@ -388,13 +389,7 @@ class Daemon:
             self._discovery.tell(fact.round, fact.snapshot)
         self._teller.tell(fact)
         if isinstance(fact, _TURNS):
-            self._tell_manager()
+            machine, peers = self._machine, self._transport.peers.values()
+            notify(f"STATUS={status_line(machine.round, self._schedule.rounds, machine.phase.value, peers)}")
         if isinstance(fact, events.RoundFinished):
             self._observing.round_over()
-
-    def _tell_manager(self) -> None:
-        """Say in a line how the agent is, for `systemctl status`."""
-        machine, peers = self._machine, self._transport.peers
-        of = f" of {self._schedule.rounds}" if self._schedule.rounds else ""
-        connected = sum(bool(peer["connected"]) for peer in peers.values())
-        notify(f"STATUS=round {machine.round}{of}, {machine.phase.value}; {connected} of {len(peers)} peers connected")

@@ -16,10 +16,8 @@ from torch import Tensor, nn
 from dimat.agent.lineage.manifest_log import LEDGER_BYTES
 from dimat.agent.setup.prepare import PreparedAgent
 from dimat.errors import ConfigError, DataError
+from dimat.net.limits import DISK_RESERVE_BYTES
 from dimat.train.base import ModelTrainer
-
-RESERVE_BYTES = 64 * 2**20
-"""Disk that stays free, whatever is kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +50,7 @@ def needed_bytes(size: int, state: int, peers: int, snapshots: int, checkpoints:
     agent keeps.
     """
     # one more of each is being written, and another checkpoint holds the middle of a round, should it be stopped there
-    return (snapshots + 1 + peers) * size + (checkpoints + 1 + 1) * (size + state) + RESERVE_BYTES
+    return (snapshots + 1 + peers) * size + (checkpoints + 1 + 1) * (size + state) + DISK_RESERVE_BYTES
 
 
 def peak_bytes(model: nn.Module, state: int, peers: int) -> int:

@@ -1,4 +1,4 @@
-"""Serves an agent's status on a socket in its folder, and to the service manager."""
+"""Serves an agent's status on a socket in its folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from dimat.reading import parse_json
 
 SOCKET = "status.sock"
 TIMEOUT_S = 5.0
-NOTIFY_S = 0.5
 
 
 class StatusSocket:
@@ -99,41 +98,6 @@ def _why_silent(folder: Path, reason: str) -> str:
     if paused:
         return f"{name} is stopped by a signal (SIGSTOP, Ctrl-Z); continue it with: kill -CONT {owner}"
     return f"{name}, process {owner}, is busy, or still starting ({reason}); ask again"
-
-
-def notify(message: str) -> None:
-    """Tell the service manager READY=1, STOPPING=1, WATCHDOG=1, or STATUS=… (`sd_notify`).
-
-    Does nothing if no service manager has asked for it, or if it does not listen.
-    """
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if not address:
-        return
-    with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-        manager.settimeout(NOTIFY_S)  # a manager that is stuck must not hold up the agent
-        manager.connect("\0" + address[1:] if address.startswith("@") else address)
-        manager.send(message.encode())
-
-
-def watchdog_s() -> float | None:
-    """Return the interval at which to send WATCHDOG=1 to the service manager.
-
-    It is half the time after which the manager takes the agent for hung. None if it does not watch this process.
-    """
-    try:
-        microseconds = int(os.environ.get("WATCHDOG_USEC", ""))
-        watched = int(os.environ.get("WATCHDOG_PID", os.getpid()))
-    except ValueError:
-        return None
-    return microseconds / 2e6 if microseconds > 0 and watched == os.getpid() else None
-
-
-async def feed_watchdog() -> None:
-    """Tell the service manager from within the event loop that the loop runs, if it wants to know."""
-    every_s = watchdog_s()
-    while every_s is not None:
-        notify("WATCHDOG=1")
-        await asyncio.sleep(every_s)
 
 
 @contextmanager

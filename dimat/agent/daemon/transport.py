@@ -7,7 +7,6 @@ from pathlib import Path
 
 from torch import nn
 
-from dimat.agent.daemon.resources import RESERVE_BYTES
 from dimat.agent.setup.prepare import PreparedAgent
 from dimat.net.grpc_transport import GrpcTransport
 from dimat.net.limits import Limits
@@ -52,7 +51,6 @@ def make_transport(
             idle_s=exchange.idle_s,
             lost_after_s=exchange.lost_after_s,
             disk_bytes=disk_bytes,
-            disk_reserve_bytes=RESERVE_BYTES,
         ),
         listen=setup.listen_address(),
         generator=random.Random(derive_seed(setup.config.seed, "jitter", setup.name)),

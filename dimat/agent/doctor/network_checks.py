@@ -15,14 +15,13 @@ from dataclasses import dataclass
 from dimat.agent.doctor.check import Check, fail, failed, ok, warn
 from dimat.errors import ConfigError, NetworkError, PeerError, SecurityError
 from dimat.net.compatibility import Profile, doubtful, incompatibility
-from dimat.net.limits import CLOCKS_DIFFER_S
+from dimat.net.limits import CLOCKS_DIFFER_S, DOCTOR_DIAL_S
 from dimat.net.peers.query import query_peer
 from dimat.net.pki.identity import Identity
 from dimat.net.ports import dial, dial_error_text, owner_of, split_address
 from dimat.net.transport import Neighbours
 from dimat.wire.v1 import peer_pb2 as pb
 
-DIAL_S = 5.0
 _MULTIADDRESS = re.compile(r"/(?:ip4|ip6|dns|dns4|dns6)/([^/]+)/tcp/(\d{1,5})(?:/.*)?")
 
 
@@ -123,14 +122,16 @@ async def _peer(endpoint: AgentEndpoint, peer: str) -> tuple[Check, str, float |
 async def _at(endpoint: AgentEndpoint, peer: str, address: str) -> tuple[Check, float | None]:
     """Try a peer at one address: name, TCP, TLS, hello. The clock's difference comes with a hello that was answered."""
     name = f"peer {peer}"
-    fault = await dial(*split_address(address), DIAL_S)
+    fault = await dial(*split_address(address), DOCTOR_DIAL_S)
     if fault is not None:
         mend = "check that it runs, and that address, port and firewalls let this agent through; then try again"
         if isinstance(fault, socket.gaierror):
             return fail(
                 name, f"{address}: its name cannot be resolved", "correct it on the map, or see to DNS", NetworkError
             ), None
-        return fail(name, f"{address}: no TCP connection ({dial_error_text(fault, DIAL_S)})", mend, NetworkError), None
+        return fail(
+            name, f"{address}: no TCP connection ({dial_error_text(fault, DOCTOR_DIAL_S)})", mend, NetworkError
+        ), None
     before = time.time()
     try:
         async with query_peer(peer, address, endpoint.agent, endpoint.identity) as asked:
@@ -216,5 +217,5 @@ async def _bootstrap(address: str) -> str:
     match = _MULTIADDRESS.fullmatch(address)
     if match is None:
         return "no address of a DHT node, such as /ip4/10.0.0.1/tcp/7301/p2p/…"
-    fault = await dial(match[1], int(match[2]), DIAL_S)
-    return "" if fault is None else f"no TCP connection ({dial_error_text(fault, DIAL_S)})"
+    fault = await dial(match[1], int(match[2]), DOCTOR_DIAL_S)
+    return "" if fault is None else f"no TCP connection ({dial_error_text(fault, DOCTOR_DIAL_S)})"

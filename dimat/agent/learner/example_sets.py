@@ -36,7 +36,7 @@ class ExampleSets:
         Raises DataError if one of them is too small for its use.
         """
         train, held = task.data("train"), None
-        if plan.accept.name == "no-worse" and plan.accept.settings["on"] == "local":
+        if plan.judges and plan.accept.settings.get("on") == "local":
             order = torch.randperm(len(indices), generator=torch_generator(seed, "hold-out", agent))
             cut = max(1, int(len(indices) * HOLD_OUT))
             held = Subset(train, indices[order[:cut]])
@@ -53,7 +53,7 @@ class ExampleSets:
                 f'agent {agent} has {len(self.hold_out)} example, which accept = "no-worse" on "local" keeps out of '
                 "training; give it more data, or judge merges on the probe set"
             )
-        if (needs_symmetry(plan) or plan.repair.name != "none") and (count := len(self.compared())) < 2:
+        if (needs_symmetry(plan) or plan.repairs) and (count := len(self.compared())) < 2:
             what = "the probe set" if plan.align_data == "probe" else f"the data of agent {agent}"
             raise DataError(
                 f"{what} has fewer than the two examples ({count}) that comparing networks or re-estimating BatchNorm "
@@ -73,7 +73,7 @@ class ExampleSets:
     def judged(self) -> Data | None:
         """Return the examples on which merges are judged by the task's metric, None if they are not judged."""
         objective = self.plan.combine.settings.get("objective")  # a combine method may judge by score too
-        if self.plan.accept.name != "no-worse" and objective != "score":
+        if not self.plan.judges and objective != "score":
             return None
         return self.hold_out if self.hold_out is not None else self._probe()
 

@@ -22,6 +22,7 @@ from dimat.merge import (
     repair_registry,
 )
 from dimat.merge.natures import natures_of
+from dimat.merge.registry import is_mean
 from dimat.seeds import torch_generator
 from dimat.tasks.base import Task
 from dimat.weights.snapshot import checksum
@@ -73,19 +74,19 @@ def _plan_for(config: MergeConfig, task: Task) -> MergePlan:
     stages: Mapping[str, str] | None = getattr(task, "merge_stages", None)
     if stages is None:
         return plan
-    if config.align is not None and config.align.name != "none":
+    if config.align is not None and plan.aligns:
         raise ConfigError(
             f'merge.align = "{config.align.name}" would move the units of what {task.name} trains, and not those of '
             "its frozen base, which all agents share; leave merge.align out"
         )
     notes: list[str] = []
-    if plan.align.name != "none":
+    if plan.aligns:
         notes.append("the base is frozen and shared by all, so nothing is aligned")
         plan = replace(plan, align=align_registry.bind("none", {}))
     if config.repair is None:
         plan = replace(plan, repair=repair_registry.bind(stages.get("repair", plan.repair.name), {}))
     wanted = stages.get("combine", plan.combine.name)
-    if config.combine is None and plan.combine.name == "average":
+    if config.combine is None and is_mean(plan.combine.name):
         plan = replace(plan, combine=combine_registry.bind(wanted, {}))
     if needs_symmetry(plan):
         raise ConfigError(

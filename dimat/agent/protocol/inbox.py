@@ -113,7 +113,7 @@ class Inbox:
 
     def overtake(self, number: int) -> list[Action]:
         """Release snapshots fetched as proofs of rounds before `number`, which is about to begin."""
-        return [] if self.mode.keeps else self._catching_up.overtake(number)
+        return self._catching_up.overtake(number)
 
     def announce(self, plan: Plan) -> None:
         """Note the plan that applies from the next round on: offers of its peers count from now on."""
@@ -190,8 +190,8 @@ class Inbox:
 
     def _has_passed(self, peer: str, number: int) -> bool:
         """Whether a peer has gone on without this agent's snapshot of the round, or of a later one that is near."""
-        newest = self.offers.range(peer)[1] if self.mode.waits else 0
-        return any(peer in self._plan.readers(r) for r in range(number, min(newest, number + ROUNDS_KEPT)))
+        ended = self.mode.ended(number, self.offers.range(peer)[1])
+        return any(peer in self._plan.readers(r) for r in ended)
 
     def _out_of_reach(self, number: int, peers: Sequence[str], passed: Collection[str]) -> list[int]:
         """Return the newest rounds, in order, of living peers that have been ahead for some rounds, out of reach or

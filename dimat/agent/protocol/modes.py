@@ -20,8 +20,6 @@ class Mode(Protocol):
 
     keeps: bool
     """Whether a snapshot may be merged in a later round than the one that it was fetched in."""
-    waits: bool
-    """Whether a round waits for its peers."""
     newest_only: bool
     """Whether only the newest of each peer's offers counts."""
     slack: int
@@ -67,6 +65,13 @@ class Mode(Protocol):
         """Return the first round that can merge a peer offering rounds `oldest` to `newest`."""
         ...
 
+    def ended(self, number: int, newest: int) -> range:
+        """Return the rounds from `number` on that a peer has ended without this agent, of those that are near.
+
+        `newest`: the newest round that the peer offers.
+        """
+        ...
+
     def begins_alone(self, number: int) -> bool:
         """Whether hearing nobody in the round is expected."""
         ...
@@ -76,7 +81,6 @@ class Synchronous:
     """A round merges its neighbours' snapshots of the same round, and waits for them."""
 
     keeps = False
-    waits = True
     newest_only = False
     slack = 0
 
@@ -127,6 +131,10 @@ class Synchronous:
         """The peer's oldest round."""
         return oldest
 
+    def ended(self, number: int, newest: int) -> range:
+        """Return the rounds before the peer's newest: each of them waits for its peers, and it has gone on."""
+        return range(number, min(newest, number + ROUNDS_KEPT))
+
     def begins_alone(self, number: int) -> bool:
         """Each round, even the first, should hear of its neighbours' snapshots."""
         return False
@@ -136,7 +144,6 @@ class Asynchronous:
     """A round merges the newest snapshots, at most `max_staleness` rounds old; it never waits."""
 
     keeps = True
-    waits = False
     newest_only = True
 
     def __init__(self, rules: Rules) -> None:
@@ -182,6 +189,10 @@ class Asynchronous:
     def meets_at(self, oldest: int, newest: int) -> int:
         """The first round in which the peer's newest snapshot is not ahead by more than the slack."""
         return newest - self.slack
+
+    def ended(self, number: int, newest: int) -> range:
+        """Return none: no round waits, so none is ended without anybody."""
+        return range(0)
 
     def begins_alone(self, number: int) -> bool:
         """An agent is alone at first, until somebody else has trained."""

@@ -25,6 +25,7 @@ from dimat.agent.protocol.joining import Newcomer, better_basis
 from dimat.agent.protocol.mixing_state import MixingState
 from dimat.agent.protocol.offers import PeerPublished
 from dimat.agent.protocol.plan import Plan, RoundPlan, Rules
+from dimat.agent.protocol.refusals import Refusals
 from dimat.agent.protocol.state import MachineState, Stage
 
 
@@ -75,7 +76,7 @@ class RoundMachine:
         self._published = published
         self._inbox = Inbox(agent, run, plan, rules)
         self._inbox.base = self.base
-        self._told: set[tuple[str, str]] = set()  # (fault, peer) of the refusals that were told
+        self._refusals = Refusals()
         self._current = RoundPlan({agent: 1.0})
         self._mixing = MixingState(agent, rules, state)
         self._adopting: PeerPublished | None = None
@@ -213,29 +214,14 @@ class RoundMachine:
     # ── hearing ──────────────────────────────────────────────────────────────────────────────────────────────
     def _offered(self, offer: PeerPublished) -> list[m.Action]:
         heard, actions = self._inbox.hear(offer)
-        if heard is Heard.CONFLICT:
-            told = self._refuse_once(
-                "conflict",
-                offer.peer,
-                f"it offers another snapshot for round {offer.round} ({offer.root[:12]}…) than before; the first one "
-                "of a round counts, and any other is refused silently",
-            )
-            return told + self._go_on()  # it may have told that it left a round out
-        if heard is Heard.BEYOND:
-            reason = f"it offers round {offer.round}, which nobody could offer"
-            return self._refuse_once("beyond", offer.peer, reason)
-        if heard is Heard.OTHER_BASE:
-            bases = f"its base is {offer.base[:12] or 'none'}, ours {self.base[:12] or 'none'}"
-            reason = f"{bases}; agree on merge.base, and for adapters also on the base model"
-            return self._refuse_once("base", offer.peer, reason)
-        return actions + self._go_on() if heard is Heard.NOTED else []
+        reason = self._refusals.reason(heard, offer, self.base)
+        if reason:
+            actions.append(self._refused(offer.peer, reason))
+        # one that conflicts may have told, too, that its peer left a round out
+        return actions + self._go_on() if heard in (Heard.NOTED, Heard.CONFLICT) else actions
 
-    def _refuse_once(self, fault: str, peer: str, reason: str) -> list[m.Action]:
-        """Tell of a peer's fault, once for each kind of fault: a peer that repeats it fills no log."""
-        if (fault, peer) in self._told:
-            return []
-        self._told.add((fault, peer))
-        return [m.Emit(events.PeerRefused(agent=self.agent, round=self.round, peer=peer, reason=reason))]
+    def _refused(self, peer: str, reason: str) -> m.Emit:
+        return m.Emit(events.PeerRefused(agent=self.agent, round=self.round, peer=peer, reason=reason))
 
     def _arrived(self, event: m.SnapshotReady) -> list[m.Action]:
         if self._newcomer is not None:
@@ -366,10 +352,7 @@ class RoundMachine:
         target = self._rules.target
         reached = target is not None and event.result.after.get(target[0], -math.inf) >= target[1]
         actions: list[m.Action] = [
-            *(
-                m.Emit(events.PeerRefused(agent=self.agent, round=self.round, peer=peer, reason=reason))
-                for peer, reason in sorted(event.result.refused.items())
-            ),
+            *(self._refused(peer, reason) for peer, reason in sorted(event.result.refused.items())),
             m.Emit(merged),
             m.CheckpointAction(self.round, "merged", self._state_now("merged", "target" if reached else ""), record),
         ]

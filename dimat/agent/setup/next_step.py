@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from dimat.agent.setup.class_shares import FAR_APART, class_distance
 from dimat.config import ExperimentConfig
+from dimat.merge.registry import is_mean
 from dimat.train.losses import SKEWED
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def next_step(config: ExperimentConfig, histogram: Mapping[str, Sequence[int]], 
     if train.loss.name == "task" and apart is not None and apart > SKEWED:
         return f'train.loss = "auto": class shares are {apart:.2f} from the whole\'s (total variation)'
     combine = config.merge.combine
-    averaged = (method.combine if combine is None else combine.name) == "average"
+    averaged = is_mean(method.combine if combine is None else combine.name)
     if config.optimizer_state == "kept" and averaged and not method.every_step:
         return 'train.optimizer_state = "merged"'
     if apart is not None and apart > FAR_APART and sparse and not exact:

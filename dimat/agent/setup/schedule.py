@@ -13,11 +13,11 @@ from pathlib import Path
 from dimat.agent.protocol.offers import ROUNDS_KEPT
 from dimat.agent.protocol.plan import Plan, PushShares, RoundPlan, Rules
 from dimat.config import ExperimentConfig
+from dimat.config.presets import PUSH_SUM
 from dimat.errors import ConfigError
 from dimat.merge import MergePlan
 from dimat.seeds import derive_seed
 from dimat.topology import BaseK, CycleSchedule, Mixer, Schedule, Topology, build_topology
-from dimat.topology.mixing import PUSH_SUM
 from dimat.topology.rounds import longest_lead
 
 
@@ -90,8 +90,7 @@ class RunSchedule:
             schedule,
             rounds=self.rounds or None,
             adopt_rounds=schedule.adopt_rounds,
-            basis_gossip=schedule.adopt_rounds > 0
-            or (self.merge_plan.align.name != "none" and self.merge_plan.align_to == "shared"),
+            basis_gossip=schedule.adopt_rounds > 0 or (self.merge_plan.aligns and self.merge_plan.align_to == "shared"),
             target=None if schedule.target is None else (self.metric, schedule.target),
         )
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dimat.errors import MergeError
+from dimat.merge.align.weights import RESTARTS as WEIGHTS_RESTARTS
 from dimat.merge.align.weights import weights
 from dimat.merge.matching.agreement import agreements, half_way
 from dimat.merge.matching.coordinate_descent import fill_in
@@ -32,8 +33,8 @@ NEGLIGIBLE = 1e-6
 """Agreement that is better by less than this is not better."""
 
 
-RESTARTS = {"activations": 0, "both": 0, "weights": 4}
-"""As align = "activations" and "weights" have them."""
+RESTARTS = {"activations": 0, "both": 0, "weights": WEIGHTS_RESTARTS}
+"""As align = "activations" and "weights" have them by default."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dimat.merge.registry import align_registry
 from dimat.merge.stages import Aligned, Weights
 
 
-@align_registry.register("none")
+@align_registry.register("none", idle=True)
 def none(own: Weights, peers: Sequence[Weights]) -> Aligned:
     """Return no permutations."""
     return Aligned([{} for _ in peers])

@@ -14,6 +14,9 @@ from dimat.merge.registry import align_registry
 from dimat.merge.stages import Aligned, StageTimer, Weights
 from dimat.symmetry.spec import SymmetrySpec
 
+RESTARTS = 4
+"""Random orders that are tried beside the first descent, by default."""
+
 
 @align_registry.register("weights")
 def weights(
@@ -23,7 +26,7 @@ def weights(
     spec: SymmetrySpec,
     model: nn.Module | None = None,
     generator: torch.Generator | None = None,
-    restarts: Annotated[int, Field(ge=0)] = 4,
+    restarts: Annotated[int, Field(ge=0)] = RESTARTS,
     buffers: bool = False,
 ) -> Aligned:
     """Return, for each peer, permutations that maximise Σ over tensors of <own, permuted peer>, to a local optimum.

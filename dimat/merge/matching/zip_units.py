@@ -9,7 +9,7 @@ WHOLE = 1e-4
 """How much a budget may lack of a whole number, as in the authors' program."""
 
 
-def zip_units(correlation: Tensor, models: int, a: float = 0.3, b: float = 0.125, *, within: bool = True) -> Tensor:
+def zip_units(correlation: Tensor, models: int, a: float, b: float, *, within: bool = True) -> Tensor:
     """Return which merged unit each unit becomes: (models · units,) int64, merged units in order of their lowest one.
 
     correlation: (models · units)², rows and columns model by model. The pair with the highest correlation is merged,

@@ -20,6 +20,9 @@ from dimat.symmetry.trace import eval_mode
 
 NEEDED = "statistics by class need a classifier whose last layer is one nn.Linear"
 
+RANK = 4
+"""Leading directions of a class's covariance that are told by default, where any are."""
+
 
 class Read(NamedTuple):
     """A pass over examples. `weight`: name of the head's weight, (classes, d); `features`: (N, d) float32, its
@@ -80,7 +83,7 @@ def class_statistics(
     *,
     loss: Callable[[Any, Tensor], Tensor] | None = None,
     covariance: Literal["diagonal", "low-rank"] = "diagonal",
-    rank: Annotated[int, Field(ge=1)] = 4,
+    rank: Annotated[int, Field(ge=1)] = RANK,
     clip: Annotated[float, Field(gt=0)] | None = None,
     noise: Annotated[float, Field(ge=0)] = 0.0,
 ) -> dict[str, Tensor]:

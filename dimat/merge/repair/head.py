@@ -18,7 +18,7 @@ from dimat.errors import MergeError
 from dimat.merge.accept.no_worse import between
 from dimat.merge.class_statistics import MEAN, ClassGaussians, pooled
 from dimat.merge.growth import Reference
-from dimat.merge.models.classifier import class_statistics
+from dimat.merge.models.classifier import RANK, class_statistics
 from dimat.merge.registry import repair_registry
 from dimat.merge.repair.batchnorm import batchnorm, running_statistics
 from dimat.merge.stages import Data, Repaired, Weights
@@ -41,7 +41,7 @@ def head(
     generator: torch.Generator | None = None,
     reference: Reference | None = None,
     covariance: Literal["diagonal", "low-rank"] = "diagonal",
-    rank: Annotated[int, Field(ge=1)] = 4,
+    rank: Annotated[int, Field(ge=1)] = RANK,
     clip: Annotated[float, Field(gt=0)] | None = None,
     noise: Annotated[float, Field(ge=0)] = 0.0,
     virtual: Annotated[int, Field(ge=1)] = 100,

@@ -67,7 +67,7 @@ ORTHONORMAL = 1e-13
 """Largest entry of UᴴU − 1 that is let be."""
 
 
-def project(delta: Tensor, merged: Tensor, alpha: float = 0.5, *, diagonal: bool = False) -> Tensor:
+def project(delta: Tensor, merged: Tensor, alpha: float, *, diagonal: bool = False) -> Tensor:
     """Return C(T; M), the part of `delta` that is to be added to `merged`; shapes (m, n) or (b, m, n), as are both.
 
     `alpha`: share of Σσ_i that the protected block may hold, see `split_ranks`; `diagonal`: also drop what is parallel

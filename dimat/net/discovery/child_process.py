@@ -24,7 +24,7 @@ from typing import IO, Any, cast
 import psutil
 
 from dimat.errors import NetworkError
-from dimat.net.limits import MAX_LINE_BYTES, MAX_LOG_BYTES, MAX_WAITING_REQUESTS
+from dimat.net.limits import DHT_GONE_S, MAX_LINE_BYTES, MAX_LOG_BYTES, MAX_WAITING_REQUESTS
 
 TOKEN_VARIABLE = "DIMAT_HELPER"
 """Environment variable that holds the token."""
@@ -109,7 +109,7 @@ class ChildProcess:
         if not self._transports:
             for pipe in (self._process.stdin, self._process.stdout):
                 cast("IO[bytes]", pipe).close()
-        await asyncio.to_thread(_await_group, self._process.pid, 2.0)  # a port that they hold is wanted next
+        await asyncio.to_thread(_await_group, self._process.pid, DHT_GONE_S)  # a port that they hold is wanted next
 
     async def _answer(
         self, number: int, op: str, answer: asyncio.Future[dict[str, Any]], limit_s: float

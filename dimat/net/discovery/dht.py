@@ -26,12 +26,16 @@ from dimat.net.discovery.child_process import TOKEN_VARIABLE, ChildProcess, PidF
 from dimat.net.discovery.dht_addresses import check_bootstrap, port_of, split_listen
 from dimat.net.discovery.map_records import MapRecord, map_key, open_map
 from dimat.net.limits import (
+    DHT_JOIN_FIRST_S,
+    DHT_JOIN_LAST_S,
     DHT_MISSES,
     DHT_PROBE_S,
     DHT_REQUEST_S,
+    DHT_RESTART_FIRST_S,
     DHT_RESTART_S,
     DHT_START_S,
     DHT_STEADY_S,
+    DHT_STOP_S,
     MAX_CA_BYTES,
 )
 
@@ -155,7 +159,7 @@ class DhtNode:
             self._ca = ca
             if self._child is not None and self.healthy:
                 with suppress(NetworkError):  # one that does not answer is noticed by its next probe
-                    await self._child.ask("stop", 4.0)
+                    await self._child.ask("stop", DHT_STOP_S)
 
     async def announce(self, record: AddressRecord) -> bool:
         """Store this agent's record with other nodes; return whether any took it. ConfigError for an invalid one."""
@@ -224,7 +228,7 @@ class DhtNode:
         if child is not None:
             if self.healthy:
                 with suppress(NetworkError):
-                    await child.ask("stop", 4.0)
+                    await child.ask("stop", DHT_STOP_S)
             await child.kill()
             self._pid_file.release()
         self._remove_scratch()
@@ -245,7 +249,7 @@ class DhtNode:
 
     async def _supervise(self) -> None:
         """Keep a node running until cancelled, or until it turns out that hivemind is not there."""
-        backoff = Backoff(1.0, DHT_RESTART_S, self._generator)
+        backoff = Backoff(DHT_RESTART_FIRST_S, DHT_RESTART_S, self._generator)
         while True:
             began = time.monotonic()
             reason = await self._run_once()
@@ -339,7 +343,8 @@ class DhtNode:
         for address in due:
             joined = address in self._due and self._due[address][1] is None
             if address in reasons:
-                backoff = self._due.get(address, (now, None))[1] or Backoff(2.0, 60.0, self._generator)
+                earlier = self._due.get(address, (now, None))[1]
+                backoff = earlier or Backoff(DHT_JOIN_FIRST_S, DHT_JOIN_LAST_S, self._generator)
                 self._due[address] = (now + backoff.next(), backoff)
                 self._reminders.tell(address, f"the DHT's bootstrap {address} is out of reach: {reasons[address]}")
             else:

@@ -37,10 +37,14 @@ from dimat.net.discovery.child_process import RequestError
 from dimat.net.discovery.record_validator import RecordValidator
 from dimat.net.limits import (
     DHT_ASKED,
+    DHT_DIAL_S,
+    DHT_LISTEN_S,
     DHT_RECORDS,
     DHT_REPLICAS,
     DHT_RPC_S,
     DHT_WORK_S,
+    MAX_DHT_ADDRESSES,
+    MAX_DHT_REASON,
     MAX_LINE_BYTES,
     MAX_MAP_BYTES,
     MAX_RECORD_BYTES,
@@ -115,7 +119,7 @@ class DhtService:
         addresses = await self._node.get_visible_maddrs(latest=True)
         return {
             "peer": self._node.peer_id.to_base58(),
-            "addresses": [str(address) for address in addresses][:64],
+            "addresses": [str(address) for address in addresses][:MAX_DHT_ADDRESSES],
             "known": len(self._node.protocol.routing_table.uid_to_peer_id),
             "refused": self._validator.refused,
         }
@@ -125,7 +129,8 @@ class DhtService:
         reasons = await asyncio.gather(*map(self._join_one, addresses))
         if None in reasons:
             await self._node.find_nearest_nodes([self._node.node_id])
-        return {"failed": {address: why[:300] for address, why in zip(addresses, reasons, strict=True) if why}}
+        failed = {address: why for address, why in zip(addresses, reasons, strict=True) if why}
+        return {"failed": {address: why[:MAX_DHT_REASON] for address, why in failed.items()}}
 
     async def _join_one(self, address: str) -> str | None:
         """Make one bootstrap and this node known to each other; return why that failed, None where it did not."""
@@ -139,7 +144,7 @@ class DhtService:
                 return None
             # a node that is given its first peers when it is made fails for good where they are down: so it is made
             # without any, and p2pd is told to dial them now
-            async with asyncio.timeout(2 * DHT_RPC_S):
+            async with asyncio.timeout(DHT_DIAL_S):
                 await self._node.p2p._client.connect(peer_id, [Multiaddr(where)])
             answered = await self._node.protocol.call_ping(peer_id)
         except TimeoutError:
@@ -230,7 +235,7 @@ async def _make_node(validator: RecordValidator, host: str, port: int, identity:
         record_validator=Validator(),
         num_replicas=DHT_REPLICAS,
         wait_timeout=DHT_RPC_S,
-        startup_timeout=30,
+        startup_timeout=DHT_LISTEN_S,
         cache_size=DHT_RECORDS,
         cache_locally=False,
         cache_nearest=0,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dimat.errors import SecurityError
 from dimat.net.discovery.address_records import open_record, record_key
 from dimat.net.discovery.map_records import MAGIC, map_key, open_map
+from dimat.net.limits import DHT_SEEN
 
 
 class RecordValidator:
@@ -33,7 +34,7 @@ class RecordValidator:
             return False
         if self._ca is not None:  # an unsigned record must not keep out the ones that come after it
             self._newest[key] = (number, lasts_s)
-            if len(self._newest) > 10_000:
+            if len(self._newest) > DHT_SEEN:
                 self._newest = {key: seen for key, seen in self._newest.items() if seen[1] > now}
         return True
 

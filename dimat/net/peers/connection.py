@@ -16,7 +16,7 @@ from grpc import aio
 from dimat.errors import SecurityError
 from dimat.net.compatibility import Profile, doubtful, incompatibility, quoted
 from dimat.net.grpc_options import channel_options
-from dimat.net.limits import CHUNK_BYTES, MOST_FORMS, Limits
+from dimat.net.limits import MAX_ERROR_TEXT, MAX_REPLY_BYTES, MOST_FORMS, Limits
 from dimat.net.manifest import ManifestLimits, Verify
 from dimat.net.pki.certificates import check_certificate, check_signature, tls_name
 from dimat.net.pki.identity import Identity
@@ -143,7 +143,7 @@ class Connector:
 
     def _channel(self, peer: str, address: str) -> aio.Channel:
         # the longest reply holds all manifests that a peer offers
-        largest = max(4 * CHUNK_BYTES, MOST_FORMS * self._manifest_limits.manifest_bytes)
+        largest = max(MAX_REPLY_BYTES, MOST_FORMS * self._manifest_limits.manifest_bytes)
         if self._identity is None:
             return aio.insecure_channel(address, options=channel_options(largest, None))
         options = channel_options(largest, tls_name(peer))
@@ -239,7 +239,7 @@ def error_text(error: Exception) -> str:
         if mark in whole:
             now = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
             return f"no TLS connection: by this machine's clock, {now}, its certificate {fault}"
-    details = whole[:200]
+    details = whole[:MAX_ERROR_TEXT]
     if any(word in details.lower() for word in ("handshake", "certificate", "hostname verification")):
         return (
             f"no TLS connection: is its certificate of the same CA, and valid, and are both clocks right? ({details})"

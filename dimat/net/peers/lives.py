@@ -18,15 +18,9 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from dimat.errors import SecurityError
+from dimat.net.limits import AGAIN_S, LIVES_KEPT, LIVING_S, MAX_LIFE_BYTES, PASSED_ON_S
 from dimat.net.manifest import Sign, Verify
 from dimat.wire import LIFE_HEADER, TWINS_HEADER
-
-LIVING_S = 60.0
-"""Seconds for which a life counts as living since its last call: peers call several times in that."""
-LIVES_KEPT = 4
-PASSED_ON_S, AGAIN_S = 600.0, 3600.0
-"""For how long it is passed on that a name has two lives; and after what time another word of it counts anew."""
-_LONGEST = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +47,7 @@ class Life:
     @staticmethod
     def parse(text: object) -> Life | None:
         """Return what `text` gave; None for anything else."""
-        if not isinstance(text, str) or len(text) > _LONGEST:
+        if not isinstance(text, str) or len(text) > MAX_LIFE_BYTES:
             return None
         try:
             name, started_s, said_s, signature = json.loads(text)
@@ -145,7 +139,7 @@ class Lives:
     def take_word(self, peer: str, value: object, members: Collection[str]) -> None:
         """Take in what a peer's reply says of names with two lives."""
         try:
-            names: Any = json.loads(value) if isinstance(value, bytes) and len(value) <= _LONGEST else ()
+            names: Any = json.loads(value) if isinstance(value, bytes) and len(value) <= MAX_LIFE_BYTES else ()
         except ValueError:
             return
         for name in cast("Iterable[object]", names) if isinstance(names, list | tuple) else ():
@@ -157,7 +151,7 @@ class Lives:
         """Metadata of a reply that passes the names with two lives on."""
         now = self._clock()
         names = [name for name, since in self._names.items() if now - since < PASSED_ON_S]
-        return ((TWINS_HEADER, json.dumps(names)[:_LONGEST].encode()),) if names else ()
+        return ((TWINS_HEADER, json.dumps(names)[:MAX_LIFE_BYTES].encode()),) if names else ()
 
     def _say(self, name: str, message: str) -> None:
         now = self._clock()

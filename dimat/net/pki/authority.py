@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from dimat.errors import ConfigError, DimatError, SecurityError
-from dimat.net.limits import MAX_CERTIFICATE_HOSTS
+from dimat.net.limits import MAX_CERTIFICATE_HOSTS, MAX_NAME_BYTES
 from dimat.net.pki.certificates import SUFFIX, agent_name, check_name, dns_names, hosts, is_p256, readable, tls_name
 
 BACKDATED = timedelta(hours=1)
@@ -42,10 +42,10 @@ def make_key() -> ec.EllipticCurvePrivateKey:
 def make_authority(key: ec.EllipticCurvePrivateKey, name: str, days: float) -> x509.Certificate:
     """Make the certificate of a CA that may issue agents' certificates and nothing else.
 
-    `name`: the collaboration's name, 1 to 64 bytes of UTF-8. Raises ConfigError for any other name.
+    `name`: the collaboration's name, 1 to `MAX_NAME_BYTES` bytes of UTF-8. Raises ConfigError for any other name.
     """
-    if not name.isprintable() or not 1 <= len(name.encode()) <= 64:
-        raise ConfigError(f"name {name!r} of the collaboration must be one line of 1 to 64 bytes")
+    if not name.isprintable() or not 1 <= len(name.encode()) <= MAX_NAME_BYTES:
+        raise ConfigError(f"name {name!r} of the collaboration must be one line of 1 to {MAX_NAME_BYTES} bytes")
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     now = _now()
     public = key.public_key()

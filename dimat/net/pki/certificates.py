@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID, NameOID
 
 from dimat.errors import ConfigError, SecurityError
-from dimat.net.limits import CLOCK_SKEW_S, MAX_CERTIFICATE_BYTES
+from dimat.net.limits import CLOCK_SKEW_S, MAX_CERTIFICATE_BYTES, MAX_NAME_BYTES
 
 SUFFIX = ".agent.dimat.internal"
 """Suffix of every agent's DNS name; no address of an agent may end with it."""
@@ -33,7 +33,6 @@ CLOCK_SKEW = timedelta(seconds=CLOCK_SKEW_S)
 E = TypeVar("E", bound=x509.ExtensionType)
 
 _NAME = re.compile(r"\w[\w.-]*")
-_LONGEST_NAME = 64
 _PLAIN = re.compile(r"(?!..--)[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _UNDERSTOOD = frozenset(
     {
@@ -49,9 +48,9 @@ def check_name(agent: str) -> None:
     """Raise ConfigError unless an agent of this name can have a certificate and key files."""
     if not _NAME.fullmatch(agent):
         raise ConfigError(f"agent name {agent!r} may only hold letters, digits, '_', '.' and '-'")
-    if len(agent.encode()) > _LONGEST_NAME:
+    if len(agent.encode()) > MAX_NAME_BYTES:
         raise ConfigError(
-            f"agent name {agent!r} is too long for a certificate (at most {_LONGEST_NAME} bytes of UTF-8)"
+            f"agent name {agent!r} is too long for a certificate (at most {MAX_NAME_BYTES} bytes of UTF-8)"
         )
     if agent.lower() == "ca":
         raise ConfigError(f"agent name {agent!r}: ca.key and ca.crt are the CA's own; choose another name")

@@ -14,6 +14,7 @@ from dimat.agent.learner.shared_moments import sample_encoded
 from dimat.agent.setup.experiment import Experiment, resolve
 from dimat.agent.setup.loaded_task import load_for
 from dimat.config import ExchangeConfig, ExperimentConfig, NetworkConfig
+from dimat.config.presets import PUSH_SUM
 from dimat.errors import ConfigError
 from dimat.seeds import torch_generator
 from dimat.simulate.world.checks import Pace, alone, check_crash_points, check_peers, check_times, listed
@@ -21,7 +22,6 @@ from dimat.simulate.world.compute_model import Compute
 from dimat.simulate.world.faults import FaultPlan, plan_faults
 from dimat.tasks import histogram
 from dimat.tasks.base import Task
-from dimat.topology.mixing import PUSH_SUM
 from dimat.train.contract import task_errors
 from dimat.weights.tensors import encode
 

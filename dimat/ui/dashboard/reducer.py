@@ -175,6 +175,7 @@ class RunState(RunModel):
         agent.alive, agent.finished_s = None, None
 
     def _trained(self, agent: AgentModel, plain: Plain) -> None:
+        # live, before the round's end; a round that ends in another life than it was trained in tells no loss
         self._point(agent, count(plain.get("round"))).loss = number(plain.get("loss"))
 
     def _fetched(self, agent: AgentModel, plain: Plain) -> None:
@@ -221,7 +222,8 @@ class RunState(RunModel):
 
     # ── answers ──────────────────────────────────────────────────────────────────────────────────────────────
     def _own_status(self, agent: AgentModel, status: Plain) -> None:
-        """Take what a peer whose log we do not have says of itself: its newest training and merge."""
+        """Take what a peer whose log we do not have says of itself: its newest training and merge, which may be of two
+        rounds (its status has no `RoundFinished`)."""
         trained, merged = mapping(status.get("trained")), mapping(status.get("merged"))
         if trained:
             agent.note("Trained", {**trained, "event": "Trained"})

@@ -115,10 +115,10 @@ class PrometheusListener:
                     self._counts["dimat_warnings_total",] += 1
                 case events.RoundFinished():
                     self._counts["dimat_rounds_total",] += 1
-                case events.Trained(result=events.TrainResult(samples=samples)):
-                    self._counts["dimat_samples_total",] += samples
-                case events.Merged():
                     self._merged(event)
+                case events.Trained(result=events.TrainResult(samples=samples)):
+                    # not of RoundFinished: a round that goes on after a restart is trained in one life, ends in another
+                    self._counts["dimat_samples_total",] += samples
                 case events.BasisAdopted():
                     self._counts["dimat_basis_changes_total",] += 1
                 case events.SnapshotFetched(peer=peer):
@@ -144,12 +144,12 @@ class PrometheusListener:
             for verdict in VERDICTS:
                 self._counts["dimat_screen_total", peer, verdict] += 0
 
-    def _merged(self, event: events.Merged) -> None:
+    def _merged(self, event: events.RoundFinished) -> None:
         others = [part for part in event.contributions if part.agent != event.agent and part.weight > 0]
         for part in others:
             self._counts["dimat_screen_total", self._named(part.agent), "merged"] += 1
         if others:
-            self._accepted = accepted = event.result.accepted
+            self._accepted = accepted = event.accepted
             verdict = "accepted" if accepted >= 1 else "partly" if accepted > 0 else "refused"
             self._counts["dimat_accept_total", verdict] += 1
 

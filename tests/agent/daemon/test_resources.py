@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from dimat.agent.daemon.resources import (
-    RESERVE_BYTES,
     available_memory,
     disk_shares,
     held_bytes,
@@ -20,6 +19,7 @@ from dimat.agent.daemon.resources import (
 )
 from dimat.agent.lineage.manifest_log import LEDGER_BYTES
 from dimat.errors import ConfigError
+from dimat.net.limits import DISK_RESERVE_BYTES
 from tests.forks import start
 
 FIXED = 12e6
@@ -29,7 +29,7 @@ FIXED = 12e6
 def test_all_that_lies_on_the_disk_at_once_is_counted() -> None:
     own, peers, written, middle = 2, 3, 1, 1
     snapshots, checkpoints = (own + written + peers) * 1000, (3 + written + middle) * (1000 + 2000)
-    assert needed_bytes(1000, 2000, peers, own, 3) == snapshots + checkpoints + RESERVE_BYTES
+    assert needed_bytes(1000, 2000, peers, own, 3) == snapshots + checkpoints + DISK_RESERVE_BYTES
 
 
 def test_a_folder_holds_its_files_and_one_that_is_not_there_nothing(tmp_path: Path) -> None:

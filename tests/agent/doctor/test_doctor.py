@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import AsyncGenerator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,36 @@ def authority() -> Authority:
     return Authority()
 
 
+UNFIT: dict[str, tuple[dict[str, Any], str]] = {
+    "run": ({"run": "another"}, "it is in run 'another'"),
+    "schema": ({"profile": Profile("c" * 64)}, "schema"),
+    "base": ({"profile": Profile(SCHEMA, base="d" * 64)}, "base"),
+    "protocol": ({"profile": Profile(SCHEMA, protocol=2)}, "protocol 2"),
+    "groups": ({"profile": Profile(SCHEMA, groups="e" * 64)}, "symmetry groups"),
+    "settings": ({"profile": Profile(SCHEMA, settings={"heads": "8"})}, "its heads is '8', here '4'"),
+}
+"""Peers that do not fit, by what differs; and what is said of them."""
+
+
+@pytest.fixture(scope="module")
+async def peers(tmp_path_factory: pytest.TempPathFactory, authority: Authority) -> AsyncGenerator[dict[str, str]]:
+    """Addresses of agents that run all the while, for tests that only ask them: b, who fits; those of `UNFIT`; odd, who
+    may be meant to differ; c, whose map lacks a; a stranger of another CA."""
+    folder = tmp_path_factory.mktemp("peers")
+    others: dict[str, dict[str, Any]] = {
+        "b": {},
+        "odd": {"profile": Profile(SCHEMA, settings={"heads": "4", "probe": "b"})},
+    }
+    others |= {name: differs for name, (differs, _) in UNFIT.items()}
+    members = [make(folder / name, name, identity=authority.issue(name), **more) for name, more in others.items()]
+    c = make(folder / "c", "c", identity=authority.issue("c"))
+    stranger = make(folder / "stranger", "stranger", identity=Authority("other").issue("stranger"))
+    async with started(*members, c, stranger):
+        for agent in members:
+            update_neighbours([agent], {"a": "127.0.0.1:9", agent.name: agent.address})
+        yield {agent.name: agent.address for agent in (*members, c, stranger)}
+
+
 def around(authority: Authority | None, peers: dict[str, str], **more: Any) -> AgentEndpoint:
     """Agent a, which does not run, on a map with these peers."""
     known = {name: [address] for name, address in peers.items()}
@@ -54,66 +85,43 @@ async def found(place: AgentEndpoint) -> dict[str, Check]:
 
 
 # ── peers ────────────────────────────────────────────────────────────────────────────────────────────────────
-async def test_peers_that_fit_and_reach_back(tmp_path: Path, authority: Authority) -> None:
+async def test_peers_that_fit_and_reach_back(authority: Authority, peers: dict[str, str]) -> None:
     """With an agent that runs here and one that does not, each peer is well, and dials back."""
-    b = make(tmp_path / "b", "b", identity=authority.issue("b"))
-    async with started(b):
-        update_neighbours([b], {"a": "127.0.0.1:9", "b": b.address})
-        told = await found(around(authority, {"b": b.address}))
-        assert {name: finding.level for name, finding in told.items()} == dict.fromkeys(
-            ("port", "peer b", "clock", "dial-back b", "dht"), "ok"
-        )
-        with closing(socket.create_server(("127.0.0.1", 0))) as own:
-            at = f"127.0.0.1:{own.getsockname()[1]}"
-            told = await found(around(authority, {"b": b.address}, running=7, listen=at))
-        assert "process 7" in told["port"].what
-        assert at in told["dial-back b"].what
+    told = await found(around(authority, {"b": peers["b"]}))
+    assert {name: finding.level for name, finding in told.items()} == dict.fromkeys(
+        ("port", "peer b", "clock", "dial-back b", "dht"), "ok"
+    )
+    with closing(socket.create_server(("127.0.0.1", 0))) as own:
+        at = f"127.0.0.1:{own.getsockname()[1]}"
+        told = await found(around(authority, {"b": peers["b"]}, running=7, listen=at))
+    assert "process 7" in told["port"].what
+    assert at in told["dial-back b"].what
 
 
-@pytest.mark.parametrize(
-    ("other", "says", "code"),
-    [
-        ({"run": "another"}, "it is in run 'another'", 2),
-        ({"profile": Profile("c" * 64)}, "schema", 2),
-        ({"profile": Profile(SCHEMA, base="d" * 64)}, "base", 2),
-        ({"profile": Profile(SCHEMA, protocol=2)}, "protocol 2", 2),
-        ({"profile": Profile(SCHEMA, groups="e" * 64)}, "symmetry groups", 2),
-        ({"profile": Profile(SCHEMA, settings={"heads": "8"})}, "its heads is '8', here '4'", 2),
-    ],
-)
-async def test_peers_that_do_not_fit(
-    tmp_path: Path, authority: Authority, other: dict[str, Any], says: str, code: int
-) -> None:
+@pytest.mark.parametrize("name", UNFIT)
+async def test_peers_that_do_not_fit(authority: Authority, peers: dict[str, str], name: str) -> None:
     """What differs is named, and how to mend it."""
-    b = make(tmp_path / "b", "b", identity=authority.issue("b"), **other)
-    async with started(b):
-        update_neighbours([b], {"a": "127.0.0.1:9", "b": b.address})
-        finding = (await found(around(authority, {"b": b.address})))["peer b"]
-    assert (finding.level, finding.code) == ("fail", code)
-    assert says in finding.what
+    finding = (await found(around(authority, {name: peers[name]})))[f"peer {name}"]
+    assert (finding.level, finding.code) == ("fail", 2)
+    assert UNFIT[name][1] in finding.what
     assert finding.mend
 
 
-async def test_peers_that_are_not_trusted_or_not_there(tmp_path: Path, authority: Authority) -> None:
+async def test_peers_that_are_not_trusted_or_not_there(authority: Authority, peers: dict[str, str]) -> None:
     """Another CA, another agent at the address, not on the peer's map, nobody there, a name that is none: each has a
     line of its own, and the others are asked all the same."""
-    stranger = make(tmp_path / "s", "stranger", identity=Authority("other").issue("stranger"))
-    b = make(tmp_path / "b", "b", identity=authority.issue("b"))
-    c = make(tmp_path / "c", "c", identity=authority.issue("c"))
     with closing(socket.socket()) as nobody:
         nobody.bind(("127.0.0.1", 0))  # and does not listen
-        async with started(stranger, b, c):
-            update_neighbours([b], {"a": "127.0.0.1:9", "b": b.address})
-            peers = {
-                "stranger": stranger.address,
-                "d": b.address,
-                "c": c.address,
-                "gone": f"127.0.0.1:{nobody.getsockname()[1]}",
-                "unnamed": "nobody.invalid:7300",
-                "b": b.address,
-            }
-            told = await found(around(authority, peers))
-    assert {name: told[f"peer {name}"].code for name in peers} == {
+        asked = {
+            "stranger": peers["stranger"],
+            "d": peers["b"],
+            "c": peers["c"],
+            "gone": f"127.0.0.1:{nobody.getsockname()[1]}",
+            "unnamed": "nobody.invalid:7300",
+            "b": peers["b"],
+        }
+        told = await found(around(authority, asked))
+    assert {name: told[f"peer {name}"].code for name in asked} == {
         "stranger": SecurityError.exit_code,
         "d": SecurityError.exit_code,
         "c": SecurityError.exit_code,
@@ -124,28 +132,21 @@ async def test_peers_that_are_not_trusted_or_not_there(tmp_path: Path, authority
     assert "not on the map" in told["peer c"].what
     assert "refused" in told["peer gone"].what
     assert "resolved" in told["peer unnamed"].what
-    assert all(told[f"peer {name}"].mend for name in peers if name != "b")
+    assert all(told[f"peer {name}"].mend for name in asked if name != "b")
 
 
-async def test_a_peer_that_may_be_meant_to_differ(tmp_path: Path, authority: Authority) -> None:
-    profile = Profile(SCHEMA, settings={"heads": "4", "probe": "b"})
-    b = make(tmp_path / "b", "b", identity=authority.issue("b"), profile=profile)
-    async with started(b):
-        update_neighbours([b], {"a": "127.0.0.1:9", "b": b.address})
-        finding = (await found(around(authority, {"b": b.address})))["peer b"]
+async def test_a_peer_that_may_be_meant_to_differ(authority: Authority, peers: dict[str, str]) -> None:
+    finding = (await found(around(authority, {"odd": peers["odd"]})))["peer odd"]
     assert (finding.level, finding.mend) == ("warn", "give both the same, unless that is meant")
     assert "its probe is 'b', here 'a'" in finding.what
 
 
-async def test_a_peer_that_cannot_reach_back(tmp_path: Path, authority: Authority) -> None:
+async def test_a_peer_that_cannot_reach_back(authority: Authority, peers: dict[str, str]) -> None:
     """The agent is said to run, and nobody listens at its port."""
-    b = make(tmp_path / "b", "b", identity=authority.issue("b"))
     with closing(socket.socket()) as nobody:
         nobody.bind(("127.0.0.1", 0))
         at = f"127.0.0.1:{nobody.getsockname()[1]}"
-        async with started(b):
-            update_neighbours([b], {"a": at, "b": b.address})
-            finding = (await found(around(authority, {"b": b.address}, running=7, listen=at)))["dial-back b"]
+        finding = (await found(around(authority, {"b": peers["b"]}, running=7, listen=at)))["dial-back b"]
     assert (finding.level, finding.code) == ("fail", 3)
     assert "firewall" in finding.mend
 
@@ -194,15 +195,12 @@ async def test_own_port_and_bootstraps() -> None:
     assert [finding.level for finding in dht] == ["ok", "warn", "warn"]
 
 
-async def test_clocks_that_differ(tmp_path: Path, authority: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_clocks_that_differ(authority: Authority, peers: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A peer whose clock is two minutes ahead is named."""
     import time
 
     monkeypatch.setattr("dimat.net.grpc_server.clock", lambda: time.time() + 120)
-    b = make(tmp_path / "b", "b", identity=authority.issue("b"))
-    async with started(b):
-        update_neighbours([b], {"a": "127.0.0.1:9", "b": b.address})
-        finding = (await found(around(authority, {"b": b.address})))["clock"]
+    finding = (await found(around(authority, {"b": peers["b"]})))["clock"]
     assert finding.level == "warn"
     assert "behind that of b" in finding.what
     assert "NTP" in finding.mend

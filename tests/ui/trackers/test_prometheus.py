@@ -54,14 +54,15 @@ def test_what_a_merge_tells() -> None:
     """Who was merged, refused and late, and what the check after the merge said; a merge of nobody is none."""
     parts = (events.Contribution(agent="a", snapshot="x", round=1, weight=0.5, verdict="own"),)
     peer = events.Contribution(agent="b", snapshot="y", round=1, weight=0.5, verdict="same basis")
+    traffic = {"heard": 1, "expected": 1, "bytes_sent": 0, "bytes_received": 0}
     listener = tell(
         PrometheusListener("r", "a"),
         started(),
         events.PeerRefused(peer="b", reason="nan", **at()),
         events.PeerLate(peer="b", **at()),
-        events.Merged(contributions=parts, result=events.MergeResult(accepted=1.0), **at()),
+        events.RoundFinished(**traffic, contributions=parts, accepted=1.0, **at()),
         *(
-            events.Merged(contributions=(*parts, peer), result=events.MergeResult(accepted=accepted), **at())
+            events.RoundFinished(**traffic, contributions=(*parts, peer), accepted=accepted, **at())
             for accepted in (1.0, 0.5, 0.0, 0.25)
         ),
     )

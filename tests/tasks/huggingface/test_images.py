@@ -17,7 +17,16 @@ from dimat.errors import ConfigError, DataError
 from dimat.seeds import torch_generator
 from dimat.symmetry import derive_symmetry, verify_symmetry
 from dimat.tasks import Task, load_task, partition
-from tests.tasks.hf.samples import CONVNEXT, RESNET, VIT, grouped, picture, png, write_class_folders, write_parquet
+from tests.tasks.huggingface.samples import (
+    CONVNEXT,
+    RESNET,
+    VIT,
+    grouped,
+    picture,
+    png,
+    write_class_folders,
+    write_parquet,
+)
 
 
 def made(folder: Path, **options: Any) -> Any:

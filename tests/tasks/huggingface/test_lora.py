@@ -21,7 +21,7 @@ from dimat.seeds import torch_generator
 from dimat.simulate import run_simulation
 from dimat.simulate.world.scenario import prepare
 from tests.agent.learner.rounds import merged, trained
-from tests.tasks.hf.samples import GPT2, VIT, grouped, write_parquet, write_text
+from tests.tasks.huggingface.samples import GPT2, VIT, grouped, write_parquet, write_text
 
 RANK = 4
 

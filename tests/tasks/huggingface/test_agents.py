@@ -24,7 +24,7 @@ from dimat.weights.tensors import encode, schema_hash
 from dimat.wire.v1 import peer_pb2 as pb
 from tests.agent.conftest import free_ports  # noqa: F401  # a fixture
 from tests.agent.processes import Network, check_ledgers, network
-from tests.tasks.hf.samples import write_text
+from tests.tasks.huggingface.samples import write_text
 
 pytestmark = pytest.mark.live
 
@@ -87,7 +87,7 @@ def test_two_agents_exchange_adapters(tmp_path: Path, free_ports: list[int]) -> 
     """One is killed with -9 on its way and goes on. On the wire are adapters and nothing else; merges are of products,
     and kept where the check says so; checkpoints hold adapters and their moments."""
     write_text(tmp_path / "text.txt", 200)
-    with network(tmp_path, PAIR, free_ports, loads=("tests.tasks.hf.loaded",), **TABLES) as net:
+    with network(tmp_path, PAIR, free_ports, loads=("tests.tasks.huggingface.loaded",), **TABLES) as net:
         net.write_map(graph="complete")
         doomed, other = net.start("lab-a"), net.start("lab-b", *LAX)
         config = load_experiment(tmp_path / "agents.toml")

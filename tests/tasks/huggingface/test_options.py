@@ -17,7 +17,7 @@ from dimat.tasks import load_task
 from dimat.tasks.huggingface.images import ImageData
 from dimat.tasks.huggingface.options import moved_keys
 from dimat.tasks.huggingface.text import TextData
-from tests.tasks.hf.samples import GPT2, VIT, write_parquet, write_text
+from tests.tasks.huggingface.samples import GPT2, VIT, write_parquet, write_text
 
 GPT2_TOML = "{ " + ", ".join(f'{k} = "{v}"' if isinstance(v, str) else f"{k} = {v}" for k, v in GPT2.items()) + " }"
 

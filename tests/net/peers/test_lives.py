@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from dimat.errors import SecurityError
-from dimat.net.peers.lives import AGAIN_S, LIVING_S, PASSED_ON_S, Life, Lives, OwnLife
+from dimat.net.limits import AGAIN_S, LIVING_S, PASSED_ON_S
+from dimat.net.peers.lives import Life, Lives, OwnLife
 from dimat.net.pki.certificates import check_certificate, check_signature
 from dimat.net.pki.identity import Identity
 from dimat.wire import LIFE_HEADER

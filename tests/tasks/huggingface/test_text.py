@@ -18,7 +18,7 @@ from dimat.seeds import torch_generator
 from dimat.symmetry import derive_symmetry, tolerance_of, verify_symmetry
 from dimat.tasks import Task, load_task
 from dimat.train import Trainer
-from tests.tasks.hf.samples import GPT2, LLAMA, grouped, sentences, write_text, write_tokenizer
+from tests.tasks.huggingface.samples import GPT2, LLAMA, grouped, sentences, write_text, write_tokenizer
 
 
 def made(folder: Path, **options: Any) -> Any:

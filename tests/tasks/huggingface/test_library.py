@@ -16,7 +16,7 @@ from dimat.errors import ConfigError
 from dimat.seeds import torch_generator
 from dimat.tasks import list_tasks, load_task
 from tests.forks import dimat
-from tests.tasks.hf.samples import GPT2, VIT, write_parquet, write_text
+from tests.tasks.huggingface.samples import GPT2, VIT, write_parquet, write_text
 
 VIT_TOML = "{ " + ", ".join(f'{k} = "{v}"' if isinstance(v, str) else f"{k} = {v}" for k, v in VIT.items()) + " }"
 GPT2_TOML = "{ " + ", ".join(f'{k} = "{v}"' if isinstance(v, str) else f"{k} = {v}" for k, v in GPT2.items()) + " }"

@@ -1,4 +1,4 @@
-"""`dimat status` of an agent that does not answer says why: stopped, paused by a signal, no agent at all."""
+"""An agent's status for others tells no paths; one that does not answer: why (stopped, paused, no agent at all)."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+from collections import deque
 from pathlib import Path
 
 import psutil
 import pytest
 
 from dimat.agent.daemon.folder import AgentFolder
-from dimat.agent.daemon.status_socket import ask
+from dimat.agent.daemon.status_socket import ask, without_paths
 from dimat.errors import DataError
 
 HOLDER = """
@@ -53,3 +54,17 @@ def test_a_paused_agent(tmp_path: Path) -> None:
                 ask(tmp_path)
         finally:
             holder.kill()
+
+
+def test_a_status_for_others_tells_no_paths() -> None:
+    """The reference is what was put in: warnings and reasons at any depth, lists of any kind, numbers as they were."""
+    status = {
+        "warnings": deque(["cannot write /srv/run/lab-a/weights: no room", "fine"]),
+        "peers": {"b": {"trouble": "in /srv/run", "rounds": (1, 2)}},
+        "round": 3,
+    }
+    assert without_paths(status, {"/srv/run", "/srv/run/lab-a"}) == {
+        "warnings": ["cannot write …/weights: no room", "fine"],
+        "peers": {"b": {"trouble": "in …", "rounds": [1, 2]}},
+        "round": 3,
+    }
