@@ -2,7 +2,8 @@
 
 The daemon is the real one; one method of a real class is wrapped so that its COUNT-th call ends the process as kill -9
 does. Moments: see `MOMENTS`. `pausing` stops it instead, until SIGCONT; `hanging` is a disk that takes the first half
-of the COUNT-th checkpoint and then nothing more; `skew` moves its clock by COUNT seconds.
+of the COUNT-th checkpoint and then nothing more; `skew` moves its clock by COUNT seconds; `unwatched` has a fault that
+nobody foresaw in its network monitor.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import dimat.agent.learner.checkpoint_store as checkpoint
+from dimat.agent.daemon.network_monitor import NetworkMonitor
 from dimat.agent.daemon.worker import AgentWorker
 from dimat.agent.learner.learner import Learner
 from dimat.agent.lineage.manifest_log import ManifestLedger
@@ -123,6 +125,13 @@ def skew(seconds: int) -> None:
     time.time = grpc_server.clock = lambda: clock() + seconds
 
 
+def unwatched(_: int) -> None:
+    async def go_on(self: NetworkMonitor) -> None:
+        raise KeyError("rtt_s")
+
+    NetworkMonitor.go_on = go_on
+
+
 MOMENTS: dict[str, Callable[[int], None]] = {
     "training": lambda count: at_call(Learner, "train", count, after=True),
     "recording": lambda count: at_outcome(AgentWorker, "record", count),
@@ -138,6 +147,7 @@ MOMENTS: dict[str, Callable[[int], None]] = {
     "hanging": lambda count: half_written(count, hang),
     "checkpointed": lambda count: at_outcome(AgentWorker, "checkpoint", count),
     "skew": skew,
+    "unwatched": unwatched,
 }
 
 if __name__ == "__main__":

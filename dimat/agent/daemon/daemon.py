@@ -221,7 +221,7 @@ class Daemon:
     def reload_soon(self) -> None:
         """Run `reload` beside the agent's other work, once the agent is up."""
         if self._up:
-            self._tasks.create_task(self.reload(), name="reading keys and map")
+            self._tasks.create_task(self._beside_training(self.reload(), "reading of keys and map"))
         else:
             self._reload_wanted = True
 
@@ -317,31 +317,36 @@ class Daemon:
 
     # ── parts ────────────────────────────────────────────────────────────────────────────────────────────────
     def _until_it_leaves(self, work: Coroutine[Any, Any, None], name: str) -> None:
-        self._following.append(self._tasks.create_task(work, name=name))
+        self._following.append(self._tasks.create_task(self._beside_training(work, name), name=name))
+
+    async def _beside_training(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        """Do work that training does not rest on: a fault that nobody foresaw in it is told, and ends no agent."""
+        try:
+            await work
+        except Exception as error:
+            self._notice(f"the {name} ended: {type(error).__name__}: {error}; training continues without it")
 
     def _follow(self, discovery: PeerDiscovery) -> None:
         """Begin to look for network maps that the organiser publishes, where they are to be followed."""
-        config = self.setup.config
         identity = self.identity
-        if not config.dht.follow_map or identity is None:
+        if not self.setup.config.dht.follow_map or identity is None:
             return
         follower = MapFollower(
-            config,
+            self.setup.config,
             self.folder.dht,
             discovery.dht,
             lambda: identity.ca,
             check=self.setup.schedule_on,
             take=self._read_map,
             notice=self._notice,
-            generator=random.Random(derive_seed(config.seed, "map", self.setup.name)),
+            generator=random.Random(derive_seed(self.setup.config.seed, "map", self.setup.name)),
         )
         self._until_it_leaves(follower.follow(), "following the map")
 
     def _lateness(self) -> Lateness:
-        name = self.setup.name
         return Lateness(
             self.setup.config.schedule.round_deadline_s,
-            lambda peer, number: self._schedule.round_plan(name, number).mixing.get(peer, 0.0) > 0,
+            lambda peer, number: self._schedule.round_plan(self.setup.name, number).mixing.get(peer, 0.0) > 0,
             lambda: [peer for peer, state in self._transport.peers.items() if state["connected"]],
             self._notice,
         )

@@ -187,6 +187,15 @@ def test_full_disk(tmp_path: Path, free_ports: list[int]) -> None:
         subprocess.run(["umount", disk], check=True)
 
 
+def test_a_fault_beside_training_ends_no_agent(tmp_path: Path, free_ports: list[int]) -> None:
+    """An error that nobody foresaw, in what only watches the network. Reference: both agents run to the end."""
+    with network(tmp_path, ABC[:2], free_ports, schedule="rounds = 2\nround_deadline_s = 20") as net:
+        life = doomed(net, "lab-a", "unwatched", 0)
+        net.start("lab-b")
+        assert [each.wait() for each in net.lives] == [0, 0], life.text()
+        assert "the network monitor ended: KeyError: 'rtt_s'; training continues without it" in life.text()
+
+
 def _fill(filler: Path) -> None:
     with filler.open("wb", buffering=0) as file:
         try:
