@@ -2,7 +2,8 @@
 
 from dimat.merge.api import align_weights, merge_weights
 from dimat.merge.context import MergeContext
-from dimat.merge.pipeline import MergeOutcome, MergePlan, Peer, adopt, merge, needs_symmetry, plan_merge
+from dimat.merge.pipeline import MergeOutcome, Peer, adopt, merge
+from dimat.merge.plan import MergePlan, needs_symmetry, plan_merge
 from dimat.merge.registry import accept_registry, align_registry, combine_registry, product_methods, repair_registry
 from dimat.merge.stages import Accepted, Aligned, Permutations, Repaired
 from dimat.merge.weight_views import open_weights

@@ -13,7 +13,8 @@ from dimat.config import MergeConfig, build
 from dimat.errors import ConfigError, MergeError, nearest
 from dimat.merge.context import MergeContext
 from dimat.merge.models.batches import as_data, first_inputs
-from dimat.merge.pipeline import MergePlan, Peer, check_mixing, merge, needs_symmetry, plan_merge
+from dimat.merge.pipeline import Peer, check_mixing, merge
+from dimat.merge.plan import MergePlan, needs_symmetry, plan_merge
 from dimat.merge.registry import align_registry
 from dimat.merge.shared_statistics import OWN
 from dimat.merge.stages import Permutations, Points, Score, Weights
@@ -96,6 +97,8 @@ def merge_weights(
         merged = merge_weights(mine, ["lab-b.safetensors"], [0.5, 0.5], model=model, data=[images])
     """
     plan = _plan(method, options)
+    if plan.shares != "weights":
+        raise ConfigError(f'method "{method}" exchanges {plan.shares} and merges no weights; use another one')
     if len(mixing) != len(peers) + 1:
         raise MergeError(f"{len(peers)} peers need {len(peers) + 1} mixing weights, own first; got {len(mixing)}")
     check_mixing(mixing)

@@ -14,34 +14,28 @@ unless the plan says so, and a note tells of it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from math import isclose, isfinite, isnan
-from typing import Any, TypeVar
 
 from torch import Tensor
 
-from dimat.config import MergeConfig, NamedConfig
 from dimat.errors import DimatError, MergeError
 from dimat.events import WARNING
 from dimat.merge.accept.no_worse import between
 from dimat.merge.context import MergeContext
 from dimat.merge.head_rows import rows_by_class
 from dimat.merge.matching.assignment import moved_share
-from dimat.merge.models.classifier import class_counts_of
 from dimat.merge.natures import Natures, natures_of
-from dimat.merge.outer import held_back, layer_factors, outer_registry
-from dimat.merge.registry import CONTEXT, accept_registry, align_registry, combine_registry, repair_registry
-from dimat.merge.screen import MAX_NORM_RATIO, check_usual, norm_of, screen
+from dimat.merge.outer import held_back
+from dimat.merge.plan import MergePlan
+from dimat.merge.screen import check_usual, norm_of, screen
 from dimat.merge.settled import Shield, not_finite
-from dimat.merge.shared_statistics import OWN, Statistics, check_statistics, in_order, statistics_of
+from dimat.merge.shared_statistics import OWN, check_statistics, in_order
 from dimat.merge.stages import Accepted, Aligned, Permutations, Repaired, StageTimer, Weights
 from dimat.merge.ties import under_names
 from dimat.merge.weight_views import PermutedWeights
-from dimat.registry import Bound, Registry, check_options
-
-R = TypeVar("R")
 
 MIXING_TOLERANCE = 1e-6
 """Mixing weights sum to 1 within this."""
@@ -55,44 +49,6 @@ WORSE = 0.02
 NOT_KEPT = "the merge is not kept, own weights go on"
 KEPT = "the merge is kept, as merge.keep_not_finite says"
 """Ends of notes on a merge that is not finite."""
-
-
-@dataclass(frozen=True)
-class MergePlan:
-    """A merge configuration with every stage filled in: a method with its options, checked and ready to be called."""
-
-    align: Bound[Aligned]
-    combine: Bound[Weights]
-    repair: Bound[Repaired]
-    accept: Bound[Accepted]
-    align_to: str = "shared"
-    align_data: str = "local"
-    probe_samples: int = 100
-    statistics_samples: int = 256
-    head: str = "mixing"
-    keep_not_finite: bool = False
-    screen: dict[str, Any] = field(default_factory=dict[str, Any])
-    outer: Bound[Weights] = field(default_factory=lambda: outer_registry.bind("none", {}))
-    layers: Mapping[str, float] = field(default_factory=dict[str, float])
-    notes: tuple[str, ...] = ()
-    """Notes on every merge by this plan."""
-
-    @property
-    def most(self) -> float:
-        """By which factor weights may exceed the norms that own training has made, where a merge is by peers alone."""
-        return float(self.screen.get("max_norm_ratio", MAX_NORM_RATIO))
-
-    def factors(self, own: Weights, natures: Natures) -> dict[str, float]:
-        """Return by which factors tensors of own are held back in a merge; ConfigError where `layers` do not fit it."""
-        products = self.combine.traits["lora_products"]
-        return layer_factors(self.layers, own.keys(), natures, products=products)
-
-    @property
-    def statistics(self) -> tuple[Statistics, ...]:
-        """How an agent takes the statistics that its merges rest on: empty where they rest on none."""
-        found = (statistics_of("merge.combine", self.combine), statistics_of("merge.repair", self.repair))
-        rows = (Statistics('merge.head = "rows"', class_counts_of),) if self.head == "rows" else ()
-        return tuple(each for each in found if each is not None) + rows
 
 
 @dataclass(frozen=True)
@@ -128,39 +84,6 @@ class MergeOutcome:
     def changes(self) -> bool:
         """Whether there is anything of a peer in the weights."""
         return self.accepted > 0 and bool(self.mixing)
-
-
-def plan_merge(config: MergeConfig) -> MergePlan:
-    """Return the plan of a configuration: its preset with what it overrides, all names and options checked.
-
-    Raises ConfigError that names the first fault and the nearest known name.
-    """
-    preset = config.preset
-    return MergePlan(
-        align=_bound(align_registry, config.align, preset.align),
-        combine=_bound(combine_registry, config.combine, preset.combine),
-        repair=_bound(repair_registry, config.repair, preset.repair),
-        accept=_bound(accept_registry, config.accept, "always"),
-        align_to=config.align_to or preset.align_to,
-        align_data=config.align_data,
-        probe_samples=config.probe_samples,
-        statistics_samples=config.statistics_samples,
-        head=config.head,
-        keep_not_finite=config.keep_not_finite,
-        screen=check_options(screen, config.screen, "merge.screen", context=CONTEXT),
-        outer=outer_registry.bind(config.outer.name, {"lr": config.outer.lr}),
-        layers=config.layers,
-    )
-
-
-def _bound(registry: Registry[R], stage: NamedConfig | None, preset: str) -> Bound[R]:
-    """Return a stage's method with its options, or the preset's without."""
-    return registry.bind(preset, {}) if stage is None else registry.bind(stage.name, stage.options)
-
-
-def needs_symmetry(plan: MergePlan) -> bool:
-    """Tell whether a plan rests on the model's symmetry groups: because it aligns, or its combine method asks."""
-    return plan.align.name != "none" or "spec" in plan.combine.asks
 
 
 def merge(

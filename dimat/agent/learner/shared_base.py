@@ -47,7 +47,9 @@ def load_base(config: ExperimentConfig, task: Task) -> dict[str, Tensor] | None:
 
 def base_address(config: ExperimentConfig, task: Task) -> str:
     """Return what agents compare when they meet: the address of the base of task vectors, the hash of the part of the
-    model that is frozen, or a hash of both; empty where there is neither."""
+    model that is frozen, or a hash of both; empty where there is neither, or agents exchange no weights."""
+    if config.merge.preset.shares == "logits":
+        return ""
     weights = load_base(config, task)
     address = "" if weights is None else checksum(encode(weights)).root
     frozen: str = getattr(task, "base_hash", "")
@@ -71,7 +73,7 @@ def plan_for(config: MergeConfig, task: Task) -> MergePlan:
 def _plan_for(config: MergeConfig, task: Task) -> MergePlan:
     plan = plan_merge(config)
     stages: Mapping[str, str] | None = getattr(task, "merge_stages", None)
-    if stages is None:
+    if stages is None or plan.shares == "logits":
         return plan
     if config.align is not None and config.align.name != "none":
         raise ConfigError(

@@ -16,6 +16,7 @@ from dimat.agent.setup.experiment import Experiment, resolve
 from dimat.agent.setup.followed_map import with_map, with_newest_map
 from dimat.agent.setup.loaded_task import load_for
 from dimat.agent.setup.schedule import RunSchedule
+from dimat.agent.setup.unlike_models import check_own
 from dimat.config import ExchangeConfig, ExperimentConfig
 from dimat.errors import ConfigError, unknown_agent
 from dimat.net.compatibility import OPTIMIZER_STATE, Profile
@@ -35,7 +36,7 @@ MOST_CLASSES = 1_000
 @dataclass(frozen=True, slots=True)
 class PreparedAgent:
     """An agent that is ready to run. `config`: as the operator gave it; the experiment's has the network map that
-    counts, which may be a newer one."""
+    counts, which may be a newer one. Both have the agent's own model as the task's."""
 
     name: str
     config: ExperimentConfig
@@ -63,7 +64,7 @@ class PreparedAgent:
         """Return what peers must agree with; `model`: that of the task."""
         loaded = self.experiment.loaded
         return Profile(
-            schema_hash(model.state_dict()),
+            schema_hash(loaded.sample_shared(model)),
             self.schedule.base,
             ENCODINGS,
             groups="" if loaded.spec is None else loaded.spec.groups_hash,
@@ -122,10 +123,12 @@ def prepare_agent(config: ExperimentConfig, task: Task | None = None) -> Prepare
         raise ConfigError('merge.align_data = "pooled" is for simulation only: no agent sees the others\' data')
     if config.schedule.target is not None and config.agent.evaluate == "none":
         raise ConfigError('schedule.target needs test metrics, but agent.evaluate is "none"; use "after"')
+    told, config = config, config.of_agent(name)
     loaded = load_for(config, task)
     experiment = resolve(with_newest_map(config), loaded)
     if name not in experiment.agents:
         raise ConfigError(unknown_agent("agent.name", name, experiment.agents))
+    check_own(told, loaded.task, experiment.agents, name)
     return PreparedAgent(name, config, experiment)
 
 

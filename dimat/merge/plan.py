@@ -1,0 +1,106 @@
+"""The plan of merges: a configuration with every stage filled in, all names and options checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from dimat.config import MergeConfig, NamedConfig
+from dimat.errors import ConfigError
+from dimat.merge.models.classifier import class_counts_of
+from dimat.merge.natures import Natures
+from dimat.merge.outer import layer_factors, outer_registry
+from dimat.merge.registry import CONTEXT, accept_registry, align_registry, combine_registry, repair_registry
+from dimat.merge.screen import MAX_NORM_RATIO, screen
+from dimat.merge.shared_logits import logits_registry
+from dimat.merge.shared_statistics import Statistics, statistics_of
+from dimat.merge.stages import Accepted, Aligned, Repaired, Weights
+from dimat.registry import Bound, Registry, check_options
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """A merge configuration with every stage filled in: a method with its options, checked and ready to be called."""
+
+    align: Bound[Aligned]
+    combine: Bound[Any]
+    repair: Bound[Repaired]
+    accept: Bound[Accepted]
+    align_to: str = "shared"
+    align_data: str = "local"
+    probe_samples: int = 100
+    statistics_samples: int = 256
+    head: str = "mixing"
+    keep_not_finite: bool = False
+    screen: dict[str, Any] = field(default_factory=dict[str, Any])
+    outer: Bound[Weights] = field(default_factory=lambda: outer_registry.bind("none", {}))
+    layers: Mapping[str, float] = field(default_factory=dict[str, float])
+    notes: tuple[str, ...] = ()
+    """Notes on every merge by this plan."""
+    shares: Literal["weights", "logits"] = "weights"
+    """What agents exchange: "weights", or "logits", which are no matter of `merge`."""
+
+    @property
+    def most(self) -> float:
+        """By which factor weights may exceed the norms that own training has made, where a merge is by peers alone."""
+        return float(self.screen.get("max_norm_ratio", MAX_NORM_RATIO))
+
+    def factors(self, own: Weights, natures: Natures) -> dict[str, float]:
+        """Return by which factors tensors of own are held back in a merge; ConfigError where `layers` do not fit it."""
+        products = self.combine.traits["lora_products"]
+        return layer_factors(self.layers, own.keys(), natures, products=products)
+
+    @property
+    def statistics(self) -> tuple[Statistics, ...]:
+        """How an agent takes the statistics that its merges rest on: empty where they rest on none."""
+        found = (statistics_of("merge.combine", self.combine), statistics_of("merge.repair", self.repair))
+        rows = (Statistics('merge.head = "rows"', class_counts_of),) if self.head == "rows" else ()
+        return tuple(each for each in found if each is not None) + rows
+
+
+def plan_merge(config: MergeConfig) -> MergePlan:
+    """Return the plan of a configuration: its preset with what it overrides, all names and options checked.
+
+    Raises ConfigError that names the first fault and the nearest known name.
+    """
+    preset = config.preset
+    return MergePlan(
+        align=_bound(align_registry, config.align, preset.align),
+        combine=_combine(config),
+        repair=_bound(repair_registry, config.repair, preset.repair),
+        accept=_bound(accept_registry, config.accept, "always"),
+        align_to=config.align_to or preset.align_to,
+        align_data=config.align_data,
+        probe_samples=config.probe_samples or preset.probe_samples,
+        statistics_samples=config.statistics_samples,
+        head=config.head,
+        keep_not_finite=config.keep_not_finite,
+        screen=check_options(screen, config.screen, "merge.screen", context=CONTEXT),
+        outer=outer_registry.bind(config.outer.name, {"lr": config.outer.lr}),
+        layers=config.layers,
+        shares=preset.shares,
+    )
+
+
+def _combine(config: MergeConfig) -> Bound[Any]:
+    if config.preset.shares == "logits":
+        return _bound(logits_registry, config.combine, config.preset.combine)
+    if config.combine is not None and config.combine.name in logits_registry.names():
+        raise ConfigError(
+            f'merge.combine = "{config.combine.name}" merges logits, and merge.method "{config.method}" exchanges '
+            f'weights; set merge.method = "{config.combine.name}"'
+        )
+    return _bound(combine_registry, config.combine, config.preset.combine)
+
+
+def _bound(registry: Registry[R], stage: NamedConfig | None, preset: str) -> Bound[R]:
+    """Return a stage's method with its options, or the preset's without."""
+    return registry.bind(preset, {}) if stage is None else registry.bind(stage.name, stage.options)
+
+
+def needs_symmetry(plan: MergePlan) -> bool:
+    """Tell whether a plan rests on the model's symmetry groups: because it aligns, or its combine method asks."""
+    return plan.align.name != "none" or "spec" in plan.combine.asks
