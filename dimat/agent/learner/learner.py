@@ -274,7 +274,7 @@ class Learner:
         timer.lap("evaluate")
         if self._logits is not None:
             order = torch_generator(self.config.seed, "distil", self.name, action.round)
-            return self._logits.merge(action, sources, metrics, timer, order)
+            return self._logits.merge(action, schedule.round_of(action.round), sources, metrics, timer, order)
         opened = {part.peer: self._open(sources[part.peer]) for part in action.parts}
         peers = [Peer(part.peer, opened[part.peer].weights, part.weight, part.same_basis) for part in action.parts]
         split = self._first.split(action.round, peers, self._unfit)

@@ -76,6 +76,7 @@ class SharedLogits:
     def merge(
         self,
         action: MergeAction,
+        number: int,
         sources: Mapping[str, Path],
         metrics: MergeMetrics,
         timer: StageTimer,
@@ -83,9 +84,9 @@ class SharedLogits:
     ) -> MergeResult:
         """Learn from what peers say of the probe set, in the place of a merge of weights.
 
-        `order`: draws that of the probe examples. A peer whose logits do not pass the check teaches nothing, and its
-        mixing weight goes to self; with weight 1 on self nothing is trained. MergeError where own logits are not
-        finite.
+        `number`: the round that the exchange belongs to; `order`: draws that of the probe examples. A peer whose logits
+        do not pass the check teaches nothing, and its mixing weight goes to self; with weight 1 on self nothing is
+        trained. MergeError where own logits are not finite.
         """
         refused: dict[str, str] = {}
         heard: list[Mapping[str, Tensor]] = []
@@ -102,20 +103,19 @@ class SharedLogits:
                 heard.append(found)
                 weights.append(part.weight)
         timer.lap("merge")
-        notes: tuple[str, ...] = ()
         if heard:
-            notes = (self._learn(action.round, heard, weights, order),)
+            self._learn(number, heard, weights, order)
             timer.lap("train")
         metrics.take_after(changed=bool(heard))
         timer.lap("evaluate")
         return MergeResult(
-            refused=refused, accepted=1.0, before=metrics.before, after=metrics.after, notes=notes, cpu_s=timer.seconds
+            refused=refused, accepted=1.0, before=metrics.before, after=metrics.after, notes=(), cpu_s=timer.seconds
         )
 
     def _learn(
         self, number: int, heard: Sequence[Mapping[str, Tensor]], weights: Sequence[float], order: torch.Generator
-    ) -> str:
-        """Train on what own and peers' logits say together; return what a person should know of it."""
+    ) -> None:
+        """Train on what own and peers' logits say together."""
         own = self.tensors()
         if not bool(own[LOGITS].isfinite().all()):
             raise MergeError("own logits on the probe set are not finite; lower train.optimizer.lr")
@@ -126,8 +126,4 @@ class SharedLogits:
             self._probe, said.to(self._trainer.device), settings["weight"], settings["temperature"], order
         )
         with self._training():
-            report = self._trainer.learn(number, lesson, settings["steps"])
-        return (
-            f"learned for {report.steps} steps from own labels and from what {len(heard)} peer"
-            f"{'s' * (len(heard) != 1)} and itself say of {len(said):,} probe examples"
-        )
+            self._trainer.learn(number, lesson, settings["steps"])
