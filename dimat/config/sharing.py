@@ -1,4 +1,4 @@
-"""What goes with a merge method that exchanges weights, and what with one that exchanges logits."""
+"""What goes with a method that exchanges weights, and what with one of logits."""
 
 from __future__ import annotations
 

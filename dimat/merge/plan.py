@@ -1,4 +1,4 @@
-"""The plan of merges: a configuration with every stage filled in, all names and options checked."""
+"""The plan of merges: a configuration with every stage filled in and checked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Logits that travel in place of weights: their layout in a snapshot, the check of a peer's, their mean.
+"""Logits in place of weights: their layout in a snapshot, the check of a peer's, their mean.
 
 In a snapshot they are `aux.logits`, bf16 of shape (examples, kept), of an agent's model for the examples of the probe
 set in order. Where not all classes are kept, `aux.logit_classes` says which they are: integers of the same shape, by

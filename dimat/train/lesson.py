@@ -1,4 +1,6 @@
-"""Distillation: what other models know, into an agent's own, by their logits. Hinton et al. 2015, arXiv 1503.02531.
+"""Distillation: what other models know, into an agent's own, by their logits.
+
+Hinton et al. 2015, arXiv 1503.02531:
 
     L = (1 − w) · loss(z, y) + w · T² · KL(p̄ ‖ softmax(z' / T))
 

@@ -1,4 +1,4 @@
-"""Agents with models of their own (`task.models`): their tasks are loaded, and must differ in the model alone."""
+"""Agents with models of their own (`task.models`), whose tasks must differ in that alone."""
 
 from __future__ import annotations
 
