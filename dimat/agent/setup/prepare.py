@@ -128,7 +128,10 @@ def prepare_agent(config: ExperimentConfig, task: Task | None = None) -> Prepare
     experiment = resolve(with_newest_map(config), loaded)
     if name not in experiment.agents:
         raise ConfigError(unknown_agent("agent.name", name, experiment.agents))
-    check_own(told, loaded.task, experiment.agents, name)
+    if told.task.models:
+        # an agent that a followed map has no more, or has new, is no mistake in the operator's file
+        written = resolve_map(told.topology, derive_seed(told.seed, "topology"), Path(told.folder)).names
+        check_own(told, loaded.task, (*experiment.agents, *written), name)
     return PreparedAgent(name, config, experiment)
 
 
