@@ -103,8 +103,8 @@ class TaskConfig(Tree):
     partition: PartitionConfig = PartitionConfig()
     """How the training data are split among the agents."""
     models: tuple[AgentModels, ...] = ()
-    """Models of agents that have others, with a method that exchanges no weights ("distil", or "isolated"): [[task.
-    models]] with agents = ["a0"], options = { model = "mlp" }. The same in every agent's file."""
+    """Agents with models of their own, where no weights are exchanged (methods "distil" and "isolated"), such as
+    { agents = ["lab-a"], options = { model = "mlp" } }. The same in every agent's file."""
 
     @model_validator(mode="after")
     def _one_source(self) -> TaskConfig:
