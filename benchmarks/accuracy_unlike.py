@@ -94,6 +94,7 @@ def main() -> int:
     parser.add_argument("--task", choices=("digits", "cifar"), default="digits")
     parser.add_argument("--data", type=Path, default=DATA, help="folder with the CIFAR-10 parquet files")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first", type=int, default=0, help="the first seed (default 0)")
     parser.add_argument("--rounds", type=int, default=10, help="exchanges (default 10)")
     parser.add_argument("--probe", type=int, default=0, help="probe examples (default 300, of CIFAR-10 1,000)")
     parser.add_argument("--model", default="", help="of the two convolutional agents (default cnn)")
@@ -106,10 +107,11 @@ def main() -> int:
     probe, model = arguments.probe or (300 if task == "digits" else 1000), arguments.model or "cnn"
     base = experiment(task, arguments.data.resolve(), 2 if quick else arguments.rounds, probe, model, quick=quick)
     rows = arguments.rows.split(",") if arguments.rows else [ALONE, CONTROL, OURS, *list(forms())[1:]]
+    seeds = range(arguments.first, arguments.first + (1 if quick else arguments.seeds))
     CACHE.mkdir(exist_ok=True)
     found: defaultdict[str, dict[int, dict[str, float]]] = defaultdict(dict)
     with tempfile.TemporaryDirectory(dir=CACHE) as scratch, ConsoleListener(sys.stderr) as console:
-        cases = cases_of(base, rows, {"dirichlet-0.5": SPLIT}, range(1 if quick else arguments.seeds), Path(scratch))
+        cases = cases_of(base, rows, {"dirichlet-0.5": SPLIT}, seeds, Path(scratch))
         curves = compare(cases, Path(scratch), listeners=[console]).comparison.splits["dirichlet-0.5"]
         for case in cases:
             found[case.method][case.seed] = by_agent(case.folder)
