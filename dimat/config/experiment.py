@@ -13,6 +13,7 @@ from dimat.config.agent import AgentConfig, DhtConfig, ExchangeConfig
 from dimat.config.merge import MergeConfig
 from dimat.config.monitor import MonitorConfig
 from dimat.config.presets import PRESETS, apply_preset
+from dimat.config.sharing import check_sharing
 from dimat.config.simulate import SimulateConfig
 from dimat.config.train import TrainConfig
 from dimat.config.tree import Named, NamedConfig, Options, Tree
@@ -79,6 +80,16 @@ class PartitionConfig(Tree):
     """No agent holds fewer samples than this; a draw that leaves one with fewer is drawn again."""
 
 
+class AgentModels(Tree):
+    """The model of some agents, where it is not that of the others."""
+
+    agents: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Names of the agents."""
+    options: Options = Field(default_factory=dict)
+    """Options of the task that choose their model, e.g. { model = "mlp" }; over those of `task.options`. What changes
+    the data is refused."""
+
+
 class TaskConfig(Tree):
     """The task that is trained: model, data, loss, metric."""
 
@@ -91,12 +102,26 @@ class TaskConfig(Tree):
     """Keyword arguments of the task, e.g. { model = "mlp" } or { train = "data/train.parquet" }."""
     partition: PartitionConfig = PartitionConfig()
     """How the training data are split among the agents."""
+    models: tuple[AgentModels, ...] = ()
+    """Agents with models of their own, where no weights are exchanged (methods "distil" and "isolated"), such as
+    { agents = ["lab-a"], options = { model = "mlp" } }. The same in every agent's file."""
 
     @model_validator(mode="after")
     def _one_source(self) -> TaskConfig:
         if self.name is not None and self.hook is not None:
             raise ValueError("give name or hook, not both")
+        placed: dict[str, int] = {}
+        for i, entry in enumerate(self.models):
+            for agent in entry.agents:
+                if agent in placed:
+                    raise ValueError(f"models[{i}] names agent {agent!r}, and so does models[{placed[agent]}]")
+                placed[agent] = i
         return self
+
+    def of_agent(self, agent: str) -> TaskConfig:
+        """Return the task with an agent's own model."""
+        own = next((entry.options for entry in self.models if agent in entry.agents), {})
+        return self.model_copy(update={"options": {**self.options, **own}, "models": ()}) if self.models else self
 
 
 class DistilConfig(Tree):
@@ -141,7 +166,7 @@ class ScheduleConfig(Tree):
     """Factor on a peer's weight for each round that it is behind; the rest goes to self (mode "async")."""
     join: Literal["adopt", "align"] = "adopt"
     """How a newcomer joins a living network: "adopt" a neighbour's weights, or "align": keep its own, permuted
-    into the network's basis."""
+    into the network's basis. With method "distil", which exchanges no weights, it always keeps its own."""
     first_merge: Literal["align", "adopt", "adopt-distil"] = "align"
     """Where agents begin with weights of their own: how one takes over another's basis. "align": it permutes its own
     weights; "adopt": it takes over the other's weights whole, as a basis that needs no alignment; "adopt-distil": that,
@@ -265,6 +290,15 @@ class ExperimentConfig(Tree):
         averaged = combine is None or combine.name == self.merge.preset.combine
         return self.train.optimizer_state or ("merged" if self.merge.preset.moments and averaged else "kept")
 
+    @property
+    def join(self) -> Literal["adopt", "align"]:
+        """How a newcomer joins: as `schedule` says, or with its own weights where none are exchanged."""
+        return "align" if self.merge.preset.shares == "logits" else self.schedule.join
+
+    def of_agent(self, agent: str) -> ExperimentConfig:
+        """Return the experiment as an agent has it, with its own model (`task.models`)."""
+        return self.model_copy(update={"task": self.task.of_agent(agent)}) if self.task.models else self
+
     @model_validator(mode="before")
     @classmethod
     def _preset(cls, values: Any) -> Any:
@@ -286,6 +320,7 @@ class ExperimentConfig(Tree):
                 f'schedule.first_merge = "{self.schedule.first_merge}" gives all agents one basis, in which '
                 'merge.align_to = "self" has nothing to align; set merge.align_to = "shared"'
             )
+        check_sharing(self)
         names = [variant.name for variant in self.variants]
         for i, name in enumerate(names):
             if name in names[:i]:

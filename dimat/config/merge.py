@@ -39,7 +39,8 @@ class MergeConfig(Tree):
 
     method: str = "dimat"
     """Preset: "isolated" (no exchange), "average", "dimat" (shared basis), "dimat-paper" (aligned at every merge),
-    "opcm" (orthogonal projection of deltas from `base`, which should be where all agents start), "dpsgd" (average
+    "opcm" (orthogonal projection of deltas from `base`, which should be where all agents start), "distil" (logits on
+    the probe set in place of weights, so that architectures may differ), "dpsgd" (average
     after every optimizer step), "sgp" (the same with push-sum mixing, for directed graphs), or "centralised" (one
     model on all data: the ceiling). "dpsgd" and "sgp" set `train.steps_per_round` = 1 unless steps
     or epochs per round are given; "sgp" sets `topology.mixing` = "push-sum" unless a map says how to mix."""
@@ -51,13 +52,14 @@ class MergeConfig(Tree):
     align_data: Literal["local", "probe", "pooled"] = "local"
     """Inputs on which activations are compared and BatchNorm is re-estimated: the agent's own, an agreed public
     set, or everyone's training data (in simulation only)."""
-    probe_samples: Annotated[int, Field(ge=2)] = 100
-    """Size of the probe set, for align_data = "probe" and accept sets named "probe"."""
+    probe_samples: Annotated[int, Field(ge=2)] | None = None
+    """Size of the probe set, for align_data = "probe", accept sets named "probe" and method "distil". Default 100, with
+    "distil" 1,000; the whole of the task's probe set where that has fewer."""
     statistics_samples: Annotated[int, Field(ge=1)] = 256
     """Most examples of its training data on which an agent takes the statistics that combine = "fisher" and "regmean",
     repair = "head" and head = "rows" rest on; they travel with its weights."""
     combine: Named | None = None
-    """"average"."""
+    """"average"; with method "distil" only "distil" (options: steps, weight, temperature, keep)."""
     repair: Named | None = None
     """"none", "batchnorm", or "head": batchnorm, then the classifier is refitted on features drawn from statistics by
     class, which agents tell each other."""

@@ -36,6 +36,10 @@ class Preset:
     """Whether weights have to be mixed by push-sum."""
     moments: bool = False
     """Whether optimizer moments are merged too, unless the configuration says it."""
+    shares: Literal["weights", "logits"] = "weights"
+    """What agents tell each other: their weights, or their models' logits on the probe set."""
+    probe_samples: int = 100
+    """Size of the probe set, unless the configuration says it."""
 
 
 PRESETS: Mapping[str, Preset] = {
@@ -49,12 +53,15 @@ PRESETS: Mapping[str, Preset] = {
     "dimat-paper": Preset(align="activations", repair="batchnorm", align_to="self"),
     "zipit": Preset(repair="batchnorm", combine="zipit"),
     "pleas": Preset(align="activations", repair="batchnorm", combine="pleas"),
+    "distil": Preset(combine="distil", shares="logits", probe_samples=1000),
 }
 """Method name → preset. `average` is the paper's baseline WA, whole state dicts; `dimat` averages weights and
 optimizer moments in a basis that agents come to share (basis gossip); `dimat-paper` aligns peers to self at every
 merge, as published; `opcm` (Tang et al. 2025, arXiv 2501.09522) folds deltas from a common base; `zipit` (Stoica et
 al. 2024, arXiv 2305.03053) pairs units anew at every merge, also within a model; `pleas` (Nasery et al. 2025, arXiv
-2407.02447) is `dimat` with layers fitted to the models' mean activations in the average's place; `dpsgd` (Lian et al.
+2407.02447) is `dimat` with layers fitted to the models' mean activations in the average's place; `distil` learns from
+peers' logits on a public probe set, whatever their architectures (Li & Wang 2019, FedMD, arXiv 1910.03581; with an
+average in each neighbourhood in the server's place); `dpsgd` (Lian et al.
 2017, arXiv 1705.09056) averages after every optimizer step, `sgp` (Assran et al. 2019, arXiv 1811.10792) with push-
 sum; `isolated` never merges, and `centralised` is one model on all data."""
 

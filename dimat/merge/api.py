@@ -97,6 +97,8 @@ def merge_weights(
         merged = merge_weights(mine, ["lab-b.safetensors"], [0.5, 0.5], model=model, data=[images])
     """
     plan = _plan(method, options)
+    if plan.shares != "weights":
+        raise ConfigError(f'method "{method}" exchanges {plan.shares} and merges no weights; use another one')
     if len(mixing) != len(peers) + 1:
         raise MergeError(f"{len(peers)} peers need {len(peers) + 1} mixing weights, own first; got {len(mixing)}")
     check_mixing(mixing)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from dimat.config import MergeConfig, NamedConfig
+from dimat.errors import ConfigError
 from dimat.merge.models.classifier import class_counts_of
 from dimat.merge.natures import Natures
 from dimat.merge.outer import layer_factors, outer_registry
 from dimat.merge.registry import CONTEXT, accept_registry, align_registry, combine_registry, repair_registry
 from dimat.merge.screen import MAX_NORM_RATIO, screen
+from dimat.merge.shared_logits import logits_registry
 from dimat.merge.shared_statistics import Statistics, statistics_of
 from dimat.merge.stages import Accepted, Aligned, Repaired, Weights
 from dimat.registry import Bound, Registry, check_options
@@ -24,7 +26,7 @@ class MergePlan:
     """A merge configuration with every stage filled in: a method with its options, checked and ready to be called."""
 
     align: Bound[Aligned]
-    combine: Bound[Weights]
+    combine: Bound[Any]
     repair: Bound[Repaired]
     accept: Bound[Accepted]
     align_to: str
@@ -36,6 +38,8 @@ class MergePlan:
     screen: dict[str, Any]
     outer: Bound[Weights]
     layers: Mapping[str, float]
+    shares: Literal["weights", "logits"]
+    """What agents exchange: "weights", or "logits", which `merge` has nothing to do with."""
     notes: tuple[str, ...] = ()
     """Notes on every merge by this plan."""
 
@@ -80,19 +84,31 @@ def plan_merge(config: MergeConfig) -> MergePlan:
     preset = config.preset
     return MergePlan(
         align=_bound(align_registry, config.align, preset.align),
-        combine=_bound(combine_registry, config.combine, preset.combine),
+        combine=_combine(config),
         repair=_bound(repair_registry, config.repair, preset.repair),
         accept=_bound(accept_registry, config.accept, "always"),
         align_to=config.align_to or preset.align_to,
         align_data=config.align_data,
-        probe_samples=config.probe_samples,
+        probe_samples=config.probe_samples or preset.probe_samples,
         statistics_samples=config.statistics_samples,
         head=config.head,
         keep_not_finite=config.keep_not_finite,
         screen=check_options(screen, config.screen, "merge.screen", context=CONTEXT),
         outer=outer_registry.bind(config.outer.name, {"lr": config.outer.lr}),
         layers=config.layers,
+        shares=preset.shares,
     )
+
+
+def _combine(config: MergeConfig) -> Bound[Any]:
+    if config.preset.shares == "logits":
+        return _bound(logits_registry, config.combine, config.preset.combine)
+    if config.combine is not None and config.combine.name in logits_registry.names():
+        raise ConfigError(
+            f'merge.combine = "{config.combine.name}" merges logits, and merge.method "{config.method}" exchanges '
+            f'weights; set merge.method = "{config.combine.name}"'
+        )
+    return _bound(combine_registry, config.combine, config.preset.combine)
 
 
 def _bound(registry: Registry[R], stage: NamedConfig | None, preset: str) -> Bound[R]:

@@ -18,6 +18,9 @@ OPTIMIZER_STATE = "train.optimizer_state"
 CLASSES = "classes"
 """The setting that holds the names of the classes in label order, as a list in JSON."""
 
+PROBE_SET = "probe set"
+"""The setting that holds the hash of the inputs that logits are of, where agents exchange those."""
+
 
 @dataclass(frozen=True, slots=True)
 class Profile:
@@ -83,6 +86,8 @@ def incompatibility(profile: Profile, run: str, other: pb.HelloRequest | pb.Hell
     found = _differences(profile, other)
     if (told := found.pop(OPTIMIZER_STATE, "")) != "":
         return f"one of the two sends its optimizer's moments, the other does not: {told}; give both the same"
+    if (told := found.pop(PROBE_SET, "")) != "":
+        return f"its logits are of other inputs: {told}; give both the same task.options of the data"
     differ = [told for name, told in found.items() if name not in MAY_DIFFER]
     if differ:
         more = f", and {len(differ) - 1} more such setting{'s' * (len(differ) > 2)}" if len(differ) > 1 else ""

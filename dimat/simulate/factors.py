@@ -101,6 +101,8 @@ def combine(config: ExperimentConfig, world: World) -> Options:
     """How several sets of weights become one."""
     if getattr(world.task, "merge_stages", None) is not None:
         return "the task says itself how its weights are merged"
+    if config.merge.preset.shares == "logits":
+        return f'merge.method "{config.merge.method}" exchanges logits: there are no weights to combine'
     # what is no average has other gradients than the moments are of
     pleas = {"merge.combine": "pleas", "train.optimizer_state": "kept"}
     return _with_present([Option("average", {"merge.combine": "average"}), Option("pleas", pleas)], _combine(config))

@@ -307,10 +307,19 @@ def _readers(schedule: RunSchedule) -> Callable[[str, int], Sequence[str]]:
 def consensus_distances(files: Mapping[str, Path]) -> dict[str, float]:
     """Return ‖θ_i − θ̄‖₂ / ‖θ̄‖₂ for each agent i, over all floating-point tensors.
 
-    Θ̄ is the mean of the agents.
+    Θ̄ is the mean of the agents; where models are unlike, of those with the same one.
 
     Read tensor by tensor from safetensors files: one tensor per agent is in memory.
     """
+    alike: dict[str, dict[str, Path]] = {}
+    for name, path in files.items():
+        with open_tensors(path, "", LONGEST_HEADER) as file:
+            alike.setdefault(str([(key, file.info(key)) for key in file]), {})[name] = path
+    found = {name: distance for group in alike.values() for name, distance in _distances(group).items()}
+    return {name: found[name] for name in files}
+
+
+def _distances(files: Mapping[str, Path]) -> dict[str, float]:
     squares = dict.fromkeys(files, 0.0)
     mean_square = 0.0
     with ExitStack() as stack:

@@ -6,7 +6,7 @@ Knows no agents, no training loop and no network.
 from dimat.tasks.base import Batch, Data, Task
 from dimat.tasks.classification import ClassificationTask
 from dimat.tasks.data import InputBatches, Subset, TensorData, from_dataset, input_batches
-from dimat.tasks.models import DigitsCNN, ImageCNN, ResNet20, mlp, resnet20, seeded
+from dimat.tasks.models import DigitsCNN, ImageCNN, ImageViT, ResNet20, mlp, resnet20, seeded
 from dimat.tasks.partition import histogram, partition
 from dimat.tasks.registry import TASKS, list_tasks, load_task
 
@@ -17,6 +17,7 @@ __all__ = [
     "Data",
     "DigitsCNN",
     "ImageCNN",
+    "ImageViT",
     "InputBatches",
     "ResNet20",
     "Subset",

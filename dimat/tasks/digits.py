@@ -17,7 +17,7 @@ from dimat.errors import ConfigError, DataError
 from dimat.tasks.classification import ClassificationTask
 from dimat.tasks.data import Subset, TensorData, balanced_draw
 from dimat.tasks.heads import Head
-from dimat.tasks.models import DigitsCNN, mlp, seeded
+from dimat.tasks.models import DigitsCNN, ImageViT, mlp, seeded
 from dimat.tasks.registry import TASKS
 
 TEST_SAMPLES = 360
@@ -27,18 +27,19 @@ MAX_PROBE = 1000
 @TASKS.register("digits")
 def digits(
     *,
-    model: Literal["cnn", "mlp"] = "cnn",
-    width: int = 16,
+    model: Literal["cnn", "mlp", "vit"] = "cnn",
+    width: int | None = None,
     hidden: tuple[int, ...] = (64, 64),
     head: Head = "linear",
     probe: int = 100,
 ) -> ClassificationTask:
     """Handwritten digits, 8×8, bundled with scikit-learn.
 
-    model: "cnn" (three BatchNorm convolutions, `width` channels in the first) or "mlp" (`hidden` units per
-    layer). head: "linear", or "simplex", a classifier whose classes have fixed directions. probe: images set aside as
-    the probe set. The split is the same for every seed: 360 images to test (36 per class), and of the other 1,437
-    `probe` (class-balanced) for the probe set, the rest to train on.
+    model: "cnn" (three BatchNorm convolutions, `width` channels in the first, default 16), "mlp" (`hidden` units per
+    layer) or "vit" (a vision transformer: patches of 2×2, 4 blocks of `width` channels, default 32, 4 heads). head:
+    "linear", or "simplex", a classifier whose classes have fixed directions. probe: images set aside as the probe set.
+    The split is the same for every seed: 360 images to test (36 per class), and of the other 1,437 `probe` (class-
+    balanced) for the probe set, the rest to train on.
     Inputs are (B, 1, 8, 8) in about [−1, 1].
     """
     if not 2 <= probe <= MAX_PROBE:
@@ -54,10 +55,14 @@ def digits(
     # Held as tensors of their own, in the order of the file, so that batches are read without indirection.
     parts = [TensorData(images[part], labels[part]) for part in (train.sort().values, test.sort().values)]
     sizes = (64, *hidden, 10)
-    factory = (lambda: DigitsCNN(width=width, head=head)) if model == "cnn" else (lambda: mlp(sizes, head))
+    factories = {
+        "cnn": lambda: DigitsCNN(width=width or 16, head=head),
+        "mlp": lambda: mlp(sizes, head),
+        "vit": lambda: ImageViT(8, 2, 1, width=width or 32, head=head),
+    }
     return ClassificationTask(
         name="digits",
-        model=seeded(factory),
+        model=seeded(factories[model]),
         train=parts[0],
         test=parts[1],
         probe=Subset(data, probes),

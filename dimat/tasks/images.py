@@ -16,7 +16,7 @@ from dimat.tasks.classification import ClassificationTask
 from dimat.tasks.data import TensorData, balanced_draw
 from dimat.tasks.heads import Head
 from dimat.tasks.image_files import ImageSource, PixelFormat, decode_images, open_images
-from dimat.tasks.models import ImageCNN, Shortcut, resnet20, seeded
+from dimat.tasks.models import ImageCNN, ImageViT, Shortcut, mlp, resnet20, seeded
 from dimat.tasks.registry import TASKS
 
 CROP_SHARE = 8  # of the height: 4 pixels of 32, as is usual for CIFAR
@@ -28,9 +28,10 @@ def images(
     *,
     train: str,
     test: str,
-    model: Literal["resnet20", "cnn"] = "resnet20",
+    model: Literal["resnet20", "cnn", "vit", "mlp"] = "resnet20",
     width: Count | None = None,
     shortcut: Shortcut = "A",
+    patch: Count = 4,
     head: Head = "linear",
     size: Annotated[int, Field(ge=8)] | None = None,
     limit: Count | None = None,
@@ -45,12 +46,14 @@ def images(
 ) -> ClassificationTask:
     """Images from Parquet files (Hugging Face's layout, e.g. CIFAR) or from folders with one class each.
 
-    train, test: a Parquet file, a folder of them, or a folder of class folders of PNG or JPEG files. model:
-    "resnet20" (`width` multiplies its channels, default 1; `shortcut` "A" or "B") or "cnn" (four convolutions,
-    `width` channels in the first, default 32). head: "linear", or "simplex", a classifier whose classes have fixed
-    directions. size: resize to this many pixels square. limit, test_limit: take at most this many, class-balanced,
-    drawn with `seed`. augment: random shift by up to `crop` pixels (default: an eighth of the height, 4 of 32) and
-    horizontal flip when training. mean, std: per channel, of pixels in [0, 1]; by default those of the training images.
+    train, test: a Parquet file, a folder of them, or a folder of class folders of PNG or JPEG files. model: "resnet20"
+    (`width` multiplies its channels, default 1; `shortcut` "A" or "B"), "cnn" (four convolutions, `width` channels in
+    the first, default 32), "vit" (a vision transformer: `patch` pixels square a token, 4 blocks of `width` channels,
+    default 64, 4 heads) or "mlp" (two layers of `width` units, default 128). head: "linear", or "simplex", a classifier
+    whose classes have fixed directions. size: resize to this many pixels square. limit, test_limit: take at most this
+    many, class-balanced, drawn with `seed`. augment: random shift by up to `crop` pixels (default: an eighth of the
+    height, 4 of 32) and horizontal flip when training. mean, std: per channel, of pixels in [0, 1]; by default those of
+    the training images.
     **Agents on separate machines must give the same mean and std**, or their networks see different inputs.
     probe: training images set aside as the probe set, drawn with `seed`.
     """
@@ -69,13 +72,19 @@ def images(
     shift, scale = _normalisation(pixels, mean, std)
     plain = ImageTransform(shift, scale)
     padding = height // CROP_SHARE if crop is None else crop
-    if model == "resnet20":
-        factory = lambda: resnet20(width or 1, shortcut, len(classes), channels, head)  # noqa: E731
-    else:
-        factory = lambda: ImageCNN(channels, len(classes), width or 32, head)  # noqa: E731
+    count = len(classes)
+    if model == "vit" and height != wide:
+        raise ConfigError(f'model = "vit" is for square images, these are {wide}×{height}; set the option size')
+    units = width or 128
+    factories = {
+        "resnet20": lambda: resnet20(width or 1, shortcut, count, channels, head),
+        "cnn": lambda: ImageCNN(channels, count, width or 32, head),
+        "vit": lambda: ImageViT(height, patch, channels, count, width or 64, head=head),
+        "mlp": lambda: mlp((channels * height * wide, units, units, count), head),
+    }
     return ClassificationTask(
         name="images",
-        model=seeded(factory),
+        model=seeded(factories[model]),
         train=TensorData(pixels, source.labels[own], ImageTransform(shift, scale, padding if augment else None)),
         test=TensorData(decode_images(test_source, tested, form, None), test_source.labels[tested], plain),
         probe=TensorData(decode_images(source, probes, form, None), source.labels[probes], plain),

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dimat.errors import ConfigError
 from dimat.tasks.data import draw_seed
 from dimat.tasks.heads import Head, make_head
 
@@ -142,3 +143,57 @@ def resnet20(
 ) -> ResNet20:
     """Return a CIFAR ResNet-20 (0.27 M parameters at width 1); shortcuts as in `Block`, heads as in `heads`."""
     return ResNet20(width, shortcut, classes, channels, head)
+
+
+class EncoderBlock(nn.Module):
+    """A pre-norm transformer block over (B, tokens, width): x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm1(x)
+        query, key, value = (
+            layer(y).unflatten(2, (self.heads, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value)
+        )
+        x = x + self.out(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class ImageViT(nn.Module):
+    """A small vision transformer: patches, learned positions, pre-norm blocks, mean over tokens, logits.
+
+    Images are (B, channels, size, size), `size` a multiple of `patch`; `width` is a multiple of `heads`. Dosovitskiy et
+    al. 2021, arXiv 2010.11929; the mean in the class token's place as in Beyer et al. 2022, arXiv 2205.01580.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        patch: int,
+        channels: int = 3,
+        classes: int = 10,
+        width: int = 64,
+        depth: int = 4,
+        heads: int = 4,
+        head: Head = "linear",
+    ) -> None:
+        super().__init__()
+        if size % patch or width % heads:
+            raise ConfigError(
+                f'model = "vit": {size} pixels in patches of {patch}, {width} channels for {heads} heads; give a size '
+                "that is a multiple of the patch, and a width that is one of the heads"
+            )
+        self.patches = nn.Conv2d(channels, width, patch, patch)
+        self.positions = nn.Parameter(torch.randn(1, (size // patch) ** 2, width) * 0.02)
+        self.blocks = nn.Sequential(*(EncoderBlock(width, heads) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width)
+        self.fc = make_head(head, width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2) + self.positions
+        return self.fc(self.norm(self.blocks(x)).mean(1))

@@ -30,7 +30,7 @@ from dimat.train.batch_feed import BatchFeed, parts_of
 from dimat.train.check_task import check_accumulate, check_sizes
 from dimat.train.contract import check_parts, checked_loss, loss_weight, task_errors
 from dimat.train.evaluation import evaluate
-from dimat.train.lesson import Lesson, check_teachable
+from dimat.train.lesson import Lesson, Teaches, check_teachable
 from dimat.train.losses import LocalLoss
 from dimat.train.model_state import ModelState, check_whole
 from dimat.train.optimizer_state import optimized
@@ -90,7 +90,7 @@ class Trainer(ModelState):
         self._step: Any = getattr(task, "train_step", None)
         self.loss = LocalLoss.of(config.loss, task, data, reference)
         self._start = RoundStart()
-        self._lesson: Lesson | None = None  # while it is taught by other models
+        self._lesson: Teaches | None = None  # while it is taught by other models
 
     # --- training ---
 
@@ -128,16 +128,24 @@ class Trainer(ModelState):
     def distil(self, round: int, teachers: Sequence[Mapping[str, Tensor]], config: DistilConfig) -> TrainReport:
         """Train on own examples and on what teachers say of them (`Lesson`), between two rounds.
 
-        `teachers`: whole state dicts. Batches, augmentation and dropout go on in the agent's streams; nothing breaks it
-        off. Raises ConfigError where the task has no logits to teach, TrainingError as `train` does.
+        `teachers`: whole state dicts. Raises ConfigError where the task has no logits to teach, TrainingError as
+        `train` does.
         """
         check_teachable(self.task, 'schedule.first_merge = "adopt-distil"')
         own = self.model.state_dict()
         here = [{name: each[name].to(self.device, own[name].dtype) for name in own} for each in teachers]
-        progress = Progress(round, config.steps, self.batches)
+        return self.learn(round, Lesson(here, config), config.steps)
+
+    def learn(self, round: int, lesson: Teaches, steps: int) -> TrainReport:
+        """Train on own examples and by a lesson, between two rounds.
+
+        Batches, augmentation and dropout go on in the agent's streams; nothing breaks it off. Raises TrainingError as
+        `train` does.
+        """
+        progress = Progress(round, steps, self.batches)
         cpu, wall = time.process_time(), time.perf_counter()
         interrupts, self.interrupts = self.interrupts, None  # a state of its middle would be taken for the round's
-        self._lesson = Lesson(here, config)
+        self._lesson = lesson
         try:
             with own_streams(self._global_rng, self.device), task_errors(self.task, f"distillation in round {round}"):
                 self._train(round, progress)

@@ -8,11 +8,13 @@ from dimat.merge import plan_merge
 
 
 def test_traits() -> None:
-    """One ceiling, which exchanges nothing; D-PSGD and SGP merge every step, and only SGP needs push-sum mixing."""
+    """One ceiling, which exchanges nothing; D-PSGD and SGP merge every step, and only SGP needs push-sum mixing; one
+    exchanges logits."""
     assert [name for name, preset in PRESETS.items() if preset.ceiling] == [CEILING] == ["centralised"]
     assert {name for name, preset in PRESETS.items() if not preset.exchanges} == {"isolated", "centralised"}
     assert {name for name, preset in PRESETS.items() if preset.every_step} == {"dpsgd", "sgp"}
     assert {name for name, preset in PRESETS.items() if preset.push_sum} == {"sgp"}
+    assert {name for name, preset in PRESETS.items() if preset.shares == "logits"} == {"distil"}
 
 
 @pytest.mark.parametrize("method", PRESETS)

@@ -66,6 +66,17 @@ def test_options_by_name(tmp_path: Path) -> None:
     assert labels("topology", many)[1] == "exponential"
 
 
+def test_logits_are_not_combined_like_weights(tmp_path: Path) -> None:
+    """The rest is varied, and each option can be simulated."""
+    config = far(tmp_path, merge={"method": "distil"})
+    assert "exchanges logits" in reason("combine", config)
+    assert "moments go with averaged weights" in reason("optimizer state", config)
+    for name in FACTORS.keys() - {"combine", "optimizer state"}:
+        found = options(name, config)
+        for option in [] if isinstance(found, str) else found:
+            prepare(with_settings(config, option.settings, option.label))
+
+
 @pytest.mark.parametrize(
     ("train", "rounds", "made"),
     [

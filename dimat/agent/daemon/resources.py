@@ -39,7 +39,9 @@ def needs_of(trainer: ModelTrainer, setup: PreparedAgent, peers: int) -> Needs:
     size = setup.largest_snapshot(model, trainer.optimizers())
     state = int(state_share(trainer.optimizer) * _trained(model))
     keep = setup.schedule.snapshots_kept(agent.keep_snapshots)
-    disk = needed_bytes(size, state, peers, keep, agent.keep_checkpoints)
+    # where snapshots hold logits, a checkpoint holds the weights all the same
+    more = max(0, sum(tensor.nbytes for tensor in model.state_dict().values()) - size)
+    disk = needed_bytes(size, state + more, peers, keep, agent.keep_checkpoints)
     return Needs(size, disk, peak_bytes(model, state, peers))
 
 

@@ -36,7 +36,9 @@ def check_classes(setup: PreparedAgent) -> Iterator[Check]:
         return
     what = f"agents' class shares are {apart:.2f} from the whole's (total variation, mean over agents)"
     mends = [AUTO] if plain and any(skew(row) > SKEWED for row in counts.values()) else []
-    if apart > FAR_APART and setup.config.merge.preset.exchanges and not averages_exactly(setup.schedule.first):
+    method = setup.config.merge.preset
+    averages = method.exchanges and method.shares == "weights"
+    if apart > FAR_APART and averages and not averages_exactly(setup.schedule.first):
         what += f", above {FAR_APART}: an average over few neighbours lacks whole classes"
         mends.append(f"let all agents have exact averages: {exact_average(len(counts))}, if all can reach each other")
     yield warn("classes", what, "; ".join(mends)) if mends else ok("classes", what)

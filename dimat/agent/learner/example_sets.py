@@ -59,6 +59,11 @@ class ExampleSets:
                 f"{what} has fewer than the two examples ({count}) that comparing networks or re-estimating BatchNorm "
                 'takes; give more, or set merge.align_data to "local" or "probe", whichever has them'
             )
+        if plan.shares == "logits" and (count := len(self.probe())) < 2:
+            raise DataError(
+                f'the probe set has fewer than two examples ({count}), and merge.combine = "{plan.combine.name}" '
+                "learns from what peers say of it; give more"
+            )
         if (judged := self.judged()) is not None and len(judged) == 0:
             raise DataError("the probe set is empty, and merges are judged on it; give examples")
 
@@ -68,15 +73,16 @@ class ExampleSets:
             return self.own
         if self.plan.align_data == "pooled":
             return self.task.data("train")
-        return self._probe()
+        return self.probe()
 
     def judged(self) -> Data | None:
         """Return the examples on which merges are judged by the task's metric, None if they are not judged."""
         objective = self.plan.combine.settings.get("objective")  # a combine method may judge by score too
         if not self.plan.judges and objective != "score":
             return None
-        return self.hold_out if self.hold_out is not None else self._probe()
+        return self.hold_out if self.hold_out is not None else self.probe()
 
-    def _probe(self) -> Data:
+    def probe(self) -> Data:
+        """Return the probe set: so many examples of the task's, all of it where it has fewer."""
         probe = self.task.data("probe")
         return Subset(probe, torch.arange(min(self.plan.probe_samples, len(probe))))

@@ -25,6 +25,7 @@ from dimat.agent.learner.own_norms import OwnNorms
 from dimat.agent.learner.peer_snapshots import Opened, open_snapshot
 from dimat.agent.learner.recorder import Recorder
 from dimat.agent.learner.shared_base import load_base, plan_for
+from dimat.agent.learner.shared_logits import SharedLogits
 from dimat.agent.learner.shared_moments import SharedMoments
 from dimat.agent.learner.statistics import OwnStatistics
 from dimat.agent.protocol.messages import MergeAction, Moves
@@ -81,6 +82,8 @@ class Learner:
     _statistics: OwnStatistics = field(init=False)
     _moments: SharedMoments = field(init=False)
     _first: FirstMerge = field(init=False)
+    _logits: SharedLogits | None = field(init=False, default=None)
+    """What it exchanges in place of weights, where the method says so."""
     _sets: ExampleSets = field(init=False)
     _recorder: Recorder = field(init=False)
     _samples: int = field(init=False, default=0)
@@ -103,6 +106,8 @@ class Learner:
         self._moments = SharedMoments(self.trainer, config.exchange.moments, self._plan, used=merged)
         self._first = FirstMerge(config.schedule)
         self._first.check(self.trainer)
+        if self._plan.shares == "logits":
+            self._logits = SharedLogits(self._plan, self._sets, self.trainer, self._own_training)
 
     def _new_trainer(self) -> Trainer:
         config, train = self.config, self.task.data("train")
@@ -147,10 +152,14 @@ class Learner:
         self._unsaid += self._moments.after_training(moments)
 
     def record(self) -> RecordedSnapshot:
-        """Record the current weights as a snapshot, in the encoding in which peers get them.
+        """Record the current weights as a snapshot, in the encoding in which peers get them; or the logits in their
+        place.
 
         Raises DataError if it cannot be written; it may then be tried again.
         """
+        if self._logits is not None:
+            tensors = self._logits.tensors()
+            return RecordedSnapshot(*self._recorder.record(tensors), schema_hash(tensors), self._samples)
         weights = self.trainer.weights(copy=False)
         extras = {**self._statistics.tensors, **(self._moments.encoded() if self._learned else {})}
         payload, forms = self._recorder.record(beside(weights, extras))
@@ -263,6 +272,9 @@ class Learner:
         timer = StageTimer(thread_time)
         metrics.take_before(self._first.former)
         timer.lap("evaluate")
+        if self._logits is not None:
+            order = torch_generator(self.config.seed, "distil", self.name, action.round)
+            return self._logits.merge(action, schedule.round_of(action.round), sources, metrics, timer, order)
         opened = {part.peer: self._open(sources[part.peer]) for part in action.parts}
         peers = [Peer(part.peer, opened[part.peer].weights, part.weight, part.same_basis) for part in action.parts]
         split = self._first.split(action.round, peers, self._unfit)

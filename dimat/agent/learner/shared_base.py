@@ -48,7 +48,9 @@ def load_base(config: ExperimentConfig, task: Task) -> dict[str, Tensor] | None:
 
 def base_address(config: ExperimentConfig, task: Task) -> str:
     """Return the base's identity, which agents compare when they connect: the address of the base of task vectors, the
-    hash of the frozen part of the model, or a hash of both; empty if there is neither."""
+    hash of the frozen part of the model, or a hash of both; empty if there is neither, or if agents exchange logits."""
+    if config.merge.preset.shares == "logits":
+        return ""
     weights = load_base(config, task)
     address = "" if weights is None else checksum(encode(weights)).root
     frozen: str = getattr(task, "base_hash", "")
@@ -72,7 +74,7 @@ def plan_for(config: MergeConfig, task: Task) -> MergePlan:
 def _plan_for(config: MergeConfig, task: Task) -> MergePlan:
     plan = plan_merge(config)
     stages: Mapping[str, str] | None = getattr(task, "merge_stages", None)
-    if stages is None:
+    if stages is None or plan.shares == "logits":
         return plan
     if config.align is not None and plan.aligns:
         raise ConfigError(

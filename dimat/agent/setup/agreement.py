@@ -20,7 +20,7 @@ from torch import nn
 from dimat.errors import HookError
 from dimat.merge import MergePlan
 from dimat.merge_files.model_config import FUNCTION, flat_config
-from dimat.net.compatibility import CLASSES
+from dimat.net.compatibility import CLASSES, PROBE_SET
 from dimat.tasks.base import Task
 from dimat.tasks.data import input_batches
 from dimat.train.contract import task_errors
@@ -38,17 +38,21 @@ ATTRIBUTES = (
 
 def settings_of(task: Task, model: nn.Module, plan: MergePlan) -> dict[str, str]:
     """Return an agent's settings by name: classes, the model's configuration and modules, the probe set if networks
-    are compared on it, and those of the task's `agreement`. Raises HookError if that is not a mapping of texts."""
+    are compared on it, and those of the task's `agreement`. Raises HookError if that is not a mapping of texts.
+
+    For agents that exchange logits, only classes and the probe set: their models may differ.
+    """
     config = _config_of(model)
-    found = _modules(model)
+    classes = [str(name) for name in task.classes] or _class_names(config)
+    found = {CLASSES: _short(json.dumps(classes), f"{len(classes):,} names")} if classes else {}
+    if plan.shares == "logits":
+        return {**found, PROBE_SET: probe_hash(task, plan.probe_samples)}
+    found |= _modules(model)
     for key, value in sorted(config.items()):
         if FUNCTION.fullmatch(key) and len(found) < MOST:
             found[f"config.{key}"] = _short(json.dumps(value, default=str))
-    classes = [str(name) for name in task.classes] or _class_names(config)
-    if classes:
-        found[CLASSES] = _short(json.dumps(classes), f"{len(classes):,} names")
     if plan.align_data == "probe":
-        found["probe"] = _probe(task, plan.probe_samples)
+        found["probe"] = probe_hash(task, plan.probe_samples)
     return found | _told(task)
 
 
@@ -110,8 +114,8 @@ def _class_names(config: Mapping[str, Any]) -> list[str]:
     return [names[key] for key in sorted(names, key=int)]
 
 
-def _probe(task: Task, samples: int) -> str:
-    """Return a hash of the inputs on which networks are compared."""
+def probe_hash(task: Task, samples: int) -> str:
+    """Return a hash of the inputs on which networks are compared, or that logits are of."""
     hasher = blake3()
     with task_errors(task, 'data("probe")'):
         for inputs in input_batches(task.data("probe"), 32, samples=samples):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dimat.agent.learner.learner import Learner
 from dimat.agent.learner.shared_base import plan_for
+from dimat.agent.learner.shared_logits import layout_of
 from dimat.agent.learner.statistics import sample_statistics
 from dimat.config import ExperimentConfig
 from dimat.device import resolve_device
@@ -81,9 +82,15 @@ class LoadedTask:
         )
 
     def sample_snapshot(self, model: torch.nn.Module, moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return tensors of the names, shapes and types of a snapshot: the model's, and beside them statistics and the
-        optimizer's moments as they travel."""
-        return beside(model.state_dict(), {**sample_statistics(self.plan, self.task, model), **moments})
+        """Return tensors of the names, shapes and types of a snapshot: what agents share, and beside it statistics and
+        the optimizer's moments as they travel."""
+        return beside(self.sample_shared(model), {**sample_statistics(self.plan, self.task, model), **moments})
+
+    def sample_shared(self, model: torch.nn.Module) -> dict[str, Tensor]:
+        """Return tensors of the names, shapes and types of what agents share: the model's weights, or logits."""
+        if self.plan.shares == "logits":
+            return layout_of(self.plan, self.task, model).sample()
+        return model.state_dict()
 
 
 def load_for(config: ExperimentConfig, task: Task | None = None, *, symmetry: bool = True) -> LoadedTask:

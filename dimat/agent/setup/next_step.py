@@ -29,6 +29,9 @@ def next_step(config: ExperimentConfig, histogram: Mapping[str, Sequence[int]], 
     if not method.exchanges:
         return ""
     apart = class_distance(histogram)
+    if method.shares == "logits":  # nothing is averaged, so that starts and links matter less
+        few = 0 < schedule.rounds < FEW_ROUNDS
+        return f"more rounds: schedule.rounds = {3 * schedule.rounds}" if few else ADVISE
     if train.initialisation == "own" and schedule.first_merge == "align":
         return 'train.initialisation = "shared" (or, where models exist already, schedule.first_merge = "adopt-distil")'
     if train.loss.name == "task" and apart is not None and apart > SKEWED:

@@ -16,6 +16,7 @@ from dimat.agent.setup.experiment import Experiment, resolve
 from dimat.agent.setup.followed_map import with_map, with_newest_map
 from dimat.agent.setup.loaded_task import load_for
 from dimat.agent.setup.schedule import RunSchedule
+from dimat.agent.setup.unlike_models import check_own
 from dimat.config import ExchangeConfig, ExperimentConfig
 from dimat.errors import ConfigError, unknown_agent
 from dimat.net.compatibility import OPTIMIZER_STATE, Profile
@@ -35,7 +36,7 @@ MOST_CLASSES = 1_000
 @dataclass(frozen=True, slots=True)
 class PreparedAgent:
     """An agent that is ready to run. `config`: the operator's; the experiment's configuration has the current network
-    map, which may be newer."""
+    map, which may be newer. Both have the agent's own model as the task's."""
 
     name: str
     config: ExperimentConfig
@@ -63,7 +64,7 @@ class PreparedAgent:
         """Return the profile with which peers must agree; `model`: that of the task."""
         loaded = self.experiment.loaded
         return Profile(
-            schema_hash(model.state_dict()),
+            schema_hash(loaded.sample_shared(model)),
             self.schedule.base,
             ENCODINGS,
             groups="" if loaded.spec is None else loaded.spec.groups_hash,
@@ -122,10 +123,15 @@ def prepare_agent(config: ExperimentConfig, task: Task | None = None) -> Prepare
         raise ConfigError('merge.align_data = "pooled" is for simulation only: no agent sees the others\' data')
     if config.schedule.target is not None and config.agent.evaluate == "none":
         raise ConfigError('schedule.target needs test metrics, but agent.evaluate is "none"; use "after"')
+    told, config = config, config.of_agent(name)
     loaded = load_for(config, task)
     experiment = resolve(with_newest_map(config), loaded)
     if name not in experiment.agents:
         raise ConfigError(unknown_agent("agent.name", name, experiment.agents))
+    if told.task.models:
+        # an agent that a followed map has no more, or has new, is no mistake in the operator's file
+        written = resolve_map(told.topology, derive_seed(told.seed, "topology"), Path(told.folder)).names
+        check_own(told, loaded.task, (*experiment.agents, *written), name)
     return PreparedAgent(name, config, experiment)
 
 

@@ -89,6 +89,7 @@ class RunSchedule:
         return Rules.of(
             schedule,
             rounds=self.rounds or None,
+            join=self.config.join,
             adopt_rounds=schedule.adopt_rounds,
             basis_gossip=schedule.adopt_rounds > 0 or (self.merge_plan.aligns and self.merge_plan.align_to == "shared"),
             target=None if schedule.target is None else (self.metric, schedule.target),

@@ -14,6 +14,7 @@ from dimat.agent.protocol.state import Restored
 from dimat.agent.protocol.work import Outcome
 from dimat.errors import ConfigError
 from dimat.events import MergeResult, TrainResult
+from dimat.merge import plan_merge
 from dimat.simulate.engines import worker
 from dimat.simulate.engines.pool import WorkerPool, result_of
 from dimat.simulate.folder import RunFolder
@@ -53,7 +54,7 @@ class PooledLearners:
             setup = worker.LearnerSetup(
                 f"{folder.path}:{name}",
                 name,
-                config,
+                config.of_agent(name),
                 part,
                 folder.recorded(name),
                 warm,
@@ -63,9 +64,12 @@ class PooledLearners:
 
     def create_all(self) -> list[str]:
         """Set all agents up; return warnings, each once. ConfigError where agents that are to begin with the same
-        weights do not."""
+        weights, since their models are the same, do not."""
         created = [wait() for wait in [learner.create() for learner in self.of.values()]]
-        if len({made.start for made in created}) > 1:
+        starts: dict[str, set[str]] = {}
+        for learner, made in zip(self.of.values(), created, strict=True):
+            starts.setdefault(learner.model, set()).add(made.start)
+        if any(len(found) > 1 for found in starts.values()):
             raise ConfigError(
                 f'train.initialisation = "shared", but build_model() of task {self.scenario.task.name} makes other '
                 "weights at each call: draw them from the generator that it is given (dimat.tasks.seeded does), or set "
@@ -88,6 +92,11 @@ class PooledLearner(SimulatedWork):
         self._slot = slot
         self._batches = 0
         self._rebased = 0  # the last round in which a basis was taken over
+
+    @property
+    def model(self) -> str:
+        """What tells its model from those of agents with others."""
+        return str(self._setup.config.task.options)
 
     def create(self) -> Outcome[worker.CreatedLearner]:
         """Set the agent up."""
@@ -117,16 +126,21 @@ class PooledLearner(SimulatedWork):
 
     def merge_s(self, action: m.MergeAction, now: float) -> float:
         """Return how long a merge that begins now takes, in virtual seconds."""
-        config, schedule = self._setup.config, self._setup.config.schedule
+        config = self._setup.config
         if not action.parts:
             return 0.0
-        merge_s = config.simulate.compute.merge_s
-        first = self._rebased == action.round or not all(part.same_basis for part in action.parts)
-        if schedule.first_merge != "adopt-distil" or not first or action.round > schedule.adopt_rounds:
-            return merge_s
-        steps = round_steps(config.train, self._batches, action.round)
+        steps = round_steps(config.train, self._batches, config.schedule.round_of(action.round))
         round_s = self._learners.compute.train_s(self._setup.agent, steps, True, now)
-        return merge_s + round_s * schedule.distil.steps / steps
+        return config.simulate.compute.merge_s + round_s * self._taught_steps(action) / steps
+
+    def _taught_steps(self, action: m.MergeAction) -> int:
+        """Return the optimizer steps that are part of a merge."""
+        config, schedule = self._setup.config, self._setup.config.schedule
+        if config.merge.preset.shares == "logits":
+            return plan_merge(config.merge).combine.settings["steps"]
+        first = self._rebased == action.round or not all(part.same_basis for part in action.parts)
+        distils = schedule.first_merge == "adopt-distil" and first and action.round <= schedule.adopt_rounds
+        return schedule.distil.steps if distils else 0
 
     def train(self, action: m.Train) -> Outcome[TrainResult]:
         """Train for a round."""

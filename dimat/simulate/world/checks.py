@@ -107,7 +107,7 @@ def check_crash_points(
                 f"{who} is to crash in round {number}, but the last one is {rounds}; choose an earlier one"
             )
         joins = agent in faults.late
-        takes_over = joins and config.schedule.join == "adopt"
+        takes_over = joins and config.join == "adopt"
         if point.on == "adopt" and not takes_over and not (gossips and hears(agent, number)):
             raise ConfigError(
                 f"{who} never adopts anything in round {number}: that is done by methods that align in a shared basis, "

@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
 from dimat.agent.learner.shared_moments import sample_encoded
 from dimat.agent.setup.experiment import Experiment, resolve
 from dimat.agent.setup.loaded_task import load_for
+from dimat.agent.setup.unlike_models import load_each
 from dimat.config import ExchangeConfig, ExperimentConfig, NetworkConfig
 from dimat.config.presets import PUSH_SUM
 from dimat.errors import ConfigError
@@ -35,10 +37,11 @@ class Scenario(Experiment):
 
     histogram: dict[str, tuple[int, ...]]
     parameters: int
+    """Of the largest agent's model."""
+    model_bytes: int
+    """Of its weights."""
     snapshot_bytes: int
     faults: FaultPlan
-    moment_bytes: int = 0
-    """Of a snapshot's bytes, those of the optimizer's moments."""
     warnings: tuple[str, ...] = ()
 
     @property
@@ -55,7 +58,7 @@ class Scenario(Experiment):
         example = sum(t[0].numel() * t[0].element_size() for t in self.task.example_inputs()) / MB
         data = example * (len(self.task.data("train")) + len(self.task.data("test")))
         # weights, gradients, two optimizer moments, and a merged copy that exists during a merge
-        memory = processes * (PROCESS_MB + data) + 5.5 * (weights - self.moment_bytes / MB) * len(self.agents)
+        memory = processes * (PROCESS_MB + data) + 5.5 * self.model_bytes / MB * len(self.agents)
         rounds, kept = self.schedule.rounds, self.schedule.snapshots_kept(self.config.simulate.keep_snapshots)
         shown = min(rounds or 16, 16)
         per_round = [sum(len(self.schedule.readers(a, r)) for a in self.agents) for r in range(1, shown + 1)]
@@ -79,19 +82,21 @@ def prepare(config: ExperimentConfig) -> Scenario:
     loaded = load_for(config, symmetry=False)  # what is merged is merged in the workers
     warnings += loaded.notes
     experiment = resolve(config, loaded, split=True)
-    with task_errors(loaded.task, "build_model()"):
-        model = loaded.task.build_model(torch_generator(config.seed, "measure"))
-    moments = sample_encoded(config, model)
     agents, schedule = experiment.agents, experiment.schedule
+    largest, model = max(
+        ((each, _model(config, each.task)) for each in load_each(config, loaded, agents)),
+        key=lambda pair: _parameters(pair[1]),
+    )
+    moments = sample_encoded(config, model)
     faults = plan_faults(config, agents)
     scenario = Scenario(
         loaded=loaded,
         schedule=schedule,
         parts=experiment.parts,
         histogram=_histogram(loaded.task, agents, experiment.parts),
-        parameters=sum(p.numel() for p in model.parameters()),
-        snapshot_bytes=len(encode(loaded.sample_snapshot(model, moments))),
-        moment_bytes=sum(tensor.nbytes for tensor in moments.values()),
+        parameters=_parameters(model),
+        model_bytes=sum(tensor.nbytes for tensor in model.state_dict().values()),
+        snapshot_bytes=len(encode(largest.sample_snapshot(model, moments))),
         faults=faults,
     )
     pace = Pace(config, experiment.counts, Compute(config.simulate.compute, agents, config.seed, faults.timed))
@@ -122,6 +127,15 @@ def prepare(config: ExperimentConfig) -> Scenario:
         if each.base is not None or each.schedule.period is not None:
             warnings += alone(each.graph, faults)
     return replace(scenario, warnings=tuple(dict.fromkeys(warnings)))
+
+
+def _model(config: ExperimentConfig, task: Task) -> nn.Module:
+    with task_errors(task, "build_model()"):
+        return task.build_model(torch_generator(config.seed, "measure"))
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _without_network(config: ExperimentConfig) -> ExperimentConfig:

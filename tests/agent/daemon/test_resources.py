@@ -16,11 +16,14 @@ from dimat.agent.daemon.resources import (
     held_bytes,
     little_memory,
     needed_bytes,
+    needs_of,
 )
 from dimat.agent.lineage.manifest_log import LEDGER_BYTES
+from dimat.agent.setup.prepare import prepare_agent
 from dimat.errors import ConfigError
 from dimat.net.limits import DISK_RESERVE_BYTES
 from tests.forks import start
+from tests.simulate.helpers import tiny_experiment
 
 FIXED = 12e6
 """Bytes that a peak may lie above the estimate whatever the model: buffers, code that is loaded late."""
@@ -30,6 +33,20 @@ def test_all_that_lies_on_the_disk_at_once_is_counted() -> None:
     own, peers, written, middle = 2, 3, 1, 1
     snapshots, checkpoints = (own + written + peers) * 1000, (3 + written + middle) * (1000 + 2000)
     assert needed_bytes(1000, 2000, peers, own, 3) == snapshots + checkpoints + DISK_RESERVE_BYTES
+
+
+def test_where_logits_travel_a_checkpoint_holds_the_weights_all_the_same(tmp_path: Path) -> None:
+    """A snapshot has the size of the probe set; counted by hand, with Adam's two moments."""
+    config = tiny_experiment(tmp_path, merge={"method": "distil"}, agent={"name": "agent-1"}, task={"name": "digits"})
+    setup = prepare_agent(config)
+    trainer = setup.learner(tmp_path).trainer
+    needs = needs_of(trainer, setup, 2)
+    weights = sum(tensor.nbytes for tensor in trainer.model.state_dict().values())
+    state = 2 * sum(parameter.nbytes for parameter in trainer.model.parameters())
+    assert needs.snapshot_bytes < weights
+    kept, checkpoints = setup.schedule.snapshots_kept(config.agent.keep_snapshots), config.agent.keep_checkpoints
+    expected = (kept + 1 + 2) * needs.snapshot_bytes + (checkpoints + 2) * (weights + state) + DISK_RESERVE_BYTES
+    assert needs.disk_bytes == expected
 
 
 def test_a_folder_holds_its_files_and_one_that_is_not_there_nothing(tmp_path: Path) -> None:

@@ -63,6 +63,8 @@ OWN = {"initialisation": "own"}
         ({"train": OWN, "schedule": {"rounds": 20, "first_merge": "adopt-distil"}}, EQUAL, False, ADVISE),
         ({"merge": {"method": "average", "combine": "ties"}}, EQUAL, False, ADVISE),  # its moments cannot be averaged
         ({"merge": {"method": "isolated"}}, FAR, True, ""),
+        ({"merge": {"method": "distil"}, "train": OWN}, FAR, True, ADVISE),  # nothing is averaged
+        ({"merge": {"method": "distil"}, "schedule": {"rounds": 4}}, FAR, True, "schedule.rounds = 12"),
     ],
 )
 def test_what_is_tried_next(
