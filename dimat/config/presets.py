@@ -16,6 +16,7 @@ from dimat.config.tree import NamedConfig
 from dimat.errors import ConfigError, unknown_name
 
 PUSH_SUM = "push-sum"
+"""As `dimat.topology.mixing` registers it; settings refer to methods of every kind by their names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

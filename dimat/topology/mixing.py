@@ -12,7 +12,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from dimat.config.presets import PUSH_SUM
 from dimat.errors import TopologyError
 from dimat.registry import Entry, Registry
 
@@ -56,6 +55,7 @@ def links_of(graph: nx.Graph[str]) -> RoundLinks:
 
 
 MIXINGS: Registry[RowOf] = Registry("mixing", error=TopologyError)
+PUSH_SUM = "push-sum"
 
 
 def list_mixings() -> list[Entry]:

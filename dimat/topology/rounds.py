@@ -11,10 +11,9 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from dimat.config.presets import PUSH_SUM
 from dimat.errors import TopologyError, unknown_name
 from dimat.topology.graphs import check_graph
-from dimat.topology.mixing import Mixer, RoundLinks, RowOf, check_row, links_of, push_sum_mass
+from dimat.topology.mixing import PUSH_SUM, Mixer, RoundLinks, RowOf, check_row, links_of, push_sum_mass
 
 if TYPE_CHECKING:
     import networkx as nx

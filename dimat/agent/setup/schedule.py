@@ -13,11 +13,11 @@ from pathlib import Path
 from dimat.agent.protocol.offers import ROUNDS_KEPT
 from dimat.agent.protocol.plan import Plan, PushShares, RoundPlan, Rules
 from dimat.config import ExperimentConfig
-from dimat.config.presets import PUSH_SUM
 from dimat.errors import ConfigError
 from dimat.merge import MergePlan
 from dimat.seeds import derive_seed
 from dimat.topology import BaseK, CycleSchedule, Mixer, Schedule, Topology, build_topology
+from dimat.topology.mixing import PUSH_SUM
 from dimat.topology.rounds import longest_lead
 
 

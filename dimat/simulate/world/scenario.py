@@ -16,7 +16,6 @@ from dimat.agent.setup.experiment import Experiment, resolve
 from dimat.agent.setup.loaded_task import load_for
 from dimat.agent.setup.unlike_models import load_each
 from dimat.config import ExchangeConfig, ExperimentConfig, NetworkConfig
-from dimat.config.presets import PUSH_SUM
 from dimat.errors import ConfigError
 from dimat.seeds import torch_generator
 from dimat.simulate.world.checks import Pace, alone, check_crash_points, check_peers, check_times, listed
@@ -24,6 +23,7 @@ from dimat.simulate.world.compute_model import Compute
 from dimat.simulate.world.faults import FaultPlan, plan_faults
 from dimat.tasks import histogram
 from dimat.tasks.base import Task
+from dimat.topology.mixing import PUSH_SUM
 from dimat.train.contract import task_errors
 from dimat.weights.tensors import encode
 
