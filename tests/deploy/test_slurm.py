@@ -27,25 +27,34 @@ case "$1 $2" in
     *) exit 1 ;;
 esac
 """
-# like Slurm's: a task per node; the highest exit code; SIGTERM to srun itself kills the tasks
+# like Slurm's: a task per node; the highest exit code, but a signal's before all others; SIGTERM to srun itself has the
+# tasks killed, unless the whole job is being ended
 SRUN = """#!/bin/bash
 while [ "${1#--}" != "$1" ]; do shift; done
 : >"$STAND_IN/tasks"
-trap 'kill -KILL $(cat "$STAND_IN/tasks")' TERM HUP
+trap '[ -e "$STAND_IN/completing" ] || kill -KILL $(cat "$STAND_IN/tasks")' TERM HUP
 for node in ${SLURM_JOB_NODELIST//,/ }; do
     SLURMD_NODENAME=$node DIMAT_AGENT__LISTEN=$node:$DIMAT_LISTEN_PORT "$@" &
     echo $! >>"$STAND_IN/tasks"
 done
 highest=0
+killed=""
 for task in $(cat "$STAND_IN/tasks"); do
     wait "$task"
     code=$?
+    while kill -0 "$task" 2>/dev/null; do # a signal ended `wait`
+        wait "$task"
+        code=$?
+    done
+    [ $code -ne 137 ] || killed=$code
     [ $code -le $highest ] || highest=$code
 done
-exit $highest
+exit ${killed:-$highest}
 """
+# like Slurm's: it signals the tasks, and refuses that once the whole job is being ended
 SCANCEL = """#!/bin/sh
-[ "$1" = --signal=TERM ] || exit 1
+[ "$*" = "--quiet --signal=TERM 42" ] || exit 1
+[ ! -e "$STAND_IN/completing" ] || exit 1
 kill -TERM $(cat "$STAND_IN/tasks")
 """
 
@@ -89,6 +98,15 @@ class Cluster:
         self.net.lives.append(life)
         return life
 
+    def tasks(self) -> list[int]:
+        """Return the processes of the job's tasks, in the order of the nodes."""
+        return [int(line) for line in (self.net.folder / "tasks").read_text().split()]
+
+    def cancel(self, job: Life) -> None:
+        """End a job as `scancel JOBID` does: SIGTERM to the tasks, and to the script and its srun."""
+        (self.net.folder / "completing").touch()
+        os.killpg(job.process.pid, signal.SIGTERM)
+
     def end(self) -> None:
         """Kill whatever tasks are left."""
         for life in self.net.lives:
@@ -99,28 +117,40 @@ class Cluster:
             life.process.wait()
 
 
+def without_map(net: Network) -> None:
+    """Leave the map out of the agents' file: the script says where it is."""
+    agents = net.folder / "agents.toml"
+    agents.write_text(agents.read_text().replace('[topology]\nmap = "map.toml"\n', ""))
+
+
 def test_a_job_its_time_limit_and_its_second_life(tmp_path: Path) -> None:
     """One agent per node trains and merges with keys; before the time limit all leave in good order and the job is
-    requeued; on other nodes all go on from their checkpoints; SIGTERM then ends it without a requeue."""
+    requeued, though one was killed; on other nodes all go on from their checkpoints; cancelled, all leave in good order
+    again, and the job is not requeued; nor is it after SIGTERM to the script alone."""
     names = ("agent-0", "agent-1", "agent-2")
     with network(tmp_path, names, (1, 1, 1), schedule="rounds = 0\nround_deadline_s = 30") as net:
-        agents = tmp_path / "agents.toml"
-        agents.write_text(agents.read_text().replace('[topology]\nmap = "map.toml"\n', ""))
+        without_map(net)
         work = tmp_path / "dimat-42"
         for name in names:
             (tmp_path / name).symlink_to(work / "agents" / name, target_is_directory=True)
         cluster = Cluster(net)
+
+        def left(*counts: int) -> bool:
+            """Say whether agents have left in good order so many times, and not otherwise."""
+            told = [[event["reason"] for event in net.events(name, "AgentLeft")] for name in names]
+            return told == [["stopped"] * count for count in counts]
+
         try:
             job = cluster.submit(("127.0.0.2", "127.0.0.3", "127.0.0.4"))
             net.until(lambda: all(net.partners(name) == set(names) for name in names), "all merge with all")
             assert all(event["secure"] for event in net.events("agent-0", "AgentStarted"))
             check_private(work, names)
             keys = {path: path.read_bytes() for path in work.glob("keys/**/*.*")}
+            os.kill(cluster.tasks()[2], signal.SIGKILL)
             job.signal(signal.SIGUSR1)
             assert job.wait() == 0, job.text()
             assert (tmp_path / "requeued").read_text() == "42\n"
-            for name in names:
-                assert [event["reason"] for event in net.events(name, "AgentLeft")] == ["stopped"]
+            assert left(1, 1, 0)
 
             second = cluster.submit(("127.0.0.5", "127.0.0.6", "127.0.0.2"))
             for name in names:
@@ -129,11 +159,18 @@ def test_a_job_its_time_limit_and_its_second_life(tmp_path: Path) -> None:
             net.until(lambda: all(len(net.events(name, "Merged")) > since[name] for name in names), "they go on")
             assert '"127.0.0.6:' in (work / "map.toml").read_text()
             assert {path: path.read_bytes() for path in keys} == keys
-            second.signal(signal.SIGTERM)
+            cluster.cancel(second)
             assert second.wait() == 143, second.text()
-            assert (tmp_path / "requeued").read_text() == "42\n"
+            assert left(2, 2, 1)
+
+            (tmp_path / "completing").unlink()
+            third = cluster.submit(("127.0.0.2", "127.0.0.3", "127.0.0.4"))
             for name in names:
-                assert [event["reason"] for event in net.events(name, "AgentLeft")] == ["stopped"] * 2
+                net.wait_for(name, "Resumed", 2)
+            third.signal(signal.SIGTERM)
+            assert third.wait() == 143, third.text()
+            assert left(3, 3, 2)
+            assert (tmp_path / "requeued").read_text() == "42\n"
         finally:
             cluster.end()
 
@@ -153,8 +190,7 @@ def test_a_job_that_ends_by_itself_or_cannot_begin(tmp_path: Path) -> None:
     requeued; words after the file reach every agent."""
     names = ("agent-0", "agent-1")
     with network(tmp_path, names, (1, 1)) as net:
-        agents = tmp_path / "agents.toml"
-        agents.write_text(agents.read_text().replace('[topology]\nmap = "map.toml"\n', ""))
+        without_map(net)
         for name in names:
             (tmp_path / name).symlink_to(tmp_path / "dimat-42" / "agents" / name, target_is_directory=True)
         cluster = Cluster(net)
