@@ -65,9 +65,9 @@ class MergedAdapter:
 
 
 def open_adapters(recipe: Recipe, models: Sequence[ModelFiles]) -> tuple[Adapter, ...] | None:
-    """Return the adapters of a recipe that merges products, checked; None where it merges tensors one by one.
+    """Return the adapters of a recipe that merges products, checked; None if it merges tensors one by one.
 
-    Raises ConfigError where some of the models are adapters and some are not, DataError for adapters that are damaged
+    Raises ConfigError if some of the models are adapters and some are not, DataError for adapters that are damaged
     or not of plain LoRA, or do not fit together.
     """
     products = any(recipe.method_of(rule).traits["lora_products"] for rule in (None, *recipe.rules))
@@ -225,7 +225,7 @@ def _check_fit(adapters: Sequence[Adapter]) -> None:
 
 
 def _pairs_inside(part: TensorGroup, pairs: Mapping[str, FactorPair]) -> list[str]:
-    """Return the modules whose factors a method merges; ConfigError where it has one of two, or cannot take them."""
+    """Return the modules whose factors a method merges; ConfigError if it has one of two, or cannot take them."""
     names = {*part.names}
     inside = [key for key, pair in pairs.items() if pair.a in names or pair.b in names]
     for key in inside:

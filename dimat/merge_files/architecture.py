@@ -80,7 +80,7 @@ class Network:
 
 
 def runs_models(recipe: Recipe, methods: Sequence[Bound[Weights]]) -> list[str]:
-    """Return what in a recipe runs the models, in words; nothing where tensors are merged by themselves."""
+    """Return what in a recipe runs the models, in words; nothing if tensors are merged by themselves."""
     found: list[str] = []
     if align_registry.get(recipe.align.name) is not no_alignment:
         found.append(f"align = {recipe.align.name!r}")
@@ -93,10 +93,10 @@ def runs_models(recipe: Recipe, methods: Sequence[Bound[Weights]]) -> list[str]:
 def open_network(
     recipe: Recipe, methods: Sequence[Bound[Weights]], own: ModelFiles, tied: Mapping[str, str], device: torch.device
 ) -> Network | None:
-    """Return what the recipe's models are run with, checked against own tensors and config; None where nothing runs
+    """Return what the recipe's models are run with, checked against own tensors and config; None if nothing runs
     them. `tied`: names of own's that stand for the tensor of another name.
 
-    Raises ConfigError where the recipe lacks model or data, HookError (a hook that fails or returns something else),
+    Raises ConfigError if the recipe lacks model or data, HookError (a hook that fails or returns something else),
     DataError (tensors that are not the model's, data that it cannot run on).
     """
     why = runs_models(recipe, methods)

@@ -36,7 +36,7 @@ class ModelFiles(Mapping[str, Tensor]):
     """A model's tensors by name, in the files' order; each access maps one tensor, and nothing is kept.
 
     `path`: as it was named; `folder`: of a model folder, else None; `files`: those with tensors; `infos`: types and
-    shapes by name. A tensor's values are checked when it is first read: DataError where they are not finite.
+    shapes by name. A tensor's values are checked when it is first read: DataError if they are not finite.
     """
 
     def __init__(self, path: Path, folder: Path | None, where: Mapping[str, Path], adapter: bool = False) -> None:
@@ -111,7 +111,7 @@ class ModelFiles(Mapping[str, Tensor]):
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The folder's config.json; nothing where there is none. DataError where it is damaged."""
+        """The folder's config.json; nothing if there is none. DataError if it is damaged."""
         path = None if self.folder is None else self.folder / CONFIG
         return read_table(path) if path is not None and path.is_file() else {}
 

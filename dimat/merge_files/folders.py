@@ -114,7 +114,7 @@ def _single(path: Path, file: Path, folder: Path | None, adapter: bool = False) 
 
 
 def _check_format(file: Path) -> None:
-    """Raise DataError where a file begins as another format does."""
+    """Raise DataError if a file begins as another format does."""
     try:
         with file.open("rb") as opened:
             start = opened.read(max(map(len, FORMATS)))

@@ -54,9 +54,9 @@ class IntoBase:
 
 
 def target(recipe: Recipe, merged: MergedAdapter | None, base: ModelFiles | None, out: Path) -> IntoBase | None:
-    """Return how a recipe merges adapters into its base; None where it does not.
+    """Return how a recipe merges adapters into its base; None if it does not.
 
-    Raises ConfigError for an output, base or models that do not fit to what the recipe asks for, DataError where the
+    Raises ConfigError for an output, base or models that do not fit to what the recipe asks for, DataError if the
     base lacks a tensor that the adapters change.
     """
     if recipe.into_base:

@@ -117,7 +117,7 @@ def _layer_counts(own: ModelFiles) -> dict[str, int]:
 
 
 def _check_layers(config: Config, own: ModelFiles) -> None:
-    """Raise where slices do not take every layer of every model."""
+    """Raise if slices do not take every layer of every model."""
     if not config.layers:
         return
     counts = _layer_counts(own)
@@ -133,7 +133,7 @@ def _check_layers(config: Config, own: ModelFiles) -> None:
 
 
 def _check_axes(config: Config, choices: Sequence[Choice], own: ModelFiles) -> None:
-    """Raise where tensors have more axes than rows and columns, which are cut in another way there."""
+    """Raise if tensors have more axes than rows and columns, which are cut in another way there."""
     apart = [choice for choice in choices if choice[1].get("along") in ("rows", "columns")]
     for name, info in own.infos.items() if apart else ():
         if len(info.shape) > 2:

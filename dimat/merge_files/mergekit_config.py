@@ -43,7 +43,7 @@ class Place:
 class Config:
     """A mergekit configuration: global parameters, and those of each model that is merged.
 
-    `layers`: the range of layers that slices take of each model, by path; nothing where there are no slices.
+    `layers`: the range of layers that slices take of each model, by path; nothing if there are no slices.
     """
 
     def __init__(self, tree: Mapping[str, Any], where: str) -> None:
@@ -100,7 +100,7 @@ class Config:
         return default
 
     def _evaluated(self, key: str, setting: Any) -> Any:
-        """Return the value of a setting for the tensor; None where it has none for it."""
+        """Return the value of a setting for the tensor; None if it has none for it."""
         if not isinstance(setting, list | dict):
             return setting
         entries: list[Any] = cast("list[Any]", setting) if isinstance(setting, list) else [setting]
@@ -182,7 +182,7 @@ class Config:
         return value
 
     def check_used(self) -> None:
-        """Raise where a parameter is given that nothing asked for, so that none is passed over."""
+        """Raise if a parameter is given that nothing asked for, so that none is passed over."""
         given = {key for _, own in self.listed for key in own} | self.common.keys() | self.of_slice.keys()
         left = given - self.used - IGNORED
         if left:

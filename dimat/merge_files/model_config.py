@@ -52,7 +52,7 @@ CODES = re.compile(r"(?:^|.*\.)(?:weight|kernel|qweight|\w+_proj|\w+_blocks)")
 
 
 def check_whole(model: ModelFiles, *, codes: bool = True) -> None:
-    """Raise DataError where a model's weights are quantised: codes mean nothing without their scales.
+    """Raise DataError if a model's weights are quantised: codes mean nothing without their scales.
 
     `codes`: weights that are integers count, even where nothing else says that they are codes.
     """
@@ -143,7 +143,7 @@ def _said(value: Any) -> str:
 
 
 def _effective(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config with the defaults of its architecture; nothing where transformers is missing or does not know
+    """Return a config with the defaults of its architecture; nothing if transformers is missing or does not know
     it."""
     from dimat.tasks.huggingface.library import library
 
@@ -175,7 +175,7 @@ def _quantised(model: ModelFiles, why: str) -> DataError:
 
 
 def _left_out(key: str, settings: Mapping[str, Any], effective: Mapping[str, Any]) -> Any:
-    """Return what a key stands for where it is left out; None where nobody knows."""
+    """Return what a key stands for where it is left out; None if nobody knows."""
     if effective:
         return effective.get(key)
     before, dot, last = key.rpartition(".")
@@ -215,7 +215,7 @@ def _class_differences(first: Named, other: Named) -> list[str]:
 
 
 def _classes(config: Mapping[str, Any]) -> dict[str, str] | None:
-    """Return the classes' names by output; None where they have none of their own."""
+    """Return the classes' names by output; None if they have none of their own."""
     names, numbers = config.get("id2label"), config.get("label2id")
     found: dict[str, str] = {}
     if isinstance(names, dict) and names:

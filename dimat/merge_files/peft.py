@@ -89,7 +89,7 @@ class Settings:
 
 
 def read_settings(folder: Path, regex_s: float = REGEX_S) -> Settings:
-    """Read the settings of a PEFT folder; DataError where they are damaged, or the adapter is no plain LoRA. `regex_s`:
+    """Read the settings of a PEFT folder; DataError if they are damaged, or the adapter is no plain LoRA. `regex_s`:
     seconds that one of its patterns may take for one module's name."""
     path = folder / ADAPTER_CONFIG
     config = read_table(path)

@@ -91,7 +91,7 @@ class Rule(Tree):
         return self
 
     def fits(self, name: str, limit_s: float) -> bool:
-        """Tell whether a tensor's name matches; ConfigError where the regular expression takes longer than a limit."""
+        """Tell whether a tensor's name matches; ConfigError if the regular expression takes longer than a limit."""
         if self.match is not None:
             return fnmatchcase(name, self.match)
         try:
@@ -290,7 +290,7 @@ def recipe_of(
 ) -> Recipe:
     """Return the recipe of a command: a TOML file, mergekit's YAML, or models by name, with flags put over it.
 
-    `changes`: keys of the recipe by flag, None where a flag is not given, and `weights`; `options`: KEY=VALUE items.
+    `changes`: keys of the recipe by flag, None if a flag is not given, and `weights`; `options`: KEY=VALUE items.
     """
     chosen = parse_options(options)
     if yaml is not None:

@@ -40,7 +40,7 @@ Progress = Callable[[int, int], None]
 @dataclass(frozen=True)
 class Job:
     """A merge that is checked and ready to run. `infos`: what is written; `layout`: its files and their tensors;
-    `network`: what the models are run with, None where tensors are merged by themselves; `adapters`: PEFT adapters
+    `network`: what the models are run with, None if tensors are merged by themselves; `adapters`: PEFT adapters
     whose products are merged; `into`: the base that they are merged into; `own`: the first model as it is stored;
     `kept`: its tensors that are written as they are; `tied`: those that are written as the merged tensor of another
     name; `carrier`: the model whose config and tokenizer are written; `notes`: what to know besides."""
@@ -336,7 +336,7 @@ def _combine(job: Job, part: TensorGroup) -> Weights:
 
 
 def _parts(recipe: Recipe, own: Collection[str]) -> tuple[TensorGroup, ...]:
-    """Return which tensors are merged how; ConfigError where a rule matches none."""
+    """Return which tensors are merged how; ConfigError if a rule matches none."""
     names: dict[int, list[str]] = {}
     limit_s = recipe.regex_s
     for name in own:
@@ -355,7 +355,7 @@ def _parts(recipe: Recipe, own: Collection[str]) -> tuple[TensorGroup, ...]:
 
 
 def _check_needs(part: TensorGroup, base: ModelFiles | None, statistics: Sequence[Weights] | None) -> None:
-    """Raise ConfigError where a method lacks the base or the statistics that it rests on."""
+    """Raise ConfigError if a method lacks the base or the statistics that it rests on."""
     method, option = part.method, part.method.traits["base_with"]
     wanted = "base" in method.asks and (option is None or method.settings[option])
     if wanted and base is None:

@@ -22,7 +22,7 @@ BY_TOKEN = re.compile(r"(?:.*[._])?(?:embed\w*|wte|shared|lm_head|output|predict
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The tokenizer of a model: the id of each token, nothing where the file is not read; a hash of either."""
+    """The tokenizer of a model: the id of each token, nothing if the file is not read; a hash of either."""
 
     model: ModelFiles
     ids: Mapping[str, int]
@@ -30,7 +30,7 @@ class Vocabulary:
 
 
 def read_vocabulary(model: ModelFiles) -> Vocabulary | None:
-    """Return the vocabulary in a model's folder; None where there is none. DataError where its file is damaged."""
+    """Return the vocabulary in a model's folder; None if there is none. DataError if its file is damaged."""
     folder = model.folder
     if folder is None:
         return None
@@ -46,7 +46,7 @@ def read_vocabulary(model: ModelFiles) -> Vocabulary | None:
 def check_vocabularies(models: Sequence[ModelFiles], reference: ModelFiles | None) -> list[str]:
     """Compare models' vocabularies with that of `reference`, whose tokenizer is written; return what may be meant.
 
-    Raises DataError where a token has another id, so that rows of different tokens would be merged.
+    Raises DataError if a token has another id, so that rows of different tokens would be merged.
     """
     notes: list[str] = []
     for first, other in _different(models, reference):
@@ -79,7 +79,7 @@ def check_vocabularies(models: Sequence[ModelFiles], reference: ModelFiles | Non
 def align_vocabularies(models: Sequence[ModelFiles], reference: ModelFiles | None) -> list[ModelFiles]:
     """Return models with the rows of their embeddings in the order of the tokens of `reference`.
 
-    Raises ConfigError where a model says nothing of its tokens, DataError where the tokens are not the same ones.
+    Raises ConfigError if a model says nothing of its tokens, DataError if the tokens are not the same ones.
     """
     for model in models:
         if model.adapter or read_vocabulary(model) is None:

@@ -22,7 +22,7 @@ from dimat.merge_files.recipe import Recipe, TensorGroup
 
 @dataclass(frozen=True)
 class WholeMerge:
-    """Merged tensors; `moved`: for each peer, the share of units that changed places, None where it was not aligned;
+    """Merged tensors; `moved`: for each peer, the share of units that changed places, None if it was not aligned;
     `notes`: what to know besides."""
 
     weights: dict[str, Tensor]
@@ -43,7 +43,7 @@ def merge_whole(
 
     Everything is merged in the network's type. A model that has no weight anywhere is not looked at, and where own
     alone has weight, own tensors come back as they are. Deltas are taken from the base as it is: it must be in own's
-    order of units. Raises MergeError where a stage cannot do its work.
+    order of units. Raises MergeError if a stage cannot do its work.
     """
     own = _loaded(models[0], network, device)
     taking = [any(part.mixing[k] for part in parts) for k in range(1, len(models))]

@@ -76,7 +76,7 @@ class TensorFile:
             self._file.write(flat.view(torch.uint8).numpy().data)
 
     def finish(self) -> None:
-        """Bring everything to the disk; DataError where a tensor never came."""
+        """Bring everything to the disk; DataError if a tensor never came."""
         if self._missing:
             raise DataError(f"the method made no tensor {min(self._missing)!r}; {self.path} is not written")
         self._file.flush()
@@ -95,7 +95,7 @@ class Output:
             output.add("README.md", b"…")   # folders only
 
     Leaving the block renames what was written to `path`; leaving it by an error removes it.
-    Raises ConfigError where `path` is there and may not be replaced, DataError where writing fails.
+    Raises ConfigError if `path` is there and may not be replaced, DataError if writing fails.
     """
 
     def __init__(
@@ -207,7 +207,7 @@ def weights_name(adapter: bool) -> str:
 
 
 def check_output(path: Path, overwrite: bool) -> None:
-    """Raise ConfigError where an output is there and may not be replaced, or is of the other kind."""
+    """Raise ConfigError if an output is there and may not be replaced, or is of the other kind."""
     if is_file_name(path):
         if path.is_dir():
             raise ConfigError(f"{path} is a folder; name a folder without .safetensors, or another file")
@@ -238,7 +238,7 @@ class Scratch:
         self._folder = folder
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        """Return the same numbers on disk; DataError where the disk is full. Small and complex tensors, and those of
+        """Return the same numbers on disk; DataError if the disk is full. Small and complex tensors, and those of
         other devices than the CPU, are returned as they are."""
         size = tensor.numel() * tensor.element_size()
         if size <= SMALL or tensor.is_complex() or tensor.device.type != "cpu":

@@ -87,7 +87,7 @@ def forget(spec: SymmetrySpec, folder: Path | None = None) -> None:
 
 
 def default_folder() -> Path | None:
-    """Return `$XDG_CACHE_HOME/dimat/symmetry`, by default under ~/.cache; None where there is no home directory either:
+    """Return `$XDG_CACHE_HOME/dimat/symmetry`, by default under ~/.cache; None if there is no home directory either:
     then nothing is kept."""
     named = os.environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(named) and not os.environ.get("HOME", "unset"):
@@ -125,7 +125,7 @@ def _sources() -> str:
 
 
 def _read(path: Path) -> SymmetrySpec | None:
-    """Return a kept spec, or None where there is none or it is damaged."""
+    """Return a kept spec, or None if there is none or it is damaged."""
     try:
         return SymmetrySpec.from_json(path.read_text())
     except (OSError, ValueError):

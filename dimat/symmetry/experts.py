@@ -84,7 +84,7 @@ def _moving(spec: SymmetrySpec, moved: Sequence[str], shapes: Mapping[str, tuple
 
 def _router(spec: SymmetrySpec, group: Group, shapes: Mapping[str, tuple[int, ...]]) -> tuple[tuple[str, int], ...]:
     """Return the axes that choose among the numbers of a group: frozen ones of its size, in the nearest module around
-    it that has any. None where what lies inside is of too many units to be compared."""
+    it that has any. None if what lies inside is of too many units to be compared."""
     inside = [other.size for other in spec.groups if group.id in other.parents]
     return router(spec, group, shapes, max(inside, default=1))
 

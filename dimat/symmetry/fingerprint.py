@@ -38,7 +38,7 @@ class _Unnameable(Exception):
 
 
 def fingerprint(model: nn.Module, example_inputs: Any) -> str | None:
-    """Return a hex blake3 of all that decides a module's graph, or None where its code cannot be named.
+    """Return a hex blake3 of all that decides a module's graph, or None if its code cannot be named.
 
     Modules are taken in eval mode. Values of parameters, buffers and inputs have no part in it; their shapes, dtypes
     and devices do. It is the same in every process with the same files, torch and Python.

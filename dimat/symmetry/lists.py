@@ -105,7 +105,7 @@ class _Stacking:
     _inner: dict[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
 
     def spec(self) -> SymmetrySpec | None:
-        """Return the spec with the list's modules as units of a group, or None where they cannot be."""
+        """Return the spec with the list's modules as units of a group, or None if they cannot be."""
         spec, group = self.whole, _id(self.listed)
         count = len(next(iter(self.listed.values())))
         place = Group(group, count, tuple((name, 0) for names in self.listed.values() for name in names))

@@ -129,7 +129,7 @@ def _shape_by(axes: Sequence[AxisRef], entries: Mapping[str, Any], name: str) ->
 def _moved(
     entries: Mapping[str, Any], axes: Sequence[AxisRef], shape: Shape | None, moves: CheckedPermutations
 ) -> dict[str, Any] | None:
-    """Return the state of one parameter, moved; None where it cannot be."""
+    """Return the state of one parameter, moved; None if it cannot be."""
     moving = moves.together(axes)
     result: dict[str, Any] = {}
     for key, value in entries.items():
@@ -155,7 +155,7 @@ def _apart(value: Any) -> Any:
 def _moved_entry(
     key: str, value: Any, moving: Sequence[Sequence[AxisRef]], shape: Shape, moves: CheckedPermutations
 ) -> Tensor | None:
-    """Return an entry of a parameter's state, moved; None where it is not known how it goes with the parameter."""
+    """Return an entry of a parameter's state, moved; None if it is not known how it goes with the parameter."""
     if (
         type(value) not in (Tensor, nn.Parameter)
         or value.is_sparse
@@ -191,7 +191,7 @@ def _places(key: str, entry: Shape, shape: Shape) -> dict[int, int] | None:
 def _moved_block(
     value: Tensor, dim: int, moving: Sequence[Sequence[AxisRef]], shape: Shape, moves: CheckedPermutations
 ) -> Tensor | None:
-    """Return a statistic (n, n) of one axis of a parameter with both its axes moved; None where it is none."""
+    """Return a statistic (n, n) of one axis of a parameter with both its axes moved; None if it is none."""
     if dim >= len(shape) or tuple(value.shape) != (shape[dim], shape[dim]):
         return None
     for at_once in moving:

@@ -311,7 +311,7 @@ def permute_listed(
 ) -> Tensor:
     """Return a tensor of a stack with its units permuted; it may be another one of it that comes to this place.
 
-    Raises SymmetryError where that one is missing.
+    Raises SymmetryError if that one is missing.
     """
     source, axes, inside = from_list(stack, name, axes_of, moves)
     if source not in weights:

@@ -209,7 +209,7 @@ class SymmetrySpec:
 
     @staticmethod
     def from_json(text: str) -> SymmetrySpec:
-        """Rebuild a spec from `to_json` text; ValueError where it is something else."""
+        """Rebuild a spec from `to_json` text; ValueError if it is something else."""
         return as_type(SymmetrySpec, parse_json(text))
 
 

@@ -42,7 +42,7 @@ class Trace:
 
     `sources` maps placeholder names to what they stand for, in order. `constants` holds the values of
     placeholders of kind `constant` (lifted constants and non-persistent buffers), by placeholder name.
-    `outputs` gives, for each flat output, its name and node (None where it is no tensor). `shapes` and
+    `outputs` gives, for each flat output, its name and node (None if it is no tensor). `shapes` and
     `dtypes` are those of parameters and persistent buffers; `tied` are sets of names of one tensor, and
     `entangled` names whose memory overlaps another tensor's in part. `digest` is a hex blake3 of all that.
     A module that export cannot follow has `kind` "make_fx": it was run on some inputs, and `others` are the traces of
@@ -95,7 +95,7 @@ def trace(model: nn.Module, example_inputs: Any) -> Trace:
 
     `example_inputs` is a tensor, a tuple of arguments, or a mapping of keyword arguments. A batch axis of
     size 1 is doubled for tracing, since export would take the 1 for part of the architecture.
-    Raises SymmetryError where the module cannot be traced; its message is the cause.
+    Raises SymmetryError if the module cannot be traced; its message is the cause.
     """
     args, kwargs = tree.as_arguments(example_inputs)
     tensors = [leaf for leaf in tree.leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
@@ -134,7 +134,7 @@ def retrace(model: nn.Module, example_inputs: Any) -> Trace:
     """Return the latest trace of this module if neither it nor the inputs seem to have changed, else trace.
 
     Seen are changes of printed structure, of tensor shapes and of input shapes; a flag that alters `forward`
-    and is not printed is not. Raises SymmetryError where the module cannot be traced.
+    and is not printed is not. Raises SymmetryError if the module cannot be traced.
     """
     known = _RECENT.get(model)
     if known is not None and known[0] == _look(model, example_inputs):
@@ -191,7 +191,7 @@ def _back_into(model: nn.Module, modes: Sequence[tuple[nn.Module, bool]]) -> Non
 
 
 def shape_of(value: Any) -> tuple[int, ...] | None:
-    """Return the sizes that a traced tensor had for the example inputs, or None where they are not known."""
+    """Return the sizes that a traced tensor had for the example inputs, or None if they are not known."""
     if not isinstance(value, torch.Tensor):
         return None
     sizes = [hint(size) for size in value.shape]
@@ -199,7 +199,7 @@ def shape_of(value: Any) -> tuple[int, ...] | None:
 
 
 def hint(size: Any) -> int | None:
-    """Return the example's value of a symbolic size, or None where it depends on data."""
+    """Return the example's value of a symbolic size, or None if it depends on data."""
     if isinstance(size, torch.SymInt):
         size = size.node.hint
     return int(size) if isinstance(size, (int, bool)) else None

@@ -69,7 +69,7 @@ class _Named:
                 self.mixes += [((lookup.axis,), lookup.apart) for _, lookup in by]
 
     def get(self, atom: Atom) -> Atom | None:
-        """Return the atom that another one is known as, or None where it is none of these."""
+        """Return the atom that another one is known as, or None if it is none of these."""
         if atom in self.order:
             return atom
         if atom.frozen is None:

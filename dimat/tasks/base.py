@@ -31,7 +31,7 @@ class Data(Protocol):
 
     @property
     def labels(self) -> Tensor | None:
-        """Class of each example, (N,) int64, for partitions and histograms; None where there are no classes."""
+        """Class of each example, (N,) int64, for partitions and histograms; None if there are no classes."""
         ...
 
     def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> Batch:
@@ -59,7 +59,7 @@ class Task(Protocol):
       agents with different ones refuse each other. "inputs" (how inputs are scaled) may differ, and is told;
     - for a model that is trained in part, whose `state_dict()` then holds that part alone: `base_hash`, a text that
       names the rest, which agents compare when they meet, and `merge_stages`, the merge stages that the part asks for
-      where the configuration names none, e.g. {"combine": "lora-svd"}. Both are attributes, empty or None where the
+      where the configuration names none, e.g. {"combine": "lora-svd"}. Both are attributes, empty or None if the
       whole model is trained.
     """
 
@@ -73,7 +73,7 @@ class Task(Protocol):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Class names in label order; empty where there are no classes."""
+        """Class names in label order; empty if there are no classes."""
         ...
 
     def build_model(self, generator: torch.Generator) -> nn.Module:

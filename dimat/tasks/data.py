@@ -24,7 +24,7 @@ class TensorData:
 
     `inputs`: one tensor or the model's positional arguments; `targets`: (N, …). Whole batches go through
     `transform`, at each access anew, so augmentation is fresh each time and storage may be compact (uint8).
-    Raises DataError where lengths differ.
+    Raises DataError if lengths differ.
     """
 
     def __init__(self, inputs: Tensor | Sequence[Tensor], targets: Tensor, transform: Transform | None = None) -> None:
@@ -122,7 +122,7 @@ class _DatasetData:
 
 
 def _classes(labels: Any) -> Tensor:
-    """Return labels as int64; DataError where they are no whole numbers."""
+    """Return labels as int64; DataError if they are no whole numbers."""
     try:
         found = torch.as_tensor(labels)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -33,7 +33,7 @@ class ImageSource(Protocol):
     labels: Tensor
     """(N,) int64."""
     classes: tuple[str, ...]
-    """Names in label order; empty where the source has none."""
+    """Names in label order; empty if the source has none."""
 
     def encoded(self, chosen: NDArray[np.bool_]) -> Iterator[tuple[bytes | Path, str]]:
         """Yield each chosen image in order (encoded, or its file), and its name for errors."""
@@ -43,7 +43,7 @@ class ImageSource(Protocol):
 def open_images(path: Path) -> ImageSource:
     """Open a Parquet file, a folder of Parquet files, or a folder of class folders of PNG or JPEG files.
 
-    Raises DataError naming file and column where it cannot be read, ConfigError where a package is missing.
+    Raises DataError naming file and column where it cannot be read, ConfigError if a package is missing.
     """
     if path.is_file():
         return _ParquetImages([path])

@@ -29,7 +29,7 @@ def partition(
 ) -> list[Tensor]:
     """Return the indices of each agent's examples, int64 and ascending.
 
-    `labels`: (N,) classes, or None where there are none; then `samples` is N and only kind "iid" works, as a
+    `labels`: (N,) classes, or None if there are none; then `samples` is N and only kind "iid" works, as a
     plain random split. Kinds: "iid" gives every agent the same number of each class, give or take one;
     "dirichlet" draws for each class how it is shared out (Hsu et al. 2019, arXiv 1909.06335); "classes" gives
     each agent `classes_per_agent` classes, every class held by someone; "shards" cuts the examples, sorted by

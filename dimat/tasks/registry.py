@@ -30,7 +30,7 @@ def load_task(config: TaskConfig, folder: Path = Path()) -> Task:
     """Return the task that the configuration names: bundled, or a hook's.
 
     `folder`: where relative paths and hook files are looked up. Raises ConfigError for an unknown name or
-    option, HookError where a hook cannot be loaded, fails, or returns something that is no Task.
+    option, HookError if a hook cannot be loaded, fails, or returns something that is no Task.
     """
     if config.hook is not None:
         return _hooked(config.hook, config.options, folder)

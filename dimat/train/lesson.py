@@ -1,4 +1,4 @@
-"""Distillation from several models at once: what they knew, into other weights.
+"""Distillation from several models at once: their knowledge, into other weights.
 
     L = (1 − w) · loss(z, y) + w · T² · KL(softmax(z̄ / T) ‖ softmax(z / T))
 
@@ -24,7 +24,7 @@ from dimat.train.losses import divergence, logits_of
 
 
 def check_teachable(task: Task, key: str) -> None:
-    """Raise ConfigError, naming the setting `key`, where a task's model cannot be taught by logits."""
+    """Raise ConfigError, naming the setting `key`, if a task's model cannot be distilled from logits."""
     if getattr(task, "train_step", None) is not None:
         raise ConfigError(f"{key} teaches by logits, and task {task.name} has a train_step of its own")
     if getattr(task, "logits", None) is None:
@@ -35,13 +35,13 @@ def check_teachable(task: Task, key: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """What teachers say of an agent's examples. `teachers`: whole state dicts of its model, on its device."""
+    """Teachers' outputs on an agent's examples. `teachers`: full state dicts of its model, on its device."""
 
     teachers: Sequence[Mapping[str, Tensor]]
     config: DistilConfig
 
     def __call__(self, task: Task, model: nn.Module, batch: Batch, outputs: Any, loss: Tensor) -> Tensor:
-        """Return L of a batch, given the model's outputs for it and their loss; the model is in training mode again."""
+        """Return L of a batch, given the model's outputs for it and their loss; the model ends in training mode."""
         logits = logits_of(task, outputs)
         assert logits is not None
         with torch.no_grad(), eval_mode(model):

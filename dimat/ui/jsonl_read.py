@@ -177,7 +177,7 @@ class EventReader:
 
 class Completion:
     """Completes the ends of rounds in a log of format 1 from the events before them. `header`: first line of the log;
-    DataError where it is none."""
+    DataError if it is none."""
 
     def __init__(self, header: bytes, path: str | Path) -> None:
         found = parsed(header)
@@ -200,7 +200,7 @@ class Completion:
 
 
 def parsed(line: bytes) -> dict[str, Any] | None:
-    """Return the JSON object in a line; None where there is none."""
+    """Return the JSON object in a line; None if there is none."""
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):  # covers bytes that are not UTF-8

@@ -70,7 +70,7 @@ def open_listeners(config: ExperimentConfig, folder: Path, *, agent: str = "") -
     are for, "" for a simulated run, which is over before anybody would scrape it: `monitor.metrics` is passed over
     there.
 
-    Raises NetworkError where metrics cannot be served, ConfigError where an extra is missing.
+    Raises NetworkError if metrics cannot be served, ConfigError if an extra is missing.
     """
     opened = Listeners(config.run, agent)
     try:

@@ -87,7 +87,7 @@ def round_text(number: int, rounds: int) -> str:
 
 
 def clock_text(time_s: float, rounds: int) -> str:
-    """Return the virtual time after a number of rounds, and nothing where the clock only counts them: neither a network
+    """Return the virtual time after a number of rounds, and nothing if the clock only counts them: neither a network
     nor computers nor faults are simulated then."""
     return "" if time_s == 0 or math.isclose(time_s, rounds) else seconds_text(time_s)
 
@@ -131,7 +131,7 @@ def round_line(summary: RoundSummary, metric: str, agents: str = "") -> str:
 
 
 def some_of(part: int, total: int) -> str:
-    """Return e.g. `14 of 16`, and nothing where all take part or it is not known."""
+    """Return e.g. `14 of 16`, and nothing if all take part or it is not known."""
     return f"{part} of {total}" if 0 < part < total else ""
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class Verdict:
     """What a run tells of merging against training alone.
 
-    `ahead`: whether merging was ahead at the end by more than seeds differ, None where that was not measured or cannot
+    `ahead`: whether merging was ahead at the end by more than seeds differ, None if that was not measured or cannot
     be told; `by`: the difference of the metric after the last merge, merged − alone; `from_merge`: the first merge from
     which on it was ahead; `next_step`: what to try, or the command that would tell.
     """
@@ -120,14 +120,14 @@ def _paired(curve: MethodCurve, floor: MethodCurve) -> list[tuple[Sequence[float
 
 
 def _decided(by: float, spread: float | None) -> bool | None:
-    """Return whether a mean difference is above zero by more than seeds differ, None where that cannot be told."""
+    """Return whether a mean difference is above zero by more than seeds differ, None if that cannot be told."""
     from dimat.results import ONE_SEED  # pydantic: not wanted by those who only format events
 
     return None if abs(by) <= (ONE_SEED if spread is None else spread) else by > 0
 
 
 def _ahead_since(pairs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> int | None:
-    """Return the first merge from which on merged curves were ahead, in the mean over seeds; None where merges are not
+    """Return the first merge from which on merged curves were ahead, in the mean over seeds; None if merges are not
     counted alike."""
     if len({len(curve) for pair in pairs for curve in pair}) != 1:
         return None

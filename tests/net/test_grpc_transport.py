@@ -170,7 +170,7 @@ async def test_a_withdrawn_snapshot_cannot_be_had(tmp_path: Path) -> None:
             await b.ears.offer("a", round_)
         gone = b.ears.offers[0][0].payload.root
         assert b.ears.offers[-1][1] == 2
-        with pytest.raises(NetworkError, match="offers no snapshot"):
+        with pytest.raises(NetworkError, match="does not offer snapshot"):
             await b.transport.fetch("a", 1, gone)
         assert not b.stored()
         with pytest.raises(NetworkError, match="no neighbour"):

@@ -2,7 +2,7 @@
 
 A rule is a function of one `Call`. It relates axes through `call.domain` and returns the value of the
 operation's output: a `Value`, a list of them (None for what is no tensor) where it has several outputs, or
-None where it has none. Where it cannot tell what the operation does with its axes, it raises `NoRule`, and
+None if it has none. Where it cannot tell what the operation does with its axes, it raises `NoRule`, and
 the operation is treated as unknown: everything that it touches is frozen.
 """
 
@@ -73,7 +73,7 @@ class Call:
         return found
 
     def optional(self, name: str) -> Value | None:
-        """Return the tensor given for argument `name`, or None where none was given."""
+        """Return the tensor given for argument `name`, or None if none was given."""
         given = self.arguments.get(name)
         return self._of(given) if isinstance(given, fx.Node) else None
 
@@ -203,7 +203,7 @@ def register_rule(op: Any, function: Rule) -> None:
     `op` is what `torch.ops` holds (an overload, or a packet for all its overloads) or its name, as in
     `mylib.scan`. `function` takes a `Call` and returns a `Value`, a list of values, or None.
     A wrong rule makes wrong permutations: check with `verify_symmetry`.
-    Raises SymmetryError where `op` is neither an operation nor a name.
+    Raises SymmetryError if `op` is neither an operation nor a name.
     """
     name = op.replace("::", ".") if isinstance(op, str) else op_name(op)
     if not name or "." not in name:

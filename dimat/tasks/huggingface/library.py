@@ -23,7 +23,7 @@ _quieted: set[str] = set()
 def library(name: str) -> Any:
     """Import "transformers", "datasets" or "peft", without their bars and advice.
 
-    Raises ConfigError where the package is missing.
+    Raises ConfigError if the package is missing.
     """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every attempt; errors say it in a line
@@ -75,7 +75,7 @@ def _working_torchvision() -> Generator[None]:
 def telling(option: str, name: str, local: bool) -> Generator[None]:
     """Turn errors of the libraries while they read `name` into one line that names `option`.
 
-    NetworkError where the hub cannot be reached; DataError for files on disk that cannot be read; else ConfigError.
+    NetworkError if the hub cannot be reached; DataError for files on disk that cannot be read; else ConfigError.
     """
     try:
         with warnings.catch_warnings():

@@ -88,7 +88,7 @@ def share_frozen(model: nn.Module, held: dict[str, Tensor]) -> None:
     """Let an adapted model use the memory of the frozen tensors in `held` in the place of its own, and put those there
     that it lacks. Buffers are not shared: a model may compute them anew.
 
-    Raises DimatError where one is not equal to the model's own: somebody has written into what must not change.
+    Raises DimatError if one is not equal to the model's own: somebody has written into what must not change.
     """
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

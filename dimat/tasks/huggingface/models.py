@@ -82,7 +82,7 @@ def architecture(
 
 
 def fits_kind(built: Architecture) -> None:
-    """Raise ConfigError where transformers has no model of the kind for the architecture."""
+    """Raise ConfigError if transformers has no model of the kind for the architecture."""
     maker = getattr(library("transformers"), built.kind)
     if type(built.config) not in maker._model_mapping:
         what = "image classifier" if built.kind == "AutoModelForImageClassification" else "causal language model"

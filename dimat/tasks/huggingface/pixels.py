@@ -155,7 +155,7 @@ def _processor(built: Architecture) -> dict[str, Any]:
 
 
 def _sizes(built: Architecture, held: Mapping[str, Any], size: int | None) -> tuple[int, int, int | None] | None:
-    """Return height, width and the length to which the shorter edge is resized (None where both edges are); None
+    """Return height, width and the length to which the shorter edge is resized (None if both edges are); None
     where nobody says them."""
     if size is not None:
         return size, size, None

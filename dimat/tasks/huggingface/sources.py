@@ -63,7 +63,7 @@ def open_probe(name: str, options: ProbeOptions, names: OptionNames, folder: Pat
 
 def column_of(rows: Any, wanted: str | None, usual: tuple[str, ...], option: str) -> str:
     """Return the column that the option (its key as the user wrote it) names, or the first of the usual ones.
-    Raises ConfigError where there is none."""
+    Raises ConfigError if there is none."""
     names: list[str] = list(rows.column_names)
     if wanted is not None:
         if wanted in names:

@@ -25,7 +25,7 @@ DOCUMENTS = 1000  # tokenised at a time
 
 @dataclass(frozen=True)
 class Tokens:
-    """A tokenizer: `size` of its vocabulary, `end`: the id that ends a document, None where it has none."""
+    """A tokenizer: `size` of its vocabulary, `end`: the id that ends a document, None if it has none."""
 
     size: int
     end: int | None
@@ -110,7 +110,7 @@ def pack(
     """Tokenise documents and cut them, one after the other, into blocks of `length` tokens; each class by itself.
     `option`: the key of `length` as the user wrote it.
 
-    Raises DataError where not one block is filled, and for rows that are no text.
+    Raises DataError if not one block is filled, and for rows that are no text.
     """
     streams: list[list[np.ndarray[Any, np.dtype[np.int32]]]] = [[] for _ in range(max(1, len(classes)))]
     place = {name: i for i, name in enumerate(classes)}

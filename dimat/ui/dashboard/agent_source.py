@@ -38,7 +38,7 @@ Statuses = Mapping[str, Mapping[str, Any] | None]
 class AgentDashboard:
     """Serves an agent's view; a listener of its events, and a context manager around its run.
 
-    Raises SecurityError for a token that is missing or open to others, NetworkError where the port cannot be had.
+    Raises SecurityError for a token that is missing or open to others, NetworkError if the port cannot be had.
     """
 
     def __init__(self, daemon: Daemon, listen: str, token_file: Path | None = None) -> None:

@@ -10,7 +10,7 @@ NEEDED = ("starlette", "uvicorn")
 
 
 def need_dashboard() -> None:
-    """Raise ConfigError where the extra is not installed."""
+    """Raise ConfigError if the extra is not installed."""
     missing = [package for package in NEEDED if find_spec(package) is None]
     if missing:
         raise ConfigError(f"the dashboard needs {' and '.join(missing)}; do: pip install 'dimat[dashboard]'")

@@ -39,7 +39,7 @@ HEADERS = {
 
 
 def parse_listen(listen: str) -> tuple[str, int]:
-    """Split `host:port`; ConfigError where it is something else."""
+    """Split `host:port`; ConfigError if it is something else."""
     host, sign, port = listen.rpartition(":")
     if not sign or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
         raise ConfigError(f'cannot listen on {listen!r}: it must be "host:port", e.g. "127.0.0.1:8300"')
@@ -47,7 +47,7 @@ def parse_listen(listen: str) -> tuple[str, int]:
 
 
 def read_token(file: Path) -> str:
-    """Return a file's token; SecurityError where it is missing, short, or open to others."""
+    """Return a file's token; SecurityError if it is missing, short, or open to others."""
     make = f"make one with: (umask 077; openssl rand -hex 32 > {file})"
     try:
         mode = os.stat(file).st_mode
@@ -72,7 +72,7 @@ def check_exposure(host: str, token: str | None) -> None:
 
 
 def open_socket(host: str, port: int) -> socket.socket:
-    """Return a listening socket; NetworkError where the port cannot be had."""
+    """Return a listening socket; NetworkError if the port cannot be had."""
     shown = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]

@@ -145,7 +145,7 @@ class Point:
 @dataclass(slots=True)
 class AgentModel:
     """One agent. `own`: its events are read, not only what others tell of it; `alive`: whether it answered when it was
-    asked, None where it was not asked; `link_faults`: by agent that listens to it, what is wrong with the link, "" for
+    asked, None if it was not asked; `link_faults`: by agent that listens to it, what is wrong with the link, "" for
     nothing; times in seconds of the run's clock; `round_s`: how long its rounds take lately; bytes since the log began.
     """
 

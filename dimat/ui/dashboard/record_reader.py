@@ -30,7 +30,7 @@ class RecordReader:
         self._kept: dict[Path, tuple[tuple[int, int], list[MergeRecord]]] = {}
 
     def read(self, folder: Path) -> list[MergeRecord]:
-        """Return a folder's records; DataError where its ledger cannot be read, none where it has none."""
+        """Return a folder's records; DataError if its ledger cannot be read, none if it has none."""
         path = folder / LEDGER
         try:
             found = path.stat()
@@ -44,7 +44,7 @@ class RecordReader:
 
     def lineage(self, agent: str, own: Path, folders: Sequence[Path]) -> dict[str, Any]:
         """Return what an agent's model is made of. `own`: the folder with its ledger; `folders`: all that there are.
-        DataError where that is not on record."""
+        DataError if that is not on record."""
         records = [record for folder in dict.fromkeys([own, *folders]) for record in self.read(folder)]
         mine = [record for record in records if record.agent == agent]
         if not mine:

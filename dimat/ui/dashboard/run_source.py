@@ -59,7 +59,7 @@ class FolderSource:
         return _marked(self.path)
 
     def read(self) -> bool:
-        """Take in what is new; return whether anything was. DataError where a log cannot be read, once the others
+        """Take in what is new; return whether anything was. DataError if a log cannot be read, once the others
         have been."""
         before, errors = self.state.version, list[DataError]()
         if self.several:

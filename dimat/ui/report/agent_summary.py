@@ -22,7 +22,7 @@ def agent_lineage(folder: Path, agent: str) -> tuple[MergeRecord, Lineage, list[
     """Return an agent's last merge, what its model is made of since, and all records of its own merges.
 
     Beyond the agent's own records only what its peers' manifests tell is known: what rests on merges of others that
-    nobody told of is in `Lineage.earlier`. DataError where there is no merge on record.
+    nobody told of is in `Lineage.earlier`. DataError if there is no merge on record.
     """
     path = folder / "lineage.jsonl"
     own = read_records(path) if path.exists() else []

@@ -44,7 +44,7 @@ class Contributions:
 def contributions(folder: Path, results: Results) -> Contributions:
     """Work out what the final models of a run are made of, from its ledger of merges.
 
-    DataError where the ledger is missing, damaged, or lacks a merge of the results.
+    DataError if the ledger is missing, damaged, or lacks a merge of the results.
     """
     if not (folder / LEDGER).exists():  # said without its path: reports of equal runs are equal
         raise DataError(f"the run folder has no {LEDGER}")

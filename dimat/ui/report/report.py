@@ -38,7 +38,7 @@ def write_report(run_dir: str | Path, listener: Listener | None = None) -> list[
     and `lineage.jsonl`.
 
     Returns what was written. Without matplotlib there are no pictures, and without a ledger that can be read nothing
-    of who contributed what; the page says so and `listener` is sent a `Warned`. Raises DataError where the results
+    of who contributed what; the page says so and `listener` is sent a `Warned`. Raises DataError if the results
     cannot be read or a file cannot be written.
     """
     folder = Path(run_dir)
@@ -87,7 +87,7 @@ def write_comparison_report(
 
 
 def rounds_csv(results: Results) -> bytes:
-    """Return a row per agent and round, columns as the fields of `AgentRound`; empty where not measured."""
+    """Return a row per agent and round, columns as the fields of `AgentRound`; empty if not measured."""
     columns = tuple(AgentRound.model_fields)
     return _csv(columns, ([getattr(row, column) for column in columns] for row in results.rows))
 
@@ -103,7 +103,7 @@ def _told(message: str, run: str, listener: Listener | None) -> str:
 
 
 def write_csv(file: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> Path:
-    """Write a table, whole or not at all; DataError where that fails."""
+    """Write a table, whole or not at all; DataError if that fails."""
     return _write(file, _csv(header, rows))
 
 

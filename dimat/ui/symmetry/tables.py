@@ -27,7 +27,7 @@ from dimat.ui.text import Table, as_text
 
 @dataclass(frozen=True)
 class ModelSymmetry:
-    """A model's groups, and what is known of its tensors: (shape, dtype) by name, empty where only groups are known."""
+    """A model's groups, and what is known of its tensors: (shape, dtype) by name, empty if only groups are known."""
 
     name: str
     spec: SymmetrySpec
@@ -39,7 +39,7 @@ class ModelSymmetry:
 
 
 def load_model(hook: str) -> tuple[nn.Module, Any]:
-    """Return model and example inputs of a hook, an experiment or a bundled task; HookError where there are none."""
+    """Return model and example inputs of a hook, an experiment or a bundled task; HookError if there are none."""
     made: Any
     if hook.endswith(".toml"):
         config = load_experiment(Path(hook))
@@ -207,6 +207,6 @@ def totals(described: ModelSymmetry) -> str:
 
 
 def check_suffix(path: Path | None, suffix: str) -> None:
-    """Raise ConfigError where a file to write has another ending than its format's."""
+    """Raise ConfigError if a file to write has another ending than its format's."""
     if path is not None and path.suffix.lower() != suffix:
         raise ConfigError(f"cannot draw to {path}: the name must end in {suffix}")

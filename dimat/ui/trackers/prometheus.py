@@ -223,7 +223,7 @@ class PrometheusListener:
 
 class MetricsServer:
     """Serves a registry under /metrics from a thread, until `close`. `address`: `host:port`, port 0 for any free one;
-    it is then where the server listens. NetworkError where it cannot."""
+    it is then where the server listens. NetworkError if it cannot."""
 
     def __init__(self, registry: CollectorRegistry, address: str) -> None:
         host, _, port = address.rpartition(":")

@@ -70,7 +70,7 @@ class Backend(Protocol):
         ...
 
     def end(self, reason: str) -> None:
-        """End the run; "" where it is not known how it ended."""
+        """End the run; "" if it is not known how it ended."""
         ...
 
 

@@ -23,7 +23,7 @@ GOOD = ("done", "target", "time")
 
 
 class WandbBackend:
-    """Tells W&B; its files lie in `folder`. ConfigError where runs are to be sent and no key is there."""
+    """Tells W&B; its files lie in `folder`. ConfigError if runs are to be sent and no key is there."""
 
     def __init__(self, config: WandbConfig, folder: Path) -> None:
         if config.mode == "online" and not wandb.login(prompt=False):
