@@ -349,7 +349,7 @@ def _costly(spec: SymmetrySpec, shapes: Mapping[str, tuple[int, ...]]) -> list[s
     for reason, share, axes in costs(spec, shapes, told):
         more = f" and {len(axes) - 1} more" if len(axes) > 1 else ""
         messages.append(
-            f"{_COSTLY} {100 * share:.0f} % of what could move stays in place ({reason}): "
+            f"{_COSTLY} {100 * share:.0f} % of the movable entries stay in place ({reason}): "
             f"{axes[0].tensor}/{axes[0].dim}{more}"
         )
     return messages

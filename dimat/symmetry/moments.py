@@ -122,7 +122,7 @@ def _shape_by(axes: Sequence[AxisRef], entries: Mapping[str, Any], name: str) ->
     key, value = next(iter(large.items()))
     raise SymmetryError(
         f"{name} ({key}) has shape {tuple(value.shape)}, which is not that of a parameter with axes of "
-        f"{', '.join(str(axis.size) for axis in axes)}; hand in names with their parameters"
+        f"{', '.join(str(axis.size) for axis in axes)}; pass names with their parameters"
     )
 
 

@@ -35,11 +35,10 @@ def digits(
 ) -> ClassificationTask:
     """Handwritten digits, 8×8, bundled with scikit-learn.
 
-    model: "cnn" (three BatchNorm convolutions, `width` channels in the first) or "mlp" (`hidden` units per
-    layer). head: "linear", or "simplex", a classifier whose classes have fixed directions. probe: images set aside as
-    the probe set. The split is the same for every seed: 360 images to test (36 per class), and of the other 1,437
-    `probe` (class-balanced) for the probe set, the rest to train on.
-    Inputs are (B, 1, 8, 8) in about [−1, 1].
+    model: "cnn" (three BatchNorm convolutions, `width` channels in the first) or "mlp" (`hidden` units per layer).
+    head: "linear", or "simplex", a classifier whose classes have fixed directions. probe: number of images for the
+    probe set. The split is the same for every seed: 360 images to test (36 per class), and of the other 1,437 `probe`
+    (class-balanced) for the probe set, the rest to train on. Inputs are (B, 1, 8, 8) in about [−1, 1].
     """
     if not 2 <= probe <= MAX_PROBE:
         raise ConfigError(f"task.options.probe: {probe} images; digits has 2 to {MAX_PROBE} to spare")

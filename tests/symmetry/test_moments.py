@@ -210,5 +210,5 @@ def test_names_alone_do_where_entries_show_the_shape(name: str) -> None:
     p = random_permutations(spec, generator(3))
     one, other = (permute_optimizer(optimizer.state_dict(), spec, p, names)["state"] for names in (named, list(named)))
     assert all(torch.equal(value, other[i][key]) for i, held in one.items() for key, value in held.items())
-    with pytest.raises(SymmetryError, match="hand in names with their parameters"):
+    with pytest.raises(SymmetryError, match="pass names with their parameters"):
         permute_optimizer(optimizer.state_dict(), spec, p, [*named][::-1])

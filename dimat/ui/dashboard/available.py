@@ -1,4 +1,4 @@
-"""Checks that the packages which the dashboard needs are installed."""
+"""Checks that the packages that the dashboard needs are installed."""
 
 from __future__ import annotations
 
