@@ -54,8 +54,8 @@ class Shield:
     ) -> Shield:
         """Return the shield of a merge.
 
-        `weights`: mixing weights, own's first. `model_ties`: whether ties are known from the model; else they are found
-        by own values, and peers' values must agree.
+        `weights`: mixing weights, this agent's first. `model_ties`: whether ties are known from the model; else they
+        are found by own values, and peers' values must agree.
         """
         fixed: set[str] = set()
         taking = [peer for peer, weight in zip(peers, weights[1:]) if weight]

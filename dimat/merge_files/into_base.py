@@ -54,7 +54,7 @@ class IntoBase:
 
 
 def target(recipe: Recipe, merged: MergedAdapter | None, base: ModelFiles | None, out: Path) -> IntoBase | None:
-    """Return how a recipe merges adapters into its base; None if it does not.
+    """Return the plan by which a recipe merges adapters into its base; None if it does not.
 
     Raises ConfigError for an output, base or models that do not fit the recipe, DataError if the base lacks a tensor
     that the adapters change.

@@ -1,4 +1,4 @@
-"""Retry back-off with jitter, a circuit breaker, and messages about trouble at a limited rate."""
+"""Retry back-off with jitter, a circuit breaker, and messages at a limited rate."""
 
 from __future__ import annotations
 

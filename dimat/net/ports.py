@@ -1,4 +1,4 @@
-"""Addresses and TCP ports: which process listens on a port, is a host loopback, does it answer."""
+"""Addresses and TCP ports: the process that listens, loopback hosts, test dials."""
 
 from __future__ import annotations
 

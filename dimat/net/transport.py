@@ -1,4 +1,4 @@
-"""The interface between an agent and its network: offer snapshots, learn of peers' and fetch them.
+"""The interface between an agent and its network: offer, learn of and fetch snapshots.
 
 The daemon's runner uses only these protocols. `dimat.net.grpc_transport` implements them over gRPC.
 """

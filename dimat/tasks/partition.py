@@ -73,7 +73,7 @@ def partition(
 
 
 def histogram(labels: Tensor, parts: Sequence[Tensor], classes: int) -> Tensor:
-    """Return how many examples of each class each agent holds: (agents, classes) int64."""
+    """Return the number of examples of each class at each agent: (agents, classes) int64."""
     return torch.stack([torch.bincount(labels[part], minlength=classes) for part in parts])
 
 

@@ -1,4 +1,4 @@
-"""A task's contract, checked at every batch: shapes of data, losses, metrics; weights of parts.
+"""A task's contract, checked at every batch: data, losses, metrics, weights of parts.
 
 A user's code may return anything. This module checks the result, so that one line says what is wrong and how to correct
 it, instead of another library's traceback or a number that is silently wrong. `dimat.train.check_task` uses the same
@@ -26,8 +26,9 @@ HALF_TOLERANCE = 0.03
 
 @contextmanager
 def task_errors(task: Task, doing: str = "") -> Generator[None]:
-    """Raise HookError, with the task and the step that it was `doing`, for any error of its code inside; dimat's own
-    errors pass unchanged, and a device out of memory is a TrainingError."""
+    """Turn errors of the task's code inside into HookError, with the step that it was `doing`.
+
+    dimat's own errors pass unchanged, and a device out of memory is a TrainingError."""
     what = f"task {task.name} failed{f' in {doing}' if doing else ''}"
     try:
         with user_code(what, "mend its code"):

@@ -152,7 +152,8 @@ class Span:
         return gram + gram.tril(-1).T
 
     def merged(self, coefficients: Tensor) -> Weights:
-        """Return the weights at coefficients of shape (models, layers) or (models, 1), in own's types."""
+        """Return the weights at coefficients of shape (models, layers) or (models, 1), in the types of this agent's
+        weights."""
         columns = dict(zip(self.layers, coefficients.detach().expand(-1, len(self.layers)).T.tolist()))
 
         def merge(name: str, own: Tensor, _: list[Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Resolves agents to addresses, with the map and the DHT, and announces this agent in the DHT.
+"""Resolves agents to addresses, by map and DHT, and announces this agent in the DHT.
 
 Either source suffices, and a lookup in the DHT delays its caller for at most `LOOKUP_S`.
 """

@@ -1,4 +1,4 @@
-"""Uploads of payloads to readers: read ahead, in chunks, within the limits of slots and rate."""
+"""Uploads of payloads to readers: read ahead, in chunks, within slots and a rate."""
 
 from __future__ import annotations
 

@@ -60,8 +60,9 @@ class RecordReader:
         return {"agent": agent, "round": last.round, **_contributors(made)}
 
     def moves(self, agents: Sequence[str], folders: Sequence[Path]) -> list[dict[str, Any]]:
-        """Return, for each merge and each peer aligned for it, the share of the peer's units that moved, in total and
-        by group of units, if the ledger has it."""
+        """Return the share of a peer's units that moved, for each merge and each peer aligned for it.
+
+        The shares are in total and by group of units, if the ledger has them."""
         rows: list[dict[str, Any]] = []
         for folder in folders:
             for record in self.read(folder):

@@ -22,7 +22,7 @@ QUEUED = 10_000
 CLOSE_S = 30.0
 """Seconds that a tracker has at the end to send the remaining rows."""
 EACH_AT_MOST = 32
-"""Agents of one simulated run whose numbers are item one by one where each makes a run or columns of its own."""
+"""Most agents of a simulated run whose numbers are sent separately, if each needs a run or columns of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +75,8 @@ class Backend(Protocol):
 
 
 class Tracker:
-    """Tells a backend of a run; a listener. `name`: what people call the tracker; `backend`: what makes it; `warn`: is
-    item, once and from any thread, that the tracker failed and is switched off."""
+    """Passes a run to a backend; a listener. `name`: the tracker's name for people; `backend`: the tracker's; `warn`:
+    called once, from any thread, if the tracker fails and is switched off."""
 
     def __init__(self, name: str, backend: Backend, warn: Callable[[str], None]) -> None:
         self._name = name
