@@ -1,4 +1,4 @@
-"""Finds a model's files: a file, shards, a folder, a Hugging Face cache; names wrong formats."""
+"""Finds a model's files: a file, shards, a folder, a Hugging Face cache; other formats."""
 
 from __future__ import annotations
 

@@ -28,7 +28,8 @@ HALF_TOLERANCE = 0.03
 def task_errors(task: Task, doing: str = "") -> Generator[None]:
     """Turn errors of the task's code inside into HookError, with the step that it was `doing`.
 
-    dimat's own errors pass unchanged, and a device out of memory is a TrainingError."""
+    dimat's own errors pass unchanged, and a device out of memory is a TrainingError.
+    """
     what = f"task {task.name} failed{f' in {doing}' if doing else ''}"
     try:
         with user_code(what, "mend its code"):

@@ -108,7 +108,8 @@ def sample_moments(model: nn.Module, optimizers: Optimizers) -> dict[str, Tensor
 def sample_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> State | None:
     """Return the state of such a parameter in an optimizer of this kind after a step with zero gradient.
 
-    None if that cannot be determined."""
+    None if that cannot be determined.
+    """
     groups = (g for g in optimizer.param_groups if any(parameter is held for held in g["params"]))
     group = {key: value for key, value in next(groups, optimizer.defaults).items() if key != "params"}
     probe = nn.Parameter(torch.zeros_like(parameter, memory_format=torch.preserve_format))

@@ -62,7 +62,8 @@ class RecordReader:
     def moves(self, agents: Sequence[str], folders: Sequence[Path]) -> list[dict[str, Any]]:
         """Return the share of a peer's units that moved, for each merge and each peer aligned for it.
 
-        The shares are in total and by group of units, if the ledger has them."""
+        The shares are in total and by group of units, if the ledger has them.
+        """
         rows: list[dict[str, Any]] = []
         for folder in folders:
             for record in self.read(folder):
