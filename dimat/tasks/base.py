@@ -49,18 +49,18 @@ class Task(Protocol):
     - `train_step(model, batch) -> Tensor`, which returns the loss to differentiate, instead of
       `loss(model(*batch.inputs), batch.targets)`;
     - `logits(outputs) -> Tensor`, (B, classes), if targets are class indices and `loss` accepts logits as well as
-    outputs: then `train.loss` may be another than the task's own (`dimat.train.losses`);
+      outputs: then `train.loss` may be another than the task's own (`dimat.train.losses`);
     - `derived_metrics(means) -> Mapping[str, float]`: metrics of a whole set from the means over it, such as a
       perplexity;
     - `loss_weight(targets) -> float`: the weight of a batch's loss in a mean over batches, 0 or more; by default the
-    number of examples. A loss that ignores labels, such as those of padding, needs it, e.g. `(targets != -100).sum()`:
-    parts of a batch (`train.accumulate`) and batches of a set are weighted by it;
+      number of examples. A loss that ignores labels, such as those of padding, needs it, e.g.
+      `(targets != -100).sum()`: parts of a batch (`train.accumulate`) and batches of a set are weighted by it;
     - `agreement`: a mapping of short texts by name that agents compare when they connect, such as a tokenizer's hash;
-    agents with different ones refuse each other. "inputs" (how inputs are scaled) may differ, with a warning;
+      agents with different ones refuse each other. "inputs" (how inputs are scaled) may differ, with a warning;
     - for a partly trained model, whose `state_dict()` then holds only that part: `base_hash`, a text that identifies
-    the rest, which agents compare when they connect, and `merge_stages`, the merge stages for the part if the
-    configuration names none, e.g. {"combine": "lora-svd"}. Both are attributes, empty or None if the whole model is
-    trained.
+      the rest, which agents compare when they connect, and `merge_stages`, the merge stages for the part if the
+      configuration names none, e.g. {"combine": "lora-svd"}. Both are attributes, empty or None if the whole model is
+      trained.
     """
 
     @property
