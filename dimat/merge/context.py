@@ -48,7 +48,7 @@ class MergeContext:
     def observer(self, inputs: Inputs) -> Observer:
         """Return an observer of the model, traced on `inputs` when it is first asked for."""
         if self.model is None or self.spec is None:
-            raise MergeError("aligning by activations needs the model and its symmetry spec: hand them in")
+            raise MergeError("aligning by activations needs the model and its symmetry spec: pass both")
         if self.spec.arch_hash not in self.observer_cache:
             self.observer_cache[self.spec.arch_hash] = Observer(self.model, self.spec, inputs)
         return self.observer_cache[self.spec.arch_hash]

@@ -1,20 +1,20 @@
-"""Optimizers' moments in a merge: peers' are checked, bounded and averaged as weights are.
+"""Optimizers' moments in a merge: peers' are checked, bounded and averaged like weights.
 
-After a merge that was kept a moment is Σ_i w_i m_i over own (first) and the peers that were in it, in own's basis; of a
-share s of the way to the merged weights, own + s (mean − own). w_i are the mixing weights of the weights' merge, in
-which what peers that were refused would have had is own's; and so it is with a parameter of which a peer has no
-moments. Averages of squares are averaged as such: they are never negative, and those of agents with like gradients stay
-what they are.
+After a merge that was kept, a moment is Σ_i w_i m_i over this agent (first) and the peers in the merge, in this agent's
+basis; if the weights went only a share s of the way to the merged ones, it is own + s (mean − own). w_i are the mixing
+weights of the weights' merge, in which this agent has the weight of refused peers; the same holds for a parameter of
+which a peer has no moments. Averages of squares are averaged as such: they are never negative, and those of agents with
+similar gradients hardly change.
 
 Counts of steps are averaged too, and rounded. A moment of t steps is (1 − βᵗ) times an average of gradients, so the
 mean of moments is Σ w_i (1 − β^t_i) times one, and 1 − βᵗ of the mean t agrees with that to first order in the
-differences of t_i; agents in step keep their count.
+differences of t_i; agents with equal counts keep them.
 
-What a peer may do by its moments: a second moment that is too large freezes an agent, a first moment too large for the
-second throws it off. Of both no more is taken than `ratio` times the norm that own training has made (`growth.py`; a
-merge does not move it), the root's of squares; what is larger is scaled down to that. Of a first moment each element is
-at most `limit` times the root of the second moment beside it, as it is for whoever averaged the gradients of both: so
-is then each mean of them, by Jensen's inequality.
+A peer's moments can do harm: a second moment that is too large freezes an agent, a first moment too large for the
+second makes it diverge. Both are scaled down to at most `ratio` times the norm after the agent's own training
+(`growth.py`; a merge does not change it); for averages of squares the norm is that of the root. Each element of a first
+moment is limited to `limit` times the root of the second moment beside it, as holds if both are averages of the same
+gradients: by Jensen's inequality, it then also holds for each mean of them.
 """
 
 from __future__ import annotations
@@ -35,26 +35,26 @@ from dimat.symmetry.stacks import stacked
 from dimat.weights.moments import MOMENT, SCALE, STEP, decode_moment, entry_of, is_known, is_squared
 
 PREFIXES = (MOMENT, SCALE)
-"""Beginnings of the names that moments have beside a snapshot's weights."""
+"""Prefixes of the names of moments beside a snapshot's weights."""
 LIMIT = 10.0
-"""The limit of a first moment where the optimizer does not tell its decays."""
+"""The limit of a first moment if the optimizer's decays are not known."""
 SURE = 0.999
 """A centred RMSprop subtracts the squared average of gradients from that of squares, which must stay positive."""
 _PARTNERS = {"exp_avg": ("exp_avg_sq", "exp_inf"), "grad_avg": ("square_avg",)}
 
 
 def parameter_of(name: str) -> str:
-    """Return the parameter that a moment is of."""
+    """Return the parameter to which a moment belongs."""
     return name.partition(".")[2]
 
 
 def names_of(tensors: Iterable[str]) -> list[str]:
-    """Return the names of moments among those of the tensors that they travel as."""
+    """Return the names of the moments in the names of tensors as they are sent."""
     return [name.removeprefix(MOMENT) for name in tensors if name.startswith(MOMENT)]
 
 
 def limit_of(betas: tuple[float, float]) -> float:
-    """Return how many times the root of Adam's second moment its first can be.
+    """Return the largest ratio of Adam's first moment to the root of its second moment.
 
     By Cauchy and Schwarz (1 − β₁) Σ β₁ᵏ |g_k| ≤ (1 − β₁) √(Σ (β₁² / β₂)ᵏ) √(Σ β₂ᵏ g_k²): the limit is
     (1 − β₁) / √((1 − β₂) (1 − β₁² / β₂)), 7.3 for β = (.9, .999). Infinite where β₁² ≥ β₂.
@@ -68,10 +68,11 @@ def limit_of(betas: tuple[float, float]) -> float:
 def check_moments(peer: str, tensors: Weights, own: Weights, moments: Mapping[str, Tensor]) -> None:
     """Check the moments beside a peer's weights, one tensor at a time; PeerError names the peer and the moment.
 
-    `tensors`: as they came, by names without `aux.`; `own`: own weights; `moments`: own moments. A peer may have none
-    of a parameter, or of all: it has not trained it. Of one that it has, it must have the same entries as we, of the
-    parameter's shape, finite, and not negative where they are of squares (known by name, or by ours having no negative
-    value). Where we have none at all only entries are taken of which that is known.
+    `tensors`: as received, by names without `aux.`; `own`: this agent's weights; `moments`: its moments. A peer may
+    lack the moments of some or all parameters, which it has not trained. For other parameters it must have the same
+    entries as this agent, of the parameter's shape, finite, and not negative if they are averages of squares (by their
+    name, or because this agent's have no negative value). If this agent has none at all, only entries for which that is
+    known are accepted.
     """
     names = names_of(tensors)
     present = set(names)
@@ -108,12 +109,13 @@ def check_moments(peer: str, tensors: Weights, own: Weights, moments: Mapping[st
 
 
 def norms_of_moments(moments: Mapping[str, Tensor]) -> dict[str, float]:
-    """Return the 2-norms of moments, of squares that of their root; a count is its own."""
+    """Return the 2-norms of moments; for squares that of their root, for a count its value."""
     return {name: _norm(name, tensor) for name, tensor in moments.items()}
 
 
 def reference_of(norms: Mapping[str, float], moments: Mapping[str, Tensor]) -> Reference:
-    """Return the reference of norms of own moments: to a moment that is still zero the usual of its entry goes."""
+    """Return the reference norms of this agent's moments; a moment that is still zero has the typical norm of its
+    entry."""
     norms = {name: norm for name, norm in norms.items() if name in moments}
     sizes = {name: moments[name].numel() for name in norms}
     sums: dict[str, tuple[float, int]] = {}
@@ -126,7 +128,7 @@ def reference_of(norms: Mapping[str, float], moments: Mapping[str, Tensor]) -> R
 
 @dataclass(frozen=True)
 class PeerMoments:
-    """A peer's moments as they travel (`tensors`), its mixing weight, and how its units move into own's order."""
+    """A peer's moments as sent (`tensors`), its mixing weight, and the permutations into this agent's order."""
 
     name: str
     weight: float
@@ -135,12 +137,12 @@ class PeerMoments:
 
 
 class MergedMoments(WeightsView):
-    """Own moments merged with peers' that `check_moments` has passed: each is computed when it is asked for.
+    """This agent's moments merged with peers' that `check_moments` has accepted, each computed when accessed.
 
-    `own`: as they are now, by name; `own_weight` and the peers' sum to 1; `share`: how far the weights went to the
-    merged ones, and `factors` by parameter where `merge.layers` held one back; `reference` and `ratio` bound the
-    peers', `limit` their first moments (`limit_of`). `exceeded`: by peer how many times as large as the reference its
-    moments were at most, of those that were scaled down.
+    `own`: the current ones, by name; `own_weight` and the peers' sum to 1; `share`: how far the weights went towards
+    the merged ones, and `factors` by parameter if `merge.layers` limited one; `reference` and `ratio` bound the peers',
+    `limit` their first moments (`limit_of`). `exceeded`: for each peer with moments that were scaled down, their
+    largest ratio to the reference.
     """
 
     def __init__(
@@ -192,7 +194,7 @@ class MergedMoments(WeightsView):
         return PermutedWeights(decoded, spec_of_moments(decoded, spec), peer.permutations)
 
     def _bounded(self, peer: str, name: str, moments: Weights) -> Tensor:
-        """Return a peer's moment, no larger than it may be."""
+        """Return a peer's moment, scaled down to its bound."""
         found = self._scaled(peer, name, moments)
         entry, _, rest = name.partition(".")
         family = entry.removesuffix(entry_of(name))
@@ -219,7 +221,7 @@ class MergedMoments(WeightsView):
 
 
 class _Decoded(WeightsView):
-    """Moments as numbers, each decoded when it is asked for."""
+    """Moments as numbers, each decoded when it is accessed."""
 
     def __init__(self, tensors: Weights, names: Sequence[str]) -> None:
         super().__init__(dict.fromkeys(names))
@@ -230,12 +232,12 @@ class _Decoded(WeightsView):
 
 
 def decoded_moments(tensors: Weights) -> Weights:
-    """Return moments that `check_moments` has passed as numbers by name, each decoded when it is asked for."""
+    """Return moments that `check_moments` has accepted as numbers by name, each decoded when it is accessed."""
     return _Decoded(tensors, names_of(tensors))
 
 
 def spec_of_moments(names: Collection[str], spec: SymmetrySpec) -> SymmetrySpec:
-    """Return a spec whose axes are those of moments: each moves as its parameter does."""
+    """Return a spec whose axes are those of moments: each moves with its parameter."""
     by_name = axes_by_name(spec)
     axes: list[AxisRef] = []
     for name in names:

@@ -3,13 +3,13 @@
     plan = plan_merge(MergeConfig(method="dimat"))
     outcome = merge(own, 0.5, [Peer("lab-b", weights, 0.5)], plan, MergeContext(model, spec, data))
 
-Nothing that is handed in is changed: not the model, its mode and BatchNorm momentum, nor any weights, nor the
-global random state. A peer that cannot be trusted is refused whole, and its weight goes to self. Entries that are no
-parameters are treated by their nature (`natures.py`), whatever the combine method does. Where it is set, a merge goes
-only a part of the way, in all tensors or in some (`outer.py`). Where it is known how large own
-training has made the weights (`growth.py`), no merge makes them larger than a multiple of that, and a peer with
-unusually large weights is left out where it makes the merge worse. A merge that is not finite is not kept,
-unless the plan says so, and a note tells of it.
+No argument is changed: not the model, its mode and BatchNorm momentum, nor any weights, nor the global random state. A
+peer that cannot be trusted is refused as a whole, and its mixing weight goes to this agent. Entries other than
+parameters are treated by their nature (`natures.py`), whatever the combine method does. If configured, a merge goes
+only a part of the way, in all tensors or in some (`outer.py`). If the size of the weights after the agent's own
+training is known (`growth.py`), no merge makes them larger than a multiple of that, and a peer with unusually large
+weights is left out if it makes the merge worse. A merge that is not finite is not kept, unless the plan says so, and a
+note reports it.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ MIXING_TOLERANCE = 1e-6
 """Mixing weights sum to 1 within this."""
 
 LARGE = 3.0
-"""A peer whose weights exceed the norms that own training has made by this factor is not to make the merge worse."""
+"""A peer whose weights exceed the norms after the agent's own training by this factor must not make the merge worse."""
 
 WORSE = 0.02
-"""A merge is worse than another where its score is lower by this, or by this share of a score above 1."""
+"""A merge is worse than another if its score is lower by this, or by this share of a score above 1."""
 
 NOT_KEPT = "the merge is not kept, own weights stay"
 KEPT = "the merge is kept, since merge.keep_not_finite is set"
@@ -53,7 +53,7 @@ KEPT = "the merge is kept, since merge.keep_not_finite is set"
 
 @dataclass(frozen=True)
 class Peer:
-    """A neighbour's weights and their mixing weight. `same_basis`: its units are already in our order."""
+    """A neighbour's weights and their mixing weight. `same_basis`: its units are already in this agent's order."""
 
     name: str
     weights: Weights
@@ -63,10 +63,10 @@ class Peer:
 
 @dataclass(frozen=True)
 class MergeOutcome:
-    """The result of a merge. `own_weight` and `mixing` are after refusals, whose mass went to self; `permutations`
-    and `moved` (share of units that moved) list the peers that were aligned; `accepted`: how far the weights
-    are on the way from own (0) to merged (1); `doubtful`: a peer in it is unusually large, or it had to be held
-    back; `cpu_s`: CPU seconds by stage; `images`: examples by stage."""
+    """The result of a merge. `own_weight` and `mixing`: after refusals, whose weight went to this agent; `permutations`
+    and `moved` (share of units that moved) list the peers that were aligned; `accepted`: position of the weights on the
+    way from own (0) to merged (1); `doubtful`: a peer in it is unusually large, or the merge had to be limited;
+    `cpu_s`: CPU seconds by stage; `images`: examples by stage."""
 
     weights: dict[str, Tensor]
     own_weight: float
@@ -82,7 +82,7 @@ class MergeOutcome:
 
     @property
     def changes(self) -> bool:
-        """Whether there is anything of a peer in the weights."""
+        """Whether the weights contain any part of a peer's."""
         return self.accepted > 0 and bool(self.mixing)
 
 
@@ -95,13 +95,13 @@ def merge(
     *,
     refuse: bool = True,
 ) -> MergeOutcome:
-    """Merge peers' weights into own: θ = repair(outer(own, combine(own, align(peers)))), kept if it is accepted.
+    """Merge peers' weights into own: θ = repair(outer(own, combine(own, align(peers)))), kept if accepted.
 
-    `own_weight` and the peers' weights are this agent's row of the mixing matrix. Peers of weight 0 play no
-    part; with weight 1 on self, or no peer left after the screen, own weights come back bit for bit.
-    `refuse`: a peer that the screen does not pass is left out and its weight goes to self; False raises instead.
-    Raises MergeError for mixing weights that are negative or do not sum to 1, own weights that are not finite
-    or not the model's, and stages that lack what they need; own weights are untouched whatever happens.
+    `own_weight` and the peers' weights are this agent's row of the mixing matrix. Peers of weight 0 are ignored; with
+    `own_weight` 1, or no peer left after the screen, own weights are returned bit for bit. `refuse`: a peer that the
+    screen rejects is left out and its weight goes to this agent; False raises instead. Raises MergeError for mixing
+    weights that are negative or do not sum to 1, own weights that are not finite or not the model's, and stages that
+    lack an input; own weights are never changed.
     """
     check_mixing([own_weight, *(peer.weight for peer in peers)])
     clock = StageTimer()
@@ -169,7 +169,7 @@ def _merge(
     *,
     refuse: bool,
 ) -> MergeOutcome:
-    """Merge peers that the screen has passed; `own_weight` has the weight of those that it has not."""
+    """Merge the peers that the screen has accepted; `own_weight` includes the weight of those that it has not."""
     mixing = {peer.name: peer.weight for peer in kept}
     merging = [peer for peer in kept if peer.weight > 0]
     if not merging:
@@ -257,11 +257,11 @@ def _outcome(
 
 
 def adopt(own: Weights, peer: Peer, plan: MergePlan, context: MergeContext) -> Permutations:
-    """Return the permutations that bring OWN weights into the peer's basis (basis gossip).
+    """Return the permutations that bring this agent's own weights into the peer's basis (basis gossip).
 
-    `permute_weights(own, spec, adopt(...))`, and the optimizer's state likewise, then stand in the peer's order
-    of units. Empty where the plan does not align or the model has no symmetry groups.
-    Raises PeerError for weights that the screen refuses, MergeError as `merge` does.
+    `permute_weights(own, spec, adopt(...))`, and the optimizer's state likewise, are then in the peer's order of units.
+    Empty if the plan does not align or the model has no symmetry groups. Raises PeerError for weights that the screen
+    refuses, MergeError as `merge` does.
     """
     natures = natures_of(own, context.model)
     peer = replace(peer, weights=under_names(peer.weights, own, natures.first))
@@ -296,7 +296,7 @@ def _check_own(own: Weights, context: MergeContext, natures: Natures, plan: Merg
         expected = context.model.state_dict()
         for name in expected.keys() ^ own.keys():
             side = "missing from own weights" if name in expected else "not in the model"
-            raise MergeError(f"tensor {name!r} is {side}; hand in the model that the weights belong to")
+            raise MergeError(f"tensor {name!r} is {side}; pass the model to which the weights belong")
         for name, tensor in expected.items():
             if tensor.shape != own[name].shape:
                 raise MergeError(f"tensor {name!r} is {[*own[name].shape]}, in the model {[*tensor.shape]}")
@@ -304,7 +304,7 @@ def _check_own(own: Weights, context: MergeContext, natures: Natures, plan: Merg
 
 
 def _check_shapes(own: Weights, combined: Weights, method: str) -> None:
-    """Raise MergeError where a method changed shapes, as those that merge LoRA adapters on disk to another rank do."""
+    """Raise MergeError if a method changed shapes, such as those that merge LoRA adapters on disk to another rank."""
     for name, tensor in combined.items():
         if name in own and tensor.shape != own[name].shape:
             raise MergeError(

@@ -1,4 +1,4 @@
-"""The plan of a merge: each stage's method, found by name and bound to checked options."""
+"""The plan of a merge: each stage's method, found by name, with checked options."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class MergePlan:
-    """A merge configuration with every stage filled in: a method with its options, checked and ready to be called."""
+    """A merge configuration with a method for every stage, its options checked, ready to be called."""
 
     align: Bound[Aligned]
     combine: Bound[Any]
@@ -50,7 +50,7 @@ class MergePlan:
 
     @property
     def repairs(self) -> bool:
-        """Whether anything is mended after the average."""
+        """Whether the average is repaired afterwards."""
         return not self.repair.traits["idle"]
 
     @property
@@ -60,17 +60,19 @@ class MergePlan:
 
     @property
     def most(self) -> float:
-        """By which factor weights may exceed the norms that own training has made, where a merge is by peers alone."""
+        """The factor by which weights may exceed the norms after the agent's own training, if a merge is of peers
+        alone."""
         return float(self.screen.get("max_norm_ratio", MAX_NORM_RATIO))
 
     def factors(self, own: Weights, natures: Natures) -> dict[str, float]:
-        """Return by which factors tensors of own are held back in a merge; ConfigError where `layers` do not fit it."""
+        """Return the factors by which `merge.layers` limits a merge in tensors of `own`; ConfigError if `layers` do not
+        fit it."""
         products = self.combine.traits["lora_products"]
         return layer_factors(self.layers, own.keys(), natures, products=products)
 
     @property
     def statistics(self) -> tuple[Statistics, ...]:
-        """How an agent takes the statistics that its merges rest on: empty where they rest on none."""
+        """The functions with which an agent takes the statistics for its merges; empty if they need none."""
         found = (statistics_of("merge.combine", self.combine), statistics_of("merge.repair", self.repair))
         rows = (Statistics('merge.head = "rows"', class_counts_of),) if self.head == "rows" else ()
         return tuple(each for each in found if each is not None) + rows
@@ -112,10 +114,10 @@ def _combine(config: MergeConfig) -> Bound[Any]:
 
 
 def _bound(registry: Registry[R], stage: NamedConfig | None, preset: str) -> Bound[R]:
-    """Return a stage's method with its options, or the preset's without."""
+    """Return a stage's method with its options, or the preset's method if none is given."""
     return registry.bind(preset, {}) if stage is None else registry.bind(stage.name, stage.options)
 
 
 def needs_symmetry(plan: MergePlan) -> bool:
-    """Tell whether a plan rests on the model's symmetry groups: because it aligns, or its combine method asks."""
+    """Tell whether a plan needs the model's symmetry groups: because it aligns, or for its combine method."""
     return plan.aligns or "spec" in plan.combine.asks

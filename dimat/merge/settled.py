@@ -4,8 +4,8 @@ shield = Shield.of(own, peers, weights, natures)
 combined = method(shield.own, shield.peers, …)
 merged = shield.settle(combined)
 
-Tied names that a method merged one by one are made equal here, after it; those that `dimat merge` shows it once never
-come here (`merge_files/tied.py`). Which names are tied `ties.py` finds for both.
+Tied names that a method has merged one by one are made equal here afterwards; `dimat merge` passes each of them to the
+method only once, and they do not reach this module (`merge_files/tied.py`). `ties.py` finds the tied names for both.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ MOST_STEPS = 500
 """Most steps of a power iteration on a merged weight."""
 
 STEP_TOLERANCE = 1e-7
-"""A power iteration ends where a step changes u by less than this."""
+"""A power iteration ends when a step changes u by less than this."""
 
 
 @dataclass(frozen=True)
 class Shield:
-    """What a combine method gets to see, and what becomes of its result.
+    """The input of a combine method, and the treatment of its result.
 
-    `fixed`: names whose tensors stay own's: constants that are equal in all models, codes with their scales, vectors
-    that belong to no known weight. `own` and `peers`: the models as the method sees them. There, all peers have own's
-    fixed tensors, and what is not finite in them is the largest finite number, so that differences and norms are
-    numbers.
+    `fixed`: names whose tensors stay this agent's: constants that are equal in all models, codes with their scales,
+    vectors that belong to no known weight. `own` and `peers`: the models as the method sees them. There, all peers have
+    this agent's fixed tensors, and values in these that are not finite are replaced by the largest finite number, so
+    that differences and norms are finite.
     """
 
     own: Weights
@@ -54,8 +54,8 @@ class Shield:
     ) -> Shield:
         """Return the shield of a merge.
 
-        `weights`: mixing weights, own's first. `model_ties`: the model says which names are tied; otherwise own's
-        values do, and those of all peers must agree.
+        `weights`: mixing weights, this agent's first. `model_ties`: whether ties are known from the model; else they
+        are found by own values, and peers' values must agree.
         """
         fixed: set[str] = set()
         taking = [peer for peer, weight in zip(peers, weights[1:]) if weight]
@@ -75,15 +75,15 @@ class Shield:
         return Shield(views[0], views[1:], shielded, natures, tuple(weights), (own, *peers))
 
     def base(self, base: Weights | None) -> Weights | None:
-        """Return the base as the method sees it: with own's fixed tensors, from which nothing has changed."""
+        """Return the base as the method sees it: with this agent's fixed tensors, so that their deltas are 0."""
         return base if base is None or not self.fixed else _Shielded(base, self._whole[0], self.fixed)
 
     def settle(self, combined: Weights) -> Weights:
-        """Return merged weights with each entry true to its nature; each access makes one tensor.
+        """Return merged weights with each entry valid for its nature; each access makes one tensor.
 
-        Fixed tensors are own's; a variance that came out negative or not finite is the weighted mean of the models';
-        u and v are iterated on the merged weight, from own's, unless that is own's weight; a tied name has the
-        values of its first name.
+        Fixed tensors are this agent's; a variance that became negative or not finite is replaced by the weighted mean
+        of the models'; u and v are iterated on the merged weight, from this agent's, unless that is this agent's
+        weight; a tied name has the values of its first name.
         """
         natures = self.natures
         plain = not natures.iterations and not natures.first and not self.fixed
@@ -92,7 +92,7 @@ class Shield:
         return _Settled(combined, self)
 
     def mean(self, name: str) -> Tensor:
-        """Return the weighted mean of a tensor of all models, in own's type."""
+        """Return the weighted mean of a tensor of all models, in this agent's type."""
         ours = self._whole[0][name].detach()
         values = [theirs[name].detach().to(ours.device, torch.float64) for theirs in self._whole]
         if not self.weights[0]:
@@ -100,7 +100,7 @@ class Shield:
         return mean_of(values, self.weights).to(ours.dtype)
 
     def whole(self, name: str) -> Tensor:
-        """Return own's tensor as it is."""
+        """Return this agent's tensor unchanged."""
         return self._whole[0][name].detach()
 
 
@@ -111,7 +111,7 @@ def _agree(name: str, first: str, peers: Sequence[Weights]) -> bool:
 
 
 class _Shielded(WeightsView):
-    """A model with own's fixed tensors, all finite."""
+    """A model with this agent's fixed tensors, all finite."""
 
     def __init__(self, weights: Weights, own: Weights, fixed: Collection[str]) -> None:
         super().__init__(weights)
@@ -127,7 +127,7 @@ class _Shielded(WeightsView):
 
 
 class _Settled(WeightsView):
-    """Merged weights, each tensor settled when it is asked for."""
+    """Merged weights, each tensor settled when it is accessed."""
 
     def __init__(self, combined: Weights, shield: Shield) -> None:
         super().__init__(combined)
@@ -168,7 +168,7 @@ class _Settled(WeightsView):
 
 
 class _Checked(WeightsView):
-    """Merged weights, each checked when it is asked for."""
+    """Merged weights, each checked when it is accessed."""
 
     def __init__(self, merged: Weights, shield: Shield, names: Sequence[str], finite: bool) -> None:
         super().__init__(merged)
@@ -192,7 +192,7 @@ class _Checked(WeightsView):
         ours = shield.whole(name)
         if not is_constant(name, ours):
             if self._finite:
-                raise MergeError(f"{fault}; keep_not_finite = true in the recipe writes it all the same")
+                raise MergeError(f"{fault}; keep_not_finite = true in the recipe writes it anyway")
             return merged
         for peer, weights in self._taking():
             if not torch.equal(weights[name].to(ours), ours):
@@ -214,10 +214,10 @@ def merge_checked(
     *,
     finite: bool = True,
 ) -> Weights:
-    """Return method(own, peers, base) with each entry true to its nature: for merges outside the pipeline.
+    """Return method(own, peers, base) with each entry valid for its nature: for merges outside the pipeline.
 
     `names`: of the peers, for messages. Each access makes one tensor; it raises MergeError for a peer's negative
-    variance, and, where results have to be `finite`, for one that is neither finite nor a constant.
+    variance, and, if results must be `finite`, for a tensor that is neither finite nor a constant.
     """
     shield = Shield.of(own, peers, weights, natures_of(own, model), model is not None)
     return _Checked(shield.settle(method(shield.own, shield.peers, shield.base(base))), shield, names, finite)
@@ -242,7 +242,7 @@ def iterate(matrix: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def not_finite(weights: Weights, fixed: Collection[str]) -> str:
-    """Return a line that names the first tensor of a merge that is not finite, or nothing; constants may be."""
+    """Return a line that names the first tensor of a merge that is not finite, or ""; constants are exempt."""
     for name, tensor in weights.items():
         if name in fixed or not (tensor.is_floating_point() or tensor.is_complex()):
             continue

@@ -1,4 +1,4 @@
-"""Merging model files: models on disk in, a merged model on disk out, tensor by tensor."""
+"""Merges model files: from models on disk to a merged model on disk, tensor by tensor."""
 
 from dimat.merge_files.recipe import Recipe, load_recipe
 from dimat.merge_files.run import Report, merge_files, prepare

@@ -1,7 +1,8 @@
-"""PEFT adapters merged as products of their factors, of any rank and scale.
+"""Merges PEFT adapters as products of their factors, with any ranks and scales.
 
-Combine methods see models of the same tensors and one scale. So each adapter is shown to them as if it had own's
-scale, s_k/s_own being multiplied into B, and all modules: one that it does not adapt has ΔW = 0, as factors of zeros.
+Combine methods need models with the same tensors and one scale. So each adapter is passed to them as if it had the
+first one's scale, with s_k/s_own multiplied into B, and all modules: one that it does not adapt has ΔW = 0, as factors
+of zeros.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ BIAS = re.compile(r"(?P<module>.+)\.lora_B(?:\.default)?\.bias")
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter with its factors, biases of B, and other tensors, by a name that is the same in all adapters."""
+    """An adapter with its factors, biases of B, and other tensors, by names that are the same in all adapters."""
 
     model: ModelFiles
     settings: Settings
@@ -43,8 +44,9 @@ class Adapter:
 
 @dataclass(frozen=True)
 class MergedAdapter:
-    """Adapters that fit together. `settings`: own's; `others`: those of peers that have a weight; `pairs`, `biases`,
-    `ranks`: of the merged adapter by module; `infos`: its tensors; `views`: what combine methods see, own's first."""
+    """Adapters that fit together. `settings`: the first one's; `others`: those of the others with a weight; `pairs`,
+    `biases`, `ranks`: of the merged adapter by module; `infos`: its tensors; `views`: the input of combine methods, the
+    first adapter's first."""
 
     settings: Settings
     others: tuple[Settings, ...]
@@ -65,17 +67,17 @@ class MergedAdapter:
 
 
 def open_adapters(recipe: Recipe, models: Sequence[ModelFiles]) -> tuple[Adapter, ...] | None:
-    """Return the adapters of a recipe that merges products, checked; None where it merges tensors one by one.
+    """Return the adapters of a recipe that merges products, checked; None if it merges tensors one by one.
 
-    Raises ConfigError where some of the models are adapters and some are not, DataError for adapters that are damaged
-    or not of plain LoRA, or do not fit together.
+    Raises ConfigError if some of the models are adapters and some are not, DataError for adapters that are damaged, are
+    not plain LoRA, or do not fit together.
     """
     products = any(recipe.method_of(rule).traits["lora_products"] for rule in (None, *recipe.rules))
     if not (products or recipe.into_base) or not any(model.adapter for model in models):
         return None
     for model in models:
         if not model.adapter:
-            raise ConfigError(f"{model.path} is no PEFT adapter folder, which the other models are")
+            raise ConfigError(f"{model.path} is not a PEFT adapter folder, but the other models are")
     adapters = tuple(_open(model, recipe.regex_s) for model in models)
     _check_fit(adapters)
     apart = {name for adapter in adapters for pair in adapter.pairs.values() for name in (pair.a, pair.b)}
@@ -85,7 +87,7 @@ def open_adapters(recipe: Recipe, models: Sequence[ModelFiles]) -> tuple[Adapter
 
 
 def names_of(recipe: Recipe, adapters: Sequence[Adapter]) -> dict[str, TensorInfo]:
-    """Return the tensors of all adapters that have a weight, as they are named where they first stand, own's first."""
+    """Return the tensors of all adapters with a weight, by their name in the first adapter that has them."""
     mixings = [recipe.mixing_of(rule) for rule in (None, *recipe.rules)]
     found: dict[str, TensorInfo] = {}
     known: set[str] = set()
@@ -103,9 +105,10 @@ def names_of(recipe: Recipe, adapters: Sequence[Adapter]) -> dict[str, TensorInf
 def fit_together(
     adapters: tuple[Adapter, ...], names: Mapping[str, TensorInfo], parts: Sequence[TensorGroup], device: torch.device
 ) -> MergedAdapter:
-    """Return adapters as one merge: the merged ranks, and each adapter in own's scale with the modules that it lacks.
+    """Return adapters as one merge: the merged ranks, and each adapter in the first one's scale with all modules.
 
-    Raises ConfigError for rules that part factors or merge them one by one, and ranks that the adapters do not have.
+    Raises ConfigError for rules that separate factors or merge them one by one, and ranks that the adapters do not
+    have.
     """
     pairs = {pair.key: pair for pair in find_pairs(names)}
     biases = {match["module"]: name for name in names if (match := BIAS.fullmatch(name))}
@@ -134,7 +137,7 @@ def fit_together(
 
 
 class AdapterView(WeightsView):
-    """An adapter by the names, and in the scale, of a merged one."""
+    """An adapter with the names and the scale of a merged one."""
 
     def __init__(
         self,
@@ -190,7 +193,7 @@ def _open(model: ModelFiles, regex_s: float) -> Adapter:
     others = tuple(name for name in model.infos if name not in known)
     for name in others:
         if re.search(r"(^|\.)lora_", name):
-            raise DataError(f"{model.path}: tensor {name!r} is of no plain LoRA; merge it into its base model first")
+            raise DataError(f"{model.path}: tensor {name!r} is not of plain LoRA; merge it into its base model first")
     for key, name in biases.items():
         if key not in pairs:
             raise DataError(f"{model.path}: tensor {name!r} is a bias of factors that are missing")
@@ -200,7 +203,7 @@ def _open(model: ModelFiles, regex_s: float) -> Adapter:
             raise DataError(f"{model.path}: tensor {pair.a!r} is of a named adapter; save it alone with PEFT")
         for name, info in ((pair.a, a), (pair.b, b)):
             if not info.dtype.is_floating_point or len(info.shape) < 2:
-                raise DataError(f"{model.path}: {name!r} is {info}, which is no LoRA factor")
+                raise DataError(f"{model.path}: {name!r} is {info}, which is not a LoRA factor")
         if b.shape[1] != a.shape[0] or any(size != 1 for size in b.shape[2:]):
             raise DataError(f"{model.path}: {pair.a!r} {a} and {pair.b!r} {b} have no product B·A")
         if a.shape[0] != rank:
@@ -209,7 +212,7 @@ def _open(model: ModelFiles, regex_s: float) -> Adapter:
 
 
 def _check_fit(adapters: Sequence[Adapter]) -> None:
-    """Check that factors of a module multiply to one shape."""
+    """Check that the products of a module's factors have the same shape in all adapters."""
     first: dict[str, Adapter] = {}
     found: list[str] = []
     for adapter in adapters:
@@ -225,12 +228,12 @@ def _check_fit(adapters: Sequence[Adapter]) -> None:
 
 
 def _pairs_inside(part: TensorGroup, pairs: Mapping[str, FactorPair]) -> list[str]:
-    """Return the modules whose factors a method merges; ConfigError where it has one of two, or cannot take them."""
+    """Return the modules whose factors a method merges; ConfigError if it gets one of two, or cannot merge them."""
     names = {*part.names}
     inside = [key for key, pair in pairs.items() if pair.a in names or pair.b in names]
     for key in inside:
         if not {pairs[key].a, pairs[key].b} <= names:
-            raise ConfigError(f"a rule parts the factors of {key!r}: match both, e.g. {key + '.lora_*'!r}")
+            raise ConfigError(f"a rule separates the factors of {key!r}: match both, e.g. {key + '.lora_*'!r}")
         if not part.method.traits["lora_products"]:
             raise ConfigError(
                 f"method {part.method.name!r} would merge the factors of {key!r} one by one, beside others whose "
@@ -240,7 +243,7 @@ def _pairs_inside(part: TensorGroup, pairs: Mapping[str, FactorPair]) -> list[st
 
 
 def _ranks(part: TensorGroup, ranks: Sequence[int], key: str) -> tuple[list[int], int]:
-    """Return the ranks in which the adapters are shown to the method, and the merged rank."""
+    """Return the ranks in which the adapters are passed to the method, and the merged rank."""
     shown = [*ranks]
     rank = part.method.options.get("rank")
     taking_part = [rank for rank, weight in zip(ranks, part.mixing) if weight]

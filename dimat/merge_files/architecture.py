@@ -1,6 +1,6 @@
 """The architecture of the models, and inputs, for merges that run them.
 
-The architecture is the user's own code, a hook; data are a safetensors file of stacked examples, or a hook too.
+The architecture is the user's own code, a hook; data are a safetensors file of stacked examples, or also a hook.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from dimat.tasks.base import Task
 from dimat.weights.header import TensorInfo, read_header
 
 BATCH = 256
-"""Examples of a file in one batch."""
+"""Examples per batch of a data file."""
 
 RUNS = {"data", "observer"}
 """Context of methods that run the models."""
@@ -47,8 +47,8 @@ GROUPS = {"spec", "observer"}
 @dataclass(frozen=True)
 class Network:
     """A model's architecture, in evaluation mode and of type `dtype`, and batches of its inputs. `spec`: its symmetry
-    groups where something needs them; `sources`: blake3 by file of what the user's code and data were read from;
-    `tied`: names that are left out, with the one that has their values."""
+    groups if needed; `sources`: blake3 by file of the user's code and data; `tied`: omitted names, with the name that
+    has their values."""
 
     model: nn.Module
     dtype: torch.dtype
@@ -59,7 +59,7 @@ class Network:
 
     def complete(self, weights: Weights) -> dict[str, Tensor]:
         """Return weights under all names of the model: tied ones under each of their names, and buffers that follow
-        from the config, which not all files hold, as the model has them."""
+        from the config, which some files omit, from the model."""
         names = aliases(self.model)
         stored = {names.get(name, name): name for name in weights}
         stored |= {name: twin for name, twin in self.tied.items() if twin in weights}
@@ -72,15 +72,15 @@ class Network:
 
     @property
     def coverage(self) -> str:
-        """Return in words what can be aligned."""
+        """Return a description of the units that can be aligned."""
         if self.spec is None or not self.spec.groups:
             return "no symmetry groups are known: nothing is aligned"
         groups, share = len(self.spec.groups), self.spec.coverage
-        return f"{groups} groups of units, {share:.0%} of what could move in the parameters does"
+        return f"{groups} groups of units, {share:.0%} of the movable entries in the parameters move"
 
 
 def runs_models(recipe: Recipe, methods: Sequence[Bound[Weights]]) -> list[str]:
-    """Return what in a recipe runs the models, in words; nothing where tensors are merged by themselves."""
+    """Return the settings of a recipe that run the models; nothing if tensors are merged one by one."""
     found: list[str] = []
     if align_registry.get(recipe.align.name) is not no_alignment:
         found.append(f"align = {recipe.align.name!r}")
@@ -93,10 +93,10 @@ def runs_models(recipe: Recipe, methods: Sequence[Bound[Weights]]) -> list[str]:
 def open_network(
     recipe: Recipe, methods: Sequence[Bound[Weights]], own: ModelFiles, tied: Mapping[str, str], device: torch.device
 ) -> Network | None:
-    """Return what the recipe's models are run with, checked against own tensors and config; None where nothing runs
-    them. `tied`: names of own's that stand for the tensor of another name.
+    """Return the network and data for the recipe's models, checked against the first model's tensors and config; None
+    if nothing runs them. `tied`: the first model's names for the tensor of another name.
 
-    Raises ConfigError where the recipe lacks model or data, HookError (a hook that fails or returns something else),
+    Raises ConfigError if the recipe lacks model or data, HookError (a hook that fails or returns something else),
     DataError (tensors that are not the model's, data that it cannot run on).
     """
     why = runs_models(recipe, methods)
@@ -104,7 +104,7 @@ def open_network(
         if why:
             raise ConfigError(f"{why[0]} runs the models: give their architecture with --model, a hook")
         if recipe.data is not None:
-            raise ConfigError("data are for a model that is run on them: give its architecture with --model too")
+            raise ConfigError("data need a model that is run on them: also give its architecture with --model")
         return None
     model = _model_of(recipe)
     _check_tensors(model, own, tied, recipe.model)
@@ -136,7 +136,7 @@ def runs(method: Bound[Weights]) -> bool:
 
 
 def _made(spec: str, folder: str, what: str) -> Any:
-    """Return what a hook returns, or the bundled task of that name."""
+    """Return a hook's result, or the bundled task of that name."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # a hook may draw its initial weights from the global generator
         if spec in list_tasks():
@@ -147,7 +147,7 @@ def _made(spec: str, folder: str, what: str) -> Any:
 
 
 def _model_of(recipe: Recipe) -> nn.Module:
-    """Return the architecture: a hook's module, the first of what it returns, or its task's model."""
+    """Return the architecture: a hook's module, the first element of its result, or its task's model."""
     spec = recipe.model or ""
     made = _made(spec, recipe.folder, "model hook")
     if isinstance(made, Task):
@@ -161,9 +161,10 @@ def _model_of(recipe: Recipe) -> nn.Module:
 
 
 def _check_tensors(model: nn.Module, own: ModelFiles, tied: Mapping[str, str], hook: str) -> None:
-    """Check that a model's state dict has own's tensors; DataError with the number of differences and the first ten.
+    """Check that a model's state dict has the first model's tensors; DataError with the number of differences and the
+    first ten.
 
-    Own may lack what the model has besides: other names of a tensor, and buffers that follow from the config.
+    The first model may lack other names of a tensor, and buffers that follow from the config.
     """
     infos = {name: TensorInfo(t.dtype, tuple(t.shape)) for name, t in model.state_dict().items()}
     names = aliases(model)
@@ -176,7 +177,7 @@ def _check_tensors(model: nn.Module, own: ModelFiles, tied: Mapping[str, str], h
 
 
 def _data_of(recipe: Recipe, kind: torch.dtype) -> tuple[Data, dict[str, Mapping[str, str]]]:
-    """Return batches of inputs, real ones of type `kind`, and the hash of their file."""
+    """Return batches of inputs, floating-point ones in type `kind`, and the hash of their file."""
     spec = recipe.data or ""
     path = Path(spec)
     if path.suffix == ".safetensors" or path.exists():
@@ -223,13 +224,13 @@ def _natural(name: str) -> tuple[str, int, str]:
 
 
 def _batched(stacked: Sequence[Tensor], seed: int) -> list[Inputs]:
-    """Return batches in random order, as passes over data stop early."""
+    """Return batches in random order, since passes over the data may stop early."""
     order = torch.randperm(len(stacked[0]), generator=torch_generator(seed, "merging", "data"))
     return [tuple(x[part] for x in stacked) for part in order.split(BATCH)]
 
 
 class _Converted:
-    """Batches whose real tensors are of one type."""
+    """Batches whose floating-point tensors have one type."""
 
     def __init__(self, data: Data, kind: torch.dtype) -> None:
         self._data = data
@@ -241,7 +242,8 @@ class _Converted:
 
 
 def _try_out(model: nn.Module, inputs: Inputs, data: str) -> None:
-    """Run the model on an example or two, so that data which are not its inputs are told before anything is merged."""
+    """Run the model on one or two examples, so that data that are not its inputs are reported before anything is
+    merged."""
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             model(*on_device(tuple(x[:2] for x in inputs), device_of(model)))

@@ -1,4 +1,4 @@
-"""A merged model's record of itself: provenance, model card, and a config that is true."""
+"""The documents of a merged model: provenance, model card, and a correct config."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from dimat.reading import read_table
 
 
 def provenance(version: str, recipe: Recipe, inputs: Mapping[str, Mapping[str, str]]) -> str:
-    """Return what a merge was made from as JSON: {version, recipe, inputs: {model: {file: blake3}}}."""
+    """Return the provenance of a merge as JSON: {version, recipe, inputs: {model: {file: blake3}}}."""
     plain = recipe.model_dump(mode="json", exclude_defaults=True)
     return to_json({"version": version, "recipe": plain, "inputs": inputs})
 
 
 def config_of(file: Path, dtype: str | None) -> bytes:
-    """Return a file that goes with the weights; in config.json, the type of the weights is the merged ones'."""
+    """Return a file that accompanies the weights; in config.json, with the type of the merged weights."""
     data = file.read_bytes()
     if file.name != "config.json" or dtype is None:
         return data

@@ -26,17 +26,17 @@ CONFIG = "config.json"
 ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 CARRIED = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
-"""Endings of the files beside the weights that belong to a model: config, tokenizer, model code."""
+"""Suffixes of the files beside the weights that belong to a model: config, tokenizer, model code."""
 
 SHOWN = 10
-"""Differences between models that are told in full."""
+"""Number of differences between models that are listed."""
 
 
 class ModelFiles(Mapping[str, Tensor]):
-    """A model's tensors by name, in the files' order; each access maps one tensor, and nothing is kept.
+    """A model's tensors by name, in the files' order; each access maps one tensor, and nothing is cached.
 
-    `path`: as it was named; `folder`: of a model folder, else None; `files`: those with tensors; `infos`: types and
-    shapes by name. A tensor's values are checked when it is first read: DataError where they are not finite.
+    `path`: as given; `folder`: that of a model folder, else None; `files`: those with tensors; `infos`: types and
+    shapes by name. A tensor's values are checked when it is first read: DataError if they are not finite.
     """
 
     def __init__(self, path: Path, folder: Path | None, where: Mapping[str, Path], adapter: bool = False) -> None:
@@ -85,7 +85,7 @@ class ModelFiles(Mapping[str, Tensor]):
         return len(self._where)
 
     def read_in(self, dtype: torch.dtype) -> ModelFiles:
-        """Return the same model whose real tensors are rounded to a type as they are read."""
+        """Return the same model with its floating-point tensors rounded to a type when they are read."""
         model = copy(self)
         model._dtype = dtype
         model._checked = set()
@@ -102,7 +102,7 @@ class ModelFiles(Mapping[str, Tensor]):
         return model
 
     def seen_as(self, names: Collection[str], aliases: Mapping[str, str]) -> ModelFiles:
-        """Return the same model with these tensors alone; `aliases`: stored tensor by the name that it has besides."""
+        """Return the same model with only these tensors; `aliases`: stored tensor by its additional name."""
         model = copy(self)
         model._aliases = dict(aliases)
         model._where = {name: self._where[aliases.get(name, name)] for name in names}
@@ -111,7 +111,7 @@ class ModelFiles(Mapping[str, Tensor]):
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The folder's config.json; nothing where there is none. DataError where it is damaged."""
+        """The folder's config.json; nothing if there is none. DataError if it is damaged."""
         path = None if self.folder is None else self.folder / CONFIG
         return read_table(path) if path is not None and path.is_file() else {}
 
@@ -120,7 +120,7 @@ class ModelFiles(Mapping[str, Tensor]):
         return {file.name: hash_of(file) for file in self.files}
 
     def carried(self) -> list[Path]:
-        """Return the files of a model folder that go with the weights: config, tokenizer, model code, licence."""
+        """Return the files of a model folder that accompany the weights: config, tokenizer, model code, licence."""
         if self.folder is None:
             return []
         return sorted(
@@ -139,7 +139,7 @@ def hash_of(file: Path) -> str:
 
 
 def check_alike(models: Sequence[ModelFiles], apart: Collection[str] = ()) -> None:
-    """Check that all models have the tensors of the first, of its shapes; integers and reals do not mix.
+    """Check that all models have the tensors of the first, with its shapes; integers and floats do not mix.
 
     Tensors named in `apart` may differ. Raises DataError with the number of differences and the first ten in full.
     """
@@ -151,7 +151,7 @@ def check_alike(models: Sequence[ModelFiles], apart: Collection[str] = ()) -> No
 
 
 def differences(first: Mapping[str, TensorInfo], where: str, other: Mapping[str, TensorInfo], there: str) -> list[str]:
-    """Return in words where tensors of the same names differ in shape or kind, or are in one of two places only."""
+    """Describe tensors that differ in shape or kind between two places, or are in only one of them."""
     found: list[str] = []
     for name, info in first.items():
         theirs = other.get(name)
@@ -159,7 +159,7 @@ def differences(first: Mapping[str, TensorInfo], where: str, other: Mapping[str,
             found.append(f"{name!r} is missing from {there}")
         elif theirs.shape != info.shape or _is_real(theirs.dtype) != _is_real(info.dtype):
             found.append(f"{name!r} is {info} in {where}, {theirs} in {there}")
-    return found + [f"{name!r} is in {there} alone" for name in other if name not in first]
+    return found + [f"{name!r} is only in {there}" for name in other if name not in first]
 
 
 def told(found: Sequence[str]) -> str:
@@ -169,13 +169,13 @@ def told(found: Sequence[str]) -> str:
 
 
 def tell_differences(found: Sequence[str]) -> None:
-    """Raise DataError that tells the differences between models; none is no error."""
+    """Raise DataError that describes the differences between models, if there are any."""
     if found:
         raise DataError(f"the models do not fit together, {told(found)}")
 
 
 def check_factors(models: Sequence[ModelFiles]) -> None:
-    """Check that adapters can be merged and scale alike what they train, where it is merged like any other tensors."""
+    """Check that adapters can be merged, and have equal scales if their factors are merged one by one."""
     models = [model for model in models if model.adapter]
     settings = [read_table(model.path / ADAPTER_CONFIG) for model in models]
     kinds = [str(setting.get("peft_type") or "LORA") for setting in settings]
@@ -203,13 +203,13 @@ def check_factors(models: Sequence[ModelFiles]) -> None:
             )
         if setting.get("use_dora") or any("lora_magnitude_vector" in name for name in model):
             raise DataError(
-                f"{model.path} is DoRA: its magnitudes scale the base's weights too, so that factors merged one by one "
-                "are no merge; merge each adapter into its base model with PEFT first"
+                f"{model.path} is DoRA: its magnitudes scale the base's weights too, so that factors cannot be merged "
+                "one by one; merge each adapter into its base model with PEFT first"
             )
 
 
 def adapter_notes(models: Sequence[ModelFiles], *, products: bool) -> list[str]:
-    """Return what is to be known of a merge of adapters: other bases, and factors that are merged one by one."""
+    """Return notes on a merge of adapters: different bases, and factors that are merged one by one."""
     settings = [read_table(model.path / ADAPTER_CONFIG) for model in models if model.adapter]
     named = (setting.get("base_model_name_or_path") for setting in settings)
     bases = sorted({str(name) for name in named if name})

@@ -1,4 +1,4 @@
-"""Where a model lies: a file, shards, a folder, a Hugging Face cache; names other formats."""
+"""Finds a model's files: a file, shards, a folder, a Hugging Face cache; other formats."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dimat.weights.header import read_header
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 
 SHARD = re.compile(r".*-\d{5}-of-(\d{5})\.safetensors")
-"""Names of shards, with the number of all."""
+"""Names of shards, with their total number."""
 
 FORMATS: Mapping[bytes, str] = {
     b"GGUF": "is GGUF, llama.cpp's format: take the model that it was made from, as safetensors",
@@ -29,7 +29,7 @@ FORMATS: Mapping[bytes, str] = {
     b"<!DOCTYPE": "is a web page, not a model: is the download right?",
     b"<html": "is a web page, not a model: is the download right?",
 }
-"""First bytes of files that are met in the place of safetensors → the format, and what to do."""
+"""First bytes of files that are often given instead of safetensors → the format, and what to do."""
 
 OTHERS = {
     ".gguf": "GGUF files, llama.cpp's format: take the model that they were made from, as safetensors",
@@ -37,11 +37,11 @@ OTHERS = {
     ".msgpack": "msgpack files, as Flax writes them: convert them to safetensors first",
     ".onnx": "ONNX files: take the model that they were made from, as safetensors",
 }
-"""Endings of weights in other formats → the format, and what to do."""
+"""Suffixes of weights in other formats → the format, and what to do."""
 
 
 def open_model(path: Path) -> ModelFiles:
-    """Open a model; DataError says what a path lacks that is none. The root of a Hugging Face cache is its snapshot."""
+    """Open a model; DataError if the path is not a model. The root of a Hugging Face cache is its snapshot."""
     if path.is_dir():
         return _open_folder(_snapshot(path))
     if not path.exists():
@@ -54,7 +54,7 @@ def open_model(path: Path) -> ModelFiles:
 
 
 def _snapshot(folder: Path) -> Path:
-    """Return the snapshot that a Hugging Face cache names as main's, or its only one; other folders as they are."""
+    """Return the snapshot that a Hugging Face cache names as main's, or its only one; other folders unchanged."""
     kept = folder if folder.name == "snapshots" else folder / "snapshots"
     if not kept.is_dir() or (folder / CONFIG).exists():
         models = sorted(entry.name for entry in folder.glob("models--*") if (entry / "snapshots").is_dir())
@@ -79,7 +79,7 @@ def _open_folder(folder: Path) -> ModelFiles:
     named = read_table(folder / CONFIG).get("transformers_weights") if (folder / CONFIG).is_file() else None
     if named is not None:
         if not isinstance(named, str) or Path(named).name != named or not (folder / named).is_file():
-            raise DataError(f"{folder / CONFIG}: transformers_weights is {named!r}, which is no file of this folder")
+            raise DataError(f"{folder / CONFIG}: transformers_weights is {named!r}, which is not a file in this folder")
         if named.endswith(".index.json"):
             return ModelFiles(folder, folder, _read_index(folder / named))
         return _single(folder, folder / named, folder)
@@ -92,7 +92,7 @@ def _open_folder(folder: Path) -> ModelFiles:
         counts = {int(match[1]) for file in found if (match := SHARD.fullmatch(file.name))}
         if counts != {1} or len(found) > 1:
             raise DataError(
-                f"{folder} has {len(found)} of {max(counts)} shards and no {INDEX}, which says what lies where: fetch "
+                f"{folder} has {len(found)} of {max(counts)} shards and no {INDEX}, which lists their tensors: fetch "
                 "the whole folder"
             )
     if len(found) == 1:
@@ -101,11 +101,11 @@ def _open_folder(folder: Path) -> ModelFiles:
         raise DataError(f"{folder} has {len(found)} safetensors files and no {INDEX}: name one of them")
     endings = {file.suffix for file in folder.iterdir()}
     if endings & PICKLES:
-        raise DataError(f"{folder} has weights as pickles only, which can run code: convert them to safetensors first")
+        raise DataError(f"{folder} has weights only as pickles, which can run code: convert them to safetensors first")
     for ending, what in OTHERS.items():
         if ending in endings:
             raise DataError(f"{folder} has weights as {what}")
-    raise DataError(f"{folder} is no model folder: it has neither {WEIGHTS} nor {INDEX} nor {ADAPTER}")
+    raise DataError(f"{folder} is not a model folder: it has neither {WEIGHTS} nor {INDEX} nor {ADAPTER}")
 
 
 def _single(path: Path, file: Path, folder: Path | None, adapter: bool = False) -> ModelFiles:
@@ -114,7 +114,7 @@ def _single(path: Path, file: Path, folder: Path | None, adapter: bool = False) 
 
 
 def _check_format(file: Path) -> None:
-    """Raise DataError where a file begins as another format does."""
+    """Raise DataError if a file begins like another format."""
     try:
         with file.open("rb") as opened:
             start = opened.read(max(map(len, FORMATS)))
@@ -126,17 +126,18 @@ def _check_format(file: Path) -> None:
 
 
 def _read_index(path: Path) -> dict[str, Path]:
-    """Return the shard of each tensor, by what the shards that the index names hold: the index itself may be stale.
+    """Return the shard of each tensor, from the contents of the shards in the index, whose own entries may be stale.
 
-    A tensor that two shards hold is the later one's, as in transformers. An index cannot name files outside its folder.
+    If two shards hold a tensor, the later one counts, as in transformers. An index cannot name files outside its
+    folder.
     """
     table = read_table(path).get("weight_map")
     if not isinstance(table, dict) or not table:
-        raise DataError(f"{path} is no index of shards: it has no weight_map")
+        raise DataError(f"{path} is not an index of shards: it has no weight_map")
     said: dict[str, Path] = {}
     for name, file in cast("dict[str, Any]", table).items():
         if not isinstance(file, str) or Path(file).name != file:
-            raise DataError(f"{path}: tensor {name!r} is said to lie in {file!r}, which is no file of this folder")
+            raise DataError(f"{path}: tensor {name!r} should be in {file!r}, which is not a file in this folder")
         said[name] = path.parent / file
     where: dict[str, Path] = {}
     for file in sorted({*said.values()}):

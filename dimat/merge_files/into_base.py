@@ -1,4 +1,4 @@
-"""A merged adapter added to its base model's weights, W + s·B·A, tensor by tensor."""
+"""Adds a merged adapter to its base model's weights, W + s·B·A, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from dimat.weights.header import TensorInfo
 @dataclass(frozen=True)
 class IntoBase:
     """Which of the base's tensors a merged adapter changes. `products`: pair, scale and whether the product is
-    transposed; `biases`: the bias of B and its scale; `replaced`: the adapter's own tensor in the base's place
-    (modules that were trained whole)."""
+    transposed; `biases`: the bias of B and its scale; `replaced`: the adapter's tensor that replaces the base's
+    (modules that were trained in full)."""
 
     base: ModelFiles
     products: Mapping[str, tuple[FactorPair, float, bool]]
@@ -32,7 +32,7 @@ class IntoBase:
     replaced: Mapping[str, str]
 
     def tensor(self, name: str, merged: Mapping[str, Tensor], device: torch.device) -> Tensor:
-        """Return one of the base's tensors with what the adapter adds; one that it does not change as it is."""
+        """Return one of the base's tensors plus the adapter's change, if there is one."""
         whole = merged[self.replaced[name]] if name in self.replaced else self.base[name]
         if name not in self.products and name not in self.biases:
             return whole
@@ -48,20 +48,20 @@ class IntoBase:
         return wide
 
     def peak_memory(self, merged: Mapping[str, TensorInfo]) -> int:
-        """Return about how many bytes are held besides mapped files: the merged adapter and the largest tensor."""
+        """Return the approximate memory in bytes, besides mapped files: the merged adapter and the largest tensor."""
         largest = max((info.elements for info in self.base.infos.values()), default=0)
         return PROCESS + sum(info.elements * 8 for info in merged.values()) + 2 * 8 * largest
 
 
 def target(recipe: Recipe, merged: MergedAdapter | None, base: ModelFiles | None, out: Path) -> IntoBase | None:
-    """Return how a recipe merges adapters into its base; None where it does not.
+    """Return the plan by which a recipe merges adapters into its base; None if it does not.
 
-    Raises ConfigError for an output, base or models that do not fit to what the recipe asks for, DataError where the
-    base lacks a tensor that the adapters change.
+    Raises ConfigError for an output, base or models that do not fit the recipe, DataError if the base lacks a tensor
+    that the adapters change.
     """
     if recipe.into_base:
         if merged is None:
-            raise ConfigError("into_base (--into-base) merges PEFT adapter folders, and these models are none")
+            raise ConfigError("into_base (--into-base) merges PEFT adapter folders, and these models are not")
         if base is None or base.adapter:
             raise ConfigError("into what? into_base (--into-base) needs the adapters' base model: give it with --base")
         return _into(merged, base)
@@ -70,7 +70,7 @@ def target(recipe: Recipe, merged: MergedAdapter | None, base: ModelFiles | None
             "methods that merge adapters' products take no base: leave out --base, or merge into it with --into-base"
         )
     if merged is not None and is_file_name(out):
-        raise ConfigError(f"{out}: a merged adapter is a folder, as its rank and scale stand in {ADAPTER_CONFIG}")
+        raise ConfigError(f"{out}: a merged adapter is a folder, as its rank and scale are in {ADAPTER_CONFIG}")
     return None
 
 
@@ -97,8 +97,8 @@ def _named(key: str, what: str) -> str:
 
 
 def _transposed(merged: MergedAdapter, base: ModelFiles, pair: FactorPair, name: str) -> bool:
-    """Tell whether a weight is (in, out), as embeddings' and some linear layers' are; its shape says so, and where it
-    is square, fan_in_fan_out."""
+    """Tell whether a weight is (in, out), as in embeddings and some linear layers; from its shape, or from
+    fan_in_fan_out if it is square."""
     a, b = merged.infos[pair.a].shape, merged.infos[pair.b].shape
     straight, turned = (b[0], *a[1:]), (*a[1:], b[0])
     info = base.infos.get(name)

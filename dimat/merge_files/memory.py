@@ -10,19 +10,19 @@ from dimat.registry import Bound
 from dimat.weights.header import TensorInfo
 
 NEAR = 1 / 8
-"""Most of a tensor's values that a search for a threshold collects, as float32, of each model."""
+"""Most values of a tensor that a search for a threshold collects from each model, as float32."""
 
 PROCESS = 300_000_000
 """Bytes of Python, torch and its libraries."""
 
 WORK = 3
-"""Tensors that a method holds besides its inputs, in the type in which it sums."""
+"""Number of tensors that a method holds besides its inputs, in the type in which it sums."""
 
 
 def peak_memory(method: Bound[Weights], tensors: Sequence[TensorInfo], models: int, base: bool) -> int:
-    """Return about how many bytes a merge needs besides mapped files: the merged tensor where a method works in pieces,
-    else the largest tensor in the type in which it is summed, once for each model (twice where deltas are taken, and
-    once for the base), and for the work."""
+    """Return the approximate memory in bytes of a merge, besides mapped files: the merged tensor if a method works in
+    pieces, else the largest tensor in the type in which it is summed, once for each model (twice if deltas are taken,
+    and once for the base), plus working space."""
     if method.traits["holds"] == "pieces":  # the merged tensor, and a few of all values in search of a threshold
         return PROCESS + max((info.bytes + int(NEAR * 4 * models * info.elements) for info in tensors), default=0)
     largest = max((info.elements * _sum_width(info) for info in tensors), default=0)
@@ -32,14 +32,14 @@ def peak_memory(method: Bound[Weights], tensors: Sequence[TensorInfo], models: i
 def whole_memory(
     methods: Sequence[Bound[Weights]], tensors: Sequence[TensorInfo], models: int, base: bool, width: int
 ) -> int:
-    """Return about how many bytes a merge needs that runs its models: all of them, the network, what is merged, and
-    deltas where a method holds them, at `width` bytes per number. Activations come on top."""
+    """Return the approximate memory in bytes of a merge that runs its models: all of them, the network, the merged
+    tensors, and deltas if a method holds them, at `width` bytes per number. Activations come on top."""
     held = models + base + 2 + (models if any(method.traits["holds"] == "deltas" for method in methods) else 0)
     return PROCESS + held * width * sum(info.elements for info in tensors)
 
 
 def shown(count: int) -> str:
-    """Return a number of bytes as one reads it: 1.5 GB."""
+    """Return a number of bytes in readable form: 1.5 GB."""
     for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if count >= size:
             return f"{ceil(count / size * 10) / 10:,} {unit}"

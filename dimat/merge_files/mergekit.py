@@ -1,8 +1,8 @@
 """mergekit's YAML as a recipe, for the methods that both have.
 
-Where there are gradients or filters, every tensor is looked at by itself, and tensors with the same values make one
-rule of the recipe. A configuration that would not give the same result is refused; DARE and DELLA draw other random
-numbers, by the same law. Facts are from mergekit 0.1.5's documentation, behaviour and golden runs.
+With gradients or filters, values are computed for each tensor, and tensors with the same values become one rule of the
+recipe. A configuration that would not give the same result is refused; DARE and DELLA draw other random numbers, from
+the same distribution. Facts are from mergekit 0.1.5's documentation, behaviour and golden runs.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from dimat.merge_files.mergekit_methods import METHODS, NEAREST, Choice
 from dimat.reading import check_plain, read_text
 
 LAYER = re.compile(r"^((?:.*?\.)?(?:layers|layer|h|blocks|block)\.)(\d+)\.")
-"""What stands before the number of a tensor's layer in its name, and the number."""
+"""The prefix of the layer number in a tensor's name, and the number."""
 
 NUMBERED = re.compile(r"(?:^|[._])\d+(?:[._]|$)")
 """A number in a name: it may be a layer's."""
 
 
 def from_mergekit(file: Path) -> dict[str, Any]:
-    """Return mergekit's YAML as the tree of a recipe; model paths are looked for here, then beside the file.
+    """Return mergekit's YAML as the tree of a recipe; model paths are looked up here, then beside the file.
 
-    Raises ConfigError for what is not supported, naming it.
+    Raises ConfigError for unsupported settings, naming them.
     """
     try:
         import yaml
@@ -43,7 +43,7 @@ def from_mergekit(file: Path) -> dict[str, Any]:
     except RecursionError:
         raise ConfigError(f"{file} is nested too deeply") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"{file} is not a mergekit configuration: it is no table")
+        raise ConfigError(f"{file} is not a mergekit configuration: it is not a table")
     config = Config(cast("dict[str, Any]", tree), str(file))
     if config.method not in METHODS:
         nearest = f"; {NEAREST[config.method]}" if config.method in NEAREST else ""
@@ -85,7 +85,7 @@ def from_mergekit(file: Path) -> dict[str, Any]:
 
 
 def _choice(config: Config) -> Choice:
-    """Return what merges the tensors of a configuration; the base where no model has a weight."""
+    """Return the method that merges the tensors of a configuration; the base if no model has a weight."""
     method, options, mixing = METHODS[config.method](config)
     if "weights" in options and not any(options["weights"]):
         return "task-arithmetic", {"scaling": 0.0}, None
@@ -93,7 +93,7 @@ def _choice(config: Config) -> Choice:
 
 
 def _choices(config: Config, own: ModelFiles) -> list[tuple[Choice, list[str]]]:
-    """Return what merges which tensors, the one that merges most of them first."""
+    """Return the methods and their tensors, first the one that merges most of them."""
     last = _layer_counts(own)
     groups: dict[str, tuple[Choice, list[str]]] = {}
     for name in own:
@@ -108,7 +108,7 @@ def _choices(config: Config, own: ModelFiles) -> list[tuple[Choice, list[str]]]:
 
 
 def _layer_counts(own: ModelFiles) -> dict[str, int]:
-    """Return the number of layers of each stack, by what stands before their number in the tensors' names."""
+    """Return the number of layers of each stack, by the prefix of their number in the tensors' names."""
     counts: dict[str, int] = {}
     for name in own:
         if match := LAYER.search(name):
@@ -117,7 +117,7 @@ def _layer_counts(own: ModelFiles) -> dict[str, int]:
 
 
 def _check_layers(config: Config, own: ModelFiles) -> None:
-    """Raise where slices do not take every layer of every model."""
+    """Raise if slices do not take every layer of every model."""
     if not config.layers:
         return
     counts = _layer_counts(own)
@@ -133,7 +133,7 @@ def _check_layers(config: Config, own: ModelFiles) -> None:
 
 
 def _check_axes(config: Config, choices: Sequence[Choice], own: ModelFiles) -> None:
-    """Raise where tensors have more axes than rows and columns, which are cut in another way there."""
+    """Raise if tensors have more axes than rows and columns, which mergekit cuts in another way."""
     apart = [choice for choice in choices if choice[1].get("along") in ("rows", "columns")]
     for name, info in own.infos.items() if apart else ():
         if len(info.shape) > 2:

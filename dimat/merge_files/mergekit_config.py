@@ -1,8 +1,8 @@
 """mergekit's configuration: models, slices, and parameters that may differ between tensors.
 
 A parameter is a value, a gradient over the layers (a list of numbers), or a list of such values with a filter (a part
-of a tensor's name), of which the first that fits counts. A model's own value goes before the slice's, the slice's
-before the common one. Facts are from mergekit 0.1.5's documentation and behaviour.
+of a tensor's name), of which the first match counts. A model's own value takes precedence over the slice's, and the
+slice's over the common one. Facts are from mergekit 0.1.5's documentation and behaviour.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from typing import Any, cast
 from dimat.errors import ConfigError
 
 IGNORED = {"int8_mask"}
-"""Parameters that change how mergekit computes, not what."""
+"""Parameters that change mergekit's computation, but not its result."""
 
 KEYS = {"merge_method", "base_model", "models", "slices", "parameters", "dtype", "out_dtype", "name"}
-"""Keys of a configuration that are read; others may be there without a value."""
+"""Keys of a configuration that are read; others are allowed only without a value."""
 
 INSTEAD = {
-    "modules": "merge the model whole, or each part by the rules of a dimat recipe",
+    "modules": "merge the whole model, or each part by the rules of a dimat recipe",
     "chat_template": "leave it out, and put the template into the merged model's folder",
-    "tokenizer_source": "leave it out where all models have one vocabulary; 'base' brings the rows of embeddings into "
+    "tokenizer_source": "leave it out if all models have one vocabulary; 'base' brings the rows of embeddings into "
     "the base's order",
-    "tokenizer": "leave it out where all models have one vocabulary; source: base brings the rows of embeddings into "
+    "tokenizer": "leave it out if all models have one vocabulary; source: base brings the rows of embeddings into "
     "the base's order",
 }
-"""What works in the place of a key that is not supported."""
+"""Alternatives to keys that are not supported."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """A tensor: its name, and how far on the way from the first layer (0) to the last (1) it lies, None if unknown."""
+    """A tensor: its name, and its position between the first layer (0) and the last (1), None if unknown."""
 
     name: str
     depth: float | None
@@ -43,7 +43,7 @@ class Place:
 class Config:
     """A mergekit configuration: global parameters, and those of each model that is merged.
 
-    `layers`: the range of layers that slices take of each model, by path; nothing where there are no slices.
+    `layers`: the range of layers that slices take of each model, by path; nothing if there are no slices.
     """
 
     def __init__(self, tree: Mapping[str, Any], where: str) -> None:
@@ -100,7 +100,7 @@ class Config:
         return default
 
     def _evaluated(self, key: str, setting: Any) -> Any:
-        """Return the value of a setting for the tensor; None where it has none for it."""
+        """Return the value of a setting for the tensor; None if it has none for it."""
         if not isinstance(setting, list | dict):
             return setting
         entries: list[Any] = cast("list[Any]", setting) if isinstance(setting, list) else [setting]
@@ -132,7 +132,7 @@ class Config:
         return (1 - way + low) * values[low] + (way - low) * values[min(low + 1, len(values) - 1)]
 
     def models(self) -> list[str]:
-        """Return the models that are merged: the base is none of them."""
+        """Return the models that are merged, without the base."""
         found = [path for path, _ in self.listed if path != self.base]
         if not found:
             raise self.fault("no model is merged besides the base")
@@ -149,7 +149,7 @@ class Config:
             number = _number(value)
             if number is None:
                 where = f" for {self.place.name}" if self.place is not None else ""
-                raise self.fault(f"{key} of {path} {'is missing' if value is None else 'is no number'}{where}")
+                raise self.fault(f"{key} of {path} {'is missing' if value is None else 'is not a number'}{where}")
             found.append(number)
         return found
 
@@ -157,7 +157,7 @@ class Config:
         """Return a number that all merged models share."""
         values = set(self.each(key, default))
         if len(values) > 1:
-            raise self.fault(f"models with {key} of their own are not supported; give all the same")
+            raise self.fault(f"models with their own {key} are not supported; give all the same")
         return values.pop()
 
     def each_or_one(self, key: str, default: float) -> float | list[float]:
@@ -182,14 +182,15 @@ class Config:
         return value
 
     def check_used(self) -> None:
-        """Raise where a parameter is given that nothing asked for, so that none is passed over."""
+        """Raise if a parameter was given but not used, so that none is ignored silently."""
         given = {key for _, own in self.listed for key in own} | self.common.keys() | self.of_slice.keys()
         left = given - self.used - IGNORED
         if left:
             raise self.fault(f"parameter {min(left)!r} of {self.method} is not supported; leave it out")
 
     def _takes_base_tokens(self, tree: Mapping[str, Any]) -> bool:
-        """Tell whether embeddings are brought into the order of the base's tokens; equal vocabularies stay."""
+        """Tell whether embeddings are brought into the order of the base's tokens; equal vocabularies stay
+        unchanged."""
         tokenizer: Any = tree.get("tokenizer")
         if isinstance(tokenizer, dict) and tree.get("tokenizer_source") is None:
             table = cast("dict[str, Any]", tokenizer)
@@ -268,7 +269,7 @@ class Config:
 
 
 def _number(value: Any) -> float | None:
-    """Return a number; YAML reads 1e-5 as text, which counts too."""
+    """Return a number; YAML reads 1e-5 as text, which is accepted too."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:

@@ -1,4 +1,4 @@
-"""mergekit's merge methods as ours: the method, options and mixing weights for each."""
+"""mergekit's merge methods in dimat: the method, options and mixing weights for each."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from dimat.merge_files.mergekit_config import Config
 
 Choice = tuple[str, dict[str, Any], "list[float] | None"]
-"""Our method, its options, mixing weights."""
+"""dimat's method, its options, mixing weights."""
 
 
 def _linear(config: Config) -> Choice:
@@ -25,7 +25,7 @@ def _linear(config: Config) -> Choice:
 
 
 def _deltas(config: Config) -> dict[str, Any]:
-    """Return the options of all task-vector methods: coefficients, and what scales their sum."""
+    """Return the options of all task-vector methods: coefficients, and the scale of their sum."""
     options: dict[str, Any] = {"weights": config.each("weight", 1.0)}
     return {**options, "scaling": config.number("lambda", 1.0)}
 
@@ -58,7 +58,7 @@ def _breadcrumbs(config: Config) -> Choice:
 
 
 def _rescaled(config: Config) -> str | bool:
-    """Return how what is left of a delta is scaled: mergekit gives it the sum of magnitudes that it had."""
+    """Return the scaling of a sparsified delta: mergekit restores its former sum of magnitudes."""
     return "norm" if config.flag("rescale", True) else False
 
 
@@ -153,8 +153,8 @@ NEAREST: Mapping[str, str] = {
     "multislerp": "karcher is the mean of any number of models on the sphere",
     "passthrough": "layers stay where they are: copy a model by dimat merge MODEL -o FOLDER, or give rules by name",
     "nearswap": "slerp or linear with a filter and values by layer are near it",
-    "arcee_fusion": "sce and ties choose which changes are kept, too",
+    "arcee_fusion": "sce and ties also choose the changes to keep",
     "ram": "ties and sce merge changes by where models agree, too",
     "ramplus_tl": "ties and sce merge changes by where models agree, too",
 }
-"""The nearest that works, for mergekit's methods that are not here."""
+"""The nearest alternatives to mergekit's methods that dimat does not have."""

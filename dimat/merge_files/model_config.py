@@ -1,4 +1,4 @@
-"""Settings that decide what weights mean: quantisation, config.json, class names."""
+"""Settings that determine the meaning of weights: quantisation, config.json, class names."""
 
 from __future__ import annotations
 
@@ -33,28 +33,28 @@ PASSED = re.compile(
     r"|attn_implementation|pretraining_tp|finetuning_task|name_or_path|model_max_length|max_position_embeddings|n_ctx"
     r"|unsloth_\w+|quantization_config|transformers_weights|num_labels|router_\w*coef|\w*aux_loss\w*)"
 )
-"""Keys that may differ without a word: how the model was trained, is run or is named."""
+"""Keys that may differ without a note: they describe how the model was trained, is run or is named."""
 
 DEFAULTS: Mapping[str, Any] = {"rope_theta": 10000.0}
-"""Values of keys that are left out, as nearly all architectures have them: where transformers does not say."""
+"""Default values of omitted keys in nearly all architectures, used if transformers has none."""
 
 ALIKE: Sequence[set[str]] = ({"llama", "mistral"},)
-"""Architectures that compute the same from the same tensors, as long as their settings are the same."""
+"""Architectures that compute the same from the same tensors, if their settings are equal."""
 
 QUANTISED = re.compile(
     r"(?:^|.*[._])(?:qweight|qzeros|weight_packed|weight_scale(?:_inv)?|weight_zero_point|absmax|quant_map|quant_state\..*"
     r"|nested_absmax|SCB|W_q|_data|_scale|scale_inv|blocks|input_scale)"
 )
-"""Names of tensors that quantised weights have: codes, and what they are multiplied by."""
+"""Names of tensors in quantised weights: codes, and their scales."""
 
 CODES = re.compile(r"(?:^|.*\.)(?:weight|kernel|qweight|\w+_proj|\w+_blocks)")
-"""Names of weights: where they are integers, they are codes."""
+"""Names of weights: if they are integers, they are codes."""
 
 
 def check_whole(model: ModelFiles, *, codes: bool = True) -> None:
-    """Raise DataError where a model's weights are quantised: codes mean nothing without their scales.
+    """Raise DataError if a model's weights are quantised: codes mean nothing without their scales.
 
-    `codes`: weights that are integers count, even where nothing else says that they are codes.
+    `codes`: integer weights count as codes, even if nothing else says so.
     """
     settings = model.config.get("quantization_config") or model.config.get("compression_config")
     if settings:
@@ -71,11 +71,11 @@ def check_whole(model: ModelFiles, *, codes: bool = True) -> None:
 
 
 def check_configs(models: Sequence[ModelFiles]) -> list[str]:
-    """Compare the config.json of models; return in words the differences that may be meant.
+    """Compare the config.json of models; describe the differences that may be intended.
 
-    A key that is left out has the default of its architecture, which transformers knows, where it is installed. Raises
-    DataError for differences in keys that change what the same weights compute, for architectures of which that is not
-    known to be the same, and for classes in another order.
+    An omitted key has the default of its architecture, from transformers, if that is installed. Raises DataError for
+    differences in keys that change the function of the same weights, for architectures that are not known to compute
+    the same, and for classes in another order.
     """
     told_of = [(str(model.path), model.config) for model in models if model.config]
     found, notes = list[str](), list[str]()
@@ -89,7 +89,8 @@ def check_configs(models: Sequence[ModelFiles]) -> list[str]:
 
 
 def check_architecture(model: nn.Module, hook: str, own: ModelFiles) -> None:
-    """Compare own's config.json with the config of the architecture that it is run with, where that is transformers'.
+    """Compare the first model's config.json with the config of the architecture for running it, if that is
+    transformers'.
 
     Raises DataError as `check_configs` does.
     """
@@ -102,11 +103,11 @@ def check_architecture(model: nn.Module, hook: str, own: ModelFiles) -> None:
 
 
 Named = tuple[str, Mapping[str, Any]]
-"""A config, after a word on where it is from."""
+"""The source of a config, in words, and the config."""
 
 
 def _compared(first: Named, other: Named) -> tuple[list[str], list[str]]:
-    """Return in words where two configs differ: what changes the function, and what may be meant."""
+    """Describe the differences of two configs: those that change the function, and those that may be intended."""
     mine, theirs = flat_config(first[1]), flat_config(other[1])
     found, notes = _class_differences(first, other), list[str]()
     kinds = [str(config.get("model_type", "")) for config in (mine, theirs)]
@@ -143,8 +144,7 @@ def _said(value: Any) -> str:
 
 
 def _effective(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config with the defaults of its architecture; nothing where transformers is missing or does not know
-    it."""
+    """Return a config with the defaults of its architecture; nothing if transformers is missing or does not know it."""
     from dimat.tasks.huggingface.library import library
 
     try:
@@ -175,7 +175,7 @@ def _quantised(model: ModelFiles, why: str) -> DataError:
 
 
 def _left_out(key: str, settings: Mapping[str, Any], effective: Mapping[str, Any]) -> Any:
-    """Return what a key stands for where it is left out; None where nobody knows."""
+    """Return the value of a key that is left out; None if it is not known."""
     if effective:
         return effective.get(key)
     before, dot, last = key.rpartition(".")
@@ -183,7 +183,8 @@ def _left_out(key: str, settings: Mapping[str, Any], effective: Mapping[str, Any
 
 
 def flat_config(config: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """Return the keys of a config with those of the tables in it, dotted, in one form whatever wrote the file."""
+    """Return the keys of a config, including those of nested tables, dotted, in one form for all writers of the
+    file."""
     found: dict[str, Any] = {}
     for key, value in ((str(key), value) for key, value in config.items()):
         if isinstance(value, dict) and key not in ("rope_parameters", "rope_scaling"):
@@ -204,7 +205,7 @@ def flat_config(config: Mapping[str, Any], before: str = "") -> dict[str, Any]:
 
 
 def _class_differences(first: Named, other: Named) -> list[str]:
-    """Return in words where two models that name their classes give one output different names."""
+    """Describe outputs to which two models give different class names."""
     mine, theirs = _classes(first[1]), _classes(other[1])
     if mine is None or theirs is None or mine == theirs:
         return []
@@ -215,7 +216,7 @@ def _class_differences(first: Named, other: Named) -> list[str]:
 
 
 def _classes(config: Mapping[str, Any]) -> dict[str, str] | None:
-    """Return the classes' names by output; None where they have none of their own."""
+    """Return the classes' names by output; None if they are not named."""
     names, numbers = config.get("id2label"), config.get("label2id")
     found: dict[str, str] = {}
     if isinstance(names, dict) and names:

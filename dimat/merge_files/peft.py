@@ -23,8 +23,8 @@ TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_p
 """Keys that say which modules have factors."""
 
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
-"""Values of init_lora_weights that leave the base's weights as they are. Others (PiSSA, OLoRA, LoftQ, …) move a part of
-the base into the factors, so that a delta is none from the base that its name says."""
+"""Values of init_lora_weights that do not change the base's weights. Others (PiSSA, OLoRA, LoftQ, …) move a part of the
+base into the factors, so that the delta is not relative to the named base."""
 
 UNFIT = {
     "use_dora": "is DoRA: its magnitudes scale the base's weights too",
@@ -32,11 +32,11 @@ UNFIT = {
     "use_bdlora": "is BD-LoRA: its factors are blocks of a diagonal",
     "kasa_config": "is KaSA: it changes the base's weights too",
     "monteclora_config": "is MonteCLoRA: its factors are drawn at random",
-    "alora_invocation_tokens": "is aLoRA: it adds to a part of the text only",
-    "target_parameters": "adapts single parameters: the factors of several experts lie in one tensor",
+    "alora_invocation_tokens": "is aLoRA: it adds only to a part of the text",
+    "target_parameters": "adapts single parameters: the factors of several experts are in one tensor",
     "trainable_token_indices": "trains the embeddings of single tokens",
 }
-"""Settings under which ΔW = s·B·A is not what an adapter adds, and why."""
+"""Settings with which an adapter does not add ΔW = s·B·A, and why."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,8 @@ class Settings:
         return alpha / (rank**0.5 if self.config.get("use_rslora") else rank)
 
     def _pattern(self, patterns: Mapping[str, Any], module: str) -> str:
-        """Return the first of the patterns, regular expressions, that a module's name ends in; else the name."""
+        """Return the first of the patterns, regular expressions, that match the end of a module's name; else the
+        name."""
         try:
             fit = (p for p in patterns if matches(rf"(.*\.)?({p})", module, self.regex_s, whole=True))
             return next(fit, module)
@@ -74,8 +75,8 @@ class Settings:
     def merged(self, ranks: Mapping[str, int], others: Sequence[Settings]) -> bytes:
         """Return the adapter_config.json of a merged adapter with these ranks, by module.
 
-        All that is not said of ranks stays, lora_alpha too: the scale follows from the rank by `scale_of`. Where
-        adapters' modules are not chosen alike, the merged ones are named one by one.
+        Everything except ranks is unchanged, including lora_alpha: the scale follows from the rank by `scale_of`. If
+        adapters choose their modules differently, the merged ones are named one by one.
         """
         config = dict(self.config)
         if any(self.rank_of(module) != rank for module, rank in ranks.items()):
@@ -89,12 +90,12 @@ class Settings:
 
 
 def read_settings(folder: Path, regex_s: float = REGEX_S) -> Settings:
-    """Read the settings of a PEFT folder; DataError where they are damaged, or the adapter is no plain LoRA. `regex_s`:
+    """Read the settings of a PEFT folder; DataError if they are damaged, or the adapter is not plain LoRA. `regex_s`:
     seconds that one of its patterns may take for one module's name."""
     path = folder / ADAPTER_CONFIG
     config = read_table(path)
     if config.get("peft_type") != "LORA":
-        raise DataError(f"{path}: peft_type is {config.get('peft_type')!r}; products are merged of LORA adapters alone")
+        raise DataError(f"{path}: peft_type is {config.get('peft_type')!r}; products are merged only for LORA adapters")
     for key, why in UNFIT.items():
         if config.get(key):
             raise DataError(f"{path}: {key} is set, the adapter {why}; merge it into its base model with PEFT first")
@@ -135,7 +136,7 @@ def _table(path: Path, config: Mapping[str, Any], key: str) -> dict[str, Any]:
         try:
             regex.compile(pattern)
         except regex.error as error:
-            raise DataError(f"{path}: {key} has {pattern!r}, which is no pattern: {error}") from None
+            raise DataError(f"{path}: {key} has {pattern!r}, which is not a pattern: {error}") from None
     return table
 
 

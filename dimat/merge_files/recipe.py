@@ -32,7 +32,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
-"""Types that real tensors may be written in."""
+"""Types in which floating-point tensors may be written."""
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 SUM_TOLERANCE = 1e-6
@@ -60,22 +60,22 @@ class ModelEntry(Tree):
     path: str
     """Safetensors file, index of shards, or folder."""
     weight: float | None = None
-    """Mixing weight; all models have one, or none has (then all are equal)."""
+    """Mixing weight; either all models have one, or none does (then all are equal)."""
     statistics: str | None = None
-    """Safetensors file of what "fisher" and "regmean" need: `fisher.<tensor>`, `gram.<tensor>`."""
+    """Safetensors file of statistics for "fisher" and "regmean": `fisher.<tensor>`, `gram.<tensor>`."""
 
 
 class Rule(Tree):
-    """How tensors whose name matches are merged; the first rule that matches a tensor counts."""
+    """The merge of tensors whose name matches; the first rule that matches a tensor counts."""
 
     match: str | None = None
     """Pattern of the whole name: `*`, `?`, `[…]`."""
     regex: str | None = None
-    """Regular expression that is found in the name; instead of `match`."""
+    """Regular expression searched for in the name; instead of `match`."""
     method: str | None = None
     """Combine method; the recipe's if left out."""
     options: Options = Field(default_factory=dict)
-    """Options of the method; without `method` of its own, they are put over the recipe's."""
+    """Options of the method; without `method` in the rule, they override the recipe's."""
     weights: tuple[float, ...] | None = None
     """Mixing weights; the recipe's if left out."""
 
@@ -91,15 +91,15 @@ class Rule(Tree):
         return self
 
     def fits(self, name: str, limit_s: float) -> bool:
-        """Tell whether a tensor's name matches; ConfigError where the regular expression takes longer than a limit."""
+        """Tell whether a tensor's name matches; ConfigError if the regular expression takes longer than a limit."""
         if self.match is not None:
             return fnmatchcase(name, self.match)
         try:
             return matches(self.regex or "", name, limit_s)
         except TimeoutError:
             raise ConfigError(
-                f"regex {self.regex!r} takes more than regex_s = {limit_s:g} s for {name!r}: write it without repeats "
-                "inside of repeats, or raise regex_s"
+                f"regex {self.regex!r} takes more than regex_s = {limit_s:g} s for {name!r}: write it without nested "
+                "repeats, or raise regex_s"
             ) from None
 
     @property
@@ -111,11 +111,11 @@ class Recipe(Tree):
     """A merge of model files."""
 
     models: tuple[ModelEntry, ...] = Field(min_length=1)
-    """The models; the first is own, which gives names, types and integer tensors."""
+    """The models; the first one determines names, types and integer tensors."""
     base: str | None = None
-    """Model that deltas are taken from, for methods that merge deltas; or that adapters are merged into."""
+    """Base model from which deltas are taken, for methods that merge deltas; or into which adapters are merged."""
     into_base: bool = False
-    """Merge PEFT adapters into the base: a whole model comes out, W + ΔW (method: lora-concat if left out)."""
+    """Merge PEFT adapters into the base: the result is a full model, W + ΔW (method: lora-concat if left out)."""
     method: str = "average"
     """Combine method."""
     options: Options = Field(default_factory=dict)
@@ -128,47 +128,47 @@ class Recipe(Tree):
     data: str | None = None
     """Inputs to run the models on: a safetensors file of examples stacked along the first axis (one tensor, or the
     model's arguments in the order of their names, e.g. input.0, input.1), a hook that returns a tensor of them or
-    batches, or a task, whose probe set is taken."""
+    batches, or a task, whose probe set is used."""
     align: Named = NamedConfig(name="none")
-    """How peers' units are brought into own's order before they are combined: "none", "activations",
+    """How the other models' units are brought into the first one's order before the merge: "none", "activations",
     "weights" or "auto"."""
     repair: Named = NamedConfig(name="none")
     """Statistics to re-estimate on the data afterwards: "none" or "batchnorm"."""
     align_vocabulary: bool = False
-    """Bring the rows of embeddings into the order of the tokens of the model whose tokenizer is written: the base's,
-    else the first one's. The tokens must be the same."""
+    """Bring the rows of embeddings into the token order of the model whose tokenizer is written: the base, else the
+    first one. The tokens must be the same."""
     out: str | None = None
-    """Where the merged model goes: a name in .safetensors, or a folder."""
+    """Path of the merged model: a name in .safetensors, or a folder."""
     dtype: Annotated[str | None, AfterValidator(_known_dtype)] = None
-    """Type of the merged model's real tensors; that in which own tensor is read if left out."""
+    """Type of the merged model's floating-point tensors; by default that in which the first model's tensor is read."""
     input_dtype: Annotated[str | None, AfterValidator(_known_dtype)] = None
-    """Type that the models' real tensors, and the base's, are rounded to as they are read; each tensor's own if left
-    out. Sums are wider than either."""
+    """Type to which the models' and the base's floating-point tensors are rounded when read; by default each tensor's
+    own. Sums use a wider type than either."""
     device: str = "cpu"
-    """Where tensors are merged: cpu, cuda, cuda:1, auto."""
+    """Device on which tensors are merged: cpu, cuda, cuda:1, auto."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Seed of methods that draw at random."""
+    """Seed for methods with random draws."""
     shard_size: Annotated[int, BeforeValidator(as_bytes), Field(ge=1)] = 5 * 10**9
     """Bytes per file of a folder, e.g. "5GB"."""
     keep_not_finite: bool = False
-    """Write a merge some of whose numbers are not finite; by default it ends with the first of them, and nothing is
-    written. Inputs have to be finite all the same."""
+    """Write a merge even if some of its numbers are not finite; by default the merge ends at the first of them, and
+    nothing is written. Inputs must be finite in any case."""
     regex_s: Annotated[float, Field(gt=0)] = REGEX_S
     """Seconds that a regular expression, of a rule or of an adapter, may take for one name."""
     folder: str = "."
-    """The recipe's own folder, from which hooks are looked up; not for writing in it."""
+    """The recipe's own folder, in which hooks are looked up; cannot be set in the file."""
 
     @field_validator("models", mode="before")
     @classmethod
     def _paths_alone(cls, value: Any) -> Any:
-        """Models may be given by their paths alone."""
+        """Accept models that are given only as paths."""
         if not isinstance(value, list):
             return value
         return [{"path": entry} if isinstance(entry, str) else entry for entry in cast("list[Any]", value)]
 
     @property
     def mixing(self) -> list[float]:
-        """Mixing weights, own's first."""
+        """Mixing weights, in the order of the models."""
         given = [model.weight for model in self.models]
         weights = [weight for weight in given if weight is not None]
         if not weights:
@@ -178,7 +178,7 @@ class Recipe(Tree):
         return checked_mixing(weights, len(given))
 
     def method_of(self, rule: Rule | None) -> Bound[Weights]:
-        """Return the method, with its options, of a rule's tensors, or of those that no rule matches."""
+        """Return the method, with its options, for a rule's tensors, or for those that no rule matches."""
         if rule is None:
             return combine_registry.bind(self.method, self.options)
         if rule.method is None:
@@ -186,7 +186,7 @@ class Recipe(Tree):
         return combine_registry.bind(rule.method, rule.options)
 
     def mixing_of(self, rule: Rule | None) -> list[float]:
-        """Return the mixing weights of a rule's tensors, or of those that no rule matches; own's first."""
+        """Return the mixing weights for a rule's tensors, or for those that no rule matches."""
         if rule is None or rule.weights is None:
             return self.mixing
         return checked_mixing(rule.weights, len(self.models))
@@ -194,7 +194,7 @@ class Recipe(Tree):
 
 @dataclass(frozen=True)
 class TensorGroup:
-    """Tensors that are merged alike."""
+    """Tensors that are merged in the same way."""
 
     names: tuple[str, ...]
     method: Bound[Weights]
@@ -218,8 +218,8 @@ PATHS = ("path", "statistics")
 
 
 def load_recipe(file: Path, changes: Mapping[str, Any], options: Mapping[str, Any]) -> Recipe:
-    """Read a recipe from TOML; paths in it are relative to its folder. `changes` replace its keys, `options` are put
-    over its options. ConfigError says what is wrong in it."""
+    """Read a recipe from TOML; paths in it are relative to its folder. `changes` replace its keys, `options` override
+    its options. ConfigError describes faults in it."""
     tree = read_toml(file)
     if "folder" in tree:
         raise ConfigError(f"unknown key 'folder' in {file}: it is the file's own folder")
@@ -238,7 +238,8 @@ def load_recipe(file: Path, changes: Mapping[str, Any], options: Mapping[str, An
 
 
 def build_recipe(tree: Mapping[str, Any], changes: Mapping[str, Any], options: Mapping[str, Any], where: str) -> Recipe:
-    """Return the recipe of a tree of plain values with keys and method options put over it, all names checked."""
+    """Return the recipe from a tree of plain values, overridden by `changes` and method `options`, all names
+    checked."""
     changes = {key: value for key, value in changes.items() if value is not None}
     weights = changes.pop("weights", None)
     merged = {**tree, **changes}
@@ -262,7 +263,7 @@ def build_recipe(tree: Mapping[str, Any], changes: Mapping[str, Any], options: M
 
 
 def parse_options(items: Sequence[str]) -> dict[str, Any]:
-    """Return method options from KEY=VALUE items; values are TOML, or plain text where that is not TOML."""
+    """Return method options from KEY=VALUE items; values are TOML, or else plain text."""
     options: dict[str, Any] = {}
     for item in items:
         key, sign, text = item.partition("=")
@@ -288,9 +289,9 @@ def recipe_of(
     options: Sequence[str] = (),
     yaml: Path | None = None,
 ) -> Recipe:
-    """Return the recipe of a command: a TOML file, mergekit's YAML, or models by name, with flags put over it.
+    """Return the recipe of a command: a TOML file, mergekit's YAML, or models by name, overridden by flags.
 
-    `changes`: keys of the recipe by flag, None where a flag is not given, and `weights`; `options`: KEY=VALUE items.
+    `changes`: keys of the recipe by flag, None if a flag is not given, and `weights`; `options`: KEY=VALUE items.
     """
     chosen = parse_options(options)
     if yaml is not None:

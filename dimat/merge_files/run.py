@@ -1,4 +1,4 @@
-"""Merges model files by a recipe: checks all, then merges and writes each tensor."""
+"""Merges model files by a recipe: checks everything, then merges and writes each tensor."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ from dimat.merge_files.write import Output, Scratch, check_output, is_file_name,
 from dimat.weights.header import TensorInfo
 
 Progress = Callable[[int, int], None]
-"""Told after each tensor: (bytes merged, bytes in all)."""
+"""Called after each tensor: (bytes merged, total bytes)."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A merge that is checked and ready to run. `infos`: what is written; `layout`: its files and their tensors;
-    `network`: what the models are run with, None where tensors are merged by themselves; `adapters`: PEFT adapters
-    whose products are merged; `into`: the base that they are merged into; `own`: the first model as it is stored;
-    `kept`: its tensors that are written as they are; `tied`: those that are written as the merged tensor of another
-    name; `carrier`: the model whose config and tokenizer are written; `notes`: what to know besides."""
+    """A merge that is checked and ready to run. `infos`: the tensors to write; `layout`: their files; `network`:
+    architecture and data for running the models, None if tensors are merged one by one; `adapters`: PEFT adapters whose
+    products are merged; `into`: the base into which they are merged; `own`: the first model as stored; `kept`: its
+    tensors that are written unchanged; `tied`: those that are written as the merged tensor of another name; `carrier`:
+    the model whose config and tokenizer are written; `notes`: for the user."""
 
     recipe: Recipe
     models: tuple[ModelFiles, ...]
@@ -65,12 +65,12 @@ class Job:
 
     @property
     def views(self) -> tuple[Weights, ...]:
-        """The models as methods see them, own's first."""
+        """The models as the methods see them, in order."""
         return self.models if self.adapters is None else self.adapters.views
 
     @property
     def merged(self) -> dict[str, TensorInfo]:
-        """The tensors that the methods make, in own's types."""
+        """The tensors that the methods make, in the first model's types."""
         return self.models[0].infos if self.adapters is None else self.adapters.infos
 
     @property
@@ -78,7 +78,7 @@ class Job:
         return sum(info.bytes for info in self.infos.values())
 
     def peak_memory(self) -> int:
-        """Return about how many bytes of memory the merge needs; mapped files are not counted."""
+        """Return the approximate memory in bytes that the merge needs, without mapped files."""
         models = len(self.models)
         if self.into is not None:
             return self.into.peak_memory(self.merged)
@@ -92,7 +92,7 @@ class Job:
         )
 
     def plan(self) -> dict[str, Any]:
-        """Return what the merge would do, as plain values."""
+        """Return the plan of the merge, as plain values."""
         return {
             "method": self.recipe.method,
             "options": self.recipe.options,
@@ -120,8 +120,8 @@ class Job:
         }
 
     def merged_as(self, name: str) -> TensorInfo:
-        """Return a tensor in the type in which the method sees own's: never narrower than what is written, and wide
-        where it is added to a base."""
+        """Return a tensor in the type in which the method sees the first model's: never narrower than the output's, and
+        wide if it is added to a base."""
         own = self.merged[name]
         wide = torch.float32 if self.device.type == "mps" else torch.float64
         if self.into is None:
@@ -141,8 +141,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Report:
-    """The report of a merge: its plan, the blake3 of each input file by model; of a merge that ran the models, by model
-    the share of units that moved, and notes."""
+    """The report of a merge: its plan, the blake3 of each input file by model, and, if it ran the models, the share of
+    units that moved by model, and notes."""
 
     plan: Mapping[str, Any]
     inputs: Mapping[str, Mapping[str, str]]
@@ -155,7 +155,7 @@ class Report:
 
 
 class View(WeightsView):
-    """Some tensors of a model, on a device, and own's in the type in which they are merged."""
+    """Some tensors of a model, on a device, the first model's in the type in which they are merged."""
 
     def __init__(
         self,
@@ -178,8 +178,8 @@ class View(WeightsView):
 def prepare(recipe: Recipe, *, overwrite: bool = False) -> Job:
     """Open and check everything that a recipe names.
 
-    Raises ConfigError (what the recipe lacks, an output that is there), DataError (models that cannot be read or do
-    not fit together); nothing is written.
+    Raises ConfigError (an incomplete recipe, an existing output), DataError (models that cannot be read or do not fit
+    together); nothing is written.
     """
     if recipe.out is None:
         raise ConfigError("where to? give an output with -o, a name in .safetensors or a folder")
@@ -225,7 +225,7 @@ def prepare(recipe: Recipe, *, overwrite: bool = False) -> Job:
             )
     network = open_network(recipe, methods, models[0], together.tied, device)
     if network is not None and models[0].adapter:
-        raise ConfigError("adapters are no models that could be run: merge them without model, align and repair")
+        raise ConfigError("adapters are not models that can be run: merge them without model, align and repair")
     adapters = None if opened is None else fit_together(opened, names, parts, device)
     into = target(recipe, adapters, base, out)
     infos = _written(recipe, base if into and base else own if adapters is None else adapters)
@@ -254,10 +254,10 @@ def prepare(recipe: Recipe, *, overwrite: bool = False) -> Job:
 
 
 def merge_files(job: Job, *, version: str, overwrite: bool = False, progress: Progress | None = None) -> Report:
-    """Merge and write; the output appears under its name when it is whole. `version`: dimat's, for the record.
+    """Merge and write; the output appears under its name when it is complete. `version`: dimat's, for the record.
 
-    Raises MergeError (the method cannot merge these), DataError (values that are not finite, a full disk); nothing
-    is left under the output's name then.
+    Raises MergeError (the method cannot merge these), DataError (values that are not finite, a full disk); then nothing
+    is left under the output's name.
     """
     inputs = {str(model.path): model.hashes() for model in (*job.models, *([job.base] if job.base else []))}
     if job.network is not None:
@@ -315,7 +315,7 @@ def _merge_whole(job: Job, network: Network) -> WholeMerge:
 
 
 def _combine(job: Job, part: TensorGroup) -> Weights:
-    """Return some tensors of all models merged, each when it is asked for."""
+    """Return some merged tensors, each computed when accessed."""
     seen = {name: job.merged_as(name).dtype for name in part.names}
     dtypes = {name: dtype for name, dtype in seen.items() if dtype != job.merged[name].dtype}
     own, *peers = (View(model, part.names, job.device, None if i else dtypes) for i, model in enumerate(job.views))
@@ -336,7 +336,7 @@ def _combine(job: Job, part: TensorGroup) -> Weights:
 
 
 def _parts(recipe: Recipe, own: Collection[str]) -> tuple[TensorGroup, ...]:
-    """Return which tensors are merged how; ConfigError where a rule matches none."""
+    """Return the groups of tensors with their methods; ConfigError if a rule matches no tensor."""
     names: dict[int, list[str]] = {}
     limit_s = recipe.regex_s
     for name in own:
@@ -355,7 +355,7 @@ def _parts(recipe: Recipe, own: Collection[str]) -> tuple[TensorGroup, ...]:
 
 
 def _check_needs(part: TensorGroup, base: ModelFiles | None, statistics: Sequence[Weights] | None) -> None:
-    """Raise ConfigError where a method lacks the base or the statistics that it rests on."""
+    """Raise ConfigError if a method lacks the base or the statistics that it needs."""
     method, option = part.method, part.method.traits["base_with"]
     wanted = "base" in method.asks and (option is None or method.settings[option])
     if wanted and base is None:
@@ -381,7 +381,7 @@ def _open_statistics(recipe: Recipe, models: Sequence[ModelFiles]) -> tuple[Weig
 
 
 def _written(recipe: Recipe, own: ModelFiles | MergedAdapter) -> dict[str, TensorInfo]:
-    """Return what is written: own's tensors, real ones in the recipe's type."""
+    """Return the tensors to write: the first model's, floating-point ones in the recipe's type."""
     if recipe.dtype is None:
         return dict(own.infos)
     dtype = DTYPES[recipe.dtype]

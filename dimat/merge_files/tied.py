@@ -1,10 +1,10 @@
 """Tensors that only some files hold: recomputed buffers, and tied weights stored once.
 
-transformers passes over buffers that follow from the config (rotary frequencies, position ids, causal masks), and
-stores an output layer that is tied to the embedding or not, as the version and the config will have it.
+transformers ignores buffers that follow from the config (rotary frequencies, position ids, causal masks), and may or
+may not store an output layer that is tied to the embedding, depending on its version and the config.
 
-Here a method is shown such a layer once, before any tensor is merged, by headers and configs too; tied names that it
-is shown all the same are made equal after it (`merge/settled.py`). Which names are tied `merge/ties.py` finds for both.
+This module passes such a layer to the method once, found before any tensor is merged, also from headers and configs;
+other tied names are made equal after the method (`merge/settled.py`). `merge/ties.py` finds the tied names for both.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ COMPUTED = re.compile(
 
 @dataclass(frozen=True)
 class Together:
-    """Models that are shown with the same tensors. `kept`: own's that no method merges, as they follow from the config;
-    `tied`: own's that are the merged tensor of another name."""
+    """Models with the same tensors. `kept`: the first model's tensors that no method merges, as they follow from the
+    config; `tied`: those that are the merged tensor of another name."""
 
     models: tuple[ModelFiles, ...]
     base: ModelFiles | None
@@ -37,17 +37,17 @@ class Together:
 
 
 def is_computed(name: str, info: TensorInfo) -> bool:
-    """Tell whether a tensor is a buffer that the model computes anew from its config."""
+    """Tell whether a tensor is a buffer that the model computes from its config."""
     if COMPUTED.fullmatch(name) is None:
         return False
     return not name.endswith("n.bias") or (len(info.shape) == 4 and info.shape[:2] == (1, 1))
 
 
 def bring_together(models: Sequence[ModelFiles], base: ModelFiles | None) -> Together:
-    """Return models with the tensors of the first one: tied weights under both names, computed buffers left aside.
+    """Return models with the tensors of the first one: tied weights under both names, without computed buffers.
 
-    Tensors that are missing for another reason stay so, and are told by the check that follows. Raises DataError
-    where one model's output layer is its embedding, and another's, which is written, is not.
+    Tensors that are missing for another reason stay missing, and the check that follows reports them. Raises DataError
+    if one model's output layer is its embedding, and another's, which is written, is not.
     """
     inputs = [*models, *([] if base is None else [base])]
     names = {name: info for model in reversed(inputs) for name, info in model.infos.items()}
@@ -64,7 +64,7 @@ def bring_together(models: Sequence[ModelFiles], base: ModelFiles | None) -> Tog
         if untied and (name not in own or own.config.get("tie_word_embeddings") is True):
             one = next(model for model in inputs if model not in untied)
             raise DataError(
-                f"{name!r} is {twin!r} in {one.path} (tied), and a weight of its own in {untied[0].path}; merge with "
+                f"{name!r} is {twin!r} in {one.path} (tied), and a separate weight in {untied[0].path}; merge with "
                 f"{untied[0].path} first, so that both are written"
             )
     merged = [name for name in stored if name not in tied]
@@ -82,7 +82,7 @@ def bring_together(models: Sequence[ModelFiles], base: ModelFiles | None) -> Tog
 
 
 def _aliases_of(inputs: Sequence[ModelFiles], names: Sequence[str]) -> dict[str, str]:
-    """Return the tensors that models store twice, or only some of them store, with the one that they are tied to."""
+    """Return the tensors that models store twice, or only some of them store, with the one to which they are tied."""
     found: dict[str, str] = {}
     groups = [ties_of(model) for model in inputs]
     everywhere = [name for name in names if all(name in model for model in inputs)]

@@ -22,7 +22,7 @@ BY_TOKEN = re.compile(r"(?:.*[._])?(?:embed\w*|wte|shared|lm_head|output|predict
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The tokenizer of a model: the id of each token, nothing where the file is not read; a hash of either."""
+    """The tokenizer of a model: the id of each token, or nothing if the file cannot be parsed; and a hash."""
 
     model: ModelFiles
     ids: Mapping[str, int]
@@ -30,7 +30,7 @@ class Vocabulary:
 
 
 def read_vocabulary(model: ModelFiles) -> Vocabulary | None:
-    """Return the vocabulary in a model's folder; None where there is none. DataError where its file is damaged."""
+    """Return the vocabulary in a model's folder; None if there is none. DataError if its file is damaged."""
     folder = model.folder
     if folder is None:
         return None
@@ -44,9 +44,10 @@ def read_vocabulary(model: ModelFiles) -> Vocabulary | None:
 
 
 def check_vocabularies(models: Sequence[ModelFiles], reference: ModelFiles | None) -> list[str]:
-    """Compare models' vocabularies with that of `reference`, whose tokenizer is written; return what may be meant.
+    """Compare models' vocabularies with that of `reference`, whose tokenizer is written; return differences that may be
+    intended.
 
-    Raises DataError where a token has another id, so that rows of different tokens would be merged.
+    Raises DataError if a token has another id, so that rows of different tokens would be merged.
     """
     notes: list[str] = []
     for first, other in _different(models, reference):
@@ -55,8 +56,8 @@ def check_vocabularies(models: Sequence[ModelFiles], reference: ModelFiles | Non
         clash = next((token for token in more if other.ids[token] in taken), None)
         if not first.ids or not other.ids:
             raise DataError(
-                f"the tokenizers of {first.model.path} and {other.model.path} differ, and their files do not say which "
-                "token has which row; give both models one tokenizer"
+                f"the tokenizers of {first.model.path} and {other.model.path} differ, and their files do not list "
+                "the tokens' rows; give both models one tokenizer"
             )
         if moved and not more and not less:
             raise DataError(
@@ -67,10 +68,10 @@ def check_vocabularies(models: Sequence[ModelFiles], reference: ModelFiles | Non
             one = _where(first, other, moved[0] if moved else cast("str", clash))
             raise DataError(
                 f"{other.model.path} has other tokens than {first.model.path}: {one}; {len(moved):,} tokens have "
-                f"another row, {len(more):,} are here alone and {len(less):,} there; merge models of one vocabulary"
+                f"another row, {len(more):,} are only here and {len(less):,} only there; merge models of one vocabulary"
             )
         notes.append(
-            f"vocabularies: tokens in {other.model.path} alone: {len(more):,}, in {first.model.path} alone: "
+            f"vocabularies: tokens only in {other.model.path}: {len(more):,}, only in {first.model.path}: "
             f"{len(less):,}; their rows are merged with rows that have no token"
         )
     return notes
@@ -79,12 +80,12 @@ def check_vocabularies(models: Sequence[ModelFiles], reference: ModelFiles | Non
 def align_vocabularies(models: Sequence[ModelFiles], reference: ModelFiles | None) -> list[ModelFiles]:
     """Return models with the rows of their embeddings in the order of the tokens of `reference`.
 
-    Raises ConfigError where a model says nothing of its tokens, DataError where the tokens are not the same ones.
+    Raises ConfigError if a model has no tokenizer, DataError if the tokens differ.
     """
     for model in models:
         if model.adapter or read_vocabulary(model) is None:
             raise ConfigError(
-                f"align_vocabulary (--align-vocabulary): {model.path} is no model folder with a tokenizer"
+                f"align_vocabulary (--align-vocabulary): {model.path} is not a model folder with a tokenizer"
             )
     changed: dict[int, ModelFiles] = {}
     for first, other in _different(models, reference):
@@ -92,7 +93,7 @@ def align_vocabularies(models: Sequence[ModelFiles], reference: ModelFiles | Non
         if more or less or not first.ids:
             raise DataError(
                 f"{other.model.path} and {first.model.path} have {len(more):,} and {len(less):,} tokens "
-                f"that the other lacks: rows can be brought into one order only where the tokens are the same"
+                f"that the other lacks: rows can be brought into one order only if the tokens are the same"
             )
         changed[id(other.model)] = _permuted(first, other)
     return [changed.get(id(model), model) for model in models]
@@ -107,7 +108,7 @@ def _different(models: Sequence[ModelFiles], reference: ModelFiles | None) -> li
 
 
 def _permuted(first: Vocabulary, other: Vocabulary) -> ModelFiles:
-    """Return the other model with its rows in the first one's order; rows without a token stay where they are."""
+    """Return the other model with its rows in the first one's order; rows without a token stay in place."""
     model = other.model
     rows: dict[str, Tensor] = {}
     size = _rows_of(model, max(other.ids.values()) + 1)
@@ -126,7 +127,7 @@ def _permuted(first: Vocabulary, other: Vocabulary) -> ModelFiles:
 
 
 def _rows_of(model: ModelFiles, least: int) -> int:
-    """Return the number of rows of a model's embedding: its config's, else the smallest that has room for all."""
+    """Return the number of rows of a model's embedding: from its config, else the smallest that fits all tokens."""
     said = model.config.get("vocab_size")
     if isinstance(said, int) and said >= least:
         return said
@@ -142,7 +143,7 @@ def _moved(first: Vocabulary, other: Vocabulary) -> list[str]:
 
 
 def _apart(first: Vocabulary, other: Vocabulary) -> tuple[list[str], list[str]]:
-    """Return the tokens that the other has alone, and those that the first has alone."""
+    """Return the tokens that only the other has, and those that only the first has."""
     more, less = other.ids.keys() - first.ids.keys(), first.ids.keys() - other.ids.keys()
     return sorted(more, key=lambda t: other.ids[t]), sorted(less, key=lambda t: first.ids[t])
 
@@ -156,7 +157,7 @@ def _where(first: Vocabulary, other: Vocabulary, token: str) -> str:
 
 
 def _ids_in(folder: Path) -> dict[str, int]:
-    """Return the id of each token by the files of a tokenizer."""
+    """Return the id of each token, from the files of a tokenizer."""
     ids: dict[str, int] = {}
     if (folder / "tokenizer.json").is_file():
         tree = read_table(folder / "tokenizer.json")

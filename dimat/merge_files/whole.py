@@ -1,4 +1,4 @@
-"""Merging files of models that are run: align, combine, repair, with all models in memory."""
+"""Merges files of models that are run: align, combine, repair, with all models in memory."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from dimat.merge_files.recipe import Recipe, TensorGroup
 
 @dataclass(frozen=True)
 class WholeMerge:
-    """Merged tensors; `moved`: for each peer, the share of units that changed places, None where it was not aligned;
-    `notes`: what to know besides."""
+    """Merged tensors; `moved`: for each peer, the share of units that moved, None if it was not aligned; `notes`: for
+    the user."""
 
     weights: dict[str, Tensor]
     moved: tuple[float | None, ...]
@@ -39,11 +39,11 @@ def merge_whole(
     parts: Sequence[TensorGroup],
     device: torch.device,
 ) -> WholeMerge:
-    """Bring the peers' units into own's order, combine, repair; `models`: own first.
+    """Bring the peers' units into the first model's order, combine, repair.
 
-    Everything is merged in the network's type. A model that has no weight anywhere is not looked at, and where own
-    alone has weight, own tensors come back as they are. Deltas are taken from the base as it is: it must be in own's
-    order of units. Raises MergeError where a stage cannot do its work.
+    Everything is merged in the network's type. A model without a weight anywhere is ignored, and if only the first one
+    has weight, its tensors are returned unchanged. Deltas are taken from the base as it is: it must be in the first
+    model's order of units. Raises MergeError if a stage cannot do its work.
     """
     own = _loaded(models[0], network, device)
     taking = [any(part.mixing[k] for part in parts) for k in range(1, len(models))]
@@ -82,7 +82,7 @@ def merge_whole(
 def _aligned(
     recipe: Recipe, own: Weights, peers: Sequence[Weights], taking: Sequence[bool], context: MergeContext
 ) -> tuple[list[Permutations], tuple[str, ...]]:
-    """Return the permutations of each peer, none for those that have no weight."""
+    """Return the permutations of each peer, none for those without a weight."""
     moves: list[Permutations] = [{} for _ in peers]
     if context.spec is None or align_registry.get(recipe.align.name) is no_alignment:
         return moves, ()

@@ -1,7 +1,7 @@
-"""Writing safetensors tensor by tensor: the header first, as sizes are known, then the data.
+"""Writes safetensors tensor by tensor: first the header, as sizes are known, then the data.
 
-Everything is written under temporary names and renamed when it is whole and on the disk, so that a full disk, an error
-or a lost process leaves nothing half-written under the final name. `Scratch` writes what a merge puts away meanwhile.
+Everything is written under temporary names and renamed when it is complete and on the disk, so that a full disk, an
+error or a lost process leaves nothing incomplete under the final name. `Scratch` stores a merge's temporary tensors.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ SMALL = 1 << 20
 """Bytes up to which a tensor stays in memory."""
 
 NO_ROOM_KEPT = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}
-"""Errors of file systems that cannot set room aside; writing shows whether there is enough."""
+"""Errors of file systems that cannot reserve space; writing shows whether there is enough."""
 
 
 def lay_out(infos: Mapping[str, TensorInfo], shard_bytes: int | None, name: str = WEIGHTS) -> dict[str, list[str]]:
-    """Return which tensors go into which file: one file `name`, or shards of up to `shard_bytes` where they need more
-    than one (a larger tensor has a shard of its own). Tensors keep their order."""
+    """Return the tensors of each file: one file `name`, or shards of up to `shard_bytes` if they need more than one (a
+    larger tensor has a shard of its own). Tensors keep their order."""
     groups: list[list[str]] = [[]]
     size = 0
     for tensor, info in infos.items():
@@ -49,7 +49,7 @@ def lay_out(infos: Mapping[str, TensorInfo], shard_bytes: int | None, name: str 
 
 
 class TensorFile:
-    """One safetensors file that is being written. Tensors may come in any order."""
+    """One safetensors file that is being written. Tensors may be put in any order."""
 
     def __init__(self, path: Path, infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> None:
         self.path = path
@@ -76,7 +76,7 @@ class TensorFile:
             self._file.write(flat.view(torch.uint8).numpy().data)
 
     def finish(self) -> None:
-        """Bring everything to the disk; DataError where a tensor never came."""
+        """Flush everything to the disk; DataError if a tensor is missing."""
         if self._missing:
             raise DataError(f"the method made no tensor {min(self._missing)!r}; {self.path} is not written")
         self._file.flush()
@@ -94,8 +94,8 @@ class Output:
             output.put(name, tensor)     # each tensor once
             output.add("README.md", b"…")   # folders only
 
-    Leaving the block renames what was written to `path`; leaving it by an error removes it.
-    Raises ConfigError where `path` is there and may not be replaced, DataError where writing fails.
+    Leaving the block renames the written files to `path`; leaving it by an error removes them.
+    Raises ConfigError if `path` is there and may not be replaced, DataError if writing fails.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class Output:
         return (json.dumps({"metadata": {"total_size": size}, "weight_map": where}, indent=2) + "\n").encode()
 
     def _publish(self) -> None:
-        """Put what is whole under the final name."""
+        """Rename the complete output to its final name."""
         if self.single or not self.path.exists() or not any(self.path.iterdir()):
             self._temporary.replace(self.path)
         else:  # the old folder steps aside; what it has besides weights and is not written anew moves over
@@ -202,12 +202,12 @@ def is_file_name(path: Path) -> bool:
 
 
 def weights_name(adapter: bool) -> str:
-    """Return how the weights file of a folder is called."""
+    """Return the name of the weights file in a folder."""
     return ADAPTER if adapter else WEIGHTS
 
 
 def check_output(path: Path, overwrite: bool) -> None:
-    """Raise ConfigError where an output is there and may not be replaced, or is of the other kind."""
+    """Raise ConfigError if an output exists and may not be replaced, or is of the other kind."""
     if is_file_name(path):
         if path.is_dir():
             raise ConfigError(f"{path} is a folder; name a folder without .safetensors, or another file")
@@ -220,7 +220,7 @@ def check_output(path: Path, overwrite: bool) -> None:
 
 
 def set_room_aside(descriptor: int, size: int) -> None:
-    """Take the room on the disk now, so that a disk that is too full says so at once."""
+    """Reserve the space on the disk now, so that a disk that is too full fails at once."""
     if not hasattr(os, "posix_fallocate"):
         return
     try:
@@ -231,15 +231,15 @@ def set_room_aside(descriptor: int, size: int) -> None:
 
 
 class Scratch:
-    """Puts tensors away in a folder. Their files lose their names at once, so that nothing is left behind, whatever
-    becomes of the process; the room is free again when the last tensor on a file is gone."""
+    """Stores tensors temporarily in a folder. Their files are unlinked at once, so that nothing is left behind, even if
+    the process dies; the space is free again when the last tensor in a file is gone."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        """Return the same numbers on disk; DataError where the disk is full. Small and complex tensors, and those of
-        other devices than the CPU, are returned as they are."""
+        """Return the same numbers on disk; DataError if the disk is full. Small and complex tensors, and those on other
+        devices than the CPU, are returned unchanged."""
         size = tensor.numel() * tensor.element_size()
         if size <= SMALL or tensor.is_complex() or tensor.device.type != "cpu":
             return tensor
@@ -255,6 +255,6 @@ class Scratch:
                 os.unlink(name)
         except OSError as error:
             raise DataError(
-                f"cannot put {size:,} bytes of the merge away in {self._folder}: {error.strerror or error}"
+                f"cannot store {size:,} bytes of the merge in {self._folder}: {error.strerror or error}"
             ) from error
         return mapped.copy_(tensor.reshape(-1)).view(tensor.shape)

@@ -1,4 +1,4 @@
-"""Retry back-off with jitter, a circuit breaker, and notices of trouble that do not flood."""
+"""Retry back-off with jitter, a circuit breaker, and messages at a limited rate."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dimat.net.limits import MOST_NOTICES, REMIND_FIRST_S, REMIND_LAST_S
 class Backoff:
     """Waits that double from `first_s` to `last_s`, each shortened at random by up to half.
 
-    The jitter keeps agents that lost a peer together from coming back together.
+    The jitter keeps agents that lost a peer at the same time from all retrying at the same time.
     """
 
     def __init__(self, first_s: float, last_s: float, generator: Random) -> None:
@@ -28,7 +28,7 @@ class Backoff:
         return wait_s * self._generator.uniform(0.5, 1.0)
 
     def reset(self) -> None:
-        """Begin with the shortest wait again, after a success."""
+        """Start again from the shortest wait, after a success."""
         self._attempts = 0
 
 
@@ -54,12 +54,12 @@ class Breaker:
         self._failures = 0
 
     def wait_s(self, backoff_s: float) -> float:
-        """Return the wait before the next attempt, where the back-off asks for `backoff_s`; seconds."""
+        """Return the seconds before the next attempt, given that the back-off asks for `backoff_s`."""
         return max(backoff_s, self._open_s) if self.is_open else backoff_s
 
 
 class Reminders:
-    """Passes messages to `notice`; of one topic again only after 1, 2, 4, … minutes, at most an hour."""
+    """Passes messages to `notice`; repeats a topic only after 1, 2, 4, … minutes, at most an hour."""
 
     def __init__(self, notice: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
         self._notice = notice
@@ -75,14 +75,14 @@ class Reminders:
             self._notice(message)
 
     def over(self, topic: str, message: str = "") -> None:
-        """End a topic: pass `message` where the trouble was told, and begin anew should it come back."""
+        """End a topic: pass `message` if the trouble was reported; if it comes back, it is a new topic."""
         if self._topics.pop(topic, None) is not None and message:
             self._notice(message)
 
 
 class FaultNotices:
-    """Passes messages about a peer's faults to `notice`, each once; of a peer that always finds another fault only
-    `MOST_NOTICES`. `count`: all faults, told or not."""
+    """Passes messages about a peer's faults to `notice`, each once, and at most `MOST_NOTICES` different ones. `count`:
+    all faults, reported or not."""
 
     def __init__(self, peer: str, notice: Callable[[str], None]) -> None:
         self._peer = peer
@@ -91,7 +91,7 @@ class FaultNotices:
         self.count = 0
 
     def tell(self, message: str) -> None:
-        """Count a fault, and pass its message on unless that, or enough, was passed before."""
+        """Count a fault, and pass its message on unless that message, or enough others, were passed before."""
         self.count += 1
         if message in self._told or len(self._told) > MOST_NOTICES:
             return
@@ -99,4 +99,4 @@ class FaultNotices:
         self._notice(message)
         if len(self._told) == MOST_NOTICES:
             self._told.add("")
-            self._notice(f"further faults of {self._peer} are counted in the status, and not told one by one")
+            self._notice(f"further faults of {self._peer} are counted in the status, and not reported one by one")

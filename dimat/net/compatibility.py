@@ -1,4 +1,4 @@
-"""The facts that two agents compare when they meet, and their reasons to refuse."""
+"""The facts that two agents compare when they connect, and their reasons to refuse."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from dimat.wire import PROTOCOL
 from dimat.wire.v1 import peer_pb2 as pb
 
 MAY_DIFFER = frozenset({"inputs", "probe"})
-"""Settings that may well differ, and then cost quality: how inputs are scaled, and where networks are compared."""
+"""Settings that may differ, at a cost in quality: the scaling of inputs, and the probe set on which networks are
+compared."""
 OPTIMIZER_STATE = "train.optimizer_state"
 """The setting that says whether an agent's snapshots hold moments of its optimizer ("merged"), or not ("own")."""
 CLASSES = "classes"
@@ -26,10 +27,10 @@ PROBE_SET = "probe set"
 class Profile:
     """The facts about an agent that peers compare with their own.
 
-    `schema`: hash of the names, shapes and types of its weights; `base`: address of the weights that deltas are taken
-    from, "" for none; `encodings`: those that it can read, in no order; `protocol`: version of the wire protocol;
-    `groups`: hash of its model's symmetry groups, "" where its method needs none; `settings`: what else the meaning of
-    its weights rests on, as text by name (classes, tokenizer, heads, …).
+    `schema`: hash of the names, shapes and types of its weights; `base`: address of the weights to which deltas are
+    taken, "" for none; `encodings`: those that it can read, in any order; `protocol`: version of the wire protocol;
+    `groups`: hash of its model's symmetry groups, "" if its method needs none; `settings`: the other settings that give
+    its weights their meaning, as text by name (classes, tokenizer, heads, …).
     """
 
     schema: str
@@ -57,7 +58,7 @@ class Profile:
 def incompatibility(profile: Profile, run: str, other: pb.HelloRequest | pb.HelloReply) -> str:
     """Return why an agent with `profile` cannot work with the one that sent `other`; "" if it can.
 
-    Compared are, in this order: protocol, run, schema, symmetry groups, base, settings that both tell.
+    It compares, in this order: protocol, run, schema, symmetry groups, base, and settings that both state.
     """
     if other.protocol != profile.protocol:
         return (
@@ -75,8 +76,8 @@ def incompatibility(profile: Profile, run: str, other: pb.HelloRequest | pb.Hell
     if other.groups and profile.groups and other.groups != profile.groups:
         return (
             f"its model has the same tensors in other symmetry groups (groups {quoted(other.groups, 12)}, here "
-            f"{quoted(profile.groups, 12)}), so it is wired otherwise; find the difference with `dimat symmetry diff`, "
-            "and give both the same model and rules"
+            f"{quoted(profile.groups, 12)}), so it is wired differently; find the difference with "
+            "`dimat symmetry diff`, and give both the same model and rules"
         )
     if other.base != profile.base:
         return (
@@ -96,13 +97,13 @@ def incompatibility(profile: Profile, run: str, other: pb.HelloRequest | pb.Hell
 
 
 def doubtful(profile: Profile, other: pb.HelloRequest | pb.HelloReply) -> str:
-    """Return what an agent that fits has set otherwise, though that may be meant; "" where nothing is."""
+    """Return the settings of a compatible agent that differ, though that may be intended; "" if there are none."""
     differ = [told for name, told in _differences(profile, other).items() if name in MAY_DIFFER]
     return f"it fits, but {' and '.join(differ)}; give both the same, unless that is meant" if differ else ""
 
 
 def _differences(profile: Profile, other: pb.HelloRequest | pb.HelloReply) -> dict[str, str]:
-    """Return in words the settings that both tell and that differ, by name."""
+    """Return in words the settings that both state and that differ, by name."""
     found: dict[str, str] = {}
     for name, own in sorted(profile.settings.items()):
         theirs = other.settings[name] if name in other.settings else own
@@ -116,14 +117,14 @@ def _differences(profile: Profile, other: pb.HelloRequest | pb.HelloReply) -> di
 
 def _class_difference(theirs: list[str], own: list[str]) -> str:
     if len(theirs) != len(own):
-        return f"it has {len(theirs)} classes, here are {len(own)}"
+        return f"it has {len(theirs)} classes, this agent has {len(own)}"
     place = next((i for i, pair in enumerate(zip(theirs, own, strict=True)) if pair[0] != pair[1]), 0)
     order = " (the same classes in another order)" if sorted(theirs) == sorted(own) else ""
     return f"class {place} is {quoted(theirs[place])} there, {quoted(own[place])} here{order}"
 
 
 def _listed(text: str) -> list[str]:
-    """Return the names in a list of classes, none where it is no list; a peer may send anything."""
+    """Return the names in a list of classes, none if it is not a list; a peer may send anything."""
     try:
         names: Any = json.loads(text)
     except (ValueError, RecursionError):
@@ -132,5 +133,5 @@ def _listed(text: str) -> list[str]:
 
 
 def quoted(text: str, longest: int = 60) -> str:
-    """Return a peer's text as it may stand in a message: one line, quoted, of at most `longest` characters."""
+    """Return a peer's text in a form that is safe in a message: one line, quoted, at most `longest` characters."""
     return repr(text if len(text) <= longest else text[:longest] + "…")

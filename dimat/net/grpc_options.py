@@ -16,7 +16,7 @@ from dimat.net.limits import (
 
 
 def server_options(limits: Limits) -> list[tuple[str, int]]:
-    """Return the options of a server: the load that it takes from strangers, and when a reader counts as gone."""
+    """Return the options of a server: the load that it accepts from strangers, and when a reader counts as gone."""
     return [
         *_keepalive(),
         # readers ping every `KEEPALIVE_S` even on a connection without calls
@@ -35,8 +35,8 @@ def server_options(limits: Limits) -> list[tuple[str, int]]:
 def channel_options(largest_reply: int, target_name: str | None) -> list[tuple[str, int | str]]:
     """Return the options of a channel.
 
-    `largest_reply`: bytes of the longest message that is received; `target_name`: the DNS name that the peer's
-    certificate must bear, None on an insecure network.
+    `largest_reply`: bytes of the longest message to receive; `target_name`: the DNS name that the peer's certificate
+    must have, None on an insecure network.
     """
     options: list[tuple[str, int | str]] = [
         *_keepalive(),

@@ -1,7 +1,7 @@
 """The gRPC server: identifies each caller, checks its rights, and answers its calls.
 
 Callers are identified by their certificates. On an insecure network, which is bound to loopback, the header
-`dimat-agent` names the caller: nothing proves it, and any program that reaches the port can take any name.
+`dimat-agent` names the caller without proof: any program that reaches the port can use any name.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ Code = grpc.StatusCode
 
 
 class GrpcServer:
-    """Answers calls of the map's members. `heard(agent)` is called when a member that fits says hello."""
+    """Answers calls of the map's members. `heard(agent)` is called when a compatible member says hello."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class GrpcServer:
         self._health: Any = health_aio.HealthServicer()
 
     async def start(self, listen: str) -> int:
-        """Listen on `host:port` and return the port. NetworkError where it is taken."""
+        """Listen on `host:port` and return the port. NetworkError if it is in use."""
         if self._identity is None and not loopback(listen):
             raise SecurityError(
                 f"cannot listen on {listen} without keys: an insecure network is bound to loopback; "
@@ -135,7 +135,7 @@ class GrpcServer:
         return port
 
     async def close(self, grace_s: float) -> None:
-        """Take no new calls, answer calls that wait for news, and give transfers `grace_s` to end."""
+        """Accept no new calls, answer calls that wait for news, and give transfers `grace_s` to end."""
         self._closing = True
         self._outbox.changed.fire()
         if self._server is not None:
@@ -143,7 +143,7 @@ class GrpcServer:
             await self._server.stop(grace_s)
 
     def waiting(self, reader: str, roots: Collection[str]) -> bool:
-        """Return whether a reader still polls for news and has had none of `roots`, a snapshot's payloads."""
+        """Return whether a reader still polls for news and has received none of `roots`, a snapshot's payloads."""
         here = asyncio.get_running_loop().time() - self._polled.get(reader, -math.inf) < READER_GONE_S
         return here and self._received.get(reader, set()).isdisjoint(roots)
 
@@ -192,7 +192,7 @@ class GrpcServer:
     async def dial_back(self, request: pb.DialBackRequest, context: Context) -> pb.DialBackReply:
         caller = await self._member(context)
         if not 1 <= request.port <= 65535:
-            await _abort(context, Code.INVALID_ARGUMENT, f"{request.port} is no port")
+            await _abort(context, Code.INVALID_ARGUMENT, f"{request.port} is not a port")
         hosts = [(host, request.port) for host in [_host(context.peer())] if host]
         for address in list(self.neighbours.addresses.get(caller, ()))[:MOST_DIAL_BACK_ADDRESSES]:
             host, _, port = address.rpartition(":")
@@ -217,7 +217,8 @@ class GrpcServer:
         root = request.root.hex()
         payload = self._outbox.payload(root)
         if payload is None:
-            await _abort(context, Code.NOT_FOUND, f"{self._agent} offers no snapshot {root[:12]}…, or not any more")
+            lacking = f"{self._agent} does not offer snapshot {root[:12]}…, or no longer does"
+            await _abort(context, Code.NOT_FOUND, lacking)
         if request.blocks < 1 or request.first_block + request.blocks > len(payload.blocks):
             await _abort(
                 context,
@@ -257,13 +258,13 @@ class GrpcServer:
         """Return the caller's name if it is on the map; abort the call otherwise."""
         caller = self._name(context)
         if caller is None:
-            await _abort(context, Code.UNAUTHENTICATED, "a certificate that names an agent is needed")
+            await _abort(context, Code.UNAUTHENTICATED, "the certificate must name an agent")
         if caller not in self.neighbours.members:
             await _abort(context, Code.PERMISSION_DENIED, f"{quoted(caller)} is not on the map of {self._agent}")
         return caller
 
     async def _meet(self, caller: str, context: Context) -> None:
-        """Note which life of a name calls; refuse one that is not the only one and younger than the other."""
+        """Note which process calls under a name; refuse the younger one if there are two."""
         life = Life.parse(header_of(context.invocation_metadata(), LIFE_HEADER))
         older = None if life is None else self._lives.heard(caller, life)
         if older is not None:
@@ -275,10 +276,10 @@ class GrpcServer:
             )
 
     async def _reader(self, context: Context) -> str:
-        """Return the caller's name if it may read and fits by its hello; abort the call otherwise."""
+        """Return the caller's name if it may read and is compatible by its hello; abort the call otherwise."""
         caller = await self._member(context)
         if caller not in self.neighbours.readers:
-            await _abort(context, Code.PERMISSION_DENIED, f"{caller} is no neighbour that reads from {self._agent}")
+            await _abort(context, Code.PERMISSION_DENIED, f"{caller} is not a neighbour that reads from {self._agent}")
         reason = self._hellos.get(caller)
         if reason is None:
             await _abort(context, Code.FAILED_PRECONDITION, "say hello first")
@@ -309,7 +310,7 @@ def _serialized(reply: Message) -> bytes:
 
 
 def _parser(request: type[Message]) -> Callable[[bytes], Message | None]:
-    """Return a parser of messages that gives None for malformed ones: gRPC would log a traceback for each."""
+    """Return a parser of messages that returns None for malformed ones: gRPC would log a traceback for each."""
 
     def read(data: bytes) -> Message | None:
         try:
@@ -336,7 +337,7 @@ async def _abort(
 ) -> NoReturn:
     async with asyncio.timeout(ABORT_S):
         await context.abort(code, details, tuple(trailer))
-    raise AssertionError("an aborted call goes on")
+    raise AssertionError("an aborted call continues")
 
 
 def _host(peer: str) -> str:
@@ -347,7 +348,7 @@ def _host(peer: str) -> str:
 
 
 def loopback(listen: str) -> bool:
-    """Return whether `host:port` can be reached from this machine only."""
+    """Return whether only this machine can reach `host:port`."""
     return is_loopback(split_address(listen)[0])
 
 

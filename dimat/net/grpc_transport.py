@@ -35,11 +35,11 @@ from dimat.wire import TWIN_HEADER, TWINS_HEADER
 class GrpcTransport:
     """The transport of `agent` in the network of `run`.
 
-    `identity`: its keys; None makes an insecure network, on loopback only, where names are taken on trust. `store`: its
-    own snapshots, offered again after a restart; payloads of forms lie in the store's folder under their address, too.
-    `received`: the folder of the snapshots that are fetched. `manifest_limits`: the most that a manifest may claim.
-    `listen`: `host:port`, port 0 takes a free one, see `port`. `generator`: draws the jitter of waits. `status`: gives
-    the answer to `Status`. `address_lookup`: gives further addresses of a peer, beside those of the map. `durable`:
+    `identity`: its keys; None makes an insecure network, on loopback only, where names are not proven. `store`: its own
+    snapshots, offered again after a restart; payloads of forms are in the store's folder under their address, too.
+    `received`: the folder of fetched snapshots. `manifest_limits`: the most that a manifest may claim. `listen`:
+    `host:port`, port 0 chooses a free one, see `port`. `generator`: draws the jitter of waits. `status`: returns the
+    answer to `Status`. `address_lookup`: returns further addresses of a peer, beside those on the map. `durable`:
     received files survive power loss.
     """
 
@@ -117,7 +117,7 @@ class GrpcTransport:
 
     @property
     def retries(self) -> Mapping[str, int]:
-        """Download attempts after the first of each payload since the start, by peer."""
+        """Download attempts since the start, beyond the first of each payload, by peer."""
         return {} if self._fetcher is None else dict(self._fetcher.retries)
 
     @property
@@ -131,10 +131,10 @@ class GrpcTransport:
 
     # ── the interface of Transport ────────────────────────────────────────────────────────────────────────────
     async def start(self, listener: PeerListener) -> None:
-        """Listen, offer the snapshots of before a restart again, and begin to follow the peers.
+        """Listen, offer the snapshots from before a restart again, and begin to follow the peers.
 
-        NetworkError where the port is taken, SecurityError where an insecure network would be open to other machines,
-        DataError where the folder cannot be used.
+        NetworkError if the port is in use, SecurityError if an insecure network would be open to other machines,
+        DataError if the folder cannot be used.
         """
         self._listener = listener
         keep_freed()
@@ -171,7 +171,7 @@ class GrpcTransport:
         self.update_neighbours(self._neighbours)
 
     def update_neighbours(self, neighbours: Neighbours) -> None:
-        """Take over a new map: follow new peers, and stop following those that are not on it any more."""
+        """Switch to a new map: follow new peers, and stop following those that are no longer on it."""
         self._neighbours = neighbours
         if self._server is None or self._listener is None or not self._tasks.is_open:
             return  # `start` does it, and after `close` nobody is followed
@@ -205,7 +205,7 @@ class GrpcTransport:
             link.start(self._tasks)
 
     def sign_again(self) -> None:
-        """Sign what is offered with the agent's new key; connections stay as they are."""
+        """Sign the offered manifests with the agent's new key; connections stay open."""
         self._outbox.sign_again()
 
     def publish(self, manifest: Manifest) -> None:
@@ -233,7 +233,7 @@ class GrpcTransport:
         await asyncio.gather(*(link.stop() for link in links))
 
     async def served(self, readers: Collection[str]) -> None:
-        """Wait until each of these readers has had the newest snapshot, or is gone."""
+        """Wait until each of these readers has received the newest snapshot, or is gone."""
         offered = self._store.offered(self._agent)
         roots = roots_of(offered[-1]) if offered else ()
         server = self._server
@@ -246,7 +246,7 @@ class GrpcTransport:
         self._outbox.leave(reason)
 
     async def close(self, grace_s: float) -> None:
-        """Stop: take no new transfers, and give those under way `grace_s` to end."""
+        """Stop: accept no new transfers, and give current ones `grace_s` to end."""
         await self.unfollow_all()
         if self._server is not None:
             await self._server.close(grace_s)
@@ -274,11 +274,11 @@ class GrpcTransport:
     def _link(self, peer: str) -> PeerLink:
         link = self._links.get(peer)
         if link is None:
-            raise NetworkError(f"{peer} is no neighbour that {self._agent} fetches from")
+            raise NetworkError(f"{peer} is not a neighbour that {self._agent} fetches from")
         return link
 
     def _heard(self, agent: str) -> None:
-        """Try a member at once that has said hello to this agent."""
+        """Connect at once to a member that has said hello to this agent."""
         link = self._links.get(agent)
         if link is not None:
             link.wake()
@@ -287,14 +287,15 @@ class GrpcTransport:
         return _unsigned if self._identity is None else self._identity.sign
 
     def _own_check(self, data: bytes, signature: bytes) -> None:
-        """Check a signature of this agent's own: of before a restart, or of another process."""
+        """Check a signature of this agent itself: from before a restart, or of another process."""
         identity = self._identity
         if identity is not None:  # on an insecure network nothing is checked
             key = check_certificate(identity.certificate_der, identity.ca, identity.name)
             check_signature(key, data, signature)
 
     def _hear(self, peer: str, metadata: Metadata) -> None:
-        """Take in what comes with a peer's answers: of an older life of this agent's name, and of others' twins."""
+        """Read the metadata of a peer's answers: about an older process of this agent's name, and about others'
+        twins."""
         older = self._life.proven_older(header_of(metadata, TWIN_HEADER))
         if older is not None and self._listener is not None:
             began = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(older.started_s))
@@ -318,7 +319,7 @@ def _by_peer(counts: Mapping[tuple[str, str], int]) -> dict[str, int]:
 
 
 def _unsigned(data: bytes) -> bytes:
-    """On an insecure network nothing is signed."""
+    """Nothing is signed on an insecure network."""
     return b""
 
 
@@ -329,11 +330,11 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 def keep_freed() -> bool:
-    """Let glibc keep up to `FREED_KEPT_BYTES` of freed memory per arena; return whether that was set.
+    """Let glibc keep up to `FREED_KEPT_BYTES` of freed memory per arena; return whether it was set.
 
-    Left to itself, glibc trims an arena as soon as about two chunks are free at its top. A transfer allocates and
-    frees each chunk at every hand-over, so it would pay a page fault for every 4 KiB that it moves. Nothing is set
-    where the C library is another one, or where the environment sets the thresholds.
+    Left to itself, glibc trims an arena as soon as about two chunks are free at its top. A transfer allocates and frees
+    each chunk at every hand-over, so it would pay a page fault for every 4 KiB that it moves. Nothing is set if the C
+    library is another one, or if the environment sets the thresholds.
     """
     if any(name in os.environ for name in CHOSEN) or "malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return False

@@ -1,7 +1,7 @@
-"""Manifests on the wire: sealed and signed by the publisher, checked whole by the reader.
+"""Manifests on the wire: sealed and signed by the publisher, checked in full by the reader.
 
 The signature is over the bytes of a `dimat.wire.v1.Manifest`, with `DOMAIN` before them, so that no signature made for
-anything else passes for a manifest's. The same bytes are handed on and kept: nothing is serialised a second time.
+anything else is valid for a manifest. The same bytes are passed on and kept: nothing is serialised a second time.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Sign = Callable[[bytes], bytes]
 """Returns the signature over bytes; on an insecure network an empty one."""
 
 Verify = Callable[[bytes, bytes], None]
-"""Checks (bytes, signature); SecurityError where the signature is wrong. On an insecure network none is."""
+"""Checks (bytes, signature); SecurityError if the signature is wrong. On an insecure network it accepts any."""
 
 LARGEST_NUMBER = 2**53 - 1  # that JSON and doubles hold exactly
 HASH_BYTES = 32
@@ -50,7 +50,7 @@ _BASIS = re.compile(r"[0-9]{1,16}:\w[\w.-]*:[^:]+")  # as `dimat.agent.protocol.
 
 @dataclass(frozen=True, slots=True)
 class SignedManifest:
-    """A manifest, the very bytes that are signed, and the publisher's signature over them."""
+    """A manifest, the exact bytes that are signed, and the publisher's signature over them."""
 
     manifest: Manifest
     data: bytes
@@ -61,8 +61,8 @@ class SignedManifest:
 class ManifestLimits:
     """The most that a peer's manifest may claim.
 
-    `bytes`: the largest payload and form that this model allows; `members`: agents that the map has, so parents of one
-    merge and readers of a push-sum share.
+    `bytes`: the largest payload and form that this model allows; `members`: number of agents on the map, which bounds
+    the parents of a merge and the readers of a push-sum share.
     """
 
     bytes: int
@@ -70,12 +70,12 @@ class ManifestLimits:
 
     @property
     def manifest_bytes(self) -> int:
-        """Length of the longest manifest: the hashes of all blocks, and a fixed rest."""
+        """Size of the largest manifest: the hashes of all blocks, and the rest."""
         return MAX_MANIFEST_REST_BYTES + (MOST_FORMS + 1) * _BLOCK_ENTRY * _blocks(self.bytes, MIN_BLOCK_BYTES)
 
     @property
     def rest_bytes(self) -> int:
-        """Length of a manifest without the hashes of its blocks, which goes by the map."""
+        """Size of a manifest without the hashes of its blocks, which depends on the map."""
         return min(MANIFEST_REST_BYTES + MANIFEST_MEMBER_BYTES * self.members, MAX_MANIFEST_REST_BYTES)
 
 
@@ -84,7 +84,7 @@ class _Invalid(Exception):
 
 
 def seal(manifest: Manifest, sign: Sign) -> SignedManifest:
-    """Sign this agent's manifest; equal ones give equal bytes. DataError where no reader would take it."""
+    """Sign this agent's manifest; equal ones give equal bytes. DataError if no reader would accept it."""
     try:
         message = _message(manifest)
         data = message.SerializeToString(deterministic=True)
@@ -93,16 +93,16 @@ def seal(manifest: Manifest, sign: Sign) -> SignedManifest:
         if len(data) > longest:
             raise _Invalid(f"{len(data):,} bytes of manifest, at most {longest:,} are read")
     except (_Invalid, ValueError) as error:
-        raise DataError(f"own snapshot of round {manifest.round} cannot be offered: {error}") from None
+        raise DataError(f"this agent's snapshot of round {manifest.round} cannot be offered: {error}") from None
     return SignedManifest(checked, data, sign(DOMAIN + data))
 
 
 def unseal(
     data: bytes, signature: bytes, verify: Verify, *, publisher: str, run: str, limits: ManifestLimits
 ) -> SignedManifest:
-    """Return a peer's manifest, whole and checked; its signature is checked before it is parsed.
+    """Return a peer's manifest, fully checked; its signature is checked before it is parsed.
 
-    Raises SecurityError where the signature is wrong, and PeerError for any other fault.
+    Raises SecurityError if the signature is wrong, and PeerError for any other fault.
     """
     try:
         if len(data) > limits.manifest_bytes:
@@ -126,18 +126,18 @@ def unseal(
 
 
 def to_bytes(signed: SignedManifest) -> bytes:
-    """Return a signed manifest as the content of a file, with a checksum of its own."""
+    """Return a signed manifest as the content of a file, with a checksum."""
     content = pb.SignedManifest(manifest=signed.data, signature=signed.signature).SerializeToString()
     return blake3(content).digest() + content
 
 
 def write_signed(path: Path, signed: SignedManifest, *, durable: bool = True) -> None:
-    """Write a signed manifest by rename, to offer the same bytes again after a restart; DataError where that fails."""
+    """Write a signed manifest by rename, to offer the same bytes again after a restart; DataError on failure."""
     write_bytes(path, to_bytes(signed), durable=durable)
 
 
 def read_signed(path: Path) -> tuple[bytes, bytes]:
-    """Return (data, signature), for `unseal`, as `write_signed` wrote them; DataError where missing or damaged."""
+    """Return (data, signature), for `unseal`, as `write_signed` wrote them; DataError if missing or damaged."""
     try:
         stored = path.read_bytes()
     except OSError as error:
@@ -148,7 +148,7 @@ def read_signed(path: Path) -> tuple[bytes, bytes]:
             raise DecodeError
         message = pb.SignedManifest.FromString(content)
     except DecodeError:
-        raise DataError(f"the manifest {path} is damaged; remove it, and the round is published anew") from None
+        raise DataError(f"the manifest {path} is damaged; remove it, and the round is published again") from None
     return message.manifest, message.signature
 
 
@@ -197,7 +197,7 @@ def _manifest(message: pb.Manifest, limits: ManifestLimits) -> Manifest:
         _text(text, what)
     _text(message.basis, "basis")
     if _BASIS.fullmatch(message.basis) is None:
-        raise _Invalid(f"basis {_short(message.basis)} is none: round:founder:nonce")
+        raise _Invalid(f"basis {_short(message.basis)} is not round:founder:nonce")
     _few(message.forms, "forms", MOST_FORMS)
     _few(message.parents, "parents", min(limits.members, MOST_PARENTS))
     _few(message.pushed, "pushed", min(limits.members, MOST_PUSHED))
@@ -275,7 +275,7 @@ def _text(text: str, what: str) -> None:
 def _agent(name: str, what: str) -> None:
     _text(name, what)
     if _AGENT.fullmatch(name) is None:
-        raise _Invalid(f"{what}: {_short(name)} is no agent's name")
+        raise _Invalid(f"{what}: {_short(name)} is not an agent's name")
 
 
 def _number(number: int, what: str, lowest: int = 0) -> None:

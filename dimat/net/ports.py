@@ -1,4 +1,4 @@
-"""Addresses and TCP ports: who listens on a port, is a host loopback, does it answer."""
+"""Addresses and TCP ports: the process that listens, loopback hosts, test dials."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import psutil
 def owner_of(port: int) -> str:
     """Return `process 1234 (its command)` for the process that listens on a TCP port of this machine.
 
-    "" where none does, and where the system does not tell: processes of other users are told to root only.
+    "" if none does, or if the system does not say: only root sees the processes of other users.
     """
     try:
         for connection in psutil.net_connections(kind="tcp"):
@@ -26,13 +26,13 @@ def owner_of(port: int) -> str:
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """Return host and port of `host:port`, where an IPv6 address is in brackets. ValueError for a port that is none."""
+    """Return host and port of `host:port`, where an IPv6 address is in brackets. ValueError for an invalid port."""
     host, _, port = address.rpartition(":")
     return host.strip("[]"), int(port)
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether only this machine reaches a host."""
+    """Return whether a host is reachable from this machine only."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -40,7 +40,7 @@ def is_loopback(host: str) -> bool:
 
 
 async def dial(host: str, port: int, timeout_s: float) -> OSError | None:
-    """Open a TCP connection and close it; return the error where that fails (TimeoutError is one), None otherwise."""
+    """Open a TCP connection and close it; return the error on failure (TimeoutError included), None otherwise."""
     try:
         async with asyncio.timeout(timeout_s):
             _, writer = await asyncio.open_connection(host, port)

@@ -15,7 +15,7 @@ T = TypeVar("T")
 class Threads:
     """A small pool for work that would hold up the event loop: hashing, reading and writing files.
 
-    It is the transport's own, so that training in other threads never keeps a peer waiting.
+    The transport has its own, so that training in other threads never makes a peer wait.
     """
 
     def __init__(self, count: int = 8) -> None:
@@ -26,12 +26,12 @@ class Threads:
         return asyncio.wrap_future(self._pool.submit(function, *args, **kwargs))
 
     def close(self) -> None:
-        """Take no more work; calls that are under way end on their own."""
+        """Accept no more work; current calls run to their end."""
         self._pool.shutdown(wait=False)
 
 
 class BackgroundTasks:
-    """A TaskGroup that its owner opens and closes, from different tasks where need be.
+    """A TaskGroup that its owner opens and closes, possibly from different tasks.
 
     No task outlives `close`. As in any TaskGroup, an error of one task cancels the others, and `close` raises it.
     """
@@ -44,11 +44,11 @@ class BackgroundTasks:
 
     @property
     def is_open(self) -> bool:
-        """Whether tasks are taken: from `open` to `close`."""
+        """Whether tasks are accepted: from `open` to `close`."""
         return self._group is not None and not self._closing.is_set()
 
     async def open(self) -> None:
-        """Begin to take tasks."""
+        """Begin to accept tasks."""
         opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._holder = asyncio.create_task(self._hold(opened), name="background tasks")
         await opened
@@ -62,7 +62,7 @@ class BackgroundTasks:
         return task
 
     async def close(self, *, cancel: bool = False) -> None:
-        """Wait until all tasks have ended, called off or by themselves; ExceptionGroup of their errors."""
+        """Wait until all tasks have ended, cancelled or by themselves; ExceptionGroup of their errors."""
         if cancel:
             for task in self._running:
                 task.cancel()
@@ -78,14 +78,14 @@ class BackgroundTasks:
 
 
 class _Over(Exception):
-    """Ends the body of a task group: the tasks that still go on are called off."""
+    """Ends the body of a task group: the tasks that are still running are cancelled."""
 
 
 @asynccontextmanager
 async def beside(group: asyncio.TaskGroup) -> AsyncGenerator[None]:
-    """Let the tasks of a group go on beside the body, and call them off when it ends.
+    """Let the tasks of a group run beside the body, and cancel them when it ends.
 
-    An error of the body comes out as it is, and so does the only error of a task, which ends the body; a task group
+    An error of the body is raised unwrapped, and so is the only error of a task, which ends the body; a task group
     would wrap them.
     """
     fault: Exception | None = None
@@ -108,9 +108,9 @@ async def beside(group: asyncio.TaskGroup) -> AsyncGenerator[None]:
 
 
 async def first_of(*waits: Coroutine[Any, Any, object], most_s: float | None = None) -> None:
-    """Wait until one of several coroutines has ended, or a time is over; none outlives this.
+    """Wait until one of several coroutines has ended, or a time is over; none runs on after that.
 
-    The others are called off. An error of one comes out as it is.
+    The others are cancelled. An error of one is raised unwrapped.
     """
     group = asyncio.TaskGroup()
     async with beside(group):
@@ -119,13 +119,13 @@ async def first_of(*waits: Coroutine[Any, Any, object], most_s: float | None = N
 
 
 class Notifier:
-    """Wakes every task that waits, each time it is fired."""
+    """Wakes all waiting tasks, each time it is fired."""
 
     def __init__(self) -> None:
         self._waiting: set[asyncio.Future[None]] = set()
 
     def fire(self) -> None:
-        """Wake the tasks that wait now."""
+        """Wake the tasks that are waiting now."""
         for future in self._waiting:
             if not future.done():
                 future.set_result(None)
@@ -141,7 +141,7 @@ class Notifier:
 
 
 class InFlight:
-    """Counts operations that are under way, and lets others wait for their end."""
+    """Counts running operations, and lets others wait for their end."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -158,7 +158,7 @@ class InFlight:
             self._ended.set()
 
     async def none(self) -> None:
-        """Wait until no operation is under way."""
+        """Wait until no operation is running."""
         while self.count:
             self._ended.clear()
             await self._ended.wait()

@@ -15,9 +15,9 @@ class FullError(Exception):
 
 
 class Slots:
-    """Counts activities under way and refuses more than `most` in all, or `most_each` of one peer.
+    """Counts running activities and refuses more than `most` in all, or `most_each` of one peer.
 
-    Fair by peer: one that has none under way is let in where another has more than one.
+    Fair by peer: one that has none running is admitted if another has more than one.
     """
 
     def __init__(self, what: str, most: int, most_each: int) -> None:
@@ -28,7 +28,7 @@ class Slots:
 
     @contextmanager
     def take(self, name: str) -> Generator[None]:
-        """Hold a slot of the peer `name`; FullError where none is free."""
+        """Hold a slot of the peer `name`; FullError if none is free."""
         if self._taken[name] >= self._most_each:
             raise FullError(f"{self._most_each} {self._what} of {name} are on their way, the most for one peer")
         unfair = max(self._taken.values(), default=0) > 1
@@ -44,7 +44,7 @@ class Slots:
 
 
 class Turn:
-    """A place that is held for the peer `name`; `moved` says that it is put to use."""
+    """A place that is held for the peer `name`; `moved` records progress."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -58,8 +58,8 @@ class Turn:
 class Turns:
     """`most` places for activities, for which peers wait in turn.
 
-    Fair by peer: of those that wait the one with the fewest places comes first, and a place on which nothing has moved
-    for `slow_s` goes to a peer that has none; its activity goes on beside the others.
+    Fair by peer: of those that wait, the one with the fewest places is first, and a place on which nothing has moved
+    for `slow_s` goes to a peer that has none; the slow activity continues beside the others.
     """
 
     def __init__(self, most: int, slow_s: float) -> None:
@@ -87,7 +87,7 @@ class Turns:
             self._hand_out()
 
     def _hand_out(self) -> None:
-        """Give free places, and those of the slow, to who waits."""
+        """Give free places, and those of slow activities, to the peers that wait."""
         now = asyncio.get_running_loop().time()
         self._waiting = [(name, future) for name, future in self._waiting if not future.done()]
         while self._waiting:

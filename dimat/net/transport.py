@@ -1,6 +1,6 @@
-"""The interface between an agent and its network: offer, hear of and fetch snapshots.
+"""The interface between an agent and its network: offer, learn of and fetch snapshots.
 
-The daemon's runner knows these protocols only. `dimat.net.grpc_transport` implements them over gRPC.
+The daemon's runner uses only these protocols. `dimat.net.grpc_transport` implements them over gRPC.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from dimat.weights.snapshot import Manifest
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """A peer's snapshot, whole and checked.
+    """A peer's snapshot, complete and checked.
 
-    `path`: a safetensors file of it in fp32; `bytes`: the traffic that it took, failed attempts included; `signed`: the
+    `path`: a safetensors file of it in fp32; `bytes`: the traffic for it, failed attempts included; `signed`: the
     manifest's bytes and the publisher's signature over them, as received; `certificate`: the publisher's (DER), empty
     on an insecure network.
     """
@@ -42,20 +42,20 @@ class PeerListener(Protocol):
     def lost(self, peer: str, reason: str, last: int) -> None:
         """A peer has left, or has been out of reach for longer than `Limits.lost_after_s`.
 
-        `last`: the last round that can still be fetched from a peer that has left; 0 where it has not said so.
+        `last`: the last round that can still be fetched from a peer that has left; 0 if it did not say that it leaves.
         """
         ...
 
     def refused(self, peer: str, reason: str) -> None:
-        """A peer answers and does not fit: another run, architecture, protocol, base, or certificate."""
+        """A peer answers but is incompatible: another run, architecture, protocol, base, or certificate."""
         ...
 
     def noticed(self, message: str) -> None:
-        """A message for a person: passed once, then at growing intervals."""
+        """A message for the operator: passed once, then at growing intervals."""
         ...
 
     def twin(self, reason: str) -> None:
-        """An older process runs under this agent's name at the same time, which is proven: this one is to leave."""
+        """An older process is proven to run under this agent's name at the same time: this one must leave."""
         ...
 
 
@@ -82,11 +82,11 @@ class Transport(Protocol):
         ...
 
     async def start(self, listener: PeerListener) -> None:
-        """Listen, and begin to follow the peers. NetworkError where the port is taken."""
+        """Listen, and begin to follow the peers. NetworkError if the port is in use."""
         ...
 
     def update_neighbours(self, neighbours: Neighbours) -> None:
-        """Take over a new map: follow new peers, and stop following those that are not on it any more."""
+        """Switch to a new map: follow new peers, and stop following those that are no longer on it."""
         ...
 
     def publish(self, manifest: Manifest) -> None:
@@ -96,9 +96,9 @@ class Transport(Protocol):
     async def fetch(self, peer: str, round: int, root: str) -> Fetched:
         """Fetch a snapshot that a peer offers, and hold it until `release`.
 
-        While the peer is out of reach it tries again, from the blocks that have come, until it is cancelled. Raises
-        NetworkError where trying again is of no use: the snapshot was withdrawn or refused, or has other content than
-        its manifest promised.
+        While the peer is out of reach it tries again, keeping the blocks that have arrived, until it is cancelled.
+        Raises NetworkError if trying again is of no use: the snapshot was withdrawn or refused, or has other content
+        than its manifest promised.
         """
         ...
 
@@ -111,7 +111,7 @@ class Transport(Protocol):
         ...
 
     async def close(self, grace_s: float) -> None:
-        """Stop: take no new transfers, and give those under way `grace_s` to end."""
+        """Stop: accept no new transfers, and give current ones `grace_s` to end."""
         ...
 
 

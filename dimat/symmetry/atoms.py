@@ -1,4 +1,4 @@
-"""Atoms of layouts (see `dimat.symmetry.layout`), and operations that relate none."""
+"""Atoms of layouts (see `dimat.symmetry.layout`), and functions on them that relate no axes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 
 SINGLE = "single index"
-"""Why an index that is taken by itself stays."""
+"""The reason for freezing an index that is taken by itself."""
 
 
 class LayoutError(Exception):
@@ -16,7 +16,7 @@ class LayoutError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Frozen:
-    """Why an atom never moves, and the graph node at which that was decided."""
+    """The reason why an atom never moves, and the graph node at which that was decided."""
 
     reason: str
     node: str = ""
@@ -25,9 +25,9 @@ class Frozen:
 class Atom:
     """A set of `size` indices; compared by identity. Only `Domain` writes its fields.
 
-    `parts`: what it was refined into, or the concatenation that it stands for below a free factor. `cases`: its
+    `parts`: its refinement, or the concatenation that it stands for below a free factor. `cases`: its
     layouts, one for each index of the atom `choice`, whose `chooses` is True. `twin`: another frozen atom whose indices
-    were found to go with this one's, number by number.
+    correspond to this one's, number by number.
     """
 
     __slots__ = ("cases", "choice", "chooses", "frozen", "joins", "parent", "parts", "size", "twin")
@@ -44,7 +44,7 @@ class Atom:
         self.joins: dict[Atom, Atom] = {}
 
     def joined(self, inner: Atom) -> Atom:
-        """Return the frozen atom that the product of this frozen one and another is, the same at every call."""
+        """Return the frozen atom for the product of this frozen one and another, the same at every call."""
         if inner not in self.joins:
             self.joins[inner] = Atom(self.size * inner.size, self.frozen)
         return self.joins[inner]
@@ -98,7 +98,7 @@ def first_frozen(layout: Iterable[Sequence[Atom]]) -> Frozen | None:
 
 
 def all_frozen(layout: Layout) -> Frozen | None:
-    """Return the reason of a wholly frozen layout with something in it, else None."""
+    """Return the reason of an entirely frozen, non-empty layout, else None."""
     return first_frozen(layout) if all(still(segment) for segment in layout) else None
 
 

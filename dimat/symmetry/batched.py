@@ -1,4 +1,4 @@
-"""Makes `torch.func.vmap` traceable wherever its axis comes back."""
+"""Makes `torch.func.vmap` traceable for any position of its axis in the result."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 _VMAP: Any = import_module("torch._functorch.vmap")
 _INNER: Any = import_module("torch._C._functorch")
 _BRING_BACK = getattr(_VMAP, "_remove_batch_dim", None)
-"""torch's own, which no promise covers: where it is not there, such axes stay as torch leaves them."""
+"""A private function of torch, which may disappear: without it, such axes remain as torch leaves them."""
 
 
 @contextmanager
 def traceable_vmap() -> Generator[None]:
-    """Let axes that are mapped over come back where they are, and be moved by an operation of its own.
+    """Return mapped axes in their place, and move them with a separate operation.
 
-    torch moves them inside of one call, past any tracer, which then takes the result for a constant. Results are the
-    same, so it does no harm to threads that use `vmap` meanwhile.
+    torch moves them inside of one call, unseen by any tracer, which then takes the result for a constant. Results are
+    the same, so it does no harm to other threads that use `vmap` meanwhile.
     """
     if _BRING_BACK is None:
         yield

@@ -1,9 +1,9 @@
-"""Verified specs kept on disk by architecture, so that a restarted agent derives none.
+"""Verified specs kept on disk by architecture, so that a restart does not derive them again.
 
-The key of a spec is the module's fingerprint, of its code and constructor state, for which nothing is traced; a spec
-found this way is checked numerically before it is used. A module without a fingerprint has the hash of its trace as
-key. In both cases the key also holds the requested outputs, dimat's own rules and torch's version. No spec is kept of
-modules that export cannot follow (their paths depend on the inputs' values), nor after rules were registered by users.
+The key of a spec is the module's fingerprint, of its code and constructor state, which needs no tracing; a spec found
+this way is checked numerically before it is used. A module without a fingerprint has the hash of its trace as key. In
+both cases the key also holds the requested outputs, dimat's own rules and torch's version. No spec is kept of modules
+that export cannot follow (their paths depend on the inputs' values), nor after rules were registered by users.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def verified_symmetry(
             if holds(model, known, example_inputs, generator):
                 return known
             generator.set_state(start)
-            message = f"SYM-W07 the symmetry groups in {path} do not hold for this model; derived anew"
+            message = f"SYM-W07 the symmetry groups in {path} do not hold for this model; derived again"
             warnings.warn(message, SymmetryWarning, stacklevel=2)
     elif folder is not None:
         traced = _exported(model, example_inputs)
@@ -87,7 +87,7 @@ def forget(spec: SymmetrySpec, folder: Path | None = None) -> None:
 
 
 def default_folder() -> Path | None:
-    """Return `$XDG_CACHE_HOME/dimat/symmetry`, by default under ~/.cache; None where there is no home directory either:
+    """Return `$XDG_CACHE_HOME/dimat/symmetry`, by default under ~/.cache; None if there is no home directory either:
     then nothing is kept."""
     named = os.environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(named) and not os.environ.get("HOME", "unset"):
@@ -100,7 +100,7 @@ def default_folder() -> Path | None:
 
 
 def _exported(model: nn.Module, example_inputs: Any) -> Trace | None:
-    """Return the trace by which a module without a fingerprint is known, if it is known by one."""
+    """Return the trace that serves as the key of a module without a fingerprint, if it has one."""
     if not own_rules():
         return None
     try:
@@ -117,7 +117,7 @@ def _key(mark: str, outputs: Sequence[int | str] | None) -> str:
 
 @cache
 def _sources() -> str:
-    """Return the hash of the code that derives and proves specs."""
+    """Return the hash of the code that derives and verifies specs."""
     digest = blake3()
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
@@ -125,7 +125,7 @@ def _sources() -> str:
 
 
 def _read(path: Path) -> SymmetrySpec | None:
-    """Return a kept spec, or None where there is none or it is damaged."""
+    """Return a kept spec, or None if there is none or it is damaged."""
     try:
         return SymmetrySpec.from_json(path.read_text())
     except (OSError, ValueError):

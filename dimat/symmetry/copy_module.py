@@ -14,7 +14,8 @@ _OF_MODULE = frozenset(vars(nn.Module()))
 
 
 class _ComputedTensors(TorchFunctionMode):
-    """Copies tensors that were computed with a gradient, which torch refuses to: as values, without their graph."""
+    """Copies tensors that were computed with a gradient, which torch refuses to copy: as values, without their
+    graph."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         if func is Tensor.__deepcopy__ and not args[0].is_leaf:
@@ -28,9 +29,9 @@ class _ComputedTensors(TorchFunctionMode):
 def copy_module(model: nn.Module, shared: Mapping[int, Any] | None = None) -> nn.Module:
     """Return a deep copy of a module, even if `copy.deepcopy` fails.
 
-    Of a tensor that a forward pass or a hook left behind (an auxiliary loss, the weight of old weight norm, pruning),
-    in any attribute or container, the values are copied. An attribute that cannot be copied at all (a lock, an open
-    file, a generator) is shared with the copy. `shared`: objects by id that the copy shares.
+    A tensor that a forward pass or a hook left in any attribute or container (an auxiliary loss, the weight of old
+    weight norm, pruning) is copied by value. An attribute that cannot be copied at all (a lock, an open file, a
+    generator) is shared with the copy. `shared`: objects by id that the copy shares.
     """
     with _ComputedTensors():
         try:
@@ -40,7 +41,7 @@ def copy_module(model: nn.Module, shared: Mapping[int, Any] | None = None) -> nn
 
 
 def _uncopyable(model: nn.Module) -> dict[int, Any]:
-    """Return by id what cannot be copied among the attributes of a module and its submodules, and their hooks."""
+    """Return, by id, the attributes and hooks of a module and its submodules that cannot be copied."""
     modules = {id(module): module for module in model.modules()}
     found: dict[int, Any] = {}
     for module in model.modules():

@@ -13,13 +13,13 @@ from dimat.symmetry.atoms import SINGLE
 from dimat.symmetry.spec import AxisRef, FrozenAxis, Layout, SymmetrySpec
 
 LARGE = 0.1
-"""The share from which on a reason is worth a warning."""
+"""The share above which a reason causes a warning."""
 
 _BY_NATURE = (
     *("model input", "position in a kernel", "spatial axis", "looked up by index", SINGLE),
     "unused in trace",
 )
-"""Beginnings of the reasons for which an axis is never a matter of symmetry."""
+"""Prefixes of the reasons for which no symmetry could move an axis."""
 
 
 def by_nature(reason: str) -> bool:
@@ -28,7 +28,7 @@ def by_nature(reason: str) -> bool:
 
 
 def moved_entries(layout: Layout, groups: Collection[str]) -> int:
-    """Return how many entries of an axis some of these groups move."""
+    """Return the number of entries of an axis that some of these groups move."""
     moved = 0
     for segment in layout:
         size = prod(factor.size for factor in segment)
@@ -53,7 +53,7 @@ def costs(
 ) -> list[tuple[str, float, list[FrozenAxis]]]:
     """Return the reasons that keep more than a tenth in place, with their shares and axes, the largest first.
 
-    `told`: graph nodes whose reasons are told otherwise.
+    `told`: graph nodes whose reasons are reported elsewhere.
     """
     by_reason: dict[str, list[FrozenAxis]] = {}
     for axis in spec.frozen:
@@ -71,6 +71,6 @@ def _sum(shapes: Mapping[str, tuple[int, ...]], axes: Iterable[FrozenAxis]) -> f
 
 
 def _weighed(shapes: Mapping[str, tuple[int, ...]], axis: AxisRef | FrozenAxis, entries: int) -> float:
-    """Return the entries of a parameter that lie at some indices of one of its axes; 0 for other tensors."""
+    """Return the number of entries of a parameter at some indices of one of its axes; 0 for other tensors."""
     shape = shapes.get(axis.tensor, ())
     return entries * prod(shape) / shape[axis.dim] if axis.dim < len(shape) and shape[axis.dim] > 1 else 0.0

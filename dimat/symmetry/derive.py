@@ -36,7 +36,7 @@ from dimat.symmetry.trace import SymmetryWarning, Trace, location_of, trace
 from dimat.symmetry.wreath import Parents, find_parents
 
 POINTS_PER_GROUP = 6
-"""How many observation points a spec lists of each group."""
+"""The number of observation points that a spec lists for each group."""
 
 
 def derive_symmetry(model: nn.Module, example_inputs: Any, outputs: Sequence[int | str] | None = None) -> SymmetrySpec:
@@ -142,7 +142,7 @@ def describe(
 def exchange_experts(
     model: nn.Module, traced: Trace, example_inputs: Any, spec: SymmetrySpec, loud: list[str]
 ) -> tuple[SymmetrySpec, list[str]]:
-    """Return what `describe` made of a traced module, with experts that are proven to be exchangeable as groups.
+    """Return the result of `describe` for a traced module, with groups for experts that are proven to be exchangeable.
 
     Other groups are observed only where the order of experts does not matter.
     """
@@ -180,9 +180,9 @@ _Layouts = Mapping[tuple[str, int], Layout]
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where an atom occurs: entries from `offset` of an axis on, as factor `position` of a product.
+    """An occurrence of an atom: entries of an axis from `offset` on, as factor `position` of a product.
 
-    Inside a nested factor, positions count on from that factor's own.
+    Inside a nested factor, positions continue from that of the factor.
     """
 
     tensor: str
@@ -200,7 +200,7 @@ def _resolved(analysis: Analysis) -> dict[tuple[str, int], Layout]:
 
 
 def _occurrences(analysis: Analysis, layouts: _Layouts) -> dict[Atom, list[_Place]]:
-    """Return where each atom occurs, frozen ones as `Domain.identity` has them; in the order of the smallest."""
+    """Return the occurrences of each atom, frozen ones as in `Domain.identity`, ordered by the smallest."""
     found: dict[Atom, list[_Place]] = {}
 
     def look(layout: Layout, tensor: str, dim: int, offset: int, above: int) -> None:
@@ -291,8 +291,8 @@ def _parameters(traced: Trace) -> list[str]:
 def _unknown(
     analysis: Analysis, frozen_axes: Sequence[FrozenAxis], sizes: Mapping[str, int]
 ) -> tuple[tuple[UnknownOp, ...], list[str]]:
-    """Return the unknown operations, and one warning for each kind of them; what follows from a size that depends on
-    data is one kind."""
+    """Return the unknown operations, and one warning for each kind of them; all that follow from a data-dependent size
+    are one kind."""
     blamed: dict[str, set[tuple[str, int]]] = {}
     for frozen in frozen_axes:
         blamed.setdefault(frozen.node, set()).add((frozen.tensor, frozen.dim))
@@ -321,14 +321,14 @@ def _unknown(
 
 
 def _cause(kind: str, op: str, reason: str) -> str:
-    """Return why an operation freezes, and what its rule said if it has one."""
+    """Return the reason why an operation freezes, with its rule's message if it has a rule."""
     if kind == DEPENDS:
         return f"a shape depends on data from {op} on,"
     said = reason.partition(f"no rule for {op}: ")[2]
     return f"no rule for {op}" + f" ({said})" * bool(said)
 
 
-_ADVICE = "the graph could not be run on the example inputs to know it"
+_ADVICE = "the graph could not be run on the example inputs to determine it"
 
 
 _COSTLY = "SYM-W08"
@@ -342,14 +342,14 @@ def _unseen(groups: Sequence[Group]) -> list[str]:
 
 
 def _costly(spec: SymmetrySpec, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Return a warning for every known reason that keeps much in place, but for those that are told otherwise."""
+    """Return a warning for every known reason that keeps much in place, except those reported elsewhere."""
     told = {op.node for op in spec.unknown_ops}
     told |= {axis.node for axis in spec.frozen if axis.reason.startswith("model output")}
     messages: list[str] = []
     for reason, share, axes in costs(spec, shapes, told):
         more = f" and {len(axes) - 1} more" if len(axes) > 1 else ""
         messages.append(
-            f"{_COSTLY} {100 * share:.0f} % of what could move stays in place ({reason}): "
+            f"{_COSTLY} {100 * share:.0f} % of the movable entries stay in place ({reason}): "
             f"{axes[0].tensor}/{axes[0].dim}{more}"
         )
     return messages

@@ -1,4 +1,4 @@
-"""Contents of a traced module: origins of placeholders, tied names, and a hash of all."""
+"""Contents of a traced module: origins of placeholders, tied names, and a hash."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ def digest_of(
     dtypes: Mapping[str, torch.dtype],
     tied: tuple[tuple[str, ...], ...],
 ) -> str:
-    """Hash the module's structure and its graph, and nothing that changes with processes, batch sizes or weights."""
+    """Hash the module's structure and its graph, without anything that changes with processes, batch sizes or
+    weights."""
     digest = blake3()
 
     def add(*words: Any) -> None:

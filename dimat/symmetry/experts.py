@@ -1,8 +1,9 @@
-"""Experts that are chosen by number are a group, where rows of the router move with them.
+"""Groups of experts that are chosen by number: they move with the rows of the router.
 
-Which tokens an expert gets is decided by the order of scores, and no rule of one operation tells that the numbers which
-come out of it follow the rows that scores come from. So the group is supposed, from names and sizes, and proven: it
-counts only if the network computes the same with its experts in another order, under several draws of its weights.
+The order of scores decides which tokens an expert receives, and no rule for a single operation can show that the
+resulting numbers follow the rows from which the scores come. So the group is guessed, from names and sizes, and then
+tested: it is kept only if the network computes the same with its experts in another order, for several draws of its
+weights.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from dimat.symmetry.spec import AxisRef, Factor, Group, SymmetrySpec
 from dimat.symmetry.verify import holds, without_groups
 
 _DRAWS = 3
-"""Draws of a network's weights under which experts must be exchangeable; each sends tokens to others of them."""
+"""Number of draws of a network's weights for which experts must be exchangeable; each routes tokens differently."""
 
 _MOST_UNITS = 8192
-"""Units of all experts together up to which they are exchanged: each pair of units is compared to match them."""
+"""Largest number of units of all experts together for which they are exchanged: matching compares each pair of
+units."""
 
 
 def with_experts(
@@ -33,7 +35,7 @@ def with_experts(
 ) -> SymmetrySpec:
     """Return the spec with those of its `numbered` axes as groups that are proven to be exchangeable experts.
 
-    `shapes`: of all parameters and buffers. The spec itself is returned where there are none.
+    `shapes`: of all parameters and buffers. The spec itself is returned if there are none.
     """
     supposed = [group.id for group in spec.numbered if _router(spec, group, shapes)]
     proven = _proven(model, spec, example_inputs, shapes, supposed)
@@ -43,7 +45,7 @@ def with_experts(
 def _proven(
     model: nn.Module, spec: SymmetrySpec, inputs: Any, shapes: Mapping[str, tuple[int, ...]], supposed: Sequence[str]
 ) -> list[str]:
-    """Return which of these may move: all, or those of each half that may."""
+    """Return those of these axes that may move: all, or recursively those of each half."""
     if not supposed:
         return []
     moving = _moving(spec, supposed, shapes)
@@ -84,7 +86,7 @@ def _moving(spec: SymmetrySpec, moved: Sequence[str], shapes: Mapping[str, tuple
 
 def _router(spec: SymmetrySpec, group: Group, shapes: Mapping[str, tuple[int, ...]]) -> tuple[tuple[str, int], ...]:
     """Return the axes that choose among the numbers of a group: frozen ones of its size, in the nearest module around
-    it that has any. None where what lies inside is of too many units to be compared."""
+    it that has any. None if the group has too many units inside to be compared."""
     inside = [other.size for other in spec.groups if group.id in other.parents]
     return router(spec, group, shapes, max(inside, default=1))
 

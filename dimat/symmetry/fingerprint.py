@@ -1,9 +1,9 @@
 """Fingerprint a module by its code and constructor state, without tracing or running it.
 
-A fingerprint covers the files of the classes in the module's tree with what they refer to, the attributes that the
-constructors left, names, shapes and dtypes of the tensors, and the kind of inputs. Equal fingerprints make it all but
-sure that two modules have the same graph. A module whose code cannot be named (hooks, lambdas, classes made inside a
-function, methods that were replaced) has none.
+A fingerprint covers the files of the classes in the module's tree and the code to which they refer, the attributes set
+by the constructors, names, shapes and dtypes of the tensors, and the kind of inputs. If fingerprints are equal, two
+modules almost certainly have the same graph. A module whose code cannot be named (hooks, lambdas, classes made inside a
+function, replaced methods) has none.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from dimat.symmetry import tree
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)
 _NAMED = (*_PLAIN, torch.dtype, torch.device, torch.layout, torch.memory_format, np.generic)
-"""Values of which `repr` tells all."""
+"""Types of values that `repr` describes completely."""
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType)
 _OWN = {"training", "_parameters", "_buffers", "_modules"}
-"""Attributes of every module that are looked at in other ways, or do not matter in eval mode."""
+"""Attributes of every module that are covered in other ways, or do not matter in eval mode."""
 
 
 class _Unnameable(Exception):
-    """Some part of a module cannot be told from others by names and plain values."""
+    """Some part of a module cannot be identified by names and plain values."""
 
 
 def fingerprint(model: nn.Module, example_inputs: Any) -> str | None:
-    """Return a hex blake3 of all that decides a module's graph, or None where its code cannot be named.
+    """Return a hex blake3 of everything that determines a module's graph, or None if its code cannot be named.
 
-    Modules are taken in eval mode. Values of parameters, buffers and inputs have no part in it; their shapes, dtypes
-    and devices do. It is the same in every process with the same files, torch and Python.
+    Modules count as in eval mode. Values of parameters, buffers and inputs are not included; their shapes, dtypes and
+    devices are. It is the same in every process with the same files, torch and Python.
     """
     try:
         return _Description(model).of(example_inputs)
@@ -50,13 +50,13 @@ def fingerprint(model: nn.Module, example_inputs: Any) -> str | None:
 
 
 class _Description:
-    """A module described in words, one by one."""
+    """A description of a module, as a sequence of words."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._number = {id(module): number for number, module in enumerate(model.modules())}
         self._met: dict[int, tuple[int, Any]] = {}
-        """Objects met among the attributes by id, with their numbers; held, so that no id is used again."""
+        """Objects found among the attributes by id, with their numbers; kept, so that no id is used again."""
         self._sources: dict[str, bool] = {}
         """Names of Python modules referred to; whether they define a class of the tree."""
 
@@ -91,7 +91,7 @@ class _Description:
             yield f"{name}={self._value(value)}"
 
     def _methods(self, kind: type) -> Iterable[str]:
-        """Yield which functions a class's methods are, and see to it that their sources are read."""
+        """Yield the functions of a class's methods, and make sure that their sources are read."""
         for name, member in vars(kind).items():
             for function in _functions(member):
                 known = _functions(_found(function.__module__, function.__qualname__))
@@ -113,7 +113,7 @@ class _Description:
                 yield f"{kind} {name} {name in kept} {number} {_name(type(tensor))} {_tensor(tensor)}"
 
     def _value(self, value: Any) -> str:
-        """Return a value in words; raises _Unnameable for what has no lasting name."""
+        """Return a value in words; raises _Unnameable for values without a lasting name."""
         if isinstance(value, Enum):
             return f"{self._class(type(value))}.{value.name}"
         if isinstance(value, _NAMED):
@@ -182,7 +182,7 @@ class _Description:
     def _code(self) -> Iterable[str]:
         """Yield the content of all code that was referred to, and of the code that it refers to in turn.
 
-        Installed packages are known by their versions, the module that defines a class by its content too.
+        Installed packages are identified by their versions; the module that defines a class also by its content.
         """
         done: dict[str, bool] = {}
         while waiting := [name for name, defines in self._sources.items() if defines > done.get(name, -1)]:

@@ -1,4 +1,4 @@
-"""Axes that are several in one: found by one run of the graph, split in the next.
+"""Axes that consist of several: found in one run of the graph, split in the next.
 
 A fused projection of query, key and value has one output axis of 3 · heads · units entries. A first run sees it
 viewed as (3, heads, units) and every index of the "3" taken by itself, so that all three are tied to each other.
@@ -15,7 +15,7 @@ from dimat.symmetry.atoms import Atom, Layout
 from dimat.symmetry.layout import Domain
 
 MOST_PIECES = 64
-"""An axis of more indices than this is no number of fused projections."""
+"""An axis of more indices than this is not a number of fused projections."""
 
 Form = tuple[tuple["int | Form", ...], ...]
 """A concatenation of products of sizes, or of forms."""

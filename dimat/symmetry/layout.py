@@ -51,7 +51,8 @@ class Lookup:
     """A lookup of entries of `axis` by index.
 
     `places` are the result's axes, `by` is the graph node that holds the indices, and `apart` are the axes that were
-    not looked up."""
+    not looked up.
+    """
 
     axis: Layout
     places: tuple[Layout, ...]

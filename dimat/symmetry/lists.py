@@ -1,8 +1,9 @@
-"""Experts in a list of modules are a group, as those in one tensor are.
+"""Groups of experts in a list of modules, like those of experts in one tensor.
 
-A loop over modules makes a node of each, and nothing in the graph says that they are alike. So it is supposed of lists
-with the size of some axis that chooses by number, if all of their modules have the same tensors with the same axes, and
-proven as it is of experts in one tensor (`dimat.symmetry.experts`). In the spec, a list's tensors are a `Stack`.
+A loop over modules makes nodes for each, and nothing in the graph says that the modules are alike. So a list is guessed
+to hold experts if it has the size of some axis that chooses by number, and all of its modules have the same tensors
+with the same axes; the guess is tested like that for experts in one tensor (`dimat.symmetry.experts`). In the spec, a
+list's tensors are a `Stack`.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def with_lists(
 def _proven(
     model: nn.Module, spec: SymmetrySpec, inputs: Any, shapes: Mapping[str, tuple[int, ...]], supposed: Sequence[_List]
 ) -> SymmetrySpec:
-    """Return the spec with these lists as groups: all that may be experts, or those of each half that are."""
+    """Return the spec with these lists as groups: all of them if they are experts, else recursively those of each
+    half."""
     moved, groups = spec, list[str]()
     for listed in supposed:
         taken = {name for stack in moved.stacks for name in stack.sources}
@@ -96,8 +98,8 @@ class _Unlike(Exception):
 
 @dataclass
 class _Stacking:
-    """Puts the tensors of a list on top of each other in a spec. `_inner`: groups that each module has one of, by the
-    first module's; the id of what they become, and all modules' ids."""
+    """Stacks the tensors of a list in a spec. `_inner`: for groups that every module has, by the first module's: the id
+    of the new group, and all modules' ids."""
 
     whole: SymmetrySpec
     listed: _List
@@ -105,7 +107,7 @@ class _Stacking:
     _inner: dict[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
 
     def spec(self) -> SymmetrySpec | None:
-        """Return the spec with the list's modules as units of a group, or None where they cannot be."""
+        """Return the spec with the list's modules as units of a group, or None if they cannot be."""
         spec, group = self.whole, _id(self.listed)
         count = len(next(iter(self.listed.values())))
         place = Group(group, count, tuple((name, 0) for names in self.listed.values() for name in names))
@@ -142,7 +144,7 @@ class _Stacking:
         )
 
     def _choosing(self, place: Group, units: int) -> tuple[tuple[str, int], ...]:
-        """Return the router's axes, of a list with so many units in each of its modules."""
+        """Return the router's axes, for a list with `inside` units in each of its modules."""
         for singly in (False, True):
             found = router(self.whole, place, self.shapes, units, singly=singly)
             if found:
@@ -150,7 +152,7 @@ class _Stacking:
         return ()
 
     def _layout(self, layouts: Sequence[Layout], count: int) -> Layout:
-        """Return what an axis of all modules is made of; _Unlike where it is not the same."""
+        """Return the layout of an axis in all modules; _Unlike if they differ."""
         if len(layouts) != count or len({tuple(map(len, layout)) for layout in layouts}) > 1:
             raise _Unlike
         return tuple(
@@ -167,7 +169,7 @@ class _Stacking:
         return replace(first, group=self._group([factor.group for factor in factors]))
 
     def _group(self, names: Sequence[str | None]) -> str | None:
-        """Return the group that all modules have, or the one that theirs become."""
+        """Return the group that all modules share, or the one that replaces their groups."""
         first = names[0]
         if first is None or all(name == first for name in names):
             if any(name != first for name in names) or first in self._inner:
@@ -181,7 +183,7 @@ class _Stacking:
         return self._name(first)
 
     def _name(self, group: str) -> str:
-        """Return the id of what the first module's group and its like become."""
+        """Return the id of the group that replaces the first module's and those of the others."""
         for view, names in self.listed.items():
             tensor, _, place = group.rpartition("/")
             if tensor == names[0]:
@@ -190,7 +192,7 @@ class _Stacking:
         raise _Unlike
 
     def _child(self, names: Sequence[str], group: str, held: Mapping[str, tuple[str, int]]) -> Group:
-        """Return the group inside the list's that groups of its modules become."""
+        """Return the group, inside the list's group, that replaces groups of its modules."""
         known = {g.id: g for g in self.whole.groups}
         if any(name not in known for name in names):
             raise _Unlike  # it never moves, and its parents are not known
@@ -206,6 +208,6 @@ class _Stacking:
 
     @staticmethod
     def _moved(axes: Sequence[tuple[str, int]], held: Mapping[str, tuple[str, int]]) -> tuple[tuple[str, int], ...]:
-        """Return axes, those of the list's tensors as axes of its views."""
+        """Return axes, with those of the list's tensors as axes of its stacks."""
         found = [(held[name][0], dim + 1) if name in held else (name, dim) for name, dim in axes]
         return tuple(dict.fromkeys(found))

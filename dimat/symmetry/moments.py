@@ -27,7 +27,7 @@ from dimat.symmetry.stacks import stacked
 from dimat.symmetry.trace import SymmetryWarning
 
 BLOCK = re.compile(r"(?:inv_)?precond(?:itioner)?_(\d+)")
-"""Names of square blocks of Shampoo and its like, with the axis of the parameter that they belong to."""
+"""Names of square blocks in Shampoo and similar optimizers, with the axis of the parameter to which they belong."""
 
 Shape = tuple[int, ...]
 
@@ -58,8 +58,8 @@ def begun_anew(names: Sequence[str]) -> str:
     """Return a line saying that the optimizer's state of these parameters could not be moved."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return (
-        f"the optimizer's state of {', '.join(names[:3])}{more} cannot be put in another order of units, "
-        "as how it goes with the parameter is not known; it begins anew there"
+        f"the optimizer's state of {', '.join(names[:3])}{more} cannot be permuted with the units, "
+        "as its relation to the parameter is not known; it is reset"
     )
 
 
@@ -111,7 +111,7 @@ def move_state(
 
 
 def _shape_by(axes: Sequence[AxisRef], entries: Mapping[str, Any], name: str) -> Shape | None:
-    """Return the shape of a parameter by the entries of its state: what those with the most axes have together."""
+    """Return the shape of a parameter from the entries of its state with the most axes."""
     large = {key: value for key, value in entries.items() if isinstance(value, Tensor) and value.numel() > 1}
     if not large:
         return None
@@ -122,14 +122,14 @@ def _shape_by(axes: Sequence[AxisRef], entries: Mapping[str, Any], name: str) ->
     key, value = next(iter(large.items()))
     raise SymmetryError(
         f"{name} ({key}) has shape {tuple(value.shape)}, which is not that of a parameter with axes of "
-        f"{', '.join(str(axis.size) for axis in axes)}; hand in names with their parameters"
+        f"{', '.join(str(axis.size) for axis in axes)}; pass names with their parameters"
     )
 
 
 def _moved(
     entries: Mapping[str, Any], axes: Sequence[AxisRef], shape: Shape | None, moves: CheckedPermutations
 ) -> dict[str, Any] | None:
-    """Return the state of one parameter, moved; None where it cannot be."""
+    """Return the state of one parameter, moved; None if it cannot be."""
     moving = moves.together(axes)
     result: dict[str, Any] = {}
     for key, value in entries.items():
@@ -148,14 +148,14 @@ def _moved(
 
 
 def _apart(value: Any) -> Any:
-    """Return a copy of what was another parameter's."""
+    """Return a copy of another parameter's state."""
     return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
 def _moved_entry(
     key: str, value: Any, moving: Sequence[Sequence[AxisRef]], shape: Shape, moves: CheckedPermutations
 ) -> Tensor | None:
-    """Return an entry of a parameter's state, moved; None where it is not known how it goes with the parameter."""
+    """Return an entry of a parameter's state, moved; None if its relation to the parameter is not known."""
     if (
         type(value) not in (Tensor, nn.Parameter)
         or value.is_sparse
@@ -178,7 +178,7 @@ def _moved_entry(
 
 
 def _places(key: str, entry: Shape, shape: Shape) -> dict[int, int] | None:
-    """Return where the parameter's axes are in an entry, those left out that it is reduced over; None if unknown."""
+    """Return the positions of the parameter's axes in an entry, without reduced axes; None if unknown."""
     if len(entry) == len(shape) and all(size in (1, whole) for size, whole in zip(entry, shape)):
         return {dim: dim for dim in range(len(shape)) if entry[dim] == shape[dim]}
     words = key.split("_")
@@ -191,7 +191,7 @@ def _places(key: str, entry: Shape, shape: Shape) -> dict[int, int] | None:
 def _moved_block(
     value: Tensor, dim: int, moving: Sequence[Sequence[AxisRef]], shape: Shape, moves: CheckedPermutations
 ) -> Tensor | None:
-    """Return a statistic (n, n) of one axis of a parameter with both its axes moved; None where it is none."""
+    """Return a statistic (n, n) of one axis of a parameter with both its axes moved; None if it is not such a block."""
     if dim >= len(shape) or tuple(value.shape) != (shape[dim], shape[dim]):
         return None
     for at_once in moving:
@@ -210,7 +210,7 @@ def _large(value: Any) -> bool:
 
 
 def _spans(value: Any, shape: Shape | None) -> bool:
-    """Tell whether a value may be of several parameters together: a flat vector longer than this one."""
+    """Tell whether a value may belong to several parameters together: a flat vector longer than this one."""
     size = 0 if shape is None else prod(shape)
     return any(tensor.ndim == 1 and tensor.numel() > size for tensor in _tensors(value))
 

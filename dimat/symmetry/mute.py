@@ -10,7 +10,7 @@ from typing import Any
 
 
 class _Muted:
-    """Stands for a stream, and swallows what its own thread writes while `active`. Others may keep it for later."""
+    """Replaces a stream, and discards its own thread's output while `active`. Other code may keep a reference to it."""
 
     def __init__(self, stream: Any) -> None:
         self.active = True

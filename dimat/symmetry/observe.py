@@ -60,7 +60,7 @@ class Observer:
 
         Samples are ordered by the node's other axes, row-major: batch first, then positions. Weights
         (state-dict names; tied names need only one) and inputs are not modified, whatever the graph does in
-        place. The batch may be of any size where the model allows it. Runs on the device of weights and inputs.
+        place. The batch may be of any size if the model allows it. Runs on the device of weights and inputs.
         Raises SymmetryError for a point or a tensor that is not there.
         """
         wanted: dict[str, list[tuple[str, int, ObservationPoint]]] = {}

@@ -1,8 +1,8 @@
-"""Values in a graph that stay the same when experts change places.
+"""Finds values in a graph that stay the same when experts change places.
 
-Only those can be compared between networks. What an expert sees, and sums over some of the experts, are of other tokens
-at a peer whose experts stand in another order. Which values these are no rule tells, as rows are chosen by numbers; so
-the graph is run with its experts in several orders.
+Only these can be compared between networks: an expert's inputs, and sums over some of the experts, belong to other
+tokens at a peer whose experts are in another order. No rule can determine these values, as rows are chosen by numbers;
+so the graph is run with its experts in several orders.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _TOLERANCE = 1e-3
 def order_dependent(
     model: nn.Module, traced: Trace, spec: SymmetrySpec, example_inputs: Any, groups: Collection[str]
 ) -> set[str]:
-    """Return the names of nodes whose values are others once the units of these groups change places, or are empty.
+    """Return the names of nodes whose values change when the units of these groups change places, or are empty.
 
-    The weights are random, and the units are shifted by up to 16 steps, all groups at once. Where the graph cannot be
-    run it is all nodes.
+    The weights are random, and the units are shifted by up to 16 steps, all groups at once. If the graph cannot be run,
+    all nodes are returned.
     """
     generator = torch.Generator().manual_seed(0)
     state = {name: value.detach() for name, value in model.state_dict().items() if isinstance(value, Tensor)}
@@ -61,7 +61,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 def _values(traced: Trace, weights: Mapping[str, Tensor], example_inputs: Any) -> dict[str, Tensor]:
-    """Return what each node of a graph makes, where it is numbers; weights and inputs stay as they are."""
+    """Return each node's value in a graph, if it is numeric; weights and inputs are not changed."""
     inputs = iter(tree.leaves(tree.as_arguments(example_inputs)))
     given: list[Any] = []
     for node in traced.nodes:
@@ -78,7 +78,7 @@ def _values(traced: Trace, weights: Mapping[str, Tensor], example_inputs: Any) -
 
 
 class _Runner(fx.Interpreter):
-    """Runs a graph and keeps what each operation makes."""
+    """Runs a graph and keeps the result of each operation."""
 
     def __init__(self, graph: fx.GraphModule) -> None:
         super().__init__(graph)

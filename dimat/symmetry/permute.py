@@ -1,9 +1,9 @@
 """Permutes units in weights and buffers; draws and composes permutations.
 
-Permutations are {group id: LongTensor of shape (size,)}, and merged unit j is old unit p[j]. A group with parents
-has a permutation for each of their units, (parents' sizes…, size): of heads H and units D inside them, merged (h, j)
-is old (p_H[h], p_D[h, j]). Groups that are left out stay as they are. Tensors that nothing moves are handed back as
-they are, not copied.
+Permutations are {group id: LongTensor of shape (size,)}, and merged unit j is old unit p[j]. A group with parents has a
+permutation for each of their units, (parents' sizes…, size): of heads H and units D inside them, merged (h, j) is old
+(p_H[h], p_D[h, j]). Groups that are left out are not moved. Tensors that nothing moves are returned unchanged, not
+copied.
 """
 
 from __future__ import annotations
@@ -28,11 +28,10 @@ def permute_weights(
 ) -> dict[str, Tensor]:
     """Return a state dict, parameters and buffers, with its units permuted: W' = W.index_select(dim, p).
 
-    The input is untouched. Names that the spec does not know pass through; names tied to one tensor get one
-    result. With `strict=False`, tensors of the spec may be missing (e.g. statistics of parameters alone).
-    Raises SymmetryError, naming it, for an unknown group, a permutation that is none or has the wrong
-    length, a missing tensor, or one whose size does not fit; and for lists of tensors that change places and of which
-    only some are there.
+    The input is untouched. Names that the spec does not know pass through; names tied to one tensor get one result.
+    With `strict=False`, tensors of the spec may be missing (e.g. statistics of parameters alone). Raises SymmetryError,
+    naming it, for an unknown group, an invalid permutation or one of the wrong length, a missing tensor, or one whose
+    size does not fit; and for lists of tensors that change places if only some of them are there.
     """
     moves = CheckedPermutations.of(spec, permutations)
     aliases = {name: names for names in spec.tied for name in names}
@@ -128,7 +127,7 @@ def _spread(order: Tensor, positions: Sequence[int], shape: Sequence[int]) -> Te
 
 
 def _joint_index(layouts: Sequence[Layout], permutations: Permutations, parents: Mapping[str, Sequence[str]]) -> Tensor:
-    """Return the index (n,) for some axes of a tensor that are flattened to one of n entries, row-major."""
+    """Return the index (n,) for some axes of a tensor, flattened row-major to one of n entries."""
     total = prod(layout_length(layout) for layout in layouts)
     index = torch.arange(total)
     for combination in product(*(list(pieces(layout)) for layout in layouts)):
@@ -182,18 +181,18 @@ def _permuted(
 
 
 def _find(factors: Sequence[tuple[int, str | None]], group: str, axis: int) -> int:
-    """Return where a parent is: in the child's own axis, or else in another one."""
+    """Return the place of a parent: in the child's own axis, or else in another one."""
     near = [k for k, factor in enumerate(factors) if factor == (axis, group)]
     far = [k for k, factor in enumerate(factors) if factor[1] == group]
     for found in (near, far):
         if len(found) == 1:
             return found[0]
-    raise SymmetryError(f"group {group!r} is not where its units have permutations of their own; derive the spec anew")
+    raise SymmetryError(f"group {group!r} is not in the place that its units' permutations need; derive the spec again")
 
 
 @dataclass(frozen=True)
 class CheckedPermutations:
-    """Checked permutations, and the indices that they give for the layouts seen so far."""
+    """Checked permutations, with the indices for the layouts seen so far."""
 
     permutations: Mapping[str, Tensor]
     parents: Mapping[str, Sequence[str]]
@@ -204,7 +203,7 @@ class CheckedPermutations:
 
     @staticmethod
     def of(spec: SymmetrySpec, permutations: Permutations) -> CheckedPermutations:
-        """Return permutations, checked against the groups that they are of."""
+        """Return permutations, checked against their groups."""
         return CheckedPermutations(
             _checked(spec, permutations), {group.id: group.parents for group in spec.groups if group.parents}
         )
@@ -243,7 +242,7 @@ class CheckedPermutations:
         return [sorted(s, key=lambda axis: axis.dim) for s in moving]
 
     def _lost(self, layout: Layout) -> set[str]:
-        """Return parents of groups of an axis that are not where these are."""
+        """Return parents of an axis's groups that are not in this axis."""
         if not self.parents:
             return set()
         lost: set[str] = set()
@@ -254,7 +253,7 @@ class CheckedPermutations:
 
 
 def _checked(spec: SymmetrySpec, permutations: Permutations) -> dict[str, Tensor]:
-    """Return the permutations on the CPU, those that move nothing left out."""
+    """Return the permutations on the CPU, without those that move nothing."""
     known = {group.id for group in spec.groups}
     moving: dict[str, Tensor] = {}
     for group, given in permutations.items():
@@ -268,7 +267,7 @@ def _checked(spec: SymmetrySpec, permutations: Permutations) -> dict[str, Tensor
             raise SymmetryError(f"permutation of group {group!r} has shape {tuple(p.shape)}; expected {shape}")
         still = identity(shape)
         if not torch.equal(p.long().sort(-1).values, still):
-            raise SymmetryError(f"permutation of group {group!r} is not one: each unit must occur once")
+            raise SymmetryError(f"permutation of group {group!r} is not valid: each unit must occur exactly once")
         if not torch.equal(p.long(), still):
             moving[group] = p.long()
     return moving
@@ -283,7 +282,7 @@ def by_tensor(spec: SymmetrySpec) -> dict[str, list[AxisRef]]:
 
 
 def permute_tensor(value: Tensor, name: str, axes: Sequence[AxisRef], moves: CheckedPermutations) -> Tensor:
-    """Return a tensor with its axes moved; SymmetryError, which calls it `name`, where it does not fit them."""
+    """Return a tensor with its axes moved; SymmetryError with its `name` if its shape does not fit."""
     for axis in axes:
         if axis.dim >= value.ndim or value.shape[axis.dim] != axis.size:
             raise SymmetryError(
@@ -309,13 +308,13 @@ def permute_listed(
     axes_of: Mapping[str, Sequence[AxisRef]],
     moves: CheckedPermutations,
 ) -> Tensor:
-    """Return a tensor of a stack with its units permuted; it may be another one of it that comes to this place.
+    """Return the tensor of a stack that moves to this place, with its units permuted.
 
-    Raises SymmetryError where that one is missing.
+    Raises SymmetryError if it is missing.
     """
     source, axes, inside = from_list(stack, name, axes_of, moves)
     if source not in weights:
-        raise SymmetryError(f"tensor {source!r} is missing, which is to come to the place of {name!r}")
+        raise SymmetryError(f"tensor {source!r} is missing, which should move to the place of {name!r}")
     moved = permute_tensor(weights[source], name, axes, inside)
     return moved.detach().clone() if moved is weights[source] and source != name else moved
 
@@ -323,7 +322,7 @@ def permute_listed(
 def from_list(
     stack: Stack, name: str, axes_of: Mapping[str, Sequence[AxisRef]], moves: CheckedPermutations
 ) -> tuple[str, list[AxisRef], CheckedPermutations]:
-    """Return which tensor of a stack comes to the place of this one, its axes, and what moves inside it."""
+    """Return the tensor of a stack that moves to the place of this one, its axes, and its inner permutations."""
     axes = axes_of.get(stack.tensor, ())
     place = stack.sources.index(name)
     lower = [replace(axis, tensor=name, dim=axis.dim - 1) for axis in axes if axis.dim]

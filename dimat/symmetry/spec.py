@@ -1,8 +1,8 @@
 """The result of a symmetry derivation: which axes of which tensors move together.
 
-Plain frozen data, JSON-serialisable, so that a spec can be cached, compared between peers and shown. What
-derives it is in `derive.py`, what applies it in `permute.py`. Terms are those of the design page: a *unit*
-is one channel, neuron or head; a *group* is the set of (tensor, axis) pairs that must be permuted together.
+Plain frozen data, JSON-serialisable, so that a spec can be cached, compared between peers and shown. `derive.py`
+derives specs, `permute.py` applies them. Terms: a *unit* is one channel, neuron or head; a *group* is the set of
+(tensor, axis) pairs that must be permuted together.
 
 An axis has a **layout**: an ordered concatenation of segments, each a row-major product of factors. A
 factor belongs to a group (`Factor.group`) or is frozen (`None`). `("a", 3) × ("b", 4)` followed by a frozen
@@ -25,7 +25,7 @@ from dimat.reading import as_type, parse_json
 class Factor:
     """One factor of a segment: `size` indices that move as group `group`, or never (`None`).
 
-    A nested factor has `parts` instead: a layout of its own for every index of the factors before it, as where an
+    A nested factor has `parts` instead: a separate layout for every index of the factors before it, for example if an
     axis is heads × (query, key, value).
     """
 
@@ -39,7 +39,7 @@ Layout = tuple[Segment, ...]
 
 
 def groups_in(layout: Layout) -> set[str]:
-    """Return the ids of the groups that an axis is made of."""
+    """Return the ids of the groups in an axis."""
     factors = [factor for segment in layout for factor in segment]
     nested = [groups_in(factor.parts) for factor in factors if factor.parts is not None]
     return {factor.group for factor in factors if factor.group is not None}.union(*nested)
@@ -47,7 +47,7 @@ def groups_in(layout: Layout) -> set[str]:
 
 @dataclass(frozen=True, slots=True)
 class AxisRef:
-    """Axis `dim` of the parameter or buffer named `tensor`, and how its indices are made of group units."""
+    """Axis `dim` of the parameter or buffer named `tensor`, and the layout of its indices in group units."""
 
     tensor: str
     dim: int
@@ -62,7 +62,7 @@ class AxisRef:
 class ObservationPoint:
     """A place in the traced graph where the units of a group can be seen.
 
-    The output of graph node `node` (its first, where it has several) is narrowed to `length` entries from
+    The output of graph node `node` (its first, if it has several) is narrowed to `length` entries from
     `start` along `dim`; that axis is then viewed as `factors` (row-major), of which number `position` runs
     over the group's units and those numbered in `outer` over its parents' (in the order of `Group.parents`). All
     other axes and factors are samples. `pre_activation` tells whether the node comes before the group's first
@@ -86,10 +86,10 @@ class Group:
     A permutation of a group is an int64 tensor (size,); of one with parents (sizes of the parents…, size): one for
     each of their units, numbered as they are after the parents' own permutation.
 
-    `id` is `<tensor>/<dim>`, or `<tensor>/<dim>+<offset>`, of the group's smallest (tensor, dim, offset), so
-    it is the same at every peer; `.<k>` is appended where the group is factor k > 0 of a product there.
-    `parents` names groups, also such of `numbered`, per whose unit this one has a permutation of its own (heads); empty
-    for plain groups. `axes` lists every (tensor, dim) in which the group occurs.
+    `id` is `<tensor>/<dim>`, or `<tensor>/<dim>+<offset>`, of the group's smallest (tensor, dim, offset), so it is the
+    same at every peer; `.<k>` is appended if the group is factor k > 0 of a product there. `parents` names the groups
+    (including those in `numbered`) for each of whose units this one has a separate permutation (heads); empty for plain
+    groups. `axes` lists every (tensor, dim) in which the group occurs.
     """
 
     id: str
@@ -104,8 +104,8 @@ class Group:
 class FrozenAxis:
     """An axis (or part of it) of a parameter or buffer that never moves, and why (`node`: where it was decided).
 
-    `entries`: how many entries of the axis stay for that reason, and might move without it. None are counted where no
-    symmetry could move them (`dimat.symmetry.coverage`), nor where something else in the same product moves.
+    `entries`: the number of entries of the axis that stay for that reason, and might move without it. Entries do not
+    count if no symmetry could move them (`dimat.symmetry.coverage`), or if another factor in the same product moves.
     """
 
     tensor: str
@@ -131,7 +131,7 @@ class UnknownOp:
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """Tensors of one shape on top of each other, as a tensor that only the spec knows.
+    """Stacked tensors of one shape, as a tensor that only the spec knows.
 
     The first axis of `tensor` numbers `sources`: the units of its group are whole tensors (the experts of a list of
     modules). No tensor is in two stacks, and those in one have no axes of their own in the spec.
@@ -145,14 +145,14 @@ class Stack:
 class SymmetrySpec:
     """Symmetry groups of one architecture.
 
-    `axes` has one entry for each (tensor, dim) that holds at least one group; tensors not named there are
-    never permuted. `tied` lists sets of names that are one tensor (permuted once). `arch_hash` is a hex
-    blake3 of names, shapes, dtypes and the traced graph: equal hashes mean that specs are interchangeable. The graph
-    is another with another torch, so that hash is for one machine; `groups_hash` is what machines compare.
-    `coverage` is the share of parameters' entries, counted axis by axis, that moves (`dimat.symmetry.coverage`).
-    `outputs` are the flat indices of the model outputs that the groups leave unchanged. `numbered` are groups of a kind
-    that never moves and is no symmetry: their units are told apart by number, and only serve as parents. `stacks` are
-    tensors that axes and groups name and that no state dict holds, with what they are made of.
+    `axes` has one entry for each (tensor, dim) that holds at least one group; tensors not named there are never
+    permuted. `tied` lists sets of names that are one tensor (permuted once). `arch_hash` is a hex blake3 of names,
+    shapes, dtypes and the traced graph: equal hashes mean that specs are interchangeable. The graph differs between
+    versions of torch, so that hash is for one machine; machines compare `groups_hash`. `coverage` is the share of
+    parameters' entries, counted axis by axis, that moves (`dimat.symmetry.coverage`). `outputs` are the flat indices of
+    the model outputs that the groups leave unchanged. `numbered` are groups that never move and are not symmetries:
+    their units are distinguished by number, and only serve as parents. `stacks` are tensors that axes and groups name
+    and that no state dict holds, with the tensors in them.
     """
 
     groups: tuple[Group, ...]
@@ -182,11 +182,11 @@ class SymmetrySpec:
 
     @property
     def groups_hash(self) -> str:
-        """Hex blake3 of which entries of which tensors move together: what agents that align must agree on.
+        """Hex blake3 of the sets of tensor entries that move together, on which agents that align must agree.
 
         It holds each moved axis with its layout, and each group with its size and parents; groups go by the order in
-        which the axes, sorted by tensor and dim, name them first. How the model was traced, and what groups and graph
-        nodes are called, has no part in it.
+        which the axes, sorted by tensor and dim, name them first. The way of tracing, and the names of groups and graph
+        nodes, are not included.
         """
         axes = sorted(self.axes, key=lambda axis: (axis.tensor, axis.dim))
         numbers: dict[str, int] = {}
@@ -209,19 +209,20 @@ class SymmetrySpec:
 
     @staticmethod
     def from_json(text: str) -> SymmetrySpec:
-        """Rebuild a spec from `to_json` text; ValueError where it is something else."""
+        """Rebuild a spec from `to_json` text; ValueError if it is something else."""
         return as_type(SymmetrySpec, parse_json(text))
 
 
 def with_hash(spec: SymmetrySpec, digest: str) -> SymmetrySpec:
-    """Return the spec with the hash that its groups and the digest of its trace give."""
+    """Return the spec with the hash of its groups and the digest of its trace."""
     groups = [(group.id, group.size) for group in spec.groups]
     told = (digest, spec.outputs, groups, spec.axes, *([spec.stacks] if spec.stacks else []))
     return replace(spec, arch_hash=blake3(repr(told).encode()).hexdigest())
 
 
 def _spelled(layout: Layout, numbers: dict[str, int]) -> str:
-    """Return a layout as text, groups by number (new ones get the next); what is frozen side by side is one piece."""
+    """Return a layout as text, with groups by number (new ones get the next); adjacent frozen segments are one
+    piece."""
     said: list[str] = []
     still = 0
     for segment in layout:

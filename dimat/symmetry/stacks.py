@@ -1,6 +1,6 @@
-"""Tensors of a list of modules on top of each other (`Stack`).
+"""Stacked tensors of a list of modules (`Stack`).
 
-Experts in such a list are then units of an axis like any.
+Experts in such a list are then units of an axis, as in one tensor.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def stacked(spec: SymmetrySpec) -> dict[str, Stack]:
 
 
 def with_stacks(shapes: Mapping[str, tuple[int, ...]], stacks: Iterable[Stack]) -> dict[str, tuple[int, ...]]:
-    """Return shapes of tensors with those of the stacks of some of them."""
+    """Return shapes of tensors, and of the stacks of some of them."""
     result = dict(shapes)
     for stack in stacks:
         if all(name in shapes for name in stack.sources):
@@ -33,5 +33,5 @@ def with_stacks(shapes: Mapping[str, tuple[int, ...]], stacks: Iterable[Stack]) 
 
 
 def real_names(spec: SymmetrySpec) -> dict[str, tuple[str, ...]]:
-    """Return, for each stack, the names of the tensors that it is made of."""
+    """Return, for each stack, the names of its tensors."""
     return {stack.tensor: stack.sources for stack in spec.stacks}

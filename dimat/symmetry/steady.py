@@ -21,7 +21,7 @@ _SEED = 0
 
 
 class Steady(TorchDispatchMode):
-    """Gives every draw of a random operation one value, from the sequence of draws alone."""
+    """Gives every draw of a random operation one value, which depends only on the sequence of draws."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +54,8 @@ class Steady(TorchDispatchMode):
 
 @contextmanager
 def steady() -> Generator[None]:
-    """Make torch's random operations steady, and start Python's and NumPy's streams from one seed; all go back."""
+    """Make torch's random operations steady, and start Python's and NumPy's streams from one seed; restore all
+    afterwards."""
     before, numbers, own = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
     random.seed(_SEED)
     np.random.seed(_SEED)
@@ -141,4 +142,4 @@ _STILL: dict[str, Callable[[dict[str, Any]], Any]] = {
     "multinomial": _multinomial,
     "randperm": lambda given: torch.arange(given["n"], dtype=given.get("dtype") or torch.int64),
 }
-"""Operations that draw which entries to take, or how much of each: they take a settled choice."""
+"""Operations that draw a selection or proportions of entries: they make a fixed choice."""

@@ -1,8 +1,8 @@
 """Tracing: a module becomes a graph of aten operations with named placeholders.
 
-`torch.export.export(strict=False)` in eval mode, the batch axis left open where the model allows. The graph
-is the training IR: in-place operations survive in it. All knowledge of torch.export's objects is in this
-file; the rest of the package sees `Trace` and plain `torch.fx` nodes. Modules that export cannot follow: `paths.py`.
+It uses `torch.export.export(strict=False)` in eval mode, with a dynamic batch axis if the model allows it. The graph is
+the training IR: in-place operations survive in it. All knowledge of torch.export's objects is in this file; the rest of
+the package sees `Trace` and plain `torch.fx` nodes. Modules that export cannot follow: `paths.py`.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class SymmetryWarning(UserWarning):
 class Trace:
     """A traced module.
 
-    `sources` maps placeholder names to what they stand for, in order. `constants` holds the values of
+    `sources` maps placeholder names to the tensors that they stand for, in order. `constants` holds the values of
     placeholders of kind `constant` (lifted constants and non-persistent buffers), by placeholder name.
-    `outputs` gives, for each flat output, its name and node (None where it is no tensor). `shapes` and
+    `outputs` gives, for each flat output, its name and node (None if it is no tensor). `shapes` and
     `dtypes` are those of parameters and persistent buffers; `tied` are sets of names of one tensor, and
     `entangled` names whose memory overlaps another tensor's in part. `digest` is a hex blake3 of all that.
     A module that export cannot follow has `kind` "make_fx": it was run on some inputs, and `others` are the traces of
@@ -72,7 +72,7 @@ class Trace:
     def select_outputs(self, outputs: Sequence[int | str] | None) -> tuple[int, ...]:
         """Return the indices of the outputs that a selector names: flat indices, names, or name prefixes.
 
-        Raises SymmetryError naming a selector that fits nothing.
+        Raises SymmetryError naming a selector without a match.
         """
         if outputs is None:
             return tuple(range(len(self.outputs)))
@@ -91,11 +91,11 @@ class Trace:
 def trace(model: nn.Module, example_inputs: Any) -> Trace:
     """Trace a module in eval mode; the mode of every submodule is restored.
 
-    By `torch.export`, or, where that fails, by running it on some inputs (`dimat.symmetry.paths`).
+    It uses `torch.export`, or, if that fails, runs the module on some inputs (`dimat.symmetry.paths`).
 
     `example_inputs` is a tensor, a tuple of arguments, or a mapping of keyword arguments. A batch axis of
     size 1 is doubled for tracing, since export would take the 1 for part of the architecture.
-    Raises SymmetryError where the module cannot be traced; its message is the cause.
+    Raises SymmetryError if the module cannot be traced; its message is the cause.
     """
     args, kwargs = tree.as_arguments(example_inputs)
     tensors = [leaf for leaf in tree.leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
@@ -133,8 +133,8 @@ _RECENT: WeakKeyDictionary[nn.Module, tuple[Any, Trace]] = WeakKeyDictionary()
 def retrace(model: nn.Module, example_inputs: Any) -> Trace:
     """Return the latest trace of this module if neither it nor the inputs seem to have changed, else trace.
 
-    Seen are changes of printed structure, of tensor shapes and of input shapes; a flag that alters `forward`
-    and is not printed is not. Raises SymmetryError where the module cannot be traced.
+    It notices changes of printed structure, of tensor shapes and of input shapes, but not of a flag that alters
+    `forward` and is not printed. Raises SymmetryError if the module cannot be traced.
     """
     known = _RECENT.get(model)
     if known is not None and known[0] == _look(model, example_inputs):
@@ -154,8 +154,8 @@ def _look(model: nn.Module, example_inputs: Any) -> Any:
 def eval_mode(model: nn.Module) -> Generator[None]:
     """Put a module in eval mode, and every submodule back into its own mode afterwards.
 
-    What modules keep in eval mode of what they derive from their weights is forgotten before and after, so that
-    neither what they were run at before is taken for the present weights, nor the reverse (see `forget_derived`).
+    Values that modules cache in eval mode because they derive from their weights are dropped before and after, so that
+    values from other weights are never used (see `forget_derived`).
     """
     with modes_kept(model):
         model.train()
@@ -165,7 +165,7 @@ def eval_mode(model: nn.Module) -> Generator[None]:
 
 @contextmanager
 def modes_kept(model: nn.Module) -> Generator[None]:
-    """Put every submodule back into its own mode afterwards; what is derived from weights is forgotten."""
+    """Put every submodule back into its own mode afterwards; cached values that derive from weights are dropped."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         yield
@@ -174,10 +174,10 @@ def modes_kept(model: nn.Module) -> Generator[None]:
 
 
 def forget_derived(model: nn.Module) -> None:
-    """Let modules forget what they keep in eval mode of what they derive from their weights; all modes stay.
+    """Make modules drop the values that they cache in eval mode because they derive from weights; modes stay.
 
-    Such are the biases of attention in LeViT and its like, kept from the first forward pass in eval mode on, whatever
-    becomes of the weights. By convention they are dropped where a module is put into training mode.
+    Examples are the biases of attention in LeViT and similar models, cached at the first forward pass in eval mode,
+    even if the weights change later. By convention they are dropped when a module is put into training mode.
     """
     _back_into(model, [(module, module.training) for module in model.modules()])
 
@@ -191,7 +191,7 @@ def _back_into(model: nn.Module, modes: Sequence[tuple[nn.Module, bool]]) -> Non
 
 
 def shape_of(value: Any) -> tuple[int, ...] | None:
-    """Return the sizes that a traced tensor had for the example inputs, or None where they are not known."""
+    """Return the sizes that a traced tensor had for the example inputs, or None if they are not known."""
     if not isinstance(value, torch.Tensor):
         return None
     sizes = [hint(size) for size in value.shape]
@@ -199,14 +199,14 @@ def shape_of(value: Any) -> tuple[int, ...] | None:
 
 
 def hint(size: Any) -> int | None:
-    """Return the example's value of a symbolic size, or None where it depends on data."""
+    """Return the example's value of a symbolic size, or None if it depends on data."""
     if isinstance(size, torch.SymInt):
         size = size.node.hint
     return int(size) if isinstance(size, (int, bool)) else None
 
 
 def location_of(node: fx.Node) -> str:
-    """Return `file:line` of the user's code behind a node; its module or its name where that was not recorded."""
+    """Return `file:line` of the user's code behind a node; its module or its name if that was not recorded."""
     place = ""
     for line in str(node.meta.get("stack_trace") or "").splitlines():
         file, _, rest = line.strip().removeprefix("File ").partition(", line ")
@@ -236,8 +236,8 @@ def _export(model: nn.Module, args: Any, kwargs: Any, dynamic: bool, grad: bool)
 
 @contextmanager
 def _quiet() -> Generator[None]:
-    """Keep to ourselves what export says beside the error that it raises: warnings about its own internals and about
-    models' caches, a log line, and graphs printed on stdout, where a command's JSON goes."""
+    """Suppress export's output beside the error that it raises: warnings about its own internals and about models'
+    caches, a log line, and graphs printed on stdout, which is for a command's JSON."""
     log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
     before = log.disabled
     with warnings.catch_warnings(), muted():
@@ -283,9 +283,9 @@ def _read(model: nn.Module, program: torch.export.ExportedProgram) -> Trace:
 
 
 def _learn_sizes(model: nn.Module, traced: Trace, given: Any) -> None:
-    """Where sizes in a graph depend on data, run it on the example, and give every node the sizes that it had there.
+    """If sizes in a graph depend on data, run it on the example, and give every node its sizes from that run.
 
-    What cannot be run keeps its unknown sizes, and what meets them is frozen.
+    Nodes that cannot be run keep unknown sizes, and axes that meet these are frozen.
     """
     if all(_is_known(node.meta.get("val")) for node in traced.nodes):
         return
@@ -346,6 +346,6 @@ def _run(model: nn.Module, args: Any, kwargs: Any) -> Trace:
 
 
 def first_line(error: Exception) -> str:
-    """Return what an error says in one line, without addresses in memory."""
+    """Return an error's message in one line, without addresses in memory."""
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")[:300]
     return re.sub(r" at 0x[0-9a-f]+", "", line)

@@ -1,6 +1,6 @@
 """Nested inputs and outputs of models, flattened in the order that `torch.export` uses.
 
-This is the package's only use of `torch.utils._pytree` (an underscore, but what export itself is built on).
+This is the package's only use of `torch.utils._pytree` (private, but export itself is built on it).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def leaves(tree: Any) -> list[Any]:
 def named_leaves(tree: Any) -> list[tuple[str, Any]]:
     """Return (path, leaf) pairs; a path is keys joined by dots, or `output` for a bare leaf.
 
-    Where a class was registered without keys, as the output classes of diffusers, its children are named by number.
+    If a class was registered without keys, like the output classes of diffusers, its children are named by number.
     """
     return [(".".join(path) or "output", leaf) for path, leaf in _walk(tree, ())]
 
@@ -56,7 +56,7 @@ def rebuilt(tree: Any, values: list[Any]) -> Any:
 
 
 def as_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return (args, kwargs) for what a user gives as inputs: one tensor, a sequence, or a mapping of names."""
+    """Return (args, kwargs) for inputs as a user gives them: one tensor, a sequence, or a mapping of names."""
     if isinstance(example_inputs, Mapping):
         return (), {str(name): value for name, value in example_inputs.items()}
     if isinstance(example_inputs, (tuple, list)):

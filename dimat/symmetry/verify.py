@@ -1,4 +1,4 @@
-"""Check a spec numerically: random group elements must not change what a module computes."""
+"""Checks a spec numerically: random group elements must not change a module's outputs."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def holds(model: nn.Module, spec: SymmetrySpec, example_inputs: Any, generator: 
 
 
 def tolerance_of(model: nn.Module, spec: SymmetrySpec, example_inputs: Any) -> float:
-    """Return the error below which a group passes: 1e-9, or 1e-5 where the module itself computes in less than float64.
+    """Return the error below which a group passes: 1e-9, or 1e-5 if the module itself computes in less than float64.
 
     Many normalisations and rotary embeddings convert their inputs to float32 first.
     """
@@ -58,7 +58,7 @@ def tolerance_of(model: nn.Module, spec: SymmetrySpec, example_inputs: Any) -> f
 
 
 class _Check:
-    """A module with random weights, and what it computes."""
+    """A module with random weights, and its outputs."""
 
     def __init__(self, model: nn.Module, example_inputs: Any, spec: SymmetrySpec, generator: torch.Generator) -> None:
         seed = generator.get_state()
@@ -166,7 +166,7 @@ def _real(tensor: Tensor) -> Tensor:
 
 
 class _Precision(TorchDispatchMode):
-    """Notices operations on float64 whose result is of a smaller type."""
+    """Detects operations on float64 whose result is of a smaller type."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -194,7 +194,7 @@ def freeze_failing(
     generator: torch.Generator,
     tolerance: float | None = None,
 ) -> SymmetrySpec:
-    """Return the spec without the groups that fail `verify_symmetry`, found by halving; itself if none does.
+    """Return the spec without the groups that fail `verify_symmetry`, found by bisection; the spec itself if none does.
 
     `tolerance`: the error from which a group fails; by default `tolerance_of` the module.
     Each failing group is listed in `warnings`, with a `SymmetryWarning` (SYM-E03), and its axes as frozen.
@@ -254,7 +254,7 @@ def _frozen(layout: Layout, gone: set[str]) -> Layout:
 
 
 def randomised(state: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-    """Return a state dict in which no two units are alike, and all have an effect.
+    """Return a state dict in which no two units are equal, and all have an effect.
 
     Vectors and tensors that are constant along an axis get noise; matrices that are smaller than 1/√(inputs of a unit)
     are scaled up to it, since attention with all scores near 0 does not show which unit meets which.
@@ -298,4 +298,5 @@ _WAYS: tuple[tuple[torch.dtype, _Draw, bool], ...] = (
     (torch.float64, _gentle, True),
     (torch.float32, _gentle, True),
 )
-"""Ways to run a module, the first that works being used: precision, weights, and whether its operations are watched."""
+"""Ways to run a module, of which the first that works is used: precision, weights, and whether operations are
+watched."""

@@ -5,8 +5,8 @@ that is computed, H occurs with it exactly once, in the same product or as an ax
 combines the indices of H with each other while those of D stay apart. Such a D is a child of H, and their
 permutations together form a wreath product.
 
-H need not move itself. Where an axis is frozen (experts that are chosen by number, heads with slopes of their own,
-stacked layers), what lies inside has a permutation for each of its numbers all the same.
+H need not move itself. If an axis is frozen (experts that are chosen by number, heads with slopes of their own, stacked
+layers), the units inside still have a separate permutation for each of its numbers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dimat.symmetry.layout import Domain, Lookup
 from dimat.symmetry.rules import Value
 
 Parents = Mapping[Atom, tuple[Atom, ...]]
-"""By atom those for each of whose indices it has a permutation of its own, outer ones first."""
+"""By atom its parents, for each index of which it has a separate permutation; outer ones first."""
 
 
 def find_parents(
@@ -27,7 +27,7 @@ def find_parents(
     """Return the parents of each atom of `order`, which lists outer atoms before the inner ones of a product.
 
     `values`: all tensors, and everything that was computed from them. `numbered`: frozen atoms, as `Domain.identity`
-    gives them, that may be parents too.
+    returns them, that may be parents too.
     """
     named = _Named(domain, (*numbered, *order))
     candidates: dict[Atom, set[Atom]] = {}
@@ -44,9 +44,9 @@ def find_parents(
 
 
 class _Named:
-    """Atoms of which parents are asked for, or that may be parents; and axes that stand for one of the latter.
+    """Atoms whose parents are requested, or that may be parents; and axes that represent one of the latter.
 
-    An axis stands for another where each of its places took the entry of a number, always the same one: rows of tokens,
+    An axis represents another if each of its places looked up the entry of one and the same number: rows of tokens,
     each with the weights of its expert.
     """
 
@@ -69,7 +69,7 @@ class _Named:
                 self.mixes += [((lookup.axis,), lookup.apart) for _, lookup in by]
 
     def get(self, atom: Atom) -> Atom | None:
-        """Return the atom that another one is known as, or None where it is none of these."""
+        """Return the atom that represents another one, or None if it is none of these."""
         if atom in self.order:
             return atom
         if atom.frozen is None:
@@ -79,14 +79,14 @@ class _Named:
         return known if known in self.order else None
 
     def _frozen(self, layouts: Sequence[Layout]) -> Atom | None:
-        """Return the frozen atom that one axis, beside others of size 1, consists of, if it does."""
+        """Return the frozen atom of a value whose axes, except one, have size 1, if that axis consists of one."""
         wide = [layout for layout in map(self._domain.resolve, layouts) if layout != ONE]
         atoms = [atom for layout in wide for segment in layout for atom in segment]
         return self._domain.identity(atoms[0]) if len(atoms) == 1 and atoms[0].frozen else None
 
 
 def _closed(candidates: Mapping[Atom, set[Atom]], order: Mapping[Atom, int]) -> dict[Atom, tuple[Atom, ...]]:
-    """Return parents without cycles: an outer atom has no inner one for parent, and a parent's parents are its own."""
+    """Return parents without cycles: an outer atom has no inner one as parent, and a parent's parents are included."""
     parents: dict[Atom, tuple[Atom, ...]] = {}
     for atom, number in order.items():
         outer = sorted((other for other in candidates.get(atom, ()) if order[other] < number), key=order.__getitem__)

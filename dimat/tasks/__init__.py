@@ -1,4 +1,4 @@
-"""Tasks (what is trained): bundled ones by name, a user's by hook, and pieces to build them.
+"""Tasks (model, data, loss): bundled ones by name, a user's by hook, and their parts.
 
 Knows no agents, no training loop and no network.
 """

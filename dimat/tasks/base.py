@@ -31,12 +31,12 @@ class Data(Protocol):
 
     @property
     def labels(self) -> Tensor | None:
-        """Class of each example, (N,) int64, for partitions and histograms; None where there are no classes."""
+        """Class of each example, (N,) int64, for partitions and histograms; None if there are no classes."""
         ...
 
     def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> Batch:
-        """Return the examples at `indices` ((B,) int64). With a generator, augmentation is drawn from it,
-        afresh at each call; without, examples come as they are."""
+        """Return the examples at `indices` ((B,) int64). With a generator, augmentation is drawn from it, anew at each
+        call; without, examples are unchanged."""
         ...
 
 
@@ -48,19 +48,19 @@ class Task(Protocol):
 
     - `train_step(model, batch) -> Tensor`, which returns the loss to differentiate, instead of
       `loss(model(*batch.inputs), batch.targets)`;
-    - `logits(outputs) -> Tensor`, (B, classes), where targets are class indices and `loss` takes logits as well as
+    - `logits(outputs) -> Tensor`, (B, classes), if targets are class indices and `loss` accepts logits as well as
       outputs: then `train.loss` may be another than the task's own (`dimat.train.losses`);
     - `derived_metrics(means) -> Mapping[str, float]`: metrics of a whole set from the means over it, such as a
       perplexity;
-    - `loss_weight(targets) -> float`: by how much the loss of a batch counts beside that of another, 0 or more; the
-      number of examples where it is missing. A loss that leaves labels out, such as those of padding, needs it, e.g.
-      `(targets != -100).sum()`: parts of a batch (`train.accumulate`) and batches of a set are weighed by it;
-    - `agreement`: a mapping of short texts by name that agents compare when they meet, such as a tokenizer's hash;
-      agents with different ones refuse each other. "inputs" (how inputs are scaled) may differ, and is told;
-    - for a model that is trained in part, whose `state_dict()` then holds that part alone: `base_hash`, a text that
-      names the rest, which agents compare when they meet, and `merge_stages`, the merge stages that the part asks for
-      where the configuration names none, e.g. {"combine": "lora-svd"}. Both are attributes, empty or None where the
-      whole model is trained.
+    - `loss_weight(targets) -> float`: the weight of a batch's loss in a mean over batches, 0 or more; by default the
+      number of examples. A loss that ignores labels, such as those of padding, needs it, e.g.
+      `(targets != -100).sum()`: parts of a batch (`train.accumulate`) and batches of a set are weighted by it;
+    - `agreement`: a mapping of short texts by name that agents compare when they connect, such as a tokenizer's hash;
+      agents with different ones refuse each other. "inputs" (how inputs are scaled) may differ, with a warning;
+    - for a partly trained model, whose `state_dict()` then holds only that part: `base_hash`, a text that identifies
+      the rest, which agents compare when they connect, and `merge_stages`, the merge stages for the part if the
+      configuration names none, e.g. {"combine": "lora-svd"}. Both are attributes, empty or None if the whole model is
+      trained.
     """
 
     @property
@@ -73,7 +73,7 @@ class Task(Protocol):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Class names in label order; empty where there are no classes."""
+        """Class names in label order; empty if there are no classes."""
         ...
 
     def build_model(self, generator: torch.Generator) -> nn.Module:
@@ -85,7 +85,7 @@ class Task(Protocol):
         ...
 
     def data(self, split: Split) -> Data:
-        """Return a split. "probe" is a small public set that no agent trains on and no metric is taken on."""
+        """Return a split. "probe" is a small public set that is used neither for training nor for metrics."""
         ...
 
     def loss(self, outputs: Any, targets: Tensor) -> Tensor:

@@ -15,16 +15,16 @@ from dimat.errors import DataError
 from dimat.tasks.base import Batch, Data
 
 Transform = Callable[[tuple[Tensor, ...], torch.Generator | None], tuple[Tensor, ...]]
-"""Turns stored inputs of a batch into the model's: always the fixed part (scaling), and the random part
-(augmentation) drawn from the generator where there is one."""
+"""Turns stored inputs of a batch into the model's: always the fixed part (scaling), and the random part (augmentation)
+if there is a generator to draw it from."""
 
 
 class TensorData:
     """Examples held in tensors with the examples along dim 0.
 
-    `inputs`: one tensor or the model's positional arguments; `targets`: (N, …). Whole batches go through
-    `transform`, at each access anew, so augmentation is fresh each time and storage may be compact (uint8).
-    Raises DataError where lengths differ.
+    `inputs`: one tensor or the model's positional arguments; `targets`: (N, …). Whole batches go through `transform` at
+    each access, so augmentation is new each time and storage may be compact (uint8). Raises DataError if lengths
+    differ.
     """
 
     def __init__(self, inputs: Tensor | Sequence[Tensor], targets: Tensor, transform: Transform | None = None) -> None:
@@ -40,7 +40,7 @@ class TensorData:
 
     @property
     def labels(self) -> Tensor | None:
-        """The targets where they are classes ((N,) integers), else None."""
+        """The targets if they are classes ((N,) integers), else None."""
         return self.targets if self.targets.ndim == 1 and self.targets.dtype == torch.int64 else None
 
     def batch(self, indices: Tensor, generator: torch.Generator | None = None) -> Batch:
@@ -82,10 +82,10 @@ class MapDataset(Protocol):
 def from_dataset(dataset: MapDataset, labels: Tensor | None = None) -> Data:
     """Return a map-style torch dataset, whose items are (input, …, target), as Data.
 
-    `labels`: (N,) classes; where not given, an attribute `targets` or `labels` of the dataset is taken, and
-    without one there are none. Random transforms inside the dataset draw from torch's global generator: it is
-    seeded for each batch (from the given generator, else with 0) and put back afterwards. Those that draw
-    from numpy or `random` are not seeded. Read item by item: prefer TensorData where the data fit in memory.
+    `labels`: (N,) classes; by default an attribute `targets` or `labels` of the dataset, if it has one. Random
+    transforms inside the dataset draw from torch's global generator: it is seeded for each batch (from the given
+    generator, else with 0) and restored afterwards. Those that draw from numpy or `random` are not seeded. Items are
+    read one by one: prefer TensorData if the data fit in memory.
     """
     return _DatasetData(dataset, labels)
 
@@ -122,7 +122,7 @@ class _DatasetData:
 
 
 def _classes(labels: Any) -> Tensor:
-    """Return labels as int64; DataError where they are no whole numbers."""
+    """Return labels as int64; DataError if they are not whole numbers."""
     try:
         found = torch.as_tensor(labels)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -146,7 +146,7 @@ def draw_seed(generator: torch.Generator) -> int:
 
 
 def batch_bounds(samples: int, batch_size: int) -> list[int]:
-    """Return where batches begin, and `samples` at the end.
+    """Return the start of each batch, and `samples` at the end.
 
     A short last batch is kept; a single leftover example joins the batch before it, because BatchNorm cannot
     train on a batch of one.
@@ -188,14 +188,14 @@ def input_batches(
 ) -> InputBatches:
     """Return inputs of `data` for alignment and BatchNorm re-estimation, as a re-iterable of tuples.
 
-    The order is drawn once from `generator`, or is that of the data; `samples`: take only the first this many.
+    The order is drawn once from `generator`, or is that of the data; `samples`: use only this many, from the start.
     """
     order = torch.arange(len(data)) if generator is None else torch.randperm(len(data), generator=generator)
     return InputBatches(data, batch_size, order[:samples], torch.device(device))
 
 
 def balanced_draw(labels: Tensor, samples: int, generator: np.random.Generator) -> Tensor:
-    """Return indices of `samples` examples, classes as even as the data allow.
+    """Return indices of `samples` examples, with classes as balanced as the data allow.
 
     Every prefix of the result is balanced too: classes take turns, in an order drawn anew for each turn.
     """

@@ -37,7 +37,7 @@ def digits(
 
     model: "cnn" (three BatchNorm convolutions, `width` channels in the first, default 16), "mlp" (`hidden` units per
     layer) or "vit" (a vision transformer: patches of 2×2, 4 blocks of `width` channels, default 32, 4 heads). head:
-    "linear", or "simplex", a classifier whose classes have fixed directions. probe: images set aside as the probe set.
+    "linear", or "simplex", a classifier whose classes have fixed directions. probe: number of images for the probe set.
     The split is the same for every seed: 360 images to test (36 per class), and of the other 1,437 `probe` (class-
     balanced) for the probe set, the rest to train on.
     Inputs are (B, 1, 8, 8) in about [−1, 1].

@@ -1,4 +1,4 @@
-"""Classifiers that end the bundled networks: an ordinary layer, or a fixed simplex."""
+"""Classifiers at the end of the bundled networks: an ordinary layer, or a fixed simplex."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def make_head(kind: Head, features: int, classes: int) -> nn.Module:
 def simplex(classes: int) -> Tensor:
     """Return a regular simplex, (classes, classes − 1) in float64: unit rows, any two of cosine −1/(classes − 1).
 
-    √(C / (C − 1)) times Helmert's orthonormal basis of the vectors that sum to 0: the same everywhere, nothing is
-    drawn. ConfigError for less than two classes.
+    √(C / (C − 1)) times Helmert's orthonormal basis of the vectors that sum to 0: the same everywhere, without
+    randomness. ConfigError for fewer than two classes.
     """
     if classes < 2:
         raise ConfigError(f'head = "simplex" needs two classes or more, the task has {classes}; use head = "linear"')
@@ -38,8 +38,8 @@ def simplex(classes: int) -> Tensor:
 class SimplexHead(nn.Module):
     """A classifier whose classes have fixed directions, the same for all agents: logits = W P x.
 
-    P, `project.weight` (classes − 1, features), is trained and merged as all else. W, `weight` (classes, classes − 1),
-    is `simplex`: never trained, and no entry of the state dict, so that it neither travels nor is merged nor permuted;
+    P, `project.weight` (classes − 1, features), is trained and merged like everything else. W, `weight` (classes,
+    classes − 1), is `simplex`: never trained, and not in the state dict, so that it is never sent, merged or permuted;
     the units between P and W therefore stay in their order.
 
     Paper: Biondi et al., "Stationary Representations: Optimally Approximating Compatibility and Implications for

@@ -1,7 +1,7 @@
 """Reads labelled images from Parquet files (Hugging Face's layout) or class folders.
 
 A source is opened first, which reads labels and class names; pixels are decoded for chosen examples only.
-Needs pillow, and pyarrow for Parquet (extra `images`); both are imported when they are needed.
+Needs pillow, and pyarrow for Parquet (extra `images`); both are imported when needed.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ class ImageSource(Protocol):
     labels: Tensor
     """(N,) int64."""
     classes: tuple[str, ...]
-    """Names in label order; empty where the source has none."""
+    """Names in label order; empty if the source has none."""
 
     def encoded(self, chosen: NDArray[np.bool_]) -> Iterator[tuple[bytes | Path, str]]:
-        """Yield each chosen image in order (encoded, or its file), and its name for errors."""
+        """Yield each chosen image in order (encoded, or its file), and its name for error messages."""
         ...
 
 
 def open_images(path: Path) -> ImageSource:
     """Open a Parquet file, a folder of Parquet files, or a folder of class folders of PNG or JPEG files.
 
-    Raises DataError naming file and column where it cannot be read, ConfigError where a package is missing.
+    Raises DataError naming file and column if it cannot be read, ConfigError if a package is missing.
     """
     if path.is_file():
         return _ParquetImages([path])
@@ -55,7 +55,8 @@ def open_images(path: Path) -> ImageSource:
 
 @dataclass(frozen=True)
 class PixelFormat:
-    """Shape of decoded images: `channels` 1 or 3, `height` and `width` in pixels; `resize`: others are fitted."""
+    """Shape of decoded images: `channels` 1 or 3, `height` and `width` in pixels; `resize`: images of other sizes are
+    resized."""
 
     channels: int
     height: int
@@ -66,8 +67,8 @@ class PixelFormat:
 def decode_images(source: ImageSource, indices: Tensor, form: PixelFormat | None, size: int | None) -> Tensor:
     """Return the images at `indices` ((N,) int64, any order) as (N, channels, height, width) uint8.
 
-    Without a format the first image gives it, resized to `size` × `size` where that is given. Raises DataError
-    naming the image that is damaged or, where nothing is resized, of another shape.
+    Without a format, that of the first image is used, resized to `size` × `size` if that is given. Raises DataError
+    naming an image that is damaged or, without resizing, of another shape.
     """
     image_module = required("PIL.Image")
     chosen = np.zeros(len(source.labels), dtype=np.bool_)
@@ -84,7 +85,7 @@ def decode_images(source: ImageSource, indices: Tensor, form: PixelFormat | None
                     image = image.resize((form.width, form.height), image_module.Resampling.BILINEAR)
                 decoded = np.asarray(image)
         except Exception as error:  # decoders raise whatever the damage leads to
-            raise DataError(f"{name} is no readable image ({type(error).__name__}: {error})") from error
+            raise DataError(f"{name} is not a readable image ({type(error).__name__}: {error})") from error
         if decoded.shape[:2] != (form.height, form.width):
             raise DataError(
                 f"{name} is {decoded.shape[1]}×{decoded.shape[0]} pixels and the first image {form.width}×"
@@ -152,7 +153,7 @@ def _open_parquet(file: Path) -> Any:
     try:
         return parquet.ParquetFile(file)
     except (OSError, ValueError) as error:  # pyarrow's own errors derive from these
-        raise DataError(f"{file} is no readable Parquet file: {_first_line(error)}") from error
+        raise DataError(f"{file} is not a readable Parquet file: {_first_line(error)}") from error
 
 
 def _column(file: Path, names: list[str], wanted: tuple[str, ...], what: str) -> str:

@@ -50,12 +50,11 @@ def images(
     (`width` multiplies its channels, default 1; `shortcut` "A" or "B"), "cnn" (four convolutions, `width` channels in
     the first, default 32), "vit" (a vision transformer: `patch` pixels square a token, 4 blocks of `width` channels,
     default 64, 4 heads) or "mlp" (two layers of `width` units, default 128). head: "linear", or "simplex", a classifier
-    whose classes have fixed directions. size: resize to this many pixels square. limit, test_limit: take at most this
-    many, class-balanced, drawn with `seed`. augment: random shift by up to `crop` pixels (default: an eighth of the
-    height, 4 of 32) and horizontal flip when training. mean, std: per channel, of pixels in [0, 1]; by default those of
-    the training images.
-    **Agents on separate machines must give the same mean and std**, or their networks see different inputs.
-    probe: training images set aside as the probe set, drawn with `seed`.
+    whose classes have fixed directions. size: resize to a square of this many pixels. limit, test_limit: use at most
+    this many images, class-balanced, drawn with `seed`. augment: random shift by up to `crop` pixels (default: an
+    eighth of the height, 4 of 32) and horizontal flip when training. mean, std: per channel, of pixels in [0, 1]; by
+    default those of the training images. **Agents on separate machines must give the same mean and std**, or their
+    networks see different inputs. probe: number of training images set aside as the probe set, drawn with `seed`.
     """
     source, test_source = open_images(folder / train), open_images(folder / test)
     classes = _common_classes(source, test_source)
@@ -94,15 +93,15 @@ def images(
 
 
 def normalisation_text(mean: Sequence[float], std: Sequence[float]) -> str:
-    """Return how pixels are scaled, as agents compare it when they meet; rounded, as each may have computed it."""
+    """Return the scaling of pixels as text for agents to compare; rounded, as each may have computed it."""
     return " ".join(f"{name} {', '.join(f'{v:.3f}' for v in each)}" for name, each in (("mean", mean), ("std", std)))
 
 
 class ImageTransform:
     """Stored pixels (B, C, H, W) uint8 → model inputs, float32: (x / 255 − mean) / std per channel.
 
-    With `crop` and a generator, each image is first shifted by up to so many pixels on a border of the mean's
-    colour and, every second time, mirrored, each drawn anew.
+    With `crop` and a generator, each image is first shifted at random by up to that many pixels, with a border in the
+    mean's colour, and mirrored with probability ½.
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], crop: int | None = None) -> None:
@@ -119,7 +118,7 @@ class ImageTransform:
 
 
 def cropped(pixels: Tensor, padding: int, generator: torch.Generator, border: Tensor) -> Tensor:
-    """Shift each of (B, C, H, W) by an offset of its own of up to `padding` pixels; what comes in is `border`, (C,)."""
+    """Shift each of (B, C, H, W) by its own random offset of up to `padding` pixels, filling with `border`, (C,)."""
     count, channels, height, width = pixels.shape
     down, right = torch.randint(2 * padding + 1, (2, count), generator=generator)
     wide = border.to(pixels)[:, None, None].expand(count, channels, height + 2 * padding, width + 2 * padding).clone()

@@ -1,6 +1,6 @@
 """Small networks for the bundled tasks.
 
-All are built through `seeded`, so that two agents' initialisations differ or agree exactly as their generators do.
+All are built through `seeded`, so that two agents' initialisations are equal exactly if their generators are.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dimat.tasks.heads import Head, make_head
 
 
 def seeded(factory: Callable[[], nn.Module]) -> Callable[[torch.Generator], nn.Module]:
-    """Return `factory` as a function of a generator: its global draws are seeded from it and leave no trace."""
+    """Return `factory` as a function of a generator, which seeds its global draws; the global state is restored."""
 
     def build(generator: torch.Generator) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
@@ -33,7 +33,7 @@ def seeded(factory: Callable[[], nn.Module]) -> Callable[[torch.Generator], nn.M
 def mlp(sizes: Sequence[int], head: Head = "linear") -> nn.Sequential:
     """Return a multilayer perceptron with ReLU between layers; `sizes` are units from inputs to logits.
 
-    Inputs of any shape (B, …) are flattened to (B, sizes[0]). The last layer is a head of this kind.
+    Inputs of any shape (B, …) are flattened to (B, sizes[0]). The last layer is a head of kind `head`.
     """
     layers: list[nn.Module] = [nn.Flatten()]
     for fan_in, fan_out in pairwise(sizes[:-1]):

@@ -1,4 +1,4 @@
-"""Splitting training data among agents: evenly, or as skewed as real collaborations are.
+"""Splits training data among agents: evenly, or as skewed as in real collaborations.
 
 Every split is disjoint and complete: each example belongs to exactly one agent.
 """
@@ -29,17 +29,16 @@ def partition(
 ) -> list[Tensor]:
     """Return the indices of each agent's examples, int64 and ascending.
 
-    `labels`: (N,) classes, or None where there are none; then `samples` is N and only kind "iid" works, as a
-    plain random split. Kinds: "iid" gives every agent the same number of each class, give or take one;
-    "dirichlet" draws for each class how it is shared out (Hsu et al. 2019, arXiv 1909.06335); "classes" gives
-    each agent `classes_per_agent` classes, every class held by someone; "shards" cuts the examples, sorted by
-    class, and deals the pieces (McMahan et al. 2017). Raises PartitionError, saying what to change, where that
-    cannot be done with `min_samples` for everyone.
+    `labels`: (N,) classes, or None if there are none; then `samples` is N and only kind "iid" works, as a plain random
+    split. Kinds: "iid" gives every agent the same number of each class, up to one; "dirichlet" draws the agents' shares
+    of each class (Hsu et al. 2019, arXiv 1909.06335); "classes" gives each agent `classes_per_agent` classes, with
+    every class at some agent; "shards" cuts the examples, sorted by class, and deals the pieces (McMahan et al. 2017).
+    Raises PartitionError, saying what to change, if that is impossible with `min_samples` for each agent.
     """
     if labels is None:
         if config.kind != "iid":
             raise PartitionError(
-                f'partition kind {config.kind!r} needs class labels, which this data has not; use "iid"'
+                f'partition kind {config.kind!r} needs class labels, which this data does not have; use "iid"'
             )
         classes = np.zeros(samples or 0, dtype=np.int64)
     else:
@@ -74,7 +73,7 @@ def partition(
 
 
 def histogram(labels: Tensor, parts: Sequence[Tensor], classes: int) -> Tensor:
-    """Return how many examples of each class each agent holds: (agents, classes) int64."""
+    """Return the number of examples of each class at each agent: (agents, classes) int64."""
     return torch.stack([torch.bincount(labels[part], minlength=classes) for part in parts])
 
 

@@ -17,8 +17,8 @@ MEMBERS = ("name", "metric", "classes", "build_model", "example_inputs", "data",
 FOLDER = "folder"
 
 TASKS: Registry[Task] = Registry("task", "dimat.tasks", context=frozenset({FOLDER}))
-"""The bundled tasks. A function's keyword arguments are the task's options; one named `folder` is given the folder
-that relative paths are taken from."""
+"""The bundled tasks. A function's keyword arguments are the task's options; one named `folder` receives the folder to
+which paths are relative."""
 
 
 def list_tasks() -> dict[str, str]:
@@ -29,8 +29,8 @@ def list_tasks() -> dict[str, str]:
 def load_task(config: TaskConfig, folder: Path = Path()) -> Task:
     """Return the task that the configuration names: bundled, or a hook's.
 
-    `folder`: where relative paths and hook files are looked up. Raises ConfigError for an unknown name or
-    option, HookError where a hook cannot be loaded, fails, or returns something that is no Task.
+    `folder`: where relative paths and hook files are looked up. Raises ConfigError for an unknown name or option,
+    HookError if a hook cannot be loaded, fails, or returns something that is not a Task.
     """
     if config.hook is not None:
         return _hooked(config.hook, config.options, folder)
@@ -38,7 +38,7 @@ def load_task(config: TaskConfig, folder: Path = Path()) -> Task:
 
 
 def _with_folder(function: Callable[..., Any], options: Mapping[str, Any], folder: Path, where: str) -> dict[str, Any]:
-    """Check option names against the function's keyword arguments and add the folder where it takes one."""
+    """Check option names against the function's keyword arguments and add the folder if it accepts one."""
     parameters = inspect.signature(function).parameters.values()
     named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     anything = any(p.kind is p.VAR_KEYWORD for p in parameters)
@@ -63,5 +63,5 @@ def _hooked(spec: str, options: Mapping[str, Any], folder: Path) -> Task:
     missing = [member for member in MEMBERS if not hasattr(made, member)]
     if missing:
         kind = type(made).__name__
-        raise HookError(f"{where} returned a {kind}, which is no Task: it has no {', '.join(missing)}")
+        raise HookError(f"{where} returned a {kind}, which is not a Task: it has no {', '.join(missing)}")
     return made

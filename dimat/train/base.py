@@ -1,4 +1,4 @@
-"""What every trainer is to its learner: its members, a round's report, its state."""
+"""The interface between a trainer and its learner: members, a round's report, state."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class TrainReport:
 
 @dataclass(frozen=True, slots=True)
 class TrainerState:
-    """All that a trainer needs to go on bit for bit.
+    """The state with which a trainer continues bit for bit.
 
     `tensors`: on the CPU, named `model/<name>`, `optimizer/<parameter>/<entry>` and `rng/<stream>` (uint8), in the
-    middle of a round `round/<stream>`, `teacher/<name>` and `anchor/<name>` too; `values`: plain numbers and strings.
+    middle of a round also `round/<stream>`, `teacher/<name>` and `anchor/<name>`; `values`: plain numbers and strings.
     Both are flat, ready for safetensors and JSON.
     """
 

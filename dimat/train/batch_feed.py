@@ -1,4 +1,4 @@
-"""An agent's batches, epoch after epoch: drawn by seed, gathered, resumed bit for bit."""
+"""An agent's batches, epoch after epoch: drawn from a seed, gathered, resumed bit for bit."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from dimat.train.contract import checked_batch
 from dimat.train.progress import Progress
 
 GATHER_BYTES = 4 << 20
-"""Examples are gathered for several batches at once, up to about this size: it fits a cache."""
+"""Examples are gathered for several batches at once, up to about this size, which fits into a cache."""
 
 
 class BatchFeed:
-    """Batches of `data` on a device, epoch after epoch; epochs run on over rounds.
+    """Batches of `data` on a device, epoch after epoch; an epoch may span several rounds.
 
-    `order` and `augment`: the generators that orders and augmentation are drawn from.
+    `order` and `augment`: the generators from which orders and augmentation are drawn.
     """
 
     def __init__(
@@ -52,11 +52,11 @@ class BatchFeed:
 
     @property
     def position(self) -> int:
-        """Batches of the current epoch that are done."""
+        """Completed batches of the current epoch."""
         return self._position
 
     def gather(self, progress: Progress) -> list[Batch]:
-        """Return the next batches of a round; of those that were gathered before it was broken off, the rest."""
+        """Return the next batches of a round; after an interruption, first the rest of those gathered before it."""
         if not progress.within:
             progress.first = self._position
             progress.before = {
@@ -75,7 +75,7 @@ class BatchFeed:
         return batches[progress.within :]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the states of its random streams, as a trainer's state keeps them."""
+        """Return the states of its random streams, in the form of a trainer's state."""
         streams = {"batches": self._order_rng, "augment": self._augment_rng}
         return {
             **{f"rng/{name}": stream.get_state() for name, stream in streams.items()},
@@ -83,7 +83,7 @@ class BatchFeed:
         }
 
     def load(self, tensors: Mapping[str, Tensor], position: int) -> None:
-        """Go on from what `tensors` returned, at a position in the epoch; KeyError where a stream is missing."""
+        """Continue from the result of `tensors`, at a position in the epoch; KeyError if a stream is missing."""
         self._augment_rng.set_state(tensors["rng/augment"])
         self._epoch_rng = tensors["rng/epoch"].clone()
         self._order_rng.set_state(self._epoch_rng)
@@ -114,7 +114,7 @@ class BatchFeed:
 
 
 def parts_of(batch: Batch, count: int, least: int) -> list[Batch]:
-    """Return a batch in `count` parts, as even as may be; in fewer where they would have under `least` examples."""
+    """Return a batch in `count` parts of nearly equal size; in fewer if they would have under `least` examples."""
     size = len(batch.targets)
     count = max(1, min(count, size // least))
     if count == 1:

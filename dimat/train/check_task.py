@@ -1,8 +1,8 @@
-"""A task is tried once, on a few examples, before hours are spent on it.
+"""Tries a task once, on a few examples, before hours are spent on it.
 
-Data, labels, model, loss, gradients and metrics are looked at. The data decide which examples are taken: the first and
-the last, those with the smallest and the largest label, and those that hold what is not finite. The task decides
-whether such an example is a fault: a NaN that its loss leaves out is none.
+It checks data, labels, model, loss, gradients and metrics. The examples depend on the data: the first and the last,
+those with the smallest and the largest label, and those with values that are not finite. The task decides whether such
+an example is a fault: a NaN that its loss ignores is not.
 """
 
 from __future__ import annotations
@@ -43,17 +43,18 @@ from dimat.train.witnesses import LOST, spread, unevenly_ignored, witnesses
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 TRIED = 4
-"""Examples of an ordinary batch that the task is tried on."""
+"""Examples in the ordinary batch on which the task is tried."""
 COMPARED = 2_000_000
-"""Entries of parameters, about, whose gradients are compared: the last tensors', as all depend on the loss alike."""
+"""About the number of parameter entries whose gradients are compared: those of the last tensors, as all depend on the
+loss."""
 
 
 # ── sizes of batches ─────────────────────────────────────────────────────────────────────────────────────────
 def check_sizes(task: Task, data: Data, config: TrainConfig) -> int:
     """Return the fewest examples that the task's model can train on: 1, or 2 with BatchNorm over single values.
 
-    Raises ConfigError where `train.batch_size` or `train.accumulate` would give it fewer, DataError where `data` do.
-    The model is asked only where batches or parts of one example could occur.
+    Raises ConfigError if `train.batch_size` or `train.accumulate` would give it fewer, DataError if `data` have fewer.
+    The model is run only if batches or parts of one example could occur.
     """
     bounds = batch_bounds(len(data), config.batch_size)
     sizes = {b - a for a, b in pairwise(bounds)}
@@ -85,8 +86,8 @@ def _batch_norms(model: nn.Module) -> str:
 
 
 def check_accumulate(task: Task, data: Data, config: TrainConfig) -> None:
-    """Raise HookError where `train.accumulate` would change what is trained: where labels are left out, of one example
-    more than of another, and nothing says how much the loss of a part counts."""
+    """Raise HookError if `train.accumulate` would change the training: if examples differ in their number of ignored
+    labels, and nothing gives the weight of the loss of a part."""
     weighed = getattr(task, "loss_weight", None) is not None
     if config.accumulate > 1 and not weighed and (most := unevenly_ignored(task, data)) is not None:
         Trial(task, config).compare_parts(data, most)
@@ -94,10 +95,11 @@ def check_accumulate(task: Task, data: Data, config: TrainConfig) -> None:
 
 # ── the whole task ───────────────────────────────────────────────────────────────────────────────────────────
 def check_task(task: Task, config: TrainConfig, folder: Path = Path()) -> tuple[str, ...]:
-    """Try a task on a few examples; return in words what may be meant. `folder`: where an optimizer's hook is.
+    """Try a task on a few examples; return notes on oddities that may be intended. `folder`: that of an optimizer's
+    hook.
 
-    Raises HookError where the task's code fails, or returns what the `Task` protocol does not allow; DataError that
-    names the example where the data are at fault. No random stream is disturbed.
+    Raises HookError if the task's code fails, or returns something that the `Task` protocol does not allow; DataError
+    that names the example if the data are at fault. No random stream is disturbed.
     """
     notes: list[str] = []
     device = resolve_device(config.device)
@@ -112,7 +114,7 @@ def check_task(task: Task, config: TrainConfig, folder: Path = Path()) -> tuple[
 
 
 def _data(task: Task, split: Split, notes: list[str]) -> Data:
-    """Return a split, its length and labels looked at."""
+    """Return a split, after checking its length and labels."""
     with task_errors(task):
         data: Any = task.data(split)
         count, labels = len(data), data.labels
@@ -156,7 +158,7 @@ def _check_metrics(task: Task, found: Mapping[str, float], notes: list[str]) -> 
 
 
 class Trial:
-    """A task with a model of it that is thrown away; everything runs as in training, on the same device."""
+    """A task with a temporary model; everything runs as in training, on the same device."""
 
     def __init__(self, task: Task, config: TrainConfig) -> None:
         self.task = task
@@ -178,7 +180,7 @@ class Trial:
             self._outputs(tuple(tensor.to(self._device) for tensor in cast("list[Tensor]", inputs)))
 
     def look(self, split: Split, data: Data) -> dict[str, float]:
-        """Evaluate an ordinary batch and the examples that may be at fault; return the means over these few."""
+        """Evaluate an ordinary batch and the examples that may be at fault; return the means over them."""
         odd = witnesses(self.task, data)
         ordinary = [place for place in spread(len(data), TRIED + len(odd)) if place not in odd][:TRIED]
         everything = [*ordinary, *odd]
@@ -237,7 +239,7 @@ class Trial:
             return {**means, **{str(name): float(value) for name, value in derived(means).items()}}
 
     def _check_classes(self, outputs: Any, targets: Tensor) -> None:
-        """Raise DataError for a label without an output; a GPU would stop at it for good."""
+        """Raise DataError for a label without an output; on a GPU it would make the process unusable."""
         logits: Any = outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", None)
         if not self.task.classes or not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < 2:
             return
@@ -249,7 +251,7 @@ class Trial:
 
     # ── as in training ───────────────────────────────────────────────────────────────────────────────────────
     def train(self, data: Data, notes: list[str], folder: Path) -> None:
-        """Make a step with a batch, and see that parts of it have the same gradients."""
+        """Make a step with a batch, and check that parts of it have the same gradients."""
         places = (spread(len(data), TRIED) * TRIED)[:TRIED]
         batch = self._read(data, places)
         self.model.train()
@@ -287,7 +289,7 @@ class Trial:
                 )
 
     def training_fault(self, data: Data, places: Sequence[int]) -> str:
-        """Return why a loss in training mode cannot be taken on these examples; "" where it can."""
+        """Return why a loss in training mode cannot be computed on these examples; "" if it can."""
         with own_streams(seeded_streams(0, self._device), self._device):
             batch = self._read(data, places)
             self.model.train()
@@ -298,13 +300,13 @@ class Trial:
             return "" if loss.isfinite() else f"its loss is {float(loss.detach())}"
 
     def compare_parts(self, data: Data, places: tuple[int, int]) -> None:
-        """See that the loss of two examples, each twice, is the mean of theirs."""
+        """Check that the loss of two examples, each taken twice, is the mean of their losses."""
         batch = self._read(data, [places[0]] * 2 + [places[1]] * 2)
         with own_streams(seeded_streams(0, self._device), self._device), eval_mode(self.model):
             self._compare_parts(batch, [])
 
     def _compare_parts(self, batch: Batch, notes: list[str]) -> None:
-        """See that a batch's loss is the mean of its parts', or may well be meant to be something else."""
+        """Check that a batch's loss is the mean of its parts', or may be intended to differ."""
         half = len(batch.targets) // 2
         parts = [Batch(tuple(t[a:b] for t in batch.inputs), batch.targets[a:b]) for a, b in ((0, half), (half, None))]
         weights = [loss_weight(self.task, part.targets) for part in parts]
@@ -344,7 +346,7 @@ class Trial:
             )
 
     def _gradients(self, batch: Batch, seed: int = 0) -> dict[str, Tensor]:
-        """Return gradients by parameter, of as many as tell one loss from another."""
+        """Return gradients by parameter, for enough parameters to tell one loss from another."""
         asked = _last({name: p for name, p in self.model.named_parameters() if p.requires_grad}, COMPARED)
         with own_streams(seeded_streams(seed, self._device), self._device):
             loss = self._loss(batch)
@@ -379,7 +381,7 @@ class Trial:
 
 
 def _last(parameters: Mapping[str, nn.Parameter], entries: int) -> dict[str, nn.Parameter]:
-    """Return the last parameters, as many as have about `entries` entries."""
+    """Return the last parameters, with about `entries` entries in all."""
     chosen: dict[str, nn.Parameter] = {}
     for name in reversed([*parameters]):
         if parameters[name].numel() <= entries:

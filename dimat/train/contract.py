@@ -1,8 +1,8 @@
-"""A task's contract, kept at every batch: shapes of data, losses, metrics; weights of parts.
+"""A task's contract, checked at every batch: data, losses, metrics, weights of parts.
 
-A user's code may return anything. Here is looked at what it returned, so that one line says what is wrong and how to
-mend it, in the place of another library's traceback or a number that is silently wrong. `dimat.train.check_task` tries
-a task by the same functions before hours are spent.
+A user's code may return anything. This module checks the result, so that one line says what is wrong and how to correct
+it, instead of another library's traceback or a number that is silently wrong. `dimat.train.check_task` uses the same
+functions before hours are spent.
 """
 
 from __future__ import annotations
@@ -21,13 +21,15 @@ from dimat.tasks.base import Batch, Task
 
 TOLERANCE = 0.003
 HALF_TOLERANCE = 0.03
-"""Relative differences of gradients, of outputs in whole and in half precision, that pass for rounding."""
+"""Relative differences of gradients that count as rounding, for outputs in full and in half precision."""
 
 
 @contextmanager
 def task_errors(task: Task, doing: str = "") -> Generator[None]:
-    """Raise HookError, which names the task and what it was `doing`, for whatever its code raises inside; errors of
-    dimat's own pass, and a device whose memory is full is TrainingError."""
+    """Turn errors of the task's code inside into HookError, with the step that it was `doing`.
+
+    dimat's own errors pass unchanged, and a device out of memory is a TrainingError.
+    """
     what = f"task {task.name} failed{f' in {doing}' if doing else ''}"
     try:
         with user_code(what, "mend its code"):
@@ -40,12 +42,12 @@ def task_errors(task: Task, doing: str = "") -> Generator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text that says something."""
+    """Return the first line of an error's text that is not empty."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "it says nothing").rstrip(".")
 
 
 def described(value: Any) -> str:
-    """Return a value's kind in a few words: shape and type of a tensor, or the class and what is in it."""
+    """Return a value's kind in a few words: shape and type of a tensor, or the class and its contents."""
     if isinstance(value, Tensor):
         return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
     if isinstance(value, tuple | list):
@@ -56,7 +58,7 @@ def described(value: Any) -> str:
 
 
 def checked_batch(task: Task, batch: Any, count: int, what: str) -> Batch:
-    """Return what `data.batch` gave for `count` indices; HookError where it is no `Batch` of as many examples."""
+    """Return the result of `data.batch` for `count` indices; HookError if it is not a `Batch` of that many examples."""
     if not isinstance(batch, tuple) or len(cast("tuple[Any, ...]", batch)) != 2:
         raise HookError(f"task {task.name}: {what} returned {described(batch)}; return Batch(inputs, targets)")
     inputs, targets = cast("tuple[Any, Any]", batch)
@@ -76,7 +78,7 @@ def checked_batch(task: Task, batch: Any, count: int, what: str) -> Batch:
 
 
 def checked_loss(task: Task, loss: Any, member: str = "loss()", *, trained: bool = False) -> Tensor:
-    """Return a loss as a scalar; HookError where it is none, or where it is to be `trained` on and has no gradient."""
+    """Return a loss as a scalar; HookError if it is not one, or if it is to be `trained` on and has no gradient."""
     if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.is_complex():
         advice = "" if not isinstance(loss, Tensor) or loss.ndim == 0 else ", e.g. by .mean()"
         raise HookError(
@@ -92,7 +94,7 @@ def checked_loss(task: Task, loss: Any, member: str = "loss()", *, trained: bool
 
 
 def checked_metrics(task: Task, metrics: Any, count: int) -> dict[str, Tensor]:
-    """Return a batch's metrics, (count,) each; HookError for one that is not one real number an example."""
+    """Return a batch's metrics, (count,) each; HookError for one that is not one real number per example."""
     if not isinstance(metrics, Mapping):
         raise HookError(f"task {task.name}: metrics() returned {described(metrics)}; return tensors by name")
     found: dict[str, Tensor] = {}
@@ -108,7 +110,7 @@ def checked_metrics(task: Task, metrics: Any, count: int) -> dict[str, Tensor]:
 
 
 def loss_weight(task: Task, targets: Tensor) -> float:
-    """Return by how much the loss of a batch counts beside others': what the task says, else its examples."""
+    """Return the weight of a batch's loss beside others': the task's value, else the number of examples."""
     weigh: Any = getattr(task, "loss_weight", None)
     if weigh is None:
         return float(len(targets))
@@ -120,10 +122,10 @@ def loss_weight(task: Task, targets: Tensor) -> float:
 
 
 def check_parts(task: Task, parts: list[tuple[Any, Tensor]]) -> None:
-    """Raise HookError unless the loss of parts of a batch, weighed, has the gradients of the whole's.
+    """Raise HookError unless the weighted loss of a batch's parts has the same gradients as the whole batch.
 
-    `parts`: of each its model's outputs and targets. Compared are gradients by outputs, not losses: while a network
-    knows nothing, all losses are the same.
+    `parts`: the model's outputs and the targets of each. It compares gradients with respect to outputs, not losses:
+    while a network is untrained, all losses are about the same.
     """
     weights = [loss_weight(task, targets) for _, targets in parts]
     counted = [(*part, weight / sum(weights)) for part, weight in zip(parts, weights, strict=True) if weight]
@@ -148,13 +150,13 @@ def check_parts(task: Task, parts: list[tuple[Any, Tensor]]) -> None:
 
 
 def alike(some: Sequence[Tensor], others: Sequence[Tensor], tolerance: float) -> bool:
-    """Tell whether gradients are the same but for rounding: up to a relative difference."""
+    """Tell whether gradients are the same except for rounding: up to a relative difference."""
     apart = sum(float((a - b).double().square().sum()) for a, b in zip(some, others, strict=True))
     return apart <= tolerance**2 * sum(float(a.double().square().sum()) for a in some) + 1e-30
 
 
 def unlike_parts(task: Task) -> str:
-    """Compose the message for a loss that is not the mean of its parts'."""
+    """Compose the message for a loss that is not the mean of the losses of its parts."""
     return (
         f"task {task.name}: the loss of a batch is not the mean of its parts', as where labels are ignored, so that "
         "train.accumulate would change what is trained; give the task loss_weight(targets), the number of labels that "
@@ -171,7 +173,7 @@ def _along(column: Sequence[Any], targets: Sequence[Tensor]) -> bool:
 
 
 def _gradients(task: Task, leaves: Sequence[Any], form: Any, along: Sequence[int], targets: Tensor) -> list[Tensor]:
-    """Return the gradients of the loss by the outputs at the places `along`."""
+    """Return the gradients of the loss with respect to the outputs at the positions `along`."""
     own = [leaf.detach().requires_grad_() if place in along else leaf for place, leaf in enumerate(leaves)]
     asked = [own[place] for place in along]
     with torch.enable_grad(), task_errors(task, "loss()"):

@@ -32,8 +32,8 @@ def evaluate(
     """Return the means over `data` of the loss ("loss") and of the task's metrics, in eval mode.
 
     With `weights` (a whole state dict), those are evaluated and the model keeps its own. Neither mode nor random
-    streams are disturbed. Raises DataError for empty data or weights that do not fit, HookError where the task's code
-    fails or returns what it may not.
+    streams are disturbed. Raises DataError for empty data or weights of other shapes, HookError if the task's code
+    fails or returns something invalid.
     """
     if len(data) == 0:
         raise DataError("no samples to evaluate on")

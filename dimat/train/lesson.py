@@ -1,4 +1,4 @@
-"""Distillation: what other models know, into an agent's own, by their logits.
+"""Distillation: the knowledge of other models, into an agent's own, by their logits.
 
 Hinton et al. 2015, arXiv 1503.02531:
 
@@ -33,7 +33,7 @@ from dimat.train.losses import divergence, logits_of
 
 
 def check_teachable(task: Task, key: str) -> None:
-    """Raise ConfigError, naming the setting `key`, where a task's model cannot be taught by logits."""
+    """Raise ConfigError, naming the setting `key`, if a task's model cannot be distilled from logits."""
     if getattr(task, "train_step", None) is not None:
         raise ConfigError(f"{key} teaches by logits, and task {task.name} has a train_step of its own")
     if getattr(task, "logits", None) is None:
@@ -50,13 +50,13 @@ class Teaches(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """What teachers say of an agent's examples. `teachers`: whole state dicts of its model, on its device."""
+    """Teachers' outputs on an agent's examples. `teachers`: full state dicts of its model, on its device."""
 
     teachers: Sequence[Mapping[str, Tensor]]
     config: DistilConfig
 
     def __call__(self, task: Task, model: nn.Module, batch: Batch, outputs: Any, loss: Tensor) -> Tensor:
-        """Return L of a batch, given the model's outputs for it and their loss; the model is in training mode again."""
+        """Return L of a batch, given the model's outputs for it and their loss; the model ends in training mode."""
         logits = logits_of(task, outputs)
         assert logits is not None
         with torch.no_grad(), eval_mode(model):

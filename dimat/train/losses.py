@@ -1,10 +1,10 @@
-"""Losses of local training: the task's own, or one that allows for classes that are skewed.
+"""Losses of local training: the task's own, or one that corrects for skewed classes.
 
 An agent that holds few images of a class learns to predict it rarely, and an average of such agents inherits that. The
-losses here change what is learned from the agent's own examples; evaluation always uses plain logits.
+losses here correct the training on the agent's own examples; evaluation always uses plain logits.
 
 They are for tasks whose model returns logits over classes and whose targets are class indices: those have a method
-`logits(outputs) -> Tensor`, (B, classes), and their `loss` takes such logits in the outputs' place.
+`logits(outputs) -> Tensor`, (B, classes), and their `loss` accepts such logits instead of the outputs.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def task(plain: Plain, logits: Tensor, targets: Tensor) -> Tensor:
 
 @LOSSES.register("auto", classes=False)
 def auto(plain: Plain, logits: Tensor, targets: Tensor) -> Tensor:
-    """ "logit-adjusted" for an agent whose class shares are far from the whole's, else "task"."""
+    """ "logit-adjusted" for an agent whose class shares are far from those of all data, else "task"."""
     raise AssertionError("an agent's own loss is chosen from its data (LocalLoss.of)")
 
 
@@ -61,8 +61,8 @@ def logit_adjusted(
 ) -> Tensor:
     """The loss of logits + τ log π, π = (1 − ε) own class shares + ε/C.
 
-    Training then corrects for the agent's own shares, and plain logits are those of equal shares. Menon et al. 2021,
-    arXiv 2007.07314, eq. 10.
+    Training then corrects for the agent's own shares, and the plain logits are those for equal shares. Menon et al.
+    2021, arXiv 2007.07314, eq. 10.
     """
     shares = (1 - epsilon) * counts / counts.sum() + epsilon / len(counts)
     return plain(logits + tau * shares.log())
@@ -141,7 +141,7 @@ def divergence(logits: Tensor, teacher: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LocalLoss:
-    """The loss of one agent's training. `note`: what a person is told of it, empty where it is the task's own."""
+    """The loss of one agent's training. `note`: a message about it, empty if it is the task's own."""
 
     _task: Task
     _loss: Bound[Tensor]
@@ -157,8 +157,8 @@ class LocalLoss:
     def of(cls, config: NamedConfig, task: Task, data: Data, reference: Tensor | None = None) -> LocalLoss:
         """Return the loss of a configuration for an agent's part of the data.
 
-        "auto" is logit-adjusted where the part's class shares differ from the `reference` (shares by class; equal ones
-        by default) by more than `SKEWED`, else the task's own. ConfigError where a loss does not go with the task.
+        "auto" is logit-adjusted if the part's class shares differ from the `reference` (shares by class; equal ones by
+        default) by more than `SKEWED`, else the task's own. ConfigError if a loss does not suit the task.
         """
         counts = class_counts(task, data)
         loss = LOSSES.bind(config.name, config.options)
@@ -177,7 +177,7 @@ class LocalLoss:
         return cls(task, LOSSES.bind("logit-adjusted", {}), counts, note)
 
     def __call__(self, outputs: Any, targets: Tensor, teacher: Any = None) -> Tensor:
-        """Return the mean loss of a batch. `teacher`: the teacher's outputs for it, where there is one yet."""
+        """Return the mean loss of a batch. `teacher`: the teacher's outputs for it, if there already is a teacher."""
         if self._loss.name == "task" or (self.teaches and teacher is None):
             return self._task.loss(outputs, targets)
         logits = logits_of(self._task, outputs)
@@ -195,13 +195,14 @@ class LocalLoss:
 
 
 def logits_of(task: Task, outputs: Any) -> Tensor | None:
-    """Return the logits (B, classes) in a model's outputs, None where the task does not say that there are any."""
+    """Return the logits (B, classes) in a model's outputs, None if the task does not declare any."""
     logits: Any = getattr(task, "logits", None)
     return None if logits is None else logits(outputs)
 
 
 def class_counts(task: Task, data: Data) -> Tensor | None:
-    """Return the examples of each class in `data`, (classes,) int64; None where the task has no logits over classes."""
+    """Return the number of examples of each class in `data`, (classes,) int64; None if the task has no logits over
+    classes."""
     labels = data.labels
     if getattr(task, "logits", None) is None or labels is None or len(task.classes) < 2 or labels.numel() == 0:
         return None

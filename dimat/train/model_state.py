@@ -33,20 +33,21 @@ class ModelState(ABC):
     model: nn.Module
     optimizer: torch.optim.Optimizer
     _began: list[list[dict[str, Any]]]
-    """Values of each optimizer's groups when it was new."""
+    """Initial values of each optimizer's groups."""
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        """Return all optimizers whose state belongs to the model, always in one order."""
+        """Return all optimizers whose state belongs to the model, always in the same order."""
         return family(self.optimizer)
 
     def weights(self, *, copy: bool = True) -> dict[str, Tensor]:
-        """Return all parameters and buffers, on the CPU: copies, or with `copy` false the model's own tensors where
-        they lie there, which change with the model."""
+        """Return all parameters and buffers, on the CPU: copies, or with `copy` false the model's own tensors if they
+        are there, which change with the model."""
         take = copied if copy else on_cpu
         return {name: take(tensor) for name, tensor in self.model.state_dict().items()}
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
-        """Take over parameters and buffers in place; the optimizer's state stays. DataError where they do not fit."""
+        """Copy weights into parameters and buffers in place; the optimizer's state is kept. DataError if names or
+        shapes differ."""
         own = self.model.state_dict(keep_vars=True)
         check_fit(own, weights, "weights")
         with torch.no_grad():
@@ -55,7 +56,7 @@ class ModelState(ABC):
         forget_derived(self.model)
 
     def exchange_weights(self, weights: dict[str, Tensor]) -> None:
-        """Take over parameters and buffers as `load_weights` does, and leave those of before in `weights`.
+        """Exchange parameters and buffers with `weights`, which then holds the earlier ones.
 
         One tensor at a time, so that a merge that is not kept can be undone without a second copy of the model. Where
         tensors share memory, all are copied first.
@@ -75,16 +76,15 @@ class ModelState(ABC):
         forget_derived(self.model)
 
     def start_from(self, weights: Mapping[str, Tensor]) -> None:
-        """Take over another agent's weights whole, with an optimizer that knows nothing of before. DataError where
-        they do not fit."""
+        """Adopt all of another agent's weights, with a new optimizer state. DataError if names or shapes differ."""
         self.load_weights(weights)
         self._renew_optimizer()
 
     def permute(self, spec: SymmetrySpec, permutations: Permutations) -> str:
         """Move model, gradients and optimizer state into another basis: unit j becomes what unit p[j] was.
 
-        Returns what a person should know of it, or "". Raises SymmetryError where a permutation does not fit; nothing
-        is changed then.
+        Returns a note for the operator, or "". Raises SymmetryError if a permutation does not fit; nothing is changed
+        then.
         """
         own = self.model.state_dict()
         moved = permute_weights(own, spec, permutations)
@@ -102,8 +102,8 @@ class ModelState(ABC):
         return "; ".join(note for _, note in moving if note)
 
     def optimizer_state(self, *, copy: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Return the optimizers' state as tensors named `optimizer/<parameter>/<entry>`, and as text what is no tensor.
-        ConfigError where it holds what a checkpoint cannot."""
+        """Return the optimizers' state as tensors named `optimizer/<parameter>/<entry>`, and other values as text.
+        ConfigError if it holds something that a checkpoint cannot store."""
         tensors: dict[str, Tensor] = {}
         texts: dict[str, str] = {}
         for number, each in enumerate(self.optimizers()):
@@ -115,9 +115,9 @@ class ModelState(ABC):
         return tensors, texts
 
     def load_optimizer(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Take over the optimizers' state from a trainer's tensors and values.
+        """Load the optimizers' state from a trainer's tensors and values.
 
-        Whatever torch would load is; DataError for an unknown parameter.
+        Accepts everything that torch would load; DataError for an unknown parameter.
         """
         held = {name: tensor for name, tensor in tensors.items() if name.startswith(PREFIX)}
         self._renew_optimizer()
@@ -130,12 +130,12 @@ class ModelState(ABC):
         return read_moments(self.model, self.optimizers())
 
     def load_moments(self, moments: Mapping[str, Tensor]) -> None:
-        """Take over moments in place, one tensor after the other; all that the optimizers have must be there."""
+        """Load moments in place, one tensor after the other; each of the optimizers' moments must be there."""
         with torch.no_grad():
             write_moments(self.model, self.optimizers(), moments)
 
     def adopt_moments(self, moments: Mapping[str, Tensor]) -> list[str]:
-        """Let optimizers that know nothing of before go on with another agent's moments.
+        """Let new optimizers continue with another agent's moments.
 
         Return the parameters for which they cannot.
         """
@@ -143,11 +143,11 @@ class ModelState(ABC):
             return adopt_moments(self.model, self.optimizers(), moments)
 
     def momentum_limit(self) -> float:
-        """Return how many times the root of a second moment a first moment may be."""
+        """Return the largest ratio of a first moment to the root of its second moment."""
         return limit_of_momenta(self.optimizers())
 
     def clear_optimizer(self) -> None:
-        """Let the optimizers know nothing of before."""
+        """Reset the optimizers' state."""
         for each in self.optimizers():
             each.state.clear()
 
@@ -170,11 +170,11 @@ class ModelState(ABC):
 
     @abstractmethod
     def _new_optimizer(self) -> torch.optim.Optimizer:
-        """Return an optimizer that knows nothing of before."""
+        """Return a new optimizer."""
 
 
 def check_whole(model: nn.Module) -> None:
-    """Raise ConfigError for a model that one process does not hold whole and plain."""
+    """Raise ConfigError for a model that is wrapped, sharded or without values."""
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         raise ConfigError(
             f"the model is wrapped in {type(model).__name__}; one process trains an agent's model for now: "
@@ -193,11 +193,9 @@ def check_whole(model: nn.Module) -> None:
                 "sharding away"
             )
         if is_lazy(tensor):
-            raise ConfigError(f"{name} has no shape yet (a lazy module); run the model once before it is handed on")
+            raise ConfigError(f"{name} has no shape yet (a lazy module); run the model once before it is passed on")
         if tensor.is_meta:
-            raise ConfigError(
-                f"{name} has no values (it is on the meta device); load the model before it is handed over"
-            )
+            raise ConfigError(f"{name} has no values (it is on the meta device); load the model before it is passed on")
 
 
 def check_fit(own: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str) -> None:

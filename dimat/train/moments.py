@@ -1,9 +1,9 @@
-"""Moments of a model's optimizers by name: read, replaced, taken over from another agent.
+"""Moments of a model's optimizers by name: read, replaced, adopted from another agent.
 
 A moment is a tensor of real numbers in a parameter's state that has the parameter's shape (Adam's moments, momentum,
-sums of squares), or the parameter's count of steps. All else in the state (Adafactor's rows and columns, products of
-momenta, lists) stays the agent's own. Names are those of `dimat.weights.moments`; of an optimizer inside or
-beside another one the entry has its number before it, "1:exp_avg".
+sums of squares), or the parameter's count of steps. Everything else in the state (Adafactor's rows and columns,
+products of momenta, lists) is never exchanged. Names are those of `dimat.weights.moments`; for an optimizer inside or
+beside another one, its number comes before the entry, "1:exp_avg".
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ Optimizers = Sequence[torch.optim.Optimizer]
 
 
 def read_moments(model: nn.Module, optimizers: Optimizers) -> dict[str, Tensor]:
-    """Return all moments by name: the optimizers' own tensors, where they lie; counts that are no tensors as such."""
+    """Return all moments by name: the optimizers' own tensors, on their devices; counts that are not tensors
+    unchanged."""
     return {
         name: torch.tensor(float(value), dtype=torch.float64) if isinstance(value, Real) else value.detach()
         for name, _, _, value in _moments(model, optimizers)
@@ -37,7 +38,7 @@ def read_moments(model: nn.Module, optimizers: Optimizers) -> dict[str, Tensor]:
 
 
 def write_moments(model: nn.Module, optimizers: Optimizers, moments: Mapping[str, Tensor]) -> None:
-    """Take over moments in place, one after the other; each of the optimizers' must be there."""
+    """Load moments in place, one after the other; each of the optimizers' must be there."""
     for name, state, entry, value in list(_moments(model, optimizers)):
         if isinstance(value, Tensor):
             value.copy_(moments[name])
@@ -46,7 +47,7 @@ def write_moments(model: nn.Module, optimizers: Optimizers, moments: Mapping[str
 
 
 def kept_back(model: nn.Module, optimizers: Optimizers) -> list[str]:
-    """Return the entries of the state that are no moments and grow with the model, in order of their names."""
+    """Return the entries of the state that are not moments and grow with the model, in order of their names."""
     found: set[str] = set()
     for each in optimizers:
         for parameter in optimized(model, each).values():
@@ -57,9 +58,9 @@ def kept_back(model: nn.Module, optimizers: Optimizers) -> list[str]:
 
 
 def adopt_moments(model: nn.Module, optimizers: Optimizers, moments: Mapping[str, Tensor]) -> list[str]:
-    """Let optimizers that know nothing go on with another agent's moments.
+    """Let new optimizers continue with another agent's moments.
 
-    Return the parameters that begin anew: their state is more than moments, or the moments are not all there.
+    Return the parameters that start with an empty state: their state is more than moments, or some moments are missing.
     """
     anew: list[str] = []
     given = {name.partition(".")[2] for name in moments}
@@ -85,9 +86,9 @@ def adopt_moments(model: nn.Module, optimizers: Optimizers, moments: Mapping[str
 
 
 def sample_moments(model: nn.Module, optimizers: Optimizers) -> dict[str, Tensor]:
-    """Return tensors of the names and shapes of the moments that there will be once each optimizer has made a step.
+    """Return tensors with the names and shapes of the moments after each optimizer's first step.
 
-    Where that cannot be told, as many as Adam has, under names at least as long.
+    If that cannot be determined, as many as Adam has, under names at least as long.
     """
     found: dict[str, Tensor] = {}
     for number, each in enumerate(optimizers):
@@ -105,8 +106,10 @@ def sample_moments(model: nn.Module, optimizers: Optimizers) -> dict[str, Tensor
 
 
 def sample_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> State | None:
-    """Return the state that an optimizer's kind has of such a parameter after a step with a gradient of zeros; None
-    where that cannot be told."""
+    """Return the state of such a parameter in an optimizer of this kind after a step with zero gradient.
+
+    None if that cannot be determined.
+    """
     groups = (g for g in optimizer.param_groups if any(parameter is held for held in g["params"]))
     group = {key: value for key, value in next(groups, optimizer.defaults).items() if key != "params"}
     probe = nn.Parameter(torch.zeros_like(parameter, memory_format=torch.preserve_format))
@@ -122,7 +125,7 @@ def sample_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> S
 
 
 def limit_of_momenta(optimizers: Optimizers) -> float:
-    """Return how many times the root of a second moment a first moment may be, by the groups' decays."""
+    """Return the largest ratio of a first moment to the root of its second moment, from the groups' decays."""
     limits: list[float] = []
     for each in optimizers:
         for group in each.param_groups:
@@ -133,14 +136,14 @@ def limit_of_momenta(optimizers: Optimizers) -> float:
 
 
 def _arguments(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Return the defaults of an optimizer that its class takes; AdamW has one that it does not."""
+    """Return the defaults of an optimizer that its class accepts; AdamW has one that it does not."""
     named = inspect.signature(type(optimizer)).parameters
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in named.values())
     return {key: value for key, value in optimizer.defaults.items() if takes_all or key in named}
 
 
 def _moments(model: nn.Module, optimizers: Optimizers) -> Iterator[tuple[str, State, str, Any]]:
-    """Give the name of each moment, the state and the entry that it is, and its value."""
+    """Yield the name of each moment, its state and entry, and its value."""
     for number, each in enumerate(optimizers):
         before = f"{number}:" if number else ""
         parameters: Parameters = optimized(model, each)

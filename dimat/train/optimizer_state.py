@@ -1,7 +1,7 @@
 """The state of any optimizer as tensors and text by name: read, put back, moved in place.
 
-What can be told of it is what torch tells: values of any kind, by parameter and by an entry's name. Objects stay what
-they are: the optimizer's groups, its state, and the tensors in it that are moved.
+It relies on torch's view of the state: values of any kind, by parameter and by an entry's name. Objects keep their
+identity: the optimizer's groups, its state, and the tensors in it that are moved.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from dimat.symmetry import Permutations, SymmetrySpec
 from dimat.symmetry.moments import begun_anew, move_state
 
 PREFIX = "optimizer/"
-"""Of names of tensors; of an optimizer inside or beside another one `optimizer/1:`, `optimizer/2:`, …"""
+"""Prefix of tensors' names; for an optimizer inside or beside another one `optimizer/1:`, `optimizer/2:`, …"""
 PLAIN = "plain"
-"""Text after the prefix: what is no tensor in the state, JSON, by parameter and entry."""
+"""Name, after the prefix, of the text with the state's other values: JSON, by parameter and entry."""
 GROUPS = "groups"
-"""Text after the prefix: values of groups that the optimizer itself has changed, JSON, by group."""
+"""Name, after the prefix, of the text with the groups' values that the optimizer has changed: JSON, by group."""
 NO_PARAMETER = ""
-"""The name under which state is kept that is no parameter's."""
+"""The name for state that belongs to no parameter."""
 INSIDE = re.compile(rf"{PREFIX}\d+:")
-"""Beginning of a name of an optimizer inside or beside another one."""
+"""Prefix of the name of an optimizer inside or beside another one."""
 USERS = frozenset(("lr", "initial_lr", "params"))
-"""Entries of groups that are set anew in every life."""
+"""Entries of groups that are set anew at every start."""
 
 Parameters = Mapping[str, nn.Parameter]
 
 
 def family(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
-    """Return an optimizer and those inside it that have a state of their own, as Lookahead and SAM have one."""
+    """Return an optimizer and the optimizers inside it that have their own state, as in Lookahead and SAM."""
     found = [optimizer]
     held: list[Any] = []
     for value in vars(optimizer).values():
@@ -47,12 +47,12 @@ def family(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
 
 
 def prefix(number: int) -> str:
-    """Return what names of the state of one of a family begin with."""
+    """Return the prefix of the names of the state of one of a family."""
     return f"{PREFIX}{number}:" if number else PREFIX
 
 
 def optimized(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
-    """Return the parameters that the optimizer changes, by name, in its order; ConfigError where one is not the
+    """Return the parameters that the optimizer changes, by name, in its order; ConfigError if one is not the
     model's."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -63,7 +63,7 @@ def optimized(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, n
 
 
 def group_values(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """Return the numbers in the optimizer's groups but learning rates, which are set anew in every life."""
+    """Return the numbers in the optimizer's groups except learning rates, which are set anew at every start."""
     return [
         {key: value for key, value in group.items() if key not in USERS and isinstance(value, bool | int | float)}
         for group in optimizer.param_groups
@@ -80,8 +80,8 @@ def read_state(
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the state as tensors named `optimizer/<parameter>/<entry>` on the CPU, and the rest as text.
 
-    `began`: the groups' values (`group_values`) when the optimizer was new; `number`: in its family; `copy`: if false,
-    tensors that lie on the CPU are the optimizer's own. ConfigError for a value that a checkpoint cannot hold.
+    `began`: the groups' initial values (`group_values`); `number`: in its family; `copy`: if false, tensors on the CPU
+    are the optimizer's own. ConfigError for a value that a checkpoint cannot store.
     """
     take = copied if copy else on_cpu
     names = {parameter: name for name, parameter in parameters.items()}
@@ -110,7 +110,7 @@ def write_state(
     texts: Mapping[str, Any],
     number: int = 0,
 ) -> None:
-    """Put back what `read_state` read. DataError where it is of a parameter that the optimizer does not have."""
+    """Restore the state that `read_state` read. DataError if it is of a parameter that the optimizer does not have."""
     start = prefix(number)
     plain = cast("dict[str, dict[str, Any]]", json.loads(texts.get(start + PLAIN, "{}")))
     used: set[str] = set()
@@ -131,7 +131,7 @@ def write_state(
         _plainly(optimizer).load_state_dict({**_plainly(optimizer).state_dict(), "state": state})
     except (ValueError, KeyError, RuntimeError, TypeError) as error:
         first = (str(error).strip().splitlines() or [""])[0]
-        raise DataError(f"{type(optimizer).__name__} cannot go on from its state: {first}") from error
+        raise DataError(f"{type(optimizer).__name__} cannot continue from its state: {first}") from error
     loaded = dict(optimizer.state)
     own.clear()
     own.update(loaded)
@@ -148,9 +148,9 @@ def write_state(
 def move(
     optimizer: torch.optim.Optimizer, parameters: Parameters, spec: SymmetrySpec, permutations: Permutations
 ) -> tuple[Callable[[], None], str]:
-    """Return what moves the state in place, as the parameters are moved, and what a person should know of it.
+    """Return a function that moves the state in place, as the parameters are moved, and a note for the operator.
 
-    Nothing is changed before it is called; SymmetryError where the permutations do not fit.
+    Nothing is changed before it is called; SymmetryError if the permutations do not fit.
     """
     moved, anew = move_state(_plainly(optimizer).state_dict(), spec, permutations, parameters)
 
@@ -175,8 +175,8 @@ def move(
 
 
 class _Plainly:
-    """An optimizer with torch's own ways to read and load its state, where another one is inside it: those that wrap
-    one have ways of their own, for both at once."""
+    """An optimizer with torch's methods to read and load its state, for one that has another inside: such wrappers
+    override these methods, for both at once."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
@@ -198,12 +198,12 @@ def copied(tensor: Tensor) -> Tensor:
 
 
 def on_cpu(tensor: Tensor) -> Tensor:
-    """Return a tensor itself where it lies on the CPU, else a copy there."""
+    """Return a tensor itself if it is on the CPU, else a copy there."""
     return tensor.detach().to("cpu")
 
 
 def _packed(value: Any, name: str, tensors: dict[str, Tensor], take: Callable[[Tensor], Tensor]) -> Any:
-    """Return a value as JSON has it, its tensors by name, which are put among `tensors`."""
+    """Return a value for JSON, with its tensors by name; these are added to `tensors`."""
     if isinstance(value, Tensor) and value.layout == torch.strided and type(value) in (Tensor, nn.Parameter):
         tensors[name] = take(value)
         return {"tensor": name}
@@ -216,7 +216,7 @@ def _packed(value: Any, name: str, tensors: dict[str, Tensor], take: Callable[[T
         held = cast("Mapping[Any, Any]", value)
         return {"dict": {str(key): _packed(v, f"{name}/{key}", tensors, take) for key, v in held.items()}}
     raise ConfigError(
-        f"the optimizer keeps a {type(value).__name__} in its state ({name}), which a checkpoint cannot hold; "
+        f"the optimizer keeps a {type(value).__name__} in its state ({name}), which a checkpoint cannot store; "
         'set train.optimizer_state = "fresh", or take another optimizer'
     )
 

@@ -26,8 +26,8 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Return the optimizer over the trainable parameters, in the model's order.
 
-    `precision`: of the forward pass; `folder`: where hooks in files are looked up. Raises ConfigError for a class or
-    an option that there is not, and for values that it does not take; HookError for a hook that fails.
+    `precision`: of the forward pass; `folder`: where hooks in files are looked up. Raises ConfigError for an unknown
+    class or option, and for values that it does not accept; HookError for a hook that fails.
     """
     if ":" in config.name:
         return _from_hook(model, config, folder)
@@ -57,17 +57,17 @@ def needs_closure(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def _unfit_for_fused(parameters: Sequence[nn.Parameter], precision: str) -> str:
-    """Say why torch's fused steps would go wrong on these parameters, or ""."""
+    """Say why torch's fused steps would fail on these parameters, or ""."""
     if not {p.device.type for p in parameters} <= {"cpu", "cuda"}:
-        return "there are fused steps on a CPU and with CUDA only"
+        return "fused steps exist only on a CPU and with CUDA"
     if not all(p.is_floating_point() for p in parameters):
         return "fused steps take real parameters only"
     if precision == "fp16":
-        return "a first step that fp16 skips leaves the momentum of a fused step without values"
+        return "a first step that fp16 skips leaves the momentum of a fused step uninitialised"
     # the kernels run through memory, and a gradient is laid out as its parameter only where that has no gaps
     formats = (torch.contiguous_format, torch.channels_last, torch.channels_last_3d)
     if not all(any(_laid_out(p, each) for each in formats) for p in parameters):
-        return "fused steps go wrong on parameters with gaps in memory"
+        return "fused steps are wrong on parameters with gaps in memory"
     return ""
 
 
@@ -77,7 +77,7 @@ def _laid_out(parameter: nn.Parameter, memory_format: torch.memory_format) -> bo
 
 
 def _class_of(name: str) -> type[torch.optim.Optimizer]:
-    """Return the class of optimizers with a dotted name."""
+    """Return the optimizer class with a dotted name."""
     module, _, member = name.rpartition(".")
     try:
         kind: Any = getattr(import_module(module), member, None)
@@ -86,12 +86,12 @@ def _class_of(name: str) -> type[torch.optim.Optimizer]:
     if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)) or kind is torch.optim.Optimizer:
         held = vars(import_module(module))
         known = [n for n, k in held.items() if isinstance(k, type) and issubclass(k, torch.optim.Optimizer)]
-        raise ConfigError(f"{WHERE}.name {name!r} is no class of optimizers{nearest(member, known)}")
+        raise ConfigError(f"{WHERE}.name {name!r} is not an optimizer class{nearest(member, known)}")
     return kind
 
 
 def _options(function: Callable[..., Any], options: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keyword arguments that settings (`given`) and options are, checked against a signature."""
+    """Return settings (`given`) and options as keyword arguments, checked against a signature."""
     named = inspect.signature(function).parameters
     known = [key for key, p in named.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)][1:]
     takes_all = any(p.kind is p.VAR_KEYWORD for p in named.values())
@@ -126,7 +126,7 @@ def _from_hook(model: nn.Module, config: OptimizerConfig, folder: Path) -> torch
 
 @cache
 def _uncompiled(kind: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
-    """Return one of torch's optimizers without the decorators that keep torch.compile out of it; others as they are.
+    """Return one of torch's optimizers without the decorators that exclude it from torch.compile; others unchanged.
 
     The decorated methods load the compiler (a CPU-second, 100 MB) when they are first called, whether anything is
     compiled or not; what they compute is the same. Nothing here compiles an optimizer's step.

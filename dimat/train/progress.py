@@ -1,4 +1,4 @@
-"""How far a round's training is, so that a trainer's state can hold its middle."""
+"""The progress of a round's training, so that a trainer's state can be taken in its middle."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from dimat.config import TrainConfig
 from dimat.train.base import Value
 
 DEFAULT_EPOCHS = 2.0
-"""Of a round, where neither epochs nor steps are given."""
+"""Epochs of a round, if neither epochs nor steps are given."""
 
 
 class TrainingInterruptedError(Exception):
-    """Training was broken off between two steps of a round, as it was told to; the trainer's state goes on there."""
+    """Training was interrupted between two steps of a round, as requested; the trainer's state continues there."""
 
 
 @dataclass(frozen=True, slots=True)
 class Interrupts:
-    """Breaks in a round's training, between two optimizer steps, in the thread that trains.
+    """Pauses in a round's training, between two optimizer steps, in the training thread.
 
-    `due`: whether there is to be one, asked after each step; `pause`: called then, may take the trainer's state, and
-    returns whether training breaks off.
+    `due`: whether a pause is due, asked after each step; `pause`: called then, may take the trainer's state, and
+    returns whether to interrupt training.
     """
 
     due: Callable[[], bool]
@@ -37,13 +37,13 @@ WHOLE = ("number", "steps", "batches", "done", "samples", "within", "first")
 
 @dataclass(slots=True)
 class Progress:
-    """One round, of `steps` steps, of which `done` are over.
+    """One round of `steps` steps, of which `done` are done.
 
-    `number`: the round's; `batches`: of an epoch; `loss`: sum over the steps, each by its weight; `counted`: sum of
-    these weights (a batch's examples, or what the task's `loss_weight` says); `samples`: examples seen. Batches are
-    gathered several at a time, and what is drawn for them (order, augmentation) is drawn for all at once: `within` of
-    the batches gathered last are done, `first` is where they begin in the epoch, and `before` are the states of the
-    random streams from before they were gathered, by which they are gathered again.
+    `number`: the round's; `batches`: of an epoch; `loss`: weighted sum over the steps; `counted`: sum of these weights
+    (a batch's examples, or the task's `loss_weight`); `samples`: examples seen. Batches are gathered several at a time,
+    and their random draws (order, augmentation) are made for all at once: `within` of the batches gathered last are
+    done, `first` is their position in the epoch, and `before` holds the states of the random streams from before they
+    were gathered, with which they can be gathered again.
     """
 
     number: int
@@ -58,16 +58,16 @@ class Progress:
     before: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what a state keeps of it as tensors."""
+        """Return its part of a trainer's state as tensors."""
         return {f"round/{name}": state.clone() for name, state in self.before.items()} if self.within else {}
 
     def values(self) -> dict[str, Value]:
-        """Return what a state keeps of it as plain values."""
+        """Return its part of a trainer's state as plain values."""
         return {f"round/{name}": getattr(self, name) for name in (*WHOLE, "loss", "counted")}
 
     @staticmethod
     def of(tensors: Mapping[str, Tensor], values: Mapping[str, Value]) -> Progress | None:
-        """Return what a state holds; None where it is of the end of a round."""
+        """Return the progress in a trainer's state; None if the state is of the end of a round."""
         if "round/steps" not in values:
             return None
         before = {n.removeprefix("round/"): t.clone() for n, t in tensors.items() if n.startswith("round/")}

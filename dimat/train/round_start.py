@@ -1,14 +1,14 @@
-"""What a round's training keeps of the weights that it began with: a teacher, an anchor.
+"""Copies of a round's first weights that its training needs: a teacher, an anchor.
 
-The teacher is the whole model, for losses that learn from it. The anchor are the trained parameters: with
-`train.proximal` = μ > 0 a step goes down not the batch's mean loss F alone but (FedProx, Li et al. 2020, arXiv
+The teacher is the whole model, for losses that learn from it. The anchor consists of the trained parameters: with
+`train.proximal` = μ > 0 a step does not minimise the batch's mean loss F alone but (FedProx, Li et al. 2020, arXiv
 1812.06127, eq. 2)
 
     F(θ) + μ/2 · Σ_p ‖θ_p − θ_p,start‖²,  p over the trained parameters, θ_start the weights when the round began.
 
-Its gradient μ (θ − θ_start) is added once a step: to the sum of the gradients of a batch's parts, after fp16's scale is
-taken off, and before `train.grad_clip_norm`. The optimizer sees the sum, so under Adam the pull is scaled as gradients
-are.
+Its gradient μ (θ − θ_start) is added once a step: to the sum of the gradients of a batch's parts, after fp16's
+unscaling, and before `train.grad_clip_norm`. The optimizer sees the sum, so under Adam the pull is scaled like the
+gradients.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from dimat.errors import DataError
 from dimat.train.optimizer_state import copied
 
 TEACHER, ANCHOR = "teacher/", "anchor/"
-"""Beginnings of the names under which a trainer's state keeps them."""
+"""Prefixes of their names in a trainer's state."""
 
 
 @dataclass(frozen=True, slots=True)
 class RoundStart:
-    """Weights from when a round began, on the model's device; `teacher` and `anchor` are empty where nobody asks.
+    """Weights at the start of a round, on the model's device; `teacher` and `anchor` are empty if not needed.
 
     `proximal`: μ, by which the anchor pulls.
     """
@@ -39,7 +39,7 @@ class RoundStart:
 
     @classmethod
     def of(cls, model: nn.Module, proximal: float, *, teaches: bool) -> RoundStart:
-        """Return the start of a round that begins with the model as it is."""
+        """Return the start of a round that begins with the model's current weights."""
         whole = {name: tensor.clone() for name, tensor in model.state_dict().items()} if teaches else {}
         anchor = {name: p.detach().clone() for name, p in _trained(model).items()} if proximal else {}
         return cls(whole, anchor, proximal)
@@ -48,15 +48,15 @@ class RoundStart:
     def load(
         cls, tensors: Mapping[str, Tensor], model: nn.Module, proximal: float, *, teaches: bool, number: int
     ) -> RoundStart:
-        """Return the start of round `number` from a state of its middle; DataError where it is of a round that did not
-        keep what is asked for here, or of another model's."""
+        """Return the start of round `number` from a state of its middle; DataError if that round did not keep the
+        required copies, or is of another model."""
 
         def held(prefix: str, asked: Mapping[str, Tensor]) -> dict[str, Tensor]:
             names = {name: prefix + name for name in asked}
             if any(kept not in tensors or tensors[kept].shape != asked[name].shape for name, kept in names.items()):
                 raise DataError(
-                    f"the state is of the middle of round {number}, which began without what train.loss and "
-                    "train.proximal ask for now (or with other weights to train)"
+                    f"the state is of the middle of round {number}, which began without the copies that train.loss and "
+                    "train.proximal need now (or with other weights to train)"
                 )
             return {name: tensors[kept].to(asked[name].device) for name, kept in names.items()}
 
@@ -64,12 +64,13 @@ class RoundStart:
         return cls(teacher, held(ANCHOR, _trained(model) if proximal else {}), proximal)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what a state keeps of it, copies on the CPU."""
+        """Return its part of a trainer's state, copies on the CPU."""
         named = {TEACHER + n: t for n, t in self.teacher.items()} | {ANCHOR + n: t for n, t in self.anchor.items()}
         return {name: copied(tensor) for name, tensor in named.items()}
 
     def add_pull(self, model: nn.Module) -> None:
-        """Add μ (θ − θ_start) to the gradients of the trained parameters; one that has none gets that alone."""
+        """Add μ (θ − θ_start) to the gradients of the trained parameters; for one without gradient, it is the
+        gradient."""
         for name, start in self.anchor.items():
             parameter = model.get_parameter(name)
             away = parameter.detach() - start

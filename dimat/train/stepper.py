@@ -1,4 +1,4 @@
-"""Optimizer steps as a training configuration wants them: scaled, clipped, by closure."""
+"""Optimizer steps according to a training configuration: scaled, clipped, by closure."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Backward = Callable[[], tuple[Tensor, float]]
 
 
 class Stepper:
-    """Makes the steps of one optimizer of `model`. `scaler`: of the loss, for fp16; `start`: of the round under way,
-    whose pull goes into the gradients.
+    """Makes the steps of one optimizer of `model`. `scaler`: of the loss, for fp16; `start`: of the current round,
+    whose pull is added to the gradients.
 
-    Raises ConfigError where the optimizer cannot train as the configuration says.
+    Raises ConfigError if the optimizer cannot train according to the configuration.
     """
 
     def __init__(
@@ -42,15 +42,15 @@ class Stepper:
             )
 
     def set_rates(self, factor: float) -> None:
-        """Let each group's learning rate be its first one times a factor."""
+        """Set each group's learning rate to its first one times a factor."""
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
 
     def step(self, backward: Backward) -> tuple[Tensor, float]:
-        """Make a step; `backward` adds gradients, and returns the mean loss and by how much it counts, as this does.
+        """Make a step; `backward` adds gradients, and returns the mean loss and its weight, and so does this.
 
-        Where it does not count there is nothing to learn from, and no step is made. TrainingError where the optimizer
-        does not take the gradients.
+        With weight 0 there is nothing to learn from, and no step is made. TrainingError if the optimizer does not
+        accept the gradients.
         """
         if self._by_closure:
             return self._step_by_closure(backward)
@@ -69,7 +69,7 @@ class Stepper:
         return loss, weight
 
     def _step_by_closure(self, backward: Backward) -> tuple[Tensor, float]:
-        """Let the optimizer evaluate the loss as often as it likes; the first time counts."""
+        """Let the optimizer evaluate the loss any number of times; the first one is returned."""
         evaluated: list[tuple[Tensor, float]] = []
 
         def closure() -> Tensor:
@@ -80,7 +80,7 @@ class Stepper:
         return evaluated[0]
 
     def _gradients(self, backward: Backward) -> tuple[Tensor, float]:
-        """Let the gradients be those of one loss, and return it with its weight."""
+        """Compute the gradients of one loss, and return it with its weight."""
         self._optimizer.zero_grad()
         loss, weight = backward()
         if not weight:
@@ -97,7 +97,7 @@ class Stepper:
         return loss, weight
 
     def _look_at_gradients(self) -> None:
-        """Leave fused steps, which are for dense gradients, where a model's first gradients are sparse."""
+        """Turn off fused steps, which need dense gradients, if a model's first gradients are sparse."""
         named = self._model.named_parameters()
         sparse = [name for name, p in named if p.grad is not None and p.grad.layout != torch.strided]
         if not sparse:

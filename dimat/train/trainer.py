@@ -1,8 +1,8 @@
 """Local training between merges: one agent's model, optimizer and random streams.
 
-A `Trainer` knows nothing of peers or rounds beyond their number. All its randomness comes from streams derived
-from one seed and is part of its state, so training resumed from a state goes on bit for bit, and draws made
-elsewhere in the process change nothing. State is plain tensors and plain values; nothing is pickled.
+A `Trainer` knows nothing of peers or rounds beyond their number. All its randomness comes from streams derived from one
+seed and is part of its state, so training resumed from a state continues bit for bit, and draws made elsewhere in the
+process change nothing. State is plain tensors and plain values; nothing is pickled.
 """
 
 from __future__ import annotations
@@ -43,13 +43,12 @@ from dimat.train.stepper import Stepper
 class Trainer(ModelState):
     """Trains one agent's model on its own data.
 
-    `seed` and `path` name the agent's random streams (see `dimat.seeds`): equal ones give bit-equal training,
-    initialisation included (with `initialisation = "shared"` that depends on
-    `seed` alone). `rounds_total` is the length of the run, for learning rate schedules; `folder`: where an
-    optimizer's hook is looked up; `reference`: class shares that the data's own are compared with where `train.loss` is
-    "auto" (see `LocalLoss`). Raises ConfigError for an unusable device, optimizer or model, and where batches or
-    their parts would be smaller than the model can train on; DataError for empty data. What the task's own code raises,
-    while it trains or evaluates, becomes HookError.
+    `seed` and `path` name the agent's random streams (see `dimat.seeds`): equal ones give bit-equal training, including
+    the initialisation (with `initialisation = "shared"` that depends on `seed` alone). `rounds_total` is the length of
+    the run, for learning rate schedules; `folder`: where an optimizer's hook is looked up; `reference`: class shares
+    with which those of the data are compared if `train.loss` is "auto" (see `LocalLoss`). Raises ConfigError for an
+    unusable device, optimizer or model, and if batches or their parts would be smaller than the model can train on;
+    DataError for empty data. Errors of the task's own code, in training or evaluation, become HookError.
     """
 
     def __init__(
@@ -95,7 +94,7 @@ class Trainer(ModelState):
     # --- training ---
 
     def steps_in(self, round: int) -> int:
-        """Return the optimizer steps of a round (rounds count from 1)."""
+        """Return the number of optimizer steps of a round (rounds count from 1)."""
         return round_steps(self.config, self.batches, round)
 
     @property
@@ -106,8 +105,8 @@ class Trainer(ModelState):
     def train(self, round: int) -> TrainReport:
         """Train for one round and report loss, samples, steps and seconds.
 
-        A round that was broken off (`interrupts`, which raise TrainingInterruptedError) is gone on with. Raises
-        TrainingError naming round and step where the loss stops being finite; the weights are then unusable.
+        An interrupted round (`interrupts`, which raise TrainingInterruptedError) is continued. Raises TrainingError
+        naming round and step if the loss is no longer finite; the weights are then unusable.
         """
         progress = self._progress
         if progress is None:
@@ -126,7 +125,7 @@ class Trainer(ModelState):
         return self._report(round, progress, cpu, wall)
 
     def distil(self, round: int, teachers: Sequence[Mapping[str, Tensor]], config: DistilConfig) -> TrainReport:
-        """Train on own examples and on what teachers say of them (`Lesson`), between two rounds.
+        """Train on own examples and on teachers' outputs for them (`Lesson`), between two rounds.
 
         `teachers`: whole state dicts. Raises ConfigError where the task has no logits to teach, TrainingError as
         `train` does.
@@ -139,7 +138,7 @@ class Trainer(ModelState):
     def learn(self, round: int, lesson: Teaches, steps: int) -> TrainReport:
         """Train on own examples and by a lesson, between two rounds.
 
-        Batches, augmentation and dropout go on in the agent's streams; nothing breaks it off. Raises TrainingError as
+        Batches, augmentation and dropout continue the agent's streams; it cannot be interrupted. Raises TrainingError as
         `train` does.
         """
         progress = Progress(round, steps, self.batches)
@@ -154,7 +153,7 @@ class Trainer(ModelState):
         return self._report(round, progress, cpu, wall)
 
     def _report(self, round: int, progress: Progress, cpu: float, wall: float) -> TrainReport:
-        """Close training that is over: check weights, count examples, report."""
+        """Finish training: check weights, count examples, report."""
         loss = progress.loss / progress.counted if progress.counted else math.nan
         self._check_weights(round)
         if self.config.optimizer_state == "fresh":
@@ -164,7 +163,7 @@ class Trainer(ModelState):
         return TrainReport(loss, progress.samples, progress.steps, *used)
 
     def _train(self, round: int, progress: Progress) -> bool:
-        """Train for what is left of a round; return whether it was not broken off."""
+        """Train for the rest of a round; return whether it was completed."""
         self.model.train()
         self._stepper.start = self._start
         factors = self._lr_factors(round, progress.steps)
@@ -188,7 +187,7 @@ class Trainer(ModelState):
         return goes_on
 
     def _pause(self, interrupts: Interrupts, progress: Progress) -> bool:
-        """Let the trainer's state be taken as it is now; return whether training breaks off."""
+        """Let the trainer's current state be taken; return whether training is interrupted."""
         self._global_rng.update(current_streams(self.device))
         self._progress = progress
         try:
@@ -199,7 +198,7 @@ class Trainer(ModelState):
     def _count(
         self, round: int, progress: Progress, losses: Sequence[tuple[Tensor, float]], batches: Sequence[Batch]
     ) -> None:
-        """Count steps whose losses, with their weights, were not read yet; reading every step would hold a GPU up."""
+        """Count steps whose weighted losses were not read yet; reading every step would make a GPU wait."""
         values: list[float] = torch.stack([loss for loss, _ in losses]).tolist() if losses else []
         for value, (_, weight), batch in zip(values, losses, batches, strict=False):
             progress.done += 1
@@ -214,7 +213,7 @@ class Trainer(ModelState):
             progress.samples += len(batch.targets)
 
     def _backward(self, batch: Batch) -> tuple[Tensor, float]:
-        """Add the gradients of a batch's mean loss, part by part; return that loss, and by how much it counts."""
+        """Add the gradients of a batch's mean loss, part by part; return that loss and its weight."""
         parts = parts_of(batch, self.config.accumulate, self._least)
         weights = [loss_weight(self.task, part.targets) for part in parts]
         whole = sum(weights)
@@ -238,7 +237,7 @@ class Trainer(ModelState):
         return torch.zeros((), device=self.device) if total is None else total, whole
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Any]:
-        """Return a batch's loss, and the model's outputs where the task has no training step of its own."""
+        """Return a batch's loss, and the model's outputs if the task has no training step of its own."""
         with autocast(self.config.precision, self.device):
             if self._step is not None:
                 return checked_loss(self.task, self._step(self.model, batch), "train_step()", trained=True), None
@@ -252,14 +251,14 @@ class Trainer(ModelState):
         return self.loss.teaches and round > 1  # at the first, nobody has learned anything to hold on to
 
     def _taught(self, batch: Batch) -> Any:
-        """Return the teacher's outputs for a batch, None where there is no teacher."""
+        """Return the teacher's outputs for a batch, None if there is no teacher."""
         if not self._start.teacher:
             return None
         with torch.no_grad(), eval_mode(self.model):
             return call_with(self.model, self._start.teacher, batch.inputs)
 
     def _lr_factors(self, round: int, steps: int) -> list[float] | None:
-        """Return the factor on the learning rate in each step of a round, or None where it never changes."""
+        """Return the factor on the learning rate in each step of a round, or None if it never changes."""
         schedule = self.config.lr_schedule
         if schedule.name == "constant":
             return None
@@ -284,7 +283,7 @@ class Trainer(ModelState):
     def evaluate(self, data: Data, weights: Mapping[str, Tensor] | None = None) -> dict[str, float]:
         """Return the means over `data` of the loss ("loss") and of the task's metrics (`dimat.train.evaluation`).
 
-        With `weights` (a whole state dict), those are evaluated and the model keeps its own.
+        With `weights` (a full state dict), those are evaluated and the model keeps its own.
         """
         size, precision = self.config.eval_batch_size, self.config.precision
         return evaluate(self.task, self.model, data, weights, batch_size=size, precision=precision, device=self.device)
@@ -292,15 +291,15 @@ class Trainer(ModelState):
     def input_batches(
         self, data: Data, batch_size: int, generator: torch.Generator | None = None, *, samples: int | None = None
     ) -> InputBatches:
-        """Return inputs of `data` on this trainer's device, as a re-iterable of tuples: no augmentation, one
-        fixed order drawn from `generator` (that of the data without one), the first `samples` of it."""
+        """Return inputs of `data` on this trainer's device, as a re-iterable of tuples: without augmentation, in one
+        fixed order drawn from `generator` (without one, that of the data), the first `samples` of them."""
         return input_batches(data, batch_size, generator, samples=samples, device=self.device)
 
     # --- state ---
 
     def state(self, *, copy: bool = True) -> TrainerState:
-        """Return everything that is needed to go on bit for bit, on the CPU: as copies, or with `copy` false as what
-        changes with the model and its optimizer."""
+        """Return everything that is needed to continue bit for bit, on the CPU: as copies, or with `copy` false as
+        tensors that change with the model and its optimizer."""
         tensors = {f"model/{name}": tensor for name, tensor in self.weights(copy=copy).items()}
         values: dict[str, Value] = {
             "optimizer": self.config.optimizer.name,
@@ -322,10 +321,10 @@ class Trainer(ModelState):
         return TrainerState(tensors, values)
 
     def load_state(self, state: TrainerState, *, new_epoch: bool = False) -> None:
-        """Go on from a state of a trainer with the same task, data and configuration. `new_epoch`: with other data, or
-        batches of another size; what was left of the state's epoch is let go.
+        """Continue from the state of a trainer with the same task, data and configuration. `new_epoch`: with other
+        data, or batches of another size; the rest of the state's epoch is dropped.
 
-        Raises DataError where something is missing or does not fit; a GPU's random stream is needed on a GPU only.
+        Raises DataError if something is missing or does not fit; a GPU's random stream is needed only on a GPU.
         """
         tensors, values = state.tensors, state.values
         start = RoundStart()
@@ -341,8 +340,9 @@ class Trainer(ModelState):
         rows, batches = values.get("rows", len(self.data)), values.get("batches", self.batches)
         if (rows, batches) != (len(self.data), self.batches) and not new_epoch:
             raise DataError(
-                f"the state is of {rows} examples in {batches} batches, here are {len(self.data)} in {self.batches}; "
-                "give the same data and train.batch_size, or begin a new epoch (load_state(state, new_epoch=True))"
+                f"the state is of {rows} examples in {batches} batches, this trainer has {len(self.data)} in "
+                f"{self.batches}; give the same data and train.batch_size, or begin a new epoch "
+                "(load_state(state, new_epoch=True))"
             )
         try:
             if values["optimizer"] != self.config.optimizer.name:
@@ -364,7 +364,7 @@ class Trainer(ModelState):
             raise DataError(f"the trainer's state lacks {error.args[0]!r}") from error
 
     def _middle(self, progress: Progress | None, *, new_epoch: bool) -> Progress | None:
-        """Return how far a state's round is; DataError where a round here is another one, and no new epoch begins."""
+        """Return the progress of a state's round; DataError if a round here differs, and no new epoch begins."""
         if progress is not None and new_epoch:
             progress.steps, progress.batches, progress.within = self.steps_in(progress.number), self.batches, 0
         here = None if progress is None else (self.steps_in(progress.number), self.batches)

@@ -10,20 +10,20 @@ from dimat.tasks.data import Subset, TensorData
 from dimat.train.contract import checked_batch, task_errors
 
 SAMPLED = 32
-"""Examples that are read where the data lie in no tensors that could be looked through whole."""
+"""Number of examples that are read if the data are not in tensors that could be searched as a whole."""
 LOST = "its target is NaN"
 WHOLE = (torch.int64, torch.int32)
 """Types of integers that are indices (of classes, of tokens), unlike pixels."""
 
 
 def spread(count: int, most: int) -> list[int]:
-    """Return places spread over `count` examples, the first and the last among them."""
+    """Return positions spread over `count` examples, including the first and the last."""
     most = min(count, most)
     return sorted({round(i * (count - 1) / max(1, most - 1)) for i in range(most)})
 
 
 def witnesses(task: Task, data: Data) -> dict[int, str]:
-    """Return the examples that may be at fault, with what is odd about them."""
+    """Return the examples that may be at fault, and why."""
     columns, places, read = _columns(task, data)
     names = [*(f"its inputs[{i}]" for i in range(len(columns) - 1)), "its target"]
     found: dict[int, str] = {}
@@ -50,8 +50,8 @@ def witnesses(task: Task, data: Data) -> dict[int, str]:
 
 
 def unevenly_ignored(task: Task, data: Data) -> tuple[int, int] | None:
-    """Return the examples with the fewest and the most labels that are negative, as those that losses leave out; None
-    where all have as many."""
+    """Return the examples with the fewest and the most negative labels, such as losses ignore; None if all have equally
+    many."""
     columns, places, read = _columns(task, data)
     targets = columns[-1] if places is None else columns[-1][places]
     if targets.dtype not in WHOLE or not targets.numel():
@@ -66,8 +66,8 @@ def _has(tensor: Tensor) -> str:
 
 
 def _columns(task: Task, data: Data) -> tuple[list[Tensor], Tensor | None, Tensor]:
-    """Return inputs and, last, targets: as they are stored, with the places in them that count (None: all), or as they
-    are read of some examples; and the examples' indices."""
+    """Return inputs and, last, targets: as stored, with the positions in them that count (None: all), or as read for
+    some examples; and the examples' indices."""
     stored = _stored(data)
     if stored is not None:
         return [*stored[0].inputs, stored[0].targets], stored[1], torch.arange(len(data))
@@ -78,7 +78,7 @@ def _columns(task: Task, data: Data) -> tuple[list[Tensor], Tensor | None, Tenso
 
 
 def _stored(data: Data) -> tuple[TensorData, Tensor | None] | None:
-    """Return the tensors in which data lie, and the places of those that count; None where they lie elsewhere."""
+    """Return the tensors that store the data, and the positions that count; None if they are stored elsewhere."""
     places: Tensor | None = None
     while isinstance(data, Subset):
         places = data.indices if places is None else data.indices[places]

@@ -1,4 +1,4 @@
 """Shows runs to people: terminal, reports, trackers, dashboard.
 
-Gets events; nothing below imports it.
+Receives events; no lower package imports it.
 """

@@ -21,12 +21,12 @@ _HEADER_LINE = json.dumps(HEADER).encode() + b"\n"
 class JsonlListener:
     """Writes each event as one line, flushed at once; a listener that any thread may call.
 
-    An existing log is continued, whichever format its header has. A last line that was torn by a kill is cut off
+    An existing log is continued, whichever format its header has. A last line that a kill has cut short is removed
     first, so that it cannot run into the next one. Non-finite numbers become null, as JSON has none. Raises DataError
-    where the file cannot be written or is not an event log.
+    if the file cannot be written or is not an event log.
 
-    A log that has grown to `most_bytes` is put aside under a number of its own, and a new one is begun; of those put
-    aside the newest `kept` stay.
+    A log that has grown to `most_bytes` is put aside under a number, and a new one is begun; the newest `kept` of those
+    put aside are kept.
     """
 
     def __init__(self, path: str | Path, *, most_bytes: int | None = None, kept: int = 0) -> None:
@@ -75,7 +75,7 @@ class JsonlListener:
         return file
 
     def _rotate(self) -> None:
-        """Put the log aside and begin a new one; readers find what was put aside by its number."""
+        """Put the log aside and begin a new one; readers find the earlier one by its number."""
         self._file.close()
         before = rotated(self.path)
         number = 1 + (number_of(before[-1]) if before else 0)
@@ -92,7 +92,7 @@ class JsonlListener:
 
 
 def _mend(file: BinaryIO, path: Path) -> None:
-    """Leave the file, open for appending, with a header and a whole last line."""
+    """Open the file for appending, and make sure that it has a header and a complete last line."""
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     start = file.read(len(_HEADER_LINE))

@@ -1,4 +1,4 @@
-"""Reads event logs (docs/events.md): strictly as evidence, or forgivingly while they grow."""
+"""Reads event logs (docs/events.md): strictly as evidence, or tolerantly while they grow."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ except ImportError:
     from json import loads
 
 HEADER = {"format": 2, "kind": "dimat.events"}
-"""The first line. `format` changes when a reader of the one before would misunderstand; further events and further
-fields do not change it, so readers pass over what they do not know."""
+"""The first line. `format` changes only if a reader of the previous one would misread the log; new events and new
+fields do not change it, so readers must skip those that they do not know."""
 OLD_HEADER = {**HEADER, "format": 1}
-"""Of logs in which `RoundFinished` has neither training nor merge; readers complete it."""
+"""Format of logs in which `RoundFinished` has neither training nor merge; readers complete it."""
 READ_BYTES = 4 << 20
-"""Read and parsed at a time where a log is followed; a line that is longer is no event."""
+"""Bytes read and parsed at once when a log is followed; a longer line is not an event."""
 
 
 def rotated(path: str | Path) -> list[Path]:
@@ -46,8 +46,8 @@ def number_of(file: Path) -> int:
 
 
 def read_events(path: str | Path) -> Iterator[dict[str, Any]]:
-    """Yield the events of a log as dictionaries, without the headers, those in files that were put aside first. A torn
-    last line, as kill -9 leaves it, is passed over; any other damage is a DataError that names the line."""
+    """Yield the events of a log as dictionaries, without the headers, first those in files that were put aside. An
+    incomplete last line, as kill -9 leaves it, is skipped; any other damage is a DataError that names the line."""
     try:
         with open(path, "rb") as file:
             own = _identity(file)
@@ -74,17 +74,17 @@ def _strictly(file: BinaryIO, path: str | Path) -> Iterator[dict[str, Any]]:
 
 
 def _identity(file: BinaryIO) -> tuple[int, int]:
-    """Return what an open file is, whatever its name."""
+    """Return the identity of an open file, independent of its name."""
     now = os.fstat(file.fileno())
     return now.st_dev, now.st_ino
 
 
 class EventReader:
-    """Reads a log that may still grow, each time from where it stopped the time before.
+    """Reads a log that may still grow, each time from where it last stopped.
 
-    `skipped`: lines so far that are no events; they are ignored. A log that was put aside is read to its end under
-    its new name, then those that came after it. One that was replaced or cut (another file under the name, or a
-    shorter one) is read anew from its begin. A last line without its newline is left for the next time.
+    `skipped`: number of lines so far that are not events; they are ignored. A log that was put aside is read to its end
+    under its new name, then the later ones. One that was replaced or cut (another file under the name, or a shorter
+    one) is read again from its beginning. A last line without its newline is left for the next time.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -97,8 +97,8 @@ class EventReader:
         self._complete: Completion | None = None  # once the header is read
 
     def read(self) -> Iterator[list[dict[str, Any]]]:
-        """Yield the events that are new, in lists of about `READ_BYTES`. A log that is not there has none; DataError
-        where it cannot be read or is no event log of this format."""
+        """Yield the new events, in lists of about `READ_BYTES`. A missing log has none; DataError if it cannot be read
+        or is not an event log of this format."""
         try:
             with self.path.open("rb") as file:
                 own = _identity(file)
@@ -111,7 +111,7 @@ class EventReader:
             raise _unreadable(self.path, error) from error
 
     def _put_aside(self, own: tuple[int, int]) -> Iterator[list[dict[str, Any]]]:
-        """Read what is left of the file that was read last, and the files after it, but for `own`, which comes next."""
+        """Read the rest of the file that was read last, and the files after it, except `own`, which comes next."""
         for older in rotated(self.path):
             try:
                 with older.open("rb") as aside:
@@ -124,7 +124,7 @@ class EventReader:
                 continue
 
     def _read(self, file: BinaryIO) -> Iterator[list[dict[str, Any]]]:
-        """Read a file's events, from where it was left if it was the one before."""
+        """Read a file's events, from the last position if it is the same file as before."""
         now = os.fstat(file.fileno())
         if self._file != (now.st_dev, now.st_ino) or now.st_size < self._at:
             self._file, self._at, self._within = (now.st_dev, now.st_ino), 0, False
@@ -148,7 +148,7 @@ class EventReader:
                 yield found
 
     def _begin(self, file: BinaryIO) -> bool:
-        """Return whether the header is there, and go behind it."""
+        """Return whether the header is there, and skip it."""
         line = file.readline(READ_BYTES)
         if not line.endswith(b"\n") and len(line) < READ_BYTES:
             return False
@@ -177,7 +177,7 @@ class EventReader:
 
 class Completion:
     """Completes the ends of rounds in a log of format 1 from the events before them. `header`: first line of the log;
-    DataError where it is none."""
+    DataError if it is not one."""
 
     def __init__(self, header: bytes, path: str | Path) -> None:
         found = parsed(header)
@@ -187,7 +187,7 @@ class Completion:
         self._views: dict[str, AgentView] = {}
 
     def __call__(self, plain: dict[str, Any]) -> dict[str, Any]:
-        """Return an event, completed where it is the end of a round without what was done in it."""
+        """Return an event, completed if it is the end of a round without its training and merge."""
         event = parse_event(plain) if self.old else None
         if not isinstance(event, events.AgentEvent):
             return plain
@@ -200,7 +200,7 @@ class Completion:
 
 
 def parsed(line: bytes) -> dict[str, Any] | None:
-    """Return the JSON object in a line; None where there is none."""
+    """Return the JSON object in a line; None if there is none."""
     try:
         value = json.loads(line)
     except (ValueError, RecursionError):  # covers bytes that are not UTF-8

@@ -1,6 +1,6 @@
 """Opens the listeners that the `[monitor]` table asks for, beside console and log.
 
-This is the one place for it. `dimat agent` and `dimat simulate` use it; beside an own training loop it is used by hand:
+`dimat agent` and `dimat simulate` use it; with your own training loop, call it yourself:
 
     agent = dimat.Agent("lab-a.toml").attach(…)
     with open_listeners(agent.config, Path("watched"), agent="lab-a") as watching:
@@ -23,8 +23,8 @@ from dimat.ui.trackers.tracker import Backend, Tracker, need
 
 
 class Listeners:
-    """Listeners that are open until `close`. `listeners`: get every event; `messages`: lines for a person, such as the
-    address of the metrics; `warned`: get a `Warned`, from any thread, where one of the listeners has failed."""
+    """Listeners that are open until `close`. `listeners`: receive every event; `messages`: lines for a person, such as
+    the address of the metrics; `warned`: receive a `Warned`, from any thread, if one of the listeners has failed."""
 
     def __init__(self, run: str, agent: str) -> None:
         self.listeners: list[Listener] = []
@@ -35,13 +35,13 @@ class Listeners:
         self._open = ExitStack()
 
     def add(self, listener: Listener, close: Callable[[], object] | None = None) -> None:
-        """Take a listener on, and what ends it."""
+        """Add a listener, and the function that ends it."""
         self.listeners.append(listener)
         if close is not None:
             self._open.callback(close)
 
     def track(self, name: str, backend: Backend) -> None:
-        """Take a tracker on."""
+        """Add a tracker."""
         tracker = Tracker(name, backend, self._warn)
         self.add(tracker, tracker.close)
 
@@ -65,12 +65,11 @@ class Listeners:
 
 
 def open_listeners(config: ExperimentConfig, folder: Path, *, agent: str = "") -> Listeners:
-    """Return the listeners that `config.monitor` asks for. `folder`: the run's, or the agent's, where trackers keep
-    what has no other place; it is made when there is something to be kept. `agent`: name of the real agent that they
-    are for, "" for a simulated run, which is over before anybody would scrape it: `monitor.metrics` is passed over
-    there.
+    """Return the listeners that `config.monitor` asks for. `folder`: the run's, or the agent's, in which trackers keep
+    their files by default; it is made when needed. `agent`: name of the real agent that they are for, "" for a
+    simulated run, which is over before anybody would scrape it: `monitor.metrics` is ignored there.
 
-    Raises NetworkError where metrics cannot be served, ConfigError where an extra is missing.
+    Raises NetworkError if metrics cannot be served, ConfigError if an extra is missing.
     """
     opened = Listeners(config.run, agent)
     try:
@@ -94,7 +93,7 @@ def _open_metrics(opened: Listeners, run: str, agent: str, address: str) -> None
 
 
 def _open_trackers(opened: Listeners, config: ExperimentConfig, folder: Path) -> None:
-    """Open the trackers. Their libraries are imported here, so that no round pays for that."""
+    """Open the trackers. Their libraries are imported here, so that no round waits for that."""
     monitor, base = config.monitor, Path(config.folder)
     if monitor.tensorboard:
         need("tensorboard", "tensorboard")

@@ -1,6 +1,6 @@
 """Results as tables, for the console, the report and the CSV files alike.
 
-Everything here is pure; `text` says how a number is written.
+Everything here is pure; `text` formats the numbers.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ COMPARISON_DROP = ("merge 3", "merge 2", "merge 5", "MB in all", "MB to 90 %", "
 
 
 def summarise(results: Results) -> list[RoundSummary]:
-    """Return what the simulator said after each round, made again from the rows of `results`."""
+    """Return the simulator's summary of each round, computed again from the rows of `results`."""
     from dimat.results import round_summary  # pydantic: not wanted by those who only format events
 
     by_round: dict[int, list[AgentRound]] = {}
@@ -78,7 +78,7 @@ ROUND_HEADERS = (
     "MB sent",
 )
 ROUND_OPTIONAL = ("time", "agents")
-"""Columns that are left out where no round has anything to say there."""
+"""Columns that are left out if they are empty in every round."""
 
 
 def round_text(number: int, rounds: int) -> str:
@@ -87,13 +87,13 @@ def round_text(number: int, rounds: int) -> str:
 
 
 def clock_text(time_s: float, rounds: int) -> str:
-    """Return the virtual time after a number of rounds, and nothing where the clock only counts them: neither a network
-    nor computers nor faults are simulated then."""
+    """Return the virtual time after a number of rounds, and "" if the clock only counts them: then neither a network
+    nor computers nor faults are simulated."""
     return "" if time_s == 0 or math.isclose(time_s, rounds) else seconds_text(time_s)
 
 
 def round_cells(summary: RoundSummary, agents: str = "") -> tuple[str, ...]:
-    """Return the cells of one round under `ROUND_HEADERS`. `agents`: how many took part, where not all did."""
+    """Return the cells of one round under `ROUND_HEADERS`. `agents`: the number that took part, if not all did."""
     return (
         round_text(summary.round, summary.rounds),
         clock_text(summary.time_s, summary.round),
@@ -131,12 +131,12 @@ def round_line(summary: RoundSummary, metric: str, agents: str = "") -> str:
 
 
 def some_of(part: int, total: int) -> str:
-    """Return e.g. `14 of 16`, and nothing where all take part or it is not known."""
+    """Return e.g. `14 of 16`, and "" if all take part or the number is not known."""
     return f"{part} of {total}" if 0 < part < total else ""
 
 
 def round_table(results: Results) -> Table:
-    """Return the means over agents, one row a round."""
+    """Return the means over agents, one row per round."""
     took = Counter(row.round for row in results.rows)
     rows = [round_cells(s, some_of(took[s.round], len(results.agents))) for s in summarise(results)]
     note = f"{results.metric} on the test set, mean over agents; MB sent by all agents so far"
@@ -145,7 +145,7 @@ def round_table(results: Results) -> Table:
 
 
 def final_table(results: Results) -> Table:
-    """Return what each agent ends with: its last round, and its traffic over all rounds; the last row is the mean."""
+    """Return each agent's results: its last round, and its traffic over all rounds; the last row is the mean."""
     own: dict[str, list[AgentRound]] = {}
     for row in results.rows:
         own.setdefault(row.agent, []).append(row)
@@ -189,8 +189,9 @@ def final_table(results: Results) -> Table:
 
 
 def histogram_table(histogram: Mapping[str, Sequence[int]], classes: Sequence[str] = (), full: bool = False) -> Table:
-    """Return who holds how many samples of which class. Over `MAX_CLASSES` classes, how many classes an agent holds
-    and its largest three stand for the counts; over `MAX_AGENTS` agents the rest is counted, unless `full`."""
+    """Return each agent's samples by class. With more than `MAX_CLASSES` classes, the number of an agent's classes and
+    its largest three replace the counts; with more than `MAX_AGENTS` agents the rest are only counted, unless
+    `full`."""
     width = max((len(counts) for counts in histogram.values()), default=0)
     names = [clean(classes[i]) if i < len(classes) else str(i) for i in range(width)]
     shown = list(histogram) if full or len(histogram) <= MAX_AGENTS else list(histogram)[: MAX_AGENTS - 1]
@@ -234,7 +235,7 @@ def cost_table(results: Results) -> Table:
 
 
 def run_line(method: str, seed: int, agents: int, edges: int, parameters: int, snapshot_bytes: int) -> str:
-    """Return what is run, on one line."""
+    """Return a description of the run, on one line."""
     return ", ".join(
         (
             f"method {clean(method)}",
@@ -262,8 +263,8 @@ def flattened(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]
 
 
 def comparison_tables(comparison: Comparison) -> list[Table]:
-    """Return a table per split: a row per method, the metric after some merges, and what it took to come near the
-    ceiling. The ceiling itself competes for no best cell, nor do zero megabytes of one who never sends."""
+    """Return a table per split: a row per method, the metric after some merges, and the cost of getting near the
+    ceiling. The ceiling itself is never the best cell, nor are the zero megabytes of a method that never sends."""
     return [_split_table(comparison, split) for split in comparison.splits]
 
 
@@ -307,14 +308,14 @@ def _split_table(comparison: Comparison, split: str) -> Table:
 
 
 def is_ceiling(method: str) -> bool:
-    """Whether a method is the ceiling that others are measured by."""
+    """Whether a method is the ceiling for the others."""
     from dimat.config import CEILING  # pydantic: not wanted by those who only format events
 
     return method == CEILING
 
 
 def timed(curves: Mapping[str, MethodCurve]) -> bool:
-    """Whether virtual time tells more of some method than the count of its merges does."""
+    """Whether virtual time differs from the count of merges for some method."""
     return any(not is_ceiling(name) and not curve.timeline.a_second_a_round for name, curve in curves.items())
 
 

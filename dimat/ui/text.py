@@ -1,6 +1,6 @@
-"""Numbers as text, and tables of finished text, for console and report alike.
+"""Numbers as text, and tables of finished text, for both console and report.
 
-Everything here is pure. A `Table` holds cells that are already text; `console` and `page` only dress it.
+Everything here is pure. The cells of a `Table` are already text; `console` and `page` only format it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from textwrap import wrap
 
 NONE = "-"
 NARROWEST = 20
-"""Columns that a text is wrapped in, at least."""
+"""The least number of columns to which a text is wrapped."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Table:
 
 
 def clean(text: str) -> str:
-    """Return `text` on one line with control and format characters spelled out: what a peer sends reaches
-    terminals and pages, and must not move a cursor or turn a line around there."""
+    """Return `text` on one line with control and format characters spelled out: texts from peers reach terminals and
+    pages, and must not move a cursor or reverse a line there."""
     if text.isascii() and text.isprintable():  # nearly always, and many times as fast
         return text
     return "".join(
@@ -53,7 +53,7 @@ def metric_text(value: float | None) -> str:
 
 
 def distance_text(value: float) -> str:
-    """Return a consensus distance: three decimals, or a power of ten where those would hide it."""
+    """Return a consensus distance: three decimals, or a power of ten if it is smaller than that."""
     return f"{value:.3f}" if value == 0 or not math.isfinite(value) or value >= 0.01 else f"{value:.1e}"
 
 
@@ -83,7 +83,7 @@ def seconds_text(seconds: float) -> str:
 
 
 def range_text(low: float | None, high: float | None) -> str:
-    """Return `low–high`, or a dash where either was not measured."""
+    """Return `low–high`, or a dash if either was not measured."""
     return NONE if low is None or high is None else f"{metric_text(low)}–{metric_text(high)}"
 
 
@@ -93,20 +93,20 @@ def count_text(number: int, what: str) -> str:
 
 
 def listed(names: Sequence[str], most: int) -> str:
-    """Return names with commas between them, the ones beyond `most` as a number."""
+    """Return names with commas between them, and the number of those beyond `most`."""
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
 
 def mean(values: Iterable[float | None]) -> float | None:
-    """Return the mean of what was measured, or None of nothing."""
+    """Return the mean of the measured values, or None if there are none."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
 
 
 def as_text(table: Table, width: int | None = None) -> list[str]:
-    """Return the table as aligned plain lines, title first, without trailing blanks. `width`: columns that there are;
-    text of the last column that does not fit goes on below itself, unless next to nothing is left for it."""
+    """Return the table as aligned plain lines, title first, without trailing blanks. `width`: the available columns;
+    text in the last column is wrapped to fit, unless almost no space is left for it."""
     grid = [table.headers, *table.rows]
     widths = [max(_width(row[column]) for row in grid) for column in range(len(table.headers))]
     lines = [table.title] if table.title else []
@@ -131,7 +131,7 @@ def _padded(text: str, width: int, left: bool) -> str:
 
 
 def narrowed(table: Table, width: int, drop: Sequence[str], gap: int = 3) -> Table:
-    """Return the table without as many of the columns named in `drop`, in that order, as make it fit `width`."""
+    """Return the table without as many of the columns named in `drop`, in that order, as needed to fit `width`."""
     keep = list(range(len(table.headers)))
     sizes = [max([_width(header), *(_width(row[i]) for row in table.rows)]) for i, header in enumerate(table.headers)]
     for header in drop:

@@ -1,8 +1,7 @@
 """The first line of every report: whether merging beat training alone, and what to try next.
 
-Training alone is a row `isolated` of the same comparison, with the same parts, seeds and training. Where there is none,
-only what merges themselves changed is known, and the line says so. Metrics are on the task's test set; higher is
-better.
+Training alone is a row `isolated` of the same comparison, with the same parts, seeds and training. Without it, only the
+changes by the merges themselves are known, and the line says so. Metrics are on the task's test set; higher is better.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a run tells of merging against training alone.
+    """The result of a run about merging against training alone.
 
-    `ahead`: whether merging was ahead at the end by more than seeds differ, None where that was not measured or cannot
-    be told; `by`: the difference of the metric after the last merge, merged − alone; `from_merge`: the first merge from
-    which on it was ahead; `next_step`: what to try, or the command that would tell.
+    `ahead`: whether merging was ahead at the end by more than seeds differ, None if that was not measured or is
+    unclear; `by`: the difference of the metric after the last merge, merged − alone; `from_merge`: the first merge from
+    which on it was ahead; `next_step`: what to try, or the command that would measure it.
     """
 
     what: str
@@ -49,7 +48,8 @@ class Verdict:
 
 
 def of_comparison(comparison: Comparison) -> dict[str, list[Verdict]]:
-    """Return by split the verdict on each row that merges, the best first; one for a split without `isolated`."""
+    """Return by split the verdict on each row that merges, the best first; a single one for a split without
+    `isolated`."""
     from dimat.config import FLOOR  # pydantic: not wanted by those who only format events
 
     found: dict[str, list[Verdict]] = {}
@@ -66,7 +66,7 @@ def of_comparison(comparison: Comparison) -> dict[str, list[Verdict]]:
 
 
 def headlines(comparison: Comparison) -> list[str]:
-    """Return the lines that stand above a comparison's tables: of each split its best row, and the others in short."""
+    """Return the lines above a comparison's tables: for each split its best row, and the others in short."""
     lines: list[str] = []
     for split, (best, *others) in of_comparison(comparison).items():
         lines.append(f"{clean(split)}: {best.line}")
@@ -77,7 +77,7 @@ def headlines(comparison: Comparison) -> list[str]:
 
 def _short(verdict: Verdict) -> str:
     if verdict.by is None:
-        return f"{clean(verdict.what)} trained otherwise"
+        return f"{clean(verdict.what)} trained differently"
     told = {True: "", False: " (behind)", None: " (cannot be told apart)"}[verdict.ahead]
     return f"{clean(verdict.what)} {verdict.by:+.3f}{told}"
 
@@ -86,8 +86,8 @@ def _against(what: str, curve: MethodCurve, floor: MethodCurve, metric: str) -> 
     own, alone = curve.after_merge[-1], floor.after_merge[-1]
     if curve.unlike:
         text = (
-            f"{metric} {metric_text(own)} against {metric_text(alone)} of training alone, which is no fair comparison: "
-            f"the rows differ in {', '.join(curve.unlike)}"
+            f"{metric} {metric_text(own)} against {metric_text(alone)} of training alone, which is not a fair "
+            f"comparison: the rows differ in {', '.join(curve.unlike)}"
         )
         return Verdict(what, text, next_step="give `isolated` the same training, and compare again")
     # the same seeds, parts and training: differences are taken seed by seed
@@ -120,15 +120,15 @@ def _paired(curve: MethodCurve, floor: MethodCurve) -> list[tuple[Sequence[float
 
 
 def _decided(by: float, spread: float | None) -> bool | None:
-    """Return whether a mean difference is above zero by more than seeds differ, None where that cannot be told."""
+    """Return whether a mean difference is above zero by more than seeds differ, None if that is unclear."""
     from dimat.results import ONE_SEED  # pydantic: not wanted by those who only format events
 
     return None if abs(by) <= (ONE_SEED if spread is None else spread) else by > 0
 
 
 def _ahead_since(pairs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> int | None:
-    """Return the first merge from which on merged curves were ahead, in the mean over seeds; None where merges are not
-    counted alike."""
+    """Return the first merge from which on merged curves were ahead, in the mean over seeds; None if their merges do
+    not match."""
     if len({len(curve) for pair in pairs for curve in pair}) != 1:
         return None
     gaps = [sum(one[i] - other[i] for one, other in pairs) / len(pairs) for i in range(len(pairs[0][0]))]
@@ -145,7 +145,7 @@ def of_run(results: Results) -> Verdict:
 
     preset = PRESETS.get(results.method)
     if preset is not None and not preset.exchanges:
-        return Verdict("", f'nothing is merged by "{results.method}": this run is no test of merging')
+        return Verdict("", f'nothing is merged by "{results.method}": this run is not a test of merging')
     gains: dict[int, list[float]] = {}
     pending: dict[str, tuple[int, float]] = {}
     for row in sorted(results.rows, key=lambda row: row.round):
@@ -160,9 +160,9 @@ def of_run(results: Results) -> Verdict:
 
 
 def of_agent(records: Sequence[MergeRecord], metric: str = "") -> Verdict:
-    """Return the verdict on an agent's own merges: what they changed, and how many its hold-out turned down.
+    """Return the verdict on an agent's own merges: their changes, and the number that its hold-out rejected.
 
-    `metric`: the entry of the records that counts; their first but `loss`, where it is not given.
+    `metric`: the entry of the records that counts; by default their first except `loss`.
     """
     last = {record.round: record for record in records if record.kind == "merge"}
     merges = [record for _, record in sorted(last.items()) if len(record.contributions) > 1]
@@ -180,23 +180,23 @@ def of_agent(records: Sequence[MergeRecord], metric: str = "") -> Verdict:
         [gain for _, gain in gains],
         first,
         f"this agent's {name or 'metric'}",
-        "a run of all agents on one machine tells: " + _compared("dimat", file="agents.toml"),
+        "a simulation of all agents on one machine can tell: " + _compared("dimat", file="agents.toml"),
         missing="agent.evaluate",
     )
     if not refused:
         return found
     return Verdict(
-        "", f"{found.text}; its hold-out turned down {refused} of {len(merges)} merges", next_step=found.next_step
+        "", f"{found.text}; its hold-out rejected {refused} of {len(merges)} merges", next_step=found.next_step
     )
 
 
 def _unmeasured(
     gains: Sequence[float], first: float | None, of: str, command: str, missing: str = "simulate.evaluate"
 ) -> Verdict:
-    """Return what is known without a row that trains alone: what merges themselves changed."""
+    """Return the verdict without a row that trains alone: the changes by the merges themselves."""
     text = "whether merging beat training alone was not measured"
     if not gains:
-        why = f'{missing} = "all" takes metrics before merges, too'
+        why = f'{missing} = "all" also measures metrics before merges'
         return Verdict("", f"{text}, nor what merges changed ({why})", next_step=command)
     mean = sum(gains) / len(gains)
     text += f"; {count_text(len(gains), 'merge')} changed {of}, by {mean:+.3f} each"

@@ -1,4 +1,4 @@
-"""Weights at rest and on the way: safetensors headers, snapshots, encodings.
+"""Weights on disk and in transfer: safetensors headers, snapshots, encodings.
 
 Knows no network and no models.
 """

@@ -1,4 +1,4 @@
-"""Files that survive power loss: the file and its folder are both flushed to the disk."""
+"""Files that survive power loss: both the file and its folder are flushed to the disk."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FICLONE = 0x40049409
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring a folder's entries to the disk: names that were given by rename hold after that. Raises OSError."""
+    """Flush a folder's entries to the disk, so that renames in it are durable. Raises OSError."""
     _sync(folder)
 
 
@@ -31,7 +31,7 @@ def _sync(path: Path) -> None:
 def write_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:
     """Write a file under a temporary name, then rename. `durable`: fsync file and folder, to survive power loss.
 
-    DataError where that fails.
+    DataError on failure.
     """
     write_pieces(path, (data,), durable=durable)
 
@@ -55,16 +55,17 @@ def write_pieces(path: Path, pieces: Iterable[bytes | memoryview], *, durable: b
 
 
 def _temporary(path: Path) -> Path:
-    """Return a name beside `path` that no other thread writes to: two may make the same file at once."""
+    """Return a name beside `path` that no other thread uses: two may make the same file at once."""
     return path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
 
 
 def share_file(source: Path, path: Path, *, durable: bool = True) -> None:
-    """Give a file's content another name on the same disk without writing it again; one that had the name goes.
+    """Give a file's content another name on the same disk without writing it again; an existing file of that name is
+    replaced.
 
-    A clone where the file system has them (FICLONE of Linux: btrfs, XFS), else a hard link, which is made read-only:
-    whoever writes into one writes into both. FileNotFoundError where there is no source, DataError where the file
-    cannot be made.
+    It makes a clone if the file system has them (FICLONE of Linux: btrfs, XFS), else a hard link, which is made
+    read-only, since writing into one would write into both. FileNotFoundError if there is no source, DataError if the
+    file cannot be made.
     """
     temporary = _temporary(path)
     try:
@@ -90,7 +91,7 @@ def share_file(source: Path, path: Path, *, durable: bool = True) -> None:
 
 
 def _clone(source: Path, path: Path, *, durable: bool) -> bool:
-    """Make a file that shares the source's blocks until one of the two is written to; False where that cannot be."""
+    """Make a file that shares the source's blocks until one of the two is written to; False if that is impossible."""
     with source.open("rb") as file, path.open("wb") as clone:
         try:
             fcntl.ioctl(clone.fileno(), FICLONE, file.fileno())

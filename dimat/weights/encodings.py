@@ -1,7 +1,7 @@
-"""Encodings: cheaper ways for a snapshot's content to travel than as a whole in fp32.
+"""Encodings: ways to send a snapshot's content in fewer bytes than in fp32.
 
-Own weights w stay as they are. What an agent publishes are x̂ = decode(encode(w)), and all who read a snapshot come to
-hold x̂ to the last bit, by whatever way it came: whole, or as a *form*, a safetensors file that decodes to x̂.
+An agent's own weights w stay unchanged. It publishes x̂ = decode(encode(w)), and all readers of a snapshot obtain x̂ to
+the last bit, however it was sent: in full, or as a *form*, a safetensors file that decodes to x̂.
 
 | encoding | form holds | x̂ is off by |
 |---|---|---|
@@ -10,15 +10,15 @@ hold x̂ to the last bit, by whatever way it came: whole, or as a *form*, a safe
 | int8 | 8-bit integers, a scale for each 256 elements | half a scale: 1/254 of the largest of the 256 |
 | int8, delta | the same of w - x̂′, x̂′ being the snapshot before | half a scale of that difference |
 
-What int8 misses is not lost: it is added to the next round's weights (`residual`), so that the mean of what is
-published over rounds comes to w; in a delta it is part of the next difference by itself. There is no delta in bf16 or
-fp16: it would take twice int8's bytes for what int8 catches up with a round later.
+The rounding error of int8 is not lost: it is added to the next round's weights (`residual`), so that the mean of the
+published weights over rounds approaches w; with deltas it is part of the next difference anyway. There is no delta in
+bf16 or fp16: it would take twice int8's bytes to save an error that int8 corrects a round later.
 
-Encoded are float32 tensors of at least `SMALLEST` elements. Stored as they are: smaller ones (biases, statistics of
+Float32 tensors of at least `SMALLEST` elements are encoded. Stored unchanged are smaller ones (biases, statistics of
 BatchNorm: they cost nothing, and a network is sensitive to them), all other types, statistics (`aux.…`), and tensors
 with a number too large for the encoding.
 
-A form's tensors are called "exact:NAME", "value:NAME" and "scale:NAME", so no two can collide; its metadata say
+A form's tensors are called "exact:NAME", "value:NAME" and "scale:NAME", so no two can collide; its metadata hold
 encoding, kind ("whole" or "delta") and format.
 """
 
@@ -48,9 +48,9 @@ _EXACT, _VALUE, _SCALE = "exact:", "value:", "scale:"
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """`weights`: x̂, what readers hold, on the CPU; those stored as they are share memory with what was handed in.
-    `data`: the form, None for fp32, and where names take more room than numbers. `residual`: what int8 missed, to be
-    handed in next time; empty for all else."""
+    """`weights`: x̂, the readers' weights, on the CPU; tensors stored unchanged share memory with the input. `data`:
+    the form, None for fp32, and if names take more space than numbers. `residual`: the rounding error of int8, to be
+    passed in next time; empty otherwise."""
 
     weights: dict[str, Tensor]
     data: bytes | None
@@ -64,17 +64,17 @@ def encode_weights(
     after: Mapping[str, Tensor] | Path | None = None,
     residual: Mapping[str, Tensor] | None = None,
 ) -> Encoded:
-    """Pass weights through an encoding. `after`: x̂ of the snapshot that an int8 delta is taken to (or its file);
-    `residual`: that of the time before, for int8 without delta. Neither is changed.
+    """Pass weights through an encoding. `after`: x̂ of the snapshot to which an int8 delta is taken (or its file);
+    `residual`: that of the previous time, for int8 without delta. Neither is changed.
 
-    Raises DataError naming a tensor that is not finite, and where `after` or `residual` do not fit.
+    Raises DataError naming a tensor that is not finite, and if `after` or `residual` do not fit.
     """
     if encoding not in ENCODINGS:
         raise DataError(unknown_name("encoding", encoding, ENCODINGS))
     if after is not None and encoding != "int8":
         raise DataError(f"there is no delta in {encoding}, only in int8")
     if after is not None and residual:
-        raise DataError("a delta makes up for what was missed by itself; hand in `after` or `residual`, not both")
+        raise DataError("a delta already includes the residual; pass `after` or `residual`, not both")
     decoded: dict[str, Tensor] = {}
     parts: dict[str, Tensor] = {}
     left: dict[str, Tensor] = {}
@@ -114,11 +114,11 @@ def encode_weights(
 
 
 def decode_weights(form: Path | bytes, *, after: Mapping[str, Tensor] | Path | None = None) -> dict[str, Tensor]:
-    """Return x̂ of a form, a file or its bytes. `after`: the snapshot that it is a delta to, where it is one.
+    """Return x̂ of a form, a file or its bytes. `after`: the snapshot to which it is a delta, if it is one.
 
-    A form may come from an enemy. Raises DataError for whatever is malformed, and takes no more memory than four times
-    what it holds in tensors, one of those, and its header parsed. What it decodes to is not judged here: numbers that
-    are not finite, names and shapes of another model are the reader's to refuse, as they are in a whole snapshot.
+    A form may come from an attacker. Raises DataError for anything malformed, and takes no more memory than four times
+    its tensors, plus one tensor and the parsed header. The decoded content is not checked here: the reader must refuse
+    numbers that are not finite, and names and shapes of another model, as in a full snapshot.
     """
     with ExitStack() as stack:
         file = stack.enter_context(open_tensors(form, "the form"))
@@ -128,11 +128,11 @@ def decode_weights(form: Path | bytes, *, after: Mapping[str, Tensor] | Path | N
         found = file.metadata.get("format", "none")
         if found != FORMAT or encoding not in _STORED or kind not in ("whole", "delta"):
             raise DataError(
-                f"{file.where} is no form that this dimat reads (format {found[:20]!r}, encoding {encoding[:20]!r}, "
+                f"{file.where} is not a form that this dimat reads (format {found[:20]!r}, encoding {encoding[:20]!r}, "
                 f"kind {kind[:20]!r})"
             )
         if kind == "delta" and (held is None or encoding != "int8"):
-            raise DataError(f"{file.where} is a delta, and the snapshot that it is taken to is not at hand")
+            raise DataError(f"{file.where} is a delta, and the snapshot to which it is taken is not here")
         decoder = _Decoder(file, _STORED[encoding], held if kind == "delta" else None)
         weights: dict[str, Tensor] = {}
         for part in file:
@@ -152,8 +152,8 @@ def decode_weights(form: Path | bytes, *, after: Mapping[str, Tensor] | Path | N
 
 
 def encoded_bytes(weights_schema: Mapping[str, Tensor], encoding: str) -> int:
-    """Return how many bytes a form, or for fp32 the payload itself, may have at most. Only shapes and types of the
-    tensors are looked at. Any of them may be stored as it is, so that a form's bound is about the payload's size."""
+    """Return the largest size in bytes of a form, or for fp32 of the payload itself. Only shapes and types of the
+    tensors matter. Any of them may be stored unchanged, so that a form's bound is about the payload's size."""
     exact = "" if encoding == "fp32" else _EXACT
     infos: dict[str, TensorInfo] = {}
     head = 0
@@ -171,7 +171,7 @@ def encoded_bytes(weights_schema: Mapping[str, Tensor], encoding: str) -> int:
 
 
 class _Decoder:
-    """Decodes the tensors of a form with one type of values; `after` where it is a delta."""
+    """Decodes the tensors of a form with one type of values; `after` if it is a delta."""
 
     def __init__(self, file: Tensors, stored: torch.dtype, after: Mapping[str, Tensor] | None) -> None:
         self._file = file
@@ -210,7 +210,7 @@ def _metadata(encoding: str, *, delta: bool) -> dict[str, str]:
 
 
 def _like(shape: torch.Size | tuple[int, ...], others: Mapping[str, Tensor], name: str, what: str) -> Tensor:
-    """Return a tensor of `others`, which has this shape, in fp32 on the CPU; DataError where it is not so."""
+    """Return a tensor of `others` in fp32 on the CPU; DataError unless it has this shape."""
     if isinstance(others, Tensors) and name in others:
         info = others.info(name)
     elif name in others:
@@ -223,7 +223,7 @@ def _like(shape: torch.Size | tuple[int, ...], others: Mapping[str, Tensor], nam
 
 
 def _largest(name: str, tensor: Tensor) -> float:
-    """Return the largest magnitude of a tensor, 0 where it has no floating-point numbers; DataError if not finite."""
+    """Return the largest magnitude of a tensor, 0 if it has no floating-point numbers; DataError if not finite."""
     if tensor.numel() == 0 or not (tensor.dtype.is_floating_point or tensor.dtype.is_complex):
         return 0.0
     real = torch.view_as_real(tensor) if tensor.dtype.is_complex else tensor

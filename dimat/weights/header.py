@@ -18,10 +18,10 @@ import torch
 from dimat.errors import DataError
 
 LONGEST_HEADER = 100 * 2**20
-"""Bytes; safetensors itself reads no longer ones."""
+"""Bytes of a header; safetensors itself reads no larger ones."""
 
 MOST_DIMENSIONS = 64
-"""Of a tensor; torch handles no more."""
+"""Dimensions of a tensor; torch handles no more."""
 
 METADATA = "__metadata__"
 
@@ -70,7 +70,7 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """`tensors` in the order of their data, where in the file those begin (`starts`), and the file's metadata."""
+    """`tensors` in the order of their data, their offsets in the file (`starts`), and the file's metadata."""
 
     tensors: Mapping[str, TensorInfo]
     starts: Mapping[str, int]
@@ -80,7 +80,7 @@ class Header:
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """Return the tensors of a safetensors file in the order of their data.
 
-    Raises DataError, naming the file, where it cannot be read, is cut short, or claims what it does not hold.
+    Raises DataError, naming the file, if it cannot be read, is cut short, or claims more than it holds.
     """
     try:
         with path.open("rb") as file:
@@ -92,7 +92,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 def parse_header(file: BinaryIO, where: str, longest: int = LONGEST_HEADER) -> Header:
     """Return the header of an open safetensors file. `where`: the file, for messages; `longest`: bytes of a header.
 
-    Raises DataError as `read_header` does, and OSError where the file cannot be read.
+    Raises DataError as `read_header` does, and OSError if the file cannot be read.
     """
     size = file.seek(0, 2)
     file.seek(0)
@@ -114,7 +114,7 @@ def parse_header(file: BinaryIO, where: str, longest: int = LONGEST_HEADER) -> H
 
 
 def compose_header(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
-    """Return the beginning of a safetensors file, up to its first tensor, and where in the file each tensor begins."""
+    """Return the beginning of a safetensors file, up to its first tensor, and the offset of each tensor in the file."""
     header: dict[str, object] = {METADATA: {**metadata}} if metadata else {}
     places: dict[str, int] = {}
     end = 0
@@ -131,7 +131,7 @@ def compose_header(infos: Mapping[str, TensorInfo], metadata: Mapping[str, str])
 
 
 def shown(name: str) -> str:
-    """Return a tensor's name for a message: what a stranger's file calls it may be of any length."""
+    """Return a tensor's name for a message: in a stranger's file it may be of any length."""
     return repr(name if len(name) <= 200 else name[:200] + "…")
 
 
@@ -143,7 +143,7 @@ def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _possible(shape: list[Any], start: Any, end: Any) -> bool:
-    """Say whether these are numbers that 64 bits hold, the number of elements among them."""
+    """Say whether these numbers, and the number of elements, fit into 64 bits."""
     small = all(type(n) is int and 0 <= n < 2**63 for n in (*shape, start, end))
     return small and len(shape) <= MOST_DIMENSIONS and prod(max(n, 1) for n in shape) < 2**63
 

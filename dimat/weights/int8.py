@@ -2,7 +2,7 @@
 
 scale = max|v| / 127, value = v / scale rounded to the nearest (half to even), decoded value · scale; no element is off
 by more than half a scale. Decoding is one conversion, one product and, of a delta, one sum in float32 for each element:
-operations whose result IEEE 754 fixes to the last bit, so it is the same on any machine, with any number of threads.
+operations whose result IEEE 754 defines to the last bit, so it is the same on any machine, with any number of threads.
 (torch.set_flush_denormal breaks that for numbers below 1.2e-38, as it does elsewhere.)
 """
 
@@ -16,9 +16,9 @@ from torch import Tensor
 
 BLOCK = 256
 LARGEST = 2.0**126
-"""Above it a tensor is not quantised, so that nothing overflows on the way, nor at the reader's."""
+"""A tensor with a larger number is not quantised, so that nothing overflows here or at the reader."""
 LARGEST_SCALE = 2.0**120
-"""127 · scale and a little more stays finite; honest scales are below, LARGEST / 127."""
+"""127 · scale and a little more stays finite; honest scales are smaller, at most LARGEST / 127."""
 _SMALLEST_SCALE = 2.0**-126  # the smallest normal number: smaller ones are too coarse to divide by
 _PIECE = (
     2**17
@@ -27,8 +27,8 @@ _PIECE = (
 
 @dataclass(frozen=True, slots=True)
 class Quantised:
-    """`values` (int8, of the tensor's shape) and `scales` (float32, one a block) decode to `decoded`; `left` is what
-    they miss of what was to be encoded, None of a delta."""
+    """`values` (int8, of the tensor's shape) and `scales` (float32, one per block) decode to `decoded`; `left` is the
+    rounding error, None for a delta."""
 
     values: Tensor
     scales: Tensor
@@ -37,13 +37,13 @@ class Quantised:
 
 
 def blocks_of(elements: int) -> int:
-    """Return how many blocks, and scales, a tensor has."""
+    """Return the number of blocks, and so of scales, in a tensor."""
     return -(-elements // BLOCK)
 
 
 def quantise(weights: Tensor, *, residual: Tensor | None = None, after: Tensor | None = None) -> Quantised | None:
     """Quantise weights + residual, or the difference of weights from `after`; all float32 of one shape, on the CPU,
-    `weights` at most `LARGEST`. None where a number is larger than `LARGEST`, or NaN."""
+    `weights` at most `LARGEST`. None if a number is larger than `LARGEST`, or NaN."""
     count = weights.numel()
     flat = weights.reshape(-1)
     values = torch.empty(count, dtype=torch.int8)
@@ -77,7 +77,7 @@ def quantise(weights: Tensor, *, residual: Tensor | None = None, after: Tensor |
 
 
 def restore(values: Tensor, scales: Tensor, after: Tensor | None = None) -> Tensor:
-    """Decode what `quantise` made; `scales` has `blocks_of` the values' elements."""
+    """Decode a result of `quantise`; `scales` has as many elements as `blocks_of` says."""
     flat = values.reshape(-1)
     decoded = torch.empty(len(flat))
     for elements, blocks, width in pieces(len(flat)):
@@ -89,13 +89,13 @@ def restore(values: Tensor, scales: Tensor, after: Tensor | None = None) -> Tens
 
 
 def _restore(values: Tensor, scales: Tensor, width: int, out: Tensor) -> None:
-    """Write value · scale of rows of `width` elements; each operation is rounded by itself, never fused."""
+    """Write value · scale of rows of `width` elements; each operation is rounded separately, never fused."""
     out.copy_(values).view(-1, width).mul_(scales[:, None])
 
 
 def pieces(count: int) -> Iterator[tuple[slice, slice, int]]:
-    """Give (elements, blocks, elements a block): pieces of whole blocks, then the short block at the end. Work in such
-    pieces takes no memory beside its result, and stays in the cache."""
+    """Yield (elements, blocks, elements per block): pieces of whole blocks, then the short block at the end. Work in
+    such pieces takes no memory beside its result, and stays in the cache."""
     whole = count // BLOCK * BLOCK
     for start in range(0, whole, _PIECE):
         end = min(start + _PIECE, whole)

@@ -1,16 +1,16 @@
-"""Moments of optimizers on their way: in 8-bit logarithmic codes, in bf16 or in fp32.
+"""Moments of optimizers in transfer: in 8-bit logarithmic codes, in bf16 or in fp32.
 
 A moment is an entry of an optimizer's state that has its parameter's shape, named `<entry>.<parameter>`
-("exp_avg.conv1.weight"). It travels as a tensor `moment.<entry>.<parameter>`, int8 codes with their scales as
-`moment-scale.<entry>.<parameter>` (float32, one for each `int8.BLOCK` elements). The type says which encoding it is.
+("exp_avg.conv1.weight"). It is sent as a tensor `moment.<entry>.<parameter>`, int8 codes with their scales as
+`moment-scale.<entry>.<parameter>` (float32, one for each `int8.BLOCK` elements). The type identifies the encoding.
 
-Averages of squares (`is_squared`) travel as their roots, and are squared again by the reader: so they are never
-negative, and their range in powers of ten is halved. The value of code c is sign(c) · scale · 2^((|c| − 127) / 8), that
-of 0 is 0; scale is the block's largest magnitude. So each element is off by 2^(1/16) − 1 = 4.4 % of itself at most,
-down to `SMALLEST_SHARE` of the block's largest, which what is smaller and not 0 becomes. Even steps (`int8`) would do
-for weights, but Adam divides by the root of a second moment: to read a small one as 0 makes the step large there, and
-as it is forgotten over a thousand steps, each merge would add to that. Moments of fewer than `encodings.SMALLEST`
-elements, as of biases, travel in fp32.
+Averages of squares (`is_squared`) are sent as their roots, and squared again by the reader: so they are never negative,
+and their range in powers of ten is halved. The value of code c is sign(c) · scale · 2^((|c| − 127) / 8), that of 0 is
+0; scale is the block's largest magnitude. So each element is off by at most 2^(1/16) − 1 = 4.4 % of itself, down to
+`SMALLEST_SHARE` of the block's largest, to which smaller elements other than 0 are raised. Uniform steps (`int8`)
+suffice for weights, but Adam divides by the root of a second moment: a small one that is read as 0 makes the step large
+there, and as it decays over a thousand steps, each merge would add to that. Moments of fewer than `encodings.SMALLEST`
+elements, such as those of biases, are sent in fp32.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from dimat.weights.header import shown
 from dimat.weights.int8 import LARGEST, blocks_of, pieces
 
 MOMENT, SCALE = "moment.", "moment-scale."
-"""Beginnings of the names of tensors."""
+"""Prefixes of the names of tensors."""
 STEP = "step"
-"""The entry that counts steps, a number for each parameter; it travels as one float64, in every encoding."""
+"""The entry that counts steps, a number for each parameter; it is sent as one float64, in every encoding."""
 LEVELS, PER_OCTAVE = 127, 8
 SMALLEST_SHARE = 2.0 ** (-(LEVELS - 1) / PER_OCTAVE)
 """The smallest magnitude that a code has, as a share of its block's largest: 1.8e-5."""
@@ -43,23 +43,23 @@ _TABLE = torch.cat([-_POWERS.flip(0), torch.zeros(1, dtype=torch.float64), _POWE
 
 
 def entry_of(name: str) -> str:
-    """Return the entry of a moment's name, without the number that it has where its optimizer is inside another."""
+    """Return the entry of a moment's name, without the number that it has if its optimizer is inside another."""
     return _FAMILY.sub("", name.partition(".")[0])
 
 
 def is_squared(name: str) -> bool:
-    """Tell whether a moment is known not to be negative, by its entry's name; it travels as its root."""
+    """Tell whether a moment is known not to be negative, by its entry's name; it is sent as its root."""
     return SQUARED.fullmatch(entry_of(name)) is not None
 
 
 def is_known(name: str) -> bool:
-    """Tell whether it is known of a moment whether it may be negative."""
+    """Tell whether it is known if a moment may be negative."""
     entry = entry_of(name)
     return entry == STEP or entry in SIGNED or SQUARED.fullmatch(entry) is not None
 
 
 def encode_moments(moments: Mapping[str, Tensor], encoding: str) -> dict[str, Tensor]:
-    """Return the tensors that moments travel as. `encoding`: "int8", "bf16" or "fp32".
+    """Return the tensors in which moments are sent. `encoding`: "int8", "bf16" or "fp32".
 
     Raises DataError for an unknown encoding, and for moments that are not finite, or negative where they may not be.
     """
@@ -87,16 +87,16 @@ def encode_moments(moments: Mapping[str, Tensor], encoding: str) -> dict[str, Te
 
 
 def decode_moment(tensors: Mapping[str, Tensor], name: str) -> Tensor:
-    """Return a moment, in fp32 on the CPU (a count of steps in fp64), from the tensors that it travels as.
+    """Return a moment, in fp32 on the CPU (a count of steps in fp64), from the tensors in which it was sent.
 
-    They may come from an enemy: DataError for types, scales, codes and values that cannot be. Its shape is that of what
-    was sent, and the reader's to judge.
+    They may come from an attacker: DataError for invalid types, scales, codes and values. The shape is the one that was
+    sent, and the reader must check it.
     """
     values = tensors[MOMENT + name]
     counts, squared = entry_of(name) == STEP, is_squared(name)
     types = (torch.float64,) if counts else (torch.int8, torch.bfloat16, torch.float32)
     if values.dtype not in types:
-        raise DataError(f"{shown(name)} is of type {values.dtype}, which is none that it travels in")
+        raise DataError(f"{shown(name)} is of type {values.dtype}, in which no moment is sent")
     if values.dtype == torch.int8:
         scales = tensors.get(SCALE + name)
         expected = blocks_of(values.numel())
@@ -106,13 +106,13 @@ def decode_moment(tensors: Mapping[str, Tensor], name: str) -> Tensor:
         if not bool(((scales >= 0) & (scales <= LARGEST)).all()):
             raise DataError(f"scales of {shown(name)} are not between 0 and 2^126")
         if bool((values < (0 if squared else -LEVELS)).any()):
-            raise DataError(f"{shown(name)} holds codes that are none")
+            raise DataError(f"{shown(name)} holds invalid codes")
         values = from_codes(values, scales)
     elif not bool(values.isfinite().all()) or ((squared or counts) and bool((values < 0).any())):
         raise DataError(f"{shown(name)} holds values that are negative or not finite")
     if counts:
         if values.numel() != 1 or float(values) > LARGEST_STEP:
-            raise DataError(f"{shown(name)} is no count of steps")
+            raise DataError(f"{shown(name)} is not a count of steps")
         return values.reshape(())
     decoded = values.float()
     if not squared:
@@ -140,7 +140,7 @@ def to_codes(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def from_codes(codes: Tensor, scales: Tensor) -> Tensor:
-    """Return what codes from −127 to 127 and their scales stand for."""
+    """Return the values of codes from −127 to 127 and their scales."""
     flat = codes.reshape(-1)
     values = torch.empty(len(flat))
     for elements, blocks, width in pieces(len(flat)):

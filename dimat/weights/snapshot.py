@@ -1,6 +1,6 @@
-"""Snapshots: an agent's weights at one round, content-addressed, and their store.
+"""Snapshots: an agent's weights after one round, content-addressed, and their store.
 
-A snapshot is a safetensors payload (weights, and `aux.…` statistics where a merge asks for them) and a manifest. The
+A snapshot is a safetensors payload (weights, and `aux.…` statistics if a merge needs them) and a manifest. The
 payload's address is its root hash: blake3 over the concatenated blake3 hashes of its blocks and its length, so that a
 reader can check block by block and equal content has one address. Payloads appear under their address by rename, so a
 reader never sees half of one.
@@ -40,9 +40,10 @@ class Payload:
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """A cheaper way to the content of a snapshot: a payload that decodes to it.
+    """A smaller payload that decodes to the content of a snapshot.
 
-    `after`: the snapshot that has to be at hand where this is a delta to it, "" for none (`dimat.weights.encodings`).
+    `after`: the snapshot to which this is a delta, and which the reader must have; "" for none
+    (`dimat.weights.encodings`).
     """
 
     encoding: str
@@ -54,8 +55,8 @@ class Form:
 class RecordedSnapshot:
     """A snapshot that an agent has recorded and may still publish.
 
-    `forms`: the cheaper ways to it; `schema`: hash of the weights' names, shapes and types; `samples`: examples of the
-    training that it came out of.
+    `forms`: its smaller encodings; `schema`: hash of the weights' names, shapes and types; `samples`: examples in the
+    training that produced it.
     """
 
     payload: Payload
@@ -64,14 +65,14 @@ class RecordedSnapshot:
     samples: int
 
     def save(self, folder: Path) -> None:
-        """Write it beside its payload; DataError where that fails."""
+        """Write it beside its payload; DataError on failure."""
         write_bytes(folder / f"{self.payload.root}.json", json.dumps(asdict(self)).encode())
 
     @staticmethod
     def load(folder: Path, root: str) -> RecordedSnapshot | None:
         """Read the snapshot recorded under an address.
 
-        None where there is none, DataError where it is damaged.
+        None if there is none, DataError if it is damaged.
         """
         path = folder / f"{root}.json"
         try:
@@ -81,7 +82,7 @@ class RecordedSnapshot:
 
     @staticmethod
     def addresses(folder: Path, root: str) -> frozenset[str]:
-        """Return the addresses of all payloads of the snapshot recorded under `root`, that one among them."""
+        """Return the addresses of all payloads of the snapshot recorded under `root`, including that one."""
         recorded = RecordedSnapshot.load(folder, root) if root else None
         forms = () if recorded is None else (form.payload.root for form in recorded.forms)
         return frozenset((root, *forms))
@@ -91,11 +92,11 @@ class RecordedSnapshot:
 class Manifest:
     """An agent's statement about a snapshot that it offers.
 
-    `payload`: the snapshot as every reader comes to hold it, by whatever way it travels; `encoding`: that its weights
-    were passed through before, and `forms`: the ways to it that are cheaper than the payload itself. `parents`: (agent,
-    root, round, weight) of each part of the merge that training started from; `pushed`: by reader, all push-sum weight
-    ever sent to it; `schema`: hash of names, shapes and dtypes of the weights (`schema_hash`): statistics are no part
-    of it, so that it says whether two models fit whatever their agents merge by.
+    `payload`: the snapshot as every reader obtains it, however it is sent; `encoding`: the one through which its
+    weights were passed, and `forms`: its encodings that are smaller than the payload itself. `parents`: (agent, root,
+    round, weight) of each part of the merge from which training started; `pushed`: by reader, all push-sum weight ever
+    sent to it; `schema`: hash of names, shapes and dtypes of the weights (`schema_hash`): statistics are not part of
+    it, so that it says whether two models fit, whatever merge method their agents use.
     """
 
     run: str
@@ -147,7 +148,7 @@ def checksum(data: bytes | memoryview, block_bytes: int = BLOCK_BYTES) -> Payloa
 
 
 def checksum_pieces(pieces: Iterable[bytes | memoryview], block_bytes: int = BLOCK_BYTES) -> Payload:
-    """Return the payload record of data that are given piece by piece."""
+    """Return the payload record of data that arrive piece by piece."""
     blocks: list[bytes] = []
     digest, room, size = blake3(), block_bytes, 0
     for piece in pieces:
@@ -168,13 +169,13 @@ def checksum_pieces(pieces: Iterable[bytes | memoryview], block_bytes: int = BLO
 
 
 def checksum_file(path: Path) -> Payload:
-    """Return the payload record of a file; OSError where it cannot be read."""
+    """Return the payload record of a file; OSError if it cannot be read."""
     with path.open("rb") as file:
         return checksum_pieces(iter(lambda: file.read(BLOCK_BYTES), b""))
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder for snapshots, if it is not there; DataError where that fails."""
+    """Make a folder for snapshots, if it is not there; DataError on failure."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -194,10 +195,10 @@ def record_bytes(folder: Path, data: bytes, *, durable: bool = True) -> Payload:
 
 
 class SnapshotStore:
-    """Payload files of one run and who still needs them.
+    """Payload files of one run, and their remaining users.
 
-    An agent's newest `keep` snapshots are held, and those that somebody has use for (`hold`): readers, and whoever is
-    yet to publish what it recorded. Payload files are removed as soon as nobody holds them, so disk use is bounded.
+    It keeps an agent's newest `keep` snapshots, and those in use (`hold`): by readers, and by agents that have recorded
+    a snapshot and not yet published it. Payload files are removed as soon as nobody holds them, so disk use is bounded.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -209,14 +210,14 @@ class SnapshotStore:
         make_folder(folder)
 
     def path(self, root: str) -> Path:
-        """Return where the payload with this address lies, or would."""
+        """Return the path of the payload with this address, whether it exists or not."""
         return self.folder / f"{root}.safetensors"
 
     def take_in(self, payload: Payload, folder: Path) -> None:
         """Move a payload that was recorded in another folder of the same disk into the store.
 
-        Whoever records has a folder of its own, so that what is let go here meanwhile is never what it has just
-        written.
+        Each process that records has a folder of its own, so that a payload released here meanwhile is never one that
+        it has just written.
         """
         try:
             (folder / f"{payload.root}.safetensors").replace(self.path(payload.root))
@@ -224,7 +225,7 @@ class SnapshotStore:
             raise DataError(f"cannot move {payload.root} into {self.folder}: {error.strerror or error}") from error
 
     def publish(self, manifest: Manifest) -> None:
-        """Offer a recorded snapshot; the agent's oldest one beyond `keep` is let go."""
+        """Offer a recorded snapshot; the agent's oldest one beyond `keep` is released."""
         held = self._published.setdefault(manifest.agent, [])
         insort(held, manifest, key=lambda known: known.round)
         for root in roots_of(manifest):
@@ -242,7 +243,7 @@ class SnapshotStore:
         return next((m for m in self._published.get(agent, ()) if m.round == round_), None)
 
     def verify(self, payload: Payload) -> Path:
-        """Check length and every block of a payload file; DataError says what is wrong.
+        """Check length and every block of a payload file; DataError describes the fault.
 
         Checked once per address.
         """
@@ -253,7 +254,7 @@ class SnapshotStore:
         return path
 
     def sweep(self, keep: Collection[str]) -> None:
-        """Remove the files that a crash left behind: held by nobody, not named in `keep`."""
+        """Remove the files that a crash left behind: not held, and not named in `keep`."""
         for path in self.folder.glob("*.safetensors"):
             if path.stem not in self._holds and path.stem not in keep:
                 path.unlink(missing_ok=True)
@@ -261,7 +262,7 @@ class SnapshotStore:
             path.unlink(missing_ok=True)
 
     def hold(self, root: str) -> None:
-        """Keep a payload until `release`, whatever its publisher does."""
+        """Keep a payload until `release`, even if its publisher releases it."""
         self._holds[root] += 1
 
     def release(self, root: str) -> None:
@@ -281,7 +282,7 @@ def roots_of(manifest: Manifest) -> tuple[str, ...]:
 def verify_file(path: Path, payload: Payload) -> None:
     """Check a payload file against its record, block by block.
 
-    DataError where it is missing, cut short or altered.
+    DataError if it is missing, cut short or altered.
     """
     try:
         size = path.stat().st_size

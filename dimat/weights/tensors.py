@@ -1,7 +1,7 @@
-"""Tensors to safetensors bytes and back, for content that may come from an enemy.
+"""Tensors to safetensors bytes and back, for content that may come from an attacker.
 
-Reading copies one tensor at a time, when it is asked for, and writing none. Nothing is allocated beyond what the file
-holds: a header may take an eighth of it and `SPARE`, and each tensor's claim has to fit its bytes.
+Reading copies one tensor at a time, when it is accessed, and writing copies none. No more memory is allocated than the
+file's size justifies: a header may take an eighth of it plus `SPARE`, and each tensor's claim must fit its bytes.
 """
 
 from __future__ import annotations
@@ -27,19 +27,21 @@ SPARE = 2**20
 
 
 def longest_header(size: int) -> int:
-    """Return how many bytes of a file of `size` its header may take: parsed, they take some twenty times as much."""
+    """Return the bytes that the header of a file of `size` may take: parsed, it needs about twenty times as much
+    memory."""
     return SPARE + size // 8
 
 
 class Tensors(Mapping[str, Tensor]):
-    """A safetensors file, or its bytes, as tensors by name: each access reads one, and keeps nothing.
+    """A safetensors file, or its bytes, as tensors by name: each access reads one, and nothing is cached.
 
-    Any thread may read. The file stays open until `close`, or as long as the mapping lives: it is read even where its
-    name is gone. `what`: bytes, in messages; `longest`: most bytes of the header, by default what a stranger's may have
-    (`longest_header`). DataError, naming the file, where it is missing or damaged, or a tensor cannot be read.
+    Any thread may read. The file stays open until `close`, or as long as the mapping lives: it can be read even after
+    its name is removed. `what`: a name for bytes, in messages; `longest`: most bytes of the header, by default the
+    limit for a stranger's (`longest_header`). DataError, naming the file, if it is missing or damaged, or a tensor
+    cannot be read.
 
-    An own reader, because that of safetensors 0.8.0 loses 32 bytes for each tensor that is read, which a process that
-    merges for weeks never gets back, and has no `in` that does not read.
+    dimat has its own reader, because that of safetensors 0.8.0 leaks 32 bytes for each tensor that is read, in a
+    process that merges for weeks, and its `in` reads the tensor.
     """
 
     def __init__(self, source: str | PathLike[str] | bytes, what: str = "", longest: int | None = None) -> None:
@@ -71,7 +73,7 @@ class Tensors(Mapping[str, Tensor]):
         if info.bytes and self._read(raw.numpy().data, self._header.starts[name]) != info.bytes:
             raise DataError(f"{self.where} is cut short: tensor {shown(name)} is not whole")
         if info.dtype == torch.bool and bool((raw > 1).any()):
-            raise DataError(f"{self.where}: tensor {shown(name)} holds what is neither true nor false")
+            raise DataError(f"{self.where}: tensor {shown(name)} holds a value that is neither true nor false")
         return raw.view(info.dtype).reshape(info.shape)
 
     def __contains__(self, name: object) -> bool:
@@ -84,7 +86,7 @@ class Tensors(Mapping[str, Tensor]):
         return len(self._header.tensors)
 
     def _read(self, buffer: memoryview, start: int) -> int:
-        """Fill a buffer from a place of the file on; return how many bytes there were."""
+        """Fill a buffer from an offset in the file; return the number of bytes read."""
         if self._data is not None:
             found = memoryview(self._data)[start : start + len(buffer)]
             buffer[: len(found)] = found
@@ -100,7 +102,7 @@ class Tensors(Mapping[str, Tensor]):
 
 @contextmanager
 def open_tensors(source: Path | bytes, what: str, longest: int | None = None) -> Generator[Tensors, None, None]:
-    """Open a safetensors file, or its bytes, to read from, and close it; see `Tensors`."""
+    """Open a safetensors file, or its bytes, for reading, and close it at the end; see `Tensors`."""
     tensors = Tensors(source, what, longest)
     try:
         yield tensors
@@ -109,11 +111,11 @@ def open_tensors(source: Path | bytes, what: str, longest: int | None = None) ->
 
 
 class EncodedTensors:
-    """Tensors as the bytes of a safetensors file: equal ones for equal tensors, wherever they lie.
+    """Tensors as the bytes of a safetensors file: equal bytes for equal tensors, on any device.
 
-    The bytes are given piece by piece, from where each tensor lies: only one that is not contiguous on the CPU is
-    copied, when its turn comes. Views, and tensors that share memory, are written out, each under its name. `bytes`: of
-    the whole file. DataError for a type that no file holds.
+    The bytes come piece by piece, directly from each tensor: only one that is not contiguous on the CPU is copied, when
+    its turn comes. Views, and tensors that share memory, are written in full, each under its name. `bytes`: size of the
+    whole file. DataError for a type that no file can hold.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -128,7 +130,7 @@ class EncodedTensors:
 
     @property
     def readable(self) -> bool:
-        """Whether the header is short enough for `Tensors`; else there are more names than numbers."""
+        """Whether the header is short enough for `Tensors`; if not, names take more space than numbers."""
         return len(self._head) - 8 <= longest_header(self.bytes)
 
     def pieces(self) -> Iterator[memoryview]:
@@ -145,7 +147,7 @@ def encode(weights: Mapping[str, Tensor]) -> bytes:
 
 
 def write_weights(path: Path, weights: Mapping[str, Tensor], *, durable: bool = True) -> None:
-    """Write a state dict as safetensors under a temporary name, then rename; DataError where that fails."""
+    """Write a state dict as safetensors under a temporary name, then rename; DataError on failure."""
     write_pieces(path, EncodedTensors(weights).pieces(), durable=durable)
 
 
@@ -154,7 +156,7 @@ def record_tensors(
 ) -> Payload:
     """Write tensors as a payload into a store folder, as `record_bytes` does, without a copy of them all.
 
-    `elsewhere`: other store folders of this disk, from which equal content is shared rather than written again.
+    `elsewhere`: other store folders on this disk, from which equal content is shared rather than written again.
     """
     encoded = EncodedTensors(tensors)
     payload = checksum_pieces(encoded.pieces())
@@ -172,7 +174,7 @@ def record_tensors(
 
 
 def is_recorded(folder: Path, payload: Payload) -> bool:
-    """Say whether a payload lies in a store folder, by its length; its content is looked at when it is read."""
+    """Say whether a payload is in a store folder, by its length; its content is checked when it is read."""
     try:
         return (folder / f"{payload.root}.safetensors").stat().st_size == payload.bytes
     except FileNotFoundError:

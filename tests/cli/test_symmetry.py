@@ -192,16 +192,16 @@ def test_diff(capsys: pytest.CaptureFixture[str], models: Path) -> None:
     assert "same architecture" in said(capsys, 0, "diff", "m.py:mlp", "m.py:mlp")
     cases = {
         "wider": "tensor 0.bias is float32 (6,) in m.py:mlp, float32 (7,) in m.py:wider",
-        "deeper": "tensor 3.bias float32 (3,) is in m.py:deeper alone",
+        "deeper": "tensor 3.bias float32 (3,) is only in m.py:deeper",
         "half": "tensor 0.bias is float32 (6,) in m.py:mlp, float64 (6,) in m.py:half",
         "smooth": "the graphs of operations (tensors and groups are the same)",
-        "numbered": "axis 0.bias/0 moves in m.py:mlp alone",
+        "numbered": "axis 0.bias/0 moves only in m.py:mlp",
     }
     for other, why in cases.items():
         text = said(capsys, 3, "diff", "m.py:mlp", f"m.py:{other}")
-        assert text.count("of what could move in") == 2
+        assert text.count("of the movable entries in") == 2
         assert f"first difference: {why}" in text
-        assert ("align all the same: tensors and groups are equal" in text) == (other == "smooth")
+        assert ("can still align: tensors and groups are equal" in text) == (other == "smooth")
         assert ("refuse each other: the groups differ" in text) == (other == "numbered")
     (models / "mlp.json").write_text(said(capsys, 0, "show", "m.py:mlp", "--json"))
     assert main(["symmetry", "diff", "mlp.json", "m.py:mlp"]) == 0
@@ -234,9 +234,9 @@ def test_experiment_files(capsys: pytest.CaptureFixture[str], models: Path) -> N
         (2, ["diff", "m.py:mlp"], "see --help"),
         (2, ["diff", "m.py:mlp", "gone.toml"], "gone.toml"),
         (5, ["diff", "m.py:mlp", "gone.json"], "cannot read gone.json"),
-        (5, ["diff", "bad.json", "m.py:mlp"], "bad.json is no symmetry spec"),
-        (5, ["diff", "other.json", "m.py:mlp"], "other.json is no symmetry spec"),
-        (5, ["diff", "list.json", "m.py:mlp"], "list.json is no symmetry spec"),
+        (5, ["diff", "bad.json", "m.py:mlp"], "bad.json is not a symmetry spec"),
+        (5, ["diff", "other.json", "m.py:mlp"], "other.json is not a symmetry spec"),
+        (5, ["diff", "list.json", "m.py:mlp"], "list.json is not a symmetry spec"),
     ],
 )
 def test_bad_input(

@@ -305,7 +305,7 @@ def fails(capsys: pytest.CaptureFixture[str], code: int, *arguments: object) -> 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"peft_type": "LOHA"}, "peft_type is 'LOHA'; products are merged of LORA adapters alone"),
+        ({"peft_type": "LOHA"}, "peft_type is 'LOHA'; products are merged only for LORA adapters"),
         ({"peft_type": None}, "peft_type is None"),
         ({"use_dora": True}, "use_dora is set, the adapter is DoRA"),
         ({"target_parameters": ["experts.w"]}, "target_parameters is set"),
@@ -321,7 +321,7 @@ def fails(capsys: pytest.CaptureFixture[str], code: int, *arguments: object) -> 
         ({"lora_alpha": float("nan")}, "lora_alpha must be a number"),
         ({"lora_alpha": [1]}, "lora_alpha must be a number"),
         ({"rank_pattern": [2]}, "rank_pattern must be a table of modules, got [2]"),
-        ({"rank_pattern": {"(": 2}}, "rank_pattern has '(', which is no pattern"),
+        ({"rank_pattern": {"(": 2}}, "rank_pattern has '(', which is not a pattern"),
         ({"rank_pattern": {"q_proj": -1}}, "rank_pattern['q_proj'] must be a rank"),
         ({"alpha_pattern": {"q_proj": "x"}}, "alpha_pattern['q_proj'] must be a number"),
         (
@@ -355,12 +355,12 @@ A, B = (f"{PREFIX}{V}.lora_{side}.weight" for side in "AB")
         ({A: None}, f"bad: tensor {B!r} is a LoRA factor without its lora_A"),
         ({B: None}, f"bad: tensor {A!r} is a LoRA factor without its lora_B"),
         ({B: torch.zeros(6, 3)}, f"bad: {A!r} F32[4, 10] and {B!r} F32[6, 3] have no product B·A"),
-        ({A: torch.zeros(4)}, f"bad: {A!r} is F32[4], which is no LoRA factor"),
-        ({A: torch.zeros(4, 10).int()}, f"bad: {A!r} is I32[4, 10], which is no LoRA factor"),
+        ({A: torch.zeros(4)}, f"bad: {A!r} is F32[4], which is not a LoRA factor"),
+        ({A: torch.zeros(4, 10).int()}, f"bad: {A!r} is I32[4, 10], which is not a LoRA factor"),
         ({A: torch.zeros(4, 9)}, f"1 difference: {A!r} is F32[4, 10] in a, F32[4, 9] in bad"),
         ({B: torch.zeros(7, 4)}, f"1 difference: {B!r} is F32[6, 4] in a, F32[7, 4] in bad"),
-        ({f"{PREFIX}{V}.lora_magnitude_vector": torch.ones(6)}, "lora_magnitude_vector' is of no plain LoRA"),
-        ({"head.weight": torch.ones(6)}, "1 difference: 'head.weight' is in bad alone"),
+        ({f"{PREFIX}{V}.lora_magnitude_vector": torch.ones(6)}, "lora_magnitude_vector' is not of plain LoRA"),
+        ({"head.weight": torch.ones(6)}, "1 difference: 'head.weight' is only in bad"),
         ({"x.lora_B.bias": torch.ones(6)}, "'x.lora_B.bias' is a bias of factors that are missing"),
         (
             {"x.lora_A.mine.weight": torch.ones(4, 2), "x.lora_B.mine.weight": torch.ones(2, 4)},
@@ -388,7 +388,7 @@ def test_other_faults(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"tensor {A!r} holds 40 values that are not finite" in fails(capsys, 5, "a", "nan", *svd)
     assert "option rank = 17 is more than the 12 that the adapters" in fails(capsys, 2, "a", "b", *svd, "--set=rank=17")
     assert "rank: Input should be greater than" in fails(capsys, 2, "a", "b", *svd, "--set=rank=0").replace("'", "")
-    assert "model is no PEFT adapter folder" in fails(capsys, 2, "a", "model", *svd)
+    assert "model is not a PEFT adapter folder" in fails(capsys, 2, "a", "model", *svd)
     assert "take no base" in fails(capsys, 2, "a", "b", *svd, "--base", "model")
     assert "adapters differ in 'r': 4 in a, 8 in b; merge their products with --method lora-svd" in fails(
         capsys, 5, "a", "b"
@@ -397,7 +397,7 @@ def test_other_faults(capsys: pytest.CaptureFixture[str]) -> None:
     assert "a merged adapter is a folder" in capsys.readouterr().err
     rules = 'models = ["a", "r4"]\nmethod = "lora-svd"\n[[rules]]\nmatch = "*lora_A*"\nweights = [1.0, 0.0]\n'
     Path("parted.toml").write_text(rules)
-    assert "a rule parts the factors of" in fails(capsys, 2, "parted.toml")
+    assert "a rule separates the factors of" in fails(capsys, 2, "parted.toml")
     Path("mixed.toml").write_text(
         rules.replace("*lora_A*", "*v_proj*").replace("weights", 'method = "average"\nweights')
     )
@@ -471,6 +471,6 @@ def test_dora_is_never_merged_factor_by_factor(method: str, use_dora: bool, caps
         write_adapter(Path(f"d{k}"), factors(k) | magnitudes, use_dora=use_dora)
     assert main(["merge", "d0", "d1", "--method", method, "-o", "out"]) == 5
     (line,) = capsys.readouterr().err.splitlines()
-    assert "DoRA" in line or "lora_magnitude_vector' is of no plain LoRA" in line
+    assert "DoRA" in line or "lora_magnitude_vector' is not of plain LoRA" in line
     assert "into its base model" in line
     assert not Path("out").exists()

@@ -309,7 +309,7 @@ def test_a_dry_run_tells_the_alignment(folder: Path, capsys: pytest.CaptureFixtu
     spec = derive_symmetry(ResNet(widths=(4, 6, 8)), images())
     assert f"align    activations: {len(spec.groups)} groups of units" in told.out
     assert "network  arch.py:resnet, run on x.safetensors" in told.out
-    assert "models are held whole" in told.out
+    assert "models are held in full" in told.out
     merge(*arguments, "--dry-run", "--json")
     plan = json.loads(capsys.readouterr().out)
     assert plan["align"]["name"] == "activations"
@@ -326,7 +326,7 @@ MODEL = ["--model", "arch.py:resnet", "--align", "activations"]
     [
         (["--align", "activations"], 2, "align = 'activations' runs the models: give their architecture with --model"),
         (["--repair", "batchnorm", "--model", "arch.py:resnet"], 2, "runs the models on data: give inputs with --data"),
-        (["--data", "x.safetensors"], 2, "data are for a model that is run on them"),
+        (["--data", "x.safetensors"], 2, "data need a model that is run on them"),
         (["--method", "adamerging", "--base", "base.safetensors"], 2, "method 'adamerging' runs the models"),
         ([*RUN, "--align", "activation"], 2, "unknown align method 'activation'; did you mean 'activations'"),
         ([*RUN, "--repair", "batch"], 2, "unknown repair method 'batch'"),
@@ -391,7 +391,7 @@ def test_tensors_that_are_not_the_models_are_listed(folder: Path, capsys: pytest
     for part in (
         "'extra' is missing from the model",
         "'conv1.weight' is F32[4, 3, 5, 5] in odd",
-        "'linear.bias' is in",
+        "'linear.bias' is only in",
     ):
         assert part in line
 

@@ -53,7 +53,7 @@ def test_models_that_differ_are_told_apart_in_full(fails: Fails) -> None:
     assert line.endswith("; and 12 more")
     line = fails(5, "two.safetensors", "one.safetensors", "--method", "ties", "--base", "two.safetensors")
     assert "'w' is F32[4] in two.safetensors, F32[3] in one.safetensors" in line
-    assert "'layer0' is in one.safetensors alone" in line
+    assert "'layer0' is only in one.safetensors" in line
 
 
 def test_integers_and_reals_do_not_mix(fails: Fails) -> None:
@@ -172,8 +172,8 @@ def test_every_cut_of_a_file_is_noticed(fails: Fails) -> None:
         ("[]", "is not a JSON table"),
         ("{", "is not valid JSON"),
         ("{}", "it has no weight_map"),
-        ('{"weight_map": {"w": "../b.safetensors"}}', "which is no file of this folder"),
-        ('{"weight_map": {"w": 3}}', "which is no file of this folder"),
+        ('{"weight_map": {"w": "../b.safetensors"}}', "which is not a file in this folder"),
+        ('{"weight_map": {"w": 3}}', "which is not a file in this folder"),
         ('{"weight_map": {"w": "gone.safetensors"}}', "names gone.safetensors, which is missing"),
         ('{"weight_map": {"w": "here.safetensors"}}', "has tensor 'w' in here.safetensors, which does not hold it"),
     ],
@@ -187,7 +187,7 @@ def test_damaged_indices(index: str, message: str, fails: Fails) -> None:
 
 def test_folders_that_are_no_models(fails: Fails) -> None:
     Path("empty").mkdir()
-    assert "is no model folder" in fails(5, "a.safetensors", "empty")
+    assert "is not a model folder" in fails(5, "a.safetensors", "empty")
     Path("old").mkdir()
     Path("old/pytorch_model.bin").write_bytes(b"x")
     assert "convert them to safetensors first" in fails(5, "a.safetensors", "old")

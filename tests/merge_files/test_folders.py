@@ -304,9 +304,9 @@ def test_other_tokens(fails: Fails, capsys: pytest.CaptureFixture[str]) -> None:
     assert "b has other tokens than a: 5 is 'w5' there, 'other' here" in fails("a", "b")
     assert "b and a have 1 and 1 tokens that the other lacks" in fails("a", "b", "--align-vocabulary")
     assert main(["merge", "a", "c", "-o", "out"]) == 0
-    assert "tokens in c alone: 1, in a alone: 0; their rows" in capsys.readouterr().err
+    assert "tokens only in c: 1, only in a: 0; their rows" in capsys.readouterr().err
     folder("d", language_model(0))
-    assert "d is no model folder with a tokenizer" in fails("a", "d", "--align-vocabulary")
+    assert "d is not a model folder with a tokenizer" in fails("a", "d", "--align-vocabulary")
 
 
 FREQUENCIES = "model.layers.0.self_attn.rotary_emb.inv_freq"
@@ -348,6 +348,6 @@ def test_a_head_that_only_one_model_has_of_its_own(fails: Fails) -> None:
     folder("b", tied)
     name = "lm_head.weight"
     torch.testing.assert_close(merge("a", "b")[name], (language_model(0)[name] + tied["model.embed_tokens.weight"]) / 2)
-    assert "(tied), and a weight of its own in a; merge with a first" in fails("b", "a")
+    assert "(tied), and a separate weight in a; merge with a first" in fails("b", "a")
     Path("b/config.json").write_text('{"tie_word_embeddings": false}')
     assert "'lm_head.weight' is missing from b" in fails("a", "b")

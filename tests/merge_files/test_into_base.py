@@ -136,7 +136,7 @@ def test_dry_run_tells_of_the_base(capsys: pytest.CaptureFixture[str]) -> None:
     merge("a", "b", "--base", "base", "--into-base", "-o", "out", "--dry-run")
     told = capsys.readouterr().out
     assert "method   lora-concat" in told
-    assert "base     base, which the adapters are merged into" in told
+    assert "base     base, into which the adapters are merged" in told
     assert "tensors  5" in told
     assert not Path("out").exists()
 
@@ -154,13 +154,13 @@ def test_a_recipe_says_it_too() -> None:
     [
         (["a", "b", "--into-base"], 2, "needs the adapters' base model: give it with --base"),
         (["a", "b", "--into-base", "--base", "a"], 2, "needs the adapters' base model"),
-        (["base", "--into-base", "--base", "base"], 2, "merges PEFT adapter folders, and these models are none"),
+        (["base", "--into-base", "--base", "base"], 2, "merges PEFT adapter folders, and these models are not"),
         (["a", "--into-base", "--base", "base", "--method", "average"], 2, "method 'average' would merge the factors"),
         (["a", "--into-base", "--base", "less"], 5, "the base less has no tensor 'model.layers.1.q_proj.weight'"),
         (["a", "--into-base", "--base", "other"], 5, "has 'model.layers.0.q_proj.weight' as F32[3, 3], the adapters'"),
         (["a", "--into-base", "--base", "packed"], 5, "as U8[12, 10], quantised: nothing can be added to it"),
         (["a", "--into-base", "--base", "bad"], 5, "'model.layers.0.q_proj.weight' holds 120 values that are not"),
-        (["a", "base", "--into-base", "--base", "base"], 2, "base is no PEFT adapter folder"),
+        (["a", "base", "--into-base", "--base", "base"], 2, "base is not a PEFT adapter folder"),
     ],
 )
 def test_bad_input(arguments: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:

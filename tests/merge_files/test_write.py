@@ -43,7 +43,7 @@ def test_a_full_disk_is_told(tmp_path: Path) -> None:
     if mounted.returncode:
         pytest.skip("needs to mount a file system: run as root")
     try:
-        with pytest.raises(DataError, match=r"cannot put 4,000,000 bytes .* away in .*: No space left on device"):
+        with pytest.raises(DataError, match=r"cannot store 4,000,000 bytes .* in .*: No space left on device"):
             Scratch(tmp_path)(torch.ones(1000, 1000))
         assert not [*tmp_path.iterdir()]
     finally:

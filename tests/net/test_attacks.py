@@ -192,7 +192,7 @@ async def test_a_manifest_with_a_wrong_signature_is_refused(tmp_path: Path, faul
         await b.ears.until(lambda: refused(b))
         assert "signature" in refused(b)[0]
         assert all(manifest.agent == "c" for manifest, _ in b.ears.offers)
-        with pytest.raises(NetworkError, match="offers no snapshot"):
+        with pytest.raises(NetworkError, match="does not offer snapshot"):
             await b.transport.fetch("a", 1, signed.manifest.payload.root)
         assert not liar.asked
 

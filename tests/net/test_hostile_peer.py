@@ -111,7 +111,7 @@ async def test_a_claim_beyond_the_bound_is_refused_before_anything_is_allocated(
         [notice] = [notice for notice in b.ears.notices if "clocks" not in notice]
         assert "a offers what cannot be taken" in notice
         assert f"{size:,}" in notice
-        with pytest.raises(NetworkError, match="offers no snapshot"):
+        with pytest.raises(NetworkError, match="does not offer snapshot"):
             await b.transport.fetch("a", 2, root)
         assert not liar.asked
         assert not b.stored()
@@ -142,9 +142,9 @@ async def test_manifests_that_do_not_belong_here_are_named_and_passed_over(
 @pytest.mark.parametrize(
     ("chunks", "says"),
     [
-        (lambda data: [data[: MIB // 2], data[MIB // 2 :]], "sends chunks of"),
-        (lambda data: [bytes(1)] * 10, "sends chunks of 1 bytes"),
-        (lambda data: [data[:65536], b""], "sends chunks of 0 bytes"),
+        (lambda data: [data[: MIB // 2], data[MIB // 2 :]], "sends a chunk of"),
+        (lambda data: [bytes(1)] * 10, "sends a chunk of 1 bytes"),
+        (lambda data: [data[:65536], b""], "sends a chunk of 0 bytes"),
         (lambda data: [bytes(65536)] * 17, "sends other content than it promised: block 0"),
     ],
 )

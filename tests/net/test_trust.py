@@ -119,7 +119,7 @@ async def test_one_that_is_not_on_the_map_or_no_neighbour_is_told_so(tmp_path: P
         # on the map now, and no reader
         a.transport.update_neighbours(Neighbours([], [], ["a", "b"], {}))
         await b.ears.until(lambda: len(b.ears.refusals) == 2)
-        assert b.ears.refusals[1][1] == "it refuses this agent: b is no neighbour that reads from a"
+        assert b.ears.refusals[1][1] == "it refuses this agent: b is not a neighbour that reads from a"
         a.transport.update_neighbours(Neighbours([], ["b"], ["a", "b"], {}))
         await b.ears.offer("a", 1)
 

@@ -163,7 +163,7 @@ def test_a_list_of_which_some_are_missing_stays_whole() -> None:
     model, _, spec = experts("chosen")
     (group,) = (group for group in spec.groups if group.size == 4)
     some = {key: value for key, value in state_of(model).items() if not key.startswith("experts.2")}
-    with pytest.raises(SymmetryError, match=r"'experts\.2\.\d\.\w+' is missing, which is to come to the place of"):
+    with pytest.raises(SymmetryError, match=r"'experts\.2\.\d\.\w+' is missing, which should move to the place of"):
         permute_weights(some, spec, {group.id: torch.tensor([2, 0, 1, 3])}, strict=False)
 
 

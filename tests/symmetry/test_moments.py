@@ -155,7 +155,7 @@ def test_flat_vectors_of_all_parameters_begin_anew(first: int) -> None:
     spec = derive_symmetry(model, (X,))
     step(model, optimizer, 0)
     p = random_permutations(spec, generator(3))
-    with pytest.warns(SymmetryWarning, match=r"of (first|square)\.weight cannot be put"):
+    with pytest.warns(SymmetryWarning, match=r"of (first|square)\.weight cannot be permuted"):
         moved = permute_optimizer(optimizer.state_dict(), spec, p, {name: names[name] for name in order})
     assert moved["state"] == {}
     assert permute_optimizer(optimizer.state_dict(), spec, {}, {n: names[n] for n in order})["state"].keys() == {0}
@@ -180,7 +180,7 @@ def test_what_is_not_known_is_not_guessed(entries: dict[str, Any]) -> None:
     state = optimizer.state_dict()
     state["state"][2] = {"step": 1, **entries}
     p = random_permutations(spec, generator(3))
-    with pytest.warns(SymmetryWarning, match=r"the optimizer's state of square\.weight cannot be put"):
+    with pytest.warns(SymmetryWarning, match=r"the optimizer's state of square\.weight cannot be permuted"):
         moved = permute_optimizer(state, spec, p, dict(model.named_parameters()))
     assert moved["state"].keys() == state["state"].keys() - {2}
 
@@ -210,5 +210,5 @@ def test_names_alone_do_where_entries_show_the_shape(name: str) -> None:
     p = random_permutations(spec, generator(3))
     one, other = (permute_optimizer(optimizer.state_dict(), spec, p, names)["state"] for names in (named, list(named)))
     assert all(torch.equal(value, other[i][key]) for i, held in one.items() for key, value in held.items())
-    with pytest.raises(SymmetryError, match="hand in names with their parameters"):
+    with pytest.raises(SymmetryError, match="pass names with their parameters"):
         permute_optimizer(optimizer.state_dict(), spec, p, [*named][::-1])

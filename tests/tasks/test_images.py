@@ -193,13 +193,13 @@ def test_wrong_columns(folder: Path) -> None:
 def test_damaged_files(folder: Path) -> None:
     whole = (folder / "train.parquet").read_bytes()
     (folder / "cut.parquet").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match=r"cut\.parquet is no readable Parquet file"):
+    with pytest.raises(DataError, match=r"cut\.parquet is not a readable Parquet file"):
         load(folder, train="cut.parquet")
     with pytest.raises(DataError, match=r"no images at .*nowhere: there is no such file"):
         load(folder, train="nowhere")
     broken = [{"bytes": png(pixels(1)[0])[:200], "path": None}]
     pq.write_table(pa.table({"img": broken, "label": [0]}), folder / "broken.parquet")
-    with pytest.raises(DataError, match=r"broken\.parquet, column 'img', row 0 is no readable image"):
+    with pytest.raises(DataError, match=r"broken\.parquet, column 'img', row 0 is not a readable image"):
         load(folder, test="broken.parquet")
     (folder / "empty").mkdir()
     with pytest.raises(DataError, match="holds neither Parquet files nor class folders"):

@@ -65,7 +65,7 @@ def test_a_hook_is_given_the_folder_if_it_asks(folder: Path) -> None:
         ("own.py:task", {"scael": 1.0}, ConfigError, r"has no option 'scael'; did you mean 'scale'\?"),
         ("own.py:tsk", {}, HookError, r"no function 'tsk'; did you mean 'task'\?"),
         ("own.py:broken", {}, HookError, "failed: ValueError: no licence today"),
-        ("own.py:partial", {}, HookError, "Half, which is no Task: it has no example_inputs, loss, metrics"),
+        ("own.py:partial", {}, HookError, "Half, which is not a Task: it has no example_inputs, loss, metrics"),
         ("missing.py:task", {}, HookError, "there is no file"),
     ],
 )

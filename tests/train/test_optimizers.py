@@ -104,9 +104,9 @@ def test_any_class_of_torch_goes_on_bit_for_bit(name: str, tmp_path: Path) -> No
     ("optimizer", "message"),
     [
         ({"name": "torch.optim.RAdam", "options": {"beta": 1}}, "RAdam has no option 'beta'; did you mean 'betas'"),
-        ({"name": "torch.optim.RAdm"}, r"'torch\.optim\.RAdm' is no class of optimizers; did you mean 'RAdam'"),
-        ({"name": "torch.optim.lr_scheduler.StepLR"}, "is no class of optimizers"),
-        ({"name": "torch.optim.Optimizer"}, "is no class of optimizers"),
+        ({"name": "torch.optim.RAdm"}, r"'torch\.optim\.RAdm' is not an optimizer class; did you mean 'RAdam'"),
+        ({"name": "torch.optim.lr_scheduler.StepLR"}, "is not an optimizer class"),
+        ({"name": "torch.optim.Optimizer"}, "is not an optimizer class"),
         ({"name": "no_such_package.Adam"}, "cannot import no_such_package"),
         ({"name": "torch.optim.RAdam", "lr": 1e-3, "options": {"lr": 1}}, "lr is given twice"),
         ({"name": "torch.optim.RAdam", "momentum": 0.5}, "RAdam has no option 'momentum'"),
@@ -247,7 +247,7 @@ def test_sparse_gradients_and_gaps_in_memory_train_as_without_fused_steps() -> N
             each.train(1)
             each.train(2)
         assert all(torch.equal(one.weights()[name], value) for name, value in reference.weights().items())
-    with pytest.raises(ConfigError, match="fused steps go wrong on parameters with gaps"):
+    with pytest.raises(ConfigError, match="fused steps are wrong on parameters with gaps"):
         words({"name": "adam", "options": {"fused": True}}, gaps=True)
     with pytest.raises(TrainingError, match=r"'adam' cannot make a step: Adam does not support sparse gradients"):
         words({"name": "adam"}).train(1)

@@ -103,7 +103,7 @@ def test_a_stronger_pull_lets_weights_drift_less() -> None:
 def test_the_middle_of_a_round_without_an_anchor_is_refused() -> None:
     """Where it ought to pull to nobody remembers, and nothing is guessed; one too many is let go."""
     state = broken_off(trainer(), 1, 3)
-    with pytest.raises(DataError, match=r"middle of round 1, which began without what .* train\.proximal ask for"):
+    with pytest.raises(DataError, match=r"middle of round 1, which began without the copies .* train\.proximal need"):
         trainer(proximal=0.1).load_state(state)
     pulled = broken_off(trainer(proximal=0.1), 1, 3)
     assert "anchor/fc1.weight" in pulled.tensors

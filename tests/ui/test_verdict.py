@@ -70,7 +70,7 @@ def test_other_training_is_no_measure() -> None:
     rows = comparison(isolated=curve([0.5], mb=0.0), other=curve([0.9], unlike=["train.loss"]))
     (found,) = of_comparison(rows)["iid"]
     assert (found.ahead, found.by) == (None, None)
-    assert "no fair comparison: the rows differ in train.loss" in found.line
+    assert "not a fair comparison: the rows differ in train.loss" in found.line
 
 
 def test_without_a_row_that_trains_alone_nothing_is_claimed() -> None:
@@ -124,7 +124,7 @@ def test_runs_that_say_nothing_of_merging() -> None:
     assert "nor what merges changed" in of_run(make_results(evaluated=False)).text
     alone = of_run(make_results().model_copy(update={"method": "isolated"}))
     assert (alone.ahead, alone.next_step) == (None, "")
-    assert "no test of merging" in alone.line
+    assert "not a test of merging" in alone.line
 
 
 def record(number: int, before: float | None, after: float, accepted: float = 1.0, kind: str = "merge") -> MergeRecord:
@@ -145,6 +145,6 @@ def test_an_agent_by_its_own_records() -> None:
     assert found.ahead is None
     assert "3 merges changed this agent's accuracy, by +0.033 each" in found.text
     assert "had trained alone, by -0.100" in found.text
-    assert "turned down 1 of 3 merges" in found.text
+    assert "rejected 1 of 3 merges" in found.text
     assert 'agent.evaluate = "all"' in of_agent([record(1, None, 0.5)]).text
     assert "nothing was merged yet" in of_agent([]).line

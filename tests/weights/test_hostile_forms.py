@@ -60,7 +60,7 @@ BAD: list[tuple[bytes, str]] = [
     (file(b"{}" + b"x"), "not JSON"),
     (file(b"\xff\xfe{\0}\0"), "not JSON"),
     (file([]), "no table"),
-    (file({}), "no form that this dimat reads"),
+    (file({}), "not a form that this dimat reads"),
     (file({"__metadata__": {"format": 1}}), "metadata are malformed"),
     (file({"__metadata__": "format"}), "metadata are malformed"),
     (file({"__metadata__": {**METADATA, "format": "9" * 1000}}), "format '99999999999999999999'"),

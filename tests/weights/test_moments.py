@@ -108,8 +108,8 @@ def test_entries_that_are_known_not_to_be_negative() -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({f"{MOMENT}exp_avg_sq.w": torch.full((40, 50), -1, dtype=torch.int8)}, "holds codes that are none"),
-        ({f"{MOMENT}exp_avg.w": torch.full((40, 50), -128, dtype=torch.int8)}, "holds codes that are none"),
+        ({f"{MOMENT}exp_avg_sq.w": torch.full((40, 50), -1, dtype=torch.int8)}, "holds invalid codes"),
+        ({f"{MOMENT}exp_avg.w": torch.full((40, 50), -128, dtype=torch.int8)}, "holds invalid codes"),
         ({f"{MOMENT}exp_avg.w": torch.zeros(40, 50, dtype=torch.int16)}, "of type torch.int16"),
         ({f"{MOMENT}exp_avg.w": torch.zeros(40, 50, dtype=torch.float64)}, "of type torch.float64"),
         ({f"{SCALE}exp_avg.w": torch.full((8,), -1.0)}, "not between 0 and 2^126"),
@@ -122,8 +122,8 @@ def test_entries_that_are_known_not_to_be_negative() -> None:
         ({f"{MOMENT}exp_avg_sq.b": torch.full((40,), -1.0)}, "negative or not finite"),
         ({f"{MOMENT}exp_avg.b": torch.full((40,), float("nan"))}, "negative or not finite"),
         ({f"{MOMENT}step.w": torch.tensor(-1.0, dtype=torch.float64)}, "negative or not finite"),
-        ({f"{MOMENT}step.w": torch.tensor(1e300, dtype=torch.float64)}, "no count of steps"),
-        ({f"{MOMENT}step.w": torch.zeros(3, dtype=torch.float64)}, "no count of steps"),
+        ({f"{MOMENT}step.w": torch.tensor(1e300, dtype=torch.float64)}, "not a count of steps"),
+        ({f"{MOMENT}step.w": torch.zeros(3, dtype=torch.float64)}, "not a count of steps"),
         ({f"{MOMENT}step.w": torch.tensor(3)}, "of type torch.int64"),
     ],
 )

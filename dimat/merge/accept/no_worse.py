@@ -40,7 +40,7 @@ def no_worse(
     Raises MergeError if no score was passed in.
     """
     if score is None:
-        raise MergeError('accept = "no-worse" needs a score: hand one in, or choose accept = "always"')
+        raise MergeError('accept = "no-worse" needs a score: pass one, or choose accept = "always"')
     bar = _number(score(own)) - tolerance
     for share in SHARES:
         candidate = dict(merged)

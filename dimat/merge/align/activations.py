@@ -62,7 +62,7 @@ def activations(
     the matching is Li et al., "Convergent Learning", ICLR 2016, arXiv 1511.07543.
     """
     if data is None:
-        raise MergeError('aligning by activations needs data: hand some in, or choose align = "weights" or "none"')
+        raise MergeError('aligning by activations needs data: pass some, or choose align = "weights" or "none"')
     generator = generator or torch.Generator().manual_seed(0)
     seen = compare(
         own,

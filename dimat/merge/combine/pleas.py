@@ -64,7 +64,7 @@ def pleas(
     fitted: dict[str, Tensor] = {}
     if peers:
         if model is None or data is None:
-            raise MergeError("combine method 'pleas' needs the model and data to run it on: hand in model= and data=")
+            raise MergeError("combine method 'pleas' needs the model and data to run it on: pass model= and data=")
         parties = [(party, w) for party, w in zip((own, *peers), weights) if w]
         sampler = PositionSampler(positions, torch.Generator().manual_seed(0))
         fitted = _LayerFit(model, own, parties).run(data, max_images, sampler, ridge)

@@ -71,7 +71,7 @@ def self_positioning(
     if cast is None:
         return copy_of(own)
     if model is None:
-        raise MergeError("combine method 'self-positioning' learns its coefficients: hand in the model")
+        raise MergeError("combine method 'self-positioning' learns its coefficients: pass the model")
     span = Span(cast, base, model, class_dim)
     gram = span.gram()
     between: Callable[[Tensor], Tensor] = _linear if interpolation == "linear" else lambda a: _spherical(a, gram)

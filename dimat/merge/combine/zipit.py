@@ -78,7 +78,7 @@ def zipit(
     if not any(weights[1:]):
         return copy_of(own)
     if model is None or data is None or spec is None or observer is None:
-        raise MergeError("combine method 'zipit' needs the model and data to run it on: hand in model= and data=")
+        raise MergeError("combine method 'zipit' needs the model and data to run it on: pass model= and data=")
     parties, mass = _distinct(own, peers, weights)
     plain = _plain(spec)
     chosen = {

@@ -41,15 +41,15 @@ def count(inputs: Inputs) -> int:
 
 
 def first_inputs(data: Data) -> Inputs:
-    """Return the first batch, or raise MergeError where there is none."""
+    """Return the first batch, or raise MergeError if there is none."""
     for inputs in islice(data, 1):
         return inputs
-    raise MergeError("the data to merge with are empty: hand in at least one batch of model inputs")
+    raise MergeError("the data to merge with are empty: pass at least one batch of model inputs")
 
 
 def on_device(inputs: Inputs, device: torch.device) -> Inputs:
-    """Return a batch on a device. On a CPU images are laid out channels last, in which convolutions run a third
-    faster; their numbers are the same."""
+    """Return a batch on a device. On a CPU images are in the channels-last layout, with which convolutions run a third
+    faster; the values are the same."""
     moved = tuple(t.to(device) for t in inputs)
     if device.type != "cpu":
         return moved
@@ -78,7 +78,7 @@ def take(data: Data, max_images: int | None, at_most: int | None = None) -> Iter
 
 
 def join_single(batches: Iterable[Inputs]) -> Iterator[Inputs]:
-    """Yield batches, each batch of one example joined to a neighbour: statistics of one example are undefined."""
+    """Yield batches, joining each batch of one example to a neighbour: statistics of one example are undefined."""
     held: Inputs | None = None
     for inputs in batches:
         if held is None:

@@ -1,4 +1,4 @@
-"""A model's classifier: which layer it is, and statistics of its inputs by class."""
+"""A model's classifier: finds its layer, and takes statistics of its inputs by class."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dimat.symmetry.trace import eval_mode
 NEEDED = "statistics by class need a classifier whose last layer is one nn.Linear"
 
 RANK = 4
-"""Leading directions of a class's covariance that are told by default, where any are."""
+"""Leading directions of a class's covariance that are sent by default, if any are."""
 
 
 class Read(NamedTuple):
@@ -38,8 +38,8 @@ def read_features(model: nn.Module, examples: Examples) -> Read:
     """Run a model on examples, in evaluation mode, and return the inputs of its head with their labels.
 
     The head is the nn.Linear whose output is the model's own (or the `logits` of it). The model is left as it was. All
-    features are held at once. Raises ConfigError where there is no such layer, or targets are no class labels;
-    MergeError where there are no examples, or a feature is not finite.
+    features are held at once. Raises ConfigError if there is no such layer, or targets are not class labels; MergeError
+    if there are no examples, or a feature is not finite.
     """
     device = device_of(model)
     found: tuple[str, nn.Linear] | None = None
@@ -59,7 +59,7 @@ def read_features(model: nn.Module, examples: Examples) -> Read:
             features.append(given.detach().float().cpu())
             labels.append(targets.detach().cpu().long())
     if found is None:
-        raise MergeError("there are no examples to take statistics by class on: hand in at least one batch")
+        raise MergeError("there are no examples for statistics by class: pass at least one batch")
     joined = torch.cat(features)
     if not bool(joined.isfinite().all()):
         raise MergeError(f"the inputs of {found[0]!r} are not finite: are the weights and data?")
@@ -69,9 +69,9 @@ def read_features(model: nn.Module, examples: Examples) -> Read:
 def class_counts_of(
     model: nn.Module, examples: Examples, *, loss: Callable[[Any, Tensor], Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Return how many of the examples are of each class: {"class_count.<head's weight>": (classes,)}.
+    """Return the number of examples of each class: {"class_count.<head's weight>": (classes,)}.
 
-    The loss plays no part. Errors as `read_features`.
+    The loss is not used. Raises the errors of `read_features`.
     """
     read = read_features(model, examples)
     return {COUNT + read.weight: torch.bincount(read.labels, minlength=read.classes)}
@@ -89,12 +89,13 @@ def class_statistics(
 ) -> dict[str, Tensor]:
     """Return count, mean and variance by class of the inputs of a model's head, as named in `class_statistics`.
 
-    With "low-rank" also the `rank` leading directions of each class's covariance, times their deviations. Sums are in
-    float64, results float32. `clip`: features are scaled down to this 2-norm. `noise` σ: Gaussian noise of deviation
-    σ · clip / n is added to each entry of the mean of a class of n examples, and of σ · clip² / n to its second
-    moments; directions are then not told. Noise is keyed by the statistics themselves, so that equal ones give equal
-    bits and nobody can take it off who does not know them; counts are exact, and rounds add up: no privacy budget is
-    kept. The loss plays no part. Errors as `read_features`, and ConfigError for noise without clip or with directions.
+    With "low-rank" also the `rank` leading directions of each class's covariance, times their standard deviations. Sums
+    are in float64, results float32. `clip`: features are scaled down to this 2-norm. `noise` σ: Gaussian noise of
+    standard deviation σ · clip / n is added to each entry of the mean of a class of n examples, and of σ · clip² / n to
+    its second moments; directions are then not sent. The noise is seeded by the statistics themselves, so that equal
+    ones give equal bits and nobody can subtract it without knowing them; counts are exact, and rounds add up: no
+    privacy budget is kept. The loss is not used. Raises the errors of `read_features`, and ConfigError for noise
+    without clip or with directions.
 
     Paper: Luo et al., "No Fear of Heterogeneity: Classifier Calibration for Federated Learning with Non-IID Data",
     NeurIPS 2021, arXiv 2106.05001.
@@ -127,7 +128,7 @@ def class_statistics(
 
 
 def _noisy(mean: Tensor, variance: Tensor, count: Tensor, noise: float, clip: float) -> tuple[Tensor, Tensor]:
-    """Return means and variances with noise, which are then brought back to what clipped features can have."""
+    """Return means and variances with noise, then limited to values that clipped features can have."""
     present = (count > 0)[:, None]
     size = count.clamp_min(1).double()[:, None]
     clean = b"".join(tensor.contiguous().numpy().tobytes() for tensor in (mean, variance, count))
@@ -142,7 +143,7 @@ def _noisy(mean: Tensor, variance: Tensor, count: Tensor, noise: float, clip: fl
 
 
 def _name_of(model: nn.Module, layer: nn.Linear) -> str:
-    """Return the name of a layer's weight; ConfigError where it has none of its own."""
+    """Return the name of a layer's weight; ConfigError if it has none of its own."""
     names = [name for name, module in model.named_modules(remove_duplicate=False) if module is layer]
     weight = f"{names[0]}.weight" if names[0] else "weight"
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -174,7 +175,7 @@ def _check_labels(targets: Tensor, features: Tensor, layer: nn.Linear) -> None:
 
 @contextmanager
 def _watching(model: nn.Module) -> Generator[list[tuple[nn.Linear, Tensor, Any]]]:
-    """Inside, calls of linear layers are listed: the layer, its input, its output."""
+    """Context that lists the calls of linear layers: the layer, its input, its output."""
     calls: list[tuple[nn.Linear, Tensor, Any]] = []
 
     def hook(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:

@@ -32,10 +32,10 @@ def empirical_fisher(
     """Return F[i] = (1/N) Σ_n (∂ℓ(x_n, y_n)/∂θ[i])² of each parameter: {"fisher.<parameter>": its shape}, float32.
 
     `batches`: pairs of inputs (a tensor, or the model's arguments) and labels, examples along dim 0. `weights`: at
-    which to take it, the model's own if None. `chunk` examples are differentiated at a time, each on its own; the
-    squares are summed in float64. The model runs in evaluation mode and is left as it was. Tied parameters
-    have one entry for each name. Gradients of data labels, not of labels drawn from the model ("empirical").
-    Raises MergeError where there are no examples or a gradient is not finite.
+    which to take it, the model's own if None. `chunk` examples are differentiated at a time, each separately; the
+    squares are summed in float64. The model runs in evaluation mode and is left as it was. Tied parameters have one
+    entry for each name. Gradients of data labels, not of labels drawn from the model ("empirical"). Raises MergeError
+    if there are no examples or a gradient is not finite.
 
     Paper: Matena, Raffel, NeurIPS 2022, arXiv 2111.09832; Kunstner et al., NeurIPS 2019, arXiv 1905.12558, on
     what the empirical Fisher is and is not.
@@ -69,7 +69,7 @@ def empirical_fisher(
                     sums[name] += gradient.to(wide).square().sum(0)
             seen += room
     if not seen:
-        raise MergeError("there are no examples to take the Fisher information on: hand in at least one batch")
+        raise MergeError("there are no examples for the Fisher information: pass at least one batch")
     diagonals = {name: (total / seen).float() for name, total in sums.items()}
     for name, diagonal in diagonals.items():
         if not diagonal.isfinite().all():

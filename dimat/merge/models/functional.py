@@ -1,4 +1,4 @@
-"""Running a model at other weights than its own, and leaving it as it was."""
+"""Runs a model at other weights than its own, and leaves it as it was."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def aliases(model: nn.Module) -> dict[str, str]:
 def call_with(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> Any:
     """Return model(*inputs) at `tensors`, one for each first name (see `aliases`); the rest is the model's own.
 
-    Each module's tensors are set once, under one of the module's names. torch's own tying does it once for each
-    name, and then leaves a model in which one module stands in two places with the wrong tensors.
+    Each module's tensors are set once, under one of the module's names. torch's own tying sets them once for each name,
+    and then leaves a model that uses one module in two places with the wrong tensors.
     """
     names = aliases(model)
     given: dict[str, Tensor] = {}
@@ -45,7 +45,7 @@ def call_with(model: nn.Module, tensors: Mapping[str, Tensor], inputs: Sequence[
 def tensors_for(model: nn.Module, weights: Weights, device: torch.device) -> dict[str, Tensor]:
     """Return copies of the weights on a device, in the model's own types, one for each first name: for `call_with`.
 
-    The types are those in which the model takes its inputs, whatever weights are stored in.
+    The types are those of the model's parameters, whatever the types of the stored weights.
     """
     types = {name: tensor.dtype for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     tensors: dict[str, Tensor] = {}

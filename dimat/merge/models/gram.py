@@ -19,11 +19,11 @@ def gram_matrices(
 ) -> dict[str, Tensor]:
     """Return G = (1/N) Σ_n x_n x_nᵀ over the inputs of each linear layer: {"gram.<weight>": (in, in)}, float32.
 
-    `data`: batches of the model's arguments. N counts rows: every position of every example. Sums are in
-    float64. `weights`: at which to run, the model's own if None. The model runs in evaluation mode and is left as
-    it was. A layer that never runs as a module of its own (the projections of torch's attention) has none. A
-    layer that runs several times gathers all its inputs, under every name it has.
-    Raises MergeError where there are no data or the inputs of a layer are not finite.
+    `data`: batches of the model's arguments. N counts rows: every position of every example. Sums are in float64.
+    `weights`: at which to run, the model's own if None. The model runs in evaluation mode and is left as it was. A
+    layer that is never called as a module (the projections of torch's attention) has none. A layer that runs several
+    times collects all its inputs, under each of its names. Raises MergeError if there are no data or the inputs of a
+    layer are not finite.
 
     Paper: Jin et al., ICLR 2023, arXiv 2212.09849.
     """
@@ -50,7 +50,7 @@ def gram_matrices(
         for inputs in take(data, max_examples):
             call_with(model, tensors, on_device(inputs, device))
     if names and not sums:
-        raise MergeError("there are no data to take Gram matrices on: hand in at least one batch of model inputs")
+        raise MergeError("there are no data for Gram matrices: pass at least one batch of model inputs")
     for key, total in sums.items():
         if not total.isfinite().all():
             raise MergeError(f"the inputs of {key.removeprefix(GRAM)!r} are not finite: are the weights and data?")
@@ -60,5 +60,5 @@ def gram_matrices(
 def gram_of_examples(
     model: nn.Module, examples: Examples, *, loss: Callable[[Any, Tensor], Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """Return `gram_matrices` as agents take them; targets and loss play no part."""
+    """Return `gram_matrices` as agents take them; targets and loss are not used."""
     return gram_matrices(model, (inputs for inputs, _ in examples))

@@ -1,8 +1,9 @@
 """Coefficients learned on data: a model θ_base + Σ_k λ_k τ_k as a function of λ.
 
-With g the gradient of a loss by a layer's tensor θ^l, ∂L/∂λ_k^l = ⟨g, τ_k^l⟩, so one backward pass through the model
-gives the gradient by all coefficients; the graph does not grow with the number of models. The deltas are held,
-in float32 (float64 where own tensor is). A layer is one parameter tensor; tied names are one.
+With g the gradient of a loss with respect to a layer's tensor θ^l, ∂L/∂λ_k^l = ⟨g, τ_k^l⟩, so one backward pass through
+the model gives the gradient with respect to all coefficients; the graph does not grow with the number of models. The
+deltas are kept in memory, in float32 (float64 if this agent's tensor is). A layer is one parameter tensor; tied names
+are one.
 """
 
 from __future__ import annotations
@@ -29,18 +30,18 @@ EPSILON = 1e-8
 """Adam's constants."""
 
 Directions = Callable[[list[Tensor]], list[Tensor]]
-"""Deltas of one tensor → the directions that the coefficients go along, e.g. trimmed deltas."""
+"""Deltas of one tensor → the directions that the coefficients scale, e.g. trimmed deltas."""
 
 Loss = Callable[[Tensor], Tensor]
 """Logits → a scalar."""
 
 
 class Span:
-    """The models θ_base + Σ_k λ_k τ_k, one coefficient per model that takes part and layer.
+    """The models θ_base + Σ_k λ_k τ_k, with one coefficient per participating model and layer.
 
-    Floating-point buffers (running statistics) and tensors that the model has no parameter for are no layers: they
-    are averages by the mixing weights, as a loss says nothing about them. `classes`: the axis of the model's output
-    along which the classes lie. Raises MergeError where the weights are not the model's, or base tensors do not fit.
+    Floating-point buffers (running statistics) and tensors without a parameter in the model are not layers: they are
+    averaged by the mixing weights, as a loss says nothing about them. `classes`: the axis of the model's output along
+    which the classes lie. Raises MergeError if the weights are not the model's, or base tensors do not fit.
     """
 
     def __init__(
@@ -85,7 +86,8 @@ class Span:
         self._input_kind = kinds[0]
 
     def _read(self, name: str) -> tuple[Tensor, list[Tensor]]:
-        """Return a tensor of the base and the deltas of those that take part, in the type in which they are summed."""
+        """Return a tensor of the base and the deltas of the participating models, in the type in which they are
+        summed."""
         own = self.cast.own[name].detach()
         dtype = accumulator(own)
         start = base_tensor(name, own, self._source).to(dtype)
@@ -103,9 +105,9 @@ class Span:
         return point
 
     def gradient(self, coefficients: Tensor, inputs: Inputs, loss: Loss) -> tuple[float, Tensor]:
-        """Return the loss of a batch, and its gradient by the coefficients: (models, layers) float64, on the CPU.
+        """Return the loss of a batch, and its gradient (models, layers) over the coefficients: float64, on the CPU.
 
-        Raises MergeError where the loss is not finite.
+        Raises MergeError if the loss is not finite.
         """
         point = self.at(coefficients)
         with torch.enable_grad():
@@ -130,7 +132,7 @@ class Span:
             return self._run({**self._buffers, **self.at(coefficients)}, inputs)
 
     def member(self, k: int, inputs: Inputs) -> Tensor:
-        """Return the outputs of a model that takes part, with its own buffers, classes last."""
+        """Return the outputs of a participating model, with its own buffers, classes last."""
         weights = [*([self.cast.own] if self.cast.with_own else []), *self.cast.peers][k]
         tensors = {name: weights[name].detach().to(t.device, t.dtype) for name, t in self._start.items()}
         for name, buffer in self._buffers.items():
@@ -150,7 +152,8 @@ class Span:
         return gram + gram.tril(-1).T
 
     def merged(self, coefficients: Tensor) -> Weights:
-        """Return the weights at coefficients of shape (models, layers) or (models, 1), in own's types."""
+        """Return the weights at coefficients of shape (models, layers) or (models, 1), in the types of this agent's
+        weights."""
         columns = dict(zip(self.layers, coefficients.detach().expand(-1, len(self.layers)).T.tolist()))
 
         def merge(name: str, own: Tensor, _: list[Tensor]) -> Tensor:
@@ -176,15 +179,15 @@ def needs_model(model: nn.Module | None, data: Data | None, method: str) -> tupl
     """Return model and data; MergeError, saying what to do, where one is missing."""
     if model is None or data is None:
         lacking = "the model" if model is None else "data, batches of its inputs"
-        raise MergeError(f"combine method {method!r} learns its coefficients: hand in {lacking}")
+        raise MergeError(f"combine method {method!r} learns its coefficients: pass {lacking}")
     return model, data
 
 
 def batches_of(data: Data, steps: int, batch_size: int | None) -> list[Inputs]:
-    """Return as many batches as `steps` take, fewer where the data are; MergeError where there are none."""
+    """Return as many batches as `steps` take, or all if there are fewer; MergeError if there are none."""
     batches = [*islice((inputs for inputs in take(data, None, batch_size) if count(inputs)), steps)]
     if not batches:
-        raise MergeError("the data to merge with are empty: hand in at least one batch of model inputs")
+        raise MergeError("the data to merge with are empty: pass at least one batch of model inputs")
     return batches
 
 
@@ -196,7 +199,7 @@ def descend(
     lr: float,
     bounds: tuple[float, float] | None = None,
 ) -> Tensor:
-    """Return `start` after `steps` steps of Adam (Kingma, Ba, arXiv 1412.6980), put back into `bounds` after each.
+    """Return `start` after `steps` steps of Adam (Kingma, Ba, arXiv 1412.6980), clamped to `bounds` after each.
 
     `gradient` takes the point and the step's number.
     """
@@ -224,7 +227,7 @@ def _as_they_are(deltas: list[Tensor]) -> list[Tensor]:
 
 
 def _dot(one: Tensor, other: Tensor) -> float:
-    """Return an inner product, summed in float64 where there is one."""
+    """Return an inner product, summed in float64 on devices that have it."""
     wide = torch.float32 if one.device.type == "mps" else torch.float64
     return float((one * other).sum(dtype=wide))
 

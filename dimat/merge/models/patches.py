@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 SINGULAR = 1e-6
-"""Inputs that hold less than this of their own, apart from what others tell of them, count as dependent."""
+"""Inputs count as linearly dependent if the share of them that other inputs do not predict is below this."""
 
 Affine = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
-"""Layers that map each row of their inputs (for convolutions: the patch below each output position) by a matrix."""
+"""Layers that apply a matrix to each row of their inputs (for convolutions: the patch below each output position)."""
 
 
 def blocks_of(layer: Affine) -> int:
-    """Return the number of blocks of which the layer's matrix is made: a convolution's groups."""
+    """Return the number of blocks in the layer's matrix: a convolution's groups."""
     return 1 if isinstance(layer, nn.Linear) else layer.groups
 
 
@@ -27,10 +27,10 @@ def as_blocks(weight: Tensor, blocks: int) -> Tensor:
 
 
 def input_rows(layer: Affine, inputs: Tensor, keep: Callable[[Tensor], Tensor]) -> Tensor:
-    """Return what the layer's matrix is applied to: (blocks, rows, in · kernel), a copy.
+    """Return the rows to which the layer's matrix is applied: (blocks, rows, in · kernel), a copy.
 
-    output = rows · matrixᵀ + bias, for every row: example by example, then position by position. `keep` is given all
-    rows' numbers, (rows, 1), and returns those to take. Strides, dilations, groups and every kind of padding are
+    output = rows · matrixᵀ + bias, for every row: example by example, then position by position. `keep` receives the
+    indices of all rows, (rows, 1), and returns those to take. Strides, dilations, groups and every kind of padding are
     the layer's; a convolution's input may lack its batch dimension.
     """
     if isinstance(layer, nn.Linear):
@@ -53,7 +53,7 @@ def _numbers(rows: int, device: torch.device) -> Tensor:
 
 
 def _padding(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> list[int]:
-    """Return the padding as `F.pad` has it, last dimension first."""
+    """Return the padding in the order of `F.pad`, last dimension first."""
     pairs: list[tuple[int, int]] = []
     for i, (size, dilation) in enumerate(zip(layer.kernel_size, layer.dilation)):
         if layer.padding == "same":

@@ -62,12 +62,12 @@ def batchnorm(
     Paper: Jordan et al., "REPAIR", ICLR 2023, arXiv 2211.08403 (re-estimation as in their section on BatchNorm).
     """
     if model is None:
-        raise MergeError('re-estimating BatchNorm needs the model: hand it in, or choose repair = "none"')
+        raise MergeError('re-estimating BatchNorm needs the model: pass it, or choose repair = "none"')
     layers = _layers(model)
     if not layers:
         return Repaired(dict(weights))
     if data is None:
-        raise MergeError('re-estimating BatchNorm needs data: hand some in, or choose repair = "none"')
+        raise MergeError('re-estimating BatchNorm needs data: pass some, or choose repair = "none"')
     images = 0
     checks = GeometricChecks(FIRST_CHECK)
     with _reading_statistics(model, layers):
@@ -80,7 +80,7 @@ def batchnorm(
                 if max(layer.change() for layer in layers.values()) <= stable_within:
                     break
     if not images:
-        raise MergeError("the data to re-estimate BatchNorm on are empty: hand in at least one batch")
+        raise MergeError("the data to re-estimate BatchNorm on are empty: pass at least one batch")
     repaired = dict(weights)
     for layer in layers.values():
         if layer.calls:  # a layer that the forward pass never reached keeps what it has

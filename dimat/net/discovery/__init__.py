@@ -1,4 +1,4 @@
-"""Finding peers: addresses of the map, and signed records in the DHT.
+"""Finding peers: addresses on the map, and signed records in the DHT.
 
 Knows nothing of transfers.
 """

@@ -1,10 +1,9 @@
 """An agent's signed record in the DHT: its addresses and its newest snapshot.
 
-How long a record lives, and its other bounds, stand in `dimat.net.limits`. A record is signed with the agent's TLS key
-and carries its certificate, so that every reader, and every node that is to keep it, can check it by the CA's
-certificate alone. The bytes are a magic word, the certificate, the signature over the
-body (each after its length, 2 bytes), and the body as JSON. On insecure trial networks certificate and signature are
-empty, and nothing but the form is checked.
+The lifetime of a record and its other bounds are in `dimat.net.limits`. A record is signed with the agent's TLS key and
+carries its certificate, so that every reader, and every node that stores it, can check it with the CA's certificate
+alone. The bytes are a magic word, the certificate, the signature over the body (each after its length, 2 bytes), and
+the body as JSON. On insecure trial networks certificate and signature are empty, and only the form is checked.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ class AddressRecord:
 
     `addresses`: `host:port`s; `fingerprint`: SHA-256 of its certificate, hex, empty on insecure networks; `round` and
     `root`: of its newest snapshot, 0 and empty before the first; `seq`: grows with each record of the agent; `time_s`
-    and `expires_s`: when it was written and until when it holds, Unix time.
+    and `expires_s`: when it was written and until when it is valid, Unix time.
     """
 
     run: str
@@ -61,33 +60,33 @@ def is_address(text: str) -> bool:
 
 
 def seal_record(record: AddressRecord, sign: Callable[[bytes], bytes] | None, certificate_der: bytes) -> bytes:
-    """Return a record's bytes, signed with the key of the certificate; unsigned where `sign` is None.
+    """Return a record's bytes, signed with the key of the certificate; unsigned if `sign` is None.
 
-    The record's fingerprint is set to the certificate's. Raises ConfigError for a record that no reader would take.
+    The record's fingerprint is set to the certificate's. Raises ConfigError for a record that no reader would accept.
     """
     fingerprint = hashlib.sha256(certificate_der).hexdigest() if sign is not None else ""
     record = replace(record, fingerprint=fingerprint)
     if (fault := _fault(record)) is not None:
-        raise ConfigError(f"own record of {record.agent!r} for the DHT: {fault}")
+        raise ConfigError(f"this agent's record for the DHT ({record.agent!r}): {fault}")
     tree = {name: getattr(record, name) for name in AddressRecord.__slots__}
     body = json.dumps(tree, separators=(",", ":"), ensure_ascii=False).encode()
     parts = (certificate_der, sign(_DOMAIN + body)) if sign is not None else (b"", b"")
     data = b"".join([_MAGIC, *map(_counted, parts), body])
     if len(data) > MAX_RECORD_BYTES:
         raise ConfigError(
-            f"own record of {record.agent!r} for the DHT has {len(data)} bytes of {MAX_RECORD_BYTES}: give it fewer "
-            "addresses, or a certificate of an EC key"
+            f"this agent's record for the DHT has {len(data)} bytes, at most {MAX_RECORD_BYTES} are allowed: "
+            "give it fewer addresses, or a certificate of an EC key"
         )
     return data
 
 
 def open_record(data: bytes, *, ca: bytes | None, run: str | None, agent: str | None, now: float) -> AddressRecord:
-    """Return the record that bytes from the DHT hold, once everything about it is checked.
+    """Return the record in bytes from the DHT, fully checked.
 
-    `ca`: the CA's certificate as PEM; None takes records as they are (insecure trial networks, and bootstrap nodes
-    without a CA). `run` and `agent`: whose record this must be; None for any. `now`: Unix time, seconds.
-    Raises SecurityError, in one line, for a record that is malformed, expired, from the future, another's, or whose
-    certificate or signature does not hold.
+    `ca`: the CA's certificate as PEM; None accepts unsigned records (insecure trial networks, and bootstrap nodes
+    without a CA). `run` and `agent`: those to which the record must belong; None for any. `now`: Unix time, seconds.
+    Raises SecurityError, in one line, for a record that is malformed, expired, from the future, of another agent, or
+    whose certificate or signature is not valid.
     """
     certificate, signature, body = _split(data)
     record = _parse(body)
@@ -141,42 +140,42 @@ def _parse(body: bytes) -> AddressRecord:
         _refuse("its body is not an object")
     fields = cast("dict[str, Any]", tree)
     if set(fields) != set(AddressRecord.__slots__):
-        _refuse("its body has other fields than a record")
+        _refuse("its body does not have the fields of a record")
     for name in ("run", "agent", "fingerprint", "root"):
         if not isinstance(fields[name], str):
-            _refuse(f"{name} is no text")
+            _refuse(f"{name} is not text")
     for name in ("round", "seq"):
         if type(fields[name]) is not int or not 0 <= fields[name] < 2**62:
-            _refuse(f"{name} is no number that counts")
+            _refuse(f"{name} is not a whole number from 0 on")
     for name in ("time_s", "expires_s"):
         # the bound also keeps integers of thousands of digits away from float()
         if type(fields[name]) not in (int, float) or not 0 <= fields[name] < 2**40:
-            _refuse(f"{name} is no time")
+            _refuse(f"{name} is not a time")
         fields[name] = float(fields[name])
     addresses: Any = fields["addresses"]
     if not isinstance(addresses, list) or not all(isinstance(item, str) for item in cast("list[Any]", addresses)):
-        _refuse("addresses are no list of texts")
+        _refuse("addresses are not a list of texts")
     fields["addresses"] = tuple(cast("list[str]", addresses))
     return AddressRecord(**fields)
 
 
 def _fault(record: AddressRecord) -> str | None:
-    """Return the fault of a record whose values are out of bounds, None where it has none."""
+    """Return the fault of a record whose values are out of bounds, None if it has none."""
     if not _RUN.fullmatch(record.run):
-        return "its run has no name that can be"
+        return "its run is not a valid name"
     if not _AGENT.fullmatch(record.agent):
-        return "its agent has no name that can be"
+        return "its agent is not a valid name"
     if record.fingerprint and not _HEX.fullmatch(record.fingerprint):
-        return "its fingerprint is no sha256"
+        return "its fingerprint is not a SHA-256 hash"
     if not _ROOT.fullmatch(record.root):
-        return "its root is no hash"
+        return "its root is not a hash"
     if len(record.addresses) > MAX_RECORD_ADDRESSES:
         return f"it has more than {MAX_RECORD_ADDRESSES} addresses"
     for address in record.addresses:
         if not is_address(address):
             return f"address {address[:80]!r} is not host:port"
     if not 0 < record.expires_s - record.time_s <= MAX_RECORD_LIFE_S:
-        return "its times do not fit each other"
+        return "its times contradict each other"
     return None
 
 

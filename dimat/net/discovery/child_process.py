@@ -1,8 +1,8 @@
-"""A child process that answers requests, dies with its owner, and is found after a crash.
+"""A child process that answers requests, ends with its owner, and is found after a crash.
 
-`ChildProcess` talks to it in JSON lines over stdin and stdout. `PidFile` keeps its token in a file. The token also
-stands in the environment of the child and of the processes that it starts, by which the orphans of a killed owner are
-found and ended.
+`ChildProcess` talks to it in JSON lines over stdin and stdout. `PidFile` keeps its token in a file. The token is also
+in the environment of the child and of the processes that it starts, so that the orphans of a killed owner can be found
+and ended.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TOKEN_VARIABLE = "DIMAT_HELPER"
 
 
 class RequestError(NetworkError):
-    """A request that the child cannot do; `kind` as the child calls it, to tell the cases apart."""
+    """A request that the child cannot carry out; `kind`: the child's name for the case."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -41,8 +41,8 @@ class RequestError(NetworkError):
 class ChildProcess:
     """A Python module run in a process group of its own; started when the object is made.
 
-    `module` is run with this process's id as its argument. `first`, a request, is written at once, and `attach`, to be
-    called before `ask`, returns the reply to it. `kill` ends the child. `gone` is set once it has ended.
+    `module` is run with this process's id as its argument. The request `first` is written at once, and `attach`, to be
+    called before `ask`, returns its reply. `kill` ends the child. `gone` is set once it has ended.
     """
 
     def __init__(self, module: str, *, environment: Mapping[str, str], log: Path, first: Mapping[str, Any]) -> None:
@@ -67,7 +67,7 @@ class ChildProcess:
             cast("IO[bytes]", self._process.stdin).write(line)
 
     async def attach(self, limit_s: float) -> dict[str, Any]:
-        """Begin to read, and return the reply to the first request. Raises as `ask` does."""
+        """Begin to read, and return the reply to the first request. Raises the errors of `ask`."""
         loop = asyncio.get_running_loop()
         reader = asyncio.StreamReader(limit=MAX_LINE_BYTES)
         reading, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), self._process.stdout)
@@ -82,7 +82,7 @@ class ChildProcess:
     async def ask(self, op: str, limit_s: float, **values: Any) -> dict[str, Any]:
         """Return the reply to a request.
 
-        Raises RequestError where the child cannot do it, NetworkError where it does not answer within `limit_s` or has
+        Raises RequestError if the child cannot carry it out, NetworkError if it does not answer within `limit_s` or has
         ended.
         """
         if self.gone.is_set() or self._writer is None:
@@ -126,7 +126,7 @@ class ChildProcess:
         return reply
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
-        """Hand replies to the waiting calls, until the child's stdout ends."""
+        """Pass replies to the waiting calls, until the child's stdout ends."""
         try:
             while line := await reader.readline():
                 reply: Any = json.loads(line)
@@ -134,7 +134,7 @@ class ChildProcess:
                 if answer is not None and not answer.done():
                     answer.set_result(reply)
         except (ValueError, KeyError, TypeError, OSError) as error:
-            reason = f"the child process writes something that is no reply: {error}"
+            reason = f"the child process writes something that is not a reply: {error}"
         else:
             reason = "the child process has ended"
         self.gone.set()
@@ -145,7 +145,7 @@ class ChildProcess:
 
 
 class PidFile:
-    """A file that names the child of a folder, so that the next owner can end a process that was left running."""
+    """A file that names the child of a folder, so that the next owner can end a process that is still running."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -153,8 +153,8 @@ class PidFile:
     def claim(self, scratch: str = "") -> tuple[str, int]:
         """Take the file over for a child that is about to be started.
 
-        Returns the child's token, and how many processes of an earlier child were ended. `scratch`: a folder of the
-        child's that is removed with it. NetworkError where the owner of the earlier child is another living process.
+        Returns the child's token, and the number of ended processes of an earlier child. `scratch`: a folder of the
+        child, removed with it. NetworkError if the owner of the earlier child is another living process.
         """
         ended = self._end_earlier()
         token = secrets.token_hex(16)
@@ -166,7 +166,7 @@ class PidFile:
         return token, ended
 
     def release(self) -> None:
-        """Remove the file: nothing is running any more."""
+        """Remove the file: no process is running any more."""
         self._file.unlink(missing_ok=True)
 
     def _end_earlier(self) -> int:
@@ -189,9 +189,9 @@ class PidFile:
 
 
 def end_by_token(token: str, limit_s: float = 2.0) -> int:
-    """Kill all processes of this user whose environment holds the token; return how many there were.
+    """Kill all processes of this user whose environment has the token; return their number.
 
-    Waits for at most `limit_s` until they are gone, since the next child needs what they hold, such as a port.
+    Waits for at most `limit_s` until they are gone, since the next child needs their resources, such as a port.
     """
     found = find_by_token(token)
     for pid in found:
@@ -204,7 +204,7 @@ def end_by_token(token: str, limit_s: float = 2.0) -> int:
 
 
 def find_by_token(token: str) -> list[int]:
-    """Return the living processes of this user whose environment holds the token."""
+    """Return the running processes of this user whose environment has the token."""
     found: list[int] = []
     for pid in psutil.pids():
         with suppress(psutil.Error):  # gone meanwhile, or another user's
@@ -215,9 +215,9 @@ def find_by_token(token: str) -> list[int]:
 
 
 def _began(pid: int) -> int:
-    """Return when a process began, in hundredths of a second since the machine booted; 0 where there is none.
+    """Return the start time of a process, in hundredths of a second since the machine booted; 0 if there is none.
 
-    Counted from the boot, as the time of day may be set meanwhile.
+    It is counted from the boot, as somebody may set the time of day meanwhile.
     """
     try:
         process = psutil.Process(pid)
@@ -235,7 +235,7 @@ def _encode(request: Mapping[str, Any]) -> bytes:
 
 
 def _open_log(file: Path) -> IO[bytes]:
-    """Open a log for appending, afresh where it has grown large."""
+    """Open a log for appending, or start it anew if it has grown large."""
     large = file.exists() and file.stat().st_size > MAX_LOG_BYTES
     return file.open("wb" if large else "ab")
 

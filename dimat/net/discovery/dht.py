@@ -1,6 +1,6 @@
-"""An agent's DHT node: starts its process, probes it, restarts it, and asks it.
+"""An agent's DHT node: starts its process, probes it, restarts it, and sends it requests.
 
-hivemind's processes die, hang and are orphaned in ways that it does not notice itself, so it is kept out of the agent:
+hivemind's processes die, hang and become orphans without hivemind's notice, so it runs outside the agent:
 `dimat.net.discovery.dht_process` holds it, and `DhtNode` sends requests to that process, probes it, and replaces it.
 While the DHT is down, `announce` returns False and `lookup` None; neither raises.
 """
@@ -43,8 +43,8 @@ from dimat.net.limits import (
 class DhtNode:
     """One DHT node, of an agent or a bootstrap node; its identity and log lie in `folder`.
 
-    `run`: the run whose records it takes, None for all; `bootstraps`: multiaddresses of other nodes; `ca`: the CA's
-    certificate as PEM, None where records are not signed; `listen`: IP:port; `notice` receives messages for a person;
+    `run`: the run whose records it accepts, None for all; `bootstraps`: multiaddresses of other nodes; `ca`: the CA's
+    certificate as PEM, None if records are not signed; `listen`: IP:port; `notice` receives messages for a person;
     `generator` draws the jitter of waits; `seal` makes the bytes of this agent's records, unsigned by default;
     `probe_s`: interval of probes. `changed` is set whenever the node has come up or joined others again.
     """
@@ -67,13 +67,13 @@ class DhtNode:
             raise ConfigError(f"the CA's certificates have {len(ca)} bytes; the DHT takes {MAX_CA_BYTES}")
         self.healthy = False
         self.missing = False
-        """Whether hivemind cannot be imported: the node will not come up."""
+        """Whether hivemind cannot be imported: the node will not start."""
         self.known = 0
-        """How many other nodes this one knows."""
+        """The number of other nodes that this one knows."""
         self.refused = 0
-        """How many records this node has refused since it started."""
+        """The number of records that this node has refused since it started."""
         self.restarts = 0
-        """How often the process was restarted since `start`."""
+        """The number of restarts of the process since `start`."""
         self.peer = ""
         self.changed = asyncio.Event()
         self._folder = folder
@@ -104,13 +104,13 @@ class DhtNode:
 
     @property
     def now(self) -> float:
-        """The time by which records are judged, Unix seconds."""
+        """The time against which records are checked, Unix seconds."""
         return self._clock()
 
     def spawn(self) -> None:
         """Start the process; return at once. To be called before torch has threads and before gRPC.
 
-        Raises NetworkError where another living process runs a node from the folder.
+        Raises NetworkError if another living process runs a node from the folder.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
         # sockets have names of 107 bytes at most: not in the folder
@@ -122,7 +122,7 @@ class DhtNode:
             self._remove_scratch()
             raise
         if ended:
-            self._reminders.tell("orphans", f"the DHT: ended {ended} processes that an earlier run left behind")
+            self._reminders.tell("orphans", f"the DHT: ended {ended} processes left over from an earlier run")
         start = {
             "op": "start",
             "run": self._run,
@@ -140,7 +140,7 @@ class DhtNode:
         )
 
     async def start(self) -> None:
-        """Begin to supervise the process, started here if it was not by `spawn`; return at once."""
+        """Begin to supervise the process, and start it unless `spawn` did; return at once."""
         self._first = asyncio.get_running_loop().create_future()
         if self._child is None:
             self.spawn()
@@ -148,13 +148,13 @@ class DhtNode:
         self._task = asyncio.create_task(self._supervise(), name="dht")
 
     async def ready(self) -> None:
-        """Wait until the node listens for the first time; NetworkError where it cannot: port taken, no hivemind."""
+        """Wait until the node listens for the first time; NetworkError if it cannot: port taken, no hivemind."""
         if self._first is None:
             raise NetworkError("the DHT node was not started")
         await asyncio.shield(self._first)
 
     async def update_ca(self, ca: bytes | None) -> None:
-        """Check records by other CA certificates from now on; the node's process checks too, and is started again."""
+        """Check records with other CA certificates from now on; the node's process, which checks too, is restarted."""
         if ca != self._ca:
             self._ca = ca
             if self._child is not None and self.healthy:
@@ -162,7 +162,8 @@ class DhtNode:
                     await self._child.ask("stop", DHT_STOP_S)
 
     async def announce(self, record: AddressRecord) -> bool:
-        """Store this agent's record with other nodes; return whether any took it. ConfigError for an invalid one."""
+        """Store this agent's record with other nodes; return whether any accepted it. ConfigError for an invalid
+        one."""
         data = self._seal(record)
         key = record_key(record.run, record.agent).hex()
         value = base64.b64encode(data).decode()
@@ -173,9 +174,9 @@ class DhtNode:
             return False
 
     async def lookup(self, agent: str, *, elsewhere: bool = False) -> AddressRecord | None:
-        """Return the newest valid record of an agent of this run, None where there is none or the DHT is down.
+        """Return the newest valid record of an agent of this run, None if there is none or the DHT is down.
 
-        `elsewhere` looks at the records of other nodes only. Otherwise a record that was seen before and still holds
+        With `elsewhere`, only records of other nodes count. Otherwise a record that was seen before and is still valid
         wins over an older one.
         """
         if self._run is None:
@@ -197,7 +198,7 @@ class DhtNode:
         return best
 
     async def announce_map(self, sealed: bytes, record: MapRecord) -> int:
-        """Store a network map with other nodes; return how many took it."""
+        """Store a network map with other nodes; return how many accepted it."""
         value = base64.b64encode(sealed).decode()
         try:
             reply = await self._ask("store", key=map_key(record.run).hex(), value=value, expires=record.expires_s)
@@ -206,7 +207,7 @@ class DhtNode:
             return 0
 
     async def lookup_map(self) -> tuple[MapRecord, bytes] | None:
-        """Return this run's newest valid map with its sealed bytes, None where there is none or the DHT is down."""
+        """Return this run's newest valid map with its sealed bytes, None if there is none or the DHT is down."""
         if self._run is None:
             return None
         try:
@@ -248,7 +249,7 @@ class DhtNode:
         return await self._child.ask(op, DHT_REQUEST_S, **values)
 
     async def _supervise(self) -> None:
-        """Keep a node running until cancelled, or until it turns out that hivemind is not there."""
+        """Keep a node running until cancelled, or until hivemind turns out to be missing."""
         backoff = Backoff(DHT_RESTART_FIRST_S, DHT_RESTART_S, self._generator)
         while True:
             began = time.monotonic()
@@ -262,12 +263,12 @@ class DhtNode:
                 return
             if time.monotonic() - began > DHT_STEADY_S:
                 backoff.reset()
-            self._reminders.tell("down", f"the DHT is down, and is started again: {reason}")
+            self._reminders.tell("down", f"the DHT is down and is being restarted: {reason}")
             await asyncio.sleep(backoff.next())
             self.restarts += 1
 
     async def _run_once(self) -> str:
-        """Run one process as long as it serves; return why it has stopped to."""
+        """Run one process as long as it works; return the reason why it stopped."""
         try:
             if self._child is None:
                 self.spawn()
@@ -314,21 +315,20 @@ class DhtNode:
                     raise
 
     def _take(self, reply: Mapping[str, Any]) -> None:
-        """Take over the reply to a probe; NetworkError where it is malformed."""
+        """Take over the reply to a probe; NetworkError if it is malformed."""
         known = self.known
         try:
             self.peer = str(reply["peer"])
             self._addresses = tuple(map(str, reply["addresses"]))
             self.known, self.refused = int(reply["known"]), int(reply["refused"])
         except (KeyError, TypeError, ValueError) as error:
-            raise NetworkError(f"the child process answered a probe with nonsense: {error}") from None
+            raise NetworkError(f"the child process answered a probe with an invalid reply: {error}") from None
         if self.known and not known:
             self.changed.set()
 
     async def _join(self, child: ChildProcess) -> bool:
-        """Join all bootstraps, not only the first that answers: a DHT may be split, with each in another part.
-
-        Return whether one was joined that had not been before.
+        """Join all bootstraps, not only the first that answers: a DHT may be split, with each in another part. Return
+        whether one was joined that had not been before.
         """
         now = time.monotonic()
         due = [address for address in self._bootstraps if self._due.get(address, (now, None))[0] <= now]
@@ -370,7 +370,7 @@ def _unsigned(record: AddressRecord) -> bytes:
 
 
 def _environment(token: str) -> dict[str, str]:
-    """Return the child's environment: this process's, with the path of this dimat, without warnings and GPUs."""
+    """Return the child's environment: that of this process, with the path of this dimat, without warnings and GPUs."""
     root = str(Path(__file__).resolve().parents[3])
     path = os.environ.get("PYTHONPATH")
     return {

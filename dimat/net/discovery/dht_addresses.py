@@ -12,7 +12,7 @@ _BOOTSTRAP = re.compile(r"(/(ip4|ip6|dns|dns4|dns6)/[^/\s]{1,253})/tcp/[0-9]{1,5
 
 
 def check_bootstrap(address: str) -> str:
-    """Return a bootstrap node's address as it is; ConfigError unless it is a multiaddress with a peer's identity."""
+    """Return a bootstrap node's address unchanged; ConfigError unless it is a multiaddress with a peer's identity."""
     if not _BOOTSTRAP.fullmatch(address):
         raise ConfigError(
             f"DHT bootstrap {address!r} is not an address as `dimat dht` prints it: /ip4/HOST/tcp/PORT/p2p/IDENTITY"
@@ -34,7 +34,7 @@ def split_listen(listen: str) -> tuple[str, int]:
 
 
 def port_of(addresses: Sequence[str]) -> int:
-    """Return the TCP port of the first multiaddress that has one, 0 where none has."""
+    """Return the TCP port of the first multiaddress that has one, 0 if none has."""
     for address in addresses:
         match = re.search(r"/tcp/([0-9]+)/", address)
         if match is not None:

@@ -1,17 +1,17 @@
-"""The process that runs hivemind: one DHT node, asked by JSON lines on stdin.
+"""The process that runs hivemind: one DHT node, which takes requests as JSON lines on stdin.
 
 Run as `python -m dimat.net.discovery.dht_process PARENT_PID` by `dimat.net.discovery.dht`, in a process group of its
 own. It answers on stdout: `{"id": …, "ok": true, …}` or `{"id": …, "ok": false, "kind": …, "error": …}`. It ends, with
-its whole group, when stdin ends or the parent dies. It imports hivemind at the first request, and of dimat neither gRPC
-nor torch.
+its whole group, when stdin ends or the parent dies. It imports hivemind at the first request; the modules of dimat that
+it imports load neither gRPC nor torch.
 
 Requests, beside `id` and `op`; keys are hex, values base64:
     start   run, ca, host, port, identity, sockets    -> peer, addresses
     join    bootstraps                                -> failed: {address: reason}
     probe                                             -> peer, addresses, known (nodes), refused (records)
-    store   key, value, expires                       -> stored (how many other nodes took it)
+    store   key, value, expires                       -> stored (how many other nodes accepted it)
     get     key                                       -> own, others (values that this node and others hold)
-    map     key                                       -> value (the newest valid map of those, or none)
+    map     key                                       -> value (the newest valid map among these, or none)
     stop
 """
 
@@ -54,7 +54,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 class DhtService:
-    """Works on each request in a task of `tasks`, and writes replies with `write`."""
+    """Handles each request in a task of `tasks`, and writes replies with `write`."""
 
     def __init__(self, write: Callable[[bytes], None], tasks: asyncio.TaskGroup) -> None:
         self.sockets = ""
@@ -64,7 +64,7 @@ class DhtService:
         self._validator = RecordValidator(None, None)
 
     def receive(self, line: bytes) -> None:
-        """Begin to work on a request; a malformed one gets a reply, too."""
+        """Begin to handle a request; a malformed one gets a reply, too."""
         self._tasks.create_task(self._answer(line))
 
     async def _answer(self, line: bytes) -> None:
@@ -99,7 +99,7 @@ class DhtService:
             "stop": self._stop,
         }
         if op not in works:
-            raise RequestError("request", f"no request {op!r}")
+            raise RequestError("request", f"unknown request {op!r}")
         if op not in ("start", "stop") and self._node is None:
             raise RequestError("request", f"{op} before start")
         return works[op]
@@ -133,7 +133,7 @@ class DhtService:
         return {"failed": {address: why[:MAX_DHT_REASON] for address, why in failed.items()}}
 
     async def _join_one(self, address: str) -> str | None:
-        """Make one bootstrap and this node known to each other; return why that failed, None where it did not."""
+        """Introduce one bootstrap and this node to each other; return why that failed, None if it did not."""
         from hivemind.p2p import PeerID
         from hivemind.utils.multiaddr import Multiaddr
 
@@ -199,7 +199,7 @@ class DhtService:
 
 
 async def _make_node(validator: RecordValidator, host: str, port: int, identity: Path, sockets: str) -> Any:
-    """Return a DHT node that listens and knows no others yet."""
+    """Return a DHT node that listens and does not know any other yet."""
     try:
         from hivemind.dht.node import DHTNode
         from hivemind.dht.protocol import DHTProtocol
@@ -215,7 +215,7 @@ async def _make_node(validator: RecordValidator, host: str, port: int, identity:
             return plain and validator.admits(record.key, record.value, record.expiration_time, time.time())
 
     class Storage(DHTLocalStorage):
-        """Holds plain values, each once: hivemind's lets an older value that comes again end a newer one's life."""
+        """Holds plain values, each once: in hivemind's, an older value that arrives again ends a newer one's life."""
 
         def store(self, key: Any, value: Any, expiration_time: float, subkey: Any = None) -> bool:
             held = self.get(key)
@@ -249,7 +249,7 @@ async def _make_node(validator: RecordValidator, host: str, port: int, identity:
 
 
 def _keep_identity(identity: Path, generate: Callable[[str], None]) -> None:
-    """Make the node's key unless it is there; by rename, as a partly written file would stop the node for good."""
+    """Make the node's key unless it exists; by rename, as a partly written file would stop the node for good."""
     if not identity.exists():
         fresh = identity.with_suffix(".new")
         fresh.unlink(missing_ok=True)
@@ -258,7 +258,7 @@ def _keep_identity(identity: Path, generate: Callable[[str], None]) -> None:
 
 
 def _check_port(host: str, port: int) -> None:
-    """Raise RequestError where a port is taken: p2pd would share it silently with the process that has it."""
+    """Raise RequestError if a port is in use: p2pd would share it silently with the other process."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -1,8 +1,8 @@
-"""The network map as a DHT record signed by the CA, by which an organiser changes members.
+"""The network map as a DHT record signed by the CA, with which an organiser changes members.
 
 A member's key cannot sign one, whatever its certificate says: the signature is checked against the public keys of the
-CA's own certificates. The bytes are a magic word, the signature (after its length, 2 bytes), and the body that it is
-over: a line of JSON, then the map's text, deflated. Nothing is inflated before the signature holds.
+CA's own certificates. The bytes are a magic word, the signature (after its length, 2 bytes), and the signed body: a
+line of JSON, then the map's text, deflated. Nothing is inflated before the signature is checked.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _FIELDS = {"run", "version", "digest", "time_s", "expires_s"}
 class MapRecord:
     """A network map as it was published.
 
-    `version`: the map's own, above those before it; `digest`: BLAKE3 of its text's UTF-8, hex; `time_s` and
+    `version`: the map's, above those of earlier maps; `digest`: BLAKE3 of its text's UTF-8, hex; `time_s` and
     `expires_s`: when it was signed and until when nodes keep it, Unix time.
     """
 
@@ -53,7 +53,7 @@ def map_key(run: str) -> bytes:
 def seal_map(
     run: str, version: int, text: str, time_s: float, expires_s: float, key: ec.EllipticCurvePrivateKey
 ) -> bytes:
-    """Return a map's record, signed with the CA's private key. ConfigError for one that no node would take."""
+    """Return a map's record, signed with the CA's private key. ConfigError for one that no node would accept."""
     digest = blake3(text.encode()).hexdigest()
     record = MapRecord(run, version, digest, text, time_s, expires_s)
     if (fault := _fault(record)) is not None:
@@ -74,11 +74,11 @@ def seal_map(
 
 
 def open_map(data: bytes, *, ca: bytes | None, run: str | None, now: float) -> MapRecord:
-    """Return the map's record that bytes from the DHT hold, once everything about it is checked.
+    """Return the map's record in bytes from the DHT, fully checked.
 
-    `ca`: PEM of the CA's certificates, any of which may have signed; None checks the form alone (bootstrap nodes that
-    were given no CA). `run`: whose map this must be, None for any. SecurityError, in one line, for a record that is
-    malformed, expired, from the future, of another run, or not signed by the CA.
+    `ca`: PEM of the CA's certificates, any of which may have signed; None checks the form alone (bootstrap nodes
+    without a CA). `run`: the run to which the map must belong, None for any. SecurityError, in one line, for a record
+    that is malformed, expired, from the future, of another run, or not signed by the CA.
     """
     if len(data) > MAX_MAP_BYTES:
         _refuse(f"{len(data)} bytes are more than {MAX_MAP_BYTES}")
@@ -139,26 +139,26 @@ def _parse(line: bytes, text: str) -> MapRecord:
         _refuse("its head is not an object")
     fields = cast("dict[str, Any]", tree)
     if set(fields) != _FIELDS:
-        _refuse("its head has other fields than a map's record")
+        _refuse("its head does not have the fields of a map's record")
     if not isinstance(fields["run"], str) or not isinstance(fields["digest"], str):
-        _refuse("run or digest is no text")
+        _refuse("run or digest is not text")
     if type(fields["version"]) is not int:
-        _refuse("version is no number that counts")
+        _refuse("version is not a whole number")
     for name in ("time_s", "expires_s"):
         if type(fields[name]) not in (int, float) or not 0 <= fields[name] < 2**40:
-            _refuse(f"{name} is no time")
+            _refuse(f"{name} is not a time")
         fields[name] = float(fields[name])
     return MapRecord(**fields, text=text)
 
 
 def _fault(record: MapRecord) -> str | None:
-    """Return the fault of a record whose values are out of bounds, None where it has none."""
+    """Return the fault of a record whose values are out of bounds, None if it has none."""
     if not _RUN.fullmatch(record.run):
-        return "its run has no name that can be"
+        return "its run is not a valid name"
     if not 0 < record.version < 2**53:
-        return f"version {record.version} is no whole number from 1 on"
+        return f"version {record.version} is not a whole number from 1 on"
     if not 0 < record.expires_s - record.time_s <= MAX_MAP_LIFE_S:
-        return f"it has to last for more than no time, and {MAX_MAP_LIFE_S / 86_400:.0f} days at most"
+        return f"it must last for more than 0 seconds and at most {MAX_MAP_LIFE_S / 86_400:.0f} days"
     return None
 
 

@@ -1,4 +1,4 @@
-"""`dimat keys publish-map`: sign a network map with the CA's key, leave it with the DHT."""
+"""`dimat keys publish-map`: signs a network map with the CA's key and stores it in the DHT."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dimat.topology.network_map import check_alone, without_mixing
 
 @dataclass(frozen=True, slots=True)
 class PublishedMap:
-    """A map that was published: its `agents`, the `nodes` that keep it, and until when (`until_s`, Unix time)."""
+    """A published map: its `agents`, the `nodes` that keep it, and until when they do (`until_s`, Unix time)."""
 
     version: int
     agents: int
@@ -41,10 +41,10 @@ async def publish_map(
     listen: str,
     notice: Callable[[str], None],
 ) -> PublishedMap:
-    """Sign a network map with the CA's key of the folder `keys`, and store it in the DHT of a run.
+    """Sign a network map with the CA's key in the folder `keys`, and store it in the DHT of a run.
 
-    ConfigError and TopologyError for a map that agents could not use, that needs other files, is too large, or whose
-    version is not above the published one; SecurityError without the CA's key; NetworkError where no node takes it.
+    ConfigError or TopologyError for a map that agents could not use, that needs other files, is too large, or whose
+    version is not above the published one; SecurityError without the CA's key; NetworkError if no node accepts it.
     """
     _, key = authority_of(keys)
     text, version, agents = _readable(file)
@@ -87,8 +87,8 @@ async def publish_map(
                 await asyncio.sleep(PUBLISH_RETRY_S)
             else:
                 raise NetworkError(
-                    "no node of the DHT took the network map: do the bootstraps run, for this run, with this CA, in "
-                    "this version of dimat?"
+                    "no node of the DHT accepted the network map: do the bootstraps run, for this run, with this CA, "
+                    "in this version of dimat?"
                 )
         except TimeoutError:
             raise NetworkError(
@@ -100,7 +100,7 @@ async def publish_map(
 
 
 def _readable(file: Path) -> tuple[str, int, int]:
-    """Return a map's text, version and number of agents, once it is one that agents can use."""
+    """Return a map's text, version and number of agents, after checking that agents can use it."""
     check_alone(file)
     version = load_map(file).version
     if not version:

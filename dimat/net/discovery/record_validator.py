@@ -1,4 +1,4 @@
-"""Decides which records a DHT node keeps: valid ones, under their own key, never older."""
+"""Decides which records a DHT node keeps: valid ones, under their own key, never older ones."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from dimat.net.limits import DHT_SEEN
 class RecordValidator:
     """Decides which values a DHT node keeps and passes on: agents' address records and an organiser's network map.
 
-    `ca`: PEM of the CA's certificates, None to check the form only; `run`: the run whose records are taken, None for
-    all. `refused`: number of values that were refused.
+    `ca`: PEM of the CA's certificates, None to check the form only; `run`: the run whose records are accepted, None for
+    all. `refused`: number of refused values.
     """
 
     def __init__(self, ca: bytes | None, run: str | None) -> None:
@@ -39,7 +39,7 @@ class RecordValidator:
         return True
 
     def newest_map(self, values: list[bytes], now: float) -> bytes | None:
-        """Return the valid map of the highest version (of one version, the one that lasts longest) among some."""
+        """Return the valid map of the highest version (of equal versions, the one that lasts longest)."""
         best: tuple[int, float, bytes] | None = None
         for value in values:
             try:
@@ -51,7 +51,7 @@ class RecordValidator:
         return None if best is None else best[2]
 
     def _read(self, value: bytes, now: float) -> tuple[bytes, int, float]:
-        """Return a value's key, its number among those under that key, and its end."""
+        """Return a value's key, its sequence number under that key, and its expiry."""
         if value.startswith(MAGIC):
             found = open_map(value, ca=self._ca, run=self._run, now=now)
             return map_key(found.run), found.version, found.expires_s

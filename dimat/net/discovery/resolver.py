@@ -1,4 +1,4 @@
-"""Resolves agents to addresses, by the map and the DHT, and announces this agent in the DHT.
+"""Resolves agents to addresses, by map and DHT, and announces this agent in the DHT.
 
 Either source suffices, and a lookup in the DHT delays its caller for at most `LOOKUP_S`.
 """
@@ -26,18 +26,18 @@ from dimat.net.threads import BackgroundTasks, first_of
 class RecordDirectory(Protocol):
     """A store of address records: `dimat.net.discovery.dht.DhtNode`.
 
-    `changed` is set when it has come up, or has met other nodes, again.
+    `changed` is set when it is up again, or has joined other nodes again.
     """
 
     healthy: bool
     changed: asyncio.Event
 
     async def announce(self, record: AddressRecord) -> bool:
-        """Store a record with other nodes; return whether any took it."""
+        """Store a record with other nodes; return whether any accepted it."""
         ...
 
     async def lookup(self, agent: str, *, elsewhere: bool = False) -> AddressRecord | None:
-        """Return an agent's newest record; with `elsewhere`, only of those that other nodes hold."""
+        """Return an agent's newest record; with `elsewhere`, only among those of other nodes."""
         ...
 
 
@@ -54,8 +54,8 @@ class AddressResolver:
     """Returns the addresses of agents, and announces those of this one.
 
     `static`: the map's addresses by agent; `members`: all agents of the map; `dht`: None for the map alone; `folder`
-    keeps the number of the last record, as readers take no older one; `notice` receives messages for a person;
-    `record_life_s`: how long a record holds without renewal. All methods belong to one event loop.
+    keeps the number of the last record, as readers accept no older one; `notice` receives messages for a person;
+    `record_life_s`: how long a record is valid without renewal. All methods belong to one event loop.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class AddressResolver:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.visible: Mapping[str, AddressRecord] = {}
-        """The other members' records that were looked up and found of late, by agent."""
+        """The other members' records that were found recently, by agent."""
         self._run = run
         self._agent = agent
         self._dht = dht
@@ -112,7 +112,7 @@ class AddressResolver:
             self._news.set()
 
     async def addresses(self, agent: str) -> tuple[str, ...]:
-        """Return an agent's addresses, each once: those of the map first, then those of its record."""
+        """Return an agent's addresses, each once: first those on the map, then those in its record."""
         found = await self._lookup(agent)
         return tuple(dict.fromkeys([*self._static.get(agent, ()), *(found.addresses if found is not None else ())]))
 
@@ -121,7 +121,7 @@ class AddressResolver:
         await self._tasks.close(cancel=True)
 
     async def _lookup(self, agent: str) -> AddressRecord | None:
-        """Return an agent's record, from memory where it is fresh. Concurrent calls wait for one lookup."""
+        """Return an agent's record, from memory if it is fresh. Concurrent calls wait for one lookup."""
         if self._dht is None or agent == self._agent or agent not in self._members or not self._tasks.is_open:
             return None
         now = time.monotonic()
@@ -142,7 +142,8 @@ class AddressResolver:
         return record
 
     async def _try(self, dht: RecordDirectory, agent: str) -> AddressRecord | Exception | None:
-        """Look an agent up; return the fault, which is that of those who wait: raised, it would end all tasks."""
+        """Look up an agent; return an error to the callers that wait: if it were raised here, it would end all
+        tasks."""
         try:
             return await self._look_up(dht, agent)
         except Exception as error:
@@ -167,9 +168,10 @@ class AddressResolver:
                     if not await dht.announce(self._last):
                         wait_s = min(ANNOUNCE_RETRY_S, wait_s)
                     elif await dht.lookup(self._agent, elsewhere=True) is not None:
-                        self._reminders.over("gone", "own record is found in the DHT again")
+                        self._reminders.over("gone", "this agent's record is in the DHT again")
                     else:  # only records that others hold can be found
-                        self._reminders.tell("gone", "own record is not found in the DHT: it is split, or refuses it")
+                        lost = "this agent's record is not in the DHT: the DHT is split, or refuses the record"
+                        self._reminders.tell("gone", lost)
                     await self._look_around(dht)
                 except DimatError as error:
                     self._reminders.tell("own", str(error))
@@ -179,7 +181,7 @@ class AddressResolver:
             await first_of(self._news.wait(), dht.changed.wait(), most_s=wait_s)
 
     def _next(self) -> AddressRecord:
-        """Return the record to announce; its number is above all those announced before, by earlier runs too."""
+        """Return the record to announce; its number is above all those announced before, including by earlier runs."""
         now = self._clock()
         # the time helps where the folder was lost, the count where the clock was set back
         self._number = max(self._number + 1, int(now * 1000))
@@ -193,7 +195,7 @@ class AddressResolver:
         )
 
     async def _look_for_twin(self, dht: RecordDirectory) -> None:
-        """Look for a record of this agent that is newer than all that this process wrote."""
+        """Look for a record of this agent that is newer than those written by this process."""
         held = await dht.lookup(self._agent, elsewhere=True)
         before = self._last
         if held is None or held.seq <= (self._number if before is None else before.seq):
@@ -206,7 +208,7 @@ class AddressResolver:
             )
 
     async def _look_around(self, dht: RecordDirectory) -> None:
-        """Look up a sample of the other members, and give notice where none is found time and again."""
+        """Look up a sample of the other members, and give notice if none is found several times in a row."""
         some = self._generator.sample(self._members, min(RECORD_SAMPLE, len(self._members)))
         records = await asyncio.gather(*(self._look_up(dht, name) for name in some))
         seen = {name: record for name, record in zip(some, records, strict=True) if record is not None}

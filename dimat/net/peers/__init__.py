@@ -1,4 +1,4 @@
-"""Connections to peers: dial, greet, follow what they publish, ask single questions.
+"""Connections to peers: dial, say hello, follow their snapshots, make single calls.
 
 Knows nothing of training and merging.
 """

@@ -1,4 +1,4 @@
-"""Connections to peers: dialled over TLS, greeted, found compatible, and ready for calls."""
+"""Connections to peers: dialled over TLS, checked for compatibility, and ready for calls."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ Hear = Callable[[Metadata], None]
 
 
 class PeerRefusedError(Exception):
-    """The peer answers and does not fit, or refuses this agent: trying again soon is of no use."""
+    """The peer answers but is incompatible, or refuses this agent: trying again soon is of no use."""
 
 
 class ConnectionBrokenError(Exception):
-    """The connection broke, or a call on it failed in a way that another attempt may cure."""
+    """The connection broke, or a call on it failed in a way that may succeed at another attempt."""
 
 
 @dataclass(eq=False)
 class Connection:
-    """A channel to a peer that has said hello and fits; to be closed by the caller of `Connector.connect`.
+    """A channel to a compatible peer that has said hello; to be closed by the caller of `Connector.connect`.
 
-    `verify`: checks the peer's signatures; `clock_offset_s`: how far its clock and this machine's differ at least;
-    `note`: what the peer has set otherwise, though it fits;
-    `heard_s`: when its last byte came, by the event loop's clock; `certificate`: DER, checked, empty on an insecure
-    network; `life`: gives the header that says which life of this agent's name calls; `hear`: takes the metadata that
-    comes with the peer's replies and refusals; `transfers`: those under way.
+    `verify`: checks the peer's signatures; `clock_offset_s`: the least by which its clock and this machine's differ;
+    `note`: settings of the compatible peer that differ; `heard_s`: when its last byte arrived, by the event loop's
+    clock; `certificate`: DER, checked, empty on an insecure network; `life`: returns the header that says which process
+    of this agent's name calls; `hear`: receives the metadata of the peer's replies and refusals; `transfers`: the
+    current ones.
     """
 
     peer: str
@@ -63,12 +63,12 @@ class Connection:
     _closed: bool = field(default=False, init=False)
 
     async def close(self) -> None:
-        """Close the channel; calls that are under way break."""
+        """Close the channel; current calls fail."""
         self._closed = True
         await self.channel.close()
 
     def heard(self) -> None:
-        """Note that a byte has come: the peer is alive."""
+        """Note that a byte has arrived: the peer is alive."""
         self.heard_s = asyncio.get_running_loop().time()
 
     def fetch(self, root: str, first: int, blocks: int) -> Any:
@@ -94,11 +94,12 @@ DATE_FAULTS = {
     "certificate is not yet valid": "is not valid yet (is the clock behind? set it)",
     "certificate has expired": "has expired (renew it, or set the clock)",
 }
-"""What TLS says of dates → what that means for a peer's certificate."""
+"""TLS's messages about dates → their meaning for a peer's certificate."""
 
 
 class Connector:
-    """Connects `agent` to its peers. `life`: see `Connection`; `hear`: takes a peer and the metadata of its answers."""
+    """Connects `agent` to its peers. `life`: see `Connection`; `hear`: receives a peer and the metadata of its
+    answers."""
 
     def __init__(
         self,
@@ -123,8 +124,8 @@ class Connector:
     async def connect(self, peer: str, address: str) -> Connection:
         """Connect to a peer at an address.
 
-        Raises ConnectionBrokenError or AioRpcError where it does not answer there, PeerRefusedError where it does not
-        fit or refuses this agent.
+        Raises ConnectionBrokenError or AioRpcError if it does not answer there, PeerRefusedError if it is incompatible
+        or refuses this agent.
         """
         channel = self._channel(peer, address)
         try:
@@ -134,8 +135,8 @@ class Connector:
             raise
 
     async def greet_again(self, connection: Connection) -> bool:
-        """Take over the certificate that a peer has now, on the connection that is there; return whether it is another
-        one than before. Raises as `connect` does."""
+        """Fetch a peer's current certificate on the existing connection; return whether it has changed. Raises the
+        errors of `connect`."""
         renewed = await self._hello(connection.peer, connection.address, connection.channel)
         changed = renewed.certificate != connection.certificate
         connection.verify, connection.certificate = renewed.verify, renewed.certificate
@@ -189,7 +190,7 @@ class Connector:
         )
 
     def _verifier(self, peer: str, certificate: bytes) -> Verify:
-        """Return the check of the peer's signatures; SecurityError where its certificate is not its own."""
+        """Return the check of the peer's signatures; SecurityError if its certificate is not its own."""
         if self._identity is None:
             return _unsigned
         key = check_certificate(certificate, self._identity.ca, peer)
@@ -197,7 +198,7 @@ class Connector:
 
 
 def _unsigned(data: bytes, signature: bytes) -> None:
-    """On an insecure network nothing is signed."""
+    """Nothing is signed on an insecure network."""
 
 
 async def _call(
@@ -209,7 +210,8 @@ async def _call(
     metadata: Sequence[tuple[str, str]],
     hear: Hear,
 ) -> Any:
-    """Call a method of the service of `peer.proto`. `hear`: takes the metadata that ends the reply or the refusal."""
+    """Call a method of the service in `peer.proto`. `hear`: receives the metadata at the end of the reply or
+    refusal."""
     call: Any = channel.unary_unary(
         f"/{PEER_SERVICE}/{method}",
         request_serializer=type(request).SerializeToString,

@@ -1,4 +1,4 @@
-"""The link to one peer: connects, polls the snapshots it offers, reconnects."""
+"""The link to one peer: connects, polls the snapshots that it offers, reconnects."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from dimat.net.transport import PeerListener
 from dimat.wire.v1 import peer_pb2 as pb
 
 AddressLookup = Callable[[str], Awaitable[Sequence[str]]]
-"""Returns further addresses of an agent, beside those of the map."""
+"""Returns further addresses of an agent, beside those on the map."""
 
 
 class PeerLink:
@@ -55,7 +55,7 @@ class PeerLink:
         self._connector = connector
         self._profile = profile
         self.manifest_limits = manifest_limits
-        """The most that its manifests may claim, by the map as it is now."""
+        """The most that its manifests may claim, by the current map."""
         self._limits = limits
         self._listener = listener
         self._address_lookup = address_lookup
@@ -64,7 +64,7 @@ class PeerLink:
         self._breaker = Breaker(limits.breaker_failures, limits.breaker_open_s)
         self._generator = generator
         self.certificate = b""
-        """The peer's (DER), of the newest connection."""
+        """The peer's certificate (DER) on the newest connection."""
         self._addresses: list[str] = []
         self._last_good = ""
         self._heard_s: float | None = None  # when the last connection brought its last byte, by the loop's clock
@@ -78,7 +78,7 @@ class PeerLink:
         self._wake = Notifier()
         self._dropped: asyncio.Event = asyncio.Event()
         self._unreached = False  # whether the last attempt to reach it has failed
-        self._reason = "it was not reached yet"
+        self._reason = "it has not been reached yet"
         self._presence = Presence(peer, limits.lost_after_s, listener.lost, lambda: self._refusal or self._reason)
         self._reminders = Reminders(listener.noticed)
         self._faults = FaultNotices(peer, listener.noticed)
@@ -102,13 +102,13 @@ class PeerLink:
             self._task = None
 
     def update_addresses(self, addresses: Sequence[str]) -> None:
-        """Take over the addresses of a new map, and try them at once if the peer is not connected."""
+        """Use the addresses of a new map, and try them at once if the peer is not connected."""
         self._addresses = list(addresses)
         if self._task is not None:
             self.wake()
 
     def wake(self) -> None:
-        """Try at once, whatever failed before: the peer is likely there."""
+        """Try at once, whatever failed before: the peer is probably there."""
         now = asyncio.get_running_loop().time()
         # two agents whose calls to each other fail must not wake each other in a rush
         if self._connection is None and now - self._woken_s >= WAKE_PAUSE_S:
@@ -118,11 +118,11 @@ class PeerLink:
             self._wake.fire()
 
     def offer(self, round_: int, root: str) -> SignedManifest | None:
-        """Return the manifest of a snapshot that the peer offers now; None where it offers no such."""
+        """Return the manifest of a snapshot that the peer offers now; None if it does not offer it."""
         return self._offers.get((round_, root))
 
     async def connection(self) -> Connection:
-        """Wait for a connection on which the peer has told its offers; NetworkError where none is to be expected."""
+        """Wait for a connection on which the peer has sent its offers; NetworkError if none can be expected."""
         while True:
             if self._stopped:
                 raise NetworkError(f"{self.peer} is not followed any more")
@@ -143,7 +143,8 @@ class PeerLink:
 
     @property
     def state(self) -> dict[str, object]:
-        """State of the link for `dimat status`. `heard_s`: seconds since the last byte came, None before the first."""
+        """State of the link for `dimat status`. `heard_s`: seconds since the last byte arrived, None before the
+        first."""
         last_s = self._heard_s if self._connection is None else self._connection.heard_s
         return {
             "connected": self._connection is not None,
@@ -156,7 +157,7 @@ class PeerLink:
 
     # ── the loop ──────────────────────────────────────────────────────────────────────────────────────────────
     async def _follow(self) -> None:
-        """Keep a connection to the peer, until cancelled; connections that drain end with this."""
+        """Keep a connection to the peer, until cancelled; draining connections end with it."""
         async with asyncio.TaskGroup() as drains:
             await self._keep_connected(drains)
 
@@ -176,7 +177,7 @@ class PeerLink:
                 self._breaker.failed()
                 wait_s = self._breaker.wait_s(self._backoff.next())
                 if self._presence.lost:
-                    self._reminders.tell("reach", f"{self.peer} is out of reach: {self._reason}; it is tried on")
+                    self._reminders.tell("reach", f"{self.peer} is out of reach: {self._reason}; attempts continue")
             except Exception as error:  # a bug must not end the loop, nor hide
                 self._reason = f"{type(error).__name__}: {error}"
                 self._breaker.failed()
@@ -193,7 +194,7 @@ class PeerLink:
     async def _reach(self, drains: asyncio.TaskGroup) -> AsyncGenerator[Connection]:
         """Connect to the first address that answers as the peer.
 
-        PeerRefusedError where it does not fit, ConnectionBrokenError where no address answers.
+        PeerRefusedError if it is incompatible, ConnectionBrokenError if no address answers.
         """
         known = list(dict.fromkeys([*self._addresses, *await self._look_up()]))
         known.sort(key=lambda address: address != self._last_good)
@@ -311,7 +312,7 @@ class PeerLink:
             await asyncio.gather(call, return_exceptions=True)
 
     async def _take(self, connection: Connection, reply: pb.ManifestsReply, told: set[tuple[int, str]]) -> None:
-        """Take over the peer's offers, and tell the listener of those that are new on this connection."""
+        """Store the peer's offers, and tell the listener about those that are new on this connection."""
         if len(reply.offered) > MOST_OFFERED:
             raise PeerRefusedError(f"it offers {len(reply.offered):,} snapshots, at most {MOST_OFFERED} are read")
         offers: dict[tuple[int, str], SignedManifest] = {}
@@ -330,7 +331,7 @@ class PeerLink:
                     self.certificate = connection.certificate
                     signed = await self._unseal(connection, offered)
                 if signed.manifest.schema != self._profile.schema:
-                    raise PeerError(f"manifest of {self.peer} refused: it is of another model than it said hello with")
+                    raise PeerError(f"manifest of {self.peer} refused: it is of another model than that of its hello")
             except (PeerError, SecurityError) as error:
                 self._faults.tell(f"{self.peer} offers what cannot be taken: {error}")
                 continue

@@ -1,10 +1,11 @@
 """Lives of agents: two processes under one name are noticed, and the younger leaves.
 
-With each call an agent says which life of its name it is: an id drawn when it began, when that was, and when it speaks,
-signed. Who is called by one life, then by another and then by the first again knows that both run: a restart never goes
-back. It refuses the younger one from then on and hands it the older one's newest statement. The younger one leaves only
-where that proves that the older one lived after it had begun itself: no member can make another agent leave with
-statements of lives that are over. All others are told in the replies to their calls, and pass it on.
+A life is one process of an agent, from its start to its end. With each call an agent sends a signed statement of its
+life: an id drawn at its start, the time of its start, and the time of the call. An agent that is called by one life,
+then by another and then by the first again knows that both run, since a restart never returns to an earlier life. From
+then on it refuses the younger one and sends it the older one's newest statement. The younger one leaves only if that
+proves that the older one was running after the younger one's start: no member can make another agent leave with
+statements of lives that have ended. All others learn of it in the replies to their calls, and pass it on.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from dimat.wire import LIFE_HEADER, TWINS_HEADER
 
 @dataclass(frozen=True, slots=True)
 class Life:
-    """One life of an agent, as it says itself: `started_s` and `said_s` in Unix time, by its own clock."""
+    """One life of an agent, by its own statement: `started_s` and `said_s` in Unix time, by its own clock."""
 
     id: str
     started_s: float
@@ -33,7 +34,7 @@ class Life:
     signature: bytes = b""
 
     def is_older(self, other: Life) -> bool:
-        """Whether it began before another one; ids decide between equal times."""
+        """Whether it began before another one; equal times are ordered by id."""
         return (self.started_s, self.id) < (other.started_s, other.id)
 
     def statement(self, run: str, agent: str) -> bytes:
@@ -46,7 +47,7 @@ class Life:
 
     @staticmethod
     def parse(text: object) -> Life | None:
-        """Return what `text` gave; None for anything else."""
+        """Parse the text that `text` returns; None for anything else."""
         if not isinstance(text, str) or len(text) > MAX_LIFE_BYTES:
             return None
         try:
@@ -58,7 +59,7 @@ class Life:
 
 
 class OwnLife:
-    """This process's life of `agent`. `sign`, `verify`: with the agent's own key."""
+    """The life of `agent` in this process. `sign`, `verify`: with the agent's own key."""
 
     def __init__(
         self, run: str, agent: str, sign: Sign, verify: Verify, clock: Callable[[], float] = time.time
@@ -72,13 +73,13 @@ class OwnLife:
         self._life = Life(secrets.token_hex(8), now, now)  # an id never to come again, so from no seeded generator
 
     def header(self) -> tuple[str, str]:
-        """Return the header that says which life this is, and that it lives now."""
+        """Return the header that states which life this is, and that it is running now."""
         now = Life(self._life.id, self._life.started_s, self._clock())
         signature = self._sign(now.statement(self._run, self._agent))
         return LIFE_HEADER, Life(now.id, now.started_s, now.said_s, signature).text()
 
     def proven_older(self, text: object) -> Life | None:
-        """Return the older life of the same name that a peer tells of, where it is sure that it lived after this one
+        """Return the older life of the same name that a peer reports, if it is proven to have run after this one
         began."""
         life, own = Life.parse(text), self._life
         if life is None or life.id == own.id or not life.is_older(own) or life.said_s <= own.started_s:
@@ -92,14 +93,14 @@ class OwnLife:
 
 @dataclass(slots=True)
 class _Heard:
-    """The lives of one caller, the one heard last at the end; `twins`: two ids that both live."""
+    """The lives of one caller, the one heard last at the end; `twins`: ids of two that both run."""
 
     lives: dict[str, tuple[Life, float]] = field(default_factory=dict[str, tuple[Life, float]])
     twins: tuple[str, ...] = ()
 
 
 class Lives:
-    """The lives of all callers of one agent, and which names are said to have two.
+    """The lives of all callers of one agent, and the names reported to have two.
 
     `told(message)` is called once for each name that has two lives, heard here or told by another member.
     """
@@ -111,7 +112,7 @@ class Lives:
         self._names: dict[str, float] = {}  # names with two lives: when that was said first
 
     def heard(self, caller: str, life: Life) -> Life | None:
-        """Take in a call of one life; return the older one that runs at the same time, where there is one."""
+        """Record a call of one life; return the older one that runs at the same time, if there is one."""
         now, known = self._clock(), self._heard.setdefault(caller, _Heard())
         last = next(reversed(known.lives), life.id)
         if life.id in known.lives and last != life.id:
@@ -137,7 +138,7 @@ class Lives:
         return other_life if other_life.is_older(life) else None
 
     def take_word(self, peer: str, value: object, members: Collection[str]) -> None:
-        """Take in what a peer's reply says of names with two lives."""
+        """Read a peer's report of names with two lives."""
         try:
             names: Any = json.loads(value) if isinstance(value, bytes) and len(value) <= MAX_LIFE_BYTES else ()
         except ValueError:
@@ -148,7 +149,7 @@ class Lives:
 
     @property
     def trailer(self) -> tuple[tuple[str, bytes], ...]:
-        """Metadata of a reply that passes the names with two lives on."""
+        """Metadata of a reply that passes on the names with two lives."""
         now = self._clock()
         names = [name for name, since in self._names.items() if now - since < PASSED_ON_S]
         return ((TWINS_HEADER, json.dumps(names)[:MAX_LIFE_BYTES].encode()),) if names else ()
@@ -161,5 +162,5 @@ class Lives:
 
 
 def header_of(metadata: Iterable[tuple[str, object]] | None, name: str) -> object:
-    """Return the value of a header, None where it is not there."""
+    """Return the value of a header, None if it is not there."""
     return next((value for key, value in metadata or () if key == name), None)

@@ -1,4 +1,4 @@
-"""Whether a peer is there: when it counts as lost, and when as gone."""
+"""Whether a peer is present: when it counts as lost, and when as gone."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from dimat.net.compatibility import quoted
 class Presence:
     """A peer's absence, from one connection to the next.
 
-    `on_lost` is told of it once, with peer, reason and the last round that the peer offers (0: not known): when the
-    peer says that it leaves, or after `lost_after_s` out of reach, for which `reason` gives the reason.
+    `on_lost` is called once for it, with peer, reason and the last round that the peer offers (0: not known): when the
+    peer says that it leaves, or after `lost_after_s` out of reach, for the reason that `reason` returns.
     """
 
     def __init__(
@@ -23,9 +23,9 @@ class Presence:
         self._on_lost = on_lost
         self._reason = reason
         self.lost = False
-        """Whether the peer was told as lost, and was not reached since."""
+        """Whether the peer was reported as lost, and has not been reached since."""
         self.gone = ""
-        """Why waiting for it is of no use, until it is reached again."""
+        """The reason why waiting for it is of no use, until it is reached again."""
         self.parting = ""
         """The reason that it gave when it left, until it is reached again."""
         self._timer: asyncio.TimerHandle | None = None
@@ -45,18 +45,18 @@ class Presence:
             self._timer = asyncio.get_running_loop().call_later(self._lost_after_s, self._lose)
 
     def leaves(self, reason: str, last: int) -> None:
-        """Take the peer's word that it leaves, while it is still connected; `last`: the last round that it offers."""
+        """Note that the peer says it leaves, while it is still connected; `last`: the last round that it offers."""
         self.lost, self.parting = True, reason
         self._on_lost(self._peer, f"it has left ({quoted(reason)})", last)
 
     def unanswered(self) -> bool:
-        """Note that the peer does not answer; return whether it is gone, as it had said that it leaves."""
+        """Note that the peer does not answer; return whether it is gone, since it had said that it leaves."""
         if self.parting:
             self.gone = f"it has left ({quoted(self.parting)})"
         return bool(self.parting)
 
     def close(self) -> None:
-        """No absence begins any more."""
+        """Begin no further absence."""
         self._closed = True
 
     def _lose(self) -> None:

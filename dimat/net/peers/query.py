@@ -1,7 +1,7 @@
-"""Single calls to a peer for people's tools: hello, status, dial-back.
+"""Single calls to a peer for command-line tools: hello, status, dial-back.
 
-They are made in an agent's name and with its keys, and change nothing: the peer does not take the tool's hello for that
-of the agent, which may be running meanwhile.
+They are made in an agent's name and with its keys, and change nothing: the peer does not mistake the tool's hello for
+that of the agent, which may be running at the same time.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class PeerQuery:
     async def hello(self, run: str, profile: Profile) -> pb.HelloReply:
         """Return the peer's reply to a hello, which the caller may compare (`net.compatibility`).
 
-        PeerError where another agent answers, SecurityError where the certificate is not the peer's.
+        PeerError if another agent answers, SecurityError if the certificate is not the peer's.
         """
         reply = await self._call("Hello", pb.HelloRequest(**profile.fields(run, self._agent)), pb.HelloReply)
         if reply.agent != self.peer:
@@ -54,18 +54,18 @@ class PeerQuery:
         return reply
 
     async def status(self) -> dict[str, Any]:
-        """Return the status that the peer gives of itself. PeerError where the reply is none."""
+        """Return the peer's status. PeerError if the reply is not one."""
         reply = await self._call("Status", pb.StatusRequest(), pb.StatusReply)
         try:
             found = json.loads(reply.json)
         except ValueError:
             found = None
         if not isinstance(found, dict):
-            raise PeerError(f"{self.peer} at {self.address} answers with something that is no status")
+            raise PeerError(f"{self.peer} at {self.address} answers with something that is not a status")
         return found  # pyright: ignore[reportUnknownVariableType]
 
     async def dial_back(self, port: int) -> pb.DialBackReply:
-        """Let the peer dial a port of this agent, at the address that the call comes from and at those of its map."""
+        """Let the peer dial a port of this agent, at the address from which the call comes and at those on its map."""
         return await self._call("DialBack", pb.DialBackRequest(port=port), pb.DialBackReply)
 
     async def _call(self, method: str, request: Message, reply: type[R]) -> R:
@@ -94,7 +94,7 @@ class PeerQuery:
 async def query_peer(peer: str, address: str, agent: str, identity: Identity | None) -> AsyncGenerator[PeerQuery]:
     """Open calls to a peer at `host:port`, in the name of `agent`.
 
-    They raise NetworkError where it does not answer, SecurityError where one of the two does not trust the other.
+    Calls raise NetworkError if it does not answer, SecurityError if one of the two does not trust the other.
     """
     if identity is None:
         channel = aio.insecure_channel(address, options=channel_options(MAX_QUERY_REPLY_BYTES, None))

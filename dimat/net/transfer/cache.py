@@ -1,6 +1,6 @@
-"""The disk cache of peers' snapshots: whole ones, parts of incoming ones, a quota.
+"""The disk cache of peers' snapshots: complete ones, parts of incoming ones, a quota.
 
-A snapshot is kept while it is in use; the last one of each peer stays beyond that, as the base of the peer's next delta
+A snapshot is kept while it is in use; the last one of each peer is kept longer, as the base of the peer's next delta
 and for the blocks that the next one shares with it. Equal snapshots have one address and are stored once.
 """
 
@@ -29,10 +29,10 @@ from dimat.wire.v1 import peer_pb2 as pb
 
 @dataclass(slots=True)
 class _Entry:
-    """A whole snapshot.
+    """A complete snapshot.
 
     `signed`: manifests by (peer, round); `holds`: number of uses by (peer, round); `checked`: its content was read and
-    found right since this agent started; `used`: grows with use, for the quota.
+    verified since this agent started; `used`: grows with use, for the quota.
     """
 
     payload: Payload
@@ -43,12 +43,12 @@ class _Entry:
 
 
 class SnapshotCache:
-    """Received snapshots in `folder`, a folder of their own.
+    """Received snapshots in `folder`, which holds nothing else.
 
-    `quota_bytes`: disk that they may take, of which the oldest that are not in use go first; `reserve_bytes`: disk that
-    stays free.
+    `quota_bytes`: disk space that they may take; beyond it the oldest that are not in use are removed first;
+    `reserve_bytes`: disk space that stays free.
 
-    The event loop keeps, releases and drops, while threads verify, begin, finish and link: one lock guards the books,
+    The event loop keeps, releases and drops, while threads verify, begin, finish and link: one lock guards the records,
     and is never held while a payload is read, written or hashed.
     """
 
@@ -83,29 +83,29 @@ class SnapshotCache:
 
     # ── whole snapshots ───────────────────────────────────────────────────────────────────────────────────────
     def path(self, root: str) -> Path:
-        """Return the path of a whole snapshot with this address, whether it is there or not."""
+        """Return the path of a complete snapshot with this address, whether it exists or not."""
         return self.folder / f"{root}.safetensors"
 
     def payload(self, root: str) -> Payload | None:
-        """Return the payload of a whole snapshot; None where it is not there."""
+        """Return the payload of a complete snapshot; None if it is not there."""
         with self._lock:
             entry = self._entries.get(root)
             return None if entry is None else entry.payload
 
     def find(self, peer: str, round_: int, root: str) -> SignedManifest | None:
-        """Return a peer's signed manifest of a whole snapshot; None where it is not there."""
+        """Return a peer's signed manifest of a complete snapshot; None if it is not there."""
         with self._lock:
             entry = self._entries.get(root)
             return None if entry is None else entry.signed.get((peer, round_))
 
     def sources(self, but: str) -> list[tuple[Path, Payload]]:
-        """Return the files whose blocks another snapshot may share, the last used first."""
+        """Return the files whose blocks another snapshot may share, the most recently used first."""
         with self._lock:
             entries = sorted(self._entries.items(), key=lambda item: -item[1].used)
         return [(self.path(root), entry.payload) for root, entry in entries if root != but]
 
     def verify(self, root: str) -> bool:
-        """Return whether a snapshot is there and undamaged; read once a run, and removed where it is damaged."""
+        """Return whether a snapshot is present and undamaged; it is read once a run, and removed if damaged."""
         with self._lock:
             entry = self._entries.get(root)
         if entry is None:
@@ -127,7 +127,7 @@ class SnapshotCache:
 
     @contextmanager
     def pinned(self, root: str) -> Generator[None]:
-        """Let a snapshot lie while a fetch is about to hold it, whatever others need room for."""
+        """Keep a snapshot while a fetch is about to hold it, even if others need the space."""
         with self._lock:
             self._pinned[root] += 1
         try:
@@ -140,7 +140,7 @@ class SnapshotCache:
 
     # ── incoming payloads ─────────────────────────────────────────────────────────────────────────────────────
     def make_room(self, peer: str, payload: Payload, more: int = 0) -> None:
-        """Make room in the quota for a payload and `more` bytes; DataError where snapshots in use leave too little."""
+        """Make room in the quota for a payload and `more` bytes; DataError if snapshots in use leave too little."""
         with self._lock:
             taken = self._free(peer, payload.root, payload.bytes + more)
         amount = payload.bytes + more
@@ -169,7 +169,7 @@ class SnapshotCache:
         return taken
 
     def begin(self, peer: str, payload: Payload) -> ReceivedBlocks:
-        """Open an incoming payload, with the blocks that an earlier attempt has left; to be closed by `end`."""
+        """Open an incoming payload, with the blocks from an earlier attempt; to be closed by `end`."""
         part, whole = self.part_path(peer, payload.root), self.path(payload.root)
         key = peer, payload.root
         with self._lock:
@@ -186,7 +186,7 @@ class SnapshotCache:
             raise
 
     def end(self, peer: str, received: ReceivedBlocks, root: str) -> None:
-        """Close a payload that `begin` has opened; missing blocks are left for another attempt."""
+        """Close a payload that `begin` has opened; an incomplete one is left for another attempt."""
         with self._lock:
             self._close((peer, root))
         self._threads.submit(received.close)
@@ -197,11 +197,11 @@ class SnapshotCache:
             del self._open[key]
 
     def part_path(self, peer: str, root: str) -> Path:
-        """Return the path of a payload while it comes in from a peer."""
+        """Return the path of a payload while it arrives from a peer."""
         return self.folder / f"{root}.{blake3(peer.encode()).hexdigest()[:16]}.part"
 
     def finish(self, peer: str, received: ReceivedBlocks, root: str) -> Path:
-        """Rename a whole payload to its path, and return that."""
+        """Rename a complete payload to its path, and return that."""
         path = self.path(root)
         received.finish(path, durable=self._durable)
         with self._lock:
@@ -209,7 +209,7 @@ class SnapshotCache:
         return path
 
     def link(self, source: Path, payload: Payload) -> bool:
-        """Link (else copy) a payload from another folder; False where it is not there or damaged."""
+        """Link (else copy) a payload from another folder; False if it is not there or damaged."""
         path = self.path(payload.root)
         temporary = path.with_suffix(f".{self._tick()}.link")
         try:
@@ -227,7 +227,7 @@ class SnapshotCache:
         return True
 
     def drop(self, peer: str, root: str) -> None:
-        """Remove an incoming payload, and the whole payload where it is not that of a snapshot."""
+        """Remove an incoming payload, and the complete payload if it is not that of a snapshot."""
         with self._lock:
             self._coming.pop((peer, root), None)
             self._discard(self.part_path(peer, root))
@@ -240,7 +240,7 @@ class SnapshotCache:
 
     # ── use ───────────────────────────────────────────────────────────────────────────────────────────────────
     def keep(self, peer: str, signed: SignedManifest) -> None:
-        """Hold a whole snapshot until `release`; it becomes the last one of its peer if its round is the highest."""
+        """Hold a complete snapshot until `release`; it becomes the last one of its peer if its round is the highest."""
         with self._lock:
             manifest = signed.manifest
             root, round_ = manifest.payload.root, manifest.round
@@ -261,7 +261,7 @@ class SnapshotCache:
                     self.drop(*stale)
 
     def release(self, peer: str, round_: int, root: str) -> None:
-        """Undo one `keep`; a snapshot that is not in use goes, unless it is its peer's last one."""
+        """Undo one `keep`; a snapshot that is not in use is removed, unless it is its peer's last one."""
         with self._lock:
             entry = self._entries.get(root)
             if entry is None or (peer, round_) not in entry.holds:
@@ -301,7 +301,7 @@ class SnapshotCache:
 
     # ── at the start ──────────────────────────────────────────────────────────────────────────────────────────
     def _clean(self) -> None:
-        """Take over the whole snapshots of the run before, keep fresh parts, and remove all other files."""
+        """Take over the complete snapshots of the previous run, keep fresh parts, and remove all other files."""
         found: list[SignedManifest] = []
         for path in self.folder.glob("*.manifest"):
             try:

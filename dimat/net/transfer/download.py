@@ -34,11 +34,11 @@ FINAL = {
 
 
 class GoneError(NetworkError):
-    """A peer's payload cannot be fetched any more; the blocks that have come are of no use."""
+    """A peer's payload can no longer be fetched; the blocks that have arrived are of no use."""
 
 
 class WrongBlockError(Exception):
-    """A block has come whole, with content of another hash."""
+    """A block has arrived in full, with another hash than promised."""
 
     def __init__(self, index: int) -> None:
         super().__init__(f"block {index}")
@@ -47,10 +47,10 @@ class WrongBlockError(Exception):
 
 @dataclass(slots=True)
 class DownloadStats:
-    """Counts of one fetch, added to those of all.
+    """Counts of one fetch, and of all fetches.
 
     `received`: bytes of payload in all fetches, by peer and encoding; `retries`: attempts after the first in all
-    fetches, by peer; `bytes`: of this fetch; `encoding`: of the payload that is being downloaded; `wrong`: times that a
+    fetches, by peer; `bytes`: of this fetch; `encoding`: of the payload that is being downloaded; `wrong`: how often a
     block had a wrong hash, by payload and index.
     """
 
@@ -77,12 +77,12 @@ async def download(
     threads: Threads,
     generator: Random,
 ) -> None:
-    """Download the blocks that `received` lacks of `payload`, until it is whole.
+    """Download the blocks of `payload` that `received` lacks, until it is complete.
 
-    `turns` bounds the downloads at a time.
+    `turns` bounds the concurrent downloads.
 
-    Raises GoneError where the peer does not offer it any more or sends a block with a wrong hash `BLOCK_ATTEMPTS`
-    times, and NetworkError where the peer is not followed any more or does not fit.
+    Raises GoneError if the peer does not offer it any more or sends a block with a wrong hash `BLOCK_ATTEMPTS`
+    times, and NetworkError if the peer is no longer followed or is incompatible.
     """
     backoff = Backoff(limits.backoff_first_s, limits.backoff_last_s, generator)
     while not received.whole:
@@ -165,16 +165,14 @@ async def _block(call: Any, connection: Connection, length: int, stats: Download
         connection.heard()
         stats.count(connection.peer, len(chunk))
         if not min(MIN_CHUNK_BYTES, length) <= len(chunk) <= min(CHUNK_BYTES, length):
-            raise GoneError(
-                f"{connection.peer} sends chunks of {len(chunk)} bytes where {length} of a block are to come"
-            )
+            raise GoneError(f"{connection.peer} sends a chunk of {len(chunk)} bytes when {length} of a block are left")
         chunks.append(chunk)
         length -= len(chunk)
     return chunks
 
 
 async def _read(call: Any, idle_s: float) -> Any:
-    """Read a message; ConnectionBrokenError where none comes for `idle_s`, or the channel was closed."""
+    """Read a message; ConnectionBrokenError if none arrives for `idle_s`, or the channel was closed."""
     try:
         async with asyncio.timeout(idle_s):
             return await call.read()

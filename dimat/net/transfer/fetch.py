@@ -1,4 +1,4 @@
-"""Fetches peers' snapshots the cheapest way: held already, encoded, or whole."""
+"""Fetches peers' snapshots the cheapest way: from the cache, encoded, or in full."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Sources = Callable[[], Sequence[Payload]]
 class Fetcher:
     """Fetches snapshots into `cache`.
 
-    `own`: this agent's store, and `offered` returns the payloads in it: content that is held already is not sent again.
+    `own`: this agent's store, and `offered` returns the payloads in it: content that is already here is not sent again.
     `encodings`: those that can be decoded here. `bytes`: payload received, by peer and encoding; `retries`: download
     attempts after the first, by peer.
     """
@@ -60,7 +60,7 @@ class Fetcher:
         self._locks: dict[tuple[str, str], tuple[asyncio.Lock, list[None]]] = {}
 
     async def fetch(self, find: Callable[[], PeerLink], peer: str, round_: int, root: str) -> Fetched:
-        """Fetch a snapshot and hold it; NetworkError where it cannot be fetched. `find` returns the peer's link."""
+        """Fetch a snapshot and hold it; NetworkError if it cannot be fetched. `find` returns the peer's link."""
         stats = DownloadStats(self.bytes, self.retries)
         try:
             # alone, as two rounds may have equal content
@@ -84,7 +84,7 @@ class Fetcher:
 
     @asynccontextmanager
     async def _alone(self, peer: str, root: str) -> AsyncGenerator[None]:
-        """Wait until no other fetch of the same snapshot from the same peer is under way."""
+        """Wait until no other fetch of the same snapshot from the same peer is running."""
         lock, users = self._locks.setdefault((peer, root), (asyncio.Lock(), []))
         users.append(None)
         try:
@@ -99,11 +99,11 @@ class Fetcher:
         await link.connection()
         signed = link.offer(round_, root)
         if signed is None:
-            raise NetworkError(f"{link.peer} offers no snapshot {root[:12]}… of round {round_}, or not any more")
+            raise NetworkError(f"{link.peer} does not offer snapshot {root[:12]}… of round {round_}, or no longer does")
         return signed
 
     async def _held(self, root: str) -> bool:
-        """Return whether a snapshot is in the cache, whole and undamaged."""
+        """Return whether a snapshot is in the cache, complete and undamaged."""
         return await self._threads.submit(self._cache.verify, root)
 
     async def _transfer(self, link: PeerLink, signed: SignedManifest, stats: DownloadStats) -> None:
@@ -133,7 +133,7 @@ class Fetcher:
         return await self._threads.submit(_cheaper, manifest.payload, usable, self._sources(manifest.payload.root))
 
     async def _base(self, root: str) -> Path | None:
-        """Return the file of the snapshot that a delta was taken from; None where it is not here."""
+        """Return the file of the snapshot to which a delta was taken; None if it is not here."""
         if await self._held(root):
             return self._cache.path(root)
         return self._own.path(root) if any(known.root == root for known in self._offered()) else None
@@ -156,7 +156,7 @@ class Fetcher:
             self._cache.end(link.peer, received, payload.root)
 
     async def _by_form(self, link: PeerLink, form: Form, payload: Payload, stats: DownloadStats) -> None:
-        """Download a form and decode the snapshot from it; DataError where it decodes to another one."""
+        """Download a form and decode the snapshot from it; DataError if it decodes to another one."""
         self._cache.make_room(link.peer, form.payload, payload.bytes)
         stats.encoding = form.encoding
         received = await self._open(link, form.payload)
@@ -183,7 +183,7 @@ class Fetcher:
         write_bytes(self._cache.path(payload.root), data)
 
     async def _open(self, link: PeerLink, payload: Payload) -> ReceivedBlocks:
-        """Open an incoming payload, with all of its blocks that are held already."""
+        """Open an incoming payload, with all of its blocks that are already here."""
         opening = self._threads.submit(self._cache.begin, link.peer, payload)
 
         def end(opened: asyncio.Future[ReceivedBlocks]) -> None:
@@ -212,7 +212,7 @@ class Fetcher:
 
 
 def _cheaper(payload: Payload, forms: Sequence[Form], sources: Sequence[tuple[Path, Payload]]) -> list[Form]:
-    """Return the forms of which fewer bytes are missing than of the payload, the cheapest first."""
+    """Return the forms with fewer missing bytes than the payload, the cheapest first."""
     held = {digest for _, known in sources for digest in known.blocks}
     whole = _missing(payload, held)
     costs = [(_missing(form.payload, held), number, form) for number, form in enumerate(forms)]

@@ -15,9 +15,9 @@ from dimat.wire.v1 import peer_pb2 as pb
 
 
 class Outbox:
-    """The snapshots of `agent` in its own store, as they are offered to peers.
+    """The snapshots of `agent` in its store, as they are offered to peers.
 
-    Signed manifests lie beside the snapshots (`<round>-<root>.manifest`), so that the same is offered after a restart.
+    Signed manifests are beside the snapshots (`<round>-<root>.manifest`), so that the same are offered after a restart.
     `write_manifests` writes them, from the start of the transport until `close`.
     """
 
@@ -35,7 +35,7 @@ class Outbox:
         self._unwritten: asyncio.Queue[SignedManifest | None] = asyncio.Queue()
 
     def restore(self, check: Verify, manifest_limits: ManifestLimits, noticed: Callable[[str], None]) -> None:
-        """Offer the snapshots of before a restart again, where the payload still lies in the store."""
+        """Offer the snapshots from before a restart again, if the payload is still in the store."""
         found: list[SignedManifest] = []
         for path in sorted(self._store.folder.glob("*.manifest")):
             try:
@@ -53,7 +53,7 @@ class Outbox:
             self._offer(signed)
 
     def publish(self, manifest: Manifest) -> None:
-        """Offer a recorded snapshot; offering it again changes nothing. DataError where no reader would take it."""
+        """Offer a recorded snapshot; offering it again changes nothing. DataError if no reader would accept it."""
         if self._store.find(self._agent, manifest.round) is not None and self._key(manifest) in self._signed:
             return
         signed = seal(manifest, self._sign)
@@ -62,7 +62,7 @@ class Outbox:
             self._unwritten.put_nowait(signed)
 
     def sign_again(self) -> None:
-        """Sign what is offered with the key that holds now: readers check it by the certificate that goes with it."""
+        """Sign the offered manifests with the current key: readers check them with its certificate."""
         for key, known in list(self._signed.items()):
             self._signed[key] = seal(known.manifest, self._sign)
             self._unwritten.put_nowait(self._signed[key])
@@ -90,7 +90,7 @@ class Outbox:
         return session != self.session or seen != self._sequence
 
     def payload(self, root: str) -> Payload | None:
-        """Return the offered payload with this address, of a snapshot or of a form; None where it is not offered."""
+        """Return the offered payload with this address, of a snapshot or of a form; None if it is not offered."""
         for signed in self._signed.values():
             for payload in (signed.manifest.payload, *(form.payload for form in signed.manifest.forms)):
                 if payload.root == root:
@@ -98,7 +98,7 @@ class Outbox:
         return None
 
     def encoding(self, root: str) -> str:
-        """Return the encoding of the payload with this address: that of its form, fp32 for a plain snapshot."""
+        """Return the encoding of the payload with this address: that of its form, or fp32 for a plain snapshot."""
         forms = (form for signed in self._signed.values() for form in signed.manifest.forms)
         return next((form.encoding for form in forms if form.payload.root == root), "fp32")
 
@@ -107,7 +107,7 @@ class Outbox:
         return [signed.manifest.payload for signed in self._signed.values()]
 
     async def write_manifests(self, noticed: Callable[[str], None]) -> None:
-        """Write each manifest that is published beside its snapshot, in turn, until `close` and all are written."""
+        """Write each published manifest beside its snapshot, in turn, until `close` is called and all are written."""
         while (signed := await self._unwritten.get()) is not None:
             path = self._path(signed.manifest)
             try:
@@ -115,10 +115,10 @@ class Outbox:
                 if self._key(signed.manifest) not in self._signed:
                     await self._threads.submit(path.unlink, missing_ok=True)
             except (DataError, OSError) as error:
-                noticed(f"after a restart round {signed.manifest.round} is to be published anew: {error}")
+                noticed(f"round {signed.manifest.round} must be published again after a restart: {error}")
 
     def close(self) -> None:
-        """Let `write_manifests` end once everything that was published is written."""
+        """Let `write_manifests` end once all published manifests are written."""
         self._unwritten.put_nowait(None)
 
     # ── changes ──────────────────────────────────────────────────────────────────────────────────────────────

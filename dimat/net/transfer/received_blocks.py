@@ -19,9 +19,9 @@ from dimat.weights.snapshot import Payload
 class ReceivedBlocks:
     """The blocks of `payload` that have arrived in the file `path`; methods may be called from any thread.
 
-    The file has its full length from the start, so that a full disk is noticed before anything is sent. Blocks that lie
-    in it from an earlier attempt or run count where their hash is right. `reserve_bytes`: disk that stays free.
-    DataError where the disk fails.
+    The file has its full length from the start, so that a full disk is noticed before anything is sent. Blocks in it
+    from an earlier attempt or run count if their hash is right. `reserve_bytes`: disk space that stays free. DataError
+    if the disk fails.
     """
 
     def __init__(self, path: Path, payload: Payload, reserve_bytes: int = 0) -> None:
@@ -41,7 +41,7 @@ class ReceivedBlocks:
                 if free < payload.bytes + reserve_bytes:
                     raise DataError(
                         f"no room for a snapshot of {payload.bytes:,} bytes in {path.parent}: {free:,} are free, of "
-                        f"which {reserve_bytes:,} stay so; make room, or lower disk_reserve_bytes"
+                        f"which {reserve_bytes:,} are reserved; make room, or lower disk_reserve_bytes"
                     )
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             if known:
@@ -63,7 +63,7 @@ class ReceivedBlocks:
 
     @property
     def whole(self) -> bool:
-        """Whether every block is right."""
+        """Whether every block has arrived."""
         with self._lock:
             return not self._missing
 
@@ -80,13 +80,13 @@ class ReceivedBlocks:
         return runs
 
     def length(self, index: int) -> int:
-        """Return the bytes of a block."""
+        """Return the size of a block in bytes."""
         return min(self._payload.block_bytes, self._payload.bytes - index * self._payload.block_bytes)
 
     def write(self, index: int, chunks: Sequence[bytes]) -> bool:
         """Check a block's hash and write it to every place where its content belongs.
 
-        False where the hash is wrong: then nothing is written and the block is still missing.
+        False if the hash is wrong: then nothing is written and the block is still missing.
         """
         digest = blake3()
         for chunk in chunks:
@@ -116,7 +116,7 @@ class ReceivedBlocks:
                 continue  # removed meanwhile: its blocks come over the network
 
     def finish(self, path: Path, *, durable: bool) -> None:
-        """Rename the whole file to `path`; DataError where blocks are missing. `durable`: it survives power loss."""
+        """Rename the complete file to `path`; DataError if blocks are missing. `durable`: it survives power loss."""
         try:
             with self._lock:
                 if self._missing:
@@ -132,7 +132,7 @@ class ReceivedBlocks:
             raise DataError(f"cannot write {path}: {error.strerror or error}") from error
 
     def close(self) -> None:
-        """Close the file and leave it for another attempt."""
+        """Close the file and keep it for another attempt."""
         with self._lock:
             if self._file >= 0:
                 os.close(self._file)

@@ -1,4 +1,4 @@
-"""Uploads of payloads to readers: read ahead, chunked, within slots and rate."""
+"""Uploads of payloads to readers: read ahead, in chunks, within slots and a rate."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class PayloadReader:
     """A payload file that is open for reading in threads."""
 
     def __init__(self, path: Path, payload: Payload) -> None:
-        """Open the file; DataError where it is missing or not as long as its payload."""
+        """Open the file; DataError if it is missing or its size is not that of its payload."""
         self._lock = threading.Lock()
         try:
             self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -40,7 +40,7 @@ class PayloadReader:
             raise DataError(f"snapshot {path} is damaged: {size} bytes, its manifest says {payload.bytes}")
 
     def read(self, spans: list[Span]) -> list[bytes]:
-        """Return the bytes of spans; DataError where the file has become shorter or unreadable."""
+        """Return the bytes of spans; DataError if the file has become shorter or unreadable."""
         with self._lock:
             try:
                 chunks = [os.pread(self._file, length, offset) for offset, length in spans]
@@ -51,7 +51,7 @@ class PayloadReader:
         return chunks
 
     def close(self) -> None:
-        """Close the file, once no thread reads from it."""
+        """Close the file, as soon as no thread reads from it."""
         with self._lock:
             if self._file >= 0:
                 os.close(self._file)
@@ -59,17 +59,17 @@ class PayloadReader:
 
 
 class ChunkSizer:
-    """Chooses the length of a stream's messages by how fast they go.
+    """Chooses the length of a stream's messages by its speed.
 
-    Short ones at first and on a slow link, so that both sides see within seconds that bytes move; `CHUNK_BYTES` where
-    they go fast.
+    Short ones at first and on a slow link, so that both sides see within seconds that bytes move; `CHUNK_BYTES` on a
+    fast link.
     """
 
     def __init__(self) -> None:
         self.bytes = MIN_CHUNK_BYTES
 
     def cut(self, chunk: bytes) -> Iterator[bytes]:
-        """Yield a chunk in messages; the next is to be taken when the one before has been sent."""
+        """Yield a chunk in messages; take the next one after the one before has been sent."""
         offset = 0
         while offset < len(chunk):
             whole = not offset and self.bytes >= len(chunk)
@@ -85,7 +85,7 @@ class ChunkSizer:
 
 
 def spans(payload: Payload, first: int, blocks: int) -> Iterator[list[Span]]:
-    """Yield the chunks of a range of blocks, none across a block's end, in groups of about `READ_AHEAD_BYTES`."""
+    """Yield the chunks of a range of blocks, none across a block boundary, in groups of about `READ_AHEAD_BYTES`."""
     group: list[Span] = []
     held = 0
     for index in range(first, first + blocks):
@@ -123,9 +123,9 @@ class Uploader:
         write: Callable[[bytes], Awaitable[None]],
         encoding: str = "fp32",
     ) -> None:
-        """Send `blocks` blocks from `first` on through `write`, and count them under `encoding`.
+        """Send `blocks` blocks, from `first` on, through `write`, and count them under `encoding`.
 
-        Raises DataError where the file is damaged, SlowReaderError where the reader takes no byte for
+        Raises DataError if the file is damaged, SlowReaderError if the reader takes no byte for
         `Limits.idle_s`.
         """
         file = await self._threads.submit(PayloadReader, path, payload)

@@ -37,11 +37,11 @@ def attention(call: Call) -> Result:
 
 @rule("higher_order.flex_attention")
 def flex_attention(call: Call) -> Result:
-    """The same with scores that a function changes, by the places of query and key, and a mask in blocks of these.
+    """The same with scores that a function changes, by the positions of query and key, and a mask in blocks of
+    positions.
 
-    Arguments: query, key, value, that function, what the mask is made of (the function that says it last), the scale,
-    options, and tensors that the two functions look into. Heads go by number where a function, or the mask, tells them
-    apart.
+    Arguments: query, key, value, that function, the parts of the mask (its function last), the scale, options, and
+    tensors that the two functions read. Heads are frozen if a function, or the mask, distinguishes them.
     """
     q, k, v = (call.value(str(number)) for number in range(3))
     mask: Sequence[Any] = call.arguments["4"]
@@ -63,7 +63,7 @@ def flex_attention(call: Call) -> Result:
 
 
 def _reads(call: Call, function: Any, position: int) -> bool:
-    """Tell whether a function among the arguments uses one of its own, or cannot be looked into."""
+    """Tell whether a function among the arguments uses one of its arguments, or cannot be inspected."""
     graph = getattr(call.node.graph.owning_module, str(function.target), None) if _is_node(function) else None
     if not isinstance(graph, fx.GraphModule):
         return True
@@ -71,7 +71,7 @@ def _reads(call: Call, function: Any, position: int) -> bool:
 
 
 def _has_heads(given: Any) -> bool:
-    """Tell whether a tensor of a mask in blocks is another for each head."""
+    """Tell whether a tensor of a block mask differs between heads."""
     shape = getattr(given.meta.get("val"), "shape", ()) if _is_node(given) else ()
     return len(shape) > 1 and shape[1] != 1
 

@@ -1,9 +1,9 @@
 """A transfer rule's argument (`Call`), its result (`Value`), and the table of rules.
 
-A rule is a function of one `Call`. It relates axes through `call.domain` and returns the value of the
-operation's output: a `Value`, a list of them (None for what is no tensor) where it has several outputs, or
-None where it has none. Where it cannot tell what the operation does with its axes, it raises `NoRule`, and
-the operation is treated as unknown: everything that it touches is frozen.
+A rule is a function of one `Call`. It relates axes through `call.domain` and returns the value of the operation's
+output: a `Value`, a list of them (None for other outputs) if it has several outputs, or None if it has none. If it
+cannot determine what the operation does with its axes, it raises `NoRule`, and the operation is treated as unknown: all
+axes of its inputs and outputs are frozen.
 """
 
 from __future__ import annotations
@@ -66,14 +66,14 @@ class Call:
         self.arguments = _bind(node)
 
     def value(self, name: str) -> Value:
-        """Return the tensor given for argument `name`. Raises NoRule where there is none."""
+        """Return the tensor given for argument `name`. Raises NoRule if there is none."""
         found = self.optional(name)
         if found is None:
             raise NoRule(f"argument {name} is not a tensor")
         return found
 
     def optional(self, name: str) -> Value | None:
-        """Return the tensor given for argument `name`, or None where none was given."""
+        """Return the tensor given for argument `name`, or None if none was given."""
         given = self.arguments.get(name)
         return self._of(given) if isinstance(given, fx.Node) else None
 
@@ -94,7 +94,7 @@ class Call:
         return int(self.constant(name, 0)) % max(ndim, 1)
 
     def dims(self, name: str, ndim: int) -> list[int]:
-        """Return an argument that lists axes; all axes where it is None or empty."""
+        """Return an argument that lists axes; all axes if it is None or empty."""
         given = self.constant(name)
         listed = [given] if isinstance(given, int) else list(given or range(ndim))
         return [int(d) % max(ndim, 1) for d in listed]
@@ -135,14 +135,14 @@ class Call:
         self.mix(listed, [layout for x in self.tensors() for layout in x.dims if layout not in listed])
 
     def look_up(self, axis: Layout, places: Iterable[Layout], by: str, apart: Iterable[Layout]) -> None:
-        """Freeze an axis whose entries are taken by the numbers in argument `by`, and become those of `places`."""
+        """Freeze an axis whose entries are looked up by the numbers in argument `by`, and become those of `places`."""
         self.domain.freeze(axis, self.why(self.by_number(by)))
         numbers = _same_numbers(self.arguments[by], _COUNTING if by == "offs" else set())
         self.domain.lookups.append(Lookup(axis, tuple(places), numbers, tuple(apart)))
 
     def by_number(self, by: str) -> str:
-        """Return why an axis stays whose entries are taken by the numbers in argument `by`: words are, and so is all
-        that goes by numbers which are given and not computed from anything else."""
+        """Return the reason for freezing an axis whose entries are looked up by the numbers in argument `by`: whether
+        these are given as such, like words, or computed from other values."""
         words = "embedding" in op_name(self.node.target) or _is_given(self.arguments[by])
         return "looked up by index" if words else "chosen by number"
 
@@ -203,7 +203,7 @@ def register_rule(op: Any, function: Rule) -> None:
     `op` is what `torch.ops` holds (an overload, or a packet for all its overloads) or its name, as in
     `mylib.scan`. `function` takes a `Call` and returns a `Value`, a list of values, or None.
     A wrong rule makes wrong permutations: check with `verify_symmetry`.
-    Raises SymmetryError where `op` is neither an operation nor a name.
+    Raises SymmetryError if `op` is neither an operation nor a name.
     """
     name = op.replace("::", ".") if isinstance(op, str) else op_name(op)
     if not name or "." not in name:
@@ -274,7 +274,7 @@ def is_used(node: fx.Node) -> bool:
 
 
 def _is_given(given: Any) -> bool:
-    """Tell whether an index is made of nothing but integers, none of them a result of other numbers."""
+    """Tell whether an index is made only of integers that are not computed from floating-point numbers."""
     found: list[fx.Node] = []
     map_arg(given, found.append)
     seen: set[fx.Node] = set()
@@ -297,7 +297,7 @@ _SAME_NUMBERS = {
 
 
 _COUNTING = {"aten.cumsum", "aten.histc", "aten.bincount"}
-"""How the ends of runs of rows are made from the numbers of those that rows belong to."""
+"""Operations that make the ends of runs of rows from the numbers of the groups to which rows belong."""
 
 
 def _same_numbers(given: Any, counting: set[str]) -> Any:

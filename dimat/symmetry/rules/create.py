@@ -1,4 +1,4 @@
-"""Tensors made from nothing, and operations that hand on a number or check something."""
+"""Tensors made from scratch, and operations that return a number or check something."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ def einsum(call: Call) -> Result:
 
 @rule("aten._grouped_mm", "aten._scaled_grouped_mm", "transformers.grouped_mm_fallback")
 def grouped_mm(call: Call) -> Result:
-    """Rows of x (S, K) by groups, each with a matrix of its own, (E, K, N): which rows are whose goes by number."""
+    """Rows of x (S, K) in groups, each with its own matrix of (E, K, N); rows are assigned to groups by number."""
     tensors = call.tensors()
     x, weight = tensors[:2]
     if x.ndim != 2 or weight.ndim != 3 or call.optional("bias") is not None:

@@ -1,7 +1,7 @@
-"""Random draws: entries are independent and alike, so that any order is as likely.
+"""Random draws: entries are independent and identically distributed, in any order.
 
-A draw is an axis about which nothing is known yet: where it is added to or multiplied with a tensor, its units go along
-with that tensor's, everywhere the same draw is used.
+The axes of a draw are unconstrained at first: if it is added to or multiplied with a tensor, its units move with that
+tensor's, wherever the same draw is used.
 """
 
 from __future__ import annotations

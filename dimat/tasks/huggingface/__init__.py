@@ -6,9 +6,9 @@ They need the extra `hf`.
     name = "hf-image-classification"
     options = { model = { name = "models/vit-base" }, data = { name = "data/flowers" } }
 
-Models and data sets are folders on disk, which never touch the network, or names on the hub. Weights are read from
-safetensors alone, and no code that comes with a model is run. With the option `model.lora` the base is frozen, and
-adapters are all that agents train, exchange, checkpoint and merge.
+Models and data sets are folders on disk, read without network access, or names on the hub. Weights are read only from
+safetensors, and no code that comes with a model is run. With the option `model.lora` the base is frozen, and agents
+train, exchange, checkpoint and merge only the adapters.
 """
 
 from dimat.tasks.huggingface.images import hf_image_classification

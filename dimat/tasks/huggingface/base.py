@@ -20,14 +20,13 @@ from dimat.tasks.models import seeded
 
 @dataclass(frozen=True)
 class ModelMaker:
-    """Makes a task's models, with adapters where the options have `lora`.
+    """Makes a task's models, with adapters if the options have `lora`.
 
-    `names`: the options' keys as the user wrote them. `seed`: without pretrained weights, or with a new classifier,
-    the frozen base of adapters is drawn with it, so that all agents have the same. Models with adapters share the
-    memory of their frozen tensors as long as they stay on the CPU, so that N agents of a process hold one base and N
-    times adapters.
+    `names`: the options' keys as the user wrote them. `seed`: draws the frozen base of adapters if it has no pretrained
+    weights, or a new classifier, so that all agents have the same. Models with adapters share the memory of their
+    frozen tensors as long as they stay on the CPU, so that N agents in a process need one base and N sets of adapters.
 
-    Raises ConfigError for a `dtype` of weights that are trained.
+    Raises ConfigError if `dtype` is set for weights that are trained.
     """
 
     architecture: Architecture
@@ -35,7 +34,7 @@ class ModelMaker:
     names: OptionNames
     seed: int = 0
     _frozen: dict[str, Tensor] = field(default_factory=dict[str, Tensor], init=False, repr=False, compare=False)
-    """Frozen tensors by name, which all models that this maker makes use: they are equal, and never change."""
+    """Frozen tensors by name, shared by all models of this maker: they are equal, and never change."""
 
     def __post_init__(self) -> None:
         if self.options.lora is None and self.options.dtype != "fp32":
@@ -45,7 +44,7 @@ class ModelMaker:
             )
 
     def build(self, generator: torch.Generator) -> nn.Module:
-        """Return a model; what is drawn in it comes from the generator."""
+        """Return a model; its random values are drawn from the generator."""
         lora = self.options.lora
         if lora is None:
             return seeded(lambda: self.architecture.build())(generator)
@@ -71,13 +70,13 @@ class ModelMaker:
 
 
 class MadeByMaker:
-    """Members of a task that its model's maker answers; see `dimat.tasks.Task`."""
+    """Members of a task that its model's maker provides; see `dimat.tasks.Task`."""
 
     maker: ModelMaker
 
     @property
     def base_hash(self) -> str:
-        """Names the frozen base; empty without adapters."""
+        """Identifies the frozen base; empty without adapters."""
         return self.maker.base_hash
 
     @property

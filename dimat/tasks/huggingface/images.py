@@ -28,7 +28,7 @@ from dimat.tasks.registry import TASKS
 class ImageData(DataOptions):
     """Labelled images: a Parquet file, a folder of them or of class folders of images, or a name on the hub.
 
-    `image_column`, `label_column`: by default the usual names. `classes`: their names in label order, where labels are
+    `image_column`, `label_column`: by default the usual names. `classes`: their names in label order, if labels are
     text; **agents with data of their own must give the same**. `size`, `mean`, `std`: instead of the settings of the
     model's image processor. `augment`: random crop and flip when training.
     """
@@ -71,8 +71,8 @@ def hf_image_classification(
 
     data: { name, … }, see `ImageData`. model: { name, … } or { config, … }, see `ModelOptions`; adapters and the
     classifier are what agents with `lora` exchange. probe: `count` training images, or images of { name, … }, in which
-    case all training images are trained on. **Agents that compare networks on it must give equal images, probe and
-    seed**. seed: of the draws from the data, and of a frozen base without pretrained weights.
+    case all training images are used for training. **Agents that compare networks on it must give equal images, probe
+    and seed**. seed: of the draws from the data, and of a frozen base without pretrained weights.
     """
     train, held = open_splits(data, option_names, seed=seed, folder=folder)
     option = option_names("data.image_column"), option_names("data.label_column")
@@ -87,7 +87,7 @@ def hf_image_classification(
     labels, test_labels = (_labels(rows, label, classes) for rows in (train, held))
     if len(labels) < aside + 2:
         raise DataError(
-            f"{len(labels)} images of {data.name} to train on are too few for a probe set of {aside}; set "
+            f"{len(labels)} training images of {data.name} are too few for a probe set of {aside}; set "
             f"task.options.{option_names('probe.count')}"
         )
     changes: dict[str, Any] = {
@@ -124,7 +124,7 @@ def hf_image_classification(
 
 
 def _class_names(train: Any, held: Any, column: str, classes: tuple[str, ...] | None, option: str) -> tuple[str, ...]:
-    """Return the names of the classes: those given, those the data name, or those that occur in them."""
+    """Return the names of the classes: those given, those in the data's metadata, or those that occur in the data."""
     if classes is not None:
         if len(set(classes)) != len(classes) or len(classes) < 2:
             raise ConfigError(f"task.options.{option} must be two names or more, each once")

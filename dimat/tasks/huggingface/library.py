@@ -17,13 +17,13 @@ from dimat.errors import ConfigError, DataError, DimatError, NetworkError, first
 
 INSTALL = "pip install 'dimat[hf]'"
 _quieted: set[str] = set()
-"""Libraries whose bars and advice are off."""
+"""Libraries whose progress bars and advice are turned off."""
 
 
 def library(name: str) -> Any:
-    """Import "transformers", "datasets" or "peft", without their bars and advice.
+    """Import "transformers", "datasets" or "peft", without their progress bars and advice.
 
-    Raises ConfigError where the package is missing.
+    Raises ConfigError if the package is missing.
     """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every attempt; errors say it in a line
@@ -51,7 +51,7 @@ def _missing(error: ImportError, name: str) -> ConfigError:
 
 @contextmanager
 def _working_torchvision() -> Generator[None]:
-    """Hide a torchvision that fails on import, because it was built for another torch.
+    """Hide a torchvision that fails on import because it was built for another torch.
 
     Nothing here needs it, and transformers would fail with it.
     """
@@ -75,7 +75,7 @@ def _working_torchvision() -> Generator[None]:
 def telling(option: str, name: str, local: bool) -> Generator[None]:
     """Turn errors of the libraries while they read `name` into one line that names `option`.
 
-    NetworkError where the hub cannot be reached; DataError for files on disk that cannot be read; else ConfigError.
+    NetworkError if the hub cannot be reached; DataError for files on disk that cannot be read; else ConfigError.
     """
     try:
         with warnings.catch_warnings():
@@ -102,7 +102,7 @@ def telling(option: str, name: str, local: bool) -> Generator[None]:
 def local_path(name: str, folder: Path, option: str) -> Path | None:
     """Return the path of `name` on this disk, relative to `folder`; None for a name on the hub.
 
-    Raises DataError for a name that has the form of a path where there is no file.
+    Raises DataError for a name that looks like a path if there is no such file.
     """
     path = folder / name
     if path.exists():

@@ -1,8 +1,8 @@
 """LoRA (arXiv 2106.09685): a frozen base that agents share, adapters that they train.
 
-An adapted model's state dict holds the trained tensors and nothing else. All code that reads state dicts (snapshots,
-merges, checkpoints, evaluation at other weights) so handles adapters alone; the base stays in the model, untouched.
-Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2022.
+An adapted model's state dict holds the trained tensors and nothing else. So all code that reads state dicts (snapshots,
+merges, checkpoints, evaluation at other weights) handles only the adapters; the base stays in the model, untouched. Hu
+et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2022.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from dimat.tasks.huggingface.library import library
 from dimat.tasks.huggingface.options import LoraOptions
 
 MERGE_STAGES = {"align": "none", "combine": "lora-svd", "repair": "none"}
-"""How adapters are merged: in the space of their products. Units are not moved, as the base that they meet is."""
+"""The stages that merge adapters: in the space of their products. Units are not moved, as the base does not move."""
 
 
 class KeepNames:
-    """A hook that leaves in a state dict the tensors of these names only."""
+    """A hook that keeps only the tensors of these names in a state dict."""
 
     def __init__(self, names: Collection[str]) -> None:
         self.names = frozenset(names)
@@ -41,8 +41,8 @@ def adapt(base: nn.Module, options: LoraOptions, heads: Collection[str] = (), op
     The first factors are drawn from torch's global generator, the second are 0. `heads`: modules that are trained
     whole, such as a new classifier; `option`: the key of `options` as the user wrote it.
 
-    Raises ConfigError for targets that the model has not, and for a model with BatchNorm, whose statistics would change
-    in a base that must not.
+    Raises ConfigError for targets that the model does not have, and for a model with BatchNorm, whose statistics would
+    change in a base that must not change.
     """
     refuse_batchnorm(base, f"task.options.{option}")
     peft = library("peft")
@@ -85,10 +85,10 @@ def head_names(model: Any) -> list[str]:
 
 
 def share_frozen(model: nn.Module, held: dict[str, Tensor]) -> None:
-    """Let an adapted model use the memory of the frozen tensors in `held` in the place of its own, and put those there
-    that it lacks. Buffers are not shared: a model may compute them anew.
+    """Let an adapted model use the memory of the frozen tensors in `held` instead of its own, and add the missing ones
+    to `held`. Buffers are not shared: a model may compute them anew.
 
-    Raises DimatError where one is not equal to the model's own: somebody has written into what must not change.
+    Raises DimatError if one differs from the model's own: some code has written into a tensor that must not change.
     """
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -106,7 +106,7 @@ def frozen_part(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def frozen_hash(said: str, frozen: Iterable[tuple[str, Tensor]]) -> str:
-    """Return a hex blake3 of frozen tensors by name, and of what is `said` of the adapters' scale: agents with equal
+    """Return a hex blake3 of frozen tensors by name, and of `said`, the adapters' scale as text: agents with equal
     hashes can merge adapters."""
     hasher = blake3(said.encode())
     for name, tensor in sorted(frozen, key=lambda pair: pair[0]):

@@ -24,7 +24,7 @@ class Architecture:
     """A model that can be built: its configuration and, if it is pretrained, its weights.
 
     `option`: the key that describes it, as the user wrote it. `changes`: settings of the configuration that the task
-    makes, e.g. the number of classes.
+    sets, e.g. the number of classes.
     """
 
     kind: Kind
@@ -35,8 +35,8 @@ class Architecture:
     changes: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def build(self, dtype: str = "fp32") -> nn.Module:
-        """Return the model; what is drawn at random comes from torch's global generator. Weights that the checkpoint
-        lacks or that have another shape there, such as a classifier for other classes, are drawn."""
+        """Return the model; random values are drawn from torch's global generator. Weights that the checkpoint lacks or
+        has in another shape, such as a classifier for other classes, are drawn."""
         maker = getattr(library("transformers"), self.kind)
         if self.weights is None:
             try:
@@ -60,7 +60,7 @@ class Architecture:
 def architecture(
     kind: Kind, model: ModelOptions, names: OptionNames, folder: Path, changes: Mapping[str, Any]
 ) -> Architecture:
-    """Return the architecture that `model.name` or `model.config`, of which one is given, describes.
+    """Return the architecture that is described by `model.name` or `model.config`, one of which is given.
 
     Raises ConfigError, DataError or NetworkError that names the option as the user wrote it (`names`).
     """
@@ -82,7 +82,7 @@ def architecture(
 
 
 def fits_kind(built: Architecture) -> None:
-    """Raise ConfigError where transformers has no model of the kind for the architecture."""
+    """Raise ConfigError if transformers has no model of the kind for the architecture."""
     maker = getattr(library("transformers"), built.kind)
     if type(built.config) not in maker._model_mapping:
         what = "image classifier" if built.kind == "AutoModelForImageClassification" else "causal language model"

@@ -27,11 +27,11 @@ class OptionGroup(BaseModel):
 
 
 class DataOptions(OptionGroup):
-    """Where the examples come from.
+    """Source of the examples.
 
     `name`: a file, a folder, or a name on the hub (`subset`: its configuration), with the splits `train_split` and
-    `test_split`. `test`: a source of test data apart from it; without any test data, `test_share` of the training data
-    become them. `train_samples`, `test_samples`: use at most this many rows. `label_column`: the column of the classes.
+    `test_split`. `test`: another source, of test data; without any test data, `test_share` of the training data are
+    used. `train_samples`, `test_samples`: use at most this many rows. `label_column`: the column of the classes.
     """
 
     name: str
@@ -49,7 +49,7 @@ class LoraOptions(OptionGroup):
     """Adapters of low rank.
 
     `r`: rank; `alpha`: the product of the factors is scaled by alpha / r; `dropout`: before the first factor;
-    `targets`: endings of the names of the modules that are adapted, "all-linear", or PEFT's choice for the model.
+    `targets`: suffixes of the names of the adapted modules, "all-linear", or by default PEFT's choice for the model.
     """
 
     r: Annotated[int, Field(ge=1)] = 8
@@ -59,11 +59,11 @@ class LoraOptions(OptionGroup):
 
 
 class ModelOptions(OptionGroup):
-    """Which model is trained, and how much of it.
+    """The model, and the part of it that is trained.
 
     `name`: a folder of a pretrained model or its name on the hub; weights are read from safetensors only. Or `config`:
     a folder, a config.json or a table such as { model_type = "vit", hidden_size = 64, … }, with random weights.
-    `lora`: freezes the model; adapters (and a classifier) are what agents train and exchange. `dtype`: of the frozen
+    `lora`: freezes the model; agents train and exchange adapters (and a classifier). `dtype`: of the frozen
     base.
     """
 
@@ -87,7 +87,7 @@ class ProbeOptions(OptionGroup):
 
 
 def moved_keys(data: type[DataOptions]) -> Mapping[str, str]:
-    """Return where the flat keys of older files stand now: "test" → "data.test". `data`: the task's own group."""
+    """Return the new places of the flat keys in older files: "test" → "data.test". `data`: the task's own group."""
     return MappingProxyType(
         {key: f"data.{key}" for key in data.model_fields if key != "name"}
         | {key: f"model.{key}" for key in ("config", "lora", "dtype")}

@@ -1,4 +1,4 @@
-"""From encoded images to a model's inputs, as its image processor says."""
+"""From encoded images to a model's inputs, by the settings of its image processor."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dimat.tasks.image_files import required
 from dimat.tasks.images import ImageTransform
 
 IN_MEMORY_BYTES = 2 << 30
-"""Decoded images are kept up to this size, and else decoded whenever they are read."""
+"""Decoded images are kept in memory up to this size, and otherwise decoded at each access."""
 BILINEAR = 2
 CONVNEXT_CROPS_BELOW = 384
 CROP_PADDING = 4  # pixels by which images are shifted at most in training
@@ -45,14 +45,14 @@ class Preprocessing:
     std: tuple[float, ...]
 
     def decode(self, data: bytes | Path, name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """Return an encoded image as (channels, height, width); DataError with its name where it is damaged."""
+        """Return an encoded image as (channels, height, width); DataError with its name if it is damaged."""
         try:
             with required("PIL.Image").open(BytesIO(data) if isinstance(data, bytes) else data) as image:
                 image = image.convert("L" if self.channels == 1 else "RGB")
                 image = self._fitted(image)
                 pixels = np.asarray(image, dtype=np.uint8)
         except Exception as error:  # decoders raise whatever the damage leads to
-            raise DataError(f"{name} is no readable image ({type(error).__name__}: {error})") from error
+            raise DataError(f"{name} is not a readable image ({type(error).__name__}: {error})") from error
         return pixels[None] if self.channels == 1 else pixels.transpose(2, 0, 1)
 
     def _fitted(self, image: Any) -> Any:
@@ -71,8 +71,8 @@ def pixel_format(
     std: tuple[float, ...] | None,
     names: OptionNames,
 ) -> Preprocessing:
-    """Return the format that a pretrained model's image processor asks for; `size`, `mean` and `std`, where given, go
-    before it. Without a processor: the configuration's image size, and mean and std of 0.5. Raises ConfigError that
+    """Return the format that a pretrained model's image processor asks for; `size`, `mean` and `std`, if given,
+    override it. Without a processor: the configuration's image size, and mean and std of 0.5. Raises ConfigError that
     names the option as the user wrote it (`names`)."""
     held = _processor(built)
     channels = int(getattr(built.config, "num_channels", 3))
@@ -80,7 +80,7 @@ def pixel_format(
         raise ConfigError(f"the model takes images of {channels} channels; this task reads 1 (grey) or 3 (RGB)")
     sizes = _sizes(built, held, size)
     if sizes is None:
-        raise ConfigError(f"set task.options.{names('data.size')}: the model does not say how large its images are")
+        raise ConfigError(f"set task.options.{names('data.size')}: the model does not state the size of its images")
     height, width, shortest = sizes
     plain = not held.get("do_normalize", True)
     means = mean or tuple(held.get("image_mean") or (0.5,) * channels if not plain else (0.0,) * channels)
@@ -105,7 +105,7 @@ def image_data(rows: Any, column: str, labels: Tensor, form: Preprocessing, *, a
 
 
 class LazyImages:
-    """Images that are decoded when they are read."""
+    """Images that are decoded at each access."""
 
     def __init__(self, rows: Any, column: str, labels: Tensor, form: Preprocessing, transform: ImageTransform) -> None:
         self._rows = rows
@@ -155,8 +155,8 @@ def _processor(built: Architecture) -> dict[str, Any]:
 
 
 def _sizes(built: Architecture, held: Mapping[str, Any], size: int | None) -> tuple[int, int, int | None] | None:
-    """Return height, width and the length to which the shorter edge is resized (None where both edges are); None
-    where nobody says them."""
+    """Return height, width and the length to which the shorter edge is resized (None if both edges are); None if the
+    processor does not state them."""
     if size is not None:
         return size, size, None
     told = held.get("size")

@@ -26,8 +26,8 @@ def open_splits(options: DataOptions, names: OptionNames, *, seed: int, folder: 
     """Return the training and the test data as `datasets.Dataset`s.
 
     `options.name`, `options.test`: a Parquet, JSON Lines, CSV or text file, a folder of such files or of class folders
-    of images, or a name on the hub. Where there are no test data, a share of the training data, drawn with `seed`,
-    become them. Raises DataError, ConfigError or NetworkError that names the option as the user wrote it (`names`).
+    of images, or a name on the hub. Without test data, a share of the training data, drawn with `seed`, is used as test
+    data. Raises DataError, ConfigError or NetworkError that names the option as the user wrote it (`names`).
     """
     data, test, held_split = options.name, options.test, options.test_split
     splits = _open(data, names("data.name"), options.subset, folder)
@@ -53,8 +53,8 @@ def open_splits(options: DataOptions, names: OptionNames, *, seed: int, folder: 
 
 
 def open_probe(name: str, options: ProbeOptions, names: OptionNames, folder: Path) -> Any:
-    """Return the source that the probe set is drawn from, as a `datasets.Dataset`. `name`: what `open_splits` takes.
-    Raises as `open_splits` does."""
+    """Return the source from which the probe set is drawn, as a `datasets.Dataset`. `name`: as in `open_splits`. Raises
+    the errors of `open_splits`."""
     splits = _open(name, names("probe.name"), options.subset, folder)
     if options.split is None and len(splits) == 1:
         return next(iter(splits.values()))
@@ -62,8 +62,8 @@ def open_probe(name: str, options: ProbeOptions, names: OptionNames, folder: Pat
 
 
 def column_of(rows: Any, wanted: str | None, usual: tuple[str, ...], option: str) -> str:
-    """Return the column that the option (its key as the user wrote it) names, or the first of the usual ones.
-    Raises ConfigError where there is none."""
+    """Return the column that the option (its key as the user wrote it) names, or the first of the usual names.
+    Raises ConfigError if there is none."""
     names: list[str] = list(rows.column_names)
     if wanted is not None:
         if wanted in names:

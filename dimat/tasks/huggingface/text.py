@@ -33,10 +33,10 @@ class TextData(DataOptions):
     """Documents: a text file (with empty lines between them), Parquet, JSON Lines or CSV, a folder of such files, or a
     name on the hub. `train_samples` and `test_samples` count documents.
 
-    Documents of `text_column` are tokenised once, each with the tokenizer's end mark after it, and packed into blocks
-    of `max_length` tokens; a rest that does not fill one is left out. A block is an example. `label_column`: documents
-    are packed by its values, which are the classes that `task.partition` may go by. `tokenizer`: a folder or a name, by
-    default that of the model; "bytes" is the 256 bytes of UTF-8 and an end mark.
+    Documents of `text_column` are tokenised once, each followed by the tokenizer's end token, and packed into blocks of
+    `max_length` tokens; the last tokens are dropped if they do not fill a block. A block is an example. `label_column`:
+    documents are packed separately for each of its values, which are classes for `task.partition`. `tokenizer`: a
+    folder or a name, by default that of the model; "bytes" is the 256 bytes of UTF-8 and an end token.
     """
 
     text_column: str | None = None
@@ -55,7 +55,7 @@ PROBE = TextProbe()
 
 @dataclass(frozen=True)
 class HfCausalLM(MadeByMaker):
-    """Next-token prediction on blocks of tokens, (B, T) int64, which are inputs and targets alike.
+    """Next-token prediction on blocks of tokens, (B, T) int64, which are both inputs and targets.
 
     Metrics are of a block's T − 1 predictions: "token_accuracy" (the one that counts) and "nll" in nats per token;
     over a set, "perplexity" = exp(nll). `classes`: values of the label column, empty without one.
@@ -103,9 +103,9 @@ def hf_causal_lm(
 ) -> HfCausalLM:
     """Causal language modelling with a model and text from Hugging Face's libraries (extra `hf`), or from disk.
 
-    data: { name, … }, see `TextData`. model: { name, … } or { config, … }, see `ModelOptions`; with `lora` adapters are
-    what agents exchange. probe: `count` blocks of the training text, or blocks of the text { name, … }, in which case
-    all training text is trained on. **Agents that compare networks on it must give the same text, probe, tokenizer,
+    data: { name, … }, see `TextData`. model: { name, … } or { config, … }, see `ModelOptions`; with `lora` agents
+    exchange adapters. probe: `count` blocks of the training text, or blocks of the text { name, … }, in which case all
+    training text is used for training. **Agents that compare networks on it must give the same text, probe, tokenizer,
     max_length and seed**. seed: of the draws from the data, and of a frozen base without pretrained weights.
     """
     train, held = open_splits(data, option_names, seed=seed, folder=folder)

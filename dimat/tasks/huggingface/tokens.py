@@ -25,7 +25,7 @@ DOCUMENTS = 1000  # tokenised at a time
 
 @dataclass(frozen=True)
 class Tokens:
-    """A tokenizer: `size` of its vocabulary, `end`: the id that ends a document, None where it has none."""
+    """A tokenizer: `size` of its vocabulary, `end`: the id that ends a document, None if it has none."""
 
     size: int
     end: int | None
@@ -38,7 +38,7 @@ class Tokens:
 
     @property
     def identity(self) -> str:
-        """What agents compare when they meet: the number of tokens, and a hash of which has which id."""
+        """A text that agents compare when they connect: the number of tokens, and a hash of the tokens' ids."""
         if self.tokenizer is None:
             return BYTES
         return f"{self.size:,} tokens, hash {mapping_hash(self.tokenizer.get_vocab())[:16]}"
@@ -51,7 +51,7 @@ class Tokens:
 
 
 def mapping_hash(ids: Mapping[str, int]) -> str:
-    """Return a hash of which token has which id."""
+    """Return a hash of the mapping from tokens to ids."""
     return blake3(json.dumps(sorted(ids.items()), ensure_ascii=True).encode()).hexdigest()
 
 
@@ -107,10 +107,10 @@ def pack(
     what: str,
     option: str,
 ) -> Blocks:
-    """Tokenise documents and cut them, one after the other, into blocks of `length` tokens; each class by itself.
+    """Tokenise documents and cut them, one after the other, into blocks of `length` tokens, separately for each class.
     `option`: the key of `length` as the user wrote it.
 
-    Raises DataError where not one block is filled, and for rows that are no text.
+    Raises DataError if not even one block is filled, and for rows that are not text.
     """
     streams: list[list[np.ndarray[Any, np.dtype[np.int32]]]] = [[] for _ in range(max(1, len(classes)))]
     place = {name: i for i, name in enumerate(classes)}
@@ -120,7 +120,7 @@ def pack(
         texts: list[Any] = part[column]
         for offset, text in enumerate(texts):
             if not isinstance(text, str):
-                raise DataError(f"column {column!r}, row {start + offset} of the {what} is no text")
+                raise DataError(f"column {column!r}, row {start + offset} of the {what} is not text")
         kinds = [0] * len(texts) if label is None else [place[str(value)] for value in part[label]]
         for kind, ids in zip(kinds, tokens.encode(texts), strict=True):
             if ids:
@@ -132,6 +132,6 @@ def pack(
         blocks.append(torch.from_numpy(joined[: whole * length].reshape(whole, length).copy()))
     ids = torch.cat(blocks)
     if not len(ids):
-        raise DataError(f"the {what} fills not one block of {length} tokens; lower task.options.{option}")
+        raise DataError(f"the {what} does not fill one block of {length} tokens; lower task.options.{option}")
     labels = torch.cat([torch.full((len(b),), i) for i, b in enumerate(blocks)]) if classes else None
     return Blocks(ids, labels)

@@ -1,7 +1,7 @@
 """An agent's own dashboard: its view of itself and its peers, served from a thread.
 
-The agent's loop only appends its events to a bounded queue; all else happens in the thread, with a loop of its own.
-While somebody looks, that loop asks the agent's for its status every few seconds, and its peers for theirs.
+The agent's loop only appends its events to a bounded queue; everything else happens in the thread, with a loop of its
+own. While a page is open, that loop asks the agent's for its status every few seconds, and its peers for theirs.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from dimat.ui.dashboard.server import Server
 MOST_WAITING = 10_000
 ANSWER_S = 5.0
 PEERS_S = 10.0
-"""Between two rounds of asking peers."""
+"""Seconds between two rounds of asking peers."""
 MOST_ASKED = 16
-"""Peers that are asked in one round; where there are more they take turns."""
+"""Peers that are asked in one round; if there are more, they take turns."""
 
 Statuses = Mapping[str, Mapping[str, Any] | None]
 
@@ -38,7 +38,7 @@ Statuses = Mapping[str, Mapping[str, Any] | None]
 class AgentDashboard:
     """Serves an agent's view; a listener of its events, and a context manager around its run.
 
-    Raises SecurityError for a token that is missing or open to others, NetworkError where the port cannot be had.
+    Raises SecurityError for a token that is missing or readable by others, NetworkError if the port cannot be opened.
     """
 
     def __init__(self, daemon: Daemon, listen: str, token_file: Path | None = None) -> None:
@@ -94,8 +94,8 @@ class _OwnView:
         self.state.run["method"] = daemon.setup.config.merge.method or ""
 
     def take(self, event: events.Event) -> None:
-        """Keep an event until the dashboard's thread takes it. In the agent's loop, but for a tracker's word of its
-        end, which comes from the tracker's thread and may be the first of all."""
+        """Keep an event until the dashboard's thread takes it. Called in the agent's loop, except for a tracker's
+        message that it has ended, which comes from the tracker's thread and may be the first of all."""
         if self._loop is None:
             with contextlib.suppress(RuntimeError):
                 self._loop = asyncio.get_running_loop()
@@ -105,13 +105,13 @@ class _OwnView:
         self._waiting.append(event)
 
     def failed(self, message: str) -> None:
-        """Let the agent say that there is no dashboard any more. From the dashboard's thread."""
+        """Let the agent report that the dashboard has ended. Called from the dashboard's thread."""
         if self._loop is not None:
             with contextlib.suppress(RuntimeError):  # the agent has ended too
                 self._loop.call_soon_threadsafe(self._daemon.runner.noticed, message)
 
     def read(self) -> bool:
-        """Take in what has come."""
+        """Process the events that have arrived."""
         found = bool(self._waiting)
         while self._waiting:
             self.state.take(self._waiting.popleft().to_dict())
@@ -134,7 +134,7 @@ class _OwnView:
             return {}
 
     async def _look(self) -> Statuses:
-        """Return what there is to know. In the agent's loop."""
+        """Return the status of the agent and its peers' addresses. Called in the agent's loop."""
         own = self._daemon.status()
         statuses: dict[str, Mapping[str, Any] | None] = {self.view: own}
         if time.monotonic() - self._asked_s >= PEERS_S:
@@ -158,10 +158,10 @@ class _OwnView:
             return peer, None  # its link tells how it is reached
 
     def folder_of(self, agent: str) -> Path | None:
-        """Return the agent's own folder: of others' ledgers it has none."""
+        """Return the agent's own folder: it has no ledgers of others."""
         return self._daemon.folder.path if agent == self.view else None
 
     @property
     def ledgers(self) -> list[Path]:
-        """Its own."""
+        """The agent's own folder."""
         return [self._daemon.folder.path]

@@ -13,21 +13,22 @@ from dimat.ui.dashboard.reducer import late_text, refused_text
 from dimat.ui.terminal.lines import lines_of
 
 CURVES_MOST = 60
-"""Up to this many agents, each one's curve is sent at once; with more, mean and range, and a curve on request."""
+"""Up to this many agents, each one's curve is sent at once; with more, mean and range, and single curves on request."""
 PAGE = 50
 PAGE_MOST = 500
 MOST_NOTES = 20
 
 
 class StateApi:
-    """Answers a page's questions from a state. Means over the agents are kept here: they are made from all curves."""
+    """Answers a page's requests from a state. Means over the agents are cached here, as they are computed from all
+    curves."""
 
     def __init__(self, state: RunModel) -> None:
         self._state = state
         self._means: dict[int, tuple[int, list[float | None]]] = {}
 
     def since(self, version: int) -> dict[str, Any]:
-        """Return all that changed after `version` (0: everything), and the `version` that the reader then has."""
+        """Return all changes after `version` (0: everything), and the `version` that the reader then has."""
         state = self._state
         metric = state.metric
         agents = [agent for agent in state.agents.values() if agent.version > version]
@@ -87,13 +88,13 @@ class StateApi:
         return {"metric": metric, "total": len(found), "offset": offset, "merges": rows}
 
     def curves(self, agents: Iterable[str]) -> dict[str, object]:
-        """Return the whole curves of some agents."""
+        """Return the full curves of some agents."""
         metric = self._state.metric
         found = (self._state.agents.get(who) for who in agents)
         return {"metric": metric, "curves": {agent.name: curve(agent, metric, 0) for agent in found if agent}}
 
     def adoptions(self, agents: Collection[str]) -> list[dict[str, object]]:
-        """Return which agents took over a peer's basis."""
+        """Return the adoptions of peers' bases."""
         return [
             {
                 "agent": who,
@@ -108,7 +109,7 @@ class StateApi:
 
 
 def agent_row(agent: AgentModel, metric: str) -> dict[str, object]:
-    """Return what the page shows of an agent."""
+    """Return an agent's row on the page."""
     view = agent.view
     finished = view.finished or events.RoundFinished(
         agent=agent.name, round=0, heard=0, expected=0, bytes_sent=0, bytes_received=0
@@ -154,7 +155,7 @@ def curve(agent: AgentModel, metric: str, version: int) -> list[list[float | Non
 
 
 def merge_row(plain: Plain, metric: str) -> dict[str, object]:
-    """Return what the page shows of a round's merge. `plain`: its `RoundFinished`."""
+    """Return a merge's row on the page. `plain`: its `RoundFinished`."""
     finished = parse_event(plain)
     assert isinstance(finished, events.RoundFinished)
     return {
@@ -178,12 +179,12 @@ def merge_row(plain: Plain, metric: str) -> dict[str, object]:
 
 
 def verdict(accepted: float) -> str:
-    """Return in words what share of a merge was kept."""
-    return "accepted" if accepted >= 1 else f"{accepted:.0%} accepted" if accepted > 0 else "turned down"
+    """Return in words the share of a merge that was kept."""
+    return "accepted" if accepted >= 1 else f"{accepted:.0%} accepted" if accepted > 0 else "rejected"
 
 
 def log_row(entry: LogEntry) -> list[object]:
-    """Return [version, time in s, level, agent, text] of an event; levels as `dimat.ui.terminal.lines` has them."""
+    """Return [version, time in s, level, agent, text] of an event, with the levels of `dimat.ui.terminal.lines`."""
     if entry.message is None:
         entry.message = message_of(entry.event)
     level, words = entry.message
@@ -191,7 +192,7 @@ def log_row(entry: LogEntry) -> list[object]:
 
 
 def message_of(plain: Plain) -> tuple[int, str]:
-    """Return how loud an event is, and what there is to say of it."""
+    """Return the level of an event, and its text."""
     event = parse_event(plain)
     if event is not None and (lines := lines_of(event)):
         return min(line.level for line in lines), text("; ".join(line.text for line in lines), 600)

@@ -1,4 +1,4 @@
-"""Checks that the packages which the dashboard needs are installed."""
+"""Checks that the packages that the dashboard needs are installed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ NEEDED = ("starlette", "uvicorn")
 
 
 def need_dashboard() -> None:
-    """Raise ConfigError where the extra is not installed."""
+    """Raise ConfigError if the extra is not installed."""
     missing = [package for package in NEEDED if find_spec(package) is None]
     if missing:
         raise ConfigError(f"the dashboard needs {' and '.join(missing)}; do: pip install 'dimat[dashboard]'")

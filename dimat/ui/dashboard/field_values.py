@@ -27,7 +27,7 @@ def count(value: object) -> int:
 
 
 def text(value: object, most: int = MOST_TEXT) -> str:
-    """Return text of one line without control characters, cut where it is long; "" for None."""
+    """Return text of one line without control characters, cut if it is long; "" for None."""
     if value is None:
         return ""
     line = clean(str(value)[: most + 1])
@@ -35,7 +35,7 @@ def text(value: object, most: int = MOST_TEXT) -> str:
 
 
 def name(value: object) -> str:
-    """Return an agent's name; "" for what is none."""
+    """Return an agent's name; "" for anything else."""
     return clean(value) if isinstance(value, str) and 0 < len(value) <= 100 else ""
 
 
@@ -45,7 +45,7 @@ def mapping(value: object) -> Mapping[str, Any]:
 
 
 def shares(value: object) -> dict[str, float]:
-    """Return shares by group, at most `MOST_GROUPS` of them; what is no number is left out."""
+    """Return shares by group, at most `MOST_GROUPS` of them; values that are not numbers are left out."""
     known = {text(group, 80): number(share) for group, share in islice(mapping(value).items(), MOST_GROUPS)}
     return {group: share for group, share in known.items() if share is not None}
 

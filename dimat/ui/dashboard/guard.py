@@ -1,7 +1,7 @@
-"""Guards the dashboard: the hosts it answers under, the token, the page's headers.
+"""Guards the dashboard: the host names it accepts, the token, the page's headers.
 
-Without a token only this machine is served. A page of another site could still make a browser on this machine ask
-under a name of its own that resolves to 127.0.0.1 (DNS rebinding), so that names which are not ours are refused.
+Without a token only this machine is served. A page of another site could still make a browser on this machine send
+requests under its own host name, resolved to 127.0.0.1 (DNS rebinding); so requests under other host names are refused.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dimat.net.ports import is_loopback
 
 LEAST_TOKEN = 16
 OPEN = frozenset({"/healthz"})
-"""Paths answered without a token: that the page is served says nothing of the run."""
+"""Paths answered without a token: they reveal nothing about the run."""
 HEADERS = {
     "content-security-policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
     "object-src 'none'",
@@ -39,7 +39,7 @@ HEADERS = {
 
 
 def parse_listen(listen: str) -> tuple[str, int]:
-    """Split `host:port`; ConfigError where it is something else."""
+    """Split `host:port`; ConfigError if it has another form."""
     host, sign, port = listen.rpartition(":")
     if not sign or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
         raise ConfigError(f'cannot listen on {listen!r}: it must be "host:port", e.g. "127.0.0.1:8300"')
@@ -47,13 +47,13 @@ def parse_listen(listen: str) -> tuple[str, int]:
 
 
 def read_token(file: Path) -> str:
-    """Return a file's token; SecurityError where it is missing, short, or open to others."""
+    """Return a file's token; SecurityError if it is missing, short, or open to others."""
     make = f"make one with: (umask 077; openssl rand -hex 32 > {file})"
     try:
         mode = os.stat(file).st_mode
         token = file.read_text(encoding="utf-8").strip()
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
         raise SecurityError(f"cannot read the dashboard's token from {file}: {reason}; {make}") from error
     if mode & (stat.S_IRWXG | stat.S_IRWXO) & ~stat.S_IRGRP:
         raise SecurityError(f"others can read or change {file}; do: chmod 600 {file}")
@@ -72,7 +72,7 @@ def check_exposure(host: str, token: str | None) -> None:
 
 
 def open_socket(host: str, port: int) -> socket.socket:
-    """Return a listening socket; NetworkError where the port cannot be had."""
+    """Return a listening socket; NetworkError if the port cannot be opened."""
     shown = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
@@ -86,8 +86,8 @@ def open_socket(host: str, port: int) -> socket.socket:
     except OSError as error:
         opened.close()
         raise NetworkError(
-            f"the dashboard cannot listen on {shown}: {error.strerror or error}; choose another port, or end what "
-            "has this one"
+            f"the dashboard cannot listen on {shown}: {error.strerror or error}; choose another port, or stop "
+            "the process that has this one"
         ) from error
     opened.setblocking(False)
     return opened
@@ -96,8 +96,8 @@ def open_socket(host: str, port: int) -> socket.socket:
 class Guard:
     """ASGI middleware: checks the Host header and the token, and adds the headers.
 
-    `host`, `port`: where it listens. The token comes as `Authorization: Bearer`, or once as `?token=`, which is
-    answered with a cookie; the cookie holds a hash of it. Comparisons take the same time wherever they differ.
+    `host`, `port`: its address. The token comes as `Authorization: Bearer`, or once as `?token=`, which is answered
+    with a cookie that holds a hash of the token. Comparisons take constant time.
     """
 
     def __init__(self, app: ASGIApp, host: str, port: int, token: str | None = None) -> None:
@@ -108,7 +108,7 @@ class Guard:
         self._proof = "" if token is None else hmac.new(token.encode(), b"dashboard", hashlib.sha256).hexdigest()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer, or hand on."""
+        """Answer, or pass the request on."""
         if scope["type"] != "http":
             return
 

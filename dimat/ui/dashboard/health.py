@@ -7,13 +7,13 @@ from dimat.ui.dashboard.model import AgentModel, RunModel, State
 from dimat.ui.text import seconds_text
 
 SILENT_S = 60.0
-"""A real agent that cannot be asked is taken for lost after so long without an event, or five of its rounds."""
+"""A real agent that cannot be asked counts as lost after this time, or five of its rounds, without an event."""
 BEHIND = 2
 """An agent this many rounds behind the median agent is shown as late."""
 
 
 def health_of(run: RunModel, agent: AgentModel, at: float, middle: int) -> tuple[State, str]:
-    """Return an agent's state, and why, at a time of the run's clock; `middle`: the round of the middle agent."""
+    """Return an agent's state, and why, at a time of the run's clock; `middle`: the round of the median agent."""
     view = agent.view
     if view.crashed:
         back = "" if view.back_s is None else f", back after {seconds_text(view.back_s)}"

@@ -1,7 +1,7 @@
 """A run as the dashboard shows it: agents, links, merges, adoptions, log. Pure.
 
-Each thing carries the version at which it last changed, so that `dimat.ui.dashboard.api` can tell a reader exactly
-what is new since a version that it has. All memory is bounded, by the constants below.
+Each item carries the version at which it last changed, so that `dimat.ui.dashboard.api` can send a reader exactly the
+changes since its version. All memory is bounded, by the constants below.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ MOST_MERGES = 50_000
 MOST_ADOPTIONS = 5_000
 MOST_LOG = 400
 MOST_POINTS = 400_000
-"""Points of all curves together; an agent's has at least `LEAST_POINTS`."""
+"""Points of all curves together; each agent's curve has at least `LEAST_POINTS`."""
 LEAST_POINTS = 100
 
 Plain = Mapping[str, Any]
-"""An event as `Event.to_dict` gives it, or another thing from outside."""
+"""An event as `Event.to_dict` returns it, or other data from outside."""
 
 
 class LogEntry:
@@ -44,7 +44,7 @@ class LogEntry:
 
 
 class RunModel:
-    """All that is known so far. `version` grows with each change."""
+    """The state of a run so far. `version` grows with each change."""
 
     def __init__(self) -> None:
         self.version = 0
@@ -58,9 +58,9 @@ class RunModel:
         self.adoptions: dict[tuple[str, int, str], Adoption] = {}
         self.log: list[LogEntry] = []
         self.left_out = 0
-        """Agents and links that are not kept, since there are too many."""
+        """Number of agents and links that are not kept, since there are too many."""
         self.rounds_changed: set[int] = set()
-        """Rounds whose means are to be made anew."""
+        """Rounds whose means must be computed again."""
         self.readers: defaultdict[str, list[Edge]] = defaultdict(list)
         """Links by their source."""
 
@@ -69,7 +69,7 @@ class RunModel:
 
     @property
     def metric(self) -> str:
-        """The metric that is shown: the run's own, else accuracy where there is one."""
+        """The metric that is shown: the run's own, else accuracy if there is one."""
         return self.run.get("metric") or self.run.get("found_metric") or ""
 
     def _agent(self, given: object) -> AgentModel | None:
@@ -144,9 +144,10 @@ class Point:
 
 @dataclass(slots=True)
 class AgentModel:
-    """One agent. `own`: its events are read, not only what others tell of it; `alive`: whether it answered when it was
-    asked, None where it was not asked; `link_faults`: by agent that listens to it, what is wrong with the link, "" for
-    nothing; times in seconds of the run's clock; `round_s`: how long its rounds take lately; bytes since the log began.
+    """One agent. `own`: whether its own events are read, not only others' reports about it; `alive`: whether it
+    answered the last request, None if there was none; `link_faults`: by agent that listens to it, the fault of the
+    link, "" for none; times in seconds of the run's clock; `round_s`: duration of its recent rounds; bytes since the
+    log began.
     """
 
     name: str
@@ -178,7 +179,7 @@ class AgentModel:
 
     @property
     def view(self) -> AgentView:
-        """Facts of the newest event of each kind, or else of its status."""
+        """The newest event of each kind, or else the status, as a view."""
         while self._newest:
             event = parse_event(self._newest.pop(next(iter(self._newest))))
             if event is not None:
@@ -194,7 +195,7 @@ class AgentModel:
 @dataclass(slots=True)
 class Edge:
     """A link: `reader` listens to `source`. `used`: round of the snapshot in the reader's last merge that had one;
-    `late`: the reader's last round that it was missing in; `fault`: why."""
+    `late`: the reader's last round without it; `fault`: why."""
 
     source: str
     reader: str
@@ -207,7 +208,7 @@ class Edge:
 
 @dataclass(slots=True)
 class Merge:
-    """One merge, as the `RoundFinished` of its round tells it."""
+    """One merge, from the `RoundFinished` of its round."""
 
     finished: Plain
     version: int = 0
@@ -215,7 +216,7 @@ class Merge:
 
 @dataclass(slots=True)
 class Adoption:
-    """An agent permuted itself into a peer's basis, as `BasisAdopted` tells it."""
+    """An agent's change into a peer's basis, from `BasisAdopted`."""
 
     event: Plain
     version: int = 0

@@ -1,7 +1,6 @@
 """Reads the ledgers of merges: contributors to a model, and shares of moved units.
 
-Reading and following a ledger takes up to seconds in large runs: it is done when somebody looks, and kept until the
-ledger changes.
+Reading a ledger takes up to seconds in large runs: it is done on request, and the result kept until the ledger changes.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ MOST_UPDATES = 3_000
 
 
 class RecordReader:
-    """Ledgers as read last, by file."""
+    """Ledgers as last read, by file."""
 
     def __init__(self) -> None:
         self._kept: dict[Path, tuple[tuple[int, int], list[MergeRecord]]] = {}
 
     def read(self, folder: Path) -> list[MergeRecord]:
-        """Return a folder's records; DataError where its ledger cannot be read, none where it has none."""
+        """Return a folder's records; DataError if its ledger cannot be read, none if it has none."""
         path = folder / LEDGER
         try:
             found = path.stat()
@@ -43,8 +42,8 @@ class RecordReader:
         return kept[1]
 
     def lineage(self, agent: str, own: Path, folders: Sequence[Path]) -> dict[str, Any]:
-        """Return what an agent's model is made of. `own`: the folder with its ledger; `folders`: all that there are.
-        DataError where that is not on record."""
+        """Return the contributions to an agent's model. `own`: the folder with its ledger; `folders`: all folders.
+        DataError if they are not on record."""
         records = [record for folder in dict.fromkeys([own, *folders]) for record in self.read(folder)]
         mine = [record for record in records if record.agent == agent]
         if not mine:
@@ -61,8 +60,10 @@ class RecordReader:
         return {"agent": agent, "round": last.round, **_contributors(made)}
 
     def moves(self, agents: Sequence[str], folders: Sequence[Path]) -> list[dict[str, Any]]:
-        """Return of each merge and each peer that was aligned for it what share of the peer's units changed places, in
-        all and by group of units, where the ledger tells it."""
+        """Return the share of a peer's units that moved, for each merge and each peer aligned for it.
+
+        The shares are in total and by group of units, if the ledger has them.
+        """
         rows: list[dict[str, Any]] = []
         for folder in folders:
             for record in self.read(folder):

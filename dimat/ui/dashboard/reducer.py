@@ -1,8 +1,8 @@
 """Folds events, and agents' answers about their status, into a `RunModel`. Pure.
 
-Whatever an event or an answer holds, taking it in raises nothing: a field of another form counts as missing. Logs are
-long: of each kind only an agent's newest event is parsed, when somebody looks (`AgentModel.view`), and here only the
-fields that add up over a run are read.
+No event or answer can make it raise an error: a field of another form counts as missing. Logs are long: only an agent's
+newest event of each kind is parsed, on request (`AgentModel.view`), and this module reads only the fields that
+accumulate over a run.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ QUIET = frozenset({"RoundStarted", "Checkpointed", "Published", "SnapshotFetched
 
 
 class RunState(RunModel):
-    """All that the events so far tell."""
+    """The state of a run, from its events so far."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class RunState(RunModel):
 
     # ── taking in ────────────────────────────────────────────────────────────────────────────────────────────
     def take(self, plain: Plain) -> None:
-        """Take an event in, as `Event.to_dict` gives it."""
+        """Add an event, as `Event.to_dict` returns it."""
         kind = plain.get("event")
         if not isinstance(kind, str):
             return
@@ -92,13 +92,13 @@ class RunState(RunModel):
         self._log(at, plain)
 
     def take_all(self, plain: Iterable[Plain]) -> None:
-        """Take several events in."""
+        """Add several events."""
         for event in plain:
             self.take(event)
 
     def take_status(self, agent: str, status: Plain | None, now: float) -> None:
-        """Take in what an agent answers when it is asked for its status; None: it did not answer. What it tells of its
-        peers is taken for what it sees of them."""
+        """Add an agent's answer to a request for its status; None: it did not answer. Its reports about peers count as
+        its view of them."""
         found = self._agent(agent)
         if found is None:
             return
@@ -123,7 +123,7 @@ class RunState(RunModel):
                 self._link(found, peer, mapping(link))
 
     def refresh(self, now: float) -> None:
-        """Judge anew how each agent is. `now`: wall clock; a simulated run has its own time."""
+        """Update the health of each agent. `now`: wall clock; a simulated run has its own time."""
         at = self.newest_s if self.simulated else now
         running = sorted(a.view.round for a in self.agents.values() if a.own and not (a.view.left or a.view.crashed))
         middle = running[len(running) // 2] if running else 0
@@ -222,8 +222,8 @@ class RunState(RunModel):
 
     # ── answers ──────────────────────────────────────────────────────────────────────────────────────────────
     def _own_status(self, agent: AgentModel, status: Plain) -> None:
-        """Take what a peer whose log we do not have says of itself: its newest training and merge, which may be of two
-        rounds (its status has no `RoundFinished`)."""
+        """Add the status of a peer whose log is not here: its newest training and merge, which may be of two rounds
+        (its status has no `RoundFinished`)."""
         trained, merged = mapping(status.get("trained")), mapping(status.get("merged"))
         if trained:
             agent.note("Trained", {**trained, "event": "Trained"})

@@ -21,7 +21,8 @@ RUN_MARK = "experiment.json"
 
 
 class FolderSource:
-    """Feeds a state from the logs under a folder. `several`: the folder holds agents' folders, which may become more.
+    """Feeds a state from the logs under a folder. `several`: the folder holds agents' folders, to which more may be
+    added.
 
     Raises DataError for a folder without events, or with several runs in it.
     """
@@ -48,19 +49,19 @@ class FolderSource:
 
     @property
     def damaged(self) -> int:
-        """Lines that were passed over."""
+        """Number of skipped lines."""
         return sum(log.skipped for log in self._logs.values())
 
     @property
     def view(self) -> str:
-        """Whose view it is: an agent's name, or "" for all."""
+        """The agent whose view it is, or "" for all."""
         if self.several or (self.path / RUN_MARK).exists():
             return ""
         return _marked(self.path)
 
     def read(self) -> bool:
-        """Take in what is new; return whether anything was. DataError where a log cannot be read, once the others
-        have been."""
+        """Read new events; return whether there were any. DataError if a log cannot be read, after the others were
+        read."""
         before, errors = self.state.version, list[DataError]()
         if self.several:
             self._find()
@@ -80,7 +81,7 @@ class FolderSource:
         return [log.parent for log in self._logs]
 
     async def statuses(self) -> Mapping[str, Mapping[str, Any] | None]:
-        """Ask the agents that run in these folders, or did when they were killed, how they are; None: no answer."""
+        """Ask the agents that run in these folders, or ran when they were killed, for their status; None: no answer."""
         return await asyncio.to_thread(self._ask)
 
     def _ask(self) -> dict[str, Mapping[str, Any] | None]:
@@ -120,7 +121,7 @@ class FolderSource:
             raise DataError(f"{self.path} holds several runs; give the folder of one, e.g. {self.path / runs[0]}")
 
     def _classes(self) -> None:
-        """Names of the classes stand in the results of a finished run only."""
+        """Return the names of the classes, which only the results of a finished run have."""
         try:
             results = json.loads((self.path / "results.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):

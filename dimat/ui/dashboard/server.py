@@ -1,7 +1,7 @@
 """The dashboard's server: the page, the state, and a stream of its changes.
 
-The stream is Server-Sent Events. Each has an id of the server's own mark and a version of the state; a browser that
-comes back sends the last one it had, and is told what changed since, or everything, where the mark is another server's.
+The stream is Server-Sent Events. Each has an id made of the server's mark and a version of the state; a browser that
+reconnects sends the last id it had, and receives the changes since, or everything if the mark is another server's.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from dimat.version import __version__
 
 STATIC = Path(__file__).parent / "static"
 READ_S = 0.5
-"""Between two looks for new events, and so at least between two messages to a browser."""
+"""Seconds between two reads of new events, and so the least between two messages to a browser."""
 ASK_S = 2.0
-"""Between two rounds of asking agents how they are, while somebody looks."""
+"""Seconds between two rounds of asking agents for their status, while a page is open."""
 BEAT_S = 15.0
 MOST_READERS = 32
 
 
 class StateSource(Protocol):
-    """Where the state comes from. `view`: the agent whose view it is, "" for all; `damaged`: lines passed over."""
+    """Source of the state. `view`: the agent whose view it is, "" for all; `damaged`: number of skipped lines."""
 
     state: RunState
 
@@ -52,11 +52,11 @@ class StateSource(Protocol):
     @property
     def view(self) -> str: ...
     def read(self) -> bool:
-        """Take in what is new; return whether anything was."""
+        """Read new events; return whether there were any."""
         ...
 
     async def statuses(self) -> Mapping[str, Mapping[str, Any] | None]:
-        """Return how agents are that can be asked; None for one that should answer and does not."""
+        """Return the status of agents that can be asked; None for one that should answer and does not."""
         ...
 
     def folder_of(self, agent: str) -> Path | None:
@@ -70,7 +70,7 @@ class StateSource(Protocol):
 
 
 class Dashboard:
-    """The application over a source. Everything but reading ledgers happens in one event loop."""
+    """The application over a source. Everything except reading ledgers happens in one event loop."""
 
     def __init__(self, source: StateSource) -> None:
         self._source = source
@@ -101,7 +101,7 @@ class Dashboard:
 
     # ── what goes on beside the answers ──────────────────────────────────────────────────────────────────────
     async def watch(self) -> None:
-        """Read on and judge anew until it is cancelled."""
+        """Read new events and update the agents' health, until cancelled."""
         state = self._source.state
         asking: asyncio.Task[None] | None = None
         try:
@@ -238,7 +238,7 @@ def _whole(value: str, what: str) -> int:
 
 
 class Server:
-    """Serves a source on an open socket. `run` serves until it is told to end; `stop` does so, from any thread."""
+    """Serves a source on an open socket. `run` serves until `stop` is called, from any thread."""
 
     def __init__(self, source: StateSource, opened: socket.socket, host: str, token: str | None) -> None:
         self._source = source
@@ -255,12 +255,12 @@ class Server:
 
     @property
     def address(self) -> str:
-        """The address to open; what to put for the token where one is needed."""
+        """The address to open, with a placeholder for the token if one is needed."""
         shown = f"[{self._host}]" if ":" in self._host else self._host
         return f"http://{shown}:{self.port}/{'' if self._token is None else '?token=TOKEN'}"
 
     async def run(self) -> None:
-        """Serve until `stop`, or a signal where this is the main thread."""
+        """Serve until `stop`, or until a signal if this is the main thread."""
         dashboard = Dashboard(self._source)
         config = uvicorn.Config(
             Guard(dashboard.app(), self._host, self.port, self._token),
@@ -289,19 +289,19 @@ class Server:
                 await watching
 
     async def _end(self, server: _Uvicorn, watching: asyncio.Task[None]) -> None:
-        """End the streams once the server is to end: it waits for them."""
+        """End the streams when the server should end: it waits for them."""
         await server.ending.wait()
         watching.cancel()
 
     def stop(self) -> None:
-        """Let `run` return soon."""
+        """Make `run` return soon."""
         self._stopped = True
         if self._server is not None:
             self._server.end()
 
 
 class _Uvicorn(uvicorn.Server):
-    """A uvicorn server whose end can be waited for. Made in its loop."""
+    """A uvicorn server whose end can be awaited. Created in its loop."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
@@ -309,12 +309,12 @@ class _Uvicorn(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A signal has come."""
+        """Handle a signal."""
         super().handle_exit(sig, frame)
         self.end()
 
     def end(self) -> None:
-        """End soon; from any thread."""
+        """End soon; may be called from any thread."""
         self.should_exit = True
         with contextlib.suppress(RuntimeError):  # its loop is over
             self._loop.call_soon_threadsafe(self.ending.set)

@@ -1,4 +1,4 @@
-"""Reports read after a run: HTML page, plots, CSV, lineage.
+"""Reports to read after a run: HTML page, plots, CSV, lineage.
 
 Reads results and logs; runs nothing.
 """

@@ -1,4 +1,4 @@
-"""The lineage of a real agent's model, by its own ledger and peers' signed manifests."""
+"""The lineage of a real agent's model, from its own ledger and peers' signed manifests."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ HEADER = ("agent", "round", "contributor", "contributor_round", "part", "weight"
 
 
 def agent_lineage(folder: Path, agent: str) -> tuple[MergeRecord, Lineage, list[MergeRecord]]:
-    """Return an agent's last merge, what its model is made of since, and all records of its own merges.
+    """Return an agent's last merge, the contributions to its model since, and all records of its own merges.
 
-    Beyond the agent's own records only what its peers' manifests tell is known: what rests on merges of others that
-    nobody told of is in `Lineage.earlier`. DataError where there is no merge on record.
+    Beyond the agent's own records only its peers' manifests are known: contributions through other agents' merges
+    without such a manifest are in `Lineage.earlier`. DataError if there is no merge on record.
     """
     path = folder / "lineage.jsonl"
     own = read_records(path) if path.exists() else []
@@ -40,8 +40,8 @@ def agent_lineage(folder: Path, agent: str) -> tuple[MergeRecord, Lineage, list[
 def lineage_rows(agent: str, number: int, made: Lineage) -> list[tuple[object, ...]]:
     """Return the rows of `lineage.csv` under `HEADER`.
 
-    `part`: "training", a round of training, with the round that was trained; "first", a first network; "earlier", a
-    model of which no more is known, with the round that it went into.
+    `part`: "training", a round of training, with its round; "first", an initial network; "earlier", a model of unknown
+    origin, with the round of the merge that used it.
     """
     rows: list[tuple[object, ...]] = []
     rows += [(agent, number, who, of, "training", weight) for (who, of), weight in made.updates.items()]
@@ -51,7 +51,7 @@ def lineage_rows(agent: str, number: int, made: Lineage) -> list[tuple[object, .
 
 
 def report_lines(agent: str, last: MergeRecord, made: Lineage, verdict: Verdict) -> list[str]:
-    """Return what `dimat report` prints of an agent: the verdict, its last merge, and a row per contributor."""
+    """Return the output of `dimat report` for an agent: the verdict, its last merge, and a row per contributor."""
     result = last.result
     moves = {peer: f" ({share:.0%} of its units moved)" for peer, share in result.moved.items()}
     parts = ", ".join(f"{clean(p.agent)} {p.weight:.3f}{moves.get(p.agent, '')}" for p in last.contributions)
@@ -59,7 +59,7 @@ def report_lines(agent: str, last: MergeRecord, made: Lineage, verdict: Verdict)
         f"{name} {metric_text(result.before.get(name))} → {metric_text(value)}" for name, value in result.after.items()
     )
     kept = result.accepted
-    outcome = "accepted" if kept == 1 else f"accepted {kept:.0%}" if kept else "turned down"
+    outcome = "accepted" if kept == 1 else f"accepted {kept:.0%}" if kept else "rejected"
     lines = [
         verdict.line,
         "",
@@ -68,13 +68,13 @@ def report_lines(agent: str, last: MergeRecord, made: Lineage, verdict: Verdict)
         *as_text(contributors_table(made)),
     ]
     if made.earlier:
-        lines.append("earlier models: what neighbours merged from agents further away is known no further back")
+        lines.append("earlier models: neighbours merged them from agents further away, and their origin is not known")
     return lines
 
 
 def contributors_table(made: Lineage) -> Table:
-    """Return a row per agent that is in a model: its rounds of training, their share, its first network, and models of
-    it whose making is not known."""
+    """Return a row per contributor to a model: its rounds of training, their share, its initial network, and its models
+    of unknown origin."""
     shares = made.shares()
     rounds: defaultdict[str, list[int]] = defaultdict(list)
     for (who, number), weight in made.updates.items():
@@ -98,7 +98,7 @@ def contributors_table(made: Lineage) -> Table:
 
 
 def report_json(agent: str, last: MergeRecord, made: Lineage, verdict: Verdict) -> dict[str, Any]:
-    """Return the same as one JSON object, weights unrounded."""
+    """Return the same as one JSON object, with unrounded weights."""
     return {
         "verdict": verdict.to_plain(),
         "agent": agent,

@@ -15,16 +15,16 @@ from dimat.ui.text import NONE, Table, clean, count_text, listed
 LEDGER = "lineage.jsonl"
 HEADER = ("agent", "contributor", "initial_weight", "share_of_training", "rounds_contributed")
 MATRIX_AGENTS = 24
-"""The most agents for which the table is a matrix; with more it names each one's largest contributors."""
+"""The most agents for which the table is a matrix; with more, it names each one's largest contributors."""
 MOST_NAMED = 3
 WORK = 1_000_000
-"""Parts of merges that are gone through: a second or two. Runs with more are worked out for some agents only."""
+"""Most parts of merges that are processed, in a second or two. In larger runs only some agents are computed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Contributions:
-    """`agents`: all of the run; `models`: agent → what its final model is made of. `unknown`: agents that ended no
-    round, and so left no model; `left_out`: how many others were not worked out."""
+    """`agents`: all of the run; `models`: agent → contributions to its final model. `unknown`: agents that ended no
+    round, and so left no model; `left_out`: number of others that were not computed."""
 
     agents: tuple[str, ...]
     models: Mapping[str, Lineage]
@@ -32,19 +32,19 @@ class Contributions:
     left_out: int = 0
 
     def note(self) -> str:
-        """Return what there is to say of agents that have no row."""
+        """Return a note about agents without a row."""
         parts: list[str] = []
         if self.unknown:
             parts.append(f"no merge of {listed(self.unknown, 4)} is on record")
         if self.left_out:
-            parts.append(f"{count_text(self.left_out, 'more agent')} not worked out: the run is large")
+            parts.append(f"{count_text(self.left_out, 'more agent')} not computed: the run is large")
         return "; ".join(parts)
 
 
 def contributions(folder: Path, results: Results) -> Contributions:
-    """Work out what the final models of a run are made of, from its ledger of merges.
+    """Compute the contributions to the final models of a run, from its ledger of merges.
 
-    DataError where the ledger is missing, damaged, or lacks a merge of the results.
+    DataError if the ledger is missing, damaged, or lacks a merge in the results.
     """
     if not (folder / LEDGER).exists():  # said without its path: reports of equal runs are equal
         raise DataError(f"the run folder has no {LEDGER}")
@@ -58,7 +58,7 @@ def contributions(folder: Path, results: Results) -> Contributions:
 
 
 def lineage_rows(found: Contributions) -> list[tuple[object, ...]]:
-    """Return the rows of `lineage.csv` under `HEADER`: one per model and agent that is in it, numbers unrounded."""
+    """Return the rows of `lineage.csv` under `HEADER`: one per model and contributor, numbers unrounded."""
     rows: list[tuple[object, ...]] = []
     for agent, model in found.models.items():
         shares = model.shares()
@@ -72,20 +72,22 @@ def lineage_rows(found: Contributions) -> list[tuple[object, ...]]:
 
 
 def training_table(found: Contributions) -> Table:
-    """Return whose training is in whose final model."""
+    """Return the table of training: the shares of each agent's training in each final model."""
     shares = {agent: model.shares() for agent, model in found.models.items()}
-    note = "percent of the training in the final model of each row's agent, by whose training it was"
+    note = "percent of the training in the final model of each row's agent, by the agent that did it"
     return _table(found.agents, shares, note)
 
 
 def initial_table(found: Contributions) -> Table:
-    """Return of whose first networks the final models are made."""
+    """Return the table of initial networks: the shares of each agent's in each final model."""
     initial = {agent: model.initial for agent, model in found.models.items()}
-    return _table(found.agents, initial, "percent of each agent's first network in the final model of each row's agent")
+    return _table(
+        found.agents, initial, "percent of each agent's initial network in the final model of each row's agent"
+    )
 
 
 def _table(agents: Sequence[str], shares: Mapping[str, Mapping[str, float]], note: str) -> Table:
-    """Return rows that each sum up to 100 %: a column per contributor, or the largest ones where there are many."""
+    """Return rows that each sum up to 100 %: a column per contributor, or the largest ones if there are many."""
     if len(agents) <= MATRIX_AGENTS:
         rows = [(clean(agent), *(_percent(row.get(who, 0.0)) for who in agents)) for agent, row in shares.items()]
         return Table("", ("agent", *map(clean, agents)), tuple(rows), note=note)
@@ -93,7 +95,7 @@ def _table(agents: Sequence[str], shares: Mapping[str, Mapping[str, float]], not
         (clean(agent), _percent(row.get(agent, 0.0)), str(sum(1 for x in row.values() if x > 0)), _largest(row, agent))
         for agent, row in shares.items()
     ]
-    headers = ("agent", "of itself", "agents in it", "most of others")
+    headers = ("agent", "itself", "contributors", "largest others")
     return Table("", headers, tuple(rows), left=frozenset({0, 3}), note=f"{note}; {MOST_NAMED} largest")
 
 

@@ -1,6 +1,6 @@
 """One self-contained HTML page: inline style, pictures as data, nothing fetched, no script.
 
-Pieces of a page are strings of finished HTML; every text that comes from outside goes through `esc`.
+Parts of a page are strings of finished HTML; every text from outside goes through `esc`.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ footer { margin-top: 2.5rem; border-top: 1px solid var(--line); padding-top: .6r
 
 
 def esc(text: object) -> str:
-    """Return text that cannot end an element or an attribute, control characters spelled out."""
+    """Return text that cannot end an element or an attribute, with control characters spelled out."""
     return html.escape(clean(str(text)), quote=True)
 
 
 def document(title: str, pieces: Iterable[str]) -> str:
-    """Return the whole page. The policy in its head forbids it to load anything, should a piece ever try."""
+    """Return the whole page. The policy in its head forbids loading anything, even if a part should try."""
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     return "\n".join(
         (
@@ -80,7 +80,7 @@ def document(title: str, pieces: Iterable[str]) -> str:
 
 
 def heading(title: str, line: str, first: Sequence[str] = ()) -> str:
-    """Return the head of the page: its title, the lines to be read first of all, and one line below."""
+    """Return the head of the page: its title, the lines to read first, and one line below."""
     lead = "".join(f'<p class="verdict">{esc(each)}</p>' for each in first)
     return f'<header><h1>{esc(title)}</h1>{lead}<p class="soft">{esc(line)}</p></header>'
 
@@ -92,7 +92,7 @@ def section(title: str, *pieces: str) -> str:
 
 
 def facts(pairs: Iterable[tuple[str, str]]) -> str:
-    """Return the few numbers that are read first; pairs of (what, value)."""
+    """Return the main numbers; pairs of (label, value)."""
     return (
         '<div class="facts">' + "".join(f"<div><b>{esc(v)}</b><span>{esc(k)}</span></div>" for k, v in pairs) + "</div>"
     )
@@ -109,14 +109,14 @@ def code(text: str) -> str:
 
 
 def notices(lines: Sequence[str]) -> str:
-    """Return warnings as a list that is seen, or nothing if there are none."""
+    """Return warnings as a visible list, or nothing if there are none."""
     if not lines:
         return ""
     return '<div class="warnings" role="note"><ul>' + "".join(f"<li>{esc(x)}</li>" for x in lines) + "</ul></div>"
 
 
 def folded(title: str, piece: str) -> str:
-    """Return a piece that the reader unfolds."""
+    """Return a part that the reader can unfold."""
     return f"<details><summary>{esc(title)}</summary>{piece}</details>"
 
 
@@ -127,7 +127,7 @@ def links(pairs: Iterable[tuple[str, str]]) -> str:
 
 
 def pictures(drawn: Iterable[tuple[str, bytes]], wide: bool = False) -> str:
-    """Return PNG files as embedded pictures; pairs of (what it shows, the file). `wide`: one a row."""
+    """Return PNG files as embedded pictures; pairs of (description, the file). `wide`: one per row."""
     items = "".join(
         f'<figure><img alt="{esc(alt)}" src="data:image/png;base64,{base64.b64encode(png).decode()}"></figure>'
         for alt, png in drawn

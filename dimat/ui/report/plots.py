@@ -1,7 +1,7 @@
 """Pictures of a run and of a comparison (extra `plots`: matplotlib, without a display).
 
-Equal results give equal PNG files, byte for byte: style, size and metadata are fixed here and no setting of the
-user's is read. Colours are those of Okabe and Ito, which colour-blind readers tell apart.
+Equal results give equal PNG files, byte for byte: style, size and metadata are fixed here and no user settings are
+read. Colours are those of Okabe and Ito, which colour-blind readers can tell apart.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ METHOD_STYLE = {
     "isolated": (GREY, "x"),
     "dimat-paper": (GREEN, "^"),
 }
-"""Colour and marker of the methods that every comparison knows; others take what is left of the palette."""
+"""Colour and marker of the standard methods; others take the rest of the palette."""
 Dash = Literal["-", "--", ":"]
 MANY_AGENTS = 8
-"""Above it, agents are thin lines of one colour: more colours than this nobody tells apart."""
+"""With more agents, all are thin lines of one colour: more colours are hard to tell apart."""
 STYLE: dict[str, Any] = {
     "font.family": ["DejaVu Sans"],  # comes with matplotlib, so that pictures are equal on all machines
     "font.size": 10.0,
@@ -92,7 +92,7 @@ def comparison_png(comparison: Comparison) -> bytes:
 
 
 def require_matplotlib() -> None:
-    """Raise ConfigError with the command that installs matplotlib where it is missing."""
+    """Raise ConfigError with the command that installs matplotlib if it is missing."""
     try:
         for name in ("matplotlib", "matplotlib.figure"):
             importlib.import_module(name)
@@ -142,7 +142,7 @@ def _whole_rounds(axes: Axes, label: str) -> None:
 def _by_agent(
     results: Results, value: Callable[[AgentRound], float | None]
 ) -> dict[str, tuple[list[int], list[float]]]:
-    """Return rounds and values per agent, in the order of `results.agents`, without what was not measured."""
+    """Return rounds and values per agent, in the order of `results.agents`, without missing values."""
     series: dict[str, tuple[list[int], list[float]]] = {agent: ([], []) for agent in results.agents}
     for row in sorted(results.rows, key=lambda row: row.round):
         number = value(row)
@@ -153,7 +153,7 @@ def _by_agent(
 
 
 def _draw_agents(axes: Axes, series: Mapping[str, tuple[list[int], list[float]]], band: bool) -> None:
-    """Draw a thin line per agent, the mean as a thick one and, if asked for, the band from least to greatest."""
+    """Draw a thin line per agent, the mean as a thick one and, if requested, the band from lowest to highest."""
     values: dict[int, list[float]] = {}
     for rounds, numbers in series.values():
         for round_, number in zip(rounds, numbers):
@@ -162,7 +162,7 @@ def _draw_agents(axes: Axes, series: Mapping[str, tuple[list[int], list[float]]]
     few = len(series) <= MANY_AGENTS
     if band and len(series) > 1:
         low, high = [min(values[r]) for r in rounds], [max(values[r]) for r in rounds]
-        axes.fill_between(rounds, low, high, color=BLUE, alpha=0.12, linewidth=0, label="least to greatest")
+        axes.fill_between(rounds, low, high, color=BLUE, alpha=0.12, linewidth=0, label="lowest to highest")
     for index, (agent, (own, numbers)) in enumerate(series.items()):
         colour = PALETTE[index % len(PALETTE)] if few else SKY
         style = "-" if index < len(PALETTE) or not few else "--"
@@ -242,7 +242,7 @@ def _merge_figure(results: Results) -> Figure:
     axes.scatter([], [], s=52, color=RED, label="after it: lost")
     _whole_rounds(axes, "round")
     axes.set_ylabel(f"test {clean(results.metric)}, mean of agents")
-    axes.set_title("What each merge gained")
+    axes.set_title("Gain of each merge")
     _legend_beside(axes)
     return figure
 
@@ -290,7 +290,7 @@ def _classes_figure(results: Results) -> Figure:
                 axes.text(x, y, str(count) if count else "·", ha="center", va="center", color=colour, fontsize=8)
     figure.colorbar(image, ax=axes, label="samples", pad=0.02)
     axes.set_xlabel("class")
-    axes.set_title("Who holds what: training samples per class")
+    axes.set_title("Training samples per class and agent")
     return figure
 
 
@@ -336,7 +336,7 @@ def _draw_merges(axes: Axes, curve: MethodCurve, colour: str, marker: str) -> No
 
 
 def _draw_over(axes: Axes, curve: MethodCurve, x: Sequence[float], colour: str) -> None:
-    """Draw a curve over time or megabytes; one that has none there is a level that others are held against."""
+    """Draw a curve over time or megabytes; one without these is a horizontal line for comparison."""
     if not any(x):
         axes.axhline(max(curve.after_merge, default=0.0), color=colour, linestyle="--", linewidth=1.4)
     else:
@@ -354,7 +354,7 @@ def _dash(colour: str) -> Dash:
 
 
 def _method_styles(comparison: Comparison) -> dict[str, tuple[str, str]]:
-    """Return colour and marker by name; names that no comparison knows get what is left, anew in each split."""
+    """Return colour and marker by name; other methods get the rest of the palette, separately in each split."""
     names = {name for curves in comparison.splits.values() for name in curves}
     known = {name: style for name, style in METHOD_STYLE.items() if name in names}
     pool = ((RED, "v"), (BLUE, "o"), (GREEN, "^"), (ORANGE, "s"), (PINK, "P"), (SKY, "*"), ("#8C6D1F", "<"))

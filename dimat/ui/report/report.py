@@ -1,7 +1,7 @@
 """Writes the reports of a run or a comparison: CSV, pictures and one HTML page.
 
-Files appear whole or not at all: each is written under a temporary name and renamed. Without matplotlib the
-report has no pictures and says so.
+Files appear complete or not at all: each is written under a temporary name and renamed. Without matplotlib the report
+has no pictures and says so.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def write_report(run_dir: str | Path, listener: Listener | None = None) -> list[
     """Write `rounds.csv`, `lineage.csv`, `plots/*.png` and `report.html` into a run folder, from its `results.json`
     and `lineage.jsonl`.
 
-    Returns what was written. Without matplotlib there are no pictures, and without a ledger that can be read nothing
-    of who contributed what; the page says so and `listener` is sent a `Warned`. Raises DataError where the results
-    cannot be read or a file cannot be written.
+    Returns the written files. Without matplotlib there are no pictures, and without a readable ledger no contributions;
+    the page says so and `listener` receives a `Warned`. Raises DataError if the results cannot be read or a file cannot
+    be written.
     """
     folder = Path(run_dir)
     results = read_results(folder)
@@ -50,7 +50,7 @@ def write_report(run_dir: str | Path, listener: Listener | None = None) -> list[
     try:
         made, unknown = lineage.contributions(folder, results), ""
     except DataError as error:
-        made, unknown = None, _told(f"who contributed what is not known: {error}", results.run, listener)
+        made, unknown = None, _told(f"contributions are not known: {error}", results.run, listener)
     written = [_write(folder / "rounds.csv", rounds_csv(results))]
     if made is not None:
         written.append(_write(folder / "lineage.csv", _csv(lineage.HEADER, lineage.lineage_rows(made))))
@@ -67,8 +67,8 @@ def write_comparison_report(
 ) -> list[Path]:
     """Write `comparison.json`, `comparison.csv`, `timeline.csv`, `plots/comparison.png` and `report.html`.
 
-    `run_dirs`: label → folder of each single run; those that hold a `report.html` by now are linked from the page.
-    Returns what was written; matplotlib and errors as in `write_report`.
+    `run_dirs`: label → folder of each single run; those that have a `report.html` are linked from the page. Returns the
+    written files; matplotlib and errors as in `write_report`.
     """
     folder = Path(out_dir)
     labelled = list(run_dirs.items()) if isinstance(run_dirs, Mapping) else list(run_dirs)
@@ -87,7 +87,7 @@ def write_comparison_report(
 
 
 def rounds_csv(results: Results) -> bytes:
-    """Return a row per agent and round, columns as the fields of `AgentRound`; empty where not measured."""
+    """Return a row per agent and round, columns as the fields of `AgentRound`; empty if not measured."""
     columns = tuple(AgentRound.model_fields)
     return _csv(columns, ([getattr(row, column) for column in columns] for row in results.rows))
 
@@ -103,7 +103,7 @@ def _told(message: str, run: str, listener: Listener | None) -> str:
 
 
 def write_csv(file: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> Path:
-    """Write a table, whole or not at all; DataError where that fails."""
+    """Write a table, complete or not at all; DataError on failure."""
     return _write(file, _csv(header, rows))
 
 
@@ -147,7 +147,7 @@ def _run_page(
     clock = tables.clock_text(max(row.time_s for row in results.rows), last.round) if last else ""
     numbers = [
         (f"{results.metric} at the end, mean of agents", text.metric_text(last.after_mean if last else None)),
-        ("least and greatest agent", text.range_text(last.after_min, last.after_max) if last else text.NONE),
+        ("lowest and highest agent", text.range_text(last.after_min, last.after_max) if last else text.NONE),
         ("rounds", tables.round_text(last.round, last.rounds) if last else "0"),
         *([("virtual time", clock)] if clock else []),
         ("consensus distance at the end", text.distance_text(last.consensus_distance) if last else text.NONE),
@@ -164,8 +164,8 @@ def _run_page(
         page.section("Pictures", page.pictures((ALT[name], png) for name, png in drawn.items())),
         page.section("Rounds", page.table(tables.round_table(results))),
         page.section("Agents at the end", page.table(tables.final_table(results))),
-        page.section("Who holds what", page.table(classes) if results.histogram else ""),
-        page.section("Who contributed what", _contributions(made)),
+        page.section("Training samples per class", page.table(classes) if results.histogram else ""),
+        page.section("Contributions to the final models", _contributions(made)),
         page.section("Cost", page.table(tables.cost_table(results))),
         page.section("Load a model", _loading(folder, results)),
         page.section("Configuration", page.folded("all settings", page.table(settings)) if settings.rows else ""),
@@ -178,7 +178,7 @@ def _contributions(made: lineage.Contributions | None) -> str:
     if made is None or len(made.agents) == 1:
         return ""
     note = made.note()
-    initial = page.folded("of whose first networks", page.table(lineage.initial_table(made)))
+    initial = page.folded("initial networks in the final models", page.table(lineage.initial_table(made)))
     return page.table(lineage.training_table(made)) + initial + (page.paragraph(note) if note else "")
 
 
@@ -209,7 +209,7 @@ def _comparison_page(
     head = f"{', '.join(methods)} on {text.count_text(len(comparison.splits), 'split')}"
     reports = [(label, Path(run) / "report.html") for label, run in labelled]
     pieces = [
-        page.heading("Methods side by side", head, verdict.headlines(comparison)),
+        page.heading("Comparison of methods", head, verdict.headlines(comparison)),
         page.notices([missing] if missing else []),
         *(page.section(table.title, page.table(table)) for table in tables.comparison_tables(comparison)),
         page.section("Pictures", page.pictures(((ALT[name], png) for name, png in drawn.items()), wide=True)),

@@ -1,4 +1,4 @@
 """`dimat symmetry`: a model's symmetry groups as tables, drawings and pages.
 
-Derives through `dimat.symmetry`; holds no rules.
+It derives groups through `dimat.symmetry` and has no rules of its own.
 """

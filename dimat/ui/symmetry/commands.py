@@ -17,11 +17,11 @@ from dimat.ui.symmetry.tables import describe, lines_of, load_model, summary_of
 def show_symmetry(
     hook: str, *, verify: bool, as_json: bool, outputs: Sequence[str] = (), html: Path | None, svg: Path | None
 ) -> tuple[str, bool]:
-    """Derive the groups of the model that `hook` names; return them as text or JSON, and whether it could be traced.
+    """Derive the groups of the model named by `hook`; return them as text or JSON, and whether it could be traced.
 
     `hook`: `module:function` or `file.py:function` returning a Task or (model, example inputs), an experiment's TOML,
     or a bundled task. `outputs`: names or flat indices of the outputs that must not change; all by default. `html` and
-    `svg`: files to draw the groups to.
+    `svg`: files for a drawing of the groups.
     """
     model, inputs = load_model(hook)
     described = describe(hook, model, inputs, outputs)
@@ -39,9 +39,9 @@ def show_symmetry(
 
 
 def verify_model(hook: str, *, seed: int, as_json: bool, outputs: Sequence[str] = ()) -> tuple[str, bool]:
-    """Check a model's groups by random permutations; return what to print, and whether all of them passed.
+    """Check a model's groups with random permutations; return the text to print, and whether all of them passed.
 
-    Where the error is too large, the groups that cause it are found by halving. A model that cannot be traced fails.
+    If the error is too large, the groups that cause it are found by bisection. A model that cannot be traced fails.
     """
     model, inputs = load_model(hook)
     spec = describe(hook, model, inputs, outputs).spec

@@ -1,4 +1,4 @@
-"""`dimat symmetry diff`: whether two models can merge aligned."""
+"""`dimat symmetry diff`: whether two models can be aligned and merged."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dimat.ui.symmetry.tables import ModelSymmetry, open_described, summary_of, 
 
 
 def diff_symmetry(one: str, other: str, *, as_json: bool) -> tuple[str, bool]:
-    """Compare two models, experiments or spec files; return what to print, and whether their hashes are equal."""
+    """Compare two models, experiments or spec files; return the text to print, and whether their hashes are equal."""
     first, second = open_described(one), open_described(other)
     same = first.spec.arch_hash == second.spec.arch_hash
     why = None if same else first_difference(first, second)
@@ -31,7 +31,7 @@ def diff_symmetry(one: str, other: str, *, as_json: bool) -> tuple[str, bool]:
     if first.tensors == second.tensors and first.tensors:
         fit = first.spec.groups_hash == second.spec.groups_hash
         lines.append(
-            "agents with them align all the same: tensors and groups are equal"
+            "agents with them can still align: tensors and groups are equal"
             if fit
             else "agents with them refuse each other: the groups differ"
         )
@@ -39,12 +39,12 @@ def diff_symmetry(one: str, other: str, *, as_json: bool) -> tuple[str, bool]:
 
 
 def first_difference(one: ModelSymmetry, other: ModelSymmetry) -> str:
-    """Say in one line what differs first: a tensor by name, else an axis or a group, else the graph."""
+    """Return the first difference in one line: a tensor by name, else an axis or a group, else the graph."""
     if one.tensors and other.tensors:
         for name in sorted({*one.tensors, *other.tensors}):
             for side, lacking in ((one, other), (other, one)):
                 if name not in lacking.tensors:
-                    return f"tensor {name} {_form(side, name)} is in {side.name} alone"
+                    return f"tensor {name} {_form(side, name)} is only in {side.name}"
             if one.tensors[name] != other.tensors[name]:
                 return f"tensor {name} is {_form(one, name)} in {one.name}, {_form(other, name)} in {other.name}"
     return _in_specs(one.spec, other.spec, one.name, other.name)
@@ -57,7 +57,7 @@ def _in_specs(one: SymmetrySpec, other: SymmetrySpec, first: str, second: str) -
     for key in sorted({*sides[0], *sides[1]}):
         mine, theirs = sides[0].get(key), sides[1].get(key)
         if mine is None or theirs is None:
-            return f"axis {key[0]}/{key[1]} moves in {second if mine is None else first} alone"
+            return f"axis {key[0]}/{key[1]} moves only in {second if mine is None else first}"
         if mine.size != theirs.size:
             return f"axis {key[0]}/{key[1]} has {mine.size} entries in {first}, {theirs.size} in {second}"
         if mine.layout != theirs.layout:

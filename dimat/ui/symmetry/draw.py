@@ -1,7 +1,7 @@
 """Draws symmetry groups over a model's graph, as one self-contained SVG.
 
-Boxes stand in layers by their longest way from an input. A box lists its tensors, those with the same axes in one
-row; an axis is a cell, cut into its segments, in the colours and numbers of the groups that move it.
+Boxes are in layers by their longest path from an input. A box lists its tensors, those with the same axes in one row;
+an axis is a cell, divided into its segments, in the colours and numbers of the groups that move it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def colour(number: int) -> str:
 
 
 def draw(described: ModelSymmetry, flow: Flow) -> str:
-    """Return the SVG: the legend in columns, so that a narrow window shows the graph too, and the graph below it."""
+    """Return the SVG: the legend in columns, so that a narrow window also shows the graph, and the graph below it."""
     painter = _Painter(described)
     places, width, height = _places(flow, painter)
     legend, top = painter.legend(width)
@@ -61,7 +61,7 @@ class _Painter:
                     self._layouts.update({(name, axis.dim - 1): axis.layout for name in stack.sources})
 
     def legend(self, width: int) -> tuple[list[str], int]:
-        """Return the legend's entries, in as many columns as the width has room for, and the height below them."""
+        """Return the legend's entries, in as many columns as fit the width, and the height below them."""
         groups = (*self._described.spec.groups, *self._described.spec.numbered)
         sizes = self._described.spec.sizes
         parts = [(f"{self._number[g.id]}  ", g.id, f": {units_text(g, sizes)}") for g in groups]
@@ -81,7 +81,7 @@ class _Painter:
         return drawn, 10 + rows * _ROW + 20
 
     def rows(self, box: Box) -> list[tuple[str, list[Layout | int]]]:
-        """Return (names, axes) of the tensors of a box, those of the same axes together; frozen axes as their size."""
+        """Return (names, axes) of the tensors of a box, grouped by equal axes; frozen axes as their size."""
         found: dict[tuple[Layout | int, ...], list[str]] = {}
         for name in box.tensors:
             shape = self._described.tensors.get(name, ((), ""))[0]
@@ -137,7 +137,7 @@ def _rect(x: float, y: float, wide: float, fill: str, text: str, tooltip: str) -
 
 
 def _places(flow: Flow, painter: _Painter) -> tuple[list[tuple[float, float, int]], int, int]:
-    """Return (x, y, height) of each box, and the size of the whole. A box stands about below those that feed it."""
+    """Return (x, y, height) of each box, and the size of the drawing. A box is roughly below those that feed it."""
     if not flow.edges:  # no graph: a column each of 40 boxes
         layer = [number % 40 for number in range(len(flow.boxes))]
     else:
@@ -178,15 +178,15 @@ def _edge(places: list[tuple[float, float, int]], start: int, end: int, *, dashe
 
 
 def _out(start: tuple[float, float, int], end: tuple[float, float, int]) -> float:
-    """Return how far right an edge that passes other layers goes round them, further the longer it is; 0: it needs
-    not."""
+    """Return how far right an edge that passes other layers goes round them, further the longer it is; 0 if it passes
+    none."""
     (x0, y0, tall), (x1, y1, _) = start, end
     drop = y1 - y0 - tall
     return 0.0 if 0 <= drop <= 2 * _LAYER else max(x0, x1) + _WIDE + min(20 + abs(drop) / 12, 150)
 
 
 def _several(names: str, most: int) -> str:
-    """Return names, or, where they are too long, the first and how many more there are."""
+    """Return names, or, if they are too long, the first and the number of the others."""
     first, *more = names.split()
     if len(names) <= most or not more:
         return _short(names, most)
@@ -195,5 +195,5 @@ def _several(names: str, most: int) -> str:
 
 
 def _short(text: str, most: int) -> str:
-    """Return a text, or its end where it is too long: the names in a model begin alike."""
+    """Return a text, or its end if it is too long: the names in a model often share their beginning."""
     return text if len(text) <= most else f"…{text[len(text) - most + 1 :]}"

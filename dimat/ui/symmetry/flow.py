@@ -1,4 +1,4 @@
-"""A traced graph made small enough to look at: a box per module with tensors, and per join.
+"""A traced graph reduced to a readable size: a box per module with tensors, and per join.
 
 Operations without tensors of their own (activations, views, pooling) vanish into the edges.
 """
@@ -14,7 +14,7 @@ from torch.fx import Node
 from dimat.symmetry import Trace
 
 _MOST_USES = 3
-"""A module that is used again further down gets a new box each time, up to this many; then edges go back."""
+"""A module that is used again further down gets a new box each time, up to this number; then edges go back."""
 
 
 _NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool, int, float)
@@ -32,14 +32,14 @@ class Box:
 
 @dataclass
 class Flow:
-    """Boxes in an order in which data can reach them, and edges (from, to); edges that go back are in `back`."""
+    """Boxes in an order of the data flow, and edges (from, to); edges that go back are in `back`."""
 
     boxes: list[Box] = field(default_factory=list)
     edges: dict[tuple[int, int], None] = field(default_factory=dict)
     back: dict[tuple[int, int], None] = field(default_factory=dict)
 
     def layers(self) -> list[int]:
-        """Return the length of the longest way from an input to each box."""
+        """Return the length of the longest path from an input to each box."""
         result: list[int] = []
         before: dict[int, list[int]] = {}
         for start, end in self.edges:
@@ -61,7 +61,7 @@ class Flow:
 
 
 def loose(tensors: Iterable[str]) -> Flow:
-    """Return boxes without edges, for a model of which there is no graph."""
+    """Return boxes without edges, for a model without a graph."""
     flow = Flow()
     known: dict[str, int] = {}
     for name in tensors:
@@ -73,7 +73,7 @@ def loose(tensors: Iterable[str]) -> Flow:
 
 
 def flow_of(traced: Trace) -> Flow:
-    """Return the boxes and edges of a traced module (of its first path, where it was traced by running it)."""
+    """Return the boxes and edges of a traced module (of its first path, if it was traced by running it)."""
     flow = Flow()
     carried: dict[Node, set[str]] = {}
     origin: dict[Node, int] = {}
@@ -112,7 +112,7 @@ def flow_of(traced: Trace) -> Flow:
 
 
 def _module(flow: Flow, uses: dict[str, list[int]], tensors: list[str], starts: set[int]) -> int:
-    """Return the box of the module that owns the tensors, a new one where it would come before what it is given."""
+    """Return the box of the module that owns the tensors, a new one if it would come before its inputs."""
     owner = tensors[0].rpartition(".")[0]
     known = uses.setdefault(owner, [])
     box = known[-1] if known else None

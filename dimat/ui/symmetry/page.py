@@ -19,7 +19,7 @@ from dimat.weights.durable import write_bytes
 def write_drawing(
     described: ModelSymmetry, model: nn.Module, inputs: Any, *, html: Path | None, svg: Path | None, error: float | None
 ) -> None:
-    """Draw the groups over the model's graph into files, each whole or not at all. Raises DataError."""
+    """Draw the groups over the model's graph into files, each complete or not at all. Raises DataError."""
     picture = draw(described, _flow(described, model, inputs))
     if svg is not None:
         write_bytes(svg, picture.encode(), durable=False)
@@ -30,7 +30,7 @@ def write_drawing(
 def page(described: ModelSymmetry, picture: str, error: float | None) -> str:
     """Return the page: figures, warnings, drawing, tables."""
     spec = described.spec
-    numbers = [("groups", str(len(spec.groups))), ("of what could move", f"{spec.coverage:.1%}")]
+    numbers = [("groups", str(len(spec.groups))), ("of the movable entries move", f"{spec.coverage:.1%}")]
     numbers += [("parameters", f"{described.parameters:,}")] if described.parameters is not None else []
     numbers += [] if error is None else [("invariance error", f"{error:.1e}")]
     text = "Boxes are modules, from inputs down to outputs; a cell is an axis of their tensors: coloured with the "

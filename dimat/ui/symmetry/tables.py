@@ -27,7 +27,7 @@ from dimat.ui.text import Table, as_text
 
 @dataclass(frozen=True)
 class ModelSymmetry:
-    """A model's groups, and what is known of its tensors: (shape, dtype) by name, empty where only groups are known."""
+    """A model's groups, and its tensors: (shape, dtype) by name, empty if only groups are known."""
 
     name: str
     spec: SymmetrySpec
@@ -35,11 +35,11 @@ class ModelSymmetry:
     parameters: int | None
     trainable: frozenset[str] = frozenset()
     natures: Mapping[str, str] = field(default_factory=dict[str, str])
-    """Nature of each tensor that is no parameter, or is another name of one (`tied to …`)."""
+    """Nature of each tensor that is not a parameter, or is another name of one (`tied to …`)."""
 
 
 def load_model(hook: str) -> tuple[nn.Module, Any]:
-    """Return model and example inputs of a hook, an experiment or a bundled task; HookError where there are none."""
+    """Return model and example inputs of a hook, an experiment or a bundled task; HookError if there are none."""
     made: Any
     if hook.endswith(".toml"):
         config = load_experiment(Path(hook))
@@ -64,7 +64,7 @@ def load_model(hook: str) -> tuple[nn.Module, Any]:
 
 
 def describe(name: str, model: nn.Module, inputs: Any, outputs: Sequence[str] = ()) -> ModelSymmetry:
-    """Derive a model's groups; what is wrong with them is in the spec's warnings."""
+    """Derive a model's groups; problems are in the spec's warnings."""
     chosen = [int(each) if each.lstrip("-").isdigit() else each for each in outputs] or None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -83,9 +83,9 @@ def _natures(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, str]:
 
 
 def open_described(source: str) -> ModelSymmetry:
-    """Return what `source` names: a file of `symmetry show --json` or `SymmetrySpec.to_json`, else as `load_model`.
+    """Open `source`: a file of `symmetry show --json` or `SymmetrySpec.to_json`, else a model as in `load_model`.
 
-    Raises DataError for a JSON file that cannot be read or is no spec, HookError and ConfigError as `load_model`.
+    Raises DataError for a JSON file that cannot be read or is not a spec, HookError and ConfigError as `load_model`.
     """
     if not source.endswith(".json"):
         model, inputs = load_model(source)
@@ -96,7 +96,7 @@ def open_described(source: str) -> ModelSymmetry:
         summary = as_type(_Summary, parse_json(text).get("summary") or {})
     except ValueError as error:
         raise DataError(
-            f"{source} is no symmetry spec ({error}); write one with `dimat symmetry show MODEL --json`"
+            f"{source} is not a symmetry spec ({error}); write one with `dimat symmetry show MODEL --json`"
         ) from error
     return ModelSymmetry(source, spec, summary.tensors, summary.parameters)
 
@@ -110,7 +110,7 @@ class _Summary:
 
 
 def summary_of(described: ModelSymmetry) -> dict[str, Any]:
-    """Return what `--json` adds to the spec: counts, what is frozen by reason, and the tensors."""
+    """Return the additions of `--json` to the spec: counts, frozen axes by reason, and the tensors."""
     spec = described.spec
     return {
         "parameters": described.parameters,
@@ -166,13 +166,13 @@ def groups_table(spec: SymmetrySpec) -> Table:
 
 
 def frozen_table(described: ModelSymmetry) -> Table:
-    """Return the table of frozen axes; shares overlap, for a tensor may have axes frozen for several reasons."""
+    """Return the table of frozen axes; shares overlap, as a tensor may have axes frozen for several reasons."""
     rows = tuple((reason, str(axes), f"{share:.1%}") for reason, axes, share in frozen_by_reason(described))
     return Table("", ("frozen because", "axes", "in parameters"), rows)
 
 
 def natures_table(described: ModelSymmetry) -> Table:
-    """Return the table of tensors that are no parameters: how many of each nature, and the first of them."""
+    """Return the table of tensors that are not parameters: the number of each nature, and the first of them."""
     by_nature: dict[str, list[str]] = {}
     for name, nature in described.natures.items():
         by_nature.setdefault(nature, []).append(name)
@@ -180,11 +180,11 @@ def natures_table(described: ModelSymmetry) -> Table:
         (nature, str(len(names)), names[0] + (f" +{len(names) - 1}" if len(names) > 1 else ""))
         for nature, names in sorted(by_nature.items())
     )
-    return Table("", ("no parameter but a", "tensors", "names"), rows, left=frozenset({0, 2}))
+    return Table("", ("nature (not a parameter)", "tensors", "names"), rows, left=frozenset({0, 2}))
 
 
 def lines_of(described: ModelSymmetry) -> list[str]:
-    """Return all that `symmetry show` prints, but the invariance error."""
+    """Return the output of `symmetry show`, except the invariance error."""
     spec = described.spec
     lines = as_text(groups_table(spec)) if spec.groups else []
     lines += ["", totals(described), ""]
@@ -201,12 +201,12 @@ def totals(described: ModelSymmetry) -> str:
     count = "unknown" if described.parameters is None else f"{described.parameters:,}"
     return (
         f"{len(spec.groups)} groups" + (f" ({nested} of them in each of another's units)" if nested else "") + "; "
-        f"{spec.coverage:.1%} of what could move in {count} parameters does; "
+        f"{spec.coverage:.1%} of the movable entries in {count} parameters move; "
         f"traced by {spec.trace_kind}; arch {spec.arch_hash[:16]}"
     )
 
 
 def check_suffix(path: Path | None, suffix: str) -> None:
-    """Raise ConfigError where a file to write has another ending than its format's."""
+    """Raise ConfigError if an output file has another suffix than its format's."""
     if path is not None and path.suffix.lower() != suffix:
         raise ConfigError(f"cannot draw to {path}: the name must end in {suffix}")

@@ -1,4 +1,4 @@
 """Lines, tables and live panels on a terminal.
 
-Gets events and results; runs nothing.
+It receives events and results, and runs nothing.
 """

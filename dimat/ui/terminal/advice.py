@@ -5,30 +5,30 @@ from __future__ import annotations
 from dimat.advice import Advice, ProbeRow
 from dimat.ui.text import Table, as_text, clean, mb_text, metric_text
 
-AS_IT_IS = "nothing to change: the experiment as it is was as good as anything that was tried"
+AS_IT_IS = "nothing to change: the unchanged experiment was as good as everything that was tried"
 
 
 def advice_lines(advice: Advice) -> list[str]:
-    """Return all that a person is told, the verdict first."""
+    """Return all output for a person, the verdict first."""
     lines = [_verdict(advice), "", *as_text(advice_table(advice)), ""]
     changes = advice.toml()
-    lines += ["to be put into the experiment:", "", *changes.splitlines()] if changes else [AS_IT_IS]
-    lines += ["", f"a probe: {advice.probe}; all of them: {advice.cost}"]
+    lines += ["changes to the experiment:", "", *changes.splitlines()] if changes else [AS_IT_IS]
+    lines += ["", f"one probe: {advice.probe}; all of them: {advice.cost}"]
     return [*lines, *(f"note: {clean(note)}" for note in advice.notes)]
 
 
 def advice_table(advice: Advice) -> Table:
-    """Return a row for each form that was run; what was kept is marked."""
+    """Return a row for each variant that was run; those that were kept are marked."""
     rows = [_row(row, advice.rows[i - 1].factor if i else "") for i, row in enumerate(advice.rows)]
-    headers = ("factor", "option", f"{clean(advice.metric)}", "gain", "noise", "MB an agent", "")
-    note = "gain: against the form that the factor began with; noise: what a difference has to exceed to count"
+    headers = ("factor", "option", f"{clean(advice.metric)}", "gain", "noise", "MB per agent", "")
+    note = "gain: over the factor's first option; noise: the difference that a gain must exceed to count"
     return Table("", headers, (*rows, _row(advice.alone, "")), left=frozenset({0, 1, 6}), note=note)
 
 
 def _verdict(advice: Advice) -> str:
     best, alone = advice.advised.mean, advice.alone.mean
     numbers = f"{clean(advice.metric)} {metric_text(best)} against {metric_text(alone)} in these probes"
-    numbers += f"; as it is {metric_text(advice.given.mean)}"
+    numbers += f"; unchanged {metric_text(advice.given.mean)}"
     by = f"{abs(best - alone):.3f}"
     if advice.ahead is None:
         return f"merging as advised and training alone are {by} apart, less than seeds can tell ({numbers})"

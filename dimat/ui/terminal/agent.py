@@ -1,4 +1,4 @@
-"""Shows a real agent to a person: a line a round, and one for each thing that goes wrong."""
+"""Shows a real agent's events as lines: one per round, and one for each problem."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from dimat.ui.text import bytes_text, clean, listed, metric_text
 class AgentListener:
     """Shows one agent's events as plain lines; a listener that any thread may call.
 
-    `metric`: of the task; `verbosity`: -1 warnings only; 0 rounds, who comes and goes; 1 also late and refused peers,
-    basis adoptions and notes of merges; 2 every step. What comes again and again is said a few times and counted at
-    the end. A stream that breaks ends the display, never the agent.
+    `metric`: of the task; `verbosity`: -1 warnings only; 0 rounds, agents that come and go; 1 also late and refused
+    peers, basis adoptions and notes of merges; 2 every step. Repeated messages are shown a few times and then counted,
+    with a total at the end. A stream that breaks ends the display, never the agent.
     """
 
     def __init__(self, metric: str, stream: TextIO | None = None, verbosity: int = 0) -> None:
@@ -30,7 +30,7 @@ class AgentListener:
         self._broken = False
 
     def __call__(self, event: events.Event) -> None:
-        """Show one event, as far as the verbosity wants it."""
+        """Show one event, if the verbosity asks for it."""
         with self._lock:
             if self._verbosity >= 0 and isinstance(event, events.AgentStarted):
                 self._say(event.time_s, _started(event))
@@ -46,7 +46,7 @@ class AgentListener:
                     self._say(event.time_s, line.text)
 
     def close(self) -> None:
-        """Say how often came what was only counted; closing twice is allowed."""
+        """Show the totals of counted messages; closing twice is allowed."""
         with self._lock:
             for message in self._repeats.rest():
                 self._say(time.time(), message)

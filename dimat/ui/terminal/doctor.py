@@ -21,7 +21,7 @@ def check_lines(check: Check) -> list[str]:
 
 
 def summary(checks: Sequence[Check]) -> str:
-    """Return how many faults and warnings there are."""
+    """Return the numbers of faults and warnings."""
     faults = sum(check.level == "fail" for check in checks)
     warnings = sum(check.level == "warn" for check in checks)
     return f"{count_text(faults, 'fault')}, {count_text(warnings, 'warning')}" if faults or warnings else "all is well"

@@ -13,7 +13,7 @@ from dimat.ui.text import NONE, Table, as_text, clean
 
 
 def made_lines(made: KeyFiles, what: str) -> list[str]:
-    """Return what a command says of the files that it made. `what`: for whom, e.g. "certificate of"."""
+    """Return a command's output about the files that it made. `what`: their kind, e.g. "certificate of"."""
     hosts = f" at {', '.join(made.hosts)}" if made.hosts else ""
     until = f", until {made.until:%Y-%m-%d}" if made.until is not None else ""
     return [
@@ -51,7 +51,7 @@ def keys_text(found: Sequence[KeyInfo], now: datetime | None = None) -> str:
 
 
 def keys_json(found: Sequence[KeyInfo], now: datetime | None = None) -> dict[str, Any]:
-    """Return keys as one JSON object: dates in ISO 8601, days left as a whole number, negative once it is over."""
+    """Return keys as one JSON object: dates in ISO 8601, days left as a whole number, negative after expiry."""
     now = now or datetime.now(UTC)
     listed: list[dict[str, Any]] = []
     for facts in found:

@@ -1,7 +1,7 @@
-"""Events as lines for a person, and a filter for lines that are alike.
+"""Events as lines for a person, and a filter for similar lines.
 
-A line's level says how loud a listener must be set to hear it: -1 always, 0 what anybody wants to know, 1 also what
-went otherwise than planned for one agent, 2 every step.
+A line's level is the verbosity from which it is shown: -1 always, 0 normal, 1 also deviations from the plan at one
+agent, 2 every step.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from dimat import events
 from dimat.ui.text import bytes_text, listed, metric_text, seconds_text
 
 FIRSTS = 12
-"""Lines of one kind that are shown before the others are only counted."""
+"""Lines of one kind that are shown before the rest are only counted."""
 MOST_NAMED = 3
 
 
 @dataclass(frozen=True, slots=True)
 class EventLine:
-    """One line about an event. `what`: the same for all that are alike, where the event may come again and again;
-    `who` then tells apart to whom it happened. `at_s`: when, where that is worth saying."""
+    """One line about an event. `what`: the kind of line, equal for similar ones, if the event may occur often; `who`
+    then says whom it concerns. `at_s`: when, if that matters."""
 
     text: str
     level: int
@@ -52,14 +52,14 @@ def _note(event: events.Event, note: str) -> EventLine:
 
 
 class RepeatFilter:
-    """Lets lines that are alike through a few times, and counts the others. Memory is bounded by the agents."""
+    """Passes similar lines a few times, and counts the rest. Memory is bounded by the number of agents."""
 
     def __init__(self) -> None:
         self._shown: dict[str, set[str]] = {}
         self._rest: dict[str, Counter[str]] = {}
 
     def first(self, line: EventLine, heard: bool = True) -> bool:
-        """Return whether a line is to be shown, and else count it. `heard`: whether it is loud enough at all."""
+        """Return whether to show a line, and otherwise count it. `heard`: whether its level is shown at all."""
         shown = self._shown.setdefault(line.what, set())
         if heard and line.who not in shown and len(shown) < FIRSTS:
             shown.add(line.who)
@@ -68,7 +68,7 @@ class RepeatFilter:
         return False
 
     def rest(self) -> list[str]:
-        """Return a line for each thing that was counted, and begin anew."""
+        """Return a line for each kind that was counted, and reset the counts."""
         lines = [self._line(what, counts) for what, counts in self._rest.items()]
         self._shown, self._rest = {}, {}
         return lines
@@ -93,9 +93,9 @@ def _line_of(event: events.Event, agents: Collection[str]) -> EventLine | None:
             parts = [listed(group, 4) for group in groups]
             if not {agent for group in groups for agent in group}.issuperset(agents):
                 parts.append("the others")
-            return _timed(event, f"the network falls apart: {' | '.join(parts)}")
+            return _timed(event, f"the network is partitioned: {' | '.join(parts)}")
         case events.LinksHealed():
-            return _timed(event, "a partition is over")
+            return _timed(event, "a partition has ended")
         case events.AgentEvent():
             return _life(event) or _trouble(event) or _step(event)
         case _:
@@ -103,7 +103,7 @@ def _line_of(event: events.Event, agents: Collection[str]) -> EventLine | None:
 
 
 def told_once(warnings: Sequence[str]) -> list[str]:
-    """Return warnings with those that differ in the round alone put together."""
+    """Return warnings, combining those that differ only in the round."""
     counts = Counter(map(_alike, warnings))
     first = {_alike(warning): warning for warning in reversed(warnings)}
     return [
@@ -122,21 +122,21 @@ def _timed(event: events.Event, text: str, level: int = 0, what: str = "", who: 
 
 
 def _life(event: events.AgentEvent) -> EventLine | None:
-    """An agent comes or goes."""
+    """Return the line about an agent that comes or goes."""
     match event:
         case events.AgentCrashed(agent=agent, round=number, back_s=back):
             after = "for good" if back is None else f"back in {seconds_text(back)}"
             return _timed(event, f"{agent} crashed in round {number}, {after}")
         case events.Resumed(agent=agent, round=number, stage=stage):
-            since = f"goes on from its checkpoint (round {number}, {stage})" if number else "begins anew"
+            since = f"continues from its checkpoint (round {number}, {stage})" if number else "starts from scratch"
             return _timed(event, f"{agent} is back and {since}")
         case events.Joined(agent=agent, round=number, how=how, peer=peer):
             if how == "found":
-                return _timed(event, f"{agent} hears nobody and begins a network")
+                return _timed(event, f"{agent} hears nobody and starts a new network")
             weights = f"the weights of {peer}" if how == "adopt" else "its own weights"
             return _timed(event, f"{agent} joins in round {number} with {weights}")
         case events.AgentLeft(agent=agent, round=number, reason=reason):
-            why = {"done": "is through", "time": "is out of time", "target": "has reached the target", "left": "leaves"}
+            why = {"done": "is done", "time": "is out of time", "target": "has reached the target", "left": "leaves"}
             # with the last round, or when time is up, all leave: not worth a line each
             level = {"done": 2, "time": 1}.get(reason, 0)
             return _timed(event, f"{agent} {why.get(reason, f'leaves ({reason})')} in round {number}", level)
@@ -145,7 +145,7 @@ def _life(event: events.AgentEvent) -> EventLine | None:
 
 
 def _trouble(event: events.AgentEvent) -> EventLine | None:
-    """Something goes otherwise than planned, and perhaps in each round again."""
+    """Return the line about a deviation from the plan, which may occur in every round."""
     agent, where = event.agent, _where(event)
     match event:
         case events.PeerLate(peer=peer, reason=reason):
@@ -157,14 +157,14 @@ def _trouble(event: events.AgentEvent) -> EventLine | None:
             return EventLine(text, 1, "peers refused", f"{agent} without {peer}")
         case events.RoundsSkipped(round=number, first=first, reason=reason):
             rounds = f"round {first}" if first == number - 1 else f"rounds {first} to {number - 1}"
-            text = f"{agent} leaves out {rounds}: {reason}"
-            return _timed(event, text, 0, "rounds left out", agent)
+            text = f"{agent} skips {rounds}: {reason}"
+            return _timed(event, text, 0, "rounds skipped", agent)
         case _:
             return None
 
 
 def _step(event: events.AgentEvent) -> EventLine | None:
-    """A step of an agent's round that went as planned."""
+    """Return the line about a step of an agent's round that went as planned."""
     where = _where(event)
     match event:
         case events.Trained(result=events.TrainResult(loss=loss), train_s=train_s):

@@ -1,4 +1,4 @@
-"""Shows a merge to a person: its plan in lines, and a bar while it runs."""
+"""Shows a merge: its plan in lines, and a progress bar while it runs."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from dimat.merge_files.run import Job, Progress
 
 
 def plan_lines(job: Job) -> str:
-    """Return what a merge would do, a line for each thing to know."""
+    """Return the plan of a merge, one line for each fact."""
     lines = [f"method   {_method(job.recipe.method, job.recipe.options)}"]
     for model, weight in zip(job.models, job.recipe.mixing):
         lines.append(f"model    {model.path}  weight {weight:g}, {len(model.files)} files")
     if job.base is not None:
-        lines.append(f"base     {job.base.path}{'' if job.into is None else ', which the adapters are merged into'}")
+        lines.append(f"base     {job.base.path}{'' if job.into is None else ', into which the adapters are merged'}")
     if job.recipe.rules:
         for part in job.parts:
             weights = ", ".join(f"{weight:g}" for weight in part.mixing)
@@ -30,7 +30,7 @@ def plan_lines(job: Job) -> str:
         lines.append(f"repair   {_method(job.recipe.repair.name, job.recipe.repair.options)}")
     lines.append(f"tensors  {len(job.infos):,}, {shown(job.bytes)}")
     lines.append(f"output   {job.out}: {len(job.layout)} files of weights")
-    whole = "" if job.network is None else " and activations: models are held whole"
+    whole = "" if job.network is None else " and activations: models are held in full"
     lines.append(f"memory   about {shown(job.peak_memory())} besides mapped files{whole}")
     if job.adapters is not None:
         ranks = sorted({*job.adapters.ranks.values()})

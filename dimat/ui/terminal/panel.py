@@ -1,4 +1,4 @@
-"""Shows a real agent on a terminal: a panel with its present state below its lines."""
+"""Shows a real agent on a terminal: a panel with its current state below its lines."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     from rich.live import Live
 
 TICK_S = 1.0
-"""Seconds after which the panel is drawn anew while nothing happens."""
+"""Seconds after which the panel is redrawn if nothing happens."""
 REFRESH_S = 0.5
-"""Seconds between two drawings, at least, while events come."""
+"""Least seconds between two drawings while events arrive."""
 WARNINGS = 3
-"""Newest warnings that the panel shows."""
+"""Number of newest warnings in the panel."""
 PHASES = ("train", "wait", "merge")
 
 
 def panel_lines(view: AgentView, now: float) -> list[tuple[str, str]]:
-    """Return the lines of the panel: a word and what there is to say of it. `now`: of the view's clock."""
+    """Return the lines of the panel: a label and its text. `now`: by the view's clock."""
     of = f" of {view.started.rounds}" if view.started is not None and view.started.rounds else ""
     if view.left:
         doing = f"has left ({view.left}), still serves its weights"
@@ -59,8 +59,8 @@ def panel_lines(view: AgentView, now: float) -> list[tuple[str, str]]:
 
 
 class LiveAgentListener(AgentListener):
-    """Shows one agent's events as `AgentListener` does, with the panel below them, until `close`, which leaves the
-    panel as it was last. `stream`: a terminal."""
+    """Shows one agent's events as `AgentListener` does, with the panel below them, until `close`, which leaves the last
+    panel. `stream`: a terminal."""
 
     def __init__(self, metric: str, stream: TextIO | None = None, verbosity: int = 0) -> None:
         super().__init__(metric, stream, verbosity)
@@ -73,7 +73,7 @@ class LiveAgentListener(AgentListener):
         self._ticker = threading.Thread(target=self._tick, name="panel", daemon=True)
 
     def __call__(self, event: events.Event) -> None:
-        """Show one event, and how the agent is after it."""
+        """Show one event, and the agent's state after it."""
         with self._lock:
             self._view.take(event, time.monotonic())
             if isinstance(event, events.AgentStarted) and self._live is None and not self._ended.is_set():
@@ -83,7 +83,7 @@ class LiveAgentListener(AgentListener):
                 self._draw()
 
     def close(self) -> None:
-        """Say what is left to say, and give the terminal back; closing twice is allowed."""
+        """Show the remaining lines, and release the terminal; closing twice is allowed."""
         with self._lock:
             super().close()
             self._ended.set()
@@ -130,7 +130,7 @@ class LiveAgentListener(AgentListener):
 
 
 def agent_listener(metric: str, stream: TextIO, verbosity: int, plain: bool) -> AgentListener:
-    """Return what shows an agent's events on a stream: with a panel on a terminal, unless `plain` lines are wanted or
-    only warnings are."""
+    """Return a listener that shows an agent's events on a stream: with a panel on a terminal, unless only `plain` lines
+    or only warnings are requested."""
     live = is_terminal(stream) and not plain and verbosity >= 0
     return (LiveAgentListener if live else AgentListener)(metric, stream, verbosity)

@@ -1,4 +1,4 @@
-"""Shows a run to a person: a live table on a terminal, a plain line a round elsewhere.
+"""Shows a run: a live table on a terminal, a plain line per round elsewhere.
 
 Importing this is cheap: rich is imported when something is shown on a terminal, and never for plain output.
 """
@@ -33,8 +33,8 @@ ROWS_BESIDE_TABLE = 8
 
 @dataclass
 class _RunDisplay:
-    """One run as the console shows it. `views`: what is known of each agent; `through`: agents by the round that they
-    have ended and that is not summed up yet."""
+    """One run as the console shows it. `views`: the view of each agent; `through`: agents by the round that they have
+    ended, until it is summarised."""
 
     name: str
     started: RunStarted | None = None
@@ -59,7 +59,7 @@ class _RunDisplay:
 
     @property
     def doing(self) -> str:
-        """The state in words: what is going on in the round that comes after the last summary."""
+        """The current activity in words, in the round after the last summary."""
         if self.finished:
             return f"{clean(self.finished.reason)}, {text.seconds_text(self.finished.wall_s)}"
         number = max((summary.round for summary in self.summaries), default=0) + 1
@@ -76,11 +76,11 @@ class _RunDisplay:
 class ConsoleListener:
     """Shows events to a person; a listener that any thread may call.
 
-    On a terminal: a live table (the rounds of one run, or a row per active run), warnings above it, and a static
-    table on `close`. Elsewhere: plain lines. `stream` is stderr if not given; `terminal` is found out from it.
-    `verbosity`: -1 warnings only; 0 rounds, who comes and goes, partitions; 1 also late and refused peers, basis
-    adoptions and notes of merges; 2 also every agent's own steps. What comes again and again is said a few times and
-    counted at the end. A stream that breaks ends the display, never the run.
+    On a terminal: a live table (the rounds of one run, or a row per active run), warnings above it, and a static table
+    on `close`. Elsewhere: plain lines. `stream` is stderr if not given; `terminal` is determined from it. `verbosity`:
+    -1 warnings only; 0 rounds, agents that come and go, partitions; 1 also late and refused peers, basis adoptions and
+    notes of merges; 2 also every agent's own steps. Repeated messages are shown a few times and then counted, with a
+    total at the end. A stream that breaks ends the display, never the run.
     """
 
     def __init__(self, stream: TextIO | None = None, terminal: bool | None = None, verbosity: int = 0) -> None:
@@ -103,7 +103,7 @@ class ConsoleListener:
         self.close()
 
     def __call__(self, event: Event) -> None:
-        """Show one event, as far as the verbosity wants it."""
+        """Show one event, if the verbosity asks for it."""
         with self._lock:
             if self._broken or self._closed:
                 return
@@ -207,9 +207,9 @@ class ConsoleListener:
         return any(run.summaries for run in self._runs.values())
 
     def _draw(self, soon: bool) -> None:
-        """Bring the live table up to date: at once after what matters, else at most every `REFRESH_S`.
+        """Update the live table: at once after important events, else at most every `REFRESH_S`.
 
-        No thread refreshes it, so all drawing happens under this listener's lock and nothing can wait in a circle.
+        No thread refreshes it, so all drawing happens under this listener's lock and cannot deadlock.
         """
         if self._console is None or self._verbosity < 0:
             return
@@ -252,8 +252,8 @@ class ConsoleListener:
 
 
 def print_results(results: Results, stream: TextIO | None = None, terminal: bool | None = None) -> None:
-    """Print the verdict on a run, and what each agent ended with. `stream`: stdout if not given; `terminal` is found
-    out from it."""
+    """Print the verdict on a run, and each agent's final results. `stream`: stdout if not given; `terminal` is
+    determined from it."""
     _print_lines([verdict.of_run(results).line], stream, terminal)
     _print_tables([tables.final_table(results)], stream, terminal, tables.FINAL_DROP)
 
@@ -266,7 +266,7 @@ def print_comparison(comparison: Comparison, stream: TextIO | None = None, termi
 
 
 def is_terminal(stream: TextIO) -> bool:
-    """Return whether `stream` is a terminal that can move its cursor and knows all characters of a table."""
+    """Return whether `stream` is a terminal that can move its cursor and show all characters of a table."""
     unicode = (getattr(stream, "encoding", None) or "").lower().startswith("utf")
     return unicode and stream.isatty() and os.environ.get("TERM") != "dumb"
 
@@ -305,7 +305,7 @@ def _write(stream: TextIO, message: str) -> None:
 
 
 def open_screen(stream: TextIO) -> Console:
-    """Return what draws on a terminal; a reader that went away is a BrokenPipeError."""
+    """Return an object that draws on a terminal; BrokenPipeError if the reader is gone."""
     from rich.console import Console
 
     class Screen(Console):

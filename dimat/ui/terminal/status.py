@@ -1,6 +1,7 @@
 """An agent's status as lines for a person.
 
-It may come from a peer: what is missing or of another form is left out, and no text of it reaches the terminal raw.
+It may come from a peer: missing and malformed values are left out, and its texts are cleaned before they reach the
+terminal.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dimat.ui.text import NONE, Table, as_text, bytes_text, clean, metric_text, 
 
 
 def status_lines(status: Mapping[str, Any]) -> list[str]:
-    """Return what `dimat status` prints. `status`: as the agent tells it."""
+    """Return the output of `dimat status`. `status`: as the agent sent it."""
     now = _number(status.get("time"))
     rounds = f" of {_text(status['rounds'])}" if status.get("rounds") else ""
     process = f"process {_text(status['pid'])}, " if "pid" in status else ""  # other members are not told
@@ -46,8 +47,8 @@ def status_lines(status: Mapping[str, Any]) -> list[str]:
 
 
 def peers_table(peers: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Return a row per peer that is listened to: whether it is connected, where, what it offers, when it was last
-    heard, bytes from and to it, what is wrong."""
+    """Return a row per followed peer: whether it is connected, its address, its offer, when it was last heard, bytes
+    from and to it, faults."""
     rows = tuple(
         (
             clean(name),
@@ -89,7 +90,7 @@ def _dht(dht: Mapping[str, Any]) -> list[str]:
         return []
     agents = dht.get("agents")
     seen = ", ".join(_text(name) for name in cast("list[object]", agents)) if isinstance(agents, list) else ""
-    state = "well" if dht.get("healthy") else "not reached now"
+    state = "healthy" if dht.get("healthy") else "not reached now"
     return [f"DHT: {state}; agents seen there: {seen or 'none'}"]
 
 
@@ -101,7 +102,7 @@ def _rounds(rounds: object) -> str:
 
 
 def _since(seconds: object) -> str:
-    """Return how long ago a peer was heard; a dash where it never was, or where an older agent does not say."""
+    """Return how long ago a peer was heard; a dash if it never was, or if an older agent does not say."""
     known = _finite(seconds)
     return NONE if known is None else f"{seconds_text(max(0.0, known))} ago"
 
@@ -116,7 +117,7 @@ def _mapping(value: object) -> Mapping[str, Any]:
 
 
 def _finite(value: object) -> float | None:
-    """Return a number that can be shown; a peer may send any."""
+    """Return a number that can be displayed; a peer may send anything."""
     if not isinstance(value, (int, float)) or not abs(value) < 1e18:
         return None
     return float(value)
@@ -131,7 +132,7 @@ def _metric(value: object) -> str:
 
 
 def _ago(now: float, then: object) -> str:
-    """Return how long ago something was by the agent's own clock, which may not be ours."""
+    """Return how long ago something was, by the agent's own clock, which may differ from this one."""
     return seconds_text(max(0.0, now - _number(then)))
 
 

@@ -33,7 +33,7 @@ FILES = {".graphml", ".gml", ".json", ".edges", ".edgelist", ".txt", ".csv"}
 def open_topology(spec: str, agents: int | None, settings: Sequence[str]) -> Topology:
     """Build a topology from a graph's name, a map (TOML), a graph file, or `file.py:function`.
 
-    `settings`: keys of [topology] as KEY=VALUE. Raises ConfigError and its kin.
+    `settings`: keys of [topology] as KEY=VALUE. Raises ConfigError or a related error.
     """
     path = Path(spec)
     if spec.rpartition(":")[0].endswith(".py"):
@@ -68,10 +68,10 @@ def describe(topology: Topology, *, as_json: bool) -> str:
     n = summary.agents
     longest = f"{summary.diameter}"
     if summary.diameter_from < n:
-        longest = f"at least {longest}: looked for from {summary.diameter_from} of {n} agents"
+        longest = f"at least {longest}: searched from {summary.diameter_from} of {n} agents"
     mixing = shown(summary.rounds_to_consensus)
     if summary.rounds_to_consensus is None:
-        tried = f"more than {summary.rounds_tried}, which were tried"
+        tried = f"more than the {summary.rounds_tried} that were tried"
         mixing = tried if summary.rounds_tried else LEFT_OUT
     rows = (
         ("agents", str(summary.agents)),
@@ -103,7 +103,7 @@ def draw_topology(topology: Topology, file: Path) -> None:
 
 
 def export_topology(topology: Topology, file: Path) -> None:
-    """Write a topology in the format that the file's ending names."""
+    """Write a topology in the format of the file's suffix."""
     export(topology, file)
 
 

@@ -1,4 +1,4 @@
-"""Shows a text again and again: on a terminal in the place of the one before."""
+"""Shows a text repeatedly: on a terminal, each one replaces the one before."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 
 class LiveText:
-    """Shows one text at a time on `stream` (stdout, if none is given). What a terminal shows last stays there. Texts
-    have no control characters (`dimat.ui.text.clean`)."""
+    """Shows one text at a time on `stream` (stdout, if none is given). The last text stays on the terminal. Texts must
+    not have control characters (`dimat.ui.text.clean`)."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = sys.stdout if stream is None else stream
@@ -39,7 +39,7 @@ class LiveText:
             self._live.stop()  # gives the cursor back
 
     def show(self, text: str) -> None:
-        """Show a text of one or more lines instead of the one before."""
+        """Show a text of one or more lines in place of the one before."""
         if self._live is not None:
             from rich.text import Text
 

@@ -18,7 +18,7 @@ STATUS = {"done": "FINISHED", "target": "FINISHED", "time": "FINISHED", "stopped
 
 
 class MlflowBackend:
-    """Tells an MLflow server or store. `folder`: where a path for `config.tracking` is taken from."""
+    """Writes to an MLflow server or store. `folder`: the base of a relative path in `config.tracking`."""
 
     def __init__(self, config: MlflowConfig, folder: Path) -> None:
         self._uri = config.tracking
@@ -44,7 +44,7 @@ class MlflowBackend:
             self._runs[agent] = self._begin(experiment, agent, {**tags, "dimat.agent": agent}, started)
 
     def log(self, row: MetricRow) -> None:
-        """Take a row."""
+        """Log a row."""
         assert self._client is not None
         run = self._runs.get(row.agent)
         if run is None:

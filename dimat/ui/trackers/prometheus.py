@@ -1,8 +1,8 @@
 """An agent's events as Prometheus metrics, and a small HTTP server for scrapers.
 
-Names and labels are an interface: dashboards and alerts rest on them. All have the labels `agent` and `run`, the ones
-in `METRICS` those named there too. Labels of peers are agents on the map, so their number is bounded; whatever else is
-named counts under `unlisted`. The metrics are of this process: counters begin at 0 when it starts.
+Names and labels are an interface: dashboards and alerts depend on them. All metrics have the labels `agent` and `run`,
+and those named in `METRICS`. Labels of peers are agents on the map, so their number is bounded; all other names count
+under `unlisted`. The metrics are of this process: counters begin at 0 when it starts.
 """
 
 from __future__ import annotations
@@ -32,30 +32,30 @@ METRICS: Mapping[str, str] = {
     "dimat_info": "1, with the version of dimat",
     "dimat_up_since_timestamp_seconds": "When this process of the agent began, Unix time",
     "dimat_round": "Round that the agent is in; rounds count from 1",
-    "dimat_rounds_total": "Rounds that were finished",
+    "dimat_rounds_total": "Finished rounds",
     "dimat_phase": "1 for the phase of the round that the agent is in, 0 for the others",
-    "dimat_phase_seconds_total": "Seconds spent in each phase, the one that goes on included",
+    "dimat_phase_seconds_total": "Seconds spent in each phase, including the current one",
     "dimat_loss": "Mean training loss of the newest local training",
-    "dimat_metric": "Test metrics of the newest merge, before and after it, where they were evaluated",
+    "dimat_metric": "Test metrics of the newest merge, before and after it, if they were evaluated",
     "dimat_samples_total": "Examples seen in training",
-    "dimat_peers": "Peers that are listened to, connected now, and heard and expected in the newest merge",
-    "dimat_peer_last_heard_timestamp_seconds": "When the peer's last byte came, Unix time",
+    "dimat_peers": "Peers that are followed, connected now, and heard and expected in the newest merge",
+    "dimat_peer_last_heard_timestamp_seconds": "When the peer's last byte arrived, Unix time",
     "dimat_bytes_total": "Bytes of snapshots sent to and received from peers",
-    "dimat_fetches_total": "Snapshots of peers that came whole, or cannot be had for good",
-    "dimat_fetch_retries_total": "Attempts to bring a peer's snapshot after the first one",
-    "dimat_screen_total": "What became of peers' snapshots: merged, refused, or not there in time",
+    "dimat_fetches_total": "Snapshots of peers that arrived completely, or failed for good",
+    "dimat_fetch_retries_total": "Attempts to fetch a peer's snapshot after the first one",
+    "dimat_screen_total": "Peers' snapshots by outcome: merged, refused, or not there in time",
     "dimat_accept_total": "Merges with peers, by whether the check after them kept all, a part or nothing",
     "dimat_accepted_share": "Share of the way from own to merged weights that the newest merge went",
-    "dimat_basis_changes_total": "Times that the agent has permuted itself into a peer's basis",
-    "dimat_certificate_expires_timestamp_seconds": "When the agent's certificate, or its CA's, ends, Unix time",
-    "dimat_dht_up": "Whether the agent's DHT node serves",
-    "dimat_dht_restarts_total": "Times that the DHT node was started again",
+    "dimat_basis_changes_total": "Times that the agent has permuted its units into a peer's basis",
+    "dimat_certificate_expires_timestamp_seconds": "When the agent's certificate, or its CA's, expires, Unix time",
+    "dimat_dht_up": "Whether the agent's DHT node is up",
+    "dimat_dht_restarts_total": "Restarts of the DHT node",
     "dimat_checkpoint_timestamp_seconds": "When the newest checkpoint of each stage was written, Unix time",
-    "dimat_snapshot_disk_bytes": "What snapshots take on disk",
+    "dimat_snapshot_disk_bytes": "Disk space of snapshots",
     "dimat_warnings_total": "Warnings",
     "dimat_left": "1 once the agent has left, with the reason",
 }
-"""All metrics and what they say, by name."""
+"""Descriptions of all metrics, by name."""
 
 LABELS: Mapping[str, tuple[str, ...]] = {
     "dimat_info": ("version",),
@@ -76,18 +76,18 @@ LABELS: Mapping[str, tuple[str, ...]] = {
 """Labels beside `agent` and `run`, by name."""
 
 PHASES = ("join", "train", "wait", "merge")
-"""Phases of `dimat.events.PhaseStarted`, but for the end."""
+"""Phases of `dimat.events.PhaseStarted`, except the end."""
 VERDICTS = ("merged", "refused", "late")
 ACCEPTS = ("accepted", "partly", "refused")
 REASONS = ("done", "target", "time", "stopped", "left")
-"""Why an agent leaves in good order; whatever else counts as "failed"."""
+"""Reasons for which an agent leaves in good order; all others count as "failed"."""
 UNLISTED = "unlisted"
 REQUEST_S = 10.0
-"""Seconds that a scraper may take to send its request, and to take what it gets."""
+"""Seconds that a scraper may take to send its request, and to receive the reply."""
 
 
 class PrometheusListener:
-    """Keeps what is known of one agent, and counts; a listener that any thread may call. `registry`: exports both."""
+    """Keeps the state of one agent, and counts; a listener that any thread may call. `registry`: exports both."""
 
     def __init__(self, run: str, agent: str) -> None:
         self.registry = CollectorRegistry(auto_describe=False)
@@ -105,7 +105,7 @@ class PrometheusListener:
 
     # ── events ───────────────────────────────────────────────────────────────────────────────────────────────
     def __call__(self, event: events.Event) -> None:
-        """Take one event in."""
+        """Process one event."""
         with self._lock:
             self._view.take(event, time.monotonic())
             match event:
@@ -133,7 +133,7 @@ class PrometheusListener:
                     pass
 
     def _map(self) -> None:
-        """Take over who is on the map; those that are no more are not counted any more."""
+        """Note the agents on the map; those no longer on it are not counted any more."""
         names = {*map(clean, (*self._view.members, *self._view.peers)), UNLISTED}
         for name, *labels in list(self._counts):
             if "peer" in (known := LABELS.get(name, ())) and labels[known.index("peer")] not in names:
@@ -158,7 +158,7 @@ class PrometheusListener:
 
     # ── export ───────────────────────────────────────────────────────────────────────────────────────────────
     def collect(self) -> Iterator[Metric]:
-        """Yield all that is known, as the registry wants it."""
+        """Yield all metrics, in the registry's form."""
         held: defaultdict[str, defaultdict[tuple[str, ...], float]]
         held = defaultdict(lambda: defaultdict(float))
         with self._lock:
@@ -174,7 +174,7 @@ class PrometheusListener:
                 yield family
 
     def _state(self) -> Iterator[tuple[tuple[str, ...], float]]:
-        """Yield what the view tells: name and labels, and the value."""
+        """Yield the view's values: name and labels, and the value."""
         view = self._view
         yield ("dimat_info", __version__), 1
         for phase in PHASES:
@@ -223,7 +223,7 @@ class PrometheusListener:
 
 class MetricsServer:
     """Serves a registry under /metrics from a thread, until `close`. `address`: `host:port`, port 0 for any free one;
-    it is then where the server listens. NetworkError where it cannot."""
+    afterwards the actual address. NetworkError if it cannot listen."""
 
     def __init__(self, registry: CollectorRegistry, address: str) -> None:
         host, _, port = address.rpartition(":")
@@ -267,7 +267,7 @@ class _Server(ThreadingHTTPServer):
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Say nothing of a scraper that went away in the midst of it."""
+        """Print nothing about a scraper that disconnected during its request."""
 
 
 class _Handler(BaseHTTPRequestHandler):

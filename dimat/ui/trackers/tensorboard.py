@@ -1,8 +1,8 @@
 """TensorBoard event files, a folder per agent.
 
-TensorBoard calls a folder a run, so that agents' curves lie over each other; a simulated run has one more for the
-numbers over all agents. Written here, in TensorBoard's record format, without its writer's thread and open file for
-each of perhaps a thousand agents.
+TensorBoard calls a folder a run, so that it shows agents' curves in one chart; a simulated run has one more folder for
+the numbers over all agents. The files are written here, in TensorBoard's record format, without its writer's thread and
+open file for each of perhaps a thousand agents.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SessionLog: Any = event_pb2.SessionLog  # pyright: ignore[reportAttributeAccessI
 Summary: Any = summary_pb2.Summary  # pyright: ignore[reportAttributeAccessIssue]
 
 ALL = "all agents"
-"""Folder of what is over all agents."""
+"""Folder of the numbers over all agents."""
 
 
 class TensorBoardBackend:
@@ -37,7 +37,7 @@ class TensorBoardBackend:
         self._started: TrackedRun | None = None
 
     def start(self, started: TrackedRun) -> None:
-        """Begin event files; a real agent's takes the place of an earlier life's from its next round on."""
+        """Begin event files; a real agent's replaces that of an earlier process from its next round on."""
         self._started = started
         self._files = {}
         if not started.simulated:
@@ -49,10 +49,10 @@ class TensorBoardBackend:
         self._append(self._file(row.agent), Event(wall_time=row.time_s, step=row.round, summary=Summary(value=values)))
 
     def end(self, reason: str) -> None:
-        """Nothing is left to do: all is on disk."""
+        """Nothing remains to do: everything is on disk."""
 
     def _file(self, agent: str) -> Path:
-        """Return an agent's event file, begun where there is none yet."""
+        """Return an agent's event file, begun if there is none yet."""
         started = self._started
         assert started is not None
         if agent not in self._files:

@@ -1,6 +1,6 @@
 """The common part of experiment trackers: a row of numbers per agent and round.
 
-A thread hands the rows over, so that a tracker that is slow, or whose network or disk is gone, holds nothing up.
+A thread sends the rows, so that a tracker that is slow, or whose network or disk is gone, delays nothing.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from dimat import events
 from dimat.errors import ConfigError
 
 QUEUED = 10_000
-"""Rows that may wait for a tracker before it is taken for stuck."""
+"""Rows that may wait for a tracker before it counts as stuck."""
 CLOSE_S = 30.0
-"""Seconds that a tracker has at the end to hand over what is left."""
+"""Seconds that a tracker has at the end to send the remaining rows."""
 EACH_AT_MOST = 32
-"""Agents of one simulated run whose numbers are item one by one where each makes a run or columns of its own."""
+"""Most agents of a simulated run whose numbers are sent separately, if each needs a run or columns of its own."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrackedRun:
-    """A run begins, or goes on after `round`. `agents`: one of a real agent, all of a simulated run; `settings`: plain
-    values that describe it; `time_s`: Unix seconds."""
+    """A run begins, or continues after `round`. `agents`: one for a real agent, all for a simulated run; `settings`:
+    plain values that describe it; `time_s`: Unix seconds."""
 
     run: str
     agents: tuple[str, ...]
@@ -59,24 +59,24 @@ TrackerItem = TrackedRun | MetricRow | RunEnded
 
 
 class Backend(Protocol):
-    """One tracker. It is used from one thread, after `start`; whatever it raises switches it off."""
+    """One tracker. It is used from one thread, after `start`; any error that it raises switches it off."""
 
     def start(self, started: TrackedRun) -> None:
         """Begin a run."""
         ...
 
     def log(self, row: MetricRow) -> None:
-        """Take a row of a run that has begun."""
+        """Log a row of a run that has begun."""
         ...
 
     def end(self, reason: str) -> None:
-        """End the run; "" where it is not known how it ended."""
+        """End the run; "" if it is not known how it ended."""
         ...
 
 
 class Tracker:
-    """Tells a backend of a run; a listener. `name`: what people call the tracker; `backend`: what makes it; `warn`: is
-    item, once and from any thread, that the tracker failed and is switched off."""
+    """Passes a run to a backend; a listener. `name`: the tracker's name for people; `backend`: the tracker's; `warn`:
+    called once, from any thread, if the tracker fails and is switched off."""
 
     def __init__(self, name: str, backend: Backend, warn: Callable[[str], None]) -> None:
         self._name = name
@@ -90,7 +90,7 @@ class Tracker:
         self._thread.start()
 
     def __call__(self, event: events.Event) -> None:
-        """Take one event in; never waits and never raises."""
+        """Process one event; never waits and never raises."""
         with self._lock:
             if self._off:
                 return
@@ -102,14 +102,14 @@ class Tracker:
                     return
 
     def close(self) -> None:
-        """Hand over what is left, and end the run; gives up after `CLOSE_S`. Closing twice is allowed."""
+        """Send the remaining rows, and end the run; gives up after `CLOSE_S`. Closing twice is allowed."""
         try:
             self._queue.put_nowait(None)
         except queue.Full:
             self._fail(f"{QUEUED:,} rows wait for it")
         self._thread.join(CLOSE_S)
         if self._thread.is_alive():
-            self._fail(f"it has not taken all in within {CLOSE_S:.0f} s")
+            self._fail(f"it has not accepted all rows within {CLOSE_S:.0f} s")
 
     def _work(self) -> None:
         reason, begun = "", False
@@ -138,7 +138,7 @@ class Tracker:
     def _fail(self, reason: str) -> None:
         first, self._off = not self._off, True
         if first:
-            self._warn(f"{self._name} failed and is switched off; the training goes on: {reason}")
+            self._warn(f"{self._name} failed and is switched off; the training continues: {reason}")
 
 
 class RowReader:
@@ -152,7 +152,7 @@ class RowReader:
         self._began_s = 0.0
 
     def read(self, event: events.Event) -> Iterator[TrackerItem]:
-        """Yield what an event adds."""
+        """Yield the rows that an event adds."""
         match event:
             case events.AgentStarted():
                 self._metric = event.metric
@@ -219,7 +219,7 @@ def _values(event: events.RoundFinished) -> dict[str, float | None]:
 
 
 def need(module: str, extra: str) -> None:
-    """Raise ConfigError, with what to do, where a tracker's package is not there."""
+    """Raise ConfigError, with the command to run, if a tracker's package is missing."""
     try:
         found = importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # of the package that a module is in

@@ -1,7 +1,7 @@
 """Weights & Biases: a run per real agent; the round is the step.
 
 Runs are grouped by the network's run; a simulated run is one, with each agent's numbers under its name. The library's
-own process does the sending.
+own process sends the data.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ GOOD = ("done", "target", "time")
 
 
 class WandbBackend:
-    """Tells W&B; its files lie in `folder`. ConfigError where runs are to be sent and no key is there."""
+    """Logs to W&B; its files are in `folder`. ConfigError if runs should be sent and there is no key."""
 
     def __init__(self, config: WandbConfig, folder: Path) -> None:
         if config.mode == "online" and not wandb.login(prompt=False):
@@ -63,7 +63,7 @@ class WandbBackend:
         )
 
     def log(self, row: MetricRow) -> None:
-        """Take a row; a simulated round's are told together, once what is over all agents is known."""
+        """Log a row; those of a simulated round are sent together, with the row over all agents."""
         assert self._run is not None
         if not self._simulated:
             self._run.log(dict(row.values), step=row.round)
@@ -74,7 +74,7 @@ class WandbBackend:
             self._run.log({**row.values, **self._pending.pop(row.round, {})}, step=row.round)
 
     def end(self, reason: str) -> None:
-        """End the run, as failed where it was not through."""
+        """End the run, as failed if it was not completed."""
         assert self._run is not None
         for number, values in sorted(self._pending.items()):
             self._run.log(values, step=number)

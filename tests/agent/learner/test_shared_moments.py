@@ -103,7 +103,7 @@ def test_a_peer_without_moments_counts_with_its_weights(tmp_path: Path) -> None:
         ({"moment.exp_avg.1.bias": torch.zeros(3)}, "'exp_avg.1.bias' is [3], expected [12]"),
         ({"moment.exp_avg_sq.1.bias": torch.full((12,), -1.0)}, "'exp_avg_sq.1.bias' holds values that are negative"),
         ({"moment.exp_avg_sq.1.bias": None}, "'exp_avg_sq.1.bias' is missing"),
-        ({"moment.step.1.bias": torch.tensor(1e20, dtype=torch.float64)}, "'step.1.bias' is no count of steps"),
+        ({"moment.step.1.bias": torch.tensor(1e20, dtype=torch.float64)}, "'step.1.bias' is not a count of steps"),
         ({"fisher.1.bias": torch.ones(12)}, "'aux.fisher.1.bias' is not in our model"),
     ],
 )

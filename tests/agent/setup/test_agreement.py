@@ -77,7 +77,7 @@ DIFFERENT: dict[str, tuple[dict[str, str], dict[str, str], str]] = {
         "class 1 is 'eel' there, 'dog' here (the same classes in another order)",
     ),
     "another class": (told(), told(task(("cat", "dog", "fox"))), "class 2 is 'fox' there, 'eel' here"),
-    "fewer classes": (told(), told(task(("cat", "dog"))), "it has 2 classes, here are 3"),
+    "fewer classes": (told(), told(task(("cat", "dog"))), "it has 2 classes, this agent has 3"),
     "heads of a configuration": (
         told(model=Configured(Config())),
         told(model=Configured(Config(n_head=8))),

@@ -148,7 +148,7 @@ def test_auto_without_data_goes_by_weights() -> None:
     expected = weights(own, [peer], spec=spec, model=context.model).permutations[0]
     assert all(torch.equal(found.permutations[0][g], p) for g, p in expected.items())
     assert found.notes == ("no data to run the model on: all groups by weights",)
-    with pytest.raises(MergeError, match='needs data: hand some in, or choose align = "weights"'):
+    with pytest.raises(MergeError, match='needs data: pass some, or choose align = "weights"'):
         run(activations, MergeContext(context.model, spec), spec, own, [peer])
 
 

@@ -161,7 +161,7 @@ def test_models_without_a_head_and_targets_without_classes_are_refused(
 
 def test_no_examples_and_wild_features_are_errors() -> None:
     """Bad input: an empty pass, and weights that make features infinite."""
-    with pytest.raises(MergeError, match="no examples to take statistics by class on"):
+    with pytest.raises(MergeError, match="no examples for statistics by class"):
         class_statistics(network(), [])
     with pytest.raises(MergeError, match="the inputs of 'weight' are not finite"):
         class_statistics(nn.Linear(6, 4), [((torch.full((5, 6), torch.inf),), torch.zeros(5).long())])

@@ -353,8 +353,8 @@ def test_batches_are_taken_in_order_and_no_more_than_the_steps() -> None:
     ("change", "message"),
     [
         ({"base": None}, r"merge\.base"),
-        ({"model": None}, "learns its coefficients: hand in the model"),
-        ({"data": None}, "learns its coefficients: hand in data"),
+        ({"model": None}, "learns its coefficients: pass the model"),
+        ({"data": None}, "learns its coefficients: pass data"),
         ({"data": []}, "the data to merge with are empty"),
         ({"data": [(torch.full((2, 6), torch.nan),)]}, "loss on the data to merge with is nan"),
         ({"model": nn.Linear(6, 4)}, "'weight' of the model is missing from own weights"),

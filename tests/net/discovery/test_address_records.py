@@ -170,7 +170,7 @@ def test_each_forgery_is_named() -> None:
 
 
 def test_own_records_that_cannot_be_are_named_before_they_leave() -> None:
-    with pytest.raises(ConfigError, match=r"own record of 'lab-a'.*'nowhere' is not host:port"):
+    with pytest.raises(ConfigError, match=r"this agent's record for the DHT \('lab-a'\): .*'nowhere' is not host:port"):
         KEYS.seal(replace(RECORD, addresses=("nowhere",)))
     with pytest.raises(ConfigError, match="fewer addresses"):
         seal_record(RECORD, KEYS.sign, bytes(MAX_RECORD_BYTES))

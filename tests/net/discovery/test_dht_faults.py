@@ -153,7 +153,7 @@ async def test_orphans_of_an_earlier_life_are_swept(tmp_path: Path) -> None:
         notices: list[str] = []
         async with running(tmp_path, notices=notices) as node:
             assert processes(token) == {"p2pd": [], "python": []}
-            assert "ended 1 processes that an earlier run left behind" in notices[0]
+            assert "ended 1 processes left over from an earlier run" in notices[0]
             await node.ready()
     finally:
         os.kill(child, signal.SIGKILL)

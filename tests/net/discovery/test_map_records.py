@@ -68,12 +68,12 @@ def test_what_the_ca_signed_comes_out() -> None:
         (by_hand(zlib.compress(TEXT.encode()) + b"more"), "followed by"),
         (by_hand(zlib.compress(TEXT.encode())[:-5]), "cut off"),
         (by_hand(b"no such thing"), "cannot be read"),
-        (by_hand(version=True), "no number"),
-        (by_hand(version=0), "no whole number"),
-        (by_hand(version=2**60), "no whole number"),
-        (by_hand(expires_s=NOW + 2 * MAX_MAP_LIFE_S), "days at most"),
-        (by_hand(expires_s="soon"), "no time"),
-        (by_hand(more=1), "other fields"),
+        (by_hand(version=True), "not a whole number"),
+        (by_hand(version=0), "not a whole number"),
+        (by_hand(version=2**60), "not a whole number"),
+        (by_hand(expires_s=NOW + 2 * MAX_MAP_LIFE_S), "at most 366 days"),
+        (by_hand(expires_s="soon"), "not a time"),
+        (by_hand(more=1), "the fields"),
         (b"rubbish", "not a map's record"),
         (bytes(MAX_MAP_BYTES + 1), "bytes are more"),
     ],
@@ -105,7 +105,7 @@ def test_maps_that_cannot_be_published_are_named() -> None:
         sealed(text="".join(f"{blake3(bytes([n % 256, n // 256])).hexdigest()}\n" for n in range(2000)))
     with pytest.raises(ConfigError, match="version 0"):
         sealed(version=0)
-    with pytest.raises(ConfigError, match="days at most"):
+    with pytest.raises(ConfigError, match="at most 366 days"):
         sealed(days=500)
 
 

@@ -171,12 +171,12 @@ async def test_a_twin_a_lost_record_and_loneliness_are_told_once(tmp_path: Path)
         shelf.lost = True
         shelf.records.pop("lab-a")
         await until(lambda: len(said) == 4)
-        assert "own record is not found in the DHT" in said[3]
+        assert "this agent's record is not in the DHT" in said[3]
         count = len(shelf.announced)
         await until(lambda: len(shelf.announced) >= count + 2)
         shelf.lost = False
         await until(lambda: len(said) == 5)
-        assert said[4] == "own record is found in the DHT again"
+        assert said[4] == "this agent's record is in the DHT again"
 
 
 async def test_own_addresses_that_cannot_be_are_told_and_end_nothing(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ async def test_own_addresses_that_cannot_be_are_told_and_end_nothing(tmp_path: P
     shelf, said = Sealing(), []
     async with discovering(tmp_path, shelf, said) as discovery:
         discovery.announce(Announcement(("nowhere",)))
-        await until(lambda: said == ["own record of 'lab-a' for the DHT: address 'nowhere' is not host:port"])
+        await until(lambda: said == ["this agent's record for the DHT ('lab-a'): address 'nowhere' is not host:port"])
         discovery.announce(Announcement(("10.0.0.1:1",)))
         await until(lambda: len(shelf.announced) > 0)
 

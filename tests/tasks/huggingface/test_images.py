@@ -31,7 +31,7 @@ from tests.tasks.huggingface.samples import (
 
 def made(folder: Path, **options: Any) -> Any:
     tree = grouped({"data": {"name": "colours.parquet"}, "model": {"config": VIT}, "probe": {"count": 6}}, options)
-    if tree["model"].get("config") == RESNET:  # which says nothing of how large its images are
+    if tree["model"].get("config") == RESNET:  # which says nothing of the size of its images
         tree["data"]["size"] = 12
     return load_task(TaskConfig(name="hf-image-classification", options=tree), folder)
 
@@ -205,7 +205,7 @@ def test_a_damaged_image_is_named(tmp_path: Path) -> None:
     good = png(picture(0, np.random.default_rng(0)))
     rows = [{"bytes": b"no image" if i == 7 else good, "path": None} for i in range(20)]
     parquet.write_table(pa.table({"image": rows, "label": [0, 1] * 10}), tmp_path / "colours.parquet")
-    with pytest.raises(DataError, match=r"column 'image', row \d+ is no readable image"):
+    with pytest.raises(DataError, match=r"column 'image', row \d+ is not a readable image"):
         made(tmp_path, probe={"count": 2})
 
 

@@ -63,7 +63,7 @@ def test_table_csv_and_json(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     out = capsys.readouterr().out
     assert "accuracy" in out
     assert "1-2" in out
-    assert "no further back" in out
+    assert "their origin is not known" in out
 
 
 def test_verify_names_a_line_that_was_changed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -83,4 +83,4 @@ def test_the_report_has_it(ledger: Path) -> None:
         contributions(ledger, make_results(names=["a", "b"], rounds=5))
     (ledger / "lineage.jsonl").unlink()
     write_report(ledger)
-    assert "who contributed what is not known" in (ledger / "report.html").read_text(encoding="utf-8")
+    assert "contributions are not known" in (ledger / "report.html").read_text(encoding="utf-8")

@@ -188,7 +188,7 @@ def test_without_matplotlib_the_rest_is_written(
     told = [event.message for event in heard if isinstance(event, Warned)]
     assert len(told) == len(heard) == 3
     assert ["no pictures" in message for message in told].count(True) == 2
-    assert any("who contributed what is not known: the run folder has no lineage.jsonl" in message for message in told)
+    assert any("contributions are not known: the run folder has no lineage.jsonl" in message for message in told)
     assert heard[0].run == "digits-ring"
     write_report(tmp_path / "run")  # nobody listens: no error either
 

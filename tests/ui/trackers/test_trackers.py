@@ -314,7 +314,7 @@ def test_a_tracker_that_fails_is_switched_off() -> None:
     tracker.close()
     assert backend.rows == 2
     assert len(warned) == 1
-    assert warned[0].startswith("Faulty failed and is switched off; the training goes on: OSError: ")
+    assert warned[0].startswith("Faulty failed and is switched off; the training continues: OSError: ")
 
 
 def test_a_tracker_that_is_stuck(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,7 +145,7 @@ function listen() {
     draw();
   });
   source.addEventListener("error", () => {
-    connection("Not connected; trying again. What is shown may be old.", true);
+    connection("Not connected; trying again. The page may be out of date.", true);
     if (source.readyState === EventSource.CLOSED) setTimeout(listen, 3000);
   });
 }

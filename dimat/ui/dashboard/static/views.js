@@ -142,7 +142,7 @@ export class Lineage {
       fill("lineage-table", ["Agent"], []);
       return;
     }
-    say("lineage-note", `What the model of ${agent} after round ${found.round} is made of.${chosen ? "" : " Choose an agent above to see another one's."}`);
+    say("lineage-note", `Contributions to the model of ${agent} after round ${found.round}.${chosen ? "" : " Choose an agent above to see another one's."}`);
     const earlier = found.contributors.some((row) => row.earlier > 0);
     const heads = ["Agent", "Share of training", "Rounds", "First network", ...(earlier ? ["Earlier models"] : [])];
     const rows = found.contributors.map((row) => ({
@@ -206,7 +206,7 @@ export class Data {
     if (!agents.length) {
       const samples = this.store.sorted().filter((agent) => agent.samples && (!chosen || agent.name === chosen));
       const told = samples.map((agent) => `${agent.name} ${number(agent.samples)}`).join(", ");
-      say("data-note", `This run's events do not tell how many samples of each class an agent has.${told ? ` Samples in all: ${told}.` : ""}`);
+      say("data-note", `This run's events do not contain the agents' samples by class.${told ? ` Samples in all: ${told}.` : ""}`);
       return;
     }
     const shown = agents.slice(0, SHOWN);
