@@ -138,8 +138,8 @@ class Trainer(ModelState):
     def learn(self, round: int, lesson: Teaches, steps: int) -> TrainReport:
         """Train on own examples and by a lesson, between two rounds.
 
-        Batches, augmentation and dropout continue the agent's streams; it cannot be interrupted. Raises TrainingError as
-        `train` does.
+        Batches, augmentation and dropout continue the agent's streams; it cannot be interrupted. Raises TrainingError
+        as `train` does.
         """
         progress = Progress(round, steps, self.batches)
         cpu, wall = time.process_time(), time.perf_counter()
