@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from dimat.config.agent import AgentConfig, DhtConfig, ExchangeConfig
 from dimat.config.merge import MergeConfig
 from dimat.config.monitor import MonitorConfig
-from dimat.config.presets import PRESETS, apply_preset
+from dimat.config.presets import PRESETS, WITH_MOMENTS, apply_preset
 from dimat.config.sharing import check_sharing
 from dimat.config.simulate import SimulateConfig
 from dimat.config.train import TrainConfig
@@ -284,11 +284,12 @@ class ExperimentConfig(Tree):
     def optimizer_state(self) -> Literal["fresh", "kept", "merged"]:
         """The optimizer's state over a merge: as `train` says, or as the merge method has it.
 
-        Moments belong to weights that are averaged as they are; what another combine method makes has other gradients.
+        Moments are of use beside a kind of mean (`WITH_MOMENTS`); other combine methods make weights that have other
+        gradients.
         """
-        combine = self.merge.combine
-        averaged = combine is None or combine.name == self.merge.preset.combine
-        return self.train.optimizer_state or ("merged" if self.merge.preset.moments and averaged else "kept")
+        preset, combine = self.merge.preset, self.merge.combine
+        helps = (preset.combine if combine is None else combine.name) in WITH_MOMENTS
+        return self.train.optimizer_state or ("merged" if preset.moments and helps else "kept")
 
     @property
     def join(self) -> Literal["adopt", "align"]:

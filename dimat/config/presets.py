@@ -36,7 +36,8 @@ class Preset:
     push_sum: bool = False
     """Whether weights have to be mixed by push-sum."""
     moments: bool = False
-    """Whether optimizer moments are merged too, unless the configuration says it."""
+    """Whether optimizer moments are merged too, unless the configuration says it, or has another combine method that
+    is none of `WITH_MOMENTS`."""
     shares: Literal["weights", "logits"] = "weights"
     """What agents tell each other: their weights, or their models' logits on the probe set."""
     probe_samples: int = 100
@@ -53,7 +54,7 @@ PRESETS: Mapping[str, Preset] = {
     "dimat": Preset(align="activations", repair="batchnorm", moments=True),
     "dimat-paper": Preset(align="activations", repair="batchnorm", align_to="self"),
     "zipit": Preset(repair="batchnorm", combine="zipit"),
-    "pleas": Preset(align="activations", repair="batchnorm", combine="pleas"),
+    "pleas": Preset(align="activations", repair="batchnorm", combine="pleas", moments=True),
     "distil": Preset(combine="distil", shares="logits", probe_samples=1000),
 }
 """Method name → preset. `average` is the paper's baseline WA, whole state dicts; `dimat` averages weights and
@@ -65,6 +66,10 @@ peers' logits on a public probe set, whatever their architectures (Li & Wang 201
 average in each neighbourhood in the server's place); `dpsgd` (Lian et al.
 2017, arXiv 1705.09056) averages after every optimizer step, `sgp` (Assran et al. 2019, arXiv 1811.10792) with push-
 sum; `isolated` never merges, and `centralised` is one model on all data."""
+
+WITH_MOMENTS = frozenset({"average", "pleas", "regmean"})
+"""Combine methods beside which averaged optimizer moments did better than kept ones: with an average on CIFAR-10
+(benchmarks/accuracy_cifar.py), with `pleas` and `regmean` in each cell that benchmarks/default_combine.py compares."""
 
 CEILING = next(name for name, preset in PRESETS.items() if preset.ceiling)
 """Name of the method that is the ceiling."""

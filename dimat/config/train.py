@@ -78,7 +78,7 @@ class TrainConfig(Tree):
     optimizer_state: Literal["fresh", "kept", "merged"] | None = None
     """The optimizer's state over a merge: "kept" as it was, made "fresh" each round, or "merged": moments (Adam's,
     momentum) travel beside the weights (exchange.moments) and are averaged with them. The same for all agents. By
-    default as the merge method has it: "merged" where "dimat" averages, else "kept"."""
+    default as the merge method has it: "merged" where "dimat" averages or merges by pleas or regmean, else "kept"."""
     lr_schedule: LrScheduleConfig = LrScheduleConfig()
     """Learning rate over the run."""
     grad_clip_norm: Annotated[float, Field(gt=0)] | None = None

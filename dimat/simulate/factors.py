@@ -14,7 +14,7 @@ import torch
 from dimat.agent.setup.class_shares import class_distance
 from dimat.agent.setup.next_step import averages_exactly
 from dimat.config import ExperimentConfig, NamedConfig, build
-from dimat.merge.registry import is_mean
+from dimat.config.presets import WITH_MOMENTS
 from dimat.seeds import torch_generator
 from dimat.simulate.world.scenario import Scenario
 from dimat.tasks.base import Task
@@ -91,8 +91,8 @@ def loss(config: ExperimentConfig, world: World) -> Options:
 
 def optimizer_state(config: ExperimentConfig, world: World) -> Options:
     """What becomes of the optimizer's moments over a merge."""
-    if not is_mean(_combine(config)):
-        return f'moments go with averaged weights, and merge.combine is "{_combine(config)}"'
+    if _combine(config) not in WITH_MOMENTS:
+        return f'moments go with a mean of weights, and merge.combine is "{_combine(config)}"'
     options = [Option(name, {"train.optimizer_state": name}) for name in ("kept", "merged")]
     return _with_present(options, config.optimizer_state)
 
@@ -103,9 +103,8 @@ def combine(config: ExperimentConfig, world: World) -> Options:
         return "the task says itself how its weights are merged"
     if config.merge.preset.shares == "logits":
         return f'merge.method "{config.merge.method}" exchanges logits: there are no weights to combine'
-    # what is no average has other gradients than the moments are of
-    pleas = {"merge.combine": "pleas", "train.optimizer_state": "kept"}
-    return _with_present([Option("average", {"merge.combine": "average"}), Option("pleas", pleas)], _combine(config))
+    options = [Option(name, {"merge.combine": name}) for name in ("average", "pleas", "regmean")]
+    return _with_present(options, _combine(config))
 
 
 def topology(config: ExperimentConfig, world: World) -> Options:

@@ -2,9 +2,11 @@
 
 import pytest
 
-from dimat.config import CEILING, PRESETS, ExperimentConfig, MergeConfig
+from dimat.config import CEILING, PRESETS, ExperimentConfig, MergeConfig, NamedConfig, TrainConfig
+from dimat.config.presets import WITH_MOMENTS
 from dimat.errors import ConfigError
 from dimat.merge import plan_merge
+from dimat.merge.registry import combine_registry
 
 
 def test_traits() -> None:
@@ -37,3 +39,26 @@ def test_a_trait_is_read_from_the_preset_and_not_from_the_name(monkeypatch: pyte
 def test_an_unknown_method_is_named_with_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"merge method .dimatt.*did you mean .dimat"):
         _ = MergeConfig(method="dimatt").preset
+
+
+@pytest.mark.parametrize(
+    ("method", "combine", "state"),
+    [
+        ("dimat", None, "merged"),
+        ("dimat", "average", "merged"),
+        ("dimat", "regmean", "merged"),
+        ("dimat", "ties", "kept"),
+        ("pleas", None, "merged"),
+        ("average", None, "kept"),
+        ("dimat-paper", "pleas", "kept"),
+    ],
+)
+def test_moments_are_merged_beside_a_kind_of_mean(method: str, combine: str | None, state: str) -> None:
+    """Reference: the table of benchmarks/default_combine.py. What is said stands."""
+    merge = MergeConfig(method=method, combine=None if combine is None else NamedConfig(name=combine))
+    assert ExperimentConfig(merge=merge).optimizer_state == state
+    assert ExperimentConfig(merge=merge, train=TrainConfig(optimizer_state="fresh")).optimizer_state == "fresh"
+
+
+def test_combine_methods_with_moments_are_registered() -> None:
+    assert set(combine_registry.names()) >= WITH_MOMENTS

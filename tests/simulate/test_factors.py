@@ -57,6 +57,7 @@ def test_options_by_name(tmp_path: Path) -> None:
     assert labels("combine", far(tmp_path, merge={"method": "dimat", "combine": "ties"})) == [
         "average",
         "pleas",
+        "regmean",
         "ties",
     ]
     assert labels("loss", far(tmp_path, train__loss="calibrated")) == ["task", "auto", "calibrated"]
@@ -70,7 +71,7 @@ def test_logits_are_not_combined_like_weights(tmp_path: Path) -> None:
     """The rest is varied, and each option can be simulated."""
     config = far(tmp_path, merge={"method": "distil"})
     assert "exchanges logits" in reason("combine", config)
-    assert "moments go with averaged weights" in reason("optimizer state", config)
+    assert "moments go with a mean of weights" in reason("optimizer state", config)
     for name in FACTORS.keys() - {"combine", "optimizer state"}:
         found = options(name, config)
         for option in [] if isinstance(found, str) else found:
@@ -104,8 +105,8 @@ def test_what_is_not_varied_says_why(tmp_path: Path) -> None:
     config = far(tmp_path)
     alike = with_settings(config, {"task.partition": {"kind": "iid"}}, "the test")
     assert "no agent's class shares" in reason("loss", alike)
-    pleas = far(tmp_path, merge={"method": "dimat", "combine": "pleas"})
-    assert 'merge.combine is "pleas"' in reason("optimizer state", pleas)
+    ties = far(tmp_path, merge={"method": "dimat", "combine": "ties"})
+    assert 'merge.combine is "ties"' in reason("optimizer state", ties)
     asynchronous = far(tmp_path, schedule__mode="async")
     assert 'mode = "sync"' in reason("mixing steps", asynchronous)
     assert "base-k" not in labels("topology", asynchronous)
