@@ -27,6 +27,10 @@ from dimat.merge.weight_views import WeightsView
 MOST_STEPS = 500
 """Most steps of a power iteration on a merged weight."""
 
+EQUAL = (Nature.CONSTANT, Nature.VARIANCE, Nature.COUNT)
+"""Natures of entries that stay as they are where all models have the same, whatever a method does; they are not
+below 0 either where no model's are."""
+
 STEP_TOLERANCE = 1e-7
 """A power iteration ends where a step changes u by less than this."""
 
@@ -62,7 +66,7 @@ class Shield:
         for name, nature in natures.kinds.items():
             if nature in (Nature.VECTOR, Nature.CODE, Nature.SCALE):
                 fixed.add(name)
-            elif nature is Nature.CONSTANT and own[name].is_floating_point():
+            elif nature in EQUAL and (own[name].is_floating_point() or own[name].is_complex()):
                 ours = own[name].detach()
                 if all(torch.equal(ours, peer[name].detach().to(ours.device)) for peer in taking):
                     fixed.add(name)
@@ -81,13 +85,14 @@ class Shield:
     def settle(self, combined: Weights) -> Weights:
         """Return merged weights with each entry true to its nature; each access makes one tensor.
 
-        Fixed tensors are own's; a variance that came out negative or not finite is the weighted mean of the models';
+        Fixed tensors are own's; a variance that came out negative or not finite is the weighted mean of the models',
+        and so is a count, or any other buffer, that came out negative where no model's is;
         u and v are iterated on the merged weight, from own's, unless that is own's weight; a tied name has the
         values of its first name.
         """
         natures = self.natures
         plain = not natures.iterations and not natures.first and not self.fixed
-        if plain and Nature.VARIANCE not in natures.kinds.values():
+        if plain and not any(nature in EQUAL for nature in natures.kinds.values()):
             return combined
         return _Settled(combined, self)
 
@@ -98,6 +103,11 @@ class Shield:
         if not self.weights[0]:
             return mean_of(values[1:], self.weights[1:]).to(ours.dtype)
         return mean_of(values, self.weights).to(ours.dtype)
+
+    def negative(self, name: str) -> bool:
+        """Tell whether a tensor of any model that takes part holds a number below 0."""
+        taking = [theirs for theirs, weight in zip(self._whole, self.weights) if weight]
+        return any(bool((theirs[name] < 0).any()) for theirs in (self._whole[0], *taking))
 
     def whole(self, name: str) -> Tensor:
         """Return own's tensor as it is."""
@@ -150,7 +160,12 @@ class _Settled(WeightsView):
         if name in shield.fixed:
             return shield.whole(name).clone()
         merged = self._combined[name]
-        if shield.natures.of(name) is Nature.VARIANCE and bool((~merged.isfinite() | (merged < 0)).any()):
+        nature = shield.natures.of(name)
+        if nature not in EQUAL or not merged.is_floating_point() or merged.itemsize == 1:
+            return merged
+        if nature is Nature.VARIANCE and bool((~merged.isfinite() | (merged < 0)).any()):
+            return shield.mean(name)
+        if nature is not Nature.VARIANCE and bool((merged < 0).any()) and not shield.negative(name):
             return shield.mean(name)
         return merged
 
