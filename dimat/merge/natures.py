@@ -36,6 +36,8 @@ class Nature(StrEnum):
     """A buffer that nothing else explains: a mask, frequencies. It stays as it is where all models have the same."""
     VECTOR = "vector"
     """A singular vector from a power iteration on another entry."""
+    FRAME = "frame"
+    """A constant in which another entry is written: the base of an orthogonal parametrisation. All models share it."""
     CODE = "code"
     """Integers (or 8-bit floats) that stand for numbers together with a scale."""
     SCALE = "scale"
@@ -101,6 +103,7 @@ def natures_of(own: Weights, model: nn.Module | None = None) -> Natures:
     for found in iterations:
         kinds |= {found.u: Nature.VECTOR, found.v: Nature.VECTOR}
     kinds |= {name: nature for name, nature in _codes(own).items() if name not in kinds}
+    kinds |= {name: Nature.FRAME for name in own if name not in parameters and _is_frame(name, own)}
     for name in own:
         if name in kinds:
             continue
@@ -115,6 +118,12 @@ def natures_of(own: Weights, model: nn.Module | None = None) -> Natures:
         elif name in buffers or (name not in parameters and _constant_of(name, own)):
             kinds[name] = Nature.CONSTANT
     return Natures(kinds, iterations, first_names(ties_of(own, model)))
+
+
+def _is_frame(name: str, own: Weights) -> bool:
+    place, _, last = name.rpartition(".")
+    stem, _, number = place.rpartition(".")
+    return last == "base" and number.isdecimal() and "parametrizations." in stem and f"{stem}.original" in own
 
 
 def _is_variance(name: str, own: Weights) -> bool:

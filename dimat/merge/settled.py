@@ -64,7 +64,7 @@ class Shield:
         fixed: set[str] = set()
         taking = [peer for peer, weight in zip(peers, weights[1:]) if weight]
         for name, nature in natures.kinds.items():
-            if nature in (Nature.VECTOR, Nature.CODE, Nature.SCALE):
+            if nature in (Nature.VECTOR, Nature.CODE, Nature.SCALE, Nature.FRAME):
                 fixed.add(name)
             elif nature in EQUAL and (own[name].is_floating_point() or own[name].is_complex()):
                 ours = own[name].detach()
@@ -108,6 +108,10 @@ class Shield:
         """Tell whether a tensor of any model that takes part holds a number below 0."""
         taking = [theirs for theirs, weight in zip(self._whole, self.weights) if weight]
         return any(bool((theirs[name] < 0).any()) for theirs in (self._whole[0], *taking))
+
+    def whole_peers(self) -> Sequence[Weights]:
+        """Return the peers as they are."""
+        return self._whole[1:]
 
     def whole(self, name: str) -> Tensor:
         """Return own's tensor as it is."""
@@ -197,6 +201,12 @@ class _Checked(WeightsView):
 
     def __getitem__(self, name: str) -> Tensor:
         shield = self._shield
+        if shield.natures.of(name) is Nature.FRAME:
+            for peer, weights in zip(self._peers, shield.whole_peers()):
+                if not torch.equal(weights[name].to(shield.whole(name)), shield.whole(name)):
+                    raise MergeError(
+                        f"{peer}: tensor {name!r} is what another one is written in, and differs from own's"
+                    )
         if shield.natures.of(name) is Nature.VARIANCE:
             for peer, weights in self._taking():
                 if negative := int((weights[name] < 0).sum()):

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils.parametrizations import orthogonal, spectral_norm
 
 from dimat import merge_weights
 from dimat.config import MergeConfig
-from dimat.errors import PeerError
+from dimat.errors import MergeError, PeerError
 from dimat.merge import MergeContext, Peer, merge, plan_merge
 from dimat.merge.registry import combine_registry
 
@@ -177,3 +177,43 @@ def test_every_method_reads_8_bit_floats(method: str) -> None:
     if method == "average":
         mean = (own["w"].float() + peer["w"].float()) / 2
         assert torch.equal(merged["w"].float(), mean.to(torch.float8_e4m3fn).float())
+
+
+def test_a_frame_is_shared() -> None:
+    """An orthogonal weight is base · f(original): with another base the merge would not be orthogonal, and nobody would
+    be told; with the same one it is. Reference: W Wᵀ = 1."""
+    models: list[Any] = [orthogonal(nn.Linear(5, 5)) for _ in range(2)]
+    own, peer = (state(model) for model in models)
+    with pytest.raises(PeerError, match=r"weight.0.base' is what another one is written in, and differs from ours"):
+        merge_weights(own, [peer], [0.5, 0.5], method="average", model=models[0])
+    peer["parametrizations.weight.0.base"] = own["parametrizations.weight.0.base"].clone()
+    models[0].load_state_dict(merge_weights(own, [peer], [0.5, 0.5], method="average", model=models[0]))
+    weight = models[0].weight.detach()
+    torch.testing.assert_close(weight @ weight.T, torch.eye(5))
+
+
+def test_views_of_complex_weights_are_read() -> None:
+    """A conjugate is a view in torch. Reference: the mean of the values."""
+    own, peer = (torch.randn(3, 4, dtype=torch.complex64) for _ in range(2))
+    merged = merge_weights({"w": own.conj()}, [{"w": peer.conj()}], [0.5, 0.5], method="average")
+    torch.testing.assert_close(merged["w"], ((own + peer) / 2).conj().resolve_conj())
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"w": torch.ones(2), "_extra_state": {"scale": 1}}, "'_extra_state' is a dict, no tensor; give it as one, or"),
+        ({"state_dict": {"w": torch.ones(2)}}, "'state_dict' is a dict, no tensor; hand that in, if it is the model's"),
+        ({0: torch.ones(2)}, "the name 0 is a int"),
+        (nn.Linear(2, 2), r"weights are a Linear; give a state dict, e.g. model.state_dict\(\)"),
+    ],
+)
+def test_what_is_no_state_dict_is_told(own: Any, message: str) -> None:
+    with pytest.raises(MergeError, match=message):
+        merge_weights(own, [own], [0.5, 0.5], method="average")
+
+
+def test_a_peer_alone_is_no_list_of_peers() -> None:
+    own = {"w": torch.ones(2)}
+    with pytest.raises(MergeError, match="peers is a list of weights"):
+        merge_weights(own, own, [0.5, 0.5], method="average")  # pyright: ignore[reportArgumentType]
