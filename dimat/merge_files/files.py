@@ -18,7 +18,7 @@ from dimat.errors import DataError
 from dimat.merge.lora.kinds import PLACES, why_not
 from dimat.merge.natures import is_constant
 from dimat.reading import read_table
-from dimat.weights.header import NAMES, TensorInfo, read_header
+from dimat.weights.header import NAMES, TensorInfo, parse_header, read_header
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -173,6 +173,25 @@ def tell_differences(found: Sequence[str]) -> None:
     """Raise DataError that tells the differences between models; none is no error."""
     if found:
         raise DataError(f"the models do not fit together, {told(found)}")
+
+
+def check_formats(models: Sequence[ModelFiles]) -> str:
+    """Return of which library's form the tensors are, as files say it: "pt" (PyTorch) where none does.
+
+    Raises DataError where they say different ones: the axes of the same weights are in another order there.
+    """
+    said: dict[str, str] = {}
+    for model in models:
+        for file in model.files:
+            with file.open("rb") as opened:
+                said.setdefault(parse_header(opened, str(file)).metadata.get("format", "pt"), str(file))
+    if len(said) > 1:
+        (one, first), (two, other) = [*said.items()][:2]
+        raise DataError(
+            f"{first} is of format {one!r}, {other} of {two!r}: libraries order the axes of weights differently; "
+            "convert both to one"
+        )
+    return next(iter(said))
 
 
 def check_factors(models: Sequence[ModelFiles]) -> None:

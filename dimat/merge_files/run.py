@@ -21,7 +21,7 @@ from dimat.merge.weight_views import WeightsView, open_weights
 from dimat.merge_files.adapters import MergedAdapter, fit_together, names_of, open_adapters
 from dimat.merge_files.architecture import Network, open_network, runs
 from dimat.merge_files.card import config_of, model_card, provenance
-from dimat.merge_files.files import ADAPTER_CONFIG, ModelFiles, adapter_notes, check_alike, check_factors
+from dimat.merge_files.files import ADAPTER_CONFIG, ModelFiles, adapter_notes, check_alike, check_factors, check_formats
 from dimat.merge_files.folders import open_model
 from dimat.merge_files.into_base import IntoBase, target
 from dimat.merge_files.memory import peak_memory, whole_memory
@@ -197,6 +197,7 @@ def prepare(recipe: Recipe, *, overwrite: bool = False) -> Job:
     inputs = [*models, *([] if base is None else [base])]
     for model in inputs:  # a base that adapters are merged into says itself where a tensor takes no addition
         check_whole(model, codes=not (model.adapter or (recipe.into_base and model is base)))
+    check_formats(inputs)
     carrier = next((model for model in [*inputs[len(models) :], *models] if model.carried()), None)
     notes = check_configs(inputs)
     if recipe.align_vocabulary:
@@ -267,7 +268,7 @@ def merge_files(job: Job, *, version: str, overwrite: bool = False, progress: Pr
     merged = None if job.network is None else _merge_whole(job, job.network)
     done = 0
     finite = not job.recipe.keep_not_finite
-    metadata = {"format": "pt", "dimat": record}
+    metadata = {"format": check_formats([*job.models, *([job.base] if job.base else [])]), "dimat": record}
     with Output(job.out, job.layout, job.infos, metadata, overwrite=overwrite, finite=finite) as output:
 
         def receive(name: str, tensor: Tensor) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from dimat.cli import main
 from dimat.errors import DataError
 from dimat.merge_files.write import SMALL, Scratch
-from tests.merge_files.models import read_model, weights, write_folder
+from tests.merge_files.models import metadata, read_model, weights, write_folder
 
 
 def test_large_tensors_are_on_disk_without_a_name(tmp_path: Path) -> None:
@@ -147,3 +147,14 @@ def test_other_folders_say_what_they_are(models: dict[str, Tensor], capsys: pyte
     ):
         assert main(["merge", name, "b", "-o", "out"]) == 5
         assert message in capsys.readouterr().err
+
+
+def test_files_of_another_library(models: dict[str, Tensor], capsys: pytest.CaptureFixture[str]) -> None:
+    """Its order of axes is not PyTorch's: not merged with it, and written as what it is."""
+    for name, kind in (("pt", "pt"), ("mlx", "mlx"), ("more", "mlx")):
+        save_file(weights(0), f"{name}.safetensors", metadata={"format": kind})
+    assert main(["merge", "pt.safetensors", "mlx.safetensors", "-o", "out.safetensors"]) == 5
+    told = "pt.safetensors is of format 'pt', mlx.safetensors of 'mlx': libraries order the axes"
+    assert told in capsys.readouterr().err
+    assert main(["merge", "mlx.safetensors", "more.safetensors", "-o", "out.safetensors"]) == 0
+    assert metadata(Path("out.safetensors"))["format"] == "mlx"
