@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -99,6 +99,12 @@ def merge_weights(
     plan = _plan(method, options)
     if plan.shares != "weights":
         raise ConfigError(f'method "{method}" exchanges {plan.shares} and merges no weights; use another one')
+    if isinstance(cast("Any", peers), str | Mapping):
+        raise MergeError("peers is a list of weights, also of a single peer's: [weights]")
+    for given in (own, *peers):
+        if not isinstance(cast("Any", given), Mapping | str | PathLike):
+            kind = type(given).__name__
+            raise MergeError(f"weights are a {kind}; give a state dict, e.g. model.state_dict(), or a file's path")
     if len(mixing) != len(peers) + 1:
         raise MergeError(f"{len(peers)} peers need {len(peers) + 1} mixing weights, own first; got {len(mixing)}")
     check_mixing(mixing)

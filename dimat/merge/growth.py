@@ -111,7 +111,7 @@ def _segment(own: Tensor, merged: Tensor) -> list[float]:
     o = own.detach().to(merged.device).flatten()
     m = merged.detach().flatten()
     if o.is_complex():
-        o, m = torch.view_as_real(o).flatten(), torch.view_as_real(m).flatten()
+        o, m = (torch.view_as_real(one.resolve_conj()).flatten() for one in (o, m))
     if torch.equal(o, m):
         return [float(torch.linalg.vector_norm(o, dtype=wide)) ** 2, 0.0, 0.0]
     o = o.to(wide)

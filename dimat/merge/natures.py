@@ -36,6 +36,8 @@ class Nature(StrEnum):
     """A buffer that nothing else explains: a mask, frequencies. It stays as it is where all models have the same."""
     VECTOR = "vector"
     """A singular vector from a power iteration on another entry."""
+    FRAME = "frame"
+    """A constant in which another entry is written: the base of an orthogonal parametrisation. All models share it."""
     CODE = "code"
     """Integers (or 8-bit floats) that stand for numbers together with a scale."""
     SCALE = "scale"
@@ -68,11 +70,16 @@ class Natures:
 MASKED = 0.1
 """Least share of infinite values by which a tensor is taken for a mask."""
 
-_MEAN = re.compile(r"(running|moving|ema)_(mean|avg|average)$")
-_VARIANCE = re.compile(r"(running|moving|ema)_(var|variance|std|sq|square|squares)$|(?:^|\.)exp_avg_sq$")
-_COUNT = re.compile(r"(^|[._])(num_batches_tracked|num_updates|step|count|counter)$")
+_MEAN = re.compile(r"(running|moving|ema|population|pop)_(mean|avg|average)$")
+_VARIANCE = re.compile(
+    r"(running|moving|ema|population|pop)_(var|variance|std|sq|square|squares|m2)$|(?:^|\.)(exp_avg_sq|sum_sq|m2)$"
+)
+_BESIDE_A_MEAN = re.compile(r"(?P<stem>(?:.*[._])?)(?<!log_)(?<!log\.)(?:var|variance|std|stddev)$")
+"""Names that are a variance's where an entry beside them is called a mean: `obs_rms.var` beside `obs_rms.mean`."""
+_MEANS = ("mean", "avg", "average")
+_COUNT = re.compile(r"(^|[._])(num_batches_tracked|num_updates|step|count|counter|cluster_size|usage|hist|histogram)$")
 _CONSTANT = re.compile(
-    r"(mask|inv_freq|position_ids|relative_position_index|masked_bias|attn_bias|causal|tril|alibi|slopes|min_val|max_val)"
+    r"(mask|inv_freq|freqs_(?:cis|cos|sin)|position_ids|relative_position_index|masked_bias|attn_bias|causal|tril|alibi|slopes|min_val|max_val)"
     r"[^.]*$"
 )
 _PARAMETER = re.compile(r"(weight|bias|kernel|gamma|beta|lora_[AB]|weight_[gv]|original\d*)$")
@@ -96,6 +103,7 @@ def natures_of(own: Weights, model: nn.Module | None = None) -> Natures:
     for found in iterations:
         kinds |= {found.u: Nature.VECTOR, found.v: Nature.VECTOR}
     kinds |= {name: nature for name, nature in _codes(own).items() if name not in kinds}
+    kinds |= {name: Nature.FRAME for name in own if name not in parameters and _is_frame(name, own)}
     for name in own:
         if name in kinds:
             continue
@@ -103,13 +111,26 @@ def natures_of(own: Weights, model: nn.Module | None = None) -> Natures:
             kinds[name] = Nature.COUNT
         elif _MEAN.search(name) and name not in parameters:
             kinds[name] = Nature.MEAN
-        elif _VARIANCE.search(name) and name not in parameters and _holds(own[name], lambda t: not (t < 0).any()):
+        elif name not in parameters and _is_variance(name, own) and _holds(own[name], lambda t: not (t < 0).any()):
             kinds[name] = Nature.VARIANCE
         elif _VECTOR.search(name) and name not in parameters and _holds(own[name], _is_unit):
             kinds[name] = Nature.VECTOR
         elif name in buffers or (name not in parameters and _constant_of(name, own)):
             kinds[name] = Nature.CONSTANT
     return Natures(kinds, iterations, first_names(ties_of(own, model)))
+
+
+def _is_frame(name: str, own: Weights) -> bool:
+    place, _, last = name.rpartition(".")
+    stem, _, number = place.rpartition(".")
+    return last == "base" and number.isdecimal() and "parametrizations." in stem and f"{stem}.original" in own
+
+
+def _is_variance(name: str, own: Weights) -> bool:
+    """Tell whether an entry is called a variance, by itself or by the mean beside it."""
+    beside = _BESIDE_A_MEAN.match(name)
+    by_mean = beside is not None and any(beside["stem"] + mean in own for mean in _MEANS)
+    return by_mean or _VARIANCE.search(name) is not None
 
 
 def _holds(tensor: Tensor, test: Callable[[Tensor], bool]) -> bool:

@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from math import isclose, isfinite, isnan
+from numbers import Real
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -272,6 +274,8 @@ def adopt(own: Weights, peer: Peer, plan: MergePlan, context: MergeContext) -> P
 
 def check_mixing(weights: Sequence[float]) -> None:
     """Raise MergeError unless the weights are finite, not negative, and sum to 1."""
+    if not all(isinstance(cast("Any", w), Real) or isinstance(w, Tensor) for w in weights):
+        raise MergeError(f"mixing weights must be numbers, got {[*weights]}")
     if not all(isfinite(w) and w >= 0 for w in weights):
         raise MergeError(f"mixing weights must be finite and not negative, got {[*weights]}")
     if not isclose(sum(weights), 1.0, rel_tol=0, abs_tol=MIXING_TOLERANCE):

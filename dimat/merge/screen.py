@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any, cast
 
 import torch
 from pydantic import Field
@@ -59,6 +60,11 @@ def screen(
                     "all agents must build their models with the same code"
                 )
             continue
+        if nature is Nature.FRAME and not torch.equal(theirs.to(ours.device), ours):
+            raise PeerError(
+                f"{name}: tensor {key!r} is what another one is written in, and differs from ours; agents whose models "
+                "have it begin with the same weights"
+            )
         if nature is Nature.VARIANCE and (negative := int((theirs < 0).sum())):
             raise PeerError(f"{name}: tensor {key!r} is a variance and holds {negative} values below 0")
         norm = _norm(theirs)
@@ -83,8 +89,14 @@ def screen(
     return 0.0
 
 
-def unusual(tensor: Tensor) -> str:
-    """Return why a tensor's numbers cannot be read one by one, "" if they can."""
+def unusual(tensor: Any) -> str:
+    """Return why an entry's numbers cannot be read one by one, "" if they can."""
+    if not isinstance(tensor, Tensor):
+        inside = isinstance(tensor, Mapping) and any(
+            isinstance(v, Tensor) for v in cast("Mapping[Any, Any]", tensor).values()
+        )
+        mend = "hand that in, if it is the model's state dict" if inside else "give it as one, or leave it out"
+        return f"is a {type(tensor).__name__}, no tensor; {mend}"
     if tensor.layout != torch.strided:
         kind = str(tensor.layout).removeprefix("torch.").removeprefix("_")
         return f"is {kind.replace('_', ' ')}; give it dense, by to_dense()"
@@ -96,6 +108,8 @@ def unusual(tensor: Tensor) -> str:
 def check_usual(own: Weights) -> None:
     """Raise MergeError for own weights whose numbers cannot be read one by one."""
     for key, tensor in own.items():
+        if not isinstance(cast("Any", key), str):
+            raise MergeError(f"own weights: the name {key!r} is a {type(key).__name__}; tensors are named by text")
         if fault := unusual(tensor):
             raise MergeError(f"own weights: tensor {key!r} {fault}")
 
@@ -125,7 +139,7 @@ def _norm(tensor: Tensor) -> float | None:
     """2-norm in double precision, 0 for integers, None where a value is not finite."""
     if not tensor.is_floating_point() and not tensor.is_complex():
         return 0.0
-    values = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    values = torch.view_as_real(tensor.detach().resolve_conj()) if tensor.is_complex() else tensor
     if tensor.itemsize == 1:
         values = tensor.float()  # torch sums no 8-bit floats
     wide = torch.float32 if tensor.device.type == "mps" else torch.float64

@@ -27,6 +27,10 @@ from dimat.merge.weight_views import WeightsView
 MOST_STEPS = 500
 """Most steps of a power iteration on a merged weight."""
 
+EQUAL = (Nature.CONSTANT, Nature.VARIANCE, Nature.COUNT)
+"""Natures of entries that stay as they are where all models have the same, whatever a method does; they are not
+below 0 either where no model's are."""
+
 STEP_TOLERANCE = 1e-7
 """A power iteration ends when a step changes u by less than this."""
 
@@ -60,9 +64,9 @@ class Shield:
         fixed: set[str] = set()
         taking = [peer for peer, weight in zip(peers, weights[1:]) if weight]
         for name, nature in natures.kinds.items():
-            if nature in (Nature.VECTOR, Nature.CODE, Nature.SCALE):
+            if nature in (Nature.VECTOR, Nature.CODE, Nature.SCALE, Nature.FRAME):
                 fixed.add(name)
-            elif nature is Nature.CONSTANT and own[name].is_floating_point():
+            elif nature in EQUAL and (own[name].is_floating_point() or own[name].is_complex()):
                 ours = own[name].detach()
                 if all(torch.equal(ours, peer[name].detach().to(ours.device)) for peer in taking):
                     fixed.add(name)
@@ -82,12 +86,13 @@ class Shield:
         """Return merged weights with each entry valid for its nature; each access makes one tensor.
 
         Fixed tensors are this agent's; a variance that became negative or not finite is replaced by the weighted mean
-        of the models'; u and v are iterated on the merged weight, from this agent's, unless that is this agent's
-        weight; a tied name has the values of its first name.
+        of the models', and so is a count, or any other buffer, that became negative though no model's is; u and v are
+        iterated on the merged weight, from this agent's, unless that is this agent's weight; a tied name has the values
+        of its first name.
         """
         natures = self.natures
         plain = not natures.iterations and not natures.first and not self.fixed
-        if plain and Nature.VARIANCE not in natures.kinds.values():
+        if plain and not any(nature in EQUAL for nature in natures.kinds.values()):
             return combined
         return _Settled(combined, self)
 
@@ -98,6 +103,15 @@ class Shield:
         if not self.weights[0]:
             return mean_of(values[1:], self.weights[1:]).to(ours.dtype)
         return mean_of(values, self.weights).to(ours.dtype)
+
+    def negative(self, name: str) -> bool:
+        """Tell whether a tensor of any model that takes part holds a number below 0."""
+        taking = [theirs for theirs, weight in zip(self._whole, self.weights) if weight]
+        return any(bool((theirs[name] < 0).any()) for theirs in (self._whole[0], *taking))
+
+    def whole_peers(self) -> Sequence[Weights]:
+        """Return the peers as they are."""
+        return self._whole[1:]
 
     def whole(self, name: str) -> Tensor:
         """Return this agent's tensor unchanged."""
@@ -150,7 +164,12 @@ class _Settled(WeightsView):
         if name in shield.fixed:
             return shield.whole(name).clone()
         merged = self._combined[name]
-        if shield.natures.of(name) is Nature.VARIANCE and bool((~merged.isfinite() | (merged < 0)).any()):
+        nature = shield.natures.of(name)
+        if nature not in EQUAL or not merged.is_floating_point() or merged.itemsize == 1:
+            return merged
+        if nature is Nature.VARIANCE and bool((~merged.isfinite() | (merged < 0)).any()):
+            return shield.mean(name)
+        if nature is not Nature.VARIANCE and bool((merged < 0).any()) and not shield.negative(name):
             return shield.mean(name)
         return merged
 
@@ -182,6 +201,12 @@ class _Checked(WeightsView):
 
     def __getitem__(self, name: str) -> Tensor:
         shield = self._shield
+        if shield.natures.of(name) is Nature.FRAME:
+            for peer, weights in zip(self._peers, shield.whole_peers()):
+                if not torch.equal(weights[name].to(shield.whole(name)), shield.whole(name)):
+                    raise MergeError(
+                        f"{peer}: tensor {name!r} is what another one is written in, and differs from own's"
+                    )
         if shield.natures.of(name) is Nature.VARIANCE:
             for peer, weights in self._taking():
                 if negative := int((weights[name] < 0).sum()):

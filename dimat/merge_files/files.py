@@ -18,10 +18,11 @@ from dimat.errors import DataError
 from dimat.merge.lora.kinds import PLACES, why_not
 from dimat.merge.natures import is_constant
 from dimat.reading import read_table
-from dimat.weights.header import NAMES, TensorInfo, read_header
+from dimat.weights.header import NAMES, TensorInfo, parse_header, read_header
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+DIFFUSERS = "diffusion_pytorch_model.safetensors"
 CONFIG = "config.json"
 ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -139,7 +140,7 @@ def hash_of(file: Path) -> str:
 
 
 def check_alike(models: Sequence[ModelFiles], apart: Collection[str] = ()) -> None:
-    """Check that all models have the tensors of the first, with its shapes; integers and floats do not mix.
+    """Check that all models have the tensors of the first, with its shapes; integers, reals and complex do not mix.
 
     Tensors named in `apart` may differ. Raises DataError with the number of differences and the first ten in full.
     """
@@ -157,7 +158,7 @@ def differences(first: Mapping[str, TensorInfo], where: str, other: Mapping[str,
         theirs = other.get(name)
         if theirs is None:
             found.append(f"{name!r} is missing from {there}")
-        elif theirs.shape != info.shape or _is_real(theirs.dtype) != _is_real(info.dtype):
+        elif theirs.shape != info.shape or _kind(theirs.dtype) != _kind(info.dtype):
             found.append(f"{name!r} is {info} in {where}, {theirs} in {there}")
     return found + [f"{name!r} is only in {there}" for name in other if name not in first]
 
@@ -172,6 +173,25 @@ def tell_differences(found: Sequence[str]) -> None:
     """Raise DataError that describes the differences between models, if there are any."""
     if found:
         raise DataError(f"the models do not fit together, {told(found)}")
+
+
+def check_formats(models: Sequence[ModelFiles]) -> str:
+    """Return of which library's form the tensors are, as files say it: "pt" (PyTorch) where none does.
+
+    Raises DataError where they say different ones: the axes of the same weights are in another order there.
+    """
+    said: dict[str, str] = {}
+    for model in models:
+        for file in model.files:
+            with file.open("rb") as opened:
+                said.setdefault(parse_header(opened, str(file)).metadata.get("format", "pt"), str(file))
+    if len(said) > 1:
+        (one, first), (two, other) = [*said.items()][:2]
+        raise DataError(
+            f"{first} is of format {one!r}, {other} of {two!r}: libraries order the axes of weights differently; "
+            "convert both to one"
+        )
+    return next(iter(said))
 
 
 def check_factors(models: Sequence[ModelFiles]) -> None:
@@ -214,7 +234,13 @@ def adapter_notes(models: Sequence[ModelFiles], *, products: bool) -> list[str]:
     named = (setting.get("base_model_name_or_path") for setting in settings)
     bases = sorted({str(name) for name in named if name})
     notes = [f"the adapters name different base models: {', '.join(bases)}"] if len(bases) > 1 else []
-    if len(settings) > 1 and not products and any("lora_A" in name for name in models[0]):
+    if not any("lora_A" in name for name in models[0]) or len(models) < 2:
+        return notes
+    if len(settings) < len(models):
+        notes.append(
+            f"factors of LoRA without an {ADAPTER_CONFIG} beside them are merged as if all models had one scale"
+        )
+    if not products:
         notes.append(
             "adapters: factors are merged one by one, which is not the merge of their products; for that take "
             "--method lora-svd"
@@ -222,12 +248,12 @@ def adapter_notes(models: Sequence[ModelFiles], *, products: bool) -> list[str]:
     return notes
 
 
-def _is_real(dtype: torch.dtype) -> bool:
-    return dtype.is_floating_point or dtype.is_complex
+def _kind(dtype: torch.dtype) -> tuple[bool, bool]:
+    return dtype.is_floating_point, dtype.is_complex
 
 
 def _check_finite(tensor: Tensor, name: str, file: Path) -> None:
-    if not _is_real(tensor.dtype) or not tensor.numel():
+    if not any(_kind(tensor.dtype)) or not tensor.numel():
         return
     values = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     values = values.float() if values.element_size() == 1 else values

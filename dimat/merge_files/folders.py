@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any, cast
 
 from dimat.errors import DataError
-from dimat.merge_files.files import ADAPTER, ADAPTER_CONFIG, CONFIG, INDEX, WEIGHTS, ModelFiles
+from dimat.merge_files.files import ADAPTER, ADAPTER_CONFIG, CONFIG, DIFFUSERS, INDEX, WEIGHTS, ModelFiles
 from dimat.reading import read_table, read_text
 from dimat.weights.header import read_header
 
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+
+PIPELINE = "model_index.json"
+"""What diffusers writes beside the folders of a pipeline's parts."""
 
 SHARD = re.compile(r".*-\d{5}-of-(\d{5})\.safetensors")
 """Names of shards, with their total number."""
@@ -50,6 +53,8 @@ def open_model(path: Path) -> ModelFiles:
         raise DataError(f"{path} is a pickle, which can run code: convert it to safetensors first")
     if path.name.endswith(".index.json"):
         return ModelFiles(path, path.parent, _read_index(path))
+    if path.name == ADAPTER and (path.parent / ADAPTER_CONFIG).exists():
+        return _open_folder(path.parent)  # factors mean nothing without their scale, which stands beside them
     return _single(path, path, None)
 
 
@@ -87,6 +92,15 @@ def _open_folder(folder: Path) -> ModelFiles:
         return _single(folder, folder / WEIGHTS, folder)
     if (folder / INDEX).exists():
         return ModelFiles(folder, folder, _read_index(folder / INDEX))
+    if (folder / DIFFUSERS).exists():
+        return _single(folder, folder / DIFFUSERS, folder)
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    if len(indices) == 1:
+        if indices[0].name.startswith(ADAPTER):
+            raise DataError(
+                f"{folder} is an adapter in shards, which PEFT does not read: save it again as one {ADAPTER}"
+            )
+        return ModelFiles(folder, folder, _read_index(indices[0]))
     found = sorted(folder.glob("*.safetensors"))
     if found and all(SHARD.fullmatch(file.name) for file in found):
         counts = {int(match[1]) for file in found if (match := SHARD.fullmatch(file.name))}
@@ -99,6 +113,13 @@ def _open_folder(folder: Path) -> ModelFiles:
         return _single(folder, found[0], folder)
     if found:
         raise DataError(f"{folder} has {len(found)} safetensors files and no {INDEX}: name one of them")
+    if (folder / PIPELINE).is_file():
+        parts = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and any(entry.glob("*.safetensors")))
+        raise DataError(
+            f"{folder} is a pipeline of several models: merge its parts one by one, e.g. {folder / parts[0]}"
+            if parts
+            else f"{folder} is a pipeline of several models, none of which has safetensors"
+        )
     endings = {file.suffix for file in folder.iterdir()}
     if endings & PICKLES:
         raise DataError(f"{folder} has weights only as pickles, which can run code: convert them to safetensors first")

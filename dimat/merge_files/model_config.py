@@ -13,9 +13,11 @@ from dimat.errors import DataError
 from dimat.merge_files.files import CONFIG, ModelFiles, told
 
 FUNCTION = re.compile(
-    r"(?:.*\.)?(?:hidden_act|hidden_activation|activation|activation_function|act_fn|num_attention_heads"
-    r"|num_key_value_heads|n_heads?|num_heads|num_kv_heads|head_dim|multi_query|new_decoder_architecture"
-    r"|rope_.*|rotary_.*|partial_rotary_factor|alibi.*|position_embedding_type|relative_attention.*"
+    r"(?:.*\.)?(?:\w*_act|hidden_activation|activation|activation_function|\w*act_fn|feed_forward_proj"
+    r"|\w*attention_heads|num_key_value_heads|n_heads?|num_heads|num_kv_heads|\w*head_dim|multi_query"
+    r"|new_decoder_architecture|\w*num_groups|\w*stride\w*|\w*dilation\w*|window_size|time_step_limit"
+    r"|(?:\w+_)?rope_.*|rotary_.*|partial_rotary_factor|alibi.*|position_embedding_type|relative_attention.*"
+    r"|pos_att_type|position_biased_input|local_attention|global_attn_every_n_layers|attention_(?:type|window|chunk_size)"
     r"|\w*norm_eps\w*|layer_norm_epsilon|epsilon|norm_type|normalization|parallel_attn|use_parallel_residual"
     r"|parallel_residual|apply_residual_connection_post_layernorm|do_layer_norm_before|tie_word_embeddings"
     r"|sliding_window\w*|use_sliding_window|max_window_layers|layer_types|attention_types|is_decoder"
@@ -23,12 +25,13 @@ FUNCTION = re.compile(
     r"|\w*softcapping|query_pre_attn_scalar|logits?_scal\w*|\w+_multiplier|scale_\w+|use_qk_norm|qk_norm\w*"
     r"|num_experts_per_tok|n_group|topk_\w+|norm_topk_prob|routed_scaling_factor|scoring_func|moe_\w*topk"
     r"|num_experts_per_token|image_size|patch_size|num_channels|feature_layer\w*|vision_feature\w*|use_cls_token"
-    r"|pooling\w*|problem_type|bias_type|attn_impl_scale|residual_scale|depth_scale)"
+    r"|\w*pooling\w*|(?:image|video|audio|vision\w*)_token_(?:id|index)|problem_type|bias_type|attn_impl_scale|residual_scale|depth_scale)"
 )
 """Keys of config.json that change what the same weights compute."""
 
 PASSED = re.compile(
-    r"(?:.*\.)?(?:_.*|torch_dtype|dtype|transformers_version|architectures|auto_map|use_cache|\w+_token_ids?|\w*drop\w*"
+    r"(?:.*\.)?(?:_.*|torch_dtype|dtype|transformers_version|architectures|auto_map|use_cache|\w*drop\w*|\w+_init_value"
+    r"|(?:pad|bos|cls|sep|unk|mask)_token_id"
     r"|initializer_\w+|init_\w+|gradient_checkpointing|output_\w+|return_dict\w*|task_specific_params|tokenizer_class"
     r"|attn_implementation|pretraining_tp|finetuning_task|name_or_path|model_max_length|max_position_embeddings|n_ctx"
     r"|unsloth_\w+|quantization_config|transformers_weights|num_labels|router_\w*coef|\w*aux_loss\w*)"
@@ -37,6 +40,9 @@ PASSED = re.compile(
 
 DEFAULTS: Mapping[str, Any] = {"rope_theta": 10000.0}
 """Default values of omitted keys in nearly all architectures, used if transformers has none."""
+
+OFF = re.compile(r"(?:.*\.)?(?:rope_scaling|\w*softcapping|sliding_window)")
+"""Keys that are off where neither a config nor its architecture gives them a value."""
 
 ALIKE: Sequence[set[str]] = ({"llama", "mistral"},)
 """Architectures that compute the same from the same tensors, if their settings are equal."""
@@ -65,7 +71,7 @@ def check_whole(model: ModelFiles, *, codes: bool = True) -> None:
     for name, info in model.infos.items():
         if QUANTISED.fullmatch(name) and _has_codes(model, name):
             raise _quantised(model, f"tensor {name!r} is {info}, beside weights as codes")
-        whole = info.dtype.is_floating_point or info.dtype == torch.bool or len(info.shape) < 2
+        whole = info.dtype.is_floating_point or info.dtype.is_complex or info.dtype == torch.bool or len(info.shape) < 2
         if codes and not whole and CODES.fullmatch(name):
             raise _quantised(model, f"tensor {name!r} is {info}, a weight as integer codes")
 
@@ -78,7 +84,9 @@ def check_configs(models: Sequence[ModelFiles]) -> list[str]:
     the same, and for classes in another order.
     """
     told_of = [(str(model.path), model.config) for model in models if model.config]
-    found, notes = list[str](), list[str]()
+    found = list[str]()
+    silent = [str(model.path) for model in models if model.folder and not model.adapter and not model.config]
+    notes = [f"{path} has no {CONFIG}: it is taken to compute as {told_of[0][0]} does" for path in silent if told_of]
     for other in told_of[1:]:
         differing, more = _compared(told_of[0], other)
         found += differing
@@ -132,7 +140,8 @@ def _compared(first: Named, other: Named) -> tuple[list[str], list[str]]:
                 continue
         words = f"{key} is {_said(one)} in {first[0]}, {_said(two)} in {other[0]}"
         apart = kinds[0] != kinds[1] and whole is not None and all(whole)  # then a key that is not there says so
-        if changes and (apart or (one is not None and two is not None)):
+        off = OFF.fullmatch(key) and (key.endswith("rope_scaling") or (whole is not None and all(whole)))
+        if changes and (apart or off or (one is not None and two is not None)):
             found.append(words)
         else:
             notes.append(f"{CONFIG}: {words}")
@@ -201,6 +210,9 @@ def flat_config(config: Mapping[str, Any], before: str = "") -> dict[str, Any]:
         found |= {before + "rope_scaling": {"rope_type": kind, **table}} if kind != "default" or table else {}
     if isinstance(theta, int | float):
         found[before + "rope_theta"] = float(theta)
+    if found.get(before + "use_sliding_window") is False:  # then these change nothing, and are often left as they were
+        for key in ("sliding_window", "max_window_layers"):
+            found.pop(before + key, None)
     return found
 
 

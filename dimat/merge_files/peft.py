@@ -33,6 +33,7 @@ UNFIT = {
     "kasa_config": "is KaSA: it changes the base's weights too",
     "monteclora_config": "is MonteCLoRA: its factors are drawn at random",
     "alora_invocation_tokens": "is aLoRA: it adds only to a part of the text",
+    "layer_replication": "has a base whose layers are stacked anew",
     "target_parameters": "adapts single parameters: the factors of several experts are in one tensor",
     "trainable_token_indices": "trains the embeddings of single tokens",
 }

@@ -21,7 +21,7 @@ from dimat.merge.weight_views import WeightsView, open_weights
 from dimat.merge_files.adapters import MergedAdapter, fit_together, names_of, open_adapters
 from dimat.merge_files.architecture import Network, open_network, runs
 from dimat.merge_files.card import config_of, model_card, provenance
-from dimat.merge_files.files import ADAPTER_CONFIG, ModelFiles, adapter_notes, check_alike, check_factors
+from dimat.merge_files.files import ADAPTER_CONFIG, ModelFiles, adapter_notes, check_alike, check_factors, check_formats
 from dimat.merge_files.folders import open_model
 from dimat.merge_files.into_base import IntoBase, target
 from dimat.merge_files.memory import peak_memory, whole_memory
@@ -30,7 +30,7 @@ from dimat.merge_files.recipe import DTYPES, Recipe, TensorGroup
 from dimat.merge_files.tied import Together, bring_together
 from dimat.merge_files.vocabulary import align_vocabularies, check_vocabularies
 from dimat.merge_files.whole import WholeMerge, merge_whole
-from dimat.merge_files.write import Output, Scratch, check_output, is_file_name, lay_out, weights_name
+from dimat.merge_files.write import Output, Scratch, check_apart, check_output, is_file_name, lay_out, weights_name
 from dimat.weights.header import TensorInfo
 
 Progress = Callable[[int, int], None]
@@ -189,15 +189,15 @@ def prepare(recipe: Recipe, *, overwrite: bool = False) -> Job:
     models = tuple(open_model(Path(model.path)) for model in recipe.models)
     base = None if recipe.base is None else open_model(Path(recipe.base))
     inputs = [*models, *([] if base is None else [base])]
-    for model in inputs:
-        if out.resolve() in (model.path.resolve(), *(file.resolve() for file in model.files)):
-            raise ConfigError(f"{out} is one of the inputs; write the merged model elsewhere")
+    check_apart(out, [path for model in inputs for path in (model.path, *model.files)])
+    check_apart(out, [Path(model.statistics) for model in recipe.models if model.statistics is not None])
     if recipe.input_dtype is not None:
         models = tuple(model.read_in(DTYPES[recipe.input_dtype]) for model in models)
         base = None if base is None else base.read_in(DTYPES[recipe.input_dtype])
     inputs = [*models, *([] if base is None else [base])]
     for model in inputs:  # a base that adapters are merged into says itself where a tensor takes no addition
         check_whole(model, codes=not (model.adapter or (recipe.into_base and model is base)))
+    check_formats(inputs)
     carrier = next((model for model in [*inputs[len(models) :], *models] if model.carried()), None)
     notes = check_configs(inputs)
     if recipe.align_vocabulary:
@@ -212,7 +212,8 @@ def prepare(recipe: Recipe, *, overwrite: bool = False) -> Job:
         together = bring_together(models, base)
         models, base = together.models, together.base
         check_alike([*models, *([] if base is None else [base])])
-    notes += adapter_notes(models, products=opened is not None)
+    lora = recipe.method_of(None).traits["lora_products"]
+    notes += adapter_notes(models, products=opened is not None or lora)
     names = models[0].infos if opened is None else names_of(recipe, opened)
     statistics = _open_statistics(recipe, models)
     parts = _parts(recipe, names)
@@ -230,7 +231,7 @@ def prepare(recipe: Recipe, *, overwrite: bool = False) -> Job:
     into = target(recipe, adapters, base, out)
     infos = _written(recipe, base if into and base else own if adapters is None else adapters)
     single, adapter = is_file_name(out), models[0].adapter and into is None
-    name = out.name if single else weights_name(adapter)
+    name = out.name if single else weights_name(adapter, base if into and base else own)
     layout = lay_out(infos, None if single or adapter else recipe.shard_size, name)
     return Job(
         recipe,
@@ -266,7 +267,9 @@ def merge_files(job: Job, *, version: str, overwrite: bool = False, progress: Pr
     report = Report(job.plan(), inputs, notes=job.notes)
     merged = None if job.network is None else _merge_whole(job, job.network)
     done = 0
-    with Output(job.out, job.layout, job.infos, {"format": "pt", "dimat": record}, overwrite=overwrite) as output:
+    finite = not job.recipe.keep_not_finite
+    metadata = {"format": check_formats([*job.models, *([job.base] if job.base else [])]), "dimat": record}
+    with Output(job.out, job.layout, job.infos, metadata, overwrite=overwrite, finite=finite) as output:
 
         def receive(name: str, tensor: Tensor) -> None:
             nonlocal done

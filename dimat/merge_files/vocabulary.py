@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ def check_vocabularies(models: Sequence[ModelFiles], reference: ModelFiles | Non
 
     Raises DataError if a token has another id, so that rows of different tokens would be merged.
     """
-    notes: list[str] = []
+    notes = _splitting(models, reference)
     for first, other in _different(models, reference):
         moved, (more, less) = _moved(first, other), _apart(first, other)
         taken = set(first.ids.values())
@@ -154,6 +155,41 @@ def _where(first: Vocabulary, other: Vocabulary, token: str) -> str:
     row = other.ids[token]
     mine = next(t for t, k in first.ids.items() if k == row)
     return f"{row} is {mine!r} there, {token!r} here"
+
+
+def _splitting(models: Sequence[ModelFiles], reference: ModelFiles | None) -> list[str]:
+    """Return which models' tokenizers cut a text otherwise than the one that is written, though tokens are the same."""
+    first = None if reference is None else _rules_of(reference)
+    if reference is None or first is None:
+        return []
+    notes: list[str] = []
+    for model in models:
+        other = first if model is reference else _rules_of(model) or first
+        if apart := [key for key, value in first.items() if other[key] != value]:
+            notes.append(
+                f"tokenizers: {model.path} cuts text otherwise than {reference.path}, whose tokenizer is written: "
+                f"{', '.join(apart)} of tokenizer.json differ"
+            )
+    return notes
+
+
+def _rules_of(model: ModelFiles) -> dict[str, str] | None:
+    """Return the parts of a tokenizer.json by which text is cut, in one form; None where there is none."""
+    path = None if model.folder is None else model.folder / "tokenizer.json"
+    if path is None or not path.is_file():
+        return None
+    tree = read_table(path)
+    part: Any = tree.get("model")
+    table = cast("dict[str, Any]", part) if isinstance(part, dict) else {}
+    merges: Any = table.get("merges") or []
+    pairs = [
+        " ".join(map(str, pair)) if isinstance(pair, list) else pair
+        for pair in cast("list[Any]", merges if isinstance(merges, list) else [])
+    ]
+    vocabulary: Any = table.get("vocab")
+    scores: Any = vocabulary if isinstance(vocabulary, list) else None  # Unigram's, by which it cuts
+    found = {key: tree.get(key) for key in ("normalizer", "pre_tokenizer")} | {"merges": pairs, "scores": scores}
+    return {key: json.dumps(value, sort_keys=True) for key, value in found.items()}
 
 
 def _ids_in(folder: Path) -> dict[str, int]:

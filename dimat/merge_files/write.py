@@ -19,10 +19,11 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from dimat.errors import ConfigError, DataError
-from dimat.merge_files.files import ADAPTER, INDEX, WEIGHTS
+from dimat.errors import ConfigError, DataError, MergeError
+from dimat.merge.natures import is_constant
+from dimat.merge_files.files import ADAPTER, DIFFUSERS, WEIGHTS, ModelFiles
 from dimat.weights.durable import sync_folder
-from dimat.weights.header import TensorInfo, compose_header
+from dimat.weights.header import NAMES, TensorInfo, compose_header
 
 SMALL = 1 << 20
 """Bytes up to which a tensor stays in memory."""
@@ -106,10 +107,14 @@ class Output:
         metadata: Mapping[str, str],
         *,
         overwrite: bool,
+        finite: bool = True,
     ) -> None:
+        self._finite = finite
         check_output(path, overwrite)
-        self.path = path
         self.single = is_file_name(path)
+        # a link to a folder stays, and what it leads to is written; one to a file is replaced, not the file behind it
+        self._named = path
+        self.path = path = path if self.single else real_path(path)
         self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         self._layout = layout
         self._infos = infos
@@ -133,8 +138,16 @@ class Output:
         return self
 
     def put(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor."""
-        self._owner[name].put(name, tensor)
+        """Write one tensor. Raises MergeError where its type cannot hold values, if all are to stay `finite`."""
+        written = tensor.detach().to(self._infos[name].dtype)
+        if self._finite and written.dtype != tensor.dtype and written.is_floating_point():
+            lost = int((tensor.isfinite() & ~written.to(tensor.dtype).isfinite()).sum())
+            if lost and not is_constant(name, tensor):
+                raise MergeError(
+                    f"tensor {name!r} holds {lost:,} values that are too large for {NAMES[written.dtype]}: write it in "
+                    "a wider type, by --dtype bf16 or fp32"
+                )
+        self._owner[name].put(name, written)
 
     def add(self, name: str, data: bytes) -> None:
         """Write a small file into the folder."""
@@ -150,7 +163,8 @@ class Output:
             for file in self._files.values():
                 file.finish()
             if len(self._layout) > 1:
-                self.add(INDEX, self._index())
+                stem = next(iter(self._layout)).rsplit("-", 3)[0]
+                self.add(f"{stem}.safetensors.index.json", self._index())
             self._publish()
         except BaseException as fault:
             self._discard()
@@ -192,7 +206,7 @@ class Output:
             return error
         need = sum(self._infos[name].bytes for names in self._layout.values() for name in names)
         return DataError(
-            f"cannot write {self.path} ({need:,} bytes): {error.strerror or error}; nothing is left under that name"
+            f"cannot write {self._named} ({need:,} bytes): {error.strerror or error}; nothing is left under that name"
         )
 
 
@@ -201,9 +215,33 @@ def is_file_name(path: Path) -> bool:
     return path.suffix == ".safetensors"
 
 
-def weights_name(adapter: bool) -> str:
-    """Return the name of the weights file in a folder."""
+def weights_name(adapter: bool, like: ModelFiles) -> str:
+    """Return the name of the weights file in a folder: the one that the library which wrote the model looks for."""
+    stem = DIFFUSERS.removesuffix(".safetensors")
+    if not adapter and like.folder is not None and all(file.name.startswith(stem) for file in like.files):
+        return DIFFUSERS
     return ADAPTER if adapter else WEIGHTS
+
+
+def check_apart(path: Path, inputs: Sequence[Path]) -> None:
+    """Raise ConfigError where an output is one of the inputs, or a folder whose weights, that it replaces, are some."""
+    out = real_path(path)
+    for given in inputs:
+        place = given.resolve()
+        if place == out:
+            raise ConfigError(f"{path} is one of the inputs; write the merged model elsewhere")
+        if not is_file_name(path) and place.parent == out and place.is_file():
+            raise ConfigError(f"{path} holds the input {given}, which it would replace; write elsewhere")
+
+
+def real_path(path: Path) -> Path:
+    """Return where symbolic links lead; ConfigError where they lead in a circle."""
+    try:
+        return path.resolve()
+    except (RuntimeError, OSError):
+        raise ConfigError(
+            f"{path} cannot be followed: its symbolic links lead in a circle; give another path"
+        ) from None
 
 
 def check_output(path: Path, overwrite: bool) -> None:

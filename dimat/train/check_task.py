@@ -28,6 +28,7 @@ from dimat.train.contract import (
     HALF_TOLERANCE,
     TOLERANCE,
     alike,
+    check_names,
     checked_batch,
     checked_loss,
     checked_metrics,
@@ -94,20 +95,23 @@ def check_accumulate(task: Task, data: Data, config: TrainConfig) -> None:
 
 
 # ── the whole task ───────────────────────────────────────────────────────────────────────────────────────────
-def check_task(task: Task, config: TrainConfig, folder: Path = Path()) -> tuple[str, ...]:
+def check_task(task: Task, config: TrainConfig, folder: Path = Path(), *, probe: bool = False) -> tuple[str, ...]:
     """Try a task on a few examples; return notes on oddities that may be intended. `folder`: that of an optimizer's
-    hook.
+    hook; `probe`: the probe set is tried too.
 
     Raises HookError if the task's code fails, or returns something that the `Task` protocol does not allow; DataError
     that names the example if the data are at fault. No random stream is disturbed.
     """
     notes: list[str] = []
+    check_names(task)
     device = resolve_device(config.device)
     with own_streams(seeded_streams(0, device), device):
         held: dict[Split, Data] = {"train": _data(task, "train", notes), "test": _data(task, "test", notes)}
         trial = Trial(task, config)
         found = {split: trial.look(split, data) for split, data in held.items()}
         trial.example_inputs()
+        if probe:
+            trial.probe()
         _check_metrics(task, found["test"], notes)
         trial.train(held["train"], notes, folder)
     return tuple(notes)
@@ -178,6 +182,12 @@ class Trial:
             raise HookError(f"task {self.task.name}: example_inputs() returned {described(inputs)}; {mend}")
         with eval_mode(self.model), torch.no_grad():
             self._outputs(tuple(tensor.to(self._device) for tensor in cast("list[Tensor]", inputs)))
+
+    def probe(self) -> None:
+        """Run the model on a few inputs of the probe set."""
+        with task_errors(self.task, 'data("probe")'), eval_mode(self.model), torch.no_grad():
+            if places := spread(len(data := self.task.data("probe")), TRIED):  # an empty one may be a fault, or not
+                self._outputs(self._read(data, places).inputs)
 
     def look(self, split: Split, data: Data) -> dict[str, float]:
         """Evaluate an ordinary batch and the examples that may be at fault; return the means over them."""

@@ -49,12 +49,30 @@ def first_line(error: BaseException) -> str:
 def described(value: Any) -> str:
     """Return a value's kind in a few words: shape and type of a tensor, or the class and its contents."""
     if isinstance(value, Tensor):
-        return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+        place = " on the meta device" if value.is_meta else ""
+        return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}{place}"
     if isinstance(value, tuple | list):
         entries = cast("tuple[Any, ...]", value)
         inside = ", ".join(map(described, entries[:3])) + (", …" if len(entries) > 3 else "")
         return f"a {type(entries).__name__} of {len(entries)} ({inside})"
     return f"a {type(value).__name__}"
+
+
+def check_names(task: Task) -> None:
+    """Raise HookError where a task's name, metric or classes are no texts, or two classes have one name."""
+    for member in ("name", "metric"):
+        value: Any = getattr(task, member)
+        if not isinstance(value, str) or not value:
+            raise HookError(f"a task's {member} is {described(value)}; give it as text")
+    classes: Any = task.classes
+    if isinstance(classes, str | Mapping) or not hasattr(classes, "__len__") or not hasattr(classes, "__iter__"):
+        raise HookError(
+            f"task {task.name}: its classes are {described(classes)}; give a tuple of their names in the order of the "
+            "labels, () where there are no classes"
+        )
+    names = [str(name) for name in classes]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise HookError(f"task {task.name}: two of its classes are called {twice[0]!r}; give each a name of its own")
 
 
 def checked_batch(task: Task, batch: Any, count: int, what: str) -> Batch:
@@ -79,7 +97,7 @@ def checked_batch(task: Task, batch: Any, count: int, what: str) -> Batch:
 
 def checked_loss(task: Task, loss: Any, member: str = "loss()", *, trained: bool = False) -> Tensor:
     """Return a loss as a scalar; HookError if it is not one, or if it is to be `trained` on and has no gradient."""
-    if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.is_complex():
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.is_complex() or loss.is_meta:
         advice = "" if not isinstance(loss, Tensor) or loss.ndim == 0 else ", e.g. by .mean()"
         raise HookError(
             f"task {task.name}: {member} returned {described(loss)}; return the mean loss of the batch as a scalar "
@@ -100,7 +118,12 @@ def checked_metrics(task: Task, metrics: Any, count: int) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, value in cast("Mapping[str, Any]", metrics).items():
         # (count, 1) is one number an example too
-        if not isinstance(value, Tensor) or value.is_complex() or value.shape not in ((count,), (count, 1)):
+        if (
+            not isinstance(value, Tensor)
+            or value.is_complex()
+            or value.is_meta
+            or value.shape not in ((count,), (count, 1))
+        ):
             raise HookError(
                 f"task {task.name}: metrics()[{name!r}] is {described(value)} for a batch of {count}; return one "
                 f"number an example, shape ({count},), without .mean(): dimat takes the mean over the whole set"

@@ -226,7 +226,7 @@ def _largest(name: str, tensor: Tensor) -> float:
     """Return the largest magnitude of a tensor, 0 if it has no floating-point numbers; DataError if not finite."""
     if tensor.numel() == 0 or not (tensor.dtype.is_floating_point or tensor.dtype.is_complex):
         return 0.0
-    real = torch.view_as_real(tensor) if tensor.dtype.is_complex else tensor
+    real = torch.view_as_real(tensor.resolve_conj()) if tensor.dtype.is_complex else tensor
     if real.dtype.itemsize == 1:  # float8
         real = real.to(torch.float32)
     low, high = torch.aminmax(real)

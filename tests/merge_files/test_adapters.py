@@ -88,6 +88,17 @@ def test_svd_keeps_owns_ranks_and_settings(order: str, rank: int) -> None:
     assert {key: config[key] for key in same} == {key: own[key] for key in same}
 
 
+def test_factors_are_merged_with_what_stands_beside_them(capsys: pytest.CaptureFixture[str]) -> None:
+    """The file of an adapter is the adapter: b's scale is not a's. Where no settings are, that is said."""
+    merge("a/adapter_model.safetensors", "b/adapter_model.safetensors", "--method", "lora-concat", "-o", "out")
+    assert all(relative(deltas("out")[n], t) < 1e-6 for n, t in mean("a", "b", weights=(0.5, 0.5)).items())
+    for name in ("a", "b"):
+        save_file(factors(0), f"{name}.safetensors")
+    capsys.readouterr()
+    merge("a.safetensors", "b.safetensors", "--method", "lora-svd", "-o", "out.safetensors")
+    assert "note: factors of LoRA without an adapter_config.json beside them" in capsys.readouterr().err
+
+
 def test_another_rank() -> None:
     """--set rank: at most what the adapters of a module have together; of a single adapter, it compresses it."""
     merge("a", "b", "c", "--method", "lora-svd", "--set", "rank=9", "-o", "out")

@@ -196,6 +196,11 @@ def test_quantised_weights_are_refused(
             {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}},
             "1000000.0 in a, 500000.0",
         ),
+        ({"encoder_attention_heads": 2}, {"encoder_attention_heads": 4}, "encoder_attention_heads is 2 in a, 4 in b"),
+        ({"norm_num_groups": 8}, {"norm_num_groups": 16}, "norm_num_groups is 8 in a, 16 in b"),
+        ({"global_rope_theta": 1e4}, {"global_rope_theta": 1e5}, "global_rope_theta is 10000.0 in a"),
+        ({"feed_forward_proj": "gated-gelu"}, {"feed_forward_proj": "gated-silu"}, "feed_forward_proj is 'gated-gelu'"),
+        ({}, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling is left out in a, {'rope_type'"),
         ({"rms_norm_eps": 1e-5}, {"rms_norm_eps": 1e-6}, "rms_norm_eps is 1e-05 in a, 1e-06 in b"),
         ({"text_config": {"hidden_act": "silu"}}, {"text_config": {"hidden_act": "gelu"}}, "text_config.hidden_act"),
         ({"id2label": {0: "cat", 1: "dog"}}, {"id2label": {0: "dog", 1: "cat"}}, "class 0 is 'cat' in a, 'dog' in b"),
@@ -212,6 +217,39 @@ def test_configs_that_compute_differently(one: dict[str, Any], two: dict[str, An
 
 
 SIZES = {"hidden_size": 32, "num_attention_heads": 4, "vocab_size": 20}
+
+
+def test_settings_of_what_is_off_do_not_count() -> None:
+    """As Qwen2.5's base and instruct models differ, none of which slides a window."""
+    folder("a", weights(0), use_sliding_window=False, sliding_window=131072, max_window_layers=28)
+    folder("b", weights(1), use_sliding_window=False, sliding_window=32768, max_window_layers=21)
+    merge("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "part"),
+    [
+        ({"model": {"vocab": {"a": 0}, "merges": ["a b"]}}, {"model": {"vocab": {"a": 0}, "merges": [["a", "b"]]}}, ""),
+        ({"model": {"vocab": {"a": 0}, "merges": ["a b"]}}, {"model": {"vocab": {"a": 0}, "merges": []}}, "merges"),
+        (
+            {"model": {"vocab": {"a": 0}}, "normalizer": {"type": "Lowercase"}},
+            {"model": {"vocab": {"a": 0}}},
+            "normalizer",
+        ),
+        ({"model": {"vocab": [["a", -1.0]]}}, {"model": {"vocab": [["a", -2.0]]}}, "scores"),
+    ],
+)
+def test_tokenizers_that_cut_otherwise_are_told(
+    one: dict[str, Any], two: dict[str, Any], part: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, tree in (("a", one), ("b", two)):
+        folder(name, weights(0))
+        Path(name, "tokenizer.json").write_text(json.dumps(tree))
+    assert main(["merge", "a", "b", "-o", "out"]) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "note: tokenizers: b cuts text" in line]
+    assert [line.partition("is written: ")[2] for line in told] == (
+        [f"{part} of tokenizer.json differ"] if part else []
+    )
 
 
 @pytest.mark.parametrize(

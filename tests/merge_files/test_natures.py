@@ -49,3 +49,17 @@ def test_a_negative_variance_is_refused(
     told = capsys.readouterr().err.strip()
     assert "b.safetensors: tensor 'norm.running_var' is a variance and holds 6 values below 0" in told
     assert not Path("out.safetensors").exists()
+
+
+def test_complex_weights_are_no_codes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are averaged as numbers; a real tensor of the same name is told."""
+    monkeypatch.chdir(tmp_path)
+    own, peer = (torch.full((2, 2), z, dtype=torch.complex64) for z in (1 + 2j, 3 - 2j))
+    for name, tensor in (("a", own), ("b", peer), ("c", own.real.clone())):
+        save_file({"x.weight": tensor}, f"{name}.safetensors")
+    assert main(["merge", "a.safetensors", "b.safetensors", "-o", "out.safetensors"]) == 0
+    assert torch.equal(load_file("out.safetensors")["x.weight"], torch.full((2, 2), 2 + 0j, dtype=torch.complex64))
+    assert main(["merge", "a.safetensors", "c.safetensors", "-o", "x.safetensors"]) == 5
+    assert "'x.weight' is C64[2, 2] in a.safetensors, F32[2, 2] in c.safetensors" in capsys.readouterr().err

@@ -195,6 +195,32 @@ def test_a_loss_that_is_drawn_anew_at_each_call_is_not_told_from_its_parts() -> 
     assert check(own, accumulate=2) == ()
 
 
+@pytest.mark.parametrize(
+    ("classes", "says"),
+    [
+        (None, "its classes are a NoneType; give a tuple of their names"),
+        ("abc", "its classes are a str"),
+        ({"a": 0, "b": 1, "c": 2}, "its classes are a dict"),
+        (("a", "b", "a"), "two of its classes are called 'a'"),
+    ],
+)
+def test_classes_are_names(classes: Any, says: str) -> None:
+    data = rows(40)
+    with pytest.raises(HookError, match=says):
+        check(ClassificationTask("rows", seeded(lambda: mlp((8, 3))), data, data, data, classes))
+
+
+def test_a_probe_set_that_the_model_does_not_take_is_told_where_it_is_used() -> None:
+    own = ClassificationTask(
+        "rows", seeded(lambda: mlp((8, 3))), rows(40), rows(40), rows(9, features=9), ("a", "b", "c")
+    )
+    assert check(own) == ()
+    with pytest.raises(
+        HookError, match=r"failed in the model, on inputs \(4, 9\) float32: RuntimeError: mat1 and mat2"
+    ):
+        check_task(own, TrainConfig(device="cpu"), probe=True)
+
+
 # ── data ─────────────────────────────────────────────────────────────────────────────────────────────────────
 def labelled(values: Any, inputs: Tensor | None = None) -> Any:
     targets = torch.as_tensor(values)

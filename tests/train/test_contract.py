@@ -83,6 +83,7 @@ METRICS: dict[str, Loss] = {
     "each with each": lambda o, t: {"accuracy": (o.argmax(1)[:, None] == t).float()},
     "a number": lambda o, t: {"accuracy": (o.argmax(1) == t).float().mean().item()},
     "a list": lambda o, t: {"accuracy": [1.0] * len(t)},
+    "no values": lambda o, t: {"accuracy": torch.zeros(len(t), device="meta")},
     "complex": lambda o, t: {"accuracy": torch.zeros(len(t), dtype=torch.complex64)},
     "no mapping": lambda o, t: (o.argmax(1) == t).float(),
 }

@@ -101,6 +101,8 @@ def _inputs_of(batch: Any, model: nn.Module) -> Inputs:
         entries = tuple(cast("Sequence[Any]", batch))
         if entries and isinstance(entries[0], Mapping):  # inputs by name, and targets beside them
             batch = entries[0]
+        elif len(entries) == 2 and isinstance(entries[0], tuple | list):  # several inputs together, and the target
+            return _checked(tuple(cast("Sequence[Any]", entries[0])), ())
         else:
             return _checked(entries[:-1] if len(entries) > 1 else entries, ())
     if not isinstance(batch, Mapping):

@@ -106,7 +106,7 @@ def load_for(config: ExperimentConfig, task: Task | None = None, *, symmetry: bo
     resolve_device(config.train.device)
     shared = _shared(config) if task is None else _Shared(task)
     plan = plan_for(config.merge, shared.task)
-    notes = _tried(config, shared) if task is None else ()
+    notes = _tried(config, shared, plan) if task is None else ()
     wanted = symmetry and needs_symmetry(plan)
     if wanted and shared.spec is None:
         shared.spec = derive_checked(shared.task)
@@ -122,17 +122,18 @@ def derive_checked(task: Task) -> SymmetrySpec:
     return verified_symmetry(model, inputs, torch_generator(0, "symmetry", "verify"))
 
 
-def _tried(config: ExperimentConfig, shared: _Shared) -> tuple[str, ...]:
+def _tried(config: ExperimentConfig, shared: _Shared, plan: MergePlan) -> tuple[str, ...]:
     """Try the task once for each way to train it; errors and notes name the hook that it is of."""
     train = config.train
-    key = f"{train.device} {train.precision} {train.accumulate > 1} {train.grad_clip_norm} {train.optimizer}"
+    probe = plan.align_data == "probe" or plan.accept.settings.get("on") == "probe"
+    key = f"{train.device} {train.precision} {train.accumulate > 1} {train.grad_clip_norm} {train.optimizer} {probe}"
     if key not in shared.checked:
         with task_errors(shared.task):
             for split in ("train", "test"):
                 shared.task.data(split)
         where = "" if config.task.hook is None else f"{config.task.hook}: "
         try:
-            notes = check_task(shared.task, train, Path(config.folder))
+            notes = check_task(shared.task, train, Path(config.folder), probe=probe)
         except DimatError as error:
             raise type(error)(f"{where}{error}") from error
         shared.checked[key] = tuple(f"{where}{note}" for note in notes)

@@ -301,7 +301,7 @@ def _numbers(tensor: Tensor) -> Tensor:
     """Return a tensor in a type to multiply in: float32 or float64; complex numbers as pairs in a last dimension."""
     tensor = tensor.detach()
     if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
+        tensor = torch.view_as_real(tensor.resolve_conj())
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 

@@ -60,7 +60,7 @@ def distances_from(mix: Tensor, products: Tensor) -> Tensor:
 
 def _flat(tensor: Tensor) -> Tensor:
     values = tensor.detach()
-    return (torch.view_as_real(values) if values.is_complex() else values).reshape(-1)
+    return (torch.view_as_real(values.resolve_conj()) if values.is_complex() else values).reshape(-1)
 
 
 def _double(values: Tensor) -> Tensor:

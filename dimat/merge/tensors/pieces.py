@@ -92,7 +92,8 @@ class Pieces:
         """Yield the pieces of one model."""
         if self._base is None:
             return (piece.to(self.dtype, copy=True) for piece in self._models[model])
-        return (piece.to(self.dtype, copy=True).sub_(base) for piece, base in zip(self._models[model], self._base))
+        pairs = zip(self._models[model], self._base)
+        return (piece.to(self.dtype, copy=True).sub_(base.to(self.dtype)) for piece, base in pairs)
 
     def __iter__(self) -> Iterator[list[Tensor]]:
         """Yield, piece by piece, the values of every model."""

@@ -51,9 +51,10 @@ def merge_matrices(
         shape = _matrix_shape(start)
         if shape is None:
             return Pieces(models, start, origin).merged(lambda deltas: weighted_sum(deltas, mass), scaling)
-        deltas = [model.to(start.device, dtype, copy=True).sub_(origin) for model in models]
+        before = origin.to(dtype)  # torch adds no 8-bit floats
+        deltas = [model.to(start.device, dtype, copy=True).sub_(before) for model in models]
         merged = merge([delta.mul_(weight * len(mass)).reshape(shape) for delta, weight in zip(deltas, mass)])
-        return (origin.to(dtype) + scaling * merged.reshape(start.shape)).to(start.dtype)
+        return (before + scaling * merged.reshape(start.shape)).to(start.dtype)
 
     return MergedWeights(own, peers, merge_tensor)
 

@@ -39,6 +39,7 @@ def test_batches_of_any_kind() -> None:
     for batch in ((x, y), [x, y], x, {"input": x, "label": y}, ({"input": x}, y)):
         assert torch.equal(read_inputs([batch, batch], PLAIN).tensors[0], torch.cat([x, x]))
     assert [t.shape for t in read_inputs([(x, x, y)], PLAIN).tensors] == [(6, 3), (6, 3)]
+    assert [t.shape for t in read_inputs([((x, x), y)], PLAIN).tensors] == [(6, 3), (6, 3)]
     assert len(read_inputs([(torch.zeros(1000, 3), torch.zeros(1000))] * 5, PLAIN).tensors[0]) == INPUTS_KEPT
 
 
