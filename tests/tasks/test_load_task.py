@@ -80,7 +80,7 @@ def test_hook_errors(folder: Path, hook: str, options: dict[str, Any], kind: typ
     [
         ("digit", {}, r"unknown task 'digit'; did you mean 'digits'\? \(known: digits, hf-causal-lm, hf-image"),
         ("digits", {"modle": "cnn"}, r"task 'digits' has no option 'modle'; did you mean 'model'\?"),
-        ("digits", {"model": "vgg"}, "option 'model': Input should be 'cnn' or 'mlp' .got 'vgg'"),
+        ("digits", {"model": "vgg"}, "option 'model': Input should be 'cnn', 'mlp' or 'vit' .got 'vgg'"),
         ("digits", {"width": "wide"}, "option 'width': Input should be a valid integer"),
         ("images", {"test": "x"}, "task 'images' needs the option 'train'"),
         ("images", {"train": "x", "test": "x", "folder": "/"}, "has no option 'folder'"),
