@@ -19,7 +19,7 @@ from torch import nn
 
 from dimat.errors import HookError
 from dimat.merge import MergePlan
-from dimat.merge_files.model_config import FUNCTION, flat_config
+from dimat.merge.models.config_keys import FUNCTION, flat_config
 from dimat.net.compatibility import CLASSES, PROBE_SET
 from dimat.tasks.base import Task
 from dimat.tasks.data import input_batches
