@@ -1,4 +1,4 @@
-"""Keys of a model's config.json that change what its weights compute, and configs in one form."""
+"""Keys of config.json that change what weights compute, and configs in one form."""
 
 from __future__ import annotations
 
