@@ -17,6 +17,7 @@ from cyclopts import CycloptsError
 from dimat.cli import advise, agent, dashboard, dht, doctor, experiment, keys, merge, symmetry, topology
 from dimat.cli.app import app
 from dimat.cli.shared import say
+from dimat.cli.streams import check_working_folder, open_closed_streams
 from dimat.errors import ConfigError, DataError, DimatError
 from dimat.ui.text import clean
 
@@ -38,10 +39,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         terminated = True
         raise KeyboardInterrupt
 
+    open_closed_streams()
+    words = sys.argv[1:] if arguments is None else arguments
     before = signal.signal(signal.SIGTERM, terminate)
     try:
+        if not {"--help", "-h", "--version"} & set(words):
+            check_working_folder()
         code = app(
-            sys.argv[1:] if arguments is None else arguments,
+            words,
             exit_on_error=False,
             print_error=False,
             result_action="return_int_as_exit_code_else_zero",

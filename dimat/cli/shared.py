@@ -8,12 +8,13 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter, validators
 
+from dimat.errors import DataError
 from dimat.json_text import to_json
 
 if TYPE_CHECKING:
@@ -61,15 +62,23 @@ def show(value: Any) -> None:
     """Print a result on stdout, plain values as JSON."""
     text = value if isinstance(value, str) else to_json(value)
     try:
-        sys.stdout.write(text + "\n")
-    except UnicodeEncodeError:  # a file name that is not valid text, or a terminal without these characters
-        encoding = sys.stdout.encoding or "utf-8"
-        sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        try:
+            sys.stdout.write(text + "\n")
+        except UnicodeEncodeError:  # a file name that is not valid text, or a terminal without these characters
+            encoding = sys.stdout.encoding or "utf-8"
+            sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise DataError(f"cannot write the result to stdout: {error.strerror}; see where it leads") from None
 
 
 def say(text: str) -> None:
-    """Print a message for a person on stderr."""
-    sys.stderr.write(text + "\n")
+    """Print a message for a person on stderr; where nobody can read it, what it is about goes on."""
+    with suppress(OSError):
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
 
 
 def open_console(quiet: bool) -> ConsoleListener:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 DEFAULT_GRAPH = "ring"
 DEFAULT_AGENTS = 5
 _NAME = re.compile(r"\w[\w.-]*")
+_ADDRESS = re.compile(r"(?:\[[0-9A-Fa-f:.]+(?:%[\w.-]+)?\]|[^\s:/\[\]]+):([0-9]{1,5})")
 
 
 class MapAgent(Tree):
@@ -102,11 +103,14 @@ def load_map(path: str | Path) -> NetworkMap:
     config = build(TopologyConfig, tree, str(path))
     names = tuple(entry.name for entry in entries)
     check_names(names, str(path))
+    owners: dict[str, str] = {}
     for entry in entries:
         for address in entry.addresses:
-            host, sign, port = address.rpartition(":")
-            if not (sign and host and port.isdecimal() and 0 < int(port) < 65536):
+            parts = _ADDRESS.fullmatch(address)
+            if parts is None or not 0 < int(parts[1]) < 65536:
                 raise TopologyError(f"{path}: agent {entry.name!r}: address {address!r} is not host:port")
+            if (owner := owners.setdefault(address.lower(), entry.name)) != entry.name:
+                raise TopologyError(f"{path}: agents {owner!r} and {entry.name!r} have one address, {address!r}")
     return NetworkMap(
         config,
         names,

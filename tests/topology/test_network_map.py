@@ -135,6 +135,13 @@ def test_seeds_reach_graphs_and_schedules() -> None:
         ("[[agents]]\nname = 'a'\nadress = 'x'", "unknown key 'adress' in .*agents entry 1; did you mean 'addresses'"),
         ("[[agents]]\nname = 'a'\naddresses = ['host']", "address 'host' is not host:port"),
         ("[[agents]]\nname = 'a'\naddresses = ['host:99999']", "is not host:port"),
+        ("[[agents]]\nname = 'a'\naddresses = ['http://h:12']", "is not host:port"),
+        ("[[agents]]\nname = 'a'\naddresses = ['::1:12']", "is not host:port"),
+        ("[[agents]]\nname = 'a'\naddresses = ['h:\uff11']", "is not host:port"),
+        (
+            "[[agents]]\nname = 'a'\naddresses = ['h:1']\n[[agents]]\nname = 'b'\naddresses = ['H:1']",
+            "'a' and 'b' have one address",
+        ),
         ("[[agents]]\nname = 'a'\nsamples = 0", "agents entry 1: samples"),
         ("agents = ['a', 'b']\nedges = [['a', 'bb']]", "unknown agent 'bb' in edges"),
         ("agents = ['a', 'b']\nedges = [[0, 2]]", "there is no agent number 2; 2 agents count from 0"),

@@ -298,10 +298,15 @@ def _style(message: str) -> str:
 
 
 def _write(stream: TextIO, message: str) -> None:
-    # a log in a narrow encoding shows a question mark rather than stop the run
+    # a log in a narrow encoding shows a question mark, and one on a full disk nothing, rather than stop the run
     encoding = getattr(stream, "encoding", None) or "utf-8"
-    stream.write(message.encode(encoding, "replace").decode(encoding) + "\n")
-    stream.flush()
+    try:
+        stream.write(message.encode(encoding, "replace").decode(encoding) + "\n")
+        stream.flush()
+    except BrokenPipeError:
+        raise
+    except OSError:
+        pass
 
 
 def open_screen(stream: TextIO) -> Console:

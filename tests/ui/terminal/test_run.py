@@ -344,3 +344,13 @@ def test_run_started_without_estimates_is_short() -> None:
         method="isolated", seed=0, agents=("a",), edges=(), rounds=1, parameters=10, snapshot_bytes=40
     )  # fmt: skip
     assert shown([event]) == "method isolated, seed 0, 1 agent, 0 edges, 10 parameters, 40 B a snapshot\n"
+
+
+def test_a_log_on_a_full_disk_stops_no_run() -> None:
+    class Full(io.StringIO):
+        def write(self, text: str, /) -> int:
+            raise OSError(28, "No space left on device")
+
+    with ConsoleListener(Full(), terminal=False) as listener:
+        for event in make_events():
+            listener(event)
