@@ -83,5 +83,5 @@ def test_names_that_cannot_be_folders_or_come_twice_are_refused() -> None:
     for bad in ("", "../x", "a b", "x" * 41):
         with pytest.raises(ConfigError, match=r"x\.toml: variants\[0\]\.name: "):
             experiment(variants=[{"name": bad}])
-    with pytest.raises(ConfigError, match=r"variants\[1\] is named 'a' as variants\[0\] is; rename one"):
+    with pytest.raises(ConfigError, match=r"variants\[1\] and variants\[0\] are both named 'a'; rename one"):
         experiment(variants=[{"name": "a"}, {"name": "a"}])
