@@ -1,4 +1,4 @@
-"""The merge methods by name: the stages of each method's merge, and its traits beyond a merge.
+"""The merge methods by name: the stages of each one's merge, and its other traits.
 
 A method that is more than a merge says so here by a trait. The simulator and the agents read only the traits, so that
 their behaviour depends on no method's name.

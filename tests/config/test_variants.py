@@ -64,7 +64,7 @@ def test_a_run_does_not_depend_on_the_variants_beside_it() -> None:
     [
         ([], ["tours"], "unknown method or variant 'tours'"),
         (VARIANTS, ["tours"], "did you mean 'torus'?"),
-        ([{"name": "dimat"}], ["dimat"], "a variant is named 'dimat', which --compare takes for something else"),
+        ([{"name": "dimat"}], ["dimat"], "a variant is named 'dimat', which has another meaning for --compare"),
         ([{"name": "all"}], ["all"], "a variant is named 'all'"),
         ([{"name": "x", "set": {"topology": {"grahp": "ring"}}}], ["x"], "unknown key 'topology.grahp' in the compar"),
         ([{"name": "x", "set": {"topology": {"edges": [["a", "b"]], "graph": "ring"}}}], ["x"], "give one of map"),
