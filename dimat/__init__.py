@@ -1,7 +1,7 @@
 """dimat: a peer-to-peer agent that trains and merges neural networks.
 
-The names below are the library's stable interface. They are handed out lazily, so that `import dimat`
-and the command line answer before torch is loaded.
+The names below are the library's stable interface. They are imported lazily, so that `import dimat` and the command
+line start fast, without loading torch.
 """
 
 import os
@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from dimat.version import __version__ as __version__
 
-# A process that is forked beside an agent (a DataLoader's worker) dies in gRPC's own fork handlers; what it does with
-# gRPC is nothing. Read when gRPC is loaded, so set before that.
+# A process that is forked beside an agent (a DataLoader's worker) dies in gRPC's fork handlers, though it does not use
+# gRPC. The variable is read when gRPC is loaded, so it is set before that.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
 
 _HOME = {

@@ -1,7 +1,7 @@
 """The findings of `dimat advise`: the table of its probes, and the settings to change.
 
-Kept on the lowest floor because the simulator makes them, the terminal shows them, and these two must not know each
-other.
+The module is on the lowest floor because the simulator makes the findings and the terminal shows them, and these two
+must not import each other.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any, cast
 
 @dataclass(frozen=True, slots=True)
 class ProbeRow:
-    """One form of an experiment, in short runs.
+    """One variant of an experiment, measured in short runs.
 
-    `factor` and `option`: what was varied, and how; `values`: the test metric at the end, mean over agents, for each
-    seed; `gain`: its mean over seeds minus that of the form that this factor began with; `noise`: what a gain has to
-    exceed; `mb`: megabytes sent by an agent; `kept`: whether the search went on with it.
+    `factor` and `option`: the factor that was varied and its value; `values`: the final test metric for each seed, mean
+    over agents; `gain`: its mean over seeds minus that of the variant from which this factor started; `noise`: the
+    threshold that a gain has to exceed; `mb`: megabytes sent by an agent; `kept`: whether the search continued with it.
     """
 
     factor: str
@@ -42,13 +42,13 @@ class ProbeRow:
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """What the probes say.
+    """The result of the probes.
 
-    `alone`: the row of training alone, with the loss and the epochs of what is advised; `given`: that of the experiment
-    as it is; `advised`: that of what is advised. `settings`: dotted keys of the experiment → values to give them, none
-    where it is best as it is; `removed`: keys that these replace; `map`: the network map that holds the topology, ""
-    where the experiment does; `probe`: how a probe was shortened; `cost`: what all of them took; `notes`: what was not
-    tried, and what short probes cannot tell.
+    `alone`: the row of training alone, with the loss and the epochs of the advised variant; `given`: the row of the
+    experiment as it is; `advised`: the row of the advised variant. `settings`: dotted keys of the experiment → their
+    new values, empty if the experiment is best as it is; `removed`: keys that these replace; `map`: the network map
+    that holds the topology, "" if the experiment holds it; `probe`: how a probe was shortened; `cost`: the cost of all
+    probes; `notes`: options that were not tried, and limits of short probes.
     """
 
     metric: str
@@ -65,12 +65,12 @@ class Advice:
 
     @property
     def ahead(self) -> bool | None:
-        """Whether what is advised was ahead of training alone; None where seeds cannot tell."""
+        """Whether the advised variant was ahead of training alone; None if the seeds cannot tell."""
         by, noise = self.advised.mean - self.alone.mean, self.alone.noise
         return None if abs(by) <= noise else by > 0
 
     def toml(self) -> str:
-        """Return the lines to put in the experiment's file, in the place of those that are there."""
+        """Return the lines for the experiment's file; they replace the present lines of the same keys."""
         return as_toml(self.settings, self.removed, self.map)
 
     def to_plain(self) -> dict[str, Any]:
@@ -95,7 +95,7 @@ class Advice:
 
 
 def as_toml(settings: Mapping[str, Any], removed: tuple[str, ...] = (), map: str = "") -> str:
-    """Return dotted settings as TOML tables; where `map` is a file, those of the topology are for it, in no table."""
+    """Return dotted settings as TOML tables; if `map` is a file, those of the topology are for it, without a table."""
     tables: dict[str, list[str]] = {}
     for key, value in settings.items():
         table, _, name = key.rpartition(".")

@@ -14,7 +14,7 @@ from torch import Tensor
 from dimat.errors import ConfigError
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-"""Types of forward passes by `train.precision`; fp32 has none."""
+"""Autocast types of forward passes by `train.precision`; fp32 has none."""
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
@@ -24,9 +24,9 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any
 
 
 def resolve_device(name: str, key: str = "train.device") -> torch.device:
-    """Return the device that the setting `key` names; "auto" is cuda where there is one, else cpu.
+    """Return the device that the setting `key` names; "auto" is cuda if there is one, else cpu.
 
-    Raises ConfigError where it cannot be used.
+    Raises ConfigError if the device cannot be used.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -39,7 +39,7 @@ def resolve_device(name: str, key: str = "train.device") -> torch.device:
 
 
 def seeded_streams(seed: int, device: torch.device) -> dict[str, Tensor]:
-    """Return states of the generators that a forward pass draws from (dropout), seeded."""
+    """Return seeded states for the generators from which a forward pass draws (for dropout)."""
     states = {"cpu": torch.Generator().manual_seed(seed).get_state()}
     if device.type == "cuda":
         states["cuda"] = torch.Generator(device).manual_seed(seed).get_state()
@@ -48,7 +48,7 @@ def seeded_streams(seed: int, device: torch.device) -> dict[str, Tensor]:
 
 @contextmanager
 def own_streams(states: dict[str, Tensor], device: torch.device) -> Generator[None]:
-    """Let torch's global generators draw from `states`, which are brought up to date, and put them back."""
+    """Run torch's global generators from `states`, which are updated in place, and then restore the generators."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         set_streams(states, device)
         yield
@@ -56,7 +56,7 @@ def own_streams(states: dict[str, Tensor], device: torch.device) -> Generator[No
 
 
 def current_streams(device: torch.device) -> dict[str, Tensor]:
-    """Return the states of the generators that a forward pass draws from, as they are now."""
+    """Return the current states of the generators from which a forward pass draws."""
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
@@ -64,7 +64,7 @@ def current_streams(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_streams(states: Mapping[str, Tensor], device: torch.device) -> None:
-    """Let the generators that a forward pass draws from go on from these states."""
+    """Set the generators from which a forward pass draws to these states."""
     torch.set_rng_state(states["cpu"])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states["cuda"], device)
@@ -72,9 +72,9 @@ def set_streams(states: Mapping[str, Tensor], device: torch.device) -> None:
 
 @contextmanager
 def streams_kept() -> Generator[None]:
-    """Put the process's global random streams (torch's on all its devices, numpy's, Python's) back to where they are.
+    """Restore the process's global random streams (torch's on all devices, numpy's, Python's) on leaving the context.
 
-    For code that runs inside somebody else's program, whose draws it must not change.
+    For code that runs inside a user's program, whose random draws it must not change.
     """
     cuda = torch.cuda.is_initialized()
     cpu, devices = torch.get_rng_state(), torch.cuda.get_rng_state_all() if cuda else []

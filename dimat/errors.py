@@ -11,7 +11,7 @@ from typing import ClassVar
 
 
 class DimatError(Exception):
-    """Base of all errors raised on purpose. `exit_code` is what a command that fails with it returns."""
+    """Base of all errors raised on purpose. `exit_code` is the exit code of a command that fails with it."""
 
     exit_code: ClassVar[int] = 1
 
@@ -21,7 +21,7 @@ class TrainingError(DimatError):
 
 
 class MergeError(DimatError):
-    """A merge could not be computed; own weights are untouched."""
+    """A merge could not be computed; the agent's own weights are unchanged."""
 
 
 class SymmetryError(DimatError):
@@ -63,7 +63,7 @@ class SecurityError(DimatError):
 
 
 class DataError(DimatError):
-    """A data file, snapshot, checkpoint or run folder is missing, damaged or another's."""
+    """A data file, snapshot, checkpoint or run folder is missing, damaged or belongs to another."""
 
     exit_code = 5
 
@@ -75,19 +75,19 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str], where: str = "") -> str:
-    """Compose the message for a name that is not among the known ones, e.g. a graph or merge method."""
+    """Compose the message for an unknown name, e.g. of a graph or merge method."""
     names = sorted(known)
     place = f" in {where}" if where else ""
     return f"unknown {kind} {name!r}{place}{nearest(name, names)} (known: {', '.join(names)})"
 
 
 def unknown_agent(where: str, name: str, agents: Sequence[str]) -> str:
-    """Compose the message for a name at `where` that is not among the topology's agents, of which there may be many."""
+    """Compose the message for a name at `where` that is not one of the topology's agents, which may be many."""
     advice = nearest(name, agents) or f"; use one of its {len(agents)} agents, e.g. {agents[0]!r}"
     return f"{where}: no agent {name!r} in the topology{advice}"
 
 
 def first_line(error: BaseException) -> str:
-    """Return the kind of an error and the first line of what it says."""
+    """Return an error's class and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

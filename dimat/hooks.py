@@ -21,14 +21,14 @@ from blake3 import blake3
 from dimat.errors import DimatError, HookError, nearest
 
 LONGEST = 300
-"""Characters of an error's text that are repeated."""
+"""Longest part of a user's error message that is repeated, in characters."""
 
 
 def load_hook(spec: str, folder: Path, what: str = "hook", *, anew: bool = False) -> Callable[..., Any]:
-    """Return the function that `spec` names; `what` says in errors what it is for, e.g. "task hook".
+    """Return the function that `spec` names; `what` describes it in errors, e.g. "task hook".
 
-    A file is executed once per process and its module is then reused, unless `anew` is set. Raises HookError with one
-    line: the spec is malformed, the file or module cannot be imported (with the cause), or it has no such function.
+    A file is executed once per process and its module is then reused, unless `anew` is set. Raises HookError, in one
+    line, if the spec is malformed, the file or module cannot be imported (with the cause), or the function is missing.
     """
     source, colon, name = spec.rpartition(":")
     if not colon or not source or not name.isidentifier():
@@ -90,8 +90,11 @@ def _searched(folder: Path) -> Generator[None]:
 
 @contextmanager
 def user_code(what: str, advice: str = "") -> Generator[None]:
-    """Raise HookError that begins with `what` ("task hook 'x.py:f' failed"), and ends with `advice`, for whatever a
-    user's code raises inside: it may even exit. Errors of dimat's own pass, and so does Ctrl-C."""
+    """Turn anything that a user's code raises, even its exit, into a HookError.
+
+    Its message begins with `what` ("task hook 'x.py:f' failed") and ends with `advice`. dimat's own errors and Ctrl-C
+    pass unchanged.
+    """
     try:
         yield
     except (DimatError, KeyboardInterrupt, GeneratorExit):
@@ -101,7 +104,7 @@ def user_code(what: str, advice: str = "") -> Generator[None]:
 
 
 def cause(error: BaseException) -> str:
-    """Return an error's class and what it says, on one line."""
+    """Return an error's class and message, on one line."""
     try:
         text = " ".join(str(error).split())
     except Exception as fault:  # a class of the user's own may fail at that, too

@@ -1,4 +1,4 @@
-"""JSON that every parser reads: numbers that are not finite become null."""
+"""Writes JSON that every parser reads: numbers that are not finite become null."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, cast
 
 
 def to_json(value: Any, **options: Any) -> str:
-    """Return plain values as JSON, whatever the numbers. `options`: of `json.dumps`."""
+    """Return plain values as JSON; numbers that are not finite become null. `options`: of `json.dumps`."""
     try:
         return json.dumps(value, allow_nan=False, **options)
     except ValueError:  # rare, and looking at each number takes longer than writing all of them
@@ -16,7 +16,7 @@ def to_json(value: Any, **options: Any) -> str:
 
 
 def finite(value: Any) -> Any:
-    """Return plain values as JSON has them: what is not finite is None."""
+    """Return plain values with None in place of numbers that are not finite."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

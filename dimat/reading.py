@@ -1,8 +1,8 @@
-"""Reads text, JSON and TOML from files that may hold anything, within bounds.
+"""Reads text, JSON and TOML from untrusted files, within bounds.
 
-What is read is plain values, or one line says why not. A value is plain where nothing that takes it in can be
-surprised: nesting has an end, whole numbers fit into 64 bits, and text is Unicode without NUL. Parsers here raise
-ValueError with the reason alone; readers of files raise the error class that they are handed, with the file's name.
+The result is plain values, or an error that gives the reason in one line. Plain values are safe for all code that
+takes them: nesting is bounded, whole numbers fit into 64 bits, and text is Unicode without NUL. Parsers here raise
+ValueError with the reason alone; readers of files raise the error class that they are given, with the file's name.
 Regular expressions that come from files run for a bounded time.
 """
 
@@ -19,17 +19,17 @@ from dimat.errors import DataError, DimatError
 
 T = TypeVar("T")
 MOST_BYTES = 2**30
-"""Length of a file that is read as a whole."""
+"""Largest file that is read as a whole, in bytes."""
 REGEX_S = 1.0
 """Seconds that a regular expression may take for one text, unless another limit is given."""
 MOST_DEPTH = 64
-"""Tables and lists within each other."""
+"""Deepest nesting of tables and lists."""
 MOST_VALUES = 10_000_000
-"""Values in one tree: YAML can name a list again and again, so that a few lines stand for more than there is memory."""
+"""Most values in one tree: YAML can repeat a list by name, so that a few lines describe more than memory can hold."""
 
 
 def read_text(path: str | Path, error: type[DimatError] = DataError) -> str:
-    """Return the text of a UTF-8 file, without its byte-order mark; `error` where it cannot be read or is no text."""
+    """Return the text of a UTF-8 file, without its byte-order mark; raises `error` if that fails."""
     data = b""
     try:
         with open(path, "rb") as file:
@@ -38,23 +38,28 @@ def read_text(path: str | Path, error: type[DimatError] = DataError) -> str:
             raise error(f"cannot read {path}: it is longer than {MOST_BYTES:,} bytes, the most that is read at once")
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as fault:
-        raise error(f"{path} is no UTF-8 text: byte {fault.start} is 0x{data[fault.start]:02x}; save it so") from None
+        raise error(
+            f"{path} is not UTF-8 text: byte {fault.start} is 0x{data[fault.start]:02x}; save it as UTF-8"
+        ) from None
     except OSError as fault:
         raise error(f"cannot read {path}: {fault.strerror or fault}") from fault
     except ValueError:  # of a name with NUL in it
-        raise error(f"cannot read {str(path)!r}: no file can be called so") from None
+        raise error(f"cannot read {str(path)!r}: no file can have this name") from None
 
 
 def matches(pattern: str, text: str, limit_s: float, *, whole: bool = False) -> bool:
-    """Tell whether a regular expression is found in a text, or is all of it (`whole`). TimeoutError where that takes
-    more than `limit_s` seconds, as it does by some patterns for ever; `regex.error` for one that is none."""
+    """Tell whether a regular expression matches somewhere in a text, or all of it (`whole`).
+
+    Raises TimeoutError if the search takes more than `limit_s` seconds, since some patterns would run for ever, and
+    `regex.error` for a malformed pattern.
+    """
     import regex
 
     return (regex.fullmatch if whole else regex.search)(pattern, text, timeout=limit_s) is not None
 
 
 def read_json(path: str | Path, error: type[DimatError] = DataError) -> Any:
-    """Return the value in a JSON file; `error` where there is none."""
+    """Return the value in a JSON file; raises `error` if it is not valid JSON."""
     text = read_text(path, error)
     try:
         return parse_json(text)
@@ -63,7 +68,7 @@ def read_json(path: str | Path, error: type[DimatError] = DataError) -> Any:
 
 
 def read_table(path: str | Path, error: type[DimatError] = DataError) -> dict[str, Any]:
-    """Return the table (object) in a JSON file; `error` where there is none."""
+    """Return the table (object) in a JSON file; raises `error` if it holds no table."""
     found = read_json(path, error)
     if not isinstance(found, dict):
         raise error(f"{path} is not a JSON table but {_kind(found)}")
@@ -71,15 +76,17 @@ def read_table(path: str | Path, error: type[DimatError] = DataError) -> dict[st
 
 
 def parse_json(text: str | bytes, *, finite: bool = False) -> Any:
-    """Return the value of a JSON text; ValueError with the reason where there is none. `finite`: NaN and infinities,
-    which are no JSON though Python writes them, are refused too."""
+    """Return the value of a JSON text; raises ValueError with the reason if it is not valid.
+
+    `finite`: also refuse NaN and infinities, which are not JSON although Python writes them.
+    """
     if finite:
         return _parsed(lambda: json.loads(text, parse_constant=_refused, parse_float=_finite), text=False)
     return _parsed(lambda: json.loads(text), text=False)
 
 
 def parse_toml(text: str) -> dict[str, Any]:
-    """Return the table of a TOML text; ValueError with the reason where there is none."""
+    """Return the table of a TOML text; raises ValueError with the reason if it is not valid."""
     return _parsed(lambda: tomllib.loads(text), text=True)
 
 
@@ -96,11 +103,11 @@ def _parsed(parse: Callable[[], Any], *, text: bool) -> Any:
         raise
 
 
-_LARGE = "holds a whole number that 64 bits do not hold"
+_LARGE = "holds a whole number that does not fit into 64 bits"
 
 
 def as_type(kind: type[T], value: Any) -> T:
-    """Return plain values as a dataclass with all that is in it; ValueError, in one line, where they are none."""
+    """Return plain values as a dataclass, nested ones included; raises ValueError, in one line, if they do not fit."""
     from pydantic import TypeAdapter, ValidationError
 
     try:
@@ -117,8 +124,10 @@ def _adapter(adapter: Callable[[Any], Any], kind: type) -> Any:
 
 
 def check_plain(tree: Any, *, text: bool = False) -> Any:
-    """Return plain values as they are; ValueError, which says where, for what is beyond the bounds of this module.
-    `text`: texts are looked at too."""
+    """Return plain values unchanged; raises ValueError, with the place, for values outside this module's bounds.
+
+    `text`: check texts too.
+    """
     left: list[tuple[Any, _Place, int]] = [([tree], None, -1)]
     seen = 0
     while left:
@@ -145,11 +154,11 @@ def check_plain(tree: Any, *, text: bool = False) -> Any:
 
 
 _Place = tuple[Any, Any] | None
-"""Where a value stands: (place of the table or list that holds it, key or number in there); None at the top."""
+"""Place of a value: (place of the table or list that holds it, key or index in it); None at the top."""
 
 
 def _shown(place: _Place, key: Any) -> str:
-    """Return a place as one would write it: `models[3].weight`; the first key is that of the list around the tree."""
+    """Return a place as users write it: `models[3].weight`; the first key is that of the list around the tree."""
     parts = [key]
     while place is not None:
         place, key = place
@@ -166,18 +175,18 @@ def _check_text(value: str, place: _Place, key: Any) -> None:
     except UnicodeEncodeError:
         written = value.encode(errors="surrogateescape" if _from_bytes(value) else "backslashreplace")
         raise ValueError(
-            f"{_shown(place, key)} is not UTF-8 text ({written!r:.80}); write it in UTF-8: a file that is named "
-            "otherwise can be renamed, or given by a symbolic link"
+            f"{_shown(place, key)} is not UTF-8 text ({written!r:.80}); write it in UTF-8: a file with such a name "
+            "can be renamed, or given by a symbolic link"
         ) from None
 
 
 def _from_bytes(value: str) -> bool:
-    """Tell whether a text stands for bytes, as names of files that are no UTF-8 do."""
+    """Tell whether a text encodes raw bytes, as Python does for file names that are not UTF-8."""
     return all("\udc80" <= letter <= "\udcff" for letter in value if "\ud800" <= letter <= "\udfff")
 
 
 def _refused(name: str) -> float:
-    raise ValueError(f"it holds {name}, which is no number")
+    raise ValueError(f"it holds {name}, which is not a number in JSON")
 
 
 def _finite(digits: str) -> float:

@@ -7,14 +7,14 @@
 
 A keyword-only argument of a registered function is an **option**, settable in the configuration and checked against
 its annotation (any type that pydantic knows: `Annotated[int, Field(ge=1)] | None`, `Literal["a", "b"]`, …), or, if
-the registry names it so, **context** that the caller hands in where the function asks for it. What callers have to
-know before they call a function stands beside its name as a **trait**, `register("fisher", statistics=…)`. Options
-that several functions share are one class (see `SharedOptions`). An option may also be a **group**, a pydantic model
-given as a table; `register("hf-causal-lm", moved={"test": "data.test"})` still reads the flat keys of older files into
-it. `bind` checks options once, for any number of calls.
+the registry lists its name, **context** that the caller passes to functions that ask for it. Facts that callers need
+before they call a function are **traits**, given at registration: `register("fisher", statistics=…)`. Options that
+several functions share form one class (see `SharedOptions`). An option may also be a **group**, a pydantic model given
+as a table; with `register("hf-causal-lm", moved={"test": "data.test"})` the flat keys of older files are still read
+into it. `bind` checks options once, for any number of calls.
 
-With a package, a registry fills itself by importing the package's modules, so that a new function touches no other
-file.
+A registry with a package fills itself by importing the package's modules, so that a new function needs no change in
+any other file.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Entry:
-    """One registered name: what it is, in a line, and its options with their defaults."""
+    """One registered name, with a one-line summary and its options with their defaults."""
 
     name: str
     summary: str
@@ -61,21 +61,21 @@ class OptionNames:
 
 
 NAMES = "option_names"
-"""The argument by which a function with groups is given its `OptionNames`, for its own errors."""
+"""The argument that passes `OptionNames` to a function with groups, for its own error messages."""
 
 
 class SharedOptions:
     """Base of frozen dataclasses whose fields are options that several functions share.
 
-    A keyword-only argument whose default is an instance stands for one option per field, by the field's name and with
-    the instance's value as its default; the function gets an instance.
+    A keyword-only argument whose default is an instance defines one option per field, with the field's name and the
+    instance's value as its default; the function receives an instance.
     """
 
 
 @dataclass(frozen=True)
 class Bound(Generic[R]):
-    """A registered function with checked options. `options`: those that were given; `settings`: all of them, in
-    the types that they are declared in; `asks`: its other keyword arguments; `traits`: what it was registered with."""
+    """A registered function with checked options. `options`: those that were given; `settings`: all of them,
+    converted to their declared types; `asks`: its other keyword arguments; `traits`: those of its registration."""
 
     name: str
     options: Mapping[str, Any]
@@ -88,8 +88,10 @@ class Bound(Generic[R]):
     _missing: Callable[[str], ConfigError] = field(repr=False, compare=False)
 
     def __call__(self, *args: Any, **context: Any) -> R:
-        """Call the function with `args`, its options, and what it asks for of `context`; the registry's error where
-        it needs an option that nobody gave."""
+        """Call the function with `args`, its options, and the parts of `context` that it asks for.
+
+        Raises the registry's error if a required option was not given.
+        """
         for key in self._needs:
             if key not in context:
                 raise self._missing(key)
@@ -98,9 +100,12 @@ class Bound(Generic[R]):
 
 
 class Registry(Generic[R]):
-    """Named functions that return an `R`. `kind` ("graph", "task", …) is how messages call them; `package` is scanned
-    when a name is first asked for; names in `context` are never options; `traits`: which traits functions may have,
-    and the values of those that are left out; faults raise `error`."""
+    """Named functions that return an `R`.
+
+    `kind` ("graph", "task", …): their name in messages; `package`: scanned when a name is first asked for; `context`:
+    names of arguments that are never options; `traits`: the traits that functions may have, with their default values;
+    `error`: raised for all faults.
+    """
 
     def __init__(
         self,
@@ -123,12 +128,14 @@ class Registry(Generic[R]):
         self._lock = threading.RLock()
 
     def register(self, name: str, **traits: Any) -> Callable[[F], F]:
-        """Return a decorator that makes a function known as `name`; an error where the name is taken. `traits`: what
-        is to be known of it beyond its signature; "moved": flat keys of options that stand in groups now."""
+        """Return a decorator that registers a function as `name`; raises the registry's error if the name is taken.
+
+        `traits`: facts about it beyond its signature; "moved": flat keys of options that are now in groups.
+        """
         for trait in traits:
             if trait not in self._defaults:
                 known = ", ".join(sorted(self._defaults))
-                raise self.error(f"{self.kind} {name!r} declares {trait!r}, which is none of its traits ({known})")
+                raise self.error(f"{self.kind} {name!r} has no trait {trait!r} (known: {known})")
 
         def enter(function: F) -> F:
             if self._functions.get(name, function) is not function:
@@ -157,7 +164,7 @@ class Registry(Generic[R]):
         return {**self._defaults, **self._traits[name]}
 
     def options(self, name: str) -> dict[str, Any]:
-        """Return the options of a function and their defaults (`inspect.Parameter.empty` where it has none)."""
+        """Return the options of a function and their defaults (`inspect.Parameter.empty` for none)."""
         return {option.key: option.default for option in _options(self.get(name), self.context).values()}
 
     def entries(self) -> list[Entry]:
@@ -169,7 +176,7 @@ class Registry(Generic[R]):
         ]
 
     def check(self, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Check name and options and return the options as their annotations have them."""
+        """Check name and options; return the options converted to their annotated types."""
         return self._checked(name, options)[0]
 
     def bind(self, name: str, options: Mapping[str, Any]) -> Bound[R]:
@@ -189,7 +196,7 @@ class Registry(Generic[R]):
         return Bound(name, dict(options), settings, frozenset(open_to), traits, function, arguments, needs, missing)
 
     def call(self, name: str, options: Mapping[str, Any], *args: Any, **context: Any) -> R:
-        """Call a function with `args`, its options, and those of `context` that it asks for and options do not set."""
+        """Call a function with `args`, its options, and those of `context` that it asks for and no option sets."""
         return self.bind(name, options)(*args, **context)
 
     def _checked(self, name: str, options: Mapping[str, Any]) -> tuple[dict[str, Any], OptionNames]:
@@ -201,9 +208,9 @@ class Registry(Generic[R]):
     def _scan(self) -> None:
         if self._scanned:
             return
-        with self._lock:  # who asks meanwhile, in another thread, waits until all names are there
+        with self._lock:  # another thread that asks meanwhile waits until all names are there
             if not self._scanning:
-                self._scanning = True  # first: what is imported may ask for names itself
+                self._scanning = True  # first: an imported module may ask for names itself
                 for module in iter_modules(import_module(self.package).__path__):
                     import_module(f"{self.package}.{module.name}")
                 self._scanned = True
@@ -218,10 +225,10 @@ def keywords(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 def regroup(
     options: Mapping[str, Any], moved: Mapping[str, str], where: str, error: type[ConfigError] = ConfigError
 ) -> tuple[dict[str, Any], OptionNames]:
-    """Put flat keys into the groups that they belong to now, and return the options and how their keys were written.
+    """Move flat keys into the groups that they belong to now; return the options, and their keys as written.
 
-    `moved`: flat key → "group.key". A flat key that is the group's own name is one unless it holds a table. Raises
-    `error` where an option is given in both ways.
+    `moved`: flat key → "group.key". A key that is also the group's name counts as flat unless it holds a table. Raises
+    `error` if an option is given in both ways.
     """
     grouped = dict(options)
     flat = {key: value for key, value in options.items() if key in moved}
@@ -236,9 +243,7 @@ def regroup(
             continue  # its type is refused when options are checked
         table = cast("Mapping[str, Any]", held)
         if inner in table:
-            raise error(
-                f"{where}: the options {key!r} and {moved[key]!r} are one and the same; give {moved[key]!r} alone"
-            )
+            raise error(f"{where}: the options {key!r} and {moved[key]!r} are the same; give only {moved[key]!r}")
         grouped[group] = {**table, inner: value}
     return grouped, OptionNames({moved[key]: key for key in flat})
 
@@ -269,7 +274,7 @@ def _options(function: Callable[..., Any], context: frozenset[str]) -> dict[str,
 
 
 def _arguments(known: Mapping[str, _Option], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keyword arguments that options are."""
+    """Return options as keyword arguments of their function."""
     arguments: dict[str, Any] = {}
     for key, value in given.items():
         shared = known[key].shared
@@ -291,8 +296,8 @@ def check_options(
 ) -> dict[str, Any]:
     """Check options against the keyword-only arguments of a function: names, then types; return them converted.
 
-    Raises `error` that names `where`, the option as the user wrote it (`names`), and the nearest known one or what its
-    type asks for.
+    Raises `error` with `where`, the option as the user wrote it (`names`), and the nearest known name or the values
+    that its type allows.
     """
     known = _options(function, context)
     checked: dict[str, Any] = {}
@@ -332,7 +337,7 @@ def _converted(
 
 
 def _explained(fault: ValidationError, option: str, annotation: Any, value: Any, names: OptionNames) -> str:
-    """Say in a line what is wrong with an option, or with which key of a group."""
+    """Describe in a line the fault of an option, or of a key of a group."""
     faults = fault.errors(include_url=False)
     first = next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])
     path, known = option, fields_of(annotation)
@@ -347,7 +352,7 @@ def _explained(fault: ValidationError, option: str, annotation: Any, value: Any,
 
 
 def fields_of(annotation: Any) -> dict[str, Any]:
-    """Return the fields of a group, name → annotation, where one is annotated, alone or beside None; else none."""
+    """Return the fields of an annotated group (alone or with None), name → annotation; empty for any other type."""
     from pydantic import BaseModel
 
     for kind in (annotation, *getattr(annotation, "__args__", ())):

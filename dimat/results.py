@@ -1,6 +1,6 @@
 """The schema of `results.json`, written by the simulator and read by the report.
 
-Kept on the lowest floor because both sides need it and must not know each other.
+The module is on the lowest floor because both sides need it and must not import each other.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dimat.reading import read_table
 
 FORMAT = 1
 ONE_SEED = 0.02
-"""A difference that one seed can tell: standard deviations over seeds were .01 to .03 in what was measured
+"""Smallest difference that one seed can tell: measured standard deviations over seeds were .01 to .03
 (docs/results.md)."""
 
 
@@ -35,7 +35,7 @@ class AgentRound(ResultsModel):
     round: int
     agent: str
     loss: float | None
-    """Mean training loss of the round; None where it had no training."""
+    """Mean training loss of the round; None if the round had no training."""
     before: float | None
     after: float | None
     heard: int
@@ -50,11 +50,11 @@ class AgentRound(ResultsModel):
     time_s: float
     """Virtual seconds at the end of the round."""
     push_weight: float | None = None
-    """Push-sum weight after the merge, where the mixing keeps one."""
+    """Push-sum weight after the merge, if the mixing keeps one."""
 
     @classmethod
     def of(cls, finished: RoundFinished, metric: str) -> AgentRound:
-        """Return the row of a round that is over; the distance between the agents is filled in once all are."""
+        """Return the row of a finished round; the consensus distance is filled in once all agents have finished it."""
         return cls(
             before=finished.before.get(metric),
             after=finished.after.get(metric),
@@ -64,29 +64,32 @@ class AgentRound(ResultsModel):
 
 
 _DERIVED = ("before", "after", "consensus_distance")
-"""Fields of a row that are not as the end of the round tells them."""
+"""Fields of a row that are not copied from `RoundFinished`."""
 
 
 class Timeline(ResultsModel):
-    """A metric over virtual time and over traffic. From `time_s[i]` on it is `value[i]`, the mean over agents of the
-    newest merged model that each has, and an agent has fetched `mb[i]` megabytes (10⁶ bytes) on average."""
+    """A metric over virtual time and over traffic.
+
+    From `time_s[i]` on the metric is `value[i]`, the mean over agents of their newest merged models, and an agent has
+    fetched `mb[i]` megabytes (10⁶ bytes) on average.
+    """
 
     time_s: list[float] = []
     mb: list[float] = []
     value: list[float] = []
 
     def reaches(self, target: float) -> int | None:
-        """Return the place at which the metric is first at least `target`; None if it never is."""
+        """Return the first index at which the metric is at least `target`; None if it never is."""
         return next((i for i, value in enumerate(self.value) if value >= target), None)
 
     @property
     def a_second_a_round(self) -> bool:
-        """Whether time tells no more than the number of the merge does."""
+        """Whether merge number n ends at second n, so that time tells no more than the number."""
         return all(abs(time - number) < 1e-6 for number, time in enumerate(self.time_s, 1))
 
 
 class Results(ResultsModel):
-    """One run: its configuration, who held what, and a row per agent and round."""
+    """One run: its configuration, the agents' data, and a row per agent and round."""
 
     format: int = FORMAT
     version: str
@@ -94,7 +97,7 @@ class Results(ResultsModel):
     method: str
     seed: int
     status: str
-    """"done", "stopped" (by the user; the rows are those of complete rounds) or "failed"."""
+    """"done", "stopped" (by the user; rows of complete rounds only) or "failed"."""
     config: dict[str, Any]
     agents: list[str]
     edges: list[tuple[str, str]]
@@ -141,7 +144,7 @@ class Results(ResultsModel):
 
 
 def round_summary(run: str, rows: Sequence[AgentRound], rounds: int, mb_sent: float) -> RoundSummary:
-    """Return the line that sums up one complete round of a run of `rounds`, from its agents' rows."""
+    """Return the summary of one complete round of a run of `rounds`, from its agents' rows."""
 
     def mean(values: list[float]) -> float | None:
         return sum(values) / len(values) if values else None
@@ -166,7 +169,7 @@ def round_summary(run: str, rows: Sequence[AgentRound], rounds: int, mb_sent: fl
 
 
 def read_results(run_dir: str | Path) -> Results:
-    """Read `results.json` of a run folder; DataError where it is missing, damaged or of another format."""
+    """Read `results.json` of a run folder; DataError if it is missing, damaged or of another format."""
     file = Path(run_dir) / "results.json"
     if not file.exists():
         raise DataError(f"no results in {run_dir}: it has no {file.name}; give the folder of a finished run")
@@ -175,12 +178,12 @@ def read_results(run_dir: str | Path) -> Results:
     except ValidationError as error:
         raise DataError(f"{file} is damaged or of another version: {error.errors()[0]['msg']}") from None
     if results.format != FORMAT:
-        raise DataError(f"{file} has format {results.format}, this dimat reads {FORMAT}")
+        raise DataError(f"{file} has format {results.format}, but this version of dimat reads format {FORMAT}")
     return results
 
 
 def mean_timeline(runs: Sequence[Timeline]) -> Timeline:
-    """Return the mean of several runs' timelines, from when each of them has begun."""
+    """Return the mean of several runs' timelines, from the time at which all have begun."""
     times = sorted({time for run in runs for time in run.time_s})
     begun = max((run.time_s[0] for run in runs if run.time_s), default=0.0)
     points: list[tuple[float, float, float]] = []
@@ -208,9 +211,9 @@ class MethodCurve(ResultsModel):
     curves: list[list[float]] = []
     timeline: Timeline = Timeline()
     unlike: list[str] = []
-    """Settings of training in which these runs differ from those of `isolated` beside them."""
+    """Settings of training in which these runs differ from the runs of `isolated` in the same comparison."""
     next_step: str = ""
-    """What to try next where this method is not ahead of training alone."""
+    """Advice on the next step, if this method is not ahead of training alone."""
 
     def rounds_to(self, target: float) -> int | None:
         """Return the first merge after which the mean metric is at least `target`; None if it never is."""
@@ -228,13 +231,13 @@ class MethodCurve(ResultsModel):
 
 
 class Comparison(ResultsModel):
-    """Methods side by side: `splits[split][method]`. Where the method "centralised" is there, it is the ceiling."""
+    """Methods side by side: `splits[split][method]`. The method "centralised", if present, is the ceiling."""
 
     metric: str
     splits: dict[str, dict[str, MethodCurve]]
 
     def target(self, split: str, share: float = 0.9) -> float | None:
-        """Return `share` of the ceiling's best mean metric; None where the ceiling was not run."""
+        """Return `share` of the ceiling's best mean metric; None if the ceiling was not run."""
         ceiling = self.splits[split].get(CEILING)
         return share * max(ceiling.after_merge) if ceiling is not None and ceiling.after_merge else None
 

@@ -1,6 +1,6 @@
-"""Seeds derived from one experiment seed: no two draws share a stream, none is hidden.
+"""Derives all seeds from one experiment seed: no two draws share a stream, none is hidden.
 
-Every random draw in dimat comes from a generator that is handed in; these helpers make those generators.
+Every random draw in dimat comes from a generator that is passed in; these helpers make those generators.
 A derived seed is the first 8 bytes of blake3 over the root seed and a path of names: stable across
 platforms, Python versions and worker processes.
 """

@@ -79,6 +79,6 @@ def test_a_person_sees_the_table_the_lines_and_the_cost() -> None:
     assert ["start", "own", "0.600", "±", "0.141", "0.050", "1.50", "kept"] in table
     assert ["shared", "0.400", "±", "0.000", "1.50"] in table
     assert lines[lines.index("[train]") + 1] == 'loss = "auto"'
-    assert "a probe: a probe; all of them: 2 runs" in lines
+    assert "one probe: a probe; all of them: 2 runs" in lines
     assert lines[-1] == "note: careful\\x1b[1m"
     assert AS_IT_IS in advice_lines(advice(0.6))

@@ -22,11 +22,11 @@ from dimat.errors import ConfigError
 
 _NO_FOLDER = re.compile(r"[/\\\x00-\x1f\x7f\ud800-\udfff]")
 MOST_NAME = 200
-"""Bytes of a run's name: file systems take names of 255, and some files are called after the run and more."""
+"""Longest name of a run, in bytes: file systems allow 255, and the names of some files extend the run's name."""
 
 
 class TopologyConfig(Tree):
-    """Who exchanges weights with whom, and with what mixing weights. Exactly one source of the graph."""
+    """Who exchanges weights with whom, and with which mixing weights. The graph has exactly one source."""
 
     map: str | None = None
     """Network map file (TOML) whose tables replace this one; a path, relative to the experiment's folder."""
@@ -35,7 +35,7 @@ class TopologyConfig(Tree):
     edges: tuple[tuple[str | int, str | int], ...] | None = None
     """Explicit undirected edges between agents (names or indices)."""
     file: str | None = None
-    """GraphML, GML, node-link JSON, edge list, map TOML or {connectivity, pi} JSON; a path."""
+    """Path of a file with the graph: GraphML, GML, node-link JSON, edge list, map TOML or {connectivity, pi} JSON."""
     python: str | None = None
     """`file.py:function` that returns a networkx graph."""
     agents: Annotated[int, Field(ge=1)] | None = None
@@ -48,9 +48,9 @@ class TopologyConfig(Tree):
     """Mixing weights: "metropolis", "max-degree", "uniform", "samples", "matrix", "push-sum"; option lazy in
     [0, 1)."""
     most_agents: Annotated[int, Field(ge=1)] = 10_000
-    """Bound of the number of agents, so that a digit too many is told before it takes all memory. Raise it for more."""
+    """Largest number of agents allowed, so that a mistyped number is refused before it takes all memory."""
     most_links: Annotated[int, Field(ge=1)] = 1_000_000
-    """Bound of the number of links of a graph. Raise it for more: a link takes about 1 kB of memory."""
+    """Largest number of links allowed in a graph; a link takes about 1 kB of memory."""
 
     @model_validator(mode="after")
     def _one_source(self) -> TopologyConfig:
@@ -81,13 +81,13 @@ class PartitionConfig(Tree):
 
 
 class AgentModels(Tree):
-    """The model of some agents, where it is not that of the others."""
+    """The model of some agents, if it differs from the others' model."""
 
     agents: Annotated[tuple[str, ...], Field(min_length=1)]
     """Names of the agents."""
     options: Options = Field(default_factory=dict)
-    """Options of the task that choose their model, e.g. { model = "mlp" }; over those of `task.options`. What changes
-    the data is refused."""
+    """Options of the task that choose their model, e.g. { model = "mlp" }; they override `task.options`. Options that
+    change the data are refused."""
 
 
 class TaskConfig(Tree):
@@ -103,8 +103,8 @@ class TaskConfig(Tree):
     partition: PartitionConfig = PartitionConfig()
     """How the training data are split among the agents."""
     models: tuple[AgentModels, ...] = ()
-    """Agents with models of their own, where no weights are exchanged (methods "distil" and "isolated"), such as
-    { agents = ["lab-a"], options = { model = "mlp" } }. The same in every agent's file."""
+    """Agents with models of their own, such as { agents = ["lab-a"], options = { model = "mlp" } }; only for methods
+    that exchange no weights ("distil" and "isolated"). Must be the same in every agent's file."""
 
     @model_validator(mode="after")
     def _one_source(self) -> TaskConfig:
@@ -114,7 +114,7 @@ class TaskConfig(Tree):
         for i, entry in enumerate(self.models):
             for agent in entry.agents:
                 if agent in placed:
-                    raise ValueError(f"models[{i}] names agent {agent!r}, and so does models[{placed[agent]}]")
+                    raise ValueError(f"models[{i}] and models[{placed[agent]}] both name agent {agent!r}; remove one")
                 placed[agent] = i
         return self
 
@@ -125,21 +125,21 @@ class TaskConfig(Tree):
 
 
 class DistilConfig(Tree):
-    """Distillation at a first merge: own labels, and the mean logits of own and peers' old models, on own examples."""
+    """Distillation at a first merge, from the mean logits of the agent's and its peers' old models."""
 
     steps: Annotated[int, Field(ge=1)] = 80
-    """Optimizer steps."""
+    """Optimizer steps, on the agent's own examples."""
     weight: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Share of the loss that is by the teachers' logits; the rest is `train.loss` of own labels."""
+    """Share in [0, 1] of the loss on the teachers' logits; the rest is `train.loss` on the agent's own labels."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
-    """By which both sides' logits are divided."""
+    """Temperature by which the logits of teachers and student are divided."""
 
 
 class MapChange(Tree):
-    """Another topology from some round on, as after an operator's change of the network map."""
+    """A change to another topology at some round, as after an operator's change of the network map."""
 
     round: Annotated[int, Field(ge=2)]
-    """First round of the new topology."""
+    """First round that uses the new topology."""
     topology: TopologyConfig
     """The new topology, of the same agents."""
 
@@ -150,36 +150,37 @@ class ScheduleConfig(Tree):
     rounds: Annotated[int, Field(ge=0)] = 10
     """Number of rounds (a round: train, publish, gather, merge); 0 = until `target`, `max_time_s` or Ctrl-C."""
     mixing_steps: Annotated[int, Field(ge=1)] = 1
-    """Exchanges and merges after each training: more bring a sparse network nearer to its mean (mode "sync"). Each is a
-    round of its own in logs, which count to `rounds` × `mixing_steps`."""
+    """Exchanges and merges after each training; more of them bring a sparse network nearer to its mean (mode "sync").
+    Logs count each as a round of its own, up to `rounds` × `mixing_steps`."""
     round_deadline_s: Annotated[float, Field(gt=0)] = 600.0
-    """Seconds that an agent waits for its peers' snapshots once its own training of a round is over; then it goes on
-    with those that have arrived. To be longer than the slowest agent trains more than the quickest."""
+    """Seconds that an agent waits for its peers' snapshots after its own training of a round; then it merges those that
+    have arrived. It should exceed the difference in training time between the slowest and the fastest agent."""
     mode: Literal["sync", "async"] = "sync"
     """"sync": agents merge their peers' snapshots of the same round; "async": the newest ones, without waiting."""
     min_peers: Annotated[int, Field(ge=0)] = 0
-    """Fewest peers whose snapshots a merge needs. It waits for them until the deadline; with fewer an agent keeps its
-    own weights."""
+    """Smallest number of peers' snapshots for a merge. An agent waits for them until the deadline; with fewer, it keeps
+    its own weights."""
     max_staleness: Annotated[int, Field(ge=0)] = 4
-    """Rounds that a peer's newest snapshot may be behind (mode "async")."""
+    """Largest number of rounds that a peer's newest snapshot may be behind (mode "async")."""
     staleness_decay: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Factor on a peer's weight for each round that it is behind; the rest goes to self (mode "async")."""
+    """Factor on a peer's mixing weight for each round that it is behind; the agent itself gets the rest (mode
+    "async")."""
     join: Literal["adopt", "align"] = "adopt"
-    """How a newcomer joins a living network: "adopt" a neighbour's weights, or "align": keep its own, permuted
+    """How a newcomer joins a running network: "adopt" a neighbour's weights, or "align": keep its own weights, permuted
     into the network's basis. With method "distil", which exchanges no weights, it always keeps its own."""
     first_merge: Literal["align", "adopt", "adopt-distil"] = "align"
-    """Where agents begin with weights of their own: how one takes over another's basis. "align": it permutes its own
-    weights; "adopt": it takes over the other's weights whole, as a basis that needs no alignment; "adopt-distil": that,
-    and what its own model and its neighbours' knew is carried over by `distil`."""
+    """How an agent takes over another's basis, if agents begin with weights of their own. "align": it permutes its own
+    weights; "adopt": it replaces its weights by the other's, a basis that needs no alignment; "adopt-distil": the same,
+    and then distils its own old model and its neighbours' into the new weights (see `distil`)."""
     first_merge_rounds: Annotated[int, Field(ge=1)] = 8
-    """Rounds, from the first, in which weights are taken over with a basis; a basis spreads by a link a round. Later
-    ones are taken over by "align", so that nobody's weights are lost where parts of a network meet again."""
+    """Number of first rounds in which agents adopt weights with a basis; a basis spreads by one link per round. Later,
+    agents take over a basis by "align", so that no weights are lost when parts of a network meet again."""
     distil: DistilConfig = DistilConfig()
     """The distillation of first_merge = "adopt-distil"."""
     join_wait_s: Annotated[float, Field(gt=0)] = 10.0
-    """Seconds for which a newcomer listens for a living network before it founds one."""
+    """Seconds for which a newcomer listens for a running network before it starts one."""
     target: Annotated[float, Field()] | None = None
-    """An agent stops once its test metric after a merge is at least this."""
+    """An agent stops once its test metric after a merge reaches this value."""
     max_time_s: Annotated[float, Field(gt=0)] | None = None
     """Time in seconds (virtual in the simulator) at which an agent finishes its round and stops."""
     final_merge: bool = False
@@ -187,11 +188,11 @@ class ScheduleConfig(Tree):
     final_merge_peers: Annotated[int, Field(ge=1)] = 1
     """k of that Base-(k+1) graph: peers per agent and round."""
     changes: tuple[MapChange, ...] = ()
-    """Other topologies from later rounds on, in order of their rounds."""
+    """Other topologies for later rounds, in order of their first rounds."""
 
     @property
     def adopt_rounds(self) -> int:
-        """Rounds, from the first, in which bases are taken over with the weights in them; 0 for none."""
+        """Number of first rounds in which agents adopt weights with a basis; 0 for none."""
         return 0 if self.first_merge == "align" else self.first_merge_rounds
 
     @model_validator(mode="after")
@@ -205,7 +206,7 @@ class ScheduleConfig(Tree):
         starts = [change.round for change in self.changes]
         for i, (before, after) in enumerate(pairwise(starts), start=1):
             if after <= before:
-                raise ValueError(f"changes[{i}] is of round {after}, after one of round {before}; put them in order")
+                raise ValueError(f"changes[{i}] has round {after}, the one before it {before}; put them in order")
         return self
 
     @property
@@ -214,16 +215,16 @@ class ScheduleConfig(Tree):
         return self.rounds * self.mixing_steps
 
     def learns(self, exchange: int) -> bool:
-        """Whether agents train before an exchange (from 1); they do not before the further ones of a round, nor before
-        those of the final merge."""
+        """Whether agents train before an exchange (counted from 1): only before a round's first exchange, and never
+        before those of the final merge."""
         return self.begins_round(exchange) and not self._is_final(exchange)
 
     def begins_round(self, exchange: int) -> bool:
-        """Whether an exchange is the first one of its round; each of the final merge is one by itself."""
+        """Whether an exchange is the first of its round; each exchange of the final merge is a round by itself."""
         return (exchange - 1) % self.mixing_steps == 0 or self._is_final(exchange)
 
     def ends_round(self, exchange: int) -> bool:
-        """Whether an exchange is the last one of its round."""
+        """Whether an exchange is the last of its round."""
         return exchange % self.mixing_steps == 0 or self._is_final(exchange)
 
     def _is_final(self, exchange: int) -> bool:
@@ -252,7 +253,7 @@ class ExperimentConfig(Tree):
     """One experiment."""
 
     run: Annotated[str, BeforeValidator(_run_name)] = "run"
-    """Name of the run; names its folder, so that it holds no `/`, `\\` or control characters."""
+    """Name of the run and of its folder; must not hold `/`, `\\` or control characters."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Root of all random draws: initialisations, partition, batches, augmentation, schedules."""
     topology: TopologyConfig = TopologyConfig()
@@ -270,22 +271,22 @@ class ExperimentConfig(Tree):
     agent: AgentConfig = AgentConfig()
     """A real agent."""
     exchange: ExchangeConfig = ExchangeConfig()
-    """How weights travel between real agents."""
+    """How weights are sent between real agents."""
     dht: DhtConfig = DhtConfig()
     """How real agents find each other."""
     monitor: MonitorConfig = MonitorConfig()
-    """Who watches the run."""
+    """Metrics, experiment trackers and the dashboard."""
     variants: tuple[VariantConfig, ...] = ()
     """Other forms of this experiment, for `--compare`."""
     folder: Annotated[str, Field(exclude=True)] = "."
-    """Folder that relative paths are taken from; set when a file is read."""
+    """Folder to which relative paths refer; set when a file is read."""
 
     @property
     def optimizer_state(self) -> Literal["fresh", "kept", "merged"]:
-        """The optimizer's state over a merge: as `train` says, or as the merge method has it.
+        """The treatment of the optimizer's state at a merge: as `train` says, or the merge method's default.
 
-        Moments are of use beside a kind of mean (`WITH_MOMENTS`); other combine methods make weights that have other
-        gradients.
+        Moments help combine methods that take a kind of mean (`WITH_MOMENTS`); the weights that other methods make
+        have other gradients.
         """
         preset, combine = self.merge.preset, self.merge.combine
         helps = (preset.combine if combine is None else combine.name) in WITH_MOMENTS
@@ -293,11 +294,11 @@ class ExperimentConfig(Tree):
 
     @property
     def join(self) -> Literal["adopt", "align"]:
-        """How a newcomer joins: as `schedule` says, or with its own weights where none are exchanged."""
+        """How a newcomer joins: as `schedule` says, or with its own weights if no weights are exchanged."""
         return "align" if self.merge.preset.shares == "logits" else self.schedule.join
 
     def of_agent(self, agent: str) -> ExperimentConfig:
-        """Return the experiment as an agent has it, with its own model (`task.models`)."""
+        """Return an agent's view of the experiment, with its own model (`task.models`)."""
         return self.model_copy(update={"task": self.task.of_agent(agent)}) if self.task.models else self
 
     @model_validator(mode="before")
@@ -310,7 +311,7 @@ class ExperimentConfig(Tree):
         lr = self.train.lr_schedule.name
         if self.schedule.rounds == 0 and lr != "constant":
             raise ValueError(
-                f"train.lr_schedule {lr!r} goes over all rounds, but schedule.rounds = 0 has no end; "
+                f"train.lr_schedule {lr!r} spans all rounds, but schedule.rounds = 0 has no end; "
                 'give a number of rounds or use "constant"'
             )
         if self.schedule.target is not None and self.simulate.evaluate == "none":
@@ -325,13 +326,13 @@ class ExperimentConfig(Tree):
         names = [variant.name for variant in self.variants]
         for i, name in enumerate(names):
             if name in names[:i]:
-                raise ValueError(f"variants[{i}] is named {name!r} as variants[{names.index(name)}] is; rename one")
+                raise ValueError(f"variants[{i}] and variants[{names.index(name)}] are both named {name!r}; rename one")
         return self
 
 
 def agent_folder(config: ExperimentConfig, agent: str) -> Path:
-    """Return where an agent keeps its things: `agent.folder`, from the configuration file's own folder on, or one named
-    after run and agent. ConfigError where no folder can be named so."""
+    """Return an agent's folder: `agent.folder`, relative to the configuration file's folder, or one named after run and
+    agent. Raises ConfigError if no folder can have that name."""
     if config.agent.folder is not None:
         return Path(config.folder) / config.agent.folder
     if not agent.strip(".") or _NO_FOLDER.search(agent):

@@ -17,7 +17,7 @@ from dimat.reading import check_plain, parse_toml, read_text
 
 T = TypeVar("T", bound=BaseModel)
 LONGEST = 200
-"""Characters of a wrong value that are shown."""
+"""Longest part of a wrong value that messages show, in characters."""
 
 
 def load_experiment(
@@ -28,7 +28,7 @@ def load_experiment(
     """Read an experiment: TOML file, `DIMAT_*` variables, `key=value` overrides; the last wins.
 
     `overrides` and variables name a key by its path (`train.optimizer.lr=0.01`, `DIMAT_TRAIN__OPTIMIZER__LR`);
-    values are TOML, or plain text where that is not TOML. Raises ConfigError with file, key and nearest match.
+    values are TOML, or plain text if they are not valid TOML. Raises ConfigError with file, key and nearest match.
     """
     tree: dict[str, Any] = {} if file is None else read_toml(file)
     origins: dict[str, str] = {}
@@ -53,7 +53,7 @@ def load_experiment(
 
 
 def read_toml(file: str | Path) -> dict[str, Any]:
-    """Read a TOML file; ConfigError says where it cannot be read or parsed."""
+    """Read a TOML file; raises ConfigError if it cannot be read or parsed."""
     text = read_text(file, ConfigError)
     try:
         return parse_toml(text)
@@ -62,8 +62,8 @@ def read_toml(file: str | Path) -> dict[str, Any]:
 
 
 def parse_value(text: str, where: str) -> Any:
-    """Return the value of a setting that is written as TOML, or as plain text where that is no TOML; ConfigError, which
-    begins with `where`, for values beyond all bounds."""
+    """Return the value of a setting written as TOML, or as plain text if that is not valid TOML. Raises ConfigError,
+    which begins with `where`, for values outside the bounds of `dimat.reading`."""
     try:
         table = parse_toml(f"value = {text}")
         return check_plain(table["value"] if table.keys() == {"value"} else text, text=True)
@@ -80,7 +80,7 @@ def parse_value(text: str, where: str) -> Any:
 def build(kind: type[T], tree: Mapping[str, Any], where: str, origins: Mapping[str, str] | None = None) -> T:
     """Validate a tree of plain values; the first fault becomes a one-line ConfigError.
 
-    `where` says where the values are from, `origins` where single keys are from that came from elsewhere.
+    `where` names the source of the values, `origins` the sources of single keys that came from elsewhere.
     """
     try:
         check_plain({key: value for key, value in tree.items() if key != "folder"}, text=True)
@@ -128,7 +128,7 @@ def _short(value: object) -> str:
 
 
 def _shown(location: Sequence[str | int]) -> str:
-    """Return a key's path as one would write it: `simulate.faults[2].kind`."""
+    """Return a key's path as users write it: `simulate.faults[2].kind`."""
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
     return text.removeprefix(".")
 
@@ -150,11 +150,11 @@ def _known(kind: type[BaseModel], path: Sequence[str | int]) -> list[str]:
 
 
 def naming(name: str | None) -> tuple[str, ...]:
-    """Return the overrides that give an agent its name, of any characters; none for None."""
+    """Return the overrides that give an agent its name, which may hold any characters; none for None."""
     return () if name is None else (f"agent.name={quoted(name)}",)
 
 
 def quoted(text: str) -> str:
-    """Return a text as a value of an override, whatever it holds."""
+    """Return any text quoted as the value of an override."""
     # a JSON string is a TOML one, but for surrogate pairs and the delete character
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,4 +1,4 @@
-"""The table [monitor]: Prometheus metrics, trackers of experiments, the dashboard."""
+"""The table [monitor]: Prometheus metrics, experiment trackers, the dashboard."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class WandbConfig(Tree):
     """Weights & Biases (extra `wandb`)."""
 
     project: str = "dimat"
-    """Project that runs are put into."""
+    """Project in which runs are stored."""
     mode: Literal["offline", "online", "disabled"] = "offline"
     """"offline": kept in the run's folder, for `wandb sync`; "online": sent; "disabled": nothing is done."""
 
@@ -32,31 +32,31 @@ class MlflowConfig(Tree):
     """MLflow (extra `mlflow`)."""
 
     tracking: str = "mlruns"
-    """Tracking URI, such as "http://host:5000" (others than http need the whole mlflow package), or a folder; a path,
-    relative to the file's folder."""
+    """Tracking URI, such as "http://host:5000" (schemes other than http need the full mlflow package), or the path of a
+    folder, relative to the file's folder."""
     experiment: str = "dimat"
-    """Experiment that runs are put into."""
+    """Experiment in which runs are stored."""
 
 
 class MonitorConfig(Tree):
-    """Watchers of an agent or a simulated run, off by default; none can stop a training."""
+    """Monitors of an agent or a simulated run, off by default; a failing monitor never stops training."""
 
     metrics: Annotated[str | None, BeforeValidator(_local)] = None
-    """`host:port` (a port alone: on loopback) where a real agent serves Prometheus metrics under /metrics. All who can
-    reach it can read them: there is no password, and there are no secrets in them."""
+    """`host:port` (a port alone: on loopback) where a real agent serves Prometheus metrics under /metrics. Anybody
+    who can reach it can read them without a password; they hold no secrets."""
     observe_s: Annotated[float, Field(ge=0.1)] = 15.0
-    """Seconds after which a real agent tells its listeners anew how its network is; changes are told at once."""
+    """Seconds between a real agent's reports on the state of its network; it reports changes at once."""
     tensorboard: bool | str = False
     """Write TensorBoard event files (extra `tensorboard`): true for `tensorboard` in the run's folder, or a path,
     relative to the file's folder."""
     wandb: WandbConfig | None = None
-    """Tell Weights & Biases; none by default."""
+    """Log to Weights & Biases; off by default."""
     mlflow: MlflowConfig | None = None
-    """Tell MLflow; none by default."""
+    """Log to MLflow; off by default."""
 
     dashboard: Annotated[str | None, BeforeValidator(_local)] = None
-    """`host:port` (a port alone: on loopback) of a real agent's dashboard, a page for a browser. Hosts other than
-    loopback need a token."""
+    """`host:port` (a port alone: on loopback) of a real agent's dashboard, a web page. Hosts other than loopback need a
+    token."""
     dashboard_token_file: str | None = None
     """File with the token that a reader of the dashboard must give; a path, relative to the file's folder."""
 

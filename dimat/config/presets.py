@@ -1,7 +1,7 @@
-"""The merge methods by name: the stages of each one's merge, and what it is beyond a merge.
+"""The merge methods by name: the stages of each one's merge, and its other traits.
 
-A method that is more than a merge says so here by a trait, and everybody who has to do with that reads the trait: what
-the simulator and the agents do depends on no method's name.
+A method that is more than a merge says so here by a trait. The simulator and the agents read only the traits, so that
+their behaviour depends on no method's name.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dimat.config.tree import NamedConfig
 from dimat.errors import ConfigError, unknown_name
 
 PUSH_SUM = "push-sum"
-"""As `dimat.topology.mixing` registers it; settings refer to methods of every kind by their names."""
+"""Name of the mixing rule, as `dimat.topology.mixing` registers it; the configuration knows it only by name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,18 +30,18 @@ class Preset:
     exchanges: bool = True
     """Whether agents exchange weights at all."""
     ceiling: bool = False
-    """Whether it is one model trained on all data, in the agents' place: the mark to measure networks by. One is so."""
+    """Whether it trains one model on all data instead of agents: the upper bound for networks. One method does."""
     every_step: bool = False
-    """Whether agents merge after every optimizer step, unless the configuration says how long a round trains."""
+    """Whether agents merge after every optimizer step, unless the configuration sets the length of a round."""
     push_sum: bool = False
-    """Whether weights have to be mixed by push-sum."""
+    """Whether the method needs push-sum mixing."""
     moments: bool = False
-    """Whether optimizer moments are merged too, unless the configuration says it, or has another combine method that
-    is none of `WITH_MOMENTS`."""
+    """Whether optimizer moments are merged too, unless the configuration says otherwise or sets a combine method that
+    is not in `WITH_MOMENTS`."""
     shares: Literal["weights", "logits"] = "weights"
-    """What agents tell each other: their weights, or their models' logits on the probe set."""
+    """The content of a snapshot: an agent's weights, or its model's logits on the probe set."""
     probe_samples: int = 100
-    """Size of the probe set, unless the configuration says it."""
+    """Size of the probe set, unless the configuration sets it."""
 
 
 PRESETS: Mapping[str, Preset] = {
@@ -61,20 +61,20 @@ PRESETS: Mapping[str, Preset] = {
 optimizer moments in a basis that agents come to share (basis gossip); `dimat-paper` aligns peers to self at every
 merge, as published; `opcm` (Tang et al. 2025, arXiv 2501.09522) folds deltas from a common base; `zipit` (Stoica et
 al. 2024, arXiv 2305.03053) pairs units anew at every merge, also within a model; `pleas` (Nasery et al. 2025, arXiv
-2407.02447) is `dimat` with layers fitted to the models' mean activations in the average's place; `distil` learns from
+2407.02447) is `dimat` with layers fitted to the models' mean activations instead of averaged; `distil` learns from
 peers' logits on a public probe set, whatever their architectures (Li & Wang 2019, FedMD, arXiv 1910.03581; with an
 average in each neighbourhood in the server's place); `dpsgd` (Lian et al.
 2017, arXiv 1705.09056) averages after every optimizer step, `sgp` (Assran et al. 2019, arXiv 1811.10792) with push-
 sum; `isolated` never merges, and `centralised` is one model on all data."""
 
 WITH_MOMENTS = frozenset({"average", "pleas", "regmean"})
-"""Combine methods beside which averaged optimizer moments did better than kept ones: with an average on CIFAR-10
-(benchmarks/accuracy_cifar.py), with `pleas` and `regmean` in each cell that benchmarks/default_combine.py compares."""
+"""Combine methods with which averaged optimizer moments did better than kept ones: an average on CIFAR-10
+(benchmarks/accuracy_cifar.py), `pleas` and `regmean` in each case that benchmarks/default_combine.py compares."""
 
 CEILING = next(name for name, preset in PRESETS.items() if preset.ceiling)
-"""Name of the method that is the ceiling."""
+"""Name of the method that trains one model on all data."""
 FLOOR = next(name for name, preset in PRESETS.items() if not preset.exchanges and not preset.ceiling)
-"""Name of the method that trains alone."""
+"""Name of the method whose agents train alone."""
 
 
 def preset_of(method: str) -> Preset:
@@ -85,10 +85,10 @@ def preset_of(method: str) -> Preset:
 
 
 def apply_preset(values: Any) -> Any:
-    """Return an experiment's values with what its merge method sets in other tables; what is given there stands.
+    """Return an experiment's values, with the settings that its merge method makes in other tables.
 
-    A method that merges every step trains one step a round, and one that needs push-sum mixing sets it; ValueError
-    where it is given another mixing. A name that is no method's is left to `preset_of`.
+    Settings that are given there are kept. A method that merges every step trains one step per round, and one that
+    needs push-sum mixing sets it; raises ValueError if another mixing is given. `preset_of` refuses unknown methods.
     """
     if not isinstance(values, Mapping):
         return values
@@ -137,7 +137,7 @@ def _given(table: Any, key: str) -> bool:
 
 
 def _with(table: Any, key: str, value: Any) -> Any:
-    """Return a table with one more key; what is no table is left to validation."""
+    """Return a table with one more key; anything but a table is left to validation."""
     if isinstance(table, BaseModel):
         return table.model_copy(update={key: value})
     if table is None or isinstance(table, Mapping):

@@ -1,4 +1,4 @@
-"""What goes with a method that exchanges weights, and what with one of logits."""
+"""Checks that settings fit the content that a method exchanges: weights or logits."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
 
 def check_sharing(config: ExperimentConfig) -> None:
-    """Raise ValueError, in a line, for the first setting that does not go with what the method exchanges.
+    """Raise ValueError, in a line, for the first setting that does not fit the content that the method exchanges.
 
-    Unlike models have no weights in common; and where logits travel nothing can be done to peers' weights. A name that
-    is no method's is left to `preset_of`.
+    Unlike models have no weights in common, and agents that exchange logits never see their peers' weights.
+    `preset_of` refuses unknown methods.
     """
     preset = PRESETS.get(config.merge.method)
     if preset is None:
@@ -22,30 +22,30 @@ def check_sharing(config: ExperimentConfig) -> None:
     if preset.shares == "weights":
         if config.task.models and preset.exchanges:
             raise ValueError(
-                f'task.models gives agents other models, and merge.method "{config.merge.method}" merges weights, '
+                f'task.models gives agents other models, but merge.method "{config.merge.method}" merges weights, '
                 'which unlike models do not share; use merge.method "distil", or leave task.models out'
             )
         return
     for key in _of_weights(config):
         raise ValueError(
-            f'{key} is about weights, and merge.method "{config.merge.method}" exchanges logits instead; leave it out'
+            f'{key} applies to weights, but merge.method "{config.merge.method}" exchanges logits instead; leave it out'
         )
     changes = (change.topology for change in config.schedule.changes)
     if any(topology.mixing.name == PUSH_SUM for topology in (config.topology, *changes)):
         raise ValueError(
-            f'topology.mixing = "{PUSH_SUM}" keeps sums of weights, and merge.method "{config.merge.method}" exchanges '
+            f'topology.mixing = "{PUSH_SUM}" keeps sums of weights, but merge.method "{config.merge.method}" exchanges '
             'logits instead; use "metropolis" or another one'
         )
     combine = config.merge.combine
     if combine is not None and combine.name != preset.combine:
         raise ValueError(
-            f'merge.combine = "{combine.name}" is about weights, and merge.method "{config.merge.method}" exchanges '
+            f'merge.combine = "{combine.name}" applies to weights, but merge.method "{config.merge.method}" exchanges '
             f'logits instead; its only one is "{preset.combine}"'
         )
 
 
 def _of_weights(config: ExperimentConfig) -> list[str]:
-    """Return the settings of an experiment that say what is done to weights."""
+    """Return the settings of an experiment that apply to weights."""
     merge, schedule, exchange = config.merge, config.schedule, config.exchange
     found = {
         "merge.align": merge.align is not None and merge.align.name != "none",

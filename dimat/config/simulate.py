@@ -1,4 +1,4 @@
-"""Settings of the simulator: host, and simulated network, computers and faults."""
+"""The table [simulate]: the host, and the simulated network, computers and faults."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dimat.config.agent import CHECKPOINTS_KEPT, SNAPSHOTS_KEPT
 from dimat.config.tree import Tree
 
 Span = float | tuple[float, float]
-"""A number, or the range [low, high] that one is drawn from."""
+"""A number, or a range [low, high] from which one is drawn."""
 
 
 def _span(value: Any) -> Any:
@@ -22,7 +22,7 @@ def _span(value: Any) -> Any:
     if not (math.isfinite(low) and math.isfinite(high) and low >= 0):
         raise ValueError("must be 0 or more, and finite")
     if low > high:
-        raise ValueError(f"the range [{low:g}, {high:g}] is upside down; write [low, high]")
+        raise ValueError(f"the range [{low:g}, {high:g}] is reversed; write [low, high]")
     return value
 
 
@@ -43,7 +43,7 @@ PositiveSpan = Annotated[Span, BeforeValidator(_positive_span)]
 
 
 class LinkConfig(Tree):
-    """One link that differs from the others; settings that are left out are those of all links."""
+    """One link that differs from the others; settings that are left out are as for all links."""
 
     between: tuple[str, str]
     """The two agents; the settings hold for both directions."""
@@ -52,12 +52,12 @@ class LinkConfig(Tree):
     bandwidth_mbit_s: Annotated[float, Field(gt=0, allow_inf_nan=True)] | None = None
     """Bandwidth of each direction in Mbit/s; inf = unlimited."""
     loss: Loss | None = None
-    """Probability that a message or transfer is lost on its way."""
+    """Probability that a message or transfer is lost on the way."""
 
     @model_validator(mode="after")
     def _two(self) -> LinkConfig:
         if self.between[0] == self.between[1]:
-            raise ValueError(f"a link is between two agents, not {self.between[0]!r} and itself")
+            raise ValueError(f"a link connects two agents, not {self.between[0]!r} with itself")
         return self
 
 
@@ -65,17 +65,18 @@ class NetworkConfig(Tree):
     """The simulated network. By default everything arrives at once and nothing is lost."""
 
     latency_s: AnySpan = 0.0
-    """One-way latency of a link in seconds; a range is drawn from uniformly, once per link (both directions alike)."""
+    """One-way latency of a link in seconds; from a range it is drawn uniformly, once per link and for both
+    directions."""
     bandwidth_mbit_s: PositiveSpan | None = None
-    """Bandwidth of a link in Mbit/s in each direction, None = unlimited; a range is drawn from log-uniformly, once
+    """Bandwidth of a link in Mbit/s in each direction, None = unlimited; from a range it is drawn log-uniformly, once
     per link and direction. Transfers over one link queue."""
     uplink_mbit_s: PositiveSpan | None = None
-    """Bandwidth of all that one agent sends, in Mbit/s, None = unlimited; a range is drawn from log-uniformly, once per
-    agent. Transfers of one agent queue."""
+    """Total bandwidth with which one agent sends, in Mbit/s, None = unlimited; from a range it is drawn log-uniformly,
+    once per agent. Transfers of one agent queue."""
     loss: Loss = 0.0
-    """Probability in [0, 1) that a message or transfer is lost on its way."""
+    """Probability in [0, 1) that a message or transfer is lost on the way."""
     attempts: Annotated[int, Field(ge=1)] = 3
-    """How often a message or transfer is tried before it is given up."""
+    """Number of times a message or transfer is tried before it is given up."""
     retry_s: SomeSeconds = 1.0
     """Seconds between a loss and the next attempt."""
     links: tuple[LinkConfig, ...] = ()
@@ -88,12 +89,12 @@ class NetworkConfig(Tree):
             first = seen.setdefault(frozenset(link.between), i)
             if first != i:
                 a, b = link.between
-                raise ValueError(f"links[{i}] is between {a!r} and {b!r}, as links[{first}] is; join them in one entry")
+                raise ValueError(f"links[{i}] and links[{first}] both connect {a!r} and {b!r}; join them in one entry")
         return self
 
 
 class ComputeConfig(Tree):
-    """How long simulated computers take, in virtual seconds.
+    """How long training and merging take on simulated computers, in virtual seconds.
 
     Results do not depend on the host's speed.
     """
@@ -101,14 +102,14 @@ class ComputeConfig(Tree):
     round_s: SomeSeconds = 1.0
     """Seconds of one round's local training at speed 1."""
     step_s: SomeSeconds | None = None
-    """Seconds of one optimizer step at speed 1; where it is given, `round_s` does not count."""
+    """Seconds of one optimizer step at speed 1; if it is given, `round_s` is ignored."""
     merge_s: Seconds = 0.0
-    """Seconds of one merge, alike for all agents."""
+    """Seconds of one merge, the same for all agents."""
     speed: PositiveSpan = 1.0
-    """Speed of an agent's training: its times are divided by it; a range is drawn from log-uniformly, once per
+    """Speed of an agent's training, by which its times are divided; from a range it is drawn log-uniformly, once per
     agent."""
     speeds: dict[str, Factor] = Field(default_factory=dict)
-    """Speeds by agent, where they are to differ from `speed`."""
+    """Speeds of single agents that differ from `speed`."""
 
 
 FaultKind = Literal["crash", "join", "leave", "partition", "slow"]
@@ -121,17 +122,17 @@ _FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "partition": (("at_s", "groups"), ("heal_after_s",)),
     "slow": (("agent", "at_s", "factor"), ()),
 }
-"""Kind → fields that it needs, fields that it may have."""
+"""Kind → its required fields, its optional fields."""
 
 
 class FaultConfig(Tree):
     """One fault of the simulated network, at a virtual time or at a step of an agent's round."""
 
     kind: FaultKind
-    """"crash": the agent's process dies, its disk stays; "join": it is not there before; "leave": it goes for good;
+    """"crash": the agent's process dies, its disk stays; "join": it starts only then; "leave": it goes for good;
     "partition": groups of agents cannot reach each other; "slow": it trains more slowly."""
     agent: str | None = None
-    """The agent that the fault is of (all kinds but "partition")."""
+    """The agent that the fault hits (all kinds but "partition")."""
     at_s: Seconds | None = None
     """Virtual time in seconds; a crash may have `round` and `on` instead."""
     round: Annotated[int, Field(ge=1)] | None = None
@@ -142,11 +143,12 @@ class FaultConfig(Tree):
     restart_after_s: Seconds | None = None
     """Seconds after which a crashed agent is started again; None = never."""
     groups: tuple[tuple[str, ...], ...] = ()
-    """Groups of a partition; agents that are not named form one more."""
+    """Groups of a partition; agents that are not named form one more group."""
     heal_after_s: SomeSeconds | None = None
     """Seconds after which a partition ends; None = never."""
     factor: Factor | None = None
-    """Factor by which training takes longer from then on than at first (kind "slow"; 1 = as at first)."""
+    """Factor by which training takes longer from then on than at the start of the run (kind "slow"; 1 = as at the
+    start)."""
 
     @model_validator(mode="after")
     def _fields_of_kind(self) -> FaultConfig:
@@ -182,7 +184,7 @@ class RandomFaultsConfig(Tree):
     mean_partition_s: SomeSeconds = 60.0
     """Mean seconds after which a partition ends."""
     until_s: SomeSeconds | None = None
-    """No fault begins after this virtual time in seconds; needed where a rate is above 0."""
+    """No fault begins after this virtual time in seconds; required if a rate is above 0."""
 
     @model_validator(mode="after")
     def _bounded(self) -> RandomFaultsConfig:
@@ -196,19 +198,20 @@ class SimulateConfig(Tree):
     """How the simulator runs on this host, and the world that it simulates."""
 
     workers: Annotated[int, Field(ge=1)] | None = None
-    """Worker processes; default: one per core. Results do not depend on it."""
+    """Number of worker processes; default: one per core. Results do not depend on it."""
     most_seeds: Annotated[int, Field(ge=1)] = 10_000
-    """Seeds of a comparison, at most: a digit too many is told before it makes as many runs."""
+    """Largest number of seeds allowed in a comparison, so that a mistyped number is refused before it makes as many
+    runs."""
     evaluate: Literal["all", "after", "none"] = "all"
-    """Test metrics before and after each merge, only after it, or never. Of several mixing steps, before the first and
-    after the last."""
+    """When to compute test metrics: "all", before and after each merge; "after", only after it; "none", never. With
+    several mixing steps: before the first and after the last."""
     evaluate_every: Annotated[int, Field(ge=1)] = 1
-    """Take test metrics in every so many rounds only, as for methods that merge after each step."""
+    """Compute test metrics only in every n-th round, e.g. for methods that merge after each step."""
     keep_snapshots: Annotated[int, Field(ge=1)] = SNAPSHOTS_KEPT
-    """Snapshots kept per agent, at least; more where readers may be further behind (asynchronous mode, links one way,
-    time-varying graphs). Older ones are removed as soon as nobody reads them."""
+    """Smallest number of snapshots kept per agent; more are kept if readers may be further behind (asynchronous mode,
+    one-way links, time-varying graphs). Older ones are removed as soon as nobody reads them."""
     checkpoints: Annotated[int, Field(ge=1)] = CHECKPOINTS_KEPT
-    """Checkpoints kept per agent, where agents may crash."""
+    """Number of checkpoints kept per agent, if agents may crash."""
     trace: bool = False
     """Write every message to and from the agents' round machines to `trace.jsonl` in the run folder."""
     network: NetworkConfig = NetworkConfig()
@@ -216,6 +219,6 @@ class SimulateConfig(Tree):
     compute: ComputeConfig = ComputeConfig()
     """Virtual seconds that training and merging take."""
     faults: tuple[FaultConfig, ...] = ()
-    """Faults of the network, by script."""
+    """Scripted faults of the network."""
     random_faults: RandomFaultsConfig = RandomFaultsConfig()
-    """Faults of the network, at random."""
+    """Random faults of the network."""

@@ -29,17 +29,17 @@ class OptimizerConfig(Tree):
     """"sgd", "adam" or "adamw"; a class by its dotted name, of torch or of any package ("torch.optim.Adafactor"); or a
     hook, `package.module:function` or `file.py:function`, called with the model, that returns a torch optimizer."""
     lr: Annotated[float, Field(gt=0)] = 2e-3
-    """Learning rate; where it is not given, classes and hooks by name have their own default."""
+    """Learning rate; if it is not given, classes and hooks use their own default."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Momentum (sgd; classes and hooks only where it is given)."""
+    """Momentum (sgd; passed to classes and hooks only if it is given)."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """L2 penalty (sgd, adam) or decoupled decay (adamw); classes and hooks only where it is given."""
+    """L2 penalty (sgd, adam) or decoupled decay (adamw); passed to classes and hooks only if it is given."""
     options: Options = Field(default_factory=dict)
     """Further keyword arguments of the class or hook, e.g. { betas = [0.9, 0.95] }."""
 
 
 class LrScheduleConfig(Tree):
-    """How the learning rate goes on within one round's local training or over the whole run."""
+    """How the learning rate changes over the whole run."""
 
     name: Literal["constant", "cosine", "step"] = "constant"
     """"cosine" falls to 0 over all rounds; "step" multiplies by `gamma` after each of `milestones`."""
@@ -57,32 +57,32 @@ class TrainConfig(Tree):
     steps_per_round: Annotated[int, Field(ge=1)] | None = None
     """Optimizer steps per round, instead of epochs."""
     first_round_epochs: Annotated[float, Field(gt=0)] | None = None
-    """Epochs before the first merge, where they differ from the later rounds'."""
+    """Epochs before the first merge, if they differ from those of later rounds."""
     batch_size: Annotated[int, Field(ge=1)] = 32
     """Samples per optimizer step."""
     accumulate: Annotated[int, Field(ge=1)] = 1
-    """Parts in which a step's samples go through the model, one after the other; their gradients add up to those of
-    the whole batch, in less memory. BatchNorm sees a part at a time."""
+    """Number of parts into which a step's batch is split; they pass through the model one after the other, and their
+    gradients add up to those of the whole batch, in less memory. BatchNorm sees one part at a time."""
     optimizer: Annotated[OptimizerConfig, BeforeValidator(as_stage)] = OptimizerConfig()
     """Optimizer and learning rate."""
     initialisation: Literal["own", "shared"] = "shared"
-    """All agents start from the same weights ("shared"), which then need no alignment, or each from its own: for models
-    that exist already."""
+    """"shared": all agents start from the same weights, which then need no alignment; "own": each agent starts from its
+    own, as models that exist already do."""
     loss: Named = NamedConfig(name="auto")
-    """Loss of local training. "auto": "logit-adjusted" where an agent's class shares are far from the whole's, else
+    """Loss of local training. "auto": "logit-adjusted" if an agent's class shares are far from those of all data, else
     "task", the task's own; "logit-adjusted", "calibrated", "restricted", "distillation", "not-true-distillation": for
     agents whose classes are skewed."""
     proximal: Annotated[float, Field(ge=0)] = 0.0
-    """Strength μ of a pull to the weights with which the round's training began, those after the last merge: μ/2 times
-    the squared distance from them is added to the loss (FedProx, arXiv 1812.06127). 0: none."""
+    """Strength μ of the proximal term, μ/2 times the squared distance from the weights at the start of the round (those
+    after the last merge), which is added to the loss (FedProx, arXiv 1812.06127). 0: none."""
     optimizer_state: Literal["fresh", "kept", "merged"] | None = None
-    """The optimizer's state over a merge: "kept" as it was, made "fresh" each round, or "merged": moments (Adam's,
-    momentum) travel beside the weights (exchange.moments) and are averaged with them. The same for all agents. By
-    default as the merge method has it: "merged" where "dimat" averages or merges by pleas or regmean, else "kept"."""
+    """The optimizer's state at a merge: "kept" as it was, made "fresh" each round, or "merged": moments (Adam's,
+    momentum) are sent with the weights (exchange.moments) and averaged too. Must be the same for all agents. The
+    default depends on the merge method: "merged" if "dimat" averages or merges by pleas or regmean, else "kept"."""
     lr_schedule: LrScheduleConfig = LrScheduleConfig()
     """Learning rate over the run."""
     grad_clip_norm: Annotated[float, Field(gt=0)] | None = None
-    """Gradients are scaled down to this global 2-norm; none by default."""
+    """Largest global 2-norm of gradients, to which larger ones are scaled down; no limit by default."""
     device: str = "auto"
     """"auto" (cuda if there is one, else cpu), "cpu", "cuda", "cuda:1", …"""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"

@@ -1,4 +1,4 @@
-"""The base of all configuration tables, and of things chosen by name with options."""
+"""The base of all configuration tables, and named choices with options."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ Options = dict[str, Any]
 
 
 class Tree(BaseModel):
-    """Base of all configuration tables: frozen. Unknown keys are errors, and so are numbers that are not finite, unless
-    a field says otherwise."""
+    """Base of all configuration tables, which are frozen. Unknown keys are errors, and so are numbers that are not
+    finite, unless a field says otherwise."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
     def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse true and false where a field takes none: pydantic would read them as 1 and 0."""
+        """Refuse true and false in fields that are not boolean: pydantic would read them as 1 and 0."""
         if _holds_truth(value) and not _takes_truth(cls.model_fields[info.field_name or ""].annotation):
             raise ValueError("must not be true or false")
         return value
@@ -35,14 +35,14 @@ def _holds_truth(value: Any) -> bool:
 
 @cache
 def _takes_truth(annotation: Any) -> bool:
-    """Tell whether true may stand somewhere in a field's value; tables of their own look at their fields themselves."""
+    """Tell whether a field's value may hold true or false somewhere; nested tables check their own fields."""
     if annotation in (bool, Any) or (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
         return True
     return any(map(_takes_truth, get_args(annotation)))
 
 
 def as_stage(value: Any) -> Any:
-    """Return a name alone as the table { name = … }; anything else as it is."""
+    """Return a bare name as the table { name = … }; anything else unchanged."""
     return {"name": value} if isinstance(value, str) else value
 
 

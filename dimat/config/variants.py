@@ -18,15 +18,15 @@ class VariantConfig(Tree):
     name: Label
     """The variant's name in `--compare` and its tables; it also names a folder."""
     group: Label | None = None
-    """Variants of one group share a table and a row of pictures; by default that of the data's split."""
+    """Group of the variant: variants of one group share a table and a row of plots. Default: the data's split."""
     set: Options = Field(default_factory=dict)
     """The changes, as tables of the experiment, e.g. { topology = { graph = "torus" } }."""
 
 
 def changed(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a tree of plain values with changes put in, key by key.
+    """Return a tree of plain values with changes merged in, key by key.
 
-    A table under another `name` replaces the one there was, whose options belong to the old name.
+    A table with a new `name` replaces the old one as a whole, since its options belong to the old name.
     """
     made = dict(tree)
     for key, value in changes.items():

@@ -1,8 +1,8 @@
 """`dimat advise`: short seeded probes of an experiment, one factor after the other.
 
-The search is greedy. It begins with the experiment as it is, shortened. Each factor's options are run with the same
-seeds and as many epochs; what is best by more than seeds differ is kept, among equals what sends least, and then what
-is there already. What is kept is where the next factor begins.
+The search is greedy and starts from the experiment, shortened. The options of each factor are run with the same seeds
+and the same number of epochs. The search keeps the option that is best by more than seeds differ; among equals it
+keeps the one that sends least, and then the present one. The next factor starts from the kept option.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ ROUNDS = 4
 BUDGET = 0.05
 SEEDS = 2
 FEWEST_STEPS = 20
-"""Optimizer steps of a probe's round, at least: with fewer a network has learned nothing that a merge could lose."""
+"""Fewest optimizer steps in a probe's round: after fewer, a network has learned nothing that a merge could lose."""
 FAST = (
-    "short probes favour what learns fast: what is ahead after a few epochs need not be at the end; compare what is "
-    "advised with the experiment as it is over its whole length before you rely on it"
+    "short probes favour options that learn fast: an option that is ahead after a few epochs need not be ahead at the "
+    "end; compare the advised settings with the present ones over the whole experiment before you rely on them"
 )
 
 CONDITIONS = {
-    "train.initialisation": "train.initialisation is for networks that begin now: models that exist already keep their "
-    'weights, and schedule.first_merge = "adopt-distil" is what to try for them',
-    "topology.graph": "the advised topology needs links that the present one may not have: every two agents that it "
-    "links must reach each other",
+    "train.initialisation": "train.initialisation is for new networks: models that exist already keep their weights; "
+    'try schedule.first_merge = "adopt-distil" for them',
+    "topology.graph": "the advised topology needs links that the present one may not have: all agents that it links "
+    "must be able to reach each other",
 }
-"""Settings that not everybody can change → what they rest on."""
+"""Settings that not everybody can change → the conditions for changing them."""
 
 
 def advise(
@@ -60,12 +60,13 @@ def advise(
 ) -> Advice:
     """Probe an experiment and return which start, loss, combine, topology and local steps to use.
 
-    `rounds`: of a probe; `budget`: share in (0, 1] of the experiment's epochs that a probe trains, at least
-    `FEWEST_STEPS` steps a round and at most the experiment's own epochs a round; `seeds`: runs of each form, counted up
-    from the experiment's seed; `out`: folder that keeps the probes, none by default; `tell`: hears of the progress.
+    `rounds`: rounds of a probe; `budget`: share in (0, 1] of the experiment's epochs that a probe trains, at least
+    `FEWEST_STEPS` steps a round and at most the experiment's own epochs a round; `seeds`: runs of each variant, with
+    seeds counted up from the experiment's; `out`: folder that keeps the probes, none by default; `tell`: is called with
+    each line of progress.
 
-    Equal arguments give equal rows. Raises ConfigError for an experiment that cannot be, or that merges nothing between
-    rounds of training; KeyboardInterrupt where a probe was stopped.
+    Equal arguments give equal rows. Raises ConfigError for an impossible experiment, or one that merges nothing between
+    rounds of training; KeyboardInterrupt if a probe was stopped.
     """
     method = config.merge.preset
     if not method.exchanges or method.every_step:
@@ -107,7 +108,7 @@ class _Probe:
     config: ExperimentConfig
     unit: str
     whole: float
-    """Epochs or steps of the experiment, 0 where it has no end."""
+    """Epochs or steps of the whole experiment, 0 if it has no end."""
     what: str
     notes: tuple[str, ...]
 
@@ -159,19 +160,19 @@ def _shortened(config: ExperimentConfig, rounds: int, budget: float) -> _Probe:
         "schedule.changes": bool(schedule.changes),
     }
     left = [key for key, there in dropped.items() if there]
-    notes = (f"probes are without the experiment's {', '.join(left)}",) if left else ()
+    notes = (f"probes leave out the experiment's {', '.join(left)}",) if left else ()
     return _Probe(plain, unit, whole, what, notes)
 
 
 _Measured = tuple[tuple[float, ...], float]
-"""The metric at the end by seed, and megabytes sent by an agent."""
+"""The final metric by seed, and megabytes sent by an agent."""
 
 
 # ── the search ───────────────────────────────────────────────────────────────────────────────────────────────
 @dataclass(slots=True)
 class _Search:
-    """The search as far as it is. `config`: the form that is best so far; `settings`: what makes it of the probe as it
-    began; `squares` and `degrees`: squared deviations of paired differences over seeds, and degrees of freedom."""
+    """The state of the search. `config`: the best variant so far; `settings`: its changes to the first probe;
+    `squares` and `degrees`: squared deviations of paired differences over seeds, and degrees of freedom."""
 
     config: ExperimentConfig
     folder: Path
@@ -191,8 +192,8 @@ class _Search:
 
     @property
     def noise(self) -> float:
-        """What a difference of means has to exceed: twice its standard error, from the paired differences of all
-        probes so far, and what as many seeds can tell at best: the first few may agree by luck."""
+        """Threshold for a difference of means: twice its standard error, from the paired differences of all probes so
+        far, but no less than this number of seeds can tell: the first few may agree by luck."""
         error = math.sqrt(self.squares / self.degrees / self.seeds) if self.degrees else 0.0
         return max(2 * error, ONE_SEED / math.sqrt(self.seeds))
 
@@ -238,7 +239,7 @@ class _Search:
         self.settings |= option.settings
 
     def alone(self) -> ProbeRow:
-        """Return the row of training alone, with the loss and the epochs of the form that is best."""
+        """Return the row of training alone, with the loss and the epochs of the best variant."""
         (case,) = cases_of(self.config, [FLOOR], self._splits, [self.config.seed], self.folder / "alone")
         config = with_settings(case.config, {"run": self.config.run}, FLOOR)
         self.run("alone", [(FLOOR, config)])
@@ -250,7 +251,7 @@ class _Search:
         return ProbeRow("alone", FLOOR, values, gain, self.noise, mb, False)
 
     def row_of(self, config: ExperimentConfig, option: str) -> ProbeRow:
-        """Return the row of a form that was run, by itself."""
+        """Return the row of a single variant that was run."""
         values, mb = self._known[_key(config)]
         return ProbeRow("", option, values, 0.0, self.noise, mb, False)
 
@@ -266,7 +267,7 @@ class _Search:
         self.degrees += len(differences) - 1
 
     def run(self, name: str, forms: Sequence[tuple[str, ExperimentConfig]]) -> None:
-        """Run the forms that were not run yet with all seeds."""
+        """Run the variants that were not run yet, with all seeds."""
         fresh = [(label, form) for label, form in forms if _key(form) not in self._known]
         if not fresh:
             return
@@ -282,7 +283,7 @@ class _Search:
                 self.epochs += form.schedule.rounds * (form.train.steps_per_round or form.train.epochs_per_round or 0)
         outcome = compare(cases, self.folder, workers=self.workers, overwrite=self.overwrite)
         if not outcome.complete:
-            raise KeyboardInterrupt("stopped before all probes were run")
+            raise KeyboardInterrupt("stopped before all probes had run")
         self.metric = outcome.comparison.metric
         for label, curve in outcome.comparison.splits[name].items():
             ends = dict(zip(curve.seeds, (each[-1] if each else math.nan for each in curve.curves), strict=True))
@@ -302,7 +303,7 @@ def _translated(
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Return the settings for the whole experiment, and the keys that they replace.
 
-    Longer and shorter rounds are told by their factor, which is put on the experiment's own.
+    Longer and shorter rounds are given by a factor, which is applied to the experiment's own length.
     """
     made = {key: value for key, value in settings.items() if value not in (None, {}, _value_of(config, key))}
     removed = tuple(key for key, value in settings.items() if value is None or value == {})
@@ -322,14 +323,14 @@ def _translated(
 
 
 def _value_of(config: ExperimentConfig, key: str) -> Any:
-    """Return the value of a dotted key, of a named choice without options its name."""
+    """Return the value of a dotted key; for a named choice without options, its name."""
     table, _, name = key.rpartition(".")
     value = getattr(getattr(config, table), name)
     return value.name if isinstance(value, NamedConfig) and not value.options else value
 
 
 def _of_classes(config: ExperimentConfig) -> list[str]:
-    """Return what class shares that are far apart ask for and the form that is best does not have."""
+    """Return notes on options that skewed class shares call for and the best variant lacks."""
     world = World.of(prepare(config))
     if world.apart is None or world.apart <= FAR_APART:
         return []
@@ -338,6 +339,6 @@ def _of_classes(config: ExperimentConfig) -> list[str]:
     if not wanted:
         return []
     return [
-        f"class shares are {world.apart:.2f} from the whole's (total variation, above {FAR_APART}): over a whole run "
+        f"class shares are {world.apart:.2f} from all data's (total variation, above {FAR_APART}): over a whole run "
         f"{' and '.join(wanted)} may be worth more than the probes say"
     ]

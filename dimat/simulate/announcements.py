@@ -1,4 +1,4 @@
-"""Carries agents' announcements in virtual time: their offers, and that they leave."""
+"""Carries agents' announcements in virtual time: offers of snapshots, and departures."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dimat.weights.snapshot import Manifest
 class Announcer:
     """`post(agent, time, event)` hands an agent an event later, in this life.
 
-    A message that is lost, or finds its reader down, is not repeated; a connection that is made anew is.
+    A message that is lost, or finds its reader down, is not repeated; a new connection repeats its offers.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Announcer:
         self._post = post
 
     def tell(self, manifest: Manifest, reader: str, basis: BasisId | None = None) -> None:
-        """Let a reader know of a snapshot. `basis`: the manifest's, where it is at hand."""
+        """Tell a reader of a snapshot. `basis`: the manifest's, if it is at hand."""
         publisher = manifest.agent
         arrives = self._links.message(self._clock.now, publisher, reader)
         if arrives is None or self._nodes[reader].machine is None:
@@ -46,14 +46,14 @@ class Announcer:
         self._post(reader, arrives, PeerPublished.of(manifest, reader, oldest, basis))
 
     def connect(self, name: str) -> None:
-        """An agent is back, or new: it hears what its peers offer, and its readers what it offers."""
+        """Connect an agent that is new or back: it hears its peers' offers, and its readers hear its own."""
         for peer in sorted(self._nodes[name].plan.peers):
             self._introduce(peer, name)
         for reader in self._readers[name]:
             self._introduce(name, reader)
 
     def connect_all(self) -> None:
-        """All connections are made anew."""
+        """Make all connections anew."""
         for reader, node in self._nodes.items():
             for publisher in sorted(node.plan.peers):
                 self._introduce(publisher, reader)
@@ -68,7 +68,7 @@ class Announcer:
 
     @cached_property
     def _readers(self) -> Mapping[str, Sequence[str]]:
-        """By agent, those that may ever hear it."""
+        """The agents that may ever hear an agent, by its name."""
         readers: dict[str, list[str]] = {name: [] for name in self._nodes}
         for name, node in self._nodes.items():
             for peer in node.plan.peers:
@@ -76,7 +76,7 @@ class Announcer:
         return readers
 
     def _introduce(self, publisher: str, reader: str) -> None:
-        """Tell a reader what a publisher offers, as whenever a connection is made."""
+        """Tell a reader of a publisher's offers, as on every new connection."""
         if self._nodes[publisher].serves:
             for manifest in self._network.offered(publisher):
                 self.tell(manifest, reader)

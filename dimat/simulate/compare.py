@@ -1,7 +1,7 @@
 """Methods side by side: the same agents, data parts and first trainings for each.
 
 The first round's training is the same for all methods of one split and seed; it is done once and kept, and each
-method branches off from it. Runs of different seeds go on side by side, so that all workers are busy.
+method branches off from it. Runs of different seeds proceed side by side, so that all workers are busy.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SIDE_BY_SIDE = 3  # runs at a time per pool: enough to even out how agents fall 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Case:
-    """One run of a comparison, told from others by identity."""
+    """One run of a comparison; two cases are equal only if they are the same object."""
 
     split: str
     method: str
@@ -62,18 +62,20 @@ def cases_of(
     """Return the runs of a comparison: every method or variant on every split with every seed; "all" stands for all
     variants of the experiment.
 
-    All else is as in `base`, but for methods other than its own the stages that make a method (align, combine,
-    repair) are those of the method's preset. A variant with a group is compared under that instead of the split.
-    The ceiling holds all data whatever the split, so it runs once and counts for all.
+    Everything else is as in `base`, except that other methods get the stages of their own presets (align, combine,
+    repair). A variant with a group is compared under its group instead of the split. The ceiling holds all data in
+    every split, so it runs once and counts for all.
     Raises ConfigError for a name that is neither a method nor a variant, or both, and for too many seeds.
     """
     most = base.simulate.most_seeds
     if len(seeds) > most:
-        raise ConfigError(f"{len(seeds):,} seeds are above simulate.most_seeds = {most:,}; raise that in an experiment")
+        raise ConfigError(
+            f"{len(seeds):,} seeds are above simulate.most_seeds = {most:,}; raise it in an experiment file"
+        )
     forms = {variant.name: variant for variant in base.variants}
     clash = next((name for name in forms if name in PRESETS or name == ALL), None)
     if clash is not None:
-        raise ConfigError(f"a variant is named {clash!r}, which --compare takes for something else; rename it")
+        raise ConfigError(f"a variant is named {clash!r}, which has another meaning for --compare; rename it")
     chosen = list(dict.fromkeys(each for name in names for each in (forms if name == ALL else (name,))))
     for name in chosen:
         if name not in forms and name not in PRESETS:
@@ -117,8 +119,11 @@ def compare(
     log: Callable[[Path], AbstractContextManager[Listener]] | None = None,
     overwrite: bool = False,
 ) -> Outcome:
-    """Run all cases and return their comparison. Ctrl-C ends it with the runs that were complete; before the first
-    one is, KeyboardInterrupt is raised. `log`: opens a listener of one run's own events for a file."""
+    """Run all cases and return their comparison.
+
+    Ctrl-C ends it with the runs that are complete; if none is, KeyboardInterrupt is raised. `log`: opens a listener
+    that writes one run's own events to a file.
+    """
     if not cases:
         raise ConfigError("nothing to compare: name at least one method and one seed")
     scenarios = {case: prepare(case.config) for case in cases}  # whatever is impossible is refused before any work
@@ -177,7 +182,7 @@ def compare(
 
 
 def summarise(done: Mapping[Case, Results], scenarios: Mapping[Case, Scenario]) -> Comparison:
-    """Return mean and standard deviation over seeds of each method's curve on each split; `scenarios`: of each case."""
+    """Return mean and standard deviation over seeds of each method's curve on each split; `scenarios`: by case."""
     curves: dict[tuple[str, str], list[tuple[int, Results]]] = {}
     worlds = {(case.split, case.method): scenarios[case] for case in done}
     for case, results in done.items():
@@ -208,10 +213,10 @@ def summarise(done: Mapping[Case, Results], scenarios: Mapping[Case, Scenario]) 
 
 
 def _unlike(one: Results, floor: Results) -> list[str]:
-    """Return the settings of training in which two runs differ, so that one alone is no measure of the other's merges.
+    """Return the settings of training in which two runs differ, so that the first cannot measure the other's merges.
 
-    Where agents begin makes no difference to agents that train alone, and how optimizers' states are merged none
-    either; rounds of other lengths count by their epochs or steps in all.
+    The initialisation and the merging of optimizer states make no difference to agents that train alone; rounds of
+    different lengths are compared by their total epochs or steps.
     """
     pair = [_training(results.config) for results in (one, floor)]
     return sorted(key for key in {*pair[0], *pair[1]} if pair[0].get(key) != pair[1].get(key))
@@ -238,7 +243,7 @@ def _next_step(scenario: Scenario) -> str:
 
 
 def _serialised(listeners: Sequence[Listener]) -> list[Listener]:
-    """Runs tell events from threads of their own; listeners hear one at a time."""
+    """Passes events from the runs' threads to the listeners, one at a time."""
     lock = threading.Lock()
 
     def tell(event: Event) -> None:

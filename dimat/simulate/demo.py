@@ -1,8 +1,8 @@
 """The demo: five agents on a ring, each with its own part of digits, merge in several ways.
 
-Skewed (Dirichlet 0.5) and IID parts, five epochs alone, then a merge and two epochs, ten times; and one model trained
-on all data as the ceiling. All rows have the same loss and the same repair; rows that begin with weights of their own
-say so.
+The parts are skewed (Dirichlet 0.5) or IID. Agents train five epochs alone, then merge and train two epochs, ten
+times; one model trained on all data is the ceiling. All rows use the same loss and the same repair; the label of a
+row says if its agents begin with weights of their own.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FORMS = {
     "dimat-paper-own-starts": {"merge": {"method": "dimat-paper"}, **OWN},
     "average-shared-start": {"merge": {"method": "average", "repair": {"name": "batchnorm"}}},
 }
-"""Rows of the table that are more than a method: by name, what differs from the demo's experiment."""
+"""Rows of the table that are more than a method: name → changes to the demo's experiment."""
 ROWS = ("isolated", *FORMS, "dimat", "centralised")
 SPLITS = {
     "dirichlet-0.5": PartitionConfig(kind="dirichlet", alpha=0.5),

@@ -30,9 +30,9 @@ from dimat.weights.snapshot import RecordedSnapshot
 class Driver:
     """All agents of one run.
 
-    `nodes`: by agent, its plan, its work and how its machine is made; `emit`: is told every event.
+    `nodes`: each agent's plan, work and machine factory, by agent; `emit`: called with every event.
 
-    `max_time_s`: when all finish their round and leave.
+    `max_time_s`: time at which all agents finish their round and leave.
     """
 
     def __init__(
@@ -93,12 +93,12 @@ class Driver:
 
     @property
     def spared(self) -> Sequence[CrashPoint]:
-        """Crashes that never came about, because their agent never did what they wait for."""
+        """Crashes that never happened, because their agent never reached their step."""
         return list(self._points.values())
 
     @property
     def deserted(self) -> bool:
-        """Whether all agents went for good before they were through."""
+        """Whether all agents left or crashed for good before they had finished."""
         return not self._through
 
     # ── lives ────────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,6 +1,6 @@
 """The factors that `dimat advise` varies: options on a given experiment, or why none.
 
-An option is a set of settings by dotted key, as they stand in the experiment's file.
+An option is a set of settings by dotted key, as written in the experiment's file.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from dimat.train.contract import task_errors
 from dimat.train.losses import SKEWED, class_counts, skew
 
 MIXING_STEPS = 3
-"""More exchanges a round that are tried: three on a ring of five are nearly the mean of all (docs/results.md)."""
+"""Larger number of exchanges per round to try: on a ring of five, three nearly give the mean (docs/results.md)."""
 ALL_LINKED = 8
-"""Up to so many agents the denser option links all of them, above it each one to about log2 of them."""
+"""Largest number of agents that the denser option links completely; above it, each has about log2 of them."""
 SOURCES = ("map", "edges", "file", "python")
 
 
@@ -39,7 +39,7 @@ class Option:
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """What options rest on beside the configuration: its task, and who holds what."""
+    """Facts beside the configuration on which options depend: the task, and the agents' data."""
 
     task: Task
     agents: int
@@ -51,7 +51,7 @@ class World:
 
     @classmethod
     def of(cls, scenario: Scenario) -> World:
-        """Return what is known of a resolved experiment."""
+        """Return the facts of a resolved experiment."""
         counts = None if class_counts(scenario.task, scenario.task.data("train")) is None else scenario.histogram
         far = counts is not None and any(skew(torch.tensor(row)) > SKEWED for row in counts.values() if sum(row))
         return cls(
@@ -66,11 +66,11 @@ class World:
 
 
 Options = list[Option] | str
-"""The options, simplest first, the present one among them; or why a factor is not varied."""
+"""The options, simplest first, including the present one; or the reason why a factor is not varied."""
 
 
 def start(config: ExperimentConfig, world: World) -> Options:
-    """Where agents begin: from the same weights, or each from its own."""
+    """The initialisation: agents begin from the same weights, or each from its own."""
     if config.merge.base is not None:
         return "merge.base says where task vectors are taken from, which is where agents should begin"
     if _brings_weights(world.task):
@@ -90,7 +90,7 @@ def loss(config: ExperimentConfig, world: World) -> Options:
 
 
 def optimizer_state(config: ExperimentConfig, world: World) -> Options:
-    """What becomes of the optimizer's moments over a merge."""
+    """The treatment of the optimizer's moments at a merge."""
     if _combine(config) not in WITH_MOMENTS:
         return f'moments go with a mean of weights, and merge.combine is "{_combine(config)}"'
     options = [Option(name, {"train.optimizer_state": name}) for name in ("kept", "merged")]
@@ -98,7 +98,7 @@ def optimizer_state(config: ExperimentConfig, world: World) -> Options:
 
 
 def combine(config: ExperimentConfig, world: World) -> Options:
-    """How several sets of weights become one."""
+    """The method that combines several sets of weights into one."""
     if getattr(world.task, "merge_stages", None) is not None:
         return "the task says itself how its weights are merged"
     if config.merge.preset.shares == "logits":
@@ -174,7 +174,7 @@ FACTORS: Mapping[str, ProbedFactor] = {
     "mixing steps": ProbedFactor(mixing_steps),
     "local steps": ProbedFactor(local_steps),
 }
-"""In the order in which they are varied: each one's best is where the next begins."""
+"""The factors in the order in which they are varied: each starts from the best option of the one before."""
 
 
 def with_settings(config: ExperimentConfig, settings: Mapping[str, Any], where: str) -> ExperimentConfig:
@@ -195,7 +195,7 @@ def with_settings(config: ExperimentConfig, settings: Mapping[str, Any], where: 
 
 
 def present_of(options: list[Option]) -> int:
-    """Return which option is the experiment as it is."""
+    """Return the index of the option that the experiment has at present."""
     return next(i for i, option in enumerate(options) if not option.settings)
 
 

@@ -2,8 +2,8 @@
 
 `experiment.json` (the resolved configuration) marks a folder as a run of that experiment; `results.json`,
 `events.jsonl`, `final/<agent>.safetensors` and the report go beside it. A folder that holds another experiment
-is never touched. `origin.json` says where the experiment's relative paths are taken from: it is no part of the
-experiment, which stays one and the same wherever its file lies.
+is never touched. `origin.json` holds the folder to which the experiment's relative paths refer: it is not part of
+the experiment, which stays the same wherever its file lies.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TRACE = "trace.jsonl"
 
 
 class RunFolder:
-    """Folder of one run. Raises DataError if it cannot be made, or holds other things than this experiment.
+    """Folder of one run. Raises DataError if it cannot be made, or holds anything but this experiment.
 
     A folder with results of the same experiment is refused too unless `overwrite` is set, so that a finished
     run is not replaced by accident.
@@ -79,14 +79,14 @@ class RunFolder:
 
 
 def check_folder(path: Path, config: ExperimentConfig, *, overwrite: bool) -> dict[str, object]:
-    """Return the experiment's description if `path` may become its run folder; DataError says why it may not."""
+    """Return the experiment's description if `path` may become its run folder; raises DataError if not."""
     described = describe(config)
     if path.exists() and not path.is_dir():
         raise DataError(f"run folder {path} is a file; choose another with --out")
     if not path.exists() or not any(path.iterdir()):
         return described
     if not (path / MARK).exists():
-        raise DataError(f"folder {path} is not empty and no run folder of dimat; choose another with --out")
+        raise DataError(f"folder {path} is not empty and is no run folder of dimat; choose another with --out")
     kept = read_table(path / MARK)
     if kept != described:
         keys = sorted(_differences(kept, described)) or ["keys that only one version of dimat knows"]
@@ -99,7 +99,7 @@ def check_folder(path: Path, config: ExperimentConfig, *, overwrite: bool) -> di
 
 
 def read_experiment(path: Path) -> ExperimentConfig:
-    """Return the experiment that a run folder holds; DataError where that cannot be read or is of another version."""
+    """Return the experiment that a run folder holds; DataError if it cannot be read or is of another version."""
     if not (path / MARK).exists():
         raise DataError(f"{path} is no run folder of dimat: it has no {MARK}; give the folder of a run")
     origin = read_table(path / ORIGIN) if (path / ORIGIN).exists() else {}
@@ -120,7 +120,7 @@ def _is_folder(place: Path) -> bool:
 
 
 def describe(config: ExperimentConfig) -> dict[str, object]:
-    """Return what makes two experiments one and the same: all settings but those that no result depends on."""
+    """Return the identity of an experiment: all settings except those on which no result depends."""
     unused = {"variants": True, "simulate": {"workers", "trace"}, "agent": True, "dht": True, "monitor": True}
     return json.loads(config.model_dump_json(exclude=unused))
 

@@ -1,7 +1,7 @@
 """The network within one process: snapshots change hands through a shared store.
 
-It moves no bytes, yet counts those that a real network would have to: of a snapshot its cheapest form that the reader
-can decode (`exchange.encoding`), and of that no part again which the reader holds.
+It moves no bytes, but counts those that a real network would send: the cheapest form of a snapshot that the reader can
+decode (`exchange.encoding`), without the parts that the reader already holds.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Store(Protocol):
         ...
 
     def hold(self, root: str) -> None:
-        """Keep a payload until `release`, whatever its publisher does."""
+        """Keep a payload until `release`, even if its publisher lets it go."""
         ...
 
     def release(self, root: str) -> None:

@@ -1,4 +1,4 @@
-"""An agent in the simulated world: its round machine, its work, whether it is up."""
+"""An agent in the simulated world: its round machine, its work and its state."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dimat.weights.snapshot import RecordedSnapshot
 
 
 class StepListener(Protocol):
-    """Is told of every machine that is made, and of every step of it."""
+    """A listener to every new round machine and to every step of it."""
 
     def begin(self, time_s: float, agent: str, state: MachineState | None, published: int) -> None: ...
     def step(self, time_s: float, agent: str, event: m.Event, actions: Sequence[m.Action]) -> None: ...
@@ -26,7 +26,7 @@ class SimulatedWork(Work[Any], Protocol):
     """One agent's work in the simulated world; it begins with the call."""
 
     def crash(self) -> None:
-        """Forget all of the agent that is not on disk."""
+        """Forget everything of the agent that is not on disk."""
         ...
 
     def train_s(self, action: m.Train, now: float) -> float:

@@ -1,4 +1,4 @@
-"""Replays a run's trace on this version's round machines: do they ask for the same?"""
+"""Replays a run's trace on this version's round machines, and compares the actions they ask for."""
 
 from __future__ import annotations
 

@@ -30,11 +30,11 @@ def run_simulation(
     """Simulate an experiment on this host and return its results.
 
     `config`: an `ExperimentConfig`, the same as nested dictionaries, or the path of a TOML file. `out`: run folder,
-    for `results.json` and each agent's final weights; without one nothing is kept but what is returned.
-    `listeners` are told every event (`dimat.events`). Results depend on `config` alone, not on how many worker
-    processes (`simulate.workers`) compute them.
+    for `results.json` and each agent's final weights; without one, only the returned results are kept.
+    `listeners` are called with every event (`dimat.events`). Results depend only on `config`, not on the number of
+    worker processes (`simulate.workers`).
 
-    Raises ConfigError for an experiment that cannot be, DataError for a run folder that cannot be used.
+    Raises ConfigError for an impossible experiment, DataError for a run folder that cannot be used.
 
     >>> results = run_simulation({"topology": {"agents": 3}, "schedule": {"rounds": 2}})  # doctest: +SKIP
     >>> results.after_merge()  # doctest: +SKIP

@@ -231,10 +231,10 @@ class Simulation:
             self._written = time.perf_counter()
 
     def _look_back(self) -> None:
-        """Say what did not come about that the experiment is about."""
+        """Warn of scripted crashes that never happened, and of a network that all agents left."""
         for point in self._driver.spared:
             self._warn(
-                f"{point.entry}: this crash never came about: {point.agent} did not get to {point.on!r} in round "
+                f"{point.entry}: this crash never happened: {point.agent} did not reach {point.on!r} in round "
                 f"{point.round}"
             )
         if self._driver.deserted:

@@ -1,7 +1,7 @@
 """A trace: each round machine's events and actions, one JSON object a line.
 
 Round machines draw nothing and read no clock, so the events alone decide what they do: `replay` hands them to fresh
-machines and compares. A trace so tells whether other code does the same, and is a bug report that runs.
+machines and compares. So a trace shows whether other code behaves the same, and serves as a bug report that runs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ KINDS: Mapping[type[Any], str] = {
     m.Emit: "Report",
     m.MergePart: "Part",
 }
-"""Names in traces that are not those of the classes: a trace outlives a renaming."""
+"""Names in traces that differ from those of the classes: a trace outlives a renaming."""
 
 
 def _name_of(kind: type[Any]) -> str:
@@ -50,7 +50,7 @@ SHOWN = 100
 
 
 class TraceWriter:
-    """Writes a trace file; a context manager. DataError where it cannot be written."""
+    """Writes a trace file; a context manager. Raises DataError if it cannot be written."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -75,7 +75,7 @@ class TraceWriter:
         self._write({"time_s": time_s, "agent": agent, "begin": {"state": kept, "published": published}})
 
     def step(self, time_s: float, agent: str, event: m.Event, actions: Sequence[m.Action]) -> None:
-        """Write what a machine was told and what it asked for."""
+        """Write an event that a machine received and the actions that it asked for."""
         self._write({"time_s": time_s, "agent": agent, "event": plain(event), "actions": [plain(a) for a in actions]})
 
     def _write(self, line: dict[str, Any]) -> None:
@@ -124,7 +124,7 @@ def replay(path: Path, make: Callable[[str, MachineState | None, int], RoundMach
                 raise DataError(f"{path}, line {number}: no agent {line.agent!r} in the experiment") from None
             continue
         if line.agent not in machines:
-            raise DataError(f"{path}, line {number}: {line.agent} is told something before it begins")
+            raise DataError(f"{path}, line {number}: {line.agent} gets an event before it begins")
         try:
             actions = [plain(action) for action in machines[line.agent].handle(line.event)]
         except Exception as error:  # that is a difference too: the machine that was recorded went on

@@ -182,7 +182,7 @@ def test_missing_and_foreign_files(tiny: Path, capsys: pytest.CaptureFixture[str
     assert "nothing to compare" in fails(capsys, 2, "simulate", "tiny.toml", "--compare", " ,")
     assert "--compare" in fails(capsys, 2, "simulate", "tiny.toml", "--seeds", "2")
     bounded = ("simulate", "tiny.toml", "--set", "simulate.most_seeds=2", "--compare", "average", "--seeds", "3")
-    assert "3 seeds are above simulate.most_seeds = 2; raise that in an experiment" in fails(capsys, 2, *bounded)
+    assert "3 seeds are above simulate.most_seeds = 2; raise it in an experiment file" in fails(capsys, 2, *bounded)
     assert "no results in" in fails(capsys, 5, "report", ".")
     Path("typo.toml").write_text(TINY + "[trian]\nlr = 1\n")
     assert "unknown key 'trian' in typo.toml; did you mean 'train'?" in fails(capsys, 2, "simulate", "typo.toml")

@@ -44,7 +44,7 @@ def fault(**tables: Any) -> str:
         ),
         (
             {"changes": [{"round": r, "topology": {"graph": "star"}} for r in (4, 4)]},
-            "changes[1] is of round 4, after one of round 4; put them in order",
+            "changes[1] has round 4, the one before it 4; put them in order",
         ),
         (
             {"changes": [{"round": 2, "topology": {"grahp": "star"}}]},
@@ -62,7 +62,7 @@ def test_settings_of_different_tables_that_exclude_each_other() -> None:
     assert experiment(schedule={"rounds": 0}).schedule.rounds == 0
     for name in ("cosine", "step"):
         message = fault(schedule={"rounds": 0}, train={"lr_schedule": {"name": name}})
-        assert f"x.toml: train.lr_schedule {name!r} goes over all rounds" in message
+        assert f"x.toml: train.lr_schedule {name!r} spans all rounds" in message
     message = fault(schedule={"target": 0.9}, simulate={"evaluate": "none"})
     assert message == 'x.toml: schedule.target needs test metrics, but simulate.evaluate is "none"; use "after"'
     assert experiment(schedule={"target": 0.9}).schedule.target == 0.9

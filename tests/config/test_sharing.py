@@ -19,7 +19,7 @@ def made(**tables: Any) -> ExperimentConfig:
 @pytest.mark.parametrize(
     ("table", "setting", "says"),
     [
-        ("merge", {"align": "weights"}, "merge.align is about weights"),
+        ("merge", {"align": "weights"}, "merge.align applies to weights"),
         ("merge", {"align_to": "self"}, "merge.align_to"),
         ("merge", {"align_data": "probe"}, "merge.align_data"),
         ("merge", {"repair": "batchnorm"}, "merge.repair"),
@@ -74,7 +74,7 @@ def test_unlike_models_share_no_weights(method: str) -> None:
 
 def test_each_agent_has_one_model() -> None:
     twice = [*MODELS, {"agents": ["b", "a"], "options": {}}]
-    with pytest.raises(ConfigError, match=r"models\[1\] names agent 'a', and so does models\[0\]"):
+    with pytest.raises(ConfigError, match=r"models\[1\] and models\[0\] both name agent 'a'"):
         made(task={"models": twice})
     with pytest.raises(ConfigError, match="agents"):
         made(task={"models": [{"agents": [], "options": {}}]})

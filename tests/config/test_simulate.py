@@ -45,7 +45,7 @@ def test_a_number_or_a_range(key: str, value: Any) -> None:
     ("table", "key", "value", "said"),
     [
         ("network", "latency_s", -1, "must be 0 or more"),
-        ("network", "latency_s", [0.2, 0.1], "the range [0.2, 0.1] is upside down; write [low, high]"),
+        ("network", "latency_s", [0.2, 0.1], "the range [0.2, 0.1] is reversed; write [low, high]"),
         ("network", "latency_s", [0.1], "must be a number or a range [low, high]"),
         ("network", "latency_s", "slow", "must be a number or a range [low, high] (got 'slow')"),
         ("network", "latency_s", True, "must not be true or false"),
@@ -71,8 +71,8 @@ def test_numbers_that_cannot_be(table: str, key: str, value: Any, said: str) -> 
 @pytest.mark.parametrize(
     ("links", "said"),
     [
-        ([{"between": ["a", "b"]}, {"between": ["b", "a"]}], "links[1] is between 'b' and 'a', as links[0] is"),
-        ([{"between": ["a", "a"]}], "network.links[0]: a link is between two agents, not 'a' and itself"),
+        ([{"between": ["a", "b"]}, {"between": ["b", "a"]}], "links[1] and links[0] both connect 'b' and 'a'"),
+        ([{"between": ["a", "a"]}], "network.links[0]: a link connects two agents, not 'a' with itself"),
         ([{"between": ["a"]}], "network.links[0].between[1]"),
         ([{"between": ["a", "b"], "los": 1}], "unknown key 'network.links[0].los' in x.toml; did you mean 'loss'?"),
     ],

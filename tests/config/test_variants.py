@@ -64,7 +64,7 @@ def test_a_run_does_not_depend_on_the_variants_beside_it() -> None:
     [
         ([], ["tours"], "unknown method or variant 'tours'"),
         (VARIANTS, ["tours"], "did you mean 'torus'?"),
-        ([{"name": "dimat"}], ["dimat"], "a variant is named 'dimat', which --compare takes for something else"),
+        ([{"name": "dimat"}], ["dimat"], "a variant is named 'dimat', which has another meaning for --compare"),
         ([{"name": "all"}], ["all"], "a variant is named 'all'"),
         ([{"name": "x", "set": {"topology": {"grahp": "ring"}}}], ["x"], "unknown key 'topology.grahp' in the compar"),
         ([{"name": "x", "set": {"topology": {"edges": [["a", "b"]], "graph": "ring"}}}], ["x"], "give one of map"),
@@ -83,5 +83,5 @@ def test_names_that_cannot_be_folders_or_come_twice_are_refused() -> None:
     for bad in ("", "../x", "a b", "x" * 41):
         with pytest.raises(ConfigError, match=r"x\.toml: variants\[0\]\.name: "):
             experiment(variants=[{"name": bad}])
-    with pytest.raises(ConfigError, match=r"variants\[1\] is named 'a' as variants\[0\] is; rename one"):
+    with pytest.raises(ConfigError, match=r"variants\[1\] and variants\[0\] are both named 'a'; rename one"):
         experiment(variants=[{"name": "a"}, {"name": "a"}])

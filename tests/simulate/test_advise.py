@@ -113,13 +113,13 @@ def _inline(value: object) -> str:
 
 def test_it_says_what_short_probes_cannot(advice: Advice, experiment: ExperimentConfig) -> None:
     """And what they left out of the experiment."""
-    assert "short probes favour what learns fast" in advice.notes[-1]
+    assert "short probes favour options that learn fast" in advice.notes[-1]
     told = {key for key, note in CONDITIONS.items() if note in advice.notes}
     assert told == CONDITIONS.keys() & advice.settings.keys()
     assert told  # of this experiment some are advised
     first = with_settings(experiment, {"train.first_round_epochs": 3.0}, "the test")
     notes = advise(first, rounds=1, seeds=1, workers=1).notes
-    assert notes[0] == "probes are without the experiment's train.first_round_epochs"
+    assert notes[0] == "probes leave out the experiment's train.first_round_epochs"
 
 
 @pytest.mark.parametrize("method", ["isolated", "dpsgd"])

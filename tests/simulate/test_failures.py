@@ -261,7 +261,7 @@ def test_what_is_likely_a_mistake_is_warned_of(tmp_path: Path) -> None:
     slow = tiny_experiment(tmp_path, simulate={"compute": {"speeds": {"agent-1": 0.1}}}, schedule__round_deadline_s=4)
     (warning,) = prepare(slow).warnings
     assert warning.startswith(
-        "agent-1 need 10 s or more to train; the quickest agent trains for 1 s and then waits for 4 s"
+        "agent-1 need 10 s or more to train; the fastest agent trains for 1 s and then waits for 4 s"
     )
     gone = {"kind": "leave", "agent": "agent-1", "at_s": 2}
     warnings = prepare(tiny_experiment(tmp_path, simulate={"faults": [gone]})).warnings

@@ -1,4 +1,4 @@
 """The engines that train and merge for simulated agents: a pool of worker processes.
 
-Know no virtual time.
+They do not know virtual time.
 """

@@ -118,8 +118,8 @@ class WorkerPool:
 def result_of(future: Future[Any], what: str) -> Any:
     """Wait for a job.
 
-    Whatever goes wrong in it becomes an error in one line that names the job: a worker that died (out of memory,
-    killed), and faults in a user's model, loss or data.
+    Any failure becomes an error in one line that names the job: a worker that died (out of memory, killed), or a fault
+    in a user's model, loss or data.
     """
     try:
         return future.result()
@@ -149,7 +149,7 @@ def _hidden_main() -> Generator[None]:
 
 @contextmanager
 def _ignored_interrupts() -> Generator[None]:
-    """Let processes inherit that Ctrl-C, which reaches the whole group, is none of their business."""
+    """Let processes inherit that they ignore Ctrl-C, which reaches the whole group."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

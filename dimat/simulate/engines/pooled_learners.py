@@ -111,7 +111,7 @@ class PooledLearner(SimulatedWork):
         return created
 
     def crash(self) -> None:
-        """Forget all of the agent that is not on disk."""
+        """Forget everything of the agent that is not on disk."""
         self._submit(worker.drop)
 
     def restore(self) -> Outcome[Restored | None]:

@@ -1,4 +1,4 @@
-"""Checks before a run that times, faults and topology of an experiment fit together."""
+"""Checks before a run that an experiment's times, faults and topology fit together."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dimat.train.progress import round_steps
 
 
 class Pace:
-    """How fast an experiment's rounds can go. `samples`: by agent."""
+    """How fast an experiment's rounds can be. `samples`: training samples by agent."""
 
     def __init__(self, config: ExperimentConfig, samples: Mapping[str, int], compute: Compute) -> None:
         self._config = config
@@ -27,7 +27,7 @@ class Pace:
         }
 
     def train_s(self, number: int, now: float = 0.0) -> dict[str, float]:
-        """Return by agent how long its training of a round takes, if it begins now."""
+        """Return, by agent, how long its training of a round takes if it begins now."""
         schedule = self._config.schedule
         learn, trained = schedule.learns(number), schedule.round_of(number)
         return {
@@ -36,7 +36,7 @@ class Pace:
         }
 
     def reaches(self, number: int, by_s: float) -> bool:
-        """Return whether any agent can be in a round before a time, going on from the fastest one in each round."""
+        """Return whether any agent can be in a round before a time, given the fastest agent of each round before."""
         time = 0.0
         for earlier in range(1, number):
             if time >= by_s:
@@ -46,8 +46,11 @@ class Pace:
 
 
 def check_times(config: ExperimentConfig, pace: Pace, snapshot_bytes: int) -> list[str]:
-    """Check the deadline, which counts from the end of an agent's own training, against the others' times of training
-    and of travel; return a warning for agents that the quickest will never hear in time."""
+    """Check the round deadline against the times for training and for sending snapshots.
+
+    The deadline counts from the end of an agent's own training. Returns a warning for agents whose snapshots always
+    reach the fastest agent too late.
+    """
     deadline = config.schedule.round_deadline_s
     times = pace.train_s(config.schedule.first_exchange(2))  # the first round may have epochs of its own
     quickest = min(times.values())
@@ -58,15 +61,17 @@ def check_times(config: ExperimentConfig, pace: Pace, snapshot_bytes: int) -> li
     who = listed(late) if len(late) < len(times) else f"all {len(times)} agents"
     sending = f" and about {travel:.3g} s until peers have their snapshot" if travel else ""
     return [
-        f"{who} need {min(times[agent] for agent in late):g} s or more to train{sending}; the quickest agent trains "
-        f"for {quickest:g} s and then waits for {deadline:g} s (schedule.round_deadline_s): it will hear them too late "
-        'in every round; give it more, or use mode = "async"'
+        f"{who} need {min(times[agent] for agent in late):g} s or more to train{sending}; the fastest agent trains "
+        f"for {quickest:g} s and then waits for {deadline:g} s (schedule.round_deadline_s): their snapshots will come "
+        'too late in every round; increase the deadline, or use mode = "async"'
     ]
 
 
 def travel_s(network: NetworkConfig, size_bytes: int) -> float:
-    """Return how long a snapshot takes to a peer on a link as most are: two small messages (it is offered, and asked
-    for) and the transfer. Of a range, what half of all links stay below."""
+    """Return how long a snapshot takes to reach a peer over a typical link, with the median of ranges.
+
+    The time covers two small messages (offer and request) and the transfer.
+    """
     rates = [_median(span, log=True) for span in (network.bandwidth_mbit_s, network.uplink_mbit_s) if span is not None]
     transfer = size_bytes / (min(rates) * BYTES_PER_MBIT) if rates else 0.0
     return 3 * _median(network.latency_s, log=False) + transfer
@@ -87,8 +92,8 @@ def check_crash_points(
     *,
     gossips: bool,
 ) -> None:
-    """Raise ConfigError, naming the entry, for a crash that waits for what its agent never does: a round beyond the
-    last or after it has gone for good, a fetch where it hears nobody, an adoption where there is none.
+    """Raise ConfigError, naming the entry, for a crash at a step that its agent never reaches: a round beyond the last
+    or after it has gone for good, a fetch when it hears nobody, an adoption when there is none.
 
     `rounds`: 0 = without end; `hears(agent, round)`: whether an agent hears anybody; `gossips`: whether agents adopt
     each other's basis.
@@ -104,7 +109,7 @@ def check_crash_points(
         who = f"{point.entry}: agent {agent!r}"
         if rounds and number > rounds:
             raise ConfigError(
-                f"{who} is to crash in round {number}, but the last one is {rounds}; choose an earlier one"
+                f"{who} is to crash in round {number}, but the last round is {rounds}; choose an earlier one"
             )
         joins = agent in faults.late
         takes_over = joins and config.join == "adopt"
@@ -125,16 +130,16 @@ def check_crash_points(
 
 
 def check_peers(config: ExperimentConfig, agents: Sequence[str], expected: Callable[[str], int]) -> None:
-    """Raise ConfigError where `schedule.min_peers` is more than any agent has. `expected`: peers of an agent."""
+    """Raise ConfigError if `schedule.min_peers` exceeds every agent's peers. `expected`: number of an agent's peers."""
     most = max(expected(agent) for agent in agents)
     if config.schedule.min_peers > most:
         raise ConfigError(
-            f"schedule.min_peers is {config.schedule.min_peers}, but no agent has more than {most} peers; give it less"
+            f"schedule.min_peers is {config.schedule.min_peers}, but no agent has more than {most} peers; lower it"
         )
 
 
 def alone(graph: nx.Graph[str], faults: FaultPlan) -> list[str]:
-    """Return a warning for each agent of a graph whose peers all go for good, as far as the script says."""
+    """Return a warning for each agent of a graph whose peers all leave or crash for good by the script."""
     gone = {
         fault.agent: f"at {fault.at_s:g} s"
         for fault in faults.timed
@@ -153,5 +158,5 @@ def alone(graph: nx.Graph[str], faults: FaultPlan) -> list[str]:
 
 
 def listed(names: Sequence[str], limit: int = 4) -> str:
-    """Return names for a message, the first few of many."""
+    """Return names for a message, with only the first few of many."""
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

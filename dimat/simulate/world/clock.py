@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 FEW = 64
-"""Entries that are called off and not worth clearing away."""
+"""Number of cancelled entries that are not worth removing from the queue."""
 
 
 class Clock:
-    """A queue of things to do at virtual times. `now` is the time of the one that is done."""
+    """A queue of calls at virtual times. `now` is the time of the call that runs."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -20,13 +20,13 @@ class Clock:
         self._off: set[int] = set()
 
     def put(self, time_s: float, do: Callable[..., None], *arguments: Any) -> int:
-        """Do something at a time that is not over; return the number under which it can be called off."""
+        """Schedule a call, at the earliest now; return the number under which it can be called off."""
         self._count += 1
         heapq.heappush(self._queue, (max(time_s, self.now), self._count, do, *arguments))
         return self._count
 
     def call_off(self, number: int) -> None:
-        """Forget something that was put there and is not done yet."""
+        """Cancel a call that was scheduled and has not run yet."""
         self._off.add(number)
         # cleared away once they are most of the queue: cheap for each, and the queue holds no more than twice its due
         if len(self._off) > FEW and 2 * len(self._off) > len(self._queue):
@@ -35,7 +35,7 @@ class Clock:
             self._off.clear()
 
     def step(self) -> bool:
-        """Do what comes next; False where there is nothing."""
+        """Run the next call; return False if there is none."""
         while self._queue:
             time_s, number, do, *arguments = heapq.heappop(self._queue)
             if number in self._off:

@@ -11,9 +11,9 @@ from dimat.simulate.world.link_model import log_uniform
 
 
 class Compute:
-    """The agents' computers. `faults`: of the network; those that slow agents down count.
+    """The agents' computers. `faults`: faults of the network, of which only slow-downs count.
 
-    Speeds depend on `seed` and the agent's name alone. Raises ConfigError for the speed of an unknown agent.
+    Speeds depend only on `seed` and the agent's name. Raises ConfigError for the speed of an unknown agent.
     """
 
     def __init__(self, config: ComputeConfig, agents: Sequence[str], seed: int, faults: Iterable[Fault] = ()) -> None:
@@ -39,7 +39,7 @@ class Compute:
     def train_s(self, agent: str, steps: int, learn: bool, now: float) -> float:
         """Return the virtual seconds of a round's training that begins now; 0 where the agent does not `learn`.
 
-        Where the agent is slowed down meanwhile, what is left of its work takes as much longer.
+        If the agent is slowed down meanwhile, the rest of its work takes longer by that factor.
         """
         if not learn:
             return 0.0

@@ -1,7 +1,7 @@
 """Faults of a simulated network: crashes, joins, leaves, partitions and slow-downs.
 
-The script (`simulate.faults`) is played through once beforehand, so that one that contradicts itself is refused
-before the run; random faults (`simulate.random_faults`) are then drawn into the time that it leaves.
+The script (`simulate.faults`) is played through once before the run, so that a script that contradicts itself is
+refused early; random faults (`simulate.random_faults`) are then drawn into the time that the script leaves free.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Join:
 
 @dataclass(frozen=True, slots=True)
 class Slow:
-    """From now on training takes `factor` times as long as at first."""
+    """From now on training takes `factor` times as long as at the start of the run."""
 
     at_s: float
     agent: str
@@ -56,7 +56,7 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class Leave:
-    """An agent goes for good, and says so."""
+    """An agent leaves for good, and tells its peers."""
 
     at_s: float
     agent: str
@@ -73,7 +73,7 @@ class Crash:
 
 @dataclass(frozen=True, slots=True)
 class Restart:
-    """An agent is started again from its newest checkpoint, if `crash` is what it is down by."""
+    """An agent is started again from its newest checkpoint, if `crash` is the reason why it is down."""
 
     at_s: float
     agent: str
@@ -82,13 +82,13 @@ class Restart:
 
 Fault = Heal | Restart | Join | Slow | Cut | Leave | Crash
 ORDER = (Heal, Restart, Join, Slow, Cut, Leave, Crash)
-"""Order of faults at the same time: what mends comes before what breaks."""
+"""Order of faults at the same time: repairs come before failures."""
 
 
 @dataclass(frozen=True, slots=True)
 class CrashPoint:
     """A crash of `agent` when it is asked to do `on` in `round`, and its restart `restart_after_s` later, or never.
-    `entry`: what names it in messages."""
+    `entry`: its name in messages."""
 
     agent: str
     round: int
@@ -99,11 +99,11 @@ class CrashPoint:
 
 @dataclass(frozen=True, slots=True)
 class FaultPlan:
-    """All faults of a network. `timed`: in the order in which it happens; `on_action`: crashes that wait for an
+    """All faults of a network. `timed`: faults in order of time; `on_action`: crashes that wait for an
     agent's action; `late`: agents that join later and are not there at first.
 
-    When a crash point strikes is not known beforehand: a timed crash may then find its agent down, and comes to
-    nothing, as does its restart; one that leaves while it is down stays away.
+    The time of a crash point is not known beforehand: a timed crash may find its agent already down, and then has no
+    effect, nor has its restart; an agent that leaves while it is down stays away.
     """
 
     timed: tuple[Fault, ...] = ()
@@ -134,12 +134,12 @@ class _Life:
 
 
 def plan_faults(config: ExperimentConfig, agents: Sequence[str]) -> FaultPlan:
-    """Return the faults of `agents` in an experiment: its script and what its random faults draw from its seed.
+    """Return the faults of `agents` in an experiment: its script, and random faults drawn from its seed.
 
-    One model trained on all data (the ceiling) is no network, and has no faults.
+    One model trained on all data (the ceiling) is not a network, and has no faults.
     Raises ConfigError, naming the entry, for a script that contradicts itself: an unknown agent; a crash of one that
-    is down, has left or is not there yet; a second join; a leave while down; groups that overlap or leave nobody to
-    part from; nobody to found the network.
+    is down, has left or is not there yet; a second join; a leave while down; groups that overlap, or one group
+    of all agents; no agent that starts the network.
     """
     if config.merge.preset.ceiling:
         return FaultPlan()
@@ -179,7 +179,9 @@ def _check_names(script: Sequence[FaultConfig], agents: Sequence[str]) -> None:
                     raise ConfigError(f"{_entry(i)}: agent {name!r} is in the groups twice; name it once")
                 seen.add(name)
         if len(fault.groups) == 1 and len(seen) == len(known):
-            raise ConfigError(f"{_entry(i)}: one group of all agents parts nobody; leave some out or name two groups")
+            raise ConfigError(
+                f"{_entry(i)}: one group of all agents separates nobody; leave some out or name two groups"
+            )
 
 
 def _late(script: Sequence[FaultConfig], agents: Sequence[str]) -> frozenset[str]:
@@ -189,13 +191,13 @@ def _late(script: Sequence[FaultConfig], agents: Sequence[str]) -> frozenset[str
             first = joins.setdefault(fault.agent, i)
             if first != i:
                 raise ConfigError(
-                    f"{_entry(i)}: agent {fault.agent!r} joins already by {_entry(first)}; "
-                    "for one that comes back use a crash with restart_after_s"
+                    f"{_entry(i)}: agent {fault.agent!r} already joins by {_entry(first)}; "
+                    "to let it come back, use a crash with restart_after_s"
                 )
     if joins and len(joins) == len(agents):
         raise ConfigError(
-            f"{_entry(max(joins.values()))}: all {len(agents)} agents join later, so nobody founds the network; "
-            "let one be there from the start"
+            f"{_entry(max(joins.values()))}: all {len(agents)} agents join later, so nobody starts the network; "
+            "let one agent start without a join"
         )
     return frozenset(joins)
 
@@ -270,7 +272,7 @@ def _crash_points(script: Sequence[FaultConfig]) -> tuple[CrashPoint, ...]:
             continue
         first = seen.setdefault((fault.agent, fault.round, fault.on), i)
         if first != i:
-            raise ConfigError(f"{_entry(i)}: is the same crash as {_entry(first)}; remove one")
+            raise ConfigError(f"{_entry(i)} is the same crash as {_entry(first)}; remove one")
         if fault.restart_after_s is None:
             ends[fault.agent] = min(ends.get(fault.agent, (fault.round, i)), (fault.round, i))
         points.append(CrashPoint(fault.agent, fault.round, fault.on, fault.restart_after_s, _entry(i)))

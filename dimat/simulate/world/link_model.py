@@ -1,11 +1,11 @@
-"""Links in virtual time: when what one agent sends another arrives, if it does. A model; nothing is sent.
+"""Links in virtual time: when, if at all, a message or snapshot arrives. Nothing is really sent.
 
 A small control message takes a link's latency. A snapshot is asked for (latency), waits for the publisher's uplink
 and for the link in its direction, takes its size over the narrower of the two, and travels (latency). The uplink is
 busy for size / uplink alone: where the link is narrower, the network beyond the uplink holds what is on its way.
-Transfers over one link direction follow one another in the order in which they were asked for, lost ones with all
-their attempts; on the uplink a transfer takes the first gap that it fits into. All this is booked when a transfer is
-asked for; where one is given up, what its publisher has not begun to send by then is planned anew (`replan`).
+Transfers over one link direction follow one another in the order of their requests, lost ones with all their
+attempts; on the uplink a transfer takes the first gap that it fits into. All times are booked when a transfer is
+requested; if one is given up, the transfers that its publisher has not yet begun are planned anew (`replan`).
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ BYTES_PER_MBIT = 125_000.0
 
 @dataclass(slots=True)
 class Transfer:
-    """The fate of a transfer. `arrives_s`: virtual time at which its last byte arrives, or None, and then
-    `failed_s` is the time at which the reader gives up; `bytes_sent`: of all attempts, those that were lost too.
+    """The course of a transfer.
 
-    `route` (publisher, reader), `asked_s`, `size`: what was asked for, where and when; `latency_s`: of the link;
-    `legs`: for each attempt when its bytes begin to pass and when the last one has. Without legs all is there at once.
+    `arrives_s`: virtual time at which its last byte arrives, or None, and then `failed_s` is the time at which the
+    reader gives up; `bytes_sent`: bytes of all attempts, also of lost ones. `route` (publisher, reader), `asked_s`,
+    `size`: the request; `latency_s`: latency of the link; `legs`: for each attempt, the times at which its first and
+    last bytes are sent. Without legs everything arrives at once.
     """
 
     arrives_s: float | None
@@ -45,17 +46,17 @@ class Transfer:
 
     @property
     def ends_s(self) -> float:
-        """When the reader has it, or gives up."""
+        """The time at which the reader has it, or gives up."""
         end = self.arrives_s if self.arrives_s is not None else self.failed_s
         assert end is not None
         return end
 
     def sent(self, now: float) -> int:
-        """Return how many bytes have been sent by `now`, those of lost attempts too."""
+        """Return how many bytes have been sent by `now`, also in lost attempts."""
         return sum(self._passed(leg, now) for leg in self.legs) if self.legs else self.bytes_sent
 
     def there(self, now: float) -> int:
-        """Return how many bytes have reached the reader by `now`: nothing of an attempt that is lost."""
+        """Return how many bytes have reached the reader by `now`; a lost attempt brings none."""
         if self.arrives_s is None:
             return 0
         return self.size if now >= self.arrives_s else self._passed(self.legs[-1], now - self.latency_s)
@@ -112,11 +113,11 @@ class _Uplink:
 
 
 class Links:
-    """The links between `agents`, every pair of which may talk. Times are virtual seconds, sizes bytes.
+    """The links between `agents`, of which every pair may communicate. Times are virtual seconds, sizes bytes.
 
-    What a range is drawn for depends on `seed` and the agents' names alone, and each direction of a link draws its
-    losses from a stream of its own: neither other links nor the order of calls over them change what it does. Calls
-    come in order of `now`. A cut is looked at when something is sent; what is on its way then arrives.
+    Values drawn from ranges depend only on `seed` and the agents' names, and each direction of a link draws its losses
+    from a stream of its own: neither other links nor the order of calls over them change its behaviour. Calls come in
+    order of `now`. A cut stops messages sent from then on; those already on their way arrive.
     Raises ConfigError for a configured link of an unknown agent.
     """
 
@@ -145,9 +146,9 @@ class Links:
         self._losses: dict[tuple[str, str], np.random.Generator] = {}
         self._cuts: dict[str, dict[str, int]] = {}
 
-    # ── what a link is like ──────────────────────────────────────────────────────────────────────────────────
+    # ── properties of a link ─────────────────────────────────────────────────────────────────────────────────
     def latency(self, a: str, b: str) -> float:
-        """Return the one-way latency between two agents in seconds, alike in both directions."""
+        """Return the one-way latency between two agents in seconds, the same in both directions."""
         pair = (a, b) if a < b else (b, a)
         special = self._special.get(pair)
         if special is not None and special.latency_s is not None:
@@ -162,7 +163,7 @@ class Links:
         return drawn
 
     def bandwidth(self, a: str, b: str) -> float:
-        """Return the bandwidth of the link from `a` to `b` in bytes/s, inf where it is unlimited."""
+        """Return the bandwidth of the link from `a` to `b` in bytes/s, inf if it is unlimited."""
         special = self._special.get((a, b) if a < b else (b, a))
         if special is not None and special.bandwidth_mbit_s is not None:
             return special.bandwidth_mbit_s * BYTES_PER_MBIT
@@ -176,7 +177,7 @@ class Links:
         return drawn
 
     def uplink(self, agent: str) -> float:
-        """Return what an agent can send in all in bytes/s, inf where it is unlimited."""
+        """Return the total rate in bytes/s at which an agent can send, inf if it is unlimited."""
         if self._config.uplink_mbit_s is None:
             return math.inf
         return self._uplink(agent).rate
@@ -188,11 +189,11 @@ class Links:
 
     # ── partitions ───────────────────────────────────────────────────────────────────────────────────────────
     def cut(self, id: str, groups: Sequence[Collection[str]]) -> None:
-        """Begin a partition: agents of different groups cannot reach each other; those in none form one more."""
+        """Begin a partition: agents of different groups cannot reach each other; those in none form one more group."""
         self._cuts[id] = {agent: number for number, group in enumerate(groups) for agent in group}
 
     def heal(self, id: str) -> None:
-        """End a partition; others that hold stand."""
+        """End a partition; other partitions stay."""
         self._cuts.pop(id, None)
 
     def reachable(self, a: str, b: str) -> bool:
@@ -201,7 +202,7 @@ class Links:
 
     # ── sending ──────────────────────────────────────────────────────────────────────────────────────────────
     def message(self, now: float, sender: str, reader: str) -> float | None:
-        """Return when a small message that is sent now arrives, after repeats where attempts are lost.
+        """Return when a small message that is sent now arrives, after repeats of lost attempts.
 
         None: the agents cannot reach each other, or all attempts were lost.
         """
@@ -215,10 +216,10 @@ class Links:
         return now + lost * self._config.retry_s + self.latency(sender, reader)
 
     def transfer(self, now: float, publisher: str, reader: str, size_bytes: int) -> Transfer:
-        """Return what becomes of `size_bytes` that `reader` asks `publisher` for now.
+        """Return the transfer of `size_bytes` that `reader` requests from `publisher` now.
 
-        The reader misses a lost attempt when it should have been there, and asks again `retry_s` later; where a
-        partition lies between them nothing is sent, and each attempt costs it `retry_s`.
+        The reader notices a lost attempt when it should have arrived, and asks again `retry_s` later; across a
+        partition nothing is sent, and each attempt costs it `retry_s`.
         """
         attempts = self._config.attempts
         if self._cuts and not self.reachable(publisher, reader):
@@ -234,8 +235,11 @@ class Links:
         return made
 
     def replan(self, now: float, publisher: str, asked: Sequence[Transfer]) -> None:
-        """Plan a publisher's transfers anew, some others having been given up: what has begun goes on, and the rest
-        follows in the order of `asked`, as if nothing else had been asked for."""
+        """Plan a publisher's transfers anew after others were given up.
+
+        Transfers that have begun continue, and the rest follow in the order of `asked`, as if there had been no other
+        requests.
+        """
         if self._instant:
             return
         self._free.pop(publisher, None)
@@ -261,7 +265,7 @@ class Links:
             transfer.arrives_s = end
 
     def _book(self, now: float, ready: float, transfer: Transfer) -> tuple[float, float]:
-        """Queue bytes that are asked for at `ready`; return when they begin to pass, and when the last one has."""
+        """Queue bytes that are requested at `ready`; return when the first one is sent, and the last one."""
         (publisher, reader), size = transfer.route, transfer.size
         bandwidth = self.bandwidth(publisher, reader)
         limited = self._config.uplink_mbit_s is not None
@@ -289,7 +293,7 @@ class Links:
         return found
 
     def _lost(self, sender: str, reader: str) -> int:
-        """Draw how many attempts are lost before one comes through; `attempts` if none does."""
+        """Draw how many attempts are lost before one succeeds; `attempts` if none does."""
         loss = self.loss(sender, reader)
         if loss == 0:
             return 0
@@ -304,7 +308,7 @@ class Links:
 
 
 def log_uniform(span: Span, seed: int, *path: str | int) -> float:
-    """Return a number, or one drawn log-uniformly from a range with the stream that `path` names."""
+    """Return a plain number, or draw one log-uniformly from a range with the stream that `path` names."""
     if not isinstance(span, tuple):
         return span
     low, high = span

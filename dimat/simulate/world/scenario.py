@@ -1,6 +1,6 @@
-"""A resolved experiment with the simulator's world around it, checked as a whole.
+"""A resolved experiment with its simulated world, checked as a whole.
 
-All of it is worked out before the first step, so that whatever is impossible is refused before a run folder exists.
+Everything is worked out before the first step, so that an impossible experiment is refused before a run folder exists.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ PROCESS_MB = 260.0  # resident memory of a process with torch and this package l
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario(Experiment):
-    """An experiment ready to be simulated: with what is known of it beforehand, and the faults that are to come."""
+    """An experiment ready to be simulated, with its sizes and the faults that will happen."""
 
     histogram: dict[str, tuple[int, ...]]
     parameters: int
-    """Of the largest agent's model."""
+    """Number of parameters of the largest model."""
     model_bytes: int
-    """Of its weights."""
+    """Bytes of that model's weights."""
     snapshot_bytes: int
     faults: FaultPlan
     warnings: tuple[str, ...] = ()
 
     @property
     def sparse(self) -> bool:
-        """Whether some agents are never linked to each other, whichever way."""
+        """Whether some pair of agents is never linked, in either direction."""
         agents, linked = len(self.agents), {frozenset(edge) for edge in self.schedule.edges()}
         return len(linked) < agents * (agents - 1) // 2
 
@@ -68,13 +68,13 @@ class Scenario(Experiment):
 
 
 def prepare(config: ExperimentConfig) -> Scenario:
-    """Resolve an experiment for the simulator; raises ConfigError and its kin for what cannot be run."""
+    """Resolve an experiment for the simulator; raises ConfigError or a subclass if it cannot be run."""
     warnings: list[str] = []
     simulated = ExchangeConfig(encoding=config.exchange.encoding, moments=config.exchange.moments)
     if config.exchange != simulated:
         told = [key for key in ExchangeConfig.model_fields if getattr(config.exchange, key) != getattr(simulated, key)]
         warnings.append(
-            f"exchange.{', exchange.'.join(told)}: for real agents; the simulator has [exchange]'s encoding and moments"
+            f"exchange.{', exchange.'.join(told)}: only for real agents; the simulator uses encoding and moments"
         )
         config = config.model_copy(update={"exchange": simulated})
     if config.merge.preset.ceiling:
@@ -139,7 +139,7 @@ def _parameters(model: nn.Module) -> int:
 
 
 def _without_network(config: ExperimentConfig) -> ExperimentConfig:
-    """Return the experiment without the agents' links and speeds: where one model holds all data, no agent is named."""
+    """Return the experiment without the agents' links and speeds: one model on all data has no agents to name."""
     compute = config.simulate.compute.model_copy(update={"speeds": {}, "speed": 1.0})
     simulate = config.simulate.model_copy(update={"network": NetworkConfig(), "compute": compute})
     return config.model_copy(update={"simulate": simulate})

@@ -261,4 +261,4 @@ def test_a_crash_that_never_came_about_is_told(tmp_path: Path) -> None:
     faults = [at("join", "agent-1", 2.5), on("train", "agent-1", 1, restart_after_s=1.0)]
     results, heard = run(tmp_path, simulate__faults=faults, schedule={"rounds": 6, "round_deadline_s": 5.0})
     assert not told(heard, events.AgentCrashed)
-    assert [w for w in results.warnings if w.startswith("simulate.faults[1]: this crash never came about")]
+    assert [w for w in results.warnings if w.startswith("simulate.faults[1]: this crash never happened")]

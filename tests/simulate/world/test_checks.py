@@ -42,7 +42,8 @@ GONE = {"kind": "crash", "agent": "agent-1", "at_s": 2.0}
         ),
         (
             {"simulate__faults": [crash("agent-1", 4, "train")]},
-            "simulate.faults[0]: agent 'agent-1' is to crash in round 4, but the last one is 3; choose an earlier one",
+            "simulate.faults[0]: agent 'agent-1' is to crash in round 4, but the last round is 3; "
+            "choose an earlier one",
         ),
         (
             {"simulate__faults": [crash("agent-1", 1, "adopt")], "merge__method": "average"},
@@ -111,7 +112,7 @@ def test_a_deadline_that_leaves_no_time_for_travel_is_warned_of(tmp_path: Path) 
     slow = {**late, "simulate__compute": {"speeds": {"agent-1": 0.5}}}
     (warning,) = warnings(tmp_path, **{**slow, "schedule__round_deadline_s": 1.2})
     assert warning.startswith(
-        "agent-1 need 2 s or more to train and about 0.3 s until peers have their snapshot; the quickest agent trains "
+        "agent-1 need 2 s or more to train and about 0.3 s until peers have their snapshot; the fastest agent trains "
         "for 1 s and then waits for 1.2 s (schedule.round_deadline_s)"
     )
     assert not warnings(tmp_path, **{**slow, "schedule__round_deadline_s": 1.4})

@@ -135,13 +135,13 @@ def test_at_the_same_time_what_mends_comes_first() -> None:
         ),
         (
             [entry("join", "lab-a", 5), entry("join", "lab-a", 9)],
-            "simulate.faults[1]: agent 'lab-a' joins already by simulate.faults[0]; "
-            "for one that comes back use a crash with restart_after_s",
+            "simulate.faults[1]: agent 'lab-a' already joins by simulate.faults[0]; "
+            "to let it come back, use a crash with restart_after_s",
         ),
         (
             [entry("join", name, 5) for name in AGENTS],
-            "simulate.faults[3]: all 4 agents join later, so nobody founds the network; "
-            "let one be there from the start",
+            "simulate.faults[3]: all 4 agents join later, so nobody starts the network; "
+            "let one agent start without a join",
         ),
         (
             [{"kind": "partition", "at_s": 1, "groups": [["lab-a", "lab-b"], ["lab-b"]]}],
@@ -149,7 +149,7 @@ def test_at_the_same_time_what_mends_comes_first() -> None:
         ),
         (
             [{"kind": "partition", "at_s": 1, "groups": [list(AGENTS)]}],
-            "simulate.faults[0]: one group of all agents parts nobody; leave some out or name two groups",
+            "simulate.faults[0]: one group of all agents separates nobody; leave some out or name two groups",
         ),
         (
             [{"kind": "partition", "at_s": 1, "groups": [["lab-a"], []]}],
@@ -157,7 +157,7 @@ def test_at_the_same_time_what_mends_comes_first() -> None:
         ),
         (
             [{"kind": "crash", "agent": "lab-a", "round": 2, "on": "merge", "restart_after_s": 1}] * 2,
-            "simulate.faults[1]: is the same crash as simulate.faults[0]; remove one",
+            "simulate.faults[1] is the same crash as simulate.faults[0]; remove one",
         ),
         (
             [
