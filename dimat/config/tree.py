@@ -14,7 +14,7 @@ class Tree(BaseModel):
     """Base of all configuration tables, which are frozen. Unknown keys are errors, and so are numbers that are not
     finite, unless a field says otherwise."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import dimat.config as config_rooms
 from dimat.cli.templates.experiment_template import starter as starter_text
 from dimat.config import ExperimentConfig, MergeConfig, TopologyConfig, TrainConfig, build, load_experiment
 from dimat.errors import ConfigError
@@ -138,3 +141,22 @@ def test_methods_compared_are_each_resolved(tmp_path: Path) -> None:
     starter.write_text(starter_text())
     with pytest.raises(ConfigError, match=r"^the comparison's 'sgp': .* leave it out$"):
         cases_of(load_experiment(starter, env={}), ("average", "sgp"), splits, (0,), tmp_path)
+
+
+def test_every_setting_says_what_it_is() -> None:
+    """Each field of each table has a docstring below it, which a reader of the source and of an editor's help sees."""
+    missing: list[str] = []
+    tables = 0
+    for path in sorted(Path(config_rooms.__file__).parent.glob("*.py")):
+        for kind in (
+            node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef)
+        ):
+            if not any(isinstance(base, ast.Name) and base.id.endswith(("Tree", "Config")) for base in kind.bases):
+                continue
+            tables += 1
+            for field, below in pairwise([*kind.body, ast.Pass()]):
+                said = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+                if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and not said:
+                    missing.append(f"{path.name}: {kind.name}.{field.target.id}")
+    assert missing == []
+    assert tables > 20
