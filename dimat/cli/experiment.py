@@ -216,8 +216,9 @@ def _report_agent(folder: Path, agent: str, keys: Path | None, as_json: bool) ->
         say(f"wrote {file}")
     if found is None:
         return 0
-    for number in found.torn:
-        say(f"dimat: manifests.jsonl, line {number}: cut short, so it proves nothing")
+    if found.torn:
+        more = f" and {len(found.torn) - 1} more" if found.torn[1:] else ""
+        say(f"dimat: manifests.jsonl, line {found.torn[0]}{more}: cut short or damaged, which proves nothing")
     for fault in found.faults:
         say(f"dimat: {fault}")
     if found.dropped:

@@ -77,6 +77,16 @@ def test_verify_names_a_line_that_was_changed(folder: Path, capsys: pytest.Captu
     assert "manifests.jsonl, line 2 (b, round 2)" in capsys.readouterr().err
 
 
+def test_lines_that_cannot_be_read_are_told_in_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They vouch for nothing, and no merge rests on them; what merges rest on is still there."""
+    path = folder / "manifests.jsonl"
+    path.write_text(path.read_text() + "[]\n\x00\x1b[31m\n{}\n")
+    assert main(["report", str(folder), "--verify", "--keys", str(folder)]) == 0
+    said = capsys.readouterr().err
+    assert "manifests.jsonl, line 3 and 2 more: cut short or damaged, which proves nothing" in said
+    assert "2 signed manifests checked, 0 faults" in said
+
+
 def test_what_it_is_not_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """--verify is for agents' folders; an agent without a merge has nothing to report."""
     assert main(["report", str(tmp_path), "--verify"]) == 2
