@@ -12,7 +12,7 @@ from dimat.config.tree import Tree
 CHECKPOINTS_KEPT, SNAPSHOTS_KEPT = 3, 2
 """Default numbers of checkpoints and of newest snapshots that an agent keeps, real or simulated."""
 
-_ADDRESS = re.compile(r"(\[[0-9a-fA-F:.%\w]+\]|[^:\s\[\]]+):\d{1,5}")
+_ADDRESS = re.compile(r"(\[[0-9a-fA-F:.%\w]+\]|[^:\s/\[\]]+):[0-9]{1,5}")
 
 
 def check_address(value: str) -> str:

@@ -160,3 +160,24 @@ def test_every_setting_says_what_it_is() -> None:
                     missing.append(f"{path.name}: {kind.name}.{field.target.id}")
     assert missing == []
     assert tables > 20
+
+
+@pytest.mark.parametrize(
+    "listen",
+    [
+        "127.0.0.1",
+        "::1:7300",
+        "127.0.0.1:７３００",
+        "http://127.0.0.1:7300",
+        "a b:7300",
+        ":7300",
+        "h:65536",
+        "h:-1",
+        "",
+    ],
+)
+def test_an_address_to_listen_on_is_a_host_and_a_port(listen: str) -> None:
+    """Digits of other scripts are read as numbers by Python and by no network."""
+    for table in ("agent", "dht"):
+        assert f'{table}.listen: must be "host:port"' in fault(**{table: {"listen": listen}})
+    assert experiment(agent={"listen": "[fe80::1%eth0]:7300"}).agent.listen == "[fe80::1%eth0]:7300"
