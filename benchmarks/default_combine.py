@@ -3,8 +3,8 @@
 Five agents on a ring, two epochs before each merge (8 or 16 steps, whatever a part's size; CIFAR-10 at 16×16 pixels,
 500 images an agent), ten merges, Adam 2e-3, batches of 64. From own starts an agent trains five epochs before the first
 merge. All rows are the method `dimat` (skew-aware loss, BatchNorm repair, alignment from own starts) with another
-combine method in the average's place; moments are merged beside `average`, `pleas` and `regmean`, unless a row says
-"moments kept". "isolated" trains alone. Mean test accuracy over agents after merge 1 and after the last, three
+combine method in the average's place; optimizer moments are merged beside `average` and `regmean`, unless a row says
+otherwise. "isolated" trains alone. Mean test accuracy over agents after merge 1 and after the last, three
 seeds, no run left out, with MB an agent and CPU-seconds a run beside it.
 
 Reference: `average`, the combine method of `dimat`; target: no other one is better in most cells by more than the
@@ -29,7 +29,7 @@ from _common import DATA, Result, finish, options, table
 from dimat.simulate import run_simulation
 from dimat.simulate.engines.pool import default_workers
 
-COMBINE = ("average", "fisher", "pleas, moments kept", "pleas", "regmean, moments kept", "regmean")
+COMBINE = ("average", "fisher", "pleas", "pleas, moments merged", "regmean, moments kept", "regmean")
 ALONE = "isolated"
 SPLITS: dict[str, dict[str, Any]] = {
     "iid": {"kind": "iid"},
@@ -82,9 +82,9 @@ def run(cell: Cell, data: Path, rounds: int) -> Outcome:
     }
     if cell.start == "own":
         train["first_round_epochs"] = 5
-    alone, (combine, _, kept) = cell.combine == ALONE, cell.combine.partition(", ")
-    if kept:
-        train["optimizer_state"] = "kept"
+    alone, (combine, _, moments) = cell.combine == ALONE, cell.combine.partition(", moments ")
+    if moments:
+        train["optimizer_state"] = moments
     results = run_simulation(
         {
             "run": "-".join((cell.network, cell.split, cell.start, cell.combine, str(cell.seed))),

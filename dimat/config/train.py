@@ -78,7 +78,7 @@ class TrainConfig(Tree):
     optimizer_state: Literal["fresh", "kept", "merged"] | None = None
     """The optimizer's state at a merge: "kept" as it was, made "fresh" each round, or "merged": moments (Adam's,
     momentum) are sent with the weights (exchange.moments) and averaged too. Must be the same for all agents. The
-    default depends on the merge method: "merged" if "dimat" averages or merges by pleas or regmean, else "kept"."""
+    default depends on the merge method: "merged" if "dimat" averages or merges by regmean, else "kept"."""
     lr_schedule: LrScheduleConfig = LrScheduleConfig()
     """Learning rate over the run."""
     grad_clip_norm: Annotated[float, Field(gt=0)] | None = None

@@ -1,4 +1,4 @@
-"""Replays a run's trace on this version's round machines, and compares the actions they ask for."""
+"""Replays a run's trace on this version's round machines, and compares their actions."""
 
 from __future__ import annotations
 

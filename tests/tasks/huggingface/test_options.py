@@ -132,9 +132,9 @@ def test_a_name_alone_takes_more_keys(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"data": {"name": "a", "test": "b"}, "test": "c"}, "the options 'test' and 'data.test' are one and the same"),
-        ({"probe": {"name": "a"}, "probe_data": "b"}, "'probe_data' and 'probe.name' are one and the same"),
-        ({"model": {"config": {}}, "config": {}}, "give 'model.config' alone"),
+        ({"data": {"name": "a", "test": "b"}, "test": "c"}, "the options 'test' and 'data.test' are the same"),
+        ({"probe": {"name": "a"}, "probe_data": "b"}, "'probe_data' and 'probe.name' are the same"),
+        ({"model": {"config": {}}, "config": {}}, "give only 'model.config'"),
     ],
 )
 def test_an_option_in_both_ways_is_refused(tmp_path: Path, options: dict[str, Any], said: str) -> None:
