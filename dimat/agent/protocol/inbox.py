@@ -37,7 +37,7 @@ class Heard(Enum):
 
 @dataclass(slots=True)
 class _Late:
-    """What is known of a living peer that a deadline has passed in waiting for.
+    """What is known of a living peer that a deadline has passed in waiting for, or that was ahead.
 
     `deadlines`: how many passed in a row; `turn`: the agent's round in which the last of them did; `behind`: by how
     many rounds the peer was behind then, at least.
@@ -239,9 +239,9 @@ class Inbox:
                 self.lost.pop(offer.peer, None)
         self._heard[offer.peer] = self._turn
         self.offers.heard(offer)
-        late = self._late.get(offer.peer)
-        if late is not None and self._number - offer.round < late.behind:  # nearer than ever: worth another wait
-            late.behind, late.deadlines = self._number - offer.round, 0
+        late = self._late.get(offer.peer, _Late(0, 0, 0))
+        if self._number - offer.round < late.behind:  # nearer than ever: worth another wait
+            self._late[offer.peer] = _Late(0, late.turn, self._number - offer.round)
         far = self.mode.is_far(self.offers, offer, self._number)
         if far:
             self.offers.note_far(offer)
