@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dimat.errors import MergeError
-from dimat.merge.matching.agreement import agreements, half_way
+from dimat.merge.matching.agreement import COMPARED, agreements, half_way
 from dimat.merge.matching.assignment import moved_share
 from dimat.merge.matching.coordinate_descent import fill_in
 from dimat.merge.matching.correlation import UNTIL_STABLE, UntilStable, compare
@@ -23,9 +23,6 @@ from dimat.symmetry.spec import SymmetrySpec
 RELATED = 0.5
 """Share of an assignment's worth that units have as they stand from which on two networks may be in one order already,
 as fine-tunes of one model are. Networks that were trained apart have .1 and less, so that nothing is asked of them."""
-
-COMPARED = 256
-"""Examples on which the two orders are compared, at most."""
 
 
 @align_registry.register("activations")
@@ -56,6 +53,11 @@ def activations(
     stable, that is once the score of the last check's assignments, under the newest statistics, is at most this share
     below that of the newest ones, for every group and peer, at two checks in a row, each at twice the images of the
     one before; batches must then come in random order. None: never stop early.
+
+    `keep_order_within`: a peer whose units seem to be in own order already (a fine-tune of the same model) keeps them
+    if the average with it as it is agrees about as well in function with both networks: its shortfall from 1, on up to
+    256 examples (`dimat.merge.matching.agreement`), is larger by at most this share. Units of such networks that seem
+    to have changed places have mostly learnt apart. None: units move as their correlations say, as in the paper.
     Raises MergeError if there are no data.
 
     Paper: Saadati et al., "DIMAT: Decentralized Iterative Merging-And-Training", CVPR 2024, arXiv 2404.08079;

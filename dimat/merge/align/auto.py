@@ -11,7 +11,7 @@ from torch import nn
 from dimat.errors import MergeError
 from dimat.merge.align.weights import RESTARTS as WEIGHTS_RESTARTS
 from dimat.merge.align.weights import weights
-from dimat.merge.matching.agreement import agreements, half_way
+from dimat.merge.matching.agreement import COMPARED, agreements, half_way
 from dimat.merge.matching.coordinate_descent import fill_in
 from dimat.merge.matching.correlation import UNTIL_STABLE, UntilStable, compare
 from dimat.merge.registry import align_registry
@@ -25,9 +25,6 @@ LEAST_MARGIN = -0.04
 given to weights, on 2 to 1,400 images. Where 2 to 16 images left a margin below this, the average's accuracy rose, by
 0.060 on average (27 of 33 times; it fell 3 times); at 64 images and more it stayed (12 times, 0.000 on average). Above
 −0.02 weights cost accuracy at 64 images and more, and gained nothing below."""
-
-COMPARED = 256
-"""Examples on which the ways are compared, at most."""
 
 NEGLIGIBLE = 1e-6
 """Agreement that is better by less than this is not better."""

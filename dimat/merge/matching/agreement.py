@@ -17,6 +17,9 @@ from dimat.merge.stages import Data, Inputs, Weights
 from dimat.symmetry import tree
 from dimat.symmetry.trace import eval_mode
 
+COMPARED = 256
+"""Examples on which ways to align are compared, at most."""
+
 
 def half_way(own: Weights, peer: Weights) -> dict[str, Tensor]:
     """Return the mean of two networks; integers are own's."""
