@@ -68,8 +68,9 @@ class Server:
 
     def __init__(self, path: str) -> None:
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._listener.bind(path)
+        self._listener.bind(f"{path}.bound")
         self._listener.listen(64)
+        os.rename(f"{path}.bound", path)  # whoever finds it can connect: between bind and listen nobody could
         self._woken, wake = socket.socketpair()
         wake.setblocking(False)
         self._wake = wake

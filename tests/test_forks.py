@@ -115,15 +115,15 @@ def test_a_stand_in_that_is_killed_takes_its_process_along() -> None:
 
 def test_nothing_outlives_killed_tests() -> None:
     """Whoever has forked a process is killed with -9: it is gone nonetheless, and so is the server."""
-    parent = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-u", "-c", PARENT], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert parent.stdin is not None
-    assert parent.stdout is not None
-    with parent.stdin, parent.stdout:
-        child = int(parent.stdout.readline())
-        server = int(Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[1])
-        parent.kill()
-        parent.wait()
-        assert gone(child)
-        assert gone(server)
+    ) as parent:
+        assert parent.stdin is not None
+        assert parent.stdout is not None
+        try:
+            child = int(parent.stdout.readline())
+            server = int(Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[1])
+        finally:
+            parent.kill()
+    assert gone(child)
+    assert gone(server)
