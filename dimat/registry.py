@@ -14,7 +14,7 @@ as a table; with `register("hf-causal-lm", moved={"test": "data.test"})` the fla
 into it. `bind` checks options once, for any number of calls.
 
 A registry with a package fills itself by importing the package's modules, so that a new function needs no change in
-any other file.
+any other file: first the one that is called as the function that is asked for, all others only where it is not there.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from importlib import import_module
+from importlib.util import find_spec
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, get_type_hints
 
@@ -153,7 +154,10 @@ class Registry(Generic[R]):
 
     def get(self, name: str) -> Callable[..., R]:
         """Return the function `name`, or raise with the nearest known name."""
-        self._scan()
+        if name not in self._functions:
+            self._load(name)
+        if name not in self._functions:
+            self._scan()
         if name not in self._functions:
             raise self.error(unknown_name(self.kind, name, self._functions))
         return self._functions[name]
@@ -168,11 +172,11 @@ class Registry(Generic[R]):
         return {option.key: option.default for option in _options(self.get(name), self.context).values()}
 
     def entries(self) -> list[Entry]:
-        """Return all entries in the order of registration."""
+        """Return all entries by module, and in each in the order of registration."""
         self._scan()
         return [
             Entry(name, (inspect.getdoc(function) or "").partition("\n")[0], self.options(name))
-            for name, function in self._functions.items()
+            for name, function in sorted(self._functions.items(), key=lambda entry: entry[1].__module__)
         ]
 
     def check(self, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -204,6 +208,12 @@ class Registry(Generic[R]):
         function = self.get(name)
         grouped, names = regroup(options, self.traits(name)["moved"], where, self.error)
         return check_options(function, grouped, where, context=self.context, error=self.error, names=names), names
+
+    def _load(self, name: str) -> None:
+        """Import the module that is called as the function is, which spares an agent's start all the others."""
+        path = f"{self.package}.{name.replace('-', '_')}"
+        if not self._scanned and name.replace("-", "_").isidentifier() and find_spec(path):
+            import_module(path)
 
     def _scan(self) -> None:
         if self._scanned:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -94,6 +97,39 @@ def test_presets_and_overrides() -> None:
     assert (changed.align.name, changed.repair.name, changed.align_data) == ("activations", "none", "probe")
     for method in ("isolated", "centralised"):
         plan_merge(MergeConfig(method=method))
+
+
+def test_only_the_module_that_is_called_as_the_method_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An agent's start does not wait for methods that it does not use; one that is elsewhere is found all the same,
+    and the list is the same whatever was asked for before."""
+    package = tmp_path / "some_methods"
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        'from dimat.registry import Registry\nMETHODS = Registry("toy", "some_methods")\n'
+    )
+    for module, names in (("any_sum", ["any-sum"]), ("late", ["late", "later"]), ("sole", ["sole"])):
+        methods = "".join(f"@METHODS.register({name!r})\ndef method_{i}(): ...\n" for i, name in enumerate(names))
+        (package / f"{module}.py").write_text(f"from some_methods import METHODS\n{methods}")
+    monkeypatch.syspath_prepend(tmp_path)
+    registry: Registry[None] = import_module("some_methods").METHODS
+
+    def loaded() -> set[str]:
+        return {name.partition(".")[2] for name in sys.modules if name.startswith("some_methods.")}
+
+    registry.get("sole")
+    assert loaded() == {"sole"}
+    registry.get("any-sum")
+    assert loaded() == {"any_sum", "sole"}
+    registry.get("later")
+    assert loaded() == {"any_sum", "late", "sole"}
+    assert [entry.name for entry in registry.entries()] == ["any-sum", "late", "later", "sole"]
+    with pytest.raises(ConfigError, match="did you mean 'sole'"):
+        registry.get("soles")
+    for name in ("a.b", "", "../sole", "__init__"):
+        with pytest.raises(ConfigError, match="unknown toy"):
+            registry.get(name)
 
 
 def test_a_method_is_called_with_its_options_and_the_context_it_asks_for() -> None:
