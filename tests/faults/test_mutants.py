@@ -12,6 +12,7 @@ from tests.faults.mutants import MUTANTS, Mutant
 MOST = 5000
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_mutant_is_caught(mutant: Mutant, record_property: Callable[[str, object], None]) -> None:
     """Mutation analysis (DeMillo, Lipton & Sayward 1978): checks that pass every mutant would check nothing."""

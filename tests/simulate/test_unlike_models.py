@@ -25,6 +25,8 @@ MODELS = [
     {"agents": ["agent-1"], "options": {"model": "mlp", "hidden": [24]}},
     {"agents": ["agent-3"], "options": {"model": "vit", "width": 8}},
 ]
+PLAIN = {"compute": {"step_s": 0.01}, "workers": 1}
+Outcome = tuple[Results, list[Event], dict[str, dict[str, torch.Tensor]]]
 
 
 def experiment(method: str = "distil", keep: int | None = None, **tables: Any) -> ExperimentConfig:
@@ -48,7 +50,7 @@ def experiment(method: str = "distil", keep: int | None = None, **tables: Any) -
     return build(ExperimentConfig, {**tree, **tables}, "the test")
 
 
-def run(config: ExperimentConfig, out: Path) -> tuple[Results, list[Event], dict[str, dict[str, torch.Tensor]]]:
+def run(config: ExperimentConfig, out: Path) -> Outcome:
     heard: list[Event] = []
     results = run_simulation(config, out=out, listeners=[heard.append])
     return results, heard, {file.stem: load_file(file) for file in sorted((out / "final").iterdir())}
@@ -58,9 +60,15 @@ def same(a: dict[str, dict[str, torch.Tensor]], b: dict[str, dict[str, torch.Ten
     return a.keys() == b.keys() and all(torch.equal(a[n][k], b[n][k]) for n in a for k in a[n])
 
 
-def test_every_agent_does_better_than_alone_and_sends_only_logits(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """The run on one worker in which nothing fails."""
+    return run(experiment(simulate=PLAIN), tmp_path_factory.mktemp("plain"))
+
+
+def test_every_agent_does_better_than_alone_and_sends_only_logits(tmp_path: Path, outcome: Outcome) -> None:
     """Each agent's accuracy, whatever its model, against the same agent alone; bytes are those of the layout."""
-    results, heard, weights = run(experiment(), tmp_path / "distil")
+    results, heard, weights = outcome
     alone, _, _ = run(experiment("isolated"), tmp_path / "alone")
     last = {row.agent: row.after for row in results.rows if row.round == 3}
     floor = {row.agent: row.after for row in alone.rows if row.round == 3}
@@ -76,10 +84,10 @@ def test_every_agent_does_better_than_alone_and_sends_only_logits(tmp_path: Path
     assert not any(isinstance(fact, events.PeerRefused | events.Warned) for fact in heard)
 
 
-def test_equal_seeds_give_equal_bits_for_any_number_of_workers(tmp_path: Path) -> None:
+def test_equal_seeds_give_equal_bits_for_any_number_of_workers(tmp_path: Path, outcome: Outcome) -> None:
     """And another seed, or fewer logits, gives others."""
-    first, _, weights = run(experiment(), tmp_path / "one")
-    several = {"simulate": {"workers": 3}}
+    first, _, weights = outcome
+    several = {"simulate": {**PLAIN, "workers": 3}}
     again, _, others = run(experiment(**several), tmp_path / "three")
     assert same(weights, others)
     assert again.rows == first.rows
@@ -89,15 +97,14 @@ def test_equal_seeds_give_equal_bits_for_any_number_of_workers(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("moment", ["trained", "publish", "merge", "merged"])
-def test_a_crash_changes_no_bit(tmp_path: Path, moment: str) -> None:
+def test_a_crash_changes_no_bit(tmp_path: Path, outcome: Outcome, moment: str) -> None:
     """Killed at any step of a round and restarted: the checkpoint holds weights that its snapshot does not."""
-    plain = {"compute": {"step_s": 0.01}, "workers": 1}
-    _, _, weights = run(experiment(simulate=plain), tmp_path / "plain")
+    _, _, weights = outcome
     faults = [
         {"kind": "crash", "agent": agent, "round": 2, "on": moment, "restart_after_s": 0.1}
         for agent in ("agent-0", "agent-3")
     ]
-    _, heard, others = run(experiment(simulate={**plain, "faults": faults}), tmp_path / "crashed")
+    _, heard, others = run(experiment(simulate={**PLAIN, "faults": faults}), tmp_path / "crashed")
     assert sum(isinstance(fact, events.AgentCrashed) for fact in heard) == 2
     assert not any(isinstance(fact, events.PeerLate) for fact in heard)
     assert same(weights, others)

@@ -12,6 +12,7 @@ import torch
 from dimat.symmetry import AxisRef, Factor, Group, SymmetrySpec, derive_symmetry, verify_symmetry
 from tests.symmetry.wide import ENTRIES, build
 
+pytestmark = pytest.mark.zoo
 MODELS = ("lenet", "resnet20_a", "unet", "lstm", "transformer_encoder", "gpt2", "bert", "llama_sdpa", "t5", "opt")
 
 

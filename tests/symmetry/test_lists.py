@@ -301,7 +301,7 @@ def _barrier(own: nn.Module, peer: nn.Module, spec: SymmetrySpec | None, using: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("best", [True, False])
+@pytest.mark.parametrize("best", [True, pytest.param(False, marks=pytest.mark.more)])
 def test_barrier_of_mixtures_in_lists(best: bool) -> None:
     """Reference: the loss half-way between two trainings without alignment, and with all experts in their places."""
     nets = [_trained(best, seed) for seed in range(4)]

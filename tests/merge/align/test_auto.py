@@ -224,6 +224,7 @@ def agreement(net: str, using: str) -> tuple[float, float]:
     )
 
 
+@pytest.mark.zoo
 @pytest.mark.parametrize("net", ["vggbn", "resnet8"])
 def test_agreement_in_function_of_averages_on_the_goldens(net: str) -> None:
     """Reference: figures of the first run (auto on resnet8: with groups chosen by margin alone), share of
@@ -245,6 +246,7 @@ def test_agreement_in_function_of_averages_on_the_goldens(net: str) -> None:
     assert both[1] > act[1] - 0.04
 
 
+@pytest.mark.zoo
 @pytest.mark.parametrize("net", ["vggbn", "resnet8"])
 def test_the_sum_of_inner_products_is_not_what_activations_are_better_at(net: str) -> None:
     """Reference: activation matching on the goldens. Its permutations have a smaller sum than what weight matching

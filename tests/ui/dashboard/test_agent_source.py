@@ -13,6 +13,7 @@ from dimat.cli import main
 from dimat.config import load_experiment
 from tests.agent.processes import Life, network
 
+pytestmark = pytest.mark.live
 AB = ("lab-a", "lab-b")
 SCHEDULE = "rounds = 0\nround_deadline_s = 5\njoin_wait_s = 3"
 EXCHANGE = "lost_after_s = 1\nidle_s = 4"
