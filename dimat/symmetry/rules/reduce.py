@@ -5,6 +5,7 @@ from __future__ import annotations
 from dimat.symmetry.atoms import ONE
 from dimat.symmetry.rules.call import Call, NoRule, Result, Value, op_name, rule
 from dimat.symmetry.rules.scatter import is_mask, picked, put_by_mask
+from dimat.symmetry.rules.shape import ordered
 
 
 @rule(
@@ -63,38 +64,21 @@ def by_rank(call: Call) -> Result:
     axes = [call.dim("dim", x.ndim)] if call.constant("dim") is not None or "k" in call.arguments else None
     if "dim" in call.arguments and axes is None:
         axes = list(range(x.ndim)) if call.constant("dim") is None else [call.dim("dim", x.ndim)]
-    return _ordered(call, x, axes if axes is not None else list(range(x.ndim)))
+    return ordered(call, x, axes if axes is not None else list(range(x.ndim)))
 
 
 @rule("aten.cumsum", "aten.cumprod", "aten.logcumsumexp", "aten.cummax", "aten.cummin", "aten.diff")
 def along(call: Call) -> Result:
     """Entries are taken up one after the other."""
     x = call.tensors()[0]
-    return _ordered(call, x, [call.dim("dim", x.ndim)])
-
-
-@rule("aten.rot90")
-def turned(call: Call) -> Result:
-    """Two axes are turned over, or change places too."""
-    x = call.value("self")
-    reason = "order along the axis matters"
-    axes = call.dims("dims", x.ndim)
-    call.freeze([x.dims[d] for d in axes], reason)
-    return Value(tuple(call.fixed(size, reason) if d in axes else x.dims[d] for d, size in enumerate(call.shape())))
-
-
-@rule("aten.flip", "aten.roll")
-def moved(call: Call) -> Result:
-    """Entries change places by a fixed rule."""
-    x = call.tensors()[0]
-    return _ordered(call, x, call.dims("dims", x.ndim))
+    return ordered(call, x, [call.dim("dim", x.ndim)])
 
 
 @rule("aten.tril", "aten.triu")
 def triangle(call: Call) -> Result:
     """Rows and columns are compared by place."""
     x = call.tensors()[0]
-    return _ordered(call, x, [x.ndim - 2, x.ndim - 1])
+    return ordered(call, x, [x.ndim - 2, x.ndim - 1])
 
 
 @rule("aten.embedding")
@@ -185,19 +169,4 @@ def _ranked(call: Call, x: Value, axis: int) -> Result:
         shape = call.shape(number)
         rank = (call.fixed(shape[axis], "order of values"),) if len(shape) == x.ndim else ()
         outputs.append(Value((*x.dims[:axis], *rank, *x.dims[axis + 1 :])))
-    return outputs[0] if len(outputs) == 1 else outputs
-
-
-def _ordered(call: Call, x: Value, axes: list[int]) -> Result:
-    """Freeze axes; outputs keep the others, and fixed axes (of the output's size, if any) for these."""
-    reason = "order along the axis matters"
-    call.freeze([x.dims[d] for d in axes], reason)
-    outputs: list[Value | None] = []
-    for number in range(call.output_count):
-        shape = call.shape(number)
-        if len(shape) == x.ndim:
-            dims = [call.fixed(shape[d], reason) if d in axes else x.dims[d] for d in range(x.ndim)]
-        else:
-            dims = [layout for d, layout in enumerate(x.dims) if d not in axes]
-        outputs.append(Value(tuple(dims)))
     return outputs[0] if len(outputs) == 1 else outputs

@@ -1,4 +1,4 @@
-"""Views and moves of axes: no value changes, so axes are only regrouped or reordered."""
+"""Views, and moves of axes and entries: values only change places, or their axes are frozen."""
 
 from __future__ import annotations
 
@@ -154,3 +154,35 @@ def unfold(call: Call) -> Result:
     call.freeze([x.dims[axis]], "windows along an axis")
     windows, inside = (call.fixed(size, "windows along an axis") for size in (shape[axis], shape[-1]))
     return Value((*x.dims[:axis], windows, *x.dims[axis + 1 :], inside))
+
+
+@rule("aten.rot90")
+def turned(call: Call) -> Result:
+    """Two axes are turned over, or change places too."""
+    x = call.value("self")
+    reason = "order along the axis matters"
+    axes = call.dims("dims", x.ndim)
+    call.freeze([x.dims[d] for d in axes], reason)
+    return Value(tuple(call.fixed(size, reason) if d in axes else x.dims[d] for d, size in enumerate(call.shape())))
+
+
+@rule("aten.flip", "aten.roll")
+def moved(call: Call) -> Result:
+    """Entries change places by a fixed rule."""
+    x = call.tensors()[0]
+    return ordered(call, x, call.dims("dims", x.ndim))
+
+
+def ordered(call: Call, x: Value, axes: list[int]) -> Result:
+    """Freeze axes; outputs keep the others, and fixed axes (of the output's size, if any) for these."""
+    reason = "order along the axis matters"
+    call.freeze([x.dims[d] for d in axes], reason)
+    outputs: list[Value | None] = []
+    for number in range(call.output_count):
+        shape = call.shape(number)
+        if len(shape) == x.ndim:
+            dims = [call.fixed(shape[d], reason) if d in axes else x.dims[d] for d in range(x.ndim)]
+        else:
+            dims = [layout for d, layout in enumerate(x.dims) if d not in axes]
+        outputs.append(Value(tuple(dims)))
+    return outputs[0] if len(outputs) == 1 else outputs
