@@ -26,6 +26,9 @@ class Preset:
     align: str = "none"
     align_to: Literal["shared", "self"] = "shared"
     combine: str = "average"
+    on_data: str = ""
+    """The combine method of agents, which take statistics on their own data, in the place of `combine`; where it has
+    nothing to work on in a model, or costs too many bytes, and where files are merged, it is `combine`."""
     repair: str = "none"
     exchanges: bool = True
     """Whether agents exchange weights at all."""
@@ -51,21 +54,21 @@ PRESETS: Mapping[str, Preset] = {
     "dpsgd": Preset(every_step=True),
     "sgp": Preset(every_step=True, push_sum=True),
     "opcm": Preset(combine="opcm"),
-    "dimat": Preset(align="activations", repair="batchnorm", moments=True),
+    "dimat": Preset(align="activations", on_data="regmean", repair="batchnorm", moments=True),
     "dimat-paper": Preset(align="activations", repair="batchnorm", align_to="self"),
     "zipit": Preset(repair="batchnorm", combine="zipit"),
     "pleas": Preset(align="activations", repair="batchnorm", combine="pleas"),
     "distil": Preset(combine="distil", shares="logits", probe_samples=1000),
 }
-"""Method name → preset. `average` is the paper's baseline WA, whole state dicts; `dimat` averages weights and
-optimizer moments in a basis that agents come to share (basis gossip); `dimat-paper` aligns peers to self at every
-merge, as published; `opcm` (Tang et al. 2025, arXiv 2501.09522) folds deltas from a common base; `zipit` (Stoica et
-al. 2024, arXiv 2305.03053) pairs units anew at every merge, also within a model; `pleas` (Nasery et al. 2025, arXiv
-2407.02447) is `dimat` with layers fitted to the models' mean activations instead of averaged; `distil` learns from
-peers' logits on a public probe set, whatever their architectures (Li & Wang 2019, FedMD, arXiv 1910.03581; with an
-average in each neighbourhood in the server's place); `dpsgd` (Lian et al.
-2017, arXiv 1705.09056) averages after every optimizer step, `sgp` (Assran et al. 2019, arXiv 1811.10792) with push-
-sum; `isolated` never merges, and `centralised` is one model on all data."""
+"""Method name → preset. `average` is the paper's baseline WA, whole state dicts; `dimat` merges linear layers by
+RegMean and averages the rest, optimizer moments too, in a basis that agents come to share (basis gossip); `dimat-paper`
+aligns peers to self at every merge and averages, as published; `opcm` (Tang et al. 2025, arXiv 2501.09522) folds deltas
+from a common base; `zipit` (Stoica et al. 2024, arXiv 2305.03053) pairs units anew at every merge, also within a model;
+`pleas` (Nasery et al. 2025, arXiv 2407.02447) is `dimat` with layers fitted to the models' mean activations; `distil`
+learns from peers' logits on a public probe set, whatever their architectures (Li & Wang 2019, FedMD, arXiv 1910.03581;
+with an average in each neighbourhood in the server's place); `dpsgd` (Lian et al. 2017, arXiv 1705.09056) averages
+after every optimizer step, `sgp` (Assran et al. 2019, arXiv 1811.10792) with push-sum; `isolated` never merges, and
+`centralised` is one model on all data."""
 
 WITH_MOMENTS = frozenset({"average", "regmean"})
 """Combine methods beside which averaged optimizer moments are merged by default: with both they did better than kept

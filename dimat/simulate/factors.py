@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+from dimat.agent.learner.shared_base import plan_for
 from dimat.agent.setup.class_shares import class_distance
 from dimat.agent.setup.next_step import averages_exactly
-from dimat.config import ExperimentConfig, NamedConfig, build
+from dimat.config import ExperimentConfig, build
 from dimat.config.presets import WITH_MOMENTS
 from dimat.seeds import torch_generator
 from dimat.simulate.world.scenario import Scenario
@@ -91,8 +92,9 @@ def loss(config: ExperimentConfig, world: World) -> Options:
 
 def optimizer_state(config: ExperimentConfig, world: World) -> Options:
     """The treatment of the optimizer's moments at a merge."""
-    if _combine(config) not in WITH_MOMENTS:
-        return f'moments go with a mean of weights, and merge.combine is "{_combine(config)}"'
+    method = _combine(config, world)
+    if method not in WITH_MOMENTS:
+        return f'moments go with a mean of weights, and merge.combine is "{method}"'
     options = [Option(name, {"train.optimizer_state": name}) for name in ("kept", "merged")]
     return _with_present(options, config.optimizer_state)
 
@@ -104,7 +106,7 @@ def combine(config: ExperimentConfig, world: World) -> Options:
     if config.merge.preset.shares == "logits":
         return f'merge.method "{config.merge.method}" exchanges logits: there are no weights to combine'
     options = [Option(name, {"merge.combine": name}) for name in ("average", "pleas", "regmean")]
-    return _with_present(options, _combine(config))
+    return _with_present(options, _combine(config, world))
 
 
 def topology(config: ExperimentConfig, world: World) -> Options:
@@ -205,8 +207,8 @@ def _with_present(options: list[Option], present: str) -> list[Option]:
     return made if any(each.label == present for each in options) else [*made, Option(present)]
 
 
-def _combine(config: ExperimentConfig) -> str:
-    return (config.merge.combine or NamedConfig(name=config.merge.preset.combine)).name
+def _combine(config: ExperimentConfig, world: World) -> str:
+    return plan_for(config.merge, world.task).combine.name
 
 
 def _links(config: ExperimentConfig, graph: str, schedule: str, agents: int) -> dict[str, Any]:

@@ -110,10 +110,11 @@ def test_shared_basis_keeps_the_function_and_the_optimizer(tmp_path: Path) -> No
 
 
 def test_networks_that_begin_with_the_same_weights_are_never_aligned(tmp_path: Path) -> None:
-    """`dimat` is then the plain average to the last bit; agents of `dimat-paper` align at every merge all the same."""
+    """A `dimat` that averages is then the plain average to the last bit; `dimat-paper` aligns at every merge all the
+    same."""
 
     def of(method: str) -> tuple[Results, list[Event], dict[str, dict[str, torch.Tensor]]]:
-        merge = {"method": method, "repair": "none"}
+        merge = {"method": method, "repair": "none", "combine": "average"}
         train = {"epochs_per_round": 2, "batch_size": 16, "optimizer": {"name": "adam"}, "optimizer_state": "kept"}
         return run(tiny_experiment(tmp_path, merge=merge, train=train), tmp_path / method)
 

@@ -36,7 +36,7 @@ from dimat.events import MergeResult, TrainResult
 from dimat.merge import MergeContext, MergeOutcome, MergePlan, Peer, adopt, merge
 from dimat.merge.growth import HORIZON
 from dimat.merge.matching.assignment import moved_by_group, moved_share
-from dimat.merge.registry import repair_registry
+from dimat.merge.registry import combine_registry, repair_registry
 from dimat.merge.shared_statistics import OWN, beside
 from dimat.merge.stages import StageTimer, Weights
 from dimat.seeds import torch_generator
@@ -99,7 +99,7 @@ class Learner:
         self._plan = plan_for(config.merge, self.task)
         self.base = load_base(config, self.task)
         self._sets = ExampleSets.of(self.task, self._plan, self.name, self.indices, config.seed)
-        self._statistics = OwnStatistics(self._plan, self.task, self._sets.own, config.train.eval_batch_size)
+        self._statistics = OwnStatistics(self.task, self._sets.own, config.train.eval_batch_size)
         self.trainer = custom_trainer or self._new_trainer()
         self._norms = OwnNorms(self.trainer, used=not self._plan.keep_not_finite)
         merged = config.optimizer_state == "merged"
@@ -135,7 +135,8 @@ class Learner:
                 report = self.trainer.train(self.config.schedule.round_of(number))
             timer.lap("train")
         draws = torch_generator(self.config.seed, "statistics", self.name, number)
-        self._statistics.take(self.trainer.model, draws)
+        plan = self._plan_of(self.config.schedule.begins_round(number))
+        self._statistics.take(plan, self.trainer.model, draws)
         if self._statistics.tensors:
             timer.lap("statistics")
         self._learned, self._samples = report is not None, report.samples if report is not None else 0
@@ -319,7 +320,7 @@ class Learner:
         """Merge own weights with those of peers; the model still has its own."""
         statistics = {OWN: self._statistics.tensors, **{peer: each.statistics for peer, each in opened.items()}}
         checks = self._moments.checks({peer: each.moments for peer, each in opened.items()})
-        context = self._context(action.round, statistics if self._plan.statistics else None, checks)
+        context = self._context(action.round, statistics if plan.statistics else None, checks)
         own_weight = action.own_weight + split.left_out_weight
         outcome = merge(self.trainer.weights(copy=False), own_weight, split.merged, plan, context)
         self.method = context.state or {}
@@ -329,13 +330,15 @@ class Learner:
     def _plan_of(self, first: bool) -> MergePlan:
         """Return how an exchange merges, the first of a round or a further one.
 
-        Further ones average what a repair at the first has made from own data: with batch statistics of all agents a
-        mean does better than with those of own data, and they hold for weights that have all but met.
+        Further ones average what the first has made from own data: with batch statistics of all agents a mean does
+        better than with those of own data, and they hold for weights that have all but met; and layers that RegMean
+        has fitted meet sooner, without statistics of theirs.
         """
-        plan = self._plan
-        if first or not plan.combine.traits["linear"]:
+        plan, then = self._plan, self._plan.combine.traits["then"]
+        if first or not (then or plan.combine.traits["linear"]):
             return plan
-        return replace(plan, repair=repair_registry.bind("none", {}))
+        combine = combine_registry.bind(then, {}) if then else plan.combine
+        return replace(plan, combine=combine, repair=repair_registry.bind("none", {}))
 
     def evaluate(self, weights: Weights | None = None) -> dict[str, float]:
         """Return the test metrics of the current weights, or of others."""

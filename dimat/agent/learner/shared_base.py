@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from blake3 import blake3
-from torch import Tensor
+from torch import Tensor, nn
 
 from dimat.config import ExperimentConfig, MergeConfig
 from dimat.errors import ConfigError, DataError
@@ -25,6 +25,7 @@ from dimat.merge.natures import natures_of
 from dimat.merge.registry import is_mean
 from dimat.seeds import torch_generator
 from dimat.tasks.base import Task
+from dimat.train.contract import task_errors
 from dimat.weights.snapshot import checksum
 from dimat.weights.tensors import encode, schema_hash
 
@@ -58,15 +59,17 @@ def base_address(config: ExperimentConfig, task: Task) -> str:
 
 
 def plan_for(config: MergeConfig, task: Task) -> MergePlan:
-    """Return the plan of a merge configuration for a task: if only part of its model is trained, with the stages that
-    this part needs in place of the preset's.
+    """Return the plan of a merge configuration for a task: with the combine method that the preset has for agents, who
+    have data, where it pays for the task's model; and if only part of this is trained, with the stages that the part
+    needs in place of the preset's.
 
     Raises ConfigError if the configuration moves units of a part, which the frozen rest would not follow, or holds
     back layers that the model does not have.
     """
     plan = _plan_for(config, task)
     if plan.layers:
-        model = task.build_model(torch_generator(0, "layers"))
+        with task_errors(task):
+            model = task.build_model(torch_generator(0, "layers"))
         plan.factors(own := model.state_dict(), natures_of(own, model))
     return plan
 
@@ -74,7 +77,16 @@ def plan_for(config: MergeConfig, task: Task) -> MergePlan:
 def _plan_for(config: MergeConfig, task: Task) -> MergePlan:
     plan = plan_merge(config)
     stages: Mapping[str, str] | None = getattr(task, "merge_stages", None)
-    if stages is None or plan.shares == "logits":
+    if plan.shares == "logits":
+        return plan
+    if stages is None:
+        on_data = config.preset.on_data
+        if config.combine is None and on_data:
+            pays: Callable[[nn.Module], bool] = combine_registry.traits(on_data)["pays"]
+            with task_errors(task):
+                model = task.build_model(torch_generator(0, "combine"))
+            if pays(model):
+                return replace(plan, combine=combine_registry.bind(on_data, {}))
         return plan
     if config.align is not None and plan.aligns:
         raise ConfigError(

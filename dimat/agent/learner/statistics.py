@@ -25,16 +25,15 @@ class OwnStatistics:
     `data`: the agent's own; `tensors`: at its weights and in their basis, empty if merges need none.
     """
 
-    def __init__(self, plan: MergePlan, task: Task, data: Data, batch_size: int) -> None:
-        self._plan = plan
+    def __init__(self, task: Task, data: Data, batch_size: int) -> None:
         self._task = task
         self._data = data
         self._batch_size = batch_size
         self.tensors: dict[str, Tensor] = {}
 
-    def take(self, model: nn.Module, generator: torch.Generator) -> None:
-        """Compute them at the model's weights (see `take_statistics`)."""
-        self.tensors = take_statistics(self._plan, self._task, model, self._data, self._batch_size, generator)
+    def take(self, plan: MergePlan, model: nn.Module, generator: torch.Generator) -> None:
+        """Compute those of the plan of the next merge at the model's weights (see `take_statistics`)."""
+        self.tensors = take_statistics(plan, self._task, model, self._data, self._batch_size, generator)
 
     def adopt(self, tensors: Weights) -> None:
         """Continue with those of another agent, whose weights are adopted."""

@@ -54,6 +54,7 @@ def test_adopting_takes_the_weights_of_the_basis(tmp_path: Path, method: str) ->
     assert not moments.keys() ^ (taken.keys() if method == "dimat" else set()), "the optimizer knows nothing of before"
     for name, moment in moments.items():  # where moments travel, it goes on with the peer's, as they came
         torch.testing.assert_close(moment, taken[name], rtol=0.05, atol=float(taken[name].abs().max()) / 100)
+    trained(two, 2, learn=True)
     later = merged(two, 2, 0.5, [(one.name, files[one.name], 0.5, True)], "none")
     assert not any("adopted the weights of" in note for note in later.notes)
 

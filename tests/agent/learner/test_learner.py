@@ -127,7 +127,7 @@ def test_a_merge_tells_how_many_units_of_a_peer_moved(tmp_path: Path) -> None:
 
     for method, told in (("dimat", True), ("average", False)):
         (tmp_path / method).mkdir()
-        one, _ = agents(tmp_path / method, merge__method=method)
+        one, _ = agents(tmp_path / method, merge={"method": method, "combine": "average"})
         trained(one, 1, learn=True)
         assert one.spec is not None
         planted = random_permutations(one.spec, torch.Generator().manual_seed(5))

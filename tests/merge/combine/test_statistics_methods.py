@@ -14,7 +14,7 @@ from dimat.config import MergeConfig
 from dimat.errors import MergeError, PeerError
 from dimat.merge import MergeContext, Peer, merge, merge_weights, plan_merge
 from dimat.merge.models.fisher_information import empirical_fisher
-from dimat.merge.models.gram import gram_matrices
+from dimat.merge.models.gram import gram_matrices, pays
 from dimat.merge.shared_statistics import in_order
 from dimat.symmetry import derive_symmetry, permute_weights
 from dimat.symmetry.permute import random_permutations
@@ -118,6 +118,45 @@ def test_regmean_of_dependent_inputs_keeps_the_average_where_nothing_is_known() 
     found = combine("regmean", models[0], models[1:], [0.5, 0.5], [{"gram.w": x.T @ x}] * 2, off_diagonal=1.0)["w"]
     mean = (models[0]["w"] + models[1]["w"]) / 2
     torch.testing.assert_close(found, mean, rtol=1e-9, atol=1e-9)
+
+
+def test_regmean_goes_no_further_than_its_models_are_large() -> None:
+    """Inputs that all but depend on each other, to each model in its own way: by hand W is 15 times as large as any
+    model, and is cut on the way from the average to it where ‖W‖² = 1.5² Σ w ‖W_k‖²."""
+    g = torch.Generator().manual_seed(0)
+    models = [{"w": torch.randn(2, 2, generator=g, dtype=torch.float64)} for _ in range(2)]
+    rows = [torch.tensor([[1.0, slope]], dtype=torch.float64) for slope in (1.0, 1.01)]
+    aux = [{"gram.w": x.T @ x + 1e-9 * torch.eye(2, dtype=torch.float64)} for x in rows]
+    found = combine("regmean", models[0], models[1:], [0.5, 0.5], aux, off_diagonal=1.0)["w"]
+    grams, stack = torch.stack([each["gram.w"] for each in aux]), torch.stack([each["w"] for each in models])
+    whole = torch.linalg.solve(grams.sum(0), (grams @ stack.mT).sum(0)).mT
+    mean, bound = stack.mean(0), 1.5**2 * stack.square().sum((1, 2)).mean()
+    assert whole.square().sum() > 20 * bound
+    torch.testing.assert_close(found.square().sum(), bound, rtol=1e-9, atol=0)
+    share = (found - mean) / (whole - mean)
+    torch.testing.assert_close(share, share[0, 0].expand_as(share), rtol=1e-6, atol=1e-9)
+    assert 0 < float(share[0, 0]) < 0.2
+
+
+@pytest.mark.parametrize("liars_scale", [1e6, 1e30, 0.0])
+@pytest.mark.parametrize("others", [1, 2])
+def test_regmean_is_not_the_model_of_who_claims_the_most(others: int, liars_scale: float) -> None:
+    """A peer multiplies its Gram matrix: it counts at most as if it had multiplied it by `most` (reference)."""
+    g = torch.Generator().manual_seed(1)
+    inputs = [torch.randn(30, 4, generator=g, dtype=torch.float64) for _ in range(others + 1)]
+    models = [{"w": torch.randn(3, 4, generator=g, dtype=torch.float64)} for _ in range(others + 1)]
+    grams = [x.T @ x / (x.T @ x).trace() for x in inputs]
+    shares = [1 / (others + 1)] * (others + 1)
+
+    def merged(scale: float) -> Tensor:
+        aux = [{"gram.w": gram} for gram in (*grams[:-1], scale * grams[-1])]
+        return combine("regmean", models[0], models[1:], shares, aux, most=5.0)["w"]
+
+    if liars_scale:
+        torch.testing.assert_close(merged(liars_scale), merged(5.0), rtol=1e-9, atol=1e-9)
+        assert worst({"w": merged(liars_scale)}, models[-1]) > 0.05
+    else:
+        assert merged(0.0).isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -281,6 +320,24 @@ def test_gram_matrices_are_those_of_the_inputs() -> None:
     assert model.training
     few = gram_matrices(model, [(x,)], max_examples=2)["gram.0.weight"]
     torch.testing.assert_close(few, x[:2].flatten(0, 1).T @ x[:2].flatten(0, 1) / 10, rtol=1e-5, atol=1e-6)
+
+
+def test_when_regmean_pays() -> None:
+    """References: numbers of Gram matrices and parameters, counted by hand; a tied head; nothing to fit."""
+    mlp = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))  # 8,192 of 4,810
+    wide = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))  # 20,480 of 9,610
+    narrow = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))  # 5,120 of 2,410
+    head = nn.Sequential(nn.Conv2d(8, 32, 3), nn.Flatten(), nn.Linear(32, 10))  # 1,024 of 2,666
+    assert [pays(each) for each in (mlp, wide, narrow, head)] == [False, False, False, True]
+    square = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64))  # 4,352 of 5,248
+    assert pays(square)
+    assert not pays(nn.Sequential(nn.Conv2d(8, 32, 3), nn.ReLU()))
+    assert pays(Shared(whole=True))  # its Gram matrix holds the inputs of both places
+    assert not pays(Shared(whole=False))
+    tied = nn.ModuleDict({"tokens": nn.Embedding(100, 16), "head": nn.Linear(16, 100, bias=False)})
+    assert pays(tied)
+    tied["head"].weight = tied["tokens"].weight
+    assert not pays(tied)
 
 
 class Shared(nn.Module):
