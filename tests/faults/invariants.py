@@ -156,6 +156,8 @@ class Watch:
             self._joins_the_network(node, action)
         root = node.asked.setdefault((action.peer, action.round), action.root)
         self._demand(root == action.root, "one content", node, f"takes a second content: {action}")
+        fits = machine.phase is Phase.JOINING or node.offered[key].base == machine.base
+        self._demand(fits, "one base", node, f"is on {machine.base!r}, fetches {node.offered[key]}")
         if self.world.rules.mode == "sync" and machine.phase is not Phase.JOINING:
             # a peer that is alone ahead proves it with a snapshot, one for each round of this agent
             proof = action.round > machine.round and node.proofs.get(action.peer) != machine.round
@@ -176,6 +178,8 @@ class Watch:
     def trains(self, node: Node, action: m.Train) -> None:
         node.row, node.row_round = node.plan.of(action.round), action.round
         node.closed, node.unfit, node.known = None, False, node.plan.peers
+        if not node.waiting.begun:
+            self._settles(node)
         node.waiting.begins(node.plan, action.round)
         self._demand(not node.time_heard, "time", node, f"begins round {action.round} though its time is up")
         self._demand(action.round > node.published, "one content", node, f"trains round {action.round} anew")
@@ -189,6 +193,14 @@ class Watch:
             stale = any(h.round < action.round for h in held) if sync else len(held) > 2
             self._demand(not stale, "release", node, f"keeps snapshots of {peer} that are of no use: {held}")
         self.bounded(node)
+
+    def _settles(self, node: Node) -> None:
+        """A newcomer that took any base has come to one. From now on it refuses offers on another, and what it heard of
+        those before counts no more than if it came now: it is no content of its round, and tells of no round."""
+        assert node.machine is not None
+        base, asked = node.machine.base, node.asked.items()
+        node.asked = {key: root for key, root in asked if node.offered[*key, root].base == base}
+        node.waiting.settles(base)
 
     def checkpoints(self, node: Node, action: m.CheckpointAction) -> None:
         state = action.state

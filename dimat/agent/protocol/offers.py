@@ -165,6 +165,14 @@ class Offers:
         self._ranges = {peer: range_ for peer, range_ in self._ranges.items() if peer in peers}
         self._gaps = {peer: gap for peer, gap in self._gaps.items() if peer in peers}
 
+    def settle(self, base: str) -> None:
+        """Drop offers with another base, and what they have told of their peers."""
+        kept = [offer for offer in self if offer.base == base]
+        self.forget_all_but({offer.peer for offer in kept} - {offer.peer for offer in self if offer.base != base})
+        for offer in kept:
+            self.heard(offer)
+            self.note(offer)
+
     def front(self, peers: Collection[str]) -> int:
         """Return the round that a network is at, 0 if no peer was heard.
 

@@ -6,6 +6,8 @@ founds").
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from dimat import events
@@ -60,6 +62,22 @@ def test_a_newcomer_tries_the_next_peer_and_at_last_keeps_its_own() -> None:
     assert told(actions, events.Joined)[0].how == "align"
     assert "own weights" in told(actions, events.Warned)[-1].message
     assert m.round == 7
+
+
+def test_once_it_has_a_base_a_newcomer_forgets_all_that_was_offered_on_another() -> None:
+    """What would be refused now is not fetched, stands in no other offer's way, and takes nobody ahead."""
+    m = machine(join="adopt")
+    m.handle(r.Started(join=True))
+    m.handle(offer("b", 5, base="base"))
+    (fetch,) = of(m.handle(offer("c", 5, base="base")), r.Fetch)
+    for number in (6, 7, 8):
+        m.handle(replace(offer("b", number, oldest=5, base="other"), root=f"other{number}"))
+    m.handle(r.SnapshotReady(fetch.peer, 5, fetch.root))
+    actions = m.handle(r.WeightsAdopted(fetch.root))
+    assert m.base == "base"
+    assert of(actions, r.Train) == [r.Train(6, learn=True)]
+    assert of(actions, r.Fetch) == []
+    assert of(m.handle(offer("b", 6, base="base")), r.Fetch) == [r.Fetch("b", 6, "b6")]
 
 
 def test_a_newcomer_that_hears_nobody_founds_a_network() -> None:
