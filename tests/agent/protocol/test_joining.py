@@ -14,6 +14,7 @@ from dimat import events
 from dimat.agent.protocol import messages as r
 from dimat.agent.protocol.basis import BasisId
 from dimat.agent.protocol.offers import ROUNDS_KEPT
+from dimat.agent.protocol.plan import LAST_ROUND
 from tests.agent.machines import MINE, machine, of, offer, told
 
 
@@ -62,6 +63,26 @@ def test_a_newcomer_tries_the_next_peer_and_at_last_keeps_its_own() -> None:
     assert told(actions, events.Joined)[0].how == "align"
     assert "own weights" in told(actions, events.Warned)[-1].message
     assert m.round == 7
+
+
+def test_a_newcomer_that_stays_behind_founds_no_older_basis_than_it_has_heard() -> None:
+    """One peer's word takes it to round 16 at most, which its network may have been founded after."""
+    m = machine(join="align", basis_gossip=True)
+    m.handle(r.Started(join=True))
+    old = BasisId(80, "zzz", "0")
+    m.handle(offer("b", 80, basis=old))
+    m.handle(r.Deadline(0))
+    assert m.round == ROUNDS_KEPT + 1
+    assert m.basis == BasisId(81, "me", "0") > old
+
+
+def test_a_newcomer_is_not_talked_into_a_basis_that_nobody_can_write() -> None:
+    """A basis is as young as a round at most, whatever a peer claims: manifests have no room for more digits."""
+    m = machine(join="align", basis_gossip=True)
+    m.handle(r.Started(join=True))
+    m.handle(offer("b", 5, basis=BasisId(10**16 - 1, "b", "0")))
+    m.handle(r.Deadline(0))
+    assert m.basis == BasisId(LAST_ROUND + 1, "me", "0")
 
 
 def test_once_it_has_a_base_a_newcomer_forgets_all_that_was_offered_on_another() -> None:
