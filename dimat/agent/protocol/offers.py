@@ -123,7 +123,13 @@ class Offers:
             del far[surplus]
 
     def approach(self, number: int) -> None:
-        """Treat offers that have come within reach in this round like the others."""
+        """Treat offers that have come within reach in this round like the others, and only those.
+
+        A newcomer has noted all alike: near ones that come would drive out the far ones that it has asked for.
+        """
+        for offers in self._offers.values():
+            for beyond in [r for r in offers if r >= number + self.span]:
+                self.note_far(offers.pop(beyond))
         for far in self._far.values():
             for near in [r for r in far if r < number + self.span]:
                 self.note(far.pop(near))
