@@ -298,6 +298,12 @@ MUTANTS = (
     Mutant("strangers", "whoever offers is taken for a peer", hearing(_stranger)),
     Mutant("other-run", "offers of another run count", hearing(_other_run)),
     Mutant("other-base", "offers with another base count", hearing(_other_base)),
+    Mutant(
+        "mixed-bases",
+        "a newcomer keeps what it was offered on another base than it has come to",
+        patches=((offers.Offers, "settle", lambda self, base: None),),
+        first=1_200,
+    ),
     Mutant("newest-content", "the last content offered counts", patches=((offers.Offers, "note", _newest_content),)),
     Mutant("partial", "a snapshot is merged before it is here", rewriting(_partial)),
     Mutant("late-snapshots", "snapshots of the round before are merged", patches=((inbox.Inbox, "end", _keep_late),)),
