@@ -65,7 +65,7 @@ class Watch:
                     node.waiting.failed.add(event.peer)
             case m.Deadline():
                 assert node.machine is not None
-                if event.round == node.machine.round and node.machine.phase is not Phase.TRAINING:
+                if event.round == node.machine.round and node.machine.phase is Phase.GATHERING:
                     node.expired = event.round
                     node.waiting.expired(self._missing(node), event.round)
             case m.TimeUp():
