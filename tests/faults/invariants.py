@@ -67,7 +67,8 @@ class Watch:
                 assert node.machine is not None
                 if event.round == node.machine.round and node.machine.phase is Phase.GATHERING:
                     node.expired = event.round
-                    node.waiting.expired(self._missing(node), event.round)
+                    missing = self._missing(node)
+                    node.waiting.expired(missing, self._coming(node, missing), event.round)
             case m.TimeUp():
                 node.time_heard = True
             case m.MapChanged():
@@ -106,9 +107,12 @@ class Watch:
         """A round that still gathers waits for a snapshot that may come, or for as many as the rules ask for."""
         expected, missing = self._expected(node), self._missing(node)
         short = len(expected) - len(missing) < min(self.world.rules.min_peers, len(expected))
-        coming = [peer for peer in missing if any(node.held.get((peer, root)) for root in self._roots(node, peer))]
-        needed = short or coming or any(node.waiting.worth(peer, number) for peer in missing)
+        needed = short or self._coming(node, missing) or any(node.waiting.worth(peer, number) for peer in missing)
         self._demand(bool(needed), "needless waiting", node, f"waits in round {number} for {missing}: {node.waiting}")
+
+    def _coming(self, node: Node, missing: list[str]) -> list[str]:
+        """Return those of the missing whose snapshots are on their way."""
+        return [peer for peer in missing if any(node.held.get((peer, root)) for root in self._roots(node, peer))]
 
     def _missing(self, node: Node) -> list[str]:
         """Return the peers of a round whose snapshots are not here."""

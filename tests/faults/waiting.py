@@ -92,10 +92,10 @@ class Waiting:
         self.late.pop(peer, None)
         self.behind.pop(peer, None)
 
-    def expired(self, missing: Iterable[str], number: int) -> None:
-        """A deadline has passed while these had not come."""
+    def expired(self, missing: Iterable[str], coming: Collection[str], number: int) -> None:
+        """A deadline has passed while these had not come, some of which were on their way."""
         for peer in missing:
-            if not self.worth(peer, number):
+            if peer not in coming and not self.worth(peer, number):
                 continue
             if peer in self.heard:
                 self.late[peer] = self.late.get(peer, 0) + 1
