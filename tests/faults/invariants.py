@@ -270,6 +270,8 @@ class Watch:
         offer = node.offered[action.peer, held[-1].round, action.root]
         smaller = self.world.rules.basis_gossip and action.basis < machine.basis and offer.basis == action.basis
         self._demand(smaller, "basis", node, f"is in {machine.basis}, offered was {offer.basis}: {action}")
+        if action.round <= self.world.rules.adopt_rounds:  # its weights come with it
+            self._taint(action.peer, held[-1].round, action.root)
         return held[-1].round
 
     def adopts(self, node: Node, action: m.AdoptWeights) -> None:
