@@ -246,9 +246,9 @@ def test_a_peer_whose_tied_weights_differ_is_refused(shared: bool) -> None:
 def test_ties_that_the_model_has_hold_in_all_weights() -> None:
     """The second name's values would be dropped without a word, a peer's and own's."""
     other = mixed(1) | {"head.weight": torch.zeros(6, 6)}
-    with pytest.raises(PeerError, match="tensors 'head.weight' and 'one.weight' differ"):
+    with pytest.raises(PeerError, match=r"tensors 'head\.weight' and 'one\.weight' differ"):
         merge_weights(mixed(0), [other], [0.5, 0.5], method="average", model=Mixed())
-    with pytest.raises(MergeError, match="own weights: tensors 'head.weight' and 'one.weight' differ"):
+    with pytest.raises(MergeError, match=r"own weights: tensors 'head\.weight' and 'one\.weight' differ"):
         merge_weights(other, [mixed(0)], [0.5, 0.5], method="average", model=Mixed())
 
 
