@@ -356,6 +356,21 @@ def test_tokens_in_another_order(kind: str, fails: Fails) -> None:
     assert Path("out", kind).read_text() == Path("b", kind).read_text()
 
 
+@pytest.mark.parametrize("kind", ["tokenizer.json", "vocab.json"])
+def test_two_tokens_of_one_id(kind: str, fails: Fails, capsys: pytest.CaptureFixture[str]) -> None:
+    """They share a row, which is merged and told; by such tokens no rows can be brought into one order."""
+    for name in "ab":
+        folder(name, language_model(0), vocab_size=8)
+        tokens(name, {f"w{i}": i for i in range(8)} | ({"again": 3, "more": 4} if name == "b" else {}), kind)
+    assert main(["merge", "b", "b", "-o", "out"]) == 0
+    told = "b gives the id 3 to two tokens, 'w3' and 'again', and 1 more tokens an id that is another's: the merged row"
+    assert told in capsys.readouterr().err
+    assert "b has other tokens than a: 3 is 'w3' there, 'again' here" in fails("a", "b")
+    assert "the tokenizer of b gives the id 3 to two tokens" in fails("a", "b", "--align-vocabulary")
+    tokens("b", {f"w{i}": i for i in range(7)} | {"w7": -1}, kind)
+    assert "gives 'w7' the id -1, no row" in fails("a", "b", "--align-vocabulary")
+
+
 def test_other_tokens(fails: Fails, capsys: pytest.CaptureFixture[str]) -> None:
     """Another token in a row is refused; tokens that one has more of, in rows that are free, are told."""
     for name in "abc":
