@@ -109,4 +109,6 @@ def told_os_error(error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f"to {name}" if name else "the output"
         return f"cannot write {where}: {reason}; free some space, or write elsewhere"
-    return f"{name}: {reason}" if name else reason
+    if error.errno in (errno.EACCES, errno.EPERM) and name:
+        return f"cannot use {name}: {reason}; give this user the right, or run as the owner"
+    return f"cannot use {name}: {reason}" if name else reason
