@@ -55,7 +55,15 @@ class NetworkError(DimatError):
 
 
 class PeerError(NetworkError):
-    """A peer sent something that cannot be used (missing or mis-shaped tensors, non-finite values)."""
+    """A peer sent something that cannot be used (missing or mis-shaped tensors, non-finite values).
+
+    A message is cut at `LONGEST` characters: it may hold the peer's own names, and is kept in logs.
+    """
+
+    LONGEST: ClassVar[int] = 2000
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(message if len(message) <= self.LONGEST else f"{message[: self.LONGEST]} …")
 
 
 class SecurityError(DimatError):
@@ -72,7 +80,8 @@ class DataError(DimatError):
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return `; did you mean 'x'?` for the known name closest to `name`, or an empty string."""
-    matches = get_close_matches(name, list(known), n=1, cutoff=0.6)
+    # of a name of any length, as a stranger may give it, none is looked for
+    matches = get_close_matches(name, list(known), n=1, cutoff=0.6) if len(name) <= 200 else []
     return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
