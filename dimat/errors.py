@@ -5,6 +5,8 @@ A message is one line: what is wrong, where, and what to do next. Exit codes are
 4 security, 5 checkpoint or data, 130 and 143 for signals.
 """
 
+import errno
+import os
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import ClassVar
@@ -53,7 +55,15 @@ class NetworkError(DimatError):
 
 
 class PeerError(NetworkError):
-    """A peer sent something that cannot be used (missing or mis-shaped tensors, non-finite values)."""
+    """A peer sent something that cannot be used (missing or mis-shaped tensors, non-finite values).
+
+    A message is cut at `LONGEST` characters: it may hold the peer's own names, and is kept in logs.
+    """
+
+    LONGEST: ClassVar[int] = 2000
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(message if len(message) <= self.LONGEST else f"{message[: self.LONGEST]} …")
 
 
 class SecurityError(DimatError):
@@ -70,7 +80,8 @@ class DataError(DimatError):
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return `; did you mean 'x'?` for the known name closest to `name`, or an empty string."""
-    matches = get_close_matches(name, list(known), n=1, cutoff=0.6)
+    # of a name of any length, as a stranger may give it, none is looked for
+    matches = get_close_matches(name, list(known), n=1, cutoff=0.6) if len(name) <= 200 else []
     return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
@@ -91,3 +102,22 @@ def first_line(error: BaseException) -> str:
     """Return an error's class and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def told_os_error(error: OSError) -> str:
+    """Compose the message for an error of the operating system that nothing has explained: what, where, what to do."""
+    reason = error.strerror or str(error)
+    name = os.fsdecode(error.filename) if isinstance(error.filename, bytes | str) else ""
+    if error.errno == errno.ENAMETOOLONG and name:
+        size = len(os.fsencode(name))
+        part = max(len(os.fsencode(part)) for part in name.split(os.sep))
+        return (
+            f"cannot use {name[:60] + '…'!r}: file systems hold names of up to 255 bytes and paths of up to 4,095, and "
+            f"this path has {size:,}, its longest name {part:,}; give a shorter one"
+        )
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f"to {name}" if name else "the output"
+        return f"cannot write {where}: {reason}; free some space, or write elsewhere"
+    if error.errno in (errno.EACCES, errno.EPERM) and name:
+        return f"cannot use {name}: {reason}; give this user the right, or run as the owner"
+    return f"cannot use {name}: {reason}" if name else reason

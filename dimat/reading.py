@@ -18,6 +18,9 @@ from typing import Any, TypeVar, cast
 from dimat.errors import DataError, DimatError
 
 T = TypeVar("T")
+_CONTROL = bytes({*range(32)} - {*b"\t\n\v\f\r\x1b"})
+"""Bytes that no text holds, whatever its encoding."""
+_UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 MOST_BYTES = 2**30
 """Largest file that is read as a whole, in bytes."""
 REGEX_S = 1.0
@@ -28,8 +31,11 @@ MOST_VALUES = 10_000_000
 """Most values in one tree: YAML can repeat a list by name, so that a few lines describe more than memory can hold."""
 
 
-def read_text(path: str | Path, error: type[DimatError] = DataError) -> str:
-    """Return the text of a UTF-8 file, without its byte-order mark; raises `error` if that fails."""
+def read_text(path: str | Path, error: type[DimatError] = DataError, mend: str = "") -> str:
+    """Return the text of a UTF-8 file, without its byte-order mark; raises `error` if that fails.
+
+    `mend`: what to do if it is no text, for files that no person has written.
+    """
     data = b""
     try:
         with open(path, "rb") as file:
@@ -38,9 +44,10 @@ def read_text(path: str | Path, error: type[DimatError] = DataError) -> str:
             raise error(f"cannot read {path}: it is longer than {MOST_BYTES:,} bytes, the most that is read at once")
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as fault:
-        raise error(
-            f"{path} is not UTF-8 text: byte {fault.start} is 0x{data[fault.start]:02x}; save it as UTF-8"
-        ) from None
+        place = f"byte {fault.start} is 0x{data[fault.start]:02x}"
+        if mend or (data.translate(None, _CONTROL) != data and not data.startswith(_UTF_16)):
+            raise error(f"{path} holds no text ({place}); {mend or 'is it the right file, and undamaged?'}") from None
+        raise error(f"{path} is not UTF-8 text: {place}; save it as UTF-8") from None
     except OSError as fault:
         raise error(f"cannot read {path}: {fault.strerror or fault}") from fault
     except ValueError:  # of a name with NUL in it

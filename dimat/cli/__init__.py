@@ -18,7 +18,7 @@ from dimat.cli import advise, agent, dashboard, dht, doctor, experiment, keys, m
 from dimat.cli.app import app
 from dimat.cli.shared import say
 from dimat.cli.streams import check_working_folder, open_closed_streams
-from dimat.errors import ConfigError, DataError, DimatError
+from dimat.errors import ConfigError, DataError, DimatError, told_os_error
 from dimat.ui.text import clean
 
 LONGEST = 2000
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout = None
         return 0
     except OSError as error:
-        _complain(str(error))
+        _complain(told_os_error(error))
         return DataError.exit_code
     except MemoryError:
         _complain("out of memory: this needs more than the machine has; use smaller models or batches, or fewer agents")

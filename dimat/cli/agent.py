@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
@@ -229,7 +230,9 @@ def _dashboard(daemon: Daemon) -> Generator[Sequence[Listener]]:
 class _Signals:
     """Catches SIGHUP and SIGUSR1, which would end the process, while a command runs.
 
-    Signals that arrive before `serve` are kept until then, as an agent may take long to start.
+    Signals that arrive before `serve` are kept until then, as an agent may take long to start. SIGINT and SIGTERM end
+    the start at once, by the handlers of before; they are kept too, since what these raise may be lost in the code that
+    it comes in (a destructor, a library's or a user's `except`).
     """
 
     def __init__(self) -> None:
@@ -241,6 +244,8 @@ class _Signals:
     def __enter__(self) -> _Signals:
         for number in (signal.SIGHUP, signal.SIGUSR1):
             self._before[number] = signal.signal(number, self._take)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._stop)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -252,6 +257,12 @@ class _Signals:
         self._actions, self._loop = actions, asyncio.get_running_loop()
         for number in dict.fromkeys(self._remembered):
             actions[number]()
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self._remembered.append(number)
+        before = self._before[number]
+        if callable(before):
+            before(number, frame)
 
     def _take(self, number: int, _: object) -> None:
         if self._loop is None:
@@ -277,9 +288,10 @@ async def _run(daemon: Daemon, signals: _Signals, restore: Callable[[], None]) -
         say("dimat: leaving; once more to stop at once")
         daemon.stop()
 
+    stops = {number: partial(stop, number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop, number)
-    signals.serve({signal.SIGHUP: daemon.reload_soon, signal.SIGUSR1: partial(stop, signal.SIGUSR1)})
+        loop.add_signal_handler(number, stops[number])
+    signals.serve({signal.SIGHUP: daemon.reload_soon, **stops})
     try:
         await daemon.run()
     except DataError as error:  # a full disk: the next life repeats the work that was not written

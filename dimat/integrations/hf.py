@@ -11,6 +11,8 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Any, Self
 
+import torch
+
 from dimat.errors import ConfigError
 from dimat.integrations.beside import Beside, imported
 
@@ -27,6 +29,7 @@ class TrainerCallback(_Base):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self.beside = Beside(*args, **options)
+        self._kept: dict[str, Any] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -44,10 +47,23 @@ class TrainerCallback(_Base):
             kwargs["model"], [kwargs["optimizer"]], kwargs.get("train_dataloader"), int(args.world_size)
         )
         control.should_training_stop |= done
+        if done:  # `Trainer` looks at that after its first step only, which must leave the model as the agent left it
+            model = kwargs["model"]
+            self._kept = {name: tensor.detach().clone() for name, tensor in model.state_dict(keep_vars=True).items()}
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take the gradients away where there is nothing to train, so that optimizers change nothing."""
+        if self._kept:
+            kwargs["optimizer"].zero_grad(set_to_none=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count an optimizer step, whatever number of batches it was made of."""
         control.should_training_stop |= self.beside.step()
+        kept, self._kept = self._kept, {}
+        if kept:
+            with torch.no_grad():
+                for name, tensor in kwargs["model"].state_dict(keep_vars=True).items():
+                    tensor.copy_(kept[name])
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the network."""

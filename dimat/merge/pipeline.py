@@ -36,7 +36,7 @@ from dimat.merge.screen import check_usual, norm_of, screen
 from dimat.merge.settled import Shield, not_finite
 from dimat.merge.shared_statistics import OWN, check_statistics, in_order
 from dimat.merge.stages import Accepted, Aligned, Permutations, Repaired, StageTimer, Weights
-from dimat.merge.ties import under_names
+from dimat.merge.ties import check_own_ties, check_ties, surely_tied, under_names
 from dimat.merge.weight_views import PermutedWeights
 
 MIXING_TOLERANCE = 1e-6
@@ -110,6 +110,7 @@ def merge(
     check_usual(own)
     natures = natures_of(own, context.model)
     own_norm = _check_own(own, context, natures, plan)
+    tied = surely_tied(own, natures.first, context.model)
     statistics = context.aux or {}
     expected = statistics.get(OWN) if plan.statistics else None
     refused: dict[str, str] = {}
@@ -119,6 +120,7 @@ def merge(
         try:
             renamed = replace(peer, weights=under_names(peer.weights, own, natures.first))
             factor = screen(own, renamed.weights, peer.name, own_norm, natures, context.reference, **plan.screen)
+            check_ties(renamed.weights, peer.name, tied)
             check_statistics(peer.name, statistics.get(peer.name, {}), own, expected, plan.statistics_samples)
             if context.beside is not None:
                 context.beside(peer.name)
@@ -269,6 +271,7 @@ def adopt(own: Weights, peer: Peer, plan: MergePlan, context: MergeContext) -> P
     peer = replace(peer, weights=under_names(peer.weights, own, natures.first))
     own_norm = _check_own(own, context, natures, plan)
     screen(own, peer.weights, peer.name, own_norm, natures, context.reference, **plan.screen)
+    check_ties(peer.weights, peer.name, surely_tied(own, natures.first, context.model))
     return _align(peer.weights, [own], plan, context).permutations[0]
 
 
@@ -304,7 +307,10 @@ def _check_own(own: Weights, context: MergeContext, natures: Natures, plan: Merg
         for name, tensor in expected.items():
             if tensor.shape != own[name].shape:
                 raise MergeError(f"tensor {name!r} is {[*own[name].shape]}, in the model {[*tensor.shape]}")
-    return norm_of(own, natures, lenient=plan.keep_not_finite)
+    norm = norm_of(own, natures, lenient=plan.keep_not_finite)
+    if context.model is not None and not plan.keep_not_finite:  # a NaN would not be equal to itself
+        check_own_ties(own, surely_tied(own, natures.first, context.model))
+    return norm
 
 
 def _check_shapes(own: Weights, combined: Weights, method: str) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 from torch import Tensor, nn
 
+from dimat.errors import MergeError, PeerError
 from dimat.merge.models.functional import aliases
 from dimat.merge.stages import Weights
 from dimat.merge.weight_views import RenamedWeights
@@ -22,6 +23,10 @@ EMBEDDING = re.compile(r"(?:.*\.)?(?:embed_tokens|wte|word_embeddings|tok_embedd
 
 _LIKELY = re.compile(r"(embed|wte|shared|head|decoder|output|proj_out|classifier)[^.]*\.weight$")
 """Tensors of files that are looked at: embeddings and output layers, which are what models tie."""
+
+_EMBEDDED = re.compile(r"(?:.*[._])?(?:embed\w*|wte|shared)\.weight")
+_OUTPUT = re.compile(r"(?:.*[._])?(?:\w*head|decoder|output|proj_out|classifier)\.weight")
+"""Names of embeddings and of output layers: two of one value are one tensor, and not layers that began alike."""
 
 Groups = Mapping[str, tuple[str, ...]]
 """Tied names: for each of them all names of its tensor, in their order."""
@@ -80,6 +85,46 @@ def tied_in(weights: Weights, name: str, twin: str) -> bool:
     """Tell whether two names that weights have are names of one tensor."""
     one, other = weights[name].detach(), weights[twin].detach()
     return _tells(one) and same_values(one, other)
+
+
+def surely_tied(weights: Weights, firsts: Mapping[str, str], model: nn.Module | None) -> dict[str, str]:
+    """Return those tied names (see `first_names`) of which equal values are more than chance.
+
+    They are tied in the model, share their memory, or are an embedding and an output layer: layers that are copies of
+    one another also begin with equal values, and may differ in a peer's weights.
+    """
+    if model is not None:
+        return {name: first for name, first in firsts.items() if name in weights and first in weights}
+    found: dict[str, str] = {}
+    for name, first in firsts.items():
+        one, other = (
+            (_OUTPUT.fullmatch(name), _EMBEDDED.fullmatch(first)),
+            (_EMBEDDED.fullmatch(name), _OUTPUT.fullmatch(first)),
+        )
+        shared = isinstance(weights, dict) and weights[name].data_ptr() == weights[first].data_ptr()
+        if shared or all(one) or all(other):
+            found[name] = first
+    return found
+
+
+def check_own_ties(own: Weights, tied: Mapping[str, str]) -> None:
+    """Raise MergeError if own weights hold different values under two names of one tensor of the model."""
+    for name, first in tied.items():
+        if not same_values(own[name].detach(), own[first].detach()):
+            raise MergeError(
+                f"own weights: tensors {name!r} and {first!r} differ, and are one tensor in the model (tied); pass the "
+                "model to which the weights belong"
+            )
+
+
+def check_ties(peer: Weights, agent: str, tied: Mapping[str, str]) -> None:
+    """Raise PeerError if a peer holds different values under two names that are one tensor here."""
+    for name, first in tied.items():
+        if name in peer and first in peer and not same_values(peer[name].detach(), peer[first].detach()):
+            raise PeerError(
+                f"{agent}: tensors {name!r} and {first!r} differ, and are one tensor in our weights (tied); to merge "
+                f"them, store {name!r} apart in ours too, or tie it in {agent}'s"
+            )
 
 
 def under_names(theirs: Weights, names: Collection[str], firsts: Mapping[str, str]) -> Weights:

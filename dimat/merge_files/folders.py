@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,20 +18,6 @@ PIPELINE = "model_index.json"
 
 SHARD = re.compile(r".*-\d{5}-of-(\d{5})\.safetensors")
 """Names of shards, with their total number."""
-
-FORMATS: Mapping[bytes, str] = {
-    b"GGUF": "is GGUF, llama.cpp's format: take the model that it was made from, as safetensors",
-    b"ggjt": "is GGML, an old format of llama.cpp: take the model that it was made from, as safetensors",
-    b"lmgg": "is GGML, an old format of llama.cpp: take the model that it was made from, as safetensors",
-    b"\x89HDF": "is HDF5, as Keras and TensorFlow write it: convert it to safetensors first",
-    b"PK\x03\x04": "is a zip archive, as torch.save and NumPy write it, which may hold a pickle: convert it to "
-    "safetensors first",
-    b"\x93NUMPY": "is a NumPy array: convert it to safetensors first",
-    b"version https://git-lfs": "is a pointer of Git LFS, not the file itself: fetch it with git lfs pull",
-    b"<!DOCTYPE": "is a web page, not a model: is the download right?",
-    b"<html": "is a web page, not a model: is the download right?",
-}
-"""First bytes of files that are often given instead of safetensors → the format, and what to do."""
 
 OTHERS = {
     ".gguf": "GGUF files, llama.cpp's format: take the model that they were made from, as safetensors",
@@ -130,20 +115,7 @@ def _open_folder(folder: Path) -> ModelFiles:
 
 
 def _single(path: Path, file: Path, folder: Path | None, adapter: bool = False) -> ModelFiles:
-    _check_format(file)
     return ModelFiles(path, folder, dict.fromkeys(read_header(file), file), adapter)
-
-
-def _check_format(file: Path) -> None:
-    """Raise DataError if a file begins like another format."""
-    try:
-        with file.open("rb") as opened:
-            start = opened.read(max(map(len, FORMATS)))
-    except OSError as error:
-        raise DataError(f"cannot read {file}: {error.strerror or error}") from error
-    for beginning, what in FORMATS.items():
-        if start.startswith(beginning):
-            raise DataError(f"{file} {what}")
 
 
 def _read_index(path: Path) -> dict[str, Path]:
@@ -164,7 +136,6 @@ def _read_index(path: Path) -> dict[str, Path]:
     for file in sorted({*said.values()}):
         if not file.is_file():
             raise DataError(f"{path} names {file.name}, which is missing; is the download complete?")
-        _check_format(file)
         where |= dict.fromkeys(read_header(file), file)
     for name, file in said.items():
         if name not in where:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dimat.errors import DataError
-from dimat.merge.models.config_keys import FUNCTION, flat_config
+from dimat.merge.models.config_keys import FUNCTION, flat_config, same_setting
 from dimat.merge_files.files import CONFIG, ModelFiles, told
 
 PASSED = re.compile(
@@ -113,14 +113,21 @@ def _compared(first: Named, other: Named) -> tuple[list[str], list[str]]:
             mine, theirs = known[0] | mine, known[1] | theirs
     for key in sorted((mine.keys() | theirs.keys()) - {"id2label", "label2id", "model_type"}):
         one, two = mine.get(key), theirs.get(key)
-        if one == two or PASSED.fullmatch(key) or key.startswith(("id2label.", "label2id.")):
+        if same_setting(one, two) or PASSED.fullmatch(key) or key.startswith(("id2label.", "label2id.")):
+            continue
+        if (one is None and _inside(key, mine)) or (two is None and _inside(key, theirs)):
+            continue  # told with the value that stands in place of the table
+        if inner := [name for name in (mine if one is None else theirs) if name.startswith(f"{key}.")]:
+            changes = any(map(FUNCTION.fullmatch, inner))
+            words = [f"{where} in {which[0]}" for where, which in zip((_or_table(one), _or_table(two)), (first, other))]
+            (found if changes else notes).append(f"{'' if changes else f'{CONFIG}: '}{key} is {', '.join(words)}")
             continue
         changes = FUNCTION.fullmatch(key) is not None
         if changes and (one is None or two is None):
             whole = whole or [_effective(first[1]), _effective(other[1])]
             one = _left_out(key, mine, whole[0]) if one is None else one
             two = _left_out(key, theirs, whole[1]) if two is None else two
-            if one == two:
+            if same_setting(one, two):
                 continue
         words = f"{key} is {_said(one)} in {first[0]}, {_said(two)} in {other[0]}"
         apart = kinds[0] != kinds[1] and whole is not None and all(whole)  # then a key that is not there says so
@@ -134,6 +141,15 @@ def _compared(first: Named, other: Named) -> tuple[list[str], list[str]]:
 
 def _said(value: Any) -> str:
     return "left out" if value is None else repr(value)
+
+
+def _or_table(value: Any) -> str:
+    return "a table" if value is None else repr(value)
+
+
+def _inside(key: str, settings: Mapping[str, Any]) -> bool:
+    """Tell whether a value stands where a dotted key needs a table."""
+    return any(key.startswith(f"{other}.") for other in settings if key.startswith(other))
 
 
 def _effective(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -177,6 +193,11 @@ def _left_out(key: str, settings: Mapping[str, Any], effective: Mapping[str, Any
 
 def _class_differences(first: Named, other: Named) -> list[str]:
     """Describe outputs to which two models give different class names."""
+    for key in ("id2label", "label2id"):
+        one, two = first[1].get(key), other[1].get(key)
+        if one is not None and two is not None and type(one) is not type(two):
+            kinds = ["a table" if isinstance(value, dict) else repr(value) for value in (one, two)]
+            return [f"{key} is {kinds[0]} in {first[0]}, {kinds[1]} in {other[0]}"]
     mine, theirs = _classes(first[1]), _classes(other[1])
     if mine is None or theirs is None or mine == theirs:
         return []
@@ -192,6 +213,8 @@ def _classes(config: Mapping[str, Any]) -> dict[str, str] | None:
     found: dict[str, str] = {}
     if isinstance(names, dict) and names:
         found = {str(key): str(name) for key, name in cast("dict[Any, Any]", names).items()}
+    elif isinstance(names, list | str) and names:  # in their order; a text is no list of names, and yet not passed over
+        found = {str(i): str(name) for i, name in enumerate(cast("list[Any]", names))}
     elif isinstance(numbers, dict):
         found = {str(number): str(name) for name, number in cast("dict[Any, Any]", numbers).items()}
     if not found:

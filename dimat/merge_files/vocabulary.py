@@ -15,7 +15,7 @@ from torch import Tensor
 from dimat.errors import ConfigError, DataError
 from dimat.merge_files.files import ModelFiles, hash_of
 from dimat.reading import read_table, read_text
-from dimat.tasks.huggingface.tokens import mapping_hash
+from dimat.tasks.huggingface.tokens import mapping_hash, same_id
 
 BY_TOKEN = re.compile(r"(?:.*[._])?(?:embed\w*|wte|shared|lm_head|output|predictions|decoder)(?:\..*)?")
 """Names of tensors that may have a row for each token."""
@@ -50,7 +50,7 @@ def check_vocabularies(models: Sequence[ModelFiles], reference: ModelFiles | Non
 
     Raises DataError if a token has another id, so that rows of different tokens would be merged.
     """
-    notes = _splitting(models, reference)
+    notes = _splitting(models, reference) + _shared_ids(models)
     for first, other in _different(models, reference):
         moved, (more, less) = _moved(first, other), _apart(first, other)
         taken = set(first.ids.values())
@@ -84,10 +84,18 @@ def align_vocabularies(models: Sequence[ModelFiles], reference: ModelFiles | Non
     Raises ConfigError if a model has no tokenizer, DataError if the tokens differ.
     """
     for model in models:
-        if model.adapter or read_vocabulary(model) is None:
+        vocabulary = None if model.adapter else read_vocabulary(model)
+        if vocabulary is None:
             raise ConfigError(
                 f"align_vocabulary (--align-vocabulary): {model.path} is not a model folder with a tokenizer"
             )
+        if twins := same_id(vocabulary.ids):
+            raise DataError(
+                f"the tokenizer of {model.path} gives {twins}: rows cannot be brought into one order by their tokens; "
+                "mend its files"
+            )
+        if odd := [token for token, row in vocabulary.ids.items() if row < 0]:
+            raise DataError(f"the tokenizer of {model.path} gives {odd[0]!r} the id {vocabulary.ids[odd[0]]}, no row")
     changed: dict[int, ModelFiles] = {}
     for first, other in _different(models, reference):
         more, less = _apart(first, other)
@@ -171,6 +179,16 @@ def _splitting(models: Sequence[ModelFiles], reference: ModelFiles | None) -> li
                 f"{', '.join(apart)} of tokenizer.json differ"
             )
     return notes
+
+
+def _shared_ids(models: Sequence[ModelFiles]) -> list[str]:
+    """Return which models' tokenizers give one id to several tokens."""
+    found = ((model, read_vocabulary(model)) for model in models)
+    return [
+        f"tokenizers: {model.path} gives {twins}: the merged row is that of all of them"
+        for model, vocabulary in found
+        if vocabulary is not None and (twins := same_id(vocabulary.ids))
+    ]
 
 
 def _rules_of(model: ModelFiles) -> dict[str, str] | None:

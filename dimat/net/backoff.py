@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from random import Random
 
-from dimat.net.limits import MOST_NOTICES, REMIND_FIRST_S, REMIND_LAST_S
+from dimat.net.limits import MOST_NOTICES, MOST_RETURNS, REMIND_FIRST_S, REMIND_LAST_S
 
 
 class Backoff:
@@ -58,26 +59,49 @@ class Breaker:
         return max(backoff_s, self._open_s) if self.is_open else backoff_s
 
 
+@dataclass(slots=True)
+class _Topic:
+    """A topic of `Reminders`. `times`: how often it began; `told`: whether it was reported since it began last."""
+
+    due_s: float
+    interval_s: float
+    times: int = 0
+    told: bool = False
+
+
 class Reminders:
-    """Passes messages to `notice`; repeats a topic only after 1, 2, 4, … minutes, at most an hour."""
+    """Passes messages to `notice`; repeats a topic only after 1, 2, 4, … minutes, at most an hour.
+
+    Trouble that is over and comes back is reported at once, `MOST_RETURNS` times: what comes and goes all the time,
+    as a peer may want, is then reported as rarely as what lasts. A topic that was not told of for an hour begins anew.
+    """
 
     def __init__(self, notice: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
         self._notice = notice
         self._clock = clock
-        self._topics: dict[str, tuple[float, float]] = {}
+        self._topics: dict[str, _Topic] = {}
 
     def tell(self, topic: str, message: str) -> None:
         """Pass a message on, unless one of its topic was passed a short time ago."""
         now = self._clock()
-        due, interval = self._topics.get(topic, (now, REMIND_FIRST_S))
-        if now >= due:
-            self._topics[topic] = (now + interval, min(2 * interval, REMIND_LAST_S))
+        known = self._topics.get(topic)
+        if known is None or (not known.told and now > known.due_s + REMIND_LAST_S):
+            known = self._topics[topic] = _Topic(now, REMIND_FIRST_S)
+        if not known.told and known.times <= MOST_RETURNS:
+            known.due_s, known.interval_s = now, REMIND_FIRST_S
+        if now >= known.due_s:
+            known.times += not known.told
+            known.told = True
+            known.due_s, known.interval_s = now + known.interval_s, min(2 * known.interval_s, REMIND_LAST_S)
             self._notice(message)
 
     def over(self, topic: str, message: str = "") -> None:
-        """End a topic: pass `message` if the trouble was reported; if it comes back, it is a new topic."""
-        if self._topics.pop(topic, None) is not None and message:
-            self._notice(message)
+        """End a topic: pass `message` if the trouble was reported."""
+        known = self._topics.get(topic)
+        if known is not None and known.told:
+            known.told = False
+            if message:
+                self._notice(message)
 
 
 class FaultNotices:

@@ -95,6 +95,8 @@ REMIND_FIRST_S = 60.0
 """Trouble of one topic is reported again after this time; it doubles with each reminder."""
 REMIND_LAST_S = 3600.0
 """The longest time between two reminders."""
+MOST_RETURNS = 3
+"""Trouble that comes back so often is reported at once each time; more often, as rarely as trouble that lasts."""
 
 # ── calls for news, queries and dial-back ──────────────────────────────────────────────────────────────
 LONGEST_POLL_S = 60.0

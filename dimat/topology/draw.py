@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dimat.errors import ConfigError, TopologyError
+from dimat.weights.durable import write_bytes
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -38,7 +40,8 @@ def draw_graph(
     other texts, by default names up to 24 agents. Layout "auto" is a circle for rings, exponential and complete
     graphs and for more than 1,000 agents, else a spring model seeded with `seed`. Directed links carry arrows. Of more
     than 20,000 links a sample is drawn, which the picture says. Raises ConfigError with the pip
-    command where matplotlib is missing, TopologyError for values or labels of unknown agents.
+    command where matplotlib is missing, TopologyError for values or labels of unknown agents, DataError if the file
+    cannot be written, which is then as it was.
     """
     try:
         import matplotlib
@@ -78,8 +81,10 @@ def draw_graph(
     if path is not None:
         # names stay text, and nothing in an SVG depends on time or chance: a picture in git changes with its graph only
         with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "dimat"}):
-            metadata = {"Date": None} if Path(path).suffix == ".svg" else None
-            figure.savefig(path, metadata=metadata)
+            kind = Path(path).suffix.removeprefix(".") or "png"
+            buffer = BytesIO()
+            figure.savefig(buffer, format=kind, metadata={"Date": None} if kind == "svg" else None)
+        write_bytes(Path(path), buffer.getvalue(), durable=False)
     return figure
 
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 DEFAULT_GRAPH = "ring"
 DEFAULT_AGENTS = 5
+MOST_NAME_BYTES = 64
+"""Longest name of an agent, in UTF-8: certificates hold no longer one (`dimat.net.limits.MAX_NAME_BYTES`)."""
 _NAME = re.compile(r"\w[\w.-]*")
 _ADDRESS = re.compile(r"(?:\[[0-9A-Fa-f:.]+(?:%[\w.-]+)?\]|[^\s:/\[\]]+):([0-9]{1,5})")
 
@@ -32,7 +34,7 @@ class MapAgent(Tree):
     """One `[[agents]]` table of a map."""
 
     name: str
-    """Name, as in the agent's certificate and folder: letters, digits, `_`, `.` and `-`."""
+    """Name, as in the agent's certificate and folder: letters, digits, `_`, `.` and `-`, at most 64 bytes of UTF-8."""
     addresses: tuple[str, ...] = ()
     """Where the agent listens: `host:port`, the first that answers is used."""
     samples: Annotated[int, Field(ge=1)] | None = None
@@ -153,4 +155,9 @@ def check_names(names: tuple[str, ...], where: str) -> None:
             raise TopologyError(f"{where}: agent {name!r} is there twice")
         if not _NAME.fullmatch(name):
             raise TopologyError(f"{where}: agent name {name!r} may only hold letters, digits, '_', '.' and '-'")
+        if len(name.encode()) > MOST_NAME_BYTES:
+            raise TopologyError(
+                f"{where}: agent name {name[:40] + '…'!r} has {len(name.encode()):,} bytes of UTF-8; certificates hold "
+                f"at most {MOST_NAME_BYTES}"
+            )
         seen.add(name)

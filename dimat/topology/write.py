@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -11,6 +12,7 @@ from dimat.errors import TopologyError
 from dimat.topology.files import format_of
 from dimat.topology.mixing import Mixer, links_of, mixing_matrix
 from dimat.topology.network_map import Topology
+from dimat.weights.durable import write_bytes
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -24,30 +26,27 @@ def export(target: nx.Graph[str] | Topology, path: str | Path, format: str | Non
     are those of round 1 for a topology, Metropolis weights for a graph. `toml` is a network map with the addresses,
     samples, schedule and mixing of the topology, if any; it holds undirected links only. Reading the file returns a
     graph with the same names, order and links. Raises TopologyError for an unknown format, and for a topology that the
-    format cannot express.
+    format cannot express; DataError if the file cannot be written, which is then as it was.
     """
     kind = format_of(path, format)
     graph = target.graph if isinstance(target, Topology) else target
-    try:
-        if kind in ("graphml", "gml"):
-            _library(graph, Path(path), kind)
-        else:
-            Path(path).write_text(_text(target, graph, kind), encoding="utf-8")
-    except OSError as error:
-        raise TopologyError(f"cannot write {path}: {error.strerror or error}") from error
+    data = _library(graph, kind) if kind in ("graphml", "gml") else _text(target, graph, kind).encode()
+    write_bytes(Path(path), data, durable=False)
     return Path(path)
 
 
-def _library(graph: nx.Graph[str], path: Path, kind: str) -> None:
+def _library(graph: nx.Graph[str], kind: str) -> bytes:
     import networkx as nx
 
     bare: nx.Graph[str] = nx.DiGraph() if graph.is_directed() else nx.Graph()
     bare.add_nodes_from(list(graph))  # names and links only: the format may not support dimat's attributes
     bare.add_edges_from(list(graph.edges()))
+    buffer = BytesIO()
     if kind == "graphml":
-        nx.write_graphml(bare, path)
+        nx.write_graphml(bare, buffer)
     else:
-        nx.write_gml(bare, path)
+        nx.write_gml(bare, buffer)
+    return buffer.getvalue()
 
 
 def _text(target: nx.Graph[str] | Topology, graph: nx.Graph[str], kind: str) -> str:

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, cast
 import torch
 
 from dimat.errors import DataError
+from dimat.weights.formats import LONGEST, other_format
 
 LONGEST_HEADER = 100 * 2**20
 """Bytes of a header; safetensors itself reads no larger ones."""
@@ -92,9 +93,20 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 def parse_header(file: BinaryIO, where: str, longest: int = LONGEST_HEADER) -> Header:
     """Return the header of an open safetensors file. `where`: the file, for messages; `longest`: bytes of a header.
 
-    Raises DataError as `read_header` does, and OSError if the file cannot be read.
+    Raises DataError as `read_header` does, which names a file of another format, and OSError if the file cannot be
+    read.
     """
     size = file.seek(0, 2)
+    try:
+        return _parsed(file, where, size, longest)
+    except DataError:
+        file.seek(0)
+        if what := other_format(file.read(LONGEST)):
+            raise DataError(f"{where} {what}") from None
+        raise
+
+
+def _parsed(file: BinaryIO, where: str, size: int, longest: int) -> Header:
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
     if size < 10:

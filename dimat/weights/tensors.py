@@ -49,6 +49,8 @@ class Tensors(Mapping[str, Tensor]):
         self._data = source if isinstance(source, bytes) else None
         try:
             file = io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb", buffering=0)
+        except IsADirectoryError:
+            raise DataError(f"{self.where} is a folder: name the safetensors file in it") from None
         except OSError as error:
             raise DataError(f"cannot read {self.where}: {error.strerror or error}") from error
         self._file = file

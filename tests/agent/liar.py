@@ -1,12 +1,14 @@
 """A member that lies: `python -m tests.agent.liar ATTACK VICTIM agent FILE …`.
 
 The daemon is the real one, with a valid key and the real wire; what it records or offers is wrapped. `growing`: weights
-that are 9.5 times as large as those of the agent VICTIM, of the other sign; `lying`: beside each of its manifests, a
-crowd of signed ones that nobody can have (`lies_about`).
+that are 9.5 times as large as those of the agent VICTIM, of the other sign; `bending`: one tensor of another type or
+shape, or not finite, another fault each round; `copying`: VICTIM's own weights as its own; `lying`: beside each of its
+manifests, a crowd of signed ones that nobody can have (`lies_about`).
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -81,7 +83,50 @@ def lying(victim: str) -> None:
     Outbox.reply = crowded
 
 
-ATTACKS: dict[str, Callable[[str], None]] = {"growing": growing, "lying": lying}
+def bending(victim: str) -> None:
+    """Record one tensor bent, each round otherwise."""
+    del victim
+    record, rounds = Recorder.record, itertools.count()
+
+    def bent(self: Recorder, weights: Mapping[str, Tensor]) -> Any:
+        number = next(rounds)
+        names = [name for name, tensor in weights.items() if tensor.is_floating_point() and not name.startswith("aux.")]
+        name = names[number % len(names)]
+        return record(self, {**weights, name: BENDS[number % len(BENDS)](weights[name].detach().clone())})
+
+    Recorder.record = bent
+
+
+BENDS: tuple[Callable[[Tensor], Tensor], ...] = (
+    lambda tensor: tensor.double(),
+    lambda tensor: tensor.half(),
+    lambda tensor: tensor.bool(),
+    lambda tensor: tensor[:0],
+    lambda tensor: tensor.sum(),
+    lambda tensor: tensor[None],
+    lambda tensor: tensor.fill_(float("nan")),
+    lambda tensor: tensor.fill_(3e38),
+)
+
+
+def copying(victim: str) -> None:
+    """Record the victim's newest weights, so that it is merged with itself under another name."""
+    record = Recorder.record
+
+    def copied(self: Recorder, weights: Mapping[str, Tensor]) -> Any:
+        file = self._store.parent.parent / victim / "weights.safetensors"
+        theirs = load_file(file) if file.exists() else {}
+        return record(self, {name: theirs.get(name, tensor) for name, tensor in weights.items()})
+
+    Recorder.record = copied
+
+
+ATTACKS: dict[str, Callable[[str], None]] = {
+    "growing": growing,
+    "bending": bending,
+    "copying": copying,
+    "lying": lying,
+}
 
 if __name__ == "__main__":
     ATTACKS[sys.argv[1]](sys.argv[2])

@@ -105,7 +105,9 @@ class Place:
         monkeypatch.chdir(self.folder)
         monkeypatch.delenv("DIMAT_TRACEBACK", raising=False)
 
-    def refuses(self, arguments: Sequence[str], why: str = "", *, may_pass: bool = False) -> str:
+    def refuses(
+        self, arguments: Sequence[str], why: str = "", *, may_pass: bool = False, codes: Sequence[int] = (1, 2, 3, 4, 5)
+    ) -> str:
         """Demand that a command tells what it is given in one line, by a code of dimat's, and writes nothing; return
         the line. `may_pass`: or does what it is asked."""
         before = self._files()
@@ -118,7 +120,7 @@ class Place:
         assert "Traceback" not in told, f"{where}\n{told}"
         if may_pass and code == 0:
             return ""
-        assert code in (1, 2, 3, 4, 5), f"{where}: exit code {code}\n{told}"
+        assert code in codes, f"{where}: exit code {code}\n{told}"
         assert lines, where
         assert lines[-1].startswith("dimat: "), f"{where}\n{told}"
         assert sum(line.startswith("dimat: ") for line in lines) == 1, f"{where}\n{told}"

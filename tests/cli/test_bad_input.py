@@ -158,3 +158,26 @@ def test_arguments(command: list[str], place: Place) -> None:
     if command[0] == "merge" and f"{BAD}.safetensors" in command:
         assert "models[0] is not UTF-8 text (b'\\xff.safetensors')" in line
         assert "can be renamed, or given by a symbolic link" in line
+
+
+@pytest.mark.parametrize("path", ["x" * 300, "/".join(["x" * 100] * 60)])
+@pytest.mark.parametrize(
+    "command",
+    [
+        *(["doctor"], ["agent"], ["status"], ["report"], ["dashboard"], ["simulate"], ["init"], ["keys", "show"]),
+        *(
+            ["topology", "show"],
+            ["merge", "a.safetensors", "-o"],
+            ["keys", "issue", "a", "--folder"],
+            ["dht", "--folder"],
+        ),
+    ],
+    ids=" ".join,
+)
+def test_paths_that_are_too_long(command: list[str], path: str, place: Place) -> None:
+    """Longer than a name, and longer than a path: one line that says the limits, and exit code 5."""
+    save_file(weights(0), place.folder / "a.safetensors")
+    line = place.refuses([*command, path], codes=(5,))
+    assert "'xxxxx" in line
+    assert "names of up to 255 bytes and paths of up to 4,095, and this path has" in line
+    assert len(line) < 300

@@ -29,6 +29,7 @@ def _run(shell: str, *words: str) -> subprocess.CompletedProcess[str]:
         ('"$@" 2>&-', ["nothing"], 2, ""),
         ('"$@" 2>/dev/full', ["nothing"], 2, ""),
         ('"$@" >/dev/full', ["topology", "list"], 5, "cannot write the result to stdout: No space left on device"),
+        ('"$@" >/dev/full', ["--help"], 5, "dimat: cannot write the output: No space left on device; free some space"),
         ('cd "$(mktemp -d)"; rmdir "$PWD"; "$@"', ["topology", "list"], 5, "folder that this runs in has been removed"),
         ('cd "$(mktemp -d)"; rmdir "$PWD"; "$@"', ["--help"], 0, ""),
     ],

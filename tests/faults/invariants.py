@@ -65,9 +65,10 @@ class Watch:
                     node.waiting.failed.add(event.peer)
             case m.Deadline():
                 assert node.machine is not None
-                if event.round == node.machine.round and node.machine.phase is not Phase.TRAINING:
+                if event.round == node.machine.round and node.machine.phase is Phase.GATHERING:
                     node.expired = event.round
-                    node.waiting.expired(self._missing(node), event.round)
+                    missing = self._missing(node)
+                    node.waiting.expired(missing, self._coming(node, missing), event.round)
             case m.TimeUp():
                 node.time_heard = True
             case m.MapChanged():
@@ -106,9 +107,12 @@ class Watch:
         """A round that still gathers waits for a snapshot that may come, or for as many as the rules ask for."""
         expected, missing = self._expected(node), self._missing(node)
         short = len(expected) - len(missing) < min(self.world.rules.min_peers, len(expected))
-        coming = [peer for peer in missing if any(node.held.get((peer, root)) for root in self._roots(node, peer))]
-        needed = short or coming or any(node.waiting.worth(peer, number) for peer in missing)
+        needed = short or self._coming(node, missing) or any(node.waiting.worth(peer, number) for peer in missing)
         self._demand(bool(needed), "needless waiting", node, f"waits in round {number} for {missing}: {node.waiting}")
+
+    def _coming(self, node: Node, missing: list[str]) -> list[str]:
+        """Return those of the missing whose snapshots are on their way."""
+        return [peer for peer in missing if any(node.held.get((peer, root)) for root in self._roots(node, peer))]
 
     def _missing(self, node: Node) -> list[str]:
         """Return the peers of a round whose snapshots are not here."""
@@ -156,6 +160,8 @@ class Watch:
             self._joins_the_network(node, action)
         root = node.asked.setdefault((action.peer, action.round), action.root)
         self._demand(root == action.root, "one content", node, f"takes a second content: {action}")
+        fits = machine.phase is Phase.JOINING or node.offered[key].base == machine.base
+        self._demand(fits, "one base", node, f"is on {machine.base!r}, fetches {node.offered[key]}")
         if self.world.rules.mode == "sync" and machine.phase is not Phase.JOINING:
             # a peer that is alone ahead proves it with a snapshot, one for each round of this agent
             proof = action.round > machine.round and node.proofs.get(action.peer) != machine.round
@@ -176,6 +182,8 @@ class Watch:
     def trains(self, node: Node, action: m.Train) -> None:
         node.row, node.row_round = node.plan.of(action.round), action.round
         node.closed, node.unfit, node.known = None, False, node.plan.peers
+        if not node.waiting.begun:
+            self._settles(node)
         node.waiting.begins(node.plan, action.round)
         self._demand(not node.time_heard, "time", node, f"begins round {action.round} though its time is up")
         self._demand(action.round > node.published, "one content", node, f"trains round {action.round} anew")
@@ -189,6 +197,14 @@ class Watch:
             stale = any(h.round < action.round for h in held) if sync else len(held) > 2
             self._demand(not stale, "release", node, f"keeps snapshots of {peer} that are of no use: {held}")
         self.bounded(node)
+
+    def _settles(self, node: Node) -> None:
+        """A newcomer that took any base has come to one. From now on it refuses offers on another, and what it heard of
+        those before counts no more than if it came now: it is no content of its round, and tells of no round."""
+        assert node.machine is not None
+        base, asked = node.machine.base, node.asked.items()
+        node.asked = {key: root for key, root in asked if node.offered[*key, root].base == base}
+        node.waiting.settles(base)
 
     def checkpoints(self, node: Node, action: m.CheckpointAction) -> None:
         state = action.state
@@ -254,6 +270,8 @@ class Watch:
         offer = node.offered[action.peer, held[-1].round, action.root]
         smaller = self.world.rules.basis_gossip and action.basis < machine.basis and offer.basis == action.basis
         self._demand(smaller, "basis", node, f"is in {machine.basis}, offered was {offer.basis}: {action}")
+        if action.round <= self.world.rules.adopt_rounds:  # its weights come with it
+            self._taint(action.peer, held[-1].round, action.root)
         return held[-1].round
 
     def adopts(self, node: Node, action: m.AdoptWeights) -> None:

@@ -102,12 +102,12 @@ def _no_decay(rules: Any, *more: Any) -> Any:
 _shares = mixing_state.shares
 
 
-def _refused_counts(agent: str, root: str, merge: m.MergeAction, result: MergeResult) -> Any:
-    return _contributions(agent, root, merge, replace(result, refused={}))
+def _refused_counts(agent: str, root: str, merge: m.MergeAction, result: MergeResult, **more: Any) -> Any:
+    return _contributions(agent, root, merge, replace(result, refused={}), **more)
 
 
-def _backing_off_forgotten(agent: str, root: str, merge: m.MergeAction, result: MergeResult) -> Any:
-    return _contributions(agent, root, merge, replace(result, accepted=1.0))
+def _backing_off_forgotten(agent: str, root: str, merge: m.MergeAction, result: MergeResult, **more: Any) -> Any:
+    return _contributions(agent, root, merge, replace(result, accepted=1.0), **more)
 
 
 _contributions = mixing_state.contributions
@@ -277,9 +277,12 @@ def _hindmost(self: Any, peers: Any) -> int:
 
 
 def _waits_again(self: Any) -> None:
-    for peer in self.missing():
-        if peer not in self.lost and self._heard_within(peer, 1):
-            self._overdue[peer] = self._overdue.get(peer, 0) + 1
+    silent = dict(self._silent)
+    _expire(self)
+    self._silent = silent
+
+
+_expire = inbox.Inbox.expire
 
 
 MUTANTS = (
@@ -295,6 +298,12 @@ MUTANTS = (
     Mutant("strangers", "whoever offers is taken for a peer", hearing(_stranger)),
     Mutant("other-run", "offers of another run count", hearing(_other_run)),
     Mutant("other-base", "offers with another base count", hearing(_other_base)),
+    Mutant(
+        "mixed-bases",
+        "a newcomer keeps what it was offered on another base than it has come to",
+        patches=((offers.Offers, "settle", lambda self, base: None),),
+        first=1_200,
+    ),
     Mutant("newest-content", "the last content offered counts", patches=((offers.Offers, "note", _newest_content),)),
     Mutant("partial", "a snapshot is merged before it is here", rewriting(_partial)),
     Mutant("late-snapshots", "snapshots of the round before are merged", patches=((inbox.Inbox, "end", _keep_late),)),

@@ -18,5 +18,6 @@ def test_mutant_is_caught(mutant: Mutant, record_property: Callable[[str, object
     """Mutation analysis (DeMillo, Lipton & Sayward 1978): checks that pass every mutant would check nothing."""
     caught = catch(mutant, range(mutant.first, mutant.first + MOST))
     assert caught is not None, f"{mutant.name} ({mutant.breaks}) passes {MOST} schedules"
+    assert not caught.promise.startswith("raises"), f"{mutant.name} no longer fits the machine: {caught.text}"
     record_property("schedules", caught.count)
     print(f"{mutant.name}: caught by {caught.promise!r} after {caught.count} schedules")

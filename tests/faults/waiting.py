@@ -21,7 +21,7 @@ class Waiting:
     heard; `failed`: whose snapshot of this round could not be had; `heard`: who was, in this round; `number`: the
     round; `behind`: by how many rounds peers were behind, at least, when a deadline passed in waiting for them;
     `begun`: rounds of this life; `rests`: until which of them a late peer is not waited for; `due`: the last round
-    before in which a peer was to be heard.
+    before in which a peer was to be heard; `first`: what was offered before the first round.
     """
 
     plan: Collection[str] = ()
@@ -38,6 +38,15 @@ class Waiting:
     begun: int = 0
     rests: dict[str, int] = field(default_factory=dict)
     due: dict[str, int] = field(default_factory=dict)
+    first: list[PeerPublished] = field(default_factory=list)
+
+    def settles(self, base: str) -> None:
+        """The first round is to begin, on a base: offers on another one tell nothing of their peers' rounds."""
+        self.newest, self.oldest, self.gaps, self.offered = {}, {}, {}, {}
+        for offer in self.first:
+            if offer.base == base:
+                self._learns(offer)
+        self.first = []
 
     def begins(self, plan: Plan, number: int) -> None:
         """A round begins, by a plan."""
@@ -54,17 +63,24 @@ class Waiting:
         if self.gone.get(peer, number) < number:
             del self.gone[peer]
         self.heard.add(peer)
-        known = self.offered.setdefault((peer, number), offer.root)
+        known = self._learns(offer)
         if known == offer.root and 0 <= number - self.number < ROUNDS_KEPT:
             # a second content revives nobody, nor a round that is over or far ahead
             self.failed.discard(peer)
-        self.newest[peer] = max(self.newest.get(peer, 0), number)
         if self.number - number < self.behind.get(peer, 0):
             self.behind[peer] = self.number - number
             self.late.pop(peer, None)
+        if not self.begun:
+            self.first.append(offer)
+
+    def _learns(self, offer: PeerPublished) -> str:
+        """Take in what an offer says of its peer's rounds; return the content that counts for the offer's own."""
+        peer, number = offer.peer, offer.round
+        self.newest[peer] = max(self.newest.get(peer, 0), number)
         self.oldest[peer] = max(self.oldest.get(peer, 0), min(offer.oldest, number))
         if offer.previous:
             self.gaps.setdefault(peer, set()).update(range(offer.previous + 1, number))
+        return self.offered.setdefault((peer, number), offer.root)
 
     def lost(self, peer: str, last: int) -> None:
         """A peer is said to be gone, after a round."""
@@ -76,10 +92,10 @@ class Waiting:
         self.late.pop(peer, None)
         self.behind.pop(peer, None)
 
-    def expired(self, missing: Iterable[str], number: int) -> None:
-        """A deadline has passed while these had not come."""
+    def expired(self, missing: Iterable[str], coming: Collection[str], number: int) -> None:
+        """A deadline has passed while these had not come, some of which were on their way."""
         for peer in missing:
-            if not self.worth(peer, number):
+            if peer not in coming and not self.worth(peer, number):
                 continue
             if peer in self.heard:
                 self.late[peer] = self.late.get(peer, 0) + 1

@@ -95,12 +95,11 @@ class World:
                 self.put(node.rng.uniform(0, 0.2), None, FAULT, Fault("start", agent=node.index))
         if self.rules.rounds is None:
             self.put(self.schedule.quiet_s, None, FAULT, Fault("quiet"))
-        most = 6000 + (2500 + 40 * self.schedule.settle) * self.schedule.agents
         while self._queue:
             self.now, _, node, life, what, data = heapq.heappop(self._queue)
             self.totals["events"] += 1
-            if self.totals["events"] > most:
-                raise Violation("runs on", f"after {most} events {self.standing()}")
+            if self.totals["events"] > self._most():
+                raise Violation("runs on", f"after {self.totals['events']} events {self.standing()}")
             if node is None:
                 inject.apply(self, data)
             elif node.up and (life < 0 or life == node.life):
@@ -109,6 +108,12 @@ class World:
                 else:
                     self._deliver(node, what, data)
         self.watch.finish()
+
+    def _most(self) -> float:
+        """Return how many events there may be by now: while the slowest of an endless run settle, perhaps one deadline
+        a round, the quickest go on."""
+        rounds = self.schedule.settle + (self.now / self.schedule.train_s[0] if self.rules.rounds is None else 0)
+        return 6000 + (2500 + 40 * rounds) * self.schedule.agents
 
     def standing(self) -> str:
         """Say where everybody is."""

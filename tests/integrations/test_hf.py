@@ -114,6 +114,32 @@ def test_a_trainer_with_an_agent_alone_trains_as_without(tmp_path: Path, free_po
         assert torch.equal(beside.model.state_dict()[name], tensor), name
 
 
+def test_a_trainer_of_an_agent_that_is_through_leaves_the_model_as_it_is(tmp_path: Path, free_ports: list[int]) -> None:
+    """`Trainer` makes a step before it looks whether to stop: weights, buffers and moments stay the last merge's."""
+    of_extra("transformers")
+    from dimat.integrations import TrainerCallback
+
+    schedule = "rounds = 2\nround_deadline_s = 0.5"
+    file = experiment(tmp_path, dict(zip("ab", free_ports)), schedule=schedule, merge='method = "average"')
+    options = (f"agent.folder='{tmp_path / 'a'}'", "agent.linger_s=0.1")
+    ends = []
+
+    def count(module: nn.Module, _: Any) -> None:
+        module.steps_seen += module.training
+
+    for seed in (0, 1):
+        one = trainer(tmp_path, seed, [TrainerCallback(file, options, name="a", follow=[])], weight_decay=0.1)
+        one.model.register_buffer("steps_seen", torch.zeros(()))
+        one.model.register_forward_pre_hook(count)
+        one.train()
+        ends.append(one)
+    assert ends[0].state.global_step == 2 * STEPS
+    for name, tensor in ends[0].model.state_dict().items():
+        assert torch.equal(ends[1].model.state_dict()[name], tensor), name
+    for (name, a), b in zip(ends[0].model.named_parameters(), ends[1].model.parameters(), strict=True):
+        assert torch.equal(ends[0].optimizer.state[a]["exp_avg"], ends[1].optimizer.state[b]["exp_avg"]), name
+
+
 def test_the_context_leaves_where_training_raises(tmp_path: Path, free_ports: list[int]) -> None:
     """`Trainer` does not tell callbacks of a fault; the agent must not stay behind as one that never publishes."""
     of_extra("transformers")

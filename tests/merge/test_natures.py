@@ -215,3 +215,48 @@ def test_names_that_are_tied_in_own_alone_are_merged_apart() -> None:
     own, peer = mixed(0), mixed(1) | {"head.weight": torch.zeros(6, 6)}
     merged = merge_weights(own, [peer], [0.5, 0.5], method="average")
     assert torch.equal(merged["head.weight"], own["head.weight"] / 2)
+
+
+def embedded(*, tied: bool, seed: int = 0) -> dict[str, Tensor]:
+    """Weights of an embedding and its output layer, under both names: one tensor, or two."""
+    generator = torch.Generator().manual_seed(seed)
+    table, head = (torch.randn(5, 3, generator=generator) for _ in range(2))
+    return {"embed.weight": table, "head.weight": table if tied else head}
+
+
+def test_a_peer_that_stores_a_tied_weight_twice_is_merged_and_stays_tied() -> None:
+    """Equal values are one tensor, also in memory of their own; the mean of both is under both names."""
+    own, peer = embedded(tied=True), embedded(tied=True, seed=1)
+    peer["head.weight"] = peer["head.weight"].clone()
+    merged = merge_weights(own, [peer], [0.5, 0.5], method="average")
+    assert torch.equal(merged["head.weight"], merged["embed.weight"])
+    assert torch.allclose(merged["embed.weight"], (own["embed.weight"] + peer["embed.weight"]) / 2)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_peer_whose_tied_weights_differ_is_refused(shared: bool) -> None:
+    """Own's tie, by memory or by the names of an embedding and its output layer, would end without a word."""
+    own = embedded(tied=True)
+    if not shared:
+        own["head.weight"] = own["head.weight"].clone()
+    with pytest.raises(PeerError, match=r"peer 0: tensors 'head\.weight' and 'embed\.weight' differ"):
+        merge_weights(own, [embedded(tied=False, seed=1)], [0.5, 0.5], method="average")
+
+
+def test_ties_that_the_model_has_hold_in_all_weights() -> None:
+    """The second name's values would be dropped without a word, a peer's and own's."""
+    other = mixed(1) | {"head.weight": torch.zeros(6, 6)}
+    with pytest.raises(PeerError, match=r"tensors 'head\.weight' and 'one\.weight' differ"):
+        merge_weights(mixed(0), [other], [0.5, 0.5], method="average", model=Mixed())
+    with pytest.raises(MergeError, match=r"own weights: tensors 'head\.weight' and 'one\.weight' differ"):
+        merge_weights(other, [mixed(0)], [0.5, 0.5], method="average", model=Mixed())
+
+
+def test_layers_that_began_alike_are_merged_with_a_peer_whose_differ() -> None:
+    """Copies of one layer have equal values at the start, and are two layers."""
+    layer = torch.randn(3, 3, generator=torch.Generator().manual_seed(0))
+    own = {"layers.0.weight": layer, "layers.1.weight": layer.clone()}
+    peer = {"layers.0.weight": 3 * layer, "layers.1.weight": -layer}
+    merged = merge_weights(own, [peer], [0.5, 0.5], method="average")
+    assert torch.allclose(merged["layers.0.weight"], 2 * layer)
+    assert torch.allclose(merged["layers.1.weight"], torch.zeros(3, 3))

@@ -54,6 +54,13 @@ def test_a_missing_tensor_is_named() -> None:
         check(peer)
 
 
+def test_names_of_any_length_make_no_long_lines() -> None:
+    """A large model's header has room for names of many megabytes, and refusals are kept in logs, round after round."""
+    with pytest.raises(PeerError, match="lab-b: tensor 'xxxxx") as refused:
+        check(weights() | {"x" * 2**22: torch.zeros(1)})
+    assert len(str(refused.value)) <= PeerError.LONGEST + 2
+
+
 def test_norm_bound() -> None:
     """10 times own norm by default, an option; zero own weights bound nothing."""
     large = {name: tensor * 11 for name, tensor in weights().items()}

@@ -201,6 +201,15 @@ def test_quantised_weights_are_refused(
         ({"global_rope_theta": 1e4}, {"global_rope_theta": 1e5}, "global_rope_theta is 10000.0 in a"),
         ({"feed_forward_proj": "gated-gelu"}, {"feed_forward_proj": "gated-silu"}, "feed_forward_proj is 'gated-gelu'"),
         ({}, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling is left out in a, {'rope_type'"),
+        ({}, {"rope_scaling": "x"}, "rope_scaling is left out in a, 'x' in b"),
+        ({"rope_scaling": "x"}, {"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling is 'x' in a, {'rope_type'"),
+        ({"rope_theta": "1e6"}, {"rope_theta": 1e6}, "rope_theta is '1e6' in a, 1000000.0 in b"),
+        ({"rope_theta": True}, {"rope_theta": 1.0}, "rope_theta is True in a, 1.0 in b"),
+        ({"tie_word_embeddings": True}, {"tie_word_embeddings": 1}, "tie_word_embeddings is True in a, 1 in b"),
+        ({"layer_types": ["a", 1]}, {"layer_types": ["a", True]}, "layer_types is ['a', 1] in a, ['a', True] in b"),
+        ({"text_config": {"hidden_act": "silu"}}, {"text_config": "x"}, "text_config is a table in a, 'x' in b"),
+        ({"id2label": ["cat", "dog"]}, {"id2label": {0: "cat", 1: "dog"}}, "id2label is ['cat', 'dog'] in a, a table"),
+        ({"id2label": ["cat", "dog"]}, {"id2label": ["dog", "cat"]}, "class 0 is 'cat' in a, 'dog' in b"),
         ({"rms_norm_eps": 1e-5}, {"rms_norm_eps": 1e-6}, "rms_norm_eps is 1e-05 in a, 1e-06 in b"),
         ({"text_config": {"hidden_act": "silu"}}, {"text_config": {"hidden_act": "gelu"}}, "text_config.hidden_act"),
         ({"id2label": {0: "cat", 1: "dog"}}, {"id2label": {0: "dog", 1: "cat"}}, "class 0 is 'cat' in a, 'dog' in b"),
@@ -304,6 +313,21 @@ def test_configs_that_may_differ(capsys: pytest.CaptureFixture[str]) -> None:
     assert notes == ["note: config.json: novel is 1 in a, 2 in b"]
 
 
+def test_numbers_are_equal_whatever_way_they_are_written() -> None:
+    """Writers of JSON differ in 8 and 8.0, which transformers reads alike."""
+    folder(
+        "a", weights(0), num_attention_heads=8, time_step_limit=[0, float("inf")], query_pre_attn_scalar=float("nan")
+    )
+    folder(
+        "b",
+        weights(1),
+        num_attention_heads=8.0,
+        time_step_limit=[0.0, float("inf")],
+        query_pre_attn_scalar=float("nan"),
+    )
+    merge("a", "b")
+
+
 def tokens(name: str, ids: dict[str, int], kind: str = "tokenizer.json") -> None:
     tree: Any = {"model": {"vocab": ids}, "added_tokens": []} if kind == "tokenizer.json" else ids
     Path(name, kind).write_text(json.dumps(tree))
@@ -330,6 +354,21 @@ def test_tokens_in_another_order(kind: str, fails: Fails) -> None:
     found = merge("a", "--base", "b", "--method", "task-arithmetic", "--align-vocabulary")
     assert all(torch.allclose(found[name], tensor) for name, tensor in two.items())  # the base's tokenizer is written
     assert Path("out", kind).read_text() == Path("b", kind).read_text()
+
+
+@pytest.mark.parametrize("kind", ["tokenizer.json", "vocab.json"])
+def test_two_tokens_of_one_id(kind: str, fails: Fails, capsys: pytest.CaptureFixture[str]) -> None:
+    """They share a row, which is merged and told; by such tokens no rows can be brought into one order."""
+    for name in "ab":
+        folder(name, language_model(0), vocab_size=8)
+        tokens(name, {f"w{i}": i for i in range(8)} | ({"again": 3, "more": 4} if name == "b" else {}), kind)
+    assert main(["merge", "b", "b", "-o", "out"]) == 0
+    told = "b gives the id 3 to two tokens, 'w3' and 'again', and 1 more tokens an id that is another's: the merged row"
+    assert told in capsys.readouterr().err
+    assert "b has other tokens than a: 3 is 'w3' there, 'again' here" in fails("a", "b")
+    assert "the tokenizer of b gives the id 3 to two tokens" in fails("a", "b", "--align-vocabulary")
+    tokens("b", {f"w{i}": i for i in range(7)} | {"w7": -1}, kind)
+    assert "gives 'w7' the id -1, no row" in fails("a", "b", "--align-vocabulary")
 
 
 def test_other_tokens(fails: Fails, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import networkx as nx
 import numpy as np
@@ -13,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dimat.config import TopologyConfig
-from dimat.errors import HookError, TopologyError
-from dimat.topology import Topology, build_graph, build_topology, export, mixing_matrix, read_graph
+from dimat.errors import DataError, HookError, TopologyError
+from dimat.topology import Topology, build_graph, build_topology, draw_graph, export, mixing_matrix, read_graph
 
 SUFFIXES = ["graphml", "gml", "json", "edges", "toml"]
 
@@ -179,8 +180,28 @@ def test_missing_files_counts_and_formats(tmp_path: Path) -> None:
         read_graph(tmp_path / "multi.gml")
     with pytest.raises(TopologyError, match="holds undirected links only"):
         export(build_graph("exponential", 4), tmp_path / "x.toml")
-    with pytest.raises(TopologyError, match="cannot write"):
-        export(build_graph("ring", 4), tmp_path / "no" / "x.json")
+
+
+@pytest.mark.parametrize("name", ["x.json", "x.graphml", "x.gml", "x.svg"])
+def test_a_file_that_cannot_be_written_is_as_it_was(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk leaves no half of a graph or picture under its name, and no temporary file."""
+    if name.endswith("svg"):
+        pytest.importorskip("matplotlib")
+    graph, write = build_graph("ring", 4), draw_graph if name.endswith("svg") else export
+    with pytest.raises(DataError, match="cannot write"):
+        write(graph, tmp_path / "no" / name)
+    (tmp_path / name).write_text("before")
+    opened = Path.open
+
+    def full(path: Path, *args: Any, **options: Any) -> Any:
+        return opened(Path("/dev/full") if path.parent == tmp_path else path, *args, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", full)
+        with pytest.raises(DataError, match=r"cannot write .*: No space left on device"):
+            write(graph, tmp_path / name)
+    assert (tmp_path / name).read_text() == "before"
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def hook(tmp_path: Path, text: str, name: str = "net.py:graph", agents: int | None = None) -> Topology:

@@ -10,8 +10,9 @@ import pytest
 
 from dimat.config import TopologyConfig
 from dimat.errors import ConfigError, TopologyError
+from dimat.net.limits import MAX_NAME_BYTES
 from dimat.topology import build_topology, check, load_map, rounds_to_consensus, summarise
-from dimat.topology.network_map import check_alone
+from dimat.topology.network_map import MOST_NAME_BYTES, check_alone
 
 FOLDER = Path(__file__).parents[2] / "topology"
 MAPS = {
@@ -119,6 +120,13 @@ def test_seeds_reach_graphs_and_schedules() -> None:
         assert not np.array_equal(one, other)
 
 
+def test_names_of_agents_are_as_long_as_certificates_hold(tmp_path: Path) -> None:
+    """A name that a map allows can have a certificate; the number stands on two floors."""
+    assert MOST_NAME_BYTES == MAX_NAME_BYTES
+    (tmp_path / "map.toml").write_text(f"agents = ['a', '{'é' * 32}']\nedges = [[0, 1]]")
+    assert load_map(tmp_path / "map.toml").names == ("a", "é" * 32)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -132,6 +140,9 @@ def test_seeds_reach_graphs_and_schedules() -> None:
         ("[[agents]]\nname = 'a'\n[[agents]]\nname = 'a'", "agent 'a' is there twice"),
         ("[[agents]]\nname = 'lab a'", "agent name 'lab a' may only hold"),
         ("[[agents]]\nname = '../x'", "may only hold"),
+        (f"[[agents]]\nname = '{'a' * 65}'", "'a{40}…' has 65 bytes of UTF-8; certificates hold at most 64"),
+        (f"agents = ['a', '{'é' * 33}']", "has 66 bytes of UTF-8; certificates hold at most 64"),
+        (f"edges = [['a', '{'b' * 300}']]", "has 300 bytes of UTF-8; certificates hold at most 64"),
         ("[[agents]]\nname = 'a'\nadress = 'x'", "unknown key 'adress' in .*agents entry 1; did you mean 'addresses'"),
         ("[[agents]]\nname = 'a'\naddresses = ['host']", "address 'host' is not host:port"),
         ("[[agents]]\nname = 'a'\naddresses = ['host:99999']", "is not host:port"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import random
+import warnings
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,6 +73,12 @@ def read_inputs(data: Iterable[Any], model: nn.Module) -> Inputs:
             count += len(parts[-1].tensors[0])
             if count >= INPUTS_KEPT:
                 break
+    if _read_once(data):
+        warnings.warn(
+            f"data: its examples can be read only once, so the first {count:,}, on which networks are compared, are "
+            "not trained on; give data= other examples",
+            stacklevel=3,
+        )
     if count < 2:
         raise DataError("data gives fewer than two examples; networks are compared on a few hundred")
     names = parts[0].names
@@ -163,6 +170,16 @@ def _afresh(data: Iterable[Any]) -> Iterable[Any]:
         inner.sampler = own["sampler"]
     vars(twin).update(own, persistent_workers=False, _iterator=None)
     return twin
+
+
+def _read_once(data: Iterable[Any]) -> bool:
+    """Tell whether a loader's dataset goes on where it was left, each time it is read."""
+    held: Any = getattr(data, "base_dataloader", data)
+    for _ in range(DEPTH if isinstance(held, DataLoader) else 0):
+        held = getattr(cast("Any", held), "dataset", None)
+        if isinstance(held, IterableDataset) and iter(cast("Any", held)) is iter(cast("Any", held)):
+            return True
+    return False
 
 
 @contextmanager

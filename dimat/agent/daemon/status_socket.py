@@ -40,10 +40,10 @@ class StatusSocket:
         A socket left behind by an earlier process is replaced (the folder's lock says that it has ended).
         """
         with _short(self._folder) as path:
-            with suppress(FileNotFoundError):
-                os.unlink(path)
             mask = os.umask(0o177)
             try:
+                with suppress(FileNotFoundError):
+                    os.unlink(path)
                 self._server = await asyncio.start_unix_server(self._answer, path)
             except OSError as error:
                 raise DataError(f"cannot listen on {self._folder / SOCKET}: {error.strerror or error}") from error
@@ -51,10 +51,11 @@ class StatusSocket:
                 os.umask(mask)
 
     async def close(self) -> None:
-        """Stop listening, and remove the socket."""
+        """Stop listening, and remove the socket; where that fails, the next life replaces it."""
         if self._server is not None:
             self._server.close()
-            (self._folder / SOCKET).unlink(missing_ok=True)
+            with suppress(OSError):
+                (self._folder / SOCKET).unlink()
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         del reader

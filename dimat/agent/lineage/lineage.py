@@ -22,6 +22,12 @@ from dimat.events import Contribution
 from dimat.json_text import to_json
 from dimat.reading import parse_json, read_text
 
+DAMAGED = (
+    "the file is damaged: put a copy of it back, or move it away, and the agent begins a new one, without the merges "
+    "of before"
+)
+"""What to do about a ledger that holds no text."""
+
 Model = tuple[str, int]
 """An agent's model after its merge of a round; round 0: its first network."""
 
@@ -199,7 +205,7 @@ def append_record(file: Path, record: MergeRecord, *, durable: bool = True) -> N
 def read_records(file: Path) -> list[MergeRecord]:
     """Read a ledger. A line that is cut short is ignored: its merge never became durable."""
     records: list[MergeRecord] = []
-    for number, line in enumerate(read_text(file).splitlines(), 1):
+    for number, line in enumerate(read_text(file, mend=DAMAGED).splitlines(), 1):
         try:
             values = parse_json(line, finite=True)
         except JSONDecodeError:

@@ -141,7 +141,7 @@ class Inbox:
     def settle(self, base: str) -> None:
         """Adopt the network's base; offers with another base are dropped."""
         self.base = base
-        self.offers.forget_all_but({offer.peer for offer in self.offers if offer.base == base})
+        self.offers.settle(base)
 
     def expire(self) -> None:
         """Stop waiting in this round.

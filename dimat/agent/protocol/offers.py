@@ -123,7 +123,13 @@ class Offers:
             del far[surplus]
 
     def approach(self, number: int) -> None:
-        """Treat offers that have come within reach in this round like the others."""
+        """Treat offers that have come within reach in this round like the others, and only those.
+
+        A newcomer has noted all alike: near ones that come would drive out the far ones that it has asked for.
+        """
+        for offers in self._offers.values():
+            for beyond in [r for r in offers if r >= number + self.span]:
+                self.note_far(offers.pop(beyond))
         for far in self._far.values():
             for near in [r for r in far if r < number + self.span]:
                 self.note(far.pop(near))
@@ -164,6 +170,14 @@ class Offers:
         self._far = {peer: far for peer, far in self._far.items() if peer in peers}
         self._ranges = {peer: range_ for peer, range_ in self._ranges.items() if peer in peers}
         self._gaps = {peer: gap for peer, gap in self._gaps.items() if peer in peers}
+
+    def settle(self, base: str) -> None:
+        """Drop offers with another base, and what they have told of their peers."""
+        kept = [offer for offer in self if offer.base == base]
+        self.forget_all_but({offer.peer for offer in kept} - {offer.peer for offer in self if offer.base != base})
+        for offer in kept:
+            self.heard(offer)
+            self.note(offer)
 
     def front(self, peers: Collection[str]) -> int:
         """Return the round that a network is at, 0 if no peer was heard.

@@ -24,7 +24,7 @@ from dimat.agent.protocol.inbox import PAST, Heard, Inbox
 from dimat.agent.protocol.joining import Newcomer, better_basis
 from dimat.agent.protocol.mixing_state import MixingState
 from dimat.agent.protocol.offers import PeerPublished
-from dimat.agent.protocol.plan import Plan, RoundPlan, Rules
+from dimat.agent.protocol.plan import LAST_ROUND, Plan, RoundPlan, Rules
 from dimat.agent.protocol.refusals import Refusals
 from dimat.agent.protocol.state import MachineState, Stage
 
@@ -268,8 +268,10 @@ class RoundMachine:
         offer, record = done.adopt, None
         self.round = done.round
         if offer is None:
-            # a basis as young as the first round that it takes part in: a newcomer never moves a network that lives
-            self.basis = self.basis._replace(round=done.round + 1)
+            # a newcomer never moves a network that lives: its basis is as young as the first round that it takes part
+            # in, and younger than the oldest that it heard of, which one peer's word may leave ahead of that round
+            heard = min((offer.basis.round for offer in self._inbox.offers), default=0)
+            self.basis = self.basis._replace(round=max(done.round, min(heard, LAST_ROUND)) + 1)
             joined = events.Joined(agent=self.agent, round=self.round + 1, how="align")
         else:
             self.basis, self.base = offer.basis, offer.base

@@ -41,9 +41,24 @@ def flat_config(config: Mapping[str, Any], before: str = "") -> dict[str, Any]:
         kind = table.pop("rope_type", table.pop("type", "default"))
         table.pop("type", None)
         found |= {before + "rope_scaling": {"rope_type": kind, **table}} if kind != "default" or table else {}
-    if isinstance(theta, int | float):
+    elif scaling is not None:  # no table: kept as it is, so that it differs from one
+        found[before + "rope_scaling"] = scaling
+    if isinstance(theta, int | float) and not isinstance(theta, bool):
         found[before + "rope_theta"] = float(theta)
     if found.get(before + "use_sliding_window") is False:  # then these change nothing, and are often left as they were
         for key in ("sliding_window", "max_window_layers"):
             found.pop(before + key, None)
     return found
+
+
+def same_setting(one: Any, two: Any) -> bool:
+    """Tell whether two values of a config mean the same: 8 and 8.0 do; true and 1, or "8" and 8, do not."""
+    if isinstance(one, dict) and isinstance(two, dict):
+        mine, theirs = cast("dict[Any, Any]", one), cast("dict[Any, Any]", two)
+        return mine.keys() == theirs.keys() and all(same_setting(value, theirs[key]) for key, value in mine.items())
+    if isinstance(one, list | tuple) and isinstance(two, list | tuple):
+        pair = cast("list[Any]", one), cast("list[Any]", two)
+        return len(pair[0]) == len(pair[1]) and all(map(same_setting, *pair))
+    if isinstance(one, bool) is not isinstance(two, bool):
+        return False
+    return bool(one == two or (one != one and two != two))

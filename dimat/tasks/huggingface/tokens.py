@@ -25,7 +25,7 @@ DOCUMENTS = 1000  # tokenised at a time
 
 @dataclass(frozen=True)
 class Tokens:
-    """A tokenizer: `size` of its vocabulary, `end`: the id that ends a document, None if it has none."""
+    """A tokenizer: `size` of its vocabulary, from its highest id; `end`: the id that ends a document, if it has one."""
 
     size: int
     end: int | None
@@ -41,7 +41,7 @@ class Tokens:
         """A text that agents compare when they connect: the number of tokens, and a hash of the tokens' ids."""
         if self.tokenizer is None:
             return BYTES
-        return f"{self.size:,} tokens, hash {mapping_hash(self.tokenizer.get_vocab())[:16]}"
+        return f"{len(self.tokenizer):,} tokens, hash {mapping_hash(self.tokenizer.get_vocab())[:16]}"
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Return the ids of each text, without special tokens."""
@@ -53,6 +53,21 @@ class Tokens:
 def mapping_hash(ids: Mapping[str, int]) -> str:
     """Return a hash of the mapping from tokens to ids."""
     return blake3(json.dumps(sorted(ids.items()), ensure_ascii=True).encode()).hexdigest()
+
+
+def same_id(ids: Mapping[str, int]) -> str:
+    """Return how many tokens share an id with another, and the first two of them; "" if none does."""
+    first: dict[int, str] = {}
+    shared = [(first[row], token) for token, row in ids.items() if first.setdefault(row, token) != token]
+    if not shared:
+        return ""
+    one, other = shared[0]
+    more = f", and {len(shared) - 1:,} more tokens an id that is another's" if len(shared) > 1 else ""
+    return f"the id {ids[one]} to two tokens, {_shown(one)} and {_shown(other)}{more}"
+
+
+def _shown(token: str) -> str:
+    return repr(token if len(token) <= 40 else token[:40] + "…")
 
 
 class Blocks:
@@ -94,7 +109,10 @@ def tokenizer_of(tokenizer: str | None, model: ModelOptions, names: OptionNames,
     auto = library("transformers").AutoTokenizer
     with telling(option, f"the tokenizer of {where}" if path else where, path is not None):
         found = auto.from_pretrained(where, local_files_only=path is not None, trust_remote_code=False)
-    return Tokens(len(found), found.eos_token_id, found)
+    ids: dict[str, int] = found.get_vocab()
+    if twins := same_id(ids):
+        raise DataError(f"the tokenizer of {where} gives {twins}: a model cannot tell them apart; mend its files")
+    return Tokens(max(len(found), max(ids.values(), default=-1) + 1), found.eos_token_id, found)
 
 
 def pack(

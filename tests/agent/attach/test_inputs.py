@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from dimat.agent.attach.inputs import INPUTS_KEPT, ByName, read_inputs
 from dimat.device import streams_kept
@@ -94,6 +95,25 @@ def test_a_loader_is_left_as_it_was(workers: dict[str, Any]) -> None:
     torch.manual_seed(5)
     assert torch.equal(torch.rand(3), first)
     assert all(torch.equal(a, b) for a, b in zip(one, list(fresh), strict=True))
+
+
+class Stream(IterableDataset[Tensor]):
+    """Examples that are read once, or afresh each time."""
+
+    def __init__(self, *, once: bool) -> None:
+        self._once = (torch.full((3,), float(i)) for i in range(3000)) if once else None
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self._once or iter([torch.full((3,), float(i)) for i in range(3000)])
+
+
+def test_examples_that_are_read_once_are_told() -> None:
+    """A loop over the loader does not see them any more."""
+    with pytest.warns(UserWarning, match="read only once, so the first 1,024, on which networks are compared, are not"):
+        read_inputs(loader := DataLoader(Stream(once=True), 8), PLAIN)
+    assert next(iter(loader))[0, 0] == 1024
+    read_inputs(loader := DataLoader(Stream(once=False), 8), PLAIN)
+    assert next(iter(loader))[0, 0] == 0
 
 
 def test_global_streams_are_left_as_they_were() -> None:

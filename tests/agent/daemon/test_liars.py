@@ -57,6 +57,34 @@ def test_one_that_makes_weights_grow(tmp_path: Path, free_ports: list[int], meth
         check_ledgers(net, HONEST)
 
 
+def test_one_that_bends_its_tensors(tmp_path: Path, free_ports: list[int]) -> None:
+    """Another type, shape or size of one tensor, NaN, the largest numbers: refused each time with the tensor's name,
+    and the honest agents merge with each other as if it were not there."""
+    with network(tmp_path, ABC, free_ports, schedule=SCHEDULE, merge='method = "average"') as net:
+        run(net, "bending")
+        for name in HONEST:
+            refused = [event["reason"] for event in net.events(name, "PeerRefused", peer=EVE)]
+            assert len(refused) >= ROUNDS - 1
+            assert all(reason.startswith(f"{EVE}: tensor '") for reason in refused), refused
+            assert together(net, name) == ROUNDS
+            assert net.events(name, "Merged")[-1]["after"]["accuracy"] > 0.6
+        check_ledgers(net, HONEST)
+
+
+def test_one_that_copies_another_agent(tmp_path: Path, free_ports: list[int]) -> None:
+    """Its weights are the victim's, under its own name and signature: they count as a neighbour's by its own mixing
+    weight, and the ledgers say whose name they came under; nobody's snapshot is merged twice in a round."""
+    with network(tmp_path, ABC, free_ports, schedule=SCHEDULE, merge='method = "average"') as net:
+        run(net, "copying")
+        for name in HONEST:
+            assert together(net, name) == ROUNDS
+            for merge in net.events(name, "Merged"):
+                parts = {part["agent"]: part["weight"] for part in merge["contributions"]}
+                assert len(parts) == len(merge["contributions"])
+                assert parts.get(EVE, 1 / 3) == pytest.approx(1 / 3)
+        check_ledgers(net, HONEST)
+
+
 def test_one_that_lies_in_its_manifests(tmp_path: Path, free_ports: list[int]) -> None:
     """Two contents of a round, rounds beyond all bounds, thousands of parents, forty faults at once, every round: told
     a few times, kept in no ledger; nobody ends early, waits or loses more than a round, and only members are shown."""

@@ -70,6 +70,36 @@ def test_the_map_is_read_anew_after_the_start_that_a_sighup_came_in(tmp_path: Pa
         assert net.events("lab-a", "AgentLeft")
 
 
+SWALLOWS = """
+import os, signal
+from pathlib import Path
+
+
+class Lost:
+    def __del__(self):  # Python prints what is raised here, and goes on
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+if not Path(__file__).with_name("asked").exists():
+    Path(__file__).with_name("asked").touch()
+    try:
+        Lost()
+    except BaseException:
+        pass
+"""
+
+
+@pytest.mark.live
+def test_a_sigterm_that_the_start_swallows_is_not_lost(tmp_path: Path, free_ports: list[int]) -> None:
+    """What a handler raises in a destructor, or below an `except`, is lost; the signal is not: the agent leaves."""
+    with network(tmp_path, ABC[:2], free_ports, schedule=SCHEDULE, train=SLOW) as net:
+        (tmp_path / "tiny_task.py").write_text(SWALLOWS + TINY_TASK)
+        life = net.start("lab-a")
+        assert life.wait(30) == 143, life.text()
+        assert (tmp_path / "asked").exists()
+        assert "dimat: leaving; once more to stop at once" in life.text()
+
+
 @pytest.mark.live
 def test_an_agent_that_was_removed_from_the_map_says_so_and_leaves(tmp_path: Path, free_ports: list[int]) -> None:
     """lab-c reads a map without itself: it says what will become of it, leaves after exchange.lost_after_s with the

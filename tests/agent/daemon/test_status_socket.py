@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import psutil
 import pytest
 
 from dimat.agent.daemon.folder import AgentFolder
-from dimat.agent.daemon.status_socket import ask, without_paths
+from dimat.agent.daemon.status_socket import StatusSocket, ask, without_paths
 from dimat.errors import DataError
 
 HOLDER = """
@@ -54,6 +55,21 @@ def test_a_paused_agent(tmp_path: Path) -> None:
                 ask(tmp_path)
         finally:
             holder.kill()
+
+
+def test_a_socket_that_cannot_be_made_or_removed(tmp_path: Path) -> None:
+    """A folder in its place: told at the start, and no fault at the end, which would hide why the agent leaves."""
+
+    async def live() -> None:
+        one = StatusSocket(tmp_path, dict)
+        await one.start()
+        (tmp_path / "status.sock").unlink()
+        (tmp_path / "status.sock").mkdir()
+        await one.close()
+        with pytest.raises(DataError, match=r"cannot listen on .*status\.sock: Is a directory"):
+            await StatusSocket(tmp_path, dict).start()
+
+    asyncio.run(live())
 
 
 def test_a_status_for_others_tells_no_paths() -> None:

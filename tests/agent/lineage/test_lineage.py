@@ -4,6 +4,7 @@ one coordinate per initial network and one per round of training, mixed as the m
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -339,6 +340,13 @@ def test_a_line_that_is_no_record_is_named(tmp_path: Path, line: str) -> None:
     with pytest.raises(DataError, match=r"ledger, line 2: not a merge record") as caught:
         read_records(ledger)
     assert "\n" not in str(caught.value)
+
+
+def test_a_ledger_of_other_bytes_says_what_to_do(tmp_path: Path) -> None:
+    """No person writes a ledger: saving it in another encoding mends nothing."""
+    (tmp_path / "ledger").write_bytes(random.Random(0).randbytes(3000))
+    with pytest.raises(DataError, match=r"ledger holds no text \(byte \d+ is 0x..\); the file is damaged: put a copy"):
+        read_records(tmp_path / "ledger")
 
 
 def test_a_missing_ledger(tmp_path: Path) -> None:

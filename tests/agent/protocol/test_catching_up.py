@@ -11,7 +11,7 @@ import pytest
 
 from dimat import events
 from dimat.agent.protocol import messages as r
-from dimat.agent.protocol.offers import FAR_KEPT, PATIENCE, ROUNDS_KEPT
+from dimat.agent.protocol.offers import FAR_KEPT, PATIENCE, ROUNDS_KEPT, Known, Offers
 from dimat.agent.protocol.plan import LAST_ROUND, Plan, PushShares, RoundPlan
 from dimat.agent.protocol.round import Phase
 from tests.agent.machines import go_to, have, machine, of, offer, told
@@ -40,6 +40,22 @@ def test_withdrawn_offers_are_of_no_use() -> None:
     actions = m.handle(r.MergeDone(1))
     assert told(actions, events.RoundsSkipped)[0].round == 7
     assert {fetch.round for fetch in of(actions, r.Fetch)} == {7}
+
+
+def test_near_offers_do_not_drive_out_what_a_newcomer_was_offered_far_ahead() -> None:
+    """It asks for that as a proof, so that no second content of those rounds may count once they are near."""
+    offers = Offers(newest_only=False)
+    first = [offer("b", number) for number in range(100, 100 + ROUNDS_KEPT)]
+    for each in first:
+        offers.note(each)
+    offers.newest_first = False
+    offers.approach(10)
+    for number in range(10, 10 + ROUNDS_KEPT):
+        offers.note(offer("b", number))
+    offers.forget_before(100)
+    offers.approach(100)
+    assert list(offers) == first[-FAR_KEPT:]
+    assert offers.note(replace(first[-1], root="another")) is Known.CONFLICT
 
 
 @pytest.mark.parametrize("newest", [1 + ROUNDS_KEPT, 2 + ROUNDS_KEPT, 500])

@@ -6,12 +6,15 @@ founds").
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from dimat import events
 from dimat.agent.protocol import messages as r
 from dimat.agent.protocol.basis import BasisId
 from dimat.agent.protocol.offers import ROUNDS_KEPT
+from dimat.agent.protocol.plan import LAST_ROUND
 from tests.agent.machines import MINE, machine, of, offer, told
 
 
@@ -60,6 +63,42 @@ def test_a_newcomer_tries_the_next_peer_and_at_last_keeps_its_own() -> None:
     assert told(actions, events.Joined)[0].how == "align"
     assert "own weights" in told(actions, events.Warned)[-1].message
     assert m.round == 7
+
+
+def test_a_newcomer_that_stays_behind_founds_no_older_basis_than_it_has_heard() -> None:
+    """One peer's word takes it to round 16 at most, which its network may have been founded after."""
+    m = machine(join="align", basis_gossip=True)
+    m.handle(r.Started(join=True))
+    old = BasisId(80, "zzz", "0")
+    m.handle(offer("b", 80, basis=old))
+    m.handle(r.Deadline(0))
+    assert m.round == ROUNDS_KEPT + 1
+    assert m.basis == BasisId(81, "me", "0") > old
+
+
+def test_a_newcomer_is_not_talked_into_a_basis_that_nobody_can_write() -> None:
+    """A basis is as young as a round at most, whatever a peer claims: manifests have no room for more digits."""
+    m = machine(join="align", basis_gossip=True)
+    m.handle(r.Started(join=True))
+    m.handle(offer("b", 5, basis=BasisId(10**16 - 1, "b", "0")))
+    m.handle(r.Deadline(0))
+    assert m.basis == BasisId(LAST_ROUND + 1, "me", "0")
+
+
+def test_once_it_has_a_base_a_newcomer_forgets_all_that_was_offered_on_another() -> None:
+    """What would be refused now is not fetched, stands in no other offer's way, and takes nobody ahead."""
+    m = machine(join="adopt")
+    m.handle(r.Started(join=True))
+    m.handle(offer("b", 5, base="base"))
+    (fetch,) = of(m.handle(offer("c", 5, base="base")), r.Fetch)
+    for number in (6, 7, 8):
+        m.handle(replace(offer("b", number, oldest=5, base="other"), root=f"other{number}"))
+    m.handle(r.SnapshotReady(fetch.peer, 5, fetch.root))
+    actions = m.handle(r.WeightsAdopted(fetch.root))
+    assert m.base == "base"
+    assert of(actions, r.Train) == [r.Train(6, learn=True)]
+    assert of(actions, r.Fetch) == []
+    assert of(m.handle(offer("b", 6, base="base")), r.Fetch) == [r.Fetch("b", 6, "b6")]
 
 
 def test_a_newcomer_that_hears_nobody_founds_a_network() -> None:

@@ -127,6 +127,20 @@ def test_agents_with_other_tokens_do_not_agree(tmp_path: Path) -> None:
     assert told[3] == "bytes"
 
 
+def test_tokens_that_share_an_id(tmp_path: Path) -> None:
+    """A model cannot tell such tokens apart; ids beyond the number of tokens need rows."""
+    write_tokenizer(tmp_path / "one", write_text(tmp_path / "text.txt"))
+    file = tmp_path / "one" / "tokenizer.json"
+    tree = json.loads(file.read_text())
+    ids = tree["model"]["vocab"]
+    one, two = [token for token in ids if len(token) == 1][:2]
+    file.write_text(json.dumps({**tree, "model": {**tree["model"], "vocab": {**ids, two: ids[one]}}}))
+    with pytest.raises(DataError, match=rf"tokenizer of .*one gives the id {ids[one]} to two tokens"):
+        made(tmp_path, data={"tokenizer": "one"})
+    file.write_text(json.dumps({**tree, "model": {**tree["model"], "vocab": {**ids, two: 500}}}))
+    assert made(tmp_path, data={"tokenizer": "one"}).build_model(torch_generator(0)).config.vocab_size == 501
+
+
 def test_labels_go_with_documents(tmp_path: Path) -> None:
     """JSON Lines with a column of labels: every block is of one label, and has it."""
     rows = [{"body": text, "topic": "a" if i % 3 else "b"} for i, text in enumerate(sentences(60))]
