@@ -59,7 +59,8 @@ class MergeConfig(Tree):
     """Largest number of training examples from which an agent computes the statistics for combine = "fisher" and
     "regmean", repair = "head" and head = "rows"; it sends them with its weights."""
     combine: Named | None = None
-    """"average"; with method "distil" only "distil" (options: steps, weight, temperature, keep)."""
+    """"average", or with method "dimat" "regmean" where the model has linear layers whose statistics are no larger than
+    it by half; with method "distil" only "distil" (options: steps, weight, temperature, keep)."""
     repair: Named | None = None
     """"none", "batchnorm", or "head": batchnorm, and then a refit of the classifier on features drawn from per-class
     statistics, which agents tell each other."""
