@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 from cyclopts import CycloptsError
 
 from dimat.cli import advise, agent, dashboard, dht, doctor, experiment, keys, merge, symmetry, topology
+from dimat.cli.agent import SAME_S
 from dimat.cli.app import app
 from dimat.cli.shared import say
 from dimat.cli.streams import check_working_folder, open_closed_streams
@@ -32,12 +34,18 @@ COMMANDS = (advise, agent, dashboard, dht, doctor, experiment, keys, merge, symm
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; an error becomes one line on stderr."""
 
-    terminated = False
+    terminated, began_s = False, 0.0
 
     def terminate(*_: object) -> None:
-        nonlocal terminated
-        terminated = True
+        nonlocal terminated, began_s
+        if terminated and time.monotonic() - began_s < SAME_S:
+            return
+        terminated, began_s = True, time.monotonic()
         raise KeyboardInterrupt
+
+    def end(*_: object) -> None:
+        if time.monotonic() - began_s >= SAME_S:
+            os._exit(143)
 
     open_closed_streams()
     words = sys.argv[1:] if arguments is None else arguments
@@ -84,7 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return DimatError.exit_code
     finally:
-        signal.signal(signal.SIGTERM, before)
+        # what the interpreter ends with (workers, locks) is not cut off by the same signal, come twice
+        signal.signal(signal.SIGTERM, end if terminated and arguments is None else before)
 
 
 def _complain(text: str) -> None:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from dimat.events import Listener
     from dimat.ui.jsonl import JsonlListener
 
+SAME_S = 0.25
+"""A signal to stop so soon after the first is the same one: supervisors signal a process, and then its group."""
 WATCH_S = 2.0
 """Seconds between two queries of `status --watch`."""
 Name = Annotated[str | None, Parameter(help="The agent's name on the network map; default: agent.name of the file.")]
@@ -274,17 +276,19 @@ class _Signals:
 async def _run(daemon: Daemon, signals: _Signals, restore: Callable[[], None]) -> int:
     """Run a daemon and handle signals: the first SIGINT, SIGTERM or SIGUSR1 lets it leave in good order.
 
-    A second one ends the process at once, after `restore` has restored the terminal."""
+    A second one, `SAME_S` later or more, ends the process at once, after `restore` has restored the terminal."""
     loop = asyncio.get_running_loop()
-    code = 0
+    code, began_s = 0, 0.0
 
     def stop(number: signal.Signals) -> None:
-        nonlocal code
+        nonlocal code, began_s
+        if code and loop.time() - began_s < SAME_S:
+            return
         if code:
             restore()
             say("dimat: stopped at once")
             os._exit(128 + number)
-        code = 128 + number
+        code, began_s = 128 + number, loop.time()
         say("dimat: leaving; once more to stop at once")
         daemon.stop()
 

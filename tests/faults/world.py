@@ -331,7 +331,14 @@ class World:
         self.put(self.now + seconds, node, OWN, lambda: self.fetched(node, action, held, failing), life=node.life)
 
     def fetched(self, node: Node, action: m.Fetch, held: Held, fails: bool) -> m.Event | None:
-        """A fetch is over, one way or the other. Where nothing is to get lost it is tried until the peer is back."""
+        """A fetch is over, one way or the other. Where nothing is to get lost it is tried until the peer is back.
+
+        One that was let go still answers, unless the same is asked for again: a driver knows a fetch by what it brings,
+        and has ended the first.
+        """
+        asked = [entry for entry in node.held.get((action.peer, action.root), ()) if entry.round == action.round]
+        if asked and held not in asked:
+            return None
         peer = self.by_name[action.peer]
         paused = peer.up and peer.paused_until > self.now
         if not fails and (paused or (self.schedule.exact and not peer.up)):

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Generator
 from concurrent.futures import CancelledError, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import wait
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
@@ -63,9 +63,14 @@ class WorkerPool:
                 ProcessPoolExecutor(max_workers=1, mp_context=context, initializer=_prepare_worker)
                 for _ in range(self.size)
             ]
-            with _hidden_main(), _ignored_interrupts():
-                for executor in self._executors:
-                    executor.submit(int)  # starts the process
+            try:
+                with _hidden_main(), _ignored_interrupts():
+                    for executor in self._executors:
+                        executor.submit(int)  # starts the process
+            except BaseException:  # stopped while it waits for them
+                _end_fork_server()
+                self.terminate()
+                raise
         return self
 
     def __exit__(
@@ -113,6 +118,18 @@ class WorkerPool:
         except BaseException as error:  # a user's code may exit
             future.set_exception(error)
         return future
+
+
+def _end_fork_server() -> None:
+    """End the process that forks workers, if there is one: it would fork those that nobody waits for any more, and
+    they would complain about it."""
+    from multiprocessing import forkserver
+
+    server: Any = getattr(forkserver, "_forkserver", None)
+    if (pid := getattr(server, "_forkserver_pid", None)) is not None:
+        with suppress(OSError, AttributeError):
+            os.kill(pid, signal.SIGKILL)
+            server._stop()
 
 
 def result_of(future: Future[Any], what: str) -> Any:

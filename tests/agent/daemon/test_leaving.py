@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from dimat.agent.daemon.status_socket import ask
+from dimat.cli.agent import SAME_S
 from tests.agent.daemon.test_daemon_faults import WIDE, check_resumed, comes_in, doomed, widen
 from tests.agent.processes import Life, Network, check_ledgers, network
 
@@ -30,6 +31,7 @@ def interrupt(net: Network, life: Life) -> None:
     """Press Ctrl-C once, which begins the leaving, and a second time, which ends it."""
     life.signal(signal.SIGINT)
     net.until(lambda: ONCE in life.text(), f"{life.name} leaves")
+    time.sleep(2 * SAME_S)
     assert TWICE not in life.text()
 
 

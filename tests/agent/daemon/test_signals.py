@@ -101,6 +101,21 @@ def test_a_sigterm_that_the_start_swallows_is_not_lost(tmp_path: Path, free_port
 
 
 @pytest.mark.live
+def test_a_signal_that_comes_twice_at_once_is_one(tmp_path: Path, free_ports: list[int]) -> None:
+    """As `timeout` sends it, to the process and then to its group: the agent leaves in good order, and its round's
+    training is saved."""
+    with network(tmp_path, ABC[:2], free_ports, schedule=SCHEDULE, train="epochs_per_round = 2000") as net:
+        life = net.start("lab-a")
+        net.wait_for("lab-a", "PhaseStarted", phase="train")
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+            life.signal(number)
+        assert life.wait() == 143, life.text()
+        assert "stopped at once" not in life.text()
+        assert net.events("lab-a", "AgentLeft")
+        assert net.events("lab-a", "Checkpointed", stage="training")
+
+
+@pytest.mark.live
 def test_an_agent_that_was_removed_from_the_map_says_so_and_leaves(tmp_path: Path, free_ports: list[int]) -> None:
     """lab-c reads a map without itself: it says what will become of it, leaves after exchange.lost_after_s with the
     exit code of a wrong map, and one line says which key would let it go on. With that key it trains on alone."""

@@ -6,6 +6,7 @@ import io
 import os
 import signal
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from dimat import events
+from dimat.cli.agent import SAME_S
 from dimat.events.view import AgentView
 from dimat.ui.terminal.agent import AgentListener
 from dimat.ui.terminal.panel import LiveAgentListener, agent_listener, panel_lines
@@ -152,6 +154,7 @@ def test_ctrl_c_gives_the_terminal_back(tmp_path: Path, wide: tuple[int, int]) -
             sent += read(person, until="round 1: ")
             process.send_signal(signal.SIGINT)
             sent += read(person, until="once more to stop at once")
+            time.sleep(2 * SAME_S)
             process.send_signal(signal.SIGINT)
             sent += read(person, until=CURSOR)
             assert process.wait(60) == 130
