@@ -50,7 +50,7 @@ TRAITS: Mapping[str, Any] = {
 
 `statistics`: how an agent takes the statistics that the method asks for as `aux` (`dimat.merge.shared_statistics`); it
 gets those of the method's options that it has by the same name.
-`pays`: (model) → whether agents should merge such a model by it unless told otherwise, asked of a preset's `on_data`.
+`pays`: (model, inputs) → whether agents merge such a model by it unless told otherwise; of a preset's `on_data`.
 `then`: the method of further exchanges after one training; "" for itself.
 `base_with`: the option with which it needs the base that it asks for; None: it always does.
 `holds`: what it keeps in memory while it merges mapped files: "pieces" of each tensor, one of the "tensors" of each

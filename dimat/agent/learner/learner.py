@@ -70,6 +70,8 @@ class Learner:
     """State that the merge method carries from merge to merge: tensors and plain values by name."""
     part: str = ""
     """What decides which samples are the agent's (`own_data.part_of`)."""
+    plan: InitVar[MergePlan | None] = None
+    """The plan of its merges, where it is known: it is the configuration's for the task."""
     custom_trainer: InitVar[ModelTrainer | None] = None
     """Trains the model, where it is not to be a `Trainer` made of task and configuration."""
     trainer: ModelTrainer = field(init=False)
@@ -93,10 +95,10 @@ class Learner:
     _unsaid: tuple[str, ...] = field(init=False, default=())
     """Notes for people that go with the next training."""
 
-    def __post_init__(self, custom_trainer: ModelTrainer | None) -> None:
+    def __post_init__(self, plan: MergePlan | None, custom_trainer: ModelTrainer | None) -> None:
         config = self.config
         self._recorder = Recorder(self.store, config.exchange, durable=self.durable)
-        self._plan = plan_for(config.merge, self.task)
+        self._plan = plan or plan_for(config.merge, self.task)
         self.base = load_base(config, self.task)
         self._sets = ExampleSets.of(self.task, self._plan, self.name, self.indices, config.seed)
         self._statistics = OwnStatistics(self.task, self._sets.own, config.train.eval_batch_size)

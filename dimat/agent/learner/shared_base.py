@@ -23,6 +23,7 @@ from dimat.merge import (
 )
 from dimat.merge.natures import natures_of
 from dimat.merge.registry import is_mean
+from dimat.merge.stages import Inputs
 from dimat.seeds import torch_generator
 from dimat.tasks.base import Task
 from dimat.train.contract import task_errors
@@ -82,10 +83,10 @@ def _plan_for(config: MergeConfig, task: Task) -> MergePlan:
     if stages is None:
         on_data = config.preset.on_data
         if config.combine is None and on_data:
-            pays: Callable[[nn.Module], bool] = combine_registry.traits(on_data)["pays"]
+            pays: Callable[[nn.Module, Inputs], bool] = combine_registry.traits(on_data)["pays"]
             with task_errors(task):
-                model = task.build_model(torch_generator(0, "combine"))
-            if pays(model):
+                chosen = pays(task.build_model(torch_generator(0, "combine")), task.example_inputs())
+            if chosen:
                 return replace(plan, combine=combine_registry.bind(on_data, {}))
         return plan
     if config.align is not None and plan.aligns:

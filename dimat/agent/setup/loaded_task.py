@@ -78,6 +78,7 @@ class LoadedTask:
             durable=durable,
             observers=self.observers,
             part=part,
+            plan=self.plan,
             custom_trainer=trainer,
         )
 

@@ -12,21 +12,23 @@ from dimat.errors import MergeError
 from dimat.merge.models.batches import device_of, on_device, take
 from dimat.merge.models.functional import call_with, reading_inputs, tensors_for
 from dimat.merge.shared_statistics import GRAM, Examples
-from dimat.merge.stages import Data, Weights
+from dimat.merge.stages import Data, Inputs, Weights
 
 MOST_NUMBERS = 1.5
 """Numbers of Gram matrices to one parameter, up to which agents merge by RegMean unasked. The networks for which it was
 measured have 0.1 and 1.3 (benchmarks/default_combine.py); most transformers have more."""
 
 
-def pays(model: nn.Module) -> bool:
-    """Whether agents merge a model by RegMean unless they are told otherwise: it has linear layers, none of which
-    shares its weight with another module, and their Gram matrices are not much larger than the model."""
+def pays(model: nn.Module, inputs: Inputs) -> bool:
+    """Whether agents merge a model by RegMean unless they are told otherwise: it has linear layers that are called as
+    modules on some `inputs`, none of which shares its weight with another module, and their Gram matrices are not much
+    larger than the model."""
     homes = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    numbers = sum(module.in_features**2 for module in linear)
-    parameters = sum(p.numel() for p in model.parameters())
-    return 0 < numbers <= MOST_NUMBERS * parameters and all(homes[id(module.weight)] == 1 for module in linear)
+    numbers, parameters = sum(module.in_features**2 for module in linear), sum(p.numel() for p in model.parameters())
+    if not 0 < numbers <= MOST_NUMBERS * parameters or any(homes[id(module.weight)] > 1 for module in linear):
+        return False
+    return bool(gram_matrices(model, [inputs]))
 
 
 def gram_matrices(
@@ -62,9 +64,10 @@ def gram_matrices(
 
     tensors = tensors_for(model, dict(model.state_dict() if weights is None else weights), device)
     with reading_inputs(model, {module: reader(keys[0]) for module, keys in names.items()}):
-        for inputs in take(data, max_examples):
+        batches = 0
+        for batches, inputs in enumerate(take(data, max_examples), 1):
             call_with(model, tensors, on_device(inputs, device))
-    if names and not sums:
+    if names and not batches:
         raise MergeError("there are no data for Gram matrices: pass at least one batch of model inputs")
     for key, total in sums.items():
         if not total.isfinite().all():

@@ -323,21 +323,23 @@ def test_gram_matrices_are_those_of_the_inputs() -> None:
 
 
 def test_when_regmean_pays() -> None:
-    """References: numbers of Gram matrices and parameters, counted by hand; a tied head; nothing to fit."""
-    mlp = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))  # 8,192 of 4,810
-    wide = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))  # 20,480 of 9,610
-    narrow = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))  # 5,120 of 2,410
+    """References: numbers of Gram matrices and parameters, counted by hand; a tied head; nothing to fit; a layer that
+    is never called as a module."""
+    images, rows = torch.randn(2, 8, 3, 3), torch.randn(2, 64)
     head = nn.Sequential(nn.Conv2d(8, 32, 3), nn.Flatten(), nn.Linear(32, 10))  # 1,024 of 2,666
-    assert [pays(each) for each in (mlp, wide, narrow, head)] == [False, False, False, True]
     square = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64))  # 4,352 of 5,248
-    assert pays(square)
-    assert not pays(nn.Sequential(nn.Conv2d(8, 32, 3), nn.ReLU()))
-    assert pays(Shared(whole=True))  # its Gram matrix holds the inputs of both places
-    assert not pays(Shared(whole=False))
-    tied = nn.ModuleDict({"tokens": nn.Embedding(100, 16), "head": nn.Linear(16, 100, bias=False)})
-    assert pays(tied)
-    tied["head"].weight = tied["tokens"].weight
-    assert not pays(tied)
+    wide = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))  # 8,192 of 4,810
+    assert [pays(head, (images,)), pays(square, (rows[:, :16],)), pays(wide, (rows,))] == [True, True, False]
+    assert not pays(nn.Sequential(nn.Conv2d(8, 32, 3), nn.ReLU()), (images,))
+    assert pays(Shared(whole=True), (rows[:, :4],))  # its Gram matrix holds the inputs of both places
+    assert not pays(Shared(whole=False), (rows[:, :4],))
+    tied = nn.Sequential(nn.Embedding(100, 16), nn.Linear(16, 100, bias=False))
+    words = torch.zeros(2, 3, dtype=torch.int64)
+    assert pays(tied, (words,))
+    tied[1].weight = tied[0].weight
+    assert not pays(tied, (words,))
+    attention = nn.MultiheadAttention(16, 2, batch_first=True)
+    assert not pays(attention, (rows[:, None, :16],) * 3)
 
 
 class Shared(nn.Module):
