@@ -64,10 +64,11 @@ def gram_matrices(
 
     tensors = tensors_for(model, dict(model.state_dict() if weights is None else weights), device)
     with reading_inputs(model, {module: reader(keys[0]) for module, keys in names.items()}):
-        batches = 0
-        for batches, inputs in enumerate(take(data, max_examples), 1):
+        read = False
+        for inputs in take(data, max_examples):
             call_with(model, tensors, on_device(inputs, device))
-    if names and not batches:
+            read = True
+    if names and not read:
         raise MergeError("there are no data for Gram matrices: pass at least one batch of model inputs")
     for key, total in sums.items():
         if not total.isfinite().all():
