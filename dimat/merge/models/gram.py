@@ -16,7 +16,7 @@ from dimat.merge.stages import Data, Inputs, Weights
 
 MOST_NUMBERS = 1.5
 """Numbers of Gram matrices to one parameter, up to which agents merge by RegMean unasked. The networks for which it was
-measured have 0.1 and 1.3 (benchmarks/default_combine.py); most transformers have more."""
+measured have 0.1 to 1.4 (benchmarks/default_combine.py); most transformers have more."""
 
 
 def pays(model: nn.Module, inputs: Inputs) -> bool:
