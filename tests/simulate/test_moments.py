@@ -113,6 +113,7 @@ def test_moments_are_counted_as_bytes(tmp_path: Path, moments: str, bytes_a_numb
     assert not [fact for fact in heard if isinstance(fact, events.PeerRefused | events.Warned)]
 
 
+@pytest.mark.live
 def test_workers_and_rounds_without_training(tmp_path: Path) -> None:
     """Equal bits on one worker and on two, aligned, with statistics beside, and in the rounds of a final merge."""
     changes = {

@@ -32,6 +32,7 @@ def same(a: dict[str, dict[str, torch.Tensor]], b: dict[str, dict[str, torch.Ten
     return a.keys() == b.keys() and all(torch.equal(a[n][k], b[n][k]) for n in a for k in a[n])
 
 
+@pytest.mark.live
 @pytest.mark.parametrize("method", ["dimat", "dimat-paper", "average"])
 def test_equal_seeds_give_equal_bits_for_any_number_of_workers(tmp_path: Path, method: str) -> None:
     """Standard: two simulations with one seed are bit-equal, for any number of worker processes."""

@@ -84,6 +84,7 @@ def test_every_agent_does_better_than_alone_and_sends_only_logits(tmp_path: Path
     assert not any(isinstance(fact, events.PeerRefused | events.Warned) for fact in heard)
 
 
+@pytest.mark.live
 def test_equal_seeds_give_equal_bits_for_any_number_of_workers(tmp_path: Path, outcome: Outcome) -> None:
     """And another seed, or fewer logits, gives others."""
     first, _, weights = outcome

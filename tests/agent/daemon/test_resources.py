@@ -87,6 +87,7 @@ def test_little_memory_is_a_warning() -> None:
     assert little_memory(free + 1, free).startswith("1 MB of memory are free, the model takes about 1 MB")
 
 
+@pytest.mark.live
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the reference is the kernel's VmHWM, of Linux")
 @pytest.mark.parametrize(
@@ -109,6 +110,7 @@ def test_the_estimate_of_memory_is_true(tmp_path: Path, width: int, optimizer: s
     assert "adam" in optimizer or most <= 5 * model + FIXED, peaks
 
 
+@pytest.mark.live
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the reference is the kernel's RssAnon, of Linux")
 def test_memory_does_not_grow_with_rounds(tmp_path: Path) -> None:

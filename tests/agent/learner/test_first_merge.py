@@ -132,6 +132,7 @@ def test_later_bases_are_taken_over_by_alignment(tmp_path: Path) -> None:
     assert one.name in result.moved
 
 
+@pytest.mark.live
 @pytest.mark.parametrize(("first_merge", "method"), [("adopt", "average"), ("adopt-distil", "dimat")])
 def test_runs_are_bit_equal_for_any_number_of_workers(tmp_path: Path, first_merge: str, method: str) -> None:
     """And all agents come to the founder's basis as by alignment; who took weights over says so in its record."""

@@ -178,6 +178,7 @@ def test_an_agent_goes_on_from_a_checkpoint_with_its_statistics(tmp_path: Path) 
     assert_same_bits(again.trainer.weights(), one.trainer.weights())
 
 
+@pytest.mark.live
 @pytest.mark.parametrize("way", WAYS)
 def test_workers_change_no_bit(tmp_path: Path, way: str) -> None:
     """The same run in this process and in two: rows of the results, and final weights, with several mixing steps."""
