@@ -35,7 +35,6 @@ from dimat.weights.snapshot import Manifest, RecordedSnapshot
 
 T = TypeVar("T")
 
-
 RETRY_S = (1.0, 60.0)
 """Seconds after which a write that failed (a full disk, say) is tried again: at first, and at most."""
 
@@ -44,7 +43,6 @@ class Runner:
     """One agent, from the start of its process to the end.
 
     It is the `PeerListener` of its transport, which its owner starts and closes.
-
     `emit` is called with every event, from the event loop's thread; `fetched` with every snapshot that arrives and the
     publisher's signed manifest, before the machine knows of it; `lateness` measures peers' lateness in synchronous
     rounds.
@@ -181,6 +179,9 @@ class Runner:
 
     # ── actions ──────────────────────────────────────────────────────────────────────────────────────────────
     async def _handle(self, event: m.Event) -> None:
+        answers = isinstance(event, m.SnapshotReady | m.FetchFailure)
+        if answers and (event.peer, event.round, event.root) in self._fetches:
+            return  # of a fetch that was released while this waited: the same one, asked for again, has its own answer
         actions = self.machine.handle(event)
         if self.machine.phase is Phase.JOINING:
             self._enter("join")
@@ -339,9 +340,8 @@ class Runner:
         except Exception as error:  # of whatever kind: a fault in one fetch is that fetch's failure
             reason = str(error) if isinstance(error, NetworkError) else f"{type(error).__name__}: {error}"
             self._fetches.pop(key, None)
-            self.emit(
-                events.FetchFailed(agent=agent, round=number, peer=action.peer, snapshot=action.root, reason=reason)
-            )
+            fact = events.FetchFailed(agent=agent, round=number, peer=action.peer, snapshot=action.root, reason=reason)
+            self.emit(fact)
             self.post(m.FetchFailure(*key, reason))
             return
         self._fetches.pop(key, None)

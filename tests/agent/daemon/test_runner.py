@@ -125,3 +125,46 @@ async def test_a_fetch_that_raises_whatever_is_that_fetchs_failure() -> None:
         await ran.run(join=True)
     reasons = {event.reason for event in told if isinstance(event, events.FetchFailed)}
     assert reasons == {"RuntimeError: dictionary changed size during iteration"}
+
+
+async def test_the_answer_of_a_released_fetch_is_not_that_of_the_same_one_asked_again() -> None:
+    """A newcomer that gives up on weights releases a snapshot and asks for it again while the first has just come: the
+    machine hears of it once the second is here. Before, its merge looked for a file that had been let go."""
+    asked, release = m.Fetch("b", 1, "root"), m.Release("b", 1, "root")
+    heard: list[m.Event] = []
+
+    class Twice(Silent):
+        ready = 0
+
+        async def fetch(self, peer: str, round: int, root: str) -> Any:
+            if self.waiting:
+                await asyncio.sleep(0.05)
+            else:
+                ran.post(m.Deadline(1))  # it is handled before the answer, which is put behind it
+            self.waiting.append(peer)
+            self.ready += 1
+            return SimpleNamespace(bytes=1)
+
+        def release(self, peer: str, round: int, root: str) -> None:
+            self.called_off.append(peer)
+
+    class Scripted:
+        agent, run, round, phase = "a", "r", 1, None
+
+        def handle(self, event: m.Event) -> list[m.Action]:
+            heard.append(event)
+            match event:
+                case m.Started():
+                    return [asked]
+                case m.Deadline():
+                    return [release, asked]
+                case _:
+                    return [m.Exit("done")]
+
+    network = Twice()
+    machine: Any = Scripted()
+    ran = Runner(machine, Broken(None, None), WorkThread(), network, lambda _: None, lambda _: None)  # pyright: ignore[reportArgumentType]
+    assert await ran.run(join=True) == "done"
+    assert heard == [m.Started(join=True), m.Deadline(1), m.SnapshotReady("b", 1, "root")]
+    assert network.ready == 2
+    assert network.called_off == ["b"]
