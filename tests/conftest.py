@@ -35,10 +35,10 @@ settings.load_profile("dimat")
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     """Two workers more than cores (`-n auto`): tests of real agents wait for peers and deadlines much of their time.
-    Where those are left out, a worker more would only import everything once more."""
+    One more where those are left out: few tests wait there, and each worker imports everything."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     waiting = not re.search(r"not\b.*\blive\b", config.option.markexpr or "")
-    return (cores + 2 if waiting else cores) if config.option.numprocesses == "auto" else None
+    return (cores + 2 if waiting else cores + 1) if config.option.numprocesses == "auto" else None
 
 
 @pytest.hookimpl(wrapper=True)
