@@ -49,7 +49,7 @@ class Watch:
                 counts = not self.world.rules.beyond(event.round) and event.round > 0
                 if event.run == RUN and event.peer in node.known and same and counts:
                     node.offered[event.peer, event.round, event.root] = event
-                    node.heard = min(node.heard or event.basis, event.basis)
+                    node.bases[event.peer] = min(node.bases.get(event.peer, event.basis), event.basis)
                     node.waiting.hears(event)
             case m.PeerLost():
                 node.waiting.lost(event.peer, event.last)
@@ -75,8 +75,7 @@ class Watch:
                 joining = node.machine is not None and node.machine.phase is Phase.JOINING
                 node.known = event.plan.peers if joining else node.known | event.plan.peers
                 if joining:  # what only agents that are on the map no more have offered does not count
-                    heard = [offer.basis for offer in node.offered.values() if offer.peer in node.known]
-                    node.heard = min(heard, default=None)
+                    node.bases = {peer: basis for peer, basis in node.bases.items() if peer in node.known}
 
     def handled(self, node: Node, event: m.Event, actions: list[m.Action], before: Phase, idle: bool) -> None:
         machine = node.machine

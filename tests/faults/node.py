@@ -102,7 +102,7 @@ class Node:
     waiting: Waiting = field(default_factory=Waiting)
     closed: dict[str, Held] | None = None
     unfit: bool = False
-    heard: BasisId | None = None  # the smallest
+    bases: dict[str, BasisId] = field(default_factory=dict)  # the smallest of each peer, in this life
     time_heard: bool = False
     calm_merges: int = 0  # since faults ceased; which of them was the last without a planned peer
     missed: dict[str, int] = field(default_factory=dict)
@@ -144,10 +144,15 @@ class Node:
             del self.held[peer, root]
         return True
 
+    @property
+    def heard(self) -> BasisId | None:
+        """The smallest basis that it has heard of in this life from members of its map."""
+        return min(self.bases.values(), default=None)
+
     def forget(self) -> None:
         """Lose the memory."""
         self.machine = None
         self.held, self.timers, self.timed, self.asked, self.proofs = {}, {}, set(), {}, {}
         self.merging, self.closed, self.waiting = None, None, Waiting()
         self.row, self.row_round, self.expired, self.unfit, self.taken = None, 0, -1, False, None
-        self.heard, self.time_heard = None, False
+        self.bases, self.time_heard = {}, False

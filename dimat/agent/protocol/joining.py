@@ -20,12 +20,13 @@ from dimat.agent.protocol.plan import Plan, Rules
 class Choice:
     """How a newcomer joins.
 
-    `round`: the network's, 0 if there is none and it founds one; `adopt`: the snapshot whose weights it adopts,
-    None if it keeps its own.
+    `round`: after which it begins: the network's, or less where that is not borne out; `adopt`: the snapshot whose
+    weights it adopts, None if it keeps its own; `founds`: whether it has heard no network, and founds one.
     """
 
     round: int
     adopt: PeerPublished | None = None
+    founds: bool = False
 
 
 class Newcomer:
@@ -56,7 +57,7 @@ class Newcomer:
             return []
         self._waited = True
         if not heard:
-            self.done = Choice(0)
+            self.done = Choice(0, founds=True)
             return []
         front = inbox.offers.front(list(heard))
         fit = [offer for offer in heard.values() if offer.round >= front and offer.root not in self._unfit]

@@ -263,7 +263,7 @@ class RoundMachine:
         if done is None:
             return actions
         self._newcomer = None
-        if done.round == 0:
+        if done.founds:
             return [*actions, m.Emit(events.Joined(agent=self.agent, round=1, how="found")), *self._found(1)]
         offer, record = done.adopt, None
         self.round = done.round
