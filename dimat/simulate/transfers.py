@@ -41,9 +41,9 @@ class TransferScheduler:
 
     `emit` tells facts.
 
-    What breaks off, or finds its publisher down or cut off, waits until it is back (`retry`), and then goes on with
-    what is missing; the reader's deadline bounds that. Bytes are counted when a transfer ends, as many as were sent
-    until then, however it ends.
+    A transfer that breaks off, or finds its publisher down or cut off, waits until it is back (`retry`), and then goes
+    on with what is missing; the reader's deadline bounds that. Bytes are counted when a transfer ends, as many as were
+    sent until then, however it ends.
     """
 
     def __init__(

@@ -1,4 +1,6 @@
-"""Schedules: a graph and mixing weights for every round. `CycleSchedule` takes a list of graphs in turn.
+"""Schedules: a graph and mixing weights for every round.
+
+`CycleSchedule` takes a list of graphs in turn.
 
 Rounds count from 1. Every round can be computed on its own, on any machine, with the same result. Rows are
 made one agent at a time, so that a network of ten thousand agents needs no dense matrix.

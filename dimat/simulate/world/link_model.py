@@ -1,4 +1,6 @@
-"""Links in virtual time: when, if at all, a message or snapshot arrives. Nothing is really sent.
+"""Links in virtual time: when, if at all, a message or snapshot arrives.
+
+Nothing is really sent.
 
 A small control message takes a link's latency. A snapshot is asked for (latency), waits for the publisher's uplink
 and for the link in its direction, takes its size over the narrower of the two, and travels (latency). The uplink is
