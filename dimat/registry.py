@@ -157,8 +157,6 @@ class Registry(Generic[R]):
         if name not in self._functions:
             self._load(name)
         if name not in self._functions:
-            self._scan()
-        if name not in self._functions:
             raise self.error(unknown_name(self.kind, name, self._functions))
         return self._functions[name]
 
@@ -210,10 +208,13 @@ class Registry(Generic[R]):
         return check_options(function, grouped, where, context=self.context, error=self.error, names=names), names
 
     def _load(self, name: str) -> None:
-        """Import the module that is called as the function is, which spares an agent's start all the others."""
+        """Import the module that is called as the function is, which spares an agent's start all the others; these
+        too where it is not there."""
         path = f"{self.package}.{name.replace('-', '_')}"
         if not self._scanned and name.replace("-", "_").isidentifier() and find_spec(path):
             import_module(path)
+        if name not in self._functions:
+            self._scan()
 
     def _scan(self) -> None:
         if self._scanned:

@@ -95,17 +95,17 @@ class Reference:
         share, where = 1.0, ""
         sums = [0.0, 0.0, 0.0]
         for name in self.norms:
-            terms = _segment(own[name], merged[name])
+            terms = segment(own[name], merged[name])
             sums = [total + term for total, term in zip(sums, terms)]
             bound = ratio * self.usual(name)
-            if bound and (most := _within(terms, bound)) < share:
+            if bound and (most := share_within(terms, bound)) < share:
                 share, where = most, name
-        if self.total and (most := _within(sums, ratio * self.total)) < share:
+        if self.total and (most := share_within(sums, ratio * self.total)) < share:
             share, where = most, ""
         return share, where
 
 
-def _segment(own: Tensor, merged: Tensor) -> list[float]:
+def segment(own: Tensor, merged: Tensor) -> list[float]:
     """Return ‖o‖², 2⟨o, m − o⟩ and ‖m − o‖²: the squared norm of o + t(m − o) is the polynomial of these in t."""
     wide = torch.float32 if merged.device.type == "mps" else torch.float64
     o = own.detach().to(merged.device).flatten()
@@ -119,7 +119,7 @@ def _segment(own: Tensor, merged: Tensor) -> list[float]:
     return [float(o @ o), 2 * float(o @ step), float(step @ step)]
 
 
-def _within(terms: list[float], bound: float) -> float:
+def share_within(terms: list[float], bound: float) -> float:
     """Return the largest t in [0, 1] at which √(c + b t + a t²) is at most `bound`, or at most its value at 0."""
     c, b, a = terms
     if not isfinite(a + abs(b)):

@@ -14,7 +14,7 @@ note reports it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from math import isclose, isfinite, isnan
@@ -109,8 +109,8 @@ def merge(
     clock = StageTimer()
     check_usual(own)
     natures = natures_of(own, context.model)
-    own_norm = _check_own(own, context, natures, plan)
     tied = surely_tied(own, natures.first, context.model)
+    own_norm = _check_own(own, context, natures, plan, tied)
     statistics = context.aux or {}
     expected = statistics.get(OWN) if plan.statistics else None
     refused: dict[str, str] = {}
@@ -269,9 +269,10 @@ def adopt(own: Weights, peer: Peer, plan: MergePlan, context: MergeContext) -> P
     """
     natures = natures_of(own, context.model)
     peer = replace(peer, weights=under_names(peer.weights, own, natures.first))
-    own_norm = _check_own(own, context, natures, plan)
+    tied = surely_tied(own, natures.first, context.model)
+    own_norm = _check_own(own, context, natures, plan, tied)
     screen(own, peer.weights, peer.name, own_norm, natures, context.reference, **plan.screen)
-    check_ties(peer.weights, peer.name, surely_tied(own, natures.first, context.model))
+    check_ties(peer.weights, peer.name, tied)
     return _align(peer.weights, [own], plan, context).permutations[0]
 
 
@@ -297,7 +298,9 @@ def _view(weights: Weights, permutations: Permutations | None, context: MergeCon
     return PermutedWeights(weights, context.spec, permutations) if permutations and context.spec else weights
 
 
-def _check_own(own: Weights, context: MergeContext, natures: Natures, plan: MergePlan) -> float:
+def _check_own(
+    own: Weights, context: MergeContext, natures: Natures, plan: MergePlan, tied: Mapping[str, str]
+) -> float:
     """Check that own weights are finite and the model's, and return their norm."""
     if context.model is not None:
         expected = context.model.state_dict()
@@ -309,7 +312,7 @@ def _check_own(own: Weights, context: MergeContext, natures: Natures, plan: Merg
                 raise MergeError(f"tensor {name!r} is {[*own[name].shape]}, in the model {[*tensor.shape]}")
     norm = norm_of(own, natures, lenient=plan.keep_not_finite)
     if context.model is not None and not plan.keep_not_finite:  # a NaN would not be equal to itself
-        check_own_ties(own, surely_tied(own, natures.first, context.model))
+        check_own_ties(own, tied)
     return norm
 
 

@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from dimat.merge.growth import segment, share_within
 from dimat.merge.models.gram import gram_of_examples, pays
 from dimat.merge.models.patches import solve_semidefinite
 from dimat.merge.registry import combine_registry
@@ -73,15 +74,8 @@ def regmean(
                 left.add_(gram, alpha=weight)
                 right.add_(gram @ (model.to(wide) - wide).mT, alpha=weight)
         squares = [weight * model.to(wide).square().sum() for model, weight in zip((start, *others), shares) if weight]
-        bound = (2 - weights[0]) ** 2 * torch.stack(squares).sum()
-        return _within(wide, solve_semidefinite(left, right).mT, bound).to(start)
+        bound = (2 - weights[0]) * float(torch.stack(squares).sum().sqrt())
+        step = solve_semidefinite(left, right).mT
+        return (wide + share_within(segment(wide, wide + step), bound) * step).to(start)
 
     return MergedWeights(own, taken, one)
-
-
-def _within(average: Tensor, step: Tensor, most: Tensor) -> Tensor:
-    """Return average + t · step for the largest t ≤ 1 at which its squared norm is ≤ `most`, as the average's is."""
-    square, along = step.square().sum(), (average * step).sum()
-    room = (most - average.square().sum()).clamp(min=0)
-    t = ((along.square() + square * room).sqrt() - along) / square.clamp(min=torch.finfo(square.dtype).tiny)
-    return average + t.clamp(0, 1) * step

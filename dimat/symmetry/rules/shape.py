@@ -156,19 +156,9 @@ def unfold(call: Call) -> Result:
     return Value((*x.dims[:axis], windows, *x.dims[axis + 1 :], inside))
 
 
-@rule("aten.rot90")
-def turned(call: Call) -> Result:
-    """Two axes are turned over, or change places too."""
-    x = call.value("self")
-    reason = "order along the axis matters"
-    axes = call.dims("dims", x.ndim)
-    call.freeze([x.dims[d] for d in axes], reason)
-    return Value(tuple(call.fixed(size, reason) if d in axes else x.dims[d] for d, size in enumerate(call.shape())))
-
-
-@rule("aten.flip", "aten.roll")
+@rule("aten.flip", "aten.roll", "aten.rot90")
 def moved(call: Call) -> Result:
-    """Entries change places by a fixed rule."""
+    """Entries change places by a fixed rule; two axes that are turned may change places too."""
     x = call.tensors()[0]
     return ordered(call, x, call.dims("dims", x.ndim))
 
