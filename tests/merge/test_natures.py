@@ -163,13 +163,44 @@ def test_u_and_v_of_the_other_sign_merge_to_own() -> None:
     assert all(torch.equal(merged[name], own[name]) for name in own)
 
 
-def test_codes_and_their_scales_stay_own() -> None:
-    """The mean of two scales fits neither model's integers; other tensors are merged."""
-    own = {"l.weight": torch.tensor([[3, -4]], dtype=torch.int8), "l.weight_scale": torch.tensor([0.5])}
-    peer = {"l.weight": torch.tensor([[7, 1]], dtype=torch.int8), "l.weight_scale": torch.tensor([0.1])}
-    merged = merge_weights(own | {"b": torch.zeros(1)}, [peer | {"b": torch.ones(1)}], [0.5, 0.5], method="average")
-    assert all(torch.equal(merged[name], own[name]) for name in own)
-    assert merged["b"] == 0.5
+CODED = {
+    "a scale of its name": {"l.weight": torch.tensor([[3, -4]], dtype=torch.int8), "l.weight_scale": torch.ones(1)},
+    "fp8": {"l.weight": torch.ones(1, 2).to(torch.float8_e4m3fn), "l.weight_scale_inv": torch.ones(1)},
+    "packed by GPTQ": {
+        "l.qweight": torch.ones(2, 2).int(),
+        "l.qzeros": torch.ones(1, 2).int(),
+        "l.scales": torch.ones(1, 2),
+    },
+    "without a scale": {"l.weight": torch.tensor([[3, -4]], dtype=torch.int8), "l.bias": torch.ones(1)},
+}
+
+
+@pytest.mark.parametrize("form", CODED)
+@pytest.mark.parametrize("method", ["average", "task-arithmetic", "slerp", "coordinate-median"])
+def test_quantised_weights_are_merged_only_where_they_are_equal(form: str, method: str) -> None:
+    """A mean of codes is no weight, and a scale fits no other codes; a frozen base is equal everywhere."""
+    own = {**CODED[form], "b": torch.zeros(1)}
+    peer = {name: tensor.clone() for name, tensor in own.items()} | {"b": torch.ones(1)}
+    more = {"base": own} if method == "task-arithmetic" else {}
+    merged = merge_weights(own, [peer], [0.5, 0.5], method="average", combine=method, **more)
+    assert all(torch.equal(merged[name], own[name]) for name in CODED[form])
+    assert merged["b"] != 0 or method == "task-arithmetic"
+    for name in CODED[form]:
+        if name == "l.bias":
+            continue
+        other = peer | {name: (peer[name].float() + 1).to(peer[name].dtype)}
+        with pytest.raises(PeerError, match=rf"tensor '{name}' belongs to a quantised weight.*dequantised"):
+            merge_weights(own, [other], [0.5, 0.5], method="average", combine=method, **more)
+
+
+def test_observed_scales_beside_weights_that_are_numbers_stay_own() -> None:
+    """Training with fake quantisation: each agent's observer has seen other data, and goes on from its own."""
+    own = {"l.weight": torch.zeros(2, 2), "q.scale": torch.ones(1), "q.zero_point": torch.tensor([3])}
+    peer = {"l.weight": torch.ones(2, 2), "q.scale": torch.full((1,), 2.0), "q.zero_point": torch.tensor([5])}
+    merged = merge_weights(own, [peer], [0.5, 0.5], method="average")
+    assert (merged["l.weight"] == 0.5).all()
+    assert merged["q.scale"] == 1
+    assert merged["q.zero_point"] == 3
 
 
 def test_natures_of_a_model_and_of_its_file() -> None:
