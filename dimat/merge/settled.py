@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from dimat.errors import MergeError
+from dimat.errors import DataError, MergeError
 from dimat.merge.natures import Nature, Natures, PowerIteration, as_matrix, is_constant, natures_of
 from dimat.merge.stages import Weights
 from dimat.merge.tensors.task_vectors import mean_of
@@ -204,13 +204,13 @@ class _Checked(WeightsView):
         if shield.natures.of(name) is Nature.FRAME:
             for peer, weights in zip(self._peers, shield.whole_peers()):
                 if not torch.equal(weights[name].to(shield.whole(name)), shield.whole(name)):
-                    raise MergeError(
+                    raise DataError(
                         f"{peer}: tensor {name!r} is what another one is written in, and differs from own's"
                     )
         if shield.natures.of(name) is Nature.VARIANCE:
             for peer, weights in self._taking():
                 if negative := int((weights[name] < 0).sum()):
-                    raise MergeError(f"{peer}: tensor {name!r} is a variance and holds {negative} values below 0")
+                    raise DataError(f"{peer}: tensor {name!r} is a variance and holds {negative} values below 0")
         merged = self._merged[name]
         if name in shield.fixed or not (fault := not_finite({name: merged}, ())):
             return merged
@@ -221,7 +221,7 @@ class _Checked(WeightsView):
             return merged
         for peer, weights in self._taking():
             if not torch.equal(weights[name].to(ours), ours):
-                raise MergeError(f"{peer}: tensor {name!r} is a constant that is not finite, and differs from own's")
+                raise DataError(f"{peer}: tensor {name!r} is a constant that is not finite, and differs from own's")
         return ours.clone()
 
     def _taking(self) -> list[tuple[str, Weights]]:
@@ -241,8 +241,9 @@ def merge_checked(
 ) -> Weights:
     """Return method(own, peers, base) with each entry valid for its nature: for merges outside the pipeline.
 
-    `names`: of the peers, for messages. Each access makes one tensor; it raises MergeError for a peer's negative
-    variance, and, if results must be `finite`, for a tensor that is neither finite nor a constant.
+    `names`: of the peers, for messages. Each access makes one tensor; it raises DataError for a peer's negative
+    variance, or constant that differs and must not, and MergeError, if results must be `finite`, for a tensor that is
+    neither finite nor a constant.
     """
     shield = Shield.of(own, peers, weights, natures_of(own, model), model is not None)
     return _Checked(shield.settle(method(shield.own, shield.peers, shield.base(base))), shield, names, finite)
