@@ -112,16 +112,29 @@ def test_an_infinite_parameter_is_no_constant() -> None:
             merge_weights(own, [mixed(1)], [0.5, 0.5], method="average", model=model)
 
 
-def test_a_merge_that_is_not_finite_is_not_kept() -> None:
-    """float16 overflows where the difference of two large weights is scaled: own weights go on, and a note says so."""
+@pytest.mark.parametrize("accept", ["always", "no-worse"])
+def test_a_merge_that_is_not_finite_is_not_kept(accept: str) -> None:
+    """float16 overflows where the difference of two large weights is scaled: own weights go on, and a note says so;
+    the rule that accepts merges is not asked, whatever it would say."""
     own = {"w": torch.tensor([40000.0, 1.0]).half()}
     peer = Peer("lab-b", {"w": torch.tensor([40000.0, 2.0]).half()}, 0.5)
     plan = plan_merge(
         MergeConfig.model_validate(
-            {"method": "average", "combine": {"name": "task-arithmetic", "options": {"scaling": 3.0}}}
+            {
+                "method": "average",
+                "combine": {"name": "task-arithmetic", "options": {"scaling": 3.0}},
+                "accept": {"name": accept},
+            }
         )
     )
-    outcome = merge(own, 0.5, [peer], plan, MergeContext(base={"w": torch.zeros(2).half()}))
+    asked: list[Mapping[str, Tensor]] = []
+
+    def score(weights: Mapping[str, Tensor]) -> float:
+        asked.append(weights)
+        return float(len(asked))
+
+    outcome = merge(own, 0.5, [peer], plan, MergeContext(score=score, base={"w": torch.zeros(2).half()}))
+    assert not asked
     assert outcome.accepted == 0
     assert torch.equal(outcome.weights["w"], own["w"])
     assert outcome.notes == (
