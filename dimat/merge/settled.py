@@ -39,10 +39,10 @@ STEP_TOLERANCE = 1e-7
 class Shield:
     """The input of a combine method, and the treatment of its result.
 
-    `fixed`: names whose tensors stay this agent's: constants that are equal in all models, codes with their scales,
-    vectors that belong to no known weight. `own` and `peers`: the models as the method sees them. There, all peers have
-    this agent's fixed tensors, and values in these that are not finite are replaced by the largest finite number, so
-    that differences and norms are finite.
+    `fixed`: names whose tensors stay this agent's: constants that are equal in all models, masks of 0 and 1 (a mean of
+    two is no mask), codes with their scales, vectors that belong to no known weight. `own` and `peers`: the models as
+    the method sees them. There, all peers have this agent's fixed tensors, and values in these that are not finite are
+    replaced by the largest finite number, so that differences and norms are finite.
     """
 
     own: Weights
@@ -68,7 +68,9 @@ class Shield:
                 fixed.add(name)
             elif nature in EQUAL and (own[name].is_floating_point() or own[name].is_complex()):
                 ours = own[name].detach()
-                if all(torch.equal(ours, peer[name].detach().to(ours.device)) for peer in taking):
+                theirs = [peer[name].detach().to(ours.device) for peer in taking]
+                same = all(torch.equal(ours, other) for other in theirs)
+                if same or (nature is Nature.CONSTANT and all(map(_is_mask, (ours, *theirs)))):
                     fixed.add(name)
         if not model_ties:
             natures = replace(natures, first={n: f for n, f in natures.first.items() if _agree(n, f, taking)})
@@ -116,6 +118,12 @@ class Shield:
     def whole(self, name: str) -> Tensor:
         """Return this agent's tensor unchanged."""
         return self._whole[0][name].detach()
+
+
+def _is_mask(tensor: Tensor) -> bool:
+    """Tell whether a constant says of each place whether it counts: it holds both 0 and 1, and nothing else."""
+    ones = tensor == 1
+    return bool(ones.any()) and bool((~ones).any()) and bool((ones | (tensor == 0)).all())
 
 
 def _agree(name: str, first: str, peers: Sequence[Weights]) -> bool:

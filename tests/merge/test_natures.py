@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import spectral_norm
 
 from dimat import merge_weights
@@ -101,6 +102,28 @@ def test_a_constant_that_differs_is_refused() -> None:
     bad["mask"] = bad["mask"].mT.contiguous()
     with pytest.raises(PeerError, match="'mask' is a constant that is not finite, and differs from ours"):
         merge_weights(mixed(0), [bad], [0.5, 0.5], method="average")
+
+
+@pytest.mark.parametrize("method", ["average", "slerp", "coordinate-median", "dare-linear"])
+def test_masks_of_pruned_layers_stay_own(method: str) -> None:
+    """Half a mask is none: each agent keeps its own places, and the weights below are merged. Zeros that are no mask,
+    such as a running mean at its start, are numbers."""
+
+    def pruned(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return prune.random_unstructured(nn.Linear(6, 5), "weight", amount=0.5)
+
+    own, peer = pruned(0), pruned(1)
+    assert not torch.equal(own.weight_mask, peer.weight_mask)
+    more = {} if method != "dare-linear" else {"base": pruned(2).state_dict(), "generator": torch.Generator()}
+    for model in (own, None):
+        merged = merge_weights(
+            own.state_dict(), [peer.state_dict()], [0.5, 0.5], "average", combine=method, model=model, **more
+        )
+        assert torch.equal(merged["weight_mask"], own.weight_mask)
+        assert not torch.equal(merged["weight_orig"], own.weight_orig)
+    zeros, ones = {"w": torch.zeros(3), "ema": torch.zeros(3)}, {"w": torch.ones(3), "ema": torch.tensor([0.0, 1, 0.5])}
+    assert merge_weights(zeros, [ones], [0.5, 0.5], "average")["ema"].tolist() == [0, 0.5, 0.25]
 
 
 def test_an_infinite_parameter_is_no_constant() -> None:
