@@ -38,7 +38,7 @@ def barrier(
         ),
     ] = (),
     points: Annotated[int, Parameter(help="Points on the line, with both ends.")] = 11,
-    repair: Annotated[str, Parameter(help="Repair at every point: batchnorm or none.")] = "batchnorm",
+    repair: Annotated[str, Parameter(help="Repair at every point: batchnorm, variance, none.")] = "batchnorm",
     examples: Annotated[int, Parameter(help="Most examples that the loss is measured on.")] = 1000,
     device: Annotated[str, Parameter(help="Device: cpu, cuda, auto.")] = "cpu",
     seed: Annotated[int, Parameter(validator=SeedRange, help="Seed of the draws of examples.")] = 0,

@@ -109,7 +109,8 @@ def barrier(
         return MergeContext(model, spec, batches, generator=torch.Generator().manual_seed(seed))
 
     def measured(weights: Weights) -> Mapping[str, float]:
-        return evaluate(plan.repair(dict(weights), **context().offered()).weights)
+        alone = {"models": [weights], "mixing": [1.0]}
+        return evaluate(plan.repair(dict(weights), **context().offered(), **alone).weights)
 
     def between(weights: Weights, share: float) -> Mapping[str, float]:
         peer = Peer("the other network", weights, share, same_basis=True)
