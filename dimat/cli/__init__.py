@@ -5,6 +5,9 @@ Heavy modules (torch above all) are imported inside the commands, so that `dimat
 
 from __future__ import annotations
 
+from dimat.cli import early as early  # before all that takes long
+
+# isort: split
 import os
 import signal
 import sys
