@@ -1,5 +1,5 @@
-"""`python -m tests.cli.hung_up MODULE WORDS…` is `dimat WORDS…`, which gets a SIGHUP in the moment that it begins to load
-MODULE: the first one counts, so that each run has one."""
+"""`python -m tests.cli.hung_up MODULE WORDS…` is `dimat WORDS…`, which gets one SIGHUP, in the moment that it begins to
+load MODULE."""
 
 from __future__ import annotations
 

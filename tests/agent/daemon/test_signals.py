@@ -74,9 +74,8 @@ def test_the_map_is_read_anew_after_the_start_that_a_sighup_came_in(tmp_path: Pa
 @pytest.mark.live
 @pytest.mark.parametrize("module", ["cyclopts", "dimat.cli.topology", "dimat.config", "torch"])
 def test_a_sighup_while_an_agent_is_loaded_is_kept(tmp_path: Path, free_ports: list[int], module: str) -> None:
-    """A new process, as people start it, is hung up in the moment that it begins to load one of what it needs, the first
-    of which takes it a tenth of a second and the last seconds: nothing ends, and the map is read again once, when the
-    agent is up."""
+    """A new process, as people start it, is hung up in the moment that it begins to load one of what it needs: nothing
+    ends, and the map is read again once, when the agent is up."""
     with network(tmp_path, ABC[:2], free_ports, schedule=SCHEDULE, train=SLOW) as net:
         life = net.start("lab-a", driver=("tests.cli.hung_up", module), anew=True)
         net.until(lambda: net.events("lab-a", "MapRead") or life.process.poll() is not None, "it reads the map")
