@@ -1,4 +1,4 @@
-"""Keeps an agent's signals that arrive while its command is still being loaded, the part before `main` runs.
+"""Keeps an agent's signals that arrive while its command is still being loaded.
 
 A SIGHUP that asks for a new map would end the process then, as would SIGUSR1. The module acts when it is imported,
 before anything that takes long; other commands keep what these signals do by default.

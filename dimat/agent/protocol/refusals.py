@@ -1,4 +1,4 @@
-"""Why an agent refuses a peer's offers: told once for each peer and kind of fault, and counted."""
+"""Why an agent refuses a peer's offers: told once for each kind of fault, and counted."""
 
 from __future__ import annotations
 
