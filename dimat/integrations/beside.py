@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from dimat.agent.attach.followers import Follower
 from dimat.agent.attach.trainer import Evaluate
 from dimat.config import ExperimentConfig
 from dimat.errors import ConfigError
+from dimat.tasks.huggingface.tokens import vocabulary_of
 
 
 def imported(module: str, extra: str) -> Any:
@@ -43,21 +44,32 @@ class Beside:
         evaluate: Evaluate | None = None,
         metric: str = "accuracy",
         follow: Iterable[Follower] | None = None,
+        classes: Sequence[str] = (),
+        agreement: Mapping[str, str] | None = None,
     ) -> None:
         self._make = lambda: Agent(config, overrides, name=name)
         self._make()  # a fault of the configuration comes now, not when training begins
         self._data = data
         self._evaluate = evaluate
         self._metric = metric
+        self._classes = classes
+        self._agreement = agreement or {}
         self._follow = None if follow is None else list(follow)
         self.agent: Agent | None = None
 
     def begin(
-        self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], data: Iterable[Any] | None, processes: int
+        self,
+        model: nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer],
+        data: Iterable[Any] | None,
+        processes: int,
+        *,
+        tokenizer: Any = None,
     ) -> bool:
         """Attach to a trainer's model; returns whether there is nothing to train.
 
-        The first optimizer's state is kept with the weights, others follow. ConfigError where several processes train.
+        `tokenizer`: the trainer's, if it has one; peers must have the same vocabulary. The first optimizer's state is
+        kept with the weights, others follow. ConfigError where several processes train.
         """
         if processes > 1:
             raise ConfigError(
@@ -69,7 +81,18 @@ class Beside:
             raise ConfigError("the trainer has no data to compare networks on; give the callback data=")
         follow = self._follow if len(optimizers) == 1 else [*(self._follow or ()), *optimizers[1:]]
         agent = self._make()
-        agent.attach(model, optimizers[0], data=chosen, evaluate=self._evaluate, metric=self._metric, follow=follow)
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor's, of text and images
+        known = {"tokenizer": vocabulary_of(tokenizer)} if callable(getattr(tokenizer, "get_vocab", None)) else {}
+        agent.attach(
+            model,
+            optimizers[0],
+            data=chosen,
+            evaluate=self._evaluate,
+            metric=self._metric,
+            follow=follow,
+            classes=self._classes,
+            agreement={**known, **self._agreement},
+        )
         self.agent = agent.__enter__()
         return agent.done
 

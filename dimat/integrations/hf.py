@@ -21,7 +21,8 @@ _Base: Any = imported("transformers", "hf").TrainerCallback
 
 class TrainerCallback(_Base):
     """Trains a `Trainer`'s model together with a network's agents: after every `train.steps_per_round` optimizer steps
-    it publishes, gathers, aligns and merges, and training stops once the agent is through.
+    it publishes, gathers, aligns and merges, and training stops once the agent is through. Agents with different
+    tokenizers refuse each other.
 
     Arguments: see `dimat.integrations.beside.Beside`. Adapters of PEFT are merged as products. Raises ConfigError where
     several processes train; faults of network and data come out of `Trainer.train`.
@@ -44,7 +45,11 @@ class TrainerCallback(_Base):
         if getattr(args, "deepspeed", None):
             raise ConfigError("DeepSpeed shards what it trains; one process trains an agent's model for now")
         done = self.beside.begin(
-            kwargs["model"], [kwargs["optimizer"]], kwargs.get("train_dataloader"), int(args.world_size)
+            kwargs["model"],
+            [kwargs["optimizer"]],
+            kwargs.get("train_dataloader"),
+            int(args.world_size),
+            tokenizer=kwargs.get("processing_class"),
         )
         control.should_training_stop |= done
         if done:  # `Trainer` looks at that after its first step only, which must leave the model as the agent left it

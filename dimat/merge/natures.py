@@ -86,6 +86,10 @@ _PARAMETER = re.compile(r"(weight|bias|kernel|gamma|beta|lora_[AB]|weight_[gv]|o
 _VECTOR = re.compile(r"(?:^|[._])[uv]\d*$")
 _SCALES = ("scale", "scales", "scale_inv", "scale_w", "zero_point", "zero_points", "zeros", "absmax", "quant_map",
            "nested_absmax", "nested_quant_map", "SCB")  # fmt: skip
+_ZEROS = ("zero_point", "zero_points", "zeros", "qzeros")
+"""Ends of names of zero points, which belong to a scale: observers of weights that are numbers have them, too."""
+CODES = re.compile(r"(?:^|.*\.)(?:weight|kernel|qweight|weight_packed|\w+_proj|\w+_blocks)")
+"""Names of weights: if they are integers, they are codes, with a scale beside them or without one."""
 _FLOATS_8 = frozenset(
     dtype for dtype in (getattr(torch, name, None) for name in dir(torch) if name.startswith("float8_")) if dtype
 )
@@ -213,23 +217,25 @@ def _rows_of(weight: Tensor, u: Tensor, v: Tensor) -> int | None:
 
 
 def _codes(own: Weights) -> dict[str, Nature]:
-    """Return codes with a scale beside them, and those scales.
+    """Return codes with a scale beside them, and those scales; matrices of integers that are called weights, too.
 
     A scale is called like its code (`weight_scale`, `weight.absmax`) or stands beside it (`qweight` and `scales`).
     """
     scales = [name for name in own if name.endswith(_SCALES)]
-    found: dict[str, Nature] = {}
+    found = {name: Nature.CODE for name in own if CODES.fullmatch(name) and own[name].ndim > 1 and _whole(own[name])}
     for scale in scales:
         place = scale.rpartition(".")[0]
         named = [n for n in (_stem(scale), place) if n in own]
         near = ("qweight", "weight", "qzeros", "g_idx", "zero_point")
         beside = [f"{place}.{code}" if place else code for code in near]
         for code in {*named, *(n for n in beside if n in own)}:
-            tensor = own[code]
-            integer = not tensor.is_floating_point() and not tensor.is_complex() and tensor.dtype != torch.bool
-            if integer or tensor.dtype in _FLOATS_8:
-                found |= {code: Nature.CODE, scale: Nature.SCALE}
+            if _whole(own[code]) or own[code].dtype in _FLOATS_8:
+                found |= {code: Nature.SCALE if code.endswith(_ZEROS) else Nature.CODE, scale: Nature.SCALE}
     return found
+
+
+def _whole(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() and not tensor.is_complex() and tensor.dtype != torch.bool
 
 
 def _stem(scale: str) -> str:

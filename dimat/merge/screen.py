@@ -33,7 +33,8 @@ def screen(
 
     `name`: the peer, for messages; `own_norm`: `norm_of(own)`. The 2-norm of all the peer's floating-point
     tensors may not exceed `max_norm_ratio` times own's (a bound that no permutation of units changes).
-    `natures`: of own's entries: a variance may not be negative, and a constant that holds ±∞ must be equal to own's.
+    `natures`: of own's entries: a variance may not be negative; a constant that holds ±∞, and codes of quantised
+    weights with their scales, must be equal to own's.
     `reference`: the norms after own training, if known: they then give the bound, for each tensor and for all
     together, whatever own norm is.
     Returns the largest factor by which the peer exceeds the reference (0: there is none). Reads one tensor at a time.
@@ -46,6 +47,7 @@ def screen(
         if key not in own:
             raise PeerError(f"{name}: tensor {key!r} is not in our model{nearest(key, own)}")
     squares: dict[str, float] = {}
+    codes = {Nature.CODE, Nature.SCALE} if Nature.CODE in natures.kinds.values() else frozenset[Nature]()
     for key, ours in own.items():
         theirs = peer[key]
         if fault := unusual(theirs):
@@ -64,6 +66,11 @@ def screen(
             raise PeerError(
                 f"{name}: tensor {key!r} is what another one is written in, and differs from ours; agents whose models "
                 "have it begin with the same weights"
+            )
+        if nature in codes and not torch.equal(theirs.to(ours.device), ours):
+            raise PeerError(
+                f"{name}: tensor {key!r} belongs to a quantised weight, and differs from ours; codes cannot be "
+                "averaged: train and exchange the weights dequantised, or adapters on one quantised base"
             )
         if nature is Nature.VARIANCE and (negative := int((theirs < 0).sum())):
             raise PeerError(f"{name}: tensor {key!r} is a variance and holds {negative} values below 0")

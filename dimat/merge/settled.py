@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from dimat.errors import MergeError
+from dimat.errors import DataError, MergeError
 from dimat.merge.natures import Nature, Natures, PowerIteration, as_matrix, is_constant, natures_of
 from dimat.merge.stages import Weights
 from dimat.merge.tensors.task_vectors import mean_of
@@ -39,10 +39,10 @@ STEP_TOLERANCE = 1e-7
 class Shield:
     """The input of a combine method, and the treatment of its result.
 
-    `fixed`: names whose tensors stay this agent's: constants that are equal in all models, codes with their scales,
-    vectors that belong to no known weight. `own` and `peers`: the models as the method sees them. There, all peers have
-    this agent's fixed tensors, and values in these that are not finite are replaced by the largest finite number, so
-    that differences and norms are finite.
+    `fixed`: names whose tensors stay this agent's: constants that are equal in all models, masks of 0 and 1 (a mean of
+    two is no mask), codes with their scales, vectors that belong to no known weight. `own` and `peers`: the models as
+    the method sees them. There, all peers have this agent's fixed tensors, and values in these that are not finite are
+    replaced by the largest finite number, so that differences and norms are finite.
     """
 
     own: Weights
@@ -68,7 +68,9 @@ class Shield:
                 fixed.add(name)
             elif nature in EQUAL and (own[name].is_floating_point() or own[name].is_complex()):
                 ours = own[name].detach()
-                if all(torch.equal(ours, peer[name].detach().to(ours.device)) for peer in taking):
+                theirs = [peer[name].detach().to(ours.device) for peer in taking]
+                same = all(torch.equal(ours, other) for other in theirs)
+                if same or (nature is Nature.CONSTANT and all(map(_is_mask, (ours, *theirs)))):
                     fixed.add(name)
         if not model_ties:
             natures = replace(natures, first={n: f for n, f in natures.first.items() if _agree(n, f, taking)})
@@ -116,6 +118,12 @@ class Shield:
     def whole(self, name: str) -> Tensor:
         """Return this agent's tensor unchanged."""
         return self._whole[0][name].detach()
+
+
+def _is_mask(tensor: Tensor) -> bool:
+    """Tell whether a constant says of each place whether it counts: it holds both 0 and 1, and nothing else."""
+    ones = tensor == 1
+    return bool(ones.any()) and bool((~ones).any()) and bool((ones | (tensor == 0)).all())
 
 
 def _agree(name: str, first: str, peers: Sequence[Weights]) -> bool:
@@ -204,13 +212,13 @@ class _Checked(WeightsView):
         if shield.natures.of(name) is Nature.FRAME:
             for peer, weights in zip(self._peers, shield.whole_peers()):
                 if not torch.equal(weights[name].to(shield.whole(name)), shield.whole(name)):
-                    raise MergeError(
+                    raise DataError(
                         f"{peer}: tensor {name!r} is what another one is written in, and differs from own's"
                     )
         if shield.natures.of(name) is Nature.VARIANCE:
             for peer, weights in self._taking():
                 if negative := int((weights[name] < 0).sum()):
-                    raise MergeError(f"{peer}: tensor {name!r} is a variance and holds {negative} values below 0")
+                    raise DataError(f"{peer}: tensor {name!r} is a variance and holds {negative} values below 0")
         merged = self._merged[name]
         if name in shield.fixed or not (fault := not_finite({name: merged}, ())):
             return merged
@@ -221,7 +229,7 @@ class _Checked(WeightsView):
             return merged
         for peer, weights in self._taking():
             if not torch.equal(weights[name].to(ours), ours):
-                raise MergeError(f"{peer}: tensor {name!r} is a constant that is not finite, and differs from own's")
+                raise DataError(f"{peer}: tensor {name!r} is a constant that is not finite, and differs from own's")
         return ours.clone()
 
     def _taking(self) -> list[tuple[str, Weights]]:
@@ -241,8 +249,9 @@ def merge_checked(
 ) -> Weights:
     """Return method(own, peers, base) with each entry valid for its nature: for merges outside the pipeline.
 
-    `names`: of the peers, for messages. Each access makes one tensor; it raises MergeError for a peer's negative
-    variance, and, if results must be `finite`, for a tensor that is neither finite nor a constant.
+    `names`: of the peers, for messages. Each access makes one tensor; it raises DataError for a peer's negative
+    variance, or constant that differs and must not, and MergeError, if results must be `finite`, for a tensor that is
+    neither finite nor a constant.
     """
     shield = Shield.of(own, peers, weights, natures_of(own, model), model is not None)
     return _Checked(shield.settle(method(shield.own, shield.peers, shield.base(base))), shield, names, finite)

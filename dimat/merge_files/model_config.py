@@ -11,6 +11,7 @@ from torch import nn
 
 from dimat.errors import DataError
 from dimat.merge.models.config_keys import FUNCTION, flat_config, same_setting
+from dimat.merge.natures import CODES
 from dimat.merge_files.files import CONFIG, ModelFiles, told
 
 PASSED = re.compile(
@@ -36,9 +37,6 @@ QUANTISED = re.compile(
     r"|nested_absmax|SCB|W_q|_data|_scale|scale_inv|blocks|input_scale)"
 )
 """Names of tensors in quantised weights: codes, and their scales."""
-
-CODES = re.compile(r"(?:^|.*\.)(?:weight|kernel|qweight|\w+_proj|\w+_blocks)")
-"""Names of weights: if they are integers, they are codes."""
 
 
 def check_whole(model: ModelFiles, *, codes: bool = True) -> None:

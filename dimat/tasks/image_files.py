@@ -169,7 +169,12 @@ def _read_labels(file: Path, opened: Any, column: str) -> NDArray[np.int64]:
     except (OSError, ValueError) as error:
         raise DataError(f"{file}, column {column!r} cannot be read: {_first_line(error)}") from error
     array = cast("NDArray[Any]", values.to_numpy())
-    if values.null_count or array.dtype.kind not in "iu" or (len(array) and array.min() < 0):
+    if values.null_count:
+        first = values.is_null().index(True).as_py()
+        raise DataError(
+            f"{file}, column {column!r}: row {first} has no label ({values.null_count} such rows); leave these rows out"
+        )
+    if array.dtype.kind not in "iu" or (len(array) and array.min() < 0):
         raise DataError(f"{file}, column {column!r}: expected class numbers from 0 without gaps, got {values.type}")
     return array.astype(np.int64)
 

@@ -99,6 +99,40 @@ def test_two_trainers_end_with_one_model(tmp_path: Path, free_ports: list[int]) 
     assert all(torch.allclose(a[key], b[key], atol=1e-4) for key in a)
 
 
+def test_trainers_with_other_tokenizers_refuse_each_other(tmp_path: Path, free_ports: list[int]) -> None:
+    """Two tokens that changed places: the vocabulary of the trainer's `processing_class` is compared, unasked."""
+    transformers = of_extra("transformers")
+    tokenizers = of_extra("tokenizers")
+    words = [f"w{i}" for i in range(40)]
+    file = experiment(
+        tmp_path,
+        dict(zip("ab", free_ports)),
+        merge='method = "average"',
+        schedule="rounds = 1\nround_deadline_s = 3",
+    )
+    told: dict[str, list[Any]] = {"a": [], "b": []}
+    ends: dict[str, Any] = {}
+    for name, order in (("a", words), ("b", [words[1], words[0], *words[2:]])):
+        made = tokenizers.Tokenizer(tokenizers.models.WordLevel(dict(zip(order, range(40))), unk_token="w39"))
+        callback = beside(file, tmp_path / name, name)
+        make = callback.beside._make
+
+        def listened(make: Any = make, name: str = name) -> Agent:
+            agent = make()
+            agent.listeners.append(told[name].append)
+            return agent
+
+        callback.beside._make = listened
+        ends[name] = trainer(tmp_path, 0, [callback])
+        ends[name].processing_class = transformers.PreTrainedTokenizerFast(tokenizer_object=made)
+        ends[name].callback_handler.processing_class = ends[name].processing_class
+    both(file, {name: lambda _, name=name: ends[name].train() for name in "ab"})
+    for events in told.values():
+        reasons = [fact.reason for fact in events if type(fact).__name__ == "PeerRefused"]
+        assert reasons
+        assert all("tokenizer" in reason and "40 tokens, hash" in reason for reason in reasons)
+
+
 def test_a_trainer_with_an_agent_alone_trains_as_without(tmp_path: Path, free_ports: list[int]) -> None:
     """Reference: the same trainer without the callback, bit for bit: order of batches, dropout and learning rate."""
     of_extra("transformers")

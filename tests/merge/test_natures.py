@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import spectral_norm
 
 from dimat import merge_weights
@@ -103,6 +104,28 @@ def test_a_constant_that_differs_is_refused() -> None:
         merge_weights(mixed(0), [bad], [0.5, 0.5], method="average")
 
 
+@pytest.mark.parametrize("method", ["average", "slerp", "coordinate-median", "dare-linear"])
+def test_masks_of_pruned_layers_stay_own(method: str) -> None:
+    """Half a mask is none: each agent keeps its own places, and the weights below are merged. Zeros that are no mask,
+    such as a running mean at its start, are numbers."""
+
+    def pruned(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return prune.random_unstructured(nn.Linear(6, 5), "weight", amount=0.5)
+
+    own, peer = pruned(0), pruned(1)
+    assert not torch.equal(own.weight_mask, peer.weight_mask)
+    more = {} if method != "dare-linear" else {"base": pruned(2).state_dict(), "generator": torch.Generator()}
+    for model in (own, None):
+        merged = merge_weights(
+            own.state_dict(), [peer.state_dict()], [0.5, 0.5], "average", combine=method, model=model, **more
+        )
+        assert torch.equal(merged["weight_mask"], own.weight_mask)
+        assert not torch.equal(merged["weight_orig"], own.weight_orig)
+    zeros, ones = {"w": torch.zeros(3), "ema": torch.zeros(3)}, {"w": torch.ones(3), "ema": torch.tensor([0.0, 1, 0.5])}
+    assert merge_weights(zeros, [ones], [0.5, 0.5], "average")["ema"].tolist() == [0, 0.5, 0.25]
+
+
 def test_an_infinite_parameter_is_no_constant() -> None:
     """A weight with one overflowed value among others is a fault, with a model and without one."""
     own = mixed(0)
@@ -112,16 +135,29 @@ def test_an_infinite_parameter_is_no_constant() -> None:
             merge_weights(own, [mixed(1)], [0.5, 0.5], method="average", model=model)
 
 
-def test_a_merge_that_is_not_finite_is_not_kept() -> None:
-    """float16 overflows where the difference of two large weights is scaled: own weights go on, and a note says so."""
+@pytest.mark.parametrize("accept", ["always", "no-worse"])
+def test_a_merge_that_is_not_finite_is_not_kept(accept: str) -> None:
+    """float16 overflows where the difference of two large weights is scaled: own weights go on, and a note says so;
+    the rule that accepts merges is not asked, whatever it would say."""
     own = {"w": torch.tensor([40000.0, 1.0]).half()}
     peer = Peer("lab-b", {"w": torch.tensor([40000.0, 2.0]).half()}, 0.5)
     plan = plan_merge(
         MergeConfig.model_validate(
-            {"method": "average", "combine": {"name": "task-arithmetic", "options": {"scaling": 3.0}}}
+            {
+                "method": "average",
+                "combine": {"name": "task-arithmetic", "options": {"scaling": 3.0}},
+                "accept": {"name": accept},
+            }
         )
     )
-    outcome = merge(own, 0.5, [peer], plan, MergeContext(base={"w": torch.zeros(2).half()}))
+    asked: list[Mapping[str, Tensor]] = []
+
+    def score(weights: Mapping[str, Tensor]) -> float:
+        asked.append(weights)
+        return float(len(asked))
+
+    outcome = merge(own, 0.5, [peer], plan, MergeContext(score=score, base={"w": torch.zeros(2).half()}))
+    assert not asked
     assert outcome.accepted == 0
     assert torch.equal(outcome.weights["w"], own["w"])
     assert outcome.notes == (
@@ -163,13 +199,44 @@ def test_u_and_v_of_the_other_sign_merge_to_own() -> None:
     assert all(torch.equal(merged[name], own[name]) for name in own)
 
 
-def test_codes_and_their_scales_stay_own() -> None:
-    """The mean of two scales fits neither model's integers; other tensors are merged."""
-    own = {"l.weight": torch.tensor([[3, -4]], dtype=torch.int8), "l.weight_scale": torch.tensor([0.5])}
-    peer = {"l.weight": torch.tensor([[7, 1]], dtype=torch.int8), "l.weight_scale": torch.tensor([0.1])}
-    merged = merge_weights(own | {"b": torch.zeros(1)}, [peer | {"b": torch.ones(1)}], [0.5, 0.5], method="average")
-    assert all(torch.equal(merged[name], own[name]) for name in own)
-    assert merged["b"] == 0.5
+CODED = {
+    "a scale of its name": {"l.weight": torch.tensor([[3, -4]], dtype=torch.int8), "l.weight_scale": torch.ones(1)},
+    "fp8": {"l.weight": torch.ones(1, 2).to(torch.float8_e4m3fn), "l.weight_scale_inv": torch.ones(1)},
+    "packed by GPTQ": {
+        "l.qweight": torch.ones(2, 2).int(),
+        "l.qzeros": torch.ones(1, 2).int(),
+        "l.scales": torch.ones(1, 2),
+    },
+    "without a scale": {"l.weight": torch.tensor([[3, -4]], dtype=torch.int8), "l.bias": torch.ones(1)},
+}
+
+
+@pytest.mark.parametrize("form", CODED)
+@pytest.mark.parametrize("method", ["average", "task-arithmetic", "slerp", "coordinate-median"])
+def test_quantised_weights_are_merged_only_where_they_are_equal(form: str, method: str) -> None:
+    """A mean of codes is no weight, and a scale fits no other codes; a frozen base is equal everywhere."""
+    own = {**CODED[form], "b": torch.zeros(1)}
+    peer = {name: tensor.clone() for name, tensor in own.items()} | {"b": torch.ones(1)}
+    more = {"base": own} if method == "task-arithmetic" else {}
+    merged = merge_weights(own, [peer], [0.5, 0.5], method="average", combine=method, **more)
+    assert all(torch.equal(merged[name], own[name]) for name in CODED[form])
+    assert merged["b"] != 0 or method == "task-arithmetic"
+    for name in CODED[form]:
+        if name == "l.bias":
+            continue
+        other = peer | {name: (peer[name].float() + 1).to(peer[name].dtype)}
+        with pytest.raises(PeerError, match=rf"tensor '{name}' belongs to a quantised weight.*dequantised"):
+            merge_weights(own, [other], [0.5, 0.5], method="average", combine=method, **more)
+
+
+def test_observed_scales_beside_weights_that_are_numbers_stay_own() -> None:
+    """Training with fake quantisation: each agent's observer has seen other data, and goes on from its own."""
+    own = {"l.weight": torch.zeros(2, 2), "q.scale": torch.ones(1), "q.zero_point": torch.tensor([3])}
+    peer = {"l.weight": torch.ones(2, 2), "q.scale": torch.full((1,), 2.0), "q.zero_point": torch.tensor([5])}
+    merged = merge_weights(own, [peer], [0.5, 0.5], method="average")
+    assert (merged["l.weight"] == 0.5).all()
+    assert merged["q.scale"] == 1
+    assert merged["q.zero_point"] == 3
 
 
 def test_natures_of_a_model_and_of_its_file() -> None:

@@ -185,6 +185,11 @@ def test_wrong_columns(folder: Path) -> None:
     write_parquet(folder / "odd.parquet", pixels(3), ["a", "b", "c"], names=False)
     with pytest.raises(DataError, match=r"odd\.parquet, column 'label': expected class numbers"):
         load(folder, train="odd.parquet")
+    pq.write_table(pa.table({"img": [b""] * 4, "label": [0, 1, None, None]}), folder / "odd.parquet")
+    with pytest.raises(
+        DataError, match=r"odd\.parquet, column 'label': row 2 has no label \(2 such rows\); leave these"
+    ):
+        load(folder, train="odd.parquet")
     pq.write_table(pa.table({"img": ["path/only.png"], "label": [0]}), folder / "odd.parquet")
     with pytest.raises(DataError, match=r"odd\.parquet, column 'img', row 0: expected"):
         load(folder, test="odd.parquet")

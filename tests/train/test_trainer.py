@@ -104,6 +104,39 @@ def test_resumed_training_equals_unbroken_training_bit_for_bit(settings: dict[st
     assert_same(second.state(), unbroken.state())
 
 
+@pytest.mark.parametrize("rows", [40, 90])
+def test_a_state_of_other_rows_continues_with_a_new_epoch_only(rows: int) -> None:
+    """In the middle of an epoch of 70 rows: refused with both numbers and nothing changed; with `new_epoch` weights and
+    optimizer go on, and the next epoch has each row that there is now once."""
+    first = trainer(epochs_per_round=0.6)
+    first.train(1)
+    state = first.state()
+    seen: list[int] = []
+
+    def noted(inputs: tuple[Tensor, ...], generator: torch.Generator | None) -> tuple[Tensor, ...]:
+        if generator is not None:
+            seen.extend(int(value) for value in inputs[0][:, 0])
+        return inputs
+
+    data = blobs(rows, noted)
+    data.inputs[0][:, 0] = torch.arange(rows)
+    second = trainer(seed=9, data=data, epochs_per_round=1)
+    before = second.state()
+    batches = -(-rows // 16)
+    told = rf"^the state is of 70 examples in 5 batches, this trainer has {rows} in {batches}; give the same data"
+    with pytest.raises(DataError, match=told):
+        second.load_state(state)
+    assert_same(second.state(), before)
+    second.load_state(state, new_epoch=True)
+    for name, tensor in first.weights().items():
+        assert torch.equal(second.weights()[name], tensor), name
+    for mine, theirs in zip(second.state().tensors.items(), state.tensors.items()):
+        if mine[0].startswith("optimizer"):
+            assert torch.equal(mine[1], theirs[1])
+    second.train(2)
+    assert sorted(seen) == [*range(rows)]
+
+
 def test_equal_seeds_train_bit_equally_and_others_differ() -> None:
     a, b, c = trainer(), trainer(), trainer(seed=1)
     for one in (a, b, c):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -74,6 +74,8 @@ class Agent:
         evaluate: Evaluate | None = None,
         metric: str = "accuracy",
         follow: Iterable[Follower] | None = None,
+        classes: Sequence[str] = (),
+        agreement: Mapping[str, str] | None = None,
     ) -> Agent:
         """Attach a model and its optimizer; returns the agent, to be entered with `with`.
 
@@ -87,6 +89,9 @@ class Agent:
         tables of tensors by the model's names, other optimizers of it, and functions that are called with a function
         that moves such a table. Without it, a UserWarning says once when units have moved.
 
+        `classes`: names of the model's outputs, in order; `agreement`: texts by name that give the weights their
+        meaning, such as a hash of the tokenizer's vocabulary. Agents that say different ones refuse each other.
+
         Of a model with adapters on a frozen base (PEFT) only the trained tensors are exchanged, and factors are merged
         as products. Raises ConfigError for a model that is wrapped for several processes or cannot be merged, DataError
         for data that cannot be read, or that the model cannot take.
@@ -96,7 +101,7 @@ class Agent:
         with streams_kept():
             inputs = read_inputs(data, model)
             part = part_of(model)
-            task = AttachedTask(model, inputs, part, metric)
+            task = AttachedTask(model, inputs, part, metric, classes, agreement)
             fresh = self.config.optimizer_state == "fresh"
             trainer = AttachedTrainer(
                 model,

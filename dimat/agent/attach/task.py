@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,16 +18,29 @@ from dimat.tasks.huggingface.lora import KeepNames
 
 
 class AttachedTask:
-    """A task made of a user's model: its copies, the kept inputs, and which part of it is exchanged.
+    """A task made of a user's model: its copies, the kept inputs, which part of it is exchanged, and what peers must
+    have in common beside it: `classes` and `agreement` as in `Task`.
 
-    ConfigError for a model that cannot be copied.
+    ConfigError for a model that cannot be copied, and for classes that are no list of names.
     """
 
     name = "attached"
-    classes: tuple[str, ...] = ()
 
-    def __init__(self, model: nn.Module, inputs: Inputs, part: Part, metric: str) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Inputs,
+        part: Part,
+        metric: str,
+        classes: Sequence[str] = (),
+        agreement: Mapping[str, str] | None = None,
+    ) -> None:
+        names: list[Any] = [classes] if isinstance(classes, str) else list(classes)
+        if isinstance(classes, str) or not all(isinstance(name, str) for name in names):
+            raise ConfigError(f"attach(…, classes=…) got {classes!r}; give the names of the model's outputs, in order")
         self.metric = metric
+        self.classes = tuple(classes)
+        self.agreement = dict(agreement or {})
         self.base_hash = part.base_hash
         self.merge_stages: Mapping[str, str] | None = part.merge_stages
         try:

@@ -288,7 +288,7 @@ class Learner:
         timer.lap("merge")
         metrics.take_after(changed=outcome.changes or self._first.former is not None)
         if not self._plan.keep_not_finite:
-            outcome = metrics.keep_if_finite(outcome, held, self.trainer)
+            outcome = metrics.keep_if_finite(outcome, held, self.trainer, self._sets.own)
         timer.lap("evaluate")
         if outcome.changes:
             notes = self._moments.merge(outcome, {peer: each.moments for peer, each in opened.items()}, self.spec)

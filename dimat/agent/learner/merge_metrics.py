@@ -6,13 +6,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from math import isfinite, nan
 
+import torch
 from torch import Tensor
 
 from dimat.events import WARNING
 from dimat.merge import MergeOutcome
 from dimat.merge.pipeline import NOT_KEPT
 from dimat.merge.stages import Weights
+from dimat.tasks.base import Data
+from dimat.tasks.data import Subset
+from dimat.train import Trainer
 from dimat.train.base import ModelTrainer
+
+FEW = 8
+"""Examples on which a merge is looked at where no metrics are taken after it."""
 
 
 class MergeMetrics:
@@ -41,19 +48,29 @@ class MergeMetrics:
         if self._with_after:
             self.after = self._evaluate(None) if changed or not self.before else self.before
 
-    def keep_if_finite(self, outcome: MergeOutcome, held: dict[str, Tensor], trainer: ModelTrainer) -> MergeOutcome:
+    def keep_if_finite(
+        self, outcome: MergeOutcome, held: dict[str, Tensor], trainer: ModelTrainer, own: Data
+    ) -> MergeOutcome:
         """Put the agent's own weights (`held`) back into the trainer if the merge has made metrics not finite.
 
-        Return the outcome after that.
+        Where none are taken after this merge, a few of the agent's own examples are looked at; not where a user's own
+        loop trains, who alone knows how to judge. Return the outcome after that.
         """
-        lost = [name for name, value in self.after.items() if not isfinite(value)]
-        if not lost or not outcome.changes:
+        if not outcome.changes:
+            return outcome
+        looks = not self.after and isinstance(trainer, Trainer) and len(own) > 0
+        few = Subset(own, torch.arange(min(FEW, len(own)))) if looks else None
+        after = self.after if few is None else trainer.evaluate(few)
+        lost = [name for name, value in after.items() if not isfinite(value)]
+        if not lost:
             return outcome
         trainer.exchange_weights(held)
-        self.before = self.before or self._evaluate(None)
-        if not any(isfinite(self.before.get(name, nan)) for name in lost):
+        if few is None:
+            self.before = self.before or self._evaluate(None)
+        before = self.before if few is None else trainer.evaluate(few)
+        if not any(isfinite(before.get(name, nan)) for name in lost):
             trainer.exchange_weights(held)  # they were not finite before, so the merge is not to blame
             return outcome
-        self.after = self.before
+        self.after = self.after and self.before
         note = f"{WARNING}after the merge {' and '.join(lost)} is not finite: {NOT_KEPT}"
         return replace(outcome, accepted=0.0, notes=(*outcome.notes, note))

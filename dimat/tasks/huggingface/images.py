@@ -20,7 +20,7 @@ from dimat.tasks.huggingface.library import library
 from dimat.tasks.huggingface.models import architecture, fits_kind
 from dimat.tasks.huggingface.options import MODEL, NAMES, Count, DataOptions, ModelOptions, ProbeOptions, moved_keys
 from dimat.tasks.huggingface.pixels import image_data, pixel_format
-from dimat.tasks.huggingface.sources import column_of, first_rows, open_probe, open_splits
+from dimat.tasks.huggingface.sources import check_labelled, column_of, first_rows, open_probe, open_splits
 from dimat.tasks.image_files import IMAGE_COLUMNS, LABEL_COLUMNS
 from dimat.tasks.registry import TASKS
 
@@ -80,6 +80,8 @@ def hf_image_classification(
     label = column_of(train, data.label_column, LABEL_COLUMNS, option[1])
     column_of(held, image, (), option[0])
     column_of(held, label, (), option[1])
+    for rows, kind in ((train, "training data"), (held, "test data")):
+        check_labelled(rows, label, f"{kind} of {data.name}", option[1])
     aside = probe.count if probe.name is None else 0
     classes = _class_names(train, held, label, data.classes, option_names("data.classes"))
     train = first_rows(train, None if data.train_samples is None else data.train_samples + aside, seed)
@@ -107,6 +109,7 @@ def hf_image_classification(
         rows = open_probe(probe.name, probe, option_names, folder)
         column_of(rows, image, (), option[0])
         column_of(rows, label, (), option[1])
+        check_labelled(rows, label, f"the probe set of {probe.name}", option[1])
         known = _labels(rows, label, classes)
         if len(known) < 2:
             raise DataError(f"the probe set of {probe.name} has {len(known)} images; two are needed")
@@ -149,7 +152,7 @@ def _labels(rows: Any, column: str, names: tuple[str, ...]) -> Tensor:
     values: list[Any] = list(rows[column])
     feature = rows.features[column]
     if isinstance(feature, library("datasets").ClassLabel) and tuple(map(str, feature.names)) != names:
-        values = [None if value is None else feature.names[value] for value in values]
+        values = [feature.names[value] for value in values]
     place = {name: i for i, name in enumerate(names)}
     found = [place.get(value, -1) if isinstance(value, str) else value for value in values]
     for row, value in enumerate(found):

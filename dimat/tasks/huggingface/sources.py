@@ -78,6 +78,18 @@ def column_of(rows: Any, wanted: str | None, usual: tuple[str, ...], option: str
     raise ConfigError(f"set task.options.{option} to one of the data's columns: {', '.join(names)}")
 
 
+def check_labelled(rows: Any, column: str, data: str, option: str) -> None:
+    """Raise DataError if a row has no label: none, or NaN. `data`: what is read, for the message; `option`: the key of
+    the column."""
+    if not any(value is None or value != value for value in rows.unique(column)):
+        return
+    lost = [row for row, value in enumerate(rows[column]) if value is None or value != value]
+    raise DataError(
+        f"{data}, column {column!r}: row {lost[0]} has no label ({len(lost)} such rows); leave these rows out, or name "
+        f"another column with task.options.{option}"
+    )
+
+
 def first_rows(rows: Any, most: int | None, seed: int) -> Any:
     """Return at most `most` rows, drawn with `seed`, in the order of the data."""
     if most is None or most >= len(rows):

@@ -21,7 +21,7 @@ from dimat.tasks.data import Subset
 from dimat.tasks.huggingface.base import MadeByMaker, ModelMaker
 from dimat.tasks.huggingface.models import architecture, fits_kind
 from dimat.tasks.huggingface.options import MODEL, NAMES, DataOptions, ModelOptions, ProbeOptions, moved_keys
-from dimat.tasks.huggingface.sources import column_of, first_rows, open_probe, open_splits
+from dimat.tasks.huggingface.sources import check_labelled, column_of, first_rows, open_probe, open_splits
 from dimat.tasks.huggingface.tokens import BYTES, Tokens, pack, tokenizer_of
 from dimat.tasks.registry import TASKS
 
@@ -115,8 +115,9 @@ def hf_causal_lm(
     column_of(held, column, (), columns)
     classes: tuple[str, ...] = ()
     if label is not None:
-        for rows in (train, held):
-            column_of(rows, label, (), option_names("data.label_column"))
+        for rows, kind in ((train, "training text"), (held, "test text")):
+            column_of(rows, label, (), labels := option_names("data.label_column"))
+            check_labelled(rows, label, f"{kind} of {data.name}", labels)
         classes = tuple(sorted({*map(str, train.unique(label)), *map(str, held.unique(label))}))
     tokens = tokenizer_of(data.tokenizer, model, option_names, folder)
     changes: dict[str, Any] = {"use_cache": False}

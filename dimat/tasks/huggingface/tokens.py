@@ -39,15 +39,19 @@ class Tokens:
     @property
     def identity(self) -> str:
         """A text that agents compare when they connect: the number of tokens, and a hash of the tokens' ids."""
-        if self.tokenizer is None:
-            return BYTES
-        return f"{len(self.tokenizer):,} tokens, hash {mapping_hash(self.tokenizer.get_vocab())[:16]}"
+        return BYTES if self.tokenizer is None else vocabulary_of(self.tokenizer)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Return the ids of each text, without special tokens."""
         if self.tokenizer is None:
             return [list(text.encode("utf-8")) for text in texts]
         return self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+def vocabulary_of(tokenizer: Any) -> str:
+    """Return the number of a tokenizer's tokens, and a hash of their ids."""
+    ids: dict[str, int] = tokenizer.get_vocab()
+    return f"{len(ids):,} tokens, hash {mapping_hash(ids)[:16]}"
 
 
 def mapping_hash(ids: Mapping[str, int]) -> str:

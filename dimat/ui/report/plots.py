@@ -91,6 +91,22 @@ def comparison_png(comparison: Comparison) -> bytes:
         return _png(_comparison_figure(comparison))
 
 
+def line_png(lines: Mapping[str, tuple[Sequence[float], Mapping[str, Sequence[float]]]]) -> bytes:
+    """Return one picture of ways from one network to another: a panel for each metric, a curve for each entry of
+    `lines`, which has the places on the way, 0 to 1, and the metrics there."""
+    with _styled():
+        names = list(next(iter(lines.values()))[1])
+        figure = _figure(1.0 + 4.5 * len(names), 3.6)
+        for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+            for i, (label, (shares, metrics)) in enumerate(lines.items()):
+                axes.plot(shares, metrics[name], color=PALETTE[i % len(PALETTE)], marker="o", label=_label(label))
+            axes.set_title(_label(name))
+            axes.set_xlabel("share of the second network")
+            axes.set_xlim(0, 1)
+        figure.axes[0].legend()
+        return _png(figure)
+
+
 def require_matplotlib() -> None:
     """Raise ConfigError with the command that installs matplotlib if it is missing."""
     try:

@@ -19,7 +19,7 @@ from dimat.agent.attach import Agent
 from dimat.errors import ConfigError, DataError
 from dimat.tasks import TensorData
 from tests.agent.attach.test_part import adapted
-from tests.agent.own_loop import STEPS, examples, experiment, network
+from tests.agent.own_loop import STEPS, examples, experiment, learn, network
 
 pytestmark = pytest.mark.live
 
@@ -223,3 +223,47 @@ def test_metrics_that_merges_go_by(tmp_path: Path, free_ports: list[int], evalua
 
     with pytest.raises(ConfigError, match=message):
         judged()
+
+
+@pytest.mark.parametrize(
+    ("name", "one", "other"),
+    [
+        ("classes", {"classes": ["cat", "dog", "eel"]}, {"classes": ["dog", "cat", "eel"]}),
+        (
+            "tokenizer",
+            {"agreement": {"tokenizer": "3 tokens, hash a"}},
+            {"agreement": {"tokenizer": "3 tokens, hash b"}},
+        ),
+    ],
+)
+def test_loops_that_mean_other_things_by_their_weights_refuse_each_other(
+    tmp_path: Path, free_ports: list[int], name: str, one: dict[str, Any], other: dict[str, Any]
+) -> None:
+    """Models of one shape: each says once what differs, with both sides, and trains on with its own weights alone."""
+    schedule = "rounds = 2\nround_deadline_s = 3"
+    file = experiment(tmp_path, dict(zip("ab", free_ports)), merge='method = "average"', schedule=schedule)
+    told: dict[str, list[Any]] = {"a": [], "b": []}
+
+    def loop(own: str, means: dict[str, Any]) -> Loop:
+        def go(agent: Agent) -> int:
+            agent.listeners.append(told[own].append)
+            model, data = network(0), examples(0)
+            optimizer = torch.optim.SGD(model.parameters(), 0.1)
+            with agent.attach(model, optimizer, data=[data], follow=[], **means) as running:
+                return learn(running, model, optimizer, data)
+
+        return go
+
+    both(file, {"a": loop("a", one), "b": loop("b", other)})
+    for events in told.values():
+        refused = [fact.reason for fact in events if type(fact).__name__ == "PeerRefused"]
+        assert refused
+        assert all(name in reason for reason in refused)
+        assert all(len(fact.contributions) == 1 for fact in events if type(fact).__name__ == "Merged")
+
+
+def test_classes_that_are_no_list_of_names_are_refused(tmp_path: Path) -> None:
+    agent, model = Agent(experiment(tmp_path, {"a": 1}), name="a"), network(0)
+    for odd in ("cat", [1, 2]):
+        with pytest.raises(ConfigError, match=r"classes=…\) got .*give the names of the model's outputs, in order"):
+            agent.attach(model, torch.optim.SGD(model.parameters(), 0.1), data=[examples(0)], classes=odd)  # type: ignore[arg-type]

@@ -120,6 +120,34 @@ def test_adopting_a_permuted_copys_basis_gives_that_copy(tmp_path: Path) -> None
     assert one.evaluate() == pytest.approx(metrics, abs=1e-6)
 
 
+@pytest.mark.parametrize("optimizer", ["Adafactor", "NAdam", "Rprop", "SGD"])
+def test_training_goes_on_after_a_change_of_basis_as_if_there_had_been_none(tmp_path: Path, optimizer: str) -> None:
+    """Reference: the same agent in its old basis, permuted at the end. State of rows and columns moves with the units,
+    and nothing of it is reset."""
+    from dimat.symmetry import permute_weights, random_permutations
+
+    settings = {"name": f"torch.optim.{optimizer}", "options": {"momentum": 0.9} if optimizer == "SGD" else {}}
+    train = {"epochs_per_round": 2, "batch_size": 16, "optimizer": settings, "optimizer_state": "kept"}
+    for name in ("one", "twin"):
+        (tmp_path / name).mkdir()
+    one, twin = (agents(tmp_path / name, train=train)[0] for name in ("one", "twin"))
+    trained(one, 1, learn=True)
+    trained(twin, 1, learn=True)
+    assert one.spec is not None
+    planted = random_permutations(one.spec, torch.Generator().manual_seed(5))
+    copy = permute_weights(one.trainer.weights(), one.spec, planted)
+    save_file({k: v.contiguous() for k, v in copy.items()}, tmp_path / "copy.safetensors")
+    moves = one.adopt_basis(1, "copy", tmp_path / "copy.safetensors")
+    assert moves is not None
+    assert moves.share == pytest.approx(moved_share(planted))
+    assert "reset" not in moves.note
+    for agent in (one, twin):
+        agent.train(2, learn=True)
+    expected = permute_weights(twin.trainer.weights(), one.spec, planted)
+    for key, tensor in one.trainer.weights().items():
+        torch.testing.assert_close(tensor, expected[key], rtol=2e-3, atol=2e-4)
+
+
 def test_a_merge_tells_how_many_units_of_a_peer_moved(tmp_path: Path) -> None:
     """Planted permutation: a permuted copy of itself is brought back, and its planted share is what moved; of a peer
     in the same basis nothing is told, nor by a method that does not align."""

@@ -14,8 +14,12 @@ from tests.agent.learner.rounds import merged, trained
 from tests.agent.learner.test_learner import agents
 
 
-def test_a_merge_with_metrics_that_are_not_finite_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Finite weights, NaN as loss after the merge and a number before it: own weights go on, and a warning says so."""
+@pytest.mark.parametrize("asked", ["after", "none"])
+def test_a_merge_with_metrics_that_are_not_finite_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    """Finite weights, NaN as loss after the merge and a number before it: own weights go on, and a warning says so.
+    Where nobody asks for metrics, and between mixing steps, a few own examples tell."""
     one, two = agents(tmp_path, merge__method="average")
     peer = trained(two, 1, learn=True).payload
     trained(one, 1, learn=True)
@@ -27,9 +31,9 @@ def test_a_merge_with_metrics_that_are_not_finite_is_not_kept(tmp_path: Path, mo
         return evaluate(*given) if own else {**evaluate(*given), "loss": nan}
 
     monkeypatch.setattr(one.trainer, "evaluate", judged)
-    report = merged(one, 1, 0.5, [("two", one.store / f"{peer.root}.safetensors", 0.5, True)], "after")
+    report = merged(one, 1, 0.5, [("two", one.store / f"{peer.root}.safetensors", 0.5, True)], asked)
     assert report.accepted == 0
-    assert report.after == evaluate(one.task.data("test"))
+    assert report.after == (evaluate(one.task.data("test")) if asked == "after" else {})
     assert report.notes[-1] == (f"{WARNING}after the merge loss is not finite: the merge is not kept, own weights stay")
     assert all(torch.equal(v, before[k]) for k, v in one.trainer.weights().items())
 

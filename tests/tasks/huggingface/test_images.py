@@ -209,6 +209,24 @@ def test_a_damaged_image_is_named(tmp_path: Path) -> None:
         made(tmp_path, probe={"count": 2})
 
 
+@pytest.mark.parametrize("labels", [[0, None], [0.0, float("nan")], ["a", None]], ids=repr)
+def test_a_label_that_is_missing_is_named(tmp_path: Path, labels: list[Any]) -> None:
+    """File, column, row, how many, and what to do: none of them becomes a class of its own."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    picture_ = {"bytes": png(picture(0, np.random.default_rng(0))), "path": None}
+    table = pa.table({"image": [picture_] * 20, "label": labels * 10})
+    for name in ("colours", "held"):
+        parquet.write_table(table, tmp_path / f"{name}.parquet")
+    told = (
+        r"^training data of colours\.parquet, column 'label': row 1 has no label \(10 such rows\); leave these rows "
+        r"out, or name another column with task\.options\.data\.label_column$"
+    )
+    with pytest.raises(DataError, match=told):
+        made(tmp_path, data={"test": "held.parquet"}, probe={"count": 2})
+
+
 def test_weights_that_are_no_safetensors_are_refused(colours: Path) -> None:
     """A pickled checkpoint is never read."""
     model = made(colours).build_model(torch_generator(0))

@@ -154,6 +154,10 @@ def test_labels_go_with_documents(tmp_path: Path) -> None:
         own = everything(test)[test.labels == label].flatten().tolist()
         assert own == stream[: len(stream) // 32 * 32]
     assert made(tmp_path, data=data).data("train").labels is None
+    del rows[4]["topic"]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(DataError, match=r"training text of rows\.jsonl, column 'topic': row 4 has no label \(1 such"):
+        made(tmp_path, data={**data, "label_column": "topic"})
 
 
 @pytest.mark.parametrize(
