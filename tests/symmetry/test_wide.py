@@ -10,12 +10,14 @@ import importlib.util
 import random
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from dimat.symmetry import tolerance_of, verify_symmetry
 from tests.symmetry.wide import ENTRIES, Entry, Subject, measure, shortcomings
+from tests.symmetry.wide import __main__ as command
 from tests.symmetry.wide.planted import FOUND, recover
 
 pytestmark = pytest.mark.zoo
@@ -80,6 +82,23 @@ def test_no_newer_family_drops_out_of_sight() -> None:
     for entry in ENTRIES.values():
         assert entry.tolerance in (1e-9, 1e-5), entry.name
         assert (entry.tolerance == 1e-9) == ("float32" not in entry.exception), entry.name
+
+
+def test_the_command_fails_where_a_bound_is_missed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`make zoo` on two models: one that is right, and one of a library that is not there, which is left out aloud. Its
+    exit status tells of a bound that is missed, of the error as of the count."""
+    good = ENTRIES["mlp"]
+    gone: Any = "no_such_library"
+    monkeypatch.setattr(command, "ENTRIES", {"mlp": good, "gone": replace(good, name="gone", source=gone)})
+    assert command.main([]) == 0
+    said = capsys.readouterr().out
+    assert "left out, as not installed: no_such_library\n" in said
+    assert "1 models: 1 meet their targets, 0 do not" in said
+    for wrong in (replace(good, tolerance=0.0), replace(good, groups=3)):
+        monkeypatch.setattr(command, "ENTRIES", {"mlp": wrong})
+        assert command.main([]) == 1
 
 
 @pytest.fixture(scope="module", params=_params(CHEAP))
