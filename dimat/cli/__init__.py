@@ -5,6 +5,9 @@ Heavy modules (torch above all) are imported inside the commands, so that `dimat
 
 from __future__ import annotations
 
+from dimat.cli import early as early  # before all that takes long
+
+# isort: split
 import os
 import signal
 import sys
@@ -53,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if not {"--help", "-h", "--version"} & set(words):
             check_working_folder()
+        _check_words(words)
         code = app(
             words,
             exit_on_error=False,
@@ -94,6 +98,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         # what the interpreter ends with (workers, locks) is not cut off by the same signal, come twice
         signal.signal(signal.SIGTERM, end if terminated and arguments is None else before)
+
+
+def _check_words(words: Sequence[str]) -> None:
+    """Raise ConfigError for arguments that name nothing; read as a path, an empty one would be this very folder."""
+    for number, word in enumerate(words):
+        after = f" (after {words[number - 1]!r})" if number else ""
+        if not word:
+            raise ConfigError(f"argument {number + 1} is empty{after}; is a variable of the shell not set?")
+        if "\0" in word:
+            raise ConfigError(f"argument {number + 1} holds a NUL character{after}")
 
 
 def _complain(text: str) -> None:

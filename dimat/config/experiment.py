@@ -335,6 +335,6 @@ def agent_folder(config: ExperimentConfig, agent: str) -> Path:
     agent. Raises ConfigError if no folder can have that name."""
     if config.agent.folder is not None:
         return Path(config.folder) / config.agent.folder
-    if not agent.strip(".") or _NO_FOLDER.search(agent):
+    if not agent.strip(". ") or _NO_FOLDER.search(agent):
         raise ConfigError(f"cannot name a folder after agent {agent!r}; set agent.folder")
     return Path("agents") / config.run / agent

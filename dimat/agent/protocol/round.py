@@ -76,7 +76,7 @@ class RoundMachine:
         self._published = published
         self._inbox = Inbox(agent, run, plan, rules)
         self._inbox.base = self.base
-        self._refusals = Refusals()
+        self.refusals = Refusals()
         self._current = RoundPlan({agent: 1.0})
         self._mixing = MixingState(agent, rules, state)
         self._adopting: PeerPublished | None = None
@@ -214,7 +214,7 @@ class RoundMachine:
     # ── hearing ──────────────────────────────────────────────────────────────────────────────────────────────
     def _offered(self, offer: PeerPublished) -> list[m.Action]:
         heard, actions = self._inbox.hear(offer)
-        reason = self._refusals.reason(heard, offer, self.base)
+        reason = self.refusals.reason(heard, offer, self.base)
         if reason:
             actions.append(self._refused(offer.peer, reason))
         # one that conflicts may have told, too, that its peer left a round out
