@@ -1,4 +1,4 @@
-"""Repair without BatchNorm: each unit's mean and deviation brought back to those of the models."""
+"""Repair without BatchNorm: units keep mean and deviation of the models."""
 
 from __future__ import annotations
 
