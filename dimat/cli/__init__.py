@@ -18,7 +18,20 @@ from pathlib import Path
 
 from cyclopts import CycloptsError
 
-from dimat.cli import advise, agent, barrier, dashboard, dht, doctor, experiment, keys, merge, symmetry, topology
+from dimat.cli import (
+    advise,
+    agent,
+    barrier,
+    config,
+    dashboard,
+    dht,
+    doctor,
+    experiment,
+    keys,
+    merge,
+    symmetry,
+    topology,
+)
 from dimat.cli.agent import SAME_S
 from dimat.cli.app import app
 from dimat.cli.shared import say
@@ -30,7 +43,7 @@ LONGEST = 2000
 """Most characters of an error message."""
 TRACEBACK = "DIMAT_TRACEBACK"
 """Environment variable that makes internal errors show their traceback."""
-COMMANDS = (advise, agent, barrier, dashboard, dht, doctor, experiment, keys, merge, symmetry, topology)
+COMMANDS = (advise, agent, barrier, config, dashboard, dht, doctor, experiment, keys, merge, symmetry, topology)
 """The modules that add their commands to `app`."""
 
 
