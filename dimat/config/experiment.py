@@ -180,7 +180,7 @@ class ScheduleConfig(Tree):
     join_wait_s: Annotated[float, Field(gt=0)] = 10.0
     """Seconds for which a newcomer listens for a running network before it starts one."""
     target: Annotated[float, Field()] | None = None
-    """An agent stops once its test metric after a merge reaches this value."""
+    """An agent stops once its test metric after a merge is as good as this value or better."""
     max_time_s: Annotated[float, Field(gt=0)] | None = None
     """Time in seconds (virtual in the simulator) at which an agent finishes its round and stops."""
     final_merge: bool = False

@@ -14,7 +14,6 @@ A driver carries out actions in the order given, and a `Publish` only once the `
 
 from __future__ import annotations
 
-import math
 from enum import Enum
 
 from dimat import events
@@ -351,8 +350,7 @@ class RoundMachine:
             return []
         expected = len(self._inbox.expected())
         merged, record = self._mixing.merged(merge, event.result, self._current, expected)
-        target = self._rules.target
-        reached = target is not None and event.result.after.get(target[0], -math.inf) >= target[1]
+        reached = self._rules.reached(event.result.after)
         actions: list[m.Action] = [
             *(self._refused(peer, reason) for peer, reason in sorted(event.result.refused.items())),
             m.Emit(merged),

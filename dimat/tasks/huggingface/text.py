@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -57,8 +57,8 @@ PROBE = TextProbe()
 class HfCausalLM(MadeByMaker):
     """Next-token prediction on blocks of tokens, (B, T) int64, which are both inputs and targets.
 
-    Metrics are of a block's T − 1 predictions: "token_accuracy" (the one that counts) and "nll" in nats per token;
-    over a set, "perplexity" = exp(nll). `classes`: values of the label column, empty without one.
+    Metrics are of a block's T − 1 predictions: "token_accuracy" and "nll" in nats per token; over a set, "perplexity" =
+    exp(nll). `metric`: the one that counts. `classes`: values of the label column, empty without one.
     """
 
     name: str
@@ -97,6 +97,7 @@ def hf_causal_lm(
     data: TextData,
     model: ModelOptions = MODEL,
     probe: TextProbe = PROBE,
+    metric: Literal["token_accuracy", "perplexity"] = "token_accuracy",
     seed: Annotated[int, Field(ge=0)] = 0,
     folder: Path = Path(),
     option_names: OptionNames = NAMES,
@@ -106,7 +107,8 @@ def hf_causal_lm(
     data: { name, … }, see `TextData`. model: { name, … } or { config, … }, see `ModelOptions`; with `lora` agents
     exchange adapters. probe: `count` blocks of the training text, or blocks of the text { name, … }, in which case all
     training text is used for training. **Agents that compare networks on it must give the same text, probe, tokenizer,
-    max_length and seed**. seed: of the draws from the data, and of a frozen base without pretrained weights.
+    max_length and seed**. metric: the one that counts, in reports, for targets and to accept merges; a perplexity
+    is better if it is lower. seed: of the draws from the data, and of a frozen base without pretrained weights.
     """
     train, held = open_splits(data, option_names, seed=seed, folder=folder)
     length, label = data.max_length, data.label_column
@@ -157,6 +159,7 @@ def hf_causal_lm(
         test=parts[1],
         probe=Subset(public, drawn[: probe.count]),
         classes=classes,
+        metric=metric,
         agreement={"tokenizer": tokens.identity},
     )
 

@@ -17,6 +17,7 @@ import networkx as nx
 
 from dimat.config import CEILING
 from dimat.errors import ConfigError
+from dimat.metrics import best_of
 from dimat.ui.tables import timed
 from dimat.ui.text import clean, count_text, mean
 
@@ -311,7 +312,7 @@ def _classes_figure(results: Results) -> Figure:
 
 
 def _comparison_figure(comparison: Comparison) -> Figure:
-    splits = list(comparison.splits)
+    splits, metric = list(comparison.splits), comparison.metric
     names = list(dict.fromkeys(method for curves in comparison.splits.values() for method in curves))
     styles = _method_styles(comparison)
     clock = any(timed(curves) for curves in comparison.splits.values())
@@ -321,9 +322,10 @@ def _comparison_figure(comparison: Comparison) -> Figure:
         left, *middle, right = grid[row]
         for method, curve in comparison.splits[split].items():
             _draw_merges(left, curve, *styles[method])
-            _draw_over(right, curve, curve.timeline.mb, styles[method][0])
+            _draw_over(right, curve, curve.timeline.mb, styles[method][0], metric)
             for axes in middle:
-                _draw_over(axes, curve, curve.timeline.time_s if method != CEILING else (), styles[method][0])
+                times = curve.timeline.time_s if method != CEILING else ()
+                _draw_over(axes, curve, times, styles[method][0], metric)
         target = comparison.target(split)
         for axes in grid[row] if target is not None else ():
             axes.axhline(target, color="black", linewidth=0.9, linestyle=":")
@@ -351,10 +353,11 @@ def _draw_merges(axes: Axes, curve: MethodCurve, colour: str, marker: str) -> No
     axes.fill_between(merges, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
-def _draw_over(axes: Axes, curve: MethodCurve, x: Sequence[float], colour: str) -> None:
-    """Draw a curve over time or megabytes; one without these is a horizontal line for comparison."""
+def _draw_over(axes: Axes, curve: MethodCurve, x: Sequence[float], colour: str, metric: str) -> None:
+    """Draw a curve over time or megabytes; one without these is a horizontal line at its best for comparison."""
     if not any(x):
-        axes.axhline(max(curve.after_merge, default=0.0), color=colour, linestyle="--", linewidth=1.4)
+        if curve.after_merge:
+            axes.axhline(best_of(metric, curve.after_merge), color=colour, linestyle="--", linewidth=1.4)
     else:
         axes.plot(x, curve.timeline.value, _dash(colour), color=colour, linewidth=1.5)
 
