@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -64,3 +64,7 @@ class ModelTrainer(Protocol):
     def momentum_limit(self) -> float: ...
     def state(self, *, copy: bool = True) -> TrainerState: ...
     def load_state(self, state: TrainerState) -> None: ...
+
+
+Training = Callable[[ModelTrainer], TrainReport]
+"""A round's training of a trainer's model."""

@@ -121,12 +121,21 @@ def test_compare_and_json(tiny: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_comparison_equals_single_runs(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Branching off after a shared first round changes nothing: curves equal those of a run on its own."""
-    assert main(["simulate", str(tiny), "--compare", "average,dimat", "--json", "--workers", "1"]) == 0
+    """Branching off after a shared first round changes nothing: curves, last models and the bytes of every snapshot
+    (moments are sent with the first one, too) equal those of a run on its own, and so do mixing weights by samples."""
+    mixing = ["--set", "topology.mixing=samples", "--json", "--workers", "1"]
+    assert main(["simulate", str(tiny), "--compare", "average,dimat", *mixing]) == 0
     together = json.loads(capsys.readouterr().out)["iid"]
+
+    def told(folder: Path) -> tuple[list[tuple[int, str, int]], dict[str, bytes]]:
+        events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+        sizes = [(e["round"], e["agent"], e["bytes"]) for e in events if e.get("event") == "Published"]
+        return sorted(sizes), {file.name: file.read_bytes() for file in (folder / "final").iterdir()}
+
     for method in ("average", "dimat"):
-        single = ["simulate", str(tiny), "--set", f"merge.method={method}", "--out", f"runs/{method}", "--json"]
+        single = ["simulate", str(tiny), "--set", f"merge.method={method}", "--out", f"runs/{method}", *mixing]
         assert main(single) == 0
+        assert told(Path(f"runs/{method}")) == told(Path(f"runs/tiny-compared/iid/{method}/seed0"))
         rows = json.loads(capsys.readouterr().out)["rows"]
         means = [sum(r["after"] for r in rows if r["round"] == n) / 3 for n in (1, 2)]
         assert means == pytest.approx(together[method]["after_merge"], abs=1e-12)

@@ -43,7 +43,7 @@ from dimat.metrics import score_of
 from dimat.seeds import torch_generator
 from dimat.symmetry import Observer, SymmetrySpec
 from dimat.tasks.base import Task
-from dimat.train.base import ModelTrainer
+from dimat.train.base import ModelTrainer, Training
 from dimat.train.losses import class_counts
 from dimat.train.trainer import Trainer
 from dimat.weights.snapshot import RecordedSnapshot
@@ -129,13 +129,14 @@ class Learner:
         self._unsaid = (trainer.loss.note,) if trainer.loss.note else ()
         return trainer
 
-    def train(self, number: int, learn: bool = True) -> TrainResult:
-        """Train for a round (not if `learn` is false), and compute the merge method's statistics."""
+    def train(self, number: int, learn: bool = True, kept: Training | None = None) -> TrainResult:
+        """Train for a round (not if `learn` is false), and compute the merge method's statistics. `kept`: brings the
+        trainer to the end of this training, where an equal one was made before."""
         report = None
         with self._own_training():
             timer = StageTimer(thread_time)
             if learn:
-                report = self.trainer.train(self.config.schedule.round_of(number))
+                report = kept(self.trainer) if kept else self.trainer.train(self.config.schedule.round_of(number))
             timer.lap("train")
         draws = torch_generator(self.config.seed, "statistics", self.name, number)
         plan = self._plan_of(self.config.schedule.begins_round(number))

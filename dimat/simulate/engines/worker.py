@@ -23,7 +23,7 @@ from dimat.config import ExperimentConfig
 from dimat.events import MergeResult, TrainResult
 from dimat.merge import plan_merge
 from dimat.merge.weight_views import content_hash
-from dimat.train.base import TrainerState
+from dimat.train.base import ModelTrainer, TrainerState, TrainReport
 from dimat.weights.snapshot import RecordedSnapshot, make_folder
 
 
@@ -102,17 +102,22 @@ def train(key: str, action: Train) -> TrainResult:
         return learner.train(action.round, action.learn)
     file = setup.warm / f"{_first_round_key(setup)}.safetensors"
     if file.exists():
-        kept = read_state(file)
-        values = dict(kept.values)
-        loss, samples = float(values.pop("report/loss")), int(values.pop("report/samples"))
-        learner.trainer.load_state(TrainerState(dict(kept.tensors), values))
-        result = learner.train(action.round, learn=False)
-        return replace(result, loss=loss, samples=samples, cpu_s={**result.cpu_s, "train": 0.0})
+        result = learner.train(action.round, kept=lambda trainer: _trained_before(trainer, file))
+        return replace(result, cpu_s={**result.cpu_s, "train": 0.0})
     result = learner.train(action.round, action.learn)
     state = learner.trainer.state()
     values = {**state.values, "report/loss": result.loss, "report/samples": result.samples}
     write_state(file, Stored(state.tensors, values), durable=False)
     return result
+
+
+def _trained_before(trainer: ModelTrainer, file: Path) -> TrainReport:
+    """Bring a trainer to the end of a first round that is kept in a file; return the report of that training."""
+    kept = read_state(file)
+    values = dict(kept.values)
+    loss, samples = float(values.pop("report/loss")), int(values.pop("report/samples"))
+    trainer.load_state(TrainerState(dict(kept.tensors), values))
+    return TrainReport(loss, samples, steps=0, cpu_s=0.0, wall_s=0.0)
 
 
 def record(key: str) -> tuple[RecordedSnapshot, float]:
