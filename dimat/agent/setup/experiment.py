@@ -19,7 +19,7 @@ from dimat.agent.setup.schedule import RunSchedule, later_topologies, with_final
 from dimat.config import ExperimentConfig
 from dimat.seeds import derive_seed, numpy_generator
 from dimat.tasks import partition
-from dimat.tasks.base import Task
+from dimat.tasks.base import Data, Task
 from dimat.topology import resolve_map
 from dimat.train.contract import task_errors
 
@@ -83,8 +83,7 @@ def resolve(config: ExperimentConfig, loaded: LoadedTask, *, split: bool = False
     else:
         parts = ()
         if split or given:  # equal seeds give equal parts, in the simulator and in every agent
-            draws = numpy_generator(config.seed, "partition")
-            parts = tuple(partition(train.labels, len(agents), config.task.partition, draws, samples=len(train)))
+            parts = split_data(config, train, len(agents))
         counts = _counts(agents, parts) if parts else None
         # in a simulation of a map whose agents have data of their own, its sample counts hold
         topology = resolved.topology(counts if given or config.topology.map is None else None)
@@ -101,6 +100,13 @@ def resolve(config: ExperimentConfig, loaded: LoadedTask, *, split: bool = False
         base=base_address(config, loaded.task),
     )
     return Experiment(loaded=loaded, schedule=schedule, parts=parts)
+
+
+def split_data(config: ExperimentConfig, train: Data, agents: int) -> tuple[Tensor, ...]:
+    """Return each agent's part of training data, as indices; equal seeds give equal parts. PartitionError where they
+    cannot be split so."""
+    draws = numpy_generator(config.seed, "partition")
+    return tuple(partition(train.labels, agents, config.task.partition, draws, samples=len(train)))
 
 
 def _counts(agents: Sequence[str], parts: Sequence[Tensor]) -> dict[str, int]:

@@ -26,7 +26,6 @@ from dimat.tasks.base import Task
 from dimat.topology import resolve_map
 from dimat.train.base import ModelTrainer
 from dimat.weights.encodings import ENCODINGS, encoded_bytes
-from dimat.weights.tensors import schema_hash
 
 DEFAULT_PORT = 7300
 MOST_CLASSES = 1_000
@@ -64,7 +63,7 @@ class PreparedAgent:
         """Return the profile with which peers must agree; `model`: that of the task."""
         loaded = self.experiment.loaded
         return Profile(
-            schema_hash(loaded.sample_shared(model)),
+            loaded.schema(model),
             self.schedule.base,
             ENCODINGS,
             groups="" if loaded.spec is None else loaded.spec.groups_hash,
@@ -98,7 +97,8 @@ class PreparedAgent:
         `optimizers`: the model's."""
         # peers may send moments in any type, and those in fp32 are the largest
         widest = self.config.model_copy(update={"exchange": ExchangeConfig(moments="fp32")})
-        snapshot = self.experiment.loaded.sample_snapshot(model, sample_encoded(widest, model, optimizers))
+        moments = sample_encoded(widest, model, optimizers)
+        snapshot = self.experiment.loaded.sample_snapshot(model, moments, largest=True)
         return max(encoded_bytes(snapshot, encoding) for encoding in ENCODINGS)
 
     def listen_address(self) -> str:
