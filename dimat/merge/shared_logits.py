@@ -128,6 +128,7 @@ def distil(
     weight: Annotated[float, Field(ge=0, le=1)] = 0.5,
     temperature: Annotated[float, Field(gt=0)] | None = None,
     keep: Annotated[int, Field(ge=1)] | None = None,
+    text: Annotated[float, Field(ge=0, le=1)] = 0.5,
 ) -> Tensor:
     """Return the teachers' mean, p̄ = Σ_k w_k softmax(z_k / T) over own (k = 0) and peers, (examples, classes).
 
@@ -135,12 +136,13 @@ def distil(
     for `steps` steps on (1 − w) loss of own labelled examples + w T² KL(p̄ ‖ softmax(z / T)) of as many probe examples,
     with w = `weight` and T = `temperature`, by default 2. `keep`: the largest logits of an example that travel, None
     for all; the same for all agents. Language models teach each other's tokens (`dimat.merge.token_map`), with T = 1
-    and the 16 largest logits of a prediction by default.
+    and the 16 largest logits of a prediction by default; `text` is the share of p̄ that goes to the tokens of the probe
+    text itself, which no other model's probe set has.
 
     Papers: Hinton et al. 2015, arXiv 1503.02531 (the loss); Li & Wang 2019, FedMD, arXiv 1910.03581 (logits on a public
     set among unlike models, averaged by a server there).
     """
-    del steps, weight, keep  # of the training and of the layout
+    del steps, weight, keep, text  # of the training and of the layout
     heat = HEAT if temperature is None else temperature
     parts = [w * softened(each, classes, heat) for each, w in zip((own, *peers), weights, strict=True)]
     return torch.stack(parts).sum(0).float()

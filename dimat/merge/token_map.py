@@ -4,7 +4,8 @@ A prediction is of the token that begins at some byte of the text, so prediction
 thing where their tokens begin at the same byte (or with only spaces between: some tokenizers keep a space with the next
 word, others drop it). Where the peer's token is shorter than the own one that stands there, its predictions are
 followed along the text until the own one ends, and their probabilities multiplied: of "the", bytes say "t", then "h",
-then "e".
+then "e". Where an own token begins within the peer's, what it says is of how the text goes on: of its texts that begin
+with what has been read of its token, the rest (as in Phan et al. 2024, arXiv 2410.09303).
 
 Each of the peer's texts a stands for own tokens b. Where a is on the text's own way and as long as the own token that
 stands there, that one. Else, by the first rule that has an answer:
@@ -25,10 +26,11 @@ by the own model's shares are dimat's, since a byte of a peer may stand for a hu
 from __future__ import annotations
 
 from array import array
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import exp, log
 
 import torch
 from torch import Tensor
@@ -45,6 +47,12 @@ MOST_OPTIONS = 64
 """Own tokens that one text may stand for by statistics: the most frequent ones."""
 MOST_STEPS = 64
 """Predictions of a peer that are followed for one own token."""
+LEAST = 1e-4
+"""Probability that a token has at least which a model did not keep among its largest, where models are compared."""
+LEAST_MASS = 0.01
+"""Probability of all that a peer says of an own token; with less, the text has gone on as it did not expect."""
+LONGEST_STANDING = 256
+"""Bytes that a token with what follows it can be long."""
 SEARCHED = 64
 """Texts of a peer for which the least edit distance is looked for: it takes a walk through the vocabulary."""
 
@@ -58,6 +66,7 @@ class OwnTokens:
     def __init__(self, probe: ProbeText) -> None:
         self.text = probe.text
         self.texts = probe.texts
+        self.predictions = probe.tokens.shape[1]
         self.tokens: list[int] = probe.tokens.flatten().tolist()
         self.starts: list[int] = probe.spans[..., 0].flatten().tolist()
         self.ends: list[int] = probe.spans[..., 1].flatten().tolist()
@@ -110,20 +119,25 @@ class PeerTokens:
         self._ids = said.ids.numpy()
         self._shares = said.shares(temperature).numpy()
         self._rows = {start: row for row, start in enumerate(self._starts)}
-        self._words: dict[int, int] = {}
-        for row, start in enumerate(self._starts):
-            self._words[_word(own.text, start)] = row  # of several, the last has read most
+        known = set(own.starts)
+        self._words = {_word(own.text, start): row for start, row in self._rows.items() if start not in known}
         self._table = {text: i for i, text in enumerate(said.texts)}
-        self._stands = [self._standing(row) for row in range(len(self._starts))]
+        self._stands, self._ends = zip(*map(self._standing, range(len(self._starts))), strict=True)
         self._met = self._statistics()
         self._single: dict[int, Options] = {}
         self._joined: dict[bytes, Options] = {}
+        self._rest: dict[bytes, Options] = {}
         self._searched = 0
 
-    def row_at(self, start: int) -> int | None:
-        """Return the row of what the peer says of the token that begins at a byte; None if it says nothing."""
-        row = self._rows.get(start)
-        return self._words.get(_word(self._own.text, start)) if row is None else row
+    def row_of(self, start: int) -> int | None:
+        """Return the row of what the peer says of an own token that begins at a byte; None if it says nothing: that of
+        its own token there, or within which that byte is, or but for spaces there."""
+        if (row := self._rows.get(start)) is not None:
+            return row
+        row = bisect_right(self._starts, start) - 1
+        if row >= 0 and self._ends[row] > start:
+            return row
+        return self._words.get(_word(self._own.text, start))
 
     def shares(self, place: int, prior: Mapping[int, float]) -> Shares:
         """Return what the peer says of the own token at `place` (an index of own predictions), sum 1; nothing if it
@@ -132,30 +146,37 @@ class PeerTokens:
         for options, share in self._followed(place):
             self._give(found, options, share, prior)
         total = sum(found.values())
-        return {token: share / total for token, share in found.items()} if total > 0 else {}
+        return {token: share / total for token, share in found.items()} if total >= LEAST_MASS else {}
 
     def _followed(self, place: int) -> Iterator[tuple[Options, float]]:
         """Yield what the peer's texts from a place on stand for, each with its probability."""
         own = self._own
-        row = self.row_at(own.starts[place])
-        if row is None:
+        start, end = own.starts[place], own.ends[place]
+        first = row = self.row_of(start)
+        if first is None or row is None:
             return
         actual: Options = [(own.tokens[place], 1.0, 1)] if own.texts[own.tokens[place]] else []
-        begin, end, mass = self._starts[row], own.ends[place], 1.0
+        begin, mass = self._starts[row], 1.0
+        within = own.text[begin:start] if begin < start < self._ends[row] else b""
         for _ in range(MOST_STEPS):
             read = own.text[begin : self._starts[row]]
             stands = self._stands[row]
             on = row + 1 < len(self._starts) and self._starts[row + 1] < end
             further = 0.0
-            for text, share in zip(self._ids[row].tolist(), self._shares[row].tolist(), strict=True):
-                if text == stands and on:
+            for i, share in zip(self._ids[row].tolist(), self._shares[row].tolist(), strict=True):
+                text = read + self._said.texts[i]
+                if within and not (text.startswith(within) and len(text) > len(within)):
+                    continue  # the text has gone on in another way
+                if i == stands and on:
                     further = mass * share
-                elif text == stands or self._reaches(begin, read + self._said.texts[text], end):
+                elif i == stands or self._reaches(begin, text, end):
                     yield actual, mass * share
                 elif read:
-                    yield self._joined_options(read + self._said.texts[text]), mass * share
+                    yield self._joined_options(text[len(within) :]), mass * share
+                elif within:
+                    yield self._rest_options(text[len(within) :]), mass * share
                 else:
-                    yield self._options(text), mass * share
+                    yield self._options(i), mass * share
             if further == 0:
                 return
             mass, row = further, row + 1
@@ -176,25 +197,26 @@ class PeerTokens:
         for token, part in parts:
             found[token] = found.get(token, 0.0) + share * part / total
 
-    def _standing(self, row: int) -> int | None:
-        """Return the peer's text that stands at a row: up to where its next row begins, but for spaces."""
+    def _standing(self, row: int) -> tuple[int | None, int]:
+        """Return the peer's text that stands at a row (up to where its next row begins, but for spaces) and where it
+        ends; None, and its start, where that is none of those that are kept."""
         start = self._starts[row]
         stop = self._starts[row + 1] if row + 1 < len(self._starts) else len(self._own.text)
-        if stop - start > 256:  # no token is that long: the next rows are missing
-            return None
+        if stop - start > LONGEST_STANDING:  # no token is that long: the next rows are missing
+            return None, start
         whole, said = self._own.text[start:stop], self._ids[row].tolist()
         for text in (whole, whole.rstrip(SPACES + END), whole.lstrip(SPACES)):
             for form in (text, b" " + text):
                 if (found := self._table.get(form)) is not None and found in said:
-                    return found
-        return None
+                    return found, start + whole.index(text) + len(text)
+        return None, start
 
     def _statistics(self) -> dict[int, Options]:
         """Return for each of the peer's texts the own tokens that stood where it stood."""
         met: defaultdict[int, Counter[int]] = defaultdict(Counter)
         own = self._own
         for token, start in zip(own.tokens, own.starts, strict=True):
-            row = self.row_at(start)
+            row = self._rows.get(start, self._words.get(_word(own.text, start)))
             if row is not None and own.texts[token] and (stands := self._stands[row]) is not None:
                 met[stands][token] += 1
         return {
@@ -213,6 +235,11 @@ class PeerTokens:
         if text not in self._joined:
             self._joined[text] = self._own.beginning(text) or self._alone(text)
         return self._joined[text]
+
+    def _rest_options(self, text: bytes) -> Options:
+        if text not in self._rest:
+            self._rest[text] = self._alone(text)
+        return self._rest[text]
 
     def _alone(self, text: bytes) -> Options:
         found = self._own.alike(text)
@@ -233,38 +260,64 @@ class Taught:
 
 
 def teachers_mean(
+    own: OwnTokens,
     ids: Tensor,
     shares: Tensor,
     peers: Sequence[PeerTokens],
     weights: Sequence[float],
+    *,
     most: int,
+    text: float,
 ) -> Taught:
-    """Return p̄ = Σ w_k p_k / Σ w_k over own (k = 0) and the peers that say something, of predictions of which one does.
+    """Return p̄ = (1 − g) Σ v_k p_k / Σ v_k + g δ of predictions of which a peer says something; δ is the token that
+    stands there, g = `text`.
 
-    `ids`, `shares`: (places, kept) own largest ones; `weights`: own first; `most`: own tokens that a row may have, the
-    largest shares, made to sum to 1 again. Memory: 12 bytes for each share that a row of W has, twice meanwhile.
+    The sums are over own (k = 0) and the peers that say something of a prediction. v_k = w_k exp(−c_k), with the mixing
+    weights w_k (`weights`, own first) and c_k the mean of −log p_k(the token that stands there) over the predictions of
+    the example of which k says something: who does not know what a text is about teaches little about it. (FuseLLM,
+    arXiv 2401.10491, takes the model with the least c_k alone, and trains on the text itself too.)
+
+    `ids`, `shares`: (examples × P, kept) own largest ones; `most`: own tokens that a row may have, the largest shares,
+    made to sum to 1 again. Memory: 12 bytes for each share that a row of W has, twice meanwhile.
     """
-    rows, sizes, told, said_shares = array("q"), array("q"), array("q"), array("f")
-    for place, (tokens, parts) in enumerate(zip(ids.numpy(), shares.numpy(), strict=True)):
-        prior: dict[int, float] = dict(zip(tokens.tolist(), parts.tolist(), strict=True))
-        said = [(peer.shares(place, prior), weight) for peer, weight in zip(peers, weights[1:], strict=True)]
-        if not any(heard for heard, _ in said):
-            continue
-        mean: Shares = {}
-        for each, weight in ((prior, weights[0]), *said):
-            for token, share in each.items():
-                mean[token] = mean.get(token, 0.0) + weight * share
-        kept = sorted(mean.items(), key=lambda item: (-item[1], item[0]))[:most]
-        total = sum(share for _, share in kept)
-        if total > 0:
+    rows, sizes, told, said = array("q"), array("q"), array("q"), array("f")
+    for begin in range(0, len(own.tokens), own.predictions):
+        places = range(begin, begin + own.predictions)
+        priors: list[Shares] = [
+            dict(zip(*pair, strict=True))
+            for pair in zip(ids[begin : places.stop].tolist(), shares[begin : places.stop].tolist(), strict=True)
+        ]
+        models = [priors]
+        models += [[peer.shares(p, prior) for p, prior in zip(places, priors, strict=True)] for peer in peers]
+        trusted = [w * exp(-_surprise(own, places, each)) for w, each in zip(weights, models, strict=True)]
+        for k, place in enumerate(places):
+            heard = [(each[k], weight) for each, weight in zip(models, trusted, strict=True) if each[k]]
+            total = sum(weight for _, weight in heard)
+            if total <= 0 or not any(each[k] for each in models[1:]):
+                continue
+            known = bool(own.texts[own.tokens[place]])
+            mean: Shares = {own.tokens[place]: text} if known and text > 0 else {}
+            for each, weight in heard:
+                for token, share in each.items():
+                    mean[token] = mean.get(token, 0.0) + (1 - text * known) * weight / total * share
+            kept = sorted(mean.items(), key=lambda item: (-item[1], item[0]))[:most]
+            total = sum(share for _, share in kept)
             rows.append(place)
             sizes.append(len(kept))
             told.extend(token for token, _ in kept)
-            said_shares.extend(share / total for _, share in kept)
+            said.extend(share / total for _, share in kept)
     filled = torch.arange(max(sizes, default=1)) < torch.tensor(sizes, dtype=torch.int64)[:, None]
     table = torch.zeros(filled.shape, dtype=torch.int64), torch.zeros(filled.shape)
-    table[0][filled], table[1][filled] = torch.tensor(told, dtype=torch.int64), torch.tensor(said_shares)
+    table[0][filled], table[1][filled] = torch.tensor(told, dtype=torch.int64), torch.tensor(said)
     return Taught(torch.tensor(rows, dtype=torch.int64), *table)
+
+
+def _surprise(own: OwnTokens, places: range, said: Sequence[Shares]) -> float:
+    """Return the mean of −log p(the token that stands there) over the places of which something is said."""
+    found = [
+        -log(max(each.get(own.tokens[place], 0.0), LEAST)) for place, each in zip(places, said, strict=True) if each
+    ]
+    return sum(found) / len(found) if found else 0.0
 
 
 def edit_distance(one: bytes, other: bytes) -> int:

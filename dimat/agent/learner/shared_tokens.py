@@ -73,8 +73,15 @@ class TokenExchange:
         peers = {peer: PeerTokens(said, own, heat) for peer, said in heard.items()}
         notes = tuple(note for peer, each in peers.items() if (note := _overlap(peer, each, own)))
         shares = (logits.bfloat16().double() / heat).softmax(1)  # as peers get them
-        most = WIDTH * self.layout.keep
-        said = teachers_mean(ids, shares, list(peers.values()), weights, most)
+        said = teachers_mean(
+            own,
+            ids,
+            shares,
+            list(peers.values()),
+            weights,
+            most=WIDTH * self.layout.keep,
+            text=self.settings["text"],
+        )
         if len(said.rows) == 0:
             return None, notes
         device = self.trainer.device
@@ -98,7 +105,7 @@ class TokenExchange:
 
 def _overlap(peer: str, said: PeerTokens, own: OwnTokens) -> str:
     """Return a note where a peer says something of few own predictions; "" else."""
-    count = sum(said.row_at(start) is not None for start in own.starts)
+    count = sum(said.row_of(start) is not None for start in own.starts)
     if count >= LEAST_OVERLAP * len(own.starts):
         return ""
     return (

@@ -53,11 +53,14 @@ class PreparedAgent:
 
     def schedule_now(self) -> RunSchedule:
         """Return all rounds by the current network map, from its file or from the DHT."""
-        return resolve(with_newest_map(self.config), self.experiment.loaded).schedule
+        return self._schedule_of(with_newest_map(self.config))
 
     def schedule_on(self, map_file: Path) -> RunSchedule:
         """Return all rounds by another network map; raises as `resolve` if it cannot be used."""
-        return resolve(with_map(self.config, map_file), self.experiment.loaded).schedule
+        return self._schedule_of(with_map(self.config, map_file))
+
+    def _schedule_of(self, config: ExperimentConfig) -> RunSchedule:
+        return resolve(config, self.experiment.loaded, whole=self.experiment.whole).schedule
 
     def profile(self, model: torch.nn.Module) -> Profile:
         """Return the profile with which peers must agree; `model`: that of the task."""
@@ -131,7 +134,9 @@ def prepare_agent(config: ExperimentConfig, task: Task | None = None) -> Prepare
     if told.task.models:
         # an agent that a followed map has no more, or has new, is no mistake in the operator's file
         written = resolve_map(told.topology, derive_seed(told.seed, "topology"), Path(told.folder)).names
-        check_own(told, loaded.task, (*experiment.agents, *written), name)
+        whole = check_own(told, loaded.task, (*experiment.agents, *written), name)
+        if whole is not None:
+            experiment = resolve(with_newest_map(config), loaded, whole=whole)
     return PreparedAgent(name, config, experiment)
 
 

@@ -1,7 +1,7 @@
 """Agents with models of their own (`task.models`), whose tasks must differ in that alone.
 
-Language models may have tokenizers of their own too. Their examples are then other blocks of the same text, and of each
-task the data are split anew.
+Language models may have tokenizers of their own too. Their examples are then other blocks of the same text, and each
+task's are split as those of the experiment's own task are.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dimat.agent.setup.agreement import probe_hash
-from dimat.agent.setup.experiment import split_data
+from dimat.agent.setup.experiment import Experiment, Whole
 from dimat.agent.setup.loaded_task import LoadedTask, load_for
 from dimat.config import ExperimentConfig
 from dimat.errors import ConfigError, unknown_agent
@@ -42,12 +42,18 @@ def load_each(config: ExperimentConfig, loaded: LoadedTask, agents: Sequence[str
     return [*found, *([loaded] if others else [])]
 
 
-def check_own(config: ExperimentConfig, task: Task, agents: Sequence[str], agent: str) -> None:
-    """Check the models of an experiment for one of its agents, whose task is loaded; it raises as `load_each` does."""
+def check_own(config: ExperimentConfig, task: Task, agents: Sequence[str], agent: str) -> Whole | None:
+    """Check the models of an experiment for one of its agents, whose task is loaded; it raises as `load_each` does.
+
+    Return the data that are split, if its own are cut otherwise: those of the experiment's own task.
+    """
     check_names(config, agents)
     for i, entry in enumerate(config.task.models):
         if agent in entry.agents:  # the experiment's own task is not kept: only its data are looked at
-            _check_data(config, load_task(config.task, Path(config.folder)), task, i)
+            whole = load_task(config.task, Path(config.folder))
+            _check_data(config, whole, task, i)
+            return Whole.of(whole.data("train")) if text_of(task) is not None else None
+    return None
 
 
 def check_names(config: ExperimentConfig, agents: Sequence[str]) -> None:
@@ -59,22 +65,17 @@ def check_names(config: ExperimentConfig, agents: Sequence[str]) -> None:
 
 
 def split_each(
-    config: ExperimentConfig, found: Sequence[LoadedTask], agents: Sequence[str], parts: Sequence[Tensor]
+    config: ExperimentConfig, found: Sequence[LoadedTask], experiment: Experiment
 ) -> tuple[tuple[Tensor, ...], dict[str, Task]]:
-    """Return the agents' parts, each as indices into the data of its own task, and those tasks that have other data.
-
-    `found`: of `load_each`; `parts`: of the experiment's own task. The draws are the same, so that language models with
-    one tokenizer, and all others, have the experiment's parts; where tokenizers differ, parts of other blocks may have
-    text in common.
-    """
-    split, tasks = list(parts), dict[str, Task]()
-    for entry, own in zip(config.task.models, found, strict=False):
-        if config.merge.preset.ceiling or text_of(own.task) is None:
-            continue
-        blocks = split_data(config, own.task.data("train"), len(agents))
+    """Return the agents' parts, each as indices into the data of its own task, and the tasks that are not the
+    experiment's. `found`: of `load_each`."""
+    parts, tasks = list(experiment.parts), dict[str, Task]()
+    for entry, own in zip(() if config.merge.preset.ceiling else config.task.models, found, strict=False):
+        followed = experiment.whole.followed(experiment.parts, Whole.of(own.task.data("train")))
         for agent in entry.agents:
-            split[agents.index(agent)], tasks[agent] = blocks[agents.index(agent)], own.task
-    return tuple(split), tasks
+            place = experiment.agents.index(agent)
+            parts[place], tasks[agent] = followed[place], own.task
+    return tuple(parts), tasks
 
 
 def _check_data(config: ExperimentConfig, task: Task, other: Task, entry: int) -> None:

@@ -84,7 +84,7 @@ def prepare(config: ExperimentConfig) -> Scenario:
     experiment = resolve(config, loaded, split=True)
     agents, schedule = experiment.agents, experiment.schedule
     found = load_each(config, loaded, agents)
-    parts, tasks = split_each(config, found, agents, experiment.parts)
+    parts, tasks = split_each(config, found, experiment)
     largest, model = max(
         ((each, _model(config, each.task)) for each in found),
         key=lambda pair: _parameters(pair[1]),
@@ -95,6 +95,7 @@ def prepare(config: ExperimentConfig) -> Scenario:
         loaded=loaded,
         schedule=schedule,
         parts=parts,
+        whole=experiment.whole,
         histogram=_histogram([tasks.get(agent, loaded.task) for agent in agents], agents, parts),
         parameters=_parameters(model),
         model_bytes=sum(tensor.nbytes for tensor in model.state_dict().values()),
