@@ -16,7 +16,7 @@ stands there, that one. Else, by the first rule that has an answer:
    any, to the one that stood there most often;
 2. the own token with the same text;
 3. the longest own token that a begins with, which is what an own prediction of the text would be;
-4. the own token of the least edit distance, at most half of a's length.
+4. the own token of the least edit distance, at most half of a's length, of a whole token of the peer's.
 
 A text for which there is none says nothing. FuseLLM (Wan et al. 2024, arXiv 2401.10491) maps by least edit distance,
 FuseChat (arXiv 2408.07990, 2503.04222) by statistics, to the most frequent one; multiplying along the text and dividing
@@ -228,7 +228,7 @@ class PeerTokens:
         if text in self._met:
             return self._met[text]
         if text not in self._single:
-            self._single[text] = self._alone(self._said.texts[text])
+            self._single[text] = self._alone(self._said.texts[text]) or self._nearest(self._said.texts[text])
         return self._single[text]
 
     def _joined_options(self, text: bytes) -> Options:
@@ -243,9 +243,11 @@ class PeerTokens:
 
     def _alone(self, text: bytes) -> Options:
         found = self._own.alike(text)
-        if found is None and self._searched < SEARCHED:
-            self._searched += 1
-            found = self._own.nearest(text)
+        return [] if found is None else [(found, 1.0, 0)]
+
+    def _nearest(self, text: bytes) -> Options:
+        self._searched += 1
+        found = self._own.nearest(text) if self._searched <= SEARCHED else None
         return [] if found is None else [(found, 1.0, 0)]
 
 
