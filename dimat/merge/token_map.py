@@ -205,10 +205,10 @@ class PeerTokens:
         if stop - start > LONGEST_STANDING:  # no token is that long: the next rows are missing
             return None, start
         whole, said = self._own.text[start:stop], self._ids[row].tolist()
-        for text in (whole, whole.rstrip(SPACES + END), whole.lstrip(SPACES)):
-            for form in (text, b" " + text):
+        for text in (whole, whole.rstrip(SPACES + END)):
+            for form in (text, b" " + text):  # some tokenizers give the first word of a text a space that is not there
                 if (found := self._table.get(form)) is not None and found in said:
-                    return found, start + whole.index(text) + len(text)
+                    return found, start + len(text)
         return None, start
 
     def _statistics(self) -> dict[int, Options]:
