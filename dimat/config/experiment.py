@@ -86,8 +86,8 @@ class AgentModels(Tree):
     agents: Annotated[tuple[str, ...], Field(min_length=1)]
     """Names of the agents."""
     options: Options = Field(default_factory=dict)
-    """Options of the task that choose their model, e.g. { model = "mlp" }; they override `task.options`. Options that
-    change the data are refused."""
+    """Options of the task that choose their model, e.g. { model = "mlp" }; they override `task.options`, tables of them
+    key by key. Options that change the data are refused, but language models may have tokenizers of their own."""
 
 
 class TaskConfig(Tree):

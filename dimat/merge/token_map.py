@@ -53,7 +53,7 @@ LEAST_MASS = 0.01
 """Probability of all that a peer says of an own token; with less, the text has gone on as it did not expect."""
 LONGEST_STANDING = 256
 """Bytes that a token with what follows it can be long."""
-SEARCHED = 64
+SEARCHED = 32
 """Texts of a peer for which the least edit distance is looked for: it takes a walk through the vocabulary."""
 
 
@@ -100,7 +100,7 @@ class OwnTokens:
         best, most = None, len(text) // 2 + 1
         for other, token in self.ids.items():
             if other != END and abs(len(other) - len(text)) < most:
-                distance = edit_distance(text, other)
+                distance = edit_distance(text, other, most)
                 if distance < most:
                     best, most = token, distance
         return best
@@ -322,14 +322,17 @@ def _surprise(own: OwnTokens, places: range, said: Sequence[Shares]) -> float:
     return sum(found) / len(found) if found else 0.0
 
 
-def edit_distance(one: bytes, other: bytes) -> int:
-    """Return how many bytes must be put in, left out or replaced to make one text of the other (Levenshtein)."""
+def edit_distance(one: bytes, other: bytes, most: int) -> int:
+    """Return how many bytes must be put in, left out or replaced to make one text of the other (Levenshtein), or `most`
+    if they are no fewer."""
     row = list(range(len(other) + 1))
     for i, byte in enumerate(one, 1):
         before, row[0] = row[0], i
         for j, second in enumerate(other, 1):
             before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (byte != second))
-    return row[-1]
+        if min(row) >= most:
+            return most
+    return min(row[-1], most)
 
 
 def _word(text: bytes, start: int) -> int:

@@ -116,8 +116,9 @@ def test_the_least_edit_distance_comes_last() -> None:
     assert own.alike(b"redder") == 0
     assert own.alike(b" old") == 1
     assert own.alike(b"Red") is None
-    assert edit_distance(b"kitten", b"sitting") == 3
-    assert edit_distance(b"", b"abc") == 3
+    assert edit_distance(b"kitten", b"sitting", 9) == 3
+    assert edit_distance(b"kitten", b"sitting", 2) == 2
+    assert edit_distance(b"", b"abc", 9) == 3
 
 
 def test_teachers_count_by_how_well_they_know_the_text() -> None:
