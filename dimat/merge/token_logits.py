@@ -1,4 +1,4 @@
-"""Logits of language models in place of weights: their layout in a snapshot, and the check of a peer's.
+"""Logits of language models in a snapshot: their layout, and the check of a peer's.
 
 A snapshot says by itself what it is about, so that nobody needs to know a peer's tokenizer:
 

@@ -1,4 +1,4 @@
-"""From a peer's tokens to own ones: which own tokens its predictions of the probe text are about.
+"""From a peer's tokens to own ones: which of them its predictions of a text are about.
 
 A prediction is of the token that begins at some byte of the text, so predictions of two tokenizers are of the same
 thing where their tokens begin at the same byte (or with only spaces between: some tokenizers keep a space with the next

@@ -1,4 +1,4 @@
-"""The text that a language model's tokens stand for, so that models with other tokenizers can be compared.
+"""The text that tokens stand for, by which models of other tokenizers can be compared.
 
 Documents are one stream of bytes: UTF-8, with `END` after each. Whatever the tokenizer, a place in it means the same.
 """

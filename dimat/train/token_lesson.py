@@ -1,4 +1,4 @@
-"""Distillation between language models, of whatever tokenizers, by what they say of the probe text."""
+"""Distillation between language models of any tokenizers, by what they say of a text."""
 
 from __future__ import annotations
 

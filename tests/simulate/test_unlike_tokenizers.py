@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from dimat import events
 from dimat.agent.setup.experiment import Whole
+from dimat.agent.setup.loaded_task import load_for
 from dimat.config import ExperimentConfig, build
 from dimat.errors import ConfigError
 from dimat.events import Event
@@ -69,8 +70,6 @@ def test_each_has_its_part_of_its_own_blocks(tmp_path: Path) -> None:
     """No text of one agent is the other's, but at the edges of blocks, and no index lies outside of its task's data."""
     config = experiment(tmp_path)
     scenario = prepare(config)
-    from dimat.agent.setup.loaded_task import load_for
-
     texts: list[bytes] = []
     for agent, part in zip(scenario.agents, scenario.parts, strict=True):
         task: Any = load_for(config.of_agent(agent)).task

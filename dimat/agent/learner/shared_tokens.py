@@ -1,4 +1,4 @@
-"""What an agent with a language model exchanges in place of weights, and how it learns from its peers' tokens."""
+"""Logits that language models exchange in place of weights, and how one learns from them."""
 
 from __future__ import annotations
 

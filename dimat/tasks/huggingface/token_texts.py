@@ -1,4 +1,4 @@
-"""The texts of a tokenizer's tokens as bytes, and the text of a probe set with the places of its tokens."""
+"""Texts of a tokenizer's tokens as bytes, and a probe text with the places of its tokens."""
 
 from __future__ import annotations
 

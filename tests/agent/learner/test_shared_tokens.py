@@ -16,7 +16,7 @@ from dimat.config import ExperimentConfig, build
 from dimat.merge.token_logits import LOGITS, TEXTS
 from dimat.seeds import torch_generator
 from dimat.simulate.world.scenario import prepare
-from dimat.weights.tensors import write_weights
+from dimat.weights.tensors import Tensors, write_weights
 from tests.agent.learner.rounds import merged, trained
 from tests.tasks.huggingface.samples import GPT2, LLAMA, sentences, write_byte_pairs
 
@@ -129,7 +129,7 @@ def test_equal_tokens_are_taught_the_mean_of_both(tmp_path: Path) -> None:
     file_of(one, 1)
     logits = _probe_logits(one), _probe_logits(two)
     exchange: Any = one._logits  # pyright: ignore[reportPrivateUsage]
-    said = exchange._exchange.read("agent-1", _opened(source))
+    said = exchange._exchange.read("agent-1", Tensors(source))
     lesson, _ = exchange._exchange.lesson({"agent-1": said}, [0.3, 0.7], torch_generator(0))
     text = one.task.probe_text  # pyright: ignore[reportAttributeAccessIssue]
     dense = torch.zeros(text.tokens.numel(), 257).scatter_(1, lesson._said.ids, lesson._said.shares)
@@ -183,9 +183,3 @@ def _probe_logits(learner: Learner) -> torch.Tensor:
     data = learner.task.data("probe")
     with torch.no_grad():
         return learner.trainer.model.eval()(data.batch(torch.arange(len(data))).inputs[0]).logits[:, :-1]
-
-
-def _opened(file: Path) -> Any:
-    from dimat.weights.tensors import Tensors
-
-    return Tensors(file)

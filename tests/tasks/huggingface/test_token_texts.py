@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def write_pieces(folder: Path, texts: list[str]) -> None:
     made.pre_tokenizer = pre_tokenizers.Metaspace()
     made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     special = ["<unk>", "</s>", *(f"<0x{value:02X}>" for value in range(256))]
-    made.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=360, special_tokens=special[:2] + special[2:]))
+    made.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=360, special_tokens=special))
     fast = library("transformers").PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", eos_token="</s>")
     fast.save_pretrained(folder)
 
@@ -76,14 +77,14 @@ def test_a_text_is_the_same_for_every_tokenizer(folder: Path) -> None:
         spans = each.spans.flatten(0, 1).tolist()
         stands = [stream[a:b] for a, b in spans]
         said = [each.texts[i] for i in each.tokens.flatten().tolist()]
-        fits = {
+        fits: dict[str, Callable[[bytes, bytes], bool]] = {
             "bytes": lambda a, b: a == b,
             "pairs": lambda a, b: a == b,
             "words": lambda a, b: b in (a, b""),  # unknown ones have no text
             "word-pieces": lambda a, b: b in (a.lower(), b""),
             "pieces": lambda a, b: b.strip() == a.strip() or b.startswith(b"<0x") or len(b) == 1,
-        }[kind]
-        assert all(fits(a, b) for a, b in zip(stands, said, strict=True)), kind
+        }
+        assert all(fits[kind](a, b) for a, b in zip(stands, said, strict=True)), kind
         assert sum(bool(text) for text in said) > 0.8 * len(said)
         assert END in said
         starts = sorted(a for a, _ in spans)
