@@ -25,6 +25,7 @@ by the own model's shares are dimat's, since a byte of a peer may stand for a hu
 
 from __future__ import annotations
 
+import re
 from array import array
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
@@ -43,6 +44,7 @@ Shares = dict[int, float]
 Options = Sequence[tuple[int, float, int]]
 """Own tokens that a text may stand for: (token, likelihood of the text, times), most frequent first."""
 SPACES = b" \t\r\n"
+ALL_SPACES = re.compile(rb"[ \t\r\n]*")
 MOST_OPTIONS = 64
 """Own tokens that one text may stand for by statistics: the most frequent ones."""
 MOST_STEPS = 64
@@ -152,8 +154,8 @@ class PeerTokens:
         """Yield what the peer's texts from a place on stand for, each with its probability."""
         own = self._own
         start, end = own.starts[place], own.ends[place]
-        first = row = self.row_of(start)
-        if first is None or row is None:
+        row = self.row_of(start)
+        if row is None:
             return
         actual: Options = [(own.tokens[place], 1.0, 1)] if own.texts[own.tokens[place]] else []
         begin, mass = self._starts[row], 1.0
@@ -337,6 +339,5 @@ def edit_distance(one: bytes, other: bytes, most: int) -> int:
 
 def _word(text: bytes, start: int) -> int:
     """Return where the first byte from a place on stands that is no space."""
-    while start < len(text) and text[start] in SPACES:
-        start += 1
-    return start
+    found = ALL_SPACES.match(text, start)
+    return start if found is None else found.end()
