@@ -28,6 +28,11 @@ def grammar(length: int, seed: int) -> Text:
     It has nouns and verbs that agree in number, adjectives, names, clauses within clauses to any depth, and words as
     frequent as Zipf's law has it: some of what comes next is told by the last few letters, some by the last words.
     """
+    return numbered("".join(sentences(length, seed))[:length], "random grammar")
+
+
+def sentences(length: int, seed: int) -> list[str]:
+    """Return sentences of the language of `grammar`, each with what follows it: `length` characters, or a few more."""
     draw = random.Random(seed)
     words = _Words(draw)
     pieces: list[str] = []
@@ -36,7 +41,7 @@ def grammar(length: int, seed: int) -> Text:
         sentence = f"{words.sentence()}{draw.choice('...!')}{' ' if draw.random() < 0.9 else chr(10)}"
         pieces.append(sentence)
         written += len(sentence)
-    return numbered("".join(pieces)[:length], "random grammar")
+    return pieces
 
 
 def from_file(path: Path, length: int) -> Text:

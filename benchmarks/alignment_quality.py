@@ -26,7 +26,6 @@ import argparse
 import hashlib
 import os
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,12 +39,9 @@ from _transformers import CharTransformer, ViT
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dimat.merge.context import MergeContext
-from dimat.merge.matching.assignment import moved_share
+from dimat.merge.barrier import barrier
 from dimat.merge.registry import align_registry
-from dimat.merge.repair.batchnorm import batchnorm
 from dimat.seeds import derive_seed, torch_generator
-from dimat.symmetry import SymmetrySpec, derive_symmetry, permute_weights
 from dimat.tasks import resnet20, seeded
 from dimat.tasks.data import balanced_draw
 from dimat.tasks.digits import digits
@@ -54,9 +50,6 @@ from dimat.tasks.images import cropped, mirrored
 
 POINTS = 11
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-SAME = 1e-3
-"""Most by which the loss of a permuted network may differ from that of the network itself, relatively."""
-
 State = Mapping[str, Tensor]
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 
@@ -131,21 +124,6 @@ class Pair:
     key: str
 
 
-@dataclass(frozen=True)
-class Line:
-    """Loss and accuracy at the points of a line."""
-
-    loss: list[float]
-    accuracy: list[float]
-
-    @property
-    def barrier(self) -> float:
-        steps = len(self.loss) - 1
-        return max(
-            loss - (1 - i / steps) * self.loss[0] - i / steps * self.loss[-1] for i, loss in enumerate(self.loss)
-        )
-
-
 def cifar(folder: Path, size: Size) -> tuple[Examples, Examples]:
     """Return normalised training and test images of CIFAR-10, class-balanced."""
     parts: list[Examples] = []
@@ -175,7 +153,7 @@ def windows(numbers: Tensor, starts: Tensor, context: int) -> Examples:
 
 
 def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
-    return mirrored(cropped(images, 4, generator), generator)
+    return mirrored(cropped(images, 4, generator, torch.zeros(images.shape[1])), generator)
 
 
 def image_pairs(folder: Path, size: Size, parts: Sequence[str]) -> list[Pair]:
@@ -249,10 +227,9 @@ def train(pair: Pair, seed: int) -> dict[str, Tensor]:
     return {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
 
 
-def tested(model: nn.Module, weights: State, data: Examples, shown: Sequence[tuple[Tensor]]) -> tuple[float, float]:
-    """Return loss and accuracy of weights, BatchNorm statistics estimated anew on `shown`."""
-    repaired = batchnorm(weights, model=model, data=shown, stable_within=None).weights
-    model.load_state_dict(repaired)
+def tested(model: nn.Module, weights: State, data: Examples) -> dict[str, float]:
+    """Return loss and accuracy of weights."""
+    model.load_state_dict(dict(weights))
     model.eval()
     loss, correct = 0.0, 0
     with torch.no_grad():
@@ -260,14 +237,7 @@ def tested(model: nn.Module, weights: State, data: Examples, shown: Sequence[tup
             logits = model(inputs)
             loss += float(loss_of(logits, targets)) * targets.numel()
             correct += int((logits.argmax(-1) == targets).sum())
-    return loss / data.targets.numel(), correct / data.targets.numel()
-
-
-def between(one: State, other: State, share: float) -> dict[str, Tensor]:
-    """Return (1 − share) · one + share · other; integer tensors are one's."""
-    return {
-        name: tensor.lerp(other[name], share) if tensor.is_floating_point() else tensor for name, tensor in one.items()
-    }
+    return {"loss": loss / data.targets.numel(), "accuracy": correct / data.targets.numel()}
 
 
 def rows_of(pair: Pair, size: Size, methods: Sequence[str], cache: Path) -> tuple[list[list[object]], dict[str, float]]:
@@ -275,37 +245,20 @@ def rows_of(pair: Pair, size: Size, methods: Sequence[str], cache: Path) -> tupl
     one, other = trained(pair, 0, cache), trained(pair, 1, cache)
     model = pair.build(torch_generator(0, "alignment_quality", "architecture"))
     shown = [(inputs,) for inputs in pair.train.inputs[: size.shown].split(50)]
-    spec = derive_symmetry(model, (shown[0][0][:2],))
-    ends = [tested(model, weights, pair.test, shown) for weights in (one, other)]
+    lines = barrier(
+        *(one, other, lambda weights: tested(model, weights, pair.test)),
+        **{"model": model, "data": shown, "align": methods, "points": POINTS},
+        repair={"name": "batchnorm", "options": {"stable_within": None}},
+        seed=derive_seed(0, "alignment_quality", "align") % 2**63,
+    )
     rows: list[list[object]] = []
-    barriers: dict[str, float] = {}
-    for method in methods:
-        aligned, moved, seconds, notes = align(method, one, other, spec, model, shown)
-        again, _ = tested(model, aligned, pair.test, shown)
-        if abs(again - ends[1][0]) > SAME * ends[1][0]:
-            raise SystemExit(f"{pair.name}, {method}: permuting changed the loss of the network: {ends[1]} to {again}")
-        inner = [tested(model, between(one, aligned, i / (POINTS - 1)), pair.test, shown) for i in range(1, POINTS - 1)]
-        points = [ends[0], *inner, ends[1]]
-        line = Line([loss for loss, _ in points], [share for _, share in points])
-        barriers[method] = line.barrier
-        accuracy = f"{line.accuracy[POINTS // 2]:.3f} ({line.accuracy[0]:.3f}, {line.accuracy[-1]:.3f})"
-        rows.append([f"{pair.name}: {method}", line.barrier, line.loss[POINTS // 2], accuracy, moved, seconds])
-        for note in notes:
-            print(f"{pair.name}, {method}: {note}", file=sys.stderr)
-    return rows, barriers
-
-
-def align(
-    method: str, own: State, peer: State, spec: SymmetrySpec, model: nn.Module, shown: Sequence[tuple[Tensor]]
-) -> tuple[dict[str, Tensor], float, float, Sequence[str]]:
-    """Return the peer's weights in own's order of units; the share of units moved; CPU-seconds; what was noted."""
-    draw = torch.Generator().manual_seed(derive_seed(0, "alignment_quality", "align") % 2**63)
-    context = MergeContext(model, spec, shown, generator=draw)
-    began = time.process_time()
-    found = align_registry.call(method, {}, own, [peer], **context.offered())
-    seconds = time.process_time() - began
-    permutations = found.permutations[0]
-    return dict(permute_weights(peer, spec, permutations)), moved_share(permutations), seconds, found.notes
+    for line in lines:
+        loss, share = line.metrics["loss"], line.metrics["accuracy"]
+        accuracy = f"{share[POINTS // 2]:.3f} ({share[0]:.3f}, {share[-1]:.3f})"
+        rows.append([f"{pair.name}: {line.align}", line.barrier, loss[POINTS // 2], accuracy, line.moved, line.cpu_s])
+        for note in line.notes:
+            print(f"{pair.name}, {line.align}: {note}", file=sys.stderr)
+    return rows, {line.align: line.barrier for line in lines}
 
 
 def run(given: argparse.Namespace) -> int:

@@ -20,6 +20,7 @@ _HOME = {
     "permute_weights": "dimat.symmetry",
     "align_weights": "dimat.merge",
     "merge_weights": "dimat.merge",
+    "barrier": "dimat.merge.barrier",
     "run_simulation": "dimat.simulate",
     "Agent": "dimat.agent.attach",
 }
@@ -30,6 +31,7 @@ __all__ = [  # noqa: RUF022  (the order in which they are used)
     "permute_weights",
     "align_weights",
     "merge_weights",
+    "barrier",
     "run_simulation",
     "Agent",
 ]
@@ -37,6 +39,7 @@ __all__ = [  # noqa: RUF022  (the order in which they are used)
 if TYPE_CHECKING:
     from dimat.agent.attach import Agent
     from dimat.merge import align_weights, merge_weights
+    from dimat.merge.barrier import barrier
     from dimat.simulate import run_simulation
     from dimat.symmetry import derive_symmetry, permute_weights, verify_symmetry
 

@@ -11,14 +11,17 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
+from dimat.metrics import score_of
+
 
 @dataclass(frozen=True, slots=True)
 class ProbeRow:
     """One variant of an experiment, measured in short runs.
 
     `factor` and `option`: the factor that was varied and its value; `values`: the final test metric for each seed, mean
-    over agents; `gain`: its mean over seeds minus that of the variant from which this factor started; `noise`: the
-    threshold that a gain has to exceed; `mb`: megabytes sent by an agent; `kept`: whether the search continued with it.
+    over agents; `gain`: how much better its mean over seeds is than that of the variant from which this factor started;
+    `noise`: the threshold that a gain has to exceed; `mb`: megabytes sent by an agent; `kept`: whether the search
+    continued with it.
     """
 
     factor: str
@@ -66,7 +69,7 @@ class Advice:
     @property
     def ahead(self) -> bool | None:
         """Whether the advised variant was ahead of training alone; None if the seeds cannot tell."""
-        by, noise = self.advised.mean - self.alone.mean, self.alone.noise
+        by, noise = score_of(self.metric, self.advised.mean - self.alone.mean), self.alone.noise
         return None if abs(by) <= noise else by > 0
 
     def toml(self) -> str:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from dimat.config.presets import CEILING
 from dimat.errors import DataError
 from dimat.events import RoundFinished, RoundSummary
+from dimat.metrics import best_of, score_of, within
 from dimat.reading import read_table
 
 FORMAT = 1
@@ -78,9 +79,9 @@ class Timeline(ResultsModel):
     mb: list[float] = []
     value: list[float] = []
 
-    def reaches(self, target: float) -> int | None:
-        """Return the first index at which the metric is at least `target`; None if it never is."""
-        return next((i for i, value in enumerate(self.value) if value >= target), None)
+    def reaches(self, target: float, metric: str = "") -> int | None:
+        """Return the first index at which `metric` is as good as `target`; None if it never is."""
+        return _first(self.value, target, metric)
 
     @property
     def a_second_a_round(self) -> bool:
@@ -182,6 +183,11 @@ def read_results(run_dir: str | Path) -> Results:
     return results
 
 
+def _first(values: Sequence[float], target: float, metric: str) -> int | None:
+    bar = score_of(metric, target)
+    return next((i for i, value in enumerate(values) if score_of(metric, value) >= bar), None)
+
+
 def mean_timeline(runs: Sequence[Timeline]) -> Timeline:
     """Return the mean of several runs' timelines, from the time at which all have begun."""
     times = sorted({time for run in runs for time in run.time_s})
@@ -215,18 +221,19 @@ class MethodCurve(ResultsModel):
     next_step: str = ""
     """Advice on the next step, if this method is not ahead of training alone."""
 
-    def rounds_to(self, target: float) -> int | None:
-        """Return the first merge after which the mean metric is at least `target`; None if it never is."""
-        return next((i for i, value in enumerate(self.after_merge, 1) if value >= target), None)
+    def rounds_to(self, target: float, metric: str = "") -> int | None:
+        """Return the first merge after which the mean of `metric` is as good as `target`; None if it never is."""
+        place = _first(self.after_merge, target, metric)
+        return None if place is None else place + 1
 
-    def time_to(self, target: float) -> float | None:
+    def time_to(self, target: float, metric: str = "") -> float | None:
         """Return the virtual seconds until `target` is reached; None if it never is."""
-        place = self.timeline.reaches(target)
+        place = self.timeline.reaches(target, metric)
         return None if place is None else self.timeline.time_s[place]
 
-    def mb_to(self, target: float) -> float | None:
+    def mb_to(self, target: float, metric: str = "") -> float | None:
         """Return the megabytes fetched per agent until `target` is reached; None if it never is."""
-        place = self.timeline.reaches(target)
+        place = self.timeline.reaches(target, metric)
         return None if place is None else self.timeline.mb[place]
 
 
@@ -237,9 +244,12 @@ class Comparison(ResultsModel):
     splits: dict[str, dict[str, MethodCurve]]
 
     def target(self, split: str, share: float = 0.9) -> float | None:
-        """Return `share` of the ceiling's best mean metric; None if the ceiling was not run."""
+        """Return `share` of the ceiling's best mean metric (`dimat.metrics.within`); None if the ceiling was not
+        run."""
         ceiling = self.splits[split].get(CEILING)
-        return share * max(ceiling.after_merge) if ceiling is not None and ceiling.after_merge else None
+        if ceiling is None or not ceiling.after_merge:
+            return None
+        return within(self.metric, best_of(self.metric, ceiling.after_merge), share)
 
     def to_plain(self) -> dict[str, dict[str, dict[str, object]]]:
         """Return {split: {method: {"after_merge", "std", "mb_sent_per_agent"}}}: the form of `demo --json`."""

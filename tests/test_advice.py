@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from dataclasses import replace
 
 import pytest
 
@@ -70,6 +71,14 @@ def test_the_verdict_is_above_noise_or_none(advised: float, ahead: bool | None) 
     first = advice_lines(found)[0]
     assert ("beat training alone by 0.100" in first) == (ahead is True)
     assert ("did not beat" in first) == (ahead is False)
+
+
+@pytest.mark.parametrize(("advised", "ahead"), [(0.4, True), (0.52, None), (0.6, False)])
+def test_a_perplexity_is_ahead_where_it_is_lower(advised: float, ahead: bool | None) -> None:
+    """The same numbers, the other way round."""
+    found = replace(advice(advised), metric="perplexity")
+    assert found.ahead is ahead
+    assert ("beat training alone by 0.100" in advice_lines(found)[0]) == (ahead is True)
 
 
 def test_a_person_sees_the_table_the_lines_and_the_cost() -> None:

@@ -55,7 +55,7 @@ def test_worked_example() -> None:
 
 def test_commands_of_alignment(tmp_path: Path) -> None:
     """ "Looking at a model": each command succeeds and writes what it says."""
-    (listed,) = blocks(page("alignment.md"))
+    listed = blocks(page("alignment.md"))[0]
     for command in listed.splitlines():
         done = execute(command, tmp_path)
         assert done.returncode == 0, done.stderr

@@ -5,6 +5,9 @@ Heavy modules (torch above all) are imported inside the commands, so that `dimat
 
 from __future__ import annotations
 
+from dimat.cli import early as early  # before all that takes long
+
+# isort: split
 import os
 import signal
 import sys
@@ -15,7 +18,20 @@ from pathlib import Path
 
 from cyclopts import CycloptsError
 
-from dimat.cli import advise, agent, dashboard, dht, doctor, experiment, keys, merge, symmetry, topology
+from dimat.cli import (
+    advise,
+    agent,
+    barrier,
+    config,
+    dashboard,
+    dht,
+    doctor,
+    experiment,
+    keys,
+    merge,
+    symmetry,
+    topology,
+)
 from dimat.cli.agent import SAME_S
 from dimat.cli.app import app
 from dimat.cli.shared import say
@@ -27,7 +43,7 @@ LONGEST = 2000
 """Most characters of an error message."""
 TRACEBACK = "DIMAT_TRACEBACK"
 """Environment variable that makes internal errors show their traceback."""
-COMMANDS = (advise, agent, dashboard, dht, doctor, experiment, keys, merge, symmetry, topology)
+COMMANDS = (advise, agent, barrier, config, dashboard, dht, doctor, experiment, keys, merge, symmetry, topology)
 """The modules that add their commands to `app`."""
 
 
@@ -53,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if not {"--help", "-h", "--version"} & set(words):
             check_working_folder()
+        _check_words(words)
         code = app(
             words,
             exit_on_error=False,
@@ -94,6 +111,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         # what the interpreter ends with (workers, locks) is not cut off by the same signal, come twice
         signal.signal(signal.SIGTERM, end if terminated and arguments is None else before)
+
+
+def _check_words(words: Sequence[str]) -> None:
+    """Raise ConfigError for arguments that name nothing; read as a path, an empty one would be this very folder."""
+    for number, word in enumerate(words):
+        after = f" (after {words[number - 1]!r})" if number else ""
+        if not word:
+            raise ConfigError(f"argument {number + 1} is empty{after}; is a variable of the shell not set?")
+        if "\0" in word:
+            raise ConfigError(f"argument {number + 1} holds a NUL character{after}")
 
 
 def _complain(text: str) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from dimat.cli import early
 from dimat.cli.app import app
 from dimat.cli.shared import Json, Overrides, Quiet, collector_paused, say, show
 from dimat.errors import ConfigError, DataError, NetworkError
@@ -232,9 +233,10 @@ def _dashboard(daemon: Daemon) -> Generator[Sequence[Listener]]:
 class _Signals:
     """Catches SIGHUP and SIGUSR1, which would end the process, while a command runs.
 
-    Signals that arrive before `serve` are kept until then, as an agent may take long to start. SIGINT and SIGTERM end
-    the start at once, by the handlers of before; they are kept too, since what these raise may be lost in the code that
-    it comes in (a destructor, a library's or a user's `except`).
+    Signals that arrive before `serve` are kept until then, as an agent may take long to start, and so are those that
+    arrived before the command was loaded (`dimat.cli.early`). SIGINT and SIGTERM end the start at once, by the handlers
+    of before; they are kept too, since what these raise may be lost in the code that it comes in (a destructor, a
+    library's or a user's `except`).
     """
 
     def __init__(self) -> None:
@@ -244,10 +246,12 @@ class _Signals:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> _Signals:
-        for number in (signal.SIGHUP, signal.SIGUSR1):
+        for number in early.KEPT:
             self._before[number] = signal.signal(number, self._take)
         for number in (signal.SIGINT, signal.SIGTERM):
             self._before[number] = signal.signal(number, self._stop)
+        self._remembered[:0] = early.arrived
+        early.arrived.clear()
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -16,6 +16,8 @@ app = App(
 topology = App(name="topology", help="Graphs, schedules and mixing weights.")
 symmetry = App(name="symmetry", help="Groups of a model's tensor axes that must be permuted together.")
 keys = App(name="keys", help="Keys and certificates of a collaboration's agents.")
+config = App(name="config", help="Keys and values of experiments.")
+app.command(config)
 app.command(topology)
 app.command(symmetry)
 app.command(keys)

@@ -53,7 +53,7 @@ def merge(
     align_vocabulary: Annotated[
         bool, Parameter(negative="", help="Reorder embedding rows where vocabularies list tokens in different orders.")
     ] = False,
-    repair: Annotated[str | None, Parameter(help="Re-estimate after merging: batchnorm; default: none.")] = None,
+    repair: Annotated[str | None, Parameter(help="Repair after merging: batchnorm, variance; default: none.")] = None,
     device: Annotated[str | None, Parameter(help="Device to merge on: cpu (default), cuda, auto.")] = None,
     seed: Annotated[
         int | None, Parameter(validator=SeedRange, help="Seed for methods that draw random numbers; default: 0.")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from dimat.config.tree import Tree
 
@@ -22,17 +23,29 @@ def check_address(value: str) -> str:
     return value
 
 
+def _folder(value: str) -> str:
+    if not value.strip() or any(ord(letter) < 32 or ord(letter) == 127 for letter in value):
+        raise ValueError("must be a path of a folder: not empty, no control characters")
+    return value
+
+
+def _own_folder(value: str) -> str:
+    if Path(_folder(value)).name == "..":
+        raise ValueError('must not end in "..": an agent needs a folder to itself; name one in there')
+    return value
+
+
 class AgentConfig(Tree):
     """One real agent (`dimat agent`); the simulator does not read this table."""
 
     name: str | None = None
     """Its name on the network map, and in its certificate."""
-    folder: Annotated[str, Field(min_length=1)] | None = None
+    folder: Annotated[str, AfterValidator(_own_folder)] | None = None
     """Folder of its checkpoints, snapshots and logs; a path, relative to the file's folder. Default: agents/<run>/
     <name> in the folder that the command is run in."""
     listen: str | None = None
     """`host:port` to listen on. Default: the port of its first address on the map, on all interfaces."""
-    keys: str = "keys"
+    keys: Annotated[str, AfterValidator(_folder)] = "keys"
     """Folder with <name>.key, <name>.crt and ca.crt (see `dimat keys`); a path, relative to the file's folder."""
     insecure: bool = False
     """Run without keys, encryption and proof of identity, for trials on one host; listens on loopback only."""

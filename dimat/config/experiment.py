@@ -191,7 +191,7 @@ class ScheduleConfig(Tree):
     join_wait_s: Annotated[float, Field(gt=0)] = 10.0
     """Seconds for which a newcomer listens for a running network before it starts one."""
     target: Annotated[float, Field()] | None = None
-    """An agent stops once its test metric after a merge reaches this value."""
+    """An agent stops once its test metric after a merge is as good as this value or better."""
     max_time_s: Annotated[float, Field(gt=0)] | None = None
     """Time in seconds (virtual in the simulator) at which an agent finishes its round and stops."""
     final_merge: bool = False
@@ -346,6 +346,6 @@ def agent_folder(config: ExperimentConfig, agent: str) -> Path:
     agent. Raises ConfigError if no folder can have that name."""
     if config.agent.folder is not None:
         return Path(config.folder) / config.agent.folder
-    if not agent.strip(".") or _NO_FOLDER.search(agent):
+    if not agent.strip(". ") or _NO_FOLDER.search(agent):
         raise ConfigError(f"cannot name a folder after agent {agent!r}; set agent.folder")
     return Path("agents") / config.run / agent

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from dimat.config.experiment import ExperimentConfig
+from dimat.config.variants import without_rivals
 from dimat.errors import ConfigError, nearest
 from dimat.reading import check_plain, parse_toml, read_text
 
@@ -25,11 +26,19 @@ def load_experiment(
     overrides: Sequence[str] = (),
     env: Mapping[str, str] | None = None,
 ) -> ExperimentConfig:
-    """Read an experiment: TOML file, `DIMAT_*` variables, `key=value` overrides; the last wins.
+    """Read an experiment: TOML file, `DIMAT_*` variables, `key=value` overrides; the last wins, also over a key that
+    excludes it (`task.hook` over the file's `task.name`).
 
     `overrides` and variables name a key by its path (`train.optimizer.lr=0.01`, `DIMAT_TRAIN__OPTIMIZER__LR`);
     values are TOML, or plain text if they are not valid TOML. Raises ConfigError with file, key and nearest match.
     """
+    return load_with_origins(file, overrides, env)[0]
+
+
+def load_with_origins(
+    file: str | Path | None = None, overrides: Sequence[str] = (), env: Mapping[str, str] | None = None
+) -> tuple[ExperimentConfig, dict[str, str]]:
+    """Read an experiment as `load_experiment` does; also return where the keys that the file has not set came from."""
     tree: dict[str, Any] = {} if file is None else read_toml(file)
     origins: dict[str, str] = {}
     for name, text in sorted((os.environ if env is None else env).items()):
@@ -49,7 +58,7 @@ def load_experiment(
     if "folder" in tree:
         raise ConfigError(f"unknown key 'folder' in {origins.get('folder', where)}: it is the file's own folder")
     tree["folder"] = str(Path(file).parent) if file is not None else "."
-    return build(ExperimentConfig, tree, where, origins)
+    return build(ExperimentConfig, tree, where, origins), origins
 
 
 def read_toml(file: str | Path) -> dict[str, Any]:
@@ -102,6 +111,7 @@ def _put(tree: dict[str, Any], path: Sequence[str], text: str, where: str) -> No
             raise ConfigError(f"{where}: {key!r} is a value, not a table")
         tree[key] = dict(child or {})
         tree = tree[key]
+    without_rivals(tree, ".".join(path[:-1]), path[-1])
     tree[path[-1]] = value
 
 
@@ -115,11 +125,22 @@ def _explain(kind: type[BaseModel], error: ValidationError, where: str, origins:
             where = origin
     key = _shown(location)
     if first["type"] == "extra_forbidden":
-        return f"unknown key {key!r} in {where}{nearest(str(location[-1]), _known(kind, location[:-1]))}"
+        return f"unknown key {key!r} in {where}{_advice(kind, location)}"
     message = first["msg"].removeprefix("Value error, ")
     given = first.get("input")
     shown = f" (got {_short(given)})" if isinstance(given, str | int | float | bool) else ""
     return f"{where}: {key}: {message}{shown}" if key else f"{where}: {message}{shown}"
+
+
+def _advice(kind: type[BaseModel], location: Sequence[str | int]) -> str:
+    """Return the nearest keys for an unknown one: of its own table, else of all tables of an experiment."""
+    near = nearest(str(location[-1]), _known(kind, location[:-1]))
+    if near or kind is not ExperimentConfig:
+        return near
+    from dimat.config.keys import nearest_paths
+
+    paths = nearest_paths(str(location[-1]))
+    return f"; did you mean {' or '.join(map(repr, paths))}?" if paths else ""
 
 
 def _short(value: object) -> str:

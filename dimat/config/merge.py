@@ -62,8 +62,9 @@ class MergeConfig(Tree):
     """"average", or with method "dimat" "regmean" where the model has linear layers whose statistics are no larger than
     it by half; with method "distil" only "distil" (options: steps, weight, temperature, keep)."""
     repair: Named | None = None
-    """"none", "batchnorm", or "head": batchnorm, and then a refit of the classifier on features drawn from per-class
-    statistics, which agents tell each other."""
+    """"none", "batchnorm", "variance": units of networks without BatchNorm at the models' means and deviations, or
+    "head": batchnorm, and then a refit of the classifier on features drawn from per-class statistics, which agents tell
+    each other."""
     head: Literal["mixing", "rows"] = "mixing"
     """How a classifier's last layer is averaged. "mixing": by the mixing weights, as everything else; "rows": each
     class's row by the mixing weights times the number of examples of the class, which agents tell each other."""

@@ -19,6 +19,11 @@ def _local(value: Any) -> Any:
     return value
 
 
+def _on_or_off(value: Any) -> Any:
+    """Return the empty table for true, None for false."""
+    return ({} if value else None) if isinstance(value, bool) else value
+
+
 class WandbConfig(Tree):
     """Weights & Biases (extra `wandb`)."""
 
@@ -49,11 +54,10 @@ class MonitorConfig(Tree):
     tensorboard: bool | str = False
     """Write TensorBoard event files (extra `tensorboard`): true for `tensorboard` in the run's folder, or a path,
     relative to the file's folder."""
-    wandb: WandbConfig | None = None
-    """Log to Weights & Biases; off by default."""
-    mlflow: MlflowConfig | None = None
-    """Log to MLflow; off by default."""
-
+    wandb: Annotated[WandbConfig | None, BeforeValidator(_on_or_off)] = None
+    """Log to Weights & Biases: true, or a table; off by default."""
+    mlflow: Annotated[MlflowConfig | None, BeforeValidator(_on_or_off)] = None
+    """Log to MLflow: true, or a table; off by default."""
     dashboard: Annotated[str | None, BeforeValidator(_local)] = None
     """`host:port` (a port alone: on loopback) of a real agent's dashboard, a web page. Hosts other than loopback need a
     token."""

@@ -23,18 +23,38 @@ class VariantConfig(Tree):
     """The changes, as tables of the experiment, e.g. { topology = { graph = "torus" } }."""
 
 
-def changed(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+RIVALS: Mapping[str, tuple[str, ...]] = {
+    "task": ("name", "hook"),
+    "topology": ("map", "graph", "edges", "file", "python"),
+    "train": ("epochs_per_round", "steps_per_round"),
+    "merge.base": ("file", "seed"),
+}
+"""Keys of which a table takes one, by table: a value that is given later takes the place of its rivals'."""
+
+
+def without_rivals(tree: dict[str, Any], table: str, key: str) -> None:
+    """Remove the rivals of a key from a table of plain values. `table`: its path, as in `merge.base`."""
+    group = RIVALS.get(table, ())
+    for rival in group if key in group else ():
+        if rival != key:
+            tree.pop(rival, None)
+
+
+def changed(tree: Mapping[str, Any], changes: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     """Return a tree of plain values with changes merged in, key by key.
 
-    A table with a new `name` replaces the old one as a whole, since its options belong to the old name.
+    A table with a new `name` replaces the old one as a whole, since its options belong to the old name; of keys that
+    exclude each other, a change replaces the others. `path`: of the tree in the experiment.
     """
     made = dict(tree)
+    for key in changes:
+        without_rivals(made, path, key)
     for key, value in changes.items():
         before = made.get(key)
         if isinstance(before, Mapping) and isinstance(value, Mapping):
             old, new = cast("Mapping[str, Any]", before), cast("Mapping[str, Any]", value)
             renamed = "name" in new and new["name"] != old.get("name")
-            made[key] = dict(new) if renamed else changed(old, new)
+            made[key] = dict(new) if renamed else changed(old, new, f"{path}.{key}".removeprefix("."))
         else:
             made[key] = value
     return made

@@ -185,8 +185,8 @@ def _merge(
     views = [_view(peer.weights, permutations.get(peer.name), context) for peer in merging]
     clock.lap("align")
     aux = in_order(context.aux, [peer.name for peer in merging], permutations, context.spec)
-    offered = context.offered() | {"aux": aux}
     own_first = [own_weight, *(peer.weight for peer in merging)]
+    offered = context.offered() | {"aux": aux, "models": [own, *views], "mixing": own_first}
     names = [peer.name for peer in merging]
     shield = Shield.of(own, views, own_first, natures, context.model is not None)
     base = None if context.base is None else under_names(context.base, own, natures.first)

@@ -32,6 +32,8 @@ CONTEXT = frozenset(
         "reference",
         "repair",
         "put_away",
+        "models",
+        "mixing",
     }
 )
 """Keyword arguments that the pipeline fills; they can never be options."""

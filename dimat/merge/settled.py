@@ -213,7 +213,7 @@ class _Checked(WeightsView):
             for peer, weights in zip(self._peers, shield.whole_peers()):
                 if not torch.equal(weights[name].to(shield.whole(name)), shield.whole(name)):
                     raise DataError(
-                        f"{peer}: tensor {name!r} is what another one is written in, and differs from own's"
+                        f"{peer}: tensor {name!r} is what another one is written in, and differs from the first model's"
                     )
         if shield.natures.of(name) is Nature.VARIANCE:
             for peer, weights in self._taking():
@@ -229,7 +229,9 @@ class _Checked(WeightsView):
             return merged
         for peer, weights in self._taking():
             if not torch.equal(weights[name].to(ours), ours):
-                raise DataError(f"{peer}: tensor {name!r} is a constant that is not finite, and differs from own's")
+                raise DataError(
+                    f"{peer}: tensor {name!r} is a constant that is not finite, and differs from the first model's"
+                )
         return ours.clone()
 
     def _taking(self) -> list[tuple[str, Weights]]:

@@ -107,7 +107,7 @@ def open_network(
             raise ConfigError("data need a model that is run on them: also give its architecture with --model")
         return None
     model = _model_of(recipe)
-    _check_tensors(model, own, tied, recipe.model)
+    check_tensors(model, own, tied, recipe.model)
     check_architecture(model, recipe.model, own)
     if not why:
         return None
@@ -135,7 +135,7 @@ def runs(method: Bound[Weights]) -> bool:
     return bool(method.asks & RUNS)
 
 
-def _made(spec: str, folder: str, what: str) -> Any:
+def hook_result(spec: str, folder: str, what: str) -> Any:
     """Return a hook's result, or the bundled task of that name."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # a hook may draw its initial weights from the global generator
@@ -149,7 +149,7 @@ def _made(spec: str, folder: str, what: str) -> Any:
 def _model_of(recipe: Recipe) -> nn.Module:
     """Return the architecture: a hook's module, the first element of its result, or its task's model."""
     spec = recipe.model or ""
-    made = _made(spec, recipe.folder, "model hook")
+    made = hook_result(spec, recipe.folder, "model hook")
     if isinstance(made, Task):
         with user_code(f"task of {spec!r} failed"):
             return made.build_model(torch_generator(0, "merging", "model"))
@@ -160,7 +160,7 @@ def _model_of(recipe: Recipe) -> nn.Module:
     return made
 
 
-def _check_tensors(model: nn.Module, own: ModelFiles, tied: Mapping[str, str], hook: str) -> None:
+def check_tensors(model: nn.Module, own: ModelFiles, tied: Mapping[str, str], hook: str) -> None:
     """Check that a model's state dict has the first model's tensors; DataError with the number of differences and the
     first ten.
 
@@ -181,11 +181,11 @@ def _data_of(recipe: Recipe, kind: torch.dtype) -> tuple[Data, dict[str, Mapping
     spec = recipe.data or ""
     path = Path(spec)
     if path.suffix == ".safetensors" or path.exists():
-        stacked = _read_data(path)
+        stacked = read_data(path)
         made: Any = _batched(stacked, recipe.seed)
         sources: dict[str, Mapping[str, str]] = {spec: {path.name: hash_of(path)}}
     elif ":" in spec or spec in list_tasks():
-        made, sources = _made(spec, recipe.folder, "data hook"), {}
+        made, sources = hook_result(spec, recipe.folder, "data hook"), {}
         if isinstance(made, Task):
             made = input_batches(made.data("probe"), BATCH, torch_generator(recipe.seed, "merging", "data"))
         elif isinstance(made, Tensor):
@@ -204,7 +204,7 @@ def _data_of(recipe: Recipe, kind: torch.dtype) -> tuple[Data, dict[str, Mapping
     return _Converted(read, kind), sources
 
 
-def _read_data(path: Path) -> list[Tensor]:
+def read_data(path: Path) -> list[Tensor]:
     """Return the arguments of a model, examples stacked along the first axis, in the order of their names."""
     if not path.is_file():
         raise DataError(f"no data {path}: give a safetensors file of inputs, or a hook, module:function")

@@ -74,6 +74,7 @@ def merge_whole(
         result |= merge_checked(
             method, ours, theirs, part.mixing, start, names, network.model, finite=not recipe.keep_not_finite
         )
+    offered |= {"models": [own, *views], "mixing": recipe.mixing}
     repaired = repair_registry.call(recipe.repair.name, recipe.repair.options, result, **offered)
     moved = tuple(moved_share(m) if m else None for m in moves)
     return WholeMerge(repaired.weights, moved, (*notes, *repaired.notes))

@@ -21,6 +21,7 @@ from dimat.agent.setup.class_shares import FAR_APART
 from dimat.agent.setup.next_step import exact_average
 from dimat.config import FLOOR, ExperimentConfig, NamedConfig
 from dimat.errors import ConfigError, DimatError
+from dimat.metrics import score_of
 from dimat.results import ONE_SEED
 from dimat.simulate.compare import Case, cases_of, compare
 from dimat.simulate.factors import FACTORS, Option, ProbedFactor, World, present_of, with_settings
@@ -228,12 +229,13 @@ class _Search:
                 self._learn_noise(values, base)
         means = {label: sum(values) / len(values) for label, (values, _) in found.items()}
         noise = self.noise
-        equals = [label for label, mean in means.items() if max(means.values()) - mean <= noise]
+        scores = {label: score_of(self.metric, mean) for label, mean in means.items()}
+        equals = [label for label, score in scores.items() if max(scores.values()) - score <= noise]
         kept = equals[0]
         if factor.by_traffic:  # of those that send as little, what is there already
             kept = min(equals, key=lambda label: (round(found[label][1], 3), label != present))
         for label, (values, mb) in found.items():
-            gain = means[label] - means[present]
+            gain = scores[label] - scores[present]
             self.rows.append(ProbeRow(name, label, values, gain, noise, mb, label == kept))
         option, self.config = forms[kept]
         self.settings |= option.settings
@@ -247,7 +249,7 @@ class _Search:
         best, _ = self._known[_key(self.config)]
         if self.seeds > 1:
             self._learn_noise(best, values)
-        gain = sum(values) / len(values) - sum(best) / len(best)
+        gain = score_of(self.metric, sum(values) / len(values) - sum(best) / len(best))
         return ProbeRow("alone", FLOOR, values, gain, self.noise, mb, False)
 
     def row_of(self, config: ExperimentConfig, option: str) -> ProbeRow:

@@ -81,19 +81,20 @@ class RunFolder:
 def check_folder(path: Path, config: ExperimentConfig, *, overwrite: bool) -> dict[str, object]:
     """Return the experiment's description if `path` may become its run folder; raises DataError if not."""
     described = describe(config)
-    if path.exists() and not path.is_dir():
+    place = path.resolve()  # a path through a folder that is yet to be made, and back, leads to one that is there
+    if place.exists() and not place.is_dir():
         raise DataError(f"run folder {path} is a file; choose another with --out")
-    if not path.exists() or not any(path.iterdir()):
+    if not place.exists() or not any(place.iterdir()):
         return described
-    if not (path / MARK).exists():
+    if not (place / MARK).exists():
         raise DataError(f"folder {path} is not empty and is no run folder of dimat; choose another with --out")
-    kept = read_table(path / MARK)
+    kept = read_table(place / MARK)
     if kept != described:
         keys = sorted(_differences(kept, described)) or ["keys that only one version of dimat knows"]
         raise DataError(
             f"run folder {path} holds another experiment (differs in {', '.join(keys[:4])}); choose another with --out"
         )
-    if (path / "results.json").exists() and not overwrite:
+    if (place / "results.json").exists() and not overwrite:
         raise DataError(f"run folder {path} already holds results of this experiment; --overwrite replaces them")
     return described
 

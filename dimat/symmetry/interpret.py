@@ -20,7 +20,7 @@ from dimat.symmetry.forms import Form, form_of, made
 from dimat.symmetry.layout import Domain
 from dimat.symmetry.rules import Call, NoRule, Value, create, find_rule, random
 from dimat.symmetry.rules.call import Abstract, op_name
-from dimat.symmetry.trace import Trace, shape_of
+from dimat.symmetry.trace import Trace, first_line, shape_of
 
 _LARGEST_CONSTANT = 1 << 26
 """Constants with more entries than this are frozen without reading their values."""
@@ -201,7 +201,7 @@ def _apply_rule(analysis: Analysis, node: fx.Node) -> None:
         _freeze_all(analysis, node, f"no rule for {name}: {error}")
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         # the rule does not cover this form of the call, e.g. an argument has no abstract value
-        _freeze_all(analysis, node, f"no rule for this call of {name} ({type(error).__name__}: {error})")
+        _freeze_all(analysis, node, f"no rule for this call of {name} ({type(error).__name__}: {first_line(error)})")
     else:
         analysis.values[node] = result
 

@@ -206,11 +206,14 @@ def hint(size: Any) -> int | None:
 
 
 def location_of(node: fx.Node) -> str:
-    """Return `file:line` of the user's code behind a node; its module or its name if that was not recorded."""
+    """Return `file:line` of the user's code behind a node; its module or its name if that was not recorded.
+
+    Code that torch generated (the branches of `cond`, say) is no place that a user can look up.
+    """
     place = ""
     for line in str(node.meta.get("stack_trace") or "").splitlines():
         file, _, rest = line.strip().removeprefix("File ").partition(", line ")
-        if rest and ("/torch/nn/" not in file or not place):
+        if rest and "<eval_with_key>" not in file and ("/torch/nn/" not in file or not place):
             place = f"{file.strip(chr(34))}:{rest.partition(',')[0]}"
     if place:
         return place

@@ -72,7 +72,8 @@ class Task(Protocol):
 
     @property
     def metric(self) -> str:
-        """The entry of `metrics` that counts; higher is better."""
+        """The entry of `metrics` or `derived_metrics` that counts. Lower is better if its name says so, as "perplexity"
+        and "eval_loss" do (`dimat.metrics`); else higher."""
         ...
 
     @property

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from dimat.events import RoundSummary
+from dimat.metrics import lower_is_better, score_of
 from dimat.ui.text import (
     NONE,
     Table,
@@ -272,13 +273,16 @@ def _split_table(comparison: Comparison, split: str) -> Table:
     curves = comparison.splits[split]
     longest = max((len(curve.after_merge) for curve in curves.values()), default=0)
     merges = sorted({merge for merge in (*MERGES_SHOWN, longest) if 1 <= merge <= longest})
-    target = comparison.target(split)
+    target, metric = comparison.target(split), comparison.metric
     clock = timed(curves)
     columns: list[list[float | None]] = [  # smaller is better in each, for `_best`
-        *([-c.after_merge[m - 1] if m <= len(c.after_merge) else None for c in curves.values()] for m in merges),
-        [None if target is None else c.rounds_to(target) for c in curves.values()],
-        *([[None if target is None else c.time_to(target) for c in curves.values()]] if clock else []),
-        [None if target is None else (c.mb_to(target) or None) for c in curves.values()],
+        *(
+            [-score_of(metric, c.after_merge[m - 1]) if m <= len(c.after_merge) else None for c in curves.values()]
+            for m in merges
+        ),
+        [None if target is None else c.rounds_to(target, metric) for c in curves.values()],
+        *([[None if target is None else c.time_to(target, metric) for c in curves.values()]] if clock else []),
+        [None if target is None else (c.mb_to(target, metric) or None) for c in curves.values()],
         [c.mb_sent_per_agent or None for c in curves.values()],
     ]
     contenders = [i for i, method in enumerate(curves) if not is_ceiling(method)]
@@ -288,11 +292,15 @@ def _split_table(comparison: Comparison, split: str) -> Table:
         for i, column in enumerate(columns, 1)
         for row in _best(column, senders if i == len(columns) else contenders)
     )
-    rows = tuple(_method_row(method, curve, merges, target, clock) for method, curve in curves.items())
+    rows = tuple(_method_row(method, curve, merges, target, metric, clock) for method, curve in curves.items())
     seeds = max((len(curve.seeds) for curve in curves.values()), default=0)
     spread = f", mean ± standard deviation over {seeds} seeds" if seeds > 1 else ""
     ceilings = ", ".join(filter(is_ceiling, curves))
-    ceiling = "" if target is None else f"90 % of the ceiling ({ceilings}) is {metric_text(target)}"
+    ceiling = ""
+    if target is not None:
+        scaled = lower_is_better(metric) == (target < 0)
+        share = f"90 % of the ceiling ({ceilings})" if scaled else f"the ceiling's best ({ceilings}) / 0.9"
+        ceiling = f"{share} is {metric_text(target)}"
     headers = (
         "method",
         *(f"merge {merge}" for merge in merges),
@@ -320,7 +328,7 @@ def timed(curves: Mapping[str, MethodCurve]) -> bool:
 
 
 def _method_row(
-    method: str, curve: MethodCurve, merges: Sequence[int], target: float | None, clock: bool
+    method: str, curve: MethodCurve, merges: Sequence[int], target: float | None, metric: str, clock: bool
 ) -> tuple[str, ...]:
     several = len(curve.seeds) > 1 or any(curve.std)
     values = [
@@ -331,7 +339,8 @@ def _method_row(
     ]
     rounds = time = mb = None
     if target is not None:
-        rounds, time, mb = curve.rounds_to(target), curve.time_to(target), curve.mb_to(target)
+        rounds = curve.rounds_to(target, metric)
+        time, mb = curve.time_to(target, metric), curve.mb_to(target, metric)
     reached = NONE if target is None else "never" if rounds is None else str(rounds)
     took = NONE if time is None or is_ceiling(method) else seconds_text(time)
     megabytes = NONE if mb is None else mb_text(mb)

@@ -1,7 +1,8 @@
 """The first line of every report: whether merging beat training alone, and what to try next.
 
 Training alone is a row `isolated` of the same comparison, with the same parts, seeds and training. Without it, only the
-changes by the merges themselves are known, and the line says so. Metrics are on the task's test set; higher is better.
+changes by the merges themselves are known, and the line says so. Metrics are on the task's test set; which way one is
+better is told by its name (`dimat.metrics`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from dimat.metrics import score_of
 from dimat.ui.text import clean, count_text, metric_text
 
 if TYPE_CHECKING:
@@ -61,7 +63,8 @@ def of_comparison(comparison: Comparison) -> dict[str, list[Verdict]]:
             found[split] = [Verdict("", text, next_step=_compared(next(iter(merging))))]
         elif merging and floor is not None:
             rows = [_against(name, curve, floor, comparison.metric) for name, curve in merging.items()]
-            found[split] = sorted(rows, key=lambda verdict: (verdict.by is None, -(verdict.by or 0.0)))
+            worth = {row: -score_of(comparison.metric, row.by or 0.0) for row in rows}
+            found[split] = sorted(rows, key=lambda row: (row.by is None, worth[row]))
     return found
 
 
@@ -97,14 +100,14 @@ def _against(what: str, curve: MethodCurve, floor: MethodCurve, metric: str) -> 
     by = sum(last) / len(last)
     own, alone = (sum(ends) / len(ends) for ends in zip(*((one[-1], other[-1]) for one, other in pairs), strict=True))
     spread = (sum((d - by) ** 2 for d in last) / (len(last) - 1)) ** 0.5 if len(last) > 1 else None
-    ahead = _decided(by, spread)
+    ahead = _decided(score_of(metric, by), spread)
     count = len(last) if paired else max(len(curve.seeds), 1)
     seen = count_text(count, "seed") + ("" if spread is None else f", ± {spread:.3f}")
     numbers = f"{metric} {metric_text(own)} against {metric_text(alone)} after merge {len(curve.after_merge)}; {seen}"
-    since = _ahead_since(pairs) if by > 0 else None
+    since = _ahead_since(pairs, metric) if score_of(metric, by) > 0 else None
     if ahead:
         came = "ahead at every merge" if since == 1 else f"ahead from merge {since} on" if since else ""
-        text = f"merging beat training alone by {by:.3f} ({numbers})" + (f", {came}" if came else "")
+        text = f"merging beat training alone by {abs(by):.3f} ({numbers})" + (f", {came}" if came else "")
         return Verdict(what, text, True, by, since)
     if ahead is None:
         less = "one seed can tell" if spread is None else "seeds differ by"
@@ -126,13 +129,13 @@ def _decided(by: float, spread: float | None) -> bool | None:
     return None if abs(by) <= (ONE_SEED if spread is None else spread) else by > 0
 
 
-def _ahead_since(pairs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> int | None:
+def _ahead_since(pairs: Sequence[tuple[Sequence[float], Sequence[float]]], metric: str) -> int | None:
     """Return the first merge from which on merged curves were ahead, in the mean over seeds; None if their merges do
     not match."""
     if len({len(curve) for pair in pairs for curve in pair}) != 1:
         return None
     gaps = [sum(one[i] - other[i] for one, other in pairs) / len(pairs) for i in range(len(pairs[0][0]))]
-    behind = [i for i, gap in enumerate(gaps, 1) if gap <= 0]
+    behind = [i for i, gap in enumerate(gaps, 1) if score_of(metric, gap) <= 0]
     return None if behind and behind[-1] == len(gaps) else (behind[-1] if behind else 0) + 1
 
 

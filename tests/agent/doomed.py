@@ -3,7 +3,8 @@
 The daemon is the real one; one method of a real class is wrapped so that its COUNT-th call ends the process as kill -9
 does. Moments: see `MOMENTS`. `pausing` stops it instead, until SIGCONT; `hanging` is a disk that takes the first half
 of the COUNT-th checkpoint and then nothing more; `skew` moves its clock by COUNT seconds; `unwatched` has a fault that
-nobody foresaw in its network monitor.
+nobody foresaw in its network monitor; `spoiled` dies with a checkpoint whose weights are not finite, COUNT rounds after
+its first doubtful merge.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from dimat.agent.daemon.network_monitor import NetworkMonitor
 from dimat.agent.daemon.worker import AgentWorker
 from dimat.agent.learner.learner import Learner
 from dimat.agent.lineage.manifest_log import ManifestLedger
+from dimat.agent.protocol.messages import CheckpointAction
 from dimat.cli import main
 from dimat.net import grpc_server
 from dimat.net.grpc_transport import GrpcTransport
@@ -132,6 +134,26 @@ def unwatched(_: int) -> None:
     NetworkMonitor.go_on = go_on
 
 
+def spoil(count: int) -> None:
+    """As a fault in memory would: an infinite weight goes into the checkpoint of a merge, and the process dies."""
+    checkpointed = AgentWorker.checkpoint
+
+    def spoiled(self: AgentWorker, action: CheckpointAction) -> Callable[[], None]:
+        written = checkpointed(self, action)
+        trainer, first = self._learner.trainer, self._learner.doubt[0]
+        if not first or action.stage != "merged" or action.round < first + count:
+            return written
+
+        def outcome() -> None:
+            trainer.load_weights({name: tensor * float("inf") for name, tensor in trainer.weights().items()})
+            written()
+            die()
+
+        return outcome
+
+    AgentWorker.checkpoint = spoiled
+
+
 MOMENTS: dict[str, Callable[[int], None]] = {
     "training": lambda count: at_call(Learner, "train", count, after=True),
     "recording": lambda count: at_outcome(AgentWorker, "record", count),
@@ -147,6 +169,7 @@ MOMENTS: dict[str, Callable[[int], None]] = {
     "hanging": lambda count: half_written(count, hang),
     "checkpointed": lambda count: at_outcome(AgentWorker, "checkpoint", count),
     "skew": skew,
+    "spoiled": spoil,
     "unwatched": unwatched,
 }
 

@@ -35,6 +35,14 @@ def test_changes_go_into_tables_and_new_names_bring_their_own_options() -> None:
     assert tree["a"] == {"b": 1, "c": 2}
 
 
+def test_a_change_takes_the_place_of_what_it_excludes() -> None:
+    """`topology.python` over `graph`, steps over epochs, a hook over a task's name; in other tables names are names."""
+    tree = {"task": {"name": "digits", "options": {}}, "topology": {"graph": "ring"}, "train": {"epochs_per_round": 2}}
+    changes = {"task": {"hook": "a.py:b"}, "topology": {"python": "a.py:c"}, "train": {"steps_per_round": 4}}
+    made = changed({**tree, "x": {"name": "y"}}, {**changes, "x": {"hook": "z"}})
+    assert made == {**changes, "task": {"hook": "a.py:b", "options": {}}, "x": {"name": "y", "hook": "z"}}
+
+
 def test_variants_and_methods_side_by_side() -> None:
     """Each is the experiment with its changes; groups are headings; the ceiling goes under the first one, once."""
     config = experiment(folder="somewhere")

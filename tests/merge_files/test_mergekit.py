@@ -290,6 +290,19 @@ def test_karcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(read_model(Path("out"))["w"], first, rtol=0, atol=2e-7)
 
 
+def test_karcher_written_as_people_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As text, with keys that have no value and models in tables. mergekit's defaults are 10 iterations and 1e-5."""
+    monkeypatch.chdir(tmp_path)
+    for name, values in (("a", [1, 0.5, 0]), ("b", [1, 2, 0.25]), ("c", [0.5, 0.25, 1.5])):
+        write_folder(tmp_path / name, {"w": torch.tensor(values)})
+    Path("config.yml").write_text(
+        "models:\n  - model: {model: a}\n  - model: {model: b}\n  - model: {path: c}\nmerge_method: karcher\n"
+        "slices: null\ntokenizer: null\nparameters: null\n"
+    )
+    assert main(["merge", "--from-mergekit", "config.yml", "-o", "out"]) == 0
+    torch.testing.assert_close(read_model(Path("out"))["w"], torch.tensor(KARCHER), rtol=0, atol=2e-7)
+
+
 def test_linear_counts_a_base_that_is_not_listed(folder: Path) -> None:
     """mergekit adds base_model to the inputs; only the methods of deltas keep it apart."""
     config: dict[str, Any] = {"merge_method": "linear", "base_model": "base", "parameters": {"weight": 1.0}}
@@ -315,6 +328,7 @@ def test_forms_that_are_valid_there(folder: Path) -> None:
         {**plain, "models": models, "slices": []},
         {**plain, "base_model": {"model": "base"}, "models": tables},
         {**plain, "models": [{"model": {"path": f"t{k}"}, "parameters": p} for k, p in enumerate(own)]},
+        {**plain, "models": [{"model": {"model": f"t{k}"}, "parameters": p} for k, p in enumerate(own)], **empty},
         {"merge_method": "ties", "slices": [in_slice], "parameters": {"normalize": True}},
         {
             **plain,

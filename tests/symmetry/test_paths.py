@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
 
 from dimat.symmetry import (
     Observer,
@@ -19,6 +20,7 @@ from dimat.symmetry import (
     verified_symmetry,
     verify_symmetry,
 )
+from dimat.symmetry.paths import PATHS
 
 
 class Loop(nn.Module):
@@ -105,6 +107,59 @@ def test_what_leaves_torch_stays_where_it_is(tmp_path: Path) -> None:
     spec = verified_symmetry(model, inputs, torch.Generator().manual_seed(0), folder=tmp_path)
     assert [group.size for group in spec.groups] == [6]
     assert "SYM-W02 no rule for aten.resolve_conj" in spec.warnings[0]
+
+
+class Packed(nn.Module):
+    """Reads sequences that are sorted by length, the longest first, and takes a path by value; keeps what it was given.
+
+    torch refuses lengths in any other order.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.layer = nn.Embedding(7, 4), nn.Linear(4, 6)
+        self.cells, self.head = nn.LSTM(6, 5, batch_first=True), nn.Linear(5, 2)
+        self.seen: list[tuple[list[list[int]], list[int]]] = []
+
+    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        if type(tokens) is Tensor:  # export's tensors have no numbers
+            self.seen.append((tokens.tolist(), lengths.tolist()))
+        hidden = torch.tanh(self.layer(self.embed(tokens)))
+        if bool(tokens.float().mean() < 0):
+            return self.head(hidden[:, 0])
+        _, (state, _) = self.cells(pack_padded_sequence(hidden, lengths, batch_first=True))
+        return self.head(state[0])
+
+
+@pytest.mark.filterwarnings("ignore:SYM-W02:dimat.symmetry.SymmetryWarning")
+def test_sorted_lengths_stay_sorted() -> None:
+    """Reference: by hand: the columns of the embedding, the layer's units and the cells' are three groups. On its other
+    runs the model is given the same lengths, and rows of the same tokens in another order."""
+    torch.manual_seed(0)
+    model, lengths = Packed(), torch.tensor([5, 3, 2])
+    tokens = torch.tensor([[0, 1, 2, 3, 4], [6, 5, 5, 1, 0], [2, 2, 3, 6, 6]])
+    spec = derive_symmetry(model, (tokens, lengths))
+    assert spec.trace_kind == "make_fx"
+    assert sorted(group.size for group in spec.groups) == [4, 5, 6]
+    assert {tuple(longest) for _, longest in model.seen} == {(5, 3, 2)}
+    assert {tuple(sorted(rows[0])) for rows, _ in model.seen} == {(0, 1, 2, 3, 4)}
+    assert {tuple(sorted(rows[1])) for rows, _ in model.seen} == {(0, 1, 5, 5, 6)}
+    assert {tuple(sorted(rows[2])) for rows, _ in model.seen} == {(2, 2, 3, 6, 6)}
+    assert len({str(rows) for rows, _ in model.seen}) == PATHS
+    assert verify_symmetry(model, spec, (tokens, lengths), torch.Generator().manual_seed(0)) < 1e-9
+
+
+def test_the_cause_of_each_way_to_trace_is_told() -> None:
+    """Reference: what torch says of lengths that are not sorted where it sees their numbers, and export's own error
+    where it does not."""
+    with pytest.warns(SymmetryWarning) as told:
+        spec = derive_symmetry(Packed(), (torch.ones(3, 5, dtype=torch.long), torch.tensor([2, 3, 5])))
+    assert (spec.trace_kind, spec.groups) == ("none", ())
+    (message,) = (str(warning.message) for warning in told)
+    ran, _, exported = message.partition("; torch.export raised ")
+    assert ran.startswith("SYM-E01 cannot trace: running it raised RuntimeError: `lengths` array must be sorted in")
+    assert exported.startswith("GuardOnDataDependentSymNode: Could not guard on data-dependent expression")
+    assert exported.endswith("; averaging without alignment")
 
 
 class Broken(nn.Module):

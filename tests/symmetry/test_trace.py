@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -114,6 +116,82 @@ def test_rule_that_gives_a_wrong_shape_is_not_trusted(monkeypatch: pytest.Monkey
     with pytest.warns(SymmetryWarning, match="SYM-W02 no rule for aten.renorm"):
         spec = derive_symmetry(Odd(), torch.randn(4, 3))
     assert [group.size for group in spec.groups] == [7]
+
+
+def tangent(x: Tensor) -> Tensor:
+    """Forward-mode derivatives: torch's own functions in the graph, which are no operations."""
+    return torch.func.jvp(torch.tanh, (x,), (x,))[1]
+
+
+def branch(x: Tensor) -> Tensor:
+    """An operation without a rule, in code that torch generates of it."""
+    return torch.cond(x.sum() > 0, lambda x: torch.renorm(x, 2, 0, 1.0), torch.clone, (x,))
+
+
+class Between(nn.Module):
+    """One operation between the first two of three layers."""
+
+    def __init__(self, operation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.one, self.two, self.three = nn.Linear(3, 6), nn.Linear(6, 7), nn.Linear(7, 2)
+        self.operation = operation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.three(torch.relu(self.two(self.operation(torch.relu(self.one(x))))))
+
+
+@pytest.mark.parametrize(("operation", "first"), [(tangent, "_make_dual"), (branch, "aten.renorm.default")])
+def test_a_warning_names_the_operation_and_its_place(operation: Callable[[Tensor], Tensor], first: str) -> None:
+    """Reference: the name that torch gives a function, and the line of this file that calls it; no addresses in memory,
+    and no line of code that torch generated."""
+    with pytest.warns(SymmetryWarning) as told:
+        spec = derive_symmetry(Between(operation), torch.randn(5, 3))
+    assert [group.size for group in spec.groups] == [7]
+    assert re.match(rf"SYM-W02 no rule for {first} at \S+test_trace\.py:\d+; froze [23] axes", str(told[0].message))
+    said = [str(warning.message) for warning in told] + [axis.reason for axis in spec.frozen]
+    assert not re.search(r"\b0x|<|unknown place", " ".join(said)), said
+    assert {op.location.rpartition("/")[2].partition(":")[0] for op in spec.unknown_ops} == {"test_trace.py"}
+
+
+def test_a_rule_that_stumbles_is_told_without_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reference: by hand, the exception's message without where the function lies in memory, as in all runs alike."""
+    monkeypatch.setattr(rule_table, "_RULES", dict(rule_table._RULES))
+
+    def stumbles(call: Call) -> Value:
+        raise TypeError(f"{tangent} is not a number\nand more")
+
+    register_rule("aten.renorm", stumbles)
+    with pytest.warns(SymmetryWarning, match="SYM-W02 no rule for aten.renorm"):
+        spec = derive_symmetry(Odd(), torch.randn(4, 3))
+    (reason,) = {axis.reason for axis in spec.frozen if "renorm" in axis.reason}
+    assert reason == "no rule for this call of aten.renorm.default (TypeError: <function tangent> is not a number)"
+
+
+def picked(x: Tensor) -> Tensor:
+    """Ninety operations on rows whose number depends on the data."""
+    rows = torch.nonzero(x.sum(1) > 0)[:, 0]
+    chosen = x[rows]
+    for _ in range(30):
+        chosen = nn.functional.layer_norm(torch.tanh(chosen) * 2, (6,))
+    return torch.zeros_like(x).index_put((rows,), chosen)
+
+
+def test_a_size_that_depends_on_data_is_one_cause() -> None:
+    """Reference: by hand. A model without numbers (device meta) cannot tell how many rows there are, and everything
+    after `nonzero` follows from that: one warning, which names it. With numbers the size is known, and nothing is."""
+    with torch.device("meta"):
+        model, inputs = Between(picked), torch.randn(5, 3)
+    with pytest.warns(SymmetryWarning) as told:
+        spec = derive_symmetry(model, inputs)
+    assert [group.size for group in spec.groups] == [7]
+    assert len(spec.unknown_ops) > 90
+    (message,) = (str(warning.message) for warning in told)
+    assert re.fullmatch(
+        r"SYM-W02 a shape depends on data from aten\.nonzero\.default on, at \S+test_trace\.py:\d+; froze 3 axes "
+        r"\(74\.2 % of parameters\); the graph could not be run on the example inputs to determine it",
+        message,
+    ), message
+    assert [group.size for group in derive_symmetry(Between(picked), torch.randn(5, 3)).groups] == [6, 7]
 
 
 def test_failing_groups_are_found_and_frozen(monkeypatch: pytest.MonkeyPatch) -> None:

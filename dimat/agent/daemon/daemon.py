@@ -27,7 +27,7 @@ from dimat.agent.daemon.removal import Removal
 from dimat.agent.daemon.resources import check_room, disk_shares, needs_of
 from dimat.agent.daemon.runner import Runner
 from dimat.agent.daemon.service_manager import feed_watchdog, notify, status_line
-from dimat.agent.daemon.status_socket import StatusSocket, for_members, plain_view
+from dimat.agent.daemon.status_socket import StatusSocket, for_members, plain_view, with_refused
 from dimat.agent.daemon.transport import make_transport
 from dimat.agent.daemon.worker import AgentWorker, WorkThread
 from dimat.agent.learner.checkpoint_store import CheckpointStore
@@ -307,7 +307,7 @@ class Daemon:
             "basis": str(machine.basis),
             "sent_bytes": sum(self._transport.sent_bytes.values()),
             "received_bytes": sum(self._transport.received_bytes.values()),
-            "peers": self._transport.peers,
+            "peers": with_refused(self._transport.peers, machine.refusals.counts),
             **({} if self._discovery is None else {"dht": self._discovery.state}),
         }
 

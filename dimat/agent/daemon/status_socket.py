@@ -137,6 +137,13 @@ def plain_view(view: AgentView) -> dict[str, object]:
     return plain
 
 
+def with_refused(
+    peers: Mapping[str, Mapping[str, object]], refused: Mapping[str, int]
+) -> dict[str, Mapping[str, object]]:
+    """Return the states of peers, and how many offers of each the round has refused."""
+    return {peer: {**state, "refused_offers": refused.get(peer, 0)} for peer, state in peers.items()}
+
+
 def for_members(status: Mapping[str, object], folders: Iterable[Path]) -> dict[str, object]:
     """Return a status for other members: without this machine's process id and the paths of `folders`."""
     own = {key: value for key, value in status.items() if key not in ("folder", "pid")}

@@ -39,6 +39,7 @@ from dimat.merge.matching.assignment import moved_by_group, moved_share
 from dimat.merge.registry import combine_registry, repair_registry
 from dimat.merge.shared_statistics import OWN, beside
 from dimat.merge.stages import StageTimer, Weights
+from dimat.metrics import score_of
 from dimat.seeds import torch_generator
 from dimat.symmetry import Observer, SymmetrySpec
 from dimat.tasks.base import Task
@@ -363,10 +364,10 @@ class Learner:
         )
 
     def _judge(self, weights: Weights) -> float:
-        """Score weights on the test set, by the loss where it is known, else by the task's metric; NaN where there is
-        neither."""
+        """Score weights on the test set, by the loss where it is known, else by the task's metric, or NaN."""
         values = self.trainer.evaluate(self.task.data("test"), weights)
-        return -values["loss"] if "loss" in values else values.get(self.task.metric, nan)
+        metric = "loss" if "loss" in values else self.task.metric
+        return score_of(metric, values.get(metric, nan))
 
     def _open(self, snapshot: Path) -> Opened:
         own, statistics = self.trainer.model.state_dict(), bool(self._plan.statistics)
@@ -394,5 +395,5 @@ class Learner:
 
     def _score(self) -> Callable[[Mapping[str, Tensor]], float] | None:
         """Return what judges weights by the task's metric, None where nothing asks for it."""
-        data = self._sets.judged()
-        return None if data is None else lambda weights: self.trainer.evaluate(data, weights)[self.task.metric]
+        data, metric = self._sets.judged(), self.task.metric
+        return None if data is None else lambda w: score_of(metric, self.trainer.evaluate(data, w)[metric])

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from dimat.config import ScheduleConfig
+from dimat.metrics import score_of
 
 LAST_ROUND = 2**40
 """The last round of a schedule without an end: no agent gets there by itself, and its manifests could still say it."""
@@ -70,7 +71,7 @@ class Rules:
 
     `rounds`: the last round, None for no end. `deadline_s`: `round_deadline_s`. `basis_gossip`: agents come to share
     one basis. `adopt_rounds`: last round in which they adopt the weights in it too, and merge none in another basis.
-    `target`: (metric, value); an agent whose metric after a merge is at least the value has finished.
+    `target`: (metric, value); an agent whose metric after a merge is as good as the value has finished.
     """
 
     rounds: int | None
@@ -92,6 +93,13 @@ class Rules:
         said: dict[str, Any] = {name: getattr(schedule, name) for name in names}
         said |= {"rounds": schedule.rounds or None, "deadline_s": schedule.round_deadline_s}
         return cls(**{**said, **more})
+
+    def reached(self, after: Mapping[str, float]) -> bool:
+        """Whether the metrics after a merge are as good as the target."""
+        if self.target is None or self.target[0] not in after:
+            return False
+        metric, value = self.target
+        return score_of(metric, after[metric]) >= score_of(metric, value)
 
     def beyond(self, number: int) -> bool:
         """Whether a round lies after the last one."""

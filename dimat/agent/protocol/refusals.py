@@ -1,4 +1,4 @@
-"""Why an agent refuses a peer's offer: told once for each peer and kind of fault."""
+"""Why an agent refuses a peer's offers: told once for each kind of fault, and counted."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ from dimat.agent.protocol.offers import PeerPublished
 
 
 class Refusals:
-    """Says why offers are refused, and remembers what it has said: a peer that repeats a fault fills no log."""
+    """Says why offers are refused, and remembers what it has said: a peer that repeats a fault fills no log.
+
+    `counts`: each peer's refused offers, told or not.
+    """
 
     def __init__(self) -> None:
+        self.counts: dict[str, int] = {}
         self._told: set[tuple[Heard, str]] = set()
 
     def reason(self, heard: Heard, offer: PeerPublished, base: str) -> str:
@@ -18,7 +22,10 @@ class Refusals:
         `heard`: the offer's fate; `base`: address of the weights that this agent takes deltas from.
         """
         reason = _reason(heard, offer, base)
-        if not reason or (heard, offer.peer) in self._told:
+        if not reason:
+            return ""
+        self.counts[offer.peer] = self.counts.get(offer.peer, 0) + 1
+        if (heard, offer.peer) in self._told:
             return ""
         self._told.add((heard, offer.peer))
         return reason
@@ -29,7 +36,7 @@ def _reason(heard: Heard, offer: PeerPublished, base: str) -> str:
         case Heard.CONFLICT:
             return (
                 f"it offers another snapshot for round {offer.round} ({offer.root[:12]}…) than before; the first one "
-                "of a round counts, and any other is refused silently"
+                "of a round counts, and others are refused and counted in the status"
             )
         case Heard.BEYOND:
             return f"it offers round {offer.round}, which nobody could offer"

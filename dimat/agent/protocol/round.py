@@ -14,7 +14,6 @@ A driver carries out actions in the order given, and a `Publish` only once the `
 
 from __future__ import annotations
 
-import math
 from enum import Enum
 
 from dimat import events
@@ -76,7 +75,7 @@ class RoundMachine:
         self._published = published
         self._inbox = Inbox(agent, run, plan, rules)
         self._inbox.base = self.base
-        self._refusals = Refusals()
+        self.refusals = Refusals()
         self._current = RoundPlan({agent: 1.0})
         self._mixing = MixingState(agent, rules, state)
         self._adopting: PeerPublished | None = None
@@ -214,7 +213,7 @@ class RoundMachine:
     # ── hearing ──────────────────────────────────────────────────────────────────────────────────────────────
     def _offered(self, offer: PeerPublished) -> list[m.Action]:
         heard, actions = self._inbox.hear(offer)
-        reason = self._refusals.reason(heard, offer, self.base)
+        reason = self.refusals.reason(heard, offer, self.base)
         if reason:
             actions.append(self._refused(offer.peer, reason))
         # one that conflicts may have told, too, that its peer left a round out
@@ -351,8 +350,7 @@ class RoundMachine:
             return []
         expected = len(self._inbox.expected())
         merged, record = self._mixing.merged(merge, event.result, self._current, expected)
-        target = self._rules.target
-        reached = target is not None and event.result.after.get(target[0], -math.inf) >= target[1]
+        reached = self._rules.reached(event.result.after)
         actions: list[m.Action] = [
             *(self._refused(peer, reason) for peer, reason in sorted(event.result.refused.items())),
             m.Emit(merged),

@@ -32,7 +32,8 @@ def no_worse(
 ) -> Accepted:
     """Return the first of own + t (merged − own), t = 1, ½, ¼, with score ≥ score(own) − tolerance; else own.
 
-    `score`: higher is better, a share in [0, 1] for accuracies; a NaN counts as −∞. Points inside the segment
+    `score`: higher is better, a share in [0, 1] for accuracies, the negative of a loss or perplexity, in whose unit
+    `tolerance` then is; a NaN counts as −∞. Points inside the segment
     are repaired like any merge before they are scored. Of LoRA factors they are points between the products B·A, at
     own's rank, since merged factors have a basis of their own. `on` names the set that the caller scores on: "local"
     is the agent's own hold-out, and on skewed data it rejects merges that are good for the network, since the classes

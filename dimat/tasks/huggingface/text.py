@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -60,9 +60,9 @@ PROBE = TextProbe()
 class HfCausalLM(MadeByMaker):
     """Next-token prediction on blocks of tokens, (B, T) int64, which are both inputs and targets.
 
-    Metrics are of a block's T − 1 predictions: "token_accuracy" (the one that counts) and "nll" in nats per token;
-    over a set, "perplexity" = exp(nll). `classes`: values of the label column, empty without one. `read_probe`: reads
-    the probe set's text.
+    Metrics are of a block's T − 1 predictions: "token_accuracy" and "nll" in nats per token; over a set, "perplexity" =
+    exp(nll). `metric`: the one that counts. `classes`: values of the label column, empty without one. `read_probe`:
+    reads the probe set's text.
     """
 
     name: str
@@ -110,6 +110,7 @@ def hf_causal_lm(
     data: TextData,
     model: ModelOptions = MODEL,
     probe: TextProbe = PROBE,
+    metric: Literal["token_accuracy", "perplexity"] = "token_accuracy",
     seed: Annotated[int, Field(ge=0)] = 0,
     folder: Path = Path(),
     option_names: OptionNames = NAMES,
@@ -120,7 +121,8 @@ def hf_causal_lm(
     exchange adapters. probe: `count` blocks of the training text, or blocks of the text { name, … }, in which case all
     training text is used for training. **Agents that compare networks on it must give the same text, probe, tokenizer,
     max_length and seed**; those that exchange logits may have other tokenizers and lengths if it is a text { name, … }
-    with a `count` that takes all of its blocks. seed: of the draws from the data, and of a frozen base without
+    with a `count` that takes all of its blocks. metric: the one that counts, in reports, for targets and to accept
+    merges; a perplexity is better if it is lower. seed: of the draws from the data, and of a frozen base without
     pretrained weights.
     """
     train, held = open_splits(data, option_names, seed=seed, folder=folder)
@@ -181,6 +183,7 @@ def hf_causal_lm(
         probe=Subset(public, chosen),
         read_probe=read_probe,
         classes=classes,
+        metric=metric,
         agreement={"tokenizer": tokens.identity},
     )
 

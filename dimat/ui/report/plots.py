@@ -17,6 +17,7 @@ import networkx as nx
 
 from dimat.config import CEILING
 from dimat.errors import ConfigError
+from dimat.metrics import best_of
 from dimat.ui.tables import timed
 from dimat.ui.text import clean, count_text, mean
 
@@ -89,6 +90,22 @@ def comparison_png(comparison: Comparison) -> bytes:
     """Return one picture: a row of panels per split, the metric over merges and over megabytes sent per agent."""
     with _styled():
         return _png(_comparison_figure(comparison))
+
+
+def line_png(lines: Mapping[str, tuple[Sequence[float], Mapping[str, Sequence[float]]]]) -> bytes:
+    """Return one picture of ways from one network to another: a panel for each metric, a curve for each entry of
+    `lines`, which has the places on the way, 0 to 1, and the metrics there."""
+    with _styled():
+        names = list(next(iter(lines.values()))[1])
+        figure = _figure(1.0 + 4.5 * len(names), 3.6)
+        for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+            for i, (label, (shares, metrics)) in enumerate(lines.items()):
+                axes.plot(shares, metrics[name], color=PALETTE[i % len(PALETTE)], marker="o", label=_label(label))
+            axes.set_title(_label(name))
+            axes.set_xlabel("share of the second network")
+            axes.set_xlim(0, 1)
+        figure.axes[0].legend()
+        return _png(figure)
 
 
 def require_matplotlib() -> None:
@@ -295,7 +312,7 @@ def _classes_figure(results: Results) -> Figure:
 
 
 def _comparison_figure(comparison: Comparison) -> Figure:
-    splits = list(comparison.splits)
+    splits, metric = list(comparison.splits), comparison.metric
     names = list(dict.fromkeys(method for curves in comparison.splits.values() for method in curves))
     styles = _method_styles(comparison)
     clock = any(timed(curves) for curves in comparison.splits.values())
@@ -305,9 +322,10 @@ def _comparison_figure(comparison: Comparison) -> Figure:
         left, *middle, right = grid[row]
         for method, curve in comparison.splits[split].items():
             _draw_merges(left, curve, *styles[method])
-            _draw_over(right, curve, curve.timeline.mb, styles[method][0])
+            _draw_over(right, curve, curve.timeline.mb, styles[method][0], metric)
             for axes in middle:
-                _draw_over(axes, curve, curve.timeline.time_s if method != CEILING else (), styles[method][0])
+                times = curve.timeline.time_s if method != CEILING else ()
+                _draw_over(axes, curve, times, styles[method][0], metric)
         target = comparison.target(split)
         for axes in grid[row] if target is not None else ():
             axes.axhline(target, color="black", linewidth=0.9, linestyle=":")
@@ -335,10 +353,11 @@ def _draw_merges(axes: Axes, curve: MethodCurve, colour: str, marker: str) -> No
     axes.fill_between(merges, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
-def _draw_over(axes: Axes, curve: MethodCurve, x: Sequence[float], colour: str) -> None:
-    """Draw a curve over time or megabytes; one without these is a horizontal line for comparison."""
+def _draw_over(axes: Axes, curve: MethodCurve, x: Sequence[float], colour: str, metric: str) -> None:
+    """Draw a curve over time or megabytes; one without these is a horizontal line at its best for comparison."""
     if not any(x):
-        axes.axhline(max(curve.after_merge, default=0.0), color=colour, linestyle="--", linewidth=1.4)
+        if curve.after_merge:
+            axes.axhline(best_of(metric, curve.after_merge), color=colour, linestyle="--", linewidth=1.4)
     else:
         axes.plot(x, curve.timeline.value, _dash(colour), color=colour, linewidth=1.5)
 

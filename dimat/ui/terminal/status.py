@@ -48,7 +48,7 @@ def status_lines(status: Mapping[str, Any]) -> list[str]:
 
 def peers_table(peers: Mapping[str, Mapping[str, Any]]) -> Table:
     """Return a row per followed peer: whether it is connected, its address, its offer, when it was last heard, bytes
-    from and to it, faults."""
+    from and to it, trouble."""
     rows = tuple(
         (
             clean(name),
@@ -58,7 +58,7 @@ def peers_table(peers: Mapping[str, Mapping[str, Any]]) -> Table:
             _since(found.get("heard_s")),
             _size(found.get("received_bytes")),
             _size(found.get("sent_bytes")),
-            _text(found.get("trouble") or ""),
+            _trouble(found),
         )
         for name, found in sorted(peers.items())
     )
@@ -66,6 +66,13 @@ def peers_table(peers: Mapping[str, Mapping[str, Any]]) -> Table:
     numbers = frozenset({4, 5, 6})
     table = Table("", headers, rows, left=frozenset(range(len(headers))) - numbers)
     return trimmed(table, ("trouble",))
+
+
+def _trouble(found: Mapping[str, Any]) -> str:
+    """Return why a peer is out of reach, and how many of its offers were refused."""
+    refused = int(_number(found.get("refused_offers")))
+    told = [_text(found["trouble"])] if found.get("trouble") else []
+    return "; ".join([*told, f"refused offers: {refused:,}"] if refused > 0 else told)
 
 
 def _merged(merged: Mapping[str, Any]) -> list[str]:

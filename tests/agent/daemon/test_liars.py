@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from dimat.agent.protocol.offers import ROUNDS_KEPT
+from dimat.agent.protocol.plan import LAST_ROUND
 from dimat.net.limits import MOST_NOTICES
-from tests.agent.daemon.test_daemon import ABC, command
+from tests.agent.daemon.test_daemon import ABC, SLOW, command
+from tests.agent.daemon.test_daemon_faults import WIDE, comes_in, doomed, widen
 from tests.agent.processes import Network, check_ledgers, network
 
 pytestmark = pytest.mark.live
@@ -117,3 +120,118 @@ def test_one_that_lies_in_its_manifests(tmp_path: Path, free_ports: list[int]) -
             assert (tmp_path / name / "manifests.jsonl").stat().st_size < 100_000
             assert "stranger-" not in (tmp_path / name / "manifests.jsonl").read_text()
             assert "stranger-" not in (tmp_path / name / "lineage.jsonl").read_text()
+
+
+def test_one_that_gives_a_round_two_contents(tmp_path: Path, free_ports: list[int]) -> None:
+    """Every round: told once, counted in the status that a person and a program get, merged in neither content but the
+    one that it published; the honest agents merge with each other in every round."""
+    schedule = "rounds = 0\nround_deadline_s = 20\njoin_wait_s = 3"
+    with network(tmp_path, ABC, free_ports, schedule=schedule, train=SLOW) as net:
+        lives = [net.start(name) for name in HONEST]
+        net.start(EVE, driver=("tests.agent.liar", "equivocating", HONEST[0]))
+        for name in HONEST:
+            net.wait_for(name, "Merged", ROUNDS)
+            status = json.loads(command("status", tmp_path / name, "--json"))["peers"]
+            assert ROUNDS - 1 <= status[EVE]["refused_offers"] <= len(net.events(EVE, "Published"))
+            assert {status[peer]["refused_offers"] for peer in HONEST if peer != name} == {0}
+            assert "refused offers: " in command("status", tmp_path / name)
+        for life in lives:
+            life.signal(signal.SIGTERM)
+        assert [life.wait() for life in lives] == [143, 143], "\n".join(life.text() for life in lives)
+        for name in HONEST:
+            refused = [event["reason"] for event in net.events(name, "PeerRefused", peer=EVE)]
+            assert len([reason for reason in refused if "another snapshot for round" in reason]) == 1, refused
+            assert together(net, name) >= len(net.events(name, "Merged")) - 1, "the last may have been made alone"
+            assert not net.events(name, "RoundsSkipped")
+        check_ledgers(net, HONEST)
+
+
+@pytest.mark.parametrize("claim", [ROUNDS_KEPT * 3, 1000, LAST_ROUND + 1], ids=["within", "beyond", "nobody's"])
+def test_a_lone_peers_round_without_its_snapshot(tmp_path: Path, free_ports: list[int], claim: int) -> None:
+    """A network of two. What the other says moves an agent by no more than a few rounds once, and by none where that
+    round is beyond the schedule: the number alone, without the snapshot, which nobody can have."""
+    rounds = ROUNDS_KEPT * 4
+    schedule = f"rounds = {rounds}\nround_deadline_s = 0.5\njoin_wait_s = 3"
+    with network(tmp_path, ABC[:2], free_ports, schedule=schedule, exchange="lost_after_s = 1") as net:
+        life = net.start(ABC[0])
+        net.start(ABC[1], driver=("tests.agent.liar", "ahead", str(claim)))
+        net.wait_for(ABC[0], "Merged", ROUNDS_KEPT)
+        if claim < rounds:
+            net.wait_for(ABC[0], "RoundsSkipped")
+        life.signal(signal.SIGTERM)
+        assert life.wait() == 143, life.text()
+        skipped = [event["round"] - event["first"] for event in net.events(ABC[0], "RoundsSkipped")]
+        assert sum(skipped) <= (ROUNDS_KEPT if claim < rounds else 0)
+        assert all(event["round"] < claim for event in net.events(ABC[0], "Merged"))
+        refused = [event["reason"] for event in net.events(ABC[0], "PeerRefused", peer=ABC[1])]
+        assert any("which nobody could offer" in reason for reason in refused) == (claim > LAST_ROUND)
+
+
+def test_a_lone_peers_round_with_its_snapshot(tmp_path: Path, free_ports: list[int]) -> None:
+    """Its snapshot in hand, the only neighbour is believed: the agent goes to its round, and not past the schedule."""
+    rounds = ROUNDS_KEPT * 4
+    schedule = f"rounds = {rounds}\nround_deadline_s = 0.5\njoin_wait_s = 3"
+    with network(tmp_path, ABC[:2], free_ports, schedule=schedule, exchange="lost_after_s = 1") as net:
+        life = net.start(ABC[0])
+        net.start(ABC[1], driver=("tests.agent.liar", "far", str(rounds - 2)))
+        assert life.wait() == 0, life.text()
+        skipped = net.events(ABC[0], "RoundsSkipped")
+        assert max(event["round"] - event["first"] for event in skipped) > ROUNDS_KEPT, "at once, by its snapshot"
+        assert skipped[-1]["round"] == rounds - 2
+        assert net.events(ABC[0], "Merged")[-1]["round"] == rounds
+        assert net.events(ABC[0], "AgentLeft")[-1]["reason"] == "done"
+
+
+@pytest.mark.slow
+def test_four_slow_neighbours_leave_room_for_a_fifth(tmp_path: Path, free_ports: list[int]) -> None:
+    """A star whose middle fetches four snapshots at a time. Four neighbours send 20 kB a second, so that each snapshot
+    of 1.5 MB takes longer than the deadline; the fifth begins when all four are on their way, and is merged alone."""
+    middle, quick, *slow = names = ("lab-a", "lab-f", "lab-b", "lab-c", "lab-d", "lab-e")
+    schedule = "rounds = 1\nround_deadline_s = 25\njoin_wait_s = 3"
+    with network(tmp_path, names, free_ports, schedule=schedule, train=WIDE, merge='method = "average"') as net:
+        widen(net)
+        net.write_map(graph="star")
+        for name in slow:
+            net.start(name, "exchange.rate_limit_mb_s=0.02", "agent.linger_s=60")
+        life = net.start(middle)
+        net.until(lambda: all(comes_in(net, middle, name) for name in slow), "four snapshots are on their way")
+        net.start(quick)
+        (fetched,) = net.wait_for(middle, "SnapshotFetched", peer=quick)
+        assert all(comes_in(net, middle, name) for name in slow)
+        (offered,) = net.events(quick, "Published")
+        assert fetched["time_s"] - offered["time_s"] < 15
+        net.wait_for(middle, "Merged")
+        assert net.partners(middle) == {middle, quick}
+        assert life.wait() == 0, life.text()
+
+
+def test_a_restart_after_a_doubtful_merge(tmp_path: Path, free_ports: list[int]) -> None:
+    """One neighbour makes the last layer four times as large, which the victim's own test set likes: the merge is made,
+    and doubted. Three rounds later the victim's weights are not finite when it dies. Started again, it says so, goes on
+    from the checkpoint before that merge with finite weights, and publishes no round anew."""
+    victim, eve = ABC[:2]
+    schedule = "rounds = 0\nround_deadline_s = 20\njoin_wait_s = 3"
+    train = 'epochs_per_round = 1\nbatch_size = 16\noptimizer = { name = "adam", lr = 0.003 }'
+    with network(tmp_path, ABC[:2], free_ports, schedule=schedule, train=train, merge='method = "average"') as net:
+        net.start(eve, driver=("tests.agent.liar", "swelling", victim))
+        life = doomed(net, victim, "spoiled", 3)
+        assert life.wait() == -signal.SIGKILL, life.text()
+        assert [*(tmp_path / victim / "checkpoints").glob("trusted.*")]
+        last = net.events(victim, "Published")[-1]["round"]
+        before = len(net.events(victim))
+        life = net.start(victim)
+        net.until(lambda: [e for e in net.events(victim)[before:] if e["event"] == "Published"], "it publishes again")
+        life.signal(signal.SIGTERM)
+        assert life.wait() == 143, life.text()
+        after = net.events(victim)[before:]
+        spoiled, ignored, *_ = [event["message"] for event in after if event["event"] == "Warned"]
+        assert f"-{last:09}-merged." in spoiled
+        assert "not finite; the previous one is used" in spoiled
+        assert ignored.startswith(f"all checkpoints since the doubtful merge of round {last - 3} are ignored")
+        assert spoiled in life.text()
+        resumed = next(event for event in after if event["event"] == "Resumed")
+        assert (resumed["round"], resumed["stage"]) == (last - 3, "trained")
+        assert min(event["round"] for event in after if event["event"] == "Published") > last
+        weights = load_file(tmp_path / victim / "weights.safetensors")
+        assert all(bool(tensor.isfinite().all()) for tensor in weights.values())
+        check_ledgers(net, [victim])

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,45 @@ def test_the_map_is_read_anew_after_the_start_that_a_sighup_came_in(tmp_path: Pa
         life.signal(signal.SIGUSR1)
         assert life.wait() == 128 + signal.SIGUSR1, life.text()
         assert net.events("lab-a", "AgentLeft")
+
+
+@pytest.mark.live
+@pytest.mark.parametrize("module", ["cyclopts", "dimat.cli.topology", "dimat.config", "torch"])
+def test_a_sighup_while_an_agent_is_loaded_is_kept(tmp_path: Path, free_ports: list[int], module: str) -> None:
+    """A new process, as people start it, is hung up in the moment that it begins to load one of what it needs: nothing
+    ends, and the map is read again once, when the agent is up."""
+    with network(tmp_path, ABC[:2], free_ports, schedule=SCHEDULE, train=SLOW) as net:
+        life = net.start("lab-a", driver=("tests.cli.hung_up", module), anew=True)
+        net.until(lambda: net.events("lab-a", "MapRead") or life.process.poll() is not None, "it reads the map")
+        assert life.process.poll() is None, life.text()
+        net.wait_for("lab-a", "PhaseStarted", phase="train")
+        kinds = [event["event"] for event in net.events("lab-a")]
+        assert kinds.index("MapRead") > kinds.index("AgentStarted")
+        assert kinds.count("MapRead") == 1
+        life.signal(signal.SIGUSR1)
+        assert life.wait() == 128 + signal.SIGUSR1, life.text()
+
+
+def catches(pid: int, number: signal.Signals) -> bool:
+    """Tell whether a process has a handler for a signal."""
+    lines = dict(line.split(":\t") for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":\t" in line)
+    return bool(int(lines["SigCgt"], 16) >> (number - 1) & 1)
+
+
+@pytest.mark.live
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+@pytest.mark.parametrize("wait_s", [0.0, 0.05, 0.2, 0.6])
+def test_a_sighup_soon_after_the_start_is_kept(tmp_path: Path, free_ports: list[int], wait_s: float) -> None:
+    """From outside, so long after the process has begun to run our code."""
+    with network(tmp_path, ABC[:2], free_ports, schedule=SCHEDULE, train=SLOW) as net:
+        life = net.start("lab-a", anew=True)
+        net.until(lambda: catches(life.process.pid, signal.SIGHUP), "it catches SIGHUP")
+        time.sleep(wait_s)
+        life.signal(signal.SIGHUP)
+        net.until(lambda: net.events("lab-a", "MapRead") or life.process.poll() is not None, "it reads the map")
+        assert life.process.poll() is None, life.text()
+        life.signal(signal.SIGUSR1)
+        assert life.wait() == 128 + signal.SIGUSR1, life.text()
 
 
 SWALLOWS = """

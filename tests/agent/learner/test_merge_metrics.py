@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import isnan, nan
 from pathlib import Path
 from typing import Any
@@ -54,3 +55,26 @@ def test_a_merge_is_not_to_blame_for_what_was_not_finite_before(
     assert isnan(report.after["loss"])
     for name, tensor in one.trainer.weights().items():
         torch.testing.assert_close(tensor, 0.5 * own[name] + 0.5 * other[name])
+
+
+@pytest.mark.parametrize(("metric", "kept"), [("perplexity", True), ("accuracy", False)])
+def test_a_merge_is_judged_by_a_perplexity_as_by_its_negative(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metric: str, kept: bool
+) -> None:
+    """The merged weights' number is lower than own weights' by 1: as a perplexity that is better, and the whole merge
+    is kept; as an accuracy it is worse than the tolerance, at every share of the way."""
+    accept = {"name": "no-worse", "options": {"on": "local"}}
+    one, two = agents(tmp_path, merge__method="average", merge__accept=accept)
+    peer = trained(two, 1, learn=True).payload
+    trained(one, 1, learn=True)
+    own, evaluate = one.trainer.weights(), one.trainer.evaluate
+    name = next(key for key, value in own.items() if value.is_floating_point())
+
+    def judged(data: Any, weights: Any = None) -> dict[str, float]:
+        held = one.trainer.weights() if weights is None else weights
+        return {**evaluate(data, weights), metric: 3.0 - (not torch.equal(held[name], own[name]))}
+
+    monkeypatch.setattr(one.trainer, "evaluate", judged)
+    monkeypatch.setattr(one, "task", replace(one.task, metric=metric))
+    report = merged(one, 1, 0.5, [("two", one.store / f"{peer.root}.safetensors", 0.5, True)], "after")
+    assert report.accepted == float(kept)

@@ -321,6 +321,7 @@ def test_an_equivocator_is_told_of_once() -> None:
     assert [type(action) for action in actions] == [r.Emit]
     (refused,) = told(actions, events.PeerRefused)
     assert "another snapshot for round 1" in refused.reason
+    assert m.refusals.counts == {"b": 40}
     assert of(m.handle(r.TrainingDone(1, "own")), r.MergeAction) == []
     m.handle(offer("c", 1))
     m.handle(r.SnapshotReady("c", 1, "c1"))

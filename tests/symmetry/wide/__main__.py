@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ _HEAD = (
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure the named models, or all; the exit status is 1 if one misses a target."""
+    """Measure the named models, or all whose library is installed; the exit status is 1 if one misses a target."""
     parser = argparse.ArgumentParser(prog="python -m tests.symmetry.wide", description=__doc__)
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help="models or sources (torchvision, timm, …); default all"
@@ -33,7 +34,12 @@ def main(arguments: list[str] | None = None) -> int:
     if wrong := [name for name in options.names if name not in known]:
         parser.error(f"no such model: {', '.join(wrong)} (known: {', '.join(ENTRIES)})")
     torch.set_num_threads(1)
-    chosen = [e for e in ENTRIES.values() if not options.names or {e.name, e.source} & set(options.names)]
+    chosen = [e for e in ENTRIES.values() if e.name in options.names or e.source in options.names]
+    if not options.names:
+        chosen = [entry for entry in ENTRIES.values() if entry.source == "own" or find_spec(entry.source)]
+        absent = {e.source for e in ENTRIES.values()} - {e.source for e in chosen}
+        if absent:
+            print(f"left out, as not installed: {', '.join(sorted(absent))}", flush=True)
     if options.planted:
         return planted_table(chosen)
     rows: list[Row] = []

@@ -18,6 +18,7 @@ from dimat.seeds import torch_generator
 from dimat.symmetry import derive_symmetry, tolerance_of, verify_symmetry
 from dimat.tasks import Task, load_task
 from dimat.train import Trainer
+from dimat.train.check_task import check_task
 from tests.tasks.huggingface.samples import GPT2, LLAMA, grouped, sentences, write_text, write_tokenizer
 
 
@@ -71,6 +72,8 @@ def test_loss_and_metrics_are_those_of_transformers(tmp_path: Path, config: dict
     trainer = Trainer(task, task.data("train"), settings, seed=0)
     found = trainer.evaluate(task.data("test"))
     assert found["perplexity"] == pytest.approx(math.exp(found["loss"]), rel=1e-5)
+    assert (task.metric, made(tmp_path, metric="perplexity").metric) == ("token_accuracy", "perplexity")
+    check_task(made(tmp_path, metric="perplexity"), settings)  # a metric of the whole set may be the one that counts
     spec = derive_symmetry(one, task.example_inputs())
     assert spec.groups
     error = verify_symmetry(one, spec, task.example_inputs(), torch_generator(0, "verify"))

@@ -70,6 +70,20 @@ def test_what_a_person_reads() -> None:
     assert c.split("  ")[-2].strip() == "-"  # it was never heard, and an older agent tells no bytes
 
 
+def test_refused_offers_are_trouble() -> None:
+    """As an agent counts them of a peer that gives a round two contents, beside why it is out of reach."""
+    peers = {
+        "lab-b": {**STATUS["peers"]["lab-b"], "refused_offers": 1234},
+        "lab-c": {**STATUS["peers"]["laboratory-c"], "refused_offers": 1},
+        "lab-d": {**STATUS["peers"]["lab-b"], "refused_offers": 0},
+    }
+    lines = status_lines({**STATUS, "peers": peers})
+    b, c, d = (next(line for line in lines if line.startswith(name)) for name in ("lab-b", "lab-c", "lab-d"))
+    assert b.endswith("  refused offers: 1,234")
+    assert c.endswith("  Connection refused; refused offers: 1")
+    assert d.rstrip().endswith("MB")
+
+
 def test_no_column_of_troubles_without_any() -> None:
     peers = {"lab-b": STATUS["peers"]["lab-b"]}
     assert "trouble" not in "\n".join(status_lines({**STATUS, "peers": peers}))

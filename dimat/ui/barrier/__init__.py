@@ -1,0 +1,1 @@
+"""The loss barrier between two models on disk: measured, and shown."""
