@@ -12,11 +12,14 @@ from safetensors.torch import load_file
 from dimat import events
 from dimat.agent.setup.experiment import Whole
 from dimat.agent.setup.loaded_task import load_for
+from dimat.agent.setup.prepare import prepare_agent
 from dimat.config import ExperimentConfig, build
 from dimat.errors import ConfigError
 from dimat.events import Event
+from dimat.net.compatibility import incompatibility
 from dimat.simulate import run_simulation
 from dimat.simulate.world.scenario import prepare
+from dimat.wire.v1 import peer_pb2 as pb
 from tests.agent.learner.test_shared_tokens import PAIRS, experiment
 from tests.tasks.huggingface.samples import GPT2, sentences
 
@@ -97,6 +100,27 @@ def test_a_probe_text_that_differs_is_refused(tmp_path: Path, probe: dict[str, A
     with pytest.raises(ConfigError, match=r"task.models\[0\].*the text of the probe set.*task.options.probe.name") as e:
         prepare(changed(config, task=task))
     assert "\n" not in str(e.value)
+
+
+def test_agents_greet_each_other_by_the_text(tmp_path: Path) -> None:
+    """Unlike tokenizers fit; with other public texts they refuse each other, and are told what to do."""
+    config = experiment(tmp_path)
+
+    def profile(config: ExperimentConfig, name: str) -> Any:
+        agent = config.agent.model_copy(update={"name": name})
+        setup = prepare_agent(config.model_copy(update={"agent": agent}))
+        return setup.profile(setup.learner(tmp_path).trainer.model)
+
+    def refusal(one: Any, two: Any) -> str:
+        return incompatibility(one, "tokens", pb.HelloRequest(**two.fields("tokens", "b")))
+
+    one, two = profile(config, "agent-0"), profile(config, "agent-1")
+    assert refusal(one, two) == refusal(two, one) == ""
+    task = config.model_dump(exclude_unset=True)["task"]
+    task["options"]["probe"]["name"] = "test.txt"
+    other = profile(changed(config, task=task), "agent-1")
+    assert "its logits are of other inputs: its probe set is 'text " in refusal(one, other)
+    assert "a probe text of its own" in refusal(one, other)
 
 
 def test_options_of_an_agent_go_over_the_tables_of_the_task(tmp_path: Path) -> None:
