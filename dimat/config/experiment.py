@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -86,8 +86,8 @@ class AgentModels(Tree):
     agents: Annotated[tuple[str, ...], Field(min_length=1)]
     """Names of the agents."""
     options: Options = Field(default_factory=dict)
-    """Options of the task that choose their model, e.g. { model = "mlp" }; they override `task.options`. Options that
-    change the data are refused."""
+    """Options of the task that choose their model, e.g. { model = "mlp" }; they override `task.options`, tables of them
+    key by key. Options that change the data are refused, but language models may have tokenizers of their own."""
 
 
 class TaskConfig(Tree):
@@ -119,9 +119,20 @@ class TaskConfig(Tree):
         return self
 
     def of_agent(self, agent: str) -> TaskConfig:
-        """Return the task with an agent's own model."""
+        """Return the task with an agent's own model: its options go over the task's, tables of them key by key."""
         own = next((entry.options for entry in self.models if agent in entry.agents), {})
-        return self.model_copy(update={"options": {**self.options, **own}, "models": ()}) if self.models else self
+        options = {**self.options, **{key: _over(self.options.get(key), value) for key, value in own.items()}}
+        return self.model_copy(update={"options": options, "models": ()}) if self.models else self
+
+
+def _over(options: Any, own: Any) -> Any:
+    """Return an agent's own option; of two tables, own keys over the others. A model is named or described by a
+    config, so that each of the two takes the other's place."""
+    if not isinstance(options, dict) or not isinstance(own, dict):
+        return own
+    others, ours = cast("dict[str, Any]", options), cast("dict[str, Any]", own)
+    replaced = {"name": "config", "config": "name"}
+    return {k: v for k, v in others.items() if replaced.get(k) not in ours} | ours
 
 
 class DistilConfig(Tree):

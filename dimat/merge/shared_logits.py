@@ -20,10 +20,13 @@ from dimat.merge.registry import CONTEXT, TRAITS
 from dimat.merge.shared_statistics import AUX
 from dimat.merge.stages import Weights
 from dimat.registry import Registry
-from dimat.weights.tensors import Tensors
+from dimat.weights.tensors import Tensors, schema_hash
 
 LOGITS, CLASSES = AUX + "logits", AUX + "logit_classes"
 """Names of a snapshot's tensors."""
+
+HEAT = 2.0
+"""T where nothing else is said."""
 
 logits_registry: Registry[Tensor] = Registry("combine method of logits", context=CONTEXT, traits=TRAITS)
 """The combine methods of presets that share logits: (own, peers, weights, classes, *, options) → what own is taught."""
@@ -53,9 +56,18 @@ class LogitLayout:
         values, classes = ordered.values[:, : self.kept], ordered.indices[:, : self.kept]
         return {LOGITS: values.bfloat16(), CLASSES: classes.to(self._numbers)}
 
+    @property
+    def schema(self) -> str:
+        """A hash of names, shapes and types, which is the same for all agents."""
+        return schema_hash(self.sample())
+
     def sample(self) -> dict[str, Tensor]:
         """Return tensors of the names, shapes and types of a snapshot."""
         return self.encoded(torch.zeros(self.examples, self.classes))
+
+    def largest(self) -> dict[str, Tensor]:
+        """Return tensors of the size of the largest snapshot that any agent may send: all have the same."""
+        return self.sample()
 
     def read(self, peer: str, snapshot: Tensors) -> dict[str, Tensor]:
         """Return the tensors of a peer's snapshot, checked: names, types and shapes before any is read, then values.
@@ -114,21 +126,25 @@ def distil(
     *,
     steps: Annotated[int, Field(ge=1)] = 80,
     weight: Annotated[float, Field(ge=0, le=1)] = 0.5,
-    temperature: Annotated[float, Field(gt=0)] = 2.0,
+    temperature: Annotated[float, Field(gt=0)] | None = None,
     keep: Annotated[int, Field(ge=1)] | None = None,
+    text: Annotated[float, Field(ge=0, le=1)] = 0.5,
 ) -> Tensor:
     """Return the teachers' mean, p̄ = Σ_k w_k softmax(z_k / T) over own (k = 0) and peers, (examples, classes).
 
     `own`, `peers`: logits as they travel; `weights`: the mixing weights, own first, sum 1. The agent is then trained
     for `steps` steps on (1 − w) loss of own labelled examples + w T² KL(p̄ ‖ softmax(z / T)) of as many probe examples,
-    with w = `weight` and T = `temperature`. `keep`: the largest logits of an example that travel, None for all; the
-    same for all agents.
+    with w = `weight` and T = `temperature`, by default 2. `keep`: the largest logits of an example that travel, None
+    for all; the same for all agents. Language models teach each other's tokens (`dimat.merge.token_map`), with T = 1
+    and the 16 largest logits of a prediction by default; `text` is the share of p̄ that goes to the tokens of the probe
+    text itself, which no other model's probe set has.
 
     Papers: Hinton et al. 2015, arXiv 1503.02531 (the loss); Li & Wang 2019, FedMD, arXiv 1910.03581 (logits on a public
     set among unlike models, averaged by a server there).
     """
-    del steps, weight, keep  # of the training and of the layout
-    parts = [w * softened(each, classes, temperature) for each, w in zip((own, *peers), weights, strict=True)]
+    del steps, weight, keep, text  # of the training and of the layout
+    heat = HEAT if temperature is None else temperature
+    parts = [w * softened(each, classes, heat) for each, w in zip((own, *peers), weights, strict=True)]
     return torch.stack(parts).sum(0).float()
 
 

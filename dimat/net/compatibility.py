@@ -88,7 +88,10 @@ def incompatibility(profile: Profile, run: str, other: pb.HelloRequest | pb.Hell
     if (told := found.pop(OPTIMIZER_STATE, "")) != "":
         return f"one of the two sends its optimizer's moments, the other does not: {told}; give both the same"
     if (told := found.pop(PROBE_SET, "")) != "":
-        return f"its logits are of other inputs: {told}; give both the same task.options of the data"
+        return (
+            f"its logits are of other inputs: {told}; give both the same task.options of the data, and language models "
+            "with other tokenizers a probe text of its own with a probe.count that takes all of it"
+        )
     differ = [told for name, told in found.items() if name not in MAY_DIFFER]
     if differ:
         more = f", and {len(differ) - 1} more such setting{'s' * (len(differ) > 2)}" if len(differ) > 1 else ""

@@ -50,6 +50,10 @@ class Task(Protocol):
       `loss(model(*batch.inputs), batch.targets)`;
     - `logits(outputs) -> Tensor`, (B, classes), if targets are class indices and `loss` accepts logits as well as
       outputs: then `train.loss` may be another than the task's own (`dimat.train.losses`);
+    - for a language model, to learn from the logits of others, also with other tokens (`dimat.merge.token_logits`):
+      `token_logits(outputs) -> Tensor`, (B, P, V), of the P tokens of an example that it predicts, and `probe_text`, a
+      `dimat.tasks.token_text.ProbeText`: the probe set's text, and where in it these tokens stand. They are kept apart
+      from `logits`, which `train.loss` may change;
     - `derived_metrics(means) -> Mapping[str, float]`: metrics of a whole set from the means over it, such as a
       perplexity;
     - `loss_weight(targets) -> float`: the weight of a batch's loss in a mean over batches, 0 or more; by default the

@@ -164,7 +164,7 @@ class Learner:
         """
         if self._logits is not None:
             tensors = self._logits.tensors()
-            return RecordedSnapshot(*self._recorder.record(tensors), schema_hash(tensors), self._samples)
+            return RecordedSnapshot(*self._recorder.record(tensors), self._logits.schema, self._samples)
         weights = self.trainer.weights(copy=False)
         extras = {**self._statistics.tensors, **(self._moments.encoded() if self._learned else {})}
         payload, forms = self._recorder.record(beside(weights, extras))

@@ -24,6 +24,7 @@ from dimat.net.compatibility import CLASSES, PROBE_SET
 from dimat.tasks.base import Task
 from dimat.tasks.data import input_batches
 from dimat.train.contract import task_errors
+from dimat.train.token_lesson import text_of
 
 LONGEST = 2_000
 """Characters of one setting; a longer text is told by its hash."""
@@ -40,13 +41,13 @@ def settings_of(task: Task, model: nn.Module, plan: MergePlan) -> dict[str, str]
     """Return an agent's settings by name: classes, the model's configuration and modules, the probe set if networks
     are compared on it, and those of the task's `agreement`. Raises HookError if that is not a mapping of texts.
 
-    For agents that exchange logits, only classes and the probe set: their models may differ.
+    For agents that exchange logits, only classes and the probe set: their models may differ, and their tokenizers.
     """
     config = _config_of(model)
     classes = [str(name) for name in task.classes] or _class_names(config)
     found = {CLASSES: _short(json.dumps(classes), f"{len(classes):,} names")} if classes else {}
     if plan.shares == "logits":
-        return {**found, PROBE_SET: probe_hash(task, plan.probe_samples)}
+        return {**found, PROBE_SET: read_hash(task, plan.probe_samples)}
     found |= _modules(model)
     for key, value in sorted(config.items()):
         if FUNCTION.fullmatch(key) and len(found) < MOST:
@@ -123,6 +124,12 @@ def probe_hash(task: Task, samples: int) -> str:
                 hasher.update(f"{tuple(tensor.shape[1:])} {tensor.dtype} ".encode())
                 hasher.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return hasher.hexdigest(length=8)
+
+
+def read_hash(task: Task, samples: int) -> str:
+    """Return a hash of what logits are of: the probe text of a language model, whatever its tokens, else the inputs."""
+    text = text_of(task)
+    return probe_hash(task, samples) if text is None else f"text {text.hash}"
 
 
 def _short(text: str, what: str = "") -> str:

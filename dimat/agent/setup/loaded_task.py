@@ -25,6 +25,7 @@ from dimat.tasks.base import Task
 from dimat.train.base import ModelTrainer
 from dimat.train.check_task import check_task
 from dimat.train.contract import task_errors
+from dimat.weights.tensors import schema_hash
 
 
 @dataclass(slots=True)
@@ -82,16 +83,21 @@ class LoadedTask:
             custom_trainer=trainer,
         )
 
-    def sample_snapshot(self, model: torch.nn.Module, moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def sample_snapshot(
+        self, model: torch.nn.Module, moments: Mapping[str, Tensor], *, largest: bool = False
+    ) -> dict[str, Tensor]:
         """Return tensors of the names, shapes and types of a snapshot: what agents share, and beside it statistics and
-        the optimizer's moments as they travel."""
-        return beside(self.sample_shared(model), {**sample_statistics(self.plan, self.task, model), **moments})
-
-    def sample_shared(self, model: torch.nn.Module) -> dict[str, Tensor]:
-        """Return tensors of the names, shapes and types of what agents share: the model's weights, or logits."""
+        the optimizer's moments as they travel. `largest`: of the largest that a peer may send, where they differ."""
         if self.plan.shares == "logits":
-            return layout_of(self.plan, self.task, model).sample()
-        return model.state_dict()
+            layout = layout_of(self.plan, self.task, model)
+            return layout.largest() if largest else layout.sample()
+        return beside(model.state_dict(), {**sample_statistics(self.plan, self.task, model), **moments})
+
+    def schema(self, model: torch.nn.Module) -> str:
+        """Return the hash of what is the same in all agents' snapshots: names, shapes and types of what they share."""
+        if self.plan.shares == "logits":
+            return layout_of(self.plan, self.task, model).schema
+        return schema_hash(model.state_dict())
 
 
 def load_for(config: ExperimentConfig, task: Task | None = None, *, symmetry: bool = True) -> LoadedTask:

@@ -26,7 +26,6 @@ from dimat.tasks.base import Task
 from dimat.topology import resolve_map
 from dimat.train.base import ModelTrainer
 from dimat.weights.encodings import ENCODINGS, encoded_bytes
-from dimat.weights.tensors import schema_hash
 
 DEFAULT_PORT = 7300
 MOST_CLASSES = 1_000
@@ -54,17 +53,20 @@ class PreparedAgent:
 
     def schedule_now(self) -> RunSchedule:
         """Return all rounds by the current network map, from its file or from the DHT."""
-        return resolve(with_newest_map(self.config), self.experiment.loaded).schedule
+        return self._schedule_of(with_newest_map(self.config))
 
     def schedule_on(self, map_file: Path) -> RunSchedule:
         """Return all rounds by another network map; raises as `resolve` if it cannot be used."""
-        return resolve(with_map(self.config, map_file), self.experiment.loaded).schedule
+        return self._schedule_of(with_map(self.config, map_file))
+
+    def _schedule_of(self, config: ExperimentConfig) -> RunSchedule:
+        return resolve(config, self.experiment.loaded, whole=self.experiment.whole).schedule
 
     def profile(self, model: torch.nn.Module) -> Profile:
         """Return the profile with which peers must agree; `model`: that of the task."""
         loaded = self.experiment.loaded
         return Profile(
-            schema_hash(loaded.sample_shared(model)),
+            loaded.schema(model),
             self.schedule.base,
             ENCODINGS,
             groups="" if loaded.spec is None else loaded.spec.groups_hash,
@@ -98,7 +100,8 @@ class PreparedAgent:
         `optimizers`: the model's."""
         # peers may send moments in any type, and those in fp32 are the largest
         widest = self.config.model_copy(update={"exchange": ExchangeConfig(moments="fp32")})
-        snapshot = self.experiment.loaded.sample_snapshot(model, sample_encoded(widest, model, optimizers))
+        moments = sample_encoded(widest, model, optimizers)
+        snapshot = self.experiment.loaded.sample_snapshot(model, moments, largest=True)
         return max(encoded_bytes(snapshot, encoding) for encoding in ENCODINGS)
 
     def listen_address(self) -> str:
@@ -131,7 +134,9 @@ def prepare_agent(config: ExperimentConfig, task: Task | None = None) -> Prepare
     if told.task.models:
         # an agent that a followed map has no more, or has new, is no mistake in the operator's file
         written = resolve_map(told.topology, derive_seed(told.seed, "topology"), Path(told.folder)).names
-        check_own(told, loaded.task, (*experiment.agents, *written), name)
+        whole = check_own(told, loaded.task, (*experiment.agents, *written), name)
+        if whole is not None:
+            experiment = resolve(with_newest_map(config), loaded, whole=whole)
     return PreparedAgent(name, config, experiment)
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from dimat.agent.learner.shared_moments import sample_encoded
 from dimat.agent.setup.experiment import Experiment, resolve
 from dimat.agent.setup.loaded_task import load_for
-from dimat.agent.setup.unlike_models import load_each
+from dimat.agent.setup.unlike_models import load_each, split_each
 from dimat.config import ExchangeConfig, ExperimentConfig, NetworkConfig
 from dimat.errors import ConfigError
 from dimat.seeds import torch_generator
@@ -83,8 +83,10 @@ def prepare(config: ExperimentConfig) -> Scenario:
     warnings += loaded.notes
     experiment = resolve(config, loaded, split=True)
     agents, schedule = experiment.agents, experiment.schedule
+    found = load_each(config, loaded, agents)
+    parts, tasks = split_each(config, found, experiment)
     largest, model = max(
-        ((each, _model(config, each.task)) for each in load_each(config, loaded, agents)),
+        ((each, _model(config, each.task)) for each in found),
         key=lambda pair: _parameters(pair[1]),
     )
     moments = sample_encoded(config, model)
@@ -92,14 +94,15 @@ def prepare(config: ExperimentConfig) -> Scenario:
     scenario = Scenario(
         loaded=loaded,
         schedule=schedule,
-        parts=experiment.parts,
-        histogram=_histogram(loaded.task, agents, experiment.parts),
+        parts=parts,
+        whole=experiment.whole,
+        histogram=_histogram([tasks.get(agent, loaded.task) for agent in agents], agents, parts),
         parameters=_parameters(model),
         model_bytes=sum(tensor.nbytes for tensor in model.state_dict().values()),
         snapshot_bytes=len(encode(largest.sample_snapshot(model, moments))),
         faults=faults,
     )
-    pace = Pace(config, experiment.counts, Compute(config.simulate.compute, agents, config.seed, faults.timed))
+    pace = Pace(config, scenario.counts, Compute(config.simulate.compute, agents, config.seed, faults.timed))
     check_crash_points(
         config,
         faults,
@@ -145,10 +148,16 @@ def _without_network(config: ExperimentConfig) -> ExperimentConfig:
     return config.model_copy(update={"simulate": simulate})
 
 
-def _histogram(task: Task, agents: Sequence[str], parts: Sequence[torch.Tensor]) -> dict[str, tuple[int, ...]]:
-    labels = task.data("train").labels
-    if labels is None:
-        return {agent: (len(part),) for agent, part in zip(agents, parts, strict=True)}
-    classes = len(task.classes) or int(labels.max()) + 1
-    counts = histogram(labels, parts, classes)
-    return {agent: tuple(int(c) for c in row) for agent, row in zip(agents, counts, strict=True)}
+def _histogram(
+    tasks: Sequence[Task], agents: Sequence[str], parts: Sequence[torch.Tensor]
+) -> dict[str, tuple[int, ...]]:
+    """Return the samples by class of each agent, whose task and part stand at its place."""
+    found: dict[str, tuple[int, ...]] = {}
+    for task, agent, part in zip(tasks, agents, parts, strict=True):
+        labels = task.data("train").labels
+        if labels is None:
+            found[agent] = (len(part),)
+            continue
+        counts = histogram(labels, [part], len(task.classes) or int(labels.max()) + 1)
+        found[agent] = tuple(int(c) for c in counts[0])
+    return found

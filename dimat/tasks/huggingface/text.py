@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,8 +23,10 @@ from dimat.tasks.huggingface.base import MadeByMaker, ModelMaker
 from dimat.tasks.huggingface.models import architecture, fits_kind
 from dimat.tasks.huggingface.options import MODEL, NAMES, DataOptions, ModelOptions, ProbeOptions, moved_keys
 from dimat.tasks.huggingface.sources import check_labelled, column_of, first_rows, open_probe, open_splits
+from dimat.tasks.huggingface.token_texts import text_of_rows, texts_of
 from dimat.tasks.huggingface.tokens import BYTES, Tokens, pack, tokenizer_of
 from dimat.tasks.registry import TASKS
+from dimat.tasks.token_text import ProbeText, text_of_blocks
 
 TEXT_COLUMNS = ("text", "content", "document")
 LARGEST_PERPLEXITY_LOG = 80.0
@@ -58,7 +61,8 @@ class HfCausalLM(MadeByMaker):
     """Next-token prediction on blocks of tokens, (B, T) int64, which are both inputs and targets.
 
     Metrics are of a block's T − 1 predictions: "token_accuracy" and "nll" in nats per token; over a set, "perplexity" =
-    exp(nll). `metric`: the one that counts. `classes`: values of the label column, empty without one.
+    exp(nll). `metric`: the one that counts. `classes`: values of the label column, empty without one. `read_probe`:
+    reads the probe set's text.
     """
 
     name: str
@@ -66,6 +70,7 @@ class HfCausalLM(MadeByMaker):
     train: Data
     test: Data
     probe: Data
+    read_probe: Callable[[], ProbeText]
     classes: tuple[str, ...] = ()
     metric: str = "token_accuracy"
     agreement: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -87,6 +92,14 @@ class HfCausalLM(MadeByMaker):
         nll = F.cross_entropy(logits.float().transpose(1, 2), following, reduction="none").mean(1)
         return {"token_accuracy": (logits.argmax(-1) == following).float().mean(1), "nll": nll}
 
+    def token_logits(self, outputs: Any) -> Tensor:
+        return outputs.logits[:, :-1]
+
+    @cached_property
+    def probe_text(self) -> ProbeText:
+        """The probe set's text. Of a probe text of its own that is taken whole it is the same for every tokenizer."""
+        return self.read_probe()
+
     def derived_metrics(self, means: Mapping[str, float]) -> Mapping[str, float]:
         return {"perplexity": math.exp(min(means["nll"], LARGEST_PERPLEXITY_LOG))}
 
@@ -107,8 +120,10 @@ def hf_causal_lm(
     data: { name, … }, see `TextData`. model: { name, … } or { config, … }, see `ModelOptions`; with `lora` agents
     exchange adapters. probe: `count` blocks of the training text, or blocks of the text { name, … }, in which case all
     training text is used for training. **Agents that compare networks on it must give the same text, probe, tokenizer,
-    max_length and seed**. metric: the one that counts, in reports, for targets and to accept merges; a perplexity
-    is better if it is lower. seed: of the draws from the data, and of a frozen base without pretrained weights.
+    max_length and seed**; those that exchange logits may have other tokenizers and lengths if it is a text { name, … }
+    with a `count` that takes all of its blocks. metric: the one that counts, in reports, for targets and to accept
+    merges; a perplexity is better if it is lower. seed: of the draws from the data, and of a frozen base without
+    pretrained weights.
     """
     train, held = open_splits(data, option_names, seed=seed, folder=folder)
     length, label = data.max_length, data.label_column
@@ -139,10 +154,11 @@ def hf_causal_lm(
     ]
     blocks, public = parts[0], parts[0]
     aside = probe.count
+    text_rows: Any = None
     if probe.name is not None:
-        rows = open_probe(probe.name, probe, option_names, folder)
-        column_of(rows, column, (), columns)
-        public = pack(rows, column, None, (), tokens, length, f"probe text of {probe.name}", lengths)
+        text_rows = open_probe(probe.name, probe, option_names, folder)
+        column_of(text_rows, column, (), columns)
+        public = pack(text_rows, column, None, (), tokens, length, f"probe text of {probe.name}", lengths)
         aside = 0
     if len(blocks) < aside + 2:
         raise DataError(
@@ -152,12 +168,20 @@ def hf_causal_lm(
     if len(public) < 2:
         raise DataError(f"the probe text of {probe.name} fills one block of {length} tokens; two are needed")
     order, drawn = (torch.from_numpy(np.random.default_rng(seed).permutation(len(part))) for part in (blocks, public))
+    chosen = drawn[: probe.count]
+
+    def read_probe() -> ProbeText:
+        if text_rows is None or len(chosen) < len(public):  # another tokenizer's blocks are of other places
+            return text_of_blocks(public.ids[chosen], texts_of(tokens))
+        return text_of_rows(text_rows, column, tokens, length, chosen, option_names("data.tokenizer"))
+
     return HfCausalLM(
         name="hf-causal-lm",
         maker=ModelMaker(built, model, option_names, seed),
         train=Subset(blocks, order[aside:].sort().values),
         test=parts[1],
-        probe=Subset(public, drawn[: probe.count]),
+        probe=Subset(public, chosen),
+        read_probe=read_probe,
         classes=classes,
         metric=metric,
         agreement={"tokenizer": tokens.identity},

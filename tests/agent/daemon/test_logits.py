@@ -13,6 +13,7 @@ from dimat.config import load_experiment
 from dimat.merge.shared_logits import LogitLayout
 from dimat.weights.tensors import encode
 from tests.agent.processes import check_ledgers, network
+from tests.tasks.huggingface.samples import sentences, write_byte_pairs
 
 pytestmark = pytest.mark.live
 
@@ -55,4 +56,46 @@ def test_unlike_real_agents_end_where_the_simulator_does(tmp_path: Path, free_po
     assert final["lab-a"].keys() != final["lab-b"].keys()
     for name, weights in final.items():
         simulated = load_file(tmp_path / "s" / "final" / f"{name}.safetensors")
+        assert all(torch.equal(tensor, weights[key]) for key, tensor in simulated.items())
+
+
+TOKENS = {
+    "task": """name = "hf-causal-lm"
+partition = { kind = "iid" }
+[task.options]
+data = { name = "text.txt", test = "test.txt", tokenizer = "bytes", max_length = 48 }
+model = { config = { model_type = "gpt2", n_embd = 32, n_layer = 1, n_head = 4, n_positions = 64 } }
+probe = { name = "public.txt", count = 10000 }
+[[task.models]]
+agents = ["lab-b"]
+options = { data = { tokenizer = "pairs", max_length = 24 } }
+""",
+    "train": 'steps_per_round = 10\nbatch_size = 8\ndevice = "cpu"',
+    "merge": 'method = "distil"\ncombine = { name = "distil", options = { steps = 10 } }',
+    "schedule": "rounds = 3\nround_deadline_s = 120",
+}
+
+
+def test_unlike_tokenizers_end_where_the_simulator_does(tmp_path: Path, free_ports: list[int]) -> None:
+    """A model of bytes and one of byte pairs, each a real agent with half of a text: final weights are the simulator's
+    to the bit, each has heard the other in every round, and nobody was refused."""
+    for name, texts in (("text", sentences(60)), ("test", sentences(10, seed=5)), ("public", sentences(15, seed=9))):
+        (tmp_path / f"{name}.txt").write_text("\n\n".join(texts))
+    write_byte_pairs(tmp_path / "pairs", sentences(60))
+    with network(tmp_path, AB, free_ports, **TOKENS) as net:
+        lives = [net.start(name) for name in AB]
+        assert [life.wait() for life in lives] == [0, 0], "\n".join(life.text() for life in lives)
+        assert not any(net.events(name, "PeerRefused") for name in AB)
+        assert all([event["heard"] for event in net.events(name, "Merged")] == [1, 1, 1] for name in AB)
+        final = {name: load_file(tmp_path / name / "weights.safetensors") for name in AB}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        run_simulation(load_experiment(tmp_path / "agents.toml", ("simulate.workers=1",)), out=tmp_path / "s")
+    finally:
+        torch.set_num_threads(threads)
+    assert len(final["lab-a"]["transformer.wte.weight"]) == 257 < len(final["lab-b"]["transformer.wte.weight"])
+    for name, weights in final.items():
+        simulated = load_file(tmp_path / "s" / "final" / f"{name}.safetensors")
+        assert simulated.keys() == weights.keys()
         assert all(torch.equal(tensor, weights[key]) for key, tensor in simulated.items())

@@ -128,3 +128,19 @@ def write_tokenizer(folder: Path, texts: list[str]) -> Any:
     fast = library("transformers").PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", eos_token="</s>")
     fast.save_pretrained(folder)
     return fast
+
+
+def write_byte_pairs(folder: Path, texts: list[str], size: int = 300) -> Any:
+    """Train a byte-level tokenizer as GPT-2's, of any text and with the spaces in its tokens, and save it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    from dimat.tasks.huggingface.library import library
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=["</s>"], initial_alphabet=alphabet)
+    made.train_from_iterator(texts, trainer)
+    fast = library("transformers").PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>")
+    fast.save_pretrained(folder)
+    return fast
