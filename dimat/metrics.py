@@ -10,13 +10,28 @@ import math
 import re
 from collections.abc import Sequence
 
-LOWER = frozenset({"loss", "nll", "perplexity", "ppl", "error", "mse", "rmse", "mae", "wer", "cer", "bpb", "bpc"})
+LOWER = frozenset(
+    ("loss", "nll", "perplexity", "ppl", "error", "mse", "rmse", "mae", "mape", "wer", "cer", "bpb", "bpc", "entropy")
+)
 """Last words of names of metrics that are lower where they are better."""
+
+PER = re.compile(r"(?:^|[^a-z0-9])(?:bits|nats)[^a-z0-9]per[^a-z0-9]")
+"""A code length per something, which is lower where it is better."""
+
+NEGATED = frozenset({"neg", "negative", "minus"})
+"""Words that turn a metric round: scikit-learn's neg_log_loss is higher where it is better."""
+
+WITHOUT_MEANING = frozenset({"epoch", "step", "mean", "avg", "rate"})
+"""Last words that say nothing of the direction: Lightning's val_loss_epoch, a word error rate."""
 
 
 def lower_is_better(metric: str) -> bool:
     """Whether a metric is lower where it is better: "perplexity", "eval_loss", "test/WER"; any other is higher."""
-    return re.split(r"[^a-z0-9]+", metric.lower())[-1] in LOWER
+    words = re.split(r"[^a-z0-9]+", metric.lower())
+    while len(words) > 1 and words[-1] in WITHOUT_MEANING:
+        words.pop()
+    lower = words[-1] in LOWER or PER.search(metric.lower()) is not None
+    return lower and NEGATED.isdisjoint(words)
 
 
 def score_of(metric: str, value: float) -> float:
@@ -25,8 +40,9 @@ def score_of(metric: str, value: float) -> float:
 
 
 def best_of(metric: str, values: Sequence[float]) -> float:
-    """Return the best of some values of a metric; NaN of none."""
-    return max(values, key=lambda value: score_of(metric, value), default=math.nan)
+    """Return the best of some values of a metric that are numbers; NaN of none."""
+    numbers = [value for value in values if not math.isnan(value)]
+    return max(numbers, key=lambda value: score_of(metric, value), default=math.nan)
 
 
 def within(metric: str, best: float, share: float = 0.9) -> float:

@@ -79,7 +79,7 @@ class Timeline(ResultsModel):
     mb: list[float] = []
     value: list[float] = []
 
-    def reaches(self, target: float, metric: str = "") -> int | None:
+    def reaches(self, target: float, metric: str) -> int | None:
         """Return the first index at which `metric` is as good as `target`; None if it never is."""
         return _first(self.value, target, metric)
 
@@ -221,17 +221,17 @@ class MethodCurve(ResultsModel):
     next_step: str = ""
     """Advice on the next step, if this method is not ahead of training alone."""
 
-    def rounds_to(self, target: float, metric: str = "") -> int | None:
+    def rounds_to(self, target: float, metric: str) -> int | None:
         """Return the first merge after which the mean of `metric` is as good as `target`; None if it never is."""
         place = _first(self.after_merge, target, metric)
         return None if place is None else place + 1
 
-    def time_to(self, target: float, metric: str = "") -> float | None:
+    def time_to(self, target: float, metric: str) -> float | None:
         """Return the virtual seconds until `target` is reached; None if it never is."""
         place = self.timeline.reaches(target, metric)
         return None if place is None else self.timeline.time_s[place]
 
-    def mb_to(self, target: float, metric: str = "") -> float | None:
+    def mb_to(self, target: float, metric: str) -> float | None:
         """Return the megabytes fetched per agent until `target` is reached; None if it never is."""
         place = self.timeline.reaches(target, metric)
         return None if place is None else self.timeline.mb[place]

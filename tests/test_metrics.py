@@ -21,19 +21,32 @@ def curve(*values: float, mb: float = 1.0) -> MethodCurve:
     return MethodCurve(after_merge=list(values), std=[0.0] * len(values), mb_sent_per_agent=mb, **more)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["loss", "eval_loss", "test/WER", "val.nll", "word-error", "Perplexity"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("loss", "eval_loss", "test/WER", "val.nll", "word-error", "Perplexity", "val_loss_epoch", "word_error_rate"),
+        *("cross_entropy", "bits_per_byte", "nats per token"),
+    ],
+)
 def test_losses_and_perplexities_are_better_if_lower(name: str) -> None:
     """Reference: what the names mean."""
     assert lower_is_better(name)
     assert (score_of(name, 2.0), best_of(name, [3.0, 2.0, 4.0])) == (-2.0, 2.0)
 
 
-@pytest.mark.parametrize("name", ["accuracy", "token_accuracy", "closeness", "f1", "lossless", "error_free", ""])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("accuracy", "token_accuracy", "closeness", "f1", "lossless", "error_free", "", "neg_log_loss", "hit_rate"),
+        *("neg_mean_squared_error", "negative loss", "accuracy_per_step"),
+    ],
+)
 def test_all_others_are_better_if_higher(name: str) -> None:
     """A word within a name, or at its beginning, does not count."""
     assert not lower_is_better(name)
     assert (score_of(name, 2.0), best_of(name, [3.0, 2.0, 4.0])) == (2.0, 4.0)
     assert math.isnan(best_of(name, []))
+    assert best_of(name, [math.nan, 3.0]) == best_of(name, [3.0, math.nan]) == 3.0
 
 
 def test_a_share_of_the_best_is_never_better_than_the_best() -> None:

@@ -44,8 +44,16 @@ def test_targets_are_read_off_the_timeline() -> None:
     """Reference: the lists."""
     timeline = Timeline(time_s=[2.0, 5.0, 9.0], mb=[1.0, 2.0, 3.0], value=[0.2, 0.8, 0.7])
     curve = MethodCurve(after_merge=[0.2, 0.8], std=[0.0, 0.0], mb_sent_per_agent=3.0, timeline=timeline)
-    assert (curve.rounds_to(0.7), curve.time_to(0.7), curve.mb_to(0.7)) == (2, 5.0, 2.0)
-    assert (curve.rounds_to(0.9), curve.time_to(0.9), curve.mb_to(0.9)) == (None, None, None)
+    assert (curve.rounds_to(0.7, "accuracy"), curve.time_to(0.7, "accuracy"), curve.mb_to(0.7, "accuracy")) == (
+        2,
+        5.0,
+        2.0,
+    )
+    assert (curve.rounds_to(0.9, "accuracy"), curve.time_to(0.9, "accuracy"), curve.mb_to(0.9, "accuracy")) == (
+        None,
+        None,
+        None,
+    )
 
 
 times = st.lists(st.integers(1, 20), min_size=1, max_size=8, unique=True).map(sorted)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import Parameter
+from cyclopts import Parameter, validators
 
 from dimat.cli.app import app
-from dimat.cli.shared import Json, SeedRange, say, show
+from dimat.cli.shared import AtLeastOne, Json, SeedRange, say, show
 
 
 @app.command
@@ -37,9 +37,13 @@ def barrier(
             negative="", consume_multiple=False, help="Way of alignment; default: none, weights, auto. Repeatable."
         ),
     ] = (),
-    points: Annotated[int, Parameter(help="Points on the line, with both ends.")] = 11,
+    points: Annotated[
+        int, Parameter(validator=validators.Number(gte=3), help="Points on the line, with both ends.")
+    ] = 11,
     repair: Annotated[str, Parameter(help="Repair at every point: batchnorm, variance, none.")] = "batchnorm",
-    examples: Annotated[int, Parameter(help="Most examples that the loss is measured on.")] = 1000,
+    examples: Annotated[
+        int, Parameter(validator=AtLeastOne, help="Most examples that the loss is measured on.")
+    ] = 1000,
     device: Annotated[str, Parameter(help="Device: cpu, cuda, auto.")] = "cpu",
     seed: Annotated[int, Parameter(validator=SeedRange, help="Seed of the draws of examples.")] = 0,
     plot: Annotated[Path | None, Parameter(help="Write a picture of the lines to this PNG file.")] = None,

@@ -53,15 +53,25 @@ def config_show(file: File, /, *, set_: Overrides = (), as_json: Json = False) -
 
 @config.command(name="check")
 def config_check(file: File, /, *, set_: Overrides = (), as_json: Json = False) -> int:
-    """Check keys, values and merge methods of an experiment without loading its task; `dimat doctor` looks deeper.
+    """Check keys, values and merge methods of an experiment and its variants without loading its task; `dimat doctor`
+    looks deeper.
 
     Exit code 2 and one line for the first fault.
     """
-    from dimat.config import load_experiment
+    from dimat.config import ExperimentConfig, build, changed, load_experiment
+    from dimat.errors import ConfigError
     from dimat.merge import plan_merge
 
     loaded = load_experiment(file, set_)
     plan_merge(loaded.merge)
+    plain = loaded.model_dump(exclude={"variants"}, exclude_unset=True)
+    for variant in loaded.variants:
+        tree = {**changed(plain, variant.set), "folder": loaded.folder}
+        where = f"variant {variant.name!r}"
+        try:
+            plan_merge(build(ExperimentConfig, tree, where).merge)
+        except ConfigError as error:
+            raise ConfigError(str(error) if where in str(error) else f"{where}: {error}") from error
     told = {"run": loaded.run, "method": loaded.merge.method, "variants": [each.name for each in loaded.variants]}
     show(told if as_json else f"{file}: keys and values are right (run {loaded.run}, method {loaded.merge.method})")
     return 0

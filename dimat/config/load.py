@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from dimat.config.experiment import ExperimentConfig
-from dimat.config.variants import without_rivals
+from dimat.config.variants import rivals_of, without_rivals
 from dimat.errors import ConfigError, nearest
 from dimat.reading import check_plain, parse_toml, read_text
 
@@ -46,14 +46,14 @@ def load_with_origins(
         # DIMAT_ variables with one level may be somebody else's; a table and a key are meant for us
         if name.startswith("DIMAT_") and (path[0] in ExperimentConfig.model_fields or len(path) > 1):
             _put(tree, path, text, name)
-            origins[".".join(path)] = name
+            _came_from(origins, path, name)
     for item in overrides:
         key, sign, text = item.partition("=")
         key = key.strip()
         if not sign:
             raise ConfigError(f"--set {item!r}: expected KEY=VALUE, e.g. --set train.batch_size=64")
         _put(tree, key.split("."), text.strip(), f"--set {key}")
-        origins[key] = f"--set {key}"
+        _came_from(origins, key.split("."), f"--set {key}")
     where = str(file) if file is not None else "the command line"
     if "folder" in tree:
         raise ConfigError(f"unknown key 'folder' in {origins.get('folder', where)}: it is the file's own folder")
@@ -101,12 +101,23 @@ def build(kind: type[T], tree: Mapping[str, Any], where: str, origins: Mapping[s
         raise ConfigError(_explain(kind, error, where, origins or {})) from None
 
 
+def _came_from(origins: dict[str, str], path: Sequence[str], source: str) -> None:
+    """Note the source of a key, which is the source of all that is below it, too, and ends its rivals'."""
+    table, key = ".".join(path[:-1]), ".".join(path)
+    ended = [key, *(f"{table}.{rival}".removeprefix(".") for rival in rivals_of(table, path[-1]))]
+    for other in [each for each in origins if any(f"{each}.".startswith(f"{end}.") for end in ended)]:
+        del origins[other]
+    origins[key] = source
+
+
 def _put(tree: dict[str, Any], path: Sequence[str], text: str, where: str) -> None:
     value = parse_value(text, where)
     for key in path[:-1]:
         child = tree.get(key)
         if isinstance(child, str):  # a stage that was given by name alone
             child = {"name": child}
+        elif child is True:  # a table that was switched on
+            child = {}
         elif child is not None and not isinstance(child, dict):
             raise ConfigError(f"{where}: {key!r} is a value, not a table")
         tree[key] = dict(child or {})

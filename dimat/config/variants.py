@@ -32,12 +32,16 @@ RIVALS: Mapping[str, tuple[str, ...]] = {
 """Keys of which a table takes one, by table: a value that is given later takes the place of its rivals'."""
 
 
+def rivals_of(table: str, key: str) -> list[str]:
+    """Return the keys that a key of a table excludes. `table`: its path, as in `merge.base`."""
+    group = RIVALS.get(table, ())
+    return [rival for rival in group if rival != key] if key in group else []
+
+
 def without_rivals(tree: dict[str, Any], table: str, key: str) -> None:
     """Remove the rivals of a key from a table of plain values. `table`: its path, as in `merge.base`."""
-    group = RIVALS.get(table, ())
-    for rival in group if key in group else ():
-        if rival != key:
-            tree.pop(rival, None)
+    for rival in rivals_of(table, key):
+        tree.pop(rival, None)
 
 
 def changed(tree: Mapping[str, Any], changes: Mapping[str, Any], path: str = "") -> dict[str, Any]:

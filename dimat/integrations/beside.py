@@ -52,8 +52,8 @@ class Beside:
         self._data = data
         self._evaluate = evaluate
         self._metric = metric
-        self._classes = classes
-        self._agreement = agreement or {}
+        self._classes = classes if isinstance(classes, str) else [*classes]  # an iterator gives them once
+        self._agreement = dict(agreement or {})
         self._follow = None if follow is None else list(follow)
         self.agent: Agent | None = None
 

@@ -49,7 +49,7 @@ class TrainerCallback(_Base):
             [kwargs["optimizer"]],
             kwargs.get("train_dataloader"),
             int(args.world_size),
-            tokenizer=kwargs.get("processing_class"),
+            tokenizer=kwargs.get("processing_class", kwargs.get("tokenizer")),  # its name before 4.46
         )
         control.should_training_stop |= done
         if done:  # `Trainer` looks at that after its first step only, which must leave the model as the agent left it

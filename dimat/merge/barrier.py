@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import isclose, isfinite
+from math import inf, isclose, isfinite
 from typing import Any
 
 import torch
@@ -65,8 +65,11 @@ class Line:
     @property
     def barrier(self) -> float:
         """Largest rise of the loss above the straight line between the ends, max_t L(t) − ((1 − t) L(0) + t L(1)), in
-        the loss's units; 0 where it never lies above. Frankle et al. 2020, arXiv 1912.05671."""
+        the loss's units; 0 where it never lies above, ∞ where the loss is no number on the way. Frankle et al. 2020,
+        arXiv 1912.05671."""
         losses = self.metrics[LOSS]
+        if not all(map(isfinite, losses)):
+            return inf
         ends = losses[0], losses[-1]
         return max(loss - (1 - t) * ends[0] - t * ends[1] for t, loss in zip(self.shares, losses, strict=True))
 
@@ -78,7 +81,7 @@ def barrier(
     *,
     model: nn.Module,
     data: Batches | None = None,
-    align: Sequence[str] = ("none", "auto"),
+    align: str | Sequence[str] = ("none", "auto"),
     points: int = 11,
     repair: str | Mapping[str, Any] = "batchnorm",
     spec: SymmetrySpec | None = None,
@@ -121,7 +124,7 @@ def barrier(
         if not isfinite(values.get(LOSS, float("nan"))):
             raise MergeError(f"the {place} network's loss is {values.get(LOSS, 'missing')}; a barrier needs a number")
     lines: list[Line] = []
-    for name in align:
+    for name in [align] if isinstance(align, str) else align:
         permutations: Permutations = {}
         notes: tuple[str, ...] = ()
         began = time.process_time()
@@ -157,4 +160,9 @@ def _check_fit(place: str, weights: Weights, model: nn.Module) -> None:
         if weights[name].shape != tensor.shape:
             raise MergeError(
                 f"the {place} network: tensor {name!r} is {[*weights[name].shape]}, in the model {[*tensor.shape]}"
+            )
+        if weights[name].dtype != tensor.dtype:
+            kinds = [str(each.dtype).removeprefix("torch.") for each in (weights[name], tensor)]
+            raise MergeError(
+                f"the {place} network: tensor {name!r} is {kinds[0]}, in the model {kinds[1]}; convert one"
             )

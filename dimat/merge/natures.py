@@ -222,7 +222,8 @@ def _codes(own: Weights) -> dict[str, Nature]:
     A scale is called like its code (`weight_scale`, `weight.absmax`) or stands beside it (`qweight` and `scales`).
     """
     scales = [name for name in own if name.endswith(_SCALES)]
-    found = {name: Nature.CODE for name in own if CODES.fullmatch(name) and own[name].ndim > 1 and _whole(own[name])}
+    named = [name for name in own if CODES.fullmatch(name) and own[name].ndim > 1 and _whole(own[name])]
+    found = {name: Nature.CODE for name in named if own[name].dtype != torch.int64}  # those are indices
     for scale in scales:
         place = scale.rpartition(".")[0]
         named = [n for n in (_stem(scale), place) if n in own]

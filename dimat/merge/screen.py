@@ -47,7 +47,7 @@ def screen(
         if key not in own:
             raise PeerError(f"{name}: tensor {key!r} is not in our model{nearest(key, own)}")
     squares: dict[str, float] = {}
-    codes = {Nature.CODE, Nature.SCALE} if Nature.CODE in natures.kinds.values() else frozenset[Nature]()
+    codes = _codes_and_scales(natures)
     for key, ours in own.items():
         theirs = peer[key]
         if fault := unusual(theirs):
@@ -67,7 +67,7 @@ def screen(
                 f"{name}: tensor {key!r} is what another one is written in, and differs from ours; agents whose models "
                 "have it begin with the same weights"
             )
-        if nature in codes and not torch.equal(theirs.to(ours.device), ours):
+        if key in codes and not torch.equal(theirs.to(ours.device), ours):
             raise PeerError(
                 f"{name}: tensor {key!r} belongs to a quantised weight, and differs from ours; codes cannot be "
                 "averaged: train and exchange the weights dequantised, or adapters on one quantised base"
@@ -94,6 +94,15 @@ def screen(
             f"largest tensor {largest!r}"
         )
     return 0.0
+
+
+def _codes_and_scales(natures: Natures) -> frozenset[str]:
+    """Return the names of codes, and of the scales that belong to them: not those of observers of plain weights."""
+    codes = [name for name, nature in natures.kinds.items() if nature is Nature.CODE]
+    places = {name.rpartition(".")[0] for name in codes}
+    scales = [name for name, nature in natures.kinds.items() if nature is Nature.SCALE]
+    belong = [s for s in scales if s.rpartition(".")[0] in places or any(s.startswith(code) for code in codes)]
+    return frozenset((*codes, *belong))
 
 
 def unusual(tensor: Any) -> str:

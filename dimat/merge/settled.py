@@ -70,7 +70,7 @@ class Shield:
                 ours = own[name].detach()
                 theirs = [peer[name].detach().to(ours.device) for peer in taking]
                 same = all(torch.equal(ours, other) for other in theirs)
-                if same or (nature is Nature.CONSTANT and all(map(_is_mask, (ours, *theirs)))):
+                if same or (nature is Nature.CONSTANT and _are_masks([ours, *theirs])):
                     fixed.add(name)
         if not model_ties:
             natures = replace(natures, first={n: f for n, f in natures.first.items() if _agree(n, f, taking)})
@@ -120,10 +120,11 @@ class Shield:
         return self._whole[0][name].detach()
 
 
-def _is_mask(tensor: Tensor) -> bool:
-    """Tell whether a constant says of each place whether it counts: it holds both 0 and 1, and nothing else."""
-    ones = tensor == 1
-    return bool(ones.any()) and bool((~ones).any()) and bool((ones | (tensor == 0)).all())
+def _are_masks(constants: Sequence[Tensor]) -> bool:
+    """Tell whether constants say of each place whether it counts: all hold only 0 and 1, and at least one holds both;
+    before anything is masked a mask is all ones."""
+    binary = all(bool(((each == 0) | (each == 1)).all()) for each in constants)
+    return binary and any(bool((each == 1).any()) and bool((each == 0).any()) for each in constants)
 
 
 def _agree(name: str, first: str, peers: Sequence[Weights]) -> bool:

@@ -31,7 +31,8 @@ def pair():
 
 def batches():
     data = load_task(TaskConfig(name="digits")).data("test")
-    yield (*data.batch(torch.arange(90)).inputs, data.batch(torch.arange(90)).targets)
+    batch = data.batch(torch.arange(90))
+    yield batch.inputs[0].double(), batch.targets.to(torch.uint8)  # as numpy has them
 
 def text():
     return "no model"
@@ -39,6 +40,15 @@ def text():
 def broken():
     yield torch.zeros(4, 1, 8, 8), torch.zeros(4).long()
     raise OSError("the disk is gone")
+
+def arrays():
+    return [(torch.zeros(4, 1, 8, 8).numpy(), torch.zeros(4).long())]
+
+def unequal():
+    return [(torch.zeros(4, 1, n, n), torch.zeros(4).long()) for n in (8, 9)]
+
+def eleven():
+    return [(torch.zeros(4, 1, 8, 8).double(), torch.tensor([0, 1, 2, 10], dtype=torch.uint8))]
 
 def unlabelled():
     return [(torch.zeros(4, 1, 8, 8),)]
@@ -118,7 +128,16 @@ def test_a_model_with_labelled_examples(
     ("words", "code", "told"),
     [
         (["--model", "digits", "--align", "activation"], 2, "did you mean 'activations'"),
-        (["--model", "digits", "--points", "2"], 2, "points is 2"),
+        (["--model", "digits", "--points", "2"], 2, "Must be >= 3"),
+        (["--model", "digits", "--examples", "-1"], 2, "Must be >= 1"),
+        (["--model", "digits", "--plot", "nowhere/line.png"], 2, "there is no folder nowhere"),
+        (["--model", "hooks.py:net", "--data", "hooks.py:arrays"], 2, "must return batches of tensors"),
+        (["--model", "hooks.py:net", "--data", "hooks.py:unequal"], 2, "returns batches of unequal shapes"),
+        (
+            ["--model", "hooks.py:net", "--data", "hooks.py:eleven"],
+            5,
+            "class 10 has no output of the model, which has 10",
+        ),
         (["--model", "digits", "--repair", "batch"], 2, "did you mean 'batchnorm'"),
         (["--model", "digits", "--plot", "line.pdf"], 2, "the name must end in .png"),
         (["--model", "digits", "--data", "test.safetensors"], 2, "returns a Task, which has data of its own"),
@@ -127,7 +146,6 @@ def test_a_model_with_labelled_examples(
         (["--model", "hooks.py:net", "--data", "hooks.py:unlabelled"], 5, "last is [4, 1, 8, 8] of float32"),
         (["--model", "hooks.py:net", "--data", "hooks.py:broken"], 2, "the disk is gone"),
         (["--model", "hooks.py:net", "--data", "0.safetensors"], 5, "inputs must have equally many examples"),
-        (["--model", "digits", "--examples", "0"], 5, "there are no examples to measure the loss on"),
         ([], 2, "requires an argument"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,

@@ -110,6 +110,10 @@ def test_each_value_says_where_it_came_from(tmp_path: Path) -> None:
     assert found["train.optimizer.lr"] == ("0.5", "--set train.optimizer.lr")
     assert found["train.optimizer.momentum"] == ("0.9", "default")
     assert not {"task.name", "train.epochs_per_round"} & found.keys()
+    changes = ("train={ batch_size = 10 }", "task.name=digits")
+    _, origins = load_with_origins(file, changes, {**env, "DIMAT_TASK__HOOK": "a.py:b"})
+    here = {"train": "--set train", "task.name": "--set task.name"}
+    assert origins == here | {"schedule.rounds": "DIMAT_SCHEDULE__ROUNDS"}
 
 
 def test_a_file_that_gives_both_is_still_refused(tmp_path: Path) -> None:
@@ -127,6 +131,25 @@ def test_trackers_are_switched_by_one_word(tracker: str, value: str) -> None:
     assert on == (
         getattr(load_experiment(None, (f"monitor.{tracker}={{}}",)).monitor, tracker) if value == "true" else None
     )
+
+
+def test_a_tracker_that_is_on_can_be_set_below() -> None:
+    config = load_experiment(None, ("monitor.wandb=true", "monitor.wandb.project=mine"))
+    assert config.monitor.wandb is not None
+    assert config.monitor.wandb.project == "mine"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [("{ trian = { x = 1 } }", "unknown key 'trian'"), ("{ merge = { combine = 'nonsense' } }", "'nonsense'")],
+)
+def test_variants_are_checked_too(tmp_path: Path, capsys: pytest.CaptureFixture[str], change: str, told: str) -> None:
+    file = tmp_path / "experiment.toml"
+    file.write_text(f'variants = [{{ name = "odd", set = {change} }}]\n')
+    assert main(["config", "check", str(file)]) == 2
+    err = capsys.readouterr().err
+    assert told in err
+    assert "variant 'odd'" in err
 
 
 def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -102,6 +102,17 @@ def test_a_point_is_a_merge_in_which_everything_is_valid() -> None:
     assert float(u @ weight @ v) == pytest.approx(float(torch.linalg.matrix_norm(weight, 2)), rel=1e-4)
 
 
+def test_a_loss_that_is_no_number_on_the_way_is_an_infinite_barrier() -> None:
+    one, other = trained(0), trained(1)
+
+    def evaluate(weights: Mapping[str, Tensor]) -> dict[str, float]:
+        ends = any(torch.equal(weights["3.weight"], each["3.weight"]) for each in (one, other))
+        return {"loss": 1.0 if ends else float("nan")}
+
+    (line,) = barrier(one, other, evaluate, model=network(), data=X, align="none", points=5)
+    assert line.barrier == float("inf")
+
+
 def test_what_cannot_be_measured_is_told() -> None:
     one, model = trained(0), network()
     with pytest.raises(ConfigError, match="points is 2"):
@@ -116,6 +127,9 @@ def test_what_cannot_be_measured_is_told() -> None:
     for other, told in ((wide, r"'0\.weight' is missing"), (short, r"'3\.bias' is \[4\], in the model \[3\]")):
         with pytest.raises(MergeError, match=f"the second network: tensor {told}"):
             barrier(one, other, metrics, model=model, data=[X])
+    half = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in one.items()}
+    with pytest.raises(MergeError, match=r"the second network: tensor '0\.weight' is float16, in the model float32"):
+        barrier(one, half, metrics, model=model, data=[X])
     counter = iter(range(99))
     with pytest.raises(
         MergeError, match="align = 'weights': moving units changed the second network's loss from 1 to 2"

@@ -122,6 +122,10 @@ def test_masks_of_pruned_layers_stay_own(method: str) -> None:
         )
         assert torch.equal(merged["weight_mask"], own.weight_mask)
         assert not torch.equal(merged["weight_orig"], own.weight_orig)
+    whole = {"w": torch.zeros(4), "weight_mask": torch.ones(4)}  # before anything is pruned
+    later = {"w": torch.ones(4), "weight_mask": torch.tensor([0.0, 1, 1, 0])}
+    assert merge_weights(whole, [later], [0.5, 0.5], "average")["weight_mask"].tolist() == [1, 1, 1, 1]
+    assert merge_weights(later, [whole], [0.5, 0.5], "average")["weight_mask"].tolist() == [0, 1, 1, 0]
     zeros, ones = {"w": torch.zeros(3), "ema": torch.zeros(3)}, {"w": torch.ones(3), "ema": torch.tensor([0.0, 1, 0.5])}
     assert merge_weights(zeros, [ones], [0.5, 0.5], "average")["ema"].tolist() == [0, 0.5, 0.25]
 
@@ -227,6 +231,19 @@ def test_quantised_weights_are_merged_only_where_they_are_equal(form: str, metho
         other = peer | {name: (peer[name].float() + 1).to(peer[name].dtype)}
         with pytest.raises(PeerError, match=rf"tensor '{name}' belongs to a quantised weight.*dequantised"):
             merge_weights(own, [other], [0.5, 0.5], method="average", combine=method, **more)
+
+
+def test_indices_and_observers_are_no_codes() -> None:
+    """Integers of 64 bits that are called like a weight, and an observer's scale beside another layer's codes."""
+    own = {
+        "hash_proj": torch.tensor([[1, 2]]),
+        "q.weight": torch.ones(2, 2, dtype=torch.int8),
+        "q.weight_scale": torch.ones(1),
+    }
+    own |= {"o.scale": torch.ones(1), "o.zero_point": torch.tensor([0], dtype=torch.int32), "w": torch.zeros(1)}
+    peer = {name: tensor.clone() for name, tensor in own.items()}
+    peer |= {"hash_proj": torch.tensor([[3, 4]]), "o.scale": torch.full((1,), 2.0), "w": torch.ones(1)}
+    assert merge_weights(own, [peer], [0.5, 0.5], "average")["w"] == 0.5
 
 
 def test_observed_scales_beside_weights_that_are_numbers_stay_own() -> None:

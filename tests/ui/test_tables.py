@@ -77,7 +77,8 @@ def test_comparison_table(comparison: Comparison) -> None:
     assert row[5] == f"{dimat.after_merge[9]:.3f} ± {dimat.std[9]:.3f}"
     target = comparison.target("iid")
     assert target is not None
-    assert row[6:] == (str(dimat.rounds_to(target)), f"{dimat.mb_to(target):.2f}", "18.8")
+    rounds, mb = dimat.rounds_to(target, "accuracy"), dimat.mb_to(target, "accuracy")
+    assert row[6:] == (str(rounds), f"{mb:.2f}", "18.8")
     assert next(row for row in skewed.rows if row[0] == "isolated")[6:] == ("never", NONE, "0")
     assert "3 seeds" in iid.title
 

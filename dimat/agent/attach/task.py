@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,11 +35,13 @@ class AttachedTask:
         classes: Sequence[str] = (),
         agreement: Mapping[str, str] | None = None,
     ) -> None:
-        names: list[Any] = [classes] if isinstance(classes, str) else list(classes)
-        if isinstance(classes, str) or not all(isinstance(name, str) for name in names):
+        names: Any = None if isinstance(classes, str) or not isinstance(cast("Any", classes), Iterable) else [*classes]
+        if names is None or not all(isinstance(name, str) for name in names):
             raise ConfigError(f"attach(…, classes=…) got {classes!r}; give the names of the model's outputs, in order")
+        if agreement is not None and not isinstance(cast("Any", agreement), Mapping):
+            raise ConfigError(f"attach(…, agreement=…) got {agreement!r}; give texts by name, as a dict")
         self.metric = metric
-        self.classes = tuple(classes)
+        self.classes = tuple(names)
         self.agreement = dict(agreement or {})
         self.base_hash = part.base_hash
         self.merge_stages: Mapping[str, str] | None = part.merge_stages

@@ -15,6 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from dimat.device import own_streams, seeded_streams
 from dimat.errors import MergeError
 from dimat.merge.models.batches import GeometricChecks, count, device_of, join_single, on_device, take
 from dimat.merge.models.functional import call_with
@@ -148,7 +149,8 @@ def _reading_statistics(model: nn.Module, layers: Mapping[Norm, _Layer]) -> Gene
     momenta = [(norm, norm.momentum) for norm in layers]
     handles = [norm.register_forward_hook(_reader(layer)) for norm, layer in layers.items()]
     try:
-        with eval_mode(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        device = device_of(model)
+        with eval_mode(model), torch.no_grad(), own_streams(seeded_streams(0, device), device):
             for norm in layers:
                 norm.training = True
                 norm.momentum = 1.0  # running statistics are those of the last batch

@@ -12,14 +12,16 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd  # pyright: ignore[reportPrivateUsage]
+from torch.utils._pytree import tree_leaves
 
+from dimat.device import own_streams, seeded_streams
 from dimat.errors import MergeError
 from dimat.merge.accept.no_worse import between
 from dimat.merge.growth import Reference
 from dimat.merge.models.batches import device_of, on_device, take
 from dimat.merge.models.functional import call_with, tensors_for
 from dimat.merge.registry import repair_registry
-from dimat.merge.repair.batchnorm import batchnorm, running_statistics
+from dimat.merge.repair.batchnorm import Norm, batchnorm, running_statistics
 from dimat.merge.stages import Data, Inputs, Repaired, Weights
 from dimat.symmetry.trace import eval_mode
 
@@ -64,8 +66,9 @@ def variance(
     `max_images` examples for each model, and one for the merge, in which every layer gets what the repaired layers
     before it make.
 
-    Left as they are: the layer that makes the model's output, layers that share a weight, run several times in a pass,
-    not at all, or compute their weight from other tensors. `models`: own first, in one order of units, `mixing`: their
+    BatchNorm layers normalise by the batch's own statistics in that pass. Left as they are: the layer that runs last
+    and those whose memory is the model's output, layers that share a weight, run several times in a pass, not at all,
+    or compute their weight from other tensors. `models`: own first, in one order of units, `mixing`: their
     weights; both come from the merge. Raises MergeError where there is no model, no data, or no models.
 
     Paper: Jordan et al., "REPAIR", ICLR 2023, arXiv 2211.08403, which inserts such layers behind convolutions and
@@ -100,10 +103,12 @@ def variance(
         scale, shift = (t.to(output).reshape(shape) for t in fold)
         return output * scale + shift
 
-    _run(model, repaired.weights, layers, inputs, device, correct)
+    with _batch_statistics(model):
+        _run(model, repaired.weights, layers, inputs, device, correct)
     folded: dict[str, Tensor] = {}
     for layer, (scale, shift) in folds.items():
-        folded |= _folded(layer, layers[layer], scale, shift, repaired.weights)
+        for prefix in layers[layer]:
+            folded |= _folded(layer, prefix, scale, shift, repaired.weights)
     if reference is not None:
         before = {name: repaired.weights[name] for name in folded}
         share, _ = reference.without(reference.norms.keys() - folded.keys()).share(before, folded, SIZE)
@@ -113,18 +118,35 @@ def variance(
     return Repaired(again.weights, repaired.images + again.images + len(inputs[0]), again.notes)
 
 
-def _layers(model: nn.Module, weights: Weights) -> dict[Layer, str]:
-    """Return the layers with a weight of their own among the weights, and the beginning of their tensors' names."""
+def _layers(model: nn.Module, weights: Weights) -> dict[Layer, list[str]]:
+    """Return the layers with a weight of their own among the weights, and how their tensors' names begin: in more than
+    one way where a layer stands under several names."""
     homes = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
-    found: dict[Layer, str] = {}
-    for name, module in model.named_modules():
+    found: dict[Layer, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
         prefix = f"{name}." if name else ""
         if not isinstance(module, nn.Linear | _ConvNd) or f"{prefix}weight" not in weights:
             continue
         own = dict(module.named_parameters(recurse=False))
         if "weight" in own and all(homes[id(parameter)] == 1 for parameter in own.values()):
-            found[module] = prefix
+            found.setdefault(module, []).append(prefix)
     return found
+
+
+@contextmanager
+def _batch_statistics(model: nn.Module) -> Generator[None]:
+    """Context in which BatchNorm layers normalise as in training. Running statistics that a pass changes are copies."""
+    norms = [module for module in model.modules() if isinstance(module, Norm)]
+    handles = [norm.register_forward_pre_hook(_in_training) for norm in norms]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _in_training(norm: nn.Module, _: Any) -> None:
+    norm.training = True  # `eval_mode` puts all modules back
 
 
 def _examples(data: Data, most: int) -> Inputs:
@@ -139,42 +161,41 @@ def _examples(data: Data, most: int) -> Inputs:
 
 
 def _measured(
-    model: nn.Module, weights: Weights, layers: Mapping[Layer, str], inputs: Inputs, device: torch.device
+    model: nn.Module, weights: Weights, layers: Mapping[Layer, Sequence[str]], inputs: Inputs, device: torch.device
 ) -> dict[Layer, Units]:
     """Return the units' statistics of the layers that run once, without the one that makes the output."""
     found: dict[Layer, Units] = {}
     calls: Counter[Layer] = Counter()
-    last: dict[Layer, Tensor] = {}
+    made: dict[Layer, Tensor] = {}
 
     def read(layer: Layer, output: Tensor) -> Tensor:
         calls[layer] += 1
         found[layer] = _units(layer, output)
-        last[layer] = output
+        made.pop(layer, None)
+        made[layer] = output
         return output
 
-    made: Any = _run(model, weights, layers, inputs, device, read)
-    outputs = [made, getattr(made, "logits", None)]
-    return {
-        layer: units
-        for layer, units in found.items()
-        if calls[layer] == 1 and not any(last[layer] is output for output in outputs)
-    }
+    outputs = tree_leaves(_run(model, weights, layers, inputs, device, read))
+    memory = {output.untyped_storage().data_ptr() for output in outputs if isinstance(output, Tensor)}
+    ends = {layer for layer, output in made.items() if output.untyped_storage().data_ptr() in memory}
+    ends |= {*list(made)[-1:]}
+    return {layer: units for layer, units in found.items() if calls[layer] == 1 and layer not in ends}
 
 
 def _run(
     model: nn.Module,
     weights: Weights,
-    layers: Mapping[Layer, str],
+    layers: Mapping[Layer, Sequence[str]],
     inputs: Inputs,
     device: torch.device,
     correct: Correct,
 ) -> Any:
-    with _hooked(model, layers, correct), torch.random.fork_rng(devices=[]):
+    with _hooked(model, layers, correct), own_streams(seeded_streams(0, device), device):
         return call_with(model, tensors_for(model, weights, device), on_device(inputs, device))
 
 
 @contextmanager
-def _hooked(model: nn.Module, layers: Mapping[Layer, str], correct: Correct) -> Generator[None]:
+def _hooked(model: nn.Module, layers: Mapping[Layer, Sequence[str]], correct: Correct) -> Generator[None]:
     """Context in which the model is in evaluation mode without gradients, and layers give what `correct` makes of
     their outputs. Afterwards the model is as it was."""
 

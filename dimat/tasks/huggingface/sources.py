@@ -81,6 +81,9 @@ def column_of(rows: Any, wanted: str | None, usual: tuple[str, ...], option: str
 def check_labelled(rows: Any, column: str, data: str, option: str) -> None:
     """Raise DataError if a row has no label: none, or NaN. `data`: what is read, for the message; `option`: the key of
     the column."""
+    kind = getattr(rows.features[column], "dtype", None)
+    if not isinstance(kind, str) or kind.startswith(("list", "struct")):
+        raise DataError(f"{data}, column {column!r}: labels are lists or tables; one class for each row is needed")
     if not any(value is None or value != value for value in rows.unique(column)):
         return
     lost = [row for row, value in enumerate(rows[column]) if value is None or value != value]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dimat.errors import ConfigError
 from dimat.merge.barrier import LOSS, Line
 from dimat.ui.report.plots import line_png, require_matplotlib
 from dimat.ui.symmetry.tables import check_suffix
@@ -61,6 +62,8 @@ def check_picture(file: Path | None) -> None:
     """Raise ConfigError, before anything is measured, if a picture could not be written."""
     if file is not None:
         check_suffix(file, ".png")
+        if not file.parent.is_dir():
+            raise ConfigError(f"cannot draw to {file}: there is no folder {file.parent}")
         require_matplotlib()
 
 

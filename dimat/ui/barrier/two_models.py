@@ -100,13 +100,19 @@ def _task(hook: str, data: str | None, seed: int) -> Task:
             f"model hook {hook!r} returns a model without data: give labelled examples with --data, or a hook that "
             "returns a Task"
         )
-    network = found
+    network = found.float().eval()
 
     def build(generator: torch.Generator) -> nn.Module:
         del generator  # its weights do not matter
         return network
 
     examples = _labelled(data)
+    with user_code(f"the model of {hook!r} failed on {data}"), torch.no_grad():
+        few = examples.batch(torch.arange(min(2, len(examples))))
+        outputs: Any = network(*few.inputs)
+    classes, largest = getattr(outputs, "logits", outputs).shape[-1], int(examples.targets.max())
+    if largest >= classes or int(examples.targets.min()) < 0:
+        raise DataError(f"{data}: class {largest} has no output of the model, which has {classes}; classes begin at 0")
     order = torch.randperm(len(examples), generator=torch_generator(seed, "barrier", "probe"))
     return ClassificationTask("barrier", build, examples, examples, Subset(examples, order), ())
 
@@ -119,13 +125,20 @@ def _labelled(data: str) -> TensorData:
     else:
         made = hook_result(data, "", "data hook")
         with user_code(f"data hook {data!r} failed"):
-            batches = [tuple(batch) for batch in made]
+            batches: list[tuple[Any, ...]] = [tuple(batch) for batch in made]
+        if not all(isinstance(part, Tensor) and part.ndim for batch in batches for part in batch):
+            raise HookError(f"data hook {data!r} must return batches of tensors, examples along the first axis")
+        shapes = {tuple(part.shape[1:] for part in batch) for batch in batches}
+        if len(shapes) > 1:
+            raise HookError(f"data hook {data!r} returns batches of unequal shapes: {', '.join(map(str, shapes))}")
         if not batches or any(len(batch) != len(batches[0]) for batch in batches):
             raise HookError(
                 f"data hook {data!r} must return batches of equally many tensors, the last with the classes"
             )
         columns = [torch.cat(parts) for parts in zip(*batches, strict=True)]
-    if len(columns) < 2 or columns[-1].ndim != 1 or columns[-1].dtype not in (torch.int64, torch.int32):
+    whole = columns and not columns[-1].is_floating_point() and not columns[-1].is_complex()
+    if len(columns) < 2 or columns[-1].ndim != 1 or not whole or columns[-1].dtype == torch.bool:
         last = f"{[*columns[-1].shape]} of {str(columns[-1].dtype).removeprefix('torch.')}" if columns else "nothing"
         raise DataError(f"{data}: labelled examples are inputs and, last, one class number for each; last is {last}")
-    return TensorData(columns[:-1], columns[-1].long())
+    inputs = [column.float() if column.is_floating_point() else column for column in columns[:-1]]
+    return TensorData(inputs, columns[-1].long())

@@ -228,7 +228,7 @@ def test_metrics_that_merges_go_by(tmp_path: Path, free_ports: list[int], evalua
 @pytest.mark.parametrize(
     ("name", "one", "other"),
     [
-        ("classes", {"classes": ["cat", "dog", "eel"]}, {"classes": ["dog", "cat", "eel"]}),
+        ("classes", {"classes": ["cat", "dog", "eel"]}, {"classes": iter(["dog", "cat", "eel"])}),
         (
             "tokenizer",
             {"agreement": {"tokenizer": "3 tokens, hash a"}},
@@ -264,6 +264,6 @@ def test_loops_that_mean_other_things_by_their_weights_refuse_each_other(
 
 def test_classes_that_are_no_list_of_names_are_refused(tmp_path: Path) -> None:
     agent, model = Agent(experiment(tmp_path, {"a": 1}), name="a"), network(0)
-    for odd in ("cat", [1, 2]):
+    for odd in ("cat", [1, 2], None, 3):
         with pytest.raises(ConfigError, match=r"classes=…\) got .*give the names of the model's outputs, in order"):
             agent.attach(model, torch.optim.SGD(model.parameters(), 0.1), data=[examples(0)], classes=odd)  # type: ignore[arg-type]

@@ -39,6 +39,25 @@ def test_a_merge_with_metrics_that_are_not_finite_is_not_kept(
     assert all(torch.equal(v, before[k]) for k, v in one.trainer.weights().items())
 
 
+def test_a_ratio_that_is_no_number_on_a_few_examples_ends_no_merge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """0/0 of eight examples says nothing: there only the loss counts."""
+    one, two = agents(tmp_path, merge__method="average")
+    peer = trained(two, 1, learn=True).payload
+    trained(one, 1, learn=True)
+    before, evaluate = one.trainer.weights(), one.trainer.evaluate
+    weight = next(iter(before))
+
+    def judged(*given: Any) -> dict[str, float]:
+        own = torch.equal(one.trainer.weights()[weight], before[weight])
+        return {**evaluate(*given), "precision": 0.5 if own else nan}
+
+    monkeypatch.setattr(one.trainer, "evaluate", judged)
+    parts = [("two", one.store / f"{peer.root}.safetensors", 0.5, True)]
+    assert merged(one, 1, 0.5, parts, "none").accepted == 1
+
+
 def test_a_merge_is_not_to_blame_for_what_was_not_finite_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

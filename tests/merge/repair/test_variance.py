@@ -150,6 +150,83 @@ def test_batchnorm_is_re_estimated_as_by_batchnorm() -> None:
         torch.testing.assert_close(one.eval()(X), other.eval()(X), rtol=1e-3, atol=1e-4)
 
 
+def test_layers_behind_a_batchnorm_get_what_it_gives_once_it_is_re_estimated() -> None:
+    """Reference: the models' own statistics of a hidden layer behind a BatchNorm, in the network as it ends."""
+
+    def make() -> nn.Module:
+        return nn.Sequential(
+            nn.Linear(3, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 4)
+        )
+
+    x = torch.randn(200, 3, generator=torch.Generator().manual_seed(3))
+    models = [batchnorm(state, model=make(), data=[(x,)]).weights for state in states(make)]
+    merged = mean(models, [0.5, 0.5])
+    merged["1.num_batches_tracked"] = models[0]["1.num_batches_tracked"]
+    options = {"bound": 1e6, "ridge": 1e-9}
+    repaired = variance(merged, model=make(), data=[(x,)], models=models, mixing=[0.5, 0.5], **options).weights
+    now, *own = (outputs(make(), each, x)["3"] for each in (repaired, *models))
+    for of in (lambda z: z.mean(1), lambda z: z.std(1, correction=0)):
+        torch.testing.assert_close(of(now), (of(own[0]) + of(own[1])) / 2, rtol=0.02, atol=0.01)
+
+
+def test_a_layer_under_two_names_is_repaired_under_both() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.out = nn.Linear(8, 8), nn.Linear(8, 2)
+            self.layers = nn.Sequential(self.first, nn.ReLU(), self.out)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers(x)
+
+    models = states(Twice)
+    merged = mean(models, [0.5, 0.5])
+    repaired = variance(merged, model=Twice(), data=[(X[:, 0, 0],)], models=models, mixing=[0.5, 0.5]).weights
+    assert not torch.equal(repaired["first.weight"], merged["first.weight"])
+    for kind in ("weight", "bias"):
+        assert torch.equal(repaired[f"first.{kind}"], repaired[f"layers.0.{kind}"])
+        assert torch.equal(repaired[f"out.{kind}"], merged[f"out.{kind}"])
+
+
+@pytest.mark.parametrize("end", ["squeezed", "softened", "in a table", "in a tuple"])
+def test_the_layer_of_the_output_stays_however_it_is_given(end: str) -> None:
+    class Ends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(8, 8), nn.Linear(8, 1 if end == "squeezed" else 3)
+
+        def forward(self, x: Tensor) -> object:
+            logits = self.head(self.body(x).relu())
+            given = {"in a table": {"logits": logits}, "in a tuple": (logits, x), "squeezed": logits.squeeze(-1)}
+            return given.get(end, logits.log_softmax(-1))
+
+    models = states(Ends)
+    merged = mean(models, [0.5, 0.5])
+    repaired = variance(merged, model=Ends(), data=[(X[:, 0, 0],)], models=models, mixing=[0.5, 0.5]).weights
+    changed = {name for name, tensor in repaired.items() if not torch.equal(tensor, merged[name])}
+    assert changed == {"body.weight", "body.bias"}
+
+
+def test_a_model_that_draws_in_evaluation_is_repaired_alike_each_time() -> None:
+    """The process's stream neither decides nor moves."""
+
+    class Draws(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.two(F.dropout(self.one(x), 0.5, True).relu())
+
+    models = states(Draws)
+    merged = mean(models, [0.5, 0.5])
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        found.append(variance(merged, model=Draws(), data=[(X[:, 0, 0],)], models=models, mixing=[0.5, 0.5]).weights)
+    assert_same_bits(found[0], found[1])
+
+
 def test_a_dead_unit_does_not_explode_and_weights_stay_within_bounds() -> None:
     """Two units that cancel: what is left is rounding; it grows by `bound` at most, and by `SIZE` in all."""
 
