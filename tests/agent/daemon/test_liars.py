@@ -183,6 +183,7 @@ def test_a_lone_peers_round_with_its_snapshot(tmp_path: Path, free_ports: list[i
 
 
 @pytest.mark.slow
+@pytest.mark.more  # 25 s of waiting; slots are fair on real transports in each run (tests/net)
 def test_four_slow_neighbours_leave_room_for_a_fifth(tmp_path: Path, free_ports: list[int]) -> None:
     """A star whose middle fetches four snapshots at a time. Four neighbours send 20 kB a second, so that each snapshot
     of 1.5 MB takes longer than the deadline; the fifth begins when all four are on their way, and is merged alone."""
