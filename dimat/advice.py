@@ -6,12 +6,12 @@ must not import each other.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import Any
 
 from dimat.metrics import score_of
+from dimat.toml_text import toml_value
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ def as_toml(settings: Mapping[str, Any], removed: tuple[str, ...] = (), map: str
     tables: dict[str, list[str]] = {}
     for key, value in settings.items():
         table, _, name = key.rpartition(".")
-        tables.setdefault(table, []).append(f"{name} = {_value(value)}")
+        tables.setdefault(table, []).append(f"{name} = {toml_value(value)}")
     for key in removed:
         table, _, name = key.rpartition(".")
         tables.setdefault(table, []).append(f"# instead of {name}, which is to go")
@@ -112,12 +112,3 @@ def as_toml(settings: Mapping[str, Any], removed: tuple[str, ...] = (), map: str
         head = f"# in {map}, in the place of its graph, edges or schedule" if in_map else f"[{table}]"
         lines += ["", head, *entries]
     return "\n".join(lines[1:])
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, Mapping):
-        entries = cast("Mapping[str, Any]", value).items()
-        return "{ " + ", ".join(f"{key} = {_value(each)}" for key, each in entries) + " }"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(_value(each) for each in cast("list[Any]", value)) + "]"
-    return json.dumps(value, ensure_ascii=False)

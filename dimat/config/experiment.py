@@ -17,7 +17,7 @@ from dimat.config.sharing import check_sharing
 from dimat.config.simulate import SimulateConfig
 from dimat.config.train import TrainConfig
 from dimat.config.tree import Named, NamedConfig, Options, Tree
-from dimat.config.variants import VariantConfig
+from dimat.config.variants import RIVALS, VariantConfig
 from dimat.errors import ConfigError
 
 _NO_FOLDER = re.compile(r"[/\\\x00-\x1f\x7f\ud800-\udfff]")
@@ -54,9 +54,10 @@ class TopologyConfig(Tree):
 
     @model_validator(mode="after")
     def _one_source(self) -> TopologyConfig:
-        given = [k for k in ("map", "graph", "edges", "file", "python") if getattr(self, k) is not None]
+        sources = RIVALS["topology"]
+        given = [k for k in sources if getattr(self, k) is not None]
         if len(given) > 1:
-            raise ValueError(f"give one of map, graph, edges, file, python, not {' and '.join(given)}")
+            raise ValueError(f"give one of {', '.join(sources)}, not {' and '.join(given)}")
         if self.agents is not None and self.agents > self.most_agents:
             raise ValueError(
                 f"{self.agents:,} agents are above most_agents = {self.most_agents:,}; raise that for more"

@@ -6,20 +6,21 @@ import ast
 import inspect
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import cache
 from itertools import pairwise
 from textwrap import dedent
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, cast, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from dimat.config.experiment import ExperimentConfig
 from dimat.config.tree import NamedConfig
+from dimat.toml_text import toml_value
 
 HIDDEN = frozenset({"folder"})
 """Fields that no file sets."""
@@ -178,35 +179,12 @@ def default_text(field: FieldInfo) -> str:
 
 
 def to_toml(value: Any) -> str:
-    """Return a plain value, or a table, as TOML on one line."""
+    """Return the value of a key as TOML on one line; a named choice without options is its name."""
+    return toml_value(_plain(value))
+
+
+def _plain(value: Any) -> Any:
     if isinstance(value, BaseModel):
-        value = value.model_dump(exclude_defaults=True)
-        if value.keys() == {"name"}:
-            return to_toml(value["name"])
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        from dimat.config.load import quoted
-
-        return quoted(value)
-    if isinstance(value, Mapping):
-        inside = ", ".join(f"{_bare(key)} = {to_toml(item)}" for key, item in _items(value) if item is not None)
-        return f"{{ {inside} }}" if inside else "{}"
-    if isinstance(value, Sequence | set | frozenset):
-        return f"[{', '.join(to_toml(item) for item in _listed(value))}]"
-    return str(value)
-
-
-def _items(value: Any) -> list[tuple[str, Any]]:
-    return list(value.items())
-
-
-def _listed(value: Any) -> list[Any]:
-    return sorted(value) if isinstance(value, set | frozenset) else list(value)
-
-
-def _bare(key: str) -> str:
-    from dimat.config.load import quoted
-
-    plain = key.isascii() and key.replace("-", "a").replace("_", "a").isalnum()
-    return key if plain else quoted(key)
+        table = value.model_dump(exclude_defaults=True)
+        return table["name"] if table.keys() == {"name"} else table
+    return [_plain(item) for item in cast("list[Any]", value)] if isinstance(value, list | tuple) else value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from dimat.config.experiment import ExperimentConfig
 from dimat.config.variants import rivals_of, without_rivals
 from dimat.errors import ConfigError, nearest
 from dimat.reading import check_plain, parse_toml, read_text
+from dimat.toml_text import quoted
 
 T = TypeVar("T", bound=BaseModel)
 LONGEST = 200
@@ -184,9 +184,3 @@ def _known(kind: type[BaseModel], path: Sequence[str | int]) -> list[str]:
 def naming(name: str | None) -> tuple[str, ...]:
     """Return the overrides that give an agent its name, which may hold any characters; none for None."""
     return () if name is None else (f"agent.name={quoted(name)}",)
-
-
-def quoted(text: str) -> str:
-    """Return any text quoted as the value of an override."""
-    # a JSON string is a TOML one, but for surrogate pairs and the delete character
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from dimat.errors import TopologyError
+from dimat.toml_text import toml_value
 from dimat.topology.files import format_of
 from dimat.topology.mixing import Mixer, links_of, mixing_matrix
 from dimat.topology.network_map import Topology
@@ -89,30 +90,18 @@ def _toml(target: nx.Graph[str] | Topology, graph: nx.Graph[str]) -> str:
     if given is not None:
         if given.is_directed():
             raise TopologyError("a network map holds undirected links only; export a directed graph as graphml or json")
-        lines += ["edges = [", *(f"  [{_value(u)}, {_value(v)}]," for u, v in given.edges()), "]"]
+        lines += ["edges = [", *(f"  [{toml_value(u)}, {toml_value(v)}]," for u, v in given.edges()), "]"]
     if isinstance(target, Topology):
         mixing: dict[str, Any] = {"name": target.mixing_config.name, "options": dict(target.mixing_config.options)}
         if mixing["name"] == "matrix":
             mixing["options"] = {"values": target.schedule.mixing(1).tolist()}
         schedule = {"name": target.schedule_config.name, "options": dict(target.schedule_config.options)}
-        lines += [f"schedule = {_value(schedule)}", f"mixing = {_value(mixing)}"]
+        lines += [f"schedule = {toml_value(schedule)}", f"mixing = {toml_value(mixing)}"]
     for name in graph:
-        lines += ["", "[[agents]]", f"name = {_value(name)}"]
+        lines += ["", "[[agents]]", f"name = {toml_value(name)}"]
         if isinstance(target, Topology):
             if name in target.addresses:
-                lines.append(f"addresses = {_value(target.addresses[name])}")
+                lines.append(f"addresses = {toml_value(target.addresses[name])}")
             if name in target.samples:
                 lines.append(f"samples = {target.samples[name]}")
     return "\n".join(lines) + "\n"
-
-
-def _value(value: Any) -> str:
-    """Return a plain value as TOML, with inline tables."""
-    if isinstance(value, str | bool):  # JSON's strings, true and false are TOML's too
-        return json.dumps(value, ensure_ascii=False)
-    if isinstance(value, Mapping):
-        table = cast("Mapping[str, Any]", value)
-        return "{ " + ", ".join(f"{json.dumps(key)} = {_value(item)}" for key, item in table.items()) + " }"
-    if isinstance(value, Sequence):
-        return "[" + ", ".join(_value(item) for item in cast("Sequence[Any]", value)) + "]"
-    return repr(value)

@@ -10,9 +10,24 @@ from typing import Any
 import pytest
 import torch
 
+from dimat.agent.learner.learner import Learner
 from dimat.events import WARNING
 from tests.agent.learner.rounds import merged, trained
 from tests.agent.learner.test_learner import agents
+
+
+def ends_in_nan(
+    agent: Learner, metric: str, monkeypatch: pytest.MonkeyPatch, before: dict[str, float] | None = None
+) -> None:
+    """Let a metric be NaN of any weights but the agent's present ones; `before`: what these have beside the task's."""
+    held, evaluate = agent.trainer.weights(), agent.trainer.evaluate
+    weight = next(iter(held))
+
+    def judged(*given: Any) -> dict[str, float]:
+        own = torch.equal(agent.trainer.weights()[weight], held[weight])
+        return {**evaluate(*given), **((before or {}) if own else {metric: nan})}
+
+    monkeypatch.setattr(agent.trainer, "evaluate", judged)
 
 
 @pytest.mark.parametrize("asked", ["after", "none"])
@@ -25,13 +40,7 @@ def test_a_merge_with_metrics_that_are_not_finite_is_not_kept(
     peer = trained(two, 1, learn=True).payload
     trained(one, 1, learn=True)
     before, evaluate = one.trainer.weights(), one.trainer.evaluate
-    weight = next(iter(before))
-
-    def judged(*given: Any) -> dict[str, float]:
-        own = torch.equal(one.trainer.weights()[weight], before[weight])
-        return evaluate(*given) if own else {**evaluate(*given), "loss": nan}
-
-    monkeypatch.setattr(one.trainer, "evaluate", judged)
+    ends_in_nan(one, "loss", monkeypatch)
     report = merged(one, 1, 0.5, [("two", one.store / f"{peer.root}.safetensors", 0.5, True)], asked)
     assert report.accepted == 0
     assert report.after == (evaluate(one.task.data("test")) if asked == "after" else {})
@@ -46,14 +55,7 @@ def test_a_ratio_that_is_no_number_on_a_few_examples_ends_no_merge(
     one, two = agents(tmp_path, merge__method="average")
     peer = trained(two, 1, learn=True).payload
     trained(one, 1, learn=True)
-    before, evaluate = one.trainer.weights(), one.trainer.evaluate
-    weight = next(iter(before))
-
-    def judged(*given: Any) -> dict[str, float]:
-        own = torch.equal(one.trainer.weights()[weight], before[weight])
-        return {**evaluate(*given), "precision": 0.5 if own else nan}
-
-    monkeypatch.setattr(one.trainer, "evaluate", judged)
+    ends_in_nan(one, "precision", monkeypatch, before={"precision": 0.5})
     parts = [("two", one.store / f"{peer.root}.safetensors", 0.5, True)]
     assert merged(one, 1, 0.5, parts, "none").accepted == 1
 
